@@ -1,0 +1,85 @@
+/**
+ * Every error this package throws on purpose, each with a stable `code`. Messages name the thing that is wrong and
+ * the remedy; callers branch on `code` or on the class, never on the text. An abort is not among them: an aborted
+ * call rejects with `signal.reason`, as the platform's own functions do.
+ */
+
+export type FlowTurboErrorCode =
+  | "ERR_FLOWTURBO_OPTION"
+  | "ERR_FLOWTURBO_CHECKPOINT"
+  | "ERR_FLOWTURBO_RUNTIME"
+  | "ERR_FLOWTURBO_RUNTIME_DIED"
+  | "ERR_FLOWTURBO_NOT_FINITE"
+  | "ERR_FLOWTURBO_OUTPUT"
+  | "ERR_FLOWTURBO_DISPOSED";
+
+/** Base class: `instanceof FlowTurboError` holds for every error below. */
+export class FlowTurboError extends Error {
+  readonly code: FlowTurboErrorCode;
+  constructor(code: FlowTurboErrorCode, message: string, options?: ErrorOptions) {
+    super(message, options);
+    this.name = new.target.name;
+    this.code = code;
+  }
+}
+
+/** An option or argument is wrong: the caller can correct it. `option` is its name in the API. */
+export class OptionError extends FlowTurboError {
+  readonly option: string;
+  constructor(option: string, message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_OPTION", message, options);
+    this.option = option;
+  }
+}
+
+/** The checkpoint folder is incomplete, damaged or of an unsupported kind. `path` is the file or folder meant. */
+export class CheckpointError extends FlowTurboError {
+  readonly path: string;
+  constructor(path: string, message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_CHECKPOINT", message, options);
+    this.path = path;
+  }
+}
+
+/** A runtime could not compile or run a graph. */
+export class RuntimeError extends FlowTurboError {
+  constructor(message: string, options?: ErrorOptions & { code?: FlowTurboErrorCode }) {
+    super(options?.code ?? "ERR_FLOWTURBO_RUNTIME", message, options);
+  }
+}
+
+/** The process that runs the graphs ended by itself (killed, out of memory). The next call starts a fresh one. */
+export class RuntimeDiedError extends RuntimeError {
+  readonly exitCode: number | null;
+  readonly signal: string | null;
+  constructor(message: string, exitCode: number | null, signal: string | null) {
+    super(message, { code: "ERR_FLOWTURBO_RUNTIME_DIED" });
+    this.exitCode = exitCode;
+    this.signal = signal;
+  }
+}
+
+/** A tensor that must be finite holds NaN or an infinity; `where` names the launch that produced it. */
+export class NotFiniteError extends RuntimeError {
+  readonly where: string;
+  constructor(where: string, message: string) {
+    super(message, { code: "ERR_FLOWTURBO_NOT_FINITE" });
+    this.where = where;
+  }
+}
+
+/** A result cannot be written where the caller asked for it. */
+export class OutputError extends FlowTurboError {
+  readonly path: string;
+  constructor(path: string, message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_OUTPUT", message, options);
+    this.path = path;
+  }
+}
+
+/** The model was disposed before or during the call. */
+export class DisposedError extends FlowTurboError {
+  constructor(what: string) {
+    super("ERR_FLOWTURBO_DISPOSED", `${what} has been disposed; load it again before using it.`);
+  }
+}

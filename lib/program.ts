@@ -1,0 +1,78 @@
+/**
+ * A program: a list of launches of compiled graphs over named tensors. It is all that a runtime needs to know: an
+ * Euler run, a two-stage H1P5R3 run and an inpainting run are the same kind of list. Registers are written at most
+ * once per launch and never in place (the planner double-buffers), constants go up once for the whole program, and
+ * every schedule is known by index before the first launch, never decided by data.
+ */
+
+import type { DType, StoredTensor, Tensor } from "./tensor.js";
+
+/** A named tensor of fixed shape that launches write and read. */
+export interface Register {
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+}
+
+/** A value in memory that is uploaded once, before the first launch. */
+export interface ValueConstant {
+  readonly kind: "value";
+  readonly tensor: Tensor;
+}
+
+/**
+ * A block of rows of a stored tensor, read by the runtime straight from the file and widened to float32: `rows` runs
+ * of `rowElements` elements, the first at `firstElement`, each `strideElements` after the one before. A runtime may
+ * keep the result between programs (it cannot change while the checkpoint does not).
+ */
+export interface StoredConstant {
+  readonly kind: "stored";
+  readonly source: StoredTensor;
+  readonly shape: readonly number[];
+  readonly firstElement: number;
+  readonly rowElements: number;
+  readonly strideElements: number;
+  readonly rows: number;
+}
+
+export type Constant = ValueConstant | StoredConstant;
+
+/** What a launch is a part of; runtimes only hand it back in reports. */
+export interface LaunchLabel {
+  readonly kind: "encode" | "step" | "decode";
+  /** For messages: "block 3 of 10 (P, sigma 0.75 -> 0.66)". */
+  readonly name: string;
+  /** For steps: index of the block (0-based) and whether this launch completes it. */
+  readonly block?: number;
+  readonly completesBlock?: boolean;
+}
+
+/** Run `graph` on the named operands (registers or constants). No output may also be an input. */
+export interface Launch {
+  readonly op: "launch";
+  readonly graph: string;
+  readonly inputs: Readonly<Record<string, string>>;
+  readonly outputs: Readonly<Record<string, string>>;
+  /** Output registers that must hold only finite values; the runtime stops with a NotFiniteError otherwise. */
+  readonly mustBeFinite?: readonly string[];
+  readonly label: LaunchLabel;
+}
+
+/** Copy `rows` rows (slices along the first dimension) between two tensors of equal row size. */
+export interface CopyRows {
+  readonly op: "copy";
+  readonly from: string;
+  readonly fromRow: number;
+  readonly to: string;
+  readonly toRow: number;
+  readonly rows: number;
+}
+
+export type Instruction = Launch | CopyRows;
+
+export interface Program {
+  readonly registers: Readonly<Record<string, Register>>;
+  readonly constants: Readonly<Record<string, Constant>>;
+  readonly instructions: readonly Instruction[];
+  /** Registers handed back when the program has run. */
+  readonly results: readonly string[];
+}

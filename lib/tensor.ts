@@ -1,0 +1,64 @@
+/**
+ * Tensors as this package sees them: values in memory (shape + dtype + data) and values that stay in a file. Weights
+ * are always the second kind, so that no part of the package needs to hold them.
+ */
+
+/** Element types of values in memory, in ONNX's spelling. */
+export type DType = "float32" | "int64";
+
+/** Element types of tensors in .safetensors files that this package can compute with. */
+export type StoredDType = "F32" | "F16" | "BF16";
+
+export interface FloatTensor {
+  readonly dtype: "float32";
+  readonly shape: readonly number[];
+  readonly data: Float32Array;
+}
+
+export interface IntTensor {
+  readonly dtype: "int64";
+  readonly shape: readonly number[];
+  readonly data: BigInt64Array;
+}
+
+/** Row-major values in memory. */
+export type Tensor = FloatTensor | IntTensor;
+
+/** A row-major tensor inside a file: `length` bytes at `offset`. `file` is an absolute path without symbolic links. */
+export interface StoredTensor {
+  readonly name: string;
+  readonly dtype: StoredDType;
+  readonly shape: readonly number[];
+  readonly file: string;
+  readonly offset: number;
+  readonly length: number;
+}
+
+/** Where a network finds its weights: by the names that the checkpoint uses. */
+export interface WeightSource {
+  /** For error messages: the folder or file the weights come from. */
+  readonly origin: string;
+  /** @returns the tensor, or undefined where the checkpoint has none of that name. */
+  find(name: string): StoredTensor | undefined;
+}
+
+export const bytesPerElement: Record<StoredDType, number> = { F32: 4, F16: 2, BF16: 2 };
+
+/** Number of elements of a shape (1 for a scalar). */
+export function elementCount(shape: readonly number[]): number {
+  return shape.reduce((product, dimension) => product * dimension, 1);
+}
+
+/** @throws RangeError if data and shape disagree: a defect of the caller, never of a user's input. */
+export function float32(shape: readonly number[], data: Float32Array): FloatTensor {
+  if (elementCount(shape) !== data.length)
+    throw new RangeError(`A float32 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`);
+  return { dtype: "float32", shape, data };
+}
+
+/** @throws RangeError if data and shape disagree. */
+export function int64(shape: readonly number[], data: BigInt64Array): IntTensor {
+  if (elementCount(shape) !== data.length)
+    throw new RangeError(`An int64 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`);
+  return { dtype: "int64", shape, data };
+}
