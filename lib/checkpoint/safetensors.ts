@@ -1,0 +1,306 @@
+/**
+ * The .safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes. Weights are never read
+ * here: a checkpoint needs only the header, which says where in the file each tensor lies, and whoever computes reads
+ * the bytes from there. The header is checked as strictly as the reference implementation does (no holes, no overlaps,
+ * sizes that add up), because a runtime that maps the file trusts these offsets. Small tensors that are values rather
+ * than weights (`--noise`, `--save-latents`) can be read and written whole.
+ */
+
+import { randomUUID } from "node:crypto";
+import { type FileHandle, open, rename, unlink } from "node:fs/promises";
+import { basename, dirname, join } from "node:path";
+import { CheckpointError, OutputError } from "../errors.js";
+import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../tensor.js";
+
+/** One tensor of a header. `offset` counts from the start of the file, `length` is in bytes. */
+export interface HeaderEntry {
+  readonly name: string;
+  /** As the file spells it; not necessarily one that this package computes with (see {@link supportedDType}). */
+  readonly dtype: string;
+  readonly shape: readonly number[];
+  readonly offset: number;
+  readonly length: number;
+}
+
+export type SafetensorsHeader = ReadonlyMap<string, HeaderEntry>;
+
+/** The limit of the reference implementation: a longer header is taken for damage, not for a model. */
+const maxHeaderBytes = 100_000_000;
+
+/** Sizes for checking a header. A dtype that is not here cannot be checked, and is refused only where it is used. */
+const knownBytes: Readonly<Record<string, number>> = {
+  BOOL: 1,
+  U8: 1,
+  I8: 1,
+  F8_E5M2: 1,
+  F8_E4M3: 1,
+  F8_E8M0: 1,
+  U16: 2,
+  I16: 2,
+  F16: 2,
+  BF16: 2,
+  U32: 4,
+  I32: 4,
+  F32: 4,
+  U64: 8,
+  I64: 8,
+  F64: 8,
+  C64: 8,
+};
+
+const downloadAgain = "The download may be incomplete: download the file again.";
+
+/**
+ * Reads and validates the header of a .safetensors file; the tensors themselves are not read.
+ *
+ * @returns the tensors by name, in the order of the header.
+ * @throws CheckpointError that names the file, and the tensor where one is wrong. `signal.reason` after an abort.
+ */
+export async function readSafetensorsHeader(
+  file: string,
+  options: { signal?: AbortSignal | undefined } = {},
+): Promise<SafetensorsHeader> {
+  options.signal?.throwIfAborted();
+  return withFile(file, async (handle) => {
+    const stat = await handle.stat();
+    if (!stat.isFile()) throw new CheckpointError(file, `${file} is not a file; expected a .safetensors file.`);
+    const { text, dataStart } = await readHeaderText(file, handle, stat.size);
+    options.signal?.throwIfAborted();
+    return parseHeader(file, text, dataStart, stat.size);
+  });
+}
+
+/**
+ * The dtype of an entry as one that this package computes with.
+ *
+ * @throws CheckpointError that names file and tensor if it is not F32, F16 or BF16.
+ */
+export function supportedDType(file: string, entry: HeaderEntry): StoredDType {
+  if (Object.hasOwn(bytesPerElement, entry.dtype)) return entry.dtype as StoredDType;
+  throw new CheckpointError(
+    file,
+    `${file}: the tensor "${entry.name}" has dtype ${entry.dtype}; supported are ` +
+      `${Object.keys(bytesPerElement).join(", ")}. Convert the file to one of these.`,
+  );
+}
+
+/**
+ * Reads one tensor into memory, widened to float32. For values such as starting noise, never for weights.
+ *
+ * @throws CheckpointError if its dtype is not F32, F16 or BF16, or the file has become shorter than its header says.
+ */
+export async function readTensor(file: string, entry: HeaderEntry): Promise<FloatTensor> {
+  const dtype = supportedDType(file, entry);
+  const bytes = await withFile(file, (handle) => readExactly(handle, entry.offset, entry.length));
+  if (bytes.length < entry.length)
+    throw new CheckpointError(file, `${file} ends inside the tensor "${entry.name}". ${downloadAgain}`);
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const data = new Float32Array(elementCount(entry.shape));
+  for (let i = 0; i < data.length; i++) {
+    if (dtype === "F32") data[i] = view.getFloat32(4 * i, true);
+    else if (dtype === "F16") data[i] = halfToFloat(view.getUint16(2 * i, true));
+    else {
+      // bfloat16 is the upper half of a float32: the same two bytes above two zero bytes.
+      scratch.setUint32(0, view.getUint16(2 * i, true) << 16);
+      data[i] = scratch.getFloat32(0);
+    }
+  }
+  return float32(entry.shape, data);
+}
+
+/**
+ * Writes float32 tensors, in the order given. The file appears complete or not at all: it is written under a temporary
+ * name beside its place and then renamed.
+ *
+ * @throws OutputError if the file cannot be written. RangeError for a tensor named `__metadata__`.
+ */
+export async function writeSafetensors(
+  file: string,
+  tensors: Readonly<Record<string, FloatTensor>>,
+  metadata?: Readonly<Record<string, string>>,
+): Promise<void> {
+  if (Object.hasOwn(tensors, "__metadata__")) throw new RangeError('A tensor cannot be named "__metadata__".');
+  const header: [string, unknown][] = metadata ? [["__metadata__", metadata]] : [];
+  let end = 0;
+  for (const [name, { shape, data }] of Object.entries(tensors)) {
+    const begin = end;
+    end += 4 * data.length;
+    header.push([name, { dtype: "F32", shape, data_offsets: [begin, end] }]);
+  }
+  const json = Buffer.from(JSON.stringify(Object.fromEntries(header)));
+  // Spaces after the JSON keep the tensors aligned to 8 bytes, as the reference implementation writes them.
+  const headerBytes = Math.ceil(json.length / 8) * 8;
+  const start = Buffer.alloc(8 + headerBytes, " ");
+  start.writeBigUInt64LE(BigInt(headerBytes));
+  json.copy(start, 8);
+
+  const temporary = join(dirname(file), `.${basename(file)}.${randomUUID()}.tmp`);
+  try {
+    const handle = await open(temporary, "wx");
+    try {
+      await handle.writeFile(start);
+      for (const tensor of Object.values(tensors)) await handle.writeFile(littleEndian(tensor.data));
+    } finally {
+      await handle.close();
+    }
+    await rename(temporary, file);
+  } catch (cause) {
+    await unlink(temporary).catch(() => {});
+    throw new OutputError(file, `Cannot write ${file}: ${(cause as Error).message}`, { cause });
+  }
+}
+
+async function readHeaderText(file: string, handle: FileHandle, size: number) {
+  const start = await readExactly(handle, 0, 8);
+  if (start.length < 8)
+    throw new CheckpointError(file, `${file} has ${size} bytes: too short for a .safetensors file. ${downloadAgain}`);
+  if (start.toString("latin1") === "version ")
+    throw new CheckpointError(
+      file,
+      `${file} is not a .safetensors file but, it seems, a Git LFS pointer to one. Run "git lfs pull" in its repository.`,
+    );
+  const length = start.readBigUInt64LE();
+  const firstByte = (await readExactly(handle, 8, 1)).toString("latin1");
+  // The reference implementation demands the brace; it is also what tells a damaged file from one of another kind.
+  if (firstByte !== "{" && firstByte !== "")
+    throw new CheckpointError(
+      file,
+      `${file} is not a .safetensors file: its header does not begin with "{". ${downloadAgain}`,
+    );
+  if (length > BigInt(maxHeaderBytes))
+    throw new CheckpointError(
+      file,
+      `${file} is not a .safetensors file: it declares a header of ${length} bytes; the limit is ${maxHeaderBytes}.`,
+    );
+  const headerBytes = Number(length);
+  if (8 + headerBytes > size)
+    throw new CheckpointError(
+      file,
+      `${file} is truncated: its header should have ${headerBytes} bytes, but the whole file has ${size}. ${downloadAgain}`,
+    );
+  const bytes = await readExactly(handle, 8, headerBytes);
+  try {
+    return { text: new TextDecoder("utf-8", { fatal: true }).decode(bytes), dataStart: 8 + headerBytes };
+  } catch (cause) {
+    throw new CheckpointError(file, `${file} has a damaged header: it is not UTF-8. ${downloadAgain}`, { cause });
+  }
+}
+
+function parseHeader(file: string, text: string, dataStart: number, size: number): SafetensorsHeader {
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (cause) {
+    throw new CheckpointError(file, `${file} has a damaged header: it is not JSON. ${downloadAgain}`, { cause });
+  }
+  if (!isRecord(json)) throw new CheckpointError(file, `${file} has a damaged header: it is not a JSON object.`);
+
+  const header = new Map<string, HeaderEntry>();
+  for (const [name, value] of Object.entries(json)) {
+    if (name === "__metadata__") {
+      if (!isRecord(value) || Object.values(value).some((item) => typeof item !== "string"))
+        throw new CheckpointError(file, `${file} has a damaged header: __metadata__ must map names to strings.`);
+    } else header.set(name, parseEntry(file, name, value, dataStart, size));
+  }
+  checkThatTensorsTileTheFile(file, header, dataStart, size);
+  return header;
+}
+
+function parseEntry(file: string, name: string, value: unknown, dataStart: number, size: number): HeaderEntry {
+  const fail = (what: string): never => {
+    throw new CheckpointError(
+      file,
+      `${file}: the header's entry for the tensor "${name}" is damaged: ${what}. ${downloadAgain}`,
+    );
+  };
+  if (!isRecord(value)) return fail("it is not an object");
+  const { dtype, shape, data_offsets: offsets } = value;
+  if (typeof dtype !== "string") return fail("dtype is not a string");
+  if (!isSizes(shape)) return fail("shape is not a list of sizes");
+  if (!isSizes(offsets) || offsets.length !== 2) return fail("data_offsets is not a pair of offsets");
+  const [begin, end] = offsets as [number, number];
+  if (begin > end) return fail(`its data begin at ${begin}, behind their end at ${end}`);
+  if (end > size - dataStart)
+    return fail(`its data end at ${end}, outside the file, which holds ${size - dataStart} bytes of data`);
+  const elements = elementCount(shape);
+  if (!Number.isSafeInteger(elements)) return fail(`its shape [${shape}] is absurd`);
+  const bytes = Object.hasOwn(knownBytes, dtype) ? elements * knownBytes[dtype]! : end - begin;
+  if (bytes !== end - begin)
+    return fail(`${dtype} [${shape}] takes ${bytes} bytes, but its data_offsets span ${end - begin}`);
+  return { name, dtype, shape, offset: dataStart + begin, length: end - begin };
+}
+
+function checkThatTensorsTileTheFile(file: string, header: SafetensorsHeader, dataStart: number, size: number): void {
+  let expected = dataStart;
+  const inOrder = [...header.values()].sort((a, b) => a.offset - b.offset || a.length - b.length);
+  for (const { name, offset, length } of inOrder) {
+    if (offset !== expected)
+      throw new CheckpointError(
+        file,
+        `${file}: the data of the tensor "${name}" ${offset < expected ? "overlap the tensor before them" : "leave a hole before them"}` +
+          ` (offset ${offset - dataStart}, expected ${expected - dataStart}). The file is damaged: download or convert it again.`,
+      );
+    expected = offset + length;
+  }
+  if (expected !== size)
+    throw new CheckpointError(
+      file,
+      `${file} holds ${size - expected} bytes behind its last tensor. The file is damaged: download or convert it again.`,
+    );
+}
+
+async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>): Promise<T> {
+  try {
+    const handle = await open(file, "r");
+    try {
+      return await use(handle);
+    } finally {
+      await handle.close();
+    }
+  } catch (cause) {
+    const code = (cause as NodeJS.ErrnoException).code;
+    if (code === "ENOENT") throw new CheckpointError(file, `${file} does not exist.`, { cause });
+    // Only the operating system's errors are about the file; anything else, an abort's reason too, passes as it is.
+    if (cause instanceof Error && "syscall" in cause)
+      throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
+    throw cause;
+  }
+}
+
+/** At most `length` bytes from `position`; fewer only at the end of the file. */
+async function readExactly(handle: FileHandle, position: number, length: number): Promise<Buffer> {
+  const bytes = Buffer.alloc(length);
+  let filled = 0;
+  while (filled < length) {
+    const { bytesRead } = await handle.read(bytes, filled, length - filled, position + filled);
+    if (bytesRead === 0) break;
+    filled += bytesRead;
+  }
+  return bytes.subarray(0, filled);
+}
+
+const scratch = new DataView(new ArrayBuffer(4));
+
+function halfToFloat(bits: number): number {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 0x1f;
+  const fraction = bits & 0x3ff;
+  if (exponent === 0) return sign * fraction * 2 ** -24;
+  if (exponent === 0x1f) return fraction ? Number.NaN : sign * Number.POSITIVE_INFINITY;
+  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+}
+
+function littleEndian(data: Float32Array): Buffer {
+  const bytes = Buffer.alloc(4 * data.length);
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (let i = 0; i < data.length; i++) view.setFloat32(4 * i, data[i]!, true);
+  return bytes;
+}
+
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isSizes(value: unknown): value is number[] {
+  return Array.isArray(value) && value.every((item) => Number.isSafeInteger(item) && item >= 0);
+}

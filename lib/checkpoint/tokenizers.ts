@@ -1,0 +1,370 @@
+/**
+ * Prompts to token ids, exactly as transformers' tokenizers give them with `padding="max_length", truncation=True`.
+ * SD3 checkpoints ship CLIP's tokenizers as vocab.json + merges.txt alone, so the description that a tokenizer.json would
+ * hold is made here, as transformers 5 makes it. CLIP and T5 have no padding mask, which is why padding ids matter:
+ * tokenizer_2 pads with "!" and the files must say so. The BPE and unigram models are @huggingface/tokenizers'.
+ */
+
+import { readFile, stat } from "node:fs/promises";
+import { join } from "node:path";
+import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
+import { CheckpointError } from "../errors.js";
+import { readJsonObject } from "./configs.js";
+
+/** The tokens of one text. */
+export interface Tokens {
+  /** [length] ids, padded or truncated; the end token stays when the text is truncated. */
+  readonly ids: BigInt64Array;
+  readonly truncated: boolean;
+  /** Tokens of the whole text, start and end tokens included. */
+  readonly tokens: number;
+  /** The text that truncation cut off, as far as it can be told from its tokens ("" if none). */
+  readonly dropped: string;
+}
+
+export interface Tokenizer {
+  /** The longest sequence the checkpoint was made for, special tokens included. */
+  readonly maxLength: number;
+  /** Largest id + 1: the embedding must have at least this many rows. */
+  readonly vocabSize: number;
+  /** @throws RangeError if length is less than 2. */
+  encode(text: string, length: number): Tokens;
+}
+
+type Json = Record<string, unknown>;
+
+/** What the originals assume when tokenizer_config.json says nothing, or says 1e30 for "nobody knows". */
+const clipMaxLength = 77;
+const t5MaxLength = 512;
+
+/**
+ * CLIP's tokenizer from vocab.json and merges.txt, or from the same two in a tokenizer.json.
+ *
+ * @throws CheckpointError for a missing or damaged file, or a special token that the vocabulary lacks.
+ */
+export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
+  const [names, { vocab, merges, file }] = await Promise.all([readSpecialTokens(folder), readClipVocabulary(folder)]);
+  const end = names.token("eos_token") ?? plainToken("<|endoftext|>");
+  const start = names.token("bos_token") ?? plainToken("<|startoftext|>");
+  const pad = names.token("pad_token") ?? plainToken("<|endoftext|>");
+  const unknown = names.token("unk_token") ?? plainToken("<|endoftext|>");
+  const idOf = (token: AddedToken): number => {
+    const id = vocab[token.content] ?? names.ids.get(token.content);
+    if (id === undefined)
+      throw new CheckpointError(
+        file,
+        `${file} lacks the special token "${token.content}" that ${join(folder, "tokenizer_config.json")} (or its ` +
+          "default) names. Download the tokenizer's files again.",
+      );
+    return id;
+  };
+  // Special tokens are cut out of the text before anything else, so that "!" in a prompt for tokenizer_2 is its
+  // padding token and not the word "!</w>": transformers does so, and the models saw it in training.
+  const added = new Map<string, AddedToken>();
+  for (const token of [...names.added, start, end, pad, unknown])
+    if (!added.has(token.content)) added.set(token.content, token);
+
+  const description = {
+    version: "1.0",
+    truncation: null,
+    padding: null,
+    added_tokens: [...added.values()].map((token) => ({ ...token, id: idOf(token) })),
+    normalizer: {
+      type: "Sequence",
+      normalizers: [
+        { type: "NFC" },
+        { type: "Replace", pattern: { Regex: "\\s+" }, content: " " },
+        { type: "Lowercase" },
+      ],
+    },
+    pre_tokenizer: {
+      type: "Sequence",
+      pretokenizers: [
+        {
+          type: "Split",
+          pattern: {
+            Regex:
+              "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+",
+          },
+          behavior: "Removed",
+          invert: true,
+        },
+        { type: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: true },
+      ],
+    },
+    post_processor: {
+      type: "RobertaProcessing",
+      sep: [end.content, idOf(end)],
+      cls: [start.content, idOf(start)],
+      trim_offsets: false,
+      add_prefix_space: false,
+    },
+    decoder: { type: "ByteLevel", add_prefix_space: true, trim_offsets: true, use_regex: true },
+    model: {
+      type: "BPE",
+      dropout: null,
+      unk_token: unknown.content,
+      continuing_subword_prefix: "",
+      end_of_word_suffix: "</w>",
+      fuse_unk: false,
+      byte_fallback: false,
+      vocab,
+      merges,
+    },
+  };
+  const vocabSize = largest(Object.values(vocab), description.added_tokens) + 1;
+  return tokenizer(file, description, names.config, idOf(pad), vocabSize, names.maxLength(clipMaxLength));
+}
+
+/**
+ * T5's tokenizer from tokenizer.json.
+ *
+ * @throws CheckpointError for a missing or damaged file; a spiece.model alone is not read.
+ */
+export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
+  const file = join(folder, "tokenizer.json");
+  if (!(await exists(file)) && (await exists(join(folder, "spiece.model"))))
+    throw new CheckpointError(
+      file,
+      `${folder} has spiece.model, but no tokenizer.json. Download tokenizer.json from the checkpoint's page, or make it in ` +
+        "Python: transformers.T5TokenizerFast.from_pretrained(folder).save_pretrained(folder).",
+    );
+  const [names, json] = await Promise.all([readSpecialTokens(folder), readJsonObject(file)]);
+  const model = json.model as Json | undefined;
+  const vocab = model?.vocab;
+  if (
+    model?.type !== "Unigram" ||
+    !Array.isArray(vocab) ||
+    !vocab.every((item) => Array.isArray(item) && typeof item[0] === "string")
+  )
+    throw new CheckpointError(file, `${file} does not describe a T5 tokenizer: its model is not a unigram vocabulary.`);
+  const ids = new Map(vocab.map((item, id) => [item[0] as string, id]));
+  const jsonAdded = (Array.isArray(json.added_tokens) ? json.added_tokens : []).filter(isRecord);
+  for (const token of jsonAdded) if (typeof token.content === "string") ids.set(token.content, Number(token.id));
+  const idOf = (name: string, fallback: string): number => {
+    const token = names.token(name)?.content ?? fallback;
+    const id = ids.get(token);
+    if (id === undefined)
+      throw new CheckpointError(file, `${file} lacks the ${name} "${token}". Download the tokenizer's files again.`);
+    return id;
+  };
+  // Whoever converted the file, transformers 5 keeps of it the vocabulary, the character map and the end token, and
+  // splits at white space in its own way: two converters' files must not give two pictures.
+  const normalizer = findPrecompiled(json.normalizer);
+  const added = new Map(jsonAdded.map((token) => [token.content as string, token]));
+  for (const name of ["eos_token", "unk_token", "pad_token"]) {
+    const token = names.token(name);
+    if (token && !added.has(token.content)) added.set(token.content, { ...token, id: idOf(name, token.content) });
+  }
+  const end = names.token("eos_token")?.content ?? "</s>";
+  const description = {
+    ...json,
+    truncation: null,
+    padding: null,
+    added_tokens: [...added.values()],
+    normalizer,
+    pre_tokenizer: {
+      type: "Sequence",
+      pretokenizers: [
+        { type: "WhitespaceSplit" },
+        { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
+      ],
+    },
+    post_processor: {
+      type: "TemplateProcessing",
+      single: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end, type_id: 0 } }],
+      pair: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end, type_id: 0 } }],
+      special_tokens: { [end]: { id: end, ids: [idOf("eos_token", "</s>")], tokens: [end] } },
+    },
+    decoder: { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
+  };
+  const vocabSize = largest([...ids.values()], []) + 1;
+  return tokenizer(
+    file,
+    description,
+    names.config,
+    idOf("pad_token", "<pad>"),
+    vocabSize,
+    names.maxLength(t5MaxLength),
+  );
+}
+
+function tokenizer(
+  file: string,
+  description: object,
+  config: Json,
+  pad: number,
+  vocabSize: number,
+  maxLength: number,
+): Tokenizer {
+  let inner: HuggingFaceTokenizer;
+  try {
+    inner = new HuggingFaceTokenizer(description, config);
+    inner.encode("a");
+  } catch (cause) {
+    throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });
+  }
+  return {
+    maxLength,
+    vocabSize,
+    encode(text, length) {
+      if (!Number.isInteger(length) || length < 2)
+        throw new RangeError(`Expected a length of at least 2 tokens but received ${length}.`);
+      const all: number[] = inner.encode(text).ids;
+      const truncated = all.length > length;
+      // Both kinds end with exactly one special token, and truncation keeps it.
+      const kept: number[] = truncated ? [...all.slice(0, length - 1), all.at(-1)!] : all;
+      const ids = new BigInt64Array(length).fill(BigInt(pad));
+      kept.forEach((id, i) => {
+        ids[i] = BigInt(id);
+      });
+      const dropped = truncated ? inner.decode(all.slice(length - 1, -1)).trim() : "";
+      return { ids, truncated, tokens: all.length, dropped };
+    },
+  };
+}
+
+interface AddedToken {
+  readonly content: string;
+  readonly single_word: boolean;
+  readonly lstrip: boolean;
+  readonly rstrip: boolean;
+  /** Whether it is looked for before or after the text is normalized. */
+  readonly normalized: boolean;
+  readonly special: boolean;
+}
+
+interface SpecialTokens {
+  readonly config: Json;
+  /** Tokens of `added_tokens_decoder`, and their ids. */
+  readonly added: readonly AddedToken[];
+  readonly ids: ReadonlyMap<string, number>;
+  token(name: string): AddedToken | undefined;
+  maxLength(limit: number): number;
+}
+
+/**
+ * tokenizer_config.json is authoritative once it lists its added tokens; before transformers 4.34 it did not, and
+ * special_tokens_map.json overrides it.
+ */
+async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
+  const [config, map] = await Promise.all([
+    readOptional(join(folder, "tokenizer_config.json")),
+    readOptional(join(folder, "special_tokens_map.json")),
+  ]);
+  const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
+  const added: AddedToken[] = [];
+  const ids = new Map<string, number>();
+  for (const [id, value] of Object.entries(decoder ?? {})) {
+    const token = addedToken(value);
+    if (!token || !Number.isSafeInteger(Number(id))) continue;
+    added.push(token);
+    ids.set(token.content, Number(id));
+  }
+  const named = decoder ? config : { ...config, ...map };
+  return {
+    config,
+    added,
+    ids,
+    token: (name) => {
+      const token = addedToken(named[name]);
+      return added.find(({ content }) => content === token?.content) ?? token;
+    },
+    maxLength: (limit) => {
+      const declared = config.model_max_length;
+      return typeof declared === "number" && declared >= 2 ? Math.min(Math.floor(declared), limit) : limit;
+    },
+  };
+}
+
+function plainToken(content: string): AddedToken {
+  return { content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
+}
+
+/** A token is spelled as a string or as an object with `content`. */
+function addedToken(value: unknown): AddedToken | undefined {
+  if (typeof value === "string") return plainToken(value);
+  if (!isRecord(value) || typeof value.content !== "string") return undefined;
+  return {
+    content: value.content,
+    single_word: value.single_word === true,
+    lstrip: value.lstrip === true,
+    rstrip: value.rstrip === true,
+    normalized: value.normalized === true,
+    special: true,
+  };
+}
+
+async function readClipVocabulary(folder: string) {
+  const vocabFile = join(folder, "vocab.json");
+  const mergesFile = join(folder, "merges.txt");
+  const whole = join(folder, "tokenizer.json");
+  if (!(await exists(vocabFile)) && (await exists(whole))) {
+    const model = (await readJsonObject(whole)).model;
+    if (!isRecord(model) || !Array.isArray(model.merges))
+      throw new CheckpointError(whole, `${whole} does not describe a CLIP tokenizer: its model has no merges.`);
+    return { file: whole, vocab: checkVocabulary(whole, model.vocab), merges: checkMerges(whole, model.merges) };
+  }
+  const [vocab, text] = await Promise.all([readJsonObject(vocabFile), readText(mergesFile)]);
+  const lines = text.split(/\r?\n/).filter((line, i) => line !== "" && !(i === 0 && line.startsWith("#version")));
+  return { file: vocabFile, vocab: checkVocabulary(vocabFile, vocab), merges: checkMerges(mergesFile, lines) };
+}
+
+function checkVocabulary(file: string, vocab: unknown): Record<string, number> {
+  if (!isRecord(vocab) || !Object.values(vocab).every((id) => Number.isSafeInteger(id) && (id as number) >= 0))
+    throw new CheckpointError(file, `${file} is not a vocabulary: expected an object of tokens and their ids.`);
+  return vocab as Record<string, number>;
+}
+
+function checkMerges(file: string, merges: readonly unknown[]): [string, string][] {
+  return merges.map((merge, i) => {
+    const pair = typeof merge === "string" ? merge.split(" ") : merge;
+    if (!Array.isArray(pair) || pair.length !== 2 || pair.some((half) => typeof half !== "string" || half === ""))
+      throw new CheckpointError(file, `${file}: merge ${i + 1} (${JSON.stringify(merge)}) is not a pair of tokens.`);
+    return pair as [string, string];
+  });
+}
+
+/** SentencePiece's character map, wherever a converter put it. */
+function findPrecompiled(normalizer: unknown): Json | null {
+  if (!isRecord(normalizer)) return null;
+  if (normalizer.type === "Precompiled") return normalizer;
+  const parts = Array.isArray(normalizer.normalizers) ? normalizer.normalizers : [];
+  return parts.find((part) => isRecord(part) && part.type === "Precompiled") ?? null;
+}
+
+function largest(ids: readonly number[], added: readonly { id: number }[]): number {
+  let result = 0;
+  for (const id of ids) result = Math.max(result, id);
+  for (const { id } of added) result = Math.max(result, id);
+  return result;
+}
+
+async function readOptional(file: string): Promise<Json> {
+  return (await exists(file)) ? readJsonObject(file) : {};
+}
+
+async function readText(file: string): Promise<string> {
+  try {
+    return await readFile(file, "utf8");
+  } catch (cause) {
+    throw new CheckpointError(
+      file,
+      `Cannot read ${file}: ${(cause as Error).message}. Download the tokenizer's files.`,
+      {
+        cause,
+      },
+    );
+  }
+}
+
+async function exists(file: string): Promise<boolean> {
+  return stat(file).then(
+    () => true,
+    () => false,
+  );
+}
+
+function isRecord(value: unknown): value is Json {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}

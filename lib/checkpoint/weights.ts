@@ -1,0 +1,243 @@
+/**
+ * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with twins
+ * of another precision (`variant: "fp16"`). Diffusers and transformers have spelled the twins' index in three ways; all
+ * occur on the hub. Only headers are read. Names in an index must stay in the part's folder, since the index is data
+ * from the internet; the files themselves may be symbolic links, since a Hugging Face cache consists of them.
+ */
+
+import { readdir, readFile, realpath, stat } from "node:fs/promises";
+import { join } from "node:path";
+import { z } from "zod";
+import { CheckpointError } from "../errors.js";
+import type { StoredTensor, WeightSource } from "../tensor.js";
+import { type HeaderEntry, readSafetensorsHeader, supportedDType } from "./safetensors.js";
+
+/** An opened part. `find` throws a CheckpointError for a tensor whose dtype is not F32, F16 or BF16. */
+export interface Weights extends WeightSource {
+  /** The variant that was found, or null for the files without a variant in their names. */
+  readonly variant: string | null;
+  /** Variants that the folder offers besides the plain files. */
+  readonly variantsFound: readonly string[];
+  /** Absolute paths without symbolic links, with what tells one version of a file from another. */
+  readonly files: readonly { readonly file: string; readonly size: number; readonly mtimeMs: number }[];
+  /** Names of all tensors, for messages and tests. */
+  readonly names: readonly string[];
+}
+
+export interface OpenWeightsOptions {
+  /** For example "fp16". A part that has no such files is opened without a variant, as diffusers does. */
+  readonly variant?: string | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/**
+ * Opens `basename.safetensors`, or the shards of `basename.safetensors.index.json`, or a variant of either.
+ *
+ * @param basename "model" for text encoders, "diffusion_pytorch_model" for the others.
+ * @throws CheckpointError if there are none, or an index or header is wrong. `signal.reason` after an abort.
+ */
+export async function openWeights(
+  folder: string,
+  basename: string,
+  options: OpenWeightsOptions = {},
+): Promise<Weights> {
+  const { variant, signal } = options;
+  signal?.throwIfAborted();
+  const present = await listFolder(folder);
+  const variantsFound = findVariants(present, basename);
+  for (const candidate of variant === undefined ? [null] : [variant, null]) {
+    const single = candidate === null ? `${basename}.safetensors` : `${basename}.${candidate}.safetensors`;
+    const index = indexNames(basename, candidate).find((name) => present.includes(name));
+    if (present.includes(single)) {
+      const file = await openFile(join(folder, single), signal);
+      return source(
+        folder,
+        candidate,
+        variantsFound,
+        [file],
+        new Map([...file.header.keys()].map((name) => [name, file])),
+      );
+    }
+    if (index !== undefined) {
+      const { files, tensors } = await openShards(folder, index, signal);
+      return source(folder, candidate, variantsFound, files, tensors);
+    }
+  }
+  throw new CheckpointError(folder, explainAbsence(folder, basename, variant, present, variantsFound));
+}
+
+interface OpenedFile {
+  readonly file: string;
+  readonly size: number;
+  readonly mtimeMs: number;
+  readonly header: ReadonlyMap<string, HeaderEntry>;
+}
+
+function source(
+  folder: string,
+  variant: string | null,
+  variantsFound: readonly string[],
+  files: readonly OpenedFile[],
+  tensors: ReadonlyMap<string, OpenedFile>,
+): Weights {
+  return {
+    origin: folder,
+    variant,
+    variantsFound,
+    files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),
+    names: [...tensors.keys()],
+    find(name: string): StoredTensor | undefined {
+      const opened = tensors.get(name);
+      const entry = opened?.header.get(name);
+      if (!opened || !entry) return undefined;
+      const { shape, offset, length } = entry;
+      return { name, dtype: supportedDType(opened.file, entry), shape, file: opened.file, offset, length };
+    },
+  };
+}
+
+async function openFile(path: string, signal: AbortSignal | undefined): Promise<OpenedFile> {
+  signal?.throwIfAborted();
+  let file: string;
+  try {
+    file = await realpath(path);
+  } catch (cause) {
+    // readdir lists a link whether or not its target exists: an interrupted download leaves such links behind.
+    throw new CheckpointError(
+      path,
+      `${path} cannot be opened; if it is a symbolic link, the file it points to is missing. Download the checkpoint again.`,
+      { cause },
+    );
+  }
+  const header = await readSafetensorsHeader(file, { signal });
+  const { size, mtimeMs } = await stat(file);
+  return { file, size, mtimeMs, header };
+}
+
+const indexSchema = z.object({ weight_map: z.record(z.string(), z.string()) });
+
+async function openShards(folder: string, indexName: string, signal: AbortSignal | undefined) {
+  const indexFile = join(folder, indexName);
+  let json: unknown;
+  try {
+    json = JSON.parse(await readFile(indexFile, "utf8"));
+  } catch (cause) {
+    throw new CheckpointError(indexFile, `Cannot read ${indexFile}: ${(cause as Error).message}`, { cause });
+  }
+  const parsed = indexSchema.safeParse(json);
+  if (!parsed.success)
+    throw new CheckpointError(
+      indexFile,
+      `${indexFile} is not an index of shards: expected "weight_map", which maps the names of tensors to files.`,
+    );
+  const weightMap = Object.entries(parsed.data.weight_map);
+  const shardNames = [...new Set(weightMap.map(([, shard]) => shard))];
+  for (const shard of shardNames) checkShardName(indexFile, shard);
+
+  const opened = new Map(
+    await Promise.all(
+      shardNames.map(async (shard) => {
+        const path = join(folder, shard);
+        const exists = await stat(path).then(
+          () => true,
+          () => false,
+        );
+        if (!exists)
+          throw new CheckpointError(
+            path,
+            `${path} is missing, though ${indexFile} names it. Download the checkpoint's remaining files.`,
+          );
+        return [shard, await openFile(path, signal)] as const;
+      }),
+    ),
+  );
+  const tensors = new Map<string, OpenedFile>();
+  for (const [name, shard] of weightMap) {
+    const file = opened.get(shard)!;
+    if (!file.header.has(name))
+      throw new CheckpointError(
+        join(folder, shard),
+        `${join(folder, shard)} lacks the tensor "${name}" that ${indexFile} says it holds. Index and shards are of ` +
+          "different downloads: download them again.",
+      );
+    tensors.set(name, file);
+  }
+  return { files: [...opened.values()], tensors };
+}
+
+function checkShardName(indexFile: string, shard: string): void {
+  // A backslash separates folders on Windows, and so does a drive's colon.
+  if (/[/\\:\0]/.test(shard) || shard === "" || shard === "." || shard === "..")
+    throw new CheckpointError(
+      indexFile,
+      `${indexFile} names the file "${shard}", which leaves its folder. Shards must lie beside their index.`,
+    );
+  if (!shard.endsWith(".safetensors"))
+    throw new CheckpointError(
+      indexFile,
+      `${indexFile} names the file "${shard}", which is not a .safetensors file. Convert the checkpoint to safetensors.`,
+    );
+}
+
+/** The present spelling of transformers and diffusers first, then the two older ones. */
+function indexNames(basename: string, variant: string | null): string[] {
+  if (variant === null) return [`${basename}.safetensors.index.json`];
+  return [
+    `${basename}.safetensors.index.${variant}.json`,
+    `${basename}.${variant}.safetensors.index.json`,
+    `${basename}.safetensors.${variant}.index.json`,
+  ];
+}
+
+function findVariants(present: readonly string[], basename: string): string[] {
+  const found = new Set<string>();
+  for (const name of present) {
+    if (!name.startsWith(`${basename}.`)) continue;
+    const rest = name.slice(basename.length);
+    const match =
+      /^\.([\w-]+)\.safetensors$/.exec(rest) ??
+      /^\.safetensors\.index\.([\w-]+)\.json$/.exec(rest) ??
+      /^\.([\w-]+)\.safetensors\.index\.json$/.exec(rest) ??
+      /^\.safetensors\.([\w-]+)\.index\.json$/.exec(rest);
+    // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
+    if (match?.[1] && !/-\d+-of-\d+$/.test(match[1])) found.add(match[1]);
+  }
+  return [...found].sort();
+}
+
+async function listFolder(folder: string): Promise<string[]> {
+  try {
+    return await readdir(folder);
+  } catch (cause) {
+    const code = (cause as NodeJS.ErrnoException).code;
+    const what = code === "ENOENT" ? "does not exist" : code === "ENOTDIR" ? "is not a folder" : String(cause);
+    throw new CheckpointError(folder, `The folder ${folder} ${what}. Download the checkpoint's remaining files.`, {
+      cause,
+    });
+  }
+}
+
+function explainAbsence(
+  folder: string,
+  basename: string,
+  variant: string | undefined,
+  present: readonly string[],
+  variantsFound: readonly string[],
+): string {
+  const expected = `${basename}.safetensors or ${basename}.safetensors.index.json`;
+  if (variantsFound.length > 0)
+    return variant === undefined
+      ? `${folder} has no ${expected}, but the variant ${list(variantsFound)}: pass variant "${variantsFound[0]}".`
+      : `${folder} has neither the variant "${variant}" nor ${expected}, but the variant ${list(variantsFound)}.`;
+  const pickled = present.filter((name) => /\.(bin|pt|pth|ckpt)$/.test(name));
+  if (pickled.length > 0)
+    return (
+      `${folder} holds its weights as ${list(pickled)}, which are not read. Convert the checkpoint to safetensors: in ` +
+      "Python, load the pipeline with diffusers and call save_pretrained(folder, safe_serialization=True)."
+    );
+  return `${folder} has no weights: expected ${expected}. Download the checkpoint's remaining files.`;
+}
+
+function list(names: readonly string[]): string {
+  return names.map((name) => `"${name}"`).join(", ");
+}
