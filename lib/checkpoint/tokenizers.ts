@@ -74,6 +74,8 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
       normalizers: [
         { type: "NFC" },
         { type: "Replace", pattern: { Regex: "\\s+" }, content: " " },
+        // JavaScript lowers a sigma at a word's end to its final form; the original lowers letter by letter.
+        { type: "Replace", pattern: { String: "\u03a3" }, content: "\u03c3" },
         { type: "Lowercase" },
       ],
     },
@@ -155,6 +157,12 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
   for (const name of ["eos_token", "unk_token", "pad_token"]) {
     const token = names.token(name);
     if (token && !added.has(token.content)) added.set(token.content, { ...token, id: idOf(name, token.content) });
+  }
+  const sentinels = typeof names.config.extra_ids === "number" ? names.config.extra_ids : 100;
+  for (let i = 0; i < Math.min(sentinels, vocab.length); i++) {
+    const content = `<extra_id_${i}>`;
+    const id = ids.get(content);
+    if (id !== undefined && !added.has(content)) added.set(content, { ...plainToken(content), id });
   }
   const end = names.token("eos_token")?.content ?? "</s>";
   const description = {

@@ -1,0 +1,53 @@
+#!/usr/bin/env node
+/**
+ * The command line. Exit codes: 0; 2 for a usage error (an option that is wrong or does not fit the model); 130 and
+ * 143 after SIGINT and SIGTERM; 1 otherwise.
+ */
+
+import { Command, CommanderError } from "commander";
+import { FlowTurboError, OptionError } from "../errors.js";
+import { generateSchema, loadSchema } from "../options.js";
+import { doctorCommand } from "./doctor.js";
+import { flagOf } from "./flags.js";
+import { generateCommand } from "./generate.js";
+import { packageVersion } from "./version.js";
+
+const signals = { SIGINT: 130, SIGTERM: 143 } as const;
+
+async function main(): Promise<number> {
+  const controller = new AbortController();
+  let interrupted: number | undefined;
+  for (const [name, code] of Object.entries(signals))
+    process.on(name, () => {
+      // A second signal does not wait for the step to end.
+      if (interrupted !== undefined) process.exit(code);
+      interrupted = code;
+      controller.abort(new Error(`Stopped by ${name}.`));
+    });
+
+  const program = new Command("flowturbo")
+    .description("Text-to-image with Stable Diffusion 3 and 3.5 checkpoints, accelerated by FlowTurbo.")
+    .version(packageVersion())
+    .exitOverride();
+  generateCommand(program.command("generate").exitOverride(), controller.signal);
+  doctorCommand(program.command("doctor").exitOverride());
+
+  try {
+    await program.parseAsync();
+    return interrupted ?? (process.exitCode as number | undefined) ?? 0;
+  } catch (error) {
+    if (interrupted !== undefined) return interrupted;
+    // commander has printed its own message.
+    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+    if (error instanceof OptionError) {
+      const flag = flagOf(generateSchema, error.option) ?? flagOf(loadSchema, error.option);
+      process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);
+      return 2;
+    }
+    if (error instanceof FlowTurboError) process.stderr.write(`error: ${error.message}\n`);
+    else process.stderr.write(`error: ${(error as Error).stack ?? String(error)}\n`);
+    return 1;
+  }
+}
+
+process.exitCode = await main();

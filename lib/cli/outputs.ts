@@ -1,0 +1,64 @@
+/**
+ * Where pictures go: file names from a pattern, and the promise, before any work, that they can be written.
+ */
+
+import { randomBytes } from "node:crypto";
+import { mkdir, rmdir, stat, unlink, writeFile } from "node:fs/promises";
+import path from "node:path";
+import { OptionError, OutputError } from "../errors.js";
+import { formatOf } from "../image.js";
+
+/**
+ * One file name for each picture. `{seed}` and `{index}` (from 0) are replaced; several pictures without either get
+ * `-{index}` before the extension.
+ * @param seeds null for a picture whose noise was given: `{seed}` is then "noise"
+ * @throws OptionError for an unknown extension, an unknown placeholder, or two pictures with one name
+ */
+export function outputFiles(pattern: string, seeds: readonly (number | null)[]): string[] {
+  formatOf(pattern);
+  const unknown = pattern.match(/\{(?!seed\}|index\})[^{}/\\]*\}/);
+  if (unknown) throw new OptionError("out", `Expected {seed} or {index} in --out but received "${unknown[0]}".`);
+  let full = pattern;
+  const distinct = pattern.includes("{index}") || (pattern.includes("{seed}") && !seeds.includes(null));
+  if (seeds.length > 1 && !distinct) {
+    const { dir, name, ext } = path.parse(pattern);
+    full = path.join(dir, `${name}-{index}${ext}`);
+  }
+  return seeds.map((seed, index) =>
+    full.replaceAll("{seed}", String(seed ?? "noise")).replaceAll("{index}", String(index)),
+  );
+}
+
+/**
+ * Creates the folders of `files` where needed and proves that they can be written to.
+ * @returns a function that removes the folders that it created, if they are still empty: for when the work fails
+ * @throws OutputError that names the file and the reason
+ */
+export async function prepareOutputs(files: readonly string[]): Promise<() => Promise<void>> {
+  const created: string[] = [];
+  const undo = async () => {
+    for (const folder of created.reverse()) await rmdir(folder).catch(() => undefined);
+  };
+  try {
+    for (const folder of new Set(files.map((file) => path.dirname(path.resolve(file))))) {
+      const first = await mkdir(folder, { recursive: true });
+      // mkdir names the topmost folder it created; those between it and `folder` are new as well.
+      for (let step = folder; first && step.length >= first.length; step = path.dirname(step)) created.unshift(step);
+      const probe = path.join(folder, `.flowturbo-${randomBytes(6).toString("hex")}.tmp`);
+      await writeFile(probe, "", { flag: "wx" });
+      await unlink(probe);
+    }
+    for (const file of files) {
+      const existing = await stat(file).catch(() => null);
+      if (existing?.isDirectory()) throw new OutputError(file, `Cannot write ${file}: it is a folder.`);
+    }
+  } catch (cause) {
+    await undo();
+    if (cause instanceof OutputError) throw cause;
+    const where = (cause as NodeJS.ErrnoException).path ?? files[0]!;
+    throw new OutputError(where, `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`, {
+      cause,
+    });
+  }
+  return undo;
+}

@@ -1,0 +1,33 @@
+/**
+ * The progress bar: drawn on a terminal only, on stderr, so that stdout holds the result and nothing else.
+ */
+
+import ora from "ora";
+
+export interface Progress {
+  /** Shows what is going on, with a bar where `total` is known. */
+  show(text: string, done?: number, total?: number): void;
+  /** Leaves no trace on the terminal. */
+  clear(): void;
+}
+
+const silent: Progress = { show: () => undefined, clear: () => undefined };
+
+export function createProgress(enabled: boolean): Progress {
+  if (!enabled || !process.stderr.isTTY) return silent;
+  // discardStdin would put the terminal into raw mode, where Ctrl-C is no signal.
+  const spinner = ora({ stream: process.stderr, discardStdin: false });
+  return {
+    show(text, done, total) {
+      spinner.text = total === undefined ? text : `${bar(done ?? 0, total)} ${text}`;
+      if (!spinner.isSpinning) spinner.start();
+    },
+    clear: () => void spinner.stop(),
+  };
+}
+
+function bar(done: number, total: number): string {
+  const width = 24;
+  const filled = Math.round((width * done) / total);
+  return `${"█".repeat(filled)}${"░".repeat(width - filled)} ${done}/${total}`;
+}

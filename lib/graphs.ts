@@ -1,0 +1,97 @@
+/**
+ * The graphs of one checkpoint, by name: emitted on first use and kept. The names are those that programs launch.
+ */
+
+import type { Checkpoint, Tokenizer } from "./checkpoint/index.js";
+import { cpuEmitOptions, emitClip, emitStep, emitT5, emitVaeDecoder, type EmitOptions, positionTable } from "./networks/index.js";
+import type { OnnxGraph } from "./onnx/index.js";
+
+export type GraphName =
+  | "clip_l"
+  | "clip_g"
+  | "t5"
+  | "predict"
+  | "predict_unguided"
+  | "refine"
+  | "refine_unguided"
+  | "vae_decoder";
+
+export class GraphLibrary {
+  readonly #checkpoint: Checkpoint;
+  readonly #options: EmitOptions;
+  readonly #graphs = new Map<GraphName, OnnxGraph>();
+
+  constructor(checkpoint: Checkpoint, options: EmitOptions = cpuEmitOptions) {
+    this.#checkpoint = checkpoint;
+    this.#options = options;
+  }
+
+  /** Names of the graphs that every guided picture needs. */
+  get essential(): GraphName[] {
+    const { textEncoder, textEncoder2, textEncoder3, refiner } = this.#checkpoint;
+    return [
+      ...(textEncoder ? ["clip_l" as const] : []),
+      ...(textEncoder2 ? ["clip_g" as const] : []),
+      ...(textEncoder3 ? ["t5" as const] : []),
+      "predict",
+      ...(refiner ? ["refine" as const] : []),
+      "vae_decoder",
+    ];
+  }
+
+  /** @throws CheckpointError if weights are absent or do not have the shapes that the configs imply */
+  get(name: GraphName): OnnxGraph {
+    let graph = this.#graphs.get(name);
+    if (!graph) {
+      graph = this.#emit(name);
+      this.#graphs.set(name, graph);
+    }
+    return graph;
+  }
+
+  /** Bytes of 16-bit weights among the essential graphs: what widening them once would double. */
+  get bytesOf16BitWeights(): number {
+    let bytes = 0;
+    for (const name of this.essential)
+      for (const tensor of this.get(name).externals.values()) if (tensor.dtype !== "F32") bytes += tensor.length;
+    return bytes;
+  }
+
+  #emit(name: GraphName): OnnxGraph {
+    const { transformer, refiner, textEncoder3, vae, scheduler } = this.#checkpoint;
+    const options = this.#options;
+    const clip = (part: Checkpoint["textEncoder"], tokenizer: Tokenizer | null) => {
+      if (!part || !tokenizer) throw new RangeError(`This checkpoint has no ${name}.`);
+      return emitClip(name, part.weights, part.config, tokenizer.maxLength, options);
+    };
+    const step = (type: "predict" | "refine", guided: boolean) => {
+      const network = type === "predict" ? transformer : refiner;
+      if (!network) throw new RangeError("This checkpoint has no refiner.");
+      positionTable(network.weights, network.config);
+      return emitStep(name, type, network.weights, network.config, {
+        ...options,
+        guided,
+        numTrainTimesteps: scheduler.numTrainTimesteps,
+      });
+    };
+    switch (name) {
+      case "clip_l":
+        return clip(this.#checkpoint.textEncoder, this.#checkpoint.tokenizer);
+      case "clip_g":
+        return clip(this.#checkpoint.textEncoder2, this.#checkpoint.tokenizer2);
+      case "t5":
+        if (!textEncoder3) throw new RangeError("This checkpoint has no T5 encoder.");
+        return emitT5(name, textEncoder3.weights, textEncoder3.config, options);
+      case "predict":
+        return step("predict", true);
+      case "predict_unguided":
+        return step("predict", false);
+      case "refine":
+        return step("refine", true);
+      case "refine_unguided":
+        return step("refine", false);
+      case "vae_decoder":
+        return emitVaeDecoder(name, vae.weights, vae.config, options);
+    }
+  }
+}

@@ -1,0 +1,121 @@
+/**
+ * Pictures out: the decoder's values to RGB, and RGB to files. Encoding is sharp's; the one thing done by hand is the
+ * PNG text chunk with the generation parameters, which sharp has no way to write.
+ */
+
+import { randomBytes } from "node:crypto";
+import { rename, rm, writeFile } from "node:fs/promises";
+import path from "node:path";
+import sharp from "sharp";
+import { OptionError, OutputError } from "./errors.js";
+import type { FloatTensor } from "./tensor.js";
+
+export type ImageFormat = "png" | "jpeg" | "webp";
+
+const formats: Record<string, ImageFormat> = { ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp" };
+
+/** The format that a file's name asks for. @throws OptionError for a name that asks for none of them */
+export function formatOf(file: string): ImageFormat {
+  const format = formats[path.extname(file).toLowerCase()];
+  if (!format)
+    throw new OptionError("out", `Expected a file name ending in .png, .jpg, .jpeg or .webp but received "${file}".`);
+  return format;
+}
+
+/** One picture, 8-bit RGB. */
+export class Image {
+  readonly width: number;
+  readonly height: number;
+  /** Row-major RGB, 3 bytes a pixel. */
+  readonly data: Uint8Array;
+  /** How it was made; written into PNG files as text. */
+  readonly parameters: Readonly<Record<string, unknown>>;
+
+  constructor(width: number, height: number, data: Uint8Array, parameters: Record<string, unknown> = {}) {
+    this.width = width;
+    this.height = height;
+    this.data = data;
+    this.parameters = parameters;
+  }
+
+  /** Encoded, with the parameters as text (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
+  async encode(format: ImageFormat): Promise<Buffer> {
+    const raw = { width: this.width, height: this.height, channels: 3 as const };
+    const text = JSON.stringify(this.parameters);
+    const picture = sharp(this.data, { raw });
+    if (format === "png") return withText(await picture.png().toBuffer(), "parameters", text);
+    const described = picture.withExif({ IFD0: { ImageDescription: text, Software: "flowturbo" } });
+    return format === "jpeg"
+      ? described.jpeg({ quality: 95, chromaSubsampling: "4:4:4" }).toBuffer()
+      : described.webp({ quality: 95 }).toBuffer();
+  }
+
+  toPNG(): Promise<Buffer> {
+    return this.encode("png");
+  }
+
+  /**
+   * Writes the picture; the extension decides the format. The file appears whole or not at all.
+   * @throws OptionError for an unknown extension, OutputError if it cannot be written
+   */
+  async toFile(file: string): Promise<void> {
+    const format = formatOf(file);
+    await writeWhole(file, await this.encode(format));
+  }
+}
+
+/** Writes under a temporary name in the same folder, then renames. @throws OutputError */
+export async function writeWhole(file: string, data: Uint8Array): Promise<void> {
+  const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
+  try {
+    await writeFile(temporary, data, { flag: "wx" });
+    await rename(temporary, file);
+  } catch (cause) {
+    await rm(temporary, { force: true }).catch(() => undefined);
+    throw new OutputError(file, `Cannot write ${file}: ${(cause as Error).message}`, { cause });
+  }
+}
+
+/** Row `row` of decoded values [B, 3, H, W], nominally in [-1, 1], as interleaved 8-bit RGB. */
+export function toRgb(image: FloatTensor, row: number): Uint8Array {
+  const [, channels, height, width] = image.shape as [number, number, number, number];
+  const plane = height * width;
+  const source = image.data.subarray(row * channels * plane, (row + 1) * channels * plane);
+  // A clamped array rounds half to even and clamps, as numpy's round and clip do for diffusers.
+  const rgb = new Uint8ClampedArray(plane * 3);
+  for (let channel = 0; channel < 3; channel++) {
+    const from = (channels === 1 ? 0 : channel) * plane;
+    for (let i = 0, to = channel; i < plane; i++, to += 3) rgb[to] = (source[from + i]! / 2 + 0.5) * 255;
+  }
+  return new Uint8Array(rgb.buffer);
+}
+
+/** Inserts an iTXt chunk behind the header chunk of a PNG (RFC 2083 with the 1.2 extensions; UTF-8, uncompressed). */
+function withText(png: Buffer, keyword: string, text: string): Buffer {
+  const headerEnd = 8 + 12 + 13;
+  const body = Buffer.concat([
+    Buffer.from("iTXt", "latin1"),
+    Buffer.from(`${keyword}\0`, "latin1"),
+    // No compression, no language, no translated keyword.
+    Buffer.from([0, 0, 0, 0]),
+    Buffer.from(text, "utf8"),
+  ]);
+  const chunk = Buffer.alloc(body.length + 8);
+  chunk.writeUInt32BE(body.length - 4, 0);
+  body.copy(chunk, 4);
+  chunk.writeUInt32BE(crc32(body), body.length + 4);
+  return Buffer.concat([png.subarray(0, headerEnd), chunk, png.subarray(headerEnd)]);
+}
+
+const crcTable = Uint32Array.from({ length: 256 }, (_, n) => {
+  let c = n;
+  for (let k = 0; k < 8; k++) c = c & 1 ? 0xedb88320 ^ (c >>> 1) : c >>> 1;
+  return c;
+});
+
+/** As PNG wants it; node:zlib has one only from Node 20.15. */
+function crc32(bytes: Uint8Array): number {
+  let crc = 0xffffffff;
+  for (const byte of bytes) crc = crcTable[(crc ^ byte) & 0xff]! ^ (crc >>> 8);
+  return (crc ^ 0xffffffff) >>> 0;
+}

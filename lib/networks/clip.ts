@@ -1,0 +1,84 @@
+/**
+ * The CLIP text encoder with projection (transformers' CLIPTextModelWithProjection), as SD3 uses it: the hidden states
+ * of the last layer but one, without the final norm, and the pooled projection of the end-of-text token. The mask is
+ * causal only: padding takes part, as in the models' training.
+ */
+
+import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import type { WeightSource } from "../tensor.js";
+import { type EmitOptions, Layers } from "./layers.js";
+
+export interface ClipConfig {
+  readonly vocabSize: number;
+  readonly hiddenSize: number;
+  readonly intermediateSize: number;
+  readonly projectionDim: number;
+  readonly numHiddenLayers: number;
+  readonly numAttentionHeads: number;
+  readonly maxPositionEmbeddings: number;
+  readonly hiddenAct: "quick_gelu" | "gelu";
+  readonly layerNormEps: number;
+  readonly eosTokenId: number;
+}
+
+/** The eos_token_id in the configs of the public checkpoints, which is not the id that their tokenizers emit. */
+const legacyEos = 2;
+
+/**
+ * Inputs: ids int64 [B, length]. Outputs, float32: hidden [B, length, hiddenSize], pooled [B, projectionDim].
+ * @param length number of tokens, fixed by the tokenizer (77)
+ */
+export function emitClip(
+  name: string,
+  weights: WeightSource,
+  config: ClipConfig,
+  length: number,
+  options: EmitOptions,
+): OnnxGraph {
+  const g = new GraphBuilder(name);
+  const { hiddenSize: size, numAttentionHeads: heads } = config;
+  const ids = g.input("ids", "int64", ["rows", length]);
+  const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
+  const headDim = size / heads;
+
+  const tokens = g.op("Gather", [l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]), ids]);
+  const positions = l.slice(
+    l.weight("text_model.embeddings.position_embedding.weight", [config.maxPositionEmbeddings, size]),
+    0,
+    0,
+    length,
+  );
+  let x = l.add(g.cast(tokens, l.compute), positions);
+
+  // -60000 stays finite in float16 and is as good as minus infinity behind a softmax.
+  const mask = new Float32Array(length * length);
+  for (let row = 0; row < length; row++) mask.fill(-60000, row * length + row + 1, (row + 1) * length);
+  const causal = g.tensor([1, 1, length, length], mask, l.compute);
+
+  let penultimate: Value = x;
+  for (let index = 0; index < config.numHiddenLayers; index++) {
+    if (index === config.numHiddenLayers - 1) penultimate = x;
+    const prefix = `text_model.encoder.layers.${index}`;
+    const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
+    const project = (part: string) =>
+      l.splitHeads(l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size), heads, headDim);
+    const mixed = l.attention(project("q"), project("k"), project("v"), heads, headDim, headDim ** -0.5, causal);
+    x = l.add(x, l.linear(mixed, `${prefix}.self_attn.out_proj`, size, size));
+    const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);
+    const inner = l.linear(norm2, `${prefix}.mlp.fc1`, size, config.intermediateSize);
+    const activated =
+      config.hiddenAct === "gelu" ? l.gelu(inner, "none") : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
+    x = l.add(x, l.linear(activated, `${prefix}.mlp.fc2`, config.intermediateSize, size));
+  }
+  g.output("hidden", g.cast(penultimate, "float32"), ["rows", length, size]);
+
+  // The end-of-text token: the largest id in vocabularies of the public checkpoints, else the first eos.
+  const marked =
+    config.eosTokenId === legacyEos ? ids : g.cast(g.op("Equal", [ids, g.scalar(config.eosTokenId, "int64")]), "int64");
+  const position = g.op("ArgMax", [marked], { axis: 1, keepdims: 1 });
+  const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
+  const last = g.op("GatherND", [final, position], { batch_dims: 1 });
+  const pooled = l.linear(last, "text_projection", size, config.projectionDim, { rank: 2, bias: false });
+  g.output("pooled", g.cast(pooled, "float32"), ["rows", config.projectionDim]);
+  return g.build();
+}

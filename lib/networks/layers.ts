@@ -1,0 +1,178 @@
+/**
+ * The layers that the networks share, on top of the ONNX builder: weights looked up by the checkpoint's names and
+ * checked against the shape that the config implies, linear and normalisation layers, attention.
+ *
+ * Element types: a network computes in one type (`compute`). Weights stored in another are cast where they are used,
+ * which on the CPU means: 16-bit weights stay 16-bit in memory and are widened for the duration of one layer.
+ */
+
+import { CheckpointError } from "../errors.js";
+import { type ElementType, GraphBuilder, type Value } from "../onnx/index.js";
+import type { StoredTensor, WeightSource } from "../tensor.js";
+
+/** How graphs are emitted for a runtime. */
+export interface EmitOptions {
+  /** The type that networks compute in; states, inputs and outputs are float32 whatever it is. */
+  readonly compute: "float32" | "float16" | "bfloat16";
+  /**
+   * `gemm`: y = Gemm(x, W, b) with transB, which reads the stored [out, in] layout as it is (ONNX Runtime on the CPU).
+   * `matmul`: x · Transpose(W) + b, which TensorRT fuses for projections that share an input.
+   */
+  readonly linear: "gemm" | "matmul";
+}
+
+/** ONNX Runtime on the CPU computes in float32 only. */
+export const cpuEmitOptions: EmitOptions = { compute: "float32", linear: "gemm" };
+
+/** @throws CheckpointError if the tensor is absent or has another shape */
+export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
+  const tensor = weights.find(name);
+  if (!tensor)
+    throw new CheckpointError(
+      weights.origin,
+      `${weights.origin} has no tensor "${name}", which its config.json calls for. Is the download complete, and do config and weights belong together?`,
+    );
+  if (tensor.shape.join() !== shape.join())
+    throw new CheckpointError(
+      tensor.file,
+      `Expected shape [${shape.join(", ")}] for tensor "${name}" in ${tensor.file} but found [${tensor.shape.join(", ")}]. Its config.json belongs to other weights.`,
+    );
+  return tensor;
+}
+
+/** Large enough to mean "to the end" in Slice. */
+const end = Number.MAX_SAFE_INTEGER;
+
+export class Layers {
+  readonly #shared = new Map<string, Value>();
+
+  constructor(
+    readonly g: GraphBuilder,
+    readonly weights: WeightSource,
+    readonly options: EmitOptions,
+    /** Number of rows of the network's inputs, as an int64 [1] value. */
+    readonly batch: Value,
+    readonly compute: ElementType = options.compute,
+  ) {}
+
+  /** The same graph and weights, computing in another type. */
+  withCompute(compute: ElementType): Layers {
+    return compute === this.compute ? this : new Layers(this.g, this.weights, this.options, this.batch, compute);
+  }
+
+  /** A weight in its stored type. @throws CheckpointError if it is absent or has another shape. */
+  stored(name: string, shape: readonly number[]): Value {
+    return this.g.external(requireTensor(this.weights, name, shape));
+  }
+
+  has(name: string): boolean {
+    return this.weights.find(name) !== undefined;
+  }
+
+  /** A weight in the type that the network computes in. */
+  weight(name: string, shape: readonly number[]): Value {
+    return this.g.cast(this.stored(name, shape), this.compute);
+  }
+
+  scalar(value: number): Value {
+    return this.g.scalar(value, this.compute);
+  }
+
+  /** y = x Wᵀ + b over the last axis, for x of [rows, in] or [rows, tokens, in]. */
+  linear(x: Value, name: string, from: number, to: number, { rank = 3, bias = true } = {}): Value {
+    const { g } = this;
+    const weight = this.weight(`${name}.weight`, [to, from]);
+    const addend = bias ? this.weight(`${name}.bias`, [to]) : null;
+    return g.scoped(name, () => {
+      if (this.options.linear === "matmul") {
+        const product = g.op("MatMul", [x, g.op("Transpose", [weight], { perm: [1, 0] })]);
+        return addend ? g.op("Add", [product, addend]) : product;
+      }
+      const flat = rank === 2 ? x : g.op("Reshape", [x, g.ints([-1, from])]);
+      const y = g.op("Gemm", addend ? [flat, weight, addend] : [flat, weight], { transB: 1 });
+      return rank === 2 ? y : this.rows(y, [-1, to]);
+    });
+  }
+
+  /** Reshapes to [rows, ...shape]. */
+  rows(x: Value, shape: readonly number[]): Value {
+    const key = `rows:${shape}`;
+    let target = this.#shared.get(key);
+    if (!target) {
+      target = this.g.op("Concat", [this.batch, this.g.ints(shape)], { axis: 0 });
+      this.#shared.set(key, target);
+    }
+    return this.g.op("Reshape", [x, target]);
+  }
+
+  /** Layer normalisation over the last axis; `name` is null for one without learnt scale and bias. */
+  layerNorm(x: Value, name: string | null, size: number, epsilon: number): Value {
+    if (name !== null)
+      return this.g.op(
+        "LayerNormalization",
+        [x, this.weight(`${name}.weight`, [size]), this.weight(`${name}.bias`, [size])],
+        { axis: -1, epsilon: { float: epsilon } },
+      );
+    const key = `${this.compute}:${size}`;
+    let ones = this.#shared.get(key);
+    if (!ones) {
+      ones = this.g.tensor([size], new Array<number>(size).fill(1), this.compute);
+      this.#shared.set(key, ones);
+    }
+    return this.g.op("LayerNormalization", [x, ones], { axis: -1, epsilon: { float: epsilon } });
+  }
+
+  /** Root-mean-square normalisation over the last axis. */
+  rmsNorm(x: Value, name: string, size: number, epsilon: number): Value {
+    return this.g.op("RMSNormalization", [x, this.weight(name, [size])], { axis: -1, epsilon: { float: epsilon } });
+  }
+
+  add(a: Value, b: Value): Value {
+    return this.g.op("Add", [a, b]);
+  }
+
+  mul(a: Value, b: Value): Value {
+    return this.g.op("Mul", [a, b]);
+  }
+
+  silu(x: Value): Value {
+    return this.mul(x, this.g.op("Sigmoid", [x]));
+  }
+
+  gelu(x: Value, approximate: "none" | "tanh"): Value {
+    return this.g.op("Gelu", [x], { approximate });
+  }
+
+  /** Slice along one axis; without `to`, to its end. Bounds are numbers or int64 [1] values. */
+  slice(x: Value, axis: number, from: number | Value, to: number | Value = end): Value {
+    const bound = (value: number | Value) => (typeof value === "number" ? this.g.ints([value]) : value);
+    return this.g.op("Slice", [x, bound(from), bound(to), this.g.ints([axis])]);
+  }
+
+  /** Size of one axis as an int64 [1] value. */
+  sizeOf(x: Value, axis: number): Value {
+    return this.g.op("Shape", [x], { start: axis, end: axis + 1 });
+  }
+
+  /** [rows, tokens, heads · headDim] → [rows, tokens, heads, headDim]. */
+  splitHeads(x: Value, heads: number, headDim: number): Value {
+    return this.g.op("Reshape", [x, this.g.ints([0, 0, heads, headDim])]);
+  }
+
+  /**
+   * Multi-head attention. q: [rows, N, heads, headDim], k and v: [rows, M, heads, headDim] → [rows, N, heads · headDim].
+   * @param scale factor on the scores (1/√headDim, or 1 for T5)
+   * @param bias added to the scores, broadcast to [rows, heads, N, M]
+   */
+  attention(q: Value, k: Value, v: Value, heads: number, headDim: number, scale: number, bias?: Value): Value {
+    const { g } = this;
+    // Scaling q costs N·headDim products where scaling the scores would cost N·M.
+    const queries = g.op("Transpose", [scale === 1 ? q : this.mul(q, this.scalar(scale))], { perm: [0, 2, 1, 3] });
+    const keys = g.op("Transpose", [k], { perm: [0, 2, 3, 1] });
+    const values = g.op("Transpose", [v], { perm: [0, 2, 1, 3] });
+    let scores = g.op("MatMul", [queries, keys]);
+    if (bias) scores = this.add(scores, bias);
+    const mixed = g.op("MatMul", [g.op("Softmax", [scores], { axis: -1 }), values]);
+    return g.op("Reshape", [g.op("Transpose", [mixed], { perm: [0, 2, 1, 3] }), g.ints([0, 0, heads * headDim])]);
+  }
+}

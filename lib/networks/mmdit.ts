@@ -1,0 +1,231 @@
+/**
+ * The multimodal diffusion transformer of SD3 and SD3.5 (diffusers' SD3Transformer2DModel): image and text tokens have
+ * weights of their own and attend to each other jointly. One function, read as the paper (Esser et al. 2024, section 4):
+ * predictor and refiner are the same network with other sizes.
+ */
+
+import type { ElementType, GraphBuilder, Value } from "../onnx/index.js";
+import type { StoredTensor, WeightSource } from "../tensor.js";
+import { type EmitOptions, Layers, requireTensor } from "./layers.js";
+
+export interface MmditConfig {
+  readonly patchSize: number;
+  readonly inChannels: number;
+  readonly outChannels: number;
+  readonly numLayers: number;
+  readonly attentionHeadDim: number;
+  readonly numAttentionHeads: number;
+  readonly jointAttentionDim: number;
+  readonly pooledProjectionDim: number;
+  /** Side of the table of positions, in patches. */
+  readonly posEmbedMaxSize: number;
+  /** Indices of the blocks with a second attention over the image tokens alone (SD3.5-medium). */
+  readonly dualAttentionLayers: readonly number[];
+  readonly qkNorm: "rms_norm" | null;
+}
+
+export interface MmditInputs {
+  /** [rows, inChannels, h, w] in the compute type. */
+  readonly latent: Value;
+  /** [rows] float32, 1000·σ for SD3. */
+  readonly timestep: Value;
+  /** [rows, tokens, jointAttentionDim] float32. */
+  readonly context: Value;
+  /** [rows, pooledProjectionDim] float32. */
+  readonly pooled: Value;
+  /** [1, h/p · w/p, width] float32: the centre crop of the table of positions. */
+  readonly positionEmbedding: Value;
+}
+
+export interface MmditOptions extends EmitOptions {
+  /** Computes single blocks in another type (NVIDIA ran block 35 of SD3.5-large in float32). */
+  readonly blockCompute?: ReadonlyMap<number, ElementType>;
+}
+
+const epsilon = 1e-6;
+/** Width of the sinusoidal embedding of the timestep. */
+const timestepChannels = 256;
+
+/** Number of values a token of the transformer holds. */
+export function mmditWidth(config: MmditConfig): number {
+  return config.numAttentionHeads * config.attentionHeadDim;
+}
+
+/** The table of positions, [1, posEmbedMaxSize², width]; graphs take the centre crop for their size as an input. */
+export function positionTable(weights: WeightSource, config: MmditConfig): StoredTensor {
+  return requireTensor(weights, "pos_embed.pos_embed", [1, config.posEmbedMaxSize ** 2, mmditWidth(config)]);
+}
+
+/** @returns the velocity, [rows, outChannels, h, w] in the compute type. */
+export function mmdit(
+  g: GraphBuilder,
+  weights: WeightSource,
+  config: MmditConfig,
+  inputs: MmditInputs,
+  options: MmditOptions,
+): Value {
+  const l = new Layers(g, weights, options, g.op("Shape", [inputs.latent], { start: 0, end: 1 }));
+  const width = mmditWidth(config);
+  const patch = config.patchSize;
+
+  // 1. Patches to tokens, with their positions.
+  const patches = g.op(
+    "Conv",
+    [
+      inputs.latent,
+      l.weight("pos_embed.proj.weight", [width, config.inChannels, patch, patch]),
+      l.weight("pos_embed.proj.bias", [width]),
+    ],
+    { kernel_shape: [patch, patch], strides: [patch, patch] },
+  );
+  const flat = g.op("Transpose", [g.op("Reshape", [patches, g.ints([0, width, -1])])], { perm: [0, 2, 1] });
+  let x = l.add(flat, g.cast(inputs.positionEmbedding, l.compute));
+
+  // 2. Text tokens, and the vector that conditions every block: timestep + pooled text.
+  let context = l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
+  const mlp = (value: Value, name: string, from: number) =>
+    l.linear(l.silu(l.linear(value, `${name}.linear_1`, from, width, { rank: 2 })), `${name}.linear_2`, width, width, {
+      rank: 2,
+    });
+  const conditioning = l.add(
+    mlp(timestepEmbedding(l, inputs.timestep), "time_text_embed.timestep_embedder", timestepChannels),
+    mlp(g.cast(inputs.pooled, l.compute), "time_text_embed.text_embedder", config.pooledProjectionDim),
+  );
+  const activated = l.silu(conditioning);
+
+  // 3. The joint blocks.
+  for (let index = 0; index < config.numLayers; index++) {
+    const compute = options.blockCompute?.get(index) ?? l.compute;
+    const block = l.withCompute(compute);
+    const result = g.scoped(`transformer_blocks.${index}`, () =>
+      jointBlock(block, config, index, g.cast(x, compute), g.cast(context, compute), g.cast(activated, compute)),
+    );
+    x = g.cast(result.x, l.compute);
+    if (result.context) context = g.cast(result.context, l.compute);
+  }
+
+  // 4. Tokens back to a latent.
+  const [scale, shift] = modulation(l, activated, "norm_out.linear", width, 2) as [Value, Value];
+  const out = l.linear(
+    modulate(l, l.layerNorm(x, null, width, epsilon), shift, scale),
+    "proj_out",
+    width,
+    patch * patch * config.outChannels,
+  );
+  // [rows, h·w, p, q, c] → [rows, c, h, p, w, q]
+  const h = l.sizeOf(patches, 2);
+  const w = l.sizeOf(patches, 3);
+  const cells = g.op("Reshape", [
+    out,
+    g.op("Concat", [l.batch, h, w, g.ints([patch, patch, config.outChannels])], { axis: 0 }),
+  ]);
+  const spread = g.op("Transpose", [cells], { perm: [0, 5, 1, 3, 2, 4] });
+  const side = g.ints([patch]);
+  return g.op("Reshape", [
+    spread,
+    g.op("Concat", [l.batch, g.ints([config.outChannels]), g.op("Mul", [h, side]), g.op("Mul", [w, side])], {
+      axis: 0,
+    }),
+  ]);
+}
+
+/** Sinusoidal embedding, cosines first (diffusers' Timesteps with flip_sin_to_cos): [rows] → [rows, 256]. */
+function timestepEmbedding(l: Layers, timestep: Value): Value {
+  const { g } = l;
+  const half = timestepChannels / 2;
+  // Rounded step by step as torch does in float32: at 1000·σ one unit in the last place is a visible phase.
+  const frequencies = Float32Array.from({ length: half }, (_, i) =>
+    Math.exp(Math.fround(Math.fround(-Math.log(10000)) * i) / half),
+  );
+  const angles = g.op("Mul", [
+    g.op("Unsqueeze", [timestep, g.ints([1])]),
+    g.tensor([1, half], frequencies, "float32"),
+  ]);
+  return g.cast(g.op("Concat", [g.op("Cos", [angles]), g.op("Sin", [angles])], { axis: 1 }), l.compute);
+}
+
+/** Projects the conditioning to `parts` vectors of [rows, 1, width]. */
+function modulation(l: Layers, activated: Value, name: string, width: number, parts: number): Value[] {
+  const all = l.linear(activated, name, width, parts * width, { rank: 2 });
+  return l.g.ops("Split", [l.g.op("Unsqueeze", [all, l.g.ints([1])])], parts, { axis: -1, num_outputs: parts });
+}
+
+/** x · (1 + scale) + shift */
+function modulate(l: Layers, x: Value, shift: Value, scale: Value): Value {
+  return l.add(l.mul(x, l.add(scale, l.scalar(1))), shift);
+}
+
+function jointBlock(
+  l: Layers,
+  config: MmditConfig,
+  index: number,
+  x: Value,
+  context: Value,
+  activated: Value,
+): { x: Value; context: Value | null } {
+  const { g } = l;
+  const name = `transformer_blocks.${index}`;
+  const width = mmditWidth(config);
+  const heads = config.numAttentionHeads;
+  const headDim = config.attentionHeadDim;
+  const dual = config.dualAttentionLayers.includes(index);
+  const last = index === config.numLayers - 1;
+
+  const project = (tokens: Value, linear: string, norm: string | null): Value => {
+    const split = l.splitHeads(l.linear(tokens, `${name}.${linear}`, width, width), heads, headDim);
+    return norm && config.qkNorm ? l.rmsNorm(split, `${name}.${norm}.weight`, headDim, epsilon) : split;
+  };
+  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, headDim ** -0.5);
+  const both = (a: Value, b: Value) => g.op("Concat", [a, b], { axis: 1 });
+  const feedForward = (tokens: Value, part: string) =>
+    l.linear(
+      l.gelu(l.linear(tokens, `${name}.${part}.net.0.proj`, width, 4 * width), "tanh"),
+      `${name}.${part}.net.2`,
+      4 * width,
+      width,
+    );
+
+  // Modulation of both streams. The last block has no context output and orders its two vectors (scale, shift).
+  const modX = modulation(l, activated, `${name}.norm1.linear`, width, dual ? 9 : 6);
+  const [shiftX, scaleX, gateX, shiftFf, scaleFf, gateFf, shift2, scale2, gate2] = modX as [
+    Value, Value, Value, Value, Value, Value, Value, Value, Value,
+  ];
+  const modC = modulation(l, activated, `${name}.norm1_context.linear`, width, last ? 2 : 6);
+  const [shiftC, scaleC] = (last ? [modC[1], modC[0]] : modC) as [Value, Value];
+  const normX = l.layerNorm(x, null, width, epsilon);
+  const tokensX = modulate(l, normX, shiftX, scaleX);
+  const tokensC = modulate(l, l.layerNorm(context, null, width, epsilon), shiftC, scaleC);
+
+  // Joint attention, image tokens first. In the last block nobody reads what the text tokens would gather.
+  const qX = project(tokensX, "attn.to_q", "attn.norm_q");
+  const q = last ? qX : both(qX, project(tokensC, "attn.add_q_proj", "attn.norm_added_q"));
+  const k = both(
+    project(tokensX, "attn.to_k", "attn.norm_k"),
+    project(tokensC, "attn.add_k_proj", "attn.norm_added_k"),
+  );
+  const v = both(project(tokensX, "attn.to_v", null), project(tokensC, "attn.add_v_proj", null));
+  const gathered = attend(q, k, v);
+  const imageTokens = l.sizeOf(x, 1);
+  const gatheredX = last ? gathered : l.slice(gathered, 1, 0, imageTokens);
+
+  // Image stream.
+  x = l.add(x, l.mul(gateX, l.linear(gatheredX, `${name}.attn.to_out.0`, width, width)));
+  if (dual) {
+    const tokens = modulate(l, normX, shift2, scale2);
+    const own = attend(
+      project(tokens, "attn2.to_q", "attn2.norm_q"),
+      project(tokens, "attn2.to_k", "attn2.norm_k"),
+      project(tokens, "attn2.to_v", null),
+    );
+    x = l.add(x, l.mul(gate2, l.linear(own, `${name}.attn2.to_out.0`, width, width)));
+  }
+  x = l.add(x, l.mul(gateFf, feedForward(modulate(l, l.layerNorm(x, null, width, epsilon), shiftFf, scaleFf), "ff")));
+  if (last) return { x, context: null };
+
+  // Text stream.
+  const [, , gateC, shiftFfC, scaleFfC, gateFfC] = modC as [Value, Value, Value, Value, Value, Value];
+  const gatheredC = l.slice(gathered, 1, imageTokens);
+  context = l.add(context, l.mul(gateC, l.linear(gatheredC, `${name}.attn.to_add_out`, width, width)));
+  const tokensFf = modulate(l, l.layerNorm(context, null, width, epsilon), shiftFfC, scaleFfC);
+  return { x, context: l.add(context, l.mul(gateFfC, feedForward(tokensFf, "ff_context"))) };
+}

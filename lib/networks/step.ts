@@ -1,0 +1,89 @@
+/**
+ * One fused sampling step: guidance, the network and the update in one graph, so that a step is one launch and no
+ * arithmetic is left to whoever drives it. Two kinds serve every sampler (docs in ARCHITECTURE.md):
+ *
+ *   x_in = x + a_in·guide(v)            v' = network(x_in, 1000·σ, context, pooled)          predict
+ *                                       v' = refiner(x_in ⊕ v, 1000·σ, context, pooled) + v   refine
+ *   x'   = x + a_old·guide(v) + a_new·guide(v')
+ *
+ * guide(v) = u + g·(c − u) for the halves u (unconditional, first) and c (conditional) of v. σ and the coefficients
+ * are per row, so that rows at different positions of different schedules can share a launch.
+ */
+
+import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import type { WeightSource } from "../tensor.js";
+import { type MmditConfig, type MmditOptions, mmdit, mmditWidth } from "./mmdit.js";
+
+export type StepType = "predict" | "refine";
+
+export interface StepOptions extends MmditOptions {
+  /** Without guidance the network runs on B rows instead of 2B, and there is no `guidance` input. */
+  readonly guided: boolean;
+  /** The network's timestep is σ times this (1000). */
+  readonly numTrainTimesteps: number;
+}
+
+/**
+ * Inputs (B rows, R = 2B with guidance, else B; C latent channels):
+ * x [B, C, h, w], velocity [R, C, h, w], context [R, T, joint], pooled [R, pooled],
+ * position_embedding [1, h/p·w/p, width]; sigma, a_in, a_old, a_new and (guided) guidance [B].
+ * Outputs: x_next [B, C, h, w], velocity_next [R, C, h, w]. All float32.
+ * @param config of the network to run; a refiner has inChannels = 2·outChannels
+ * @throws CheckpointError if a weight is absent or has another shape than the config implies
+ */
+export function emitStep(
+  name: string,
+  type: StepType,
+  weights: WeightSource,
+  config: MmditConfig,
+  options: StepOptions,
+): OnnxGraph {
+  const g = new GraphBuilder(name);
+  const channels = config.outChannels;
+  const rows = options.guided ? "network_rows" : "rows";
+  const x = g.input("x", "float32", ["rows", channels, "height", "width"]);
+  const velocity = g.input("velocity", "float32", [rows, channels, "height", "width"]);
+  const context = g.input("context", "float32", [rows, "tokens", config.jointAttentionDim]);
+  const pooled = g.input("pooled", "float32", [rows, config.pooledProjectionDim]);
+  const positionEmbedding = g.input("position_embedding", "float32", [1, "patches", mmditWidth(config)]);
+  const perRow = (input: string) => g.input(input, "float32", ["rows"]);
+  const sigma = perRow("sigma");
+  // [B] → [B, 1, 1, 1]
+  const coefficient = (input: string) => g.op("Unsqueeze", [perRow(input), g.ints([1, 2, 3])]);
+  const aIn = coefficient("a_in");
+  const aOld = coefficient("a_old");
+  const aNew = coefficient("a_new");
+  const guidance = options.guided ? coefficient("guidance") : null;
+
+  const guide = (pair: Value): Value => {
+    if (!guidance) return pair;
+    const [u, c] = g.ops("Split", [pair], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
+    return g.op("Add", [u, g.op("Mul", [guidance, g.op("Sub", [c, u])])]);
+  };
+  const twice = (value: Value) => (options.guided ? g.op("Concat", [value, value], { axis: 0 }) : value);
+
+  const guided = guide(velocity);
+  const point = twice(g.op("Add", [x, g.op("Mul", [aIn, guided])]));
+  const latent = type === "refine" ? g.op("Concat", [point, velocity], { axis: 1 }) : point;
+  const output = g.cast(
+    mmdit(
+      g,
+      weights,
+      config,
+      {
+        latent: g.cast(latent, options.compute),
+        timestep: g.op("Mul", [twice(sigma), g.scalar(options.numTrainTimesteps, "float32")]),
+        context,
+        pooled,
+        positionEmbedding,
+      },
+      options,
+    ),
+    "float32",
+  );
+  const next = type === "refine" ? g.op("Add", [output, velocity]) : output;
+  const moved = g.op("Add", [x, g.op("Mul", [aOld, guided])]);
+  g.output("x_next", g.op("Add", [moved, g.op("Mul", [aNew, guide(next)])]), ["rows", channels, "height", "width"]);
+  g.output("velocity_next", next, [rows, channels, "height", "width"]);
+  return g.build();
+}

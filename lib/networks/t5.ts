@@ -1,0 +1,101 @@
+/**
+ * The T5 encoder (transformers' T5EncoderModel): RMS norms, relative position buckets instead of position embeddings,
+ * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one.
+ */
+
+import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import type { WeightSource } from "../tensor.js";
+import { type EmitOptions, Layers } from "./layers.js";
+
+export interface T5Config {
+  readonly vocabSize: number;
+  readonly dModel: number;
+  readonly dKv: number;
+  readonly dFf: number;
+  readonly numLayers: number;
+  readonly numHeads: number;
+  readonly relativeAttentionNumBuckets: number;
+  readonly relativeAttentionMaxDistance: number;
+  readonly layerNormEpsilon: number;
+  readonly activation: "gelu_new" | "gelu" | "relu" | "silu";
+  /** Whether the feed-forward is gated: act(x W0) · (x W1). */
+  readonly gated: boolean;
+}
+
+/**
+ * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`). Output, float32: hidden [B, T, dModel].
+ */
+export function emitT5(name: string, weights: WeightSource, config: T5Config, options: EmitOptions): OnnxGraph {
+  const g = new GraphBuilder(name);
+  const { dModel, dFf, numHeads, dKv } = config;
+  const inner = numHeads * dKv;
+  const ids = g.input("ids", "int64", ["rows", "tokens"]);
+  const buckets = g.input("relative_buckets", "int64", ["tokens", "tokens"]);
+  const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
+  const linear = (x: Value, weight: string, from: number, to: number) => l.linear(x, weight, from, to, { bias: false });
+  const norm = (x: Value, weight: string) => l.rmsNorm(x, `${weight}.weight`, dModel, config.layerNormEpsilon);
+  const activate = (x: Value): Value => {
+    switch (config.activation) {
+      case "gelu_new":
+        return l.gelu(x, "tanh");
+      case "gelu":
+        return l.gelu(x, "none");
+      case "silu":
+        return l.silu(x);
+      case "relu":
+        return g.op("Relu", [x]);
+    }
+  };
+
+  const table = l.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight";
+  let x = g.cast(g.op("Gather", [l.stored(table, [config.vocabSize, dModel]), ids]), l.compute);
+
+  // One bias for all layers, from the first: [T, T] → [1, heads, T, T].
+  const biasTable = l.stored("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [
+    config.relativeAttentionNumBuckets,
+    numHeads,
+  ]);
+  const perPair = g.op("Transpose", [g.op("Gather", [biasTable, buckets])], { perm: [2, 0, 1] });
+  const bias = g.cast(g.op("Unsqueeze", [perPair, g.ints([0])]), l.compute);
+
+  for (let index = 0; index < config.numLayers; index++) {
+    const attention = `encoder.block.${index}.layer.0`;
+    const normed = norm(x, `${attention}.layer_norm`);
+    const project = (part: string) =>
+      l.splitHeads(linear(normed, `${attention}.SelfAttention.${part}`, dModel, inner), numHeads, dKv);
+    const mixed = l.attention(project("q"), project("k"), project("v"), numHeads, dKv, 1, bias);
+    x = l.add(x, linear(mixed, `${attention}.SelfAttention.o`, inner, dModel));
+
+    const forward = `encoder.block.${index}.layer.1`;
+    const y = norm(x, `${forward}.layer_norm`);
+    const dense = `${forward}.DenseReluDense`;
+    const hidden = config.gated
+      ? l.mul(activate(linear(y, `${dense}.wi_0`, dModel, dFf)), linear(y, `${dense}.wi_1`, dModel, dFf))
+      : activate(linear(y, `${dense}.wi`, dModel, dFf));
+    x = l.add(x, linear(hidden, `${dense}.wo`, dFf, dModel));
+  }
+  g.output("hidden", g.cast(norm(x, "encoder.final_layer_norm"), "float32"), ["rows", "tokens", dModel]);
+  return g.build();
+}
+
+/**
+ * The bucket of each (query, key) pair, [length, length] row-major: half the buckets for keys before the query, half
+ * for those after; exact for near ones, logarithmic up to the maximum distance (Raffel et al. 2020, as transformers'
+ * `_relative_position_bucket` computes it).
+ */
+export function relativeBuckets(config: T5Config, length: number): BigInt64Array {
+  const half = config.relativeAttentionNumBuckets >> 1;
+  const exact = half >> 1;
+  // In float32, as torch: at powers of two the logarithm decides between two buckets.
+  const spread = Math.fround(Math.log(config.relativeAttentionMaxDistance / exact));
+  const bucketOf = (distance: number): number => {
+    if (distance < exact) return distance;
+    const ratio = Math.fround(Math.fround(Math.log(Math.fround(distance / exact))) / spread);
+    return Math.min(half - 1, exact + Math.trunc(Math.fround(ratio * (half - exact))));
+  };
+  const buckets = new BigInt64Array(length * length);
+  for (let query = 0; query < length; query++)
+    for (let key = 0; key < length; key++)
+      buckets[query * length + key] = BigInt((key > query ? half : 0) + bucketOf(Math.abs(key - query)));
+  return buckets;
+}

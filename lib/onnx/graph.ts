@@ -1,0 +1,259 @@
+/**
+ * Builds one ONNX graph, node by node. Weights never pass through here: an initializer that belongs to the checkpoint
+ * is an external-data entry (file, offset, length), so that the graph of a model of many gigabytes is a few hundred
+ * kilobytes. Values carry their element type, since strongly typed runtimes (TensorRT) forbid implicit conversion.
+ */
+
+import { type StoredDType, type StoredTensor, elementCount } from "../tensor.js";
+import { MessageWriter } from "./protobuf.js";
+
+export type ElementType = "float32" | "float16" | "bfloat16" | "int64" | "bool";
+
+/** A value of the graph under construction. */
+export interface Value {
+  readonly name: string;
+  readonly type: ElementType;
+}
+
+export type Attribute = number | string | readonly number[] | { readonly float: number };
+
+/** A dimension: a number, or the name of one that is known only when the graph runs. */
+export type Dimension = number | string;
+
+/** A finished graph; see `CompilableGraph` in the runtimes. */
+export interface OnnxGraph {
+  readonly name: string;
+  readonly bytes: Uint8Array;
+  readonly externals: ReadonlyMap<string, StoredTensor>;
+}
+
+/** Opset 23 is the first with RMSNormalization and is read by ONNX Runtime 1.30 and TensorRT 11. */
+const opset = 23;
+const irVersion = 11;
+
+const onnxType: Record<ElementType, number> = { float32: 1, int64: 7, bool: 9, float16: 10, bfloat16: 16 };
+const storedType: Record<StoredDType, ElementType> = { F32: "float32", F16: "float16", BF16: "bfloat16" };
+
+/** Operators whose result type is not that of their first input. */
+const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool" };
+
+export class GraphBuilder {
+  readonly name: string;
+  readonly #nodes: MessageWriter[] = [];
+  readonly #initializers: MessageWriter[] = [];
+  readonly #inputs: MessageWriter[] = [];
+  readonly #outputs: MessageWriter[] = [];
+  readonly #externals = new Map<string, StoredTensor>();
+  readonly #constants = new Map<string, Value>();
+  #scope = "";
+  #counter = 0;
+
+  constructor(name: string) {
+    this.name = name;
+  }
+
+  /** Names the nodes that `build` adds, so that a runtime's complaint says which layer it means. */
+  scoped<T>(scope: string, build: () => T): T {
+    const outer = this.#scope;
+    this.#scope = outer ? `${outer}.${scope}` : scope;
+    try {
+      return build();
+    } finally {
+      this.#scope = outer;
+    }
+  }
+
+  input(name: string, type: ElementType, shape: readonly Dimension[]): Value {
+    this.#inputs.push(valueInfo(name, type, shape));
+    return { name, type };
+  }
+
+  /** Gives `value` the output name `name`. */
+  output(name: string, value: Value, shape: readonly Dimension[]): void {
+    this.#node("Identity", [value.name], [name], {});
+    this.#outputs.push(valueInfo(name, value.type, shape));
+  }
+
+  /** Adds a node with one output. A null input is an optional one that is left out. */
+  op(type: string, inputs: readonly (Value | null)[], attributes: Record<string, Attribute> = {}): Value {
+    return this.ops(type, inputs, 1, attributes)[0]!;
+  }
+
+  /** Adds a node with several outputs, all of the first input's type. */
+  ops(
+    type: string,
+    inputs: readonly (Value | null)[],
+    outputs: number,
+    attributes: Record<string, Attribute> = {},
+  ): Value[] {
+    const element = resultType[type] ?? inputs.find((input) => input !== null)?.type ?? "float32";
+    const values = Array.from({ length: outputs }, () => this.#fresh(type, element));
+    this.#node(
+      type,
+      inputs.map((input) => input?.name ?? ""),
+      values.map((value) => value.name),
+      attributes,
+    );
+    return values;
+  }
+
+  /** The value converted to `type`; itself where it has that type already. */
+  cast(value: Value, type: ElementType): Value {
+    if (value.type === type) return value;
+    const result = this.#fresh("Cast", type);
+    this.#node("Cast", [value.name], [result.name], { to: onnxType[type] });
+    return result;
+  }
+
+  /** A constant vector of integers (shapes, axes, indices). */
+  ints(values: readonly number[]): Value {
+    return this.#constant(`ints[${values}]`, "int64", [values.length], () =>
+      Buffer.from(BigInt64Array.from(values, BigInt).buffer),
+    );
+  }
+
+  /** A constant scalar in the element type asked for. */
+  scalar(value: number, type: ElementType): Value {
+    return this.#constant(`${type}(${value})`, type, [], () => encode([value], type));
+  }
+
+  /** A constant tensor of a few values in the element type asked for. */
+  tensor(shape: readonly number[], values: ArrayLike<number>, type: ElementType): Value {
+    return this.#initializer(`constant_${this.#counter++}`, type, shape, encode(Array.from(values), type));
+  }
+
+  /** An initializer that stays in the checkpoint's file, in the element type that it has there. */
+  external(tensor: StoredTensor, name = tensor.name): Value {
+    const type = storedType[tensor.dtype];
+    const known = this.#externals.get(name);
+    if (known) {
+      if (known.file !== tensor.file || known.offset !== tensor.offset)
+        throw new RangeError(`Two different tensors are named ${name} in the graph ${this.name}.`);
+      return { name, type };
+    }
+    this.#externals.set(name, tensor);
+    // Without the root ("/" or "C:\"): runtimes resolve it against the root, since they refuse absolute paths.
+    const location = tensor.file.replace(/^([A-Za-z]:)?[\\/]+/, "").replaceAll("\\", "/");
+    const entry = (key: string, value: string) => new MessageWriter().string(1, key).string(2, value);
+    this.#initializers.push(
+      new MessageWriter()
+        .packedInts(1, tensor.shape)
+        .int(2, onnxType[type])
+        .string(8, name)
+        .message(13, entry("location", location))
+        .message(13, entry("offset", String(tensor.offset)))
+        .message(13, entry("length", String(tensor.length)))
+        .int(14, 1),
+    );
+    return { name, type };
+  }
+
+  build(): OnnxGraph {
+    const graph = new MessageWriter().string(2, this.name);
+    for (const node of this.#nodes) graph.message(1, node);
+    for (const initializer of this.#initializers) graph.message(5, initializer);
+    for (const input of this.#inputs) graph.message(11, input);
+    for (const output of this.#outputs) graph.message(12, output);
+    const model = new MessageWriter()
+      .int(1, irVersion)
+      .string(2, "flowturbo")
+      .message(7, graph)
+      .message(8, new MessageWriter().string(1, "").int(2, opset));
+    return { name: this.name, bytes: model.finish(), externals: this.#externals };
+  }
+
+  #fresh(type: string, element: ElementType): Value {
+    const number = this.#counter++;
+    return { name: this.#scope ? `${this.#scope}/${type}_${number}` : `${type}_${number}`, type: element };
+  }
+
+  #node(type: string, inputs: string[], outputs: string[], attributes: Record<string, Attribute>): void {
+    const node = new MessageWriter();
+    for (const input of inputs) node.string(1, input);
+    for (const output of outputs) node.string(2, output);
+    node.string(3, `${outputs[0]}`).string(4, type);
+    for (const [name, value] of Object.entries(attributes)) node.message(5, attribute(name, value));
+    this.#nodes.push(node);
+  }
+
+  #constant(key: string, type: ElementType, shape: readonly number[], bytes: () => Uint8Array): Value {
+    let value = this.#constants.get(key);
+    if (!value) {
+      value = this.#initializer(key, type, shape, bytes());
+      this.#constants.set(key, value);
+    }
+    return value;
+  }
+
+  #initializer(name: string, type: ElementType, shape: readonly number[], bytes: Uint8Array): Value {
+    if (bytes.length !== elementCount(shape) * elementBytes[type])
+      throw new RangeError(`The constant ${name} of shape [${shape}] has ${bytes.length} bytes.`);
+    this.#initializers.push(
+      new MessageWriter().packedInts(1, shape).int(2, onnxType[type]).string(8, name).bytes(9, bytes),
+    );
+    return { name, type };
+  }
+}
+
+const elementBytes: Record<ElementType, number> = { float32: 4, float16: 2, bfloat16: 2, int64: 8, bool: 1 };
+
+function valueInfo(name: string, type: ElementType, shape: readonly Dimension[]): MessageWriter {
+  const dimensions = new MessageWriter();
+  for (const dimension of shape)
+    dimensions.message(
+      1,
+      typeof dimension === "number"
+        ? new MessageWriter().int(1, dimension)
+        : new MessageWriter().string(2, dimension),
+    );
+  const tensor = new MessageWriter().int(1, onnxType[type]).message(2, dimensions);
+  return new MessageWriter().string(1, name).message(2, new MessageWriter().message(1, tensor));
+}
+
+function attribute(name: string, value: Attribute): MessageWriter {
+  const message = new MessageWriter().string(1, name);
+  if (typeof value === "string") return message.string(4, value).int(20, 3);
+  if (typeof value === "number") return message.int(3, value).int(20, 2);
+  if ("float" in value) return message.float(2, value.float).int(20, 1);
+  for (const item of value) message.int(8, item);
+  return message.int(20, 7);
+}
+
+/** Values as raw little-endian data. */
+function encode(values: readonly number[], type: ElementType): Uint8Array {
+  switch (type) {
+    case "float32":
+      return new Uint8Array(Float32Array.from(values).buffer);
+    case "bfloat16":
+      return new Uint8Array(Uint16Array.from(values, bfloat16Bits).buffer);
+    case "float16":
+      return new Uint8Array(Uint16Array.from(values, float16Bits).buffer);
+    case "int64":
+      return new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
+    case "bool":
+      return Uint8Array.from(values);
+  }
+}
+
+const bits = new DataView(new ArrayBuffer(4));
+
+/** Round to nearest, ties to even. Finite values only. */
+function bfloat16Bits(value: number): number {
+  bits.setFloat32(0, value);
+  const word = bits.getUint32(0);
+  return (word + 0x7fff + ((word >>> 16) & 1)) >>> 16;
+}
+
+/** Round to nearest, ties to even, with subnormals; values beyond the range become infinite. */
+function float16Bits(value: number): number {
+  const sign = value < 0 || Object.is(value, -0) ? 0x8000 : 0;
+  const magnitude = Math.abs(value);
+  if (magnitude >= 65520) return sign | 0x7c00;
+  // Below 2^-14 the spacing is fixed at 2^-24; above, it is 2^-10 of the power of two below the value.
+  const exponent = Math.max(-14, Math.floor(Math.log2(magnitude || Number.MIN_VALUE)));
+  const spacing = 2 ** (exponent - 10);
+  const scaled = magnitude / spacing;
+  let units = Math.round(scaled);
+  if (units - scaled === 0.5 && units % 2 === 1) units -= 1;
+  return sign | (exponent === -14 ? units : ((exponent + 14) << 10) + units);
+}

@@ -1,0 +1,2 @@
+/** The ONNX writer: a graph builder over a minimal protobuf writer. It knows no network. */
+export { type Attribute, type Dimension, type ElementType, GraphBuilder, type OnnxGraph, type Value } from "./graph.js";

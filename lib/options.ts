@@ -1,0 +1,197 @@
+/**
+ * The options of the public functions, once: the schema below gives the types, the defaults, the checks and the flags
+ * of the command line. What depends on a checkpoint (sizes, a refiner) is checked in the pipeline.
+ */
+
+import { z } from "zod";
+import { OptionError } from "./errors.js";
+import type { FloatTensor } from "./tensor.js";
+
+/** What a field says about itself beyond its type. */
+export interface OptionMeta {
+  /** Flag of the command line, in commander's notation; none for what only code can pass. */
+  readonly flag?: string;
+  /** Help text. */
+  readonly description: string;
+  /** Completes "Expected … for <option>". */
+  readonly expects: string;
+}
+
+const described = <T extends z.ZodType>(schema: T, meta: OptionMeta): T => schema.meta({ ...meta });
+
+const text = z.string();
+const texts = z.union([text, z.array(text).min(1)]);
+const whole = (minimum: number, maximum: number) => z.int().min(minimum).max(maximum);
+const callback = <T>() => z.custom<T>((value) => typeof value === "function");
+const abortSignal = z.custom<AbortSignal>((value) => value instanceof AbortSignal);
+
+/** A place for messages; `console` is one. */
+export interface Logger {
+  debug?(message: string): void;
+  info?(message: string): void;
+  warn?(message: string): void;
+}
+
+/** Sent while a model loads. */
+export interface LoadProgress {
+  readonly phase: "checkpoint" | "graphs" | "runtime";
+  readonly done: number;
+  readonly total: number;
+}
+
+/** Sent after each finished block of a schedule. */
+export interface StepEvent {
+  /** Index of the block, from 0, and the number of blocks. */
+  readonly step: number;
+  readonly steps: number;
+  readonly block: "E" | "H" | "P" | "R";
+  /** Noise level reached. */
+  readonly sigma: number;
+  /** Milliseconds that the block took in the runtime. */
+  readonly milliseconds: number;
+}
+
+export const loadSchema = z.strictObject({
+  runtime: described(z.enum(["auto", "onnxruntime"]).default("auto"), {
+    flag: "--runtime <name>",
+    description: "what runs the graphs: auto, or onnxruntime (CPU)",
+    expects: '"auto" or "onnxruntime"',
+  }),
+  variant: described(text.min(1).optional(), {
+    flag: "--variant <name>",
+    description: "twin of the weight files to read, such as fp16",
+    expects: "the name of a variant such as fp16",
+  }),
+  threads: described(whole(1, 1024).optional(), {
+    flag: "--threads <n>",
+    description: "threads of the CPU runtime (default: one for each core)",
+    expects: "a whole number from 1 to 1024",
+  }),
+  weights: described(z.enum(["auto", "lazy", "folded"]).default("auto"), {
+    flag: "--weights <mode>",
+    description: "16-bit weights: lazy widens them at each use, folded once at load (faster, twice the memory)",
+    expects: '"auto", "lazy" or "folded"',
+  }),
+  logger: described(
+    z.custom<Logger>((value) => typeof value === "object" && value !== null).optional(),
+    { description: "receives warnings and notes; the library never prints", expects: "an object such as console" },
+  ),
+  signal: described(abortSignal.optional(), { description: "aborts loading", expects: "an AbortSignal" }),
+  onProgress: described(callback<(progress: LoadProgress) => void>().optional(), {
+    description: "called as loading proceeds",
+    expects: "a function",
+  }),
+});
+
+export const generateSchema = z.strictObject({
+  prompt: described(texts, {
+    description: "what to draw; several prompts form one batch",
+    expects: "a string or a non-empty array of strings",
+  }),
+  negativePrompt: described(texts.optional(), {
+    flag: "--negative <text>",
+    description: "what to keep away from (default: nothing)",
+    expects: "a string, or an array of as many strings as there are prompts",
+  }),
+  width: described(whole(1, 65536).optional(), {
+    flag: "--width <pixels>",
+    description: "width of a picture (default: the model's native size)",
+    expects: "a whole number of pixels",
+  }),
+  height: described(whole(1, 65536).optional(), {
+    flag: "--height <pixels>",
+    description: "height of a picture (default: the model's native size)",
+    expects: "a whole number of pixels",
+  }),
+  sampler: described(z.enum(["flowturbo", "euler", "heun"]).optional(), {
+    flag: "--sampler <name>",
+    description: "flowturbo, euler or heun (default: flowturbo)",
+    expects: '"flowturbo", "euler" or "heun"',
+  }),
+  steps: described(whole(1, 1000).optional(), {
+    flag: "--steps <n>",
+    description: "number of steps (default: 10 for flowturbo, 28 for euler and heun)",
+    expects: "a whole number from 1 to 1000",
+  }),
+  blocks: described(text.optional(), {
+    flag: "--blocks <schedule>",
+    description: "schedule of the flowturbo sampler, such as H1P5R3 or HPPPPPRRR, in place of --steps",
+    expects: 'a schedule such as "H1P5R3"',
+  }),
+  grid: described(z.enum(["shifted", "diffusers"]).optional(), {
+    flag: "--grid <name>",
+    description: "noise levels: shifted, or diffusers (default: diffusers for euler, else shifted)",
+    expects: '"shifted" or "diffusers"',
+  }),
+  guidanceScale: described(z.number().min(0).max(1000).default(4.5), {
+    flag: "--guidance <scale>",
+    description: "classifier-free guidance scale; 1 or less turns it off and halves the work",
+    expects: "a number from 0 to 1000",
+  }),
+  seed: described(whole(0, Number.MAX_SAFE_INTEGER - 4096).optional(), {
+    flag: "--seed <n>",
+    description: "seed of the first picture; picture k uses seed + k (default: random)",
+    expects: "a whole number of at least 0",
+  }),
+  count: described(whole(1, 1024).default(1), {
+    flag: "--count <n>",
+    description: "pictures for each prompt",
+    expects: "a whole number from 1 to 1024",
+  }),
+  noise: described(
+    z.custom<FloatTensor>((value) => {
+      const tensor = value as Partial<FloatTensor> | null;
+      return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
+    }).optional(),
+    {
+      description: "starting noise [B, C, h, w] in place of a seed",
+      expects: "a float32 tensor { dtype, shape, data }",
+    },
+  ),
+  maxSequenceLength: described(whole(1, 512).optional(), {
+    flag: "--max-sequence-length <tokens>",
+    description: "tokens of the T5 encoder (default: 256, or what the tokenizer takes)",
+    expects: "a whole number from 1 to 512",
+  }),
+  signal: described(abortSignal.optional(), { description: "aborts between steps", expects: "an AbortSignal" }),
+  onStep: described(callback<(event: StepEvent) => void>().optional(), {
+    description: "called after each step",
+    expects: "a function",
+  }),
+});
+
+export type LoadOptions = z.input<typeof loadSchema>;
+export type GenerateOptions = z.input<typeof generateSchema>;
+export type ResolvedLoadOptions = z.output<typeof loadSchema>;
+export type ResolvedGenerateOptions = z.output<typeof generateSchema>;
+
+/**
+ * Checks `input` against a schema and fills in defaults.
+ * @throws OptionError that names the first wrong option, what was expected and what was received
+ */
+export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, subject: string): z.output<T> {
+  const result = schema.safeParse(input);
+  if (result.success) return result.data;
+  const issue = result.error.issues[0]!;
+  if (issue.code === "unrecognized_keys") {
+    const key = issue.keys[0]!;
+    throw new OptionError(key, `${subject} has no option "${key}"; it has ${Object.keys(schema.shape).join(", ")}.`);
+  }
+  const option = String(issue.path[0] ?? "options");
+  const field = schema.shape[option] as z.ZodType | undefined;
+  const expects = field ? optionMeta(field).expects : "an object of options";
+  const received = (input as Record<string, unknown> | null | undefined)?.[option];
+  throw new OptionError(option, `Expected ${expects} for ${option} but received ${show(field ? received : input)}.`);
+}
+
+/** What a field of a schema says about itself. */
+export function optionMeta(field: z.ZodType): OptionMeta {
+  return field.meta() as unknown as OptionMeta;
+}
+
+function show(value: unknown): string {
+  if (typeof value === "function") return "a function";
+  if (typeof value === "number" || value === undefined) return String(value);
+  const json = JSON.stringify(value) ?? String(value);
+  return json.length > 80 ? `${json.slice(0, 77)}...` : json;
+}

@@ -1,0 +1,30 @@
+/**
+ * The noise levels that a schedule visits. σ runs from 1 (noise) to 0 (image); a grid for n blocks has n + 1 points.
+ * Two grids are in use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at,
+ * kept for exact parity.
+ */
+
+export type GridName = "shifted" | "diffusers";
+
+/** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
+export function shiftSigma(u: number, shift: number): number {
+  return (shift * u) / (1 + (shift - 1) * u);
+}
+
+/** u_i = 1 − i/n, shifted once. The last two points are far enough apart to be worth an evaluation. */
+export function shiftedGrid(blocks: number, shift: number): number[] {
+  return Array.from({ length: blocks + 1 }, (_, i) => shiftSigma(1 - i / blocks, shift));
+}
+
+/**
+ * FlowMatchEulerDiscreteScheduler.set_timesteps(n): that scheduler shifts twice, once when it finds its smallest σ and
+ * once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929, 0.
+ */
+export function diffusersGrid(blocks: number, shift: number, numTrainTimesteps: number): number[] {
+  const smallest = shiftSigma(1 / numTrainTimesteps, shift);
+  const points = Array.from({ length: blocks }, (_, i) => {
+    const even = blocks === 1 ? 1 : 1 + ((smallest - 1) * i) / (blocks - 1);
+    return shiftSigma(even, shift);
+  });
+  return [...points, 0];
+}
