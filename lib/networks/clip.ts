@@ -50,19 +50,16 @@ export function emitClip(
   );
   let x = l.add(g.cast(tokens, l.compute), positions);
 
-  // -60000 stays finite in float16 and is as good as minus infinity behind a softmax.
-  const mask = new Float32Array(length * length);
-  for (let row = 0; row < length; row++) mask.fill(-60000, row * length + row + 1, (row + 1) * length);
-  const causal = g.tensor([1, 1, length, length], mask, l.compute);
-
   let penultimate: Value = x;
   for (let index = 0; index < config.numHiddenLayers; index++) {
     if (index === config.numHiddenLayers - 1) penultimate = x;
     const prefix = `text_model.encoder.layers.${index}`;
     const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
-    const project = (part: string) =>
-      l.splitHeads(l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size), heads, headDim);
-    const mixed = l.attention(project("q"), project("k"), project("v"), heads, headDim, headDim ** -0.5, causal);
+    const project = (part: string) => l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size);
+    const mixed = l.attention(project("q"), project("k"), project("v"), heads, {
+      scale: headDim ** -0.5,
+      causal: true,
+    });
     x = l.add(x, l.linear(mixed, `${prefix}.self_attn.out_proj`, size, size));
     const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);
     const inner = l.linear(norm2, `${prefix}.mlp.fc1`, size, config.intermediateSize);

@@ -172,10 +172,11 @@ function jointBlock(
   const last = index === config.numLayers - 1;
 
   const project = (tokens: Value, linear: string, norm: string | null): Value => {
-    const split = l.splitHeads(l.linear(tokens, `${name}.${linear}`, width, width), heads, headDim);
-    return norm && config.qkNorm ? l.rmsNorm(split, `${name}.${norm}.weight`, headDim, epsilon) : split;
+    const y = l.linear(tokens, `${name}.${linear}`, width, width);
+    if (!norm || !config.qkNorm) return y;
+    return l.joinHeads(l.rmsNorm(l.splitHeads(y, heads, headDim), `${name}.${norm}.weight`, headDim, epsilon), heads, headDim);
   };
-  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, headDim ** -0.5);
+  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, { scale: headDim ** -0.5 });
   const both = (a: Value, b: Value) => g.op("Concat", [a, b], { axis: 1 });
   const feedForward = (tokens: Value, part: string) =>
     l.linear(

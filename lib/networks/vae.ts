@@ -141,11 +141,7 @@ class Blocks {
   }
 
   groupNorm(x: Value, name: string, channels: number): Value {
-    return this.g.op(
-      "GroupNormalization",
-      [x, this.layers.weight(`${name}.weight`, [channels]), this.layers.weight(`${name}.bias`, [channels])],
-      { num_groups: this.#groups, epsilon: { float: epsilon } },
-    );
+    return this.layers.groupNorm(x, name, channels, this.#groups, epsilon);
   }
 
   resnet(x: Value, name: string, from: number, to: number): Value {
@@ -166,9 +162,10 @@ class Blocks {
     const { g, layers } = this;
     const normed = this.groupNorm(x, `${name}.group_norm`, channels);
     const tokens = g.op("Transpose", [g.op("Reshape", [normed, g.ints([0, channels, -1])])], { perm: [0, 2, 1] });
-    const project = (part: string) =>
-      layers.splitHeads(layers.linear(tokens, `${name}.${part}`, channels, channels), 1, channels);
-    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, channels, channels ** -0.5);
+    const project = (part: string) => layers.linear(tokens, `${name}.${part}`, channels, channels);
+    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, {
+      scale: channels ** -0.5,
+    });
     const out = layers.linear(mixed, `${name}.to_out.0`, channels, channels);
     const image = g.op("Reshape", [g.op("Transpose", [out], { perm: [0, 2, 1] }), g.op("Shape", [x])]);
     return layers.add(x, image);
