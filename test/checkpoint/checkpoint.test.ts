@@ -16,10 +16,10 @@ async function expectError(folder: string, message: RegExp, variant?: string): P
   expect(error.message).toMatch(message);
 }
 
-// biome-ignore lint/suspicious/noExplicitAny: JSON that a test is about to damage has no type.
-async function damaged(file: string, edit: (json: any) => void, from: "large" | "sd3" = "large"): Promise<string> {
+/** A copy of a fixture with some keys of a JSON file changed; undefined removes a key. */
+async function damaged(file: string, changes: object, from: "large" | "sd3" = "large"): Promise<string> {
   const model = await copyModel(from);
-  await editJson(join(model, file), edit);
+  await editJson(join(model, file), (json) => Object.assign(json, changes));
   return model;
 }
 
@@ -100,11 +100,11 @@ describe("opens", () => {
   });
 
   test("without a refiner; with null instead of [null, null]; with unknown extra parts", async () => {
-    const model = await damaged("model_index.json", (json) => {
-      json.text_encoder_3 = null;
-      json.tokenizer_3 = null;
-      json.feature_extractor = ["transformers", "SiglipImageProcessor"];
-      json.safety_checker = ["somewhere", "SomethingNew"];
+    const model = await damaged("model_index.json", {
+      text_encoder_3: null,
+      tokenizer_3: null,
+      feature_extractor: ["transformers", "SiglipImageProcessor"],
+      safety_checker: ["somewhere", "SomethingNew"],
     });
     await rm(join(model, "refiner"), { recursive: true });
     expect(await openCheckpoint(model)).toMatchObject({ refiner: null, textEncoder3: null });
@@ -190,41 +190,29 @@ describe("folders of other kinds", () => {
 
 describe("model_index.json", () => {
   const index = "model_index.json";
-  // biome-ignore lint/suspicious/noExplicitAny: JSON that a test is about to damage has no type.
-  const cases: [string, (json: any) => void, RegExp][] = [
-    [
-      "an unknown pipeline",
-      (json) => void (json._class_name = "FluxPipeline"),
-      /FluxPipeline.*StableDiffusion3Pipeline/,
-    ],
-    ["no pipeline", (json) => void delete json._class_name, /_class_name is absent/],
-    ["a missing entry", (json) => void delete json.vae, /lacks the part "vae"/],
+  const cases: [string, object, RegExp][] = [
+    ["an unknown pipeline", { _class_name: "FluxPipeline" }, /FluxPipeline.*StableDiffusion3Pipeline/],
+    ["no pipeline", { _class_name: undefined }, /_class_name is absent/],
+    ["a missing entry", { vae: undefined }, /lacks the part "vae"/],
     [
       "an unknown class",
-      (json) => void (json.transformer[1] = "FluxTransformer2DModel"),
+      { transformer: ["diffusers", "FluxTransformer2DModel"] },
       /"transformer" is of the unknown class "FluxTransformer2DModel"; known for it are SD3Transformer2DModel/,
     ],
     [
       "an unknown scheduler",
-      (json) => void (json.scheduler[1] = "DDIMScheduler"),
+      { scheduler: ["diffusers", "DDIMScheduler"] },
       /"scheduler".*DDIMScheduler.*FlowMatchEuler/,
     ],
-    ["a class that is no text", (json) => void (json.tokenizer = ["transformers", 1]), /"tokenizer".*unknown class 1/],
-    ["the transformer null", (json) => void (json.transformer = [null, null]), /"transformer" is null/],
-    ["the vae null", (json) => void (json.vae = null), /"vae" is null/],
-    ["the scheduler null", (json) => void (json.scheduler = [null, null]), /"scheduler" is null/],
-    [
-      "an encoder without tokenizer",
-      (json) => void (json.tokenizer_3 = [null, null]),
-      /"tokenizer_3" is null but "text_encoder_3"/,
-    ],
-    [
-      "a tokenizer without encoder",
-      (json) => void (json.text_encoder_2 = null),
-      /"text_encoder_2" is null but "tokenizer_2"/,
-    ],
+    ["a class that is no text", { tokenizer: ["transformers", 1] }, /"tokenizer".*unknown class 1/],
+    ["the transformer null", { transformer: [null, null] }, /"transformer" is null/],
+    ["the vae null", { vae: null }, /"vae" is null/],
+    ["the scheduler null", { scheduler: [null, null] }, /"scheduler" is null/],
+    ["an encoder without tokenizer", { tokenizer_3: [null, null] }, /"tokenizer_3" is null but "text_encoder_3"/],
+    ["a tokenizer without encoder", { text_encoder_2: null }, /"text_encoder_2" is null but "tokenizer_2"/],
   ];
-  for (const [what, edit, message] of cases) test(what, async () => expectError(await damaged(index, edit), message));
+  for (const [what, changes, message] of cases)
+    test(what, async () => expectError(await damaged(index, changes), message));
 
   test("not JSON", async () => {
     const model = await copyModel("sd3");
@@ -234,8 +222,8 @@ describe("model_index.json", () => {
 
   test("the other pipelines and schedulers of SD3", async () => {
     for (const pipeline of ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"]) {
-      const model = await damaged(index, (json) => void (json._class_name = pipeline), "sd3");
-      await editJson(join(model, index), (json) => void (json.scheduler[1] = "FlowMatchHeunDiscreteScheduler"));
+      const scheduler = ["diffusers", "FlowMatchHeunDiscreteScheduler"];
+      const model = await damaged(index, { _class_name: pipeline, scheduler }, "sd3");
       await writeFile(
         join(model, "scheduler", "scheduler_config.json"),
         '{"_class_name":"FlowMatchHeunDiscreteScheduler","num_train_timesteps":1000,"shift":3.0}',
@@ -270,33 +258,31 @@ describe("missing parts", () => {
 });
 
 describe("parts that do not fit together", () => {
-  // biome-ignore lint/suspicious/noExplicitAny: JSON that a test is about to damage has no type.
-  const cases: [string, (json: any) => void, RegExp][] = [
-    ["vae", (json) => void (json.latent_channels = 8), /in_channels is 16, but the VAE's latent_channels is 8/],
-    ["vae", (json) => void (json.out_channels = 4), /must be 3 \(RGB\)/],
-    ["transformer", (json) => void (json.out_channels = 32), /out_channels is 32/],
-    [
-      "transformer",
-      (json) => void (json.joint_attention_dim = 64),
-      /less than the CLIP encoders' hidden_size together \(80\)/,
-    ],
-    ["transformer", (json) => void (json.pooled_projection_dim = 65), /pooled_projection_dim is 65.*together is 64/],
-    ["transformer", (json) => void (json.joint_attention_dim = 128), /d_model is 96.*joint_attention_dim is 128/],
-    ["text_encoder", (json) => void (json.vocab_size = 600), /vocab_size is 600.*ids up to 606/],
-    ["text_encoder_3", (json) => void (json.vocab_size = 100), /vocab_size is 100/],
-    ["text_encoder_2", (json) => void (json.max_position_embeddings = 64), /max_position_embeddings is 64.*77/],
-    ["refiner", (json) => void (json.in_channels = 16), /refiner.*in_channels is 16.*2 x 16/],
-    ["refiner", (json) => void (json.out_channels = 32), /refiner.*out_channels is 32/],
-    ["refiner", (json) => void (json.patch_size = 1), /refiner.*patch_size is 1/],
-    ["refiner", (json) => void (json.joint_attention_dim = 64), /refiner.*joint_attention_dim is 64/],
-    ["refiner", (json) => void (json.pooled_projection_dim = 32), /refiner.*pooled_projection_dim is 32/],
+  const cases: [string, object, RegExp][] = [
+    ["vae", { latent_channels: 8 }, /in_channels is 16, but the VAE's latent_channels is 8/],
+    ["vae", { out_channels: 4 }, /must be 3 \(RGB\)/],
+    ["transformer", { out_channels: 32 }, /out_channels is 32/],
+    ["transformer", { joint_attention_dim: 64 }, /less than the CLIP encoders' hidden_size together \(80\)/],
+    ["transformer", { pooled_projection_dim: 65 }, /pooled_projection_dim is 65.*together is 64/],
+    ["transformer", { joint_attention_dim: 128 }, /d_model is 96.*joint_attention_dim is 128/],
+    ["text_encoder", { vocab_size: 600 }, /vocab_size is 600.*ids up to 606/],
+    ["text_encoder_3", { vocab_size: 100 }, /vocab_size is 100/],
+    ["text_encoder_2", { max_position_embeddings: 64 }, /max_position_embeddings is 64.*77/],
+    ["refiner", { in_channels: 16 }, /refiner.*in_channels is 16.*2 x 16/],
+    ["refiner", { out_channels: 32 }, /refiner.*out_channels is 32/],
+    ["refiner", { patch_size: 1 }, /refiner.*patch_size is 1/],
+    ["refiner", { joint_attention_dim: 64 }, /refiner.*joint_attention_dim is 64/],
+    ["refiner", { pooled_projection_dim: 32 }, /refiner.*pooled_projection_dim is 32/],
   ];
-  for (const [part, edit, message] of cases)
-    test(`${part}: ${message.source}`, async () => expectError(await damaged(`${part}/config.json`, edit), message));
+  for (const [part, changes, message] of cases)
+    test(`${part}: ${message.source}`, async () => expectError(await damaged(`${part}/config.json`, changes), message));
 
   test("no CLIP encoder at all", async () => {
-    const model = await damaged("model_index.json", (json) => {
-      for (const part of ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]) json[part] = [null, null];
+    const model = await damaged("model_index.json", {
+      text_encoder: null,
+      text_encoder_2: null,
+      tokenizer: null,
+      tokenizer_2: null,
     });
     await expectError(model, /both null/);
   });

@@ -3,11 +3,12 @@
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { afterAll } from "vitest";
 
-export const fixture = (...path: string[]) => join(new URL("../fixtures/", import.meta.url).pathname, ...path);
+export const fixture = (...path: string[]) => join(fileURLToPath(new URL("../fixtures/", import.meta.url)), ...path);
 
-export const shapes = new URL("../../models/shapes", import.meta.url).pathname;
+export const shapes = fileURLToPath(new URL("../../models/shapes", import.meta.url));
 
 const made: string[] = [];
 afterAll(() => Promise.all(made.map((folder) => rm(folder, { recursive: true, force: true }))));

@@ -5,6 +5,7 @@
 
 import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
@@ -37,7 +38,7 @@ describe("ids equal transformers'", () => {
   test("special tokens in a text, white space, forms of letters, one endless word", async () => {
     const tokenizers = await openAll("large");
     const expected: Record<string, Record<string, number[]>> = await readJson(
-      new URL("odd_token_ids.json", import.meta.url).pathname,
+      fileURLToPath(new URL("odd_token_ids.json", import.meta.url)),
     );
     for (const [key, texts] of Object.entries(expected))
       for (const [text, recorded] of Object.entries(texts)) {
