@@ -60,6 +60,8 @@ describe("imports", () => {
     expect(users.map((file) => path.relative(lib, file))).toEqual(
       users.map((file) => path.relative(lib, file)).filter((name) => name.startsWith("runtimes/onnxruntime/")),
     );
-    expect(files.filter((file) => /\.node["'`]/.test(readFileSync(file, "utf8")) && !file.endsWith("tensorrt/addon.ts"))).toEqual([]);
+    expect(
+      files.filter((file) => /\.node["'`]/.test(readFileSync(file, "utf8")) && !file.endsWith("tensorrt/addon.ts")),
+    ).toEqual([]);
   });
 });

@@ -60,9 +60,13 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
     await undo();
     if (cause instanceof OutputError) throw cause;
     const where = (cause as NodeJS.ErrnoException).path ?? files[0]!;
-    throw new OutputError(where, `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`, {
-      cause,
-    });
+    throw new OutputError(
+      where,
+      `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`,
+      {
+        cause,
+      },
+    );
   }
   return undo;
 }

@@ -41,7 +41,10 @@ export function emitClip(
   const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
   const headDim = size / heads;
 
-  const tokens = g.op("Gather", [l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]), ids]);
+  const tokens = g.op("Gather", [
+    l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]),
+    ids,
+  ]);
   const positions = l.slice(
     l.weight("text_model.embeddings.position_embedding.weight", [config.maxPositionEmbeddings, size]),
     0,
@@ -64,7 +67,9 @@ export function emitClip(
     const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);
     const inner = l.linear(norm2, `${prefix}.mlp.fc1`, size, config.intermediateSize);
     const activated =
-      config.hiddenAct === "gelu" ? l.gelu(inner, "none") : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
+      config.hiddenAct === "gelu"
+        ? l.gelu(inner, "none")
+        : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
     x = l.add(x, l.linear(activated, `${prefix}.mlp.fc2`, config.intermediateSize, size));
   }
   g.output("hidden", g.cast(penultimate, "float32"), ["rows", length, size]);

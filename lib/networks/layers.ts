@@ -7,7 +7,7 @@
  */
 
 import { CheckpointError } from "../errors.js";
-import { type ElementType, GraphBuilder, type Value } from "../onnx/index.js";
+import type { ElementType, GraphBuilder, Value } from "../onnx/index.js";
 import type { StoredTensor, WeightSource } from "../tensor.js";
 
 /** How graphs are emitted for a runtime. */
@@ -143,10 +143,7 @@ export class Layers {
     const grouped = g.op("Reshape", [x, g.ints([0, groups, -1])]);
     const normed = g.op("InstanceNormalization", [grouped, fill(1), fill(0)], { epsilon: { float: epsilon } });
     const perChannel = (vector: Value) => g.op("Unsqueeze", [vector, g.ints([1, 2])]);
-    return this.add(
-      this.mul(g.op("Reshape", [normed, g.op("Shape", [x])]), perChannel(scale)),
-      perChannel(shift),
-    );
+    return this.add(this.mul(g.op("Reshape", [normed, g.op("Shape", [x])]), perChannel(scale)), perChannel(shift));
   }
 
   add(a: Value, b: Value): Value {

@@ -24,7 +24,12 @@ export interface VaeConfig {
 const epsilon = 1e-6;
 
 /** Inputs: latents [B, C, h, w]. Output: image [B, 3, H, W], nominally in [-1, 1], not clamped. float32. */
-export function emitVaeDecoder(name: string, weights: WeightSource, config: VaeConfig, options: EmitOptions): OnnxGraph {
+export function emitVaeDecoder(
+  name: string,
+  weights: WeightSource,
+  config: VaeConfig,
+  options: EmitOptions,
+): OnnxGraph {
   const g = new GraphBuilder(name);
   const latents = g.input("latents", "float32", ["rows", config.latentChannels, "height", "width"]);
   const image = decode(g, weights, config, latents, options);
@@ -33,7 +38,12 @@ export function emitVaeDecoder(name: string, weights: WeightSource, config: VaeC
 }
 
 /** Inputs: image [B, 3, H, W] in [-1, 1]. Output: latents [B, C, h, w], the mode of the posterior, scaled and shifted. */
-export function emitVaeEncoder(name: string, weights: WeightSource, config: VaeConfig, options: EmitOptions): OnnxGraph {
+export function emitVaeEncoder(
+  name: string,
+  weights: WeightSource,
+  config: VaeConfig,
+  options: EmitOptions,
+): OnnxGraph {
   const g = new GraphBuilder(name);
   const image = g.input("image", "float32", ["rows", config.inChannels, "image_height", "image_width"]);
   const latents = encode(g, weights, config, image, options);

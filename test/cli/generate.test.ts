@@ -94,10 +94,18 @@ describe("usage errors", () => {
     ["a word for a number", ["generate", "x", "--width", "wide"], /--width: Expected a whole number of pixels.*"wide"/],
     ["a size off the grid", ["generate", "x", "--width", "100"], /--width: Expected a multiple of 8.*100/],
     ["a size beyond the table", ["generate", "x", "--height", "4096"], /--height: Expected at most 256.*4096/],
-    ["a sampler unknown", ["generate", "x", "--sampler", "ddim"], /--sampler: Expected "flowturbo", "euler" or "heun".*"ddim"/],
+    [
+      "a sampler unknown",
+      ["generate", "x", "--sampler", "ddim"],
+      /--sampler: Expected "flowturbo", "euler" or "heun".*"ddim"/,
+    ],
     ["blocks starting with R", ["generate", "x", "--blocks", "R3P2"], /start with R/],
     ["blocks of another alphabet", ["generate", "x", "--blocks", "H1Z2"], /Expected blocks such as/],
-    ["blocks with a sampler", ["generate", "x", "--blocks", "H2", "--sampler", "euler"], /Blocks belong to the sampler flowturbo/],
+    [
+      "blocks with a sampler",
+      ["generate", "x", "--blocks", "H2", "--sampler", "euler"],
+      /Blocks belong to the sampler flowturbo/,
+    ],
     ["blocks with other steps", ["generate", "x", "--blocks", "H2", "--steps", "5"], /2 steps/],
     ["no steps", ["generate", "x", "--steps", "0"], /--steps: Expected a whole number from 1/],
     ["a negative seed", ["generate", "x", "--seed", "-1"], /--seed: Expected a whole number/],
@@ -157,9 +165,15 @@ describe("other errors", () => {
 });
 
 describe("ending", () => {
-  it.each([["SIGINT", 130], ["SIGTERM", 143]] as const)("%s stops within a step and exits with %i", async (signal, expected) => {
+  it.each([
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+  ] as const)("%s stops within a step and exits with %i", async (signal, expected) => {
     const folder = temporaryFolder();
-    const { child, finished } = start(["generate", "a blue square", "--steps", "1000", "--width", "256", "--height", "256"], folder);
+    const { child, finished } = start(
+      ["generate", "a blue square", "--steps", "1000", "--width", "256", "--height", "256"],
+      folder,
+    );
     await new Promise((resolve) => setTimeout(resolve, 3000));
     child.kill(signal);
     const sent = performance.now();
@@ -196,8 +210,24 @@ describe("flowturbo doctor", () => {
     const help = await run(["generate", "--help"], folder);
     expect(help.code).toBe(0);
     for (const flag of [
-      "--model", "--runtime", "--variant", "--negative", "--width", "--height", "--sampler", "--steps", "--blocks",
-      "--guidance", "--seed", "--count", "--max-sequence-length", "--threads", "--weights", "--out", "--json", "--noise",
+      "--model",
+      "--runtime",
+      "--variant",
+      "--negative",
+      "--width",
+      "--height",
+      "--sampler",
+      "--steps",
+      "--blocks",
+      "--guidance",
+      "--seed",
+      "--count",
+      "--max-sequence-length",
+      "--threads",
+      "--weights",
+      "--out",
+      "--json",
+      "--noise",
       "--save-latents",
     ])
       expect(help.stdout).toContain(flag);

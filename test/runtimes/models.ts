@@ -24,7 +24,14 @@ export function slowGraph(name: string, size: number, products: number): Compila
 }
 
 export function launch(graph: string, x: string, y: string, extra: Partial<Launch> = {}): Launch {
-  return { op: "launch", graph, inputs: { x }, outputs: { y }, label: { kind: "step", name: `${y} of ${x}` }, ...extra };
+  return {
+    op: "launch",
+    graph,
+    inputs: { x },
+    outputs: { y },
+    label: { kind: "step", name: `${y} of ${x}` },
+    ...extra,
+  };
 }
 
 /** Registers a, b, c and d of [n], the constant x = `values`, and what is given. */

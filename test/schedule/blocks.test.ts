@@ -35,7 +35,14 @@ describe("defaultBlocks", () => {
   it("ends with n/5 refiner blocks, rounded, with one", () => {
     const of = (n: number) => formatBlocks(defaultBlocks("flowturbo", n, true));
     expect([1, 2, 3, 5, 8, 10, 12, 13].map(of)).toEqual([
-      "H1", "H1P1", "H1P1R1", "H1P3R1", "H1P5R2", "H1P7R2", "H1P9R2", "H1P9R3",
+      "H1",
+      "H1P1",
+      "H1P1R1",
+      "H1P3R1",
+      "H1P5R2",
+      "H1P7R2",
+      "H1P9R2",
+      "H1P9R3",
     ]);
   });
 

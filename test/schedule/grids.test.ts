@@ -5,7 +5,12 @@ import { diffusersGrid, shiftedGrid } from "../../lib/schedule/index.js";
 
 describe("shiftedGrid", () => {
   it("is the shift of an even grid, from 1 to 0", () => {
-    for (const [n, s] of [[1, 3], [4, 3], [10, 1.5], [28, 1]] as const) {
+    for (const [n, s] of [
+      [1, 3],
+      [4, 3],
+      [10, 1.5],
+      [28, 1],
+    ] as const) {
       const grid = shiftedGrid(n, s);
       expect(grid).toHaveLength(n + 1);
       expect(grid[0]).toBe(1);
