@@ -3,7 +3,15 @@
  */
 
 import type { Checkpoint, Tokenizer } from "./checkpoint/index.js";
-import { cpuEmitOptions, emitClip, emitStep, emitT5, emitVaeDecoder, type EmitOptions, positionTable } from "./networks/index.js";
+import {
+  cpuEmitOptions,
+  type EmitOptions,
+  emitClip,
+  emitStep,
+  emitT5,
+  emitVaeDecoder,
+  positionTable,
+} from "./networks/index.js";
 import type { OnnxGraph } from "./onnx/index.js";
 
 export type GraphName =

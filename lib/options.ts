@@ -72,10 +72,10 @@ export const loadSchema = z.strictObject({
     description: "16-bit weights: lazy widens them at each use, folded once at load (faster, twice the memory)",
     expects: '"auto", "lazy" or "folded"',
   }),
-  logger: described(
-    z.custom<Logger>((value) => typeof value === "object" && value !== null).optional(),
-    { description: "receives warnings and notes; the library never prints", expects: "an object such as console" },
-  ),
+  logger: described(z.custom<Logger>((value) => typeof value === "object" && value !== null).optional(), {
+    description: "receives warnings and notes; the library never prints",
+    expects: "an object such as console",
+  }),
   signal: described(abortSignal.optional(), { description: "aborts loading", expects: "an AbortSignal" }),
   onProgress: described(callback<(progress: LoadProgress) => void>().optional(), {
     description: "called as loading proceeds",
@@ -139,10 +139,12 @@ export const generateSchema = z.strictObject({
     expects: "a whole number from 1 to 1024",
   }),
   noise: described(
-    z.custom<FloatTensor>((value) => {
-      const tensor = value as Partial<FloatTensor> | null;
-      return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
-    }).optional(),
+    z
+      .custom<FloatTensor>((value) => {
+        const tensor = value as Partial<FloatTensor> | null;
+        return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
+      })
+      .optional(),
     {
       description: "starting noise [B, C, h, w] in place of a seed",
       expects: "a float32 tensor { dtype, shape, data }",

@@ -7,17 +7,17 @@ import { randomInt } from "node:crypto";
 import { fileURLToPath } from "node:url";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
 import { DisposedError, OptionError } from "./errors.js";
-import { type GraphName, GraphLibrary } from "./graphs.js";
+import { GraphLibrary, type GraphName } from "./graphs.js";
 import { Image, toRgb } from "./image.js";
 import { mmditWidth, positionTable } from "./networks/index.js";
 import { NoiseGenerator } from "./noise.js";
 import {
   checkOptions,
-  generateSchema,
   type GenerateOptions,
+  generateSchema,
   type LoadOptions,
-  loadSchema,
   type Logger,
+  loadSchema,
   type ResolvedGenerateOptions,
 } from "./options.js";
 import type { Program, StoredConstant } from "./program.js";
@@ -221,7 +221,10 @@ export class FlowTurbo implements AsyncDisposable {
     const height = options.height ?? this.nativeSize.height;
     const { patchSize, posEmbedMaxSize } = transformer.config;
     const multiple = vae.config.factor * patchSize;
-    for (const [name, size] of [["width", width], ["height", height]] as const) {
+    for (const [name, size] of [
+      ["width", width],
+      ["height", height],
+    ] as const) {
       if (size % multiple !== 0)
         throw new OptionError(
           name,
@@ -293,10 +296,16 @@ export class FlowTurbo implements AsyncDisposable {
     if (options.blocks === undefined)
       return { sampler, blocks: defaultBlocks(sampler, steps ?? defaultSteps[sampler], this.hasRefiner) };
     if (sampler !== "flowturbo")
-      throw new OptionError("blocks", `Blocks belong to the sampler flowturbo; leave out blocks or sampler "${sampler}".`);
+      throw new OptionError(
+        "blocks",
+        `Blocks belong to the sampler flowturbo; leave out blocks or sampler "${sampler}".`,
+      );
     const blocks = parseBlocks(options.blocks);
     if (steps !== undefined && steps !== blocks.length)
-      throw new OptionError("steps", `The blocks "${options.blocks}" are ${blocks.length} steps; leave out steps (${steps}).`);
+      throw new OptionError(
+        "steps",
+        `The blocks "${options.blocks}" are ${blocks.length} steps; leave out steps (${steps}).`,
+      );
     if (blocks.includes("R") && !this.hasRefiner)
       throw new OptionError(
         "blocks",

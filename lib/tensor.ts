@@ -52,13 +52,17 @@ export function elementCount(shape: readonly number[]): number {
 /** @throws RangeError if data and shape disagree: a defect of the caller, never of a user's input. */
 export function float32(shape: readonly number[], data: Float32Array): FloatTensor {
   if (elementCount(shape) !== data.length)
-    throw new RangeError(`A float32 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`);
+    throw new RangeError(
+      `A float32 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`,
+    );
   return { dtype: "float32", shape, data };
 }
 
 /** @throws RangeError if data and shape disagree. */
 export function int64(shape: readonly number[], data: BigInt64Array): IntTensor {
   if (elementCount(shape) !== data.length)
-    throw new RangeError(`An int64 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`);
+    throw new RangeError(
+      `An int64 tensor of shape [${shape}] needs ${elementCount(shape)} values; got ${data.length}.`,
+    );
   return { dtype: "int64", shape, data };
 }

@@ -26,7 +26,9 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
   command
     .description("Draw a picture for each prompt.")
     .argument("<prompt...>", "what to draw; several prompts form one batch")
-    .addOption(new Option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)"));
+    .addOption(
+      new Option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)"),
+    );
   addFlags(command, loadSchema);
   addFlags(command, generateSchema);
   command
@@ -85,8 +87,7 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
     });
     progress.show("writing");
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
-    if (flags.saveLatents)
-      await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
+    if (flags.saveLatents) await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
   } catch (error) {
     await undoOutputs();
     throw error;
@@ -127,8 +128,14 @@ async function readNoise(file: string): Promise<FloatTensor> {
   const header = await readSafetensorsHeader(file);
   const entry = header.get("noise");
   if (!entry)
-    throw new OptionError("noise", `Expected a tensor named "noise" in ${file} but it holds ${[...header.keys()].join(", ")}.`);
+    throw new OptionError(
+      "noise",
+      `Expected a tensor named "noise" in ${file} but it holds ${[...header.keys()].join(", ")}.`,
+    );
   if (entry.shape.length !== 4)
-    throw new CheckpointError(file, `Expected shape [B, C, h, w] for "noise" in ${file} but found [${entry.shape.join(", ")}].`);
+    throw new CheckpointError(
+      file,
+      `Expected shape [B, C, h, w] for "noise" in ${file} but found [${entry.shape.join(", ")}].`,
+    );
   return readTensor(file, entry);
 }

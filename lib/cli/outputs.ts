@@ -37,13 +37,17 @@ export function outputFiles(pattern: string, seeds: readonly (number | null)[]):
 export async function prepareOutputs(files: readonly string[]): Promise<() => Promise<void>> {
   const created: string[] = [];
   const undo = async () => {
-    for (const folder of created.reverse()) await rmdir(folder).catch(() => undefined);
+    for (const folder of created.splice(0).reverse()) await rmdir(folder).catch(() => undefined);
   };
   try {
     for (const folder of new Set(files.map((file) => path.dirname(path.resolve(file))))) {
-      const first = await mkdir(folder, { recursive: true });
-      // mkdir names the topmost folder it created; those between it and `folder` are new as well.
-      for (let step = folder; first && step.length >= first.length; step = path.dirname(step)) created.unshift(step);
+      // One level at a time: Node's recursive mkdir does not end where the system refuses without saying why (/proc).
+      const missing: string[] = [];
+      for (let step = folder; !(await exists(step)); step = path.dirname(step)) missing.unshift(step);
+      for (const step of missing) {
+        await mkdir(step);
+        created.push(step);
+      }
       const probe = path.join(folder, `.flowturbo-${randomBytes(6).toString("hex")}.tmp`);
       await writeFile(probe, "", { flag: "wx" });
       await unlink(probe);
@@ -56,9 +60,23 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
     await undo();
     if (cause instanceof OutputError) throw cause;
     const where = (cause as NodeJS.ErrnoException).path ?? files[0]!;
-    throw new OutputError(where, `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`, {
-      cause,
-    });
+    throw new OutputError(
+      where,
+      `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`,
+      {
+        cause,
+      },
+    );
   }
   return undo;
+}
+
+async function exists(file: string): Promise<boolean> {
+  return stat(file).then(
+    () => true,
+    (error: NodeJS.ErrnoException) => {
+      if (error.code === "ENOENT") return false;
+      throw error;
+    },
+  );
 }

@@ -41,7 +41,10 @@ export function emitClip(
   const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
   const headDim = size / heads;
 
-  const tokens = g.op("Gather", [l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]), ids]);
+  const tokens = g.op("Gather", [
+    l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]),
+    ids,
+  ]);
   const positions = l.slice(
     l.weight("text_model.embeddings.position_embedding.weight", [config.maxPositionEmbeddings, size]),
     0,
@@ -50,24 +53,23 @@ export function emitClip(
   );
   let x = l.add(g.cast(tokens, l.compute), positions);
 
-  // -60000 stays finite in float16 and is as good as minus infinity behind a softmax.
-  const mask = new Float32Array(length * length);
-  for (let row = 0; row < length; row++) mask.fill(-60000, row * length + row + 1, (row + 1) * length);
-  const causal = g.tensor([1, 1, length, length], mask, l.compute);
-
   let penultimate: Value = x;
   for (let index = 0; index < config.numHiddenLayers; index++) {
     if (index === config.numHiddenLayers - 1) penultimate = x;
     const prefix = `text_model.encoder.layers.${index}`;
     const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
-    const project = (part: string) =>
-      l.splitHeads(l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size), heads, headDim);
-    const mixed = l.attention(project("q"), project("k"), project("v"), heads, headDim, headDim ** -0.5, causal);
+    const project = (part: string) => l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size);
+    const mixed = l.attention(project("q"), project("k"), project("v"), heads, {
+      scale: headDim ** -0.5,
+      causal: true,
+    });
     x = l.add(x, l.linear(mixed, `${prefix}.self_attn.out_proj`, size, size));
     const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);
     const inner = l.linear(norm2, `${prefix}.mlp.fc1`, size, config.intermediateSize);
     const activated =
-      config.hiddenAct === "gelu" ? l.gelu(inner, "none") : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
+      config.hiddenAct === "gelu"
+        ? l.gelu(inner, "none")
+        : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
     x = l.add(x, l.linear(activated, `${prefix}.mlp.fc2`, config.intermediateSize, size));
   }
   g.output("hidden", g.cast(penultimate, "float32"), ["rows", length, size]);

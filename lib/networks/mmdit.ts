@@ -137,10 +137,7 @@ function timestepEmbedding(l: Layers, timestep: Value): Value {
   const frequencies = Float32Array.from({ length: half }, (_, i) =>
     Math.exp(Math.fround(Math.fround(-Math.log(10000)) * i) / half),
   );
-  const angles = g.op("Mul", [
-    g.op("Unsqueeze", [timestep, g.ints([1])]),
-    g.tensor([1, half], frequencies, "float32"),
-  ]);
+  const angles = g.op("Mul", [g.op("Unsqueeze", [timestep, g.ints([1])]), g.tensor([1, half], frequencies, "float32")]);
   return g.cast(g.op("Concat", [g.op("Cos", [angles]), g.op("Sin", [angles])], { axis: 1 }), l.compute);
 }
 
@@ -172,10 +169,15 @@ function jointBlock(
   const last = index === config.numLayers - 1;
 
   const project = (tokens: Value, linear: string, norm: string | null): Value => {
-    const split = l.splitHeads(l.linear(tokens, `${name}.${linear}`, width, width), heads, headDim);
-    return norm && config.qkNorm ? l.rmsNorm(split, `${name}.${norm}.weight`, headDim, epsilon) : split;
+    const y = l.linear(tokens, `${name}.${linear}`, width, width);
+    if (!norm || !config.qkNorm) return y;
+    return l.joinHeads(
+      l.rmsNorm(l.splitHeads(y, heads, headDim), `${name}.${norm}.weight`, headDim, epsilon),
+      heads,
+      headDim,
+    );
   };
-  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, headDim ** -0.5);
+  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, { scale: headDim ** -0.5 });
   const both = (a: Value, b: Value) => g.op("Concat", [a, b], { axis: 1 });
   const feedForward = (tokens: Value, part: string) =>
     l.linear(
@@ -188,7 +190,15 @@ function jointBlock(
   // Modulation of both streams. The last block has no context output and orders its two vectors (scale, shift).
   const modX = modulation(l, activated, `${name}.norm1.linear`, width, dual ? 9 : 6);
   const [shiftX, scaleX, gateX, shiftFf, scaleFf, gateFf, shift2, scale2, gate2] = modX as [
-    Value, Value, Value, Value, Value, Value, Value, Value, Value,
+    Value,
+    Value,
+    Value,
+    Value,
+    Value,
+    Value,
+    Value,
+    Value,
+    Value,
   ];
   const modC = modulation(l, activated, `${name}.norm1_context.linear`, width, last ? 2 : 6);
   const [shiftC, scaleC] = (last ? [modC[1], modC[0]] : modC) as [Value, Value];

@@ -61,9 +61,8 @@ export function emitT5(name: string, weights: WeightSource, config: T5Config, op
   for (let index = 0; index < config.numLayers; index++) {
     const attention = `encoder.block.${index}.layer.0`;
     const normed = norm(x, `${attention}.layer_norm`);
-    const project = (part: string) =>
-      l.splitHeads(linear(normed, `${attention}.SelfAttention.${part}`, dModel, inner), numHeads, dKv);
-    const mixed = l.attention(project("q"), project("k"), project("v"), numHeads, dKv, 1, bias);
+    const project = (part: string) => linear(normed, `${attention}.SelfAttention.${part}`, dModel, inner);
+    const mixed = l.attention(project("q"), project("k"), project("v"), numHeads, { scale: 1, bias });
     x = l.add(x, linear(mixed, `${attention}.SelfAttention.o`, inner, dModel));
 
     const forward = `encoder.block.${index}.layer.1`;

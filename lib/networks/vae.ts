@@ -24,7 +24,12 @@ export interface VaeConfig {
 const epsilon = 1e-6;
 
 /** Inputs: latents [B, C, h, w]. Output: image [B, 3, H, W], nominally in [-1, 1], not clamped. float32. */
-export function emitVaeDecoder(name: string, weights: WeightSource, config: VaeConfig, options: EmitOptions): OnnxGraph {
+export function emitVaeDecoder(
+  name: string,
+  weights: WeightSource,
+  config: VaeConfig,
+  options: EmitOptions,
+): OnnxGraph {
   const g = new GraphBuilder(name);
   const latents = g.input("latents", "float32", ["rows", config.latentChannels, "height", "width"]);
   const image = decode(g, weights, config, latents, options);
@@ -33,7 +38,12 @@ export function emitVaeDecoder(name: string, weights: WeightSource, config: VaeC
 }
 
 /** Inputs: image [B, 3, H, W] in [-1, 1]. Output: latents [B, C, h, w], the mode of the posterior, scaled and shifted. */
-export function emitVaeEncoder(name: string, weights: WeightSource, config: VaeConfig, options: EmitOptions): OnnxGraph {
+export function emitVaeEncoder(
+  name: string,
+  weights: WeightSource,
+  config: VaeConfig,
+  options: EmitOptions,
+): OnnxGraph {
   const g = new GraphBuilder(name);
   const image = g.input("image", "float32", ["rows", config.inChannels, "image_height", "image_width"]);
   const latents = encode(g, weights, config, image, options);
@@ -141,11 +151,7 @@ class Blocks {
   }
 
   groupNorm(x: Value, name: string, channels: number): Value {
-    return this.g.op(
-      "GroupNormalization",
-      [x, this.layers.weight(`${name}.weight`, [channels]), this.layers.weight(`${name}.bias`, [channels])],
-      { num_groups: this.#groups, epsilon: { float: epsilon } },
-    );
+    return this.layers.groupNorm(x, name, channels, this.#groups, epsilon);
   }
 
   resnet(x: Value, name: string, from: number, to: number): Value {
@@ -166,9 +172,10 @@ class Blocks {
     const { g, layers } = this;
     const normed = this.groupNorm(x, `${name}.group_norm`, channels);
     const tokens = g.op("Transpose", [g.op("Reshape", [normed, g.ints([0, channels, -1])])], { perm: [0, 2, 1] });
-    const project = (part: string) =>
-      layers.splitHeads(layers.linear(tokens, `${name}.${part}`, channels, channels), 1, channels);
-    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, channels, channels ** -0.5);
+    const project = (part: string) => layers.linear(tokens, `${name}.${part}`, channels, channels);
+    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, {
+      scale: channels ** -0.5,
+    });
     const out = layers.linear(mixed, `${name}.to_out.0`, channels, channels);
     const image = g.op("Reshape", [g.op("Transpose", [out], { perm: [0, 2, 1] }), g.op("Shape", [x])]);
     return layers.add(x, image);

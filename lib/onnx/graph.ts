@@ -4,7 +4,7 @@
  * kilobytes. Values carry their element type, since strongly typed runtimes (TensorRT) forbid implicit conversion.
  */
 
-import { type StoredDType, type StoredTensor, elementCount } from "../tensor.js";
+import { elementCount, type StoredDType, type StoredTensor } from "../tensor.js";
 import { MessageWriter } from "./protobuf.js";
 
 export type ElementType = "float32" | "float16" | "bfloat16" | "int64" | "bool";
@@ -202,9 +202,7 @@ function valueInfo(name: string, type: ElementType, shape: readonly Dimension[])
   for (const dimension of shape)
     dimensions.message(
       1,
-      typeof dimension === "number"
-        ? new MessageWriter().int(1, dimension)
-        : new MessageWriter().string(2, dimension),
+      typeof dimension === "number" ? new MessageWriter().int(1, dimension) : new MessageWriter().string(2, dimension),
     );
   const tensor = new MessageWriter().int(1, onnxType[type]).message(2, dimensions);
   return new MessageWriter().string(1, name).message(2, new MessageWriter().message(1, tensor));

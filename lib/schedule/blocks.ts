@@ -61,9 +61,5 @@ export function defaultBlocks(sampler: Sampler, steps: number, hasRefiner: boole
   if (sampler === "euler") return new Array<Block>(steps).fill("E");
   if (sampler === "heun") return new Array<Block>(steps).fill("H");
   const refined = hasRefiner ? Math.min(Math.round(steps / 5), steps - 1) : 0;
-  return [
-    "H",
-    ...new Array<Block>(steps - 1 - refined).fill("P"),
-    ...new Array<Block>(refined).fill("R"),
-  ];
+  return ["H", ...new Array<Block>(steps - 1 - refined).fill("P"), ...new Array<Block>(refined).fill("R")];
 }

@@ -4,7 +4,7 @@
  */
 
 import type { Constant, Instruction, Program, Register } from "../program.js";
-import { type Tensor, float32 } from "../tensor.js";
+import { float32, type Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
 import { planSteps } from "./steps.js";
 

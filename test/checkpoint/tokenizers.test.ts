@@ -3,26 +3,156 @@
  * version. Padding, truncation and special tokens inside a text all change the picture, so ids must be equal, not close.
  */
 
-import { readFile } from "node:fs/promises";
+import { readFile, rm, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "../../lib/checkpoint/index.js";
+import { CheckpointError } from "../../lib/errors.js";
+import { copyModel, editJson, fixture } from "./folders.js";
 
-const fixture = (name: string) => new URL(`../fixtures/${name}/`, import.meta.url).pathname;
+const ids = (tokenizer: Tokenizer, text: string, length: number) => [...tokenizer.encode(text, length).ids].map(Number);
+const readJson = async (file: string) => JSON.parse(await readFile(file, "utf8"));
 
-describe("token ids equal transformers'", () => {
+async function openAll(name: string): Promise<Record<string, Tokenizer>> {
+  const model = fixture(name, "model");
+  return {
+    tokenizer: await openClipTokenizer(join(model, "tokenizer")),
+    tokenizer_1: await openClipTokenizer(join(model, "tokenizer")),
+    tokenizer_2: await openClipTokenizer(join(model, "tokenizer_2")),
+    ...(name === "sd3" ? {} : { tokenizer_3: await openT5Tokenizer(join(model, "tokenizer_3")) }),
+  };
+}
+
+describe("ids equal transformers'", () => {
   for (const name of ["large", "medium", "sd3"])
-    test(name, async () => {
-      const checkpoint = await openCheckpoint(`${fixture(name)}model`);
-      const expected = JSON.parse(await readFile(`${fixture(name)}token_ids.json`, "utf8"));
-      const tokenizers = {
-        tokenizer_1: checkpoint.tokenizer,
-        tokenizer_2: checkpoint.tokenizer2,
-        tokenizer_3: checkpoint.tokenizer3,
-      };
-      for (const [key, texts] of Object.entries<Record<string, number[]>>(expected))
-        for (const [text, ids] of Object.entries(texts)) {
-          const tokens = tokenizers[key as "tokenizer_1"]!.encode(text, ids.length);
-          expect([...tokens.ids].map(Number), `${key}: ${text}`).toEqual(ids);
-        }
+    test(`${name}: the fixture's five texts`, async () => {
+      const tokenizers = await openAll(name);
+      const expected: Record<string, Record<string, number[]>> = await readJson(fixture(name, "token_ids.json"));
+      expect(Object.keys(expected).length).toBe(name === "sd3" ? 2 : 3);
+      for (const [key, texts] of Object.entries(expected))
+        for (const [text, wanted] of Object.entries(texts))
+          expect(ids(tokenizers[key]!, text, wanted.length), `${key}: ${text}`).toEqual(wanted);
+    });
+
+  test("special tokens in a text, white space, forms of letters, one endless word", async () => {
+    const tokenizers = await openAll("large");
+    const expected: Record<string, Record<string, number[]>> = await readJson(
+      fileURLToPath(new URL("odd_token_ids.json", import.meta.url)),
+    );
+    for (const [key, texts] of Object.entries(expected))
+      for (const [text, recorded] of Object.entries(texts)) {
+        // The record leaves out repetitions of its last id: all of them padding.
+        const length = key === "tokenizer_3" ? 32 : 77;
+        const wanted = [...recorded, ...new Array(length - recorded.length).fill(recorded.at(-1))];
+        expect(ids(tokenizers[key]!, text, length), `${key}: ${text}`).toEqual(wanted);
+      }
+  });
+});
+
+describe("truncation", () => {
+  test("counts the tokens, keeps the end token last and returns what was cut off", async () => {
+    const { tokenizer_1: clip, tokenizer_3: t5 } = await openAll("large");
+    const fits = clip!.encode("a red circle above a small blue square", 10);
+    expect(fits).toMatchObject({ truncated: false, tokens: 10, dropped: "" });
+    const cut = clip!.encode("a red circle above a small blue square", 6);
+    expect(cut).toMatchObject({ truncated: true, tokens: 10, dropped: "a small blue square" });
+    expect([...cut.ids].map(Number)).toEqual([605, 320, 562, 588, 584, 606]);
+    const sentence = t5!.encode("a red circle", 4);
+    expect(sentence.truncated).toBe(true);
+    expect(sentence.ids[3]).toBe(1n);
+    expect(sentence.dropped.length).toBeGreaterThan(0);
+    expect(() => clip!.encode("a", 1)).toThrow(RangeError);
+  });
+
+  test("maxLength: from the file, within the model's limit, whatever the file says", async () => {
+    const model = await copyModel("large");
+    const [clip, t5] = [join(model, "tokenizer"), join(model, "tokenizer_3")];
+    for (const [declared, clipLength, t5Length] of [
+      [16, 16, 16],
+      [1e30, 77, 512],
+      [undefined, 77, 512],
+    ]) {
+      for (const folder of [clip, t5])
+        await editJson(join(folder, "tokenizer_config.json"), (json) => {
+          json.model_max_length = declared;
+        });
+      expect((await openClipTokenizer(clip)).maxLength).toBe(clipLength);
+      expect((await openT5Tokenizer(t5)).maxLength).toBe(t5Length);
+    }
+  });
+});
+
+describe("files", () => {
+  test("a tokenizer.json instead of vocab.json and merges.txt gives the same ids", async () => {
+    const folder = join(await copyModel("large"), "tokenizer");
+    const before = await openClipTokenizer(folder);
+    const vocab = await readJson(join(folder, "vocab.json"));
+    const merges = (await readFile(join(folder, "merges.txt"), "utf8")).trim().split("\n").slice(1);
+    await writeFile(join(folder, "tokenizer.json"), JSON.stringify({ model: { type: "BPE", vocab, merges } }));
+    await rm(join(folder, "vocab.json"));
+    await rm(join(folder, "merges.txt"));
+    const after = await openClipTokenizer(folder);
+    const text = "the photo of a café, 3 dogs & a cat's bowl!";
+    expect(ids(after, text, 77)).toEqual(ids(before, text, 77));
+  });
+
+  test("padding: special_tokens_map.json overrides, unless the config lists its added tokens", async () => {
+    const folder = join(await copyModel("large"), "tokenizer_2");
+    await editJson(join(folder, "tokenizer_config.json"), (json) => {
+      json.pad_token = "<|endoftext|>";
+    });
+    expect(ids(await openClipTokenizer(folder), "", 3)).toEqual([605, 606, 0]);
+    await editJson(join(folder, "tokenizer_config.json"), (json) => {
+      json.added_tokens_decoder = { "606": { content: "<|endoftext|>", normalized: true, special: true } };
+    });
+    expect(ids(await openClipTokenizer(folder), "", 3)).toEqual([605, 606, 606]);
+    expect(ids(await openClipTokenizer(folder), "<|ENDOFTEXT|>", 4)).toEqual([605, 606, 606, 606]);
+  });
+
+  test("a special token as an object", async () => {
+    const folder = join(await copyModel("large"), "tokenizer_2");
+    await editJson(join(folder, "special_tokens_map.json"), (json) => {
+      json.pad_token = { content: "!", lstrip: false, normalized: false, rstrip: false, single_word: false };
+    });
+    expect(ids(await openClipTokenizer(folder), "", 3)).toEqual([605, 606, 0]);
+  });
+
+  const damages: [string, string, (folder: string) => Promise<void>, RegExp][] = [
+    ["no vocab.json", "tokenizer", (f) => rm(join(f, "vocab.json")), /vocab\.json is missing/],
+    ["no merges.txt", "tokenizer", (f) => rm(join(f, "merges.txt")), /merges\.txt/],
+    ["vocab.json not JSON", "tokenizer", (f) => writeFile(join(f, "vocab.json"), "{"), /vocab\.json is not JSON/],
+    ["vocab.json a list", "tokenizer", (f) => writeFile(join(f, "vocab.json"), "[]"), /vocab\.json does not hold/],
+    ["ids not numbers", "tokenizer", (f) => writeFile(join(f, "vocab.json"), '{"a":"b"}'), /is not a vocabulary/],
+    ["a damaged merge", "tokenizer", (f) => writeFile(join(f, "merges.txt"), "#version: 0.2\na b c\n"), /merge 1/],
+    [
+      "a pad token outside the vocabulary",
+      "tokenizer_2",
+      (f) =>
+        editJson(join(f, "special_tokens_map.json"), (json) => {
+          json.pad_token = "<nothing>";
+        }),
+      /lacks the special token "<nothing>"/,
+    ],
+    ["only spiece.model", "tokenizer_3", (f) => rm(join(f, "tokenizer.json")), /no tokenizer\.json.*save_pretrained/],
+    ["T5 without a unigram model", "tokenizer_3", (f) => writeFile(join(f, "tokenizer.json"), "{}"), /unigram/],
+    [
+      "T5 without an end token",
+      "tokenizer_3",
+      (f) =>
+        editJson(join(f, "tokenizer.json"), (json) => {
+          json.added_tokens = [];
+          json.model.vocab[1][0] = "x";
+        }),
+      /lacks the eos_token/,
+    ],
+  ];
+  for (const [what, part, damage, message] of damages)
+    test(what, async () => {
+      const folder = join(await copyModel("large"), part);
+      await damage(folder);
+      const error = await (part === "tokenizer_3" ? openT5Tokenizer : openClipTokenizer)(folder).catch((e) => e);
+      expect(error).toBeInstanceOf(CheckpointError);
+      expect(error.message).toMatch(message);
     });
 });

@@ -1,0 +1,41 @@
+/**
+ * Peak memory with 16-bit weights: loads a checkpoint with 1 GB of bfloat16 transformer weights and runs one 256 × 256
+ * step, with weights "lazy" and "folded". Resident sizes are summed over all processes (this one, which only holds the
+ * library, and the one that runs the graphs) and compared with the transformer's file. Bar for lazy: under 2.2.
+ *
+ *   npx tsx bench/memory.ts
+ */
+
+import { spawn } from "node:child_process";
+import path from "node:path";
+import { randomCheckpoint } from "./random-checkpoint.js";
+import { report, residentBytes, root } from "./support.js";
+
+const { folder, bytes } = await randomCheckpoint(6);
+const gigabytes = (value: number) => `${(value / 1e9).toFixed(2)} GB`;
+console.log(`transformer: ${gigabytes(bytes)} of bfloat16`);
+
+const results: Record<string, unknown> = {};
+for (const weights of ["lazy", "folded"]) {
+  const args = ["generate", "x", "--model", folder, "--weights", weights, "--sampler", "euler", "--steps", "1"];
+  const out = ["--width", "256", "--height", "256", "--seed", "1", "--json", "--out", path.join(folder, "out.png")];
+  const child = spawn(process.execPath, [path.join(root, "dist/cli.js"), ...args, ...out], {
+    stdio: ["ignore", "pipe", "inherit"],
+  });
+  let stdout = "";
+  child.stdout.on("data", (chunk) => {
+    stdout += chunk;
+  });
+  let peak = 0;
+  const poll = setInterval(() => {
+    peak = Math.max(peak, residentBytes(child.pid!));
+  }, 10);
+  const code = await new Promise<number | null>((resolve) => child.on("close", resolve));
+  clearInterval(poll);
+  if (code !== 0) throw new Error(`flowturbo generate ended with code ${code}`);
+  const ratio = peak / bytes;
+  const { milliseconds } = JSON.parse(stdout) as { milliseconds: Record<string, unknown> };
+  console.log(`${weights}: peak ${gigabytes(peak)}, ${ratio.toFixed(2)} × the file`);
+  results[weights] = { peakBytes: peak, ratio, milliseconds };
+}
+await report("memory", { fileBytes: bytes, bar: { lazy: 2.2 }, weights: results });

@@ -1,0 +1,72 @@
+/**
+ * What the pipeline adds to the sessions that it runs: 20 Euler steps through FlowTurbo.generate (schedule, noise,
+ * child process, registers, checks, reports) against the same 20 session runs called directly on onnxruntime-node in
+ * this process with inputs ready. The prompt's embedding is cached and the decoder's time is taken off, so both sides
+ * are 20 evaluations of the same graph. Bar: at most 1.05.
+ *
+ *   npx tsx bench/overhead.ts [rounds]
+ */
+
+import { FlowTurbo } from "flowturbo";
+import * as ort from "onnxruntime-node";
+import { openCheckpoint } from "../lib/checkpoint/index.js";
+import { GraphLibrary } from "../lib/graphs.js";
+import { embeddedModel } from "../lib/pipeline.js";
+import { format, paired, ratios, report, spread } from "./support.js";
+
+const rounds = Number(process.argv[2] ?? 15);
+const steps = 20;
+
+const checkpoint = await openCheckpoint(embeddedModel);
+const graphs = new GraphLibrary(checkpoint);
+const session = await ort.InferenceSession.create(graphs.get("predict").bytes, {
+  interOpNumThreads: 1,
+  executionMode: "sequential",
+  extra: { session: { model_external_initializers_file_folder_path: "/" } },
+});
+
+const results: Record<string, unknown> = {};
+for (const size of [64, 128, 256]) {
+  const side = size / checkpoint.vae.config.factor;
+  const tensor = (...shape: number[]) =>
+    new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(0.1), shape);
+  const { jointAttentionDim, pooledProjectionDim, numAttentionHeads, attentionHeadDim } = checkpoint.transformer.config;
+  const tokens = checkpoint.tokenizer!.maxLength + checkpoint.tokenizer3!.maxLength;
+  let feeds: Record<string, ort.Tensor> = {
+    x: tensor(1, 16, side, side),
+    velocity: tensor(2, 16, side, side),
+    context: tensor(2, tokens, jointAttentionDim),
+    pooled: tensor(2, pooledProjectionDim),
+    position_embedding: tensor(1, (side / 2) ** 2, numAttentionHeads * attentionHeadDim),
+    ...Object.fromEntries(["sigma", "a_in", "a_old", "a_new", "guidance"].map((name) => [name, tensor(1)])),
+  };
+  const direct = async () => {
+    const start = performance.now();
+    for (let step = 0; step < steps; step++) {
+      const out = await session.run(feeds);
+      feeds = { ...feeds, x: out.x_next!, velocity: out.velocity_next! };
+    }
+    return performance.now() - start;
+  };
+
+  await using model = await FlowTurbo.load(undefined, { weights: "folded" });
+  const pipeline = async () => {
+    const start = performance.now();
+    const { timings } = await model.generate({
+      prompt: "a red circle",
+      sampler: "euler",
+      steps,
+      width: size,
+      height: size,
+      seed: 1,
+    });
+    return performance.now() - start - timings.decode;
+  };
+  const times = await paired({ pipeline, direct }, rounds);
+  const ratio = ratios(times.pipeline!, times.direct!);
+  console.log(
+    `${size} × ${size}: pipeline ${format(spread(times.pipeline!))} ms, direct ${format(spread(times.direct!))} ms, ratio ${format(ratio, 3)}`,
+  );
+  results[size] = { pipeline: spread(times.pipeline!), direct: spread(times.direct!), ratio };
+}
+await report("overhead", { steps, bar: 1.05, sizes: results });

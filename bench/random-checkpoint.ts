@@ -1,0 +1,120 @@
+/**
+ * Makes a checkpoint of SD3.5-medium's width with random bfloat16 weights in any number of layers, for measuring time
+ * and memory where no real checkpoint can be had. Text encoders, tokenizers and VAE are the tiny ones of a fixture, so
+ * that nearly all of the checkpoint is the transformer.
+ */
+
+import { createHash } from "node:crypto";
+import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { open } from "node:fs/promises";
+import path from "node:path";
+import { root } from "./support.js";
+
+export interface RandomCheckpoint {
+  readonly folder: string;
+  /** Bytes of the transformer's file. */
+  readonly bytes: number;
+}
+
+const heads = 24;
+const headDim = 64;
+const width = heads * headDim;
+
+/** @param layers 6 layers are 0.99 GB */
+export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint> {
+  const folder = path.join(root, "bench/.work", `medium-width-${layers}`);
+  const file = path.join(folder, "transformer/diffusion_pytorch_model.safetensors");
+  const fixture = path.join(root, "test/fixtures/medium/model");
+  const config = JSON.parse(readFileSync(path.join(fixture, "transformer/config.json"), "utf8"));
+  Object.assign(config, {
+    num_layers: layers,
+    num_attention_heads: heads,
+    attention_head_dim: headDim,
+    caption_projection_dim: width,
+    dual_attention_layers: [],
+    pos_embed_max_size: 96,
+  });
+  const shapes = tensorShapes(layers, config);
+  const header: Record<string, unknown> = {};
+  let offset = 0;
+  for (const [name, shape] of Object.entries(shapes)) {
+    const end = offset + 2 * shape.reduce((a, b) => a * b, 1);
+    header[name] = { dtype: "BF16", shape, data_offsets: [offset, end] };
+    offset = end;
+  }
+  const json = Buffer.from(JSON.stringify(header));
+  const bytes = 8 + json.length + offset;
+  const stamp = createHash("sha256").update(json).digest("hex");
+  const stampFile = path.join(folder, "stamp");
+  if (existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp) return { folder, bytes };
+
+  rmSync(folder, { recursive: true, force: true });
+  mkdirSync(folder, { recursive: true });
+  cpSync(fixture, folder, { recursive: true });
+  rmSync(path.join(folder, "refiner"), { recursive: true });
+  writeFileSync(path.join(folder, "transformer/config.json"), JSON.stringify(config, null, 2));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(json.length));
+  const handle = await open(file, "w");
+  try {
+    await handle.write(length);
+    await handle.write(json);
+    // One block of small values again and again: their order does not matter, their size keeps the network finite.
+    const block = randomBlock(2 ** 22);
+    for (let left = offset; left > 0; left -= block.length)
+      await handle.write(block.subarray(0, Math.min(left, block.length)));
+  } finally {
+    await handle.close();
+  }
+  writeFileSync(stampFile, stamp);
+  return { folder, bytes };
+}
+
+/** bfloat16 values, uniform in ±0.02, from a fixed linear congruential generator. */
+function randomBlock(bytes: number): Buffer {
+  const values = new Float32Array(bytes / 2);
+  let state = 1;
+  for (let i = 0; i < values.length; i++) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    values[i] = (state / 2 ** 32 - 0.5) * 0.04;
+  }
+  const words = new Uint16Array(values.buffer);
+  const block = Buffer.alloc(bytes);
+  for (let i = 0; i < values.length; i++) block.writeUInt16LE(words[2 * i + 1]!, 2 * i);
+  return block;
+}
+
+function tensorShapes(layers: number, config: Record<string, number>): Record<string, number[]> {
+  const shapes: Record<string, number[]> = {
+    "pos_embed.pos_embed": [1, config.pos_embed_max_size! ** 2, width],
+    "pos_embed.proj.weight": [width, 16, 2, 2],
+    "pos_embed.proj.bias": [width],
+  };
+  const linear = (name: string, from: number, to: number) => {
+    shapes[`${name}.weight`] = [to, from];
+    shapes[`${name}.bias`] = [to];
+  };
+  linear("context_embedder", config.joint_attention_dim!, width);
+  linear("time_text_embed.timestep_embedder.linear_1", 256, width);
+  linear("time_text_embed.timestep_embedder.linear_2", width, width);
+  linear("time_text_embed.text_embedder.linear_1", config.pooled_projection_dim!, width);
+  linear("time_text_embed.text_embedder.linear_2", width, width);
+  linear("norm_out.linear", width, 2 * width);
+  linear("proj_out", width, 64);
+  for (let layer = 0; layer < layers; layer++) {
+    const block = `transformer_blocks.${layer}`;
+    const last = layer === layers - 1;
+    linear(`${block}.norm1.linear`, width, 6 * width);
+    linear(`${block}.norm1_context.linear`, width, (last ? 2 : 6) * width);
+    for (const part of ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0"])
+      linear(`${block}.attn.${part}`, width, width);
+    if (!last) linear(`${block}.attn.to_add_out`, width, width);
+    for (const norm of ["norm_q", "norm_k", "norm_added_q", "norm_added_k"])
+      shapes[`${block}.attn.${norm}.weight`] = [headDim];
+    for (const part of last ? ["ff"] : ["ff", "ff_context"]) {
+      linear(`${block}.${part}.net.0.proj`, width, 4 * width);
+      linear(`${block}.${part}.net.2`, 4 * width, width);
+    }
+  }
+  return shapes;
+}

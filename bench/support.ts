@@ -1,0 +1,116 @@
+/**
+ * What the benchmarks share: paired runs, medians, the memory of a tree of processes, the machine's description. The
+ * machines that these run on are shared and noisy: only ratios of runs taken in turn, in one sequence, mean anything.
+ */
+
+import { execFileSync } from "node:child_process";
+import { readdirSync, readFileSync } from "node:fs";
+import { mkdir, writeFile } from "node:fs/promises";
+import os from "node:os";
+import path from "node:path";
+
+export const root = path.resolve(import.meta.dirname, "..");
+
+export interface Spread {
+  readonly median: number;
+  readonly min: number;
+  readonly max: number;
+  readonly runs: number;
+}
+
+export function spread(values: readonly number[]): Spread {
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  const median = sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
+  return { median, min: sorted[0]!, max: sorted.at(-1)!, runs: sorted.length };
+}
+
+/** Runs each contender in turn, `rounds` times after `warmUp` rounds; milliseconds per contender and round. */
+export async function paired(
+  contenders: Record<string, () => Promise<number>>,
+  rounds: number,
+  warmUp = 2,
+): Promise<Record<string, number[]>> {
+  const times: Record<string, number[]> = Object.fromEntries(Object.keys(contenders).map((name) => [name, []]));
+  for (let round = -warmUp; round < rounds; round++) {
+    // Every other round backwards, so that neither always follows the other.
+    const order = Object.entries(contenders);
+    if (round % 2) order.reverse();
+    for (const [name, run] of order) {
+      const milliseconds = await run();
+      if (round >= 0) times[name]!.push(milliseconds);
+    }
+  }
+  return times;
+}
+
+/** Ratio of each round, a over b. */
+export function ratios(a: readonly number[], b: readonly number[]): Spread {
+  return spread(a.map((value, round) => value / b[round]!));
+}
+
+/** A process and its descendants, by /proc (Linux). */
+export function processTree(pid: number): number[] {
+  const parents = new Map<number, number>();
+  for (const entry of readdirSync("/proc").filter((name) => /^\d+$/.test(name)))
+    try {
+      const stat = readFileSync(`/proc/${entry}/stat`, "utf8");
+      parents.set(Number(entry), Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[1]));
+    } catch {
+      // It ended meanwhile.
+    }
+  const tree = [pid];
+  for (const parent of tree) for (const [child, of] of parents) if (of === parent) tree.push(child);
+  return tree;
+}
+
+/** Bytes resident now, summed over a tree of processes. Shared pages count once for each. */
+export function residentBytes(pid: number): number {
+  let bytes = 0;
+  for (const process of processTree(pid))
+    try {
+      const kilobytes = readFileSync(`/proc/${process}/status`, "utf8").match(/^VmRSS:\s+(\d+)/m)?.[1];
+      bytes += Number(kilobytes ?? 0) * 1024;
+    } catch {
+      // It ended meanwhile.
+    }
+  return bytes;
+}
+
+/** Where and on what a benchmark ran. */
+export function environment(): Record<string, unknown> {
+  const manifest = JSON.parse(readFileSync(path.join(root, "package.json"), "utf8")) as { version: string };
+  const dependency = (name: string) =>
+    (JSON.parse(readFileSync(path.join(root, "node_modules", name, "package.json"), "utf8")) as { version: string })
+      .version;
+  return {
+    cpu: os.cpus()[0]?.model ?? "unknown",
+    cores: os.availableParallelism(),
+    memoryGiB: Math.round(os.totalmem() / 2 ** 30),
+    platform: `${process.platform}-${process.arch}`,
+    node: process.versions.node,
+    flowturbo: manifest.version,
+    onnxruntime: dependency("onnxruntime-node"),
+    commit: gitCommit(),
+  };
+}
+
+function gitCommit(): string {
+  try {
+    return execFileSync("git", ["rev-parse", "--short", "HEAD"], { cwd: root, encoding: "utf8" }).trim();
+  } catch {
+    return "unknown";
+  }
+}
+
+/** Writes bench/results/<name>.json and prints where. */
+export async function report(name: string, results: Record<string, unknown>): Promise<void> {
+  const folder = path.join(root, "bench/results");
+  await mkdir(folder, { recursive: true });
+  const file = path.join(folder, `${name}.json`);
+  await writeFile(file, `${JSON.stringify({ benchmark: name, environment: environment(), ...results }, null, 2)}\n`);
+  console.log(`written to ${path.relative(root, file)}`);
+}
+
+export const format = ({ median, min, max }: Spread, digits = 2): string =>
+  `${median.toFixed(digits)} (${min.toFixed(digits)} to ${max.toFixed(digits)})`;

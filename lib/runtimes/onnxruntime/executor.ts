@@ -1,0 +1,169 @@
+/**
+ * Runs programs on ONNX Runtime, inside the child process. Registers stay ONNX Runtime's own tensors from one launch
+ * to the next; only row copies touch their values in JavaScript. `session.run` blocks this thread, so between
+ * launches the event loop gets a turn: that is when an abort arrives.
+ */
+
+import { setImmediate } from "node:timers/promises";
+import type * as ort from "onnxruntime-node";
+import type { Constant, CopyRows, Launch, Program, Register } from "../../program.js";
+import { elementCount, type Tensor } from "../../tensor.js";
+import { allFinite } from "../validate.js";
+import type { Failure, HostSettings, SentGraph } from "./protocol.js";
+import { StoredConstants } from "./stored.js";
+
+/** A run that ended for a reason that the parent turns into one of its errors. */
+export class RunFailure extends Error {
+  readonly failure: Failure;
+  constructor(failure: Failure) {
+    super(failure.kind === "aborted" ? "aborted" : failure.message);
+    this.failure = failure;
+  }
+}
+
+/** What a run tells and asks while it goes on. */
+export interface RunHooks {
+  launched(index: number, milliseconds: number): void;
+  aborted(): boolean;
+}
+
+export class Executor {
+  readonly #ort: typeof ort;
+  readonly #settings: HostSettings;
+  readonly #graphs = new Map<string, SentGraph>();
+  readonly #sessions = new Map<string, ort.InferenceSession>();
+  readonly #stored = new StoredConstants();
+
+  constructor(library: typeof ort, settings: HostSettings) {
+    this.#ort = library;
+    this.#settings = settings;
+  }
+
+  add(graph: SentGraph): void {
+    this.#graphs.set(graph.name, graph);
+    this.#sessions.delete(graph.name);
+  }
+
+  /** @throws RunFailure */
+  async run(program: Program, hooks: RunHooks): Promise<Record<string, Tensor>> {
+    const values = new Map<string, ort.Tensor>();
+    for (const [name, constant] of Object.entries(program.constants))
+      values.set(name, await this.#upload(name, constant));
+    let launches = 0;
+    for (const instruction of program.instructions) {
+      if (instruction.op === "copy") {
+        this.#copy(program, instruction, values);
+        continue;
+      }
+      await setImmediate();
+      if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
+      const start = performance.now();
+      await this.#launch(program, instruction, values);
+      hooks.launched(launches++, performance.now() - start);
+    }
+    const results: Record<string, Tensor> = {};
+    for (const name of program.results) {
+      const { dtype, shape } = program.registers[name]!;
+      results[name] = { dtype, shape, data: values.get(name)!.data } as Tensor;
+    }
+    return results;
+  }
+
+  async #upload(name: string, constant: Constant): Promise<ort.Tensor> {
+    if (constant.kind === "value") return this.#tensor(constant.tensor);
+    try {
+      return this.#tensor({ dtype: "float32", shape: constant.shape, data: await this.#stored.read(constant) });
+    } catch (error) {
+      throw failure(`The constant "${name}" (tensor ${constant.source.name}) cannot be read: ${messageOf(error)}`);
+    }
+  }
+
+  async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {
+    const where = `The graph "${launch.graph}" (${launch.label.name})`;
+    const session = await this.#session(launch.graph, where);
+    const feeds: Record<string, ort.Tensor> = {};
+    for (const [input, name] of Object.entries(launch.inputs)) feeds[input] = values.get(name)!;
+    const fetches = Object.keys(launch.outputs);
+    const results = await session.run(feeds, fetches).catch((error) => {
+      throw failure(`${where} failed: ${messageOf(error)}`);
+    });
+    for (const [output, name] of Object.entries(launch.outputs)) {
+      const value = results[output]!;
+      const { dtype, shape } = program.registers[name]!;
+      if (value.type !== dtype || value.dims.join() !== shape.join())
+        throw failure(
+          `${where} gave ${value.type} [${value.dims}] as "${output}", but the register "${name}" is ${dtype} [${shape}].`,
+        );
+      values.set(name, value);
+    }
+    for (const name of launch.mustBeFinite ?? [])
+      if (!allFinite(values.get(name)!.data as Float32Array))
+        throw new RunFailure({
+          kind: "not-finite",
+          where: launch.label.name,
+          message: `"${name}" holds NaN or an infinity after ${launch.label.name} (graph "${launch.graph}").`,
+        });
+  }
+
+  #copy(program: Program, copy: CopyRows, values: Map<string, ort.Tensor>): void {
+    const from = values.get(copy.from)!;
+    const register = program.registers[copy.to]!;
+    let to = values.get(copy.to);
+    if (!to) {
+      to = this.#tensor(zeros(register));
+      values.set(copy.to, to);
+    }
+    const row = elementCount(register.shape.slice(1));
+    const rows = from.data.slice(copy.fromRow * row, (copy.fromRow + copy.rows) * row) as Float32Array;
+    (to.data as Float32Array).set(rows, copy.toRow * row);
+  }
+
+  async #session(name: string, where: string): Promise<ort.InferenceSession> {
+    const known = this.#sessions.get(name);
+    if (known) return known;
+    const graph = this.#graphs.get(name)!;
+    try {
+      const session = await this.#ort.InferenceSession.create(graph.bytes, this.#sessionOptions(graph));
+      this.#sessions.set(name, session);
+      return session;
+    } catch (error) {
+      throw failure(`${where} cannot be compiled: ${messageOf(error)}`);
+    }
+  }
+
+  #sessionOptions(graph: SentGraph): ort.InferenceSession.SessionOptions {
+    const { threads, weights } = this.#settings;
+    return {
+      executionProviders: ["cpu"],
+      executionMode: "sequential",
+      ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
+      interOpNumThreads: 1,
+      // Errors only: warnings would go to a stream that nobody reads.
+      logSeverityLevel: 3,
+      extra: {
+        session: { model_external_initializers_file_folder_path: graph.root },
+        // The casts behind 16-bit weights would be folded into float32 copies of them.
+        ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
+      },
+    };
+  }
+
+  #tensor({ dtype, shape, data }: Tensor): ort.Tensor {
+    return dtype === "float32" ? new this.#ort.Tensor(dtype, data, shape) : new this.#ort.Tensor(dtype, data, shape);
+  }
+}
+
+function zeros({ dtype, shape }: Register): Tensor {
+  const length = elementCount(shape);
+  return dtype === "float32"
+    ? { dtype, shape, data: new Float32Array(length) }
+    : { dtype, shape, data: new BigInt64Array(length) };
+}
+
+function failure(message: string): RunFailure {
+  return new RunFailure({ kind: "runtime", message });
+}
+
+export function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

@@ -1,0 +1,76 @@
+/**
+ * Entry of the child process that runs the graphs. It does what it is told over the channel and has one duty of its
+ * own: never to outlive its parent, even in the middle of a `session.run` of many seconds, when this thread hears
+ * nothing. So a second thread holds the read end of a pipe (stdin) whose write end only the parent has; when that
+ * closes, however the parent ended, the thread kills the process.
+ */
+
+import { Worker } from "node:worker_threads";
+import type * as ort from "onnxruntime-node";
+import { Executor, messageOf, RunFailure } from "./executor.js";
+import type { FromHost, HostSettings, ToHost } from "./protocol.js";
+
+// Ctrl-C and a closed terminal signal the whole foreground group. The parent decides what they mean.
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+
+const settings = JSON.parse(process.argv[2]!) as HostSettings;
+let running: number | null = null;
+let aborted = false;
+
+const [library] = await Promise.all([
+  import("onnxruntime-node").then(
+    // A CommonJS module: its exports are on `default`.
+    (module) => module.default as unknown as typeof ort,
+    (error) => {
+      send({ type: "broken", message: messageOf(error) });
+      return null;
+    },
+  ),
+  watchParent(),
+]);
+
+if (library) {
+  const executor = new Executor(library, settings);
+  process.on("message", (message: ToHost) => {
+    if (message.type === "abort") {
+      if (message.id === running) aborted = true;
+    } else {
+      void run(executor, message);
+    }
+  });
+  send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
+}
+
+async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, { type: "run" }>): Promise<void> {
+  running = id;
+  aborted = false;
+  try {
+    for (const graph of graphs) executor.add(graph);
+    const results = await executor.run(program, {
+      launched: (index, milliseconds) => send({ type: "launched", id, index, milliseconds }),
+      aborted: () => aborted,
+    });
+    send({ type: "done", id, results });
+  } catch (error) {
+    const failure =
+      error instanceof RunFailure ? error.failure : ({ kind: "runtime", message: messageOf(error) } as const);
+    send({ type: "failed", id, failure });
+  } finally {
+    running = null;
+  }
+}
+
+/** A channel that has closed is no error here: the watching thread ends this process at that moment. */
+function send(message: FromHost): void {
+  if (process.connected) process.send!(message, undefined, undefined, () => {});
+}
+
+function watchParent(): Promise<unknown> {
+  const code = `
+    const { parentPort } = require("node:worker_threads");
+    const kill = () => process.kill(process.pid, "SIGKILL");
+    new (require("node:net").Socket)({ fd: 0 }).on("error", kill).on("close", kill).resume();
+    parentPort.postMessage("watching");`;
+  const thread = new Worker(code, { eval: true });
+  return new Promise((resolve) => thread.once("message", resolve));
+}

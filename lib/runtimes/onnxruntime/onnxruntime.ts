@@ -1,0 +1,295 @@
+/**
+ * ONNX Runtime on the CPU, the runtime that is always there. Graphs run in a child process (see process.ts), started
+ * early so that loading the library overlaps with the work of the caller. This side keeps the graphs (their bytes are
+ * small, weights are external), one queue of programs, and the rule that an idle child never keeps a script alive.
+ */
+
+import { parse } from "node:path";
+import { DisposedError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import type { Logger } from "../../options.js";
+import type { Launch, Program } from "../../program.js";
+import type { Tensor } from "../../tensor.js";
+import type { CompilableGraph, RunOptions, Runtime } from "../runtime.js";
+import { validateProgram } from "../validate.js";
+import { type Ending, HostProcess } from "./process.js";
+import type { Failure, FromHost, SentGraph, Widening } from "./protocol.js";
+
+export { resolveWeights } from "./weights.js";
+
+export interface OnnxRuntimeOptions {
+  /** Threads of one operator; default: the physical cores. */
+  readonly threads?: number | undefined;
+  /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
+  readonly weights: Widening;
+  /** The built host.ts; default: beside this bundle. */
+  readonly host?: URL | undefined;
+  readonly logger?: Logger | undefined;
+}
+
+/** A program that waits or runs. */
+interface Job {
+  readonly program: Program;
+  readonly options: RunOptions;
+  readonly launches: readonly Launch[];
+  settle(outcome: Outcome): void;
+}
+
+type Outcome = { readonly results: Record<string, Tensor> } | { readonly error: unknown };
+
+const installRemedy =
+  "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
+
+export class OnnxRuntime implements Runtime, AsyncDisposable {
+  readonly name = "onnxruntime";
+  readonly #options: OnnxRuntimeOptions;
+  readonly #graphs = new Map<string, SentGraph>();
+  readonly #queue: Job[] = [];
+  #host: Host | null = null;
+  /** Things under way that must keep the event loop alive: starts, runs, disposal. */
+  #busy = 0;
+  #working: Promise<void> | null = null;
+  #disposed: Promise<void> | null = null;
+
+  /** Starts the child; nothing waits for it until `start` or the first run. */
+  constructor(options: OnnxRuntimeOptions) {
+    this.#options = options;
+    this.#launchHost();
+  }
+
+  /**
+   * Resolves when ONNX Runtime has loaded, with its version.
+   * @throws RuntimeError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
+   */
+  async start(): Promise<{ readonly version: string }> {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    return this.#keepingAlive(async () => ({ version: await this.#launchHost().ready }));
+  }
+
+  add(graph: CompilableGraph): void {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    const [weight] = graph.externals.values();
+    const { root } = parse(weight?.file ?? process.cwd());
+    this.#graphs.set(graph.name, { name: graph.name, bytes: graph.bytes, root });
+    this.#host?.known.delete(graph.name);
+  }
+
+  has(name: string): boolean {
+    return this.#graphs.has(name);
+  }
+
+  /**
+   * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's words),
+   *   NotFiniteError, RuntimeDiedError, DisposedError, or `signal.reason`
+   */
+  async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    const { signal } = options;
+    signal?.throwIfAborted();
+    validateProgram(program, (name) => this.has(name));
+    return this.#keepingAlive(
+      () =>
+        new Promise((resolve, reject) => {
+          const leave = () => {
+            const position = this.#queue.indexOf(job);
+            if (position < 0) return;
+            this.#queue.splice(position, 1);
+            job.settle({ error: signal?.reason });
+          };
+          const job: Job = {
+            program,
+            options,
+            launches: program.instructions.filter((instruction) => instruction.op === "launch"),
+            settle(outcome) {
+              signal?.removeEventListener("abort", leave);
+              if ("results" in outcome) resolve(outcome.results);
+              else reject(outcome.error);
+            },
+          };
+          signal?.addEventListener("abort", leave);
+          this.#queue.push(job);
+          this.#working ??= this.#work();
+        }),
+    );
+  }
+
+  dispose(): Promise<void> {
+    this.#disposed ??= this.#keepingAlive(async () => {
+      for (const job of this.#queue.splice(0)) job.settle({ error: new DisposedError("This runtime") });
+      await this.#working;
+      await this.#host?.process.kill();
+      this.#host = null;
+      this.#graphs.clear();
+    });
+    return this.#disposed;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.dispose();
+  }
+
+  /** One program after another until the queue is empty. */
+  async #work(): Promise<void> {
+    for (let job = this.#queue.shift(); job; job = this.#queue.shift()) job.settle(await this.#execute(job));
+    this.#working = null;
+  }
+
+  async #execute(job: Job): Promise<Outcome> {
+    const { signal, onLaunch } = job.options;
+    let stop: (() => void) | undefined;
+    try {
+      const host = this.#launchHost();
+      await orAborted(host.ready, signal);
+      const names = new Set(job.launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
+      const graphs = [...names].map((name) => this.#graphs.get(name)!);
+      let thrown: { error: unknown } | null = null;
+      const run = host.run(graphs, job.program, (index, milliseconds) => {
+        if (thrown || signal?.aborted) return;
+        try {
+          onLaunch?.({ launch: job.launches[index]!, index, milliseconds });
+        } catch (error) {
+          thrown = { error };
+          run.abort();
+        }
+      });
+      stop = run.abort;
+      signal?.addEventListener("abort", stop);
+      if (signal?.aborted) stop();
+      const outcome = await run.outcome;
+      // The caller's own reasons come first, whatever the child made of its last launch.
+      if (thrown) return thrown;
+      if (signal?.aborted) return { error: signal.reason };
+      return outcome;
+    } catch (error) {
+      if (signal?.aborted) return { error: signal.reason };
+      return { error };
+    } finally {
+      if (stop) signal?.removeEventListener("abort", stop);
+    }
+  }
+
+  #launchHost(): Host {
+    if (this.#host) return this.#host;
+    const { threads, weights, logger, host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
+    const host = new Host(file, { threads, weights });
+    this.#host = host;
+    host.process.keepsAlive = this.#busy > 0;
+    host.ready.then(
+      (version) => logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`),
+      () => {},
+    );
+    void host.process.ended.then(async (ending) => {
+      this.#host = null;
+      if (this.#disposed) return;
+      const waiting = this.#queue.splice(0);
+      const error = await host.ready.then(
+        () => diedError(ending),
+        (reason: Error) => reason,
+      );
+      logger?.warn?.(error.message);
+      for (const job of waiting) job.settle({ error });
+    });
+    return host;
+  }
+
+  async #keepingAlive<T>(work: () => Promise<T>): Promise<T> {
+    if (this.#busy++ === 0 && this.#host) this.#host.process.keepsAlive = true;
+    try {
+      return await work();
+    } finally {
+      if (--this.#busy === 0 && this.#host) this.#host.process.keepsAlive = false;
+    }
+  }
+}
+
+/** A child with what it knows: the conversation of process.ts's messages. */
+class Host {
+  readonly process: HostProcess;
+  /** Resolves with ONNX Runtime's version. */
+  readonly ready: Promise<string>;
+  /** Names of the graphs that it has received. */
+  readonly known = new Set<string>();
+  #runs = 0;
+  #listener: ((message: FromHost) => void) | null = null;
+
+  constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
+    let greeted: (message: FromHost) => void = () => {};
+    this.process = new HostProcess(file, settings, (message) => {
+      if (message.type === "ready" || message.type === "broken") greeted(message);
+      else this.#listener?.(message);
+    });
+    this.ready = new Promise((resolve, reject) => {
+      greeted = (message) => {
+        if (message.type === "ready") resolve(message.version);
+        if (message.type !== "broken") return;
+        reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        void this.process.kill();
+      };
+      void this.process.ended.then((ending) => reject(diedError(ending)));
+    });
+    // Whoever waits for it hears of it; if nobody does, a child that cannot start is no reason to end the program.
+    this.ready.catch(() => {});
+  }
+
+  /** Sends a program. The outcome comes when the child is free again. */
+  run(graphs: readonly SentGraph[], program: Program, onLaunch: (index: number, milliseconds: number) => void) {
+    const id = this.#runs++;
+    const outcome = new Promise<Outcome>((resolve) => {
+      void this.process.ended.then((ending) => resolve({ error: diedError(ending) }));
+      this.#listener = (message) => {
+        if (!("id" in message) || message.id !== id) return;
+        if (message.type === "launched") onLaunch(message.index, message.milliseconds);
+        else if (message.type === "done") resolve({ results: message.results });
+        else resolve({ error: errorOf(message.failure) });
+      };
+    });
+    this.process.send({ type: "run", id, graphs, program });
+    for (const { name } of graphs) this.known.add(name);
+    return { outcome, abort: () => this.process.send({ type: "abort", id }) };
+  }
+}
+
+function errorOf(failure: Failure): Error {
+  if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
+  return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
+}
+
+function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
+  const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
+  const hint =
+    signal === "SIGKILL"
+      ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
+      : "";
+  const words = stderr ? ` Its last words: ${stderr}` : "";
+  return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${words}`, exitCode, signal);
+}
+
+/** `promise`, or a rejection with `signal.reason` as soon as the signal aborts. */
+function orAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise;
+  return new Promise((resolve, reject) => {
+    const abort = () => reject(signal.reason);
+    if (signal.aborted) abort();
+    signal.addEventListener("abort", abort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
+}
+
+/** What `flowturbo doctor` says about this runtime. */
+export interface OnnxRuntimeProbe {
+  readonly available: boolean;
+  readonly version?: string;
+  readonly error?: string;
+  readonly remedy?: string;
+}
+
+/** Whether onnxruntime-node loads in a child process, and its version. Never rejects. */
+export async function probeOnnxRuntime(options: { readonly host?: URL } = {}): Promise<OnnxRuntimeProbe> {
+  const runtime = new OnnxRuntime({ weights: "lazy", host: options.host });
+  try {
+    return { available: true, ...(await runtime.start()) };
+  } catch (error) {
+    return { available: false, error: error instanceof Error ? error.message : String(error), remedy: installRemedy };
+  } finally {
+    await runtime.dispose();
+  }
+}

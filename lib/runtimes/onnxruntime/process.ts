@@ -1,0 +1,85 @@
+/**
+ * One child process from its start to its end, seen from the parent: messages, and a promise of how it ended. A child
+ * and not a worker thread, because `session.run` is synchronous and ending a worker thread during it aborts the whole
+ * process (code 134); a crash or a lack of memory stays in the child, too.
+ */
+
+import { type ChildProcess, fork } from "node:child_process";
+import { fileURLToPath } from "node:url";
+import type { FromHost, HostSettings, ToHost } from "./protocol.js";
+
+/** How a child ended. */
+export interface Ending {
+  readonly exitCode: number | null;
+  readonly signal: string | null;
+  /** Last lines that it wrote to its standard error. */
+  readonly stderr: string;
+}
+
+/** Characters of standard error that are kept for a message. */
+const keptStderr = 4096;
+
+/** Children to kill when this environment (the process, or a worker thread) exits: one listener for all of them. */
+const alive = new Set<ChildProcess>();
+function killAll(): void {
+  for (const child of alive) child.kill("SIGKILL");
+}
+
+export class HostProcess {
+  readonly ended: Promise<Ending>;
+  readonly #child: ChildProcess;
+  #stderr = "";
+
+  constructor(host: URL, settings: HostSettings, onMessage: (message: FromHost) => void) {
+    const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
+      serialization: "advanced",
+      // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
+      execArgv: [],
+      // stdin is the lifeline that host.ts watches.
+      stdio: ["pipe", "ignore", "pipe", "ipc"],
+    });
+    this.#child = child;
+    this.ended = new Promise((resolve) => {
+      const end = (exitCode: number | null, signal: string | null) => {
+        alive.delete(child);
+        if (alive.size === 0) process.off("exit", killAll);
+        resolve({ exitCode, signal, stderr: this.#stderr.trim() });
+      };
+      child.once("close", end);
+      child.on("error", (error) => {
+        // It never started: no other event follows. Later errors (a closed channel) come with an end of their own.
+        if (child.pid !== undefined) return;
+        this.#stderr = error.message;
+        end(null, null);
+      });
+    });
+    if (alive.size === 0) process.on("exit", killAll);
+    alive.add(child);
+    child.stdin?.on("error", () => {});
+    child.stderr?.setEncoding("utf8").on("data", (text: string) => {
+      this.#stderr = (this.#stderr + text).slice(-keptStderr);
+    });
+    child.on("message", onMessage);
+  }
+
+  send(message: ToHost): void {
+    // A channel that has closed is reported by `ended`.
+    if (this.#child.connected) this.#child.send(message, () => {});
+  }
+
+  /** Ends the child at once; everything that it holds goes with it. Resolves when it has ended. */
+  kill(): Promise<Ending> {
+    this.#child.kill("SIGKILL");
+    return this.ended;
+  }
+
+  /** Whether this child keeps the parent's event loop alive. */
+  set keepsAlive(value: boolean) {
+    const method = value ? "ref" : "unref";
+    const { channel, stdin, stderr } = this.#child;
+    this.#child[method]();
+    channel?.[method]();
+    // Sockets here, typed as plain streams.
+    for (const stream of [stdin, stderr] as ({ ref?(): void; unref?(): void } | null)[]) stream?.[method]?.();
+  }
+}

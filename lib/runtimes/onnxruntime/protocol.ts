@@ -1,0 +1,47 @@
+/**
+ * What the two processes say to each other, over Node's IPC channel with structured clones (`serialization:
+ * "advanced"`), so that typed arrays, BigInt64Array among them, travel as bytes. A program goes over in one message:
+ * the child never waits for the parent between launches, so a busy event loop cannot delay a step.
+ */
+
+import type { Program } from "../../program.js";
+import type { Tensor } from "../../tensor.js";
+
+/** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
+export type Widening = "lazy" | "folded";
+
+/** The child's command line: one JSON argument, so that it can load ONNX Runtime before the first message. */
+export interface HostSettings {
+  /** Threads of one operator; undefined leaves the number to ONNX Runtime (the physical cores). */
+  readonly threads?: number | undefined;
+  readonly weights: Widening;
+}
+
+/** A graph as the child needs it. `root` is the folder that the locations of its weights are relative to. */
+export interface SentGraph {
+  readonly name: string;
+  readonly bytes: Uint8Array;
+  readonly root: string;
+}
+
+export type ToHost =
+  /** `graphs` are those of the program that this child has not seen yet. */
+  | { readonly type: "run"; readonly id: number; readonly graphs: readonly SentGraph[]; readonly program: Program }
+  | { readonly type: "abort"; readonly id: number };
+
+/** Why a run failed, in a form that survives the channel. */
+export type Failure =
+  | { readonly kind: "runtime"; readonly message: string }
+  | { readonly kind: "not-finite"; readonly where: string; readonly message: string }
+  /** Stopped on request. */
+  | { readonly kind: "aborted" };
+
+export type FromHost =
+  /** ONNX Runtime has loaded. */
+  | { readonly type: "ready"; readonly version: string }
+  /** ONNX Runtime cannot be loaded here. */
+  | { readonly type: "broken"; readonly message: string }
+  /** A launch has finished: its index among the program's launches, and how long it took. */
+  | { readonly type: "launched"; readonly id: number; readonly index: number; readonly milliseconds: number }
+  | { readonly type: "done"; readonly id: number; readonly results: Record<string, Tensor> }
+  | { readonly type: "failed"; readonly id: number; readonly failure: Failure };

@@ -1,0 +1,36 @@
+/**
+ * Chooses how 16-bit weights are widened when the caller leaves it open. Folding makes steps about 5 % faster; what it
+ * costs is memory, and running out of memory costs the whole run.
+ */
+
+import { freemem } from "node:os";
+import type { Widening } from "./protocol.js";
+
+/**
+ * Folding peaks at three times the stored bytes (the mapped file and its float32 copies); as much again must stay
+ * free for activations, other programs and the page cache that the file itself needs.
+ */
+const comfort = 6;
+
+/**
+ * "auto" folds if the available memory is at least six times the 16-bit weights, and leaves them lazy otherwise.
+ * @param bytesOf16BitWeights bytes that the F16 and BF16 tensors take in their files
+ * @param freeMemory bytes that this process can still use; default: what the system and its control group leave
+ */
+export function resolveWeights(
+  choice: Widening | "auto",
+  bytesOf16BitWeights: number,
+  freeMemory: number = availableMemory(),
+): Widening {
+  if (choice !== "auto") return choice;
+  return bytesOf16BitWeights * comfort <= freeMemory ? "folded" : "lazy";
+}
+
+/** Bytes, without swapping and within the limit of the control group. */
+function availableMemory(): number {
+  // Node 22 and 20.13: both in one. Older ones: 0 or a huge number stands for "no limit".
+  const { availableMemory } = process as { availableMemory?: () => number };
+  if (availableMemory) return availableMemory.call(process);
+  const limit = process.constrainedMemory();
+  return limit ? Math.min(freemem(), limit) : freemem();
+}

@@ -1,0 +1,235 @@
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import path from "node:path";
+import sharp from "sharp";
+import { describe, expect, it } from "vitest";
+import { writeSafetensors } from "../../lib/checkpoint/index.js";
+import { float32 } from "../../lib/tensor.js";
+import { fixture, readAll, relativeError } from "../support/fixtures.js";
+import { run, start, temporaryFolder } from "./support.js";
+
+describe("flowturbo generate", () => {
+  it("draws a picture into the working folder and prints its name only", async () => {
+    const folder = temporaryFolder();
+    const { code, stdout, stderr } = await run(["generate", "a large red square", "--seed", "3"], folder);
+    expect(stderr).toBe("");
+    expect(code).toBe(0);
+    expect(stdout).toBe("flowturbo-3.png\n");
+    const picture = await sharp(path.join(folder, "flowturbo-3.png")).metadata();
+    expect([picture.width, picture.height, picture.channels]).toEqual([64, 64, 3]);
+    const text = readFileSync(path.join(folder, "flowturbo-3.png")).toString("latin1");
+    expect(text).toContain('"prompt":"a large red square"');
+    expect(text).toContain('"seed":3');
+  });
+
+  it("reports in JSON and writes latents and decoded values", async () => {
+    const folder = temporaryFolder();
+    const reference = await readAll(fixture("large/turbo_h1p2r2.safetensors"));
+    const { code, stdout } = await run(
+      [
+        "generate",
+        "a red circle above a small blue square",
+        "the photo of a café, 3 dogs & a cat's bowl!",
+        ...["--model", fixture("large/model"), "--negative", "blurry, low quality", "--width", "64", "--height", "64"],
+        ...["--blocks", "HPPRR", "--guidance", "4.5", "--max-sequence-length", "32", "--threads", "1"],
+        ...["--noise", fixture("large/turbo_h1p2r2.safetensors"), "--save-latents", "deep/out.safetensors"],
+        ...["--out", "deep/er/{index}.webp", "--json"],
+      ],
+      folder,
+    );
+    expect(code).toBe(0);
+    const report = JSON.parse(stdout);
+    expect(report.files).toEqual(["deep/er/0.webp", "deep/er/1.webp"]);
+    expect(report.size).toEqual({ width: 64, height: 64 });
+    expect(report.blocks).toBe("H1P2R2");
+    expect(report.evaluations).toEqual({ predictor: 4, refiner: 4 });
+    expect(report.sigmas).toHaveLength(6);
+    expect(report.milliseconds.steps).toHaveLength(5);
+    for (const value of [report.milliseconds.load, report.milliseconds.encode, report.milliseconds.decode])
+      expect(value).toBeGreaterThan(0);
+    const saved = await readAll(path.join(folder, "deep/out.safetensors"));
+    expect(relativeError(saved.latents!, reference.latents!)).toBeLessThan(1e-5);
+    expect(relativeError(saved.image!, reference.image!)).toBeLessThan(1e-5);
+    // The file is the decoded image, clamped and rounded.
+    const { data } = await sharp(path.join(folder, "deep/er/1.webp")).raw().toBuffer({ resolveWithObject: true });
+    expect(data.length).toBe(64 * 64 * 3);
+  });
+
+  it("names the pictures of a batch apart and seeds them one by one", async () => {
+    const folder = temporaryFolder();
+    const args = ["generate", "a blue square", "--seed", "10", "--steps", "2"];
+    const batch = await run([...args, "--count", "3", "--out", "x.png", "--json"], folder);
+    const report = JSON.parse(batch.stdout);
+    expect(report.files).toEqual(["x-0.png", "x-1.png", "x-2.png"]);
+    expect(report.seeds).toEqual([10, 11, 12]);
+    await run(["generate", "a blue square", "--seed", "12", "--steps", "2", "--out", "alone-{seed}.png"], folder);
+    const pixels = async (name: string) => [...(await sharp(path.join(folder, name)).raw().toBuffer())];
+    const [together, alone] = [await pixels("x-2.png"), await pixels("alone-12.png")];
+    expect(together.every((value, i) => Math.abs(value - alone[i]!) <= 1)).toBe(true);
+  });
+
+  it("writes the same bytes for the same seed", async () => {
+    const folder = temporaryFolder();
+    for (const name of ["a.png", "b.png"])
+      await run(["generate", "a blue square", "--seed", "5", "--steps", "2", "--out", name], folder);
+    expect(readFileSync(path.join(folder, "a.png")).equals(readFileSync(path.join(folder, "b.png")))).toBe(true);
+  });
+
+  it("warns about a prompt that was cut, on stderr", async () => {
+    const folder = temporaryFolder();
+    const { code, stdout, stderr } = await run(
+      ["generate", "a large red square ".repeat(20), "--steps", "1", "--seed", "1"],
+      folder,
+    );
+    expect(code).toBe(0);
+    expect(stdout).toBe("flowturbo-1.png\n");
+    expect(stderr).toMatch(/warning: .*longer than the 16 tokens/);
+  });
+});
+
+describe("usage errors", () => {
+  it.each([
+    ["no prompt", ["generate"], /missing required argument/],
+    ["an unknown flag", ["generate", "x", "--frobnicate"], /unknown option/],
+    ["an unknown command", ["paint", "x"], /unknown command|too many arguments/],
+    ["a word for a number", ["generate", "x", "--width", "wide"], /--width: Expected a whole number of pixels.*"wide"/],
+    ["a size off the grid", ["generate", "x", "--width", "100"], /--width: Expected a multiple of 8.*100/],
+    ["a size beyond the table", ["generate", "x", "--height", "4096"], /--height: Expected at most 256.*4096/],
+    [
+      "a sampler unknown",
+      ["generate", "x", "--sampler", "ddim"],
+      /--sampler: Expected "flowturbo", "euler" or "heun".*"ddim"/,
+    ],
+    ["blocks starting with R", ["generate", "x", "--blocks", "R3P2"], /start with R/],
+    ["blocks of another alphabet", ["generate", "x", "--blocks", "H1Z2"], /Expected blocks such as/],
+    [
+      "blocks with a sampler",
+      ["generate", "x", "--blocks", "H2", "--sampler", "euler"],
+      /Blocks belong to the sampler flowturbo/,
+    ],
+    ["blocks with other steps", ["generate", "x", "--blocks", "H2", "--steps", "5"], /2 steps/],
+    ["no steps", ["generate", "x", "--steps", "0"], /--steps: Expected a whole number from 1/],
+    ["a negative seed", ["generate", "x", "--seed", "-1"], /--seed: Expected a whole number/],
+    ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
+    ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
+    ["an unknown extension", ["generate", "x", "--out", "x.bmp"], /Expected a file name ending in .png/],
+    ["an unknown placeholder", ["generate", "x", "--out", "{prompt}.png"], /Expected \{seed\} or \{index\}/],
+    ["a longer T5 part than the tokenizer takes", ["generate", "x", "--max-sequence-length", "99"], /at most 16/],
+  ])("%s", async (_, args, message) => {
+    const folder = temporaryFolder();
+    const { code, stdout, stderr } = await run(args, folder);
+    expect(stderr).toMatch(message);
+    expect(stdout).toBe("");
+    expect(code).toBe(2);
+    expect(readdirSync(folder)).toEqual([]);
+  });
+});
+
+describe("other errors", () => {
+  it("a missing folder exits with 1 and leaves nothing behind", async () => {
+    const folder = temporaryFolder();
+    const { code, stderr } = await run(["generate", "x", "--model", "nowhere", "--out", "a/b/c.png"], folder);
+    expect(code).toBe(1);
+    expect(stderr).toMatch(/nowhere does not exist/);
+    expect(readdirSync(folder)).toEqual([]);
+  });
+
+  it("an output folder that cannot be written is refused before the work", async () => {
+    const folder = temporaryFolder();
+    writeFileSync(path.join(folder, "file"), "");
+    for (const out of ["file/x.png", "/proc/nowhere/x.png"]) {
+      const { code, stderr } = await run(["generate", "x", "--model", "nowhere", "--out", out], folder);
+      expect(code).toBe(1);
+      // The model's folder does not exist either, but that is not what it says.
+      expect(stderr).toMatch(/Cannot write to .*Nothing was drawn/);
+    }
+    expect(readdirSync(folder)).toEqual(["file"]);
+  });
+
+  it("noise of the wrong shape or content", async () => {
+    const folder = temporaryFolder();
+    const file = (name: string) => path.join(folder, name);
+    await writeSafetensors(file("small.safetensors"), { noise: float32([1, 16, 4, 4], new Float32Array(256)) });
+    await writeSafetensors(file("other.safetensors"), { latents: float32([1], new Float32Array(1)) });
+    writeFileSync(file("text.safetensors"), "this is no safetensors file at all");
+    const small = await run(["generate", "x", "--noise", "small.safetensors"], folder);
+    expect(small.stderr).toMatch(/Expected shape \[1, 16, 16, 16\] for noise.*\[1, 16, 4, 4\]/);
+    expect(small.code).toBe(2);
+    const other = await run(["generate", "x", "--noise", "other.safetensors"], folder);
+    expect(other.stderr).toMatch(/Expected a tensor named "noise".*latents/);
+    expect(other.code).toBe(2);
+    const text = await run(["generate", "x", "--noise", "text.safetensors"], folder);
+    expect(text.stderr).toMatch(/text\.safetensors/);
+    expect(text.code).toBe(1);
+    expect(readdirSync(folder).sort()).toEqual(["other.safetensors", "small.safetensors", "text.safetensors"]);
+  });
+});
+
+describe("ending", () => {
+  it.each([
+    ["SIGINT", 130],
+    ["SIGTERM", 143],
+  ] as const)("%s stops within a step and exits with %i", async (signal, expected) => {
+    const folder = temporaryFolder();
+    const { child, finished } = start(
+      ["generate", "a blue square", "--steps", "1000", "--width", "256", "--height", "256"],
+      folder,
+    );
+    await new Promise((resolve) => setTimeout(resolve, 3000));
+    child.kill(signal);
+    const sent = performance.now();
+    const { code, stdout } = await finished;
+    expect(code).toBe(expected);
+    expect(stdout).toBe("");
+    expect(performance.now() - sent).toBeLessThan(15_000);
+    expect(existsSync(path.join(folder, "flowturbo-0.png"))).toBe(false);
+    expect(readdirSync(folder)).toEqual([]);
+  });
+});
+
+describe("flowturbo doctor", () => {
+  it("finds ONNX Runtime and says why TensorRT is missing", async () => {
+    const folder = temporaryFolder();
+    const { code, stdout } = await run(["doctor", "--json"], folder);
+    expect(code).toBe(0);
+    const report = JSON.parse(stdout);
+    const byName = Object.fromEntries(report.runtimes.map((runtime: { name: string }) => [runtime.name, runtime]));
+    expect(byName.onnxruntime.available).toBe(true);
+    expect(byName.onnxruntime.version).toMatch(/^\d+\.\d+/);
+    for (const name of ["tensorrt", "tensorrt-rtx"]) {
+      expect(byName[name].available).toBe(false);
+      expect(byName[name].reason).toBeTruthy();
+    }
+    const plain = await run(["doctor"], folder);
+    expect(plain.stdout).toMatch(/✔ onnxruntime/);
+    expect(plain.stdout).toMatch(/✘ tensorrt/);
+  });
+
+  it("help and version", async () => {
+    const folder = temporaryFolder();
+    expect((await run(["--version"], folder)).stdout).toMatch(/^\d+\.\d+\.\d+\n$/);
+    const help = await run(["generate", "--help"], folder);
+    expect(help.code).toBe(0);
+    for (const flag of [
+      "--model",
+      "--runtime",
+      "--variant",
+      "--negative",
+      "--width",
+      "--height",
+      "--sampler",
+      "--steps",
+      "--blocks",
+      "--guidance",
+      "--seed",
+      "--count",
+      "--max-sequence-length",
+      "--threads",
+      "--weights",
+      "--out",
+      "--json",
+      "--noise",
+      "--save-latents",
+    ])
+      expect(help.stdout).toContain(flag);
+  });
+});

@@ -1,0 +1,45 @@
+import { readFileSync } from "node:fs";
+import path from "node:path";
+import { describe, expect, it } from "vitest";
+import { diffusersGrid, shiftedGrid } from "../../lib/schedule/index.js";
+
+describe("shiftedGrid", () => {
+  it("is the shift of an even grid, from 1 to 0", () => {
+    for (const [n, s] of [
+      [1, 3],
+      [4, 3],
+      [10, 1.5],
+      [28, 1],
+    ] as const) {
+      const grid = shiftedGrid(n, s);
+      expect(grid).toHaveLength(n + 1);
+      expect(grid[0]).toBe(1);
+      expect(grid[n]).toBe(0);
+      // The shift is the Möbius map that keeps 0 and 1 and divides the odds (1 − σ) : σ by s.
+      for (let i = 1; i < n; i++) {
+        const u = 1 - i / n;
+        expect((1 - grid[i]!) / grid[i]!).toBeCloseTo((1 - u) / u / s, 12);
+      }
+    }
+  });
+});
+
+describe("diffusersGrid", () => {
+  it("equals FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(4)", () => {
+    const expected = [1, 0.857692, 0.602151, 0.008929, 0];
+    for (const [i, sigma] of diffusersGrid(4, 3, 1000).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
+  });
+
+  it("equals diffusers' sigmas for other lengths and shifts", () => {
+    // From diffusers 0.42: FlowMatchEulerDiscreteScheduler(shift=s).set_timesteps(n); scheduler.sigmas
+    const file = path.join(import.meta.dirname, "../fixtures/diffusers-sigmas.json");
+    const printed = JSON.parse(readFileSync(file, "utf8")) as Record<string, number[]>;
+    expect(Object.keys(printed).length).toBeGreaterThan(3);
+    for (const [key, sigmas] of Object.entries(printed)) {
+      const [n, s] = key.split(",").map(Number) as [number, number];
+      const grid = diffusersGrid(n, s, 1000);
+      expect(grid).toHaveLength(n + 1);
+      for (const [i, sigma] of grid.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
+    }
+  });
+});
