@@ -52,7 +52,7 @@ async function endingOf(way: string, act: (script: { pid: number; host: number; 
   expect(await next(), stderr).toBe("running\n");
   const [host, ...others] = childrenOf(pid);
   expect(host).toBeDefined();
-  expect(others).toEqual([]);
+  expect(others).toHaveLength(way === "sibling" ? 1 : 0);
   const said = next();
   await act({ pid, host: host!, said });
   const ending = await ended;
@@ -74,6 +74,10 @@ describe.skipIf(process.platform !== "linux")("ending during a launch", () => {
   it.concurrent.each(["SIGINT", "SIGTERM", "SIGKILL"] as const)("%s", async (signal) => {
     // A shell calls this 130, 143 and 137.
     expect(await endingOf("wait", ({ pid }) => process.kill(pid, signal))).toMatchObject({ code: null, signal });
+  });
+
+  it.concurrent("SIGKILL while another child of the same parent lives on", async () => {
+    expect(await endingOf("sibling", ({ pid }) => process.kill(pid, "SIGKILL"))).toMatchObject({ signal: "SIGKILL" });
   });
 
   it.concurrent("worker.terminate()", async () => {

@@ -3,6 +3,7 @@
  * Its parent (endings.test.ts) looks at its exit code and at what it leaves behind.
  */
 
+import { spawn } from "node:child_process";
 import { setTimeout } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { isMainThread, parentPort, Worker } from "node:worker_threads";
@@ -47,6 +48,8 @@ if (!isMainThread) {
   await setTimeout(3000);
 } else {
   await begin();
+  // A process that outlives this one must not hold open what the runtime's child watches.
+  if (way === "sibling") spawn("sleep", ["5"], { stdio: "ignore", detached: true }).unref();
   console.log("running");
   // Long enough for the test to look for the child.
   await setTimeout(500);
