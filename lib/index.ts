@@ -1,16 +1,29 @@
 /** The public API. */
+export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./engines.js";
 export {
+  CacheError,
   CheckpointError,
+  CompileError,
   DisposedError,
   FlowTurboError,
   type FlowTurboErrorCode,
+  MemoryError,
   NotFiniteError,
   OptionError,
   OutputError,
   RuntimeDiedError,
   RuntimeError,
+  RuntimeUnavailableError,
 } from "./errors.js";
 export { Image, type ImageFormat } from "./image.js";
-export type { GenerateOptions, LoadOptions, LoadProgress, Logger, StepEvent } from "./options.js";
+export type {
+  CompileEnginesOptions,
+  EngineProgress,
+  GenerateOptions,
+  LoadOptions,
+  LoadProgress,
+  Logger,
+  StepEvent,
+} from "./options.js";
 export { embeddedModel, FlowTurbo, type GenerateResult, type RuntimeChoice, type Timings } from "./pipeline.js";
 export type { FloatTensor, IntTensor, Tensor } from "./tensor.js";

@@ -24,6 +24,7 @@ import type { Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { LaunchReport, Runtime, RuntimeName } from "./runtimes/runtime.js";
+import { refuseTensorRt, whyNotTensorRt } from "./runtimes/tensorrt/choose.js";
 import {
   type Block,
   countEvaluations,
@@ -88,6 +89,11 @@ const defaultSteps: Record<Sampler, number> = { flowturbo: 10, euler: 28, heun: 
 
 /** Pixels that go through the decoder at once: one picture of 1024 × 1024, or 256 of 64 × 64. */
 const decodePixels = 2 ** 20;
+
+/** Pictures of a size that go through the decoder at once. */
+export function decodeRows(width: number, height: number): number {
+  return Math.max(1, Math.floor(decodePixels / (width * height)));
+}
 
 /** Everything about a request that is known before any work. */
 interface Plan {
@@ -154,8 +160,11 @@ export class FlowTurbo implements AsyncDisposable {
     const start = performance.now();
     if (typeof folder !== "string")
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
-    const { variant, threads, weights, logger = {}, signal, onProgress } = checkOptions(loadSchema, options, "load()");
+    const checked = checkOptions(loadSchema, options, "load()");
+    const { variant, threads, weights, logger = {}, signal, onProgress } = checked;
     signal?.throwIfAborted();
+    if (checked.runtime === "tensorrt" || checked.runtime === "tensorrt-rtx")
+      return refuseTensorRt(checked.runtime, { folder: checked.tensorrtFolder });
 
     // 1. The folder: configs, headers of the weights, tokenizers.
     onProgress?.({ phase: "checkpoint", done: 0, total: 3 });
@@ -177,7 +186,8 @@ export class FlowTurbo implements AsyncDisposable {
       throw error;
     }
     onProgress?.({ phase: "runtime", done: 3, total: 3 });
-    const choice: RuntimeChoice = { name: runtime.name, passedOver: [] };
+    const passedOver = checked.runtime === "auto" ? await whyNotTensorRt({ folder: checked.tensorrtFolder }) : [];
+    const choice: RuntimeChoice = { name: runtime.name, passedOver };
     return new FlowTurbo(checkpoint, graphs, runtime, choice, logger, performance.now() - start);
   }
 
@@ -352,7 +362,7 @@ export class FlowTurbo implements AsyncDisposable {
       graphs: { predict: graph("predict"), refine: graph("refine"), decode: "vae_decoder" },
       vaeFactor: vae.config.factor,
       imageChannels: vae.config.outChannels,
-      decodeRows: Math.max(1, Math.floor(decodePixels / (plan.width * plan.height))),
+      decodeRows: decodeRows(plan.width, plan.height),
     });
     const steps = new Array<number>(blocks.length).fill(0);
     let decode = 0;

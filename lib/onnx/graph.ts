@@ -215,7 +215,8 @@ function externalTensor(tensor: StoredTensor, place: Record<string, string>): Me
     .packedInts(1, tensor.shape)
     .int(2, onnxType[storedType[tensor.dtype]])
     .string(8, tensor.name);
-  for (const [key, value] of Object.entries(place)) message.message(13, new MessageWriter().string(1, key).string(2, value));
+  for (const [key, value] of Object.entries(place))
+    message.message(13, new MessageWriter().string(1, key).string(2, value));
   return message.int(14, 1);
 }
 

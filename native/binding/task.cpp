@@ -77,8 +77,12 @@ Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgr
 
   Napi::Object handle = Napi::Object::New(env);
   handle["promise"] = promise;
-  handle["cancel"] = Napi::Function::New(env, [task = std::weak_ptr<Task>(task)](const Napi::CallbackInfo&) {
-    if (const auto alive = task.lock()) alive->cancel();
+  handle["cancel"] = Napi::Function::New(env, [task = std::weak_ptr<Task>(task)](const Napi::CallbackInfo& info) {
+    const auto alive = task.lock();
+    if (!alive) return;
+    alive->cancel();
+    // What the library cannot interrupt must not keep an otherwise finished process waiting.
+    if (alive->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), alive->channel_);
   });
   return handle;
 }
