@@ -12,11 +12,13 @@ import { copyFileSync, mkdirSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join, resolve } from "node:path";
 import { parseArgs } from "node:util";
-import { fail, includeFolders, root } from "./headers.mjs";
+import { fail, includeFolders, lacking, root } from "./headers.mjs";
 
 const { values } = parseArgs({
   options: { only: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" } },
 });
+for (const tool of ["cmake", process.env.CXX ?? "c++"])
+  if (spawnSync(tool, ["--version"]).error) fail(`${tool} is not on PATH.`, lacking);
 const headers = includeFolders();
 const output = values.sanitize ? join(root, ".cache", "native-sanitize") : join(root, "native");
 const work = join(root, ".cache", values.sanitize ? "cmake-sanitize" : "cmake");

@@ -61,6 +61,7 @@ function fetchHeaders() {
       error.code === "ENOENT"
         ? "cargo is not on PATH. It fetches the headers; or set TENSORRT_INCLUDE_DIR and TENSORRT_RTX_INCLUDE_DIR."
         : `cargo could not fetch ${crate} ${version}: ${error.stderr ?? error.message}`,
+      lacking,
     );
   }
   const archive = readdirSync(join(home, "registry", "cache"), { recursive: true })
@@ -78,7 +79,10 @@ function fetchHeaders() {
   return headers;
 }
 
-export function fail(message) {
+/** Exit code for "this machine lacks what it takes", as opposed to 1 for "what was tried failed". */
+export const lacking = 3;
+
+export function fail(message, code = 1) {
   console.error(`error: ${message}`);
-  process.exit(1);
+  process.exit(code);
 }

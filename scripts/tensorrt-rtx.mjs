@@ -7,7 +7,7 @@
 import { execFileSync } from "node:child_process";
 import { existsSync, mkdirSync, renameSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import { fail, root } from "./headers.mjs";
+import { fail, lacking, root } from "./headers.mjs";
 
 const version = "1.7.1.116";
 const folder = join(root, ".cache", `tensorrt-rtx-${version}`);
@@ -31,7 +31,10 @@ if (!existsSync(libraries)) {
     rmSync(temporary, { recursive: true, force: true });
     // Another process may have been faster.
     if (!existsSync(libraries))
-      fail(error.code === "ENOENT" ? "python3 is not on PATH." : `pip could not fetch it: ${error.stderr ?? error.message}`);
+      fail(
+        error.code === "ENOENT" ? "python3 is not on PATH." : `pip could not fetch it: ${error.stderr ?? error.message}`,
+        lacking,
+      );
   }
 }
 console.log(libraries);
