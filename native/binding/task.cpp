@@ -70,7 +70,6 @@ Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgr
       const std::lock_guard<std::mutex> lock(running().mutex);
       running().tasks.erase(task.get());
     }
-    napi_release_threadsafe_function(task->channel_, napi_tsfn_abort);
     task->leaveEnvironment(env);
     throw Napi::Error::New(env, exception.what());
   }
@@ -103,12 +102,17 @@ void Task::run(Work work) noexcept {
     all.tasks.erase(this);
     all.changed.notify_all();
   }
-  auto* event = new Event{shared_from_this(), true};
-  // Anything but napi_ok: the environment is going away, and the promise with it.
-  if (napi_call_threadsafe_function(channel_, event, napi_tsfn_nonblocking) != napi_ok)
-    delete event;
-  else
-    napi_release_threadsafe_function(channel_, napi_tsfn_release);
+  send(true);
+}
+
+// False once the environment is going away, and the promise with it.
+bool Task::send(bool last) {
+  auto event = std::make_unique<Event>(Event{shared_from_this(), last});
+  const std::lock_guard<std::mutex> lock(channelMutex_);
+  if (channel_ == nullptr || napi_call_threadsafe_function(channel_, event.get(), napi_tsfn_nonblocking) != napi_ok)
+    return false;
+  event.release();
+  return true;
 }
 
 void Task::report(Report report) {
@@ -118,11 +122,7 @@ void Task::report(Report report) {
     pending_ = std::move(report);
     if (waiting) return;
   }
-  auto* event = new Event{shared_from_this(), false};
-  if (napi_call_threadsafe_function(channel_, event, napi_tsfn_nonblocking) != napi_ok) {
-    cancel();
-    delete event;
-  }
+  if (!send(false)) cancel();
 }
 
 void Task::guardExit(const std::string& library) {
@@ -167,6 +167,8 @@ void Task::onEnvironmentGone(void* data) {
   const std::unique_ptr<std::shared_ptr<Task>> task(static_cast<std::shared_ptr<Task>*>(data));
   (*task)->environment_ = nullptr;
   (*task)->cancel();
+  const std::lock_guard<std::mutex> lock((*task)->channelMutex_);
+  (*task)->channel_ = nullptr;
 }
 
 void Task::leaveEnvironment(napi_env env) {
@@ -174,6 +176,11 @@ void Task::leaveEnvironment(napi_env env) {
   napi_remove_env_cleanup_hook(env, &Task::onEnvironmentGone, environment_);
   delete environment_;
   environment_ = nullptr;
+  // Released here, not by the task's thread, which after its last event must not touch what may be gone by then. The
+  // mutex waits until it has left that call.
+  const std::lock_guard<std::mutex> lock(channelMutex_);
+  napi_release_threadsafe_function(channel_, napi_tsfn_release);
+  channel_ = nullptr;
 }
 
 void Task::settle(Napi::Env env) {

@@ -48,11 +48,14 @@ class Task : public std::enable_shared_from_this<Task> {
 
   void run(Work work) noexcept;
   void settle(Napi::Env env);
+  bool send(bool last);
   static void onEnvironmentGone(void* data);
   void leaveEnvironment(napi_env env);
   static void onEvent(napi_env env, napi_value callback, void* context, void* data);
 
   Napi::Promise::Deferred deferred_;
+  // Node frees the channel with its environment, whoever still holds it: from then on it is null here.
+  std::mutex channelMutex_;
   napi_threadsafe_function channel_ = nullptr;
   // What the environment's cleanup hook holds; touched on JavaScript's thread only.
   std::shared_ptr<Task>* environment_ = nullptr;
