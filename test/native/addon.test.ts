@@ -15,7 +15,11 @@ afterEach(() => {
   process.env = { ...environment };
 });
 
-const rejection = (promise: Promise<unknown>) => promise.then(() => null, (error: NativeError) => error);
+const rejection = (promise: Promise<unknown>) =>
+  promise.then(
+    () => null,
+    (error: NativeError) => error,
+  );
 const driver = ["libcuda.so.1"].some((name) =>
   ["/usr/lib/x86_64-linux-gnu", "/usr/lib64"].some((folder) => existsSync(path.join(folder, name))),
 );
@@ -34,7 +38,12 @@ function standIn(version: readonly number[]): string {
   );
   const library = path.join(folder, "stand-in.so");
   execFileSync("cc", ["-shared", "-fPIC", "-o", library, source]);
-  for (const name of ["libnvinfer.so.11", "libnvonnxparser.so.11", "libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"])
+  for (const name of [
+    "libnvinfer.so.11",
+    "libnvonnxparser.so.11",
+    "libtensorrt_rtx.so.1",
+    "libtensorrt_onnxparser_rtx.so.1",
+  ])
     copyFileSync(library, path.join(folder, name));
   return folder;
 }
@@ -50,7 +59,10 @@ describeAddons("an addon", () => {
     expect(missing).toMatchObject({ code: "LIBRARY_NOT_LOADED" });
     expect(missing!.message).toMatch(/nowhere.*No such file/);
     const other = await rejection(addon.open("libm.so.6", "libm.so.6").promise);
-    expect(other).toMatchObject({ code: "LIBRARY_NOT_LOADED", message: expect.stringContaining("getInferLibMajorVersion") });
+    expect(other).toMatchObject({
+      code: "LIBRARY_NOT_LOADED",
+      message: expect.stringContaining("getInferLibMajorVersion"),
+    });
     const cuda = await rejection(addon.cuda().promise);
     if (!driver) expect(cuda).toMatchObject({ code: "NO_DRIVER" });
   });
@@ -84,7 +96,10 @@ describeAddons("an addon", () => {
       build({ initializers: [{ name: "w", file: 0, offset: 0, length: 1 }] }),
       build({ files: [{ path: "a", identity: "b" }], initializers: [{ name: "w", file: 0, offset: -1, length: 1 }] }),
       build({ files: [{ path: "a", identity: "b" }], initializers: [{ name: "w", file: 0.5, offset: 0, length: 1 }] }),
-      build({ files: [{ path: "a", identity: "b" }], initializers: [{ name: "w", file: 0, offset: 0, length: 2 ** 60 }] }),
+      build({
+        files: [{ path: "a", identity: "b" }],
+        initializers: [{ name: "w", file: 0, offset: 0, length: 2 ** 60 }],
+      }),
       build({ profiles: [{}] }),
       build({ profiles: [[{ input: "x", dimensions: [0] }]] }),
       build({ profiles: [[{ input: "x", dimensions: [Number.NaN] }]] }),
@@ -99,7 +114,14 @@ describeAddons("an addon", () => {
       build({ logPath: undefined }),
     ];
     for (const call of wrong) expect(call, call.toString()).toThrow(/Expected/);
-    const throwing = new Proxy({}, { get: () => { throw new Error("a getter's own"); } });
+    const throwing = new Proxy(
+      {},
+      {
+        get: () => {
+          throw new Error("a getter's own");
+        },
+      },
+    );
     expect(() => addon.build!("lib", "parser", throwing, none)).toThrow("a getter's own");
   });
 
@@ -141,7 +163,8 @@ describeAddons("an addon", () => {
         return message;
       }),
     );
-    for (const [index, result] of results.entries()) expect(result).toEqual(index % 3 === 0 ? "under way" : driver ? 2 : 4);
+    for (const [index, result] of results.entries())
+      expect(result).toEqual(index % 3 === 0 ? "under way" : driver ? 2 : 4);
   });
 });
 
@@ -184,7 +207,9 @@ describeAddons("finding the libraries", () => {
     const folder = standInWithPath(version);
     const report = await examineTensorRt(kind, { folder });
     expect(report.library).toBeNull();
-    expect(report.places[0]!.error).toContain(`is version ${version.join(".")}; needed is ${floor} or later, below ${ceiling}`);
+    expect(report.places[0]!.error).toContain(
+      `is version ${version.join(".")}; needed is ${floor} or later, below ${ceiling}`,
+    );
     expect(report.problems[0]!.remedy).toContain(`Install version ${floor} or later`);
     expect(report.places).toContainEqual(expect.objectContaining({ source: "pip", error: "python3 is not on PATH" }));
   });
@@ -235,4 +260,3 @@ function addonFile(kind: (typeof tensorRtKinds)[number]): string {
   const name = `flowturbo_${kind.replace("-", "_")}.node`;
   return path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(root, "native"), kind, "build/Release", name);
 }
-
