@@ -8,12 +8,18 @@
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
 import { Executor, messageOf, RunFailure } from "./executor.js";
-import type { FromHost, HostSettings, ToHost } from "./protocol.js";
+import type { FromHost, HostSettings, LaunchTime, ToHost } from "./protocol.js";
 
 // Ctrl-C and a closed terminal signal the whole foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
+/**
+ * Milliseconds between two messages about finished launches. Each wakes the parent, which takes a core from the graph
+ * that runs: at steps of 5 ms on two cores, a message for each costs several percent.
+ */
+const reportInterval = 20;
+
 let running: number | null = null;
 let aborted = false;
 
@@ -44,16 +50,28 @@ if (library) {
 async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, { type: "run" }>): Promise<void> {
   running = id;
   aborted = false;
+  let reports: LaunchTime[] = [];
+  let reported = performance.now();
+  const flush = () => {
+    if (reports.length > 0) send({ type: "launched", id, reports });
+    reports = [];
+    reported = performance.now();
+  };
   try {
     for (const graph of graphs) executor.add(graph);
     const results = await executor.run(program, {
-      launched: (index, milliseconds) => send({ type: "launched", id, index, milliseconds }),
+      launched: (index, milliseconds) => {
+        reports.push({ index, milliseconds });
+        if (performance.now() - reported >= reportInterval) flush();
+      },
       aborted: () => aborted,
     });
+    flush();
     send({ type: "done", id, results });
   } catch (error) {
     const failure =
       error instanceof RunFailure ? error.failure : ({ kind: "runtime", message: messageOf(error) } as const);
+    flush();
     send({ type: "failed", id, failure });
   } finally {
     running = null;

@@ -237,7 +237,8 @@ class Host {
       void this.process.ended.then((ending) => resolve({ error: diedError(ending) }));
       this.#listener = (message) => {
         if (!("id" in message) || message.id !== id) return;
-        if (message.type === "launched") onLaunch(message.index, message.milliseconds);
+        if (message.type === "launched")
+          for (const { index, milliseconds } of message.reports) onLaunch(index, milliseconds);
         else if (message.type === "done") resolve({ results: message.results });
         else resolve({ error: errorOf(message.failure) });
       };

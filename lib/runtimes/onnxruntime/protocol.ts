@@ -36,12 +36,18 @@ export type Failure =
   /** Stopped on request. */
   | { readonly kind: "aborted" };
 
+/** A finished launch: its index among the program's launches, and how long it took. */
+export interface LaunchTime {
+  readonly index: number;
+  readonly milliseconds: number;
+}
+
 export type FromHost =
   /** ONNX Runtime has loaded. */
   | { readonly type: "ready"; readonly version: string }
   /** ONNX Runtime cannot be loaded here. */
   | { readonly type: "broken"; readonly message: string }
-  /** A launch has finished: its index among the program's launches, and how long it took. */
-  | { readonly type: "launched"; readonly id: number; readonly index: number; readonly milliseconds: number }
+  /** Launches have finished, in order. */
+  | { readonly type: "launched"; readonly id: number; readonly reports: readonly LaunchTime[] }
   | { readonly type: "done"; readonly id: number; readonly results: Record<string, Tensor> }
   | { readonly type: "failed"; readonly id: number; readonly failure: Failure };

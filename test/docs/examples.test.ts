@@ -1,0 +1,93 @@
+// What the documents show, run as a reader would run it.
+import { type ChildProcess, spawn } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import sharp from "sharp";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { root } from "../support/fixtures.js";
+
+describe("examples/service.js", () => {
+  let child: ChildProcess;
+  let url: string;
+  beforeAll(async () => {
+    child = spawn(process.execPath, [path.join(root, "examples/service.js"), "0"], {
+      stdio: ["ignore", "pipe", "inherit"],
+    });
+    url = await new Promise((resolve, reject) => {
+      child.stdout!.on("data", (chunk) => {
+        const found = String(chunk).match(/http:\S+/)?.[0];
+        if (found) resolve(found);
+      });
+      child.once("exit", (code) => reject(new Error(`the service ended with code ${code}`)));
+    });
+  });
+  afterAll(() => {
+    child.kill("SIGKILL");
+  });
+
+  it("answers with a picture, and the same one for the same seed", async () => {
+    const get = async () => {
+      const response = await fetch(`${url}/?prompt=a+large+blue+square&seed=4&steps=3`);
+      expect([response.status, response.headers.get("content-type"), response.headers.get("x-seed")]).toEqual([
+        200,
+        "image/png",
+        "4",
+      ]);
+      return Buffer.from(await response.arrayBuffer());
+    };
+    const [first, second] = await Promise.all([get(), get()]);
+    expect(first.equals(second)).toBe(true);
+    expect((await sharp(first).metadata()).width).toBe(64);
+  });
+
+  it("tells a client's mistake from its own", async () => {
+    const response = await fetch(`${url}/?steps=0`);
+    expect(response.status).toBe(400);
+    expect(await response.text()).toMatch(/Expected a whole number from 1 to 1000 for steps/);
+  });
+
+  it("survives clients that hang up, and ends cleanly", async () => {
+    await expect(fetch(`${url}/?steps=900`, { signal: AbortSignal.timeout(300) })).rejects.toThrow();
+    expect((await fetch(`${url}/?steps=1`)).status).toBe(200);
+    const ended = new Promise((resolve) => child.once("exit", (code, signal) => resolve([code, signal])));
+    child.kill("SIGTERM");
+    expect(await ended).toEqual([0, null]);
+  });
+});
+
+describe("README.md", () => {
+  const readme = readFileSync(path.join(root, "README.md"), "utf8");
+
+  it("has a Quick start of exactly two sh blocks of one line each", () => {
+    const section = readme.match(/^## Quick start\n([\s\S]*?)^## /m)![1]!;
+    const blocks = [...section.matchAll(/```(\w*)\n([\s\S]*?)```/g)];
+    expect(blocks.map(([, language]) => language)).toEqual(["sh", "sh"]);
+    for (const [, , body] of blocks) expect(body!.trim().split("\n")).toHaveLength(1);
+  });
+
+  it("shows code that runs", async () => {
+    const [sample] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)].map((match) => match[1]!);
+    const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-readme-"));
+    try {
+      // The reader's checkpoint is not here: the embedded model stands in for it.
+      const code = sample!
+        .replace('"./stable-diffusion-3.5-medium"', "")
+        .replace('"flowturbo"', JSON.stringify(path.join(root, "dist/index.js")));
+      writeFileSync(path.join(folder, "sample.mjs"), code);
+      const child = spawn(process.execPath, ["sample.mjs"], { cwd: folder, stdio: "inherit" });
+      expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(0);
+      expect((await sharp(path.join(folder, "lighthouse.png")).metadata()).format).toBe("png");
+    } finally {
+      rmSync(folder, { recursive: true, force: true });
+    }
+  });
+
+  it("names every option and error code", async () => {
+    const { generateSchema, loadSchema } = await import("../../lib/options.js");
+    for (const option of [...Object.keys(generateSchema.shape), ...Object.keys(loadSchema.shape)])
+      expect(readme).toContain(`\`${option}\``);
+    const codes = readFileSync(path.join(root, "lib/errors.ts"), "utf8").match(/(?<=\| ")ERR_FLOWTURBO_\w+/g)!;
+    for (const code of codes) expect(readme).toContain(code);
+  });
+});
