@@ -3,7 +3,8 @@
  * where node-gyp-build looks for them. Also the one command that binding.gyp runs, so that the two cannot drift apart.
  *
  *   --copy FILE --addon tensorrt|tensorrt-rtx   copy that addon to FILE (binding.gyp)
- *   --sanitize address,undefined   build with sanitizers into .cache/native-sanitize instead
+ *   --simulated   also the simulated device and the executor's test, into .cache/simulated
+ *   --sanitize address,undefined   all of it with sanitizers, into .cache/native-sanitize-address-undefined instead
  */
 
 import { spawnSync } from "node:child_process";
@@ -14,13 +15,14 @@ import { parseArgs } from "node:util";
 import { fail, includeFolders, lacking, root } from "./headers.mjs";
 
 const { values } = parseArgs({
-  options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" } },
+  options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" }, simulated: { type: "boolean" } },
 });
 for (const tool of ["cmake", process.env.CXX ?? "c++"])
   if (spawnSync(tool, ["--version"]).error) fail(`${tool} is not on PATH.`, lacking);
 const headers = includeFolders();
-const output = values.sanitize ? join(root, ".cache", "native-sanitize") : join(root, "native");
-const work = join(root, ".cache", values.sanitize ? "cmake-sanitize" : "cmake");
+const variant = values.sanitize ? `-sanitize-${values.sanitize.replaceAll(",", "-")}` : "";
+const output = variant ? join(root, ".cache", `native${variant}`) : join(root, "native");
+const work = join(root, ".cache", `cmake${variant}`);
 const list = (folders) => folders?.join(";") ?? "";
 const cmakeJs = createRequire(import.meta.url).resolve("cmake-js/bin/cmake-js");
 
@@ -35,6 +37,8 @@ for (const step of ["configure", "build"]) {
       `--CDTENSORRT_INCLUDE=${list(headers.tensorrt)}`,
       `--CDTENSORRT_RTX_INCLUDE=${list(headers.rtx)}`,
       `--CDFLOWTURBO_OUTPUT=${output}`,
+      `--CDFLOWTURBO_SIMULATED=${values.simulated || variant ? "ON" : "OFF"}`,
+      `--CDFLOWTURBO_SIMULATED_OUTPUT=${variant ? join(output, "simulated") : join(root, ".cache/simulated")}`,
       `--CDFLOWTURBO_SANITIZE=${values.sanitize ?? ""}`,
     ],
     { cwd: root, stdio: ["ignore", "inherit", "inherit"] },

@@ -9,92 +9,10 @@
 #include <unordered_map>
 
 #include "files.h"
+#include "logger.h"
 
 namespace flowturbo {
 namespace {
-
-constexpr size_t kKeptMessages = 200;
-
-// TensorRT keeps the first logger it is given for as long as the process lives, and calls it from threads of its own.
-// So loggers are never freed: one is taken from a pool for a build and given back, and hears nothing in between.
-class BuildLogger final : public nvinfer1::ILogger {
- public:
-  static BuildLogger& take(const std::string& logPath) {
-    const std::lock_guard<std::mutex> lock(poolMutex());
-    BuildLogger* logger = nullptr;
-    if (pool().empty()) {
-      logger = new BuildLogger();
-    } else {
-      logger = pool().back();
-      pool().pop_back();
-    }
-    logger->start(logPath);
-    return *logger;
-  }
-
-  void giveBack() {
-    stop();
-    const std::lock_guard<std::mutex> lock(poolMutex());
-    pool().push_back(this);
-  }
-
-  void log(Severity severity, const char* message) noexcept override {
-    try {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!active_) return;
-      if (file_ != nullptr) std::fprintf(file_, "%c %s\n", "FEWIV"[static_cast<int>(severity)], message);
-      if (severity <= Severity::kERROR && errors_.size() < kKeptMessages) errors_.emplace_back(message);
-      if (severity == Severity::kWARNING && warnings_.size() < kKeptMessages) warnings_.emplace_back(message);
-    } catch (...) {
-      // A message that does not fit into memory is lost.
-    }
-  }
-
-  std::vector<std::string> errors() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return errors_;
-  }
-
-  std::vector<std::string> warnings() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return warnings_;
-  }
-
- private:
-  static std::mutex& poolMutex() {
-    static auto* mutex = new std::mutex();
-    return *mutex;
-  }
-  static std::vector<BuildLogger*>& pool() {
-    static auto* loggers = new std::vector<BuildLogger*>();
-    return *loggers;
-  }
-
-  void start(const std::string& logPath) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    active_ = true;
-    errors_.clear();
-    warnings_.clear();
-    if (!logPath.empty()) file_ = std::fopen(logPath.c_str(), "wxe");
-  }
-
-  void stop() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    active_ = false;
-    if (file_ != nullptr) std::fclose(file_);
-    file_ = nullptr;
-  }
-
-  std::mutex mutex_;
-  bool active_ = false;
-  std::FILE* file_ = nullptr;
-  std::vector<std::string> errors_;
-  std::vector<std::string> warnings_;
-};
-
-struct GiveBack {
-  void operator()(BuildLogger* logger) const { logger->giveBack(); }
-};
 
 // The library announces phases as a tree with a number of steps each, but not how many trees there will be nor how
 // long a step takes. What is reported is the share of a fixed scale, `kTotal`: parsing, the steps of the outermost
@@ -340,7 +258,7 @@ std::vector<std::string> builderFlagNames() {
 
 BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& request,
                         const std::atomic<bool>& cancelled, const std::function<void(const BuildProgress&)>& progress) {
-  const std::unique_ptr<BuildLogger, GiveBack> logger(&BuildLogger::take(request.logPath));
+  const auto logger = Logger::take(request.logPath);
   const auto failed = [&](Error error) {
     error.log = logger->errors();
     return error;

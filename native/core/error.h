@@ -2,6 +2,7 @@
 // above (lib/runtimes/tensorrt/addon.ts) turns both into the package's own errors with a remedy.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -30,6 +31,12 @@ class Error : public std::runtime_error {
   // Set where the operating system refused something.
   int systemError = 0;
   std::string path;
+  // Bytes, where memory ran out.
+  uint64_t needed = 0;
+  uint64_t available = 0;
+  // The launch that failed, by its number within its submission, and the operand meant; -1 for none.
+  int64_t launch = -1;
+  int64_t operand = -1;
 
  private:
   std::string code_;

@@ -17,8 +17,9 @@ namespace {
 // Writes of more than 2 GiB are cut short by the kernel; smaller pieces also let a full disk show early.
 constexpr uint64_t kPiece = uint64_t{64} << 20;
 
-Error changed(const std::string& path) {
-  Error error("WEIGHTS_CHANGED", path + " has changed since the model was opened");
+Error changedFile(const std::string& code, const std::string& path) {
+  const char* since = code == "WEIGHTS_CHANGED" ? "the model was opened" : "it was verified";
+  Error error(code, path + " has changed since " + since);
   error.path = path;
   return error;
 }
@@ -35,7 +36,8 @@ std::string identityOf(int descriptor, const std::string& path) {
          ":" + nanoseconds(status.st_mtim) + ":" + nanoseconds(status.st_ctim);
 }
 
-MappedFile::MappedFile(const std::string& path, const std::string& identity) : path_(path), identity_(identity) {
+MappedFile::MappedFile(const std::string& path, const std::string& identity, const char* changed)
+    : path_(path), identity_(identity), changed_(changed) {
   descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) throw systemError("IO", errno, "Cannot read", path);
   try {
@@ -57,12 +59,12 @@ MappedFile::~MappedFile() {
 }
 
 const void* MappedFile::range(uint64_t offset, uint64_t length) const {
-  if (offset > size_ || length > size_ - offset) throw changed(path_);
+  if (offset > size_ || length > size_ - offset) throw changedFile(changed_, path_);
   return static_cast<const char*>(data_) + offset;
 }
 
 void MappedFile::verifyUnchanged() const {
-  if (identityOf(descriptor_, path_) != identity_) throw changed(path_);
+  if (identityOf(descriptor_, path_) != identity_) throw changedFile(changed_, path_);
 }
 
 NewFile::NewFile(const std::string& path) : path_(path) {

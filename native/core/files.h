@@ -12,22 +12,25 @@ namespace flowturbo {
 // A whole file, mapped read-only.
 class MappedFile {
  public:
-  // `identity` is what the file was when it was hashed (see identityOf). Throws Error WEIGHTS_CHANGED if it is another
-  // one by now, IO if it cannot be read.
-  MappedFile(const std::string& path, const std::string& identity);
+  // `identity` is what the file was when it was hashed (see identityOf). Throws Error `changed` if it is another one by
+  // now, IO if it cannot be read.
+  MappedFile(const std::string& path, const std::string& identity, const char* changed = "WEIGHTS_CHANGED");
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
-  // Throws Error WEIGHTS_CHANGED where the range lies outside of the file.
+  uint64_t size() const noexcept { return size_; }
+
+  // Throws Error `changed` where the range lies outside of the file.
   const void* range(uint64_t offset, uint64_t length) const;
 
-  // Throws Error WEIGHTS_CHANGED if the file has changed since it was mapped.
+  // Throws Error `changed` if the file has changed since it was mapped.
   void verifyUnchanged() const;
 
  private:
   std::string path_;
   std::string identity_;
+  const char* changed_;
   int descriptor_ = -1;
   void* data_ = nullptr;
   uint64_t size_ = 0;

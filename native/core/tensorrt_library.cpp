@@ -36,6 +36,7 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
     throw error;
   }
   result->createBuilder_ = core.require<void* (*)(void*, int32_t)>("createInferBuilder_INTERNAL");
+  result->createRuntime_ = core.require<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
 
   const SharedLibrary onnx(parser);
   result->createParser_ = onnx.require<void* (*)(void*, void*, int)>("createNvOnnxParser_INTERNAL");
@@ -47,6 +48,11 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
 std::unique_ptr<nvinfer1::IBuilder> TensorRtLibrary::createBuilder(nvinfer1::ILogger& logger) const {
   return std::unique_ptr<nvinfer1::IBuilder>(
       static_cast<nvinfer1::IBuilder*>(createBuilder_(&logger, NV_TENSORRT_VERSION)));
+}
+
+std::unique_ptr<nvinfer1::IRuntime> TensorRtLibrary::createRuntime(nvinfer1::ILogger& logger) const {
+  return std::unique_ptr<nvinfer1::IRuntime>(
+      static_cast<nvinfer1::IRuntime*>(createRuntime_(&logger, NV_TENSORRT_VERSION)));
 }
 
 std::unique_ptr<nvonnxparser::IParser> TensorRtLibrary::createParser(nvinfer1::INetworkDefinition& network,

@@ -48,6 +48,8 @@ class TensorRtLibrary {
   const std::string& parserPath() const noexcept { return parserPath_; }
 
   std::unique_ptr<nvinfer1::IBuilder> createBuilder(nvinfer1::ILogger& logger) const;
+  // A device has to be the calling thread's. Null where the library refuses.
+  std::unique_ptr<nvinfer1::IRuntime> createRuntime(nvinfer1::ILogger& logger) const;
   std::unique_ptr<nvonnxparser::IParser> createParser(nvinfer1::INetworkDefinition& network,
                                                       nvinfer1::ILogger& logger) const;
 
@@ -58,6 +60,7 @@ class TensorRtLibrary {
   std::string path_;
   std::string parserPath_;
   void* (*createBuilder_)(void*, int32_t) = nullptr;
+  void* (*createRuntime_)(void*, int32_t) = nullptr;
   void* (*createParser_)(void*, void*, int) = nullptr;
 };
 

@@ -1,0 +1,149 @@
+#include "device.h"
+
+#include <algorithm>
+
+namespace flowturbo {
+namespace {
+
+constexpr unsigned kStreamNonBlocking = 1;
+// Who waits for an event sleeps: the CPU belongs to the rest of the process.
+constexpr unsigned kEventBlockingSync = 1;
+
+// Blocks that a pool keeps for the next who asks.
+constexpr size_t kKeptBlocks = 8;
+constexpr uint64_t kGranule = uint64_t{64} << 10;
+
+uint64_t rounded(uint64_t bytes) { return (std::max<uint64_t>(bytes, 1) + kGranule - 1) / kGranule * kGranule; }
+
+CudaResult allocate(const CudaDriver& driver, DevicePointer& pointer, uint64_t bytes) {
+  return driver.cuMemAlloc(&pointer, bytes);
+}
+CudaResult allocate(const CudaDriver& driver, void*& pointer, uint64_t bytes) {
+  return driver.cuMemAllocHost(&pointer, bytes);
+}
+
+Error exhausted(const Device& device, DevicePointer, uint64_t bytes) {
+  Error error("DEVICE_MEMORY", "the device's memory does not suffice");
+  error.needed = bytes;
+  error.available = device.memory().free;
+  return error;
+}
+Error exhausted(const Device&, void*, uint64_t bytes) {
+  Error error("OUT_OF_MEMORY", "the machine's memory does not suffice for the transfer to and from the device");
+  error.needed = bytes;
+  return error;
+}
+
+}  // namespace
+
+std::shared_ptr<const Device> Device::open(int ordinal) {
+  CudaDevice properties = examineCudaDevice(ordinal);
+  const CudaDriver& driver = CudaDriver::open();
+  std::shared_ptr<Device> device(new Device(driver, std::move(properties), ordinal));
+  driver.check(driver.cuDeviceGet(&device->handle_, ordinal), "cuDeviceGet");
+  driver.check(driver.cuDevicePrimaryCtxRetain(&device->context_, device->handle_), "cuDevicePrimaryCtxRetain");
+  device->makeCurrent();
+  return device;
+}
+
+Device::~Device() {
+  if (context_ != nullptr) driver_.cuDevicePrimaryCtxRelease(handle_);
+}
+
+void Device::makeCurrent() const { driver_.check(driver_.cuCtxSetCurrent(context_), "cuCtxSetCurrent"); }
+
+DeviceMemoryInfo Device::memory() const {
+  size_t free = 0;
+  size_t total = 0;
+  driver_.check(driver_.cuMemGetInfo(&free, &total), "cuMemGetInfo");
+  return {free, total};
+}
+
+Error Device::explain(Error error) const {
+  size_t free = 0;
+  size_t total = 0;
+  // Answers errors of earlier work too.
+  const CudaResult result = driver_.cuMemGetInfo(&free, &total);
+  if (result == kCudaSuccess) return error;
+  Error cause = driver_.failure(result, "cuMemGetInfo");
+  if (cause.code() != "DEVICE_LOST") return error;
+  cause.log = std::move(error.log);
+  cause.launch = error.launch;
+  return cause;
+}
+
+OwnedStream createStream(const Device& device) {
+  CUstream_st* stream = nullptr;
+  device.driver().check(device.driver().cuStreamCreate(&stream, kStreamNonBlocking), "cuStreamCreate");
+  return {device.driver(), stream};
+}
+
+OwnedEvent createEvent(const Device& device) {
+  CUevent_st* event = nullptr;
+  device.driver().check(device.driver().cuEventCreate(&event, kEventBlockingSync), "cuEventCreate");
+  return {device.driver(), event};
+}
+
+template <typename Memory>
+typename MemoryPool<Memory>::Shared MemoryPool<Memory>::take(uint64_t bytes) {
+  const uint64_t size = rounded(bytes);
+  auto block = std::make_unique<Block>();
+  bool crowded = false;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // The smallest that is large enough and wastes no more than half of itself.
+    auto best = kept_.end();
+    for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
+      if (kept->bytes >= size && kept->bytes <= 2 * size && (best == kept_.end() || kept->bytes < best->bytes))
+        best = kept;
+    if (best != kept_.end()) {
+      *block = std::move(*best);
+      kept_.erase(best);
+    }
+    crowded = kept_.size() > kKeptBlocks;
+  }
+  if (crowded) trim();
+  if (!block->memory) {
+    const CudaDriver& driver = device_->driver();
+    auto pointer = decltype(block->address()){};
+    CudaResult result = allocate(driver, pointer, size);
+    if (result == kCudaOutOfMemory) {
+      trim();
+      result = allocate(driver, pointer, size);
+    }
+    if (result == kCudaOutOfMemory) throw exhausted(*device_, pointer, size);
+    driver.check(result, "an allocation");
+    block->memory = Memory(driver, pointer);
+    block->bytes = size;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_ += size;
+    // So that giving back never allocates.
+    kept_.reserve(kept_.size() + 64);
+  }
+  return Shared(block.release(), [pool = this->shared_from_this()](const Block* given) {
+    const std::unique_ptr<Block> mine(const_cast<Block*>(given));
+    const std::lock_guard<std::mutex> lock(pool->mutex_);
+    pool->kept_.push_back(std::move(*mine));
+  });
+}
+
+template <typename Memory>
+void MemoryPool<Memory>::trim() {
+  device_->driver().check(device_->driver().cuStreamSynchronize(stream_), "cuStreamSynchronize");
+  std::vector<Block> dropped;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  dropped.swap(kept_);
+  for (const Block& block : dropped) bytes_ -= block.bytes;
+  kept_.reserve(dropped.capacity());
+}
+
+template <typename Memory>
+uint64_t MemoryPool<Memory>::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return bytes_;
+}
+
+template class MemoryPool<OwnedMemory>;
+template class MemoryPool<OwnedHostMemory>;
+
+}  // namespace flowturbo

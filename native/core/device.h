@@ -1,0 +1,130 @@
+// One GPU as the executor uses it: its primary context, which TensorRT shares, and what is made in that context, each
+// thing owned by an object. Freeing never throws: on a device that is lost every call fails, and there is nothing left
+// that could be freed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cuda_driver.h"
+
+namespace flowturbo {
+
+struct DeviceMemoryInfo {
+  uint64_t free = 0;
+  uint64_t total = 0;
+};
+
+class Device {
+ public:
+  // Retains the primary context and makes it the calling thread's. Throws as examineCudaDevice does.
+  static std::shared_ptr<const Device> open(int ordinal);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  // To be called on every thread that uses the device or TensorRT. Throws Error.
+  void makeCurrent() const;
+  DeviceMemoryInfo memory() const;
+  // What TensorRT failed at, as it is: the loss of the device where that is the reason, of which TensorRT tells nothing.
+  Error explain(Error error) const;
+
+  const CudaDriver& driver() const noexcept { return driver_; }
+  const CudaDevice& properties() const noexcept { return properties_; }
+  int ordinal() const noexcept { return ordinal_; }
+
+ private:
+  Device(const CudaDriver& driver, CudaDevice properties, int ordinal)
+      : driver_(driver), properties_(std::move(properties)), ordinal_(ordinal) {}
+
+  const CudaDriver& driver_;
+  CudaDevice properties_;
+  int ordinal_;
+  CudaDeviceNumber handle_ = 0;
+  CUctx_st* context_ = nullptr;
+};
+
+// Frees with a driver's function whatever the object owns.
+template <typename Handle, CudaResult (*CudaDriver::*release)(Handle)>
+class Owned {
+ public:
+  Owned() = default;
+  Owned(const CudaDriver& driver, Handle handle) : driver_(&driver), handle_(handle) {}
+  ~Owned() { reset(); }
+  Owned(Owned&& other) noexcept : driver_(other.driver_), handle_(other.handle_) { other.handle_ = Handle{}; }
+  Owned& operator=(Owned&& other) noexcept {
+    if (this != &other) {
+      reset();
+      driver_ = other.driver_;
+      handle_ = other.handle_;
+      other.handle_ = Handle{};
+    }
+    return *this;
+  }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+
+  Handle get() const noexcept { return handle_; }
+  explicit operator bool() const noexcept { return handle_ != Handle{}; }
+  void reset() noexcept {
+    if (handle_ != Handle{}) (driver_->*release)(handle_);
+    handle_ = Handle{};
+  }
+
+ private:
+  const CudaDriver* driver_ = nullptr;
+  Handle handle_{};
+};
+
+using OwnedMemory = Owned<DevicePointer, &CudaDriver::cuMemFree>;
+using OwnedHostMemory = Owned<void*, &CudaDriver::cuMemFreeHost>;
+using OwnedStream = Owned<CUstream_st*, &CudaDriver::cuStreamDestroy>;
+using OwnedEvent = Owned<CUevent_st*, &CudaDriver::cuEventDestroy>;
+using OwnedGraph = Owned<CUgraph_st*, &CudaDriver::cuGraphDestroy>;
+using OwnedGraphExec = Owned<CUgraphExec_st*, &CudaDriver::cuGraphExecDestroy>;
+
+// Each throws Error.
+OwnedStream createStream(const Device& device);
+OwnedEvent createEvent(const Device& device);
+
+// Memory that is asked for again and again: what is given back is kept for the next who asks for about as much, and
+// freed only by who asks, since giving back happens on any thread. All users of one pool work on one stream: a block may
+// be handed on while work on it is still queued there.
+template <typename Memory>
+class MemoryPool : public std::enable_shared_from_this<MemoryPool<Memory>> {
+ public:
+  MemoryPool(std::shared_ptr<const Device> device, CUstream_st* stream) : device_(std::move(device)), stream_(stream) {}
+
+  struct Block {
+    Memory memory;
+    uint64_t bytes = 0;
+
+    auto address() const noexcept { return memory.get(); }
+  };
+  // Goes back to the pool with its last owner.
+  using Shared = std::shared_ptr<const Block>;
+
+  // At least one byte, aligned to 256. Throws Error: DEVICE_MEMORY or OUT_OF_MEMORY with what is needed, CUDA.
+  Shared take(uint64_t bytes);
+  // Frees what nobody uses, once the stream has come to rest.
+  void trim();
+  // Of all blocks, in use or kept.
+  uint64_t bytes() const;
+
+ private:
+  std::shared_ptr<const Device> device_;
+  CUstream_st* stream_;
+  mutable std::mutex mutex_;
+  std::vector<Block> kept_;
+  uint64_t bytes_ = 0;
+};
+
+// On the device.
+using DeviceMemoryPool = MemoryPool<OwnedMemory>;
+// On the host, where the device can read and write by itself.
+using PinnedMemoryPool = MemoryPool<OwnedHostMemory>;
+
+}  // namespace flowturbo

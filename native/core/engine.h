@@ -1,0 +1,99 @@
+// A plan on the device: the engine with its weights, and one execution context for each profile that is used, since
+// switching a context's profile uploads its resources anew. Contexts bring no scratch memory of their own: launches run
+// one after another, so that one block of the largest size serves them all (executor.h).
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "logger.h"
+#include "tensorrt_library.h"
+
+namespace flowturbo {
+
+enum class ElementType { kFloat32, kInt64 };
+
+uint64_t bytesOf(ElementType type);
+
+// An input or output of an engine.
+struct EngineTensor {
+  std::string name;
+  bool input = false;
+  ElementType type = ElementType::kFloat32;
+};
+
+// Dimensions of every tensor, in the engine's order; those of outputs are empty until a context knows them.
+using TensorShapes = std::vector<std::vector<int64_t>>;
+
+class Engine;
+
+// To be used on the executor's issuing thread alone.
+class Context {
+ public:
+  // Throws Error: LAUNCH, CUDA.
+  Context(const Engine& engine, int32_t profile, CUstream_st* stream);
+
+  // Of every input and output; an operand must hold at least so many bytes.
+  const TensorShapes& shapes() const noexcept { return shapes_; }
+  const std::vector<uint64_t>& bytes() const noexcept { return bytes_; }
+
+  // Throws Error LAUNCH with the library's words.
+  void bind(size_t tensor, DevicePointer address);
+  void useScratch(DevicePointer address, uint64_t bytes);
+  void enqueue(CUstream_st* stream);
+  // Whether TensorRT lets the next launch become part of a CUDA graph.
+  bool capturable(CUstream_st* stream) const;
+
+ private:
+  void configure(int32_t profile, CUstream_st* stream);
+  Error refused(const std::string& what) const;
+
+  const Engine& engine_;
+  std::unique_ptr<nvinfer1::IExecutionContext> context_;
+  TensorShapes shapes_;
+  std::vector<uint64_t> bytes_;
+  std::vector<DevicePointer> bound_;
+  DevicePointer scratch_ = 0;
+  uint64_t scratchBytes_ = 0;
+};
+
+class Engine {
+ public:
+  // Deserialises a plan, whose file must still be what `identity` says (files.h). The device has to be the calling
+  // thread's. Throws Error: DEVICE_MEMORY before anything is read if the weights cannot fit; PLAN_CHANGED, IO; PLAN for
+  // one that the library refuses, or that holds what this package does not run.
+  Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<const Device> device, const std::string& plan,
+         const std::string& identity);
+
+  const std::vector<EngineTensor>& tensors() const noexcept { return tensors_; }
+  // Shapes of the inputs, profile by profile.
+  const std::vector<TensorShapes>& profiles() const noexcept { return profiles_; }
+  // Scratch memory that a launch in a profile needs.
+  uint64_t scratchBytes(size_t profile) const { return scratchBytes_.at(profile); }
+  uint64_t planBytes() const noexcept { return planBytes_; }
+
+  // On the issuing thread: the context of a profile, made at first use.
+  Context& context(size_t profile, CUstream_st* stream);
+
+ private:
+  friend class Context;
+
+  std::shared_ptr<const TensorRtLibrary> library_;
+  std::shared_ptr<const Device> device_;
+  Logger::Taken logger_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
+  std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+  std::vector<EngineTensor> tensors_;
+  std::vector<TensorShapes> profiles_;
+  std::vector<uint64_t> scratchBytes_;
+  // Before the engine in order of destruction.
+  std::vector<std::unique_ptr<Context>> contexts_;
+  uint64_t planBytes_ = 0;
+};
+
+}  // namespace flowturbo

@@ -1,0 +1,188 @@
+// Programs on one GPU: a queue of instructions (launches of engines, copies of rows) that a thread of its own hands to
+// one stream, at most two launches ahead of the device, so that the device never waits for JavaScript and a run can still
+// be stopped between launches. A second thread waits for what the first has queued: it reports launches, checks values and
+// hands over results. All programs of a process on one device share one executor, its memory and its engines.
+//
+// Nothing here blocks the caller but `open` and `load`, which belong on a thread of their own.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "device.h"
+#include "engine.h"
+#include "error.h"
+#include "tensorrt_library.h"
+
+namespace flowturbo {
+
+// A place in the registers, or in the constants of the submission.
+struct Operand {
+  bool constant = false;
+  uint64_t offset = 0;
+
+  bool operator==(const Operand& other) const { return constant == other.constant && offset == other.offset; }
+};
+
+struct Launch {
+  std::shared_ptr<Engine> engine;
+  size_t profile = 0;
+  // One for each of the engine's tensors, in its order.
+  std::vector<Operand> operands;
+  // Indices of outputs whose values must be finite, and of those that go with the report.
+  std::vector<uint32_t> finite;
+  std::vector<uint32_t> reported;
+
+  bool operator==(const Launch& other) const {
+    return engine == other.engine && profile == other.profile && operands == other.operands &&
+           finite == other.finite && reported == other.reported;
+  }
+};
+
+// Always into the registers.
+struct CopyBytes {
+  Operand from;
+  uint64_t to = 0;
+  uint64_t bytes = 0;
+
+  bool operator==(const CopyBytes& other) const { return from == other.from && to == other.to && bytes == other.bytes; }
+};
+
+using Instruction = std::variant<Launch, CopyBytes>;
+
+// Bytes of the registers.
+struct Range {
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
+
+struct LaunchReport {
+  uint32_t launch = 0;
+  // By the device's clock.
+  double milliseconds = 0;
+  // Of the outputs in `reported`.
+  std::vector<std::vector<uint8_t>> values;
+};
+
+struct Outcome {
+  std::optional<Error> error;
+  std::vector<std::vector<uint8_t>> results;
+  // Whether it ran as one CUDA graph.
+  bool replayed = false;
+  // Why it could not be captured, for a submission that asked for it.
+  std::string notCaptured;
+};
+
+class Executor;
+struct CapturedProgram;
+struct ExecutorState;
+
+// Device memory that lasts from one submission to the next: zeros before the first. Freed with its last owner.
+class Registers {
+ public:
+  explicit Registers(uint64_t bytes);
+  ~Registers();
+
+  uint64_t bytes() const noexcept { return bytes_; }
+
+ private:
+  friend struct ExecutorState;
+
+  const uint64_t bytes_;
+  // The rest belongs to the issuing thread, but for `failed_` and what the executor's mutex guards.
+  DeviceMemoryPool::Shared block_;
+  std::unique_ptr<CapturedProgram> captured_;
+  std::atomic<bool> failed_{false};
+};
+
+// Instructions that run in order, after those of earlier submissions, without a pause between them.
+struct Submission {
+  std::shared_ptr<Registers> registers;
+  // Uploaded at once before the first instruction.
+  std::vector<uint8_t> constants;
+  std::vector<Instruction> instructions;
+  // Downloaded at once after the last.
+  std::vector<Range> results;
+  // Turns the instructions into one CUDA graph, which later submissions of the same instructions replay.
+  bool capture = false;
+  // Both are called on the executor's threads, and must not throw. `onDone` is called exactly once.
+  std::function<void(LaunchReport)> onLaunch;
+  std::function<void(Outcome)> onDone;
+
+ private:
+  friend class Executor;
+  friend struct ExecutorState;
+
+  uint64_t number_ = 0;
+  bool begun_ = false;
+  std::atomic<bool> aborted_{false};
+  std::optional<Error> failure_;
+  bool stopped_ = false;
+  bool settled_ = false;
+  size_t next_ = 0;
+  uint32_t launches_ = 0;
+  DeviceMemoryPool::Shared constantsBlock_;
+  PinnedMemoryPool::Shared upload_;
+  bool replayed_ = false;
+  std::string notCaptured_;
+};
+
+struct ExecutorStatistics {
+  uint64_t launches = 0;
+  uint64_t submissions = 0;
+  uint64_t replays = 0;
+  uint64_t engines = 0;
+  uint64_t deviceBytes = 0;
+  uint64_t pinnedBytes = 0;
+  // Time that the two threads have spent awake, for all launches.
+  double busySeconds = 0;
+};
+
+class Executor : public std::enable_shared_from_this<Executor> {
+ public:
+  // The process's executor for a device and library, started if there is none. Throws Error: NO_DRIVER, NO_DEVICE,
+  // INVALID, CUDA, DEVICE_LOST.
+  static std::shared_ptr<Executor> open(std::shared_ptr<const TensorRtLibrary> library, int ordinal);
+  ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
+
+  // Stops all executors of this process where they are, for its last moments. False if one is still inside of NVIDIA's
+  // libraries when the time is over.
+  static bool quiesce(std::chrono::milliseconds patience);
+
+  const CudaDevice& device() const noexcept;
+
+  // The engine of a plan, loaded once however many ask for it. Throws what Engine does.
+  std::shared_ptr<Engine> load(const std::string& plan, const std::string& identity);
+  std::shared_ptr<Registers> createRegisters(uint64_t bytes);
+
+  void submit(std::shared_ptr<Submission> submission);
+  // Stops a submission before its next launch; its outcome is then the Error CANCELLED.
+  void abort(const std::shared_ptr<Submission>& submission);
+
+  // Shapes of all tensors of an engine in a profile, whose context is made where there is none yet.
+  void prepare(std::shared_ptr<Engine> engine, size_t profile,
+               std::function<void(std::optional<Error>, TensorShapes)> onDone);
+  void memory(std::function<void(std::optional<Error>, DeviceMemoryInfo)> onDone);
+
+  // Lets go of a handle; `onDone` is called when what was submitted before has ended and everything that was let go of
+  // has been freed.
+  static void close(std::shared_ptr<Executor> executor, std::function<void()> onDone);
+
+  ExecutorStatistics statistics() const;
+
+ private:
+  explicit Executor(std::shared_ptr<ExecutorState> state) : state_(std::move(state)) {}
+
+  std::shared_ptr<ExecutorState> state_;
+};
+
+}  // namespace flowturbo

@@ -1,0 +1,648 @@
+// The executor on the simulated device, without Node: what a sanitizer must see in full (threads, leaks at the end of the
+// process) is tested here; programs of real schedules are tested through the addon (test/native). Prints a line for each
+// test and ends with 1 after the first that fails.
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <future>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "executor.h"
+#include "files.h"
+#include "simulated.h"
+
+namespace flowturbo {
+namespace {
+
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::fflush(stderr);                                                      \
+      _exit(1);                                                                 \
+    }                                                                           \
+  } while (false)
+
+constexpr uint64_t kElements = 600;
+constexpr uint64_t kBytes = kElements * 4;
+constexpr uint64_t kSlot = 2560;
+
+// y = t·2 with t = x + s, where s is one number: t goes through scratch memory.
+std::string affinePlan(uint64_t weights, int microseconds, const std::string& extra = "") {
+  return "flowturbo-simulated 1\nweights " + std::to_string(weights) + "\nmicroseconds " +
+         std::to_string(microseconds) +
+         "\ninput x f32\ninput s f32\noutput y f32\ntemporary t x\nformula t x s +\nformula y t 2 *\n" + extra +
+         "profile x=2,300 s=1 y=2,300\nprofile x=1,300 s=1 y=1,300\n";
+}
+
+struct Plan {
+  std::string path;
+  std::string identity;
+};
+
+Plan writePlan(const std::string& text) {
+  char path[] = "/tmp/flowturbo-plan-XXXXXX";
+  const int descriptor = mkstemp(path);
+  CHECK(descriptor >= 0);
+  CHECK(write(descriptor, text.data(), text.size()) == static_cast<ssize_t>(text.size()));
+  Plan plan{path, identityOf(descriptor, path)};
+  close(descriptor);
+  return plan;
+}
+
+std::shared_ptr<const TensorRtLibrary> library() { return TensorRtLibrary::open(LIBRARY, PARSER); }
+
+std::shared_ptr<Executor> openExecutor() { return Executor::open(library(), 0); }
+
+void closeExecutor(std::shared_ptr<Executor> executor) {
+  std::promise<void> closed;
+  Executor::close(std::move(executor), [&] { closed.set_value(); });
+  closed.get_future().wait();
+}
+
+// Nothing of the device is left, and nothing was done to it that a real one would not bear.
+void checkNothingLeft() {
+  const SimulatedCounts counts = simulatedCounts();
+  if (counts.violations > 0) std::fprintf(stderr, "violation: %s\n", simulatedViolation());
+  CHECK(counts.violations == 0);
+  CHECK(counts.deviceBlocks == 0 && counts.deviceBytes == 0);
+  CHECK(counts.hostBlocks == 0);
+  CHECK(counts.streams == 0 && counts.events == 0 && counts.graphs == 0);
+  CHECK(counts.contexts == 0 && counts.runtimes == 0 && counts.engines == 0 && counts.executionContexts == 0);
+}
+
+struct Run {
+  std::promise<Outcome> promise;
+  std::mutex mutex;
+  std::vector<LaunchReport> reports;
+  std::shared_ptr<Submission> submission = std::make_shared<Submission>();
+
+  std::future<Outcome> start(Executor& executor) {
+    submission->onLaunch = [this](LaunchReport report) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      reports.push_back(std::move(report));
+    };
+    submission->onDone = [this](Outcome outcome) { promise.set_value(std::move(outcome)); };
+    std::future<Outcome> future = promise.get_future();
+    executor.submit(submission);
+    return future;
+  }
+};
+
+std::vector<uint8_t> bytesOf(const std::vector<float>& values) {
+  std::vector<uint8_t> bytes(values.size() * 4);
+  std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
+}
+
+std::vector<float> floatsOf(const std::vector<uint8_t>& bytes) {
+  std::vector<float> values(bytes.size() / 4);
+  std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
+}
+
+// Constants: x in slot 0, then one number for each launch. Registers: two that take turns.
+void fill(Submission& submission, std::shared_ptr<Registers> registers, const std::shared_ptr<Engine>& engine,
+          int launches, bool fromRegisters = false) {
+  submission.registers = std::move(registers);
+  submission.constants.assign(kSlot + static_cast<uint64_t>(launches) * 256, 0);
+  std::vector<float> x(kElements);
+  for (size_t index = 0; index < x.size(); index++) x[index] = static_cast<float>(index) / 8;
+  const std::vector<uint8_t> bytes = bytesOf(x);
+  std::copy(bytes.begin(), bytes.end(), submission.constants.begin());
+  for (int launch = 0; launch < launches; launch++) {
+    const float number = static_cast<float>(launch + 1) / 4;
+    std::memcpy(submission.constants.data() + kSlot + launch * 256, &number, 4);
+    Launch instruction;
+    instruction.engine = engine;
+    const uint64_t from = launch % 2 == 0 ? kSlot : 0;
+    const uint64_t to = launch % 2 == 0 ? 0 : kSlot;
+    instruction.operands = {Operand{launch == 0 && !fromRegisters, launch == 0 && !fromRegisters ? 0 : from},
+                            Operand{true, kSlot + static_cast<uint64_t>(launch) * 256}, Operand{false, to}};
+    instruction.finite = {2};
+    submission.instructions.emplace_back(std::move(instruction));
+  }
+  submission.results = {{launches % 2 == 0 ? kSlot : 0, kBytes}};
+}
+
+std::vector<float> expected(int launches, std::vector<float> x = {}) {
+  if (x.empty())
+    for (size_t index = 0; index < kElements; index++) x.push_back(static_cast<float>(index) / 8);
+  for (int launch = 0; launch < launches; launch++)
+    for (float& value : x) value = (value + static_cast<float>(launch + 1) / 4) * 2;
+  return x;
+}
+
+void checkGood(Executor& executor, const std::shared_ptr<Engine>& engine, int launches = 3) {
+  Run run;
+  fill(*run.submission, executor.createRegisters(2 * kSlot), engine, launches);
+  const Outcome outcome = run.start(executor).get();
+  if (outcome.error) std::fprintf(stderr, "%s: %s\n", outcome.error->code().c_str(), outcome.error->what());
+  CHECK(!outcome.error);
+  CHECK(floatsOf(outcome.results.at(0)) == expected(launches));
+  CHECK(run.reports.size() == static_cast<size_t>(launches));
+}
+
+void test(const char* name, const std::function<void()>& body) {
+  simulatedReset();
+  body();
+  checkNothingLeft();
+  std::printf("ok %s\n", name);
+  std::fflush(stdout);
+}
+
+// An open executor with one engine, and everything gone at the end.
+struct Fixture {
+  explicit Fixture(const std::string& text = affinePlan(4096, 0))
+      : plan(writePlan(text)), executor(openExecutor()), engine(executor->load(plan.path, plan.identity)) {}
+  ~Fixture() {
+    engine.reset();
+    if (executor) closeExecutor(std::move(executor));
+    unlink(plan.path.c_str());
+  }
+
+  Plan plan;
+  std::shared_ptr<Executor> executor;
+  std::shared_ptr<Engine> engine;
+};
+
+template <typename Condition>
+void waitUntil(Condition condition) {
+  while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(100));
+}
+
+void runsInOrder() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  CHECK(executor.load(fixture.plan.path, fixture.plan.identity) == fixture.engine);
+  CHECK(simulatedCounts().deserialised == 1);
+  for (int launches = 1; launches < 8; launches++) checkGood(executor, fixture.engine, launches);
+
+  // One upload, one download, and one for each value that is looked at.
+  simulatedReset();
+  checkGood(executor, fixture.engine, 5);
+  const SimulatedCounts counts = simulatedCounts();
+  CHECK(counts.uploads == 1 && counts.kernels == 5 && counts.downloads == 1 + 5);
+
+  // Several at once, answered in order.
+  std::vector<std::unique_ptr<Run>> runs;
+  std::vector<int> order;
+  std::promise<void> last;
+  for (int index = 0; index < 20; index++) {
+    runs.push_back(std::make_unique<Run>());
+    Submission& submission = *runs.back()->submission;
+    fill(submission, executor.createRegisters(2 * kSlot), fixture.engine, 1 + index % 4);
+    submission.onDone = [&, index](Outcome outcome) {
+      CHECK(!outcome.error);
+      CHECK(floatsOf(outcome.results.at(0)) == expected(1 + index % 4));
+      order.push_back(index);
+      if (index == 19) last.set_value();
+    };
+    executor.submit(runs.back()->submission);
+  }
+  last.get_future().wait();
+  for (int index = 0; index < 20; index++) CHECK(order[static_cast<size_t>(index)] == index);
+}
+
+void copiesRows() {
+  Fixture fixture;
+  Run run;
+  run.submission->registers = fixture.executor->createRegisters(2 * kSlot);
+  std::vector<float> x(kElements);
+  for (size_t index = 0; index < x.size(); index++) x[index] = static_cast<float>(index);
+  run.submission->constants = bytesOf(x);
+  // The second row to the first, and 100 numbers from there to the middle of another register, which is zeros else.
+  run.submission->instructions.emplace_back(CopyBytes{{true, 1200}, 0, 1200});
+  run.submission->instructions.emplace_back(CopyBytes{{false, 400}, kSlot + 40, 400});
+  run.submission->results = {{0, 1200}, {kSlot, kBytes}};
+  const Outcome outcome = run.start(*fixture.executor).get();
+  CHECK(!outcome.error);
+  const std::vector<float> first = floatsOf(outcome.results.at(0));
+  const std::vector<float> second = floatsOf(outcome.results.at(1));
+  for (size_t index = 0; index < 300; index++) CHECK(first[index] == static_cast<float>(300 + index));
+  for (size_t index = 0; index < kElements; index++)
+    CHECK(second[index] == (index >= 10 && index < 110 ? static_cast<float>(400 + index - 10) : 0));
+}
+
+void takesPieces() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  simulatedHold();
+  const auto registers = executor.createRegisters(2 * kSlot);
+  Run first;
+  Run second;
+  fill(*first.submission, registers, fixture.engine, 2);
+  fill(*second.submission, registers, fixture.engine, 2, true);
+  // Two launches end in the second slot; the second piece reads from there.
+  auto one = first.start(executor);
+  waitUntil([&] { return executor.statistics().launches == 2; });
+  auto two = second.start(executor);
+  CHECK(simulatedCounts().kernels == 0);
+  // The next piece is queued on the device as soon as there is room, before the first has ended.
+  simulatedLet(1);
+  waitUntil([&] { return executor.statistics().launches == 3; });
+  CHECK(one.wait_for(std::chrono::seconds(0)) == std::future_status::timeout);
+  simulatedLet(-1);
+  CHECK(floatsOf(one.get().results.at(0)) == expected(2));
+  CHECK(floatsOf(two.get().results.at(0)) == expected(2, expected(2)));
+
+  // After a piece that failed, those that follow do not run on its values.
+  Run failing;
+  Run after;
+  fill(*failing.submission, registers, fixture.engine, 1);
+  fill(*after.submission, registers, fixture.engine, 1, true);
+  failing.submission->results = {{2 * kSlot, 4}};
+  auto bad = failing.start(executor);
+  auto good = after.start(executor);
+  CHECK(bad.get().error->code() == "INVALID");
+  CHECK(good.get().error->code() == "CANCELLED");
+  checkGood(executor, fixture.engine);
+}
+
+void stopsBetweenLaunches() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  for (int launches = 0; launches < 6; launches++) {
+    simulatedReset();
+    simulatedHold();
+    Run run;
+    fill(*run.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
+    auto outcome = run.start(executor);
+    simulatedLet(launches);
+    waitUntil([&] {
+      const std::lock_guard<std::mutex> lock(run.mutex);
+      return run.reports.size() == static_cast<size_t>(launches);
+    });
+    executor.abort(run.submission);
+    simulatedLet(-1);
+    const Outcome done = outcome.get();
+    CHECK(done.error && done.error->code() == "CANCELLED");
+    // What was queued on the device cannot be taken back.
+    CHECK(simulatedCounts().kernels <= static_cast<uint64_t>(launches) + 2);
+    checkGood(executor, fixture.engine);
+  }
+
+  // One that waits behind another leaves at once.
+  simulatedReset();
+  simulatedHold();
+  Run running;
+  Run waiting;
+  fill(*running.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
+  fill(*waiting.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
+  auto first = running.start(executor);
+  auto second = waiting.start(executor);
+  executor.abort(waiting.submission);
+  CHECK(second.get().error->code() == "CANCELLED");
+  CHECK(simulatedCounts().kernels == 0);
+  simulatedLet(-1);
+  CHECK(!first.get().error);
+}
+
+// The whole life of a program, as far as it comes. Empty if all went well, else the code of the first error.
+std::string live(const Plan& plan, bool capture) {
+  std::string code;
+  std::shared_ptr<Executor> executor;
+  try {
+    executor = openExecutor();
+    const std::shared_ptr<Engine> engine = executor->load(plan.path, plan.identity);
+    const auto registers = executor->createRegisters(2 * kSlot);
+    for (int index = 0; index < (capture ? 2 : 1) && code.empty(); index++) {
+      Run run;
+      fill(*run.submission, registers, engine, 2);
+      run.submission->capture = capture;
+      const Outcome outcome = run.start(*executor).get();
+      if (outcome.error) {
+        code = outcome.error->code();
+      } else {
+        CHECK(floatsOf(outcome.results.at(0)) == expected(2));
+        if (!outcome.notCaptured.empty()) code = "NOT_CAPTURED";
+      }
+    }
+    // The same objects run again after an error, unless the device is lost.
+    if (!code.empty() && code != "DEVICE_LOST") checkGood(*executor, engine);
+  } catch (const Error& error) {
+    code = error.code();
+  }
+  if (executor) closeExecutor(std::move(executor));
+  return code;
+}
+
+void survivesErrors() {
+  const Plan plan = writePlan(affinePlan(4096, 0));
+  for (const bool capture : {false, true}) {
+    simulatedReset();
+    CHECK(live(plan, capture).empty());
+    const uint64_t calls = simulatedCounts().calls;
+    CHECK(calls > 50);
+    std::set<std::string> silent;
+    for (const int code : {1, 2, 719})
+      for (uint64_t call = 1; call <= calls; call++) {
+        simulatedReset();
+        simulatedFailAt(call, code);
+        const std::string answer = live(plan, capture);
+        const std::string failed = simulatedFailed();
+        simulatedFailAt(0, 0);
+        if (answer.empty() && !failed.empty()) silent.insert(failed);
+        if (code == 719 && !answer.empty() && answer != "DEVICE_LOST" && answer != "PLAN" && answer != "LAUNCH")
+          std::fprintf(stderr, "call %d (%s) answered %s\n", static_cast<int>(call), failed.c_str(), answer.c_str());
+        if (simulatedCounts().violations > 0)
+          std::fprintf(stderr, "call %d (%s) failed with %d\n", static_cast<int>(call), failed.c_str(), code);
+        checkNothingLeft();
+        // Whatever it was, the next one runs.
+        CHECK(live(plan, capture).empty());
+        checkNothingLeft();
+      }
+    // Nobody is told of what fails while it is freed, nor of what went well at the second attempt.
+    const std::set<std::string> mayBeSilent{
+        "cuEventDestroy", "cuStreamDestroy", "cuMemFree", "cuMemFreeHost", "cuGraphDestroy", "cuGraphExecDestroy",
+        "cuDevicePrimaryCtxRelease", "cuMemAlloc", "cuMemAllocHost", "cuCtxSetCurrent"};
+    for (const std::string& name : silent) {
+      if (mayBeSilent.count(name) == 0) std::fprintf(stderr, "%s failed in silence\n", name.c_str());
+      CHECK(mayBeSilent.count(name) == 1);
+    }
+  }
+  unlink(plan.path.c_str());
+}
+
+void losesTheDevice() {
+  Fixture fixture;
+  Run run;
+  Run behind;
+  fill(*run.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 4);
+  fill(*behind.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 4);
+  simulatedFailKernel(2, 700);
+  auto first = run.start(*fixture.executor);
+  auto second = behind.start(*fixture.executor);
+  const Outcome outcome = first.get();
+  CHECK(outcome.error && outcome.error->code() == "DEVICE_LOST");
+  CHECK(second.get().error->code() == "DEVICE_LOST");
+  // It stays lost, and can be let go of; the next one is new.
+  Run later;
+  fill(*later.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 1);
+  CHECK(later.start(*fixture.executor).get().error->code() == "DEVICE_LOST");
+  later.submission.reset();
+  run.submission.reset();
+  behind.submission.reset();
+  fixture.engine.reset();
+  closeExecutor(std::move(fixture.executor));
+  checkNothingLeft();
+  Fixture fresh;
+  checkGood(*fresh.executor, fresh.engine);
+}
+
+void seesWhatIsNotFinite() {
+  Fixture fixture(affinePlan(0, 0));
+  for (const float value : {INFINITY, -INFINITY, NAN, 3e38f}) {
+    Run run;
+    fill(*run.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 3);
+    // Of the second launch.
+    std::memcpy(run.submission->constants.data() + kSlot + 256, &value, 4);
+    const Outcome outcome = run.start(*fixture.executor).get();
+    CHECK(outcome.error && outcome.error->code() == "NOT_FINITE");
+    CHECK(outcome.error->launch == 1 && outcome.error->operand == 2);
+    CHECK(run.reports.size() == 1);
+  }
+  checkGood(*fixture.executor, fixture.engine);
+}
+
+void refusesWhatDoesNotFit() {
+  Fixture fixture(affinePlan(100000, 0));
+  Executor& executor = *fixture.executor;
+  simulatedCapacity(1 << 20);
+  Run large;
+  fill(*large.submission, executor.createRegisters(2 << 20), fixture.engine, 1);
+  const Outcome outcome = large.start(executor).get();
+  CHECK(outcome.error && outcome.error->code() == "DEVICE_MEMORY");
+  CHECK(outcome.error->needed >= (2 << 20) && outcome.error->available < (1 << 20));
+  CHECK(simulatedCounts().kernels == 0);
+  checkGood(executor, fixture.engine);
+
+  const Plan heavy = writePlan(affinePlan(2 << 20, 0));
+  try {
+    executor.load(heavy.path, heavy.identity);
+    CHECK(false);
+  } catch (const Error& error) {
+    CHECK(error.code() == "DEVICE_MEMORY");
+  }
+  unlink(heavy.path.c_str());
+  checkGood(executor, fixture.engine);
+}
+
+void refusesWrongInstructions() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  const auto refused = [&](const std::function<void(Submission&)>& spoil) {
+    Run run;
+    fill(*run.submission, executor.createRegisters(2 * kSlot), fixture.engine, 2);
+    spoil(*run.submission);
+    const Outcome outcome = run.start(executor).get();
+    return outcome.error && outcome.error->code() == "INVALID";
+  };
+  const auto launch = [](Submission& submission) -> Launch& { return std::get<Launch>(submission.instructions[1]); };
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[0].offset = 2 * kSlot; }));
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[0].offset = UINT64_MAX - 255; }));
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[2].offset = 4; }));
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[2].constant = true; }));
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[1].offset = 1 << 20; }));
+  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 0}, 2 * kSlot, 4}); }));
+  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 1 << 20}, 0, 4}); }));
+  CHECK(refused([&](Submission& submission) { submission.results = {{kSlot, 2 * kSlot}}; }));
+  CHECK(simulatedCounts().kernels == 0);
+
+  for (const std::string& text : {std::string("nonsense"), affinePlan(0, 0, "output z f16\n")}) {
+    const Plan plan = writePlan(text);
+    try {
+      executor.load(plan.path, plan.identity);
+      CHECK(false);
+    } catch (const Error& error) {
+      CHECK(error.code() == "PLAN");
+    }
+    unlink(plan.path.c_str());
+  }
+  const Plan changed = writePlan(affinePlan(0, 0));
+  std::ofstream(changed.path, std::ios::app) << "\n";
+  try {
+    executor.load(changed.path, changed.identity);
+    CHECK(false);
+  } catch (const Error& error) {
+    CHECK(error.code() == "PLAN_CHANGED");
+  }
+  unlink(changed.path.c_str());
+}
+
+void leaksNothing() {
+  Fixture fixture;
+  uint64_t blocks = 0;
+  uint64_t bytes = 0;
+  uint64_t events = 0;
+  for (int index = 0; index < 1000; index++) {
+    checkGood(*fixture.executor, fixture.engine, 1 + index % 3);
+    if (index != 50) continue;
+    blocks = simulatedCounts().deviceBlocks + simulatedCounts().hostBlocks;
+    bytes = simulatedCounts().deviceBytes;
+    events = simulatedCounts().events;
+  }
+  CHECK(simulatedCounts().deviceBlocks + simulatedCounts().hostBlocks <= blocks + 1);
+  CHECK(simulatedCounts().deviceBytes <= bytes + (64 << 10));
+  CHECK(simulatedCounts().events <= events + 2);
+}
+
+void replaysAsOneGraph() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  const auto registers = executor.createRegisters(2 * kSlot);
+  for (int index = 0; index < 5; index++) {
+    Run run;
+    fill(*run.submission, registers, fixture.engine, 4);
+    run.submission->capture = true;
+    // The constants are another run's.
+    const float number = static_cast<float>(index);
+    std::memcpy(run.submission->constants.data() + kSlot, &number, 4);
+    const Outcome outcome = run.start(executor).get();
+    CHECK(!outcome.error);
+    CHECK(outcome.replayed == (index > 0) && outcome.notCaptured.empty());
+    std::vector<float> values(kElements);
+    for (size_t at = 0; at < values.size(); at++) values[at] = (static_cast<float>(at) / 8 + number) * 2;
+    for (int launch = 1; launch < 4; launch++)
+      for (float& value : values) value = (value + static_cast<float>(launch + 1) / 4) * 2;
+    CHECK(floatsOf(outcome.results.at(0)) == values);
+    CHECK(run.reports.size() == 4);
+  }
+  CHECK(simulatedCounts().graphLaunches == 4);
+
+  // Values that are not finite are found in a graph too.
+  Run bad;
+  fill(*bad.submission, registers, fixture.engine, 4);
+  bad.submission->capture = true;
+  const float infinite = INFINITY;
+  std::memcpy(bad.submission->constants.data() + kSlot + 512, &infinite, 4);
+  const Outcome outcome = bad.start(executor).get();
+  CHECK(outcome.error && outcome.error->code() == "NOT_FINITE" && outcome.error->launch == 2);
+
+  // Other instructions in the same registers make a graph of their own; several replays may wait at once.
+  const auto others = executor.createRegisters(2 * kSlot);
+  std::vector<std::unique_ptr<Run>> runs;
+  std::vector<std::future<Outcome>> outcomes;
+  for (int index = 0; index < 9; index++) {
+    runs.push_back(std::make_unique<Run>());
+    fill(*runs.back()->submission, others, fixture.engine, index < 4 ? 2 : 3);
+    runs.back()->submission->capture = true;
+    outcomes.push_back(runs.back()->start(executor));
+  }
+  for (int index = 0; index < 9; index++) {
+    const Outcome done = outcomes[static_cast<size_t>(index)].get();
+    CHECK(!done.error && done.replayed == (index != 0 && index != 4));
+    CHECK(floatsOf(done.results.at(0)) == expected(index < 4 ? 2 : 3));
+  }
+
+  // Larger scratch memory for another program leaves a graph valid.
+  const Plan wide = writePlan(
+      "flowturbo-simulated 1\ninput x f32\noutput y f32\ntemporary t x\nformula t x 1 +\nformula y t 2 *\n"
+      "profile x=1,500000 y=1,500000\n");
+  auto engine = executor.load(wide.path, wide.identity);
+  Run run;
+  run.submission->registers = executor.createRegisters(4096000);
+  Launch instruction;
+  instruction.engine = engine;
+  instruction.operands = {Operand{false, 0}, Operand{false, 2048000}};
+  run.submission->instructions.emplace_back(instruction);
+  CHECK(!run.start(executor).get().error);
+  Run again;
+  fill(*again.submission, others, fixture.engine, 3);
+  again.submission->capture = true;
+  const Outcome replayed = again.start(executor).get();
+  CHECK(replayed.replayed && floatsOf(replayed.results.at(0)) == expected(3));
+  unlink(wide.path.c_str());
+}
+
+void waitsWhenDisposed() {
+  Plan plan = writePlan(affinePlan(4096, 0));
+  auto executor = openExecutor();
+  auto engine = executor->load(plan.path, plan.identity);
+  simulatedHold();
+  Run run;
+  fill(*run.submission, executor->createRegisters(2 * kSlot), engine, 4);
+  auto outcome = run.start(*executor);
+  run.submission.reset();
+  engine.reset();
+  std::promise<void> closed;
+  std::future<void> end = closed.get_future();
+  Executor::close(std::move(executor), [&] { closed.set_value(); });
+  CHECK(end.wait_for(std::chrono::milliseconds(50)) == std::future_status::timeout);
+  simulatedLet(-1);
+  CHECK(!outcome.get().error);
+  end.wait();
+  unlink(plan.path.c_str());
+}
+
+void servesManyThreads() {
+  const Plan plan = writePlan(affinePlan(4096, 0));
+  std::vector<std::thread> threads;
+  for (int index = 0; index < 10; index++)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 5; round++) {
+        auto executor = openExecutor();
+        auto engine = executor->load(plan.path, plan.identity);
+        checkGood(*executor, engine, 3);
+        engine.reset();
+        closeExecutor(std::move(executor));
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  // The last threads of executors end a moment after the handles.
+  waitUntil([] { return simulatedCounts().contexts == 0; });
+  unlink(plan.path.c_str());
+}
+
+void sharesEngines() {
+  const Plan plan = writePlan(affinePlan(1 << 20, 0));
+  auto one = openExecutor();
+  auto two = openExecutor();
+  CHECK(one == two);
+  std::vector<std::thread> threads;
+  std::vector<std::shared_ptr<Engine>> engines(8);
+  for (auto& engine : engines) threads.emplace_back([&] { engine = one->load(plan.path, plan.identity); });
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& engine : engines) CHECK(engine == engines[0]);
+  CHECK(simulatedCounts().deserialised == 1 && simulatedCounts().engines == 1);
+  // Let go of, and loaded anew where the two do not fit beside each other.
+  simulatedCapacity(3 << 19);
+  engines.clear();
+  engines.push_back(two->load(plan.path, plan.identity));
+  CHECK(simulatedCounts().engines == 1);
+  engines.clear();
+  closeExecutor(std::move(one));
+  closeExecutor(std::move(two));
+  unlink(plan.path.c_str());
+}
+
+}  // namespace
+}  // namespace flowturbo
+
+int main() {
+  using namespace flowturbo;
+  test("runs programs in order", runsInOrder);
+  test("copies rows", copiesRows);
+  test("takes a program in pieces, ahead of the device", takesPieces);
+  test("stops between launches", stopsBetweenLaunches);
+  test("sees values that are not finite", seesWhatIsNotFinite);
+  test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
+  test("refuses wrong instructions and plans before the first launch", refusesWrongInstructions);
+  test("loses the device and gets a new one", losesTheDevice);
+  test("replays a program as one graph", replaysAsOneGraph);
+  test("waits for its runs when it is disposed of", waitsWhenDisposed);
+  test("shares engines", sharesEngines);
+  test("serves many threads", servesManyThreads);
+  test("leaks nothing in 1000 runs", leaksNothing);
+  test("survives an error of every call", survivesErrors);
+  return 0;
+}
