@@ -10,10 +10,11 @@ import { GraphLibrary, type GraphName } from "./graphs.js";
 import type { EmitOptions } from "./networks/index.js";
 import { mmditWidth } from "./networks/index.js";
 import { type CompileEnginesOptions, checkOptions, compileSchema } from "./options.js";
-import { decodeRows } from "./pipeline.js";
+import { pixelsAtOnce } from "./pipeline.js";
 import { PromptEncoder } from "./prompts.js";
 import { chooseForBuilding } from "./runtimes/tensorrt/choose.js";
 import { type CompiledEngine, EngineCompiler, type ProfileShapes } from "./runtimes/tensorrt/compile.js";
+import { rowsAtOnce } from "./schedule/index.js";
 import type { StoredDType } from "./tensor.js";
 
 export interface EngineProfile {
@@ -169,7 +170,7 @@ export function plannedEngines(checkpoint: Checkpoint, plan: EnginePlan): Planne
 
   // The decoder takes a batch in pieces of at most so many pictures, and a last one with what is left.
   const decoder = sizes.flatMap(({ width, height }) => {
-    const most = decodeRows(width, height);
+    const most = rowsAtOnce(pixelsAtOnce, width, height);
     const pieces = new Set(
       batches.flatMap((batch) => [Math.min(batch, most), batch % most]).filter((rows) => rows > 0),
     );
@@ -228,9 +229,11 @@ export function tensorRtEmitOptions(
   targets: readonly number[] = [],
 ): (name: GraphName) => EmitOptions {
   const { transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3 } = checkpoint;
-  const parts = {
-    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3, vae_decoder: vae },
+  // The graphs without weights are float32 throughout.
+  const parts: Partial<Record<GraphName, Pick<typeof vae, "weights"> | null>> = {
+    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3 },
     ...{ predict: transformer, predict_unguided: transformer, refine: refiner, refine_unguided: refiner },
+    ...{ vae_decoder: vae, vae_encoder: vae, join: vae },
   };
   return (name) => {
     const part = parts[name];
