@@ -299,9 +299,17 @@ export const compileSchema = z.strictObject({
   ),
   guidance: described(z.enum(["on", "off", "both"]).default("on"), {
     flag: "--guidance <mode>",
-    description: "steps with classifier-free guidance, without, or both: on, off or both",
+    description: "steps with classifier-free guidance: on, off, both, or a scale as for generate",
     expects: '"on", "off" or "both"',
   }),
+  features: described(
+    z.array(z.enum(["stages", "editing", "previews"])).default(() => []),
+    {
+      flag: "--with <list>",
+      description: "also what only some pictures need: stages, editing, previews",
+      expects: '"stages", "editing" or "previews", or several',
+    },
+  ),
   maxSequenceLength: generateSchema.shape.maxSequenceLength,
   cache: described(text.min(1).optional(), {
     flag: "--cache <folder>",
