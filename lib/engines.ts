@@ -4,16 +4,18 @@
  */
 
 import { setMaxListeners } from "node:events";
-import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
+import { type Checkpoint, openCheckpoint, type Tokenizer } from "./checkpoint/index.js";
 import { OptionError } from "./errors.js";
 import { GraphLibrary, type GraphName } from "./graphs.js";
 import type { EmitOptions } from "./networks/index.js";
 import { mmditWidth } from "./networks/index.js";
 import { type CompileEnginesOptions, checkOptions, compileSchema } from "./options.js";
-import { decodeRows } from "./pipeline.js";
+import { pixelsAtOnce } from "./pipeline.js";
+import { fitSide } from "./preview.js";
 import { PromptEncoder } from "./prompts.js";
 import { chooseForBuilding } from "./runtimes/tensorrt/choose.js";
 import { type CompiledEngine, EngineCompiler, type ProfileShapes } from "./runtimes/tensorrt/compile.js";
+import { rowsAtOnce } from "./schedule/index.js";
 import type { StoredDType } from "./tensor.js";
 
 export interface EngineProfile {
@@ -70,7 +72,13 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     memory: checked.memory,
   });
 
-  // 3. The engines in order, `jobs` at a time. One that fails stops the others.
+  // 3. Memory: what cannot be built here is refused before hours go into the rest.
+  const requests = planned.map(({ name, profiles }) => {
+    return { graph: graphs.get(name), profiles: profiles.map(({ inputs }) => inputs) };
+  });
+  await compiler.checkMemory(requests, { files, signal });
+
+  // 4. The engines in order, `jobs` at a time. One that fails stops the others.
   const failure = new AbortController();
   const stop = signal ? AbortSignal.any([signal, failure.signal]) : failure.signal;
   setMaxListeners(0, stop);
@@ -78,14 +86,11 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const queue = planned.entries();
   const work = async () => {
     for (const [index, { name, stepType, profiles }] of queue) {
-      const compiled = await compiler.compile(
-        { graph: graphs.get(name), profiles: profiles.map(({ inputs }) => inputs) },
-        {
-          files,
-          signal: stop,
-          onProgress: (progress) => onProgress?.({ ...progress, engine: index, engines: planned.length }),
-        },
-      );
+      const compiled = await compiler.compile(requests[index]!, {
+        files,
+        signal: stop,
+        onProgress: (progress) => onProgress?.({ ...progress, engine: index, engines: planned.length }),
+      });
       engines[index] = { ...compiled, graph: name, stepType, profiles };
     }
   };
@@ -107,16 +112,18 @@ export interface PlannedEngine {
 
 export interface EnginePlan {
   /** Default: the model's native size. */
-  readonly sizes?: readonly { readonly width: number; readonly height: number }[] | undefined;
+  readonly sizes?: readonly Size[] | undefined;
   readonly batches: readonly number[];
   /** Which of the steps' graphs: with guidance, without, or both. */
   readonly guidance: "on" | "off" | "both";
+  /** Graphs that only some pictures need: joins between sizes, originals and masks, previews. */
+  readonly features?: readonly ("stages" | "editing" | "previews")[] | undefined;
   /** Tokens of the T5 encoder; default: as for drawing. */
   readonly maxSequenceLength?: number | undefined;
 }
 
 /**
- * The engines for a plan, each with one profile for each (batch, size); equal ones are merged.
+ * The engines for a plan, each with one profile for each (batch, size); those that are named twice are one.
  * @throws OptionError for a size or length that the model does not take
  */
 export function plannedEngines(checkpoint: Checkpoint, plan: EnginePlan): PlannedEngine[] {
@@ -130,7 +137,7 @@ export function plannedEngines(checkpoint: Checkpoint, plan: EnginePlan): Planne
       "maxSequenceLength",
       `Expected at most ${prompts.maxSequenceLength} for maxSequenceLength but received ${sequenceLength}: the model's T5 tokenizer takes no more.`,
     );
-  const sizes = plan.sizes ?? [{ width: sampleSize * factor, height: sampleSize * factor }];
+  const sizes = distinct(plan.sizes ?? [{ width: sampleSize * factor, height: sampleSize * factor }]);
   const multiple = factor * patchSize;
   for (const { width, height } of sizes)
     if (width % multiple !== 0 || height % multiple !== 0 || Math.max(width, height) > multiple * posEmbedMaxSize)
@@ -139,84 +146,139 @@ export function plannedEngines(checkpoint: Checkpoint, plan: EnginePlan): Planne
         `Expected widths and heights in multiples of ${multiple} up to ${multiple * posEmbedMaxSize} for sizes but received ${width}x${height}.`,
       );
   const batches = [...new Set(plan.batches)].sort((a, b) => a - b);
+  const modes = { on: [true], off: [false], both: [true, false] }[plan.guidance];
 
-  // Any number of texts can be encoded in rows of 1 where no profile has that number.
-  const texts = (inputs: (rows: number) => ProfileShapes): EngineProfile[] =>
-    [...new Set([1, ...batches])].map((batch) => ({ batch, inputs: inputs(batch) }));
-  const pictures = (inputs: (batch: number, latent: readonly [number, number]) => ProfileShapes): EngineProfile[] =>
-    sizes.flatMap(({ width, height }) =>
-      batches.map((batch) => ({ batch, width, height, inputs: inputs(batch, [height / factor, width / factor]) })),
+  const engines: PlannedEngine[] = [];
+  const add = (name: GraphName, profiles: readonly EngineProfile[], stepType: PlannedEngine["stepType"] = null) =>
+    engines.push({ name, stepType, profiles });
+  type Latent = readonly [channels: number, height: number, width: number];
+  /** One profile for each size and each number of rows that it is launched with. */
+  const perSize = (rows: (size: Size) => readonly number[], inputs: (batch: number, latent: Latent) => ProfileShapes) =>
+    sizes.flatMap((size) =>
+      rows(size).map((batch): EngineProfile => {
+        const { width, height } = size;
+        return { batch, width, height, inputs: inputs(batch, [latentChannels, height / factor, width / factor]) };
+      }),
     );
-  const step = (stepType: "predict" | "refine", guided: boolean): PlannedEngine => {
-    const { config } = stepType === "predict" ? transformer : refiner!;
-    const profiles = pictures((batch, [h, w]) => {
-      const rows = guided ? 2 * batch : batch;
-      return {
-        x: [batch, latentChannels, h, w],
-        velocity: [rows, latentChannels, h, w],
-        context: [rows, prompts.contextTokens(sequenceLength), jointAttentionDim],
-        pooled: [rows, pooledProjectionDim],
-        position_embedding: [1, (h / config.patchSize) * (w / config.patchSize), mmditWidth(config)],
-        sigma: [batch],
-        a_in: [batch],
-        a_old: [batch],
-        a_new: [batch],
-        ...(guided && { guidance: [batch] }),
-      };
-    });
-    return { name: guided ? stepType : `${stepType}_unguided`, stepType, profiles };
+  const whole = () => batches;
+  /** The autoencoder takes a batch in pieces of at most so many pictures, and a last one with what is left. */
+  const pieces = ({ width, height }: Size) => {
+    const most = rowsAtOnce(pixelsAtOnce, width, height);
+    const rows = batches.flatMap((batch) => [Math.min(batch, most), batch % most]).filter((rows) => rows > 0);
+    return [...new Set(rows)].sort((a, b) => a - b);
   };
 
-  // The decoder takes a batch in pieces of at most so many pictures, and a last one with what is left.
-  const decoder = sizes.flatMap(({ width, height }) => {
-    const most = decodeRows(width, height);
-    const pieces = new Set(
-      batches.flatMap((batch) => [Math.min(batch, most), batch % most]).filter((rows) => rows > 0),
+  // 1. Texts: any number of them can be encoded in rows of 1 where no profile has that number.
+  const texts = (inputs: (rows: number) => ProfileShapes): EngineProfile[] =>
+    [...new Set([1, ...batches])].map((batch) => ({ batch, inputs: inputs(batch) }));
+  const clip = (tokenizer: Tokenizer) => texts((rows) => ({ ids: [rows, tokenizer.maxLength] }));
+  if (textEncoder) add("clip_l", clip(tokenizer!));
+  if (textEncoder2) add("clip_g", clip(tokenizer2!));
+  if (textEncoder3)
+    add(
+      "t5",
+      texts((rows) => ({ ids: [rows, sequenceLength], relative_buckets: [sequenceLength, sequenceLength] })),
     );
-    return [...pieces]
-      .sort((a, b) => a - b)
-      .map(
-        (batch): EngineProfile => ({
-          ...{ batch, width, height },
-          inputs: { latents: [batch, latentChannels, height / factor, width / factor] },
-        }),
-      );
-  });
 
-  const modes = { on: [true], off: [false], both: [true, false] }[plan.guidance];
-  const engine = (name: GraphName, profiles: readonly EngineProfile[]) => ({ name, stepType: null, profiles });
-  return [
-    ...(textEncoder
-      ? [
-          engine(
-            "clip_l",
-            texts((rows) => ({ ids: [rows, tokenizer!.maxLength] })),
-          ),
-        ]
-      : []),
-    ...(textEncoder2
-      ? [
-          engine(
-            "clip_g",
-            texts((rows) => ({ ids: [rows, tokenizer2!.maxLength] })),
-          ),
-        ]
-      : []),
-    ...(textEncoder3
-      ? [
-          engine(
-            "t5",
-            texts((rows) => ({
-              ids: [rows, sequenceLength],
-              relative_buckets: [sequenceLength, sequenceLength],
-            })),
-          ),
-        ]
-      : []),
-    ...modes.map((guided) => step("predict", guided)),
-    ...(refiner ? modes.map((guided) => step("refine", guided)) : []),
-    engine("vae_decoder", decoder),
+  // 2. Steps.
+  for (const [stepType, network] of [
+    ["predict", transformer],
+    ["refine", refiner],
+  ] as const)
+    for (const guided of network ? modes : []) {
+      const { config } = network!;
+      const profiles = perSize(whole, (batch, latent) => {
+        const rows = guided ? 2 * batch : batch;
+        const [, height, width] = latent;
+        return {
+          x: [batch, ...latent],
+          velocity: [rows, ...latent],
+          context: [rows, prompts.contextTokens(sequenceLength), jointAttentionDim],
+          pooled: [rows, pooledProjectionDim],
+          position_embedding: [1, (height / config.patchSize) * (width / config.patchSize), mmditWidth(config)],
+          ...{ sigma: [batch], a_in: [batch], a_old: [batch], a_new: [batch] },
+          ...(guided && { guidance: [batch] }),
+        };
+      });
+      add(guided ? stepType : `${stepType}_unguided`, profiles, stepType);
+    }
+
+  // 3. Pictures.
+  add(
+    "vae_decoder",
+    perSize(pieces, (batch, latent) => ({ latents: [batch, ...latent] })),
+  );
+
+  // 4. What only some pictures need.
+  const features = new Set(plan.features);
+  const encoded = [
+    ...(features.has("editing") ? sizes : []),
+    ...(features.has("previews") ? [{ width: fitSide * factor, height: fitSide * factor }] : []),
   ];
+  if (encoded.length > 0)
+    add(
+      "vae_encoder",
+      distinct(encoded).map(({ width, height }) => {
+        return { batch: 1, width, height, inputs: { image: [1, vae.config.inChannels, height, width] } };
+      }),
+    );
+  if (features.has("stages")) {
+    const fits = (small: Size, large: Size) =>
+      small !== large && small.width <= large.width && small.height <= large.height;
+    const profiles = sizes.flatMap((large) =>
+      sizes
+        .filter((small) => fits(small, large))
+        .flatMap((small) =>
+          pieces(large).map((batch): EngineProfile => {
+            const [latents, noise] = [small, large].map(({ width, height }) => {
+              return [batch, latentChannels, height / factor, width / factor];
+            }) as [number[], number[]];
+            return { batch, ...large, inputs: { latents, noise, sigma: [batch] } };
+          }),
+        ),
+    );
+    if (profiles.length === 0)
+      throw new OptionError("sizes", "Stages run from a smaller size to a larger one; name both in sizes.");
+    add("join", profiles);
+  }
+  if (features.has("editing")) {
+    const original = ([channels, ...area]: Latent) => ({ latents: [1, channels, ...area], mask: [1, 1, ...area] });
+    add(
+      "noised",
+      perSize(whole, (batch, latent) => {
+        const { latents } = original(latent);
+        return { latents, noise: [batch, ...latent], sigma: [batch] };
+      }),
+    );
+    for (const guided of modes)
+      add(
+        guided ? "merge" : "merge_unguided",
+        perSize(whole, (batch, latent) => ({
+          ...{ x: [batch, ...latent], velocity: [guided ? 2 * batch : batch, ...latent] },
+          ...{ noise: [batch, ...latent], sigma: [batch], ...original(latent) },
+        })),
+      );
+  }
+  if (features.has("previews"))
+    for (const guided of modes)
+      add(
+        guided ? "preview" : "preview_unguided",
+        perSize(whole, (batch, latent) => ({
+          ...{ x: [batch, ...latent], velocity: [guided ? 2 * batch : batch, ...latent], sigma: [batch] },
+          ...{ map: [3, latentChannels], bias: [3, 1], ...(guided && { guidance: [batch] }) },
+        })),
+      );
+  return engines;
+}
+
+interface Size {
+  readonly width: number;
+  readonly height: number;
+}
+
+/** In their order, each once. */
+function distinct(sizes: readonly Size[]): Size[] {
+  return [...new Map(sizes.map((size) => [`${size.width}x${size.height}`, size])).values()];
 }
 
 /**
@@ -228,9 +290,11 @@ export function tensorRtEmitOptions(
   targets: readonly number[] = [],
 ): (name: GraphName) => EmitOptions {
   const { transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3 } = checkpoint;
-  const parts = {
-    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3, vae_decoder: vae },
+  // The graphs without weights are float32 throughout.
+  const parts: Partial<Record<GraphName, Pick<typeof vae, "weights"> | null>> = {
+    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3 },
     ...{ predict: transformer, predict_unguided: transformer, refine: refiner, refine_unguided: refiner },
+    ...{ vae_decoder: vae, vae_encoder: vae, join: vae },
   };
   return (name) => {
     const part = parts[name];

@@ -7,9 +7,14 @@ import {
   cpuEmitOptions,
   type EmitOptions,
   emitClip,
+  emitJoin,
+  emitMerge,
+  emitNoised,
+  emitPreview,
   emitStep,
   emitT5,
   emitVaeDecoder,
+  emitVaeEncoder,
   positionTable,
 } from "./networks/index.js";
 import type { OnnxGraph } from "./onnx/index.js";
@@ -22,7 +27,14 @@ export type GraphName =
   | "predict_unguided"
   | "refine"
   | "refine_unguided"
-  | "vae_decoder";
+  | "vae_decoder"
+  | "vae_encoder"
+  | "join"
+  | "noised"
+  | "merge"
+  | "merge_unguided"
+  | "preview"
+  | "preview_unguided";
 
 export class GraphLibrary {
   readonly #checkpoint: Checkpoint;
@@ -101,6 +113,18 @@ export class GraphLibrary {
         return step("refine", false);
       case "vae_decoder":
         return emitVaeDecoder(name, vae.weights, vae.config, options);
+      case "vae_encoder":
+        return emitVaeEncoder(name, vae.weights, vae.config, options);
+      case "join":
+        return emitJoin(name, vae.weights, vae.config, options);
+      case "noised":
+        return emitNoised(name, vae.config.latentChannels);
+      case "merge":
+      case "merge_unguided":
+        return emitMerge(name, vae.config.latentChannels, name === "merge");
+      case "preview":
+      case "preview_unguided":
+        return emitPreview(name, vae.config.latentChannels, name === "preview");
     }
   }
 }

@@ -4,11 +4,12 @@
  */
 
 import { randomBytes } from "node:crypto";
-import { rename, rm, writeFile } from "node:fs/promises";
+import { access, rename, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
-import sharp from "sharp";
+import sharp, { type Sharp } from "sharp";
 import { OptionError, OutputError } from "./errors.js";
-import type { FloatTensor } from "./tensor.js";
+import type { Picture, PictureSource, RgbPicture } from "./options.js";
+import { type FloatTensor, float32 } from "./tensor.js";
 
 export type ImageFormat = "png" | "jpeg" | "webp";
 
@@ -23,7 +24,7 @@ export function formatOf(file: string): ImageFormat {
 }
 
 /** One picture, 8-bit RGB. */
-export class Image {
+export class Image implements Picture {
   readonly width: number;
   readonly height: number;
   /** Row-major RGB, 3 bytes a pixel. */
@@ -64,6 +65,13 @@ export class Image {
   }
 }
 
+/** The same picture at another size, smoothly. */
+export async function resized(picture: RgbPicture, width: number, height: number): Promise<Image> {
+  const raw = { width: picture.width, height: picture.height, channels: 3 as const };
+  const data = await sharp(picture.data, { raw }).resize(width, height, { fit: "fill" }).raw().toBuffer();
+  return new Image(width, height, new Uint8Array(data));
+}
+
 /** Writes under a temporary name in the same folder, then renames. @throws OutputError */
 export async function writeWhole(file: string, data: Uint8Array): Promise<void> {
   const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
@@ -88,6 +96,103 @@ export function toRgb(image: FloatTensor, row: number): Uint8Array {
     for (let i = 0, to = channel; i < plane; i++, to += 3) rgb[to] = (source[from + i]! / 2 + 0.5) * 255;
   }
   return new Uint8Array(rgb.buffer);
+}
+
+/** Pictures larger than this are refused before they are decoded: 100 megapixels, some 400 MB. */
+const maxPixels = 100e6;
+
+/** An original picture at the size of a stage. */
+export interface Original {
+  /** Row-major RGB, 3 bytes a pixel. */
+  readonly rgb: Uint8Array;
+  /** [1, 3, H, W] in [-1, 1], as the autoencoder reads it. */
+  readonly pixels: FloatTensor;
+}
+
+/** Where to paint, at the size of a stage. */
+export interface Mask {
+  /** One byte a pixel: 1 where new content is wanted. */
+  readonly pixels: Uint8Array;
+  /** [1, 1, H/f, W/f], 0 or 1: the pixel at the corner of each latent's patch, as diffusers' nearest-neighbour. */
+  readonly latents: FloatTensor;
+  readonly empty: boolean;
+}
+
+/**
+ * Reads a picture: orientation applied, transparent parts on white, resized and cropped to cover width × height.
+ * @throws OptionError for what is no picture, is animated, damaged or larger than 100 megapixels
+ */
+export async function readOriginal(source: PictureSource, width: number, height: number): Promise<Original> {
+  const rgb = await decoded("image", source, (picture) =>
+    picture
+      .flatten({ background: "#ffffff" })
+      .toColourspace("srgb")
+      .resize(width, height, { fit: "cover", kernel: "lanczos3" })
+      .removeAlpha(),
+  );
+  const plane = width * height;
+  const data = new Float32Array(3 * plane);
+  for (let i = 0; i < plane; i++) for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
+  return { rgb, pixels: float32([1, 3, height, width], data) };
+}
+
+/**
+ * Reads a mask: its alpha channel where it has transparent parts, else its greys; resized and cropped as the picture
+ * is, white from one half on (diffusers' binarisation), then taken at the corner of each latent's patch.
+ * @throws OptionError as `readOriginal`
+ */
+export async function readMask(source: PictureSource, width: number, height: number, factor: number): Promise<Mask> {
+  const greys = await decoded("mask", source, async (picture) => {
+    const { hasAlpha } = await picture.clone().metadata();
+    const transparent = hasAlpha && !(await picture.clone().stats()).isOpaque;
+    const channel = transparent ? picture.extractChannel("alpha") : picture.removeAlpha().greyscale();
+    return channel.resize(width, height, { fit: "cover", kernel: "lanczos3" }).toColourspace("b-w");
+  });
+  const pixels = greys.map((grey) => (grey >= 128 ? 1 : 0));
+  const [h, w] = [height / factor, width / factor];
+  const latents = Float32Array.from(
+    { length: h * w },
+    (_, i) => pixels[Math.floor(i / w) * factor * width + (i % w) * factor]!,
+  );
+  return { pixels, latents: float32([1, 1, h, w], latents), empty: !latents.includes(1) };
+}
+
+/** Takes the pixels outside the mask from the original. */
+export function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: Uint8Array): void {
+  for (let i = 0; i < mask.length; i++) if (mask[i] === 0) rgb.set(original.subarray(3 * i, 3 * i + 3), 3 * i);
+}
+
+async function decoded(
+  option: "image" | "mask",
+  source: PictureSource,
+  prepare: (picture: Sharp) => Sharp | Promise<Sharp>,
+): Promise<Uint8Array> {
+  const name = typeof source === "string" ? `"${source}"` : "the given picture";
+  try {
+    if (typeof source === "string") await access(source);
+    const limits = { limitInputPixels: maxPixels, failOn: "warning" } as const;
+    const raw = (picture: RgbPicture) => ({
+      raw: { width: picture.width, height: picture.height, channels: 3 as const },
+    });
+    const open = () =>
+      typeof source === "string" || source instanceof Uint8Array
+        ? sharp(source, limits)
+        : sharp(source.data, { ...limits, ...raw(source) });
+    const { pages } = await open().metadata();
+    if ((pages ?? 1) > 1)
+      throw new OptionError(option, `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`);
+    // Pixels in between: sharp applies an orientation only on the way out of a pipeline's first operation.
+    const upright = await open().autoOrient().png({ compressionLevel: 0 }).toBuffer();
+    const prepared = await prepare(sharp(upright, limits));
+    return new Uint8Array(await prepared.raw({ depth: "uchar" }).toBuffer());
+  } catch (cause) {
+    if (cause instanceof OptionError) throw cause;
+    throw new OptionError(
+      option,
+      `Expected a picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${(cause as Error).message}.`,
+      { cause },
+    );
+  }
 }
 
 /** Inserts an iTXt chunk behind the header chunk of a PNG (RFC 2083 with the 1.2 extensions; UTF-8, uncompressed). */

@@ -23,6 +23,21 @@ const text = z.string();
 const texts = z.union([text, z.array(text).min(1)]);
 const whole = (minimum: number, maximum: number) => z.int().min(minimum).max(maximum);
 const callback = <T>() => z.custom<T>((value) => typeof value === "function");
+const tensor = z.custom<FloatTensor>((value) => {
+  const tensor = value as Partial<FloatTensor> | null;
+  return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
+});
+const picture = z.custom<PictureSource>((value) => {
+  if (typeof value === "string" || value instanceof Uint8Array) return true;
+  const { width, height, data } = (value ?? {}) as Partial<RgbPicture>;
+  return data instanceof Uint8Array && data.length === 3 * (width ?? 0) * (height ?? 0);
+});
+const stage = z.strictObject({
+  width: whole(1, 65536),
+  height: whole(1, 65536),
+  blocks: text,
+  sigma: z.number().gt(0).lt(1).optional(),
+});
 const abortSignal = z.custom<AbortSignal>((value) => value instanceof AbortSignal);
 
 /** A place for messages; `console` is one. */
@@ -39,17 +54,52 @@ export interface LoadProgress {
   readonly total: number;
 }
 
+/** 8-bit RGB values of a picture. */
+export interface RgbPicture {
+  readonly width: number;
+  readonly height: number;
+  /** Row-major RGB, 3 bytes a pixel. */
+  readonly data: Uint8Array;
+}
+
+/** A picture that can be encoded and written. */
+export interface Picture extends RgbPicture {
+  toPNG(): Promise<Buffer>;
+  toFile(file: string): Promise<void>;
+}
+
 /** Sent after each finished block of a schedule. */
 export interface StepEvent {
-  /** Index of the block, from 0, and the number of blocks. */
+  /** Index of the block, from 0, and the number of blocks, over all stages. */
   readonly step: number;
   readonly steps: number;
+  /** Index of the stage, from 0, and the number of stages. */
+  readonly stage: number;
+  readonly stages: number;
   readonly block: "E" | "H" | "P" | "R";
   /** Noise level reached. */
   readonly sigma: number;
   /** Milliseconds that the block took in the runtime. */
   readonly milliseconds: number;
+  /**
+   * If the option `preview` asks for them: each picture as the run sees it now (the estimate x − σ·v); "fast" ones have
+   * one pixel for each latent.
+   */
+  readonly previews: readonly Picture[];
 }
+
+/** One size of a run from coarse to fine. */
+export interface Stage {
+  readonly width: number;
+  readonly height: number;
+  /** Its schedule, such as "H1P4R2". */
+  readonly blocks: string;
+  /** How far the picture of the stage before is noised again, from 0 (not at all) to 1; default 0.6. Not for the first. */
+  readonly sigma?: number | undefined;
+}
+
+/** A picture to read: the path of a file, an encoded file, or 8-bit RGB values. */
+export type PictureSource = string | Uint8Array | RgbPicture;
 
 const tensorrtFolder = described(text.min(1).optional(), {
   flag: "--tensorrt-dir <folder>",
@@ -145,18 +195,38 @@ export const generateSchema = z.strictObject({
     description: "pictures for each prompt",
     expects: "a whole number from 1 to 1024",
   }),
-  noise: described(
-    z
-      .custom<FloatTensor>((value) => {
-        const tensor = value as Partial<FloatTensor> | null;
-        return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
-      })
-      .optional(),
-    {
-      description: "starting noise [B, C, h, w] in place of a seed",
-      expects: "a float32 tensor { dtype, shape, data }",
-    },
-  ),
+  stages: described(z.array(stage).min(1).max(8).optional(), {
+    description: "sizes to run through from coarse to fine, in place of width, height and blocks",
+    expects: "an array of { width, height, blocks, sigma? }",
+  }),
+  image: described(picture.optional(), {
+    flag: "--image <file>",
+    description: "picture to start from",
+    expects: "the path of a picture, an encoded picture, or { width, height, data }",
+  }),
+  mask: described(picture.optional(), {
+    flag: "--mask <file>",
+    description: "where to paint: white (or opaque) parts are drawn anew, the rest of --image is kept",
+    expects: "the path of a picture, an encoded picture, or { width, height, data }",
+  }),
+  strength: described(z.number().gt(0).max(1).optional(), {
+    flag: "--strength <part>",
+    description: "part of the schedule that runs on --image: 1 forgets it (default: 0.6)",
+    expects: "a number above 0 and up to 1",
+  }),
+  keepOriginal: described(z.boolean().default(true), {
+    flag: "--no-keep-original",
+    description: "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
+    expects: "true or false",
+  }),
+  preview: described(z.enum(["fast", "decoded"]).optional(), {
+    description: "what each step event shows: fast (a linear map of the latents), decoded (the full decoder)",
+    expects: '"fast" or "decoded"',
+  }),
+  noise: described(z.union([tensor, z.array(tensor).min(1)]).optional(), {
+    description: "starting noise [B, C, h, w] in place of a seed, one for each stage",
+    expects: "a float32 tensor { dtype, shape, data }, or one for each stage",
+  }),
   maxSequenceLength: described(whole(1, 512).optional(), {
     flag: "--max-sequence-length <tokens>",
     description: "tokens of the T5 encoder (default: 256, or what the tokenizer takes)",
@@ -229,9 +299,17 @@ export const compileSchema = z.strictObject({
   ),
   guidance: described(z.enum(["on", "off", "both"]).default("on"), {
     flag: "--guidance <mode>",
-    description: "steps with classifier-free guidance, without, or both: on, off or both",
+    description: "steps with classifier-free guidance: on, off, both, or a scale as for generate",
     expects: '"on", "off" or "both"',
   }),
+  features: described(
+    z.array(z.enum(["stages", "editing", "previews"])).default(() => []),
+    {
+      flag: "--with <list>",
+      description: "also what only some pictures need: stages, editing, previews",
+      expects: '"stages", "editing" or "previews", or several',
+    },
+  ),
   maxSequenceLength: generateSchema.shape.maxSequenceLength,
   cache: described(text.min(1).optional(), {
     flag: "--cache <folder>",

@@ -8,7 +8,7 @@ import { fileURLToPath } from "node:url";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
 import { DisposedError, OptionError } from "./errors.js";
 import { GraphLibrary, type GraphName } from "./graphs.js";
-import { Image, toRgb } from "./image.js";
+import { Image, keepOriginal, type Mask, type Original, readMask, readOriginal, toRgb } from "./image.js";
 import { mmditWidth, positionTable } from "./networks/index.js";
 import { NoiseGenerator } from "./noise.js";
 import {
@@ -20,7 +20,8 @@ import {
   loadSchema,
   type ResolvedGenerateOptions,
 } from "./options.js";
-import type { Program, StoredConstant } from "./program.js";
+import { fitLatentColours, type LatentColours } from "./preview.js";
+import type { LaunchLabel, Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { LaunchReport, Runtime, RuntimeName } from "./runtimes/runtime.js";
@@ -33,13 +34,16 @@ import {
   type Evaluations,
   formatBlocks,
   type GridName,
+  joinGrid,
   parseBlocks,
   planSteps,
   type Sampler,
+  type SamplingStage,
   samplingProgram,
   shiftedGrid,
+  skippedBlocks,
 } from "./schedule/index.js";
-import { type FloatTensor, float32 } from "./tensor.js";
+import { elementCount, type FloatTensor, float32 } from "./tensor.js";
 
 /** The model that comes with the package. */
 export const embeddedModel = fileURLToPath(new URL("../models/shapes", import.meta.url));
@@ -50,11 +54,25 @@ export interface Timings {
   readonly load: number;
   /** Tokenising and encoding the prompts; near 0 when all were cached. */
   readonly encode: number;
-  /** Each block of the schedule. */
+  /** Each block of the schedule, over all stages. */
   readonly steps: readonly number[];
+  /** Lifting pictures from one stage to the next. */
+  readonly join: number;
+  /** Encoding an original and keeping its known region. */
+  readonly edit: number;
   readonly decode: number;
   /** The whole call, waiting for earlier calls included. */
   readonly total: number;
+}
+
+/** One size of a run, as it was run. */
+export interface StageResult {
+  readonly width: number;
+  readonly height: number;
+  /** Such as "H1P7R2". */
+  readonly blocks: string;
+  /** Noise levels, one more than blocks. */
+  readonly sigmas: readonly number[];
 }
 
 export interface GenerateResult {
@@ -68,10 +86,11 @@ export interface GenerateResult {
   readonly seeds: readonly number[];
   readonly width: number;
   readonly height: number;
-  /** The schedule that ran, such as "H1P7R2". */
+  /** The schedule that ran, such as "H1P7R2"; those of several stages follow each other after a space. */
   readonly blocks: string;
-  /** Its noise levels, one more than blocks. */
+  /** Its noise levels, one more than blocks; stage after stage. */
   readonly sigmas: readonly number[];
+  readonly stages: readonly StageResult[];
   /** Evaluations of the two networks for one picture (guidance doubles their rows, not their number). */
   readonly evaluations: Evaluations;
   readonly timings: Timings;
@@ -87,12 +106,22 @@ export interface RuntimeChoice {
 
 const defaultSteps: Record<Sampler, number> = { flowturbo: 10, euler: 28, heun: 28 };
 
-/** Pixels that go through the decoder at once: one picture of 1024 × 1024, or 256 of 64 × 64. */
-const decodePixels = 2 ** 20;
+/** Part of the schedule that runs on an original, as in diffusers' pipelines for SD3. */
+const defaultStrength = 0.6;
 
-/** Pictures of a size that go through the decoder at once. */
-export function decodeRows(width: number, height: number): number {
-  return Math.max(1, Math.floor(decodePixels / (width * height)));
+/** How far a finished stage is noised again for the next. */
+const defaultJoinSigma = 0.6;
+
+/** Pixels that go through the autoencoder at once: one picture of 1024 × 1024, or 256 of 64 × 64. */
+export const pixelsAtOnce = 2 ** 20;
+
+/** One size of a request. */
+interface PlannedStage {
+  readonly width: number;
+  readonly height: number;
+  readonly latentShape: readonly [number, number, number, number];
+  readonly blocks: readonly Block[];
+  readonly sigmas: readonly number[];
 }
 
 /** Everything about a request that is known before any work. */
@@ -100,17 +129,18 @@ interface Plan {
   readonly options: ResolvedGenerateOptions;
   readonly prompts: readonly string[];
   readonly negatives: readonly string[];
-  readonly width: number;
-  readonly height: number;
-  readonly latentShape: readonly [number, number, number, number];
   readonly sampler: Sampler;
   readonly grid: GridName;
-  readonly blocks: readonly Block[];
-  readonly sigmas: readonly number[];
+  readonly stages: readonly PlannedStage[];
+  /** Given noise, one tensor for each stage; null to draw it from the seeds. */
+  readonly noises: readonly FloatTensor[] | null;
   readonly guidanceScale: number | null;
   readonly sequenceLength: number;
   readonly seeds: readonly number[];
 }
+
+/** The original and the mask of an edit, for each stage. */
+type Edits = readonly { readonly original: Original; readonly mask: Mask | null }[];
 
 /** A loaded model. Calls made at the same time run one after another and are answered in order. */
 export class FlowTurbo implements AsyncDisposable {
@@ -128,6 +158,7 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #logger: Logger;
   readonly #loadMilliseconds: number;
   #queue: Promise<unknown> = Promise.resolve();
+  #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
 
   private constructor(
@@ -202,9 +233,12 @@ export class FlowTurbo implements AsyncDisposable {
     const plan = this.#plan(checkOptions(generateSchema, options, "generate()"));
     const { signal } = plan.options;
     signal?.throwIfAborted();
-    const turn = this.#queue.then(() => {
+    const edits = this.#readEdits(plan);
+    // Whoever awaits the turn hears of it.
+    edits.catch(() => undefined);
+    const turn = this.#queue.then(async () => {
       signal?.throwIfAborted();
-      return this.#draw(plan, start);
+      return this.#draw(plan, await edits, start);
     });
     this.#queue = turn.catch(() => undefined);
     return untilAborted(turn, signal);
@@ -222,59 +256,25 @@ export class FlowTurbo implements AsyncDisposable {
 
   /** Checks a request against the model and settles everything that can be known beforehand. */
   #plan(options: ResolvedGenerateOptions): Plan {
-    const { transformer, vae, scheduler } = this.#checkpoint;
     const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
     const negatives = perPrompt(options.negativePrompt ?? "", prompts.length);
 
-    // Size.
-    const width = options.width ?? this.nativeSize.width;
-    const height = options.height ?? this.nativeSize.height;
-    const { patchSize, posEmbedMaxSize } = transformer.config;
-    const multiple = vae.config.factor * patchSize;
-    for (const [name, size] of [
-      ["width", width],
-      ["height", height],
-    ] as const) {
-      if (size % multiple !== 0)
-        throw new OptionError(
-          name,
-          `Expected a multiple of ${multiple} for ${name} but received ${size}. Nearest: ${nearest(size, multiple, posEmbedMaxSize)}.`,
-        );
-      if (size > multiple * posEmbedMaxSize)
-        throw new OptionError(
-          name,
-          `Expected at most ${multiple * posEmbedMaxSize} for ${name} but received ${size}: the model's table of positions has ${posEmbedMaxSize} × ${posEmbedMaxSize} entries.`,
-        );
-    }
     const rows = prompts.length * options.count;
-    const latentShape = [
-      rows,
-      transformer.config.outChannels,
-      height / vae.config.factor,
-      width / vae.config.factor,
-    ] as const;
+    const { sampler, grid, stages } = options.stages
+      ? this.#plannedStages(options, rows)
+      : this.#plannedStage(options, rows);
 
-    // Schedule.
-    const { sampler, blocks } = this.#schedule(options);
-    const grid = options.grid ?? (sampler === "euler" ? "diffusers" : "shifted");
-    const sigmas =
-      grid === "shifted"
-        ? shiftedGrid(blocks.length, scheduler.shift)
-        : diffusersGrid(blocks.length, scheduler.shift, scheduler.numTrainTimesteps);
+    // Originals.
+    const needs = { mask: options.mask, strength: options.strength };
+    for (const [name, value] of Object.entries(needs))
+      if (value !== undefined && options.image === undefined)
+        throw new OptionError(name, `The option ${name} needs an image to work on; give one, or leave ${name} out.`);
 
     // Noise.
-    const { noise } = options;
-    if (noise && noise.shape.join() !== latentShape.join())
-      throw new OptionError(
-        "noise",
-        `Expected shape [${latentShape.join(", ")}] for noise (pictures, channels, height / ${vae.config.factor}, width / ${vae.config.factor}) but received [${noise.shape.join(", ")}].`,
-      );
-    if (noise && noise.data.length !== latentShape.reduce((a, b) => a * b, 1))
-      throw new OptionError("noise", `The noise tensor has ${noise.data.length} values, which its shape does not.`);
-    if (noise && !noise.data.every(Number.isFinite))
-      throw new OptionError("noise", "Expected finite values for noise but it holds NaN or an infinity.");
+    const noises = options.noise === undefined ? null : [options.noise].flat();
+    if (noises) this.#checkNoise(noises, stages);
     const seed = options.seed ?? randomInt(2 ** 32);
-    const seeds = noise ? [] : Array.from({ length: rows }, (_, index) => seed + index);
+    const seeds = noises ? [] : Array.from({ length: rows }, (_, index) => seed + index);
 
     // Text.
     const sequenceLength = options.maxSequenceLength ?? this.#prompts.defaultSequenceLength;
@@ -287,120 +287,286 @@ export class FlowTurbo implements AsyncDisposable {
       options,
       prompts,
       negatives,
-      width,
-      height,
-      latentShape,
       sampler,
       grid,
-      blocks,
-      sigmas,
+      stages,
+      noises,
       guidanceScale: options.guidanceScale > 1 ? options.guidanceScale : null,
       sequenceLength,
       seeds,
     };
   }
 
-  #schedule(options: ResolvedGenerateOptions): { sampler: Sampler; blocks: Block[] } {
+  /** @throws OptionError if the model cannot draw that size; `prefix` names the stage it belongs to */
+  #checkSize(width: number, height: number, prefix = ""): void {
+    const { transformer, vae } = this.#checkpoint;
+    const { patchSize, posEmbedMaxSize } = transformer.config;
+    const multiple = vae.config.factor * patchSize;
+    for (const [side, size] of [
+      ["width", width],
+      ["height", height],
+    ] as const) {
+      const option = prefix ? "stages" : side;
+      const name = `${prefix}${side}`;
+      if (size % multiple !== 0)
+        throw new OptionError(
+          option,
+          `Expected a multiple of ${multiple} for ${name} but received ${size}. Nearest: ${nearest(size, multiple, posEmbedMaxSize)}.`,
+        );
+      if (size > multiple * posEmbedMaxSize)
+        throw new OptionError(
+          option,
+          `Expected at most ${multiple * posEmbedMaxSize} for ${name} but received ${size}: the model's table of positions has ${posEmbedMaxSize} × ${posEmbedMaxSize} entries.`,
+        );
+    }
+  }
+
+  #latentShape(rows: number, width: number, height: number): readonly [number, number, number, number] {
+    const { transformer, vae } = this.#checkpoint;
+    return [rows, transformer.config.outChannels, height / vae.config.factor, width / vae.config.factor];
+  }
+
+  /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
+  #blocks(text: string): Block[] {
+    const blocks = parseBlocks(text);
+    if (blocks.includes("R") && !this.hasRefiner)
+      throw new OptionError(
+        "blocks",
+        `The blocks "${text}" need a velocity refiner, but ${this.folder} has no refiner/ folder. Use P in place of R, or train a refiner.`,
+      );
+    return blocks;
+  }
+
+  /** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
+  #plannedStage(options: ResolvedGenerateOptions, rows: number): Pick<Plan, "sampler" | "grid" | "stages"> {
+    const width = options.width ?? this.nativeSize.width;
+    const height = options.height ?? this.nativeSize.height;
+    this.#checkSize(width, height);
     const { steps } = options;
     const sampler = options.sampler ?? "flowturbo";
-    if (options.blocks === undefined)
-      return { sampler, blocks: defaultBlocks(sampler, steps ?? defaultSteps[sampler], this.hasRefiner) };
-    if (sampler !== "flowturbo")
+    if (options.blocks !== undefined && sampler !== "flowturbo")
       throw new OptionError(
         "blocks",
         `Blocks belong to the sampler flowturbo; leave out blocks or sampler "${sampler}".`,
       );
-    const blocks = parseBlocks(options.blocks);
-    if (steps !== undefined && steps !== blocks.length)
+    const given = options.blocks === undefined ? null : this.#blocks(options.blocks);
+    if (given && steps !== undefined && steps !== given.length)
       throw new OptionError(
         "steps",
-        `The blocks "${options.blocks}" are ${blocks.length} steps; leave out steps (${steps}).`,
+        `The blocks "${options.blocks}" are ${given.length} steps; leave out steps (${steps}).`,
       );
-    if (blocks.includes("R") && !this.hasRefiner)
+    const count = given?.length ?? steps ?? defaultSteps[sampler];
+    const skipped = options.image === undefined ? 0 : skippedBlocks(count, options.strength ?? defaultStrength);
+    const blocks = given?.slice(skipped) ?? defaultBlocks(sampler, count - skipped, this.hasRefiner);
+    if (blocks[0] === "R")
       throw new OptionError(
-        "blocks",
-        `The blocks "${options.blocks}" need a velocity refiner, but ${this.folder} has no refiner/ folder. Use P in place of R, or train a refiner.`,
+        "strength",
+        `Strength ${options.strength ?? defaultStrength} leaves only the refiner blocks of "${options.blocks}", and they need a velocity to refine. Give a larger strength.`,
       );
-    return { sampler, blocks };
+    const grid = options.grid ?? (sampler === "euler" ? "diffusers" : "shifted");
+    const { shift, numTrainTimesteps } = this.#checkpoint.scheduler;
+    const full = grid === "shifted" ? shiftedGrid(count, shift) : diffusersGrid(count, shift, numTrainTimesteps);
+    const latentShape = this.#latentShape(rows, width, height);
+    return { sampler, grid, stages: [{ width, height, latentShape, blocks, sigmas: full.slice(skipped) }] };
   }
 
-  async #draw(plan: Plan, start: number): Promise<GenerateResult> {
-    const { options, blocks, sigmas, latentShape, guidanceScale } = plan;
-    const { transformer, refiner, vae } = this.#checkpoint;
-    const { signal, onStep, count } = options;
-    const rows = latentShape[0];
+  /** A request from coarse to fine. */
+  #plannedStages(options: ResolvedGenerateOptions, rows: number): Pick<Plan, "sampler" | "grid" | "stages"> {
+    const { width, height, blocks, steps, sampler, grid } = options;
+    for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid }))
+      if (value !== undefined)
+        throw new OptionError(name, `Stages say sizes and blocks themselves; leave out ${name} or stages.`);
+    const { shift } = this.#checkpoint.scheduler;
+    const stages = options.stages!.map((stage, index): PlannedStage => {
+      const before = options.stages![index - 1];
+      this.#checkSize(stage.width, stage.height, `stages[${index}].`);
+      if (before && (stage.width < before.width || stage.height < before.height))
+        throw new OptionError(
+          "stages",
+          `Expected rising sizes for stages but stage ${index + 1} is ${stage.width} × ${stage.height} after ${before.width} × ${before.height}.`,
+        );
+      if (before && stage.width === before.width && stage.height === before.height)
+        throw new OptionError(
+          "stages",
+          `Expected rising sizes for stages but stages ${index} and ${index + 1} are both ${stage.width} × ${stage.height}.`,
+        );
+      if (!before && stage.sigma !== undefined)
+        throw new OptionError(
+          "stages",
+          "The first stage has no picture to noise again; leave out its sigma, or give an image and a strength.",
+        );
+      const latentShape = this.#latentShape(rows, stage.width, stage.height);
+      const all = this.#blocks(stage.blocks);
+      const size = { width: stage.width, height: stage.height, latentShape };
+      if (before) return { ...size, blocks: all, sigmas: joinGrid(all.length, shift, stage.sigma ?? defaultJoinSigma) };
+      const first = this.#plannedStage({ ...options, ...stage, sampler: undefined, stages: undefined }, rows)
+        .stages[0]!;
+      return { ...size, blocks: first.blocks, sigmas: first.sigmas };
+    });
+    return { sampler: "flowturbo", grid: "shifted", stages };
+  }
+
+  #checkNoise(noises: readonly FloatTensor[], stages: readonly PlannedStage[]): void {
+    if (noises.length !== stages.length)
+      throw new OptionError(
+        "noise",
+        `Expected ${stages.length} noise tensors, one a stage, but received ${noises.length}.`,
+      );
+    const { factor } = this.#checkpoint.vae.config;
+    for (const [index, noise] of noises.entries()) {
+      const { latentShape } = stages[index]!;
+      const which = stages.length > 1 ? `noise of stage ${index + 1}` : "noise";
+      if (noise.shape.join() !== latentShape.join())
+        throw new OptionError(
+          "noise",
+          `Expected shape [${latentShape.join(", ")}] for ${which} (pictures, channels, height / ${factor}, width / ${factor}) but received [${noise.shape.join(", ")}].`,
+        );
+      if (noise.data.length !== latentShape.reduce((a, b) => a * b, 1))
+        throw new OptionError("noise", `The ${which} has ${noise.data.length} values, which its shape does not.`);
+      if (!noise.data.every(Number.isFinite))
+        throw new OptionError("noise", `Expected finite values for ${which} but it holds NaN or an infinity.`);
+    }
+  }
+
+  /** Reads the original and the mask at the size of each stage. */
+  async #readEdits(plan: Plan): Promise<Edits | null> {
+    const { image, mask } = plan.options;
+    if (image === undefined) return null;
+    const { factor } = this.#checkpoint.vae.config;
+    return Promise.all(
+      plan.stages.map(async ({ width, height }) => ({
+        original: await readOriginal(image, width, height),
+        mask: mask === undefined ? null : await readMask(mask, width, height, factor),
+      })),
+    );
+  }
+
+  async #draw(plan: Plan, edits: Edits | null, start: number): Promise<GenerateResult> {
+    const { options, guidanceScale } = plan;
+    const { vae } = this.#checkpoint;
+    const { signal, count } = options;
+    const guided = guidanceScale !== null;
+    const warnings: string[] = [];
+    const rows = plan.stages[0]!.latentShape[0];
 
     // 1. Text: what the cache does not know is encoded.
     const encodeStart = performance.now();
-    const guided = guidanceScale !== null;
     const texts = [...plan.prompts, ...(guided ? plan.negatives : [])];
     const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (program) => this.#run(program, signal));
-    const warnings = [...new Set(encoded.flatMap((prompt) => prompt.warnings))];
-    for (const warning of warnings) this.#logger.warn?.(warning);
+    warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));
     const repeated = (part: typeof encoded) => part.flatMap((prompt) => new Array<typeof prompt>(count).fill(prompt));
     const conditional = repeated(encoded.slice(0, plan.prompts.length));
     const unconditional = repeated(encoded.slice(plan.prompts.length));
     const condition = this.#prompts.stack([...unconditional, ...conditional]);
     const encode = performance.now() - encodeStart;
 
-    // 2. Noise: one generator a picture.
-    const noise = options.noise ?? this.#noise(plan.seeds, latentShape);
+    // 2. Stages with their noise: one generator a picture, which draws for one stage after another.
+    const noises = plan.noises ?? this.#noise(plan.seeds, plan.stages);
+    let stages: SamplingStage[] = plan.stages.map((stage, index) => ({
+      blocks: stage.blocks,
+      sigmas: stage.sigmas,
+      noise: noises[index]!,
+      positions: this.#positions(stage.latentShape),
+      // Later stages start from the stage before; they need the original only to keep a part of it.
+      original: index === 0 || edits?.[index]?.mask ? edits?.[index]?.original.pixels : undefined,
+      mask: edits?.[index]?.mask?.latents,
+    }));
+    if (edits?.every(({ mask }) => mask?.empty)) {
+      warnings.push("The mask is black everywhere, so that nothing is to be painted: this is the original.");
+      const last = stages.at(-1)!;
+      stages = [{ ...last, original: edits.at(-1)!.original.pixels, blocks: [], sigmas: [0], mask: undefined }];
+    }
+    for (const warning of warnings) this.#logger.warn?.(warning);
 
-    // 3. The program: steps, then the decoder.
-    const graph = (type: "predict" | "refine"): GraphName => (guided ? type : `${type}_unguided`);
-    const usesRefiner = blocks.includes("R");
+    // 3. The program: stages, then the decoder.
+    const variant = (name: "predict" | "refine" | "merge" | "preview"): GraphName =>
+      guided ? name : `${name}_unguided`;
+    const preview = options.preview && {
+      ...(await this.#latentColours(signal)),
+      decoded: options.preview === "decoded",
+    };
     const sampling = samplingProgram({
-      blocks,
-      sigmas,
-      noise,
+      stages,
       ...condition,
       guidanceScale,
-      positions: {
-        predict: positionCrop(transformer, latentShape),
-        refine: usesRefiner && refiner ? positionCrop(refiner, latentShape) : null,
-      },
-      graphs: { predict: graph("predict"), refine: graph("refine"), decode: "vae_decoder" },
+      graphs: {
+        predict: variant("predict"),
+        refine: variant("refine"),
+        merge: variant("merge"),
+        preview: variant("preview"),
+        decode: "vae_decoder",
+        encode: "vae_encoder",
+        join: "join",
+        noised: "noised",
+      } satisfies Record<string, GraphName>,
       vaeFactor: vae.config.factor,
       imageChannels: vae.config.outChannels,
-      decodeRows: decodeRows(plan.width, plan.height),
+      pixelsAtOnce,
+      preview,
     });
-    const steps = new Array<number>(blocks.length).fill(0);
-    let decode = 0;
-    const results = await this.#run(sampling.program, signal, ({ launch: { label }, milliseconds }) => {
-      if (label.kind !== "step") decode += milliseconds;
-      else {
-        const step = label.block!;
-        steps[step]! += milliseconds;
-        if (label.completesBlock)
-          onStep?.({
-            step,
-            steps: blocks.length,
-            block: blocks[step]!,
-            sigma: sigmas[step + 1]!,
-            milliseconds: steps[step]!,
-          });
-      }
-    });
+    const steps: number[] = [];
+    const spent = { encode: 0, step: 0, preview: 0, join: 0, edit: 0, decode: 0 };
+    const results = await this.#run(sampling.program, signal, stepReporter(stages, options, steps, spent));
 
     // 4. Pictures.
+    const { width, height } = plan.stages.at(-1)!;
     const pixels = results[sampling.image] as FloatTensor;
+    const edit = options.keepOriginal ? edits?.at(-1) : undefined;
     const images = Array.from({ length: rows }, (_, row) => {
-      const parameters = this.#parameters(plan, row);
-      return new Image(plan.width, plan.height, toRgb(pixels, row), parameters);
+      const rgb = toRgb(pixels, row);
+      if (edit?.mask) keepOriginal(rgb, edit.original.rgb, edit.mask.pixels);
+      return new Image(width, height, rgb, this.#parameters(plan, stages, row));
     });
+    const evaluations = stages.map(({ blocks, sigmas }) => countEvaluations(planSteps(blocks, sigmas)));
     return {
       images,
       latents: results[sampling.latents] as FloatTensor,
       pixels,
       seeds: plan.seeds,
-      width: plan.width,
-      height: plan.height,
-      blocks: formatBlocks(blocks),
-      sigmas,
-      evaluations: countEvaluations(planSteps(blocks, sigmas)),
-      timings: { load: this.#loadMilliseconds, encode, steps, decode, total: performance.now() - start },
+      width,
+      height,
+      blocks: stages.map(({ blocks }) => formatBlocks(blocks)).join(" "),
+      sigmas: stages.flatMap(({ sigmas }) => sigmas),
+      stages: stages.map(({ blocks, sigmas, noise }) => ({
+        width: noise.shape[3]! * vae.config.factor,
+        height: noise.shape[2]! * vae.config.factor,
+        blocks: formatBlocks(blocks),
+        sigmas,
+      })),
+      evaluations: {
+        predictor: evaluations.reduce((sum, { predictor }) => sum + predictor, 0),
+        refiner: evaluations.reduce((sum, { refiner }) => sum + refiner, 0),
+      },
+      timings: {
+        load: this.#loadMilliseconds,
+        encode,
+        steps,
+        join: spent.join,
+        edit: spent.edit,
+        decode: spent.decode,
+        total: performance.now() - start,
+      },
       warnings,
     };
+  }
+
+  #positions(latentShape: readonly number[]): SamplingStage["positions"] {
+    const { transformer, refiner } = this.#checkpoint;
+    return {
+      predict: positionCrop(transformer, latentShape),
+      refine: refiner ? positionCrop(refiner, latentShape) : null,
+    };
+  }
+
+  /** The preview's map, fitted on first use. */
+  #latentColours(signal: AbortSignal | undefined): Promise<LatentColours> {
+    this.#colours ??= fitLatentColours("vae_encoder", this.#checkpoint.vae.config, (program) =>
+      this.#run(program, signal),
+    ).catch((error) => {
+      this.#colours = null;
+      throw error;
+    });
+    return this.#colours;
   }
 
   /** Makes sure that the runtime knows the graphs that a program launches, then runs it. */
@@ -411,31 +577,74 @@ export class FlowTurbo implements AsyncDisposable {
     return this.#runtime.run(program, { signal, onLaunch });
   }
 
-  #noise(seeds: readonly number[], shape: readonly number[]): FloatTensor {
-    const size = shape.slice(1).reduce((product, dimension) => product * dimension, 1);
-    const data = new Float32Array(seeds.length * size);
-    for (const [row, seed] of seeds.entries()) data.set(new NoiseGenerator(seed).draw(size), row * size);
-    return float32(shape, data);
+  #noise(seeds: readonly number[], stages: readonly PlannedStage[]): FloatTensor[] {
+    const tensors = stages.map(({ latentShape }) => float32(latentShape, new Float32Array(elementCount(latentShape))));
+    for (const [row, seed] of seeds.entries()) {
+      const generator = new NoiseGenerator(seed);
+      for (const { data } of tensors) {
+        const size = data.length / seeds.length;
+        data.set(generator.draw(size), row * size);
+      }
+    }
+    return tensors;
   }
 
   /** What a picture's file says about how it was made: enough to draw it again. */
-  #parameters(plan: Plan, row: number): Record<string, unknown> {
-    const index = Math.floor(row / plan.options.count);
+  #parameters(plan: Plan, stages: readonly SamplingStage[], row: number): Record<string, unknown> {
+    const { options } = plan;
+    const index = Math.floor(row / options.count);
+    const { width, height } = plan.stages.at(-1)!;
     return {
       prompt: plan.prompts[index],
       ...(plan.guidanceScale !== null && { negativePrompt: plan.negatives[index] }),
       seed: plan.seeds[row] ?? null,
-      width: plan.width,
-      height: plan.height,
+      width,
+      height,
       sampler: plan.sampler,
-      blocks: formatBlocks(plan.blocks),
+      blocks: stages.map(({ blocks }) => formatBlocks(blocks)).join(" "),
       grid: plan.grid,
+      ...(options.stages && { stages: options.stages }),
+      ...(options.image !== undefined && {
+        strength: options.strength ?? defaultStrength,
+        inpainted: options.mask !== undefined,
+      }),
       guidanceScale: plan.guidanceScale ?? 1,
       maxSequenceLength: plan.sequenceLength,
       model: this.folder === embeddedModel ? "shapes (embedded)" : this.folder,
       software: "flowturbo",
     };
   }
+}
+
+/** Turns reports of launches into times, previews and step events. */
+function stepReporter(
+  stages: readonly SamplingStage[],
+  options: ResolvedGenerateOptions,
+  steps: number[],
+  spent: Record<LaunchLabel["kind"], number>,
+): (report: LaunchReport) => void {
+  const blocks = stages.flatMap(({ blocks, sigmas }, stage) =>
+    blocks.map((block, index) => ({ stage, block, sigma: sigmas[index + 1]! })),
+  );
+  let previews: Image[] = [];
+  return ({ launch: { label }, milliseconds, values }) => {
+    spent[label.kind] += milliseconds;
+    if (label.kind === "step") steps[label.block!] = (steps[label.block!] ?? 0) + milliseconds;
+    for (const value of Object.values(values) as FloatTensor[])
+      for (let row = 0; row < value.shape[0]!; row++)
+        previews.push(new Image(value.shape[3]!, value.shape[2]!, toRgb(value, row)));
+    if (!label.last || label.kind !== (options.preview ? "preview" : "step")) return;
+    const step = label.block!;
+    options.onStep?.({
+      step,
+      steps: blocks.length,
+      ...blocks[step]!,
+      stages: stages.length,
+      milliseconds: steps[step]!,
+      previews,
+    });
+    previews = [];
+  };
 }
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */

@@ -38,12 +38,13 @@ export type Constant = ValueConstant | StoredConstant;
 
 /** What a launch is a part of; runtimes only hand it back in reports. */
 export interface LaunchLabel {
-  readonly kind: "encode" | "step" | "decode";
-  /** For messages: "block 3 of 10 (P, sigma 0.75 -> 0.66)". */
+  readonly kind: "encode" | "step" | "join" | "edit" | "preview" | "decode";
+  /** For messages: "block 3 of 10 (P, sigma 0.75 to 0.66)". */
   readonly name: string;
-  /** For steps: index of the block (0-based) and whether this launch completes it. */
+  /** For steps and previews: index of the block, from 0, over all stages. */
   readonly block?: number;
-  readonly completesBlock?: boolean;
+  /** Whether this is the last launch of its block, or of the block's preview. */
+  readonly last?: boolean;
 }
 
 /** Run `graph` on the named operands (registers or constants). No output may also be an input. */
@@ -54,6 +55,8 @@ export interface Launch {
   readonly outputs: Readonly<Record<string, string>>;
   /** Output registers that must hold only finite values; the runtime stops with a NotFiniteError otherwise. */
   readonly mustBeFinite?: readonly string[];
+  /** Output registers whose values go with the launch's report, for the caller to look at while the program runs. */
+  readonly reported?: readonly string[];
   readonly label: LaunchLabel;
 }
 

@@ -2,7 +2,7 @@
 
 import { type Command, Option } from "commander";
 import { type Addon, loadAddon, tensorRtKinds } from "../runtimes/tensorrt/addon.js";
-import { type CacheItem, defaultCacheFolder, EngineCache } from "../runtimes/tensorrt/cache.js";
+import { type CacheItem, EngineCache, enginesFolder } from "../runtimes/tensorrt/cache.js";
 import { smText } from "../runtimes/tensorrt/libraries.js";
 
 interface Flags {
@@ -31,7 +31,7 @@ async function list(flags: Flags, verify: boolean, signal: AbortSignal): Promise
   const cache = await EngineCache.openExisting(flags.cache);
   const items = cache ? await cache.list({ verify, signal }) : [];
   const damaged = items.filter(({ damage }) => damage !== null);
-  const folder = cache?.folder ?? defaultCacheFolder();
+  const folder = cache?.folder ?? enginesFolder(flags.cache);
   if (flags.json)
     process.stdout.write(
       `${JSON.stringify({ folder, engines: items.map(({ name, bytes, damage, manifest }) => ({ name, bytes, damage, ...manifest })) })}\n`,

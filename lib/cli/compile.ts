@@ -2,10 +2,10 @@
 
 import { type Command, Option } from "commander";
 import { compileEngines, type Engine } from "../engines.js";
-import { checkOptions, compileSchema } from "../options.js";
+import { checkOptions, compileSchema, type EngineProgress } from "../options.js";
 import { embeddedModel } from "../pipeline.js";
 import { addFlags, readFlags } from "./flags.js";
-import { createProgress } from "./progress.js";
+import { bar, createProgress } from "./progress.js";
 
 interface OwnFlags {
   model?: string;
@@ -35,18 +35,22 @@ async function compile(flags: OwnFlags, signal: AbortSignal): Promise<void> {
   const options = { ...readLists(readFlags(compileSchema, flags as Record<string, unknown>)), signal };
   checkOptions(compileSchema, options, "compile");
   const progress = createProgress(!flags.json);
-  const engines: string[] = [];
+  // A bar for each engine: those under way are redrawn, those that are done stay.
+  const bars = new Map<string, string>();
+  const show = ({ graph, engine, engines, phase, detail, done, total }: EngineProgress) => {
+    const line = `${bar(done, total)} ${engine + 1}/${engines} ${graph}`;
+    if (phase === "done") {
+      bars.delete(graph);
+      progress.keep(`  ${line}`);
+    } else bars.set(graph, `${line}: ${phase === "building" ? detail : phase}`);
+    if (bars.size > 0) progress.show([...bars.values()].join("\n  "));
+  };
   try {
     progress.show("opening the model");
-    const report = await compileEngines(flags.model ?? embeddedModel, {
-      ...options,
-      onProgress: ({ graph, engine, engines, phase, detail, done, total }) =>
-        progress.show(`${engine + 1}/${engines} ${graph}: ${phase === "building" ? detail : phase}`, done, total),
-    });
-    for (const engine of report.engines) engines.push(flags.json ? "" : describe(engine));
+    const report = await compileEngines(flags.model ?? embeddedModel, { ...options, onProgress: show });
     progress.clear();
     if (flags.json) process.stdout.write(`${JSON.stringify(report)}\n`);
-    else process.stdout.write(`${report.runtime} ${report.version}\n${engines.join("\n")}\n`);
+    else process.stdout.write(`${report.runtime} ${report.version}\n${report.engines.map(describe).join("\n")}\n`);
   } finally {
     progress.clear();
   }
@@ -60,7 +64,7 @@ function describe(engine: Engine): string {
   return `${graph}: ${count}, ${(bytes / 1e6).toFixed(1)} MB, ${how}${why}\n  ${plan}`;
 }
 
-/** Lists that were given as text. One that is none stays as it is, so that the schema's complaint shows it. */
+/** Lists that were given as text. Anything that is none stays as it is, so that the schema's complaint shows it. */
 function readLists(options: Record<string, unknown>): Record<string, unknown> {
   const lists: Record<string, (text: string) => unknown> = {
     sizes: (text) => {
@@ -69,8 +73,12 @@ function readLists(options: Record<string, unknown>): Record<string, unknown> {
     },
     batches: (text) => (/^\d+$/.test(text) ? Number(text) : null),
     targets: (text) => text,
+    features: (text) => text,
   };
-  const read = { ...options };
+  // A scale, as `generate` takes it, says whether there is guidance.
+  const { guidance } = options;
+  const scale = typeof guidance === "string" && guidance.trim() !== "" ? Number(guidance) : Number.NaN;
+  const read: Record<string, unknown> = { ...options, ...(scale >= 0 && { guidance: scale > 1 ? "on" : "off" }) };
   for (const [name, parse] of Object.entries(lists)) {
     const value = options[name];
     if (typeof value !== "string") continue;

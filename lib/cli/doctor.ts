@@ -1,12 +1,11 @@
 /** `flowturbo doctor`: which runtimes this machine has, and why one is missing. */
 
 import { availableParallelism, totalmem } from "node:os";
-import path from "node:path";
 import { type Command, Option } from "commander";
 import { embeddedModel } from "../pipeline.js";
 import { probeOnnxRuntime } from "../runtimes/onnxruntime/onnxruntime.js";
 import { tensorRtKinds, versionText } from "../runtimes/tensorrt/addon.js";
-import { defaultCacheFolder } from "../runtimes/tensorrt/cache.js";
+import { enginesFolder } from "../runtimes/tensorrt/cache.js";
 import {
   examineTensorRt,
   type PlaceTried,
@@ -83,7 +82,7 @@ async function examine(folder: string | undefined) {
     gpus: (cuda?.devices ?? []).map(
       (device): GpuFinding => ({ name: device.name, memoryBytes: device.memoryBytes, sm: smText(smOf(device)) }),
     ),
-    engineCache: path.join(defaultCacheFolder(), "engines"),
+    engineCache: enginesFolder(),
     runtimes,
   };
 }
@@ -116,6 +115,7 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     ...report.gpus.map((gpu) => `GPU: ${gpu.name}, ${gigabytes(gpu.memoryBytes)}, SM ${gpu.sm}`),
     "runtimes:",
   ];
+  const advised = new Set<string>();
   for (const runtime of report.runtimes) {
     const { name, available, version } = runtime;
     const problems = "problems" in runtime ? runtime.problems : [];
@@ -124,7 +124,10 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     lines.push(
       `  ${available ? "✔" : "✘"} ${name}${version ? ` ${version}` : ""}${builds}${reason ? `: ${reason}` : ""}`,
     );
-    for (const { cause, remedy } of problems) lines.push(`      ${cause}`, ...(remedy ? [`        → ${remedy}`] : []));
+    for (const { cause, remedy } of problems) {
+      lines.push(`      ${cause}`, `        → ${advised.has(remedy) ? "as above" : remedy}`);
+      advised.add(remedy);
+    }
     if (problems.length === 0 && runtime.remedy) lines.push(`      ${runtime.remedy}`);
     if ("places" in runtime)
       for (const { source, place, error } of runtime.places)

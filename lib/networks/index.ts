@@ -1,5 +1,7 @@
 /** The networks of SD3 class models as ONNX graphs, one file a network. */
 export { type ClipConfig, emitClip } from "./clip.js";
+export { emitMerge, emitNoised, emitPreview } from "./edit.js";
+export { emitJoin } from "./join.js";
 export { cpuEmitOptions, type EmitOptions } from "./layers.js";
 export { type MmditConfig, mmditWidth, positionTable } from "./mmdit.js";
 export { emitStep, type StepOptions, type StepType } from "./step.js";

@@ -55,6 +55,18 @@ export function requireTensor(weights: WeightSource, name: string, shape: readon
   return tensor;
 }
 
+/** A value for each row, [B] → [B, 1, 1, 1]. */
+export function perRow(g: GraphBuilder, value: Value): Value {
+  return g.op("Unsqueeze", [value, g.ints([1, 2, 3])]);
+}
+
+/** (1 − σ)·z + σ·ε, σ per row: where rectified flow is on its way between a picture and noise. */
+export function noised(g: GraphBuilder, latents: Value, noise: Value, sigma: Value): Value {
+  const level = perRow(g, sigma);
+  const rest = g.op("Sub", [g.scalar(1, "float32"), level]);
+  return g.op("Add", [g.op("Mul", [rest, latents]), g.op("Mul", [level, noise])]);
+}
+
 /** Large enough to mean "to the end" in Slice. */
 const end = Number.MAX_SAFE_INTEGER;
 

@@ -12,6 +12,7 @@
 
 import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import type { WeightSource } from "../tensor.js";
+import { perRow } from "./layers.js";
 import { type MmditConfig, type MmditOptions, mmdit, mmditWidth } from "./mmdit.js";
 
 export type StepType = "predict" | "refine";
@@ -46,10 +47,8 @@ export function emitStep(
   const context = g.input("context", "float32", [rows, "tokens", config.jointAttentionDim]);
   const pooled = g.input("pooled", "float32", [rows, config.pooledProjectionDim]);
   const positionEmbedding = g.input("position_embedding", "float32", [1, "patches", mmditWidth(config)]);
-  const perRow = (input: string) => g.input(input, "float32", ["rows"]);
-  const sigma = perRow("sigma");
-  // [B] → [B, 1, 1, 1]
-  const coefficient = (input: string) => g.op("Unsqueeze", [perRow(input), g.ints([1, 2, 3])]);
+  const sigma = g.input("sigma", "float32", ["rows"]);
+  const coefficient = (input: string) => perRow(g, g.input(input, "float32", ["rows"]));
   const aIn = coefficient("a_in");
   const aOld = coefficient("a_old");
   const aNew = coefficient("a_new");

@@ -26,6 +26,8 @@ export interface LaunchReport {
   readonly launch: Launch;
   readonly index: number;
   readonly milliseconds: number;
+  /** Values of the registers that the launch names in `reported`. */
+  readonly values: Readonly<Record<string, Tensor>>;
 }
 
 export interface RunOptions {

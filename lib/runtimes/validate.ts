@@ -45,6 +45,8 @@ function checkLaunch(
     if (register(program, name, where).dtype !== "float32")
       fail(`${where}: "${name}" must be finite but is not float32`);
   }
+  for (const name of launch.reported ?? [])
+    if (!outputs.includes(name)) fail(`${where}: "${name}" is to be reported but is none of its outputs`);
   for (const name of outputs) written.add(name);
 }
 

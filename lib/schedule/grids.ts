@@ -28,3 +28,20 @@ export function diffusersGrid(blocks: number, shift: number, numTrainTimesteps: 
   });
   return [...points, 0];
 }
+
+/**
+ * The grid of a stage that starts from a re-noised picture: as `shiftedGrid`, but from `sigma` instead of 1.
+ * u_0 = σ / (s − (s − 1)·σ), u_i = u_0·(1 − i/n).
+ */
+export function joinGrid(blocks: number, shift: number, sigma: number): number[] {
+  const start = sigma / (shift - (shift - 1) * sigma);
+  return Array.from({ length: blocks + 1 }, (_, i) => (i === 0 ? sigma : shiftSigma(start * (1 - i / blocks), shift)));
+}
+
+/**
+ * How many blocks of a full schedule an image-to-image run of some strength skips: as diffusers, ⌊n − min(n·strength, n)⌋.
+ * @param strength in (0, 1]; at least one block is left
+ */
+export function skippedBlocks(blocks: number, strength: number): number {
+  return Math.floor(Math.max(blocks - Math.min(blocks * strength, blocks), 0));
+}

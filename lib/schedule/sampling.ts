@@ -1,145 +1,289 @@
 /**
- * A schedule → the program that draws pictures with it: the fused steps over double-buffered registers, then the
- * decoder. Graphs are named by the caller; nothing here knows what computes them.
+ * A schedule → the program that draws pictures with it. A program has one or more stages of rising size; each runs the
+ * fused steps of its blocks over double-buffered registers. Between stages a join lifts the picture, before the first
+ * one an original may be encoded, after each block an original's known region may be put back; the decoder ends it.
+ * Graphs are named by the caller; nothing here knows what computes them.
  */
 
-import type { Constant, Instruction, Program, Register } from "../program.js";
-import { float32, type Tensor } from "../tensor.js";
+import type { Constant, Program } from "../program.js";
+import type { Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
-import { planSteps } from "./steps.js";
+import { Pair, ProgramBuilder, rowsAtOnce } from "./builder.js";
+import { planSteps, type StepLaunch } from "./steps.js";
+
+/** One size of a run. B pictures, C latent channels. */
+export interface SamplingStage {
+  readonly blocks: readonly Block[];
+  /** Noise levels, one more than blocks, falling; the first is where the stage starts. */
+  readonly sigmas: readonly number[];
+  /** [B, C, h, w], fresh noise of this stage. */
+  readonly noise: Tensor;
+  /** Positions, [1, patches, width], for each step type that the blocks use: the two networks differ in width. */
+  readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
+  /** An original in pixels, [1, 3, H, W] in [-1, 1]: to start from (first stage), and to keep where there is a mask. */
+  readonly original?: Tensor | undefined;
+  /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
+  readonly mask?: Tensor | undefined;
+}
 
 export interface SamplingRequest {
-  readonly blocks: readonly Block[];
-  /** Noise levels, one more than blocks. */
-  readonly sigmas: readonly number[];
-  /** Starting noise, [B, C, h, w]. */
-  readonly noise: Tensor;
+  readonly stages: readonly SamplingStage[];
   /** Text condition: [R, T, joint] and [R, pooled], R = 2B (unconditional first) with guidance, else B. */
   readonly context: Tensor;
   readonly pooled: Tensor;
   /** Guidance scale, or null to run without guidance. */
   readonly guidanceScale: number | null;
-  /** Positions, [1, patches, width], for each step type that the blocks use: the two networks differ in width. */
-  readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
-  readonly graphs: { readonly predict: string; readonly refine: string; readonly decode: string };
+  readonly graphs: Readonly<
+    Record<"predict" | "refine" | "decode" | "encode" | "join" | "noised" | "merge" | "preview", string>
+  >;
   /** Pixels of a latent's side, and channels of a picture. */
   readonly vaeFactor: number;
   readonly imageChannels: number;
-  /** At most this many pictures go through the decoder at once: its activations dwarf everything else. */
-  readonly decodeRows: number;
+  /** At most this many pixels go through the autoencoder at once: its activations dwarf everything else. */
+  readonly pixelsAtOnce: number;
+  /** After each block, the picture that the run is heading for: by a linear map to colours, or decoded. */
+  readonly preview?: { readonly map: Tensor; readonly bias: Tensor; readonly decoded: boolean } | undefined;
 }
 
 export interface SamplingProgram {
   readonly program: Program;
-  /** Names of the results. */
+  /** Names of the results: final latents [B, C, h, w] and decoded picture [B, 3, H, W]. */
   readonly latents: string;
   readonly image: string;
 }
 
 export function samplingProgram(request: SamplingRequest): SamplingProgram {
-  const { blocks, sigmas, noise } = request;
-  const [rows, channels, height, width] = noise.shape as [number, number, number, number];
-  const networkRows = request.context.shape[0]!;
-  const stateShape = [rows, channels, height, width];
-  const velocityShape = [networkRows, channels, height, width];
+  const planner = new SamplingPlanner(request);
+  let latents = "";
+  for (const index of request.stages.keys()) latents = planner.stage(index, latents);
+  const image = planner.decode(latents, request.stages.length - 1, "image", { kind: "decode", name: "decoder" });
+  return { program: planner.builder.build([latents, image]), latents, image };
+}
 
-  const constants: Record<string, Constant> = {
-    noise: { kind: "value", tensor: noise },
-    context: { kind: "value", tensor: request.context },
-    pooled: { kind: "value", tensor: request.pooled },
-    // Stands in for the velocity where none exists yet; its coefficients are 0.
-    no_velocity: value(velocityShape, 0),
-    "position_embedding.predict": request.positions.predict,
-  };
-  if (request.positions.refine) constants["position_embedding.refine"] = request.positions.refine;
-  if (request.guidanceScale !== null) constants.guidance = value([rows], request.guidanceScale);
-  // Coefficients are per row; equal ones share a constant.
-  const perRow = (number: number): string => {
-    const name = `rows(${number})`;
-    constants[name] ??= value([rows], number);
-    return name;
-  };
+class SamplingPlanner {
+  readonly builder = new ProgramBuilder();
+  readonly #request: SamplingRequest;
+  readonly #rows: number;
+  readonly #networkRows: number;
+  /** Blocks of the stages before the present one. */
+  #blocksBefore = 0;
 
-  const registers: Record<string, Register> = {
-    x_a: { dtype: "float32", shape: stateShape },
-    x_b: { dtype: "float32", shape: stateShape },
-    velocity_a: { dtype: "float32", shape: velocityShape },
-    velocity_b: { dtype: "float32", shape: velocityShape },
-  };
-  const instructions: Instruction[] = [];
-  let x = "noise";
-  let velocity = "no_velocity";
-  for (const step of planSteps(blocks, sigmas)) {
-    const nextX = x === "x_a" ? "x_b" : "x_a";
-    const nextVelocity = velocity === "velocity_a" ? "velocity_b" : "velocity_a";
-    const from = sigmas[step.block]!;
-    const to = sigmas[step.block + 1]!;
-    instructions.push({
+  constructor(request: SamplingRequest) {
+    this.#request = request;
+    this.#rows = request.stages[0]!.noise.shape[0]!;
+    this.#networkRows = request.context.shape[0]!;
+    this.builder.value("context", request.context);
+    this.builder.value("pooled", request.pooled);
+    if (request.preview) {
+      this.builder.value("preview.map", request.preview.map);
+      this.builder.value("preview.bias", request.preview.bias);
+    }
+  }
+
+  /**
+   * Plans one stage.
+   * @param before the finished latents of the stage before; unused for the first
+   * @returns the operand that holds the finished latents
+   */
+  stage(index: number, before: string): string {
+    const { builder } = this;
+    const { graphs } = this.#request;
+    const stage = this.#request.stages[index]!;
+    const name = `stage${index + 1}`;
+    const [, channels, height, width] = stage.noise.shape as [number, number, number, number];
+    const noise = builder.value(`${name}.noise`, stage.noise);
+    const latentShape = [this.#rows, channels, height, width];
+    const velocityShape = [this.#networkRows, channels, height, width];
+    const x = new Pair(builder, `${name}.x`, latentShape, noise);
+    // Zeros stand in for the velocity where none exists yet; its coefficients are 0.
+    const velocity = new Pair(
+      builder,
+      `${name}.velocity`,
+      velocityShape,
+      builder.fill(`${name}.zeros`, velocityShape, 0),
+    );
+    const start = stage.sigmas[0]!;
+
+    // 1. Where the stage starts: noise, a picture on the way to noise, or the picture of the stage before.
+    const original = this.#encodeOriginal(stage, name, [1, channels, height, width]);
+    if (index > 0) x.at = this.#join(index, before, noise, x.next(), start);
+    else if (original) {
+      const to = x.next();
+      builder.instructions.push({
+        op: "launch",
+        graph: graphs.noised,
+        inputs: { latents: original, noise, sigma: builder.perRow(start, this.#rows) },
+        outputs: { x: to },
+        label: { kind: "edit", name: "the original on its way to noise" },
+      });
+      x.at = to;
+    }
+    const merge = (sigma: number) => this.#merge(stage, name, original!, noise, x, velocity, sigma);
+    if (stage.mask && index > 0) merge(start);
+
+    // 2. Its blocks.
+    const launches = planSteps(stage.blocks, stage.sigmas);
+    for (const step of launches) {
+      this.#step(stage, name, step, x, velocity);
+      if (!step.last) continue;
+      const reached = stage.sigmas[step.block + 1]!;
+      if (stage.mask) merge(reached);
+      if (this.#request.preview) this.#preview(index, name, step.block, x, velocity, reached);
+    }
+    this.#blocksBefore += stage.blocks.length;
+    return x.at;
+  }
+
+  /** @returns the register of decoded pictures */
+  decode(
+    latents: string,
+    index: number,
+    register: string,
+    label: { kind: "decode" | "preview"; name: string; block?: number },
+  ): string {
+    const { noise } = this.#request.stages[index]!;
+    const rowShape = this.#imageShape(noise);
+    return this.builder.byRows({
+      graph: this.#request.graphs.decode,
+      rows: this.#rows,
+      limit: this.#limit(noise),
+      inputs: { latents },
+      output: { name: "image", register, rowShape },
+      label,
+      reported: label.kind === "preview",
+    });
+  }
+
+  #step(stage: SamplingStage, name: string, step: StepLaunch, x: Pair, velocity: Pair): void {
+    const { builder } = this;
+    const { graphs, guidanceScale } = this.#request;
+    const rows = this.#rows;
+    const positions = `${name}.position_embedding.${step.type}`;
+    builder.constants[positions] ??= stage.positions[step.type]!;
+    const nextX = x.next();
+    const nextVelocity = velocity.next();
+    const [from, to] = [stage.sigmas[step.block]!, stage.sigmas[step.block + 1]!];
+    const block = this.#blocksBefore + step.block;
+    const blocks = this.#request.stages.reduce((sum, { blocks }) => sum + blocks.length, 0);
+    builder.instructions.push({
       op: "launch",
-      graph: request.graphs[step.type],
+      graph: graphs[step.type],
       inputs: {
-        x,
-        velocity,
+        x: x.at,
+        velocity: velocity.at,
         context: "context",
         pooled: "pooled",
-        position_embedding: `position_embedding.${step.type}`,
-        sigma: perRow(step.sigma),
-        a_in: perRow(step.aIn),
-        a_old: perRow(step.aOld),
-        a_new: perRow(step.aNew),
-        ...(request.guidanceScale !== null && { guidance: "guidance" }),
+        position_embedding: positions,
+        sigma: builder.perRow(step.sigma, rows),
+        a_in: builder.perRow(step.aIn, rows),
+        a_old: builder.perRow(step.aOld, rows),
+        a_new: builder.perRow(step.aNew, rows),
+        ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, rows) }),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
       mustBeFinite: [nextX],
       label: {
         kind: "step",
-        name: `block ${step.block + 1} of ${blocks.length} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
-        block: step.block,
-        completesBlock: step.completesBlock,
+        name: `block ${block + 1} of ${blocks} (${stage.blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
+        block,
+        last: step.last,
       },
     });
-    x = nextX;
-    if (step.keepsVelocity) velocity = nextVelocity;
+    x.at = nextX;
+    if (step.keepsVelocity) velocity.at = nextVelocity;
   }
-  const image = decodeInstructions(request, x, stateShape, registers, instructions);
-  return { program: { registers, constants, instructions, results: [x, image] }, latents: x, image };
-}
 
-/** Decodes the rows of register `latents`, a few at a time, into a register of pictures whose name is returned. */
-function decodeInstructions(
-  request: SamplingRequest,
-  latents: string,
-  shape: readonly number[],
-  registers: Record<string, Register>,
-  instructions: Instruction[],
-): string {
-  const [rows, channels, height, width] = shape as [number, number, number, number];
-  const register = (name: string, shape: readonly number[]): string => {
-    registers[name] ??= { dtype: "float32", shape };
-    return name;
-  };
-  const imageShape = (n: number) => [n, request.imageChannels, height * request.vaeFactor, width * request.vaeFactor];
-  const image = register("image", imageShape(rows));
-  for (let row = 0; row < rows; row += request.decodeRows) {
-    const count = Math.min(request.decodeRows, rows - row);
-    const whole = count === rows;
-    const from = whole ? latents : register(`latents_${count}`, [count, channels, height, width]);
-    const to = whole ? image : register(`image_${count}`, imageShape(count));
-    if (!whole) instructions.push({ op: "copy", from: latents, fromRow: row, to: from, toRow: 0, rows: count });
-    instructions.push({
+  /** Latents of the stage's original, or null without one. */
+  #encodeOriginal(stage: SamplingStage, name: string, shape: readonly number[]): string | null {
+    if (!stage.original) return null;
+    const latents = this.builder.register(`${name}.original.latents`, shape);
+    this.builder.instructions.push({
       op: "launch",
-      graph: request.graphs.decode,
-      inputs: { latents: from },
-      outputs: { image: to },
-      mustBeFinite: [to],
-      label: { kind: "decode", name: whole ? "decoder" : `decoder, picture ${row + 1} of ${rows}` },
+      graph: this.#request.graphs.encode,
+      inputs: { image: this.builder.value(`${name}.original`, stage.original) },
+      outputs: { latents },
+      mustBeFinite: [latents],
+      label: { kind: "edit", name: "encoder of the original" },
     });
-    if (!whole) instructions.push({ op: "copy", from: to, fromRow: 0, to: image, toRow: row, rows: count });
+    return latents;
   }
-  return image;
-}
 
-function value(shape: readonly number[], fill: number): Constant {
-  const data = new Float32Array(shape.reduce((product, size) => product * size, 1)).fill(fill);
-  return { kind: "value", tensor: float32(shape, data) };
+  #join(index: number, before: string, noise: string, to: string, sigma: number): string {
+    const stage = this.#request.stages[index]!;
+    return this.builder.byRows({
+      graph: this.#request.graphs.join,
+      rows: this.#rows,
+      limit: this.#limit(stage.noise),
+      inputs: { latents: before, noise },
+      perRow: { sigma },
+      output: { name: "x", register: to, rowShape: stage.noise.shape.slice(1) },
+      label: { kind: "join", name: `join of stages ${index} and ${index + 1}` },
+    });
+  }
+
+  #merge(
+    stage: SamplingStage,
+    name: string,
+    original: string,
+    noise: string,
+    x: Pair,
+    velocity: Pair,
+    sigma: number,
+  ): void {
+    const { builder } = this;
+    const nextX = x.next();
+    const nextVelocity = velocity.next();
+    builder.instructions.push({
+      op: "launch",
+      graph: this.#request.graphs.merge,
+      inputs: {
+        x: x.at,
+        velocity: velocity.at,
+        latents: original,
+        noise,
+        mask: builder.value(`${name}.mask`, stage.mask!),
+        sigma: builder.perRow(sigma, this.#rows),
+      },
+      outputs: { x_next: nextX, velocity_next: nextVelocity },
+      label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
+    });
+    x.at = nextX;
+    velocity.at = nextVelocity;
+  }
+
+  #preview(index: number, name: string, stepBlock: number, x: Pair, velocity: Pair, sigma: number): void {
+    const { builder } = this;
+    const { graphs, guidanceScale, preview } = this.#request;
+    const block = this.#blocksBefore + stepBlock;
+    const latents = builder.register(`${name}.preview.latents`, x.shape);
+    const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, x.shape[2]!, x.shape[3]!]);
+    builder.instructions.push({
+      op: "launch",
+      graph: graphs.preview,
+      inputs: {
+        x: x.at,
+        velocity: velocity.at,
+        sigma: builder.perRow(sigma, this.#rows),
+        ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, this.#rows) }),
+        map: "preview.map",
+        bias: "preview.bias",
+      },
+      outputs: { latents, image },
+      ...(!preview!.decoded && { reported: [image] }),
+      label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !preview!.decoded },
+    });
+    if (preview!.decoded)
+      this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
+  }
+
+  #imageShape(noise: Tensor): readonly number[] {
+    const { vaeFactor, imageChannels } = this.#request;
+    return [imageChannels, noise.shape[2]! * vaeFactor, noise.shape[3]! * vaeFactor];
+  }
+
+  /** Pictures that go through the autoencoder at once. */
+  #limit(noise: Tensor): number {
+    const [, height, width] = this.#imageShape(noise) as [number, number, number];
+    return rowsAtOnce(this.#request.pixelsAtOnce, width, height);
+  }
 }

@@ -23,9 +23,9 @@ export interface StepLaunch {
   readonly aIn: number;
   readonly aOld: number;
   readonly aNew: number;
-  /** Index of the block this launch belongs to. */
+  /** Index of the block this launch belongs to, and whether it is the last one of it. */
   readonly block: number;
-  readonly completesBlock: boolean;
+  readonly last: boolean;
   /** Whether the velocity that this launch computes goes on, rather than the one it was given. */
   readonly keepsVelocity: boolean;
 }
@@ -52,7 +52,7 @@ export function planSteps(blocks: readonly Block[], grid: readonly number[]): St
       aOld: 0,
       aNew: 0,
       block,
-      completesBlock: false,
+      last: false,
       keepsVelocity: true,
     });
     const correct = (type: "predict" | "refine"): StepLaunch => ({
@@ -62,12 +62,12 @@ export function planSteps(blocks: readonly Block[], grid: readonly number[]): St
       aOld: h / 2,
       aNew: h / 2,
       block,
-      completesBlock: true,
+      last: true,
       keepsVelocity: type === "predict",
     });
     switch (kind) {
       case "E":
-        launches.push({ ...evaluate("predict"), aNew: h, completesBlock: true });
+        launches.push({ ...evaluate("predict"), aNew: h, last: true });
         break;
       case "P":
         if (!hasVelocity) launches.push(evaluate("predict"));

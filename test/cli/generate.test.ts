@@ -74,6 +74,74 @@ describe("flowturbo generate", () => {
     expect(readFileSync(path.join(folder, "a.png")).equals(readFileSync(path.join(folder, "b.png")))).toBe(true);
   });
 
+  it("runs through stages, watched by a preview", async () => {
+    const folder = temporaryFolder();
+    const reference = await readAll(fixture("medium/stages.safetensors"));
+    const { code, stdout } = await run(
+      [
+        ...["generate", "a red circle above a small blue square", "--model", fixture("medium/model")],
+        ...[
+          "--negative",
+          "blurry, low quality",
+          "--max-sequence-length",
+          "32",
+          "--noise",
+          fixture("medium/stages.safetensors"),
+        ],
+        ...["--stage", "64x64:HPPR", "--stage", "128x128:H1P1@0.6", "--preview", "now.png", "--out", "x.png"],
+        ...["--save-latents", "x.safetensors", "--json"],
+      ],
+      folder,
+    );
+    expect(code).toBe(0);
+    const report = JSON.parse(stdout);
+    expect(report.stages.map((stage: { blocks: string }) => stage.blocks)).toEqual(["H1P2R1", "H1P1"]);
+    expect(report.milliseconds.join).toBeGreaterThan(0);
+    const saved = await readAll(path.join(folder, "x.safetensors"));
+    expect(relativeError(saved.latents!, reference.latents!)).toBeLessThan(1e-5);
+    expect(relativeError(saved.image!, reference.image!)).toBeLessThan(1e-5);
+    expect((await sharp(path.join(folder, "now.png")).metadata()).width).toBe(256);
+    expect(readdirSync(folder).sort()).toEqual(["now.png", "x.png", "x.safetensors"]);
+  });
+
+  it("starts from a picture and paints into a part of it", async () => {
+    const folder = temporaryFolder();
+    const reference = await readAll(fixture("sd3/inpaint.safetensors"));
+    const { code } = await run(
+      [
+        ...["generate", "a red circle above a small blue square", "--model", fixture("sd3/model")],
+        ...[
+          "--negative",
+          "blurry, low quality",
+          "--max-sequence-length",
+          "32",
+          "--noise",
+          fixture("sd3/inpaint.safetensors"),
+        ],
+        ...[
+          "--image",
+          fixture("sd3/init.png"),
+          "--mask",
+          fixture("sd3/mask.png"),
+          "--strength",
+          "0.6",
+          "--sampler",
+          "euler",
+        ],
+        ...["--steps", "10", "--width", "64", "--height", "64", "--out", "x.png", "--save-latents", "x.safetensors"],
+      ],
+      folder,
+    );
+    expect(code).toBe(0);
+    const saved = await readAll(path.join(folder, "x.safetensors"));
+    expect(relativeError(saved.latents!, reference.latents!)).toBeLessThan(1e-5);
+    expect(relativeError(saved.image!, reference.image!)).toBeLessThan(1e-5);
+    const [kept, original] = await Promise.all(
+      [path.join(folder, "x.png"), fixture("sd3/init.png")].map((file) => sharp(file).removeAlpha().raw().toBuffer()),
+    );
+    expect([...kept!.subarray(0, 30)]).toEqual([...original!.subarray(0, 30)]);
+  });
+
   it("warns about a prompt that was cut, on stderr", async () => {
     const folder = temporaryFolder();
     const { code, stdout, stderr } = await run(
@@ -111,6 +179,17 @@ describe("usage errors", () => {
     ["a negative seed", ["generate", "x", "--seed", "-1"], /--seed: Expected a whole number/],
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
     ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
+    ["a stage that is none", ["generate", "x", "--stage", "64x64"], /WIDTHxHEIGHT:BLOCKS/],
+    ["a stage with a width", ["generate", "x", "--stage", "64x64:H1", "--width", "64"], /--width: .*leave out width/],
+    ["a stage with blocks", ["generate", "x", "--stage", "64x64:H1", "--blocks", "H1"], /--blocks: .*leave out blocks/],
+    ["stages that fall", ["generate", "x", "--stage", "64x64:H1", "--stage", "32x32:H1"], /rising sizes/],
+    ["a mask without an image", ["generate", "x", "--mask", "m.png"], /--mask: .*needs an image/],
+    [
+      "a strength of zero",
+      ["generate", "x", "--image", "i.png", "--strength", "0"],
+      /--strength: Expected a number above 0/,
+    ],
+    ["an image that is not there", ["generate", "x", "--image", "none.png"], /--image: .*none\.png/],
     ["an unknown extension", ["generate", "x", "--out", "x.bmp"], /Expected a file name ending in .png/],
     ["an unknown placeholder", ["generate", "x", "--out", "{prompt}.png"], /Expected \{seed\} or \{index\}/],
     ["a longer T5 part than the tokenizer takes", ["generate", "x", "--max-sequence-length", "99"], /at most 16/],
@@ -229,6 +308,12 @@ describe("flowturbo doctor", () => {
       "--json",
       "--noise",
       "--save-latents",
+      "--stage",
+      "--image",
+      "--mask",
+      "--strength",
+      "--no-keep-original",
+      "--preview",
     ])
       expect(help.stdout).toContain(flag);
   });

@@ -72,7 +72,7 @@ describe("planSteps", () => {
     for (const text of schedules) {
       const blocks = parseBlocks(text);
       const steps = planSteps(blocks, shiftedGrid(blocks.length, 3));
-      expect(steps.filter((step) => step.completesBlock).map((step) => step.block)).toEqual(blocks.map((_, i) => i));
+      expect(steps.filter((step) => step.last).map((step) => step.block)).toEqual(blocks.map((_, i) => i));
     }
   });
 

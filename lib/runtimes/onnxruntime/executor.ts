@@ -9,7 +9,7 @@ import type * as ort from "onnxruntime-node";
 import type { Constant, CopyRows, Launch, Program, Register } from "../../program.js";
 import { elementCount, type Tensor } from "../../tensor.js";
 import { allFinite } from "../validate.js";
-import type { Failure, HostSettings, SentGraph } from "./protocol.js";
+import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
 import { StoredConstants } from "./stored.js";
 
 /** A run that ended for a reason that the parent turns into one of its errors. */
@@ -23,7 +23,7 @@ export class RunFailure extends Error {
 
 /** What a run tells and asks while it goes on. */
 export interface RunHooks {
-  launched(index: number, milliseconds: number): void;
+  launched(report: FinishedLaunch): void;
   aborted(): boolean;
 }
 
@@ -59,14 +59,10 @@ export class Executor {
       if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
       const start = performance.now();
       await this.#launch(program, instruction, values);
-      hooks.launched(launches++, performance.now() - start);
+      const milliseconds = performance.now() - start;
+      hooks.launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
     }
-    const results: Record<string, Tensor> = {};
-    for (const name of program.results) {
-      const { dtype, shape } = program.registers[name]!;
-      results[name] = { dtype, shape, data: values.get(name)!.data } as Tensor;
-    }
-    return results;
+    return read(program, program.results, values);
   }
 
   async #upload(name: string, constant: Constant): Promise<ort.Tensor> {
@@ -155,6 +151,15 @@ export class Executor {
   #tensor({ dtype, shape, data }: Tensor): ort.Tensor {
     return dtype === "float32" ? new this.#ort.Tensor(dtype, data, shape) : new this.#ort.Tensor(dtype, data, shape);
   }
+}
+
+function read(program: Program, names: readonly string[], values: Map<string, ort.Tensor>): Record<string, Tensor> {
+  const tensors: Record<string, Tensor> = {};
+  for (const name of names) {
+    const { dtype, shape } = program.registers[name]!;
+    tensors[name] = { dtype, shape, data: values.get(name)!.data } as Tensor;
+  }
+  return tensors;
 }
 
 function zeros({ dtype, shape }: Register): Tensor {

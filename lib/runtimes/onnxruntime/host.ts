@@ -8,7 +8,7 @@
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
 import { Executor, messageOf, RunFailure } from "./executor.js";
-import type { FromHost, HostSettings, LaunchTime, ToHost } from "./protocol.js";
+import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
 // Ctrl-C and a closed terminal signal the whole foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
@@ -50,7 +50,7 @@ if (library) {
 async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, { type: "run" }>): Promise<void> {
   running = id;
   aborted = false;
-  let reports: LaunchTime[] = [];
+  let reports: FinishedLaunch[] = [];
   let reported = performance.now();
   const flush = () => {
     if (reports.length > 0) send({ type: "launched", id, reports });
@@ -60,8 +60,8 @@ async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, 
   try {
     for (const graph of graphs) executor.add(graph);
     const results = await executor.run(program, {
-      launched: (index, milliseconds) => {
-        reports.push({ index, milliseconds });
+      launched: (report) => {
+        reports.push(report);
         if (performance.now() - reported >= reportInterval) flush();
       },
       aborted: () => aborted,

@@ -12,7 +12,7 @@ import type { Tensor } from "../../tensor.js";
 import type { CompilableGraph, RunOptions, Runtime } from "../runtime.js";
 import { validateProgram } from "../validate.js";
 import { type Ending, HostProcess } from "./process.js";
-import type { Failure, FromHost, SentGraph, Widening } from "./protocol.js";
+import type { Failure, FinishedLaunch, FromHost, SentGraph, Widening } from "./protocol.js";
 
 export { resolveWeights } from "./weights.js";
 
@@ -142,10 +142,10 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       const names = new Set(job.launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
       const graphs = [...names].map((name) => this.#graphs.get(name)!);
       let thrown: { error: unknown } | null = null;
-      const run = host.run(graphs, job.program, (index, milliseconds) => {
+      const run = host.run(graphs, job.program, ({ index, milliseconds, values }) => {
         if (thrown || signal?.aborted) return;
         try {
-          onLaunch?.({ launch: job.launches[index]!, index, milliseconds });
+          onLaunch?.({ launch: job.launches[index]!, index, milliseconds, values });
         } catch (error) {
           thrown = { error };
           run.abort();
@@ -231,14 +231,13 @@ class Host {
   }
 
   /** Sends a program. The outcome comes when the child is free again. */
-  run(graphs: readonly SentGraph[], program: Program, onLaunch: (index: number, milliseconds: number) => void) {
+  run(graphs: readonly SentGraph[], program: Program, onLaunch: (report: FinishedLaunch) => void) {
     const id = this.#runs++;
     const outcome = new Promise<Outcome>((resolve) => {
       void this.process.ended.then((ending) => resolve({ error: diedError(ending) }));
       this.#listener = (message) => {
         if (!("id" in message) || message.id !== id) return;
-        if (message.type === "launched")
-          for (const { index, milliseconds } of message.reports) onLaunch(index, milliseconds);
+        if (message.type === "launched") for (const report of message.reports) onLaunch(report);
         else if (message.type === "done") resolve({ results: message.results });
         else resolve({ error: errorOf(message.failure) });
       };

@@ -36,10 +36,11 @@ export type Failure =
   /** Stopped on request. */
   | { readonly kind: "aborted" };
 
-/** A finished launch: its index among the program's launches, and how long it took. */
-export interface LaunchTime {
+/** A finished launch: its index among the program's launches, how long it took, and the values that it reports. */
+export interface FinishedLaunch {
   readonly index: number;
   readonly milliseconds: number;
+  readonly values: Readonly<Record<string, Tensor>>;
 }
 
 export type FromHost =
@@ -48,6 +49,6 @@ export type FromHost =
   /** ONNX Runtime cannot be loaded here. */
   | { readonly type: "broken"; readonly message: string }
   /** Launches have finished, in order. */
-  | { readonly type: "launched"; readonly id: number; readonly reports: readonly LaunchTime[] }
+  | { readonly type: "launched"; readonly id: number; readonly reports: readonly FinishedLaunch[] }
   | { readonly type: "done"; readonly id: number; readonly results: Record<string, Tensor> }
   | { readonly type: "failed"; readonly id: number; readonly failure: Failure };

@@ -139,38 +139,49 @@ export interface Addon {
 
 const require = createRequire(import.meta.url);
 
-/**
- * [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made.
- * @throws RuntimeUnavailableError on a platform without one, or where it cannot be loaded
- */
-export function loadAddon(kind: TensorRtKind): Addon {
+/** Why there is no addon, and what to do about it. */
+export interface AddonProblem {
+  readonly cause: string;
+  readonly remedy: string;
+  readonly error?: unknown;
+}
+
+/** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
+export function findAddon(kind: TensorRtKind): Addon | AddonProblem {
   if (process.platform !== "linux" || process.arch !== "x64")
-    throw new RuntimeUnavailableError(
-      kind,
-      `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}. Use the runtime "onnxruntime", which needs nothing.`,
-    );
+    return {
+      cause: `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
+      remedy: 'Use the runtime "onnxruntime", which needs nothing.',
+    };
   const find = require("node-gyp-build") as { path(folder: string): string };
   let file: string;
   try {
     // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
     file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
-  } catch (cause) {
-    throw new RuntimeUnavailableError(
-      kind,
-      `This installation of flowturbo has no native addon for ${kind}. ` +
+  } catch (error) {
+    return {
+      cause: `This installation of flowturbo has no native addon for ${kind}.`,
+      remedy:
         "Install the published package, which brings one for linux-x64 with glibc, or run `npm run build:native` in a clone.",
-      { cause },
-    );
+      error,
+    };
   }
   try {
     return require(file) as Addon;
-  } catch (cause) {
-    throw new RuntimeUnavailableError(
-      kind,
-      `The native addon ${file} cannot be loaded: ${(cause as Error).message}. It needs glibc 2.34 or later; on older systems run \`npm run build:native\` in a clone.`,
-      { cause },
-    );
+  } catch (error) {
+    return {
+      cause: `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
+      remedy: "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
+      error,
+    };
   }
+}
+
+/** [sync] As `findAddon`. @throws RuntimeUnavailableError on a platform without one, or where it cannot be loaded */
+export function loadAddon(kind: TensorRtKind): Addon {
+  const found = findAddon(kind);
+  if ("describe" in found) return found;
+  throw new RuntimeUnavailableError(kind, `${found.cause} ${found.remedy}`, { cause: found.error });
 }
 
 /** The folder with this package's package.json, from dist/ as from lib/. */

@@ -12,7 +12,7 @@
 
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { type FileHandle, lstat, mkdir, open, readdir, rename, rm, unlink, writeFile } from "node:fs/promises";
+import { type FileHandle, lstat, mkdir, open, readdir, rename, rm, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -72,6 +72,11 @@ export function defaultCacheFolder(): string {
   return path.join(base && path.isAbsolute(base) ? base : path.join(os.homedir(), ".cache"), "flowturbo");
 }
 
+/** Where a cache keeps its engines. */
+export function enginesFolder(cache: string = defaultCacheFolder()): string {
+  return path.join(path.resolve(cache), "engines");
+}
+
 /** Name of an engine's files: the graph, for people, and as much of the key as makes it unique. */
 function nameOf(graph: string, key: string): string {
   return `${graph}-${key.slice(0, 32)}`;
@@ -92,7 +97,7 @@ export class EngineCache {
    */
   static async open(folder: string = defaultCacheFolder()): Promise<EngineCache> {
     const base = path.resolve(folder);
-    const engines = path.join(base, "engines");
+    const engines = enginesFolder(folder);
     try {
       await mkdir(base, { recursive: true, mode: 0o700 });
       await mkdir(engines, { mode: 0o700 }).catch((error: NodeJS.ErrnoException) => {
@@ -110,7 +115,7 @@ export class EngineCache {
     const probe = path.join(engines, `.probe-${randomBytes(6).toString("hex")}.tmp`);
     try {
       await writeFile(probe, "", { flag: "wx", mode: 0o600 });
-      await unlink(probe);
+      await rm(probe, { force: true });
     } catch (cause) {
       throw new CacheError(
         engines,
@@ -123,7 +128,7 @@ export class EngineCache {
 
   /** Opens a cache for reading if there is one. */
   static async openExisting(folder: string = defaultCacheFolder()): Promise<EngineCache | null> {
-    const engines = path.join(path.resolve(folder), "engines");
+    const engines = enginesFolder(folder);
     const exists = await lstat(engines).then(
       () => true,
       () => false,
@@ -134,11 +139,7 @@ export class EngineCache {
   /** Looks for an engine and verifies its plan to the last byte. @throws `signal.reason` after an abort */
   async find(graph: string, key: string, signal?: AbortSignal): Promise<Lookup> {
     const name = nameOf(graph, key);
-    const exists = await lstat(this.#path(name, "plan")).then(
-      () => true,
-      () => false,
-    );
-    if (!exists) return { state: "absent" };
+    if (!(await this.has(graph, key))) return { state: "absent" };
     try {
       const manifest = await this.#readManifest(name);
       if (manifest.key !== key) throw new Damage("its description belongs to another engine");
@@ -148,6 +149,14 @@ export class EngineCache {
       if (!(error instanceof Damage)) throw error;
       return { state: "damaged", reason: error.message };
     }
+  }
+
+  /** Whether there is a plan, sound or not. */
+  has(graph: string, key: string): Promise<boolean> {
+    return lstat(this.#path(nameOf(graph, key), "plan")).then(
+      () => true,
+      () => false,
+    );
   }
 
   /** Waits until nobody else builds this engine. @throws `signal.reason`, CacheError */
@@ -212,15 +221,16 @@ export class EngineCache {
     }
   }
 
-  /** Removes plans under construction whose builders are gone. */
+  /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
   async sweep(addon: Addon): Promise<void> {
     for (const entry of await readdir(this.folder)) {
-      const match = entry.match(/^(.+-[0-9a-f]{32})\.[0-9a-f]{12}\.tmp/);
-      if (!match) continue;
-      const release = addon.tryLock(this.#path(match[1]!, "lock"));
-      if (!release) continue;
-      await rm(path.join(this.folder, entry), { force: true });
-      release();
+      const file = path.join(this.folder, entry);
+      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|[0-9a-f]{12}\.tmp)/);
+      // Taking a lock and releasing it removes it.
+      const release = match && addon.tryLock(this.#path(match[1]!, "lock"));
+      if (release && match[2] !== "lock") await rm(file, { force: true });
+      release?.();
+      if (entry.match(/^(\.probe-|weights\.json\.).*\.tmp$/)) await rm(file, { force: true });
     }
   }
 
@@ -252,16 +262,19 @@ export class EngineCache {
     let engines = 0;
     let bytes = 0;
     for (const entry of await readdir(this.folder)) {
-      const match = entry.match(/^(.+-[0-9a-f]{32})\..*(plan|json|tmp)$/);
+      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|.*(plan|json|tmp)$)/);
       if (!match && entry !== "weights.json") continue;
       const lock = match ? this.#path(match[1]!, "lock") : null;
       const release = lock && addon ? addon.tryLock(lock) : () => undefined;
       if (!release) continue;
       const file = path.join(this.folder, entry);
-      const { size } = await lstat(file);
-      await rm(file, { force: true });
-      bytes += size;
-      if (entry.endsWith(".plan")) engines++;
+      // Releasing a lock removes it; a folder is none of ours.
+      const stats = match?.[2] === "lock" ? null : await lstat(file);
+      if (stats && !stats.isDirectory()) {
+        await rm(file, { force: true });
+        bytes += stats.size;
+        if (entry.endsWith(".plan")) engines++;
+      }
       release();
     }
     return { engines, bytes };

@@ -154,18 +154,7 @@ export class EngineCompiler {
     const files = await this.#digests(graph, options, (share) =>
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
-    const weights = [...graph.externals.values()].map(({ name, file }) => [name, files.get(file)!.sha256]);
-    const key = keyOf([
-      ["recipe", recipe],
-      ["runtime", this.kind],
-      ["version", versionText(this.library.version)],
-      ["platform", `${process.platform}-${process.arch}`],
-      ["device", this.device],
-      ["graph", graph.name, graph.fingerprint],
-      ["weights", weights, [...graph.externals.values()].map(({ offset }) => offset)],
-      ["flags", this.#flags],
-      ["profiles", profiles.map((profile) => Object.entries(profile).sort(([a], [b]) => (a < b ? -1 : 1)))],
-    ]);
+    const key = this.#key(request, files);
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
     const found = (plan: string, manifest: Manifest): CompiledEngine => {
@@ -179,23 +168,23 @@ export class EngineCompiler {
     const early = await this.cache.find(graph.name, key, signal);
     if (early.state === "found") return found(early.engine.plan, early.engine.manifest);
 
-    // 3. Memory and the lock.
+    // 3. The lock, then memory: what another process takes for this very engine must not count against it.
     report("waiting", "Waiting for memory, or for another process that builds it", weightsShare);
-    const freeMemory = await this.#memory.enter(graph.name, memoryNeeded(graph), signal);
-    let unlock: (() => void) | undefined;
+    const unlock = await this.cache.lock(this.#addon, graph.name, key, signal);
+    let freeMemory: (() => void) | undefined;
     const leave = () => {
-      unlock?.();
-      freeMemory();
+      freeMemory?.();
+      unlock();
     };
     let damage: string | null = null;
     try {
-      unlock = await this.cache.lock(this.#addon, graph.name, key, signal);
       const lookup = await this.cache.find(graph.name, key, signal);
       if (lookup.state === "found") {
         leave();
         return found(lookup.engine.plan, lookup.engine.manifest);
       }
       if (lookup.state === "damaged") damage = lookup.reason;
+      freeMemory = await this.#memory.enter(graph.name, memoryNeeded(graph), signal);
     } catch (error) {
       leave();
       throw error;
@@ -210,6 +199,40 @@ export class EngineCompiler {
       ...{ graph: graph.name, plan: engine.plan, bytes, sha256, profiles },
       ...{ seconds: engine.manifest.seconds, cached: false, rebuilt: damage, warnings },
     };
+  }
+
+  /**
+   * Refuses at once what would be refused after long work on other engines: a build that does not fit into memory and
+   * whose engine the cache does not hold.
+   * @throws MemoryError, CheckpointError, `signal.reason`
+   */
+  async checkMemory(requests: readonly EngineRequest[], options: CompileCallOptions): Promise<void> {
+    for (const request of requests) {
+      const { graph } = request;
+      const needed = memoryNeeded(graph);
+      if (this.#memory.fits(needed)) continue;
+      const key = this.#key(request, await this.#digests(graph, options, () => undefined));
+      if (!(await this.cache.has(graph.name, key))) this.#memory.refuse(graph.name, needed);
+    }
+  }
+
+  #key({ graph, profiles }: EngineRequest, files: ReadonlyMap<string, FileDigest>): string {
+    const externals = [...graph.externals.values()];
+    return keyOf([
+      ["recipe", recipe],
+      ["runtime", this.kind],
+      ["version", versionText(this.library.version)],
+      ["platform", `${process.platform}-${process.arch}`],
+      ["device", this.device],
+      ["graph", graph.name, graph.fingerprint],
+      [
+        "weights",
+        externals.map(({ name, file }) => [name, files.get(file)!.sha256]),
+        externals.map(({ offset }) => offset),
+      ],
+      ["flags", this.#flags],
+      ["profiles", profiles.map((profile) => Object.entries(profile).sort(([a], [b]) => (a < b ? -1 : 1)))],
+    ]);
   }
 
   async #build(
@@ -364,19 +387,33 @@ class MemoryGate {
     this.#limit = limit;
   }
 
+  #available(): number {
+    return this.#limit ?? availableMemory();
+  }
+
+  /** Whether a build fits where it is alone. */
+  fits(needed: number): boolean {
+    return needed <= this.#available();
+  }
+
+  /** @throws MemoryError always, with the numbers */
+  refuse(graph: string, needed: number): never {
+    const available = this.#available();
+    throw new MemoryError(
+      `Building the engine of ${graph} takes about ${gigabytes(needed)} GB of memory, but ${gigabytes(available)} GB are available. ` +
+        "Free some, build on a larger machine and copy the cache, or raise the limit (memory) if you know better.",
+      needed,
+      available,
+    );
+  }
+
   /** @throws MemoryError for a build that does not fit even alone; `signal.reason` */
   async enter(graph: string, needed: number, signal: AbortSignal | undefined): Promise<() => void> {
     for (;;) {
       signal?.throwIfAborted();
       const taken = [...this.#inside].reduce((sum, entry) => sum + entry.needed, 0);
-      const available = this.#limit ?? availableMemory();
-      if (this.#inside.size === 0 && needed > available)
-        throw new MemoryError(
-          `Building the engine of ${graph} takes about ${gigabytes(needed)} GB of memory, but ${gigabytes(available)} GB are available. ` +
-            "Free some, build on a larger machine and copy the cache, or raise the limit (memory) if you know better.",
-          needed,
-          available,
-        );
+      const available = this.#available();
+      if (this.#inside.size === 0 && needed > available) this.refuse(graph, needed);
       if (this.#inside.size === 0 || needed <= available - taken) break;
       await untilAborted(this.#changed.promise, signal);
     }

@@ -6,7 +6,7 @@
  */
 
 import { createHash } from "node:crypto";
-import { type FileHandle, open, readFile, rename, writeFile } from "node:fs/promises";
+import { type FileHandle, open, readFile, rename, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { CheckpointError } from "../../errors.js";
 
@@ -112,7 +112,7 @@ export class DigestMemory {
       await writeFile(temporary, JSON.stringify(Object.fromEntries(known), null, 1), { mode: 0o600 });
       await rename(temporary, this.#file);
     } catch {
-      // As said.
+      await rm(temporary, { force: true });
     }
   }
 }

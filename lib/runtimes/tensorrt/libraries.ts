@@ -11,7 +11,7 @@ import { promisify } from "node:util";
 import { RuntimeUnavailableError } from "../../errors.js";
 import {
   type Addon,
-  loadAddon,
+  findAddon,
   type NativeDevice,
   type NativeError,
   type TensorRtKind,
@@ -121,13 +121,17 @@ export interface FindOptions {
 
 /** Looks for one of the libraries and examines the GPUs. Never throws: what is missing is in `problems`. */
 export async function examineTensorRt(kind: TensorRtKind, options: FindOptions = {}): Promise<TensorRtReport> {
-  let addon: Addon;
-  try {
-    addon = loadAddon(kind);
-  } catch (error) {
-    if (!(error instanceof RuntimeUnavailableError)) throw error;
-    const problem: Problem = { prevents: "building", cause: error.message, remedy: "" };
-    return { kind, addon: null, library: null, places: [], cuda: null, problems: [problem] };
+  const addon = findAddon(kind);
+  if (!("describe" in addon)) {
+    const { cause, remedy } = addon;
+    return {
+      kind,
+      addon: null,
+      library: null,
+      places: [],
+      cuda: null,
+      problems: [{ prevents: "building", cause, remedy }],
+    };
   }
   const cuda = await examineCuda(addon);
   if (options.gpuFirst && "cause" in cuda)
@@ -165,7 +169,7 @@ export async function requireLibrary(
 export function diagnosis(report: TensorRtReport, prevents: "building" | "running"): string {
   const { title } = layouts[report.kind];
   const causes = report.problems.filter((problem) => prevents === "running" || problem.prevents === "building");
-  const lines = causes.map(({ cause, remedy }) => (remedy ? `${cause} ${remedy}` : cause));
+  const lines = causes.map(({ cause, remedy }) => `${cause} ${remedy}`);
   const failed = report.places.filter((place) => place.error !== null);
   if (!report.library && failed.length > 0)
     lines.push(`Places tried: ${failed.map(({ place, error }) => `${place} (${error})`).join("; ")}.`);
@@ -246,7 +250,7 @@ async function pythonFolders(module: string): Promise<string[]> {
 
 function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly PlaceTried[]): Problem {
   const { floor, ceiling } = addon.describe();
-  const { title, install, variable } = layouts[kind];
+  const { title, install, variable, library, parser } = layouts[kind];
   const needed = `version ${versionText(floor)} or later, below ${versionText(ceiling)}`;
   const refused = places.find(({ error }) => error?.includes("needed is"));
   if (refused)
@@ -255,10 +259,17 @@ function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly Place
       cause: `${refused.error}.`,
       remedy: `Install ${needed}: ${install}.`,
     };
+  const broken = places.find(({ place }) => existsSync(path.join(place, library)));
+  if (broken)
+    return {
+      prevents: "building",
+      cause: `${title} was found in ${broken.place}, but cannot be opened: ${broken.error}.`,
+      remedy: `Install it anew, complete with its ONNX parser (${parser}): ${install}.`,
+    };
   return {
     prevents: "building",
     cause: `${title} was not found.`,
-    remedy: `Install ${needed}: ${install}; or set ${variable} to the folder with ${layouts[kind].library}.`,
+    remedy: `Install ${needed}: ${install}; or set ${variable} to the folder with ${library}.`,
   };
 }
 
