@@ -8,6 +8,7 @@
 #include "arguments.h"
 #include "cuda_driver.h"
 #include "engine_builder.h"
+#include "executor_binding.h"
 #include "files.h"
 #include "task.h"
 #include "tensorrt_library.h"
@@ -180,6 +181,7 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports["cuda"] = Napi::Function::New(env, cuda, "cuda");
   exports["open"] = Napi::Function::New(env, open, "open");
   exports["build"] = Napi::Function::New(env, build, "build");
+  exports["openExecutor"] = Napi::Function::New(env, openExecutor, "openExecutor");
   exports["tryLock"] = Napi::Function::New(env, tryLock, "tryLock");
   return exports;
 }

@@ -28,6 +28,11 @@ int64_t readInteger(const Napi::Value& value, const char* what, int64_t minimum,
   return static_cast<int64_t>(number);
 }
 
+bool readBoolean(const Napi::Value& value, const char* what) {
+  if (!value.IsBoolean()) throw wrongType(value, what, "a boolean");
+  return value.As<Napi::Boolean>().Value();
+}
+
 std::vector<uint8_t> readBytes(const Napi::Value& value, const char* what) {
   if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
     throw wrongType(value, what, "a Uint8Array");

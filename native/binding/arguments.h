@@ -13,6 +13,7 @@ namespace flowturbo::binding {
 // Each throws a TypeError or RangeError that names `what`.
 std::string readString(const Napi::Value& value, const char* what);
 int64_t readInteger(const Napi::Value& value, const char* what, int64_t minimum, int64_t maximum);
+bool readBoolean(const Napi::Value& value, const char* what);
 std::vector<uint8_t> readBytes(const Napi::Value& value, const char* what);
 Napi::Object readObject(const Napi::Value& value, const char* what);
 Napi::Function readFunction(const Napi::Value& value, const char* what);

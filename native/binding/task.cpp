@@ -8,15 +8,20 @@
 #include <set>
 #include <thread>
 
+#include "executor.h"
+
 namespace flowturbo::binding {
 namespace {
 
-// The tasks whose threads run, in the whole process. TensorRT's own exit handlers must not run under a thread that is
+// How long an exiting process waits for threads inside of NVIDIA's libraries.
+constexpr std::chrono::milliseconds kPatience(500);
+
+// The tasks that are under way, in the whole process. TensorRT's own exit handlers must not run under a thread that is
 // still inside of it, so an exiting process waits for a moment and then leaves without them.
 struct Running {
   std::mutex mutex;
   std::condition_variable changed;
-  std::set<Task*> tasks;
+  std::set<std::shared_ptr<Task>> tasks;
 };
 
 Running& running() {
@@ -27,15 +32,18 @@ Running& running() {
 void leaveProcess(int status, void*) {
   Running& all = running();
   std::unique_lock<std::mutex> lock(all.mutex);
-  for (Task* task : all.tasks) task->cancel();
-  if (all.changed.wait_for(lock, std::chrono::milliseconds(500), [&] { return all.tasks.empty(); })) return;
-  for (Task* task : all.tasks) {
+  const std::set<std::shared_ptr<Task>> tasks = all.tasks;
+  lock.unlock();
+  for (const auto& task : tasks) task->cancel();
+  lock.lock();
+  const bool done = all.changed.wait_for(lock, kPatience, [&] { return all.tasks.empty(); });
+  if (done && Executor::quiesce(kPatience)) return;
+  for (const auto& task : all.tasks) {
     const std::string path = task->fileToRemove();
     if (!path.empty()) ::unlink(path.c_str());
   }
   _exit(status);
 }
-
 
 // An event of the channel: the task is kept alive until JavaScript has seen it.
 struct Event {
@@ -45,9 +53,8 @@ struct Event {
 
 }  // namespace
 
-Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgress, Work work) {
+std::shared_ptr<Task> Task::create(Napi::Env env, const char* name, Napi::Function onProgress) {
   const std::shared_ptr<Task> task(new Task(env));
-  const Napi::Promise promise = task->deferred_.Promise();
   const napi_status status = napi_create_threadsafe_function(
       env, onProgress.IsEmpty() ? nullptr : static_cast<napi_value>(onProgress), nullptr, Napi::String::New(env, name),
       0, 1, nullptr, nullptr, nullptr, &Task::onEvent, &task->channel_);
@@ -57,52 +64,97 @@ Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgr
   task->environment_ = new std::shared_ptr<Task>(task);
   napi_add_env_cleanup_hook(env, &Task::onEnvironmentGone, task->environment_);
 
-  {
-    const std::lock_guard<std::mutex> lock(running().mutex);
-    running().tasks.insert(task.get());
-  }
+  const std::lock_guard<std::mutex> lock(running().mutex);
+  running().tasks.insert(task);
+  return task;
+}
+
+Napi::Object Task::handle(Napi::Env env, bool interruptible) {
+  Napi::Object handle = Napi::Object::New(env);
+  handle["promise"] = deferred_.Promise();
+  const std::weak_ptr<Task> self = weak_from_this();
+  handle["cancel"] = Napi::Function::New(env, [self, interruptible](const Napi::CallbackInfo& info) {
+    const auto alive = self.lock();
+    if (!alive) return;
+    alive->cancel();
+    // What the library cannot interrupt must not keep an otherwise finished process waiting.
+    if (!interruptible && alive->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), alive->channel_);
+  });
+  return handle;
+}
+
+Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgress, Work work) {
+  const std::shared_ptr<Task> task = create(env, name, onProgress);
   try {
     std::thread([task, work = std::move(work)]() mutable {
       task->run(std::move(work));
     }).detach();
   } catch (const std::exception& exception) {
-    {
-      const std::lock_guard<std::mutex> lock(running().mutex);
-      running().tasks.erase(task.get());
-    }
+    task->end();
     task->leaveEnvironment(env);
     throw Napi::Error::New(env, exception.what());
   }
+  return task->handle(env, false);
+}
 
-  Napi::Object handle = Napi::Object::New(env);
-  handle["promise"] = promise;
-  handle["cancel"] = Napi::Function::New(env, [task = std::weak_ptr<Task>(task)](const Napi::CallbackInfo& info) {
-    const auto alive = task.lock();
-    if (!alive) return;
-    alive->cancel();
-    // What the library cannot interrupt must not keep an otherwise finished process waiting.
-    if (alive->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), alive->channel_);
-  });
+Napi::Object Task::begin(Napi::Env env, const char* name, Napi::Function onProgress, const Begin& begin) {
+  const std::shared_ptr<Task> task = create(env, name, onProgress);
+  const Napi::Object handle = task->handle(env, true);
+  std::function<void()> onCancel = begin(task);
+  const std::lock_guard<std::mutex> lock(task->mutex_);
+  // It may have ended already, and would hold its own end for ever.
+  if (!task->ended_) task->onCancel_ = std::move(onCancel);
   return handle;
 }
 
 void Task::run(Work work) noexcept {
   try {
     Answer answer = work(*this);
-    answer_ = std::move(answer);
+    work = nullptr;
+    finish(std::move(answer));
   } catch (const Error& error) {
-    error_ = error;
+    work = nullptr;
+    finish(error);
   } catch (const std::exception& exception) {
-    error_ = Error("INTERNAL", exception.what());
+    work = nullptr;
+    finish(Error("INTERNAL", exception.what()));
   }
-  work = nullptr;
-  {
-    Running& all = running();
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    all.tasks.erase(this);
-    all.changed.notify_all();
-  }
+}
+
+void Task::finish(Answer answer) noexcept {
+  answer_ = std::move(answer);
+  end();
   send(true);
+}
+
+void Task::finish(const Error& error) noexcept {
+  error_ = error;
+  end();
+  send(true);
+}
+
+// Nothing of it runs any more.
+void Task::end() noexcept {
+  std::function<void()> forgotten;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forgotten.swap(onCancel_);
+    ended_ = true;
+  }
+  Running& all = running();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.tasks.erase(shared_from_this());
+  all.changed.notify_all();
+}
+
+void Task::cancel() noexcept {
+  cancelled_ = true;
+  std::function<void()> onCancel;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    onCancel = onCancel_;
+  }
+  if (onCancel) onCancel();
 }
 
 // False once the environment is going away, and the promise with it.
@@ -200,6 +252,11 @@ Napi::Error toJavaScript(Napi::Env env, const Error& error) {
   Napi::Array log = Napi::Array::New(env, error.log.size());
   for (uint32_t index = 0; index < error.log.size(); index++) log[index] = Napi::String::New(env, error.log[index]);
   fields["log"] = log;
+  const auto number = [&](const char* name, double value) { fields[name] = Napi::Number::New(env, value); };
+  if (error.needed != 0) number("needed", static_cast<double>(error.needed));
+  if (error.needed != 0) number("available", static_cast<double>(error.available));
+  if (error.launch >= 0) number("launch", static_cast<double>(error.launch));
+  if (error.operand >= 0) number("operand", static_cast<double>(error.operand));
   Napi::Array complaints = Napi::Array::New(env, error.complaints.size());
   for (uint32_t index = 0; index < error.complaints.size(); index++) {
     const ParserComplaint& complaint = error.complaints[index];

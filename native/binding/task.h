@@ -25,8 +25,17 @@ class Task : public std::enable_shared_from_this<Task> {
   // Calls the progress function with fresh values, on JavaScript's thread.
   using Report = std::function<void(Napi::Env, Napi::Function)>;
 
-  // Starts `work`. `onProgress` may be empty. Returns { promise, cancel() }.
+  // Starts `work` on a thread of its own. `onProgress` may be empty. Returns { promise, cancel() }.
   static Napi::Object start(Napi::Env env, const char* name, Napi::Function onProgress, Work work);
+
+  // A task that somebody else's thread works on: `begin` is given the task, hands it to them and says what cancelling it
+  // takes. Somebody must call `finish` once.
+  using Begin = std::function<std::function<void()>(const std::shared_ptr<Task>&)>;
+  static Napi::Object begin(Napi::Env env, const char* name, Napi::Function onProgress, const Begin& begin);
+
+  // From any thread.
+  void finish(Answer answer) noexcept;
+  void finish(const Error& error) noexcept;
 
   const std::atomic<bool>& cancelled() const noexcept { return cancelled_; }
 
@@ -40,12 +49,15 @@ class Task : public std::enable_shared_from_this<Task> {
   // A file to remove if the process ends while the task runs; empty for none.
   void removeAtExit(const std::string& path);
 
-  void cancel() noexcept { cancelled_ = true; }
+  void cancel() noexcept;
   std::string fileToRemove();
 
  private:
   explicit Task(Napi::Env env) : deferred_(Napi::Promise::Deferred::New(env)) {}
 
+  static std::shared_ptr<Task> create(Napi::Env env, const char* name, Napi::Function onProgress);
+  Napi::Object handle(Napi::Env env, bool interruptible);
+  void end() noexcept;
   void run(Work work) noexcept;
   void settle(Napi::Env env);
   bool send(bool last);
@@ -62,6 +74,8 @@ class Task : public std::enable_shared_from_this<Task> {
   std::atomic<bool> cancelled_{false};
 
   std::mutex mutex_;
+  std::function<void()> onCancel_;
+  bool ended_ = false;
   Report pending_;
   std::string fileToRemove_;
   Answer answer_;
