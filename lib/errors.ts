@@ -14,6 +14,8 @@ export type FlowTurboErrorCode =
   | "ERR_FLOWTURBO_MEMORY"
   | "ERR_FLOWTURBO_CACHE"
   | "ERR_FLOWTURBO_NOT_FINITE"
+  | "ERR_FLOWTURBO_LAUNCH"
+  | "ERR_FLOWTURBO_DEVICE_LOST"
   | "ERR_FLOWTURBO_OUTPUT"
   | "ERR_FLOWTURBO_DISPOSED";
 
@@ -112,6 +114,24 @@ export class NotFiniteError extends RuntimeError {
   constructor(where: string, message: string) {
     super(message, { code: "ERR_FLOWTURBO_NOT_FINITE" });
     this.where = where;
+  }
+}
+
+/** The GPU failed at a launch. `graph` is the one launched, if it is known; `details` are TensorRT's own words. */
+export class LaunchError extends RuntimeError {
+  readonly graph: string | null;
+  readonly details: readonly string[];
+  constructor(graph: string | null, message: string, details: readonly string[] = [], options?: ErrorOptions) {
+    super(message, { ...options, code: "ERR_FLOWTURBO_LAUNCH" });
+    this.graph = graph;
+    this.details = details;
+  }
+}
+
+/** The GPU answers nothing but errors since one of its launches failed. The next call starts on it anew. */
+export class DeviceLostError extends RuntimeError {
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, { ...options, code: "ERR_FLOWTURBO_DEVICE_LOST" });
   }
 }
 

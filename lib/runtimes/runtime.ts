@@ -3,7 +3,7 @@
  * ONNX Runtime on the CPU and TensorRT on a GPU receive the same graphs and the same program.
  */
 
-import type { Launch, Program } from "../program.js";
+import type { Launch, Program, Register } from "../program.js";
 import type { StoredTensor, Tensor } from "../tensor.js";
 
 export type RuntimeName = "onnxruntime" | "tensorrt" | "tensorrt-rtx";
@@ -37,6 +37,23 @@ export interface RunOptions {
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
 }
 
+/** Some instructions of a program whose registers are kept from one part to the next. */
+export type ProgramPart = Pick<Program, "constants" | "instructions" | "results">;
+
+/**
+ * A program that is handed over piece by piece, by a scheduler for instance, which decides on the next launches while
+ * the device works on the last: parts that are submitted before their turn run without a pause between them.
+ */
+export interface OpenProgram {
+  /**
+   * Appends instructions to all that were submitted before; nothing has to be awaited in between. Registers hold what
+   * earlier parts wrote. After a part that failed or was aborted, the later ones of this program reject too.
+   */
+  submit(part: ProgramPart, options?: RunOptions): Promise<Record<string, Tensor>>;
+  /** Waits for the parts under way, then frees the registers. Later parts reject with a DisposedError. */
+  close(): Promise<void>;
+}
+
 export interface Runtime {
   readonly name: RuntimeName;
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
@@ -44,6 +61,10 @@ export interface Runtime {
   has(name: string): boolean;
   /** Runs a program; programs given at the same time run one after another, in order. */
   run(program: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
+  /** Begins a program in parts, where the runtime can. */
+  open?(registers: Readonly<Record<string, Register>>): OpenProgram;
+  /** Frees the memory that graphs take, until their next launch. */
+  unload?(graphs: readonly string[]): Promise<void>;
   /** Waits for the run in flight to stop, then frees everything. Later calls reject with a DisposedError. */
   dispose(): Promise<void>;
 }

@@ -9,19 +9,26 @@ import { bytesPerElement, type DType, elementCount } from "../tensor.js";
 
 /**
  * @param hasGraph whether the runtime knows a graph of that name
+ * @param before registers that earlier parts of the program write
+ * @returns registers that are written when it has run
  * @throws RuntimeError naming the instruction and the operand that is wrong
  */
-export function validateProgram(program: Program, hasGraph: (name: string) => boolean): void {
+export function validateProgram(
+  program: Program,
+  hasGraph: (name: string) => boolean,
+  before: ReadonlySet<string> = new Set(),
+): ReadonlySet<string> {
   for (const [name, constant] of Object.entries(program.constants)) {
     if (Object.hasOwn(program.registers, name)) fail(`"${name}" is both a register and a constant`);
     checkConstant(name, constant);
   }
-  const written = new Set<string>();
+  const written = new Set(before);
   for (const instruction of program.instructions)
     if (instruction.op === "launch") checkLaunch(program, instruction, hasGraph, written);
     else checkCopy(program, instruction, written);
   for (const name of program.results)
     if (!written.has(name)) fail(`the result "${name}" is no register that an instruction writes`);
+  return written;
 }
 
 function checkLaunch(

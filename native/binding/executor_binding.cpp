@@ -136,7 +136,7 @@ Napi::Value submit(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>
   submission->capture = readBoolean(request.Get("capture"), "a submission's capture");
   const Napi::Function onReports = readFunction(info[1], "onReports");
 
-  return Task::begin(env, "flowturbo.submit", onReports, [&](const std::shared_ptr<Task>& task) {
+  Napi::Object started = Task::begin(env, "flowturbo.submit", onReports, [&](const std::shared_ptr<Task>& task) {
     const auto mailbox = std::make_shared<Mailbox>();
     submission->onLaunch = [task, mailbox](LaunchReport report) {
       {
@@ -177,6 +177,15 @@ Napi::Value submit(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>
     executor->submit(submission);
     return [executor, submission] { executor->abort(submission); };
   });
+  // Weak: what JavaScript keeps of a run that has ended must keep nothing of the device.
+  const std::weak_ptr<Submission> waiting = submission;
+  const std::weak_ptr<Executor> owner = executor;
+  started["withdraw"] = function(env, "withdraw", [owner, waiting](const Napi::CallbackInfo& call) {
+    const std::shared_ptr<Submission> alive = waiting.lock();
+    const std::shared_ptr<Executor> present = owner.lock();
+    return Napi::Boolean::New(call.Env(), alive && present && present->withdraw(alive));
+  });
+  return started;
 }
 
 Napi::Value createRegisters(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>& handle) {

@@ -140,6 +140,8 @@ struct InFlight {
   OwnedEvent end;
   std::vector<Watch> watches;
   PinnedMemoryPool::Shared host;
+  // Where in there each result begins.
+  std::vector<uint64_t> results;
 };
 
 }  // namespace
@@ -254,6 +256,8 @@ struct ExecutorState {
       std::vector<std::shared_ptr<const void>> dead;
       dead.swap(graveyard);
       lock.unlock();
+      // The resources of a profile that was made ready may still be on their way.
+      driver().cuStreamSynchronize(stream.get());
       return true;
     }
     if (hasReadyCloser()) {
@@ -529,22 +533,27 @@ struct ExecutorState {
     retiring.notify_one();
   }
 
-  // Neighbours come in one transfer: the planner lays results out beside each other.
+  // Neighbours come in one transfer: the planner lays results out beside each other, but for their alignment.
   void download(const Submission& submission, InFlight& flight) {
     uint64_t bytes = 0;
-    for (const Range& range : submission.results) bytes += range.bytes;
+    for (const Range& range : submission.results) bytes += range.bytes + kAlignment;
     if (bytes == 0) return;
-    std::vector<Range> ranges = submission.results;
     flight.host = pinned->take(bytes);
     uint64_t at = 0;
+    const std::vector<Range>& ranges = submission.results;
     for (size_t index = 0; index < ranges.size();) {
-      Range run = ranges[index++];
-      while (index < ranges.size() && ranges[index].offset == run.offset + run.bytes) run.bytes += ranges[index++].bytes;
-      driver().check(driver().cuMemcpyDtoHAsync(static_cast<uint8_t*>(flight.host->address()) + at,
-                                                submission.registers->block_->address() + run.offset, run.bytes,
-                                                stream.get()),
-                     "cuMemcpyDtoHAsync");
-      at += run.bytes;
+      const uint64_t begin = ranges[index].offset;
+      uint64_t end = begin;
+      for (; index < ranges.size() && ranges[index].offset >= end && ranges[index].offset - end < kAlignment; index++) {
+        flight.results.push_back(at + ranges[index].offset - begin);
+        end = ranges[index].offset + ranges[index].bytes;
+      }
+      if (end > begin)
+        driver().check(driver().cuMemcpyDtoHAsync(static_cast<uint8_t*>(flight.host->address()) + at,
+                                                  submission.registers->block_->address() + begin, end - begin,
+                                                  stream.get()),
+                       "cuMemcpyDtoHAsync");
+      at += end - begin;
     }
   }
 
@@ -736,9 +745,9 @@ struct ExecutorState {
     std::vector<std::vector<uint8_t>> results;
     if (!error && flight.host) {
       const auto* data = static_cast<const uint8_t*>(flight.host->address());
-      for (const Range& range : submission.results) {
-        results.emplace_back(data, data + range.bytes);
-        data += range.bytes;
+      for (size_t index = 0; index < submission.results.size(); index++) {
+        const uint8_t* from = data + flight.results[index];
+        results.emplace_back(from, from + submission.results[index].bytes);
       }
     }
     settle(submission, std::move(error), std::move(results));
@@ -966,19 +975,24 @@ void Executor::submit(std::shared_ptr<Submission> submission) {
 }
 
 void Executor::abort(const std::shared_ptr<Submission>& submission) {
+  if (withdraw(submission)) return;
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  submission->aborted_ = true;
+  state_->issuing.notify_one();
+}
+
+bool Executor::withdraw(const std::shared_ptr<Submission>& submission) {
   {
     const std::lock_guard<std::mutex> lock(state_->mutex);
-    submission->aborted_ = true;
     auto& queue = state_->queue;
     const auto waiting = std::find(queue.begin(), queue.end(), submission);
-    if (waiting == queue.end() || submission->begun_) {
-      state_->issuing.notify_one();
-      return;
-    }
+    if (waiting == queue.end() || submission->begun_) return false;
+    submission->aborted_ = true;
     queue.erase(waiting);
     state_->issuing.notify_one();
   }
   state_->settle(*submission, Error("CANCELLED", "the run was stopped"), {});
+  return true;
 }
 
 void Executor::prepare(std::shared_ptr<Engine> engine, size_t profile,

@@ -167,6 +167,8 @@ class Executor : public std::enable_shared_from_this<Executor> {
   void submit(std::shared_ptr<Submission> submission);
   // Stops a submission before its next launch; its outcome is then the Error CANCELLED.
   void abort(const std::shared_ptr<Submission>& submission);
+  // The same for one that has not begun; false for every other.
+  bool withdraw(const std::shared_ptr<Submission>& submission);
 
   // Shapes of all tensors of an engine in a profile, whose context is made where there is none yet.
   void prepare(std::shared_ptr<Engine> engine, size_t profile,

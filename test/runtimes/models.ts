@@ -3,14 +3,55 @@
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import type { Instruction, Launch, Program } from "../../lib/program.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
-import { float32 } from "../../lib/tensor.js";
+import { type DType, float32 } from "../../lib/tensor.js";
+
+/** What a graph computes, for the simulated device: see native/simulated/tensorrt.cpp. */
+export interface ClosedForm {
+  readonly inputs: Readonly<Record<string, DType>>;
+  /** Shapes of the outputs for those of the inputs. */
+  outputs(inputs: Readonly<Record<string, readonly number[]>>): Record<string, readonly number[]>;
+  readonly dtype?: DType;
+  /** Scratch tensors by name, each with the tensor whose shape it has. */
+  readonly temporaries?: Readonly<Record<string, string>>;
+  /** "y x 2 *": y is x times two. */
+  readonly formulas: readonly string[];
+  readonly microseconds?: number;
+  /** Bytes of device memory that the engine takes. */
+  readonly weights?: number;
+}
+
+/** Of the graphs below, and of those that tests add. */
+export const closedForms = new WeakMap<CompilableGraph, ClosedForm>();
+
+function withForm(graph: CompilableGraph, form: ClosedForm): CompilableGraph {
+  closedForms.set(graph, form);
+  return graph;
+}
 
 /** y = x * factor on float32 [n]. */
 export function scaleGraph(name: string, factor: number): CompilableGraph {
   const graph = new GraphBuilder(name);
   const x = graph.input("x", "float32", ["n"]);
   graph.output("y", graph.op("Mul", [x, graph.scalar(factor, "float32")]), ["n"]);
-  return graph.build();
+  return withForm(graph.build(), {
+    inputs: { x: "float32" },
+    outputs: ({ x }) => ({ y: x! }),
+    formulas: [`y x ${factor} *`],
+    weights: 4096,
+  });
+}
+
+/** y = -x on int64 [n, 2]. */
+export function negateGraph(name: string): CompilableGraph {
+  const graph = new GraphBuilder(name);
+  const x = graph.input("x", "int64", ["n", 2]);
+  graph.output("y", graph.op("Neg", [x]), ["n", 2]);
+  return withForm(graph.build(), {
+    inputs: { x: "int64" },
+    outputs: ({ x }) => ({ y: x! }),
+    dtype: "int64",
+    formulas: ["y 0 x -"],
+  });
 }
 
 /** A chain of products of [size, size] matrices: `products` times 2 size³ operations in one uninterruptible run. */
@@ -20,7 +61,12 @@ export function slowGraph(name: string, size: number, products: number): Compila
   let y = x;
   for (let index = 0; index < products; index++) y = graph.op("MatMul", [y, x]);
   graph.output("y", y, [size, size]);
-  return graph.build();
+  return withForm(graph.build(), {
+    inputs: { x: "float32" },
+    outputs: ({ x }) => ({ y: x! }),
+    formulas: ["y x 0 *"],
+    microseconds: products * 1000,
+  });
 }
 
 export function launch(graph: string, x: string, y: string, extra: Partial<Launch> = {}): Launch {

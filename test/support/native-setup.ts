@@ -21,8 +21,8 @@ declare module "vitest" {
 
 const root = path.resolve(import.meta.dirname, "../..");
 
-function script(name: string): { lacks: string | null; output: string } {
-  const { status, stdout, stderr } = spawnSync(process.execPath, [path.join(root, "scripts", name)], {
+function script(name: string, ...args: string[]): { lacks: string | null; output: string } {
+  const { status, stdout, stderr } = spawnSync(process.execPath, [path.join(root, "scripts", name), ...args], {
     cwd: root,
     encoding: "utf8",
   });
@@ -35,7 +35,7 @@ function script(name: string): { lacks: string | null; output: string } {
 }
 
 export default function setup(project: TestProject): void {
-  const built = script("build-native.mjs");
+  const built = script("build-native.mjs", "--simulated");
   const fetched = built.lacks === null ? script("tensorrt-rtx.mjs") : { lacks: built.lacks, output: "" };
   project.provide("native", { lacksAddons: built.lacks, lacksRtx: fetched.lacks, rtx: fetched.output });
 }

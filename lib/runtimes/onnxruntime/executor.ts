@@ -8,9 +8,9 @@ import { setImmediate } from "node:timers/promises";
 import type * as ort from "onnxruntime-node";
 import type { Constant, CopyRows, Launch, Program, Register } from "../../program.js";
 import { elementCount, type Tensor } from "../../tensor.js";
+import { StoredConstants } from "../stored.js";
 import { allFinite } from "../validate.js";
 import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
-import { StoredConstants } from "./stored.js";
 
 /** A run that ended for a reason that the parent turns into one of its errors. */
 export class RunFailure extends Error {

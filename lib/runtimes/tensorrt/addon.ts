@@ -76,6 +76,118 @@ export interface NativeBuildResult {
   readonly warnings: readonly string[];
 }
 
+/** A place in the registers, or in the submission's constants, where an operand begins: a multiple of 256. */
+export interface NativeOperand {
+  readonly constant: boolean;
+  readonly offset: number;
+}
+
+export type NativeInstruction =
+  | {
+      readonly op: "launch";
+      /** `id` of an engine. */
+      readonly engine: number;
+      readonly profile: number;
+      /** One for each of the engine's tensors, in their order. */
+      readonly operands: readonly NativeOperand[];
+      /** Numbers of outputs whose values must be finite, and of those that go with the report. */
+      readonly finite: readonly number[];
+      readonly reported: readonly number[];
+    }
+  | {
+      readonly op: "copy";
+      /** Any multiple of a byte. */
+      readonly from: NativeOperand;
+      /** Offset in the registers. */
+      readonly to: number;
+      readonly bytes: number;
+    };
+
+export interface NativeSubmission {
+  /** Uploaded at once before the first instruction. */
+  readonly constants: Uint8Array;
+  readonly instructions: readonly NativeInstruction[];
+  /** Ranges of the registers, downloaded after the last instruction. */
+  readonly results: readonly { readonly offset: number; readonly bytes: number }[];
+  /** Turns the instructions into one CUDA graph, which later submissions of the same instructions replay. */
+  readonly capture: boolean;
+}
+
+export interface NativeLaunchReport {
+  /** Number of the launch within its submission. */
+  readonly launch: number;
+  /** By the device's clock. */
+  readonly milliseconds: number;
+  /** Of the outputs in `reported`, in that order. */
+  readonly values: readonly Uint8Array[];
+}
+
+export interface NativeOutcome {
+  readonly results: readonly Uint8Array[];
+  /** Whether it ran as one CUDA graph. */
+  readonly replayed: boolean;
+  /** Why it could not be captured, or "". */
+  readonly notCaptured: string;
+}
+
+/** A submission under way. `cancel` stops it before its next launch. */
+export interface NativeRun extends NativeTask<NativeOutcome> {
+  /** [sync] Takes it out of the queue if it has not begun; its promise then rejects with "CANCELLED". */
+  withdraw(): boolean;
+}
+
+/** Device memory that lasts from one submission to the next: zeros before the first. */
+export interface NativeRegisters {
+  /**
+   * [async] Queues instructions behind all that were submitted before, to any registers. Wrong operands are refused
+   * before the first launch. After a submission that failed, later ones to the same registers reject with "CANCELLED".
+   * @param onReports launches that have finished, in order; must not throw
+   */
+  submit(submission: NativeSubmission, onReports: (reports: readonly NativeLaunchReport[]) => void): NativeRun;
+  /** [sync] Freed once the last submission has ended. */
+  release(): void;
+}
+
+export interface NativeEngine {
+  readonly id: number;
+  readonly tensors: readonly { readonly name: string; readonly input: boolean; readonly dtype: "float32" | "int64" }[];
+  /** Dimensions of every tensor, profile by profile; empty for outputs, which `prepare` tells. */
+  readonly profiles: readonly (readonly (readonly number[])[])[];
+  /** Scratch memory of a launch in each profile. */
+  readonly scratchBytes: readonly number[];
+  readonly planBytes: number;
+  /** [sync] Submissions that name it still run; its memory is freed with its last user in the process. */
+  release(): void;
+}
+
+export interface NativeExecutorStatistics {
+  readonly launches: number;
+  readonly submissions: number;
+  readonly replays: number;
+  readonly engines: number;
+  readonly deviceBytes: number;
+  readonly pinnedBytes: number;
+  /** Time that the executor's own threads have spent awake. */
+  readonly busySeconds: number;
+}
+
+/** The process's executor for one device: see native/core/executor.h. Every handle has to be closed. */
+export interface NativeExecutor {
+  readonly device: NativeDevice;
+  /** [async] Loads a plan, or finds it loaded. `identity` as `fileIdentity` says: a file that changed is refused. */
+  load(plan: string, identity: string): NativeTask<NativeEngine>;
+  /** [async] Makes an engine ready for one profile, and tells the dimensions of all tensors in it. */
+  prepare(engine: number, profile: number): NativeTask<readonly (readonly number[])[]>;
+  /** [sync] Allocated when the first submission begins. */
+  registers(bytes: number): NativeRegisters;
+  /** [async] The device's memory, in bytes. */
+  memory(): NativeTask<{ readonly free: number; readonly total: number }>;
+  /** [sync] */
+  statistics(): NativeExecutorStatistics;
+  /** [async] Releases the handle and its engines; resolves when what was released has been freed. */
+  close(): NativeTask<void>;
+}
+
 /** What the functions below reject with. `code` is stable. */
 export interface NativeError extends Error {
   readonly code:
@@ -88,12 +200,24 @@ export interface NativeError extends Error {
     | "WEIGHTS_CHANGED"
     | "PARSE"
     | "BUILD"
+    | "PLAN"
+    | "PLAN_CHANGED"
+    | "DEVICE_MEMORY"
+    | "DEVICE_LOST"
+    | "LAUNCH"
+    | "NOT_FINITE"
     | "CANCELLED"
     | "OUT_OF_MEMORY"
     | "IO"
     | "INTERNAL";
   readonly path?: string;
   readonly errno?: number;
+  /** Bytes, where memory ran out. */
+  readonly needed?: number;
+  readonly available?: number;
+  /** The launch that failed, within its submission, and the tensor of its engine that is meant. */
+  readonly launch?: number;
+  readonly operand?: number;
   /** What the library logged as errors. */
   readonly log: readonly string[];
   readonly complaints: readonly {
@@ -130,6 +254,11 @@ export interface Addon {
     request: NativeBuildRequest,
     onProgress: (progress: NativeBuildProgress) => void,
   ): NativeTask<NativeBuildResult>;
+  /**
+   * [async] The executor for a device by its number, shared in the process. Rejects with "NO_DRIVER", "NO_DEVICE",
+   * "INVALID" (no such device), "DEVICE_LOST", "CUDA".
+   */
+  openExecutor(library: string, parser: string, ordinal: number): NativeTask<NativeExecutor>;
   /**
    * [sync] Locks a file among processes and threads, creating it; null while somebody else holds it. The kernel releases
    * the lock of a process that dies. @returns a function that releases it and removes the file

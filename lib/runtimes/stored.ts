@@ -5,8 +5,8 @@
  */
 
 import { open } from "node:fs/promises";
-import type { StoredConstant } from "../../program.js";
-import { bytesPerElement, type StoredDType } from "../../tensor.js";
+import type { StoredConstant } from "../program.js";
+import { bytesPerElement, type StoredDType } from "../tensor.js";
 
 const keptConstants = 4;
 

@@ -1,0 +1,506 @@
+/**
+ * TensorRT and TensorRT-RTX: programs on a GPU. Graphs become engines at their first launch, from the cache where it
+ * holds them; a program becomes one submission to the native executor, which runs it without asking JavaScript again.
+ * This side keeps the order of programs, the engines that are loaded, and the names in every error.
+ */
+
+import { DeviceLostError, DisposedError, MemoryError, RuntimeError } from "../../errors.js";
+import type { Logger } from "../../options.js";
+import type { Launch, Program, Register } from "../../program.js";
+import type { Tensor } from "../../tensor.js";
+import type { CompilableGraph, LaunchReport, OpenProgram, ProgramPart, RunOptions, Runtime } from "../runtime.js";
+import { StoredConstants } from "../stored.js";
+import { validateProgram } from "../validate.js";
+import type {
+  Addon,
+  NativeEngine,
+  NativeError,
+  NativeExecutor,
+  NativeExecutorStatistics,
+  NativeRegisters,
+  NativeRun,
+  NativeSubmission,
+  TensorRtKind,
+} from "./addon.js";
+import type { ProfileShapes } from "./compile.js";
+import { explainDevice, explainEngine, explainRun } from "./failures.js";
+import { layOutRegisters, layOutSubmission, type ProfiledEngine, type RegisterLayout, tensorOf } from "./layout.js";
+
+/** Where plans come from: `EngineCompiler`, or in tests whatever stands in for it. */
+export interface EngineSource {
+  /**
+   * A verified plan with a profile for each of `profiles`; one that has those of `kept` too is better, since an engine's
+   * weights are on the device once however many profiles it has.
+   * @param identity of the file, as `fileIdentity` says
+   */
+  engineFor(
+    graph: CompilableGraph,
+    profiles: readonly ProfileShapes[],
+    kept: readonly ProfileShapes[],
+    signal: AbortSignal,
+  ): Promise<{ readonly plan: string; readonly identity: string }>;
+}
+
+export interface TensorRtRuntimeOptions {
+  readonly kind: TensorRtKind;
+  readonly addon: Addon;
+  /** Files, or names for the loader. */
+  readonly library: string;
+  readonly parser: string;
+  readonly engines: EngineSource;
+  /** Replays each program as one CUDA graph from its second run on: the least latency, but no stop between launches. */
+  readonly capture?: boolean | undefined;
+  readonly logger?: Logger | undefined;
+}
+
+/** Programs whose CUDA graphs are kept. */
+const keptGraphs = 4;
+
+interface LoadedEngine {
+  readonly native: NativeEngine;
+  /** Input shapes, profile by profile, and the profiles by those. */
+  readonly shapes: readonly ProfileShapes[];
+  readonly profiles: ReadonlyMap<string, number>;
+  /** Shapes of all tensors in the profiles that are ready. */
+  readonly prepared: Map<number, readonly (readonly number[])[]>;
+}
+
+/** A program, or a part of one, that waits or runs. */
+interface Job {
+  readonly options: RunOptions;
+  /** Whether disposal waits for it. */
+  begun: boolean;
+  run: NativeRun | null;
+  /** Why it was stopped, where that was this side's doing. */
+  stopped: { readonly reason: unknown } | null;
+}
+
+/** What a job runs. */
+interface Prepared {
+  readonly executor: NativeExecutor;
+  readonly registers: NativeRegisters;
+  readonly layout: RegisterLayout;
+  readonly submission: NativeSubmission;
+  readonly launches: readonly Launch[];
+  readonly engineOf: (launch: Launch) => ProfiledEngine;
+  readonly results: readonly string[];
+  /** Called when it has ended. */
+  readonly done: (failed: boolean) => void;
+}
+
+export class TensorRtRuntime implements Runtime, AsyncDisposable {
+  readonly name: TensorRtKind;
+  readonly #options: TensorRtRuntimeOptions;
+  readonly #graphs = new Map<string, CompilableGraph>();
+  readonly #stored = new StoredConstants();
+  readonly #jobs = new Set<Job>();
+  readonly #closing = new AbortController();
+  readonly #whenIdle: (() => void)[] = [];
+  #opening: Promise<NativeExecutor> | null = null;
+  #executor: NativeExecutor | null = null;
+  /** Of the present executor. */
+  #engines = new Map<string, LoadedEngine>();
+  /** Registers of programs that have a CUDA graph, the least recently used first. */
+  #captured = new Map<string, NativeRegisters>();
+  /** Ends when everything before has been submitted. */
+  #turn: Promise<unknown> = Promise.resolve();
+  /** Ends with the program submitted last. */
+  #last: Promise<unknown> = Promise.resolve();
+  #warnedOfCapture = false;
+  #disposed: Promise<void> | null = null;
+
+  constructor(options: TensorRtRuntimeOptions) {
+    this.#options = options;
+    this.name = options.kind;
+  }
+
+  /** Opens the device. @throws RuntimeUnavailableError if there is none, DeviceLostError, DisposedError */
+  async start(): Promise<{ readonly device: NativeExecutor["device"] }> {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    return { device: (await this.#open()).device };
+  }
+
+  add(graph: CompilableGraph): void {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    this.#graphs.set(graph.name, graph);
+    this.#release(graph.name);
+  }
+
+  has(name: string): boolean {
+    return this.#graphs.has(name);
+  }
+
+  /**
+   * @throws RuntimeError for a program that cannot run, CompileError, MemoryError (GPU or host), LaunchError,
+   *   NotFiniteError, DeviceLostError, RuntimeUnavailableError, DisposedError, or `signal.reason`
+   */
+  async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    options.signal?.throwIfAborted();
+    validateProgram(program, (name) => this.has(name));
+    return this.#execute(options, (signal) => this.#prepare(program, signal));
+  }
+
+  open(registers: Readonly<Record<string, Register>>): OpenProgram {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    const layout = layOutRegisters(registers);
+    const parts = new Set<Promise<unknown>>();
+    let native: NativeRegisters | null = null;
+    let executor: NativeExecutor | null = null;
+    let written: ReadonlySet<string> = new Set();
+    let closed = false;
+    const submit = async (part: ProgramPart, options: RunOptions = {}) => {
+      if (this.#disposed || closed) throw new DisposedError(closed ? "This program" : "This runtime");
+      options.signal?.throwIfAborted();
+      written = validateProgram({ ...part, registers }, (name) => this.has(name), written);
+      return this.#execute(options, async (signal) => {
+        const present = await this.#open();
+        if (executor !== null && present !== executor)
+          throw new RuntimeError(
+            "This program cannot go on: the GPU was lost, and its registers with it. Open another.",
+          );
+        executor = present;
+        const constants = await this.#constants(part);
+        const engineOf = await this.#ready(present, { ...part, registers }, constants, signal);
+        const submission = layOutSubmission(part, layout, constants, engineOf, false);
+        native ??= present.registers(layout.bytes);
+        return {
+          executor: present,
+          registers: native,
+          layout,
+          submission,
+          engineOf,
+          ...launchesOf(part),
+          done: () => undefined,
+        };
+      });
+    };
+    return {
+      submit: (part, options) => {
+        const running = submit(part, options);
+        const ended = running.catch(() => undefined).finally(() => parts.delete(ended));
+        parts.add(ended);
+        return running;
+      },
+      close: async () => {
+        closed = true;
+        await Promise.all(parts);
+        native?.release();
+        native = null;
+      },
+    };
+  }
+
+  async unload(graphs: readonly string[]): Promise<void> {
+    // After what was submitted so far: an engine is not taken from a program that is about to launch it.
+    const turn = this.#turn.then(() => {
+      for (const name of graphs) this.#release(name);
+    });
+    this.#turn = turn;
+    await turn;
+  }
+
+  /** Counters of the process's executor, which all runtimes on the device share; null before the first run. */
+  statistics(): NativeExecutorStatistics | null {
+    return this.#executor?.statistics() ?? null;
+  }
+
+  dispose(): Promise<void> {
+    this.#disposed ??= (async () => {
+      const reason = new DisposedError("This runtime");
+      this.#closing.abort(reason);
+      // What has not begun goes; what runs may end.
+      for (const job of this.#jobs) if (job.run?.withdraw()) job.stopped ??= { reason };
+      while (this.#jobs.size > 0) await new Promise<void>((resolve) => this.#whenIdle.push(resolve));
+      await this.#turn;
+      await this.#opening?.catch(() => undefined);
+      if (this.#executor) await this.#drop(this.#executor);
+      this.#graphs.clear();
+    })();
+    return this.#disposed;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.dispose();
+  }
+
+  /** Prepares and submits in the order of the calls, then waits for the end. */
+  #execute(options: RunOptions, prepare: (signal?: AbortSignal) => Promise<Prepared>): Promise<Record<string, Tensor>> {
+    const { signal } = options;
+    const job: Job = { options, begun: this.#jobs.size === 0, run: null, stopped: null };
+    this.#jobs.add(job);
+    const submitted = this.#turn.then(async () => {
+      if (!job.begun) this.#closing.signal.throwIfAborted();
+      job.begun = true;
+      signal?.throwIfAborted();
+      const prepared = await prepare(signal);
+      if (signal?.aborted) prepared.done(true);
+      signal?.throwIfAborted();
+      const outcome = this.#submit(job, prepared, this.#last);
+      this.#last = outcome.catch(() => undefined);
+      return { outcome };
+    });
+    this.#turn = submitted.catch(() => undefined);
+    const outcome = submitted.then(({ outcome }) => outcome);
+    void outcome
+      .catch(() => undefined)
+      .then(() => {
+        this.#jobs.delete(job);
+        if (this.#jobs.size === 0) for (const resolve of this.#whenIdle.splice(0)) resolve();
+      });
+    // An abort that comes before the submission is answered at once, whatever the preparation is still at.
+    return untilAborted(submitted, signal).then(() => outcome);
+  }
+
+  /** @param before ends with the program before: they end in order, but may be heard of in another */
+  async #submit(job: Job, prepared: Prepared, before: Promise<unknown>): Promise<Record<string, Tensor>> {
+    const { signal, onLaunch } = job.options;
+    const { executor, registers, layout, submission, launches, engineOf, results, done } = prepared;
+    if (this.#executor !== executor)
+      throw new DeviceLostError("The GPU was lost before this program began. Try again.");
+    const read = (names: readonly string[], values: readonly Uint8Array[]) =>
+      Object.fromEntries(names.map((name, index) => [name, tensorOf(layout.registers[name]!, values[index]!)]));
+    const run = registers.submit(submission, (reports) => {
+      for (const { launch: index, milliseconds, values } of reports) {
+        if (job.stopped || signal?.aborted) return;
+        const launch = launches[index]!;
+        const report: LaunchReport = { launch, index, milliseconds, values: read(launch.reported ?? [], values) };
+        try {
+          onLaunch?.(report);
+        } catch (reason) {
+          job.stopped = { reason };
+          run.cancel();
+        }
+      }
+    });
+    job.run = run;
+    signal?.addEventListener("abort", run.cancel);
+    if (signal?.aborted) run.cancel();
+    let failed = true;
+    try {
+      const outcome = await run.promise;
+      await before;
+      if (outcome.notCaptured && !this.#warnedOfCapture) {
+        this.#warnedOfCapture = true;
+        this.#options.logger?.warn?.(
+          `This program runs launch by launch, not as one CUDA graph: ${outcome.notCaptured}.`,
+        );
+      }
+      // The caller's own reasons come first, whatever became of the last launch.
+      if (job.stopped) throw job.stopped.reason;
+      signal?.throwIfAborted();
+      failed = false;
+      return read(results, outcome.results);
+    } catch (error) {
+      if (job.stopped) throw job.stopped.reason;
+      if (signal?.aborted) throw signal.reason;
+      if (!isNative(error)) throw error;
+      if (error.code === "DEVICE_LOST" && this.#executor === executor) void this.#drop(executor);
+      throw explainRun(error, launches, (launch) => engineOf(launch).engine);
+    } finally {
+      signal?.removeEventListener("abort", run.cancel);
+      done(failed);
+    }
+  }
+
+  async #prepare(program: Program, signal: AbortSignal | undefined): Promise<Prepared> {
+    const executor = await this.#open();
+    const constants = await this.#constants(program);
+    const engineOf = await this.#ready(executor, program, constants, signal);
+    const layout = layOutRegisters(program.registers, program.results);
+    const capture = this.#options.capture ?? false;
+    const submission = layOutSubmission(program, layout, constants, engineOf, capture);
+    const parts = { executor, layout, submission, engineOf, ...launchesOf(program) };
+    if (!capture) {
+      const registers = executor.registers(layout.bytes);
+      return { ...parts, registers, done: () => registers.release() };
+    }
+
+    // The graph of a program lives in its registers: the same instructions get the same ones.
+    const key = JSON.stringify([submission.constants.length, submission.instructions, submission.results]);
+    const registers = this.#captured.get(key) ?? executor.registers(layout.bytes);
+    this.#captured.delete(key);
+    this.#captured.set(key, registers);
+    for (const [oldest, others] of this.#captured) {
+      if (this.#captured.size <= keptGraphs) break;
+      others.release();
+      this.#captured.delete(oldest);
+    }
+    const done = (failed: boolean) => {
+      if (!failed || this.#captured.get(key) !== registers) return;
+      registers.release();
+      this.#captured.delete(key);
+    };
+    return { ...parts, registers, done };
+  }
+
+  async #constants(program: Pick<Program, "constants">): Promise<ReadonlyMap<string, Tensor>> {
+    const tensors = new Map<string, Tensor>();
+    for (const [name, constant] of Object.entries(program.constants)) {
+      if (constant.kind === "value") {
+        tensors.set(name, constant.tensor);
+        continue;
+      }
+      try {
+        tensors.set(name, { dtype: "float32", shape: constant.shape, data: await this.#stored.read(constant) });
+      } catch (error) {
+        throw new RuntimeError(
+          `The constant "${name}" (tensor ${constant.source.name}) cannot be read: ${(error as Error).message}`,
+          { cause: error },
+        );
+      }
+    }
+    return tensors;
+  }
+
+  /** Loads the engines of a program's launches and makes their profiles ready. */
+  async #ready(
+    executor: NativeExecutor,
+    program: Pick<Program, "registers" | "instructions">,
+    constants: ReadonlyMap<string, Tensor>,
+    signal: AbortSignal | undefined,
+  ): Promise<(launch: Launch) => ProfiledEngine> {
+    const shapesOf = (launch: Launch): ProfileShapes =>
+      Object.fromEntries(
+        Object.entries(launch.inputs).map(([input, name]) => [
+          input,
+          (constants.get(name) ?? program.registers[name]!).shape,
+        ]),
+      );
+    const launches = program.instructions.filter((instruction) => instruction.op === "launch");
+    const graphs = new Set(launches.map(({ graph }) => graph));
+    for (const graph of graphs) {
+      const needed = new Map<string, ProfileShapes>();
+      for (const launch of launches)
+        if (launch.graph === graph) needed.set(shapesKey(shapesOf(launch)), shapesOf(launch));
+      const engine = await this.#engine(executor, graph, [...needed.values()], graphs, signal);
+      for (const key of needed.keys()) {
+        const profile = engine.profiles.get(key);
+        if (profile === undefined || engine.prepared.has(profile)) continue;
+        signal?.throwIfAborted();
+        const shapes = await executor.prepare(engine.native.id, profile).promise.catch((error: NativeError) => {
+          if (error.code === "DEVICE_LOST") void this.#drop(executor);
+          throw explainEngine(error, graph);
+        });
+        engine.prepared.set(profile, shapes);
+      }
+    }
+    // As they are now: others may load and release engines before this program has ended.
+    const engines = new Map([...graphs].map((graph) => [graph, this.#engines.get(graph)!]));
+    return (launch) => {
+      const { native, profiles, prepared } = engines.get(launch.graph)!;
+      const shapes = shapesOf(launch);
+      const profile = profiles.get(shapesKey(shapes));
+      if (profile === undefined)
+        throw new RuntimeError(
+          `The graph "${launch.graph}" (${launch.label.name}) failed: its engine has no profile for the inputs ${describe(shapes)}.`,
+        );
+      return { engine: native, profile, shapes: prepared.get(profile)! };
+    };
+  }
+
+  async #engine(
+    executor: NativeExecutor,
+    name: string,
+    needed: readonly ProfileShapes[],
+    using: ReadonlySet<string>,
+    signal: AbortSignal | undefined,
+  ): Promise<LoadedEngine> {
+    const present = this.#engines.get(name);
+    if (present && needed.every((shapes) => present.profiles.has(shapesKey(shapes)))) return present;
+    const graph = this.#graphs.get(name)!;
+    // Disposal does not wait for a build.
+    const stop = signal ? AbortSignal.any([signal, this.#closing.signal]) : this.#closing.signal;
+    const { plan, identity } = await this.#options.engines.engineFor(graph, needed, present?.shapes ?? [], stop);
+    signal?.throwIfAborted();
+    // The old one makes room first: its weights are the same.
+    this.#release(name);
+    const load = () =>
+      executor.load(plan, identity).promise.catch((error: NativeError) => {
+        if (error.code === "DEVICE_LOST") void this.#drop(executor);
+        throw explainEngine(error, name);
+      });
+    const native = await load().catch((error) => {
+      // What this program does not launch may go; it comes back from the cache when it is launched again.
+      const others = [...this.#engines.keys()].filter((other) => !using.has(other));
+      if (!(error instanceof MemoryError) || others.length === 0) throw error;
+      this.#options.logger?.warn?.(`To make room for ${name}, the GPU lets go of ${others.join(", ")}.`);
+      for (const other of others) this.#release(other);
+      return load();
+    });
+    const shapes = native.profiles.map((dimensions) =>
+      Object.fromEntries(
+        native.tensors.flatMap(({ name: tensor, input }, index) => (input ? [[tensor, dimensions[index]!]] : [])),
+      ),
+    );
+    const profiles = new Map(shapes.map((profile, index) => [shapesKey(profile), index]));
+    const loaded: LoadedEngine = { native, shapes, profiles, prepared: new Map() };
+    this.#engines.set(name, loaded);
+    return loaded;
+  }
+
+  #release(name: string): void {
+    const engine = this.#engines.get(name);
+    if (!engine) return;
+    engine.native.release();
+    this.#engines.delete(name);
+    // Their CUDA graphs launch engines that may be gone.
+    for (const registers of this.#captured.values()) registers.release();
+    this.#captured.clear();
+  }
+
+  #open(): Promise<NativeExecutor> {
+    const { addon, library, parser, kind } = this.#options;
+    this.#opening ??= addon.openExecutor(library, parser, 0).promise.then(
+      (executor) => {
+        this.#executor = executor;
+        return executor;
+      },
+      (error: NativeError) => {
+        this.#opening = null;
+        throw explainDevice(error, kind);
+      },
+    );
+    return this.#opening;
+  }
+
+  /** Lets go of a device; the next run opens it anew. */
+  async #drop(executor: NativeExecutor): Promise<void> {
+    if (this.#executor !== executor) return;
+    this.#executor = null;
+    this.#opening = null;
+    for (const registers of this.#captured.values()) registers.release();
+    this.#captured = new Map();
+    for (const { native } of this.#engines.values()) native.release();
+    this.#engines = new Map();
+    await executor.close().promise;
+  }
+}
+
+function launchesOf({ instructions, results }: Pick<Program, "instructions" | "results">) {
+  return { launches: instructions.filter((instruction) => instruction.op === "launch"), results };
+}
+
+function shapesKey(shapes: ProfileShapes): string {
+  return describe(Object.fromEntries(Object.entries(shapes).sort(([a], [b]) => (a < b ? -1 : 1))));
+}
+
+function describe(shapes: ProfileShapes): string {
+  return Object.entries(shapes)
+    .map(([name, shape]) => `${name} [${shape}]`)
+    .join(", ");
+}
+
+function isNative(error: unknown): error is NativeError {
+  return error instanceof Error && typeof (error as NativeError).code === "string" && "log" in error;
+}
+
+/** `promise`, or a rejection with `signal.reason` as soon as the signal aborts. */
+function untilAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise;
+  return new Promise((resolve, reject) => {
+    const abort = () => reject(signal.reason);
+    signal.addEventListener("abort", abort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
+}

@@ -1,0 +1,23 @@
+// The runtimes tensorrt and tensorrt-rtx on the simulated device: what every runtime must do, and what only these can do
+// wrong.
+import { afterEach, describe, expect, vi } from "vitest";
+import { addGraphs, describeRuntime } from "../runtimes/contract.js";
+import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
+import { temporaryFolder } from "./support.js";
+
+const folder = temporaryFolder();
+const opened: { dispose(): Promise<void> }[] = [];
+afterEach(async () => {
+  await Promise.all(opened.splice(0).map((runtime) => runtime.dispose()));
+  expect(simulated.violation()).toBe("");
+  await vi.waitFor(() => expect(leftOver()).toEqual({}));
+});
+
+describe.each(["tensorrt", "tensorrt-rtx"] as const)("%s", (kind) => {
+  describeRuntime(() => {
+    const runtime = simulatedRuntime(kind, new SimulatedEngines(folder));
+    addGraphs(runtime);
+    opened.push(runtime);
+    return runtime;
+  });
+});
