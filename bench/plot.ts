@@ -34,9 +34,9 @@ export interface Chart {
   readonly series: readonly Series[];
 }
 
-const width = 820;
+const width = 900;
 const height = 500;
-const frame = { left: 70, right: 210, top: 50, bottom: 60 };
+const frame = { left: 70, right: 280, top: 50, bottom: 60 };
 /** Okabe and Ito's colours, which colour-blind readers tell apart. */
 const inks = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31"];
 

@@ -142,6 +142,7 @@ function findings(): string {
     .map((two) => {
       const rival = ones.filter(({ ratio }) => ratio.median <= two.ratio.median * 1.05);
       const best = rival.reduce<Row | null>((a, b) => (a && a.score.shapes >= b.score.shapes ? a : b), null);
+      if (!best) return `- ${two.name} is faster than every single stage here.`;
       const [low, high] = shareInterval(two.score.shapes, captions);
       const [rivalLow, rivalHigh] = shareInterval(best.score.shapes, captions);
       const unclear = `no difference that ${captions} captions could show`;
