@@ -8,7 +8,7 @@
 
 import path from "node:path";
 import { parseArgs } from "node:util";
-import { FlowTurbo, type Picture } from "flowturbo";
+import { FlowTurbo, type RgbPicture } from "flowturbo";
 import sharp from "sharp";
 import { report, root, spread } from "./support.js";
 
@@ -37,7 +37,7 @@ const mask = {
 };
 
 /** Mean absolute difference across both edges of the mask, in grey levels. */
-function seam({ data }: Picture): number {
+function seam({ data }: RgbPicture): number {
   let sum = 0;
   for (const x of [left - 1, right - 1])
     for (let y = 0; y < side; y++)
@@ -52,12 +52,12 @@ const seams: Record<string, number[]> = {
   original: [],
   ...Object.fromEntries(Object.keys(ways).map((way) => [way, []])),
 };
-const gallery: Picture[][] = [];
+const gallery: RgbPicture[][] = [];
 for (let k = 0; k < count; k++) {
   const prompt = captions[k % captions.length]!;
   const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 2 })).images[0]!;
   seams.original!.push(seam(original));
-  const row: Picture[] = [original, mask];
+  const row: RgbPicture[] = [original, mask];
   for (const [way, blocks] of Object.entries(ways)) {
     const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 2 };
     const painted = (await model.generate({ prompt, blocks, seed: 500 + k, ...edit })).images[0]!;
