@@ -31,10 +31,11 @@ for (const size of [64, 128, 256]) {
   const tensor = (...shape: number[]) =>
     new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(0.1), shape);
   const { jointAttentionDim, pooledProjectionDim, numAttentionHeads, attentionHeadDim } = checkpoint.transformer.config;
+  const channels = checkpoint.vae.config.latentChannels;
   const tokens = checkpoint.tokenizer!.maxLength + checkpoint.tokenizer3!.maxLength;
   let feeds: Record<string, ort.Tensor> = {
-    x: tensor(1, 16, side, side),
-    velocity: tensor(2, 16, side, side),
+    x: tensor(1, channels, side, side),
+    velocity: tensor(2, channels, side, side),
     context: tensor(2, tokens, jointAttentionDim),
     pooled: tensor(2, pooledProjectionDim),
     position_embedding: tensor(1, (side / 2) ** 2, numAttentionHeads * attentionHeadDim),

@@ -23,7 +23,18 @@ export type {
   LoadOptions,
   LoadProgress,
   Logger,
+  Picture,
+  PictureSource,
+  RgbPicture,
+  Stage,
   StepEvent,
 } from "./options.js";
-export { embeddedModel, FlowTurbo, type GenerateResult, type RuntimeChoice, type Timings } from "./pipeline.js";
+export {
+  embeddedModel,
+  FlowTurbo,
+  type GenerateResult,
+  type RuntimeChoice,
+  type StageResult,
+  type Timings,
+} from "./pipeline.js";
 export type { FloatTensor, IntTensor, Tensor } from "./tensor.js";

@@ -648,7 +648,7 @@ function stepReporter(
 }
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */
-function positionCrop(network: Checkpoint["transformer"], latentShape: readonly number[]): StoredConstant {
+export function positionCrop(network: Checkpoint["transformer"], latentShape: readonly number[]): StoredConstant {
   const { patchSize, posEmbedMaxSize: side } = network.config;
   const width = mmditWidth(network.config);
   const rows = latentShape[2]! / patchSize;

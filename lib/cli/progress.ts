@@ -16,7 +16,8 @@ export interface Progress {
 const silent: Progress = { show: () => undefined, keep: () => undefined, clear: () => undefined };
 
 export function createProgress(enabled: boolean): Progress {
-  if (!enabled || !process.stderr.isTTY) return silent;
+  // A terminal that does not know its width (0 columns, as under script(1)) would have ora clear endless lines.
+  if (!enabled || !process.stderr.isTTY || !process.stderr.columns) return silent;
   // discardStdin would put the terminal into raw mode, where Ctrl-C is no signal.
   const spinner = ora({ stream: process.stderr, discardStdin: false });
   return {

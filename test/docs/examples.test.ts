@@ -1,11 +1,54 @@
 // What the documents show, run as a reader would run it.
 import { type ChildProcess, spawn } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { root } from "../support/fixtures.js";
+
+/** The blocks of JavaScript in a document. */
+const samplesOf = (markdown: string) => [...markdown.matchAll(/```js\n([\s\S]*?)```/g)].map((match) => match[1]!);
+
+/** Runs a sample in a folder of its own, then `check` on what it left there. */
+async function runSample(sample: string, check?: (folder: string) => Promise<void>): Promise<void> {
+  const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-sample-"));
+  try {
+    // The reader's checkpoint is not here: the embedded model stands in for it.
+    const code = sample
+      .replace('"./stable-diffusion-3.5-medium"', "undefined")
+      .replace('"flowturbo"', JSON.stringify(path.join(root, "dist/index.js")));
+    writeFileSync(path.join(folder, "sample.mjs"), code);
+    const child = spawn(process.execPath, ["sample.mjs"], { cwd: folder, stdio: ["ignore", "ignore", "inherit"] });
+    expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(0);
+    await check?.(folder);
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+describe("docs/guides", () => {
+  const guides = readdirSync(path.join(root, "docs/guides"));
+  const samples = guides.flatMap((guide) =>
+    samplesOf(readFileSync(path.join(root, "docs/guides", guide), "utf8")).map((code, at) => ({ guide, at, code })),
+  );
+
+  it.each(samples)("$guide shows code that runs ($at)", ({ code }) => runSample(code));
+
+  it("links to files that exist", () => {
+    const documents = [
+      ...guides.map((guide) => `docs/guides/${guide}`),
+      "README.md",
+      "ARCHITECTURE.md",
+      "CONTRIBUTING.md",
+    ];
+    for (const document of documents) {
+      const text = readFileSync(path.join(root, document), "utf8");
+      for (const [, link] of text.matchAll(/\]\((?!https?:|#)([^)#]+)/g))
+        expect(existsSync(path.join(root, path.dirname(document), link!)), `${document}: ${link}`).toBe(true);
+    }
+  });
+});
 
 describe("examples/service.js", () => {
   let child: ChildProcess;
@@ -67,20 +110,10 @@ describe("README.md", () => {
   });
 
   it("shows code that runs", async () => {
-    const [sample] = [...readme.matchAll(/```js\n([\s\S]*?)```/g)].map((match) => match[1]!);
-    const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-readme-"));
-    try {
-      // The reader's checkpoint is not here: the embedded model stands in for it.
-      const code = sample!
-        .replace('"./stable-diffusion-3.5-medium"', "")
-        .replace('"flowturbo"', JSON.stringify(path.join(root, "dist/index.js")));
-      writeFileSync(path.join(folder, "sample.mjs"), code);
-      const child = spawn(process.execPath, ["sample.mjs"], { cwd: folder, stdio: "inherit" });
-      expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(0);
+    const [sample] = samplesOf(readme);
+    await runSample(sample!, async (folder) => {
       expect((await sharp(path.join(folder, "lighthouse.png")).metadata()).format).toBe("png");
-    } finally {
-      rmSync(folder, { recursive: true, force: true });
-    }
+    });
   });
 
   it("names every option and error code", async () => {

@@ -410,6 +410,7 @@ describeEngines("a cache folder", () => {
     const file = path.join(temporaryFolder(), "file");
     writeFileSync(file, "");
     await expect(open(path.join(file, "cache"))).rejects.toThrow(CacheError);
+    await expect(open("/proc/flowturbo/cache")).rejects.toThrow(/Cannot create the cache/);
     const wide = temporaryFolder();
     mkdirSync(path.join(wide, "engines"));
     chmodSync(path.join(wide, "engines"), 0o755);

@@ -12,12 +12,13 @@
 
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { type FileHandle, lstat, mkdir, open, readdir, rename, rm, writeFile } from "node:fs/promises";
+import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
 import { CacheError } from "../../errors.js";
+import { makeFolders } from "../../folders.js";
 import type { Addon } from "./addon.js";
 import { DigestMemory, hashFile } from "./digests.js";
 
@@ -99,10 +100,7 @@ export class EngineCache {
     const base = path.resolve(folder);
     const engines = enginesFolder(folder);
     try {
-      await mkdir(base, { recursive: true, mode: 0o700 });
-      await mkdir(engines, { mode: 0o700 }).catch((error: NodeJS.ErrnoException) => {
-        if (error.code !== "EEXIST") throw error;
-      });
+      await makeFolders(engines, [], 0o700);
     } catch (cause) {
       throw new CacheError(
         engines,

@@ -1,0 +1,458 @@
+/**
+ * Quality against cost, for every sampler, on the embedded model: held-out captions at fixed seeds, judged by rule
+ * (bench/shapes/detector.ts), by a Fréchet distance to exact renders, and by PSNR against a reference of 100 evaluations from
+ * the same noise. The product's samplers run through its public API, the others (bench/shapes/baselines.ts) on the same graphs
+ * and the same runtime. Work is done caption shard by caption shard, every sampler in turn, and kept in
+ * bench/.work/quality: a run that was stopped goes on, and `--part 1/4` does a quarter of the shards, so that several
+ * machines or processes can share the work (copy the folders together, then run without `--part`).
+ *
+ *   npm run bench:quality -- [--quick] [--captions 1000] [--guidance 2] [--size 64] [--part 1/4] [--only H1P]
+ */
+
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import path from "node:path";
+import { parseArgs } from "node:util";
+import { FlowTurbo, type GenerateOptions } from "flowturbo";
+import { shiftedGrid } from "../lib/schedule/index.js";
+import { svg } from "./plot.js";
+import { dpmSolver2M, euler, reusing, type Values, type Velocity } from "./shapes/baselines.js";
+import { judge, score, type Verdict } from "./shapes/detector.js";
+import { Direct } from "./shapes/direct.js";
+import { Features, frechetDistance } from "./shapes/frechet.js";
+import { shareInterval } from "./shapes/pictures.js";
+import { caption, drawScenes, type Pixels, randomNumbers, render } from "./shapes/world.js";
+import { environment, report, root, spread } from "./support.js";
+
+const { values: flags } = parseArgs({
+  options: {
+    quick: { type: "boolean", default: false },
+    captions: { type: "string" },
+    guidance: { type: "string", default: "2" },
+    size: { type: "string" },
+    part: { type: "string", default: "1/1" },
+    only: { type: "string" },
+  },
+});
+const model = await FlowTurbo.load();
+const direct = await Direct.open();
+const count = Number(flags.captions ?? (flags.quick ? 100 : 1000));
+const guidance = Number(flags.guidance);
+const size = Number(flags.size ?? model.nativeSize.width);
+const [part, parts] = flags.part.split("/").map(Number) as [number, number];
+const shardSize = 25;
+const shards = Math.ceil(count / shardSize);
+const modelShift = direct.checkpoint.scheduler.shift;
+
+// ── The samplers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface Sampler {
+  readonly name: string;
+  readonly family: string;
+  /** Guided evaluations of the predictor. */
+  readonly evaluations: number;
+  /** By the public API, or on a velocity. */
+  readonly options?: Omit<GenerateOptions, "prompt" | "seed">;
+  readonly run?: (velocity: Velocity, noise: Values) => Promise<Values>;
+}
+
+const api = (
+  family: string,
+  name: string,
+  evaluations: number,
+  options: Omit<GenerateOptions, "prompt" | "seed">,
+): Sampler => ({
+  ...{ name, family, evaluations, options },
+});
+const other = (family: string, name: string, evaluations: number, run: Required<Sampler>["run"]): Sampler => ({
+  ...{ name, family, evaluations, run },
+});
+const written = (blocks: string) =>
+  [...blocks.matchAll(/(.)\1*/g)].map(([run, letter]) => `${letter}${run!.length}`).join("");
+const evaluationsOf = (blocks: string) =>
+  [...blocks].reduce((sum, block) => sum + { E: 1, H: 2, P: 1, R: 0 }[block as "E"], 0);
+const blocksOf = (h: number, p: number, r: number) => "H".repeat(h) + "P".repeat(p) + "R".repeat(r);
+
+const reference = api("reference", "H50", 100, { blocks: "H50" });
+
+function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
+  const turbo = (family: string, h: number, p: number, r: number) => {
+    const blocks = blocksOf(h, p, r);
+    return api(family, written(blocks), evaluationsOf(blocks), { blocks });
+  };
+  const reuse = (h: number, p: number, r: number) => {
+    const blocks = blocksOf(h, p, r);
+    const grid = shiftedGrid(blocks.length, modelShift);
+    return other("R that reuses", `${written(blocks)} reused`, evaluationsOf(blocks), (velocity, noise) =>
+      reusing(velocity, noise, blocks, grid),
+    );
+  };
+  const withR = [[1, 1, 1], [1, 2, 1], [1, 3, 1], [1, 3, 2], [1, 4, 1], [1, 5, 1], [1, 5, 2], [1, 7, 2]] as const; // biome-ignore format: a table
+  const all = [
+    ...[6, 8, 10, 14, 20, 28].map((n) =>
+      api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n }),
+    ),
+    ...[4, 6, 8, 10, 14, 20].map((n) =>
+      api("Euler, shifted grid", `Euler ${n} shifted`, n, { sampler: "euler", steps: n, grid: "shifted" }),
+    ),
+    ...[...tuned].map(([n, shift]) =>
+      other("Euler, tuned grid", `Euler ${n} tuned`, n, (velocity, noise) =>
+        euler(velocity, noise, shiftedGrid(n, shift)),
+      ),
+    ),
+    ...[2, 3, 4, 5, 7, 10, 14].map((n) => turbo("Heun", n, 0, 0)),
+    ...[4, 5, 6, 8, 10, 14].map((n) =>
+      other("DPM-Solver++(2M)", `DPM++ ${n}`, n, (velocity, noise) =>
+        dpmSolver2M(velocity, noise, shiftedGrid(n, modelShift)),
+      ),
+    ),
+    ...[1, 2, 3, 4, 5, 6, 7, 9, 13].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
+    ...withR.map(([h, p, r]) => turbo("FlowTurbo H*P*R*", h, p, r)),
+    ...withR.map(([h, p, r]) => reuse(h, p, r)),
+  ];
+  const quick = ["Euler 10", "Euler 28", "Euler 10 tuned", "H5", "DPM++ 8", "H1P5", "H1P7", "H1P5R2", "H1P5R2 reused"];
+  const wanted = flags.quick ? all.filter(({ name }) => quick.includes(name)) : all;
+  return flags.only ? wanted.filter(({ name, family }) => `${family} ${name}`.includes(flags.only!)) : wanted;
+}
+
+// ── Drawing, kept on disk ────────────────────────────────────────────────────────────────────────────────────────────
+
+const weights = createHash("sha256");
+for (const part of ["transformer", "refiner", "vae"])
+  weights.update(readFileSync(path.join(root, "models/shapes", part, "diffusion_pytorch_model.safetensors")));
+const key = `${weights.digest("hex").slice(0, 12)}-${size}px-g${guidance}`;
+const folder = path.join(root, "bench/.work/quality", key);
+mkdirSync(folder, { recursive: true });
+
+/** One sampler's pictures of one shard, judged. */
+interface Record_ {
+  readonly verdicts: readonly Verdict[];
+  readonly features: readonly (readonly number[])[];
+  /** Against the reference, dB, one for each picture. */
+  readonly psnr: readonly number[];
+  /** Sampling alone. */
+  readonly milliseconds: number;
+}
+
+const slug = (name: string) => name.replaceAll(/[^A-Za-z0-9.]+/g, "-");
+const write = (file: string, data: string | Uint8Array) => {
+  writeFileSync(`${file}.${process.pid}.tmp`, data);
+  renameSync(`${file}.${process.pid}.tmp`, file);
+};
+
+async function drawn(
+  sampler: Sampler,
+  captions: readonly string[],
+  seed: number,
+): Promise<{ pictures: Pixels[]; milliseconds: number }> {
+  if (sampler.options) {
+    const options = { ...sampler.options, width: size, height: size, guidanceScale: guidance };
+    const result = await model.generate({ ...options, prompt: [...captions], seed });
+    const milliseconds = result.timings.steps.reduce((sum, step) => sum + step, 0);
+    return { pictures: [...result.images], milliseconds };
+  }
+  const rows = captions.length;
+  const velocity = direct.velocity(await direct.condition(captions), guidance, rows, size);
+  const before = direct.sampled.milliseconds;
+  const latents = await sampler.run!(velocity, direct.noise(seed, rows, size));
+  const milliseconds = direct.sampled.milliseconds - before;
+  return { pictures: await direct.decode(latents, rows, size), milliseconds };
+}
+
+function psnr(a: Pixels, b: Uint8Array): number {
+  let sum = 0;
+  for (let i = 0; i < b.length; i++) sum += (a.data[i]! - b[i]!) ** 2;
+  return 10 * Math.log10(255 ** 2 / Math.max(sum / b.length, 1e-4));
+}
+
+const scenes = drawScenes(7_000_003, count);
+const features = await Features.open();
+
+/** The reference's pictures of a shard, drawn once. */
+async function referencePictures(shard: number): Promise<Uint8Array[]> {
+  const rows = Math.min(shardSize, count - shard * shardSize);
+  const file = path.join(folder, `reference-${shard}.rgb`);
+  if (!existsSync(file) || !existsSync(recordFile(reference, shard))) {
+    const own = scenes.slice(shard * shardSize, shard * shardSize + rows);
+    const { pictures, milliseconds } = await drawn(reference, own.map(caption), shard * shardSize);
+    write(file, Buffer.concat(pictures.map(({ data }) => data)));
+    write(recordFile(reference, shard), JSON.stringify(await judgedRecord(pictures, shard, null, milliseconds)));
+  }
+  const bytes = readFileSync(file);
+  return Array.from({ length: rows }, (_, row) => bytes.subarray(row * size * size * 3, (row + 1) * size * size * 3));
+}
+
+const recordFile = ({ name }: Sampler, shard: number) => path.join(folder, `${slug(name)}-${shard}.json`);
+
+async function judgedRecord(
+  pictures: readonly Pixels[],
+  shard: number,
+  references: readonly Uint8Array[] | null,
+  milliseconds: number,
+): Promise<Record_> {
+  return {
+    verdicts: pictures.map((picture, row) => judge(picture, scenes[shard * shardSize + row]!)),
+    features: (await features.of(pictures)).map((row) => row.map((value) => Number(value.toPrecision(6)))),
+    psnr: references ? pictures.map((picture, row) => psnr(picture, references[row]!)) : [],
+    milliseconds,
+  };
+}
+
+/** The shift of Euler's grid that comes nearest to the reference, for each number of steps, on captions of its own. */
+async function tunedShifts(): Promise<Map<number, number>> {
+  const file = path.join(folder, "tuned.json");
+  const numbers = [4, 6, 8, 10, 14, 20];
+  if (!existsSync(file)) {
+    const rows = 16;
+    const velocity = direct.velocity(
+      await direct.condition(drawScenes(8_000_009, rows).map(caption)),
+      guidance,
+      rows,
+      size,
+    );
+    const noise = direct.noise(900_000, rows, size);
+    const exact = await reusing(velocity, noise, "H".repeat(50), shiftedGrid(50, modelShift));
+    const result: [number, number][] = [];
+    for (const n of numbers) {
+      let best = { shift: 1, error: Number.POSITIVE_INFINITY };
+      for (const shift of [0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3]) {
+        const x = await euler(velocity, noise, shiftedGrid(n, shift));
+        const error = x.reduce((sum, value, i) => sum + (value - exact[i]!) ** 2, 0);
+        if (error < best.error) best = { shift, error };
+      }
+      result.push([n, best.shift]);
+      status(`tuning Euler's grid: ${n} steps, shift ${best.shift}`);
+    }
+    write(file, JSON.stringify(result));
+  }
+  return new Map(JSON.parse(readFileSync(file, "utf8")) as [number, number][]);
+}
+
+const status = (text: string) => {
+  if (process.stderr.isTTY) process.stderr.write(`\r\x1b[K${text}`);
+  else console.error(text);
+};
+
+const tuned = await tunedShifts();
+const contenders = samplers(tuned);
+for (let shard = part - 1; shard < shards; shard += parts) {
+  const references = await referencePictures(shard);
+  const captions = scenes.slice(shard * shardSize, (shard + 1) * shardSize).map(caption);
+  const order = shard % 2 ? [...contenders].reverse() : contenders;
+  for (const sampler of order) {
+    const file = recordFile(sampler, shard);
+    if (existsSync(file)) continue;
+    const { pictures, milliseconds } = await drawn(sampler, captions, shard * shardSize);
+    write(file, JSON.stringify(await judgedRecord(pictures, shard, references, milliseconds)));
+  }
+  status(`shard ${shard + 1} of ${shards}`);
+}
+if (process.stderr.isTTY) process.stderr.write("\r\x1b[K");
+await model.dispose();
+
+// ── What came out ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface Row {
+  readonly name: string;
+  readonly family: string;
+  readonly evaluations: number;
+  readonly captions: number;
+  readonly ground: number;
+  readonly colours: number;
+  readonly shapes: number;
+  readonly relation: number;
+  /** Mean of the four shares, and of pictures right in everything that their caption says but sizes. */
+  readonly accuracy: number;
+  readonly accuracyInterval: readonly [number, number];
+  readonly frechet: number;
+  readonly frechetInterval: readonly [number, number];
+  readonly psnr: number;
+  readonly psnrInterval: readonly [number, number];
+  /** Sampling time, milliseconds for a picture, and over that of Euler 28 or the reference in the same shard. */
+  readonly milliseconds: number;
+  readonly time: number;
+}
+
+/** Features of exact renders of other scenes: what the pictures are measured against, and a second set as the noise floor. */
+async function renders(seed: number, n: number): Promise<number[][]> {
+  const rows: number[][] = [];
+  for (const batch of chunks(drawScenes(seed, n), 100))
+    rows.push(...(await features.of(batch.map((s) => render(s, size)))));
+  return rows;
+}
+
+function chunks<T>(items: readonly T[], length: number): T[][] {
+  return Array.from({ length: Math.ceil(items.length / length) }, (_, i) => items.slice(i * length, (i + 1) * length));
+}
+
+/** Percentiles of a statistic over resamples of its rows, with replacement. */
+function bootstrap<T>(
+  rows: readonly T[],
+  statistic: (sample: readonly T[]) => number,
+  times: number,
+): [number, number] {
+  const random = randomNumbers(1);
+  const found = Array.from({ length: times }, () =>
+    statistic(rows.map(() => rows[Math.floor(random() * rows.length)]!)),
+  ).sort((a, b) => a - b);
+  return [found[Math.floor(times * 0.025)]!, found[Math.ceil(times * 0.975) - 1]!];
+}
+
+const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const right = ({ ground, colours, shapes, relation }: Verdict) => ground && colours && shapes && relation !== false;
+
+const finished = Array.from({ length: shards }, (_, shard) => shard).filter((shard) =>
+  [reference, ...contenders].every((sampler) => existsSync(recordFile(sampler, shard))),
+);
+if (finished.length < shards) {
+  console.log(`${finished.length} of ${shards} shards are done; the results follow when all are.`);
+  process.exit(0);
+}
+const recordsOf = (sampler: Sampler) =>
+  finished.map((shard) => JSON.parse(readFileSync(recordFile(sampler, shard), "utf8")) as Record_);
+const truth = await renders(9_000_011, Math.max(count, 1000));
+const floor = frechetDistance(await renders(9_500_021, count), truth);
+const referenceTimes = recordsOf(reference).map(({ milliseconds }) => milliseconds);
+const resamples = flags.quick ? 20 : 40;
+
+const rows = [reference, ...contenders].map((sampler): Row => {
+  const records = recordsOf(sampler);
+  const verdicts = records.flatMap((record) => record.verdicts);
+  const own = records.flatMap((record) => record.features);
+  const decibels = records.flatMap((record) => record.psnr);
+  const { ground, colours, shapes, relation } = score(verdicts);
+  const accuracy = verdicts.filter(right).length / verdicts.length;
+  const half = decibels.length
+    ? 1.96 * Math.sqrt(mean(decibels.map((d) => (d - mean(decibels)) ** 2)) / decibels.length)
+    : 0;
+  const [low, high] = bootstrap(own, (sample) => frechetDistance(sample, truth), resamples);
+  const frechet = frechetDistance(own, truth);
+  // A resample repeats rows, which raises the distance itself: its spread is used, about the value found.
+  const spreadHalf = (high - low) / 2;
+  return {
+    ...{ name: sampler.name, family: sampler.family, evaluations: sampler.evaluations, captions: verdicts.length },
+    ...{ ground, colours, shapes, relation, accuracy, accuracyInterval: shareInterval(accuracy, verdicts.length) },
+    ...{ frechet, frechetInterval: [Math.max(0, frechet - spreadHalf), frechet + spreadHalf] as const },
+    psnr: decibels.length ? mean(decibels) : Number.NaN,
+    psnrInterval: decibels.length ? [mean(decibels) - half, mean(decibels) + half] : [Number.NaN, Number.NaN],
+    milliseconds: spread(records.map((record) => record.milliseconds / record.verdicts.length)).median,
+    time: spread(records.map((record, i) => record.milliseconds / referenceTimes[i]!)).median,
+  };
+});
+
+/** As good as the reference: accuracy within 1 point and Fréchet distance within 5 % of it. */
+const [best] = rows as [Row, ...Row[]];
+const good = (row: Row) => row.accuracy >= best.accuracy - 0.01 && row.frechet <= best.frechet * 1.05;
+const cheapest = (families: (family: string) => boolean) =>
+  rows
+    .filter((row) => families(row.family) && good(row))
+    .reduce<Row | null>((a, b) => (a && a.time <= b.time ? a : b), null);
+const ours = cheapest((family) => family.startsWith("FlowTurbo"));
+const rivals = {
+  Heun: cheapest((family) => family === "Heun"),
+  "Euler on its tuned grid": cheapest((family) => family === "Euler, tuned grid"),
+  "Euler on diffusers' grid": cheapest((family) => family === "Euler, diffusers' grid"),
+  "DPM-Solver++(2M)": cheapest((family) => family === "DPM-Solver++(2M)"),
+};
+const findings = [
+  `The reference (${best.name}, ${best.evaluations} evaluations) has an accuracy of ${best.accuracy.toFixed(3)} and a Fréchet distance of ${best.frechet.toFixed(2)}. "As good" means within 1 point and 5 % of these.`,
+  ours
+    ? `The cheapest FlowTurbo schedule that is as good: **${ours.name}** (${ours.evaluations} evaluations).`
+    : "No FlowTurbo schedule here is as good as the reference.",
+  ...Object.entries(rivals).map(([name, rival]) => {
+    if (!rival) return `No schedule of ${name} here is as good.`;
+    const ratio = ours
+      ? `; ${ours.name} takes ${((100 * ours.time) / rival.time).toFixed(0)} % of its sampling time`
+      : "";
+    return `The cheapest of ${name}: ${rival.name} (${rival.evaluations} evaluations)${ratio}.`;
+  }),
+];
+const pairs = rows
+  .filter(({ family }) => family === "FlowTurbo H*P*R*")
+  .map((row) => ({ trained: row, reused: rows.find(({ name }) => name === `${row.name} reused`) }))
+  .filter((pair): pair is { trained: Row; reused: Row } => pair.reused !== undefined);
+
+const percent = (value: number) => (100 * value).toFixed(1);
+const table = [
+  "| sampler | evaluations | time | ground | colours | shapes | relations | all right, % | Fréchet distance | PSNR, dB |",
+  "|---|---|---|---|---|---|---|---|---|---|",
+  ...rows.map(
+    (row) =>
+      `| ${row.name} | ${row.evaluations} | ${row.time.toFixed(3)} | ${percent(row.ground)} | ${percent(row.colours)} | ${percent(row.shapes)} | ${percent(row.relation)} | ${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])}) | ${row.frechet.toFixed(2)} (${row.frechetInterval[0].toFixed(2)}–${row.frechetInterval[1].toFixed(2)}) | ${Number.isNaN(row.psnr) ? "" : `${row.psnr.toFixed(2)} (±${((row.psnrInterval[1] - row.psnrInterval[0]) / 2).toFixed(2)})`} |`,
+  ),
+].join("\n");
+
+const results = path.join(root, "bench/results");
+const name = [flags.quick ? "quality-quick" : "quality", ...(size === model.nativeSize.width ? [] : [`${size}`])].join(
+  "-",
+);
+const families = [...new Set(rows.slice(1).map(({ family }) => family))];
+const plots = (
+  [
+    [
+      "accuracy",
+      "pictures right in ground, colours, shapes and relation, %",
+      (row) => 100 * row.accuracy,
+      (row) => row.accuracyInterval.map((v) => 100 * v),
+    ],
+    ["frechet", "Fréchet distance to exact renders", (row) => row.frechet, (row) => [...row.frechetInterval]],
+    ["psnr", "PSNR against the reference, dB", (row) => row.psnr, (row) => [...row.psnrInterval]],
+  ] as [string, string, (row: Row) => number, (row: Row) => number[]][]
+).flatMap(([measure, label, of, interval]) =>
+  (["evaluations", "time"] as const).map((cost) => {
+    const file = `${name}-${measure}-${cost}.svg`;
+    const chart = svg({
+      title: `${label.split(",")[0]} (${count} captions, ${size} px)`,
+      x: {
+        label: cost === "time" ? `sampling time, as a part of ${best.name}` : "guided evaluations of the predictor",
+        scale: "log",
+        from: Math.min(...rows.map((row) => row[cost])) * 0.9,
+        to: Math.max(...rows.slice(1).map((row) => row[cost])) * 1.1,
+      },
+      y: { label },
+      series: families.map((family) => ({
+        name: family,
+        line: true,
+        points: rows
+          .filter((row) => row.family === family)
+          .sort((a, b) => a[cost] - b[cost])
+          .map((row) => ({ x: row[cost], y: of(row), low: interval(row)[0]!, high: interval(row)[1]! })),
+      })),
+    });
+    write(path.join(results, file), chart);
+    return file;
+  }),
+);
+
+const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
+await report(name, { captions: count, size, guidance, modelShift, tuned: [...tuned], floor, findings, rows });
+const lines = [
+  "# Quality against cost",
+  "",
+  `\`npm run bench:quality --${flags.quick ? " --quick" : ""} --captions ${count} --size ${size} --guidance ${guidance}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.`,
+  "",
+  `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, over that of ${best.name} on the same captions (median of shards). Shares in per cent with`,
+  `95 % intervals (Wilson; bootstrap for the distance). Two sets of exact renders are ${floor.toFixed(2)} apart: the floor of the Fréchet distance.`,
+  `Euler's tuned grid is \`shifted\` with the shift that comes nearest to the reference on 16 other captions: ${[...tuned].map(([n, s]) => `${n} steps ${s}`).join(", ")}.`,
+  "",
+  ...findings.map((line) => `- ${line}`),
+  "",
+  table,
+  "",
+  "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor):",
+  "",
+  "| schedule | PSNR refined | PSNR reused | all right refined, % | all right reused, % |",
+  "|---|---|---|---|---|",
+  ...pairs.map(({ trained, reused }) => {
+    const d = (row: Row) =>
+      `${row.psnr.toFixed(2)} (${row.psnrInterval[0].toFixed(2)}–${row.psnrInterval[1].toFixed(2)})`;
+    const a = (row: Row) =>
+      `${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])})`;
+    return `| ${trained.name} | ${d(trained)} | ${d(reused)} | ${a(trained)} | ${a(reused)} |`;
+  }),
+  "",
+  ...plots.map((file) => `![](${file})`),
+  "",
+];
+write(path.join(results, `${name}.md`), lines.join("\n"));
+console.log([...findings, "", table].join("\n"));

@@ -1,0 +1,205 @@
+"""`python -m flowturbo_training`: shapes, refiner, features."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# On a shared machine threads that spin while they wait take the time from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="flowturbo_training", description="Training for flowturbo. Every command goes on where a killed one stopped."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _shapes(commands.add_parser("shapes", help="train the shapes model from nothing and write its diffusers folder"))
+    _refiner(commands.add_parser("refiner", help="train a velocity refiner for an SD3-class diffusers folder"))
+    _features(commands.add_parser("features", help="train the classifier of the quality benchmark's Fréchet distance"))
+    chosen = parser.parse_args(arguments)
+    try:
+        return chosen.run(chosen)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+
+
+def _shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--state", type=Path, help="where the state of training is kept (default: OUT.state)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the full training time, for trials")
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile, which needs a C++ compiler")
+    parser.set_defaults(run=run_shapes)
+
+
+def run_shapes(chosen: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from .predictor import PredictorSettings, PredictorShape
+    from .shapes import REFINER, Minutes, train
+
+    torch.set_num_threads(chosen.threads)
+    minutes = Minutes()
+    scaled = minutes.scaled(chosen.scale)
+    refiner = replace(REFINER, steps=max(1, round(REFINER.steps * chosen.scale)))
+    state = chosen.state or Path(f"{chosen.out}.state")
+    train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner,
+          max(8, round(200 * min(1, chosen.scale))))  # fmt: skip
+    return 0
+
+
+def _refiner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a diffusers folder; for --dry-run a transformer's config.json will do")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--images", type=Path, help="a folder of pictures with NAME.txt beside NAME.png, or a metadata.jsonl")
+    source.add_argument("--dataset", help="a Hugging Face dataset, by name or path")
+    source.add_argument("--latents", type=Path, help="a cache that an earlier run wrote: nothing is encoded")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image-column", default="image")
+    parser.add_argument("--caption-column", default="text")
+    parser.add_argument("--limit", type=int, help="use so many examples at most")
+    parser.add_argument("--size", type=int, help="pixels of a side (default: the model's native size)")
+    parser.add_argument("--max-sequence-length", type=int, default=256, help="T5 tokens (default 256)")
+    parser.add_argument("--out", type=Path, help="where to write (default: MODEL/refiner)")
+    parser.add_argument("--state", type=Path, help="cache and state of training (default: OUT.state)")
+    parser.add_argument("--layers", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--heads", type=int, help="attention heads, for a narrower refiner (with --init fresh)")
+    parser.add_argument("--init", default="block", choices=("block", "fresh"), help="from the predictor's last blocks, or fresh")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=16, help="rows on each device")
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--clip", type=float, default=0.01, help="norm to which gradients are clipped")
+    parser.add_argument("--average", type=float, default=0.9995, help="decay of the weights' moving average")
+    parser.add_argument("--delta-max", type=float, default=0.12, help="longest step of the paper's range")
+    parser.add_argument("--schedules", default="8,10,12", help="flowturbo schedules (numbers of blocks) whose neighbouring points are trained")
+    parser.add_argument("--schedule-share", type=float, default=0.5, help="share of the pairs that come from --schedules")
+    parser.add_argument("--own-states-share", type=float, default=0.0, help="share of the pairs at a state that the sampler has corrected")
+    parser.add_argument("--caption-dropout", type=float, default=0.1)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, memory and disk, and stop; reads no weights")
+    parser.set_defaults(run=run_refiner)
+
+
+def run_refiner(chosen: argparse.Namespace) -> int:
+    import json
+
+    from .plan import load_config, make_plan
+
+    config = load_config(chosen.model)
+    vae_file = chosen.model / "vae" / "config.json"
+    vae = json.loads(vae_file.read_text()) if vae_file.exists() else {}
+    factor = 2 ** (len(vae["block_out_channels"]) - 1) if vae else 8
+    size = chosen.size or config.get("sample_size", 128) * factor
+    tokens = (chosen.model / "tokenizer_3" / "tokenizer_config.json")
+    t5 = min(chosen.max_sequence_length, json.loads(tokens.read_text()).get("model_max_length", 512)) if tokens.exists() else chosen.max_sequence_length
+    clip_file = chosen.model / "text_encoder" / "config.json"
+    clip = json.loads(clip_file.read_text()).get("max_position_embeddings", 77) if clip_file.exists() else 77
+    plan = make_plan(
+        chosen.model, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init, size=size, factor=factor,
+        batch=chosen.batch, text_tokens=clip + t5, checkpointing=chosen.gradient_checkpointing,
+    )  # fmt: skip
+    print("\n".join(plan.lines()), flush=True)
+    if plan.share > 0.05:
+        print(f"note: the refiner is {plan.share:.1%} of the predictor; above 5 % its evaluations are no longer nearly free", flush=True)
+    if chosen.dry_run:
+        return 0
+    if not (chosen.images or chosen.dataset or chosen.latents):
+        raise ValueError("Expected the data: --images FOLDER, --dataset NAME or --latents CACHE")
+    if not (chosen.model / "model_index.json").exists():
+        raise ValueError(f"{chosen.model}: not a diffusers folder (no model_index.json)")
+
+    from accelerate import Accelerator
+    from diffusers import SD3Transformer2DModel
+
+    from .data import CachedBatches, dataset_examples, folder_examples, precompute, shuffled
+    from .refiner import RefinerSettings, build_refiner, train_refiner
+
+    accelerator = Accelerator(mixed_precision=chosen.precision, cpu=chosen.cpu)
+    dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
+    out = chosen.out or chosen.model / "refiner"
+    state = chosen.state or Path(f"{out}.state")
+    log = print if accelerator.is_main_process else lambda _: None
+    cache = chosen.latents or state / "cache"
+    if chosen.latents is None and accelerator.is_main_process:
+        if chosen.images:
+            examples = shuffled(folder_examples(chosen.images), chosen.seed, chosen.limit)
+            count, rows, made_from = len(examples), iter(examples), {"images": str(chosen.images.resolve())}
+        else:
+            from itertools import islice
+
+            count, rows = dataset_examples(chosen.dataset, chosen.split, chosen.image_column, chosen.caption_column)
+            if chosen.limit:
+                count, rows = min(count, chosen.limit), islice(rows, chosen.limit)
+            made_from = {"dataset": chosen.dataset, "split": chosen.split}
+        precompute(
+            rows, count, chosen.model, cache, size=size, device=accelerator.device, dtype=dtype,
+            max_sequence_length=chosen.max_sequence_length, made_from=made_from, log=log,
+        )  # fmt: skip
+    accelerator.wait_for_everyone()
+    batches = CachedBatches(cache, chosen.caption_dropout)
+    predictor = SD3Transformer2DModel.from_pretrained(chosen.model / "transformer", torch_dtype=dtype)
+    batches.check(predictor)
+    scheduler = json.loads((chosen.model / "scheduler" / "scheduler_config.json").read_text())
+    settings = RefinerSettings(
+        steps=chosen.steps, batch=chosen.batch, lr=chosen.lr, clip=chosen.clip, average=chosen.average,
+        delta_max=chosen.delta_max, grids=[(int(n), float(scheduler.get("shift", 1.0))) for n in chosen.schedules.split(",")],
+        grid_share=chosen.schedule_share, same_point_share=chosen.own_states_share,
+    )  # fmt: skip
+    torch.manual_seed(chosen.seed)
+    refiner = build_refiner(predictor, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init).float()
+    refiner = train_refiner(
+        predictor, refiner, batches, state, settings, chosen.seed, log,
+        accelerator=accelerator, checkpointing=chosen.gradient_checkpointing,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        # The dtype of the predictor's file, so that one engine build has one dtype.
+        refiner.to(_file_dtype(chosen.model / "transformer")).save_pretrained(out)
+        log(f"wrote {out}")
+    return 0
+
+
+def _file_dtype(folder: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def _features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="the ONNX file to write")
+    parser.add_argument("--state", type=Path, help="where the state of training is kept (default: OUT.state)")
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run_features)
+
+
+def run_features(chosen: argparse.Namespace) -> int:
+    from .features import Features, accuracy, export, train_features
+    from .state import Stage
+
+    torch.manual_seed(chosen.seed)
+    model = Features()
+    state = chosen.state or Path(f"{chosen.out}.state")
+    train_features(model, Stage(state, "features", chosen.minutes * 60), chosen.seed, print)
+    print("right answers on held-out renders: " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy(model).items()))
+    export(model, chosen.out)
+    print(f"wrote {chosen.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
