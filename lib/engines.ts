@@ -6,8 +6,7 @@
 import { setMaxListeners } from "node:events";
 import { type Checkpoint, openCheckpoint, type Tokenizer } from "./checkpoint/index.js";
 import { OptionError } from "./errors.js";
-import { GraphLibrary, type GraphName } from "./graphs.js";
-import type { EmitOptions } from "./networks/index.js";
+import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "./graphs.js";
 import { mmditWidth } from "./networks/index.js";
 import { type CompileEnginesOptions, checkOptions, compileSchema } from "./options.js";
 import { pixelsAtOnce } from "./pipeline.js";
@@ -16,7 +15,6 @@ import { PromptEncoder } from "./prompts.js";
 import { chooseForBuilding } from "./runtimes/tensorrt/choose.js";
 import { type CompiledEngine, EngineCompiler, type ProfileShapes } from "./runtimes/tensorrt/compile.js";
 import { rowsAtOnce } from "./schedule/index.js";
-import type { StoredDType } from "./tensor.js";
 
 export interface EngineProfile {
   /** Pictures, or for a text encoder texts. */
@@ -57,10 +55,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const checkpoint = await openCheckpoint(folder, { variant: checked.variant, signal });
   const planned = plannedEngines(checkpoint, checked);
   const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint, checked.targets));
-  const files = [
-    ...[checkpoint.transformer, checkpoint.refiner, checkpoint.vae],
-    ...[checkpoint.textEncoder, checkpoint.textEncoder2, checkpoint.textEncoder3],
-  ].flatMap((part) => part?.weights.files ?? []);
+  const { files } = graphs;
 
   // 2. The library and the cache.
   const kind = await chooseForBuilding(checked.runtime, { folder: checked.tensorrtFolder, targets: checked.targets });
@@ -279,39 +274,4 @@ interface Size {
 /** In their order, each once. */
 function distinct(sizes: readonly Size[]): Size[] {
   return [...new Map(sizes.map((size) => [`${size.width}x${size.height}`, size])).values()];
-}
-
-/**
- * How graphs are emitted for TensorRT: each network in the element type of its own weights. T5 overflows in float16,
- * which it was not trained in, and computes in bfloat16 then, or in float32 where a target (SM 7.5) has none.
- */
-export function tensorRtEmitOptions(
-  checkpoint: Checkpoint,
-  targets: readonly number[] = [],
-): (name: GraphName) => EmitOptions {
-  const { transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3 } = checkpoint;
-  // The graphs without weights are float32 throughout.
-  const parts: Partial<Record<GraphName, Pick<typeof vae, "weights"> | null>> = {
-    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3 },
-    ...{ predict: transformer, predict_unguided: transformer, refine: refiner, refine_unguided: refiner },
-    ...{ vae_decoder: vae, vae_encoder: vae, join: vae },
-  };
-  return (name) => {
-    const part = parts[name];
-    let compute = part ? computeTypes[prevailingDType(part.weights)] : "float32";
-    if (name === "t5" && compute === "float16") compute = targets.some((sm) => sm < 80) ? "float32" : "bfloat16";
-    return { compute, linear: "matmul", groupNorm: "operator", attention: "matmul" };
-  };
-}
-
-const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as const;
-
-/** The type that most of a part's values are stored in. */
-function prevailingDType(weights: Checkpoint["vae"]["weights"]): StoredDType {
-  const bytes = { F32: 0, F16: 0, BF16: 0 };
-  for (const name of weights.names) {
-    const tensor = weights.find(name);
-    if (tensor) bytes[tensor.dtype] += tensor.length;
-  }
-  return (["BF16", "F16", "F32"] as const).reduce((most, dtype) => (bytes[dtype] > bytes[most] ? dtype : most));
 }

@@ -18,6 +18,7 @@ import {
   positionTable,
 } from "./networks/index.js";
 import type { OnnxGraph } from "./onnx/index.js";
+import type { StoredDType } from "./tensor.js";
 
 export type GraphName =
   | "clip_l"
@@ -68,6 +69,14 @@ export class GraphLibrary {
       this.#graphs.set(name, graph);
     }
     return graph;
+  }
+
+  /** The weights' files, as they were when the checkpoint was opened. */
+  get files() {
+    const { transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3 } = this.#checkpoint;
+    return [transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3].flatMap(
+      (part) => part?.weights.files ?? [],
+    );
   }
 
   /** Bytes of 16-bit weights among the essential graphs: what widening them once would double. */
@@ -127,4 +136,39 @@ export class GraphLibrary {
         return emitPreview(name, vae.config.latentChannels, name === "preview");
     }
   }
+}
+
+/**
+ * How graphs are emitted for TensorRT: each network in the element type of its own weights. T5 overflows in float16,
+ * which it was not trained in, and computes in bfloat16 then, or in float32 where a target (SM 7.5) has none.
+ */
+export function tensorRtEmitOptions(
+  checkpoint: Checkpoint,
+  targets: readonly number[] = [],
+): (name: GraphName) => EmitOptions {
+  const { transformer, refiner, vae, textEncoder, textEncoder2, textEncoder3 } = checkpoint;
+  // The graphs without weights are float32 throughout.
+  const parts: Partial<Record<GraphName, Pick<typeof vae, "weights"> | null>> = {
+    ...{ clip_l: textEncoder, clip_g: textEncoder2, t5: textEncoder3 },
+    ...{ predict: transformer, predict_unguided: transformer, refine: refiner, refine_unguided: refiner },
+    ...{ vae_decoder: vae, vae_encoder: vae, join: vae },
+  };
+  return (name) => {
+    const part = parts[name];
+    let compute = part ? computeTypes[prevailingDType(part.weights)] : "float32";
+    if (name === "t5" && compute === "float16") compute = targets.some((sm) => sm < 80) ? "float32" : "bfloat16";
+    return { compute, linear: "matmul", groupNorm: "operator", attention: "matmul" };
+  };
+}
+
+const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as const;
+
+/** The type that most of a part's values are stored in. */
+function prevailingDType(weights: Checkpoint["vae"]["weights"]): StoredDType {
+  const bytes = { F32: 0, F16: 0, BF16: 0 };
+  for (const name of weights.names) {
+    const tensor = weights.find(name);
+    if (tensor) bytes[tensor.dtype] += tensor.length;
+  }
+  return (["BF16", "F16", "F32"] as const).reduce((most, dtype) => (bytes[dtype] > bytes[most] ? dtype : most));
 }

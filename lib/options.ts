@@ -107,6 +107,12 @@ const tensorrtFolder = described(text.min(1).optional(), {
   expects: "the path of a folder",
 });
 
+const cacheFolder = described(text.min(1).optional(), {
+  flag: "--cache <folder>",
+  description: "folder of the cache of engines (default: flowturbo in the user's cache folder)",
+  expects: "the path of a folder",
+});
+
 export const loadSchema = z.strictObject({
   runtime: described(z.enum(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]).default("auto"), {
     flag: "--runtime <name>",
@@ -114,6 +120,17 @@ export const loadSchema = z.strictObject({
     expects: '"auto", "onnxruntime", "tensorrt" or "tensorrt-rtx"',
   }),
   tensorrtFolder,
+  cache: cacheFolder,
+  capture: described(z.boolean().default(false), {
+    flag: "--capture",
+    description: "on a GPU: replay each program as one CUDA graph; least latency, but no stop between steps",
+    expects: "true or false",
+  }),
+  keepTextEncoders: described(z.boolean().default(true), {
+    flag: "--no-keep-text-encoders",
+    description: "free the text encoders' memory after each use; they are loaded again for new prompts",
+    expects: "true or false",
+  }),
   variant: described(text.min(1).optional(), {
     flag: "--variant <name>",
     description: "twin of the weight files to read, such as fp16",
@@ -311,11 +328,7 @@ export const compileSchema = z.strictObject({
     },
   ),
   maxSequenceLength: generateSchema.shape.maxSequenceLength,
-  cache: described(text.min(1).optional(), {
-    flag: "--cache <folder>",
-    description: "folder of the cache (default: flowturbo in the user's cache folder)",
-    expects: "the path of a folder",
-  }),
+  cache: cacheFolder,
   jobs: described(whole(1, 64).default(1), {
     flag: "--jobs <n>",
     description: "engines built at the same time",

@@ -6,9 +6,10 @@
 import { randomInt } from "node:crypto";
 import { fileURLToPath } from "node:url";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
-import { DisposedError, OptionError } from "./errors.js";
-import { GraphLibrary, type GraphName } from "./graphs.js";
+import { DisposedError, FlowTurboError, OptionError } from "./errors.js";
+import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "./graphs.js";
 import { Image, keepOriginal, type Mask, type Original, readMask, readOriginal, toRgb } from "./image.js";
+import { checkDeviceMemory } from "./memory.js";
 import { mmditWidth, positionTable } from "./networks/index.js";
 import { NoiseGenerator } from "./noise.js";
 import {
@@ -19,13 +20,15 @@ import {
   type Logger,
   loadSchema,
   type ResolvedGenerateOptions,
+  type ResolvedLoadOptions,
 } from "./options.js";
 import { fitLatentColours, type LatentColours } from "./preview.js";
 import type { LaunchLabel, Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { LaunchReport, Runtime, RuntimeName } from "./runtimes/runtime.js";
-import { refuseTensorRt, whyNotTensorRt } from "./runtimes/tensorrt/choose.js";
+import { chooseForRunning } from "./runtimes/tensorrt/choose.js";
+import { openTensorRt } from "./runtimes/tensorrt/open.js";
 import {
   type Block,
   countEvaluations,
@@ -157,24 +160,21 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #prompts: PromptEncoder;
   readonly #logger: Logger;
   readonly #loadMilliseconds: number;
+  readonly #keepTextEncoders: boolean;
   #queue: Promise<unknown> = Promise.resolve();
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
 
-  private constructor(
-    checkpoint: Checkpoint,
-    graphs: GraphLibrary,
-    runtime: Runtime,
-    choice: RuntimeChoice,
-    logger: Logger,
-    loadMilliseconds: number,
-  ) {
+  private constructor(loaded: Loaded, checked: ResolvedLoadOptions, start: number) {
+    const { checkpoint, graphs, runtime, choice } = loaded;
     this.#checkpoint = checkpoint;
     this.#graphs = graphs;
     this.#runtime = runtime;
-    this.#prompts = new PromptEncoder(checkpoint);
-    this.#logger = logger;
-    this.#loadMilliseconds = loadMilliseconds;
+    // An engine has a profile for each number of rows, and texts come in any number: one at a time is always there.
+    this.#prompts = new PromptEncoder(checkpoint, runtime.name === "onnxruntime" ? undefined : 1);
+    this.#logger = checked.logger ?? {};
+    this.#keepTextEncoders = checked.keepTextEncoders;
+    this.#loadMilliseconds = performance.now() - start;
     this.folder = checkpoint.folder;
     this.runtime = choice;
     this.hasRefiner = checkpoint.refiner !== null;
@@ -185,41 +185,31 @@ export class FlowTurbo implements AsyncDisposable {
   /**
    * Opens a checkpoint in the diffusers layout and starts a runtime for it. Weights are not read: the runtime maps them.
    * @param folder default: the embedded model
-   * @throws CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option
+   * @throws CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
+   *   RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit
    */
   static async load(folder: string = embeddedModel, options: LoadOptions = {}): Promise<FlowTurbo> {
     const start = performance.now();
     if (typeof folder !== "string")
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, threads, weights, logger = {}, signal, onProgress } = checked;
+    const { variant, signal, onProgress } = checked;
     signal?.throwIfAborted();
-    if (checked.runtime === "tensorrt" || checked.runtime === "tensorrt-rtx")
-      return refuseTensorRt(checked.runtime, { folder: checked.tensorrtFolder });
 
     // 1. The folder: configs, headers of the weights, tokenizers.
     onProgress?.({ phase: "checkpoint", done: 0, total: 3 });
     const checkpoint = await openCheckpoint(folder, { variant, signal });
 
-    // 2. The graphs, which checks every weight's name, type and shape.
-    onProgress?.({ phase: "graphs", done: 1, total: 3 });
-    const graphs = new GraphLibrary(checkpoint);
-    const bytes = graphs.bytesOf16BitWeights;
-
-    // 3. The runtime.
-    onProgress?.({ phase: "runtime", done: 2, total: 3 });
-    const runtime = new OnnxRuntime({ weights: resolveWeights(weights, bytes), threads, logger });
+    // 2. The graphs, which checks every weight's name, type and shape; 3. the runtime.
+    const loaded = await openRuntime(checkpoint, checked);
     try {
-      await runtime.start();
       signal?.throwIfAborted();
     } catch (error) {
-      await runtime.dispose();
+      await loaded.runtime.dispose();
       throw error;
     }
     onProgress?.({ phase: "runtime", done: 3, total: 3 });
-    const passedOver = checked.runtime === "auto" ? await whyNotTensorRt({ folder: checked.tensorrtFolder }) : [];
-    const choice: RuntimeChoice = { name: runtime.name, passedOver };
-    return new FlowTurbo(checkpoint, graphs, runtime, choice, logger, performance.now() - start);
+    return new FlowTurbo({ checkpoint, ...loaded }, checked, start);
   }
 
   /**
@@ -454,6 +444,8 @@ export class FlowTurbo implements AsyncDisposable {
     const texts = [...plan.prompts, ...(guided ? plan.negatives : [])];
     const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (program) => this.#run(program, signal));
     warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));
+    // Before the network's engines ask for the room.
+    if (!this.#keepTextEncoders) await this.#runtime.unload?.(textEncoders);
     const repeated = (part: typeof encoded) => part.flatMap((prompt) => new Array<typeof prompt>(count).fill(prompt));
     const conditional = repeated(encoded.slice(0, plan.prompts.length));
     const unconditional = repeated(encoded.slice(plan.prompts.length));
@@ -615,6 +607,56 @@ export class FlowTurbo implements AsyncDisposable {
     };
   }
 }
+
+/** What a model is made of. */
+interface Loaded {
+  readonly checkpoint: Checkpoint;
+  readonly graphs: GraphLibrary;
+  readonly runtime: Runtime;
+  readonly choice: RuntimeChoice;
+}
+
+/** The runtime that was asked for, started, with the checkpoint's graphs as it wants them. */
+async function openRuntime(checkpoint: Checkpoint, checked: ResolvedLoadOptions): Promise<Omit<Loaded, "checkpoint">> {
+  const { runtime: wanted, tensorrtFolder, cache, capture, weights, threads, logger, onProgress } = checked;
+  const passedOver: { name: string; reason: string }[] = [];
+  let kind = wanted === "auto" || wanted === "onnxruntime" ? null : wanted;
+  if (wanted === "auto") {
+    const choice = await chooseForRunning({ folder: tensorrtFolder });
+    passedOver.push(...choice.passedOver);
+    kind = choice.kind;
+  }
+  if (kind) {
+    onProgress?.({ phase: "graphs", done: 1, total: 3 });
+    const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint));
+    onProgress?.({ phase: "runtime", done: 2, total: 3 });
+    let runtime: Awaited<ReturnType<typeof openTensorRt>> | null = null;
+    try {
+      runtime = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, capture, logger });
+      const { device } = await runtime.start();
+      checkDeviceMemory(graphs, device.name, device.memoryBytes);
+      return { graphs, runtime, choice: { name: kind, passedOver } };
+    } catch (error) {
+      await runtime?.dispose();
+      if (wanted !== "auto" || !(error instanceof FlowTurboError)) throw error;
+      passedOver.push({ name: kind, reason: error.message });
+    }
+  }
+  onProgress?.({ phase: "graphs", done: 1, total: 3 });
+  const graphs = new GraphLibrary(checkpoint);
+  const bytes = graphs.bytesOf16BitWeights;
+  onProgress?.({ phase: "runtime", done: 2, total: 3 });
+  const runtime = new OnnxRuntime({ weights: resolveWeights(weights, bytes), threads, logger });
+  try {
+    await runtime.start();
+  } catch (error) {
+    await runtime.dispose();
+    throw error;
+  }
+  return { graphs, runtime, choice: { name: runtime.name, passedOver } };
+}
+
+const textEncoders: readonly GraphName[] = ["clip_l", "clip_g", "t5"];
 
 /** Turns reports of launches into times, previews and step events. */
 function stepReporter(

@@ -28,11 +28,14 @@ const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
   readonly #checkpoint: Checkpoint;
+  readonly #rowsAtOnce: number;
   readonly #cache = new Map<string, EncodedPrompt>();
   #cachedBytes = 0;
 
-  constructor(checkpoint: Checkpoint) {
+  /** @param rowsAtOnce texts in one launch of an encoder; default: all */
+  constructor(checkpoint: Checkpoint, rowsAtOnce = Number.POSITIVE_INFINITY) {
     this.#checkpoint = checkpoint;
+    this.#rowsAtOnce = rowsAtOnce;
   }
 
   /** The longest T5 part that the tokenizer allows; 512 without T5, whose part is then zeros. */
@@ -101,84 +104,90 @@ export class PromptEncoder {
 
   async #encodeMissing(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
     const { tokenizer3, textEncoder3, transformer } = this.#checkpoint;
-    const rows = texts.length;
     const warnings: string[][] = texts.map(() => []);
     const constants: Record<string, Constant> = {};
     const registers: Record<string, Register> = {};
     const instructions: Instruction[] = [];
+    const rowsAtOnce = Math.min(this.#rowsAtOnce, texts.length);
 
-    const tokenize = (name: string, use: Tokenizer, length: number) => {
-      const ids = new BigInt64Array(rows * length);
-      for (const [row, text] of texts.entries()) {
-        const encoded = use.encode(text, length);
-        ids.set(encoded.ids, row * length);
-        if (encoded.truncated)
-          warnings[row]!.push(
-            `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${name} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
-          );
+    /** An encoder over all texts, `rowsAtOnce` at a time; outputs by the shape of one row. */
+    const encode = (
+      graph: string,
+      tokenizer: Tokenizer,
+      length: number,
+      more: Record<string, string>,
+      outputs: Record<string, readonly number[]>,
+    ) => {
+      for (let first = 0; first < texts.length; first += rowsAtOnce) {
+        const part = texts.slice(first, first + rowsAtOnce);
+        const ids = new BigInt64Array(part.length * length);
+        for (const [row, text] of part.entries()) {
+          const encoded = tokenizer.encode(text, length);
+          ids.set(encoded.ids, row * length);
+          if (encoded.truncated)
+            warnings[first + row]!.push(
+              `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${graph} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
+            );
+        }
+        constants[`${graph}.ids ${first}`] = { kind: "value", tensor: int64([part.length, length], ids) };
+        const names: Record<string, string> = {};
+        for (const [output, rowShape] of Object.entries(outputs)) {
+          names[output] = `${graph}.${output} ${first}`;
+          registers[names[output]] = { dtype: "float32", shape: [part.length, ...rowShape] };
+        }
+        instructions.push({
+          op: "launch",
+          graph,
+          inputs: { ids: `${graph}.ids ${first}`, ...more },
+          outputs: names,
+          mustBeFinite: Object.values(names),
+          label: { kind: "encode", name: `text encoder ${graph}` },
+        });
       }
-      constants[`${name}.ids`] = { kind: "value", tensor: int64([rows, length], ids) };
-    };
-    const launch = (graph: string, inputs: Record<string, string>, outputs: Record<string, readonly number[]>) => {
-      const names: Record<string, string> = {};
-      for (const [output, shape] of Object.entries(outputs)) {
-        names[output] = `${graph}.${output}`;
-        registers[`${graph}.${output}`] = { dtype: "float32", shape };
-      }
-      instructions.push({
-        op: "launch",
-        graph,
-        inputs,
-        outputs: names,
-        mustBeFinite: Object.values(names),
-        label: { kind: "encode", name: `text encoder ${graph}` },
-      });
     };
 
     const clips = this.#clips;
     const clipTokens = this.#clipTokens;
-    for (const clip of clips) {
-      tokenize(clip.graph, clip.tokenizer, clipTokens);
-      launch(
-        clip.graph,
-        { ids: `${clip.graph}.ids` },
-        { hidden: [rows, clipTokens, clip.config.hiddenSize], pooled: [rows, clip.config.projectionDim] },
+    for (const { graph, tokenizer, config } of clips)
+      encode(
+        graph,
+        tokenizer,
+        clipTokens,
+        {},
+        { hidden: [clipTokens, config.hiddenSize], pooled: [config.projectionDim] },
       );
-    }
     if (tokenizer3 && textEncoder3) {
-      tokenize("t5", tokenizer3, sequenceLength);
       constants.relative_buckets = {
         kind: "value",
         tensor: int64([sequenceLength, sequenceLength], relativeBuckets(textEncoder3.config, sequenceLength)),
       };
-      launch(
-        "t5",
-        { ids: "t5.ids", relative_buckets: "relative_buckets" },
-        { hidden: [rows, sequenceLength, textEncoder3.config.dModel] },
-      );
+      const { dModel } = textEncoder3.config;
+      const more = { relative_buckets: "relative_buckets" };
+      encode("t5", tokenizer3, sequenceLength, more, { hidden: [sequenceLength, dModel] });
     }
 
     const results = await run({ registers, constants, instructions, results: Object.keys(registers) });
-    const values = (name: string) => (results[name] as FloatTensor).data;
+    /** A text's part of an output. */
+    const rowOf = (name: string, row: number): Float32Array => {
+      const first = Math.floor(row / rowsAtOnce) * rowsAtOnce;
+      const { data, shape } = results[`${name} ${first}`] as FloatTensor;
+      const size = data.length / shape[0]!;
+      return data.subarray((row - first) * size, (row - first + 1) * size);
+    };
     const joint = transformer.config.jointAttentionDim;
     return texts.map((_, row) => {
       const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
       const pooled: Float32Array[] = [];
       let channel = 0;
-      for (const clip of clips) {
-        const { hiddenSize, projectionDim } = clip.config;
-        const hidden = values(`${clip.graph}.hidden`);
-        for (let token = 0; token < clipTokens; token++) {
-          const from = (row * clipTokens + token) * hiddenSize;
-          context.set(hidden.subarray(from, from + hiddenSize), token * joint + channel);
-        }
+      for (const { graph, config } of clips) {
+        const { hiddenSize } = config;
+        const hidden = rowOf(`${graph}.hidden`, row);
+        for (let token = 0; token < clipTokens; token++)
+          context.set(hidden.subarray(token * hiddenSize, (token + 1) * hiddenSize), token * joint + channel);
         channel += hiddenSize;
-        pooled.push(values(`${clip.graph}.pooled`).subarray(row * projectionDim, (row + 1) * projectionDim));
+        pooled.push(rowOf(`${graph}.pooled`, row));
       }
-      if (textEncoder3) {
-        const size = sequenceLength * joint;
-        context.set(values("t5.hidden").subarray(row * size, (row + 1) * size), clipTokens * joint);
-      }
+      if (textEncoder3) context.set(rowOf("t5.hidden", row), clipTokens * joint);
       return { context, pooled: concatenate(pooled), warnings: warnings[row]! };
     });
   }

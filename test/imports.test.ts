@@ -26,6 +26,7 @@ const pipeline = [
   "graphs.ts",
   "prompts.ts",
   "image.ts",
+  "memory.ts",
   "noise.ts",
   "preview.ts",
 ];

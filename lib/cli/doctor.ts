@@ -91,12 +91,9 @@ function finding(report: TensorRtReport): TensorRtFinding {
   const { kind, library, problems, places } = report;
   return {
     name: kind,
-    available: false,
+    available: problems.length === 0,
     version: library && versionText(library.version),
-    reason:
-      problems.length > 0
-        ? problems.map(({ cause }) => cause).join(" ")
-        : "It builds engines, but this version of flowturbo does not run them yet.",
+    reason: problems.map(({ cause }) => cause).join(" ") || null,
     remedy: problems.map(({ remedy }) => remedy).join(" ") || null,
     builds: library !== null && (kind === "tensorrt-rtx" || problems.length === 0),
     library: library?.file ?? null,

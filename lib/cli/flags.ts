@@ -14,7 +14,9 @@ export function addFlags(command: Command, schema: z.ZodObject): void {
     if (!flag) continue;
     const option = new Option(flag, description);
     const preset = field.safeParse(undefined);
-    if (preset.success && preset.data !== undefined) option.default(undefined, String(preset.data));
+    // The default of a flag that turns something off is not to be off: that goes without saying.
+    if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
+      option.default(undefined, String(preset.data));
     command.addOption(option);
   }
 }

@@ -256,8 +256,14 @@ struct ExecutorState {
       std::vector<std::shared_ptr<const void>> dead;
       dead.swap(graveyard);
       lock.unlock();
-      // The resources of a profile that was made ready may still be on their way.
-      driver().cuStreamSynchronize(stream.get());
+      // The resources of a profile that was made ready may still be on their way. Nobody is told what goes wrong while
+      // things are freed, but a device that is lost is lost for all.
+      const CudaResult rest = driver().cuStreamSynchronize(stream.get());
+      if (rest != kCudaSuccess) {
+        const Error error = driver().failure(rest, "cuStreamSynchronize");
+        const std::lock_guard<std::mutex> guard(mutex);
+        if (error.code() == "DEVICE_LOST" && !lost) lost = error;
+      }
       return true;
     }
     if (hasReadyCloser()) {

@@ -284,6 +284,16 @@ export function describeRuntime(open: () => Runtime): void {
   });
 
   describe("lifetimes", () => {
+    it("a graph that was unloaded comes back at its next launch", async () => {
+      const runtime = open();
+      const run = () => runtime.run(program([1, 2], [double("x", "a")], ["a"])).then(({ a }) => values(a));
+      expect(await run()).toEqual([2, 4]);
+      const running = run();
+      await runtime.unload!(["double", "slow"]);
+      expect(await running).toEqual([2, 4]);
+      expect(await run()).toEqual([2, 4]);
+    });
+
     it("dispose waits for the run in flight, rejects what waits and refuses later calls", async () => {
       const runtime = open();
       let ended = false;

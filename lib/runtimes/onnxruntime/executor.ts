@@ -44,6 +44,14 @@ export class Executor {
     this.#sessions.delete(graph.name);
   }
 
+  async unload(names: readonly string[]): Promise<void> {
+    for (const name of names) {
+      const session = this.#sessions.get(name);
+      this.#sessions.delete(name);
+      await session?.release();
+    }
+  }
+
   /** @throws RunFailure */
   async run(program: Program, hooks: RunHooks): Promise<Record<string, Tensor>> {
     const values = new Map<string, ort.Tensor>();

@@ -40,6 +40,8 @@ if (library) {
   process.on("message", (message: ToHost) => {
     if (message.type === "abort") {
       if (message.id === running) aborted = true;
+    } else if (message.type === "unload") {
+      void executor.unload(message.graphs);
     } else {
       void run(executor, message);
     }

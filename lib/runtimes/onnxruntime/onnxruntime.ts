@@ -112,6 +112,12 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     );
   }
 
+  /** After the programs given so far. */
+  async unload(graphs: readonly string[]): Promise<void> {
+    await this.#working;
+    this.#host?.process.send({ type: "unload", graphs });
+  }
+
   dispose(): Promise<void> {
     this.#disposed ??= this.#keepingAlive(async () => {
       for (const job of this.#queue.splice(0)) job.settle({ error: new DisposedError("This runtime") });

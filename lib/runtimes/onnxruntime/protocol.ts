@@ -27,7 +27,9 @@ export interface SentGraph {
 export type ToHost =
   /** `graphs` are those of the program that this child has not seen yet. */
   | { readonly type: "run"; readonly id: number; readonly graphs: readonly SentGraph[]; readonly program: Program }
-  | { readonly type: "abort"; readonly id: number };
+  | { readonly type: "abort"; readonly id: number }
+  /** Frees what these graphs were compiled to, until they are launched again. Sent while no program runs. */
+  | { readonly type: "unload"; readonly graphs: readonly string[] };
 
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =

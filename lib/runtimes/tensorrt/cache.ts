@@ -25,6 +25,8 @@ import { DigestMemory, hashFile } from "./digests.js";
 const manifestSchema = z.strictObject({
   format: z.literal(1),
   key: z.string(),
+  /** The key of everything but the profiles: engines that differ in nothing else have it in common. */
+  family: z.string().optional(),
   graph: z.string(),
   runtime: z.enum(["tensorrt", "tensorrt-rtx"]),
   version: z.string(),
@@ -147,6 +149,20 @@ export class EngineCache {
       if (!(error instanceof Damage)) throw error;
       return { state: "damaged", reason: error.message };
     }
+  }
+
+  /** Descriptions of the engines of one family, those with the fewest profiles first; their plans are not looked into. */
+  async family(graph: string, family: string): Promise<Manifest[]> {
+    const members: Manifest[] = [];
+    for (const entry of await readdir(this.folder)) {
+      if (!entry.startsWith(`${graph}-`) || !entry.endsWith(".plan")) continue;
+      const manifest = await this.#readManifest(entry.slice(0, -".plan".length)).catch((error) => {
+        if (error instanceof Damage) return null;
+        throw error;
+      });
+      if (manifest?.graph === graph && manifest.family === family) members.push(manifest);
+    }
+    return members.sort((a, b) => a.profiles.length - b.profiles.length);
   }
 
   /** Whether there is a plan, sound or not. */

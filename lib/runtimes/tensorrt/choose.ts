@@ -5,7 +5,7 @@
 
 import { RuntimeUnavailableError } from "../../errors.js";
 import { type TensorRtKind, tensorRtKinds } from "./addon.js";
-import { diagnosis, examineTensorRt, type FindOptions, type TensorRtReport } from "./libraries.js";
+import { diagnosis, examineTensorRt, type FindOptions } from "./libraries.js";
 
 /**
  * The library to build engines with. Targets can be named for TensorRT-RTX only, so they decide.
@@ -29,23 +29,17 @@ export interface PassedOver {
   readonly reason: string;
 }
 
-/** Why each of the two libraries cannot run programs here, in order of preference. Quick where there is no GPU. */
-export async function whyNotTensorRt(options: FindOptions): Promise<PassedOver[]> {
-  return Promise.all(
-    tensorRtKinds.map(async (kind) => ({
-      name: kind,
-      reason: whyNot(await examineTensorRt(kind, { ...options, gpuFirst: true })),
-    })),
-  );
-}
-
-/** Until the executor exists (see ARCHITECTURE.md), a machine that lacks nothing still cannot run engines. */
-function whyNot(report: TensorRtReport): string {
-  if (report.problems.length > 0) return diagnosis(report, "running");
-  return `${report.library!.file} can build engines (flowturbo compile), but this version of flowturbo does not run them yet.`;
-}
-
-/** @throws RuntimeUnavailableError always, with the diagnosis */
-export async function refuseTensorRt(kind: TensorRtKind, options: FindOptions): Promise<never> {
-  throw new RuntimeUnavailableError(kind, whyNot(await examineTensorRt(kind, options)));
+/**
+ * The library to run programs with, and why others that would be preferred cannot. Quick where there is no GPU.
+ */
+export async function chooseForRunning(
+  options: FindOptions,
+): Promise<{ readonly kind: TensorRtKind | null; readonly passedOver: PassedOver[] }> {
+  const passedOver: PassedOver[] = [];
+  for (const kind of tensorRtKinds) {
+    const report = await examineTensorRt(kind, { ...options, gpuFirst: true });
+    if (report.problems.length === 0) return { kind, passedOver };
+    passedOver.push({ name: kind, reason: diagnosis(report, "running") });
+  }
+  return { kind: null, passedOver };
 }

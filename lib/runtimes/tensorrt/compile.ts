@@ -154,7 +154,8 @@ export class EngineCompiler {
     const files = await this.#digests(graph, options, (share) =>
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
-    const key = this.#key(request, files);
+    const family = this.#family(request.graph, files);
+    const key = keyIn(family, profiles);
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
     const found = (plan: string, manifest: Manifest): CompiledEngine => {
@@ -191,7 +192,7 @@ export class EngineCompiler {
     }
 
     // 4. The build. Its thread may go on for a while after an abort; lock and memory are held until it ends.
-    const built = this.#build(request, key, files, options, report).finally(leave);
+    const built = this.#build(request, { key, family: keyOf(family) }, files, options, report).finally(leave);
     const { engine, warnings } = await untilAborted(built, signal);
     const { bytes, sha256 } = engine.manifest;
     report("done", "Built", total);
@@ -199,6 +200,28 @@ export class EngineCompiler {
       ...{ graph: graph.name, plan: engine.plan, bytes, sha256, profiles },
       ...{ seconds: engine.manifest.seconds, cached: false, rebuilt: damage, warnings },
     };
+  }
+
+  /**
+   * As `compile`, but any engine in the cache will do that has all the profiles, whatever others it has: what was built
+   * ahead of time for many sizes and batches serves every program over some of them.
+   */
+  async find({ graph, profiles }: EngineRequest, options: CompileCallOptions): Promise<CompiledEngine> {
+    const start = performance.now();
+    const files = await this.#digests(graph, options, () => undefined);
+    const wanted = profiles.map(profileText);
+    for (const manifest of await this.cache.family(graph.name, keyOf(this.#family(graph, files)))) {
+      const has = new Set(manifest.profiles.map(profileText));
+      if (!wanted.every((profile) => has.has(profile))) continue;
+      const lookup = await this.cache.find(graph.name, manifest.key, options.signal);
+      if (lookup.state !== "found") continue;
+      const { plan } = lookup.engine;
+      return {
+        ...{ graph: graph.name, plan, bytes: manifest.bytes, sha256: manifest.sha256, profiles: manifest.profiles },
+        ...{ seconds: (performance.now() - start) / 1000, cached: true, rebuilt: null, warnings: [] },
+      };
+    }
+    return this.compile({ graph, profiles }, options);
   }
 
   /**
@@ -211,14 +234,16 @@ export class EngineCompiler {
       const { graph } = request;
       const needed = memoryNeeded(graph);
       if (this.#memory.fits(needed)) continue;
-      const key = this.#key(request, await this.#digests(graph, options, () => undefined));
+      const family = this.#family(graph, await this.#digests(graph, options, () => undefined));
+      const key = keyIn(family, request.profiles);
       if (!(await this.cache.has(graph.name, key))) this.#memory.refuse(graph.name, needed);
     }
   }
 
-  #key({ graph, profiles }: EngineRequest, files: ReadonlyMap<string, FileDigest>): string {
+  /** What an engine is, but for its profiles. */
+  #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>): readonly unknown[] {
     const externals = [...graph.externals.values()];
-    return keyOf([
+    return [
       ["recipe", recipe],
       ["runtime", this.kind],
       ["version", versionText(this.library.version)],
@@ -231,20 +256,19 @@ export class EngineCompiler {
         externals.map(({ offset }) => offset),
       ],
       ["flags", this.#flags],
-      ["profiles", profiles.map((profile) => Object.entries(profile).sort(([a], [b]) => (a < b ? -1 : 1)))],
-    ]);
+    ];
   }
 
   async #build(
     { graph, profiles }: EngineRequest,
-    key: string,
+    keys: { readonly key: string; readonly family: string },
     files: ReadonlyMap<string, FileDigest>,
     { signal, logFile }: CompileCallOptions,
     report: Report,
   ): Promise<{ engine: CachedEngine; warnings: readonly string[] }> {
     report("building", "Starting", weightsShare);
     const start = performance.now();
-    const temporary = await this.cache.temporary(graph.name, key);
+    const temporary = await this.cache.temporary(graph.name, keys.key);
     signal?.throwIfAborted();
     const task = this.#addon.build(
       this.library.library,
@@ -275,7 +299,7 @@ export class EngineCompiler {
       signal?.removeEventListener("abort", task.cancel);
     }
     const engine = await this.cache.keep(temporary, {
-      ...{ key, graph: graph.name, runtime: this.kind, version: versionText(this.library.version) },
+      ...{ ...keys, graph: graph.name, runtime: this.kind, version: versionText(this.library.version) },
       ...{ device: this.device, profiles: profiles.map((profile) => mapValues(profile, (sizes) => [...sizes])) },
       ...{ seconds: (performance.now() - start) / 1000, created: new Date().toISOString() },
     });
@@ -302,6 +326,18 @@ export class EngineCompiler {
     }
     return files;
   }
+}
+
+function keyIn(family: readonly unknown[], profiles: readonly ProfileShapes[]): string {
+  return keyOf([...family, ["profiles", profiles.map(sortedEntries)]]);
+}
+
+function sortedEntries(profile: ProfileShapes) {
+  return Object.entries(profile).sort(([a], [b]) => (a < b ? -1 : 1));
+}
+
+function profileText(profile: ProfileShapes): string {
+  return JSON.stringify(sortedEntries(profile));
 }
 
 function weightsOf(graph: CompilableGraph, digests: ReadonlyMap<string, FileDigest>) {

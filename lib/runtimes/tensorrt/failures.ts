@@ -97,7 +97,7 @@ function outOfMemory(what: string, error: NativeError): MemoryError {
   );
 }
 
-function gigabytes(bytes: number): string {
+export function gigabytes(bytes: number): string {
   return bytes < 1e7 ? (bytes / 1e9).toFixed(4) : (bytes / 1e9).toFixed(2);
 }
 

@@ -23,7 +23,7 @@ import type {
   TensorRtKind,
 } from "./addon.js";
 import type { ProfileShapes } from "./compile.js";
-import { explainDevice, explainEngine, explainRun } from "./failures.js";
+import { explainDevice, explainEngine, explainRun, gigabytes } from "./failures.js";
 import { layOutRegisters, layOutSubmission, type ProfiledEngine, type RegisterLayout, tensorOf } from "./layout.js";
 
 /** Where plans come from: `EngineCompiler`, or in tests whatever stands in for it. */
@@ -369,6 +369,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       );
     const launches = program.instructions.filter((instruction) => instruction.op === "launch");
     const graphs = new Set(launches.map(({ graph }) => graph));
+    this.#checkMemory(executor, program.registers, constants, graphs);
     for (const graph of graphs) {
       const needed = new Map<string, ProfileShapes>();
       for (const launch of launches)
@@ -397,6 +398,28 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
         );
       return { engine: native, profile, shapes: prepared.get(profile)! };
     };
+  }
+
+  /**
+   * Refuses at once what would be refused after the engines have been built: weights, registers and constants that
+   * the device could not hold if it were empty.
+   * @throws MemoryError with both numbers
+   */
+  #checkMemory(
+    { device }: NativeExecutor,
+    registers: Program["registers"],
+    constants: ReadonlyMap<string, Tensor>,
+    graphs: ReadonlySet<string>,
+  ): void {
+    let needed = layOutRegisters(registers).bytes;
+    for (const { data } of constants.values()) needed += data.byteLength;
+    for (const name of graphs) for (const { length } of this.#graphs.get(name)!.externals.values()) needed += length;
+    if (needed <= device.memoryBytes) return;
+    throw new MemoryError(
+      `This program needs at least ${gigabytes(needed)} GB of GPU memory for the weights of ${[...graphs].join(", ")} and its own values, but ${device.name} has ${gigabytes(device.memoryBytes)} GB. Draw fewer or smaller pictures at once, or use a larger GPU.`,
+      needed,
+      device.memoryBytes,
+    );
   }
 
   async #engine(
