@@ -3,7 +3,7 @@
 import { afterEach, describe, expect, vi } from "vitest";
 import { addGraphs, describeRuntime } from "../runtimes/contract.js";
 import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
-import { temporaryFolder } from "./support.js";
+import { describeAddons, temporaryFolder } from "./support.js";
 
 const folder = temporaryFolder();
 const opened: { dispose(): Promise<void> }[] = [];
@@ -13,11 +13,13 @@ afterEach(async () => {
   await vi.waitFor(() => expect(leftOver()).toEqual({}));
 });
 
-describe.each(["tensorrt", "tensorrt-rtx"] as const)("%s", (kind) => {
-  describeRuntime(() => {
-    const runtime = simulatedRuntime(kind, new SimulatedEngines(folder));
-    addGraphs(runtime);
-    opened.push(runtime);
-    return runtime;
+describeAddons("on the simulated device", () => {
+  describe.each(["tensorrt", "tensorrt-rtx"] as const)("%s", (kind) => {
+    describeRuntime(() => {
+      const runtime = simulatedRuntime(kind, new SimulatedEngines(folder));
+      addGraphs(runtime);
+      opened.push(runtime);
+      return runtime;
+    });
   });
 });

@@ -4,7 +4,8 @@
  * This side keeps the order of programs, the engines that are loaded, and the names in every error.
  */
 
-import { DeviceLostError, DisposedError, MemoryError, RuntimeError } from "../../errors.js";
+import { setTimeout } from "node:timers/promises";
+import { DeviceLostError, DisposedError, FlowTurboError, MemoryError, RuntimeError } from "../../errors.js";
 import type { Logger } from "../../options.js";
 import type { Launch, Program, Register } from "../../program.js";
 import type { Tensor } from "../../tensor.js";
@@ -53,6 +54,9 @@ export interface TensorRtRuntimeOptions {
   readonly logger?: Logger | undefined;
 }
 
+/** Milliseconds that are waited at most, doubling from 1, between attempts to open a device that was lost. */
+const longestPatience = 512;
+
 /** Programs whose CUDA graphs are kept. */
 const keptGraphs = 4;
 
@@ -89,6 +93,10 @@ interface Prepared {
 }
 
 export class TensorRtRuntime implements Runtime, AsyncDisposable {
+  /** Runtimes of this thread with an open device: one that is lost comes back only when nobody holds on to it. */
+  static readonly #onDevice = new Set<TensorRtRuntime>();
+  /** Ends when all that were let go of have been freed; says whether the device was ever lost. */
+  static #closings: Promise<boolean> = Promise.resolve(false);
   readonly name: TensorRtKind;
   readonly #options: TensorRtRuntimeOptions;
   readonly #graphs = new Map<string, CompilableGraph>();
@@ -233,7 +241,11 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       if (!job.begun) this.#closing.signal.throwIfAborted();
       job.begun = true;
       signal?.throwIfAborted();
-      const prepared = await prepare(signal);
+      const prepared = await prepare(signal).catch((error) => {
+        // Another runtime has noticed that the device is lost, and taken it from under this one's feet.
+        if (this.#executor !== null || error instanceof FlowTurboError || signal?.aborted) throw error;
+        throw beforeItBegan(error);
+      });
       if (signal?.aborted) prepared.done(true);
       signal?.throwIfAborted();
       const outcome = this.#submit(job, prepared, this.#last);
@@ -256,8 +268,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   async #submit(job: Job, prepared: Prepared, before: Promise<unknown>): Promise<Record<string, Tensor>> {
     const { signal, onLaunch } = job.options;
     const { executor, registers, layout, submission, launches, engineOf, results, done } = prepared;
-    if (this.#executor !== executor)
-      throw new DeviceLostError("The GPU was lost before this program began. Try again.");
+    if (this.#executor !== executor) throw beforeItBegan();
     const read = (names: readonly string[], values: readonly Uint8Array[]) =>
       Object.fromEntries(names.map((name, index) => [name, tensorOf(layout.registers[name]!, values[index]!)]));
     const run = registers.submit(submission, (reports) => {
@@ -295,7 +306,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       if (job.stopped) throw job.stopped.reason;
       if (signal?.aborted) throw signal.reason;
       if (!isNative(error)) throw error;
-      if (error.code === "DEVICE_LOST" && this.#executor === executor) void this.#drop(executor);
+      if (error.code === "DEVICE_LOST") this.#lose(executor);
       throw explainRun(error, launches, (launch) => engineOf(launch).engine);
     } finally {
       signal?.removeEventListener("abort", run.cancel);
@@ -380,7 +391,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
         if (profile === undefined || engine.prepared.has(profile)) continue;
         signal?.throwIfAborted();
         const shapes = await executor.prepare(engine.native.id, profile).promise.catch((error: NativeError) => {
-          if (error.code === "DEVICE_LOST") void this.#drop(executor);
+          if (error.code === "DEVICE_LOST") this.#lose(executor);
           throw explainEngine(error, graph);
         });
         engine.prepared.set(profile, shapes);
@@ -440,7 +451,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     this.#release(name);
     const load = () =>
       executor.load(plan, identity).promise.catch((error: NativeError) => {
-        if (error.code === "DEVICE_LOST") void this.#drop(executor);
+        if (error.code === "DEVICE_LOST") this.#lose(executor);
         throw explainEngine(error, name);
       });
     const native = await load().catch((error) => {
@@ -474,17 +485,37 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
 
   #open(): Promise<NativeExecutor> {
     const { addon, library, parser, kind } = this.#options;
-    this.#opening ??= addon.openExecutor(library, parser, 0).promise.then(
-      (executor) => {
-        this.#executor = executor;
-        return executor;
-      },
-      (error: NativeError) => {
-        this.#opening = null;
-        throw explainDevice(error, kind);
-      },
-    );
+    const attempt = async (patience: number): Promise<NativeExecutor> => {
+      try {
+        return await addon.openExecutor(library, parser, 0).promise;
+      } catch (error) {
+        // Somebody may still hold on to what was lost: a run that has just ended, another thread.
+        if ((error as NativeError).code !== "DEVICE_LOST" || patience > longestPatience) throw error;
+        await setTimeout(patience);
+        return attempt(2 * patience);
+      }
+    };
+    this.#opening ??= TensorRtRuntime.#closings
+      .then((lost) => attempt(lost ? 1 : Number.POSITIVE_INFINITY))
+      .then(
+        (executor) => {
+          this.#executor = executor;
+          TensorRtRuntime.#onDevice.add(this);
+          return executor;
+        },
+        (error: NativeError) => {
+          this.#opening = null;
+          throw explainDevice(error, kind);
+        },
+      );
     return this.#opening;
+  }
+
+  /** The device is lost: all runtimes let go of it, those too that have not noticed. */
+  #lose(executor: NativeExecutor): void {
+    if (this.#executor !== executor) return;
+    for (const runtime of [...TensorRtRuntime.#onDevice]) void runtime.#drop(runtime.#executor!);
+    TensorRtRuntime.#closings = TensorRtRuntime.#closings.then(() => true);
   }
 
   /** Lets go of a device; the next run opens it anew. */
@@ -492,12 +523,20 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     if (this.#executor !== executor) return;
     this.#executor = null;
     this.#opening = null;
+    TensorRtRuntime.#onDevice.delete(this);
     for (const registers of this.#captured.values()) registers.release();
     this.#captured = new Map();
     for (const { native } of this.#engines.values()) native.release();
     this.#engines = new Map();
-    await executor.close().promise;
+    const closed = executor.close().promise;
+    const before = TensorRtRuntime.#closings;
+    TensorRtRuntime.#closings = closed.then(() => before);
+    await closed;
   }
+}
+
+function beforeItBegan(cause?: unknown): DeviceLostError {
+  return new DeviceLostError("The GPU was lost before this program began. Try again.", { cause });
 }
 
 function launchesOf({ instructions, results }: Pick<Program, "instructions" | "results">) {

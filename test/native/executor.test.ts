@@ -1,0 +1,433 @@
+// What the runtimes on a GPU can do wrong that others cannot, on the simulated device: leaks, errors of each single call
+// of the driver, aborts at each launch, memory that does not suffice, engines that are shared, plans that do not fit.
+import { writeFileSync } from "node:fs";
+import { open } from "node:fs/promises";
+import path from "node:path";
+import { setImmediate, setTimeout } from "node:timers/promises";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import {
+  CacheError,
+  CompileError,
+  DeviceLostError,
+  DisposedError,
+  FlowTurboError,
+  MemoryError,
+  RuntimeError,
+} from "../../lib/errors.js";
+import type { Program } from "../../lib/program.js";
+import type { LaunchReport } from "../../lib/runtimes/runtime.js";
+import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
+import type { EngineSource, TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/tensorrt.js";
+import { samplingProgram } from "../../lib/schedule/index.js";
+import { float32 } from "../../lib/tensor.js";
+import { addGraphs, double, values } from "../runtimes/contract.js";
+import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
+import { cases, draw, requestOf, samplingGraphs } from "../support/sampling.js";
+import { leftOver, planText, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
+import { describeAddons, temporaryFolder } from "./support.js";
+
+const folder = temporaryFolder();
+const rejection = (promise: Promise<unknown>) =>
+  promise.then(
+    () => null,
+    (error) => error,
+  );
+
+describeAddons("the executor", () => {
+  describe.each(["tensorrt", "tensorrt-rtx"] as const)("on %s", (kind) => {
+    const opened: TensorRtRuntime[] = [];
+    const start = (
+      options: Partial<TensorRtRuntimeOptions> = {},
+      engines: EngineSource = new SimulatedEngines(folder),
+    ) => {
+      const runtime = simulatedRuntime(kind, engines, options);
+      addGraphs(runtime);
+      for (const graph of samplingGraphs(true)) runtime.add(graph);
+      opened.push(runtime);
+      return runtime;
+    };
+    beforeEach(() => simulated.reset());
+    afterEach(async () => {
+      simulated.let(-1);
+      simulated.failAt(0, 0);
+      await Promise.all(opened.splice(0).map((runtime) => runtime.dispose()));
+      expect(simulated.violation()).toBe("");
+      await vi.waitFor(() => expect(leftOver()).toEqual({}));
+      simulated.reset();
+    });
+    const request = requestOf(cases.find(({ name }) => name === "two stages")!, 3);
+    const sampling = samplingProgram(request);
+    const expected = draw(request);
+    const launches = sampling.program.instructions.filter(({ op }) => op === "launch").length;
+    const check = async (runtime: TensorRtRuntime) => {
+      const results = await runtime.run(sampling.program);
+      expect(results[sampling.latents]!.data).toEqual(expected.latents);
+      expect(results[sampling.image]!.data).toEqual(expected.image);
+    };
+
+    it.each([false, true])(
+      "leaks nothing in 1,000 runs (capture: %s)",
+      async (capture) => {
+        const runtime = start({ capture });
+        for (let run = 0; run < 10; run++) await check(runtime);
+        const before = leftOver();
+        const memory = process.memoryUsage().rss;
+        for (let run = 0; run < 1000; run++) await runtime.run(sampling.program);
+        expect(leftOver()).toEqual(before);
+        // Each run carries some 40 kB: a thousandth kept of each would be seen, the garbage collector's mood would not.
+        expect(process.memoryUsage().rss - memory).toBeLessThan(120e6);
+        await check(runtime);
+      },
+      120_000,
+    );
+
+    it("stops at whichever launch it is aborted, and goes on with the next program", async () => {
+      const runtime = start();
+      await check(runtime);
+      for (let stop = 0; stop < launches; stop++) {
+        simulated.reset();
+        simulated.hold();
+        const controller = new AbortController();
+        let reports = 0;
+        const running = rejection(
+          runtime.run(sampling.program, { signal: controller.signal, onLaunch: () => void reports++ }),
+        );
+        simulated.let(stop);
+        await vi.waitFor(() => expect(simulated.counts().kernels).toBe(stop));
+        controller.abort(`at ${stop}`);
+        simulated.let(-1);
+        expect(await running).toBe(`at ${stop}`);
+        expect(reports).toBeLessThanOrEqual(stop);
+        // One that the device works on, and one that is queued behind it.
+        expect(simulated.counts().kernels).toBeLessThanOrEqual(stop + 2);
+        await check(runtime);
+      }
+    });
+
+    it("reports an error of every single call of the driver, and runs again after it", async () => {
+      const runtime = start();
+      await check(runtime);
+      simulated.reset();
+      await runtime.dispose();
+      const life = async () => {
+        await using fresh = start();
+        await fresh.run(sampling.program);
+      };
+      simulated.reset();
+      await life();
+      const { calls } = simulated.counts();
+      expect(calls).toBeGreaterThan(100);
+      const reported = new Set<string>();
+      // Out of memory, an invalid value, a launch that failed for good.
+      for (const code of [2, 1, 719])
+        for (let call = 1; call <= calls; call++) {
+          const fresh = start();
+          simulated.reset();
+          simulated.failAt(call, code);
+          // What fails while a run's memory is freed, the next one hears of.
+          const error =
+            (await rejection(fresh.run(sampling.program))) ?? (await rejection(fresh.run(sampling.program)));
+          const failed = simulated.failed();
+          simulated.failAt(0, 0);
+          if (error !== null) {
+            expect(error, `${failed} answered ${code}: ${(error as Error).stack}`).toBeInstanceOf(FlowTurboError);
+            reported.add(error.code);
+          }
+          // The same object runs again, on a new device if need be.
+          await check(fresh);
+          await fresh.dispose();
+          opened.splice(opened.indexOf(fresh), 1);
+          expect(simulated.violation()).toBe("");
+        }
+      for (const code of ["MEMORY", "LAUNCH", "DEVICE_LOST", "RUNTIME_UNAVAILABLE"])
+        expect([...reported]).toContain(`ERR_FLOWTURBO_${code}`);
+    }, 300_000);
+
+    it("names the launch that failed on the device", async () => {
+      const runtime = start();
+      const job = program([1, 2], [double("x", "a"), double("a", "b"), double("b", "c")], ["c"]);
+      await runtime.run(job);
+      simulated.failKernel(2, 719);
+      const error = await rejection(runtime.run(job));
+      expect(error).toBeInstanceOf(DeviceLostError);
+      expect(values((await runtime.run(job)).c)).toEqual([8, 16]);
+    });
+
+    it("gives up programs that wait when the device is lost, and opens it anew for the next", async () => {
+      const runtime = start();
+      await check(runtime);
+      simulated.hold();
+      const first = rejection(runtime.run(sampling.program));
+      const second = rejection(runtime.run(sampling.program));
+      await setTimeout(20);
+      simulated.failKernel(1, 700);
+      simulated.let(-1);
+      expect(await first).toBeInstanceOf(DeviceLostError);
+      expect(await second).toBeInstanceOf(DeviceLostError);
+      await check(runtime);
+    });
+
+    it("comes back from a lost device though another runtime, idle, was on it too", async () => {
+      const [one, idle] = [start(), start()];
+      await check(one);
+      await check(idle);
+      simulated.failKernel(1, 719);
+      expect(await rejection(one.run(sampling.program))).toBeInstanceOf(DeviceLostError);
+      await check(one);
+      await check(idle);
+    });
+
+    it("waits for its run when it is disposed of, and frees everything", async () => {
+      const runtime = start();
+      await check(runtime);
+      simulated.hold();
+      const running = runtime.run(sampling.program);
+      await vi.waitFor(() => expect(simulated.counts().uploads).toBeGreaterThan(1));
+      let disposed = false;
+      const disposal = runtime.dispose().then(() => {
+        disposed = true;
+      });
+      await setTimeout(30);
+      expect(disposed).toBe(false);
+      simulated.let(-1);
+      expect((await running)[sampling.image]!.data).toEqual(expected.image);
+      await disposal;
+      expect(leftOver()).toEqual({});
+    });
+
+    describe("engines", () => {
+      it("are loaded once for all runtimes of a process", async () => {
+        const engines = new SimulatedEngines(folder);
+        const [one, two] = [start({}, engines), start({}, engines)];
+        await Promise.all([check(one), check(two)]);
+        const graphs = new Set(engines.requests.map(({ graph }) => graph)).size;
+        expect(simulated.counts().engines).toBe(graphs);
+        await one.dispose();
+        expect(simulated.counts().engines).toBe(graphs);
+        await check(two);
+      });
+
+      it("give their memory back when they are unloaded", async () => {
+        const runtime = start();
+        await check(runtime);
+        const { engines } = simulated.counts();
+        await runtime.unload(["predict", "refine"]);
+        await vi.waitFor(() => expect(simulated.counts().engines).toBe(engines - 2));
+        await check(runtime);
+      });
+
+      it("gain a profile when a program brings new shapes, and keep the old ones", async () => {
+        const engines = new SimulatedEngines(folder);
+        const runtime = start({}, engines);
+        const run = async (x: number[]) => values((await runtime.run(program(x, [double("x", "a")], ["a"]))).a);
+        expect(await run([1, 2])).toEqual([2, 4]);
+        expect(await run([1, 2, 3])).toEqual([2, 4, 6]);
+        expect(await run([5, 6])).toEqual([10, 12]);
+        expect(engines.requests.map(({ profiles }) => profiles)).toEqual([[{ x: [2] }], [{ x: [2] }, { x: [3] }]]);
+      });
+    });
+
+    describe("memory that does not suffice", () => {
+      const large = (name: string, weights: number) => {
+        const graph = scaleGraph(name, 2);
+        closedForms.set(graph, { ...closedForms.get(graph)!, weights });
+        return graph;
+      };
+      const on = (graph: string): Program => program([1, 2], [launch(graph, "x", "a")], ["a"]);
+
+      it("is refused with both numbers, and the runtime goes on", async () => {
+        simulated.capacity(8e6);
+        const runtime = start();
+        runtime.add(large("too large", 9e6));
+        const error = await rejection(runtime.run(on("too large")));
+        expect(error).toBeInstanceOf(MemoryError);
+        expect(error.needed).toBeGreaterThanOrEqual(9e6);
+        expect(error.available).toBeLessThanOrEqual(8e6);
+        expect(error.message).toMatch(
+          /needs about 0\.0090 GB of GPU memory, but 0\.00\d+ GB are free.*keepTextEncoders/,
+        );
+        expect(values((await runtime.run(on("double"))).a)).toEqual([2, 4]);
+      });
+
+      it("is made by letting go of engines that the program does not launch", async () => {
+        simulated.capacity(8e6);
+        const warnings: string[] = [];
+        const runtime = start({ logger: { warn: (message) => void warnings.push(message) } });
+        runtime.add(large("first", 5e6));
+        runtime.add(large("second", 5e6));
+        for (const name of ["first", "second", "first"])
+          expect(values((await runtime.run(on(name))).a)).toEqual([2, 4]);
+        expect(warnings[0]).toMatch(/To make room for second, the GPU lets go of first/);
+      });
+
+      it("is refused before anything is built where the weights alone are more than the device has", async () => {
+        const engines = new SimulatedEngines(folder);
+        const runtime = start({}, engines);
+        const { device } = await runtime.start();
+        const length = device.memoryBytes + 1;
+        const weight = { name: "w", dtype: "F32", shape: [length / 4], file: "/nowhere", offset: 0, length } as const;
+        runtime.add({ ...scaleGraph("huge weights", 2), externals: new Map([["w", weight]]) });
+        const error = await rejection(runtime.run(on("huge weights")));
+        expect(error).toBeInstanceOf(MemoryError);
+        expect(error.available).toBe(device.memoryBytes);
+        expect(error.needed).toBeGreaterThan(device.memoryBytes);
+        expect(error.message).toMatch(/huge weights.* has \d+\.\d+ GB/);
+        expect(engines.requests).toEqual([]);
+      });
+    });
+
+    describe("a program that cannot run is refused before its first launch", () => {
+      const refused = async (job: Program, options: Partial<TensorRtRuntimeOptions> = {}, engines?: EngineSource) => {
+        const runtime = start(options, engines);
+        simulated.reset();
+        const reports: LaunchReport[] = [];
+        const error = await rejection(runtime.run(job, { onLaunch: (report) => void reports.push(report) }));
+        expect(error).toBeInstanceOf(FlowTurboError);
+        expect(reports).toEqual([]);
+        expect(simulated.counts().kernels).toBe(0);
+        expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]), {})).a)).toEqual([2]);
+        return error;
+      };
+      const good = program([1, 2], [double("x", "a"), double("a", "b")], ["b"]);
+
+      it("since a register does not have the engine's shape, at its last launch too", async () => {
+        const error = await refused({ ...good, registers: { ...good.registers, b: { dtype: "float32", shape: [3] } } });
+        expect(error.message).toMatch(
+          /"double" \(b of a\) gave float32 \[2\] as "y", but the register "b" is float32 \[3\]/,
+        );
+      });
+
+      it("since the plan has other inputs than the launch", async () => {
+        const error = await refused(program([1], [{ ...double("x", "a"), inputs: { x: "x", z: "x" } }], ["a"]));
+        expect(error).toBeInstanceOf(RuntimeError);
+        expect(error.message).toMatch(/"double" \(a of x\).*"?z/);
+      });
+
+      it.each([
+        ["a register is read before it is written", program([1], [double("a", "b")], ["b"]), /"a" is read before/],
+        [
+          "there is no such graph",
+          program([1], [launch("nobody", "x", "a")], ["a"]),
+          /"nobody".*no graph of that name/,
+        ],
+        [
+          "two outputs go to one register",
+          program([1], [{ ...double("x", "a"), outputs: { y: "a", z: "a" } }], ["a"]),
+          /two outputs go to one register/,
+        ],
+        [
+          "an output is an input too",
+          program([1], [double("x", "a"), double("a", "a")], ["a"]),
+          /both an input and an output/,
+        ],
+        [
+          "a coefficient is NaN",
+          {
+            ...good,
+            constants: { x: { kind: "value", tensor: float32([2], Float32Array.of(1, Number.NaN)) } },
+          } as Program,
+          /the constant "x" holds NaN/,
+        ],
+        [
+          "rows are copied from outside",
+          program([1, 2], [double("x", "a"), { op: "copy", from: "a", fromRow: 1, to: "b", toRow: 0, rows: 2 }], ["b"]),
+          /rows 1 to 2 are outside "a"/,
+        ],
+      ])("since %s", async (_, job, message) => {
+        expect((await refused(job)).message).toMatch(message);
+      });
+
+      it("since the plan is damaged, foreign or changed", async () => {
+        const form = closedForms.get(scaleGraph("double", 2))!;
+        const plan = (text: string, change?: string): EngineSource => {
+          let asked = 0;
+          const good = new SimulatedEngines(folder);
+          return {
+            engineFor: async (...request) => {
+              if (asked++ > 0) return good.engineFor(request[0], request[1], request[2]);
+              const file = path.join(temporaryFolder(), "engine.plan");
+              writeFileSync(file, text);
+              const handle = await open(file);
+              const identity = await fileIdentity(handle);
+              await handle.close();
+              if (change !== undefined) writeFileSync(file, change);
+              return { plan: file, identity };
+            },
+          };
+        };
+        expect(await refused(good, {}, plan("no plan at all"))).toBeInstanceOf(CompileError);
+        expect(await refused(good, {}, plan(""))).toBeInstanceOf(FlowTurboError);
+        const sound = planText(form, [{ x: [2] }]);
+        expect(await refused(good, {}, plan(sound, `${sound} `))).toBeInstanceOf(CacheError);
+        const other = await refused(good, {}, plan(planText(form, [{ x: [7] }])));
+        expect(other.message).toMatch(/"double" \(a of x\) failed: its engine has no profile for the inputs x \[2\]/);
+      });
+    });
+
+    describe("a program in parts", () => {
+      const registers = program([1, 2], [], []).registers;
+      const part = (instructions: Program["instructions"], results: string[] = [], x = [1, 2]) => ({
+        constants: program(x, [], []).constants,
+        instructions,
+        results,
+      });
+
+      it("keeps its registers from one part to the next, ahead of the device", async () => {
+        const runtime = start();
+        const parts = runtime.open(registers);
+        await parts.submit(part([double("x", "a")]));
+        simulated.hold();
+        const second = parts.submit(part([double("a", "b")]));
+        const third = parts.submit(part([double("b", "a")], ["a", "b"]));
+        await setTimeout(20);
+        simulated.let(-1);
+        await second;
+        expect(values((await third).a)).toEqual([8, 16]);
+        await parts.close();
+        expect(await rejection(parts.submit(part([double("x", "a")])))).toBeInstanceOf(DisposedError);
+      });
+
+      it("refuses to read what no part has written", async () => {
+        const runtime = start();
+        const parts = runtime.open(registers);
+        await parts.submit(part([double("x", "a")]));
+        const error = await rejection(parts.submit(part([double("c", "b")])));
+        expect(error.message).toMatch(/the register "c" is read before/);
+        expect(values((await parts.submit(part([double("a", "b")], ["b"]))).b)).toEqual([4, 8]);
+        await parts.close();
+      });
+
+      it("rejects what follows a part that failed", async () => {
+        const runtime = start();
+        const parts = runtime.open(registers);
+        await parts.submit(part([double("x", "a")]));
+        const failed = parts.submit(part([launch("huge", "x", "b", { mustBeFinite: ["b"] })], [], [1, 5]));
+        const after = parts.submit(part([double("b", "c")], ["c"]));
+        expect(await rejection(failed)).toMatchObject({ code: "ERR_FLOWTURBO_NOT_FINITE", where: "b of x" });
+        expect(await rejection(after)).toBeInstanceOf(RuntimeError);
+        await parts.close();
+      });
+    });
+
+    it("does not wait for JavaScript between launches", async () => {
+      const runtime = start();
+      const job = program(
+        [1],
+        Array.from({ length: 40 }, (_, index) =>
+          double(index === 0 ? "x" : index % 2 ? "a" : "b", index % 2 ? "b" : "a"),
+        ),
+        ["b"],
+      );
+      await runtime.run(job);
+      simulated.reset();
+      const running = runtime.run(job);
+      // Until it has been handed over; then the event loop is blocked.
+      while (simulated.counts().kernels === 0) await setImmediate();
+      for (const end = performance.now() + 200; performance.now() < end; );
+      expect(simulated.counts().kernels).toBe(40);
+      await running;
+      const times = simulated.kernelTimes();
+      expect(times.at(-1)! - times[0]!).toBeLessThan(0.15);
+    });
+  });
+});

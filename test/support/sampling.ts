@@ -1,0 +1,254 @@
+// Sampling in closed form: graphs with the operands of the real ones that compute a few sums and products, so that the
+// simulated device can run whole schedules, and the same in plain TypeScript, written from the definitions of the blocks
+// rather than from programs.
+import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
+import { type Block, parseBlocks, type SamplingRequest, type SamplingStage } from "../../lib/schedule/index.js";
+import { elementCount, type FloatTensor, float32 } from "../../lib/tensor.js";
+import { type ClosedForm, closedForms } from "../runtimes/models.js";
+
+const channels = 4;
+const factor = 2;
+
+const float = Math.fround;
+
+const guide = (velocity: string, guided: boolean) =>
+  guided ? `${velocity}.u guidance ${velocity}.c ${velocity}.u - * +` : velocity;
+
+function step(network: string, guided: boolean): ClosedForm {
+  const perRow = ["sigma", "a_in", "a_old", "a_new", ...(guided ? ["guidance"] : [])];
+  const names = ["x", "velocity", "context", "pooled", "position_embedding", ...perRow];
+  return {
+    inputs: Object.fromEntries(names.map((name) => [name, "float32"])),
+    outputs: ({ x, velocity }) => ({ x_next: x!, velocity_next: velocity! }),
+    temporaries: { old: "x", point: "x", new: "x" },
+    formulas: [
+      `old ${guide("velocity", guided)}`,
+      "point x a_in old * +",
+      `velocity_next ${network} context 0.25 * + pooled 0.125 * + position_embedding 0.0625 * +`,
+      `new ${guide("velocity_next", guided)}`,
+      "x_next x a_old old * + a_new new * +",
+    ],
+    weights: 65536,
+  };
+}
+
+const noised = "latents 1 sigma - * noise sigma * +";
+
+const forms = (guided: boolean): Record<string, ClosedForm> => ({
+  predict: step("point 0.5 * sigma +", guided),
+  refine: step("point 0.75 * velocity + sigma 0.5 * -", guided),
+  vae_decoder: {
+    inputs: { latents: "float32" },
+    outputs: ({ latents }) => {
+      const [rows, , height, width] = latents as [number, number, number, number];
+      return { image: [rows, 3, height * factor, width * factor] };
+    },
+    formulas: ["image latents 0.5 * 0.25 +"],
+  },
+  vae_encoder: {
+    inputs: { image: "float32" },
+    outputs: ({ image }) => ({ latents: [image![0]!, channels, image![2]! / factor, image![3]! / factor] }),
+    formulas: ["latents image 2 *"],
+  },
+  join: {
+    inputs: { latents: "float32", noise: "float32", sigma: "float32" },
+    outputs: ({ noise }) => ({ x: noise! }),
+    formulas: [`x ${noised}`],
+  },
+  noised: {
+    inputs: { latents: "float32", noise: "float32", sigma: "float32" },
+    outputs: ({ noise }) => ({ x: noise! }),
+    formulas: [`x ${noised}`],
+  },
+  merge: {
+    inputs: Object.fromEntries(
+      ["x", "velocity", "latents", "noise", "mask", "sigma"].map((name) => [name, "float32"] as const),
+    ),
+    outputs: ({ x, velocity }) => ({ x_next: x!, velocity_next: velocity! }),
+    temporaries: { known: "noise", direction: "noise" },
+    formulas: [
+      `known ${noised}`,
+      "direction noise latents -",
+      "x_next mask x * 1 mask - known * +",
+      "velocity_next mask velocity * 1 mask - direction * +",
+    ],
+  },
+});
+
+/** Graphs by the names that `request` gives them. */
+export function samplingGraphs(guided: boolean): CompilableGraph[] {
+  return Object.entries(forms(guided)).map(([name, form]) => {
+    const graph = { name, bytes: new Uint8Array(), externals: new Map(), fingerprint: `${name} ${guided}` };
+    closedForms.set(graph, form);
+    return graph;
+  });
+}
+
+export interface Case {
+  readonly name: string;
+  /** Blocks of each stage. */
+  readonly stages: readonly string[];
+  readonly guided?: boolean;
+  readonly inpainted?: boolean;
+}
+
+export const cases: readonly Case[] = [
+  { name: "E", stages: ["E3"] },
+  { name: "H", stages: ["H2"] },
+  { name: "P", stages: ["P3"] },
+  { name: "R", stages: ["H1P2R2"] },
+  { name: "without guidance", stages: ["H1P1R1E1"], guided: false },
+  { name: "two stages", stages: ["H1P1R1", "H1R1"] },
+  { name: "inpainting", stages: ["H1P2R1"], inpainted: true },
+];
+
+/** Deterministic numbers of about the size of normal noise. */
+function numbers(shape: readonly number[], seed: number): FloatTensor {
+  let state = seed * 2654435761 + 1;
+  const data = Float32Array.from({ length: elementCount(shape) }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return (state / 2 ** 32 - 0.5) * 3;
+  });
+  return float32(shape, data);
+}
+
+export function requestOf({ stages, guided = true, inpainted = false }: Case, batch: number): SamplingRequest {
+  const rows = guided ? 2 * batch : batch;
+  return {
+    stages: stages.map((text, index): SamplingStage => {
+      const blocks = parseBlocks(text);
+      const side = 4 * (index + 1);
+      const positions = (seed: number) => {
+        return { kind: "value", tensor: numbers([1, (side / 2) ** 2, 3], seed) } as const;
+      };
+      return {
+        blocks,
+        sigmas: Array.from(
+          { length: blocks.length + 1 },
+          (_, point) => (0.9 - 0.2 * index) * (1 - point / blocks.length),
+        ),
+        noise: numbers([batch, channels, side, side], 1 + index),
+        positions: { predict: positions(11), refine: positions(12) },
+        ...(inpainted && {
+          original: numbers([1, 3, side * factor, side * factor], 21),
+          mask: float32(
+            [1, 1, side, side],
+            numbers([side * side], 22).data.map((value) => (value > 0 ? 1 : 0)),
+          ),
+        }),
+      };
+    }),
+    context: numbers([rows, 5, 6], 31),
+    pooled: numbers([rows, 7], 32),
+    guidanceScale: guided ? 3.5 : null,
+    graphs: {
+      ...{ predict: "predict", refine: "refine", decode: "vae_decoder", encode: "vae_encoder" },
+      ...{ join: "join", noised: "noised", merge: "merge", preview: "preview" },
+    },
+    vaeFactor: factor,
+    imageChannels: 3,
+    // Two pictures of the second stage: larger batches are taken apart.
+    pixelsAtOnce: 2 * (8 * factor) ** 2,
+  };
+}
+
+/** The same pictures, computed here. */
+export function draw(request: SamplingRequest): { latents: Float32Array; image: Float32Array } {
+  const batch = request.stages[0]!.noise.shape[0]!;
+  const rows = request.context.shape[0]!;
+  const scale = request.guidanceScale;
+  const each = (shape: readonly number[], value: (row: number, place: number) => number): FloatTensor => {
+    const size = elementCount(shape.slice(1));
+    return float32(
+      shape,
+      Float32Array.from({ length: elementCount(shape) }, (_, index) => value(Math.floor(index / size), index % size)),
+    );
+  };
+  /** Broadcast as the closed forms are. */
+  const at = (tensor: FloatTensor, row: number, place: number) => {
+    const size = elementCount(tensor.shape.slice(1));
+    return tensor.data[(row % tensor.shape[0]!) * size + (place % size)]!;
+  };
+  const guided = (velocity: FloatTensor, row: number, place: number) => {
+    if (scale === null) return at(velocity, row, place);
+    const u = at(velocity, row, place);
+    const c = at(velocity, row + batch, place);
+    return float(u + float(float(scale) * float(c - u)));
+  };
+  const mix = (latents: FloatTensor, noise: FloatTensor, sigma: number) =>
+    each(noise.shape, (row, place) =>
+      float(float(at(latents, row, place) * float(1 - float(sigma))) + float(at(noise, row, place) * float(sigma))),
+    );
+
+  let latents: FloatTensor | null = null;
+  for (const [index, stage] of request.stages.entries()) {
+    const noise = stage.noise as FloatTensor;
+    const shape = noise.shape;
+    const start = stage.sigmas[0]!;
+    const original =
+      stage.original &&
+      each([1, ...shape.slice(1)], (row, place) => float(at(stage.original as FloatTensor, row, place) * 2));
+    let x: FloatTensor = index > 0 ? mix(latents!, noise, start) : original ? mix(original, noise, start) : noise;
+    let velocity: FloatTensor | null = null;
+
+    /** x + a_old·g(v) + a_new·g(v'), and v' = network(x + a_in·g(v)). */
+    const evaluate = (type: "predict" | "refine", sigma: number, aIn: number, aOld: number, aNew: number) => {
+      const positions = stage.positions[type]!;
+      const table = (positions as { tensor: FloatTensor }).tensor;
+      const old = velocity ?? each([rows, ...shape.slice(1)], () => 0);
+      const next = each(old.shape, (row, place) => {
+        const point = float(at(x, row, place) + float(float(aIn) * guided(old, row % batch, place)));
+        const body =
+          type === "predict"
+            ? float(float(point * 0.5) + float(sigma))
+            : float(float(float(point * 0.75) + at(old, row, place)) - float(float(sigma) * 0.5));
+        const context = float(body + float(at(request.context as FloatTensor, row, place) * 0.25));
+        const pooled = float(context + float(at(request.pooled as FloatTensor, row, place) * 0.125));
+        return float(pooled + float(at(table, row, place) * 0.0625));
+      });
+      const moved = each(shape, (row, place) => {
+        const first = float(at(x, row, place) + float(float(aOld) * guided(old, row, place)));
+        return float(first + float(float(aNew) * guided(next, row, place)));
+      });
+      return { moved, next };
+    };
+    /** Evaluates, then corrects with the mean of two slopes. @returns the velocity that the correction computed */
+    const correct = (type: "predict" | "refine", from: number, to: number): FloatTensor => {
+      const { moved, next } = evaluate(type, to, to - from, (to - from) / 2, (to - from) / 2);
+      x = moved;
+      return next;
+    };
+
+    for (const [block, kind] of (stage.blocks as readonly Block[]).entries()) {
+      const [from, to] = [stage.sigmas[block]!, stage.sigmas[block + 1]!];
+      if (kind === "E") {
+        const { moved, next } = evaluate("predict", from, 0, 0, to - from);
+        x = moved;
+        velocity = next;
+      } else if (kind === "R") {
+        velocity = evaluate("refine", from, 0, 0, 0).next;
+        correct("refine", from, to);
+      } else {
+        if (kind === "H" || velocity === null) velocity = evaluate("predict", from, 0, 0, 0).next;
+        velocity = correct("predict", from, to);
+      }
+      if (stage.mask && original) {
+        const mask = stage.mask as FloatTensor;
+        const blend = (fresh: FloatTensor, known: (row: number, place: number) => number) =>
+          each(fresh.shape, (row, place) => {
+            const share = at(mask, row, place);
+            return float(float(share * at(fresh, row, place)) + float(float(1 - share) * known(row, place)));
+          });
+        const known = mix(original, noise, to);
+        x = blend(x, (row, place) => at(known, row, place));
+        velocity = blend(velocity, (row, place) => float(at(noise, row, place) - at(original, row, place)));
+      }
+    }
+    latents = x;
+  }
+  const [, , height, width] = latents!.shape as [number, number, number, number];
+  const image = each([batch, 3, height * factor, width * factor], (row, place) =>
+    float(float(at(latents!, row, place) * 0.5) + 0.25),
+  );
+  return { latents: latents!.data, image: image.data };
+}
