@@ -1,6 +1,5 @@
 // The addons themselves, without any of NVIDIA's libraries: loading, arguments, locks, workers, and the search for the
 // libraries with small stand-ins that know nothing but a version.
-import { execFileSync } from "node:child_process";
 import { copyFileSync, existsSync, mkdirSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { Worker } from "node:worker_threads";
@@ -8,7 +7,7 @@ import { afterEach, expect, it } from "vitest";
 import { loadAddon, type NativeError, tensorRtKinds } from "../../lib/runtimes/tensorrt/addon.js";
 import { examineTensorRt } from "../../lib/runtimes/tensorrt/libraries.js";
 import { root } from "../support/fixtures.js";
-import { cli, describeAddons, startNode, temporaryFolder } from "./support.js";
+import { cli, describeAddons, standIn, startNode, temporaryFolder } from "./support.js";
 
 const environment = { ...process.env };
 afterEach(() => {
@@ -23,30 +22,6 @@ const rejection = (promise: Promise<unknown>) =>
 const driver = ["libcuda.so.1"].some((name) =>
   ["/usr/lib/x86_64-linux-gnu", "/usr/lib64"].some((folder) => existsSync(path.join(folder, name))),
 );
-
-/** A library that answers nothing but a version, under the names of both. */
-function standIn(version: readonly number[]): string {
-  const folder = temporaryFolder();
-  const [major, minor, patch, build] = version;
-  const source = path.join(folder, "stand-in.c");
-  writeFileSync(
-    source,
-    `int getInferLibMajorVersion(void){return ${major};} int getInferLibMinorVersion(void){return ${minor};}
-     int getInferLibPatchVersion(void){return ${patch};} int getInferLibBuildVersion(void){return ${build};}
-     void* createInferBuilder_INTERNAL(void* logger, int version){return 0;}
-     void* createNvOnnxParser_INTERNAL(void* network, void* logger, int version){return 0;}\n`,
-  );
-  const library = path.join(folder, "stand-in.so");
-  execFileSync("cc", ["-shared", "-fPIC", "-o", library, source]);
-  for (const name of [
-    "libnvinfer.so.11",
-    "libnvonnxparser.so.11",
-    "libtensorrt_rtx.so.1",
-    "libtensorrt_onnxparser_rtx.so.1",
-  ])
-    copyFileSync(library, path.join(folder, name));
-  return folder;
-}
 
 describeAddons("an addon", () => {
   it.each(tensorRtKinds)("for %s says what it was compiled for and refuses what is not there", async (kind) => {

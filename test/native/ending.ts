@@ -1,0 +1,58 @@
+// A script that uses the simulated device in the way its first argument says, run by endings.test.ts.
+import { mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { setTimeout } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { isMainThread, parentPort, Worker } from "node:worker_threads";
+import type { TensorRtKind } from "../../lib/runtimes/tensorrt/addon.js";
+import { launch, program, scaleGraph, slowGraph, slowProgram } from "../runtimes/models.js";
+import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
+
+const [way, kind] = process.argv.slice(2) as [string, TensorRtKind];
+
+function start() {
+  const runtime = simulatedRuntime(kind, new SimulatedEngines(mkdtempSync(path.join(tmpdir(), "flowturbo-ending-"))));
+  runtime.add(scaleGraph("double", 2));
+  runtime.add(slowGraph("slow", 16, 50));
+  return runtime;
+}
+/** Launches of 50 ms each, for as long as nobody stops them. */
+const slow = slowProgram("slow", 16, 1000);
+
+if (!isMainThread) {
+  const runtime = start();
+  for (let run = 0; run < 20; run++) {
+    const { a } = await runtime.run(program([run, 1], [launch("double", "x", "a")], ["a"]));
+    if (a!.data[0] !== 2 * run) throw new Error(`run ${run} gave ${a!.data}`);
+  }
+  // Half of them free what they hold, half leave it to the end of the thread; some are in the middle of a run.
+  if (way === "dispose") await runtime.dispose();
+  if (way === "running")
+    await new Promise<void>((begun) => void runtime.run(slow, { onLaunch: () => begun() }).catch(() => {}));
+  parentPort!.postMessage("done");
+} else if (way === "workers") {
+  const ways = Array.from({ length: 10 }, (_, index) => ["dispose", "leave", "running"][index % 3]!);
+  await Promise.all(
+    ways.map(async (each) => {
+      const worker = new Worker(fileURLToPath(import.meta.url), { argv: [each, kind] });
+      await new Promise((resolve, reject) => worker.once("message", resolve).once("error", reject));
+      if (each === "running") await worker.terminate();
+      else await new Promise((resolve) => worker.once("exit", resolve));
+    }),
+  );
+  for (let wait = 0; wait < 100 && Object.keys(leftOver()).length > 0; wait++) await setTimeout(50);
+  console.log(JSON.stringify({ left: leftOver(), violation: simulated.violation() }));
+} else if (way === "idle") {
+  // A script that forgets dispose() ends by itself.
+  const { a } = await start().run(program([1], [launch("double", "x", "a")], ["a"]));
+  console.log(String(a!.data));
+} else {
+  const runtime = start();
+  const running = new Promise<void>((begun) => void runtime.run(slow, { onLaunch: () => begun() }).catch(() => {}));
+  await running;
+  console.log("running");
+  if (way === "exit") process.exit(7);
+  if (way === "throw") throw new Error("uncaught, as the test wants");
+  await setTimeout(60_000);
+}
