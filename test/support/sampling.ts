@@ -34,20 +34,21 @@ function step(network: string, guided: boolean): ClosedForm {
 
 const noised = "latents 1 sigma - * noise sigma * +";
 
-const forms = (guided: boolean): Record<string, ClosedForm> => ({
+/** Of the graphs that sample, by name. @param side pixels of a latent's side */
+export const samplingForms = (guided: boolean, side = factor): Record<string, ClosedForm> => ({
   predict: step("point 0.5 * sigma +", guided),
   refine: step("point 0.75 * velocity + sigma 0.5 * -", guided),
   vae_decoder: {
     inputs: { latents: "float32" },
     outputs: ({ latents }) => {
       const [rows, , height, width] = latents as [number, number, number, number];
-      return { image: [rows, 3, height * factor, width * factor] };
+      return { image: [rows, 3, height * side, width * side] };
     },
     formulas: ["image latents 0.5 * 0.25 +"],
   },
   vae_encoder: {
     inputs: { image: "float32" },
-    outputs: ({ image }) => ({ latents: [image![0]!, channels, image![2]! / factor, image![3]! / factor] }),
+    outputs: ({ image }) => ({ latents: [image![0]!, channels, image![2]! / side, image![3]! / side] }),
     formulas: ["latents image 2 *"],
   },
   join: {
@@ -77,7 +78,7 @@ const forms = (guided: boolean): Record<string, ClosedForm> => ({
 
 /** Graphs by the names that `request` gives them. */
 export function samplingGraphs(guided: boolean): CompilableGraph[] {
-  return Object.entries(forms(guided)).map(([name, form]) => {
+  return Object.entries(samplingForms(guided)).map(([name, form]) => {
     const graph = { name, bytes: new Uint8Array(), externals: new Map(), fingerprint: `${name} ${guided}` };
     closedForms.set(graph, form);
     return graph;
