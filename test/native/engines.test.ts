@@ -238,6 +238,31 @@ describeEngines("one engine", () => {
     expect((await compile()).cached).toBe(true);
   });
 
+  it("serves every program over some of its profiles; another family's does not", async () => {
+    const two = { ids: [2, 77], relative_buckets: [77, 77] };
+    const four = { ids: [4, 77], relative_buckets: [77, 77] };
+    const checkpoint = await openCheckpoint(model("medium"));
+    const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("t5");
+    const { files } = checkpoint.textEncoder3!.weights;
+    const fresh = await open({ cache: temporaryFolder() });
+    const built = await fresh.compile({ graph, profiles: [small, two] }, { files });
+    // A program needs some of them, in any order.
+    for (const profiles of [[small], [two], [two, small]]) {
+      const found = await fresh.find({ graph, profiles }, { files });
+      expect(found).toMatchObject({ cached: true, plan: built.plan, profiles: [small, two] });
+    }
+    const larger = await fresh.find({ graph, profiles: [small, four] }, { files });
+    expect(larger).toMatchObject({ cached: false });
+    // Its plan is damaged: the next one that will do is taken.
+    flip(built.plan);
+    expect(await fresh.find({ graph, profiles: [small] }, { files })).toMatchObject({
+      cached: true,
+      plan: larger.plan,
+    });
+    const flags = await open({ cache: path.dirname(fresh.cache.folder), flags: ["kSTRICT_NANS"] });
+    expect(await flags.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: false });
+  });
+
   it.each([
     ["truncated", (plan: string) => truncateSync(plan, statSync(plan).size - 1), /bytes instead of/],
     ["altered", (plan: string) => flip(plan), /SHA-256/],
