@@ -1,0 +1,219 @@
+// verify:gpu on a machine without a GPU: what it says, the bundle for another machine, and that its comparison would
+// notice what it is there to notice.
+import { execFileSync, spawnSync } from "node:child_process";
+import { appendFileSync, existsSync, readFileSync } from "node:fs";
+import path from "node:path";
+import { beforeAll, describe, expect, it } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/graphs.js";
+import { embeddedModel } from "../../lib/pipeline.js";
+import type { Program } from "../../lib/program.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import type { Runtime } from "../../lib/runtimes/runtime.js";
+import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
+import { float32, type StoredTensor, type Tensor } from "../../lib/tensor.js";
+import { type Bundle, type Referenced, readBundle, writeBundle } from "../../verify/bundle.js";
+import { type Case, planCases } from "../../verify/cases.js";
+import { barOf, type Compute, checkCase, compare, graphsOf } from "../../verify/check.js";
+import { markdown, type Report } from "../../verify/report.js";
+import { describeAddons, describeEngines, rtxFolder, temporaryFolder } from "../native/support.js";
+import { bundle as bundleRuntime } from "../runtimes/build.js";
+import { root } from "../support/fixtures.js";
+import { simulatedFolder } from "../support/simulated.js";
+
+const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>
+  existsSync(path.join(folder, "libcuda.so.1")),
+);
+const script = path.join(root, "verify/gpu.ts");
+const tsx = [
+  path.join(root, "node_modules/tsx/dist/cli.mjs"),
+  "--tsconfig",
+  path.join(root, "bench/tsconfig.json"),
+  script,
+];
+const verify = (args: readonly string[], env: NodeJS.ProcessEnv = {}) =>
+  spawnSync(process.execPath, [...tsx, ...args], { cwd: root, encoding: "utf8", env: { ...process.env, ...env } });
+
+describe("verify:gpu", () => {
+  it.skipIf(hasDriver)("ends with 3 without a GPU and says what was looked for", () => {
+    const { status, stdout, stderr } = verify([]);
+    expect(stderr).toMatch(/Nothing was verified: there is no GPU here/);
+    expect(stderr).toMatch(/TensorRT 11 cannot be used for running here.*libcuda\.so\.1|no native addon/s);
+    expect({ status, stdout }).toEqual({ status: 3, stdout: "" });
+  });
+
+  it.each([
+    [["--runtime", "cuda"], /--runtime is tensorrt or tensorrt-rtx, not cuda/],
+    [["--rounds", "0"], /--rounds is a whole number/],
+    [["--check", "a", "--bundle", "b"], /leave out the checkpoint and --bundle/],
+  ])("refuses %j", (args, message) => {
+    const { status, stderr } = verify(args);
+    expect(status).toBe(2);
+    expect(stderr).toMatch(message);
+  });
+
+  describe("a bundle", () => {
+    let folder: string;
+    let planned: readonly Referenced[];
+    let bundle: Bundle;
+    let reference: { run(program: Program): Promise<Record<string, Tensor>>; runtime: Runtime };
+    beforeAll(async () => {
+      folder = temporaryFolder();
+      const checkpoint = await openCheckpoint(embeddedModel);
+      const graphs = new GraphLibrary(checkpoint);
+      const { host, remove } = await bundleRuntime();
+      const runtime = new OnnxRuntime({ weights: "lazy", host });
+      const run = (program: Program) => {
+        for (const name of graphsOf(program)) if (!runtime.has(name)) runtime.add(graphs.get(name as GraphName));
+        return runtime.run(program);
+      };
+      reference = { run, runtime };
+      const cases: Case[] = await planCases(checkpoint, { sizes: [{ width: 64, height: 64 }], batches: [1] }, run);
+      const referenced: Referenced[] = [];
+      for (const example of cases) referenced.push({ example, expected: await run(example.program) });
+      planned = referenced;
+      const emit = tensorRtEmitOptions(checkpoint);
+      const compiled = new GraphLibrary(checkpoint, emit);
+      const names = [...new Set(cases.flatMap(({ program }) => graphsOf(program)))] as GraphName[];
+      await writeBundle(
+        folder,
+        { checkpoint: "embedded", flowturbo: "0", reference: "ONNX Runtime", created: "now" },
+        new Map(names.map((name) => [name as string, compiled.get(name)])),
+        (name) => emit(name as GraphName).compute as Compute,
+        planned,
+      );
+      bundle = await readBundle(folder);
+      return async () => {
+        await runtime.dispose();
+        remove();
+      };
+    });
+
+    it("has every graph of the checkpoint and every kind of schedule", () => {
+      expect([...bundle.graphs.keys()].sort()).toEqual(
+        [
+          ...["clip_g", "clip_l", "t5", "predict", "predict_unguided", "refine", "refine_unguided", "noised"],
+          ...["vae_decoder", "vae_encoder", "merge", "merge_unguided", "preview", "preview_unguided"],
+        ].sort(),
+      );
+      const names = bundle.cases.filter(({ example }) => example.kind === "sampler").map(({ example }) => example.name);
+      for (const what of ["E4", "H3", "H1P4", "H1P5R3", "without guidance", "inpainting"])
+        expect(
+          names.some((name) => name.includes(what)),
+          what,
+        ).toBe(true);
+    });
+
+    it("comes back as it was written, with weights of its own", async () => {
+      expect(bundle.cases).toEqual(planned);
+      const checkpoint = await openCheckpoint(embeddedModel);
+      const original = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("predict");
+      const copied = bundle.graphs.get("predict")!;
+      expect(Buffer.compare(copied.bytes, original.bytes)).toBe(0);
+      expect([...copied.externals.keys()]).toEqual([...original.externals.keys()]);
+      const files = new Map<string, Buffer>();
+      const valuesOf = ({ file, offset, length }: StoredTensor) => {
+        if (!files.has(file)) files.set(file, readFileSync(file));
+        return files.get(file)!.subarray(offset, offset + length);
+      };
+      for (const [name, tensor] of copied.externals) {
+        expect(tensor.file).toBe(path.join(folder, "weights.bin"));
+        expect(Buffer.compare(valuesOf(tensor), valuesOf(original.externals.get(name)!)), name).toBe(0);
+      }
+    });
+
+    it("passes on the runtime that made it, and fails on one that is a little off", async () => {
+      const [example, expected] = [bundle.cases.at(-1)!.example, bundle.cases.at(-1)!.expected];
+      const bar = barOf(example, bundle.compute);
+      const exact = { run: reference.run } as unknown as Runtime;
+      const good = await checkCase(exact, example, expected, { bar, rounds: 1 });
+      expect(good).toMatchObject({ passed: true, name: example.name });
+      expect(Math.max(...good.differences.map(({ relative }) => relative))).toBeLessThan(1e-4);
+      const wrong = (change: (value: number, index: number) => number) =>
+        ({
+          run: async (program: Program) =>
+            Object.fromEntries(
+              Object.entries(await reference.run(program)).map(([name, { shape, data }]) => [
+                name,
+                float32(shape, Float32Array.from(data as Float32Array, change)),
+              ]),
+            ),
+        }) as unknown as Runtime;
+      for (const change of [
+        (value: number) => value * (1 + 2 * bar),
+        (value: number, index: number) => (index === 0 ? Number.NaN : value),
+        (value: number, index: number) => (index < 20 ? 9 : value),
+      ])
+        expect(await checkCase(wrong(change), example, expected, { bar, rounds: 1 })).toMatchObject({ passed: false });
+      const failing = { run: () => Promise.reject(new RangeError("no")) } as unknown as Runtime;
+      const failed = await checkCase(failing, example, expected, { bar, rounds: 1 });
+      expect(failed).toMatchObject({ passed: false, error: "RangeError: no" });
+      // Other bits from a CUDA graph are a failure, however close.
+      const capturing = wrong((value) => value * (1 + 1e-6));
+      const captured = await checkCase(exact, example, expected, { bar, rounds: 1, capturing });
+      expect(captured).toMatchObject({ passed: false, captured: { same: false } });
+      const report: Report = {
+        passed: false,
+        machine: { gpu: "G", sm: "9.0", memoryBytes: 1e9, driver: "13.0", runtime: "tensorrt", library: "11" },
+        ...{ origin: bundle.origin, rounds: 1, engines: [], findings: [good, failed], lifecycle: [] },
+      };
+      expect(markdown(report)).toMatch(/# verify:gpu: FAILED[\s\S]*## What failed\n\n- .*RangeError: no/);
+    });
+
+    it("is refused when it was damaged", async () => {
+      const copy = temporaryFolder();
+      execFileSync("cp", ["-r", `${folder}/.`, copy]);
+      appendFileSync(path.join(copy, "tensors.bin"), "x");
+      await expect(readBundle(copy)).rejects.toThrow(/tensors\.bin of the bundle .* is damaged/);
+    });
+
+    describeEngines("gives the real builder all it needs:", () => {
+      it("an engine from its graphs and weights alone", async () => {
+        const compiler = await EngineCompiler.open({
+          ...{ kind: "tensorrt-rtx", folder: rtxFolder, targets: [86], cache: temporaryFolder() },
+        });
+        const { program } = bundle.cases.find(({ example }) => example.name.startsWith("refine,"))!.example;
+        const shapes = Object.fromEntries(
+          Object.entries(program.constants).map(([name, constant]) => [
+            name.slice(3),
+            constant.kind === "value" ? constant.tensor.shape : [],
+          ]),
+        );
+        const request = { graph: bundle.graphs.get("refine")!, profiles: [shapes] };
+        expect(await compiler.compile(request, { files: bundle.files })).toMatchObject({ cached: false });
+      });
+    });
+
+    describeAddons("on the simulated device,", () => {
+      it("whose library builds nothing, is reported to fail engine by engine", () => {
+        const out = temporaryFolder();
+        const { status, stdout, stderr } = verify(
+          [
+            ...["--check", folder, "--rounds", "1", "--runtime", "tensorrt-rtx", "--out", out],
+            ...["--tensorrt-dir", path.join(simulatedFolder, "tensorrt-rtx"), "--cache", temporaryFolder()],
+          ],
+          { LD_LIBRARY_PATH: simulatedFolder },
+        );
+        expect(status, stderr).toBe(1);
+        expect(stdout).toMatch(/# verify:gpu: FAILED/);
+        const report = JSON.parse(readFileSync(path.join(out, "report.json"), "utf8")) as Report;
+        expect(report.engines).toHaveLength(bundle.graphs.size);
+        for (const { error } of report.engines) expect(error).toMatch(/could not be built/);
+        expect(report.findings).toHaveLength(bundle.cases.length);
+        for (const { error } of report.findings) expect(error).toMatch(/^CompileError: /);
+        expect(readFileSync(path.join(out, "report.md"), "utf8")).toBe(stdout);
+      });
+    });
+  });
+
+  it("measures differences as they are", () => {
+    const tensor = (...data: number[]) => ({ a: float32([data.length], Float32Array.from(data)) });
+    expect(compare(tensor(3, 4), tensor(3, 4))).toEqual([{ result: "a", relative: 0, worst: 0 }]);
+    expect(compare(tensor(3, 5), tensor(3, 4))).toEqual([{ result: "a", relative: 0.2, worst: 0.25 }]);
+    expect(compare(tensor(0, 0), tensor(0, 0))[0]!.relative).toBe(0);
+    expect(compare(tensor(1, 0), tensor(0, 0))[0]!.relative).toBe(Number.POSITIVE_INFINITY);
+    expect(compare(tensor(3, Number.NaN), tensor(3, 4))[0]!.relative).toBeNaN();
+    expect(compare(tensor(3), tensor(3, 4))[0]!.relative).toBe(Number.POSITIVE_INFINITY);
+    expect(compare({}, tensor(3))[0]!.relative).toBe(Number.POSITIVE_INFINITY);
+  });
+});
