@@ -1,30 +1,59 @@
 /**
- * `npm run test:sanitize`: the native tests once more, against addons compiled with AddressSanitizer and UBSan. The
- * sanitizers' runtime has to come first in a process that was not compiled with it, hence LD_PRELOAD. Leaks are not
- * looked for: Node leaves most of its memory to the end of the process, and so does TensorRT. Without arguments the tests
- * that say most in a minute; `npm run test:sanitize -- -t .` runs all, which takes ten.
+ * `npm run test:sanitize`: the native code once more, compiled with sanitizers.
+ *
+ * 1. The executor without Node (native/test/executor_test.cpp), against both header sets: with AddressSanitizer, leaks
+ *    included, and UBSan; then with ThreadSanitizer.
+ * 2. The native tests through Node, with AddressSanitizer and UBSan. Their runtime has to come first in a process that
+ *    was not compiled with it, hence LD_PRELOAD. Leaks are not looked for: Node leaves most of its memory to the end of
+ *    the process, and so does TensorRT.
+ *
+ * Without arguments the tests that say most in two minutes; `npm run test:sanitize -- -t .` runs all, which takes a
+ * quarter of an hour.
  */
 
 import { execFileSync, spawnSync } from "node:child_process";
 import path from "node:path";
 import { fail, root } from "./headers.mjs";
 
-const run = (args, env = {}) =>
-  spawnSync(process.execPath, args, { cwd: root, stdio: "inherit", env: { ...process.env, ...env } }).status;
+const run = (command, args, env = {}) =>
+  spawnSync(command, args, { cwd: root, stdio: "inherit", env: { ...process.env, ...env } }).status;
+const folderOf = (sanitize) => path.join(root, ".cache", `native-sanitize-${sanitize.replaceAll(",", "-")}`);
+const build = (sanitize) => {
+  if (run(process.execPath, [path.join(root, "scripts/build-native.mjs"), "--sanitize", sanitize]) !== 0)
+    fail(`The addons could not be built with ${sanitize} sanitizers.`);
+};
+const executor = (sanitize, env) => {
+  for (const kind of ["tensorrt", "tensorrt-rtx"]) {
+    console.log(`The executor for ${kind}, -fsanitize=${sanitize}:`);
+    if (run(path.join(folderOf(sanitize), "simulated", kind, "executor_test"), [], env) !== 0)
+      fail(`The executor's test for ${kind} failed with ${sanitize} sanitizers.`);
+  }
+};
 
-if (run([path.join(root, "scripts/build-native.mjs"), "--sanitize", "address,undefined"]) !== 0)
-  fail("The addons could not be built with sanitizers.");
+const ubsan = { UBSAN_OPTIONS: "halt_on_error=1:print_stacktrace=1" };
+build("thread");
+executor("thread", { TSAN_OPTIONS: "halt_on_error=1:second_deadlock_stack=1" });
+build("address,undefined");
+executor("address,undefined", { ASAN_OPTIONS: "detect_leaks=1:abort_on_error=1", ...ubsan });
+
 const library = (name) =>
   execFileSync(process.env.CXX ?? "c++", [`-print-file-name=${name}`], { encoding: "utf8" }).trim();
 const chosen = process.argv.slice(2);
-if (chosen.length === 0) chosen.push("-t", "^(an addon|finding the libraries|one engine|a cache folder|flowturbo compile process.exit)");
+if (chosen.length === 0) {
+  const names = [
+    ...["an addon", "finding the libraries", "one engine", "a cache folder", "flowturbo compile process.exit"],
+    ...["whole programs", "on the simulated device", "the executor", "a process with a program", "without a GPU"],
+  ];
+  chosen.push("-t", `^(${names.join("|")})`);
+}
 const status = run(
+  process.execPath,
   [path.join(root, "node_modules/vitest/vitest.mjs"), "run", "test/native", "--reporter=default", ...chosen],
   {
-    FLOWTURBO_ADDON_DIR: path.join(root, ".cache/native-sanitize"),
+    FLOWTURBO_ADDON_DIR: folderOf("address,undefined"),
     LD_PRELOAD: ["libasan.so", "libubsan.so", "libstdc++.so.6"].map(library).join(" "),
     ASAN_OPTIONS: "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
-    UBSAN_OPTIONS: "halt_on_error=1:print_stacktrace=1",
+    ...ubsan,
   },
 );
 process.exit(status ?? 1);
