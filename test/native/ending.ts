@@ -36,9 +36,21 @@ if (!isMainThread) {
   await Promise.all(
     ways.map(async (each) => {
       const worker = new Worker(fileURLToPath(import.meta.url), { argv: [each, kind] });
-      await new Promise((resolve, reject) => worker.once("message", resolve).once("error", reject));
+      // A thread that ends at once is heard of in the same moment as its last message.
+      let done = false;
+      const ended = new Promise<number>((resolve, reject) => worker.once("exit", resolve).once("error", reject));
+      await Promise.race([
+        ended,
+        new Promise<void>((resolve) =>
+          worker.once("message", () => {
+            done = true;
+            resolve();
+          }),
+        ),
+      ]);
+      if (!done) throw new Error(`a thread (${each}) ended with ${await ended} before it was done`);
       if (each === "running") await worker.terminate();
-      else await new Promise((resolve) => worker.once("exit", resolve));
+      await ended;
     }),
   );
   for (let wait = 0; wait < 100 && Object.keys(leftOver()).length > 0; wait++) await setTimeout(50);

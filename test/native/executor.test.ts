@@ -76,8 +76,8 @@ describeAddons("the executor", () => {
         // What is kept for later runs (transfer memory, events) may yet grow by a few.
         for (const [name, count] of Object.entries(leftOver()))
           expect(count, name).toBeLessThanOrEqual(before[name as keyof typeof before]! * 1.5 + 4);
-        // A run carries some 100 kB: what it should give back would be seen, the garbage collector's mood would not.
-        expect(process.memoryUsage().rss - memory).toBeLessThan(120e6);
+        // A run carries some 100 kB: what it should give back would be seen. A sanitizer keeps freed memory for a while.
+        expect(process.memoryUsage().rss - memory).toBeLessThan(process.env.FLOWTURBO_ADDON_DIR ? 600e6 : 120e6);
         await check(runtime);
       },
       120_000,
