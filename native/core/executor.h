@@ -141,7 +141,7 @@ struct ExecutorStatistics {
   uint64_t engines = 0;
   uint64_t deviceBytes = 0;
   uint64_t pinnedBytes = 0;
-  // Time that the two threads have spent awake, for all launches.
+  // Processor time of the two threads, for all launches.
   double busySeconds = 0;
 };
 

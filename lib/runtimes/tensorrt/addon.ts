@@ -167,7 +167,7 @@ export interface NativeExecutorStatistics {
   readonly engines: number;
   readonly deviceBytes: number;
   readonly pinnedBytes: number;
-  /** Time that the executor's own threads have spent awake. */
+  /** Processor time of the executor's own threads. */
   readonly busySeconds: number;
 }
 
