@@ -35,6 +35,25 @@ export interface RunOptions {
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
 }
 
+/**
+ * Registers that outlive programs, so that a scheduler can submit a run piece by piece, ahead of the device, and gather
+ * rows of several runs into one launch. A piece is a program whose instructions may also read what earlier pieces have
+ * written or uploaded; everything stays until it is freed by name.
+ */
+export interface Workspace {
+  /** Whether its registers are gone: later pieces would be refused. Start again in a new one. */
+  readonly lost: boolean;
+  /**
+   * Runs a piece after all that were submitted before, without waiting for them here. Where a piece fails or is
+   * aborted, the registers that it would have written hold no value or an older one.
+   */
+  submit(piece: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
+  /** Frees registers and constants when the pieces submitted before have run. Unknown names are ignored. */
+  free(names: readonly string[]): void;
+  /** Frees everything. */
+  close(): void;
+}
+
 export interface Runtime {
   readonly name: RuntimeName;
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
@@ -42,6 +61,7 @@ export interface Runtime {
   has(name: string): boolean;
   /** Runs a program; programs given at the same time run one after another, in order. */
   run(program: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
+  open(): Workspace;
   /** Waits for the run in flight to stop, then frees everything. Later calls reject with a DisposedError. */
   dispose(): Promise<void>;
 }
