@@ -37,6 +37,7 @@ export async function fitLatentColours(
     graph: encoder,
     rows: pictures,
     limit: 1,
+    size: `${side * factor}x${side * factor}`,
     inputs: { image: builder.value("pictures", images) },
     output: { name: "latents", register: "latents", rowShape: [channels, side, side] },
     label: { kind: "edit", name: "encoder for the preview" },

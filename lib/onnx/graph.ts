@@ -25,6 +25,9 @@ export interface OnnxGraph {
   readonly name: string;
   readonly bytes: Uint8Array;
   readonly externals: ReadonlyMap<string, StoredTensor>;
+  /** Dimensions of inputs and outputs by name. The first is "rows" or "network_rows" where there is one for each row. */
+  readonly inputs: ReadonlyMap<string, readonly Dimension[]>;
+  readonly outputs: ReadonlyMap<string, readonly Dimension[]>;
 }
 
 /** Opset 23 is the first with RMSNormalization and is read by ONNX Runtime 1.30 and TensorRT 11. */
@@ -37,12 +40,17 @@ const storedType: Record<StoredDType, ElementType> = { F32: "float32", F16: "flo
 /** Operators whose result type is not that of their first input. */
 const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool" };
 
+interface InputOrOutput {
+  readonly info: MessageWriter;
+  readonly shape: readonly Dimension[];
+}
+
 export class GraphBuilder {
   readonly name: string;
   readonly #nodes: MessageWriter[] = [];
   readonly #initializers: MessageWriter[] = [];
-  readonly #inputs: MessageWriter[] = [];
-  readonly #outputs: MessageWriter[] = [];
+  readonly #inputs = new Map<string, InputOrOutput>();
+  readonly #outputs = new Map<string, InputOrOutput>();
   readonly #externals = new Map<string, StoredTensor>();
   readonly #constants = new Map<string, Value>();
   #scope = "";
@@ -64,14 +72,14 @@ export class GraphBuilder {
   }
 
   input(name: string, type: ElementType, shape: readonly Dimension[]): Value {
-    this.#inputs.push(valueInfo(name, type, shape));
+    this.#inputs.set(name, { info: valueInfo(name, type, shape), shape });
     return { name, type };
   }
 
   /** Gives `value` the output name `name`. */
   output(name: string, value: Value, shape: readonly Dimension[]): void {
     this.#node("Identity", [value.name], [name], {});
-    this.#outputs.push(valueInfo(name, value.type, shape));
+    this.#outputs.set(name, { info: valueInfo(name, value.type, shape), shape });
   }
 
   /** Adds a node with one output. A null input is an optional one that is left out. */
@@ -152,14 +160,21 @@ export class GraphBuilder {
     const graph = new MessageWriter().string(2, this.name);
     for (const node of this.#nodes) graph.message(1, node);
     for (const initializer of this.#initializers) graph.message(5, initializer);
-    for (const input of this.#inputs) graph.message(11, input);
-    for (const output of this.#outputs) graph.message(12, output);
+    for (const { info } of this.#inputs.values()) graph.message(11, info);
+    for (const { info } of this.#outputs.values()) graph.message(12, info);
     const model = new MessageWriter()
       .int(1, irVersion)
       .string(2, "flowturbo")
       .message(7, graph)
       .message(8, new MessageWriter().string(1, "").int(2, opset));
-    return { name: this.name, bytes: model.finish(), externals: this.#externals };
+    const shapes = (operands: ReadonlyMap<string, InputOrOutput>) => new Map([...operands].map(([name, { shape }]) => [name, shape]));
+    return {
+      name: this.name,
+      bytes: model.finish(),
+      externals: this.#externals,
+      inputs: shapes(this.#inputs),
+      outputs: shapes(this.#outputs),
+    };
   }
 
   #fresh(type: string, element: ElementType): Value {

@@ -9,7 +9,8 @@
  * one runs.
  *
  * After a failure nobody pays for another's mistake. A piece of one request fails that request. A piece of several says
- * nothing about who is to blame: each of them starts again, from now on in pieces of its own.
+ * nothing about who is to blame: each of them starts again, from now on in pieces of its own. A piece that was planned
+ * behind one that failed, on the values which that should have left, says nothing at all.
  */
 
 import { type BatchCost, cheapestSplit } from "./split.js";
@@ -115,6 +116,8 @@ export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #requests = new Map<number, Request>();
   readonly #inFlight = new Map<number, Piece>();
+  /** Pieces in flight that read what a piece that failed should have written. If they fail, it is for that reason. */
+  readonly #tainted = new Set<number>();
   #pieces = 0;
 
   constructor(options: SchedulerOptions) {
@@ -151,11 +154,20 @@ export class Scheduler {
 
   /**
    * Removes a request; unknown ones are ignored.
-   * @returns pieces in flight that now run for nobody
+   * @returns pieces in flight that need not run: they run for nobody, and no piece that does run for somebody reads what
+   *   they write (a shared launch still gathers the rows of a request that is gone)
    */
   abort(id: number): number[] {
     if (!this.#requests.delete(id)) return [];
-    return [...this.#inFlight.values()].filter((piece) => !this.#isWanted(piece)).map((piece) => piece.id);
+    const droppable: number[] = [];
+    const needed = new Set<string>();
+    for (const piece of [...this.#inFlight.values()].reverse()) {
+      const members = membersOf(piece);
+      if (this.#isWanted(piece) || members.some((member) => needed.has(member)))
+        for (const member of members) needed.add(member);
+      else droppable.push(piece.id);
+    }
+    return droppable.reverse();
   }
 
   /** The next piece; null if every launch of every request has been planned. */
@@ -201,7 +213,11 @@ export class Scheduler {
    * @param lost whether all registers are gone with it: every request starts again, and no piece in flight counts
    */
   failed(id: number, lost: boolean, now: number): Verdict {
+    const tainted = this.#tainted.has(id);
     const piece = this.#take(id);
+    for (const later of this.#inFlight.values())
+      if (later.id > id && membersOf(later).some((member) => membersOf(piece).includes(member)))
+        this.#tainted.add(later.id);
     const involved = new Set<Request>();
     for (const { rows } of piece.launches)
       for (const planned of rows) {
@@ -210,18 +226,19 @@ export class Scheduler {
       }
     const rejected: number[] = [];
     const again = new Set<Request>();
-    if (involved.size === 1) {
+    if (tainted) for (const request of involved) again.add(request);
+    else if (involved.size === 1) {
       const [request] = involved as Set<Request>;
       this.#requests.delete(request!.ticket.id);
       rejected.push(request!.ticket.id);
-    }
-    if (involved.size > 1)
+    } else
       for (const request of involved) {
         request.isolated = true;
         again.add(request);
       }
     if (lost) {
       this.#inFlight.clear();
+      this.#tainted.clear();
       for (const request of this.#requests.values()) again.add(request);
     }
     for (const request of again) restart(request, now);
@@ -232,6 +249,7 @@ export class Scheduler {
     const piece = this.#inFlight.get(id);
     if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
     this.#inFlight.delete(id);
+    this.#tainted.delete(id);
     return piece;
   }
 
@@ -321,6 +339,13 @@ export class Scheduler {
     // More rows than this do not change the first batch, which is all that is planned now.
     return cheapestSplit(Math.min(rows, 4 * Math.max(...batches)), batches, cost).batches[0]!;
   }
+}
+
+/** Requests with rows in a piece, those that are over included; each attempt has registers of its own. */
+function membersOf(piece: Piece): string[] {
+  return [
+    ...new Set(piece.launches.flatMap(({ rows }) => rows.map(({ request, attempt }) => `${request}.${attempt}`))),
+  ];
 }
 
 function restart(request: Request, now: number): void {
