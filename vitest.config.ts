@@ -5,6 +5,7 @@ export default defineConfig({
     // Native addons in worker threads can crash the run: processes instead.
     pool: "forks",
     include: ["test/**/*.test.ts"],
+    globalSetup: "test/support/native-setup.ts",
     testTimeout: 60_000,
     hookTimeout: 120_000,
     // CI counts from the file.

@@ -23,7 +23,6 @@ const width = heads * headDim;
 /** @param layers 6 layers are 0.99 GB */
 export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint> {
   const folder = path.join(root, "bench/.work", `medium-width-${layers}`);
-  const file = path.join(folder, "transformer/diffusion_pytorch_model.safetensors");
   const fixture = path.join(root, "test/fixtures/medium/model");
   const config = JSON.parse(readFileSync(path.join(fixture, "transformer/config.json"), "utf8"));
   Object.assign(config, {
@@ -34,7 +33,44 @@ export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint
     dual_attention_layers: [],
     pos_embed_max_size: 96,
   });
-  const shapes = tensorShapes(layers, config);
+  return writeOnce(folder, config, () => {
+    cpSync(fixture, folder, { recursive: true });
+    rmSync(path.join(folder, "refiner"), { recursive: true });
+  });
+}
+
+/** The transformer of SD3.5-medium as it is published, with random weights: 4.9 GB. No other part. */
+export function randomMedium(): Promise<RandomCheckpoint> {
+  return writeOnce(path.join(root, "bench/.work/sd35-medium"), {
+    _class_name: "SD3Transformer2DModel",
+    sample_size: 128,
+    patch_size: 2,
+    in_channels: 16,
+    out_channels: 16,
+    num_layers: 24,
+    attention_head_dim: headDim,
+    num_attention_heads: heads,
+    joint_attention_dim: 4096,
+    caption_projection_dim: width,
+    pooled_projection_dim: 2048,
+    pos_embed_max_size: 384,
+    dual_attention_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    qk_norm: "rms_norm",
+  });
+}
+
+type Config = Record<string, unknown> & {
+  num_layers: number;
+  pos_embed_max_size: number;
+  joint_attention_dim: number;
+  pooled_projection_dim: number;
+  dual_attention_layers: number[];
+};
+
+/** Writes transformer/ into `folder`, unless it was written before. @param others writes the other parts */
+async function writeOnce(folder: string, config: Config, others?: () => void): Promise<RandomCheckpoint> {
+  const file = path.join(folder, "transformer/diffusion_pytorch_model.safetensors");
+  const shapes = tensorShapes(config);
   const header: Record<string, unknown> = {};
   let offset = 0;
   for (const [name, shape] of Object.entries(shapes)) {
@@ -49,9 +85,8 @@ export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint
   if (existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp) return { folder, bytes };
 
   rmSync(folder, { recursive: true, force: true });
-  mkdirSync(folder, { recursive: true });
-  cpSync(fixture, folder, { recursive: true });
-  rmSync(path.join(folder, "refiner"), { recursive: true });
+  mkdirSync(path.join(folder, "transformer"), { recursive: true });
+  others?.();
   writeFileSync(path.join(folder, "transformer/config.json"), JSON.stringify(config, null, 2));
   const length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(json.length));
@@ -84,9 +119,10 @@ function randomBlock(bytes: number): Buffer {
   return block;
 }
 
-function tensorShapes(layers: number, config: Record<string, number>): Record<string, number[]> {
+function tensorShapes(config: Config): Record<string, number[]> {
+  const layers = config.num_layers;
   const shapes: Record<string, number[]> = {
-    "pos_embed.pos_embed": [1, config.pos_embed_max_size! ** 2, width],
+    "pos_embed.pos_embed": [1, config.pos_embed_max_size ** 2, width],
     "pos_embed.proj.weight": [width, 16, 2, 2],
     "pos_embed.proj.bias": [width],
   };
@@ -94,23 +130,26 @@ function tensorShapes(layers: number, config: Record<string, number>): Record<st
     shapes[`${name}.weight`] = [to, from];
     shapes[`${name}.bias`] = [to];
   };
-  linear("context_embedder", config.joint_attention_dim!, width);
+  linear("context_embedder", config.joint_attention_dim, width);
   linear("time_text_embed.timestep_embedder.linear_1", 256, width);
   linear("time_text_embed.timestep_embedder.linear_2", width, width);
-  linear("time_text_embed.text_embedder.linear_1", config.pooled_projection_dim!, width);
+  linear("time_text_embed.text_embedder.linear_1", config.pooled_projection_dim, width);
   linear("time_text_embed.text_embedder.linear_2", width, width);
   linear("norm_out.linear", width, 2 * width);
   linear("proj_out", width, 64);
   for (let layer = 0; layer < layers; layer++) {
     const block = `transformer_blocks.${layer}`;
     const last = layer === layers - 1;
-    linear(`${block}.norm1.linear`, width, 6 * width);
+    const dual = config.dual_attention_layers.includes(layer);
+    linear(`${block}.norm1.linear`, width, (dual ? 9 : 6) * width);
     linear(`${block}.norm1_context.linear`, width, (last ? 2 : 6) * width);
     for (const part of ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0"])
       linear(`${block}.attn.${part}`, width, width);
     if (!last) linear(`${block}.attn.to_add_out`, width, width);
     for (const norm of ["norm_q", "norm_k", "norm_added_q", "norm_added_k"])
       shapes[`${block}.attn.${norm}.weight`] = [headDim];
+    if (dual) for (const part of ["to_q", "to_k", "to_v", "to_out.0"]) linear(`${block}.attn2.${part}`, width, width);
+    if (dual) for (const norm of ["norm_q", "norm_k"]) shapes[`${block}.attn2.${norm}.weight`] = [headDim];
     for (const part of last ? ["ff"] : ["ff", "ff_context"]) {
       linear(`${block}.${part}.net.0.proj`, width, 4 * width);
       linear(`${block}.${part}.net.2`, 4 * width, width);

@@ -9,6 +9,10 @@ export type FlowTurboErrorCode =
   | "ERR_FLOWTURBO_CHECKPOINT"
   | "ERR_FLOWTURBO_RUNTIME"
   | "ERR_FLOWTURBO_RUNTIME_DIED"
+  | "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE"
+  | "ERR_FLOWTURBO_COMPILE"
+  | "ERR_FLOWTURBO_MEMORY"
+  | "ERR_FLOWTURBO_CACHE"
   | "ERR_FLOWTURBO_NOT_FINITE"
   | "ERR_FLOWTURBO_OUTPUT"
   | "ERR_FLOWTURBO_DISPOSED";
@@ -56,6 +60,49 @@ export class RuntimeDiedError extends RuntimeError {
     super(message, { code: "ERR_FLOWTURBO_RUNTIME_DIED" });
     this.exitCode = exitCode;
     this.signal = signal;
+  }
+}
+
+/**
+ * The runtime that was asked for cannot be used on this machine: its library, the driver or a GPU is missing, or too
+ * old. The message is the whole diagnosis, with a remedy for each cause; `flowturbo doctor` prints the same.
+ */
+export class RuntimeUnavailableError extends RuntimeError {
+  readonly runtime: string;
+  constructor(runtime: string, message: string, options?: ErrorOptions) {
+    super(message, { ...options, code: "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE" });
+    this.runtime = runtime;
+  }
+}
+
+/** A graph could not be compiled. `graph` is its name; `details` are the compiler's own words, line by line. */
+export class CompileError extends RuntimeError {
+  readonly graph: string;
+  readonly details: readonly string[];
+  constructor(graph: string, message: string, details: readonly string[] = [], options?: ErrorOptions) {
+    super(message, { ...options, code: "ERR_FLOWTURBO_COMPILE" });
+    this.graph = graph;
+    this.details = details;
+  }
+}
+
+/** Work was refused before it began, since it would not fit into memory. Both numbers are bytes. */
+export class MemoryError extends RuntimeError {
+  readonly needed: number;
+  readonly available: number;
+  constructor(message: string, needed: number, available: number) {
+    super(message, { code: "ERR_FLOWTURBO_MEMORY" });
+    this.needed = needed;
+    this.available = available;
+  }
+}
+
+/** The cache of engines cannot be used: not writable, not this user's, or open to others. */
+export class CacheError extends FlowTurboError {
+  readonly path: string;
+  constructor(path: string, message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_CACHE", message, options);
+    this.path = path;
   }
 }
 

@@ -38,10 +38,11 @@ export type GraphName =
 
 export class GraphLibrary {
   readonly #checkpoint: Checkpoint;
-  readonly #options: EmitOptions;
+  readonly #options: (name: GraphName) => EmitOptions;
   readonly #graphs = new Map<GraphName, OnnxGraph>();
 
-  constructor(checkpoint: Checkpoint, options: EmitOptions = cpuEmitOptions) {
+  /** @param options how to emit each graph; default: as ONNX Runtime on the CPU wants them */
+  constructor(checkpoint: Checkpoint, options: (name: GraphName) => EmitOptions = () => cpuEmitOptions) {
     this.#checkpoint = checkpoint;
     this.#options = options;
   }
@@ -79,7 +80,7 @@ export class GraphLibrary {
 
   #emit(name: GraphName): OnnxGraph {
     const { transformer, refiner, textEncoder3, vae, scheduler } = this.#checkpoint;
-    const options = this.#options;
+    const options = this.#options(name);
     const clip = (part: Checkpoint["textEncoder"], tokenizer: Tokenizer | null) => {
       if (!part || !tokenizer) throw new RangeError(`This checkpoint has no ${name}.`);
       return emitClip(name, part.weights, part.config, tokenizer.maxLength, options);

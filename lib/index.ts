@@ -1,17 +1,24 @@
 /** The public API. */
+export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./engines.js";
 export {
+  CacheError,
   CheckpointError,
+  CompileError,
   DisposedError,
   FlowTurboError,
   type FlowTurboErrorCode,
+  MemoryError,
   NotFiniteError,
   OptionError,
   OutputError,
   RuntimeDiedError,
   RuntimeError,
+  RuntimeUnavailableError,
 } from "./errors.js";
 export { Image, type ImageFormat } from "./image.js";
 export type {
+  CompileEnginesOptions,
+  EngineProgress,
   GenerateOptions,
   LoadOptions,
   LoadProgress,

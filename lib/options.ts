@@ -101,12 +101,19 @@ export interface Stage {
 /** A picture to read: the path of a file, an encoded file, or 8-bit RGB values. */
 export type PictureSource = string | Uint8Array | RgbPicture;
 
+const tensorrtFolder = described(text.min(1).optional(), {
+  flag: "--tensorrt-dir <folder>",
+  description: "where TensorRT's or TensorRT-RTX's libraries are (default: looked for)",
+  expects: "the path of a folder",
+});
+
 export const loadSchema = z.strictObject({
-  runtime: described(z.enum(["auto", "onnxruntime"]).default("auto"), {
+  runtime: described(z.enum(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]).default("auto"), {
     flag: "--runtime <name>",
-    description: "what runs the graphs: auto, or onnxruntime (CPU)",
-    expects: '"auto" or "onnxruntime"',
+    description: "what runs the graphs: auto, onnxruntime (CPU), tensorrt or tensorrt-rtx",
+    expects: '"auto", "onnxruntime", "tensorrt" or "tensorrt-rtx"',
   }),
+  tensorrtFolder,
   variant: described(text.min(1).optional(), {
     flag: "--variant <name>",
     description: "twin of the weight files to read, such as fp16",
@@ -232,6 +239,100 @@ export const generateSchema = z.strictObject({
   }),
 });
 
+/** Sent while engines are compiled. `done` never decreases, `total` is constant; both are for one engine. */
+export interface EngineProgress {
+  readonly graph: string;
+  /** Index of the engine, and how many there are. */
+  readonly engine: number;
+  readonly engines: number;
+  /** `waiting`: for another process that builds the same engine, or for an earlier job. */
+  readonly phase: "weights" | "waiting" | "building" | "done";
+  /** What the library says that it does. */
+  readonly detail: string;
+  readonly done: number;
+  readonly total: number;
+}
+
+const pixels = whole(1, 65536);
+
+export const compileSchema = z.strictObject({
+  runtime: described(z.enum(["auto", "tensorrt", "tensorrt-rtx"]).default("auto"), {
+    flag: "--runtime <name>",
+    description: "library to build with: auto, tensorrt or tensorrt-rtx",
+    expects: '"auto", "tensorrt" or "tensorrt-rtx"',
+  }),
+  tensorrtFolder,
+  variant: loadSchema.shape.variant,
+  sizes: described(
+    z
+      .array(z.strictObject({ width: pixels, height: pixels }))
+      .min(1)
+      .optional(),
+    {
+      flag: "--sizes <list>",
+      description: "sizes of pictures as width x height, such as 1024x1024,832x1216 (default: the model's native size)",
+      expects: "sizes such as 1024x1024",
+    },
+  ),
+  batches: described(
+    z
+      .array(whole(1, 1024))
+      .min(1)
+      .default(() => [1]),
+    {
+      flag: "--batches <list>",
+      description: "pictures drawn at once, such as 1,2,4",
+      expects: "whole numbers from 1 to 1024",
+    },
+  ),
+  targets: described(
+    z
+      .array(z.string().regex(/^\d{1,2}\.\d$/))
+      .transform((targets) => targets.map((target) => Math.round(Number(target) * 10)))
+      .optional(),
+    {
+      flag: "--targets <list>",
+      description:
+        "compute capabilities to build for with tensorrt-rtx, such as 8.6,8.9,12.0 (default: the present GPU)",
+      expects: 'compute capabilities such as "8.9"',
+    },
+  ),
+  guidance: described(z.enum(["on", "off", "both"]).default("on"), {
+    flag: "--guidance <mode>",
+    description: "steps with classifier-free guidance: on, off, both, or a scale as for generate",
+    expects: '"on", "off" or "both"',
+  }),
+  features: described(
+    z.array(z.enum(["stages", "editing", "previews"])).default(() => []),
+    {
+      flag: "--with <list>",
+      description: "also what only some pictures need: stages, editing, previews",
+      expects: '"stages", "editing" or "previews", or several',
+    },
+  ),
+  maxSequenceLength: generateSchema.shape.maxSequenceLength,
+  cache: described(text.min(1).optional(), {
+    flag: "--cache <folder>",
+    description: "folder of the cache (default: flowturbo in the user's cache folder)",
+    expects: "the path of a folder",
+  }),
+  jobs: described(whole(1, 64).default(1), {
+    flag: "--jobs <n>",
+    description: "engines built at the same time",
+    expects: "a whole number from 1 to 64",
+  }),
+  memory: described(z.number().positive().optional(), {
+    description: "bytes of memory that builds may take (default: what is available)",
+    expects: "a positive number of bytes",
+  }),
+  signal: described(abortSignal.optional(), { description: "aborts compiling", expects: "an AbortSignal" }),
+  onProgress: described(callback<(progress: EngineProgress) => void>().optional(), {
+    description: "called as compiling proceeds",
+    expects: "a function",
+  }),
+});
+
+export type CompileEnginesOptions = z.input<typeof compileSchema>;
 export type LoadOptions = z.input<typeof loadSchema>;
 export type GenerateOptions = z.input<typeof generateSchema>;
 export type ResolvedLoadOptions = z.output<typeof loadSchema>;

@@ -25,6 +25,7 @@ import type { LaunchLabel, Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { LaunchReport, Runtime, RuntimeName } from "./runtimes/runtime.js";
+import { refuseTensorRt, whyNotTensorRt } from "./runtimes/tensorrt/choose.js";
 import {
   type Block,
   countEvaluations,
@@ -112,7 +113,7 @@ const defaultStrength = 0.6;
 const defaultJoinSigma = 0.6;
 
 /** Pixels that go through the autoencoder at once: one picture of 1024 × 1024, or 256 of 64 × 64. */
-const pixelsAtOnce = 2 ** 20;
+export const pixelsAtOnce = 2 ** 20;
 
 /** One size of a request. */
 interface PlannedStage {
@@ -190,8 +191,11 @@ export class FlowTurbo implements AsyncDisposable {
     const start = performance.now();
     if (typeof folder !== "string")
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
-    const { variant, threads, weights, logger = {}, signal, onProgress } = checkOptions(loadSchema, options, "load()");
+    const checked = checkOptions(loadSchema, options, "load()");
+    const { variant, threads, weights, logger = {}, signal, onProgress } = checked;
     signal?.throwIfAborted();
+    if (checked.runtime === "tensorrt" || checked.runtime === "tensorrt-rtx")
+      return refuseTensorRt(checked.runtime, { folder: checked.tensorrtFolder });
 
     // 1. The folder: configs, headers of the weights, tokenizers.
     onProgress?.({ phase: "checkpoint", done: 0, total: 3 });
@@ -213,7 +217,8 @@ export class FlowTurbo implements AsyncDisposable {
       throw error;
     }
     onProgress?.({ phase: "runtime", done: 3, total: 3 });
-    const choice: RuntimeChoice = { name: runtime.name, passedOver: [] };
+    const passedOver = checked.runtime === "auto" ? await whyNotTensorRt({ folder: checked.tensorrtFolder }) : [];
+    const choice: RuntimeChoice = { name: runtime.name, passedOver };
     return new FlowTurbo(checkpoint, graphs, runtime, choice, logger, performance.now() - start);
   }
 

@@ -18,8 +18,8 @@ export interface LatentColours {
 }
 
 const pictures = 8;
-/** Side of a picture in latents. */
-const side = 16;
+/** Side of such a picture in latents. */
+export const fitSide = 16;
 
 /**
  * Fits the map by one run of the encoder.
@@ -31,15 +31,15 @@ export async function fitLatentColours(
   run: (program: Program) => Promise<Record<string, Tensor>>,
 ): Promise<LatentColours> {
   const { latentChannels: channels, factor } = config;
-  const images = samplePictures(side * factor);
+  const images = samplePictures(fitSide * factor);
   const builder = new ProgramBuilder();
   const latents = builder.byRows({
     graph: encoder,
     rows: pictures,
     limit: 1,
-    size: `${side * factor}x${side * factor}`,
+    size: `${fitSide * factor}x${fitSide * factor}`,
     inputs: { image: builder.value("pictures", images) },
-    output: { name: "latents", register: "latents", rowShape: [channels, side, side] },
+    output: { name: "latents", register: "latents", rowShape: [channels, fitSide, fitSide] },
     label: { kind: "edit", name: "encoder for the preview" },
   });
   const results = await run(builder.build([latents]));
@@ -79,14 +79,14 @@ function samplePictures(size: number): FloatTensor {
   return float32([pictures, 3, size, size], data);
 }
 
-/** Mean colour of each latent's patch: [n, 3, side · factor, …] → [n, 3, side, side]. */
+/** Mean colour of each latent's patch: [n, 3, fitSide · factor, …] → [n, 3, fitSide, fitSide]. */
 function patchColours(images: Float32Array, factor: number): Float32Array {
-  const size = side * factor;
-  const means = new Float32Array(pictures * 3 * side * side);
+  const size = fitSide * factor;
+  const means = new Float32Array(pictures * 3 * fitSide * fitSide);
   for (let plane = 0; plane < pictures * 3; plane++)
     for (let y = 0; y < size; y++)
       for (let x = 0; x < size; x++)
-        means[(plane * side + Math.floor(y / factor)) * side + Math.floor(x / factor)]! +=
+        means[(plane * fitSide + Math.floor(y / factor)) * fitSide + Math.floor(x / factor)]! +=
           images[(plane * size + y) * size + x]! / factor ** 2;
   return means;
 }
@@ -96,7 +96,7 @@ function regress(latents: Float32Array, colours: Float32Array, channels: number)
   const unknowns = channels + 1;
   const normal = Array.from({ length: unknowns }, () => new Float64Array(unknowns + 3));
   const row = new Float64Array(unknowns + 3);
-  const plane = side * side;
+  const plane = fitSide * fitSide;
   for (let n = 0; n < pictures; n++)
     for (let i = 0; i < plane; i++) {
       for (let c = 0; c < channels; c++) row[c] = latents[(n * channels + c) * plane + i]!;

@@ -18,9 +18,18 @@ const rooms: Record<string, string[]> = {
   program: [],
   leaf: [],
 };
-const leaves = ["errors.ts", "options.ts", "tensor.ts"];
+const leaves = ["errors.ts", "folders.ts", "options.ts", "tensor.ts"];
 /** Files that are the pipeline: its recipe and the helpers that only it uses. */
-const pipeline = ["index.ts", "pipeline.ts", "graphs.ts", "prompts.ts", "image.ts", "noise.ts", "preview.ts"];
+const pipeline = [
+  "index.ts",
+  "pipeline.ts",
+  "engines.ts",
+  "graphs.ts",
+  "prompts.ts",
+  "image.ts",
+  "noise.ts",
+  "preview.ts",
+];
 
 function roomOf(file: string): string {
   const relative = path.relative(lib, file);

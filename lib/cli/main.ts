@@ -6,7 +6,9 @@
 
 import { Command, CommanderError } from "commander";
 import { FlowTurboError, OptionError } from "../errors.js";
-import { generateSchema, loadSchema } from "../options.js";
+import { compileSchema, generateSchema, loadSchema } from "../options.js";
+import { cacheCommand } from "./cache.js";
+import { compileCommand } from "./compile.js";
 import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
@@ -30,6 +32,8 @@ async function main(): Promise<number> {
     .version(packageVersion())
     .exitOverride();
   generateCommand(program.command("generate").exitOverride(), controller.signal);
+  compileCommand(program.command("compile").exitOverride(), controller.signal);
+  cacheCommand(program.command("cache").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
 
   try {
@@ -40,7 +44,9 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = flagOf(generateSchema, error.option) ?? flagOf(loadSchema, error.option);
+      const flag = [generateSchema, loadSchema, compileSchema]
+        .map((schema) => flagOf(schema, error.option))
+        .find((name) => name !== undefined);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);
       return 2;
     }

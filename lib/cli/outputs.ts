@@ -3,9 +3,10 @@
  */
 
 import { randomBytes } from "node:crypto";
-import { mkdir, rmdir, stat, unlink, writeFile } from "node:fs/promises";
+import { rmdir, stat, unlink, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { OptionError, OutputError } from "../errors.js";
+import { makeFolders } from "../folders.js";
 import { formatOf } from "../image.js";
 
 /**
@@ -41,13 +42,7 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
   };
   try {
     for (const folder of new Set(files.map((file) => path.dirname(path.resolve(file))))) {
-      // One level at a time: Node's recursive mkdir does not end where the system refuses without saying why (/proc).
-      const missing: string[] = [];
-      for (let step = folder; !(await exists(step)); step = path.dirname(step)) missing.unshift(step);
-      for (const step of missing) {
-        await mkdir(step);
-        created.push(step);
-      }
+      await makeFolders(folder, created);
       const probe = path.join(folder, `.flowturbo-${randomBytes(6).toString("hex")}.tmp`);
       await writeFile(probe, "", { flag: "wx" });
       await unlink(probe);
@@ -69,14 +64,4 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
     );
   }
   return undo;
-}
-
-async function exists(file: string): Promise<boolean> {
-  return stat(file).then(
-    () => true,
-    (error: NodeJS.ErrnoException) => {
-      if (error.code === "ENOENT") return false;
-      throw error;
-    },
-  );
 }

@@ -7,11 +7,13 @@ import ora from "ora";
 export interface Progress {
   /** Shows what is going on, with a bar where `total` is known. */
   show(text: string, done?: number, total?: number): void;
-  /** Leaves no trace on the terminal. */
+  /** Prints a line that stays, above what is shown. */
+  keep(line: string): void;
+  /** Leaves no trace of what is shown. */
   clear(): void;
 }
 
-const silent: Progress = { show: () => undefined, clear: () => undefined };
+const silent: Progress = { show: () => undefined, keep: () => undefined, clear: () => undefined };
 
 export function createProgress(enabled: boolean): Progress {
   // A terminal that does not know its width (0 columns, as under script(1)) would have ora clear endless lines.
@@ -23,11 +25,16 @@ export function createProgress(enabled: boolean): Progress {
       spinner.text = total === undefined ? text : `${bar(done ?? 0, total)} ${text}`;
       if (!spinner.isSpinning) spinner.start();
     },
+    keep(line) {
+      spinner.clear();
+      process.stderr.write(`${line}\n`);
+    },
     clear: () => void spinner.stop(),
   };
 }
 
-function bar(done: number, total: number): string {
+/** `████░░░░ 250/1000` */
+export function bar(done: number, total: number): string {
   const width = 24;
   const filled = Math.round((width * done) / total);
   return `${"█".repeat(filled)}${"░".repeat(width - filled)} ${done}/${total}`;

@@ -59,9 +59,9 @@ export function emitClip(
     const prefix = `text_model.encoder.layers.${index}`;
     const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
     const project = (part: string) => l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size);
-    const mixed = l.attention(project("q"), project("k"), project("v"), heads, {
+    const mixed = l.attention(project("q"), project("k"), project("v"), heads, headDim, {
       scale: headDim ** -0.5,
-      causal: true,
+      causal: length,
     });
     x = l.add(x, l.linear(mixed, `${prefix}.self_attn.out_proj`, size, size));
     const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);

@@ -24,10 +24,20 @@ export interface EmitOptions {
    * for ONNX Runtime, which has a kernel for that one and takes the other apart (a fifth of the decoder's time).
    */
   readonly groupNorm: "operator" | "instance";
+  /**
+   * `operator`: Attention, for which ONNX Runtime has a kernel. `matmul`: MatMul, Softmax, MatMul, the pattern that
+   * TensorRT fuses; its own Attention refuses to build where it has no kernel for the shape (CLIP's causal one).
+   */
+  readonly attention: "operator" | "matmul";
 }
 
 /** ONNX Runtime on the CPU computes in float32 only. */
-export const cpuEmitOptions: EmitOptions = { compute: "float32", linear: "gemm", groupNorm: "instance" };
+export const cpuEmitOptions: EmitOptions = {
+  compute: "float32",
+  linear: "gemm",
+  groupNorm: "instance",
+  attention: "operator",
+};
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
@@ -198,25 +208,51 @@ export class Layers {
   /**
    * Multi-head attention. q: [rows, N, heads · headDim], k and v: [rows, M, heads · headDim] → as q.
    *
-   * One operator rather than MatMul, Softmax, MatMul: both kinds of runtime have a kernel for it, which spares the
-   * transposes (on the CPU 8 % of a step at 1024 tokens).
+   * Where the runtime has a kernel, one operator rather than MatMul, Softmax, MatMul, which spares the transposes (on
+   * the CPU 8 % of a step at 1024 tokens).
    * @param options.scale factor on the scores (1/√headDim, or 1 for T5)
    * @param options.bias added to the scores, broadcast to [rows, heads, N, M]
-   * @param options.causal whether a token attends only to itself and those before it
+   * @param options.causal number of tokens N = M of which each attends only to itself and those before it
    */
   attention(
     q: Value,
     k: Value,
     v: Value,
     heads: number,
-    options: { scale: number; bias?: Value; causal?: boolean },
+    headDim: number,
+    options: { scale: number; bias?: Value; causal?: number },
   ): Value {
+    const { g } = this;
     const { scale, bias, causal } = options;
-    return this.g.op("Attention", bias ? [q, k, v, bias] : [q, k, v], {
-      q_num_heads: heads,
-      kv_num_heads: heads,
-      scale: { float: scale },
-      ...(causal && { is_causal: 1 }),
-    });
+    if (this.options.attention === "operator")
+      return g.op("Attention", bias ? [q, k, v, bias] : [q, k, v], {
+        q_num_heads: heads,
+        kv_num_heads: heads,
+        scale: { float: scale },
+        ...(causal !== undefined && { is_causal: 1 }),
+      });
+    const split = (x: Value, perm: readonly number[]) =>
+      g.op("Transpose", [this.splitHeads(x, heads, headDim)], { perm });
+    // Scaling q costs N·headDim products where scaling the scores would cost N·M.
+    const queries = split(scale === 1 ? q : this.mul(q, this.scalar(scale)), [0, 2, 1, 3]);
+    let scores = g.op("MatMul", [queries, split(k, [0, 2, 3, 1])]);
+    if (bias) scores = this.add(scores, bias);
+    if (causal !== undefined) scores = this.add(scores, this.#causalMask(causal));
+    const mixed = g.op("MatMul", [g.op("Softmax", [scores], { axis: -1 }), split(v, [0, 2, 1, 3])]);
+    return this.joinHeads(g.op("Transpose", [mixed], { perm: [0, 2, 1, 3] }), heads, headDim);
+  }
+
+  /** [1, 1, tokens, tokens], added to scores. */
+  #causalMask(tokens: number): Value {
+    const key = `causal:${this.compute}:${tokens}`;
+    let value = this.#shared.get(key);
+    if (!value) {
+      // -60000 stays finite in float16 and is as good as minus infinity behind a softmax.
+      const mask = new Float32Array(tokens * tokens);
+      for (let row = 0; row < tokens; row++) mask.fill(-60000, row * tokens + row + 1, (row + 1) * tokens);
+      value = this.g.tensor([1, 1, tokens, tokens], mask, this.compute);
+      this.#shared.set(key, value);
+    }
+    return value;
   }
 }

@@ -177,7 +177,7 @@ function jointBlock(
       headDim,
     );
   };
-  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, { scale: headDim ** -0.5 });
+  const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, { scale: headDim ** -0.5 });
   const both = (a: Value, b: Value) => g.op("Concat", [a, b], { axis: 1 });
   const feedForward = (tokens: Value, part: string) =>
     l.linear(

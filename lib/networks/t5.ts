@@ -62,7 +62,7 @@ export function emitT5(name: string, weights: WeightSource, config: T5Config, op
     const attention = `encoder.block.${index}.layer.0`;
     const normed = norm(x, `${attention}.layer_norm`);
     const project = (part: string) => linear(normed, `${attention}.SelfAttention.${part}`, dModel, inner);
-    const mixed = l.attention(project("q"), project("k"), project("v"), numHeads, { scale: 1, bias });
+    const mixed = l.attention(project("q"), project("k"), project("v"), numHeads, dKv, { scale: 1, bias });
     x = l.add(x, linear(mixed, `${attention}.SelfAttention.o`, inner, dModel));
 
     const forward = `encoder.block.${index}.layer.1`;

@@ -173,7 +173,7 @@ class Blocks {
     const normed = this.groupNorm(x, `${name}.group_norm`, channels);
     const tokens = g.op("Transpose", [g.op("Reshape", [normed, g.ints([0, channels, -1])])], { perm: [0, 2, 1] });
     const project = (part: string) => layers.linear(tokens, `${name}.${part}`, channels, channels);
-    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, {
+    const mixed = layers.attention(project("to_q"), project("to_k"), project("to_v"), 1, channels, {
       scale: channels ** -0.5,
     });
     const out = layers.linear(mixed, `${name}.to_out.0`, channels, channels);

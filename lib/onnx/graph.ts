@@ -4,6 +4,7 @@
  * kilobytes. Values carry their element type, since strongly typed runtimes (TensorRT) forbid implicit conversion.
  */
 
+import { createHash } from "node:crypto";
 import { elementCount, type StoredDType, type StoredTensor } from "../tensor.js";
 import { MessageWriter } from "./protobuf.js";
 
@@ -28,6 +29,8 @@ export interface OnnxGraph {
   /** Dimensions of inputs and outputs by name. The first is "rows" or "network_rows" where there is one for each row. */
   readonly inputs: ReadonlyMap<string, readonly Dimension[]>;
   readonly outputs: ReadonlyMap<string, readonly Dimension[]>;
+  /** SHA-256 of the graph without the places of its external data: the same wherever the checkpoint lies. */
+  readonly fingerprint: string;
 }
 
 /** Opset 23 is the first with RMSNormalization and is read by ONNX Runtime 1.30 and TensorRT 11. */
@@ -48,7 +51,7 @@ interface InputOrOutput {
 export class GraphBuilder {
   readonly name: string;
   readonly #nodes: MessageWriter[] = [];
-  readonly #initializers: MessageWriter[] = [];
+  readonly #initializers: (MessageWriter | StoredTensor)[] = [];
   readonly #inputs = new Map<string, InputOrOutput>();
   readonly #outputs = new Map<string, InputOrOutput>();
   readonly #externals = new Map<string, StoredTensor>();
@@ -140,40 +143,44 @@ export class GraphBuilder {
       return { name, type };
     }
     this.#externals.set(name, tensor);
-    // Without the root ("/" or "C:\"): runtimes resolve it against the root, since they refuse absolute paths.
-    const location = tensor.file.replace(/^([A-Za-z]:)?[\\/]+/, "").replaceAll("\\", "/");
-    const entry = (key: string, value: string) => new MessageWriter().string(1, key).string(2, value);
-    this.#initializers.push(
-      new MessageWriter()
-        .packedInts(1, tensor.shape)
-        .int(2, onnxType[type])
-        .string(8, name)
-        .message(13, entry("location", location))
-        .message(13, entry("offset", String(tensor.offset)))
-        .message(13, entry("length", String(tensor.length)))
-        .int(14, 1),
-    );
+    this.#initializers.push({ ...tensor, name });
     return { name, type };
   }
 
   build(): OnnxGraph {
-    const graph = new MessageWriter().string(2, this.name);
-    for (const node of this.#nodes) graph.message(1, node);
-    for (const initializer of this.#initializers) graph.message(5, initializer);
-    for (const { info } of this.#inputs.values()) graph.message(11, info);
-    for (const { info } of this.#outputs.values()) graph.message(12, info);
-    const model = new MessageWriter()
-      .int(1, irVersion)
-      .string(2, "flowturbo")
-      .message(7, graph)
-      .message(8, new MessageWriter().string(1, "").int(2, opset));
-    const shapes = (operands: ReadonlyMap<string, InputOrOutput>) => new Map([...operands].map(([name, { shape }]) => [name, shape]));
+    const model = (place: (tensor: StoredTensor) => Record<string, string>): Uint8Array => {
+      const graph = new MessageWriter().string(2, this.name);
+      for (const node of this.#nodes) graph.message(1, node);
+      for (const initializer of this.#initializers)
+        graph.message(5, "file" in initializer ? externalTensor(initializer, place(initializer)) : initializer);
+      for (const { info } of this.#inputs.values()) graph.message(11, info);
+      for (const { info } of this.#outputs.values()) graph.message(12, info);
+      return new MessageWriter()
+        .int(1, irVersion)
+        .string(2, "flowturbo")
+        .message(7, graph)
+        .message(8, new MessageWriter().string(1, "").int(2, opset))
+        .finish();
+    };
+    const bytes = model(({ file, offset, length }) => ({
+      // Without the root ("/" or "C:\\"): runtimes resolve it against the root, since they refuse absolute paths.
+      location: file.replace(/^([A-Za-z]:)?[\\/]+/, "").replaceAll("\\", "/"),
+      offset: String(offset),
+      length: String(length),
+    }));
+    let digest: string | undefined;
     return {
       name: this.name,
-      bytes: model.finish(),
+      bytes,
       externals: this.#externals,
-      inputs: shapes(this.#inputs),
-      outputs: shapes(this.#outputs),
+      inputs: shapesOf(this.#inputs),
+      outputs: shapesOf(this.#outputs),
+      get fingerprint() {
+        digest ??= createHash("sha256")
+          .update(model(({ length }) => ({ length: String(length) })))
+          .digest("hex");
+        return digest;
+      },
     };
   }
 
@@ -210,7 +217,22 @@ export class GraphBuilder {
   }
 }
 
+function shapesOf(operands: ReadonlyMap<string, InputOrOutput>): ReadonlyMap<string, readonly Dimension[]> {
+  return new Map([...operands].map(([name, { shape }]) => [name, shape]));
+}
+
 const elementBytes: Record<ElementType, number> = { float32: 4, float16: 2, bfloat16: 2, int64: 8, bool: 1 };
+
+/** An initializer whose data lies in a file; `place` says where. */
+function externalTensor(tensor: StoredTensor, place: Record<string, string>): MessageWriter {
+  const message = new MessageWriter()
+    .packedInts(1, tensor.shape)
+    .int(2, onnxType[storedType[tensor.dtype]])
+    .string(8, tensor.name);
+  for (const [key, value] of Object.entries(place))
+    message.message(13, new MessageWriter().string(1, key).string(2, value));
+  return message.int(14, 1);
+}
 
 function valueInfo(name: string, type: ElementType, shape: readonly Dimension[]): MessageWriter {
   const dimensions = new MessageWriter();

@@ -6,7 +6,7 @@
 import type { Launch, Program } from "../program.js";
 import type { StoredTensor, Tensor } from "../tensor.js";
 
-export type RuntimeName = "onnxruntime";
+export type RuntimeName = "onnxruntime" | "tensorrt" | "tensorrt-rtx";
 
 /**
  * An ONNX model whose large initializers are external data in the checkpoint's own files. The location of each is its
@@ -17,6 +17,8 @@ export interface CompilableGraph {
   readonly bytes: Uint8Array;
   /** Initializers by the name they have in the ONNX, for runtimes that map the files themselves. */
   readonly externals: ReadonlyMap<string, StoredTensor>;
+  /** SHA-256 of the graph without the places of its weights, for runtimes that keep what they compile. */
+  readonly fingerprint: string;
 }
 
 /** One finished launch. */

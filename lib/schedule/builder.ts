@@ -26,6 +26,11 @@ export interface RowLaunch {
   readonly reported?: boolean;
 }
 
+/** Pictures of a size that go through the autoencoder at once, where so many pixels may. */
+export function rowsAtOnce(pixels: number, width: number, height: number): number {
+  return Math.max(1, Math.floor(pixels / (width * height)));
+}
+
 export class ProgramBuilder {
   readonly constants: Record<string, Constant> = {};
   readonly instructions: Instruction[] = [];

@@ -8,7 +8,7 @@
 import type { Constant, Program } from "../program.js";
 import type { Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
-import { Pair, ProgramBuilder } from "./builder.js";
+import { Pair, ProgramBuilder, rowsAtOnce } from "./builder.js";
 import { planSteps, type StepLaunch } from "./steps.js";
 
 /** One size of a run. B pictures, C latent channels. */
@@ -308,6 +308,6 @@ class SamplingPlanner {
   /** Pictures that go through the autoencoder at once. */
   #limit(noise: Tensor): number {
     const [, height, width] = this.#imageShape(noise) as [number, number, number];
-    return Math.max(1, Math.floor(this.#request.pixelsAtOnce / (height * width)));
+    return rowsAtOnce(this.#request.pixelsAtOnce, width, height);
   }
 }

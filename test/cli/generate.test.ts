@@ -1,11 +1,13 @@
+import { execFileSync } from "node:child_process";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
+import { stripVTControlCharacters } from "node:util";
 import sharp from "sharp";
 import { describe, expect, it } from "vitest";
 import { writeSafetensors } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/tensor.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
-import { run, start, temporaryFolder } from "./support.js";
+import { cli, run, start, temporaryFolder } from "./support.js";
 
 describe("flowturbo generate", () => {
   it("draws a picture into the working folder and prints its name only", async () => {
@@ -19,6 +21,21 @@ describe("flowturbo generate", () => {
     const text = readFileSync(path.join(folder, "flowturbo-3.png")).toString("latin1");
     expect(text).toContain('"prompt":"a large red square"');
     expect(text).toContain('"seed":3');
+  });
+
+  const script = ["/usr/bin/script", "/bin/script"].find(existsSync);
+  it.skipIf(!script)("shows a bar on a terminal, and none on one that has no width", () => {
+    const folder = temporaryFolder();
+    const drawn = (columns: number) => {
+      // script(1) runs a command on a new terminal, whose width is 0 until somebody sets it.
+      const command = `${columns ? `stty cols ${columns}; ` : ""}exec ${process.execPath} ${cli} generate "a red circle" --steps 3 --seed 1`;
+      return execFileSync(script!, ["-qec", command, "/dev/null"], { cwd: folder, encoding: "utf8", stdio: "pipe" });
+    };
+    const bare = drawn(0);
+    expect(bare.trim()).toBe("flowturbo-1.png");
+    const shown = drawn(80);
+    expect(shown).toMatch(/[█░]{24} \d\/3/);
+    expect(stripVTControlCharacters(shown).trim()).toMatch(/flowturbo-1\.png$/);
   });
 
   it("reports in JSON and writes latents and decoded values", async () => {

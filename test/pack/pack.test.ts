@@ -1,16 +1,19 @@
 // The package as a user gets it: what the tarball holds, and that it works in an empty folder with node and npm alone.
 import { execFileSync } from "node:child_process";
-import { existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, inject, it } from "vitest";
 import { root } from "../support/fixtures.js";
 
 let folder: string;
 let tarball: string;
 let files: string[];
+const { lacksAddons } = inject("native");
 
 beforeAll(() => {
+  if (lacksAddons === null)
+    execFileSync(process.execPath, [path.join(root, "scripts/prebuild.mjs")], { cwd: root, stdio: "ignore" });
   folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-pack-"));
   // dist/ is built; the prepare script would build it again under the feet of the tests that run beside this one.
   const args = ["pack", "--json", "--ignore-scripts", "--pack-destination", folder];
@@ -19,7 +22,7 @@ beforeAll(() => {
   );
   tarball = path.join(folder, report.filename);
   files = report.files.map((file: { path: string }) => file.path);
-});
+}, 300_000);
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 describe("the package", () => {
@@ -34,9 +37,23 @@ describe("the package", () => {
     ])
       expect(files).toContain(file);
     expect(files).toContain("models/shapes/transformer/diffusion_pytorch_model.safetensors");
-    const expected = /^(dist\/[^/]+\.(js|d\.ts)|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
+    const expected =
+      /^(dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
+  });
+
+  it.skipIf(lacksAddons !== null)(`carries both addons${lacksAddons ? ` (skipped: ${lacksAddons})` : ""}`, () => {
+    const addons = files.filter((file) => file.endsWith(".node"));
+    expect(addons.sort()).toEqual([
+      "native/tensorrt-rtx/prebuilds/linux-x64/flowturbo_tensorrt_rtx.glibc.node",
+      "native/tensorrt/prebuilds/linux-x64/flowturbo_tensorrt.glibc.node",
+    ]);
+    for (const addon of addons) {
+      const content = readFileSync(path.join(root, addon), "latin1");
+      // Built from sources of this repository's alone, and with no path of this machine in them.
+      expect(content).not.toContain(root);
+    }
   });
 
   it("installs, imports and draws with nothing but node and npm on the PATH", () => {
@@ -61,7 +78,11 @@ describe("the package", () => {
     const cli = path.join(app, "node_modules/.bin/flowturbo");
     expect(run("node", cli, "generate", "a large red square", "--seed", "1")).toBe("flowturbo-1.png\n");
     expect(existsSync(path.join(app, "flowturbo-1.png"))).toBe(true);
-    expect(run("node", cli, "doctor")).toMatch(/✔ onnxruntime/);
+    const doctor = run("node", cli, "doctor");
+    expect(doctor).toMatch(/✔ onnxruntime/);
+    // The addons load, with none of NVIDIA's libraries to be seen, and say so.
+    if (lacksAddons === null) expect(doctor).toMatch(/✘ tensorrt\n\s+TensorRT 11 was not found/);
+    if (lacksAddons === null) expect(doctor).not.toMatch(/no native addon|cannot be loaded/);
     writeFileSync(
       path.join(app, "index.js"),
       `import { FlowTurbo } from "flowturbo";

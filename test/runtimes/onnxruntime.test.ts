@@ -285,7 +285,7 @@ describe("an abort", () => {
 describe("a failure", () => {
   it("of a graph to compile names the graph and what ONNX Runtime says", async () => {
     const runtime = open();
-    runtime.add({ name: "nonsense", bytes: Uint8Array.of(1, 2, 3), externals: new Map() });
+    runtime.add({ name: "nonsense", bytes: Uint8Array.of(1, 2, 3), externals: new Map(), fingerprint: "" });
     const error = await runtime.run(program([1], [launch("nonsense", "x", "a")], [])).catch((reason) => reason);
     expect(error).toBeInstanceOf(RuntimeError);
     expect(error.code).toBe("ERR_FLOWTURBO_RUNTIME");

@@ -29,7 +29,7 @@ SHIFT = 1.5
 
 
 REFINER = RefinerSettings(
-    steps=900, batch=64, lr=1.5e-3, clip=1.0, average=0.995, delta_max=0.2,
+    steps=900, batch=32, lr=1.5e-3, clip=1.0, average=0.995, delta_max=0.2,
     grids=[(6, SHIFT), (8, SHIFT), (10, SHIFT), (14, SHIFT)], grid_share=0.6, same_point_share=0.25,
 )  # fmt: skip
 

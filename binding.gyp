@@ -1,0 +1,19 @@
+# A façade, for prebuildify, which speaks to node-gyp: CMakeLists.txt is the one description of the build. The package
+# does not contain this file, and `"gypfile": false` keeps npm from compiling on anybody's machine.
+{
+  "variables": { "addon%": "<!(node -p \"process.env.FLOWTURBO_ADDON || 'tensorrt-rtx'\")" },
+  "targets": [
+    {
+      "target_name": "flowturbo",
+      "type": "none",
+      "actions": [
+        {
+          "action_name": "cmake",
+          "inputs": [],
+          "outputs": ["<(PRODUCT_DIR)/flowturbo.node"],
+          "action": ["node", "scripts/build-native.mjs", "--addon", "<(addon)", "--copy", "<(PRODUCT_DIR)/flowturbo.node"]
+        }
+      ]
+    }
+  ]
+}

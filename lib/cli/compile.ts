@@ -1,0 +1,89 @@
+/** `flowturbo compile`: every engine that a model needs, ahead of time, each with a progress bar. */
+
+import { type Command, Option } from "commander";
+import { compileEngines, type Engine } from "../engines.js";
+import { checkOptions, compileSchema, type EngineProgress } from "../options.js";
+import { embeddedModel } from "../pipeline.js";
+import { addFlags, readFlags } from "./flags.js";
+import { bar, createProgress } from "./progress.js";
+
+interface OwnFlags {
+  model?: string;
+  json?: boolean;
+}
+
+export function compileCommand(command: Command, signal: AbortSignal): void {
+  command
+    .description("Build the TensorRT engines of a model ahead of time, one for each network.")
+    .addOption(
+      new Option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)"),
+    );
+  addFlags(command, compileSchema);
+  command
+    .addOption(new Option("--json", "print one JSON object"))
+    .addHelpText(
+      "after",
+      `
+Examples:
+  $ flowturbo compile --model ./stable-diffusion-3.5-medium --sizes 1024x1024 --batches 1,2
+  $ flowturbo compile --runtime tensorrt-rtx --targets 8.6,8.9,12.0 --sizes 64x64,96x128 --batches 1,2,4 --json`,
+    )
+    .action((flags: OwnFlags) => compile(flags, signal));
+}
+
+async function compile(flags: OwnFlags, signal: AbortSignal): Promise<void> {
+  const options = { ...readLists(readFlags(compileSchema, flags as Record<string, unknown>)), signal };
+  checkOptions(compileSchema, options, "compile");
+  const progress = createProgress(!flags.json);
+  // A bar for each engine: those under way are redrawn, those that are done stay.
+  const bars = new Map<string, string>();
+  const show = ({ graph, engine, engines, phase, detail, done, total }: EngineProgress) => {
+    const line = `${bar(done, total)} ${engine + 1}/${engines} ${graph}`;
+    if (phase === "done") {
+      bars.delete(graph);
+      progress.keep(`  ${line}`);
+    } else bars.set(graph, `${line}: ${phase === "building" ? detail : phase}`);
+    if (bars.size > 0) progress.show([...bars.values()].join("\n  "));
+  };
+  try {
+    progress.show("opening the model");
+    const report = await compileEngines(flags.model ?? embeddedModel, { ...options, onProgress: show });
+    progress.clear();
+    if (flags.json) process.stdout.write(`${JSON.stringify(report)}\n`);
+    else process.stdout.write(`${report.runtime} ${report.version}\n${report.engines.map(describe).join("\n")}\n`);
+  } finally {
+    progress.clear();
+  }
+}
+
+function describe(engine: Engine): string {
+  const { graph, profiles, plan, bytes, seconds, cached, rebuilt } = engine;
+  const how = cached ? "from the cache" : `built in ${seconds.toFixed(1)} s`;
+  const why = rebuilt === null ? "" : ` (the one in the cache was not used: ${rebuilt})`;
+  const count = `${profiles.length} profile${profiles.length === 1 ? "" : "s"}`;
+  return `${graph}: ${count}, ${(bytes / 1e6).toFixed(1)} MB, ${how}${why}\n  ${plan}`;
+}
+
+/** Lists that were given as text. Anything that is none stays as it is, so that the schema's complaint shows it. */
+function readLists(options: Record<string, unknown>): Record<string, unknown> {
+  const lists: Record<string, (text: string) => unknown> = {
+    sizes: (text) => {
+      const match = text.match(/^(\d+)x(\d+)$/);
+      return match ? { width: Number(match[1]), height: Number(match[2]) } : null;
+    },
+    batches: (text) => (/^\d+$/.test(text) ? Number(text) : null),
+    targets: (text) => text,
+    features: (text) => text,
+  };
+  // A scale, as `generate` takes it, says whether there is guidance.
+  const { guidance } = options;
+  const scale = typeof guidance === "string" && guidance.trim() !== "" ? Number(guidance) : Number.NaN;
+  const read: Record<string, unknown> = { ...options, ...(scale >= 0 && { guidance: scale > 1 ? "on" : "off" }) };
+  for (const [name, parse] of Object.entries(lists)) {
+    const value = options[name];
+    if (typeof value !== "string") continue;
+    const items = value.split(",").map((item) => parse(item.trim()));
+    read[name] = items.includes(null) ? value : items;
+  }
+  return read;
+}

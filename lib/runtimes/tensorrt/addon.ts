@@ -1,0 +1,202 @@
+/**
+ * The whole native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
+ * place that loads a .node file. There are two addons from one list of sources, one for each library, since the headers
+ * of TensorRT 11 and TensorRT-RTX are not compatible with each other. Loading one opens none of NVIDIA's libraries, so
+ * it works on every machine that the addon was compiled for.
+ */
+
+import { existsSync, readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import path from "node:path";
+import { fileURLToPath } from "node:url";
+import { RuntimeUnavailableError } from "../../errors.js";
+
+export type TensorRtKind = "tensorrt" | "tensorrt-rtx";
+
+/** In order of preference. */
+export const tensorRtKinds = ["tensorrt", "tensorrt-rtx"] as const;
+
+/** Major, minor, patch, build. */
+export type Version = readonly [number, number, number, number];
+
+/** Work on a thread of its own. `cancel` asks it to stop; the promise then rejects with a NativeError "CANCELLED". */
+export interface NativeTask<T> {
+  readonly promise: Promise<T>;
+  cancel(): void;
+}
+
+export interface NativeDevice {
+  readonly name: string;
+  readonly memoryBytes: number;
+  /** Compute capability: SM 8.9 is major 8, minor 9. */
+  readonly major: number;
+  readonly minor: number;
+}
+
+export interface NativeBuildRequest {
+  /** The model; initializers that are external data are looked up in `initializers`. */
+  readonly onnx: Uint8Array;
+  /** Files that hold weights; `identity` as `fileIdentity` says, so that a file that changed since is refused. */
+  readonly files: readonly { readonly path: string; readonly identity: string }[];
+  readonly initializers: readonly {
+    readonly name: string;
+    /** Index into `files`. */
+    readonly file: number;
+    readonly offset: number;
+    readonly length: number;
+  }[];
+  /** The dimensions of every input, once for each profile. */
+  readonly profiles: readonly (readonly { readonly input: string; readonly dimensions: readonly number[] }[])[];
+  /** SM numbers (86 for 8.6), TensorRT-RTX only; empty for the present GPU. */
+  readonly targets: readonly number[];
+  /** Names of BuilderFlag; `describe().flags` lists those that are known. */
+  readonly flags: readonly string[];
+  /** 0 to 5; -1 for the library's default. */
+  readonly optimizationLevel: number;
+  /** Limit of scratch memory on the GPU; 0 for the library's default. */
+  readonly workspaceBytes: number;
+  /** Must not exist. Removed again if the build fails. */
+  readonly planPath: string;
+  /** A new file for everything that the library logs; "" for none. */
+  readonly logPath: string;
+}
+
+export interface NativeBuildProgress {
+  /** In the library's words. */
+  readonly phase: string;
+  /** Never decreases; `total` is constant. */
+  readonly done: number;
+  readonly total: number;
+}
+
+export interface NativeBuildResult {
+  readonly planBytes: number;
+  readonly parseSeconds: number;
+  readonly buildSeconds: number;
+  readonly warnings: readonly string[];
+}
+
+/** What the functions below reject with. `code` is stable. */
+export interface NativeError extends Error {
+  readonly code:
+    | "LIBRARY_NOT_LOADED"
+    | "LIBRARY_VERSION"
+    | "NO_DRIVER"
+    | "NO_DEVICE"
+    | "CUDA"
+    | "INVALID"
+    | "WEIGHTS_CHANGED"
+    | "PARSE"
+    | "BUILD"
+    | "CANCELLED"
+    | "OUT_OF_MEMORY"
+    | "IO"
+    | "INTERNAL";
+  readonly path?: string;
+  readonly errno?: number;
+  /** What the library logged as errors. */
+  readonly log: readonly string[];
+  readonly complaints: readonly {
+    /** nvonnxparser::ErrorCode by name. */
+    readonly code: string;
+    /** Index of the ONNX node; -1 for none. */
+    readonly node: number;
+    readonly nodeName: string;
+    readonly operator: string;
+    readonly description: string;
+  }[];
+}
+
+export interface Addon {
+  /** [sync] What the addon was compiled for, and the versions [floor, ceiling) of the library that it accepts. */
+  describe(): {
+    readonly kind: TensorRtKind;
+    readonly headers: Version;
+    readonly floor: Version;
+    readonly ceiling: Version;
+    readonly flags: readonly string[];
+  };
+  /** [async] Driver and GPUs, from libcuda.so.1. */
+  cuda(): NativeTask<{ readonly driverVersion: number; readonly devices: readonly NativeDevice[] }>;
+  /** [async] Opens the library and its ONNX parser (paths, or names for the loader) and checks the version. */
+  open(
+    library: string,
+    parser: string,
+  ): NativeTask<{ readonly version: Version; readonly library: string; readonly parser: string }>;
+  /** [async] Builds one engine and writes its plan. `onProgress` must not throw. */
+  build(
+    library: string,
+    parser: string,
+    request: NativeBuildRequest,
+    onProgress: (progress: NativeBuildProgress) => void,
+  ): NativeTask<NativeBuildResult>;
+  /**
+   * [sync] Locks a file among processes and threads, creating it; null while somebody else holds it. The kernel releases
+   * the lock of a process that dies. @returns a function that releases it and removes the file
+   */
+  tryLock(file: string): (() => void) | null;
+}
+
+const require = createRequire(import.meta.url);
+
+/** Why there is no addon, and what to do about it. */
+export interface AddonProblem {
+  readonly cause: string;
+  readonly remedy: string;
+  readonly error?: unknown;
+}
+
+/** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
+export function findAddon(kind: TensorRtKind): Addon | AddonProblem {
+  if (process.platform !== "linux" || process.arch !== "x64")
+    return {
+      cause: `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
+      remedy: 'Use the runtime "onnxruntime", which needs nothing.',
+    };
+  const find = require("node-gyp-build") as { path(folder: string): string };
+  let file: string;
+  try {
+    // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
+    file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
+  } catch (error) {
+    return {
+      cause: `This installation of flowturbo has no native addon for ${kind}.`,
+      remedy:
+        "Install the published package, which brings one for linux-x64 with glibc, or run `npm run build:native` in a clone.",
+      error,
+    };
+  }
+  try {
+    return require(file) as Addon;
+  } catch (error) {
+    return {
+      cause: `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
+      remedy: "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
+      error,
+    };
+  }
+}
+
+/** [sync] As `findAddon`. @throws RuntimeUnavailableError on a platform without one, or where it cannot be loaded */
+export function loadAddon(kind: TensorRtKind): Addon {
+  const found = findAddon(kind);
+  if ("describe" in found) return found;
+  throw new RuntimeUnavailableError(kind, `${found.cause} ${found.remedy}`, { cause: found.error });
+}
+
+/** The folder with this package's package.json, from dist/ as from lib/. */
+function packageRoot(): string {
+  let folder = path.dirname(fileURLToPath(import.meta.url));
+  for (;;) {
+    const manifest = path.join(folder, "package.json");
+    if (existsSync(manifest) && JSON.parse(readFileSync(manifest, "utf8")).name === "flowturbo") return folder;
+    const parent = path.dirname(folder);
+    if (parent === folder) throw new RangeError("flowturbo's package.json was not found above its code.");
+    folder = parent;
+  }
+}
+
+/** `1.7.1.116` */
+export function versionText(version: Version): string {
+  return version.join(".");
+}

@@ -1,0 +1,378 @@
+/**
+ * Engines on disk. Loading a plan is running native code, so the folder belongs to its user alone and is checked, and
+ * a plan is used only after its SHA-256 has been compared with the one kept beside it. A plan appears under its name
+ * complete or not at all (written elsewhere, then renamed), two processes that want the same one build it once, and a
+ * damaged or foreign one is built again, never loaded. No plan ever comes from the network.
+ *
+ *   <folder>/engines/predict-<key>.plan   the engine
+ *   <folder>/engines/predict-<key>.json   what it is: see `manifestSchema`
+ *   <folder>/engines/predict-<key>.lock   only while somebody builds it
+ *   <folder>/engines/predict-<key>.<random>.tmp   a plan under construction
+ */
+
+import { createHash, randomBytes } from "node:crypto";
+import { constants } from "node:fs";
+import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
+import os from "node:os";
+import path from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { z } from "zod";
+import { CacheError } from "../../errors.js";
+import { makeFolders } from "../../folders.js";
+import type { Addon } from "./addon.js";
+import { DigestMemory, hashFile } from "./digests.js";
+
+const manifestSchema = z.strictObject({
+  format: z.literal(1),
+  key: z.string(),
+  graph: z.string(),
+  runtime: z.enum(["tensorrt", "tensorrt-rtx"]),
+  version: z.string(),
+  /** SM numbers, or the GPU that the engine was built on. */
+  device: z.union([
+    z.strictObject({ targets: z.array(z.int()) }),
+    z.strictObject({ gpu: z.string(), sm: z.int(), driver: z.int() }),
+  ]),
+  /** Dimensions of every input, in the order of the engine's profiles. */
+  profiles: z.array(z.record(z.string(), z.array(z.int()))),
+  bytes: z.int(),
+  sha256: z.string(),
+  /** Seconds that the build took. */
+  seconds: z.number(),
+  created: z.string(),
+});
+
+export type Manifest = z.output<typeof manifestSchema>;
+
+/** A plan that was verified. */
+export interface CachedEngine {
+  readonly plan: string;
+  readonly manifest: Manifest;
+}
+
+export type Lookup =
+  | { readonly state: "found"; readonly engine: CachedEngine }
+  | { readonly state: "absent" }
+  /** Something lies there that must not be used. */
+  | { readonly state: "damaged"; readonly reason: string };
+
+/** One line of `flowturbo cache list` and `verify`. */
+export interface CacheItem {
+  readonly name: string;
+  readonly manifest: Manifest | null;
+  /** Bytes of the plan on disk. */
+  readonly bytes: number;
+  /** Null for a sound plan (in a list: one that was not looked into). */
+  readonly damage: string | null;
+}
+
+/** `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+export function defaultCacheFolder(): string {
+  const base = process.env.XDG_CACHE_HOME;
+  // The specification says to ignore a relative path.
+  return path.join(base && path.isAbsolute(base) ? base : path.join(os.homedir(), ".cache"), "flowturbo");
+}
+
+/** Where a cache keeps its engines. */
+export function enginesFolder(cache: string = defaultCacheFolder()): string {
+  return path.join(path.resolve(cache), "engines");
+}
+
+/** Name of an engine's files: the graph, for people, and as much of the key as makes it unique. */
+function nameOf(graph: string, key: string): string {
+  return `${graph}-${key.slice(0, 32)}`;
+}
+
+export class EngineCache {
+  readonly folder: string;
+  readonly digests: DigestMemory;
+
+  private constructor(folder: string) {
+    this.folder = folder;
+    this.digests = new DigestMemory(folder);
+  }
+
+  /**
+   * Opens the cache, creating it where needed.
+   * @throws CacheError if it is not this user's, open to others, or cannot be written to
+   */
+  static async open(folder: string = defaultCacheFolder()): Promise<EngineCache> {
+    const base = path.resolve(folder);
+    const engines = enginesFolder(folder);
+    try {
+      await makeFolders(engines, [], 0o700);
+    } catch (cause) {
+      throw new CacheError(
+        engines,
+        `Cannot create the cache of engines ${engines}: ${(cause as Error).message}. Name another folder (--cache, or the option cache).`,
+        { cause },
+      );
+    }
+    await checkFolder(base, false);
+    await checkFolder(engines, true);
+    const probe = path.join(engines, `.probe-${randomBytes(6).toString("hex")}.tmp`);
+    try {
+      await writeFile(probe, "", { flag: "wx", mode: 0o600 });
+      await rm(probe, { force: true });
+    } catch (cause) {
+      throw new CacheError(
+        engines,
+        `Cannot write to the cache of engines ${engines}: ${(cause as Error).message}. Make it writable, or name another folder.`,
+        { cause },
+      );
+    }
+    return new EngineCache(engines);
+  }
+
+  /** Opens a cache for reading if there is one. */
+  static async openExisting(folder: string = defaultCacheFolder()): Promise<EngineCache | null> {
+    const engines = enginesFolder(folder);
+    const exists = await lstat(engines).then(
+      () => true,
+      () => false,
+    );
+    return exists ? EngineCache.open(folder) : null;
+  }
+
+  /** Looks for an engine and verifies its plan to the last byte. @throws `signal.reason` after an abort */
+  async find(graph: string, key: string, signal?: AbortSignal): Promise<Lookup> {
+    const name = nameOf(graph, key);
+    if (!(await this.has(graph, key))) return { state: "absent" };
+    try {
+      const manifest = await this.#readManifest(name);
+      if (manifest.key !== key) throw new Damage("its description belongs to another engine");
+      await this.#verifyPlan(name, manifest, signal);
+      return { state: "found", engine: { plan: this.#path(name, "plan"), manifest } };
+    } catch (error) {
+      if (!(error instanceof Damage)) throw error;
+      return { state: "damaged", reason: error.message };
+    }
+  }
+
+  /** Whether there is a plan, sound or not. */
+  has(graph: string, key: string): Promise<boolean> {
+    return lstat(this.#path(nameOf(graph, key), "plan")).then(
+      () => true,
+      () => false,
+    );
+  }
+
+  /** Waits until nobody else builds this engine. @throws `signal.reason`, CacheError */
+  async lock(addon: Addon, graph: string, key: string, signal?: AbortSignal): Promise<() => void> {
+    const file = this.#path(nameOf(graph, key), "lock");
+    for (;;) {
+      signal?.throwIfAborted();
+      let release: (() => void) | null;
+      try {
+        release = addon.tryLock(file);
+      } catch (cause) {
+        throw new CacheError(
+          file,
+          `${(cause as Error).message}. The cache of engines needs a file system with locks.`,
+          {
+            cause,
+          },
+        );
+      }
+      if (release) return release;
+      await sleep(100, undefined, { signal }).catch(() => signal?.throwIfAborted());
+    }
+  }
+
+  /** A new name for a plan under construction. To be called under the engine's lock: removes what a killed build left. */
+  async temporary(graph: string, key: string): Promise<string> {
+    const name = nameOf(graph, key);
+    for (const entry of await readdir(this.folder))
+      if (entry.startsWith(`${name}.`) && entry.endsWith(".tmp"))
+        await rm(path.join(this.folder, entry), { force: true });
+    return path.join(this.folder, `${name}.${randomBytes(6).toString("hex")}.tmp`);
+  }
+
+  /**
+   * Gives a complete plan its name, under the engine's lock.
+   * @param manifest without what is read off the plan itself
+   */
+  async keep(temporary: string, manifest: Omit<Manifest, "format" | "bytes" | "sha256">): Promise<CachedEngine> {
+    const name = nameOf(manifest.graph, manifest.key);
+    const plan = this.#path(name, "plan");
+    const description = `${temporary}.json.tmp`;
+    try {
+      const handle = await open(temporary, "r");
+      let complete: Manifest;
+      try {
+        const { size } = await handle.stat();
+        complete = { format: 1, ...manifest, bytes: size, sha256: await hashFile(handle) };
+      } finally {
+        await handle.close();
+      }
+      await writeFile(description, `${JSON.stringify(complete, null, 2)}\n`, { flag: "wx", mode: 0o600, flush: true });
+      // Without its description a plan is damaged: whatever the moment of a crash, no wrong pair is taken for sound.
+      await rm(this.#path(name, "json"), { force: true });
+      await rename(temporary, plan);
+      await rename(description, this.#path(name, "json"));
+      await this.#flushFolder();
+      return { plan, manifest: complete };
+    } catch (cause) {
+      await rm(temporary, { force: true });
+      await rm(description, { force: true });
+      throw new CacheError(plan, `Cannot keep the engine ${plan}: ${(cause as Error).message}.`, { cause });
+    }
+  }
+
+  /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
+  async sweep(addon: Addon): Promise<void> {
+    for (const entry of await readdir(this.folder)) {
+      const file = path.join(this.folder, entry);
+      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|[0-9a-f]{12}\.tmp)/);
+      // Taking a lock and releasing it removes it.
+      const release = match && addon.tryLock(this.#path(match[1]!, "lock"));
+      if (release && match[2] !== "lock") await rm(file, { force: true });
+      release?.();
+      if (entry.match(/^(\.probe-|weights\.json\.).*\.tmp$/)) await rm(file, { force: true });
+    }
+  }
+
+  /** All engines, by name. With `verify` every plan is read to the last byte. */
+  async list(options: { verify?: boolean; signal?: AbortSignal | undefined } = {}): Promise<CacheItem[]> {
+    const items: CacheItem[] = [];
+    for (const entry of (await readdir(this.folder)).sort()) {
+      if (!entry.endsWith(".plan")) continue;
+      const name = entry.slice(0, -".plan".length);
+      const bytes = await lstat(path.join(this.folder, entry)).then((stats) => stats.size);
+      let manifest: Manifest | null = null;
+      let damage: string | null = null;
+      try {
+        manifest = await this.#readManifest(name);
+        if (nameOf(manifest.graph, manifest.key) !== name)
+          throw new Damage("its description belongs to another engine");
+        if (options.verify) await this.#verifyPlan(name, manifest, options.signal);
+      } catch (error) {
+        if (!(error instanceof Damage)) throw error;
+        damage = error.message;
+      }
+      items.push({ name, manifest, bytes, damage });
+    }
+    return items;
+  }
+
+  /** Removes everything that nobody is building. @returns number of engines and bytes freed */
+  async clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
+    let engines = 0;
+    let bytes = 0;
+    for (const entry of await readdir(this.folder)) {
+      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|.*(plan|json|tmp)$)/);
+      if (!match && entry !== "weights.json") continue;
+      const lock = match ? this.#path(match[1]!, "lock") : null;
+      const release = lock && addon ? addon.tryLock(lock) : () => undefined;
+      if (!release) continue;
+      const file = path.join(this.folder, entry);
+      // Releasing a lock removes it; a folder is none of ours.
+      const stats = match?.[2] === "lock" ? null : await lstat(file);
+      if (stats && !stats.isDirectory()) {
+        await rm(file, { force: true });
+        bytes += stats.size;
+        if (entry.endsWith(".plan")) engines++;
+      }
+      release();
+    }
+    return { engines, bytes };
+  }
+
+  async #readManifest(name: string): Promise<Manifest> {
+    const file = this.#path(name, "json");
+    const handle = await openOwn(file);
+    try {
+      return manifestSchema.parse(JSON.parse(await handle.readFile("utf8")));
+    } catch {
+      throw new Damage("its description cannot be read");
+    } finally {
+      await handle.close();
+    }
+  }
+
+  async #verifyPlan(name: string, manifest: Manifest, signal?: AbortSignal): Promise<void> {
+    const handle = await openOwn(this.#path(name, "plan"));
+    try {
+      const { size } = await handle.stat();
+      if (size !== manifest.bytes) throw new Damage(`it has ${size} bytes instead of ${manifest.bytes}`);
+      if ((await hashFile(handle, { signal })) !== manifest.sha256)
+        throw new Damage("its SHA-256 is not the one it was stored with");
+    } finally {
+      await handle.close();
+    }
+  }
+
+  async #flushFolder(): Promise<void> {
+    const handle = await open(this.folder, "r");
+    try {
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+  }
+
+  #path(name: string, extension: string): string {
+    return path.join(this.folder, `${name}.${extension}`);
+  }
+}
+
+/** SHA-256 over a description whose keys are in a fixed order. */
+export function keyOf(description: unknown): string {
+  return createHash("sha256").update(JSON.stringify(description)).digest("hex");
+}
+
+class Damage extends Error {}
+
+/** Opens a file that must be a plain one, of this user, writable by nobody else. */
+async function openOwn(file: string): Promise<FileHandle> {
+  let handle: FileHandle;
+  try {
+    handle = await open(file, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
+  } catch (error) {
+    const code = (error as NodeJS.ErrnoException).code;
+    if (code === "ELOOP") throw new Damage("it is a symbolic link");
+    if (code === "ENOENT") throw new Damage("its description is missing");
+    throw new Damage((error as Error).message);
+  }
+  const stats = await handle.stat();
+  const reason = !stats.isFile()
+    ? "it is not a plain file"
+    : stats.uid !== process.getuid?.()
+      ? `it belongs to another user (${stats.uid})`
+      : stats.mode & 0o022
+        ? "others may write to it"
+        : null;
+  if (reason === null) return handle;
+  await handle.close();
+  throw new Damage(reason);
+}
+
+/** @param strict whether the folder must be closed to others altogether */
+async function checkFolder(folder: string, strict: boolean): Promise<void> {
+  const refuse = (what: string, remedy: string) => {
+    throw new CacheError(
+      folder,
+      `The cache folder ${folder} ${what}; engines are native code and are not loaded from it. ${remedy}`,
+    );
+  };
+  const stats = await lstat(folder);
+  const user = process.getuid?.() ?? 0;
+  if (strict && stats.isSymbolicLink()) refuse("is a symbolic link", "Name the folder itself.");
+  // The base may be a link that the user made, to a larger disk for instance; what it points at is then checked.
+  const target = stats.isSymbolicLink() ? await open(folder, "r").then(statAndClose) : stats;
+  if (!target.isDirectory()) refuse("is not a folder", "Name another one.");
+  if (target.uid !== user && (strict || target.uid !== 0))
+    refuse(`belongs to another user (${target.uid})`, "Name a folder of your own.");
+  const forbidden = strict ? 0o077 : 0o022;
+  // In a folder with the sticky bit, as /tmp is, others cannot replace what is ours.
+  if (target.mode & forbidden && (strict || !(target.mode & 0o1000)))
+    refuse(`is open to other users (mode ${(target.mode & 0o777).toString(8)})`, `Run \`chmod 700 ${folder}\`.`);
+}
+
+async function statAndClose(handle: FileHandle) {
+  try {
+    return await handle.stat();
+  } finally {
+    await handle.close();
+  }
+}

@@ -1,0 +1,302 @@
+/**
+ * Finds TensorRT and TensorRT-RTX on this machine, and says in full why one cannot be used. NVIDIA's libraries cannot
+ * come with this package, so where people put them is looked through in a fixed order, and each place that was tried is
+ * reported with the loader's own words: most of the trouble that people have is one of these lines.
+ */
+
+import { execFile } from "node:child_process";
+import { existsSync } from "node:fs";
+import path from "node:path";
+import { promisify } from "node:util";
+import { RuntimeUnavailableError } from "../../errors.js";
+import {
+  type Addon,
+  findAddon,
+  type NativeDevice,
+  type NativeError,
+  type TensorRtKind,
+  type Version,
+  versionText,
+} from "./addon.js";
+
+interface Layout {
+  readonly title: string;
+  readonly library: string;
+  readonly parser: string;
+  /** Environment variable that names a folder. */
+  readonly variable: string;
+  /** Python package whose folder holds the libraries when pip has installed them. */
+  readonly module: string;
+  readonly install: string;
+  /** Compute capabilities, as SM numbers, that the library runs on. */
+  readonly supports: (sm: number) => boolean;
+  readonly supported: string;
+}
+
+/** SM numbers that a TensorRT-RTX engine can be built for. */
+export const rtxTargets: readonly number[] = [75, 80, 86, 89, 120, 121];
+
+export const layouts: Record<TensorRtKind, Layout> = {
+  tensorrt: {
+    title: "TensorRT 11",
+    library: "libnvinfer.so.11",
+    parser: "libnvonnxparser.so.11",
+    variable: "FLOWTURBO_TENSORRT_DIR",
+    module: "tensorrt_libs",
+    install: "`pip install tensorrt-cu13`, NVIDIA's apt packages, or NVIDIA's archive",
+    supports: (sm) => sm >= 75,
+    supported: "SM 7.5 or later",
+  },
+  "tensorrt-rtx": {
+    title: "TensorRT-RTX",
+    library: "libtensorrt_rtx.so.1",
+    parser: "libtensorrt_onnxparser_rtx.so.1",
+    variable: "FLOWTURBO_TENSORRT_RTX_DIR",
+    module: "tensorrt_rtx_libs",
+    install: "`pip install tensorrt-rtx-cu13-libs`",
+    supports: (sm) => rtxTargets.includes(sm),
+    supported: `SM ${rtxTargets.map(smText).join(", ")}`,
+  },
+};
+
+/** 86 → "8.6" */
+export function smText(sm: number): string {
+  return `${Math.floor(sm / 10)}.${sm % 10}`;
+}
+
+export function smOf(device: NativeDevice): number {
+  return device.major * 10 + device.minor;
+}
+
+/** A library that was opened and has a version that this package can speak to. */
+export interface Library {
+  readonly kind: TensorRtKind;
+  readonly version: Version;
+  /** Files, or names for the loader: what to hand to the addon. */
+  readonly library: string;
+  readonly parser: string;
+  /** The file that was opened. */
+  readonly file: string;
+}
+
+export interface PlaceTried {
+  readonly source: "option" | "environment" | "pip" | "loader";
+  /** The folder or file, or what was asked where there is none. */
+  readonly place: string;
+  /** Null for the place where the library was found. */
+  readonly error: string | null;
+}
+
+export interface Cuda {
+  readonly driverVersion: number;
+  readonly devices: readonly NativeDevice[];
+}
+
+/** Everything that decides whether one of the two libraries can be used here. */
+export interface TensorRtReport {
+  readonly kind: TensorRtKind;
+  /** Null where there is no addon; `problems` then says why. */
+  readonly addon: Addon | null;
+  readonly library: Library | null;
+  readonly places: readonly PlaceTried[];
+  /** Null without a driver or a GPU. */
+  readonly cuda: Cuda | null;
+  /** Why engines cannot be built here, and why they could not run here: one remedy for each cause. */
+  readonly problems: readonly Problem[];
+}
+
+export interface Problem {
+  /** Building needs the addon and the library; running needs a driver and a GPU as well. */
+  readonly prevents: "building" | "running";
+  readonly cause: string;
+  readonly remedy: string;
+}
+
+export interface FindOptions {
+  /** Folder with the libraries: the first place that is tried. */
+  readonly folder?: string | undefined;
+  /** Looks for the library only where there is a GPU: for callers who want to run, and to know soon if they cannot. */
+  readonly gpuFirst?: boolean | undefined;
+}
+
+/** Looks for one of the libraries and examines the GPUs. Never throws: what is missing is in `problems`. */
+export async function examineTensorRt(kind: TensorRtKind, options: FindOptions = {}): Promise<TensorRtReport> {
+  const addon = findAddon(kind);
+  if (!("describe" in addon)) {
+    const { cause, remedy } = addon;
+    return {
+      kind,
+      addon: null,
+      library: null,
+      places: [],
+      cuda: null,
+      problems: [{ prevents: "building", cause, remedy }],
+    };
+  }
+  const cuda = await examineCuda(addon);
+  if (options.gpuFirst && "cause" in cuda)
+    return { kind, addon, library: null, places: [], cuda: null, problems: [cuda] };
+  const { library, places } = await findLibrary(addon, kind, options);
+  const problems: Problem[] = [];
+  if (!library) problems.push(libraryProblem(addon, kind, places));
+  if ("cause" in cuda) problems.push(cuda);
+  else if (!cuda.devices.some((device) => layouts[kind].supports(smOf(device)))) {
+    const found = cuda.devices.map((device) => `${device.name} (SM ${smText(smOf(device))})`).join(", ");
+    problems.push({
+      prevents: "running",
+      cause: `${layouts[kind].title} runs on ${layouts[kind].supported}; this machine has ${found}.`,
+      remedy: kind === "tensorrt-rtx" ? `Use the runtime "tensorrt": ${layouts.tensorrt.install}.` : "Use a newer GPU.",
+    });
+  }
+  return { kind, addon, library, places, cuda: "cause" in cuda ? null : cuda, problems };
+}
+
+/**
+ * The addon and the library for building engines.
+ * @throws RuntimeUnavailableError with every place that was tried
+ */
+export async function requireLibrary(
+  kind: TensorRtKind,
+  options: FindOptions = {},
+): Promise<{ addon: Addon; library: Library; cuda: Cuda | null }> {
+  const report = await examineTensorRt(kind, options);
+  const { addon, library, cuda } = report;
+  if (!addon || !library) throw new RuntimeUnavailableError(kind, diagnosis(report, "building"));
+  return { addon, library, cuda };
+}
+
+/** The report in words: causes with their remedies, and the places that were tried. */
+export function diagnosis(report: TensorRtReport, prevents: "building" | "running"): string {
+  const { title } = layouts[report.kind];
+  const causes = report.problems.filter((problem) => prevents === "running" || problem.prevents === "building");
+  const lines = causes.map(({ cause, remedy }) => `${cause} ${remedy}`);
+  const failed = report.places.filter((place) => place.error !== null);
+  if (!report.library && failed.length > 0)
+    lines.push(`Places tried: ${failed.map(({ place, error }) => `${place} (${error})`).join("; ")}.`);
+  return `${title} cannot be used for ${prevents === "building" ? "building engines" : "running"} here. ${lines.join(" ")}`;
+}
+
+async function findLibrary(
+  addon: Addon,
+  kind: TensorRtKind,
+  options: FindOptions,
+): Promise<{ library: Library | null; places: PlaceTried[] }> {
+  const layout = layouts[kind];
+  const places: PlaceTried[] = [];
+  const attempt = async (
+    source: PlaceTried["source"],
+    place: string,
+    library: string,
+    parser: string,
+  ): Promise<Library | null> => {
+    try {
+      const opened = await addon.open(library, parser).promise;
+      places.push({ source, place, error: null });
+      return { kind, version: opened.version, library, parser, file: opened.library };
+    } catch (error) {
+      places.push({ source, place, error: (error as NativeError).message });
+      return null;
+    }
+  };
+  const attemptFolder = (source: PlaceTried["source"], folder: string) => {
+    // NVIDIA's archives keep the libraries in lib/.
+    const inside = existsSync(path.join(folder, layout.library)) ? folder : path.join(folder, "lib");
+    const found = existsSync(path.join(inside, layout.library)) ? inside : folder;
+    return attempt(source, found, path.join(found, layout.library), path.join(found, layout.parser));
+  };
+
+  if (options.folder !== undefined) {
+    const library = await attemptFolder("option", path.resolve(options.folder));
+    if (library) return { library, places };
+  }
+  const variable = process.env[layout.variable];
+  if (variable) {
+    const library = await attemptFolder("environment", path.resolve(variable));
+    if (library) return { library, places };
+  } else places.push({ source: "environment", place: layout.variable, error: "not set" });
+  try {
+    for (const folder of await pythonFolders(layout.module)) {
+      const library = await attemptFolder("pip", folder);
+      if (library) return { library, places };
+    }
+  } catch (error) {
+    places.push({ source: "pip", place: `python3's package ${layout.module}`, error: (error as Error).message });
+  }
+  const library = await attempt("loader", `the loader's path (${layout.library})`, layout.library, layout.parser);
+  return { library, places };
+}
+
+/** Without the working folder in the search path: a folder of that name there must not be loaded as native code. */
+const pythonScript = `
+import sys, json, importlib.util
+sys.path = [entry for entry in sys.path if entry not in ("", ".")]
+spec = importlib.util.find_spec(sys.argv[1])
+print(json.dumps(list(spec.submodule_search_locations or []) if spec else []))
+`;
+
+/** Folders of a package of the python3 on PATH. @throws Error in words */
+async function pythonFolders(module: string): Promise<string[]> {
+  let output: string;
+  try {
+    ({ stdout: output } = await promisify(execFile)("python3", ["-c", pythonScript, module], { timeout: 20_000 }));
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") throw new Error("python3 is not on PATH");
+    throw new Error(`python3 failed: ${(error as Error).message.split("\n")[0]}`);
+  }
+  const folders = JSON.parse(output) as string[];
+  if (folders.length === 0) throw new Error("not installed");
+  return folders;
+}
+
+function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly PlaceTried[]): Problem {
+  const { floor, ceiling } = addon.describe();
+  const { title, install, variable, library, parser } = layouts[kind];
+  const needed = `version ${versionText(floor)} or later, below ${versionText(ceiling)}`;
+  const refused = places.find(({ error }) => error?.includes("needed is"));
+  if (refused)
+    return {
+      prevents: "building",
+      cause: `${refused.error}.`,
+      remedy: `Install ${needed}: ${install}.`,
+    };
+  const broken = places.find(({ place }) => existsSync(path.join(place, library)));
+  if (broken)
+    return {
+      prevents: "building",
+      cause: `${title} was found in ${broken.place}, but cannot be opened: ${broken.error}.`,
+      remedy: `Install it anew, complete with its ONNX parser (${parser}): ${install}.`,
+    };
+  return {
+    prevents: "building",
+    cause: `${title} was not found.`,
+    remedy: `Install ${needed}: ${install}; or set ${variable} to the folder with ${library}.`,
+  };
+}
+
+async function examineCuda(addon: Addon): Promise<Cuda | Problem> {
+  try {
+    return await addon.cuda().promise;
+  } catch (cause) {
+    const error = cause as NativeError;
+    switch (error.code) {
+      case "NO_DRIVER":
+        return {
+          prevents: "running",
+          cause: `There is no NVIDIA driver: ${error.message}.`,
+          remedy: "Install NVIDIA's driver (in a container, start it with access to the GPU).",
+        };
+      case "NO_DEVICE":
+        return {
+          prevents: "running",
+          cause: `The NVIDIA driver found no GPU: ${error.message}.`,
+          remedy: "Check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set.",
+        };
+      default:
+        return {
+          prevents: "running",
+          cause: `The NVIDIA driver answered an error: ${error.message}.`,
+          remedy: "Check nvidia-smi; the driver and its kernel module may differ in version.",
+        };
+    }
+  }
+}

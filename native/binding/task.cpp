@@ -1,0 +1,218 @@
+#include "task.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <set>
+#include <thread>
+
+namespace flowturbo::binding {
+namespace {
+
+// The tasks whose threads run, in the whole process. TensorRT's own exit handlers must not run under a thread that is
+// still inside of it, so an exiting process waits for a moment and then leaves without them.
+struct Running {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::set<Task*> tasks;
+};
+
+Running& running() {
+  static auto* instance = new Running();
+  return *instance;
+}
+
+void leaveProcess(int status, void*) {
+  Running& all = running();
+  std::unique_lock<std::mutex> lock(all.mutex);
+  for (Task* task : all.tasks) task->cancel();
+  if (all.changed.wait_for(lock, std::chrono::milliseconds(500), [&] { return all.tasks.empty(); })) return;
+  for (Task* task : all.tasks) {
+    const std::string path = task->fileToRemove();
+    if (!path.empty()) ::unlink(path.c_str());
+  }
+  _exit(status);
+}
+
+
+// An event of the channel: the task is kept alive until JavaScript has seen it.
+struct Event {
+  std::shared_ptr<Task> task;
+  bool last;
+};
+
+}  // namespace
+
+Napi::Object Task::start(Napi::Env env, const char* name, Napi::Function onProgress, Work work) {
+  const std::shared_ptr<Task> task(new Task(env));
+  const Napi::Promise promise = task->deferred_.Promise();
+  const napi_status status = napi_create_threadsafe_function(
+      env, onProgress.IsEmpty() ? nullptr : static_cast<napi_value>(onProgress), nullptr, Napi::String::New(env, name),
+      0, 1, nullptr, nullptr, nullptr, &Task::onEvent, &task->channel_);
+  if (status != napi_ok) throw Napi::Error::New(env);
+
+  // Told to stop when its environment goes away before it is done.
+  task->environment_ = new std::shared_ptr<Task>(task);
+  napi_add_env_cleanup_hook(env, &Task::onEnvironmentGone, task->environment_);
+
+  {
+    const std::lock_guard<std::mutex> lock(running().mutex);
+    running().tasks.insert(task.get());
+  }
+  try {
+    std::thread([task, work = std::move(work)]() mutable {
+      task->run(std::move(work));
+    }).detach();
+  } catch (const std::exception& exception) {
+    {
+      const std::lock_guard<std::mutex> lock(running().mutex);
+      running().tasks.erase(task.get());
+    }
+    task->leaveEnvironment(env);
+    throw Napi::Error::New(env, exception.what());
+  }
+
+  Napi::Object handle = Napi::Object::New(env);
+  handle["promise"] = promise;
+  handle["cancel"] = Napi::Function::New(env, [task = std::weak_ptr<Task>(task)](const Napi::CallbackInfo& info) {
+    const auto alive = task.lock();
+    if (!alive) return;
+    alive->cancel();
+    // What the library cannot interrupt must not keep an otherwise finished process waiting.
+    if (alive->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), alive->channel_);
+  });
+  return handle;
+}
+
+void Task::run(Work work) noexcept {
+  try {
+    Answer answer = work(*this);
+    answer_ = std::move(answer);
+  } catch (const Error& error) {
+    error_ = error;
+  } catch (const std::exception& exception) {
+    error_ = Error("INTERNAL", exception.what());
+  }
+  work = nullptr;
+  {
+    Running& all = running();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.tasks.erase(this);
+    all.changed.notify_all();
+  }
+  send(true);
+}
+
+// False once the environment is going away, and the promise with it.
+bool Task::send(bool last) {
+  auto event = std::make_unique<Event>(Event{shared_from_this(), last});
+  const std::lock_guard<std::mutex> lock(channelMutex_);
+  if (channel_ == nullptr || napi_call_threadsafe_function(channel_, event.get(), napi_tsfn_nonblocking) != napi_ok)
+    return false;
+  event.release();
+  return true;
+}
+
+void Task::report(Report report) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool waiting = static_cast<bool>(pending_);
+    pending_ = std::move(report);
+    if (waiting) return;
+  }
+  if (!send(false)) cancel();
+}
+
+void Task::guardExit(const std::string& library) {
+  static std::mutex mutex;
+  static auto* guarded = new std::set<std::string>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (guarded->insert(library).second) on_exit(leaveProcess, nullptr);
+}
+
+void Task::removeAtExit(const std::string& path) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  fileToRemove_ = path;
+}
+
+std::string Task::fileToRemove() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return fileToRemove_;
+}
+
+void Task::onEvent(napi_env rawEnv, napi_value callback, void*, void* data) {
+  const std::unique_ptr<Event> event(static_cast<Event*>(data));
+  // Without an environment this is the channel's emptying at the end.
+  if (rawEnv == nullptr) return;
+  const Napi::Env env(rawEnv);
+  const Napi::HandleScope scope(env);
+  try {
+    Report report;
+    {
+      const std::lock_guard<std::mutex> lock(event->task->mutex_);
+      report = std::move(event->task->pending_);
+      event->task->pending_ = nullptr;
+    }
+    if (report && callback != nullptr) report(env, Napi::Function(env, callback));
+    if (event->last) event->task->settle(env);
+  } catch (const Napi::Error&) {
+    // The progress function is wrapped in TypeScript and does not throw; an environment that is being terminated does.
+    event->task->cancel();
+  }
+}
+
+void Task::onEnvironmentGone(void* data) {
+  const std::unique_ptr<std::shared_ptr<Task>> task(static_cast<std::shared_ptr<Task>*>(data));
+  (*task)->environment_ = nullptr;
+  (*task)->cancel();
+  const std::lock_guard<std::mutex> lock((*task)->channelMutex_);
+  (*task)->channel_ = nullptr;
+}
+
+void Task::leaveEnvironment(napi_env env) {
+  if (environment_ == nullptr) return;
+  napi_remove_env_cleanup_hook(env, &Task::onEnvironmentGone, environment_);
+  delete environment_;
+  environment_ = nullptr;
+  // Released here, not by the task's thread, which after its last event must not touch what may be gone by then. The
+  // mutex waits until it has left that call.
+  const std::lock_guard<std::mutex> lock(channelMutex_);
+  napi_release_threadsafe_function(channel_, napi_tsfn_release);
+  channel_ = nullptr;
+}
+
+void Task::settle(Napi::Env env) {
+  leaveEnvironment(env);
+  if (error_)
+    deferred_.Reject(toJavaScript(env, *error_).Value());
+  else
+    deferred_.Resolve(answer_(env));
+}
+
+Napi::Error toJavaScript(Napi::Env env, const Error& error) {
+  Napi::Error result = Napi::Error::New(env, error.what());
+  Napi::Object fields = result.Value();
+  fields["code"] = Napi::String::New(env, error.code());
+  if (error.systemError != 0) fields["errno"] = Napi::Number::New(env, error.systemError);
+  if (!error.path.empty()) fields["path"] = Napi::String::New(env, error.path);
+  Napi::Array log = Napi::Array::New(env, error.log.size());
+  for (uint32_t index = 0; index < error.log.size(); index++) log[index] = Napi::String::New(env, error.log[index]);
+  fields["log"] = log;
+  Napi::Array complaints = Napi::Array::New(env, error.complaints.size());
+  for (uint32_t index = 0; index < error.complaints.size(); index++) {
+    const ParserComplaint& complaint = error.complaints[index];
+    Napi::Object entry = Napi::Object::New(env);
+    entry["code"] = Napi::String::New(env, complaint.code);
+    entry["node"] = Napi::Number::New(env, complaint.node);
+    entry["nodeName"] = Napi::String::New(env, complaint.nodeName);
+    entry["operator"] = Napi::String::New(env, complaint.nodeOperator);
+    entry["description"] = Napi::String::New(env, complaint.description);
+    complaints[index] = entry;
+  }
+  fields["complaints"] = complaints;
+  return result;
+}
+
+}  // namespace flowturbo::binding

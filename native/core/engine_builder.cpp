@@ -1,0 +1,404 @@
+#include "engine_builder.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "files.h"
+
+namespace flowturbo {
+namespace {
+
+constexpr size_t kKeptMessages = 200;
+
+// TensorRT keeps the first logger it is given for as long as the process lives, and calls it from threads of its own.
+// So loggers are never freed: one is taken from a pool for a build and given back, and hears nothing in between.
+class BuildLogger final : public nvinfer1::ILogger {
+ public:
+  static BuildLogger& take(const std::string& logPath) {
+    const std::lock_guard<std::mutex> lock(poolMutex());
+    BuildLogger* logger = nullptr;
+    if (pool().empty()) {
+      logger = new BuildLogger();
+    } else {
+      logger = pool().back();
+      pool().pop_back();
+    }
+    logger->start(logPath);
+    return *logger;
+  }
+
+  void giveBack() {
+    stop();
+    const std::lock_guard<std::mutex> lock(poolMutex());
+    pool().push_back(this);
+  }
+
+  void log(Severity severity, const char* message) noexcept override {
+    try {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!active_) return;
+      if (file_ != nullptr) std::fprintf(file_, "%c %s\n", "FEWIV"[static_cast<int>(severity)], message);
+      if (severity <= Severity::kERROR && errors_.size() < kKeptMessages) errors_.emplace_back(message);
+      if (severity == Severity::kWARNING && warnings_.size() < kKeptMessages) warnings_.emplace_back(message);
+    } catch (...) {
+      // A message that does not fit into memory is lost.
+    }
+  }
+
+  std::vector<std::string> errors() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return errors_;
+  }
+
+  std::vector<std::string> warnings() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return warnings_;
+  }
+
+ private:
+  static std::mutex& poolMutex() {
+    static auto* mutex = new std::mutex();
+    return *mutex;
+  }
+  static std::vector<BuildLogger*>& pool() {
+    static auto* loggers = new std::vector<BuildLogger*>();
+    return *loggers;
+  }
+
+  void start(const std::string& logPath) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    active_ = true;
+    errors_.clear();
+    warnings_.clear();
+    if (!logPath.empty()) file_ = std::fopen(logPath.c_str(), "wxe");
+  }
+
+  void stop() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    active_ = false;
+    if (file_ != nullptr) std::fclose(file_);
+    file_ = nullptr;
+  }
+
+  std::mutex mutex_;
+  bool active_ = false;
+  std::FILE* file_ = nullptr;
+  std::vector<std::string> errors_;
+  std::vector<std::string> warnings_;
+};
+
+struct GiveBack {
+  void operator()(BuildLogger* logger) const { logger->giveBack(); }
+};
+
+// The library announces phases as a tree with a number of steps each, but not how many trees there will be nor how
+// long a step takes. What is reported is the share of a fixed scale, `kTotal`: parsing, the steps of the outermost
+// phases, and the plan's bytes each advance it, never backwards.
+class ProgressMonitor final : public nvinfer1::IProgressMonitor {
+ public:
+  static constexpr uint32_t kTotal = 1000;
+
+  ProgressMonitor(const std::atomic<bool>& cancelled, const std::function<void(const BuildProgress&)>& report)
+      : cancelled_(cancelled), report_(report) {}
+
+  // What parsing, building and writing take of the scale.
+  static constexpr uint32_t kParsed = 20;
+  static constexpr uint32_t kBuilt = 900;
+
+  void phaseStart(const char* name, const char* parent, int32_t steps) noexcept override {
+    guarded([&] {
+      phases_.push_back({name != nullptr ? name : "", std::max(steps, 1), 0});
+      (void)parent;
+      advance();
+    });
+  }
+
+  bool stepComplete(const char* name, int32_t step) noexcept override {
+    guarded([&] {
+      const auto phase = find(name);
+      if (phase == phases_.end()) return;
+      phase->done = std::clamp(step + 1, phase->done, phase->steps);
+      advance();
+    });
+    return !cancelled_.load(std::memory_order_relaxed);
+  }
+
+  void phaseFinish(const char* name) noexcept override {
+    guarded([&] {
+      const auto phase = find(name);
+      if (phase == phases_.end()) return;
+      const bool outermost = phase == phases_.begin();
+      phases_.erase(phase, phases_.end());
+      if (outermost) finishedTrees_++;
+      advance();
+    });
+  }
+
+  void at(const std::string& phase, uint32_t done) noexcept {
+    guarded([&] { tell(phase, done); });
+  }
+
+ private:
+  struct Phase {
+    std::string name;
+    int32_t steps;
+    int32_t done;
+  };
+
+  template <typename Body>
+  void guarded(Body body) noexcept {
+    try {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      body();
+    } catch (...) {
+      // Progress is a courtesy; the build goes on without it.
+    }
+  }
+
+  std::vector<Phase>::iterator find(const char* name) {
+    // Names are unique within one hierarchy only; the innermost is meant.
+    for (auto phase = phases_.end(); phase != phases_.begin();)
+      if (name != nullptr && (--phase)->name == name) return phase;
+    return phases_.end();
+  }
+
+  void advance() {
+    // Each phase divides one step of its parent.
+    double share = 0;
+    double width = 1;
+    for (const Phase& phase : phases_) {
+      share += width * phase.done / phase.steps;
+      width /= phase.steps;
+    }
+    // Each further tree halves what is left, since their number is not known.
+    double left = 1;
+    for (int tree = 0; tree < finishedTrees_; tree++) left /= 2;
+    const double done = 1 - left + left / 2 * std::min(share, 1.0);
+    tell(phases_.empty() ? phase_ : phases_.front().name, kParsed + static_cast<uint32_t>(done * (kBuilt - kParsed)));
+  }
+
+  void tell(const std::string& phase, uint32_t done) {
+    done = std::clamp(done, done_, kTotal);
+    if (done == done_ && phase == phase_) return;
+    done_ = done;
+    phase_ = phase;
+    report_({phase_, done_, kTotal});
+  }
+
+  const std::atomic<bool>& cancelled_;
+  const std::function<void(const BuildProgress&)>& report_;
+  std::mutex mutex_;
+  std::vector<Phase> phases_;
+  int finishedTrees_ = 0;
+  uint32_t done_ = 0;
+  std::string phase_;
+};
+
+class PlanWriter final : public nvinfer1::IStreamWriter {
+ public:
+  PlanWriter(NewFile& file, const std::atomic<bool>& cancelled, ProgressMonitor& monitor)
+      : file_(file), cancelled_(cancelled), monitor_(monitor) {}
+
+  int64_t write(const void* data, int64_t length) override {
+    if (length < 0 || cancelled_.load(std::memory_order_relaxed)) return -1;
+    monitor_.at("Writing the plan", ProgressMonitor::kBuilt);
+    return file_.write(data, static_cast<uint64_t>(length)) ? length : -1;
+  }
+
+ private:
+  NewFile& file_;
+  const std::atomic<bool>& cancelled_;
+  ProgressMonitor& monitor_;
+};
+
+struct FlagName {
+  const char* name;
+  nvinfer1::BuilderFlag flag;
+};
+
+// Those that make sense for this package's engines and exist in both libraries; others are refused by name.
+constexpr FlagName kFlags[] = {
+    {"kTF32", nvinfer1::BuilderFlag::kTF32},
+    {"kDEBUG", nvinfer1::BuilderFlag::kDEBUG},
+    {"kSTRICT_NANS", nvinfer1::BuilderFlag::kSTRICT_NANS},
+    {"kDISTRIBUTIVE_INDEPENDENCE", nvinfer1::BuilderFlag::kDISTRIBUTIVE_INDEPENDENCE},
+    {"kWEIGHT_STREAMING", nvinfer1::BuilderFlag::kWEIGHT_STREAMING},
+#if defined(TRT_MAJOR_RTX)
+    {"kREQUIRE_USER_ALLOCATION", nvinfer1::BuilderFlag::kREQUIRE_USER_ALLOCATION},
+#endif
+};
+
+const char* parserCode(nvonnxparser::ErrorCode code) {
+  switch (code) {
+    case nvonnxparser::ErrorCode::kSUCCESS: return "kSUCCESS";
+    case nvonnxparser::ErrorCode::kINTERNAL_ERROR: return "kINTERNAL_ERROR";
+    case nvonnxparser::ErrorCode::kMEM_ALLOC_FAILED: return "kMEM_ALLOC_FAILED";
+    case nvonnxparser::ErrorCode::kMODEL_DESERIALIZE_FAILED: return "kMODEL_DESERIALIZE_FAILED";
+    case nvonnxparser::ErrorCode::kINVALID_VALUE: return "kINVALID_VALUE";
+    case nvonnxparser::ErrorCode::kINVALID_GRAPH: return "kINVALID_GRAPH";
+    case nvonnxparser::ErrorCode::kINVALID_NODE: return "kINVALID_NODE";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_GRAPH: return "kUNSUPPORTED_GRAPH";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE: return "kUNSUPPORTED_NODE";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE_ATTR: return "kUNSUPPORTED_NODE_ATTR";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE_INPUT: return "kUNSUPPORTED_NODE_INPUT";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE_DATATYPE: return "kUNSUPPORTED_NODE_DATATYPE";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE_DYNAMIC: return "kUNSUPPORTED_NODE_DYNAMIC";
+    case nvonnxparser::ErrorCode::kUNSUPPORTED_NODE_SHAPE: return "kUNSUPPORTED_NODE_SHAPE";
+    case nvonnxparser::ErrorCode::kREFIT_FAILED: return "kREFIT_FAILED";
+  }
+  return "unknown";
+}
+
+std::string text(const char* characters) { return characters != nullptr ? characters : ""; }
+
+Error parserError(const nvonnxparser::IParser& parser) {
+  Error error("PARSE", "the ONNX parser refused the graph");
+  for (int index = 0; index < parser.getNbErrors(); index++) {
+    const nvonnxparser::IParserError* complaint = parser.getError(index);
+    error.complaints.push_back({parserCode(complaint->code()), complaint->node(), text(complaint->nodeName()),
+                                text(complaint->nodeOperator()), text(complaint->desc())});
+  }
+  return error;
+}
+
+double secondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void configure(nvinfer1::IBuilderConfig& config, const BuildRequest& request) {
+  for (const std::string& name : request.flags) {
+    const auto* flag = std::find_if(std::begin(kFlags), std::end(kFlags),
+                                    [&](const FlagName& known) { return name == known.name; });
+    if (flag == std::end(kFlags))
+      throw Error("INVALID", "no builder flag is named " + name + " in " + kLibraryKind);
+    config.setFlag(flag->flag);
+  }
+  if (std::find(request.flags.begin(), request.flags.end(), "kTF32") == request.flags.end())
+    config.clearFlag(nvinfer1::BuilderFlag::kTF32);
+  if (request.optimizationLevel >= 0) config.setBuilderOptimizationLevel(request.optimizationLevel);
+  if (request.workspaceBytes > 0)
+    config.setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, request.workspaceBytes);
+  // Layer names in full, so that an inspector can say what became of each part of the network.
+  config.setProfilingVerbosity(nvinfer1::ProfilingVerbosity::kDETAILED);
+#if defined(TRT_MAJOR_RTX)
+  if (request.targets.empty()) {
+    if (!config.setNbComputeCapabilities(1) ||
+        !config.setComputeCapability(nvinfer1::ComputeCapability::kCURRENT, 0))
+      throw Error("INVALID", "the present GPU was refused as a target");
+  } else {
+    if (!config.setNbComputeCapabilities(static_cast<int32_t>(request.targets.size())))
+      throw Error("INVALID", "the number of targets was refused");
+    for (size_t index = 0; index < request.targets.size(); index++)
+      if (!config.setComputeCapability(static_cast<nvinfer1::ComputeCapability>(request.targets[index]),
+                                       static_cast<int32_t>(index)))
+        throw Error("INVALID", "the target SM " + std::to_string(request.targets[index]) + " was refused");
+  }
+#else
+  if (!request.targets.empty()) throw Error("INVALID", "TensorRT builds for the present GPU only");
+#endif
+}
+
+void addProfile(nvinfer1::IBuilder& builder, nvinfer1::INetworkDefinition& network, nvinfer1::IBuilderConfig& config,
+                const ProfileShapes& shapes) {
+  nvinfer1::IOptimizationProfile* profile = builder.createOptimizationProfile();
+  if (profile == nullptr) throw Error("BUILD", "no optimisation profile could be made");
+  for (int32_t index = 0; index < network.getNbInputs(); index++) {
+    const nvinfer1::ITensor* input = network.getInput(index);
+    const std::string name = input->getName();
+    const auto shape =
+        std::find_if(shapes.begin(), shapes.end(), [&](const InputShape& candidate) { return candidate.input == name; });
+    if (shape == shapes.end()) throw Error("INVALID", "a profile lacks the input " + name);
+    const nvinfer1::Dims declared = input->getDimensions();
+    nvinfer1::Dims dimensions{};
+    dimensions.nbDims = static_cast<int32_t>(shape->dimensions.size());
+    bool fits = declared.nbDims == dimensions.nbDims;
+    for (int32_t axis = 0; fits && axis < dimensions.nbDims; axis++) {
+      dimensions.d[axis] = shape->dimensions[static_cast<size_t>(axis)];
+      fits = dimensions.d[axis] > 0 && (declared.d[axis] < 0 || declared.d[axis] == dimensions.d[axis]);
+    }
+    if (!fits) throw Error("INVALID", "a profile's dimensions do not fit the input " + name);
+    for (const auto selector :
+         {nvinfer1::OptProfileSelector::kMIN, nvinfer1::OptProfileSelector::kOPT, nvinfer1::OptProfileSelector::kMAX})
+      if (!profile->setDimensions(name.c_str(), selector, dimensions))
+        throw Error("INVALID", "a profile's dimensions were refused for the input " + name);
+  }
+  if (config.addOptimizationProfile(profile) < 0) throw Error("INVALID", "a profile was refused");
+}
+
+}  // namespace
+
+std::vector<std::string> builderFlagNames() {
+  std::vector<std::string> names;
+  for (const FlagName& known : kFlags) names.emplace_back(known.name);
+  return names;
+}
+
+BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& request,
+                        const std::atomic<bool>& cancelled, const std::function<void(const BuildProgress&)>& progress) {
+  const std::unique_ptr<BuildLogger, GiveBack> logger(&BuildLogger::take(request.logPath));
+  const auto failed = [&](Error error) {
+    error.log = logger->errors();
+    return error;
+  };
+  const auto stopIfCancelled = [&] {
+    if (cancelled.load()) throw Error("CANCELLED", "the build was cancelled");
+  };
+
+  ProgressMonitor monitor(cancelled, progress);
+  BuildResult result;
+  try {
+    // 1. The weights, where they lie. They outlive the parser and the network, which point into them.
+    monitor.at("Reading the graph", 0);
+    std::vector<std::unique_ptr<MappedFile>> files;
+    for (const WeightFile& file : request.files) files.push_back(std::make_unique<MappedFile>(file.path, file.identity));
+
+    // 2. The graph.
+    const auto parseStart = std::chrono::steady_clock::now();
+    const auto builder = library.createBuilder(*logger);
+    if (!builder) throw Error("BUILD", "no builder could be made");
+    const std::unique_ptr<nvinfer1::INetworkDefinition> network(builder->createNetworkV2(0));
+    const std::unique_ptr<nvinfer1::IBuilderConfig> config(builder->createBuilderConfig());
+    if (!network || !config) throw Error("BUILD", "no network could be made");
+    const auto parser = library.createParser(*network, *logger);
+    if (!parser) throw Error("BUILD", "no ONNX parser could be made");
+    if (!parser->loadModelProto(request.onnx.data(), request.onnx.size())) throw parserError(*parser);
+    for (const Initializer& initializer : request.initializers) {
+      const void* data = files.at(initializer.file)->range(initializer.offset, initializer.length);
+      if (!parser->loadInitializer(initializer.name.c_str(), data, initializer.length)) throw parserError(*parser);
+    }
+    if (!parser->parseModelProto()) throw parserError(*parser);
+    result.parseSeconds = secondsSince(parseStart);
+    monitor.at("Reading the graph", ProgressMonitor::kParsed);
+    stopIfCancelled();
+
+    // 3. The engine.
+    configure(*config, request);
+    for (const ProfileShapes& profile : request.profiles) addProfile(*builder, *network, *config, profile);
+    config->setProgressMonitor(&monitor);
+    const auto buildStart = std::chrono::steady_clock::now();
+    NewFile plan(request.planPath);
+    PlanWriter writer(plan, cancelled, monitor);
+    const bool built = builder->buildSerializedNetworkToStream(*network, *config, writer);
+    stopIfCancelled();
+    plan.finish();
+    if (!built || plan.written() == 0) throw Error("BUILD", "the engine could not be built");
+    for (const auto& file : files) file->verifyUnchanged();
+    plan.keep();
+    result.planBytes = plan.written();
+    result.buildSeconds = secondsSince(buildStart);
+    monitor.at("Writing the plan", ProgressMonitor::kTotal);
+  } catch (const Error& error) {
+    throw failed(error);
+  } catch (const std::bad_alloc&) {
+    throw failed(Error("OUT_OF_MEMORY", "the machine's memory does not suffice for this build"));
+  }
+  result.warnings = logger->warnings();
+  return result;
+}
+
+}  // namespace flowturbo

@@ -1,0 +1,58 @@
+#include "tensorrt_library.h"
+
+#include <map>
+#include <mutex>
+
+#include "error.h"
+#include "shared_library.h"
+
+namespace flowturbo {
+
+std::string versionText(const Version& version) {
+  return std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]) + "." +
+         std::to_string(version[3]);
+}
+
+std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& library, const std::string& parser) {
+  // Function pointers and strings only: nothing here has to be torn down when the process exits.
+  static std::mutex mutex;
+  static auto* opened = new std::map<std::pair<std::string, std::string>, std::shared_ptr<const TensorRtLibrary>>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(library, parser);
+  const auto known = opened->find(key);
+  if (known != opened->end()) return known->second;
+
+  const SharedLibrary core(library);
+  std::shared_ptr<TensorRtLibrary> result(new TensorRtLibrary());
+  const auto number = [&](const char* symbol) { return core.require<int32_t (*)()>(symbol)(); };
+  // The version that the factories take guards nothing (TensorRT-RTX accepts any), so the library itself is asked.
+  result->version_ = {number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
+                      number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
+  result->path_ = core.pathOf("getInferLibMajorVersion");
+  if (result->version_ < kFloor || !(result->version_ < kCeiling)) {
+    Error error("LIBRARY_VERSION", result->path_ + " is version " + versionText(result->version_) + "; needed is " +
+                                       versionText(kFloor) + " or later, below " + versionText(kCeiling));
+    error.path = result->path_;
+    throw error;
+  }
+  result->createBuilder_ = core.require<void* (*)(void*, int32_t)>("createInferBuilder_INTERNAL");
+
+  const SharedLibrary onnx(parser);
+  result->createParser_ = onnx.require<void* (*)(void*, void*, int)>("createNvOnnxParser_INTERNAL");
+  result->parserPath_ = onnx.pathOf("createNvOnnxParser_INTERNAL");
+  opened->emplace(key, result);
+  return result;
+}
+
+std::unique_ptr<nvinfer1::IBuilder> TensorRtLibrary::createBuilder(nvinfer1::ILogger& logger) const {
+  return std::unique_ptr<nvinfer1::IBuilder>(
+      static_cast<nvinfer1::IBuilder*>(createBuilder_(&logger, NV_TENSORRT_VERSION)));
+}
+
+std::unique_ptr<nvonnxparser::IParser> TensorRtLibrary::createParser(nvinfer1::INetworkDefinition& network,
+                                                                     nvinfer1::ILogger& logger) const {
+  return std::unique_ptr<nvonnxparser::IParser>(
+      static_cast<nvonnxparser::IParser*>(createParser_(&network, &logger, NV_ONNX_PARSER_VERSION)));
+}
+
+}  // namespace flowturbo

@@ -1,0 +1,49 @@
+/**
+ * `npm run build:native`: compiles both addons with cmake-js into native/tensorrt/build and native/tensorrt-rtx/build,
+ * where node-gyp-build looks for them. Also the one command that binding.gyp runs, so that the two cannot drift apart.
+ *
+ *   --copy FILE --addon tensorrt|tensorrt-rtx   copy that addon to FILE (binding.gyp)
+ *   --sanitize address,undefined   build with sanitizers into .cache/native-sanitize instead
+ */
+
+import { spawnSync } from "node:child_process";
+import { copyFileSync, mkdirSync } from "node:fs";
+import { createRequire } from "node:module";
+import { dirname, join, resolve } from "node:path";
+import { parseArgs } from "node:util";
+import { fail, includeFolders, lacking, root } from "./headers.mjs";
+
+const { values } = parseArgs({
+  options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" } },
+});
+for (const tool of ["cmake", process.env.CXX ?? "c++"])
+  if (spawnSync(tool, ["--version"]).error) fail(`${tool} is not on PATH.`, lacking);
+const headers = includeFolders();
+const output = values.sanitize ? join(root, ".cache", "native-sanitize") : join(root, "native");
+const work = join(root, ".cache", values.sanitize ? "cmake-sanitize" : "cmake");
+const list = (folders) => folders?.join(";") ?? "";
+const cmakeJs = createRequire(import.meta.url).resolve("cmake-js/bin/cmake-js");
+
+// "binary.napi_versions" in package.json makes cmake-js take the headers of node-api-headers and download nothing.
+for (const step of ["configure", "build"]) {
+  const done = spawnSync(
+    process.execPath,
+    [
+      cmakeJs,
+      step,
+      ...["--directory", root, "--out", work, "--config", "Release", "--parallel", "2", "--log-level", "warn"],
+      `--CDTENSORRT_INCLUDE=${list(headers.tensorrt)}`,
+      `--CDTENSORRT_RTX_INCLUDE=${list(headers.rtx)}`,
+      `--CDFLOWTURBO_OUTPUT=${output}`,
+      `--CDFLOWTURBO_SANITIZE=${values.sanitize ?? ""}`,
+    ],
+    { cwd: root, stdio: ["ignore", "inherit", "inherit"] },
+  );
+  if (done.status !== 0) fail("The addons could not be built; the compiler's messages are above.");
+}
+
+if (values.copy) {
+  const kind = values.addon ?? fail("--copy needs --addon.");
+  mkdirSync(dirname(resolve(values.copy)), { recursive: true });
+  copyFileSync(join(output, kind, "build", "Release", `flowturbo_${kind.replace("-", "_")}.node`), values.copy);
+}

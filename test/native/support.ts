@@ -1,0 +1,68 @@
+// What the native tests share: whether they can run here, folders, copies of checkpoints, child processes.
+import { spawn } from "node:child_process";
+import { cpSync, mkdtempSync, rmSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { afterAll, describe, inject } from "vitest";
+import { root } from "../support/fixtures.js";
+
+const native = inject("native");
+
+export const rtxFolder = native.rtx;
+
+/** A describe that is skipped, with the reason in its name, where this machine lacks what it takes. */
+function describeWith(lacks: string | null) {
+  return (name: string, body: () => void) =>
+    describe.skipIf(lacks !== null)(lacks === null ? name : `${name} (skipped: ${lacks.split("\n")[0]})`, body);
+}
+export const describeAddons = describeWith(native.lacksAddons);
+export const describeEngines = describeWith(native.lacksRtx);
+
+const folders: string[] = [];
+
+/** A folder that is gone after the file's tests. */
+export function temporaryFolder(): string {
+  const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-native-"));
+  folders.push(folder);
+  return folder;
+}
+afterAll(() => {
+  for (const folder of folders.splice(0)) rmSync(folder, { recursive: true, force: true });
+});
+
+/** A copy of a checkpoint that a test may change. */
+export function copyOf(model: string): string {
+  const folder = path.join(temporaryFolder(), "model");
+  cpSync(model, folder, { recursive: true });
+  return folder;
+}
+
+export interface Finished {
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs the built command line, or any script, with TensorRT-RTX where the tests fetched it. */
+export function startNode(args: readonly string[], env: NodeJS.ProcessEnv = {}) {
+  const child = spawn(process.execPath, args, {
+    cwd: root,
+    env: { ...process.env, FLOWTURBO_TENSORRT_RTX_DIR: rtxFolder, ...env },
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  let stdout = "";
+  let stderr = "";
+  child.stdout.on("data", (chunk) => {
+    stdout += chunk;
+  });
+  child.stderr.on("data", (chunk) => {
+    stderr += chunk;
+  });
+  const finished = new Promise<Finished>((resolve) =>
+    child.on("close", (code, signal) => resolve({ code, signal, stdout, stderr })),
+  );
+  return { child, finished };
+}
+
+export const cli = path.join(root, "dist/cli.js");
