@@ -9,8 +9,8 @@
  * one runs.
  *
  * After a failure nobody pays for another's mistake. A piece of one request fails that request. A piece of several says
- * nothing about who is to blame: each of them starts again, from now on in pieces of its own. A piece that was planned
- * behind one that failed, on the values which that should have left, says nothing at all.
+ * nothing about who is to blame: each of them starts again, from now on in pieces of its own. Pieces that were planned
+ * behind one that failed, on the values which that should have left, cannot run; their requests start again, too.
  */
 
 import { type BatchCost, cheapestSplit } from "./split.js";
@@ -116,8 +116,6 @@ export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #requests = new Map<number, Request>();
   readonly #inFlight = new Map<number, Piece>();
-  /** Pieces in flight that read what a piece that failed should have written. If they fail, it is for that reason. */
-  readonly #tainted = new Set<number>();
   #pieces = 0;
 
   constructor(options: SchedulerOptions) {
@@ -213,21 +211,11 @@ export class Scheduler {
    * @param lost whether all registers are gone with it: every request starts again, and no piece in flight counts
    */
   failed(id: number, lost: boolean, now: number): Verdict {
-    const tainted = this.#tainted.has(id);
     const piece = this.#take(id);
-    for (const later of this.#inFlight.values())
-      if (later.id > id && membersOf(later).some((member) => membersOf(piece).includes(member)))
-        this.#tainted.add(later.id);
-    const involved = new Set<Request>();
-    for (const { rows } of piece.launches)
-      for (const planned of rows) {
-        const request = this.#current(planned);
-        if (request) involved.add(request);
-      }
     const rejected: number[] = [];
     const again = new Set<Request>();
-    if (tainted) for (const request of involved) again.add(request);
-    else if (involved.size === 1) {
+    const involved = this.#involved(piece);
+    if (involved.size === 1) {
       const [request] = involved as Set<Request>;
       this.#requests.delete(request!.ticket.id);
       rejected.push(request!.ticket.id);
@@ -236,20 +224,44 @@ export class Scheduler {
         request.isolated = true;
         again.add(request);
       }
+    // At once, before anything is planned beside them: else each of them could spoil a piece behind it, for ever.
+    for (const spoilt of this.#spoiltBy(piece)) for (const request of this.#involved(spoilt)) again.add(request);
     if (lost) {
       this.#inFlight.clear();
-      this.#tainted.clear();
       for (const request of this.#requests.values()) again.add(request);
     }
     for (const request of again) restart(request, now);
     return { rejected, restarted: [...again].map(({ ticket }) => ticket.id) };
   }
 
+  /** Requests, not over, with rows in a piece. */
+  #involved(piece: Piece): Set<Request> {
+    const involved = new Set<Request>();
+    for (const { rows } of piece.launches)
+      for (const planned of rows) {
+        const request = this.#current(planned);
+        if (request) involved.add(request);
+      }
+    return involved;
+  }
+
+  /** Pieces in flight that read what a piece that failed should have written, or what such a piece should have. */
+  #spoiltBy(failed: Piece): Piece[] {
+    const missing = new Set(membersOf(failed));
+    const spoilt: Piece[] = [];
+    for (const piece of this.#inFlight.values()) {
+      const members = membersOf(piece);
+      if (piece.id < failed.id || !members.some((member) => missing.has(member))) continue;
+      spoilt.push(piece);
+      for (const member of members) missing.add(member);
+    }
+    return spoilt;
+  }
+
   #take(id: number): Piece {
     const piece = this.#inFlight.get(id);
     if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
     this.#inFlight.delete(id);
-    this.#tainted.delete(id);
     return piece;
   }
 
@@ -341,10 +353,12 @@ export class Scheduler {
   }
 }
 
-/** Requests with rows in a piece, those that are over included; each attempt has registers of its own. */
+/** Rows in a piece, those of requests that are over included; each attempt of each has registers of its own. */
 function membersOf(piece: Piece): string[] {
   return [
-    ...new Set(piece.launches.flatMap(({ rows }) => rows.map(({ request, attempt }) => `${request}.${attempt}`))),
+    ...new Set(
+      piece.launches.flatMap(({ rows }) => rows.map(({ request, attempt, row }) => `${request}.${attempt}.${row}`)),
+    ),
   ];
 }
 
