@@ -20,8 +20,8 @@ export interface EncodedPrompt {
   readonly warnings: readonly string[];
 }
 
-/** Runs a program over the text encoders' graphs. */
-export type RunEncoders = (program: Program) => Promise<Record<string, Tensor>>;
+/** Runs programs over the text encoders' graphs, one for each text; they may share launches. */
+export type RunEncoders = (programs: readonly Program[]) => Promise<Record<string, Tensor>[]>;
 
 /** Memory that cached conditions may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
 const cacheBytes = 128 * 2 ** 20;
@@ -29,6 +29,8 @@ const cacheBytes = 128 * 2 ** 20;
 export class PromptEncoder {
   readonly #checkpoint: Checkpoint;
   readonly #cache = new Map<string, EncodedPrompt>();
+  /** By sequence length: the same array for all texts, so that they may share launches. */
+  readonly #buckets = new Map<number, Constant>();
   #cachedBytes = 0;
 
   constructor(checkpoint: Checkpoint) {
@@ -63,25 +65,32 @@ export class PromptEncoder {
     return this.#clips[0]!.tokenizer.maxLength;
   }
 
-  /** Encodes the texts that the cache does not hold, in one program, and returns all, in order. */
+  /** How many of the texts are not in the cache. */
+  missing(texts: readonly string[], sequenceLength: number): number {
+    return [...new Set(texts)].filter((text) => !this.#cache.has(keyOf(text, sequenceLength))).length;
+  }
+
+  /** Encodes the texts that the cache does not hold, each by a program of its own, and returns all, in order. */
   async encode(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
-    const key = (text: string) => `${sequenceLength}:${text}`;
     const found = new Map<string, EncodedPrompt>();
     const missing: string[] = [];
     for (const text of new Set(texts)) {
-      const known = this.#cache.get(key(text));
+      const key = keyOf(text, sequenceLength);
+      const known = this.#cache.get(key);
       if (known) {
         // Moves to the young end of the cache.
-        this.#cache.delete(key(text));
-        this.#cache.set(key(text), known);
+        this.#cache.delete(key);
+        this.#cache.set(key, known);
         found.set(text, known);
       } else missing.push(text);
     }
     if (missing.length > 0) {
-      const encoded = await this.#encodeMissing(missing, sequenceLength, run);
+      const planned = missing.map((text) => this.program(text, sequenceLength));
+      const results = await run(planned.map(({ program }) => program));
       for (const [index, text] of missing.entries()) {
-        found.set(text, encoded[index]!);
-        this.#keep(key(text), encoded[index]!);
+        const encoded = this.#assemble(results[index]!, planned[index]!.warnings, sequenceLength);
+        found.set(text, encoded);
+        this.#keep(keyOf(text, sequenceLength), encoded);
       }
     }
     return texts.map((text) => found.get(text)!);
@@ -99,27 +108,28 @@ export class PromptEncoder {
     };
   }
 
-  async #encodeMissing(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
-    const { tokenizer3, textEncoder3, transformer } = this.#checkpoint;
-    const rows = texts.length;
-    const warnings: string[][] = texts.map(() => []);
+  /** The program that encodes one text. */
+  program(text: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
+    const { tokenizer3, textEncoder3 } = this.#checkpoint;
+    const warnings: string[] = [];
     const constants: Record<string, Constant> = {};
     const registers: Record<string, Register> = {};
     const instructions: Instruction[] = [];
 
     const tokenize = (name: string, use: Tokenizer, length: number) => {
-      const ids = new BigInt64Array(rows * length);
-      for (const [row, text] of texts.entries()) {
-        const encoded = use.encode(text, length);
-        ids.set(encoded.ids, row * length);
-        if (encoded.truncated)
-          warnings[row]!.push(
-            `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${name} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
-          );
-      }
-      constants[`${name}.ids`] = { kind: "value", tensor: int64([rows, length], ids) };
+      const encoded = use.encode(text, length);
+      if (encoded.truncated)
+        warnings.push(
+          `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${name} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
+        );
+      constants[`${name}.ids`] = { kind: "value", tensor: int64([1, length], encoded.ids) };
     };
-    const launch = (graph: string, inputs: Record<string, string>, outputs: Record<string, readonly number[]>) => {
+    const launch = (
+      graph: string,
+      tokens: number,
+      inputs: Record<string, string>,
+      outputs: Record<string, readonly number[]>,
+    ) => {
       const names: Record<string, string> = {};
       for (const [output, shape] of Object.entries(outputs)) {
         names[output] = `${graph}.${output}`;
@@ -131,56 +141,59 @@ export class PromptEncoder {
         inputs,
         outputs: names,
         mustBeFinite: Object.values(names),
+        sharing: { size: `${tokens} tokens` },
         label: { kind: "encode", name: `text encoder ${graph}` },
       });
     };
 
-    const clips = this.#clips;
     const clipTokens = this.#clipTokens;
-    for (const clip of clips) {
+    for (const clip of this.#clips) {
       tokenize(clip.graph, clip.tokenizer, clipTokens);
       launch(
         clip.graph,
+        clipTokens,
         { ids: `${clip.graph}.ids` },
-        { hidden: [rows, clipTokens, clip.config.hiddenSize], pooled: [rows, clip.config.projectionDim] },
+        { hidden: [1, clipTokens, clip.config.hiddenSize], pooled: [1, clip.config.projectionDim] },
       );
     }
     if (tokenizer3 && textEncoder3) {
       tokenize("t5", tokenizer3, sequenceLength);
-      constants.relative_buckets = {
-        kind: "value",
-        tensor: int64([sequenceLength, sequenceLength], relativeBuckets(textEncoder3.config, sequenceLength)),
-      };
+      let buckets = this.#buckets.get(sequenceLength);
+      if (!buckets) {
+        const values = relativeBuckets(textEncoder3.config, sequenceLength);
+        buckets = { kind: "value", tensor: int64([sequenceLength, sequenceLength], values) };
+        this.#buckets.set(sequenceLength, buckets);
+      }
+      constants.relative_buckets = buckets;
       launch(
         "t5",
+        sequenceLength,
         { ids: "t5.ids", relative_buckets: "relative_buckets" },
-        { hidden: [rows, sequenceLength, textEncoder3.config.dModel] },
+        { hidden: [1, sequenceLength, textEncoder3.config.dModel] },
       );
     }
+    return { program: { registers, constants, instructions, results: Object.keys(registers) }, warnings };
+  }
 
-    const results = await run({ registers, constants, instructions, results: Object.keys(registers) });
+  #assemble(results: Record<string, Tensor>, warnings: readonly string[], sequenceLength: number): EncodedPrompt {
+    const { textEncoder3, transformer } = this.#checkpoint;
     const values = (name: string) => (results[name] as FloatTensor).data;
     const joint = transformer.config.jointAttentionDim;
-    return texts.map((_, row) => {
-      const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
-      const pooled: Float32Array[] = [];
-      let channel = 0;
-      for (const clip of clips) {
-        const { hiddenSize, projectionDim } = clip.config;
-        const hidden = values(`${clip.graph}.hidden`);
-        for (let token = 0; token < clipTokens; token++) {
-          const from = (row * clipTokens + token) * hiddenSize;
-          context.set(hidden.subarray(from, from + hiddenSize), token * joint + channel);
-        }
-        channel += hiddenSize;
-        pooled.push(values(`${clip.graph}.pooled`).subarray(row * projectionDim, (row + 1) * projectionDim));
+    const clipTokens = this.#clipTokens;
+    const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
+    const pooled: Float32Array[] = [];
+    let channel = 0;
+    for (const { graph, config } of this.#clips) {
+      const hidden = values(`${graph}.hidden`);
+      for (let token = 0; token < clipTokens; token++) {
+        const from = token * config.hiddenSize;
+        context.set(hidden.subarray(from, from + config.hiddenSize), token * joint + channel);
       }
-      if (textEncoder3) {
-        const size = sequenceLength * joint;
-        context.set(values("t5.hidden").subarray(row * size, (row + 1) * size), clipTokens * joint);
-      }
-      return { context, pooled: concatenate(pooled), warnings: warnings[row]! };
-    });
+      channel += config.hiddenSize;
+      pooled.push(values(`${graph}.pooled`));
+    }
+    if (textEncoder3) context.set(values("t5.hidden"), clipTokens * joint);
+    return { context, pooled: concatenate(pooled), warnings };
   }
 
   #keep(key: string, prompt: EncodedPrompt): void {
@@ -193,6 +206,10 @@ export class PromptEncoder {
       this.#cachedBytes -= size(entry);
     }
   }
+}
+
+function keyOf(text: string, sequenceLength: number): string {
+  return `${sequenceLength}:${text}`;
 }
 
 function concatenate(parts: readonly Float32Array[]): Float32Array {

@@ -23,6 +23,8 @@ const leaves = ["errors.ts", "folders.ts", "options.ts", "tensor.ts"];
 const pipeline = [
   "index.ts",
   "pipeline.ts",
+  "costs.ts",
+  "drawing.ts",
   "engines.ts",
   "graphs.ts",
   "prompts.ts",

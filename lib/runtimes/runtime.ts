@@ -35,6 +35,8 @@ export interface RunOptions {
   readonly signal?: AbortSignal | undefined;
   /** Called after each launch, in order. An error it throws stops the program and rejects the run. */
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
+  /** Whether the process may end while this runs: for work that nobody waits for. */
+  readonly background?: boolean | undefined;
 }
 
 /**

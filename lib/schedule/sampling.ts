@@ -6,7 +6,7 @@
  */
 
 import type { Constant, Program } from "../program.js";
-import type { Tensor } from "../tensor.js";
+import { elementCount, float32, type Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
 import { Pair, ProgramBuilder, rowsAtOnce } from "./builder.js";
 import { planSteps, type StepLaunch } from "./steps.js";
@@ -64,6 +64,19 @@ export function samplingProgram(request: SamplingRequest): SamplingProgram {
   return { program: planner.builder.build([latents, image]), latents, image };
 }
 
+/** Zeros of the latest few shapes: programs that hold the same array can share it on the device. */
+const knownZeros = new Map<string, Tensor>();
+const zerosKept = 8;
+
+function zeros(shape: readonly number[]): Tensor {
+  const key = shape.join();
+  const tensor = knownZeros.get(key) ?? float32(shape, new Float32Array(elementCount(shape)));
+  knownZeros.delete(key);
+  knownZeros.set(key, tensor);
+  for (const oldest of knownZeros.keys()) if (knownZeros.size > zerosKept) knownZeros.delete(oldest);
+  return tensor;
+}
+
 class SamplingPlanner {
   readonly builder = new ProgramBuilder();
   readonly #request: SamplingRequest;
@@ -104,7 +117,7 @@ class SamplingPlanner {
       builder,
       `${name}.velocity`,
       velocityShape,
-      builder.fill(`${name}.zeros`, velocityShape, 0),
+      builder.value(`${name}.zeros`, zeros(velocityShape)),
     );
     const start = stage.sigmas[0]!;
 

@@ -88,29 +88,28 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    return this.#keepingAlive(
-      () =>
-        new Promise((resolve, reject) => {
-          const leave = () => {
-            const position = this.#queue.indexOf(job);
-            if (position < 0) return;
-            this.#queue.splice(position, 1);
-            job.settle({ error: signal?.reason });
-          };
-          const job: Job = {
-            program,
-            options,
-            settle(outcome) {
-              signal?.removeEventListener("abort", leave);
-              if ("results" in outcome) resolve(outcome.results);
-              else reject(outcome.error);
-            },
-          };
-          signal?.addEventListener("abort", leave);
-          this.#queue.push(job);
-          this.#working ??= this.#work();
-        }),
-    );
+    const queued = () =>
+      new Promise<Record<string, Tensor>>((resolve, reject) => {
+        const leave = () => {
+          const position = this.#queue.indexOf(job);
+          if (position < 0) return;
+          this.#queue.splice(position, 1);
+          job.settle({ error: signal?.reason });
+        };
+        const job: Job = {
+          program,
+          options,
+          settle(outcome) {
+            signal?.removeEventListener("abort", leave);
+            if ("results" in outcome) resolve(outcome.results);
+            else reject(outcome.error);
+          },
+        };
+        signal?.addEventListener("abort", leave);
+        this.#queue.push(job);
+        this.#working ??= this.#work();
+      });
+    return options.background ? queued() : this.#keepingAlive(queued);
   }
 
   /** Pieces are sent as soon as they are submitted; ordinary programs run between them. */
