@@ -7,7 +7,7 @@ import { Image, toRgb } from "./image.js";
 import type { ResolvedGenerateOptions } from "./options.js";
 import type { LaunchLabel, Program } from "./program.js";
 import type { LaunchReport } from "./runtimes/runtime.js";
-import { type Block, ProgramBuilder, rowsAtOnce } from "./schedule/index.js";
+import { type Block, ProgramBuilder } from "./schedule/index.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "./tensor.js";
 
 /** A tensor of which only the shape matters: for programs that only say what will be launched. */
@@ -33,18 +33,14 @@ export function stacked(rows: readonly Tensor[]): FloatTensor {
 }
 
 /** The program that takes an original, [1, 3, H, W], to latents, [1, C, h, w]; its result is "latents". */
-export function encodeProgram(
-  image: Tensor,
-  latentShape: readonly number[],
-  graph: string,
-  pixelsAtOnce: number,
-): Program {
+export function encodeProgram(image: Tensor, latentShape: readonly number[], graph: string): Program {
   const [, , height, width] = image.shape as [number, number, number, number];
   const builder = new ProgramBuilder();
   const latents = builder.byRows({
     graph,
     rows: 1,
-    limit: rowsAtOnce(pixelsAtOnce, width, height),
+    // A request has one, and engines are built for one.
+    limit: 1,
     size: `${width}x${height}`,
     inputs: { image: builder.value("image", image) },
     output: { name: "latents", register: "latents", rowShape: latentShape.slice(1) },

@@ -646,7 +646,7 @@ export class FlowTurbo implements AsyncDisposable {
       const edit = edits?.[index];
       // Later stages start from the stage before; they need the original only to keep a part of it.
       if (!edit || (index > 0 && !edit.mask)) return null;
-      return encodeProgram(edit.original.pixels, latentShape, "vae_encoder" satisfies GraphName, pixelsAtOnce);
+      return encodeProgram(edit.original.pixels, latentShape, "vae_encoder" satisfies GraphName);
     });
   }
 
