@@ -26,6 +26,7 @@ import { type Claim, compareClaims } from "./urgency.js";
 /** What is not in launches: noise, tokens, pixels to bytes, messages. An entry of the table like any graph. */
 const host = "host";
 const hostObservationsKept = 15;
+const hostObservationsNeeded = 5;
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
@@ -103,8 +104,8 @@ interface Accepted {
   done: number;
   /** Milliseconds of its launches. */
   launched: number;
-  /** Whether nobody else has been there at any time. */
-  alone: boolean;
+  /** Whether nobody else has been there at any time, and nothing had to be compiled. */
+  undisturbed: boolean;
 }
 
 export class Service {
@@ -186,9 +187,9 @@ export class Service {
       ...this.#workOf(rungs[chosen.rung]!, order),
       done: 0,
       launched: 0,
-      alone: this.#accepted.size === 0,
+      undisturbed: this.#accepted.size === 0 && this.#isWarm(rungs[chosen.rung]!),
     };
-    for (const other of this.#accepted) other.alone = false;
+    for (const other of this.#accepted) other.undisturbed = false;
     this.#accepted.add(accepted);
     this.#stats.accepted();
     let leave = () => {};
@@ -207,7 +208,7 @@ export class Service {
       });
       ending = "completed";
       const total = performance.now() - arrival;
-      if (accepted.alone) this.#observeHost(order, total - queuedMs - accepted.launched);
+      if (accepted.undisturbed) this.#observeHost(order, total - queuedMs - accepted.launched);
       return result;
     } catch (error) {
       if (signal?.aborted && error === signal.reason) ending = "aborted";
@@ -381,6 +382,11 @@ export class Service {
     return batches.length > 0 ? batches : [maxRows];
   }
 
+  /** Whether all of its launches have been made before. */
+  #isWarm({ demands }: Rung): boolean {
+    return demands.every(({ program }) => samplesOf([program]).every((sample) => this.#seen.has(keyOf(sample))));
+  }
+
   #specsOf(program: Program): readonly RowLaunch[] {
     let specs = this.#specs.get(program);
     if (!specs) {
@@ -415,7 +421,9 @@ export class Service {
     times.push(milliseconds);
     if (times.length > hostObservationsKept) times.shift();
     this.#hostTimes.set(key, times);
-    this.costs.set(entryOf(host, pictures, size, times));
+    // One time is better than none, but not than the many that a stored entry is made of.
+    const isBetter = times.length >= hostObservationsNeeded || !this.costs.get(host, size, pictures);
+    if (isBetter) this.costs.set(entryOf(host, pictures, size, times));
   }
 
   // ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
