@@ -315,14 +315,7 @@ export class FlowTurbo implements AsyncDisposable {
     const plans = this.#plans(checkOptions(generateSchema, options, "generate()"));
     const { signal } = plans[0]!.options;
     signal?.throwIfAborted();
-    const call = this.#serve(plans, start);
-    const settled = call.then(
-      () => undefined,
-      () => undefined,
-    );
-    this.#calls.add(settled);
-    void settled.then(() => this.#calls.delete(settled));
-    return untilAborted(call, signal);
+    return untilAborted(this.#keptTrackOf(this.#serve(plans, start)), signal);
   }
 
   /** Counters and histograms of all calls. */
@@ -351,6 +344,12 @@ export class FlowTurbo implements AsyncDisposable {
     const { signal, onProgress, rounds, batches, maxSequenceLength } = checked;
     const sizes = checked.sizes ?? [this.nativeSize];
     const scales = { on: [2], off: [1], both: [2, 1] }[checked.guidance];
+    for (const { width, height } of sizes)
+      try {
+        this.#checkSize(width, height);
+      } catch (error) {
+        throw new OptionError("sizes", `The size ${width}x${height} cannot be drawn. ${(error as Error).message}`);
+      }
     const work = async () => {
       const requests = sizes.flatMap((size) =>
         scales.map((guidanceScale) => ({
@@ -366,11 +365,15 @@ export class FlowTurbo implements AsyncDisposable {
       // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
       for (const request of requests.filter(({ guidanceScale }) => guidanceScale === scales[0]))
         for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
-          for (let round = 0; round < 4; round++) await this.generate({ ...request, count });
+          for (let round = 0; round < 5; round++) await this.generate({ ...request, count });
       await this.#service.store();
       return this.costs;
     };
-    const call = work();
+    return this.#keptTrackOf(work());
+  }
+
+  /** A call that `dispose` waits for. */
+  #keptTrackOf<T>(call: Promise<T>): Promise<T> {
     const settled = call.then(
       () => undefined,
       () => undefined,

@@ -26,7 +26,7 @@ import { type Claim, compareClaims } from "./urgency.js";
 /** What is not in launches: noise, tokens, pixels to bytes, messages. An entry of the table like any graph. */
 const host = "host";
 const hostObservationsKept = 15;
-const hostObservationsNeeded = 5;
+const hostObservationsNeeded = 3;
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
@@ -338,8 +338,10 @@ export class Service {
     for (const { claim, milliseconds, isNew } of line) {
       at += milliseconds;
       if (isNew) done = at;
-      else if (done > 0 && claim.deadline !== null && now + at > claim.deadline && now + at - own <= claim.deadline)
-        isHarmless = false;
+      else if (done > 0 && claim.deadline !== null) {
+        const left = claim.deadline - now;
+        if (limitFor(at) > left && limitFor(at - own) <= left) isHarmless = false;
+      }
     }
     return { own: done, all: at, isHarmless };
   }

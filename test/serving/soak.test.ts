@@ -216,12 +216,10 @@ it(`${requests} mixed requests with aborts and failures`, { timeout: 3_600_000 }
 
   const { requests: totals, running, queue, launches, rowsPerLaunch } = model.stats();
   expect(counts.completed + counts.aborted + counts.failed).toBe(requests);
-  expect(totals).toMatchObject({
-    accepted: requests + kinds.length,
-    completed: counts.completed + kinds.length,
-    failed: counts.failed,
-    aborted: counts.aborted,
-  });
+  expect(totals).toMatchObject({ completed: counts.completed + kinds.length, failed: counts.failed, refused: 0 });
+  expect(totals.accepted).toBe(totals.completed + totals.failed + totals.aborted);
+  // Some are aborted before they are accepted, while their originals are being read.
+  expect(totals.aborted).toBeLessThanOrEqual(counts.aborted);
   expect([running, queue.waiting]).toEqual([{ requests: 0, pictures: 0 }, 0]);
   // The disturbances took place, rows did share launches, and still most requests were answered.
   expect(injected.failures).toBeGreaterThan(0);
