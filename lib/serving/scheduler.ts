@@ -92,6 +92,9 @@ const pieceMilliseconds = 10;
  */
 const gainNeeded = { usual: 0.02, eager: -0.1 } as const;
 
+/** Who would come late by more than this part of the time that was given is not waited for. */
+const hopelessPart = 0.25;
+
 interface Row {
   readonly request: Request;
   readonly index: number;
@@ -107,6 +110,8 @@ interface Row {
 interface Request {
   readonly ticket: Ticket;
   readonly rows: Row[];
+  /** For each launch, milliseconds from it to the end, if the request has the device to itself; null if not known. */
+  readonly left: readonly number[] | null;
   attempt: number;
   /** Whether its pieces hold no other request. */
   isolated: boolean;
@@ -144,7 +149,7 @@ export class Scheduler {
     if (this.#requests.has(ticket.id)) throw new RangeError(`There is a request ${ticket.id} already.`);
     if (ticket.rows.length === 0 || ticket.rows.some((launches) => launches.length === 0))
       throw new RangeError("A request needs rows with launches.");
-    const request: Request = { ticket, rows: [], attempt: 0, isolated: false };
+    const request: Request = { ticket, rows: [], left: this.#left(ticket), attempt: 0, isolated: false };
     for (const [index, launches] of ticket.rows.entries())
       request.rows.push({ request, index, launches, next: 0, since: now, done: 0 });
     this.#requests.set(ticket.id, request);
@@ -168,6 +173,21 @@ export class Scheduler {
     return droppable.reverse();
   }
 
+  #left({ rows, pin }: Ticket): number[] | null {
+    const longest = rows.reduce((a, b) => (b.length > a.length ? b : a));
+    const left: number[] = new Array(longest.length + 1).fill(0);
+    for (let index = longest.length - 1; index >= 0; index--) {
+      const { graph, size, maxRows } = longest[index]!;
+      const limit = Math.min(pin ?? this.#options.maxBatch, maxRows);
+      const batches = pin === null ? this.#batches(limit) : [limit];
+      const cost = (batch: number) => this.#options.cost(graph, size, batch);
+      if (cost(batches[0]!) === null) return null;
+      const { milliseconds } = cheapestSplit(rows.length, batches, (batch) => cost(batch)!);
+      left[index] = left[index + 1]! + milliseconds;
+    }
+    return left;
+  }
+
   /** The next piece; null if every launch of every request has been planned. */
   plan(now: number): Piece | null {
     const launches: PlannedLaunch[] = [];
@@ -179,7 +199,7 @@ export class Scheduler {
       // A request that runs alone has pieces of its own, from the first launch to the last.
       if (request.isolated && launches.length > 0 && alone !== request) break;
       if (request.isolated) alone = request;
-      const launch = this.#launch(rows, now);
+      const launch = this.#launch(rows, now, now + this.#ahead() + milliseconds);
       launches.push(launch);
       milliseconds += this.#options.cost(launch.graph, launch.size, launch.batch) ?? Number.POSITIVE_INFINITY;
     }
@@ -302,6 +322,9 @@ export class Scheduler {
     const [first] = group as [Row];
     const launch = first.launches[first.next]!;
     if (!launch.eager || first.request.isolated || group.length >= this.#limit(first)) return false;
+    // Who has a time limit waits only where there is plenty of time.
+    const { claim } = first.request.ticket;
+    if (claim.deadline !== null && claim.deadline - now < 2 * (first.request.left?.[first.next] ?? 0)) return false;
     // The one that has waited longest decides.
     const patience = this.#options.maxWait - (now - Math.min(...group.map(({ since }) => since)));
     if (patience <= 0) return false;
@@ -326,12 +349,21 @@ export class Scheduler {
     return Math.max(1, Math.min(pin ?? this.#options.maxBatch, row.launches[row.next]!.maxRows));
   }
 
-  /** Plans the launch of the first rows of a group, as many as pay. */
-  #launch(group: readonly Row[], now: number): PlannedLaunch {
+  /**
+   * Plans the launch of the first rows of a group, as many as pay.
+   * @param start when it will begin
+   */
+  #launch(group: readonly Row[], now: number, start: number): PlannedLaunch {
     const [first] = group as [Row];
     const { graph, size, eager } = first.launches[first.next]!;
     const limit = this.#limit(first);
-    const batch = first.request.ticket.pin === null ? this.#batch(group.length, limit, graph, size, eager) : limit;
+    let batch = limit;
+    if (first.request.ticket.pin === null) {
+      batch = this.#batch(group.length, limit, graph, size, eager);
+      // Company delays the urgent: no more of it than everybody's time limit allows.
+      while (batch > 1 && this.#makesLate(group.slice(0, batch), batch, now, start))
+        batch = this.#batch(batch - 1, batch - 1, graph, size, eager);
+    }
     const rows = group.slice(0, batch).map((row): PlannedRow => {
       const launch = row.next++;
       row.since = now;
@@ -341,9 +373,47 @@ export class Scheduler {
     return { graph, size, batch, rows };
   }
 
+  /**
+   * Whether somebody would come late if these rows share the next launch and everybody is served in the order of urgency
+   * after it, who would not if the most urgent request had it to itself.
+   */
+  #makesLate(rows: readonly Row[], batch: number, now: number, start: number): boolean {
+    const [first] = rows as [Row];
+    const { graph, size } = first.launches[first.next]!;
+    const own = rows.filter(({ request }) => request === first.request).length;
+    if (own === rows.length && batch === own) return false;
+    const shared = this.#options.cost(graph, size, batch);
+    if (shared === null) return false;
+    const waiting = [...this.#requests.values()].sort((a, b) => compareClaims(a.ticket.claim, b.ticket.claim, now));
+    // Milliseconds until the requests so far are done, with the shared launch and without it.
+    let withIt = shared;
+    let without = 0;
+    for (const request of waiting) {
+      const left = leftOf(request);
+      const inIt = rows.filter((row) => row.request === request).length;
+      const part = inIt === 0 ? 0 : ((left[0] - left[1]) * inIt) / request.rows.length;
+      without += left[0];
+      withIt += left[0] - part;
+      const { deadline, arrival } = request.ticket.claim;
+      if (deadline === null || withIt <= without) continue;
+      // For those that are hopelessly late nobody is held up.
+      const hopeless = deadline + hopelessPart * (deadline - arrival);
+      // With room for one more such launch: nothing that has begun is interrupted for what arrives behind it.
+      if (start + withIt + shared > deadline && start + without <= hopeless) return true;
+    }
+    return false;
+  }
+
+  /** Milliseconds of the pieces in flight. */
+  #ahead(): number {
+    let milliseconds = 0;
+    for (const { launches } of this.#inFlight.values())
+      for (const { graph, size, batch } of launches) milliseconds += this.#options.cost(graph, size, batch) ?? 0;
+    return milliseconds;
+  }
+
   #batch(rows: number, limit: number, graph: string, size: string, eager: boolean): number {
-    const batches = this.#options.batches.filter((batch) => batch <= limit);
-    if (batches.length === 0) batches.push(limit);
+    const batches = this.#batches(limit);
     const cost: BatchCost = (batch) => {
       const milliseconds = this.#options.relativeCost(graph, size, batch);
       return milliseconds * (1 + gainNeeded[eager ? "eager" : "usual"] * (1 - 1 / batch));
@@ -351,6 +421,19 @@ export class Scheduler {
     // More rows than this do not change the first batch, which is all that is planned now.
     return cheapestSplit(Math.min(rows, 4 * Math.max(...batches)), batches, cost).batches[0]!;
   }
+
+  /** Compiled batches up to a limit; the limit itself where there are none. */
+  #batches(limit: number): number[] {
+    const batches = this.#options.batches.filter((batch) => batch <= limit);
+    return batches.length > 0 ? batches : [limit];
+  }
+}
+
+/** Milliseconds that a request still needs, now and after its next launches. */
+function leftOf({ left, rows }: Request): readonly [number, number] {
+  if (left === null) return [0, 0];
+  const next = Math.min(...rows.map((row) => row.next));
+  return [left[next]!, left[next + 1] ?? 0];
 }
 
 /** Rows in a piece, those of requests that are over included; each attempt of each has registers of its own. */

@@ -50,10 +50,15 @@ export function shapesOf(name: string): GraphShapes {
   return { inputs: shapes(inputs), outputs: shapes(outputs) };
 }
 
+function batchOf({ graph, inputs: names }: Launch, inputs: Record<string, Tensor>): number {
+  const { inputs: kinds } = graphs[graph]!;
+  return inputs[Object.keys(names).find((input) => kinds[input] === "rows")!]!.shape[0]!;
+}
+
 /** The values of one launch: every output element depends on all that the row reads, and on nothing else. */
 function compute(launch: Launch, inputs: Record<string, Tensor>, program: Program): Record<string, Tensor> {
   const { inputs: kinds, outputs: made } = graphs[launch.graph]!;
-  const batch = inputs[Object.keys(inputs).find((input) => kinds[input] === "rows")!]!.shape[0]!;
+  const batch = batchOf(launch, inputs);
   const outputs: Record<string, Tensor> = {};
   for (const [output, name] of Object.entries(launch.outputs)) {
     const { shape } = program.registers[name]!;
@@ -93,6 +98,9 @@ class Interpreter {
       );
   }
 
+  /** Rows of the latest launch. */
+  batch = 0;
+
   run(program: Program, at: number): Launch | null {
     const instruction = program.instructions[at]!;
     const present = (name: string) => {
@@ -104,6 +112,7 @@ class Interpreter {
       const inputs = Object.fromEntries(
         Object.entries(instruction.inputs).map(([input, name]) => [input, present(name)]),
       );
+      this.batch = batchOf(instruction, inputs);
       for (const [name, value] of Object.entries(compute(instruction, inputs, program))) this.values.set(name, value);
       return instruction;
     }
@@ -139,6 +148,8 @@ export class SimulatedRuntime implements Runtime {
   fate: (launch: Launch) => Fate = () => "ok";
   /** Values that workspaces hold now. */
   readonly workspaces = new Set<Interpreter>();
+  /** What a launch takes, on a clock of the test's own. */
+  cost: (launch: Launch, batch: number) => number = () => 1;
   launches = 0;
   /** Pieces that wait or run, and the most there ever were. */
   pieces = 0;
@@ -151,8 +162,17 @@ export class SimulatedRuntime implements Runtime {
     return name in graphs;
   }
 
-  async run(program: Program): Promise<Record<string, Tensor>> {
-    return alone(program);
+  async run(program: Program, { onLaunch }: RunOptions = {}): Promise<Record<string, Tensor>> {
+    const interpreter = new Interpreter();
+    interpreter.begin(program);
+    let index = 0;
+    for (const at of program.instructions.keys()) {
+      const launch = interpreter.run(program, at);
+      if (!launch) continue;
+      const milliseconds = this.cost(launch, interpreter.batch);
+      onLaunch?.({ launch, index: index++, milliseconds, values: {} });
+    }
+    return interpreter.results(program);
   }
 
   open(): Workspace {
@@ -184,7 +204,7 @@ export class SimulatedRuntime implements Runtime {
         if (!launch) continue;
         this.launches++;
         const values = Object.fromEntries((launch.reported ?? []).map((name) => [name, interpreter.values.get(name)!]));
-        onLaunch?.({ launch, index: index++, milliseconds: 1, values });
+        onLaunch?.({ launch, index: index++, milliseconds: this.cost(launch, interpreter.batch), values });
       }
       return interpreter.results(program);
     };
