@@ -10,7 +10,7 @@ import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type RgbPicture } from "flowturbo";
 import sharp from "sharp";
-import { report, root, spread } from "./support.js";
+import { format, machineLine, report, root, spread, table } from "./support.js";
 
 const { values } = parseArgs({ options: { pictures: { type: "string", default: "24" } } });
 const count = Number(values.pictures);
@@ -55,11 +55,11 @@ const seams: Record<string, number[]> = {
 const gallery: RgbPicture[][] = [];
 for (let k = 0; k < count; k++) {
   const prompt = captions[k % captions.length]!;
-  const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 2 })).images[0]!;
+  const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 3 })).images[0]!;
   seams.original!.push(seam(original));
   const row: RgbPicture[] = [original, mask];
   for (const [way, blocks] of Object.entries(ways)) {
-    const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 2 };
+    const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 3 };
     const painted = (await model.generate({ prompt, blocks, seed: 500 + k, ...edit })).images[0]!;
     seams[way]!.push(seam(painted));
     row.push(painted);
@@ -91,9 +91,19 @@ const means = Object.fromEntries(
 );
 for (const [name, value] of Object.entries(means))
   console.log(`${name}: ${value.toFixed(2)} grey levels across the edge`);
-await report("seam", {
-  pictures: count,
-  evaluations: 10,
-  means,
-  spreads: Object.fromEntries(Object.entries(seams).map(([name, values]) => [name, spread(values)])),
-});
+const spreads = Object.fromEntries(Object.entries(seams).map(([name, values]) => [name, spread(values)]));
+const page = [
+  "# Seams of inpainting",
+  "",
+  `Mean step of grey level across the mask's edge over ${count} pictures, at ten predictor evaluations each, \`keepOriginal: false\`; smaller is smoother. \`npm run bench:seam\`.`,
+  "",
+  table([
+    ["sampling", "mean", "median and range"],
+    ...Object.entries(spreads).map(([name, value]) => [name, means[name]!.toFixed(2), format(value)]),
+  ]),
+  "",
+  "![](../../docs/images/inpainting.png)",
+  "",
+  machineLine(),
+];
+await report("seam", { pictures: count, evaluations: 10, means, spreads }, page.join("\n"));

@@ -51,7 +51,7 @@ def run_shapes(chosen: argparse.Namespace) -> int:
 
     torch.set_num_threads(chosen.threads)
     minutes = Minutes()
-    scaled = Minutes(*(v * chosen.scale for v in (minutes.text, minutes.vae, minutes.predictor)))
+    scaled = minutes.scaled(chosen.scale)
     refiner = replace(REFINER, steps=max(1, round(REFINER.steps * chosen.scale)))
     state = chosen.state or Path(f"{chosen.out}.state")
     train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner,

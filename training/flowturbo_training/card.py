@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def write_card(folder: Path, report: dict, facts: dict, shape, settings) -> None:
+def write_card(folder: Path, report: dict, facts: dict, shape, settings, guidance) -> None:
     size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / 1e6
     rows = "\n".join(
         f"| {name} | {r['n']} | {r['ground']:.3f} | {r['colours']:.3f} | {r['shapes']:.3f} | {r['relation']:.3f} |" for name, r in report.items()
     )
     parts = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    first, second = settings
     text = f"""# The shapes model
 
 A small SD3-class text-to-image model in the diffusers layout, float16 files, {size:.0f} MB. It draws what captions of this form say, at 64 × 64 and
@@ -36,13 +37,13 @@ of anyone or by anyone is in it.
 |---|---|
 {parts}
 
-Transformer: {shape.layers} layers × {shape.heads * shape.head_width}; batches of {settings.batch} pictures at 64 px and {settings.batch_large} at 128 px ({settings.large_share:.0%} of the steps,
-after the first {settings.large_from:.0%}); captions dropped for {settings.caption_dropout:.0%}.
+Transformer: {shape.layers} layers × {shape.heads * shape.head_width}; batches of {first.batch} pictures at 64 px and {first.batch_large} at 128 px ({first.large_share:.0%} of the steps
+after the first {first.large_from:.0%}, and {second.large_share:.0%} in the second stage); captions dropped for {first.caption_dropout:.0%}.
 
 ## Figures
 
 Measured by the trainer's rule-based detector (ground; colours: exactly those of the caption; shapes: every one; relations of
-pairs), guidance 2, on captions that were not trained on. `reuse` is R with no refiner: the velocity is kept.
+pairs), guidance {guidance:g}, on captions that were not trained on. `reuse` is R with no refiner: the velocity is kept.
 
 | size and blocks | captions | ground | colours | shapes | relations |
 |---|---|---|---|---|---|
