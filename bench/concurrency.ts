@@ -4,7 +4,7 @@
  * same requests. Open loop: requests arrive at random (Poisson) at 0.5, 0.8 and 1.2 of the capacity that the closed loop has
  * shown, each with a time limit; what cannot be in time is refused. Writes bench/results/concurrency.{json,md,svg}.
  *
- *   npm run bench:concurrency [-- --requests 48 --rounds 3 --arrivals 120]
+ *   npm run bench:concurrency [-- --requests 48 --rounds 3 --arrivals 120 --threads 1]
  */
 
 import { writeFile } from "node:fs/promises";
@@ -13,13 +13,14 @@ import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { DeadlineError, FlowTurbo, type GenerateOptions, QueueFullError, type Stats } from "flowturbo";
 import { svg } from "./plot.js";
-import { environment, format, ratios, report, root, spread } from "./support.js";
+import { format, machineLine, ratios, report, resultsFolder, spread } from "./support.js";
 
 const { values: flags } = parseArgs({
   options: {
     requests: { type: "string", default: "48" },
     rounds: { type: "string", default: "3" },
     arrivals: { type: "string", default: "120" },
+    threads: { type: "string" },
   },
 });
 const [requests, rounds, arrivals] = [flags.requests, flags.rounds, flags.arrivals].map(Number) as [
@@ -27,6 +28,8 @@ const [requests, rounds, arrivals] = [flags.requests, flags.rounds, flags.arriva
   number,
   number,
 ];
+
+const threads = flags.threads === undefined ? undefined : Number(flags.threads);
 
 let state = 1;
 const random = () => {
@@ -47,7 +50,7 @@ const mixed = (seed: number): GenerateOptions => {
   return { prompt: pick(captions), width: size, height: size, ...schedule, guidanceScale: pick([1, 2, 4.5, 7]), seed };
 };
 
-const model = await FlowTurbo.load(undefined, { measureCosts: false, maxQueue: 1000 });
+const model = await FlowTurbo.load(undefined, { measureCosts: false, maxQueue: 1000, threads });
 await model.profile({
   sizes: sizes.map((side) => ({ width: side, height: side })),
   batches: [1, 2, 4, 8],
@@ -248,14 +251,13 @@ const chart = svg({
     points: closedRows.map((row) => ({ x: row.callers, y: row[key].median, low: row[key].min, high: row[key].max })),
   })),
 });
-const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
-await report("concurrency", { requests, rounds, arrivals, deadlineMs, closed: closedRows, open, idle, stats });
-await writeFile(path.join(root, "bench/results/concurrency.svg"), chart);
-await writeFile(
-  path.join(root, "bench/results/concurrency.md"),
+await writeFile(path.join(resultsFolder, "concurrency.svg"), chart);
+await report(
+  "concurrency",
+  { requests, rounds, arrivals, threads, deadlineMs, closed: closedRows, open, idle, stats },
   `# Many callers at once
 
-\`npm run bench:concurrency -- --requests ${requests} --rounds ${rounds} --arrivals ${arrivals}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.
+\`npm run bench:concurrency -- --requests ${requests} --rounds ${rounds} --arrivals ${arrivals}${threads ? ` --threads ${threads}` : ""}\` on ${machineLine()}
 
 The embedded model at 32 and 64 px, four schedules, four guidance scales, mixed. "In turn" serves the same requests one after
 another, waiting included. Ratios are of passes over the same requests, next to each other in time (median, least to greatest).

@@ -31,6 +31,7 @@ const benchmarks: Benchmark[] = [
   { name: "cold-start", about: "from process start to PNG, by part", pages: ["cold-start"] },
   { name: "memory", about: "peak memory with 16-bit weights", pages: ["memory"] },
   { name: "scaling", about: "time and memory against steps, batch, size, layers", pages: ["scaling"] },
+  { name: "concurrency", about: "many callers at once", pages: ["concurrency"] },
   { name: "gpu", about: "on a GPU", pages: ["gpu"] },
   { name: "seam", about: "seams of inpainting", pages: ["seam"], long: true },
   { name: "stages", about: "one stage against two", pages: ["stages"], long: true },
