@@ -6,10 +6,11 @@
  */
 
 import { createHash, randomBytes } from "node:crypto";
-import { mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { readFile, rename, rm, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { z } from "zod";
+import { makeFolders } from "../folders.js";
 import type { CostEntry } from "./costs.js";
 
 const fileSchema = z.object({
@@ -54,7 +55,7 @@ export class CostStore {
   /** @param folder of all of this package's caches; default: `$XDG_CACHE_HOME/flowturbo` or `~/.cache/flowturbo` */
   constructor(key: string, folder: string = cacheFolder()) {
     this.key = key;
-    this.file = path.join(folder, "costs", `${key.slice(0, 32)}.json`);
+    this.file = path.join(path.resolve(folder), "costs", `${key.slice(0, 32)}.json`);
   }
 
   /** The stored entries; none if there is no file, or it is damaged or another's. */
@@ -77,7 +78,7 @@ export class CostStore {
       const merged = new Map<string, CostEntry>();
       for (const entry of [...(await this.read()), ...entries])
         merged.set(JSON.stringify([entry.graph, entry.size, entry.batch]), entry);
-      await mkdir(path.dirname(this.file), { recursive: true, mode: 0o700 });
+      await makeFolders(path.dirname(this.file), [], 0o700);
       const temporary = `${this.file}.${randomBytes(6).toString("hex")}.tmp`;
       const content = { format: 1, key: this.key, ...about, entries: [...merged.values()] };
       try {
