@@ -4,7 +4,7 @@
  * same requests. Open loop: requests arrive at random (Poisson) at 0.5, 0.8 and 1.2 of the capacity that the closed loop has
  * shown, each with a time limit; what cannot be in time is refused. Writes bench/results/concurrency.{json,md,svg}.
  *
- *   npm run bench:concurrency [-- --requests 48 --rounds 3 --arrivals 120 --threads 1]
+ *   npm run bench:concurrency [-- --requests 24 --rounds 3 --arrivals 80 --threads 1]
  */
 
 import { writeFile } from "node:fs/promises";
@@ -17,9 +17,9 @@ import { format, machineLine, ratios, report, resultsFolder, spread } from "./su
 
 const { values: flags } = parseArgs({
   options: {
-    requests: { type: "string", default: "48" },
+    requests: { type: "string", default: "24" },
     rounds: { type: "string", default: "3" },
-    arrivals: { type: "string", default: "120" },
+    arrivals: { type: "string", default: "80" },
     threads: { type: "string" },
   },
 });
@@ -38,7 +38,7 @@ const random = () => {
 };
 const pick = <T>(list: readonly T[]): T => list[Math.floor(random() * list.length)]!;
 const captions = ["a red circle", "a large blue square", "a small green triangle", "a yellow star above a red circle"];
-const sizes = [32, 64];
+const sizes = [64, 128];
 const mixed = (seed: number): GenerateOptions => {
   const size = pick(sizes);
   const schedule = pick([
@@ -259,7 +259,7 @@ await report(
 
 \`npm run bench:concurrency -- --requests ${requests} --rounds ${rounds} --arrivals ${arrivals}${threads ? ` --threads ${threads}` : ""}\` on ${machineLine()}
 
-The embedded model at 32 and 64 px, four schedules, four guidance scales, mixed. "In turn" serves the same requests one after
+The embedded model at 64 and 128 px, four schedules, four guidance scales, mixed. "In turn" serves the same requests one after
 another, waiting included. Ratios are of passes over the same requests, next to each other in time (median, least to greatest).
 
 ${closedTable}

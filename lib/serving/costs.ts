@@ -26,13 +26,13 @@ const observationsNeeded = 5;
 const observationsKept = 25;
 
 /** Weight of one launch in the drift, and bounds of what one launch may say: one that was interrupted says little. */
-const driftWeight = 0.05;
+const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
 
 export class CostTable {
   readonly #entries = new Map<string, Map<number, CostEntry>>();
   readonly #observed = new Map<string, number[]>();
-  #logDrift = 0;
+  #drift = 1;
   #version = 0;
 
   constructor(entries: Iterable<CostEntry> = []) {
@@ -65,7 +65,7 @@ export class CostTable {
 
   /** How much slower launches are now than when they were measured. */
   get drift(): number {
-    return Math.exp(this.#logDrift);
+    return this.#drift;
   }
 
   /**
@@ -89,7 +89,8 @@ export class CostTable {
     if (known) {
       const [low, high] = driftBounds;
       const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
-      this.#logDrift += driftWeight * (Math.log(ratio) - this.#logDrift);
+      // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
+      this.#drift += driftWeight * (ratio - this.#drift);
       return;
     }
     const key = `${keyOf(graph, size)} x ${batch}`;

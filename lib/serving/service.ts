@@ -13,7 +13,7 @@ import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
 import type { Tensor } from "../tensor.js";
 import { Admission } from "./admission.js";
 import { type CostEntry, CostTable, entryOf } from "./costs.js";
-import { chooseRung, limitFor } from "./deadline.js";
+import { chooseRung, limitFor, Margin } from "./deadline.js";
 import { Dispatcher } from "./dispatcher.js";
 import { type MeasureOptions, measure, type Sample, type Subject, samplesOf, subjectsOf } from "./measure.js";
 import type { GraphShapes } from "./rows.js";
@@ -96,7 +96,10 @@ export interface Admitted {
 }
 
 interface Accepted {
+  /** Its deadline is somewhat before the one that was promised: that is what everybody works towards. */
   readonly claim: Claim;
+  /** Moment that was promised. */
+  readonly promised: number | null;
   /** Milliseconds that its work takes when it has the device to itself. */
   cost: number;
   /** Its launches in units of their cost for one row, and how many of them are done. */
@@ -117,6 +120,7 @@ export class Service {
   readonly #admission: Admission;
   readonly #dispatcher: Dispatcher;
   readonly #accepted = new Set<Accepted>();
+  readonly #margin = new Margin();
   readonly #specs = new WeakMap<Program, readonly RowLaunch[]>();
   readonly #hostTimes = new Map<string, number[]>();
   /** Launches that have been asked for and whose costs are not all known. */
@@ -173,7 +177,8 @@ export class Service {
     const { arrival, pictures, signal, deadlineMs } = order;
     if (deadlineMs !== null) await this.#learn(rungs, order);
     signal?.throwIfAborted();
-    const deadline = deadlineMs === null ? null : arrival + deadlineMs;
+    const promised = deadlineMs === null ? null : arrival + deadlineMs;
+    const deadline = deadlineMs === null ? null : arrival + deadlineMs / this.#margin.value;
     const claim: Claim = { priority: order.priority, deadline, arrival, sequence: this.#sequence++ };
     this.#refuseIfFull(pictures);
     const chosen = this.#choose(claim, order, rungs);
@@ -184,6 +189,7 @@ export class Service {
 
     const accepted: Accepted = {
       claim,
+      promised,
       ...this.#workOf(rungs[chosen.rung]!, order),
       done: 0,
       launched: 0,
@@ -215,7 +221,9 @@ export class Service {
       throw error;
     } finally {
       const now = performance.now();
-      this.#stats.ended(ending, now - arrival, deadline !== null && now > deadline);
+      const isLate = promised !== null && now > promised;
+      this.#stats.ended(ending, now - arrival, isLate);
+      if (promised !== null && ending === "completed") this.#margin.observe(isLate);
       this.#accepted.delete(accepted);
       leave();
       this.#rest();
@@ -283,15 +291,16 @@ export class Service {
       const milliseconds = finish.isHarmless ? finish.own : finish.all;
       return { blocks: rung.blocks, own, milliseconds: elapsed + milliseconds };
     });
-    const choice = chooseRung(predictions, deadlineMs!);
+    const margin = this.#margin.value;
+    const choice = chooseRung(predictions, deadlineMs!, margin);
     if (choice) {
       const { milliseconds } = predictions[choice.index]!;
       return { rung: choice.index, reason: choice.reason, predictedMs: milliseconds };
     }
     this.#stats.refused();
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
-    const bestMs = limitFor(best.milliseconds);
-    const aloneMs = limitFor(Math.min(...predictions.map(({ own }) => own)));
+    const bestMs = limitFor(best.milliseconds, margin);
+    const aloneMs = limitFor(Math.min(...predictions.map(({ own }) => own)), margin);
     const isBusy = aloneMs <= deadlineMs!;
     const retryAfterMs = isBusy ? Math.max(1, Math.ceil(bestMs - deadlineMs!)) : null;
     throw new DeadlineError(
@@ -310,7 +319,7 @@ export class Service {
     const { claim } = accepted;
     if (claim.deadline === null || chosen.rung === rungs.length - 1) return chosen;
     const now = performance.now();
-    const left = claim.deadline - now;
+    const left = accepted.promised! - now;
     const others = [...this.#accepted].filter((other) => other !== accepted);
     const fits = (rung: Rung) => this.#finish(claim, this.#millisecondsOf(rung, order) ?? 0, now, others).own <= left;
     if (fits(rungs[chosen.rung]!)) return chosen;
@@ -329,19 +338,26 @@ export class Service {
    * @returns `own` for the newcomer, `all` for when everybody is done, and whether nobody comes late for its sake
    */
   #finish(claim: Claim, own: number, now: number, others: Iterable<Accepted> = this.#accepted) {
-    const line = [...others].map((other) => ({ claim: other.claim, milliseconds: this.#left(other), isNew: false }));
-    line.push({ claim, milliseconds: own, isNew: true });
+    interface Place {
+      readonly claim: Claim;
+      readonly promised: number | null;
+      readonly milliseconds: number;
+      readonly isNew: boolean;
+    }
+    const line = [...others].map((other): Place => {
+      return { claim: other.claim, promised: other.promised, milliseconds: this.#left(other), isNew: false };
+    });
+    line.push({ claim, promised: null, milliseconds: own, isNew: true });
     line.sort((a, b) => compareClaims(a.claim, b.claim, now));
     let at = 0;
     let done = 0;
     let isHarmless = true;
-    for (const { claim, milliseconds, isNew } of line) {
+    for (const { claim, promised, milliseconds, isNew } of line) {
       at += milliseconds;
       if (isNew) done = at;
-      else if (done > 0 && claim.deadline !== null) {
-        const left = claim.deadline - now;
-        if (limitFor(at) > left && limitFor(at - own) <= left) isHarmless = false;
-      }
+      // Who is late already, or has used up the room that was left free, is not made later.
+      else if (done > 0 && promised !== null && now + at > claim.deadline! && now + at - own <= promised)
+        isHarmless = false;
     }
     return { own: done, all: at, isHarmless };
   }
