@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { parseBlocks } from "../../lib/schedule/index.js";
-import { chooseRung, defaultLadder, limitFor } from "../../lib/serving/deadline.js";
+import { chooseRung, deadlineMargin, defaultLadder, limitFor, Margin } from "../../lib/serving/deadline.js";
 
 describe("defaultLadder", () => {
   it("goes from many evaluations of the predictor to few", () => {
@@ -58,5 +58,40 @@ describe("chooseRung", () => {
         expect(chooseRung([{ blocks: "H1", milliseconds }], limitFor(milliseconds))).not.toBeNull();
       }),
     );
+  });
+});
+
+describe("Margin", () => {
+  it("is the usual one where promises are kept", () => {
+    const margin = new Margin();
+    for (let i = 0; i < 1000; i++) margin.observe(false);
+    expect(margin.value).toBe(deadlineMargin);
+  });
+
+  it("grows with promises that are broken, within bounds", () => {
+    const margin = new Margin();
+    margin.observe(true);
+    expect(margin.value).toBeGreaterThan(deadlineMargin);
+    for (let i = 0; i < 1000; i++) margin.observe(true);
+    expect(margin.value).toBeLessThan(3);
+  });
+
+  it("comes to where 95 % are kept, on a machine whose times vary more than the usual margin allows", () => {
+    const margin = new Margin();
+    let late = 0;
+    let state = 1;
+    const random = () => {
+      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+      return (state + 0.5) / 2 ** 32;
+    };
+    for (let i = 0; i < 4000; i++) {
+      // Real over predicted time: log-normal, 95 % below 1.64.
+      const ratio = Math.exp(0.3 * Math.sqrt(-2 * Math.log(random())) * Math.cos(2 * Math.PI * random()));
+      const isLate = ratio > margin.value;
+      if (i >= 200 && isLate) late++;
+      margin.observe(isLate);
+    }
+    expect(late / 3800).toBeLessThan(0.05);
+    expect(late / 3800).toBeGreaterThan(0.01);
   });
 });
