@@ -95,6 +95,8 @@ export interface Admitted {
   run(job: Job): Promise<Record<string, Tensor>[]>;
 }
 
+type Choice = Pick<Admitted, "rung" | "reason" | "predictedMs">;
+
 interface Accepted {
   /** Its deadline is somewhat before the one that was promised: that is what everybody works towards. */
   readonly claim: Claim;
@@ -175,8 +177,11 @@ export class Service {
    */
   async serve<T>(order: Order, rungs: readonly Rung[], draw: (admitted: Admitted) => Promise<T>): Promise<T> {
     const { arrival, pictures, signal, deadlineMs } = order;
-    if (deadlineMs !== null) await this.#learn(rungs, order);
-    signal?.throwIfAborted();
+    if (deadlineMs !== null) {
+      this.#refuseIfFull(pictures);
+      await this.#learn(rungs, order);
+      signal?.throwIfAborted();
+    }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
     const deadline = deadlineMs === null ? null : arrival + deadlineMs / this.#margin.value;
     const claim: Claim = { priority: order.priority, deadline, arrival, sequence: this.#sequence++ };
@@ -204,11 +209,8 @@ export class Service {
       leave = await this.#admission.enter(claim, pictures, signal);
       const queuedMs = performance.now() - arrival;
       this.#stats.started(queuedMs);
-      const { rung, reason } = this.#chooseAgain(accepted, chosen, order, rungs);
       const result = await draw({
-        rung,
-        reason,
-        predictedMs: chosen.predictedMs,
+        ...this.#chooseAgain(accepted, chosen, order, rungs),
         queuedMs,
         run: (job) => this.#run(job, accepted, order),
       });
@@ -276,7 +278,7 @@ export class Service {
     );
   }
 
-  #choose(claim: Claim, order: Order, rungs: readonly Rung[]): Pick<Admitted, "rung" | "reason" | "predictedMs"> {
+  #choose(claim: Claim, order: Order, rungs: readonly Rung[]): Choice {
     const { deadlineMs, arrival } = order;
     const now = performance.now();
     const elapsed = now - arrival;
@@ -299,29 +301,31 @@ export class Service {
     }
     this.#stats.refused();
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
-    const bestMs = limitFor(best.milliseconds, margin);
+    // For a call that is made now: what it took to measure is not needed again.
+    const bestMs = limitFor(best.milliseconds - elapsed, margin);
     const aloneMs = limitFor(Math.min(...predictions.map(({ own }) => own)), margin);
-    const isBusy = aloneMs <= deadlineMs!;
-    const retryAfterMs = isBusy ? Math.max(1, Math.ceil(bestMs - deadlineMs!)) : null;
+    const limit = `${Math.round(deadlineMs!)} ms`;
+    const retryAfterMs = aloneMs <= deadlineMs! ? Math.max(1, Math.ceil(bestMs - deadlineMs!)) : null;
+    const why =
+      retryAfterMs === null
+        ? ""
+        : bestMs <= deadlineMs!
+          ? `, but ${Math.round(elapsed)} ms went into measuring what it would take. Try again`
+          : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     throw new DeadlineError(
-      `No schedule of ${rungs.length === 1 ? "one" : rungs.length} is done in ${Math.round(deadlineMs!)} ms: the best possible time is ${bestMs} ms, with ${best.blocks}${isBusy ? `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms` : ""}.`,
+      `No schedule of ${rungs.length === 1 ? "one" : rungs.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.blocks}${why}.`,
       { deadlineMs: deadlineMs!, bestMs, blocks: best.blocks, retryAfterMs },
     );
   }
 
   /** When its turn has come: a poorer schedule, if the wait has been longer than was expected. */
-  #chooseAgain(
-    accepted: Accepted,
-    chosen: Pick<Admitted, "rung" | "reason">,
-    order: Order,
-    rungs: readonly Rung[],
-  ): Pick<Admitted, "rung" | "reason"> {
-    const { claim } = accepted;
-    if (claim.deadline === null || chosen.rung === rungs.length - 1) return chosen;
+  #chooseAgain(accepted: Accepted, chosen: Choice, order: Order, rungs: readonly Rung[]): Choice {
+    const { claim, promised } = accepted;
+    if (promised === null || chosen.rung === rungs.length - 1) return chosen;
     const now = performance.now();
-    const left = accepted.promised! - now;
     const others = [...this.#accepted].filter((other) => other !== accepted);
-    const fits = (rung: Rung) => this.#finish(claim, this.#millisecondsOf(rung, order) ?? 0, now, others).own <= left;
+    const finish = (rung: Rung) => this.#finish(claim, this.#millisecondsOf(rung, order) ?? 0, now, others).own;
+    const fits = (rung: Rung) => now + finish(rung) <= promised;
     if (fits(rungs[chosen.rung]!)) return chosen;
     let rung = rungs.findIndex((rung, index) => index > chosen.rung && fits(rung));
     if (rung < 0) rung = rungs.length - 1;
@@ -330,6 +334,7 @@ export class Service {
     return {
       rung,
       reason: `${blocks}, since the wait was longer than predicted and ${rungs[chosen.rung]!.blocks} would have come late.`,
+      predictedMs: now - order.arrival + finish(rungs[rung]!),
     };
   }
 

@@ -167,6 +167,15 @@ describe("a time limit", () => {
   });
 });
 
+it("a time limit that went into measuring is refused with the time that is possible now", async () => {
+  const { service } = open({ known: false });
+  const error = (await ask(service, { blocks: "H1", deadlineMs: 60 }).catch((reason) => reason)) as DeadlineError;
+  expect(error).toBeInstanceOf(DeadlineError);
+  expect(error).toMatchObject({ bestMs: 55, retryAfterMs: 1 });
+  expect(error.message).toMatch(/\d+ ms went into measuring what it would take\. Try again\.$/);
+  expect((await ask(service, { blocks: "H1", deadlineMs: 60 })).actualMs).toBe(50);
+});
+
 describe("open-loop arrivals", () => {
   const schedules = ["H1P7R2", "H1P3R1", "H1P1R1", "E8"];
   /** Milliseconds of the device for one request, alone. */
