@@ -4,7 +4,7 @@
  * same requests. Open loop: requests arrive at random (Poisson) at 0.5, 0.8 and 1.2 of the capacity that the closed loop has
  * shown, each with a time limit; what cannot be in time is refused. Writes bench/results/concurrency.{json,md,svg}.
  *
- *   npm run bench:concurrency [-- --requests 24 --rounds 3 --arrivals 80 --threads 1]
+ *   npm run bench:concurrency [-- --requests 16 --rounds 7 --arrivals 80 --threads 1]
  */
 
 import { writeFile } from "node:fs/promises";
@@ -17,8 +17,8 @@ import { format, machineLine, ratios, report, resultsFolder, spread } from "./su
 
 const { values: flags } = parseArgs({
   options: {
-    requests: { type: "string", default: "24" },
-    rounds: { type: "string", default: "3" },
+    requests: { type: "string", default: "16" },
+    rounds: { type: "string", default: "7" },
     arrivals: { type: "string", default: "80" },
     threads: { type: "string" },
   },
