@@ -271,7 +271,8 @@ export class FlowTurbo implements AsyncDisposable {
 
     // 3. The runtime.
     onProgress?.({ phase: "runtime", done: 2, total: 3 });
-    const runtime = new OnnxRuntime({ weights: resolveWeights(weights, bytes), threads, logger });
+    const widening = resolveWeights(weights, bytes);
+    const runtime = new OnnxRuntime({ weights: widening, threads, logger });
     let version: string;
     try {
       ({ version } = await runtime.start());
@@ -285,7 +286,7 @@ export class FlowTurbo implements AsyncDisposable {
     const choice: RuntimeChoice = { name: runtime.name, passedOver };
 
     // 4. What launches cost, if it has been measured before.
-    const settings = { version, threads: threads ?? null, weights: resolveWeights(weights, bytes) };
+    const settings = { version, threads: threads ?? null, weights: widening };
     const subject = costSubject(graphs, { name: runtime.name, ...settings });
     const store = new CostStore(costKey(subject), checked.cache);
     const serving: Serving = {
@@ -359,7 +360,12 @@ export class FlowTurbo implements AsyncDisposable {
       );
       const plans = requests.map((request) => this.#plan(checkOptions(generateSchema, request, "profile()")));
       const text = this.#prompts.program("", plans[0]!.sequenceLength).program;
-      const samples = samplesOf([text, ...plans.map((plan) => this.#sketch(plan))]);
+      const encoders = plans.map(({ stages }) => {
+        const { width, height, latentShape } = stages[0]!;
+        const image = placeholder(1, this.#checkpoint.vae.config.inChannels, height, width);
+        return encodeProgram(image, latentShape, "vae_encoder" satisfies GraphName);
+      });
+      const samples = samplesOf([text, ...plans.map((plan) => this.#sketch(plan)), ...encoders]);
       const report = (done: number, total: number) => onProgress?.({ done, total });
       await this.#service.profile(samples, [...new Set(batches)], { rounds, signal, onProgress: report });
       // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.

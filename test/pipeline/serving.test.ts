@@ -95,7 +95,7 @@ describe("costs", () => {
     expect(progress[0]).toBe(0);
     expect(progress.at(-1)).toBe(1);
     const graphs = new Set(costs.entries.map(({ graph }) => graph));
-    for (const graph of ["clip_l", "clip_g", "t5", "predict", "refine", "vae_decoder", "host"])
+    for (const graph of ["clip_l", "clip_g", "t5", "predict", "refine", "vae_encoder", "vae_decoder", "host"])
       expect(graphs).toContain(graph);
     const step = (batch: number) =>
       costs.entries.find((entry) => entry.graph === "predict" && entry.size === "32x32" && entry.batch === batch)!;
