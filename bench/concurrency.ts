@@ -271,6 +271,7 @@ Random arrivals, each with a limit of ${deadlineMs} ms; the load is relative to 
 ${openTable}
 
 Predicted against real time, on the model without other requests: off by ${percent(idle.median)} at the median and ${percent(idle.p90)} at the 90th percentile.
+Other programs take the processor at times here: predictions and limits are to be read with the spread of the ratios above.
 `,
 );
 console.log(`${closedTable}\n\n${openTable}\n\npredictions alone: ${JSON.stringify(idle)}`);
