@@ -86,7 +86,7 @@ function freshPrompt(): string {
   return `a ${a} circle above a ${b} square on a ${ground} background`;
 }
 
-const guidance = 3;
+const guidance = 2;
 const peer = await peerPython();
 const missing: string[] = [];
 if ("missing" in peer) missing.push(`Not measured, all peers: ${peer.missing}.`);

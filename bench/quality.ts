@@ -6,7 +6,7 @@
  * bench/.work/quality: a run that was stopped goes on, and `--part 1/4` does a quarter of the shards, so that several
  * machines or processes can share the work (copy the folders together, then run without `--part`).
  *
- *   npm run bench:quality -- [--quick] [--captions 1000] [--guidance 3] [--size 64] [--part 1/4] [--only H1P]
+ *   npm run bench:quality -- [--quick] [--captions 1000] [--guidance 2] [--size 64] [--part 1/4] [--only H1P]
  */
 
 import { createHash } from "node:crypto";
@@ -28,7 +28,7 @@ const { values: flags } = parseArgs({
   options: {
     quick: { type: "boolean", default: false },
     captions: { type: "string" },
-    guidance: { type: "string", default: "3" },
+    guidance: { type: "string", default: "2" },
     size: { type: "string" },
     part: { type: "string", default: "1/1" },
     only: { type: "string" },
@@ -425,7 +425,18 @@ const plots = (
 );
 
 const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
-await report(name, { captions: count, size, guidance, modelShift, tuned: [...tuned], floor, findings, rows });
+const equalQuality = ours ? [{ schedule: ours.name }] : [];
+await report(name, {
+  captions: count,
+  size,
+  guidance,
+  modelShift,
+  tuned: [...tuned],
+  floor,
+  findings,
+  equalQuality,
+  rows,
+});
 const lines = [
   "# Quality against cost",
   "",

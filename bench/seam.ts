@@ -55,11 +55,11 @@ const seams: Record<string, number[]> = {
 const gallery: RgbPicture[][] = [];
 for (let k = 0; k < count; k++) {
   const prompt = captions[k % captions.length]!;
-  const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 3 })).images[0]!;
+  const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 2 })).images[0]!;
   seams.original!.push(seam(original));
   const row: RgbPicture[] = [original, mask];
   for (const [way, blocks] of Object.entries(ways)) {
-    const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 3 };
+    const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 2 };
     const painted = (await model.generate({ prompt, blocks, seed: 500 + k, ...edit })).images[0]!;
     seams[way]!.push(seam(painted));
     row.push(painted);

@@ -4,7 +4,7 @@
  * blocks at the native size, where a step is cheap, and the rest at the target; σ_j says how far the enlarged picture is
  * noised again. Writes bench/results/stages.{json,md,svg}.
  *
- *   npm run bench:stages [-- --captions 96 --batch 8 --guidance 3]
+ *   npm run bench:stages [-- --captions 96 --batch 8 --guidance 2]
  */
 
 import { writeFile } from "node:fs/promises";
@@ -21,7 +21,7 @@ const { values } = parseArgs({
   options: {
     captions: { type: "string", default: "96" },
     batch: { type: "string", default: "8" },
-    guidance: { type: "string", default: "3" },
+    guidance: { type: "string", default: "2" },
   },
 });
 const [captions, batch, guidanceScale] = [values.captions, values.batch, values.guidance].map(Number) as [

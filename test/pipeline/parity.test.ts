@@ -60,6 +60,7 @@ it("draws the embedded model's reference pictures", async () => {
       "an orange square right of a small black circle on a yellow background",
     ],
     blocks: "HPPPPPRR",
+    guidanceScale: 2,
     seed: 100,
   });
   expect(relativeError(result.latents, reference.latents!)).toBeLessThan(5e-5);

@@ -290,7 +290,7 @@ describe("stages", () => {
     const one = await shapes.generate({ prompt: "a red circle", stages, seed: 17 });
     const row = { ...one.pixels, data: many.pixels.data.slice(17 * one.pixels.data.length) } as FloatTensor;
     expect(relativeError(row, one.pixels)).toBeLessThan(1e-5);
-  });
+  }, 180_000);
 
   it("take part in editing: the mask holds at every size", async () => {
     const image = await drawn("a large red square", 1);
