@@ -15,7 +15,7 @@ import { openWeights, readTransformerConfig } from "../lib/checkpoint/index.js";
 import { emitStep, mmditWidth } from "../lib/networks/index.js";
 import { EngineCompiler } from "../lib/runtimes/tensorrt/compile.js";
 import { randomMedium } from "./random-checkpoint.js";
-import { report, root } from "./support.js";
+import { machineLine, report, root, table } from "./support.js";
 
 const side = 1024 / 8;
 const tokens = 77 + 256;
@@ -104,5 +104,24 @@ if (child !== undefined) {
   }
   const ratio = builds[1]!.planBytes / builds[0]!.planBytes;
   console.log(`two profiles: ${ratio.toFixed(3)} × one`);
-  await report("build", { weightBytes: bytes, bars: { ratio: 1.1 }, ratio, builds });
+  const page = [
+    "# The engine of SD3.5-medium's predictor at full width",
+    "",
+    `24 layers, ${gigabytes(bytes)} of random bfloat16 weights, 1024 × 1024, guided, for targets 8.6, 8.9 and 12.0, built without a GPU by TensorRT-RTX ${builds[0]!.version}. Bar: two profiles at most 1.10 × the plan of one. \`npm run bench:build\` (15 GB of memory and of disk).`,
+    "",
+    table([
+      ["batches", "build, s", "plan", "peak", "of it anonymous", "attentions fused"],
+      ...builds.map((one) => [
+        one.batches.join(", "),
+        one.seconds.toFixed(0),
+        ...[one.planBytes, one.peakBytes, one.peakAnonymousBytes].map(gigabytes),
+        `${one.fusedAttentions} of ${one.attentions}`,
+      ]),
+    ]),
+    "",
+    `Two profiles: ${ratio.toFixed(3)} × one.`,
+    "",
+    machineLine(),
+  ];
+  await report("build", { weightBytes: bytes, bars: { ratio: 1.1 }, ratio, builds }, page.join("\n"));
 }

@@ -9,7 +9,7 @@ import { spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
-import { format, paired, report, root, spread } from "./support.js";
+import { format, machineLine, paired, report, root, spread, table } from "./support.js";
 
 const rounds = Number(process.argv[2] ?? 9);
 const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-cold-start-"));
@@ -43,8 +43,17 @@ const times = await paired(
 );
 rmSync(folder, { recursive: true });
 
-const table = Object.fromEntries(
+const parted = Object.fromEntries(
   Object.entries({ ...times, ...parts }).map(([name, values]) => [name, spread(values)]),
 );
-for (const [name, value] of Object.entries(table)) console.log(`${name.padEnd(8)} ${format(value, 0)} ms`);
-await report("cold-start", { milliseconds: table });
+for (const [name, value] of Object.entries(parted)) console.log(`${name.padEnd(8)} ${format(value, 0)} ms`);
+const page = [
+  "# From process start to PNG",
+  "",
+  `\`flowturbo generate\` on the embedded model at its defaults, median and range of ${rounds} rounds, beside an empty Node process. \`npm run bench:cold-start\`.`,
+  "",
+  table([["part", "ms"], ...Object.entries(parted).map(([name, value]) => [name, format(value, 0)])]),
+  "",
+  machineLine(),
+];
+await report("cold-start", { milliseconds: parted }, page.join("\n"));

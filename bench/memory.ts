@@ -9,13 +9,13 @@
 import { spawn } from "node:child_process";
 import path from "node:path";
 import { randomCheckpoint } from "./random-checkpoint.js";
-import { report, residentBytes, root } from "./support.js";
+import { machineLine, report, residentBytes, root, table } from "./support.js";
 
 const { folder, bytes } = await randomCheckpoint(6);
 const gigabytes = (value: number) => `${(value / 1e9).toFixed(2)} GB`;
 console.log(`transformer: ${gigabytes(bytes)} of bfloat16`);
 
-const results: Record<string, unknown> = {};
+const results: Record<string, { peakBytes: number; ratio: number; milliseconds: unknown }> = {};
 for (const weights of ["lazy", "folded"]) {
   const args = ["generate", "x", "--model", folder, "--weights", weights, "--sampler", "euler", "--steps", "1"];
   const out = ["--width", "256", "--height", "256", "--seed", "1", "--json", "--out", path.join(folder, "out.png")];
@@ -38,4 +38,16 @@ for (const weights of ["lazy", "folded"]) {
   console.log(`${weights}: peak ${gigabytes(peak)}, ${ratio.toFixed(2)} × the file`);
   results[weights] = { peakBytes: peak, ratio, milliseconds };
 }
-await report("memory", { fileBytes: bytes, bar: { lazy: 2.2 }, weights: results });
+const page = [
+  "# Peak memory with 16-bit weights",
+  "",
+  `One 256 × 256 Euler step of a model with ${gigabytes(bytes)} of bfloat16 transformer weights; resident sizes of all processes together. Bar for \`lazy\`: 2.2 × the file. \`npm run bench:memory\`.`,
+  "",
+  table([
+    ["weights", "peak", "× the file"],
+    ...Object.entries(results).map(([name, { peakBytes, ratio }]) => [name, gigabytes(peakBytes), ratio.toFixed(2)]),
+  ]),
+  "",
+  machineLine(),
+];
+await report("memory", { fileBytes: bytes, bar: { lazy: 2.2 }, weights: results }, page.join("\n"));

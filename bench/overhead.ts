@@ -12,7 +12,7 @@ import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { GraphLibrary } from "../lib/graphs.js";
 import { embeddedModel } from "../lib/pipeline.js";
-import { format, paired, ratios, report, spread } from "./support.js";
+import { format, machineLine, paired, ratios, report, type Spread, spread, table } from "./support.js";
 
 const rounds = Number(process.argv[2] ?? 15);
 const steps = 20;
@@ -25,7 +25,7 @@ const session = await ort.InferenceSession.create(graphs.get("predict").bytes, {
   extra: { session: { model_external_initializers_file_folder_path: "/" } },
 });
 
-const results: Record<string, unknown> = {};
+const results: Record<string, { pipeline: Spread; direct: Spread; ratio: Spread }> = {};
 for (const size of [64, 128, 256]) {
   const side = size / checkpoint.vae.config.factor;
   const tensor = (...shape: number[]) =>
@@ -70,4 +70,19 @@ for (const size of [64, 128, 256]) {
   );
   results[size] = { pipeline: spread(times.pipeline!), direct: spread(times.direct!), ratio };
 }
-await report("overhead", { steps, bar: 1.05, sizes: results });
+const page = [
+  "# What the pipeline adds to the sessions that it runs",
+  "",
+  `${steps} Euler steps through \`generate\` against the same session runs called directly, ${rounds} paired rounds. Bar: 1.05. \`npm run bench:overhead\`.`,
+  "",
+  table([
+    ["pixels", "ratio", "pipeline, ms", "direct, ms"],
+    ...Object.entries(results).map(([size, { pipeline, direct, ratio }]) => [
+      `${size} × ${size}`,
+      ...[format(ratio, 3), format(pipeline, 0), format(direct, 0)],
+    ]),
+  ]),
+  "",
+  machineLine(),
+];
+await report("overhead", { steps, bar: 1.05, sizes: results }, page.join("\n"));

@@ -425,7 +425,18 @@ const plots = (
 );
 
 const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
-await report(name, { captions: count, size, guidance, modelShift, tuned: [...tuned], floor, findings, rows });
+const equalQuality = ours ? [{ schedule: ours.name }] : [];
+await report(name, {
+  captions: count,
+  size,
+  guidance,
+  modelShift,
+  tuned: [...tuned],
+  floor,
+  findings,
+  equalQuality,
+  rows,
+});
 const lines = [
   "# Quality against cost",
   "",

@@ -20,9 +20,12 @@ const heads = 24;
 const headDim = 64;
 const width = heads * headDim;
 
-/** @param layers 6 layers are 0.99 GB */
-export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint> {
-  const folder = path.join(root, "bench/.work", `medium-width-${layers}`);
+/**
+ * @param layers 6 layers are 0.99 GB
+ * @param dual whether every layer has a second attention, as the first 13 of SD3.5-medium do
+ */
+export async function randomCheckpoint(layers: number, dual = false): Promise<RandomCheckpoint> {
+  const folder = path.join(root, "bench/.work", `medium-width-${layers}${dual ? "-dual" : ""}`);
   const fixture = path.join(root, "test/fixtures/medium/model");
   const config = JSON.parse(readFileSync(path.join(fixture, "transformer/config.json"), "utf8"));
   Object.assign(config, {
@@ -30,7 +33,7 @@ export async function randomCheckpoint(layers: number): Promise<RandomCheckpoint
     num_attention_heads: heads,
     attention_head_dim: headDim,
     caption_projection_dim: width,
-    dual_attention_layers: [],
+    dual_attention_layers: dual ? Array.from({ length: layers }, (_, layer) => layer) : [],
     pos_embed_max_size: 96,
   });
   return writeOnce(folder, config, () => {

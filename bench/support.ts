@@ -103,13 +103,38 @@ function gitCommit(): string {
   }
 }
 
-/** Writes bench/results/<name>.json and prints where. */
-export async function report(name: string, results: Record<string, unknown>): Promise<void> {
-  const folder = path.join(root, "bench/results");
-  await mkdir(folder, { recursive: true });
-  const file = path.join(folder, `${name}.json`);
+export const resultsFolder = path.join(root, "bench/results");
+
+/** Writes bench/results/<name>.json, and <name>.md where a page is given, and prints where. */
+export async function report(name: string, results: Record<string, unknown>, page?: string): Promise<void> {
+  await mkdir(resultsFolder, { recursive: true });
+  const file = path.join(resultsFolder, `${name}.json`);
   await writeFile(file, `${JSON.stringify({ benchmark: name, environment: environment(), ...results }, null, 2)}\n`);
-  console.log(`written to ${path.relative(root, file)}`);
+  if (page) await writeFile(path.join(resultsFolder, `${name}.md`), `${page.trim()}\n`);
+  console.log(`written to ${path.relative(root, file)}${page ? " and .md" : ""}`);
+}
+
+/** A Markdown table; the first row is its head. */
+export const table = (rows: readonly (readonly (string | number)[])[]): string =>
+  rows
+    .flatMap((row, index) => [row, ...(index ? [] : [row.map(() => "---")])])
+    .map((row) => `| ${row.join(" | ")} |`)
+    .join("\n");
+
+/** One line for the foot of a page: where it was measured, and with what. */
+export function machineLine(more: Record<string, string> = {}): string {
+  const { cpu, cores, memoryGiB, node, onnxruntime, commit } = environment() as Record<string, string>;
+  const versions = Object.entries(more).map(([name, version]) => `, ${name} ${version}`);
+  return `${cpu}, ${cores} cores, ${memoryGiB} GiB; Node ${node}, ONNX Runtime ${onnxruntime}${versions.join("")}; commit ${commit}.`;
+}
+
+/** Least squares through points: y = fixed + slope·x. */
+export function line(points: readonly (readonly [x: number, y: number])[]): { fixed: number; slope: number } {
+  const mean = (values: number[]) => values.reduce((a, b) => a + b, 0) / values.length;
+  const [mx, my] = [mean(points.map(([x]) => x)), mean(points.map(([, y]) => y))];
+  const slope =
+    points.reduce((sum, [x, y]) => sum + (x - mx) * (y - my), 0) / points.reduce((sum, [x]) => sum + (x - mx) ** 2, 0);
+  return { fixed: my - slope * mx, slope };
 }
 
 export const format = ({ median, min, max }: Spread, digits = 2): string =>

@@ -1,36 +1,36 @@
-// A minimal service: GET /?prompt=a+large+red+square answers with a PNG. One model, loaded once; a client that hangs up
-// frees its turn; a wrong option is the client's mistake (400), a full queue means "later" (503).
+// A minimal service: GET /?prompt=a+large+red+square answers with a PNG, &deadline=2000 within two seconds. One model,
+// loaded once, whose callers share launches; a client that hangs up frees its turn; a wrong option is the client's mistake
+// (400), a full queue or a deadline that cannot be met means "later" (503). GET /stats has the counters.
 //
 //   node examples/service.js [port] [checkpoint folder]
 import { createServer } from "node:http";
-import { FlowTurbo, FlowTurboError } from "flowturbo";
+import { DeadlineError, FlowTurbo, OptionError, QueueFullError } from "flowturbo";
 
 const [port = "8080", folder] = process.argv.slice(2);
-const model = await FlowTurbo.load(folder, { logger: console });
-const maxWaiting = 16;
-let waiting = 0;
+const model = await FlowTurbo.load(folder, { logger: console, maxQueue: 16 });
 
 const server = createServer(async (request, response) => {
-  const query = new URL(request.url, "http://localhost").searchParams;
-  if (waiting >= maxWaiting) return response.writeHead(503, { "retry-after": "5" }).end("The queue is full.\n");
+  const { pathname, searchParams: query } = new URL(request.url, "http://localhost");
+  if (pathname === "/stats") return response.end(`${JSON.stringify(model.stats())}\n`);
   const gone = new AbortController();
   response.on("close", () => gone.abort());
-  waiting++;
   try {
     const { images, seeds } = await model.generate({
       prompt: query.get("prompt") ?? "a large red square",
       ...(query.has("seed") && { seed: Number(query.get("seed")) }),
       ...(query.has("steps") && { steps: Number(query.get("steps")) }),
+      ...(query.has("deadline") && { deadlineMs: Number(query.get("deadline")) }),
       signal: gone.signal,
     });
     response.writeHead(200, { "content-type": "image/png", "x-seed": String(seeds[0]) });
     response.end(await images[0].toPNG());
   } catch (error) {
     if (gone.signal.aborted) return;
-    const status = error instanceof FlowTurboError && error.code === "ERR_FLOWTURBO_OPTION" ? 400 : 500;
-    response.writeHead(status, { "content-type": "text/plain; charset=utf-8" }).end(`${error.message}\n`);
-  } finally {
-    waiting--;
+    const isLater = error instanceof QueueFullError || error instanceof DeadlineError;
+    const status = isLater ? 503 : error instanceof OptionError ? 400 : 500;
+    const headers = { "content-type": "text/plain; charset=utf-8" };
+    if (isLater && error.retryAfterMs !== null) headers["retry-after"] = Math.ceil(error.retryAfterMs / 1000);
+    response.writeHead(status, headers).end(`${error.message}\n`);
   }
 });
 server.listen(Number(port), () => console.log(`listening on http://localhost:${server.address().port}`));

@@ -17,6 +17,8 @@ export type FlowTurboErrorCode =
   | "ERR_FLOWTURBO_LAUNCH"
   | "ERR_FLOWTURBO_DEVICE_LOST"
   | "ERR_FLOWTURBO_OUTPUT"
+  | "ERR_FLOWTURBO_DEADLINE"
+  | "ERR_FLOWTURBO_QUEUE_FULL"
   | "ERR_FLOWTURBO_DISPOSED";
 
 /** Base class: `instanceof FlowTurboError` holds for every error below. */
@@ -141,6 +143,41 @@ export class OutputError extends FlowTurboError {
   constructor(path: string, message: string, options?: ErrorOptions) {
     super("ERR_FLOWTURBO_OUTPUT", message, options);
     this.path = path;
+  }
+}
+
+/**
+ * No schedule would be done within the time limit; nothing was drawn. Milliseconds count from the call. What would have
+ * been possible is in `bestMs`, with the schedule that it takes; a limit of at least that much is accepted now.
+ */
+export class DeadlineError extends FlowTurboError {
+  readonly deadlineMs: number;
+  readonly bestMs: number;
+  /** The schedule that would take `bestMs`. */
+  readonly blocks: string;
+  /** If it is only for others' requests: when the same limit may be met, in milliseconds from now. Else null. */
+  readonly retryAfterMs: number | null;
+  constructor(
+    message: string,
+    found: { deadlineMs: number; bestMs: number; blocks: string; retryAfterMs: number | null },
+  ) {
+    super("ERR_FLOWTURBO_DEADLINE", message);
+    this.deadlineMs = found.deadlineMs;
+    this.bestMs = found.bestMs;
+    this.blocks = found.blocks;
+    this.retryAfterMs = found.retryAfterMs;
+  }
+}
+
+/** As many requests wait as may. One of them is expected to have left the queue in `retryAfterMs`. */
+export class QueueFullError extends FlowTurboError {
+  readonly retryAfterMs: number;
+  /** Requests that wait. */
+  readonly waiting: number;
+  constructor(message: string, waiting: number, retryAfterMs: number) {
+    super("ERR_FLOWTURBO_QUEUE_FULL", message);
+    this.waiting = waiting;
+    this.retryAfterMs = retryAfterMs;
   }
 }
 

@@ -187,9 +187,10 @@ async function decoded(
     return new Uint8Array(await prepared.raw({ depth: "uchar" }).toBuffer());
   } catch (cause) {
     if (cause instanceof OptionError) throw cause;
+    const detail = (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");
     throw new OptionError(
       option,
-      `Expected a picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${(cause as Error).message}.`,
+      `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${detail}.`,
       { cause },
     );
   }

@@ -4,6 +4,7 @@ export {
   CacheError,
   CheckpointError,
   CompileError,
+  DeadlineError,
   DisposedError,
   FlowTurboError,
   type FlowTurboErrorCode,
@@ -11,6 +12,7 @@ export {
   NotFiniteError,
   OptionError,
   OutputError,
+  QueueFullError,
   RuntimeDiedError,
   RuntimeError,
   RuntimeUnavailableError,
@@ -25,11 +27,15 @@ export type {
   Logger,
   Picture,
   PictureSource,
+  ProfileOptions,
+  ProfileProgress,
   RgbPicture,
   Stage,
   StepEvent,
 } from "./options.js";
 export {
+  type Costs,
+  type DeadlineResult,
   embeddedModel,
   FlowTurbo,
   type GenerateResult,
@@ -37,4 +43,6 @@ export {
   type StageResult,
   type Timings,
 } from "./pipeline.js";
+export type { CostEntry } from "./serving/costs.js";
+export type { Histogram, Stats } from "./serving/stats.js";
 export type { FloatTensor, IntTensor, Tensor } from "./tensor.js";

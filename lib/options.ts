@@ -109,7 +109,7 @@ const tensorrtFolder = described(text.min(1).optional(), {
 
 const cacheFolder = described(text.min(1).optional(), {
   flag: "--cache <folder>",
-  description: "folder of the cache of engines (default: flowturbo in the user's cache folder)",
+  description: "folder of the caches of engines and of costs (default: flowturbo in the user's cache folder)",
   expects: "the path of a folder",
 });
 
@@ -121,11 +121,6 @@ export const loadSchema = z.strictObject({
   }),
   tensorrtFolder,
   cache: cacheFolder,
-  capture: described(z.boolean().default(false), {
-    flag: "--capture",
-    description: "on a GPU: replay each program as one CUDA graph; least latency, but no stop between steps",
-    expects: "true or false",
-  }),
   keepTextEncoders: described(z.boolean().default(true), {
     flag: "--no-keep-text-encoders",
     description: "free the text encoders' memory after each use; they are loaded again for new prompts",
@@ -145,6 +140,28 @@ export const loadSchema = z.strictObject({
     flag: "--weights <mode>",
     description: "16-bit weights: lazy widens them at each use, folded once at load (faster, twice the memory)",
     expects: '"auto", "lazy" or "folded"',
+  }),
+  maxBatch: described(whole(1, 256).default(8), {
+    flag: "--max-batch <n>",
+    description: "at most so many pictures share a launch, of one request or of several",
+    expects: "a whole number from 1 to 256",
+  }),
+  maxWaitMs: described(z.number().min(0).max(60_000).default(20), {
+    description: "how long a launch that leaves the device half empty may wait for company that is on its way",
+    expects: "a number of milliseconds from 0 to 60000",
+  }),
+  pinBatch: described(whole(1, 256).optional(), {
+    flag: "--pin-batch <n>",
+    description: "pads every launch to so many pictures, so that no picture depends on its company in any bit",
+    expects: "a whole number from 1 to 256",
+  }),
+  maxQueue: described(whole(0, 1_000_000).default(64), {
+    description: "requests that may wait; more are refused",
+    expects: "a whole number of at least 0",
+  }),
+  measureCosts: described(z.boolean().default(true), {
+    description: "measures what launches cost while nobody asks for pictures, where it is not known yet",
+    expects: "true or false",
   }),
   logger: described(z.custom<Logger>((value) => typeof value === "object" && value !== null).optional(), {
     description: "receives warnings and notes; the library never prints",
@@ -249,9 +266,80 @@ export const generateSchema = z.strictObject({
     description: "tokens of the T5 encoder (default: 256, or what the tokenizer takes)",
     expects: "a whole number from 1 to 512",
   }),
+  deadlineMs: described(
+    z
+      .number()
+      .gt(0)
+      .max(2 ** 31)
+      .optional(),
+    {
+      flag: "--deadline <ms>",
+      description: "milliseconds from the call to the pictures; takes the richest schedule that fits, or refuses",
+      expects: "a positive number of milliseconds",
+    },
+  ),
+  ladder: described(z.array(text).min(1).max(64).optional(), {
+    description: "schedules to choose from with deadlineMs, the richest first (default: the model's)",
+    expects: 'an array of schedules such as ["H1P7R2", "H1P3R1"]',
+  }),
+  priority: described(z.int().min(-100).max(100).default(0), {
+    description: "who goes first: higher numbers, then earlier deadlines; waiting raises it",
+    expects: "a whole number from -100 to 100",
+  }),
+  pinBatch: described(whole(1, 256).optional(), {
+    description: "as the option of load(), for this call",
+    expects: "a whole number from 1 to 256",
+  }),
   signal: described(abortSignal.optional(), { description: "aborts between steps", expects: "an AbortSignal" }),
   onStep: described(callback<(event: StepEvent) => void>().optional(), {
     description: "called after each step",
+    expects: "a function",
+  }),
+});
+
+/** Sent while costs are measured: launches done, and how many there will be at most. */
+export interface ProfileProgress {
+  readonly done: number;
+  readonly total: number;
+}
+
+const pixels = whole(1, 65536);
+const sizes = z
+  .array(z.strictObject({ width: pixels, height: pixels }))
+  .min(1)
+  .optional();
+
+export const profileSchema = z.strictObject({
+  sizes: described(sizes, {
+    flag: "--sizes <list>",
+    description: "sizes of pictures as width x height, such as 1024x1024,832x1216 (default: the model's native size)",
+    expects: "sizes such as 1024x1024",
+  }),
+  batches: described(
+    z
+      .array(whole(1, 256))
+      .min(1)
+      .default(() => [1, 2, 4, 8]),
+    {
+      flag: "--batches <list>",
+      description: "pictures drawn at once, such as 1,2,4",
+      expects: "whole numbers from 1 to 256",
+    },
+  ),
+  guidance: described(z.enum(["on", "off", "both"]).default("on"), {
+    flag: "--guidance <mode>",
+    description: "steps with classifier-free guidance: on, off, both, or a scale as for generate",
+    expects: '"on", "off" or "both"',
+  }),
+  rounds: described(whole(1, 1000).default(9), {
+    flag: "--rounds <n>",
+    description: "timed runs of each launch",
+    expects: "a whole number from 1 to 1000",
+  }),
+  maxSequenceLength: generateSchema.shape.maxSequenceLength,
+  signal: described(abortSignal.optional(), { description: "aborts measuring", expects: "an AbortSignal" }),
+  onProgress: described(callback<(progress: ProfileProgress) => void>().optional(), {
+    description: "called as measuring proceeds",
     expects: "a function",
   }),
 });
@@ -270,8 +358,6 @@ export interface EngineProgress {
   readonly total: number;
 }
 
-const pixels = whole(1, 65536);
-
 export const compileSchema = z.strictObject({
   runtime: described(z.enum(["auto", "tensorrt", "tensorrt-rtx"]).default("auto"), {
     flag: "--runtime <name>",
@@ -280,17 +366,7 @@ export const compileSchema = z.strictObject({
   }),
   tensorrtFolder,
   variant: loadSchema.shape.variant,
-  sizes: described(
-    z
-      .array(z.strictObject({ width: pixels, height: pixels }))
-      .min(1)
-      .optional(),
-    {
-      flag: "--sizes <list>",
-      description: "sizes of pictures as width x height, such as 1024x1024,832x1216 (default: the model's native size)",
-      expects: "sizes such as 1024x1024",
-    },
-  ),
+  sizes: profileSchema.shape.sizes,
   batches: described(
     z
       .array(whole(1, 1024))
@@ -346,6 +422,7 @@ export const compileSchema = z.strictObject({
 });
 
 export type CompileEnginesOptions = z.input<typeof compileSchema>;
+export type ProfileOptions = z.input<typeof profileSchema>;
 export type LoadOptions = z.input<typeof loadSchema>;
 export type GenerateOptions = z.input<typeof generateSchema>;
 export type ResolvedLoadOptions = z.output<typeof loadSchema>;

@@ -6,12 +6,15 @@
 import { randomInt } from "node:crypto";
 import { fileURLToPath } from "node:url";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
+import { costSubject } from "./costs.js";
+import { encodeProgram, placeholder, rowOf, StepReporter, stacked } from "./drawing.js";
 import { DisposedError, FlowTurboError, OptionError } from "./errors.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "./graphs.js";
 import { Image, keepOriginal, type Mask, type Original, readMask, readOriginal, toRgb } from "./image.js";
 import { checkDeviceMemory } from "./memory.js";
 import { mmditWidth, positionTable } from "./networks/index.js";
 import { NoiseGenerator } from "./noise.js";
+import type { OnnxGraph } from "./onnx/index.js";
 import {
   checkOptions,
   type GenerateOptions,
@@ -19,14 +22,16 @@ import {
   type LoadOptions,
   type Logger,
   loadSchema,
+  type ProfileOptions,
+  profileSchema,
   type ResolvedGenerateOptions,
   type ResolvedLoadOptions,
 } from "./options.js";
 import { fitLatentColours, type LatentColours } from "./preview.js";
-import type { LaunchLabel, Program, StoredConstant } from "./program.js";
+import type { Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
-import type { LaunchReport, Runtime, RuntimeName } from "./runtimes/runtime.js";
+import type { Runtime, RuntimeName } from "./runtimes/runtime.js";
 import { chooseForRunning } from "./runtimes/tensorrt/choose.js";
 import { openTensorRt } from "./runtimes/tensorrt/open.js";
 import {
@@ -41,11 +46,18 @@ import {
   parseBlocks,
   planSteps,
   type Sampler,
+  type SamplingProgram,
   type SamplingStage,
   samplingProgram,
   shiftedGrid,
   skippedBlocks,
 } from "./schedule/index.js";
+import type { CostEntry } from "./serving/costs.js";
+import { defaultLadder } from "./serving/deadline.js";
+import { samplesOf } from "./serving/measure.js";
+import { type Admitted, type Demand, type Rung, Service, type ServiceOptions } from "./serving/service.js";
+import type { Stats } from "./serving/stats.js";
+import { CostStore, costKey } from "./serving/store.js";
 import { elementCount, type FloatTensor, float32 } from "./tensor.js";
 
 /** The model that comes with the package. */
@@ -64,8 +76,32 @@ export interface Timings {
   /** Encoding an original and keeping its known region. */
   readonly edit: number;
   readonly decode: number;
-  /** The whole call, waiting for earlier calls included. */
+  /** Waiting to be let in. */
+  readonly queue: number;
+  /** The whole call, waiting included. Launches that were shared count whole in the times above. */
   readonly total: number;
+}
+
+/** How a time limit was kept. Milliseconds count from the call. */
+export interface DeadlineResult {
+  readonly deadlineMs: number;
+  /** The schedule that was chosen, and why. */
+  readonly blocks: string;
+  readonly reason: string;
+  readonly predictedMs: number;
+  readonly actualMs: number;
+}
+
+/** What launches cost, as it is known now. */
+export interface Costs {
+  /** One for each (graph, size, batch); graph "host" is what is not in launches. */
+  readonly entries: readonly CostEntry[];
+  /** Where the table is kept. */
+  readonly file: string;
+  /** How much slower launches are now than the table says. */
+  readonly drift: number;
+  /** Milliseconds of a launch now, by the nearest batches that are known; null if nothing is known about it. */
+  estimate(graph: string, size: string, batch: number): number | null;
 }
 
 /** One size of a run, as it was run. */
@@ -97,6 +133,8 @@ export interface GenerateResult {
   /** Evaluations of the two networks for one picture (guidance doubles their rows, not their number). */
   readonly evaluations: Evaluations;
   readonly timings: Timings;
+  /** Null without a time limit. */
+  readonly deadline: DeadlineResult | null;
   /** What the caller should know, such as a prompt that was cut. */
   readonly warnings: readonly string[];
 }
@@ -142,10 +180,29 @@ interface Plan {
   readonly seeds: readonly number[];
 }
 
+/** What a model is made of. */
+interface Loaded {
+  readonly checkpoint: Checkpoint;
+  readonly graphs: GraphLibrary;
+  readonly runtime: Runtime;
+  readonly choice: RuntimeChoice;
+}
+
+/** What a model's service starts with. */
+interface Serving {
+  readonly store: CostStore;
+  readonly known: readonly CostEntry[];
+  readonly about: Readonly<Record<string, unknown>>;
+  readonly options: Pick<ServiceOptions, "maxBatch" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background">;
+}
+
 /** The original and the mask of an edit, for each stage. */
 type Edits = readonly { readonly original: Original; readonly mask: Mask | null }[];
 
-/** A loaded model. Calls made at the same time run one after another and are answered in order. */
+/**
+ * A loaded model. Calls made at the same time are served side by side: their launches are shared where that pays, and each
+ * is answered when it is done.
+ */
 export class FlowTurbo implements AsyncDisposable {
   /** Folder of the checkpoint. */
   readonly folder: string;
@@ -161,18 +218,21 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #logger: Logger;
   readonly #loadMilliseconds: number;
   readonly #keepTextEncoders: boolean;
-  #queue: Promise<unknown> = Promise.resolve();
+  readonly #service: Service;
+  readonly #store: CostStore;
+  readonly #ladder: readonly string[];
+  readonly #calls = new Set<Promise<unknown>>();
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
 
-  private constructor(loaded: Loaded, checked: ResolvedLoadOptions, start: number) {
+  private constructor(loaded: Loaded, serving: Serving, checked: ResolvedLoadOptions, start: number) {
     const { checkpoint, graphs, runtime, choice } = loaded;
+    const logger = checked.logger ?? {};
     this.#checkpoint = checkpoint;
     this.#graphs = graphs;
     this.#runtime = runtime;
-    // An engine has a profile for each number of rows, and texts come in any number: one at a time is always there.
-    this.#prompts = new PromptEncoder(checkpoint, runtime.name === "onnxruntime" ? undefined : 1);
-    this.#logger = checked.logger ?? {};
+    this.#prompts = new PromptEncoder(checkpoint);
+    this.#logger = logger;
     this.#keepTextEncoders = checked.keepTextEncoders;
     this.#loadMilliseconds = performance.now() - start;
     this.folder = checkpoint.folder;
@@ -180,6 +240,16 @@ export class FlowTurbo implements AsyncDisposable {
     this.hasRefiner = checkpoint.refiner !== null;
     const side = checkpoint.transformer.config.sampleSize * checkpoint.vae.config.factor;
     this.nativeSize = { width: side, height: side };
+    this.#store = serving.store;
+    this.#ladder = checkpoint.ladder?.filter((blocks) => this.hasRefiner || !blocks.includes("R")) ?? [];
+    if (this.#ladder.length === 0) this.#ladder = defaultLadder(this.hasRefiner);
+    this.#service = new Service(runtime, serving.known, {
+      ...serving.options,
+      store: serving.store,
+      about: serving.about,
+      graph: (name) => this.#graph(name),
+      onError: (error) => logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
+    });
   }
 
   /**
@@ -201,47 +271,161 @@ export class FlowTurbo implements AsyncDisposable {
     const checkpoint = await openCheckpoint(folder, { variant, signal });
 
     // 2. The graphs, which checks every weight's name, type and shape; 3. the runtime.
-    const loaded = await openRuntime(checkpoint, checked);
+    const { settings, ...opened } = await openRuntime(checkpoint, checked);
+    const loaded: Loaded = { checkpoint, ...opened };
+    const { graphs, runtime } = loaded;
     try {
       signal?.throwIfAborted();
     } catch (error) {
-      await loaded.runtime.dispose();
+      await runtime.dispose();
       throw error;
     }
     onProgress?.({ phase: "runtime", done: 3, total: 3 });
-    return new FlowTurbo({ checkpoint, ...loaded }, checked, start);
+
+    // 4. What launches cost, if it has been measured before.
+    const subject = costSubject(graphs, { name: runtime.name, ...settings });
+    const store = new CostStore(costKey(subject), checked.cache);
+    const serving: Serving = {
+      store,
+      known: await store.read(),
+      about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
+      options: {
+        maxBatch: checked.maxBatch,
+        maxWaitMs: checked.maxWaitMs,
+        pinBatch: checked.pinBatch ?? null,
+        maxQueue: checked.maxQueue,
+        // On a GPU a batch that no engine has yet is built first: not for the mere sake of measuring.
+        background: checked.measureCosts && runtime.name === "onnxruntime",
+      },
+    };
+    return new FlowTurbo(loaded, serving, checked, start);
   }
 
   /**
-   * Draws `count` pictures for each prompt, all in one batch.
-   * @throws OptionError before any work if an option is wrong or does not fit the model; NotFiniteError naming the step
+   * Draws `count` pictures for each prompt, split over launches as costs least.
+   * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
+   *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
    *   if the network's values overflow; RuntimeDiedError if the runtime's process ended; `signal.reason` after an abort
    */
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const start = performance.now();
     if (this.#disposed) throw new DisposedError("This model");
-    const plan = this.#plan(checkOptions(generateSchema, options, "generate()"));
-    const { signal } = plan.options;
+    const plans = this.#plans(checkOptions(generateSchema, options, "generate()"));
+    const { signal } = plans[0]!.options;
     signal?.throwIfAborted();
-    const edits = this.#readEdits(plan);
-    // Whoever awaits the turn hears of it.
-    edits.catch(() => undefined);
-    const turn = this.#queue.then(async () => {
-      signal?.throwIfAborted();
-      return this.#draw(plan, await edits, start);
-    });
-    this.#queue = turn.catch(() => undefined);
-    return untilAborted(turn, signal);
+    return untilAborted(this.#keptTrackOf(this.#serve(plans, start)), signal);
+  }
+
+  /** Counters and histograms of all calls. */
+  stats(): Stats {
+    return this.#service.stats();
+  }
+
+  /** What launches cost on this machine, measured by `profile()`, in the background, or while drawing. */
+  get costs(): Costs {
+    const { costs } = this.#service;
+    return {
+      entries: costs.entries,
+      file: this.#store.file,
+      drift: costs.drift,
+      estimate: (graph, size, batch) => costs.estimate(graph, size, batch),
+    };
+  }
+
+  /**
+   * Measures what every launch of a picture costs, at each size and batch, and keeps the table for later loads.
+   * @throws OptionError for a size that the model does not draw; `signal.reason` after an abort
+   */
+  async profile(options: ProfileOptions = {}): Promise<Costs> {
+    if (this.#disposed) throw new DisposedError("This model");
+    const checked = checkOptions(profileSchema, options, "profile()");
+    const { signal, onProgress, rounds, batches, maxSequenceLength } = checked;
+    const sizes = checked.sizes ?? [this.nativeSize];
+    const scales = { on: [2], off: [1], both: [2, 1] }[checked.guidance];
+    for (const { width, height } of sizes)
+      try {
+        this.#checkSize(width, height);
+      } catch (error) {
+        throw new OptionError("sizes", `The size ${width}x${height} cannot be drawn. ${(error as Error).message}`);
+      }
+    const work = async () => {
+      const requests = sizes.flatMap((size) =>
+        scales.map((guidanceScale) => ({
+          ...{ prompt: "", seed: 0, guidanceScale, maxSequenceLength, signal },
+          ...{ width: size.width, height: size.height, blocks: this.hasRefiner ? "H1R1" : "H1" },
+        })),
+      );
+      const plans = requests.map((request) => this.#plan(checkOptions(generateSchema, request, "profile()")));
+      const text = this.#prompts.program("", plans[0]!.sequenceLength).program;
+      const encoders = plans.map(({ stages }) => {
+        const { width, height, latentShape } = stages[0]!;
+        const image = placeholder(1, this.#checkpoint.vae.config.inChannels, height, width);
+        return encodeProgram(image, latentShape, "vae_encoder" satisfies GraphName);
+      });
+      const samples = samplesOf([text, ...plans.map((plan) => this.#sketch(plan)), ...encoders]);
+      const report = (done: number, total: number) => onProgress?.({ done, total });
+      await this.#service.profile(samples, [...new Set(batches)], { rounds, signal, onProgress: report });
+      // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
+      for (const request of requests.filter(({ guidanceScale }) => guidanceScale === scales[0]))
+        for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
+          for (let round = 0; round < 5; round++) await this.generate({ ...request, count });
+      await this.#service.store();
+      return this.costs;
+    };
+    return this.#keptTrackOf(work());
+  }
+
+  /** A call that `dispose` waits for. */
+  #keptTrackOf<T>(call: Promise<T>): Promise<T> {
+    const settled = call.then(
+      () => undefined,
+      () => undefined,
+    );
+    this.#calls.add(settled);
+    void settled.then(() => this.#calls.delete(settled));
+    return call;
   }
 
   /** Waits for calls under way, then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
-    this.#disposed ??= this.#queue.then(() => this.#runtime.dispose());
+    this.#disposed ??= (async () => {
+      await Promise.all(this.#calls);
+      await this.#service.close();
+      await this.#runtime.dispose();
+    })();
     return this.#disposed;
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
+  }
+
+  /** The ways to draw a request, the richest first: one, or with a time limit those of the ladder. */
+  #plans(options: ResolvedGenerateOptions): Plan[] {
+    const { deadlineMs, ladder, sampler, blocks, steps, stages } = options;
+    if (ladder !== undefined && deadlineMs === undefined)
+      throw new OptionError("ladder", "A ladder is for a time limit; give deadlineMs, or leave ladder out.");
+    const fixed = { sampler, blocks, steps, stages };
+    for (const [name, value] of Object.entries(fixed))
+      if (ladder !== undefined && value !== undefined)
+        throw new OptionError("ladder", `The ladder says what may be run; leave out ${name} or ladder.`);
+    const isFixed = Object.values(fixed).some((value) => value !== undefined);
+    if (deadlineMs === undefined || isFixed) return [this.#plan(options)];
+    const seed = options.seed ?? randomInt(2 ** 32);
+    const plans = new Map<string, Plan>();
+    let refused: unknown;
+    for (const blocks of ladder ?? this.#ladder)
+      try {
+        const plan = this.#plan({ ...options, seed, blocks });
+        const key = formatBlocks(plan.stages[0]!.blocks);
+        if (!plans.has(key)) plans.set(key, plan);
+      } catch (error) {
+        // What a short schedule leaves of itself at some strength may be no schedule; others will do.
+        if (ladder !== undefined || !(error instanceof OptionError)) throw error;
+        refused = error;
+      }
+    if (plans.size === 0) throw refused;
+    return [...plans.values()];
   }
 
   /** Checks a request against the model and settles everything that can be known beforehand. */
@@ -431,55 +615,79 @@ export class FlowTurbo implements AsyncDisposable {
     );
   }
 
-  async #draw(plan: Plan, edits: Edits | null, start: number): Promise<GenerateResult> {
-    const { options, guidanceScale } = plan;
-    const { vae } = this.#checkpoint;
-    const { signal, count } = options;
-    const guided = guidanceScale !== null;
-    const warnings: string[] = [];
-    const rows = plan.stages[0]!.latentShape[0];
-
-    // 1. Text: what the cache does not know is encoded.
-    const encodeStart = performance.now();
-    const texts = [...plan.prompts, ...(guided ? plan.negatives : [])];
-    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (program) => this.#run(program, signal));
-    warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));
-    // Before the network's engines ask for the room.
-    if (!this.#keepTextEncoders) await this.#runtime.unload?.(textEncoders);
-    const repeated = (part: typeof encoded) => part.flatMap((prompt) => new Array<typeof prompt>(count).fill(prompt));
-    const conditional = repeated(encoded.slice(0, plan.prompts.length));
-    const unconditional = repeated(encoded.slice(plan.prompts.length));
-    const condition = this.#prompts.stack([...unconditional, ...conditional]);
-    const encode = performance.now() - encodeStart;
-
-    // 2. Stages with their noise: one generator a picture, which draws for one stage after another.
-    const noises = plan.noises ?? this.#noise(plan.seeds, plan.stages);
-    let stages: SamplingStage[] = plan.stages.map((stage, index) => ({
-      blocks: stage.blocks,
-      sigmas: stage.sigmas,
-      noise: noises[index]!,
-      positions: this.#positions(stage.latentShape),
-      // Later stages start from the stage before; they need the original only to keep a part of it.
-      original: index === 0 || edits?.[index]?.mask ? edits?.[index]?.original.pixels : undefined,
-      mask: edits?.[index]?.mask?.latents,
-    }));
-    if (edits?.every(({ mask }) => mask?.empty)) {
-      warnings.push("The mask is black everywhere, so that nothing is to be painted: this is the original.");
-      const last = stages.at(-1)!;
-      stages = [{ ...last, original: edits.at(-1)!.original.pixels, blocks: [], sigmas: [0], mask: undefined }];
-    }
-    for (const warning of warnings) this.#logger.warn?.(warning);
-
-    // 3. The program: stages, then the decoder.
-    const variant = (name: "predict" | "refine" | "merge" | "preview"): GraphName =>
-      guided ? name : `${name}_unguided`;
-    const preview = options.preview && {
-      ...(await this.#latentColours(signal)),
-      decoded: options.preview === "decoded",
+  async #serve(plans: readonly Plan[], start: number): Promise<GenerateResult> {
+    const [first] = plans as [Plan];
+    const { options } = first;
+    const edits = await this.#readEdits(first);
+    options.signal?.throwIfAborted();
+    const last = first.stages.at(-1)!;
+    const order = {
+      priority: options.priority,
+      arrival: start,
+      deadlineMs: options.deadlineMs ?? null,
+      pictures: last.latentShape[0],
+      size: `${last.width}x${last.height}`,
+      pin: options.pinBatch ?? null,
+      signal: options.signal,
     };
-    const sampling = samplingProgram({
+    const rungs = plans.map(
+      (plan): Rung => ({ blocks: formatStages(plan.stages), demands: this.#demands(plan, edits) }),
+    );
+    return this.#service.serve(order, rungs, (admitted) => this.#draw(plans[admitted.rung]!, edits, start, admitted));
+  }
+
+  /** What a plan will launch. */
+  #demands(plan: Plan, edits: Edits | null): Demand[] {
+    const texts = [...plan.prompts, ...(plan.guidanceScale === null ? [] : plan.negatives)];
+    const missing = this.#prompts.missing(texts, plan.sequenceLength);
+    const demands: Demand[] = [];
+    if (missing > 0) demands.push({ program: this.#prompts.program("", plan.sequenceLength).program, rows: missing });
+    for (const program of this.#originals(plan, edits)) if (program) demands.push({ program, rows: 1 });
+    return [...demands, { program: this.#sketch(plan, edits), rows: plan.stages[0]!.latentShape[0] }];
+  }
+
+  /** For each stage the program that encodes its original, or null where it needs none. */
+  #originals(plan: Plan, edits: Edits | null): (Program | null)[] {
+    return plan.stages.map(({ latentShape }, index) => {
+      const edit = edits?.[index];
+      // Later stages start from the stage before; they need the original only to keep a part of it.
+      if (!edit || (index > 0 && !edit.mask)) return null;
+      return encodeProgram(edit.original.pixels, latentShape, "vae_encoder" satisfies GraphName);
+    });
+  }
+
+  /** The program of one picture without its values: what it will launch. */
+  #sketch(plan: Plan, edits: Edits | null = null): Program {
+    const { jointAttentionDim, pooledProjectionDim, outChannels } = this.#checkpoint.transformer.config;
+    const group = plan.guidanceScale === null ? 1 : 2;
+    const one = ([, ...rest]: readonly number[]) => placeholder(1, ...rest);
+    const stages = plan.stages.map(({ blocks, sigmas, latentShape }, index): SamplingStage => {
+      const isOriginal = edits !== null && (index === 0 || edits[index]!.mask !== null);
+      return {
+        ...{ blocks, sigmas, noise: one(latentShape), positions: this.#positions(latentShape) },
+        originalLatents: isOriginal ? one(latentShape) : undefined,
+        mask: edits?.[index]?.mask ? placeholder(1, 1, latentShape[2], latentShape[3]) : undefined,
+      };
+    });
+    return this.#sampling(plan, stages, {
+      context: placeholder(group, this.#prompts.contextTokens(plan.sequenceLength), jointAttentionDim),
+      pooled: placeholder(group, pooledProjectionDim),
+      preview: plan.options.preview && { map: placeholder(3, outChannels), bias: placeholder(3, 1) },
+    }).program;
+  }
+
+  #sampling(
+    plan: Plan,
+    stages: readonly SamplingStage[],
+    values: { context: FloatTensor; pooled: FloatTensor; preview: LatentColours | undefined },
+  ): SamplingProgram {
+    const { vae } = this.#checkpoint;
+    const { guidanceScale, sequenceLength, options } = plan;
+    const variant = (name: "predict" | "refine" | "merge" | "preview"): GraphName =>
+      guidanceScale === null ? `${name}_unguided` : name;
+    return samplingProgram({
       stages,
-      ...condition,
+      ...values,
       guidanceScale,
       graphs: {
         predict: variant("predict"),
@@ -494,15 +702,67 @@ export class FlowTurbo implements AsyncDisposable {
       vaeFactor: vae.config.factor,
       imageChannels: vae.config.outChannels,
       pixelsAtOnce,
-      preview,
+      textSize: sequenceLength === this.#prompts.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
+      preview: values.preview && { ...values.preview, decoded: options.preview === "decoded" },
     });
-    const steps: number[] = [];
-    const spent = { encode: 0, step: 0, preview: 0, join: 0, edit: 0, decode: 0 };
-    const results = await this.#run(sampling.program, signal, stepReporter(stages, options, steps, spent));
+  }
+
+  async #draw(plan: Plan, edits: Edits | null, start: number, admitted: Admitted): Promise<GenerateResult> {
+    const { options, guidanceScale } = plan;
+    const { signal, count } = options;
+    const warnings: string[] = [];
+    const rows = plan.stages[0]!.latentShape[0];
+
+    // 1. Text: what the cache does not know is encoded.
+    const encodeStart = performance.now();
+    const texts = [...plan.prompts, ...(guidanceScale === null ? [] : plan.negatives)];
+    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (rows) => admitted.run({ rows }));
+    // Before the network's engines ask for the room.
+    if (!this.#keepTextEncoders) await this.#runtime.unload?.(textEncoders);
+    warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));
+    // One condition for each prompt: its pictures share it, unconditional first.
+    const conditions = plan.prompts.map((_, index) =>
+      this.#prompts.stack([encoded[plan.prompts.length + index], encoded[index]].filter((part) => part !== undefined)),
+    );
+    const encode = performance.now() - encodeStart;
+
+    // 2. Originals, for all pictures at once.
+    let stages: readonly PlannedStage[] = plan.stages;
+    if (edits?.every(({ mask }) => mask?.empty)) {
+      warnings.push("The mask is black everywhere, so that nothing is to be painted: this is the original.");
+      stages = [{ ...stages.at(-1)!, blocks: [], sigmas: [0] }];
+    }
+    for (const warning of warnings) this.#logger.warn?.(warning);
+    const isOriginal = stages !== plan.stages;
+    const used = isOriginal ? edits!.slice(-1).map((edit) => ({ ...edit, mask: null })) : edits;
+    const reporter = new StepReporter(stages, rows, options);
+    const onLaunch = reporter.heard.bind(reporter);
+    const originals: (FloatTensor | undefined)[] = [];
+    for (const program of this.#originals({ ...plan, stages }, used)) {
+      const [result] = program ? await admitted.run({ rows: [program], onLaunch }) : [];
+      originals.push(result?.latents as FloatTensor | undefined);
+    }
+
+    // 3. A program for each picture, with its noise: one generator a picture, which draws for one stage after another.
+    const noises = plan.noises ?? this.#noise(plan.seeds, plan.stages);
+    const preview = options.preview && (await this.#latentColours(signal));
+    const programs = Array.from({ length: rows }, (_, row) =>
+      this.#sampling(
+        plan,
+        stages.map(({ blocks, sigmas, latentShape }, index) => ({
+          ...{ blocks, sigmas, positions: this.#positions(latentShape) },
+          noise: rowOf(noises.at(index - stages.length)!, row),
+          originalLatents: originals[index],
+          mask: used?.[index]?.mask?.latents,
+        })),
+        { ...conditions[Math.floor(row / count)]!, preview },
+      ),
+    );
+    const results = await admitted.run({ rows: programs.map(({ program }) => program), onLaunch });
 
     // 4. Pictures.
-    const { width, height } = plan.stages.at(-1)!;
-    const pixels = results[sampling.image] as FloatTensor;
+    const { width, height } = stages.at(-1)!;
+    const pixels = stacked(results.map((result, row) => result[programs[row]!.image]!));
     const edit = options.keepOriginal ? edits?.at(-1) : undefined;
     const images = Array.from({ length: rows }, (_, row) => {
       const rgb = toRgb(pixels, row);
@@ -510,20 +770,20 @@ export class FlowTurbo implements AsyncDisposable {
       return new Image(width, height, rgb, this.#parameters(plan, stages, row));
     });
     const evaluations = stages.map(({ blocks, sigmas }) => countEvaluations(planSteps(blocks, sigmas)));
+    const { spent, steps } = reporter;
+    const total = performance.now() - start;
     return {
       images,
-      latents: results[sampling.latents] as FloatTensor,
+      latents: stacked(results.map((result, row) => result[programs[row]!.latents]!)),
       pixels,
       seeds: plan.seeds,
       width,
       height,
-      blocks: stages.map(({ blocks }) => formatBlocks(blocks)).join(" "),
+      blocks: formatStages(stages),
       sigmas: stages.flatMap(({ sigmas }) => sigmas),
-      stages: stages.map(({ blocks, sigmas, noise }) => ({
-        width: noise.shape[3]! * vae.config.factor,
-        height: noise.shape[2]! * vae.config.factor,
+      stages: stages.map(({ width, height, blocks, sigmas }) => ({
+        ...{ width, height, sigmas },
         blocks: formatBlocks(blocks),
-        sigmas,
       })),
       evaluations: {
         predictor: evaluations.reduce((sum, { predictor }) => sum + predictor, 0),
@@ -531,13 +791,18 @@ export class FlowTurbo implements AsyncDisposable {
       },
       timings: {
         load: this.#loadMilliseconds,
-        encode,
-        steps,
-        join: spent.join,
-        edit: spent.edit,
-        decode: spent.decode,
-        total: performance.now() - start,
+        ...{ queue: admitted.queuedMs, encode, steps, join: spent.join, edit: spent.edit, decode: spent.decode, total },
       },
+      deadline:
+        options.deadlineMs === undefined
+          ? null
+          : {
+              deadlineMs: options.deadlineMs,
+              blocks: formatStages(plan.stages),
+              reason: admitted.reason!,
+              predictedMs: admitted.predictedMs!,
+              actualMs: total,
+            },
       warnings,
     };
   }
@@ -561,12 +826,17 @@ export class FlowTurbo implements AsyncDisposable {
     return this.#colours;
   }
 
-  /** Makes sure that the runtime knows the graphs that a program launches, then runs it. */
-  #run(program: Program, signal?: AbortSignal, onLaunch?: (report: LaunchReport) => void) {
-    for (const instruction of program.instructions)
-      if (instruction.op === "launch" && !this.#runtime.has(instruction.graph))
-        this.#runtime.add(this.#graphs.get(instruction.graph as GraphName));
-    return this.#runtime.run(program, { signal, onLaunch });
+  /** A graph, which the runtime is told of when it is first needed. */
+  #graph(name: string): OnnxGraph {
+    const graph = this.#graphs.get(name as GraphName);
+    if (!this.#runtime.has(name)) this.#runtime.add(graph);
+    return graph;
+  }
+
+  /** Runs a program of its own, beside the requests. */
+  #run(program: Program, signal?: AbortSignal) {
+    for (const instruction of program.instructions) if (instruction.op === "launch") this.#graph(instruction.graph);
+    return this.#runtime.run(program, { signal });
   }
 
   #noise(seeds: readonly number[], stages: readonly PlannedStage[]): FloatTensor[] {
@@ -582,7 +852,7 @@ export class FlowTurbo implements AsyncDisposable {
   }
 
   /** What a picture's file says about how it was made: enough to draw it again. */
-  #parameters(plan: Plan, stages: readonly SamplingStage[], row: number): Record<string, unknown> {
+  #parameters(plan: Plan, stages: readonly PlannedStage[], row: number): Record<string, unknown> {
     const { options } = plan;
     const index = Math.floor(row / options.count);
     const { width, height } = plan.stages.at(-1)!;
@@ -593,7 +863,7 @@ export class FlowTurbo implements AsyncDisposable {
       width,
       height,
       sampler: plan.sampler,
-      blocks: stages.map(({ blocks }) => formatBlocks(blocks)).join(" "),
+      blocks: formatStages(stages),
       grid: plan.grid,
       ...(options.stages && { stages: options.stages }),
       ...(options.image !== undefined && {
@@ -608,17 +878,17 @@ export class FlowTurbo implements AsyncDisposable {
   }
 }
 
-/** What a model is made of. */
-interface Loaded {
-  readonly checkpoint: Checkpoint;
-  readonly graphs: GraphLibrary;
-  readonly runtime: Runtime;
-  readonly choice: RuntimeChoice;
+/** Schedules of all stages. */
+function formatStages(stages: readonly PlannedStage[]): string {
+  return stages.map(({ blocks }) => formatBlocks(blocks)).join(" ");
 }
 
 /** The runtime that was asked for, started, with the checkpoint's graphs as it wants them. */
-async function openRuntime(checkpoint: Checkpoint, checked: ResolvedLoadOptions): Promise<Omit<Loaded, "checkpoint">> {
-  const { runtime: wanted, tensorrtFolder, cache, capture, weights, threads, logger, onProgress } = checked;
+async function openRuntime(
+  checkpoint: Checkpoint,
+  checked: ResolvedLoadOptions,
+): Promise<Omit<Loaded, "checkpoint"> & { readonly settings: Readonly<Record<string, unknown>> }> {
+  const { runtime: wanted, tensorrtFolder, cache, weights, threads, logger, onProgress } = checked;
   const passedOver: { name: string; reason: string }[] = [];
   let kind = wanted === "auto" || wanted === "onnxruntime" ? null : wanted;
   if (wanted === "auto") {
@@ -630,64 +900,34 @@ async function openRuntime(checkpoint: Checkpoint, checked: ResolvedLoadOptions)
     onProgress?.({ phase: "graphs", done: 1, total: 3 });
     const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint));
     onProgress?.({ phase: "runtime", done: 2, total: 3 });
-    let runtime: Awaited<ReturnType<typeof openTensorRt>> | null = null;
+    let opened: Awaited<ReturnType<typeof openTensorRt>> | null = null;
     try {
-      runtime = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, capture, logger });
-      const { device } = await runtime.start();
+      opened = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, logger });
+      const { runtime, device, version } = opened;
       checkDeviceMemory(graphs, device.name, device.memoryBytes);
-      return { graphs, runtime, choice: { name: kind, passedOver } };
+      return { graphs, runtime, choice: { name: kind, passedOver }, settings: { version, gpu: device.name } };
     } catch (error) {
-      await runtime?.dispose();
+      await opened?.runtime.dispose();
       if (wanted !== "auto" || !(error instanceof FlowTurboError)) throw error;
       passedOver.push({ name: kind, reason: error.message });
     }
   }
   onProgress?.({ phase: "graphs", done: 1, total: 3 });
   const graphs = new GraphLibrary(checkpoint);
-  const bytes = graphs.bytesOf16BitWeights;
+  const widening = resolveWeights(weights, graphs.bytesOf16BitWeights);
   onProgress?.({ phase: "runtime", done: 2, total: 3 });
-  const runtime = new OnnxRuntime({ weights: resolveWeights(weights, bytes), threads, logger });
+  const runtime = new OnnxRuntime({ weights: widening, threads, logger });
   try {
-    await runtime.start();
+    const { version } = await runtime.start();
+    const settings = { version, threads: threads ?? null, weights: widening };
+    return { graphs, runtime, choice: { name: runtime.name, passedOver }, settings };
   } catch (error) {
     await runtime.dispose();
     throw error;
   }
-  return { graphs, runtime, choice: { name: runtime.name, passedOver } };
 }
 
 const textEncoders: readonly GraphName[] = ["clip_l", "clip_g", "t5"];
-
-/** Turns reports of launches into times, previews and step events. */
-function stepReporter(
-  stages: readonly SamplingStage[],
-  options: ResolvedGenerateOptions,
-  steps: number[],
-  spent: Record<LaunchLabel["kind"], number>,
-): (report: LaunchReport) => void {
-  const blocks = stages.flatMap(({ blocks, sigmas }, stage) =>
-    blocks.map((block, index) => ({ stage, block, sigma: sigmas[index + 1]! })),
-  );
-  let previews: Image[] = [];
-  return ({ launch: { label }, milliseconds, values }) => {
-    spent[label.kind] += milliseconds;
-    if (label.kind === "step") steps[label.block!] = (steps[label.block!] ?? 0) + milliseconds;
-    for (const value of Object.values(values) as FloatTensor[])
-      for (let row = 0; row < value.shape[0]!; row++)
-        previews.push(new Image(value.shape[3]!, value.shape[2]!, toRgb(value, row)));
-    if (!label.last || label.kind !== (options.preview ? "preview" : "step")) return;
-    const step = label.block!;
-    options.onStep?.({
-      step,
-      steps: blocks.length,
-      ...blocks[step]!,
-      stages: stages.length,
-      milliseconds: steps[step]!,
-      previews,
-    });
-    previews = [];
-  };
-}
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */
 export function positionCrop(network: Checkpoint["transformer"], latentShape: readonly number[]): StoredConstant {

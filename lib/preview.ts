@@ -37,6 +37,7 @@ export async function fitLatentColours(
     graph: encoder,
     rows: pictures,
     limit: 1,
+    size: `${fitSide * factor}x${fitSide * factor}`,
     inputs: { image: builder.value("pictures", images) },
     output: { name: "latents", register: "latents", rowShape: [channels, fitSide, fitSide] },
     label: { kind: "edit", name: "encoder for the preview" },

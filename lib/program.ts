@@ -47,6 +47,16 @@ export interface LaunchLabel {
   readonly last?: boolean;
 }
 
+/** What a scheduler has to know to let rows of several programs share launches. Runtimes ignore it. */
+export interface Sharing {
+  /** What the graph runs on besides rows, for a table of costs: "64x64", "77 tokens". */
+  readonly size: string;
+  /** At most this many rows at once; default: any number. */
+  readonly maxRows?: number;
+  /** Whether such launches leave a device half empty, so that company is worth waiting for. */
+  readonly eager?: boolean;
+}
+
 /** Run `graph` on the named operands (registers or constants). No output may also be an input. */
 export interface Launch {
   readonly op: "launch";
@@ -57,6 +67,7 @@ export interface Launch {
   readonly mustBeFinite?: readonly string[];
   /** Output registers whose values go with the launch's report, for the caller to look at while the program runs. */
   readonly reported?: readonly string[];
+  readonly sharing?: Sharing;
   readonly label: LaunchLabel;
 }
 

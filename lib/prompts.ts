@@ -20,22 +20,21 @@ export interface EncodedPrompt {
   readonly warnings: readonly string[];
 }
 
-/** Runs a program over the text encoders' graphs. */
-export type RunEncoders = (program: Program) => Promise<Record<string, Tensor>>;
+/** Runs programs over the text encoders' graphs, one for each text; they may share launches. */
+export type RunEncoders = (programs: readonly Program[]) => Promise<Record<string, Tensor>[]>;
 
 /** Memory that cached conditions may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
 const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
   readonly #checkpoint: Checkpoint;
-  readonly #rowsAtOnce: number;
   readonly #cache = new Map<string, EncodedPrompt>();
+  /** By sequence length: the same array for all texts, so that they may share launches. */
+  readonly #buckets = new Map<number, Constant>();
   #cachedBytes = 0;
 
-  /** @param rowsAtOnce texts in one launch of an encoder; default: all */
-  constructor(checkpoint: Checkpoint, rowsAtOnce = Number.POSITIVE_INFINITY) {
+  constructor(checkpoint: Checkpoint) {
     this.#checkpoint = checkpoint;
-    this.#rowsAtOnce = rowsAtOnce;
   }
 
   /** The longest T5 part that the tokenizer allows; 512 without T5, whose part is then zeros. */
@@ -66,25 +65,32 @@ export class PromptEncoder {
     return this.#clips[0]!.tokenizer.maxLength;
   }
 
-  /** Encodes the texts that the cache does not hold, in one program, and returns all, in order. */
+  /** How many of the texts are not in the cache. */
+  missing(texts: readonly string[], sequenceLength: number): number {
+    return [...new Set(texts)].filter((text) => !this.#cache.has(keyOf(text, sequenceLength))).length;
+  }
+
+  /** Encodes the texts that the cache does not hold, each by a program of its own, and returns all, in order. */
   async encode(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
-    const key = (text: string) => `${sequenceLength}:${text}`;
     const found = new Map<string, EncodedPrompt>();
     const missing: string[] = [];
     for (const text of new Set(texts)) {
-      const known = this.#cache.get(key(text));
+      const key = keyOf(text, sequenceLength);
+      const known = this.#cache.get(key);
       if (known) {
         // Moves to the young end of the cache.
-        this.#cache.delete(key(text));
-        this.#cache.set(key(text), known);
+        this.#cache.delete(key);
+        this.#cache.set(key, known);
         found.set(text, known);
       } else missing.push(text);
     }
     if (missing.length > 0) {
-      const encoded = await this.#encodeMissing(missing, sequenceLength, run);
+      const planned = missing.map((text) => this.program(text, sequenceLength));
+      const results = await run(planned.map(({ program }) => program));
       for (const [index, text] of missing.entries()) {
-        found.set(text, encoded[index]!);
-        this.#keep(key(text), encoded[index]!);
+        const encoded = this.#assemble(results[index]!, planned[index]!.warnings, sequenceLength);
+        found.set(text, encoded);
+        this.#keep(keyOf(text, sequenceLength), encoded);
       }
     }
     return texts.map((text) => found.get(text)!);
@@ -102,94 +108,92 @@ export class PromptEncoder {
     };
   }
 
-  async #encodeMissing(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
-    const { tokenizer3, textEncoder3, transformer } = this.#checkpoint;
-    const warnings: string[][] = texts.map(() => []);
+  /** The program that encodes one text. */
+  program(text: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
+    const { tokenizer3, textEncoder3 } = this.#checkpoint;
+    const warnings: string[] = [];
     const constants: Record<string, Constant> = {};
     const registers: Record<string, Register> = {};
     const instructions: Instruction[] = [];
-    const rowsAtOnce = Math.min(this.#rowsAtOnce, texts.length);
 
-    /** An encoder over all texts, `rowsAtOnce` at a time; outputs by the shape of one row. */
-    const encode = (
+    const tokenize = (name: string, use: Tokenizer, length: number) => {
+      const encoded = use.encode(text, length);
+      if (encoded.truncated)
+        warnings.push(
+          `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${name} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
+        );
+      constants[`${name}.ids`] = { kind: "value", tensor: int64([1, length], encoded.ids) };
+    };
+    const launch = (
       graph: string,
-      tokenizer: Tokenizer,
-      length: number,
-      more: Record<string, string>,
+      tokens: number,
+      inputs: Record<string, string>,
       outputs: Record<string, readonly number[]>,
     ) => {
-      for (let first = 0; first < texts.length; first += rowsAtOnce) {
-        const part = texts.slice(first, first + rowsAtOnce);
-        const ids = new BigInt64Array(part.length * length);
-        for (const [row, text] of part.entries()) {
-          const encoded = tokenizer.encode(text, length);
-          ids.set(encoded.ids, row * length);
-          if (encoded.truncated)
-            warnings[first + row]!.push(
-              `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${graph} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
-            );
-        }
-        constants[`${graph}.ids ${first}`] = { kind: "value", tensor: int64([part.length, length], ids) };
-        const names: Record<string, string> = {};
-        for (const [output, rowShape] of Object.entries(outputs)) {
-          names[output] = `${graph}.${output} ${first}`;
-          registers[names[output]] = { dtype: "float32", shape: [part.length, ...rowShape] };
-        }
-        instructions.push({
-          op: "launch",
-          graph,
-          inputs: { ids: `${graph}.ids ${first}`, ...more },
-          outputs: names,
-          mustBeFinite: Object.values(names),
-          label: { kind: "encode", name: `text encoder ${graph}` },
-        });
+      const names: Record<string, string> = {};
+      for (const [output, shape] of Object.entries(outputs)) {
+        names[output] = `${graph}.${output}`;
+        registers[`${graph}.${output}`] = { dtype: "float32", shape };
       }
-    };
-
-    const clips = this.#clips;
-    const clipTokens = this.#clipTokens;
-    for (const { graph, tokenizer, config } of clips)
-      encode(
+      instructions.push({
+        op: "launch",
         graph,
-        tokenizer,
-        clipTokens,
-        {},
-        { hidden: [clipTokens, config.hiddenSize], pooled: [config.projectionDim] },
-      );
-    if (tokenizer3 && textEncoder3) {
-      constants.relative_buckets = {
-        kind: "value",
-        tensor: int64([sequenceLength, sequenceLength], relativeBuckets(textEncoder3.config, sequenceLength)),
-      };
-      const { dModel } = textEncoder3.config;
-      const more = { relative_buckets: "relative_buckets" };
-      encode("t5", tokenizer3, sequenceLength, more, { hidden: [sequenceLength, dModel] });
-    }
-
-    const results = await run({ registers, constants, instructions, results: Object.keys(registers) });
-    /** A text's part of an output. */
-    const rowOf = (name: string, row: number): Float32Array => {
-      const first = Math.floor(row / rowsAtOnce) * rowsAtOnce;
-      const { data, shape } = results[`${name} ${first}`] as FloatTensor;
-      const size = data.length / shape[0]!;
-      return data.subarray((row - first) * size, (row - first + 1) * size);
+        inputs,
+        outputs: names,
+        mustBeFinite: Object.values(names),
+        sharing: { size: `${tokens} tokens` },
+        label: { kind: "encode", name: `text encoder ${graph}` },
+      });
     };
-    const joint = transformer.config.jointAttentionDim;
-    return texts.map((_, row) => {
-      const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
-      const pooled: Float32Array[] = [];
-      let channel = 0;
-      for (const { graph, config } of clips) {
-        const { hiddenSize } = config;
-        const hidden = rowOf(`${graph}.hidden`, row);
-        for (let token = 0; token < clipTokens; token++)
-          context.set(hidden.subarray(token * hiddenSize, (token + 1) * hiddenSize), token * joint + channel);
-        channel += hiddenSize;
-        pooled.push(rowOf(`${graph}.pooled`, row));
+
+    const clipTokens = this.#clipTokens;
+    for (const clip of this.#clips) {
+      tokenize(clip.graph, clip.tokenizer, clipTokens);
+      launch(
+        clip.graph,
+        clipTokens,
+        { ids: `${clip.graph}.ids` },
+        { hidden: [1, clipTokens, clip.config.hiddenSize], pooled: [1, clip.config.projectionDim] },
+      );
+    }
+    if (tokenizer3 && textEncoder3) {
+      tokenize("t5", tokenizer3, sequenceLength);
+      let buckets = this.#buckets.get(sequenceLength);
+      if (!buckets) {
+        const values = relativeBuckets(textEncoder3.config, sequenceLength);
+        buckets = { kind: "value", tensor: int64([sequenceLength, sequenceLength], values) };
+        this.#buckets.set(sequenceLength, buckets);
       }
-      if (textEncoder3) context.set(rowOf("t5.hidden", row), clipTokens * joint);
-      return { context, pooled: concatenate(pooled), warnings: warnings[row]! };
-    });
+      constants.relative_buckets = buckets;
+      launch(
+        "t5",
+        sequenceLength,
+        { ids: "t5.ids", relative_buckets: "relative_buckets" },
+        { hidden: [1, sequenceLength, textEncoder3.config.dModel] },
+      );
+    }
+    return { program: { registers, constants, instructions, results: Object.keys(registers) }, warnings };
+  }
+
+  #assemble(results: Record<string, Tensor>, warnings: readonly string[], sequenceLength: number): EncodedPrompt {
+    const { textEncoder3, transformer } = this.#checkpoint;
+    const values = (name: string) => (results[name] as FloatTensor).data;
+    const joint = transformer.config.jointAttentionDim;
+    const clipTokens = this.#clipTokens;
+    const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
+    const pooled: Float32Array[] = [];
+    let channel = 0;
+    for (const { graph, config } of this.#clips) {
+      const hidden = values(`${graph}.hidden`);
+      for (let token = 0; token < clipTokens; token++) {
+        const from = token * config.hiddenSize;
+        context.set(hidden.subarray(from, from + config.hiddenSize), token * joint + channel);
+      }
+      channel += config.hiddenSize;
+      pooled.push(values(`${graph}.pooled`));
+    }
+    if (textEncoder3) context.set(values("t5.hidden"), clipTokens * joint);
+    return { context, pooled: concatenate(pooled), warnings };
   }
 
   #keep(key: string, prompt: EncodedPrompt): void {
@@ -202,6 +206,10 @@ export class PromptEncoder {
       this.#cachedBytes -= size(entry);
     }
   }
+}
+
+function keyOf(text: string, sequenceLength: number): string {
+  return `${sequenceLength}:${text}`;
 }
 
 function concatenate(parts: readonly Float32Array[]): Float32Array {

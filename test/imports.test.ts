@@ -8,7 +8,8 @@ const lib = path.resolve(import.meta.dirname, "../lib");
 /** Each room, and the rooms that it may import from besides itself and the leaves. */
 const rooms: Record<string, string[]> = {
   cli: ["pipeline", "checkpoint", "schedule", "runtimes"],
-  pipeline: ["checkpoint", "networks", "onnx", "schedule", "runtimes", "program"],
+  pipeline: ["checkpoint", "networks", "onnx", "schedule", "serving", "runtimes", "program"],
+  serving: ["schedule", "runtimes", "program"],
   checkpoint: [],
   networks: ["onnx"],
   onnx: [],
@@ -22,6 +23,8 @@ const leaves = ["errors.ts", "folders.ts", "options.ts", "tensor.ts"];
 const pipeline = [
   "index.ts",
   "pipeline.ts",
+  "costs.ts",
+  "drawing.ts",
   "engines.ts",
   "graphs.ts",
   "prompts.ts",

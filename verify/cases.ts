@@ -88,14 +88,16 @@ export async function planCases(checkpoint: Checkpoint, options: CaseOptions, ru
       cases.push({ name: `${engine.name}, batch ${profile.batch}${size}`, kind: "engine", program });
     }
 
-  const encoder = new PromptEncoder(checkpoint, 1);
+  const encoder = new PromptEncoder(checkpoint);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
-  let encoding: Program | null = null;
-  const encoded = await encoder.encode(texts, encoder.defaultSequenceLength, (program) => {
-    encoding = program;
-    return run(program);
+  const encoded = await encoder.encode(texts, encoder.defaultSequenceLength, async (programs) => {
+    const results: Record<string, Tensor>[] = [];
+    for (const [index, program] of programs.entries()) {
+      cases.push({ name: `text "${texts[index]}", all encoders`, kind: "texts", program });
+      results.push(await run(program));
+    }
+    return results;
   });
-  cases.push({ name: `${texts.length} texts, one by one`, kind: "texts", program: encoding! });
   const schedules = plannedSchedules(checkpoint, options);
   for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);

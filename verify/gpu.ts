@@ -182,11 +182,10 @@ async function verify(bundle: Bundle, kind: TensorRtKind, rounds: number): Promi
   }
 
   // 2. Every case, launch by launch and as one CUDA graph.
-  const runtime = await openTensorRt({ ...options, files });
-  const capturing = await openTensorRt({ ...options, files, capture: true });
+  const { runtime, device } = await openTensorRt({ ...options, files });
+  const { runtime: capturing } = await openTensorRt({ ...options, files, capture: true });
   try {
     for (const graph of graphs.values()) for (const each of [runtime, capturing]) each.add(graph);
-    const { device } = await runtime.start();
     const findings = [];
     for (const [index, { example, expected }] of bundle.cases.entries()) {
       const bar = barOf(example, bundle.compute);

@@ -47,6 +47,8 @@ export interface Checkpoint {
   readonly tokenizer3: Tokenizer | null;
   readonly vae: Part<VaeConfig>;
   readonly scheduler: SchedulerConfig;
+  /** Schedules from the richest to the poorest, from schedules.json: those that a benchmark has ranked for this model. */
+  readonly ladder: readonly string[] | null;
   /**
    * Changes whenever a config or a weight file does (by path, size and time of change; contents are not read): a key
    * for whatever is derived from this checkpoint on this machine.
@@ -135,6 +137,7 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
     tokenizer3,
     vae,
     scheduler,
+    ladder,
   ] = await Promise.all([
     network("transformer", "diffusion_pytorch_model", readTransformerConfig),
     isFolder(join(root, "refiner")).then((found) =>
@@ -150,6 +153,7 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
     demandFolder(join(root, "scheduler")).then(() =>
       readSchedulerConfig(join(root, "scheduler", "scheduler_config.json")),
     ),
+    readLadder(join(root, "schedules.json")),
   ]);
   signal?.throwIfAborted();
 
@@ -174,10 +178,29 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
     tokenizer3,
     vae,
     scheduler,
+    ladder,
     identity: identityOf(parts, scheduler),
   };
   checkThatPartsFit(checkpoint);
   return checkpoint;
+}
+
+/** @returns null without such a file */
+async function readLadder(file: string): Promise<readonly string[] | null> {
+  if (
+    !(await stat(file).then(
+      () => true,
+      () => false,
+    ))
+  )
+    return null;
+  const { ladder } = await readJsonObject(file);
+  if (Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => /^([EHPR]\d*)+$/.test(String(blocks))))
+    return ladder.map(String);
+  throw new CheckpointError(
+    file,
+    `${file}: expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}.`,
+  );
 }
 
 /** The parts that are not null. */

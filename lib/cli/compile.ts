@@ -4,7 +4,7 @@ import { type Command, Option } from "commander";
 import { compileEngines, type Engine } from "../engines.js";
 import { checkOptions, compileSchema, type EngineProgress } from "../options.js";
 import { embeddedModel } from "../pipeline.js";
-import { addFlags, readFlags } from "./flags.js";
+import { addFlags, readFlags, readLists } from "./flags.js";
 import { bar, createProgress } from "./progress.js";
 
 interface OwnFlags {
@@ -62,28 +62,4 @@ function describe(engine: Engine): string {
   const why = rebuilt === null ? "" : ` (the one in the cache was not used: ${rebuilt})`;
   const count = `${profiles.length} profile${profiles.length === 1 ? "" : "s"}`;
   return `${graph}: ${count}, ${(bytes / 1e6).toFixed(1)} MB, ${how}${why}\n  ${plan}`;
-}
-
-/** Lists that were given as text. Anything that is none stays as it is, so that the schema's complaint shows it. */
-function readLists(options: Record<string, unknown>): Record<string, unknown> {
-  const lists: Record<string, (text: string) => unknown> = {
-    sizes: (text) => {
-      const match = text.match(/^(\d+)x(\d+)$/);
-      return match ? { width: Number(match[1]), height: Number(match[2]) } : null;
-    },
-    batches: (text) => (/^\d+$/.test(text) ? Number(text) : null),
-    targets: (text) => text,
-    features: (text) => text,
-  };
-  // A scale, as `generate` takes it, says whether there is guidance.
-  const { guidance } = options;
-  const scale = typeof guidance === "string" && guidance.trim() !== "" ? Number(guidance) : Number.NaN;
-  const read: Record<string, unknown> = { ...options, ...(scale >= 0 && { guidance: scale > 1 ? "on" : "off" }) };
-  for (const [name, parse] of Object.entries(lists)) {
-    const value = options[name];
-    if (typeof value !== "string") continue;
-    const items = value.split(",").map((item) => parse(item.trim()));
-    read[name] = items.includes(null) ? value : items;
-  }
-  return read;
 }

@@ -46,3 +46,27 @@ export function flagOf(schema: z.ZodObject, option: string): string | undefined 
   const field = schema.shape[option] as z.ZodType | undefined;
   return field && optionMeta(field).flag?.split(" ")[0];
 }
+
+/** Lists that were given as text. Anything that is none stays as it is, so that the schema's complaint shows it. */
+export function readLists(options: Record<string, unknown>): Record<string, unknown> {
+  const lists: Record<string, (text: string) => unknown> = {
+    sizes: (text) => {
+      const match = text.match(/^(\d+)x(\d+)$/);
+      return match ? { width: Number(match[1]), height: Number(match[2]) } : null;
+    },
+    batches: (text) => (/^\d+$/.test(text) ? Number(text) : null),
+    targets: (text) => text,
+    features: (text) => text,
+  };
+  // A scale, as `generate` takes it, says whether there is guidance.
+  const { guidance } = options;
+  const scale = typeof guidance === "string" && guidance.trim() !== "" ? Number(guidance) : Number.NaN;
+  const read: Record<string, unknown> = { ...options, ...(scale >= 0 && { guidance: scale > 1 ? "on" : "off" }) };
+  for (const [name, parse] of Object.entries(lists)) {
+    const value = options[name];
+    if (typeof value !== "string") continue;
+    const items = value.split(",").map((item) => parse(item.trim()));
+    read[name] = items.includes(null) ? value : items;
+  }
+  return read;
+}

@@ -128,7 +128,8 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
 
 function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
   const round = (milliseconds: number) => Math.round(milliseconds * 1000) / 1000;
-  const { load, encode, steps, join, edit, decode, total } = result.timings;
+  const { load, queue, encode, steps, join, edit, decode, total } = result.timings;
+  const { deadline } = result;
   return {
     files,
     seeds: result.seeds,
@@ -139,6 +140,7 @@ function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
     evaluations: result.evaluations,
     milliseconds: {
       load: round(load),
+      queue: round(queue),
       encode: round(encode),
       steps: steps.map(round),
       join: round(join),
@@ -146,6 +148,9 @@ function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
       decode: round(decode),
       total: round(total),
     },
+    ...(deadline && {
+      deadline: { ...deadline, predictedMs: round(deadline.predictedMs), actualMs: round(deadline.actualMs) },
+    }),
     runtime: model.runtime.name,
     model: model.folder,
     warnings: result.warnings,

@@ -6,12 +6,13 @@
 
 import { Command, CommanderError } from "commander";
 import { FlowTurboError, OptionError } from "../errors.js";
-import { compileSchema, generateSchema, loadSchema } from "../options.js";
+import { compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
 import { cacheCommand } from "./cache.js";
 import { compileCommand } from "./compile.js";
 import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
+import { profileCommand } from "./profile.js";
 import { packageVersion } from "./version.js";
 
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
@@ -33,6 +34,7 @@ async function main(): Promise<number> {
     .exitOverride();
   generateCommand(program.command("generate").exitOverride(), controller.signal);
   compileCommand(program.command("compile").exitOverride(), controller.signal);
+  profileCommand(program.command("profile").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
 
@@ -44,7 +46,7 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = [generateSchema, loadSchema, compileSchema]
+      const flag = [generateSchema, loadSchema, compileSchema, profileSchema]
         .map((schema) => flagOf(schema, error.option))
         .find((name) => name !== undefined);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);

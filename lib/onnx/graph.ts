@@ -26,6 +26,9 @@ export interface OnnxGraph {
   readonly name: string;
   readonly bytes: Uint8Array;
   readonly externals: ReadonlyMap<string, StoredTensor>;
+  /** Dimensions of inputs and outputs by name. The first is "rows" or "network_rows" where there is one for each row. */
+  readonly inputs: ReadonlyMap<string, readonly Dimension[]>;
+  readonly outputs: ReadonlyMap<string, readonly Dimension[]>;
   /** SHA-256 of the graph without the places of its external data: the same wherever the checkpoint lies. */
   readonly fingerprint: string;
 }
@@ -40,12 +43,17 @@ const storedType: Record<StoredDType, ElementType> = { F32: "float32", F16: "flo
 /** Operators whose result type is not that of their first input. */
 const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool" };
 
+interface InputOrOutput {
+  readonly info: MessageWriter;
+  readonly shape: readonly Dimension[];
+}
+
 export class GraphBuilder {
   readonly name: string;
   readonly #nodes: MessageWriter[] = [];
   readonly #initializers: (MessageWriter | StoredTensor)[] = [];
-  readonly #inputs: MessageWriter[] = [];
-  readonly #outputs: MessageWriter[] = [];
+  readonly #inputs = new Map<string, InputOrOutput>();
+  readonly #outputs = new Map<string, InputOrOutput>();
   readonly #externals = new Map<string, StoredTensor>();
   readonly #constants = new Map<string, Value>();
   #scope = "";
@@ -67,14 +75,14 @@ export class GraphBuilder {
   }
 
   input(name: string, type: ElementType, shape: readonly Dimension[]): Value {
-    this.#inputs.push(valueInfo(name, type, shape));
+    this.#inputs.set(name, { info: valueInfo(name, type, shape), shape });
     return { name, type };
   }
 
   /** Gives `value` the output name `name`. */
   output(name: string, value: Value, shape: readonly Dimension[]): void {
     this.#node("Identity", [value.name], [name], {});
-    this.#outputs.push(valueInfo(name, value.type, shape));
+    this.#outputs.set(name, { info: valueInfo(name, value.type, shape), shape });
   }
 
   /** Adds a node with one output. A null input is an optional one that is left out. */
@@ -145,8 +153,8 @@ export class GraphBuilder {
       for (const node of this.#nodes) graph.message(1, node);
       for (const initializer of this.#initializers)
         graph.message(5, "file" in initializer ? externalTensor(initializer, place(initializer)) : initializer);
-      for (const input of this.#inputs) graph.message(11, input);
-      for (const output of this.#outputs) graph.message(12, output);
+      for (const { info } of this.#inputs.values()) graph.message(11, info);
+      for (const { info } of this.#outputs.values()) graph.message(12, info);
       return new MessageWriter()
         .int(1, irVersion)
         .string(2, "flowturbo")
@@ -165,6 +173,8 @@ export class GraphBuilder {
       name: this.name,
       bytes,
       externals: this.#externals,
+      inputs: shapesOf(this.#inputs),
+      outputs: shapesOf(this.#outputs),
       get fingerprint() {
         digest ??= createHash("sha256")
           .update(model(({ length }) => ({ length: String(length) })))
@@ -205,6 +215,10 @@ export class GraphBuilder {
     );
     return { name, type };
   }
+}
+
+function shapesOf(operands: ReadonlyMap<string, InputOrOutput>): ReadonlyMap<string, readonly Dimension[]> {
+  return new Map([...operands].map(([name, { shape }]) => [name, shape]));
 }
 
 const elementBytes: Record<ElementType, number> = { float32: 4, float16: 2, bfloat16: 2, int64: 8, bool: 1 };

@@ -3,7 +3,7 @@
  * ONNX Runtime on the CPU and TensorRT on a GPU receive the same graphs and the same program.
  */
 
-import type { Launch, Program, Register } from "../program.js";
+import type { Launch, Program } from "../program.js";
 import type { StoredTensor, Tensor } from "../tensor.js";
 
 export type RuntimeName = "onnxruntime" | "tensorrt" | "tensorrt-rtx";
@@ -35,23 +35,27 @@ export interface RunOptions {
   readonly signal?: AbortSignal | undefined;
   /** Called after each launch, in order. An error it throws stops the program and rejects the run. */
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
+  /** Whether the process may end while this runs: for work that nobody waits for. */
+  readonly background?: boolean | undefined;
 }
 
-/** Some instructions of a program whose registers are kept from one part to the next. */
-export type ProgramPart = Pick<Program, "constants" | "instructions" | "results">;
-
 /**
- * A program that is handed over piece by piece, by a scheduler for instance, which decides on the next launches while
- * the device works on the last: parts that are submitted before their turn run without a pause between them.
+ * Registers that outlive programs, so that a scheduler can submit a run piece by piece, ahead of the device, and gather
+ * rows of several runs into one launch. A piece is a program whose instructions may also read what earlier pieces have
+ * written or uploaded; everything stays until it is freed by name.
  */
-export interface OpenProgram {
+export interface Workspace {
+  /** Whether its registers are gone: later pieces would be refused. Start again in a new one. */
+  readonly lost: boolean;
   /**
-   * Appends instructions to all that were submitted before; nothing has to be awaited in between. Registers hold what
-   * earlier parts wrote. After a part that failed or was aborted, the later ones of this program reject too.
+   * Runs a piece after all that were submitted before, without waiting for them here. Where a piece fails or is
+   * aborted, the registers that it would have written hold no value or an older one.
    */
-  submit(part: ProgramPart, options?: RunOptions): Promise<Record<string, Tensor>>;
-  /** Waits for the parts under way, then frees the registers. Later parts reject with a DisposedError. */
-  close(): Promise<void>;
+  submit(piece: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
+  /** Frees registers and constants when the pieces submitted before have run. Unknown names are ignored. */
+  free(names: readonly string[]): void;
+  /** Frees everything. */
+  close(): void;
 }
 
 export interface Runtime {
@@ -61,9 +65,8 @@ export interface Runtime {
   has(name: string): boolean;
   /** Runs a program; programs given at the same time run one after another, in order. */
   run(program: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
-  /** Begins a program in parts, where the runtime can. */
-  open?(registers: Readonly<Record<string, Register>>): OpenProgram;
-  /** Frees the memory that graphs take, until their next launch. */
+  open(): Workspace;
+  /** Frees the memory that graphs take, until their next launch; after the programs given so far. */
   unload?(graphs: readonly string[]): Promise<void>;
   /** Waits for the run in flight to stop, then frees everything. Later calls reject with a DisposedError. */
   dispose(): Promise<void>;

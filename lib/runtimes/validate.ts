@@ -5,42 +5,71 @@
 
 import { RuntimeError } from "../errors.js";
 import type { Constant, CopyRows, Launch, Program, Register } from "../program.js";
-import { bytesPerElement, type DType, elementCount } from "../tensor.js";
+import { bytesPerElement, elementCount } from "../tensor.js";
+
+/** What an operand is, and whether instructions may write it. */
+export interface Operand extends Register {
+  readonly constant: boolean;
+}
+
+/** What earlier pieces of a workspace have left, by name. */
+export type Kept = ReadonlyMap<string, Operand>;
 
 /**
  * @param hasGraph whether the runtime knows a graph of that name
- * @param before registers that earlier parts of the program write
- * @returns registers that are written when it has run
+ * @param kept what the program may read besides its own operands
+ * @returns what it leaves for later pieces
  * @throws RuntimeError naming the instruction and the operand that is wrong
  */
 export function validateProgram(
   program: Program,
   hasGraph: (name: string) => boolean,
-  before: ReadonlySet<string> = new Set(),
-): ReadonlySet<string> {
+  kept: Kept = new Map(),
+): Map<string, Operand> {
   for (const [name, constant] of Object.entries(program.constants)) {
     if (Object.hasOwn(program.registers, name)) fail(`"${name}" is both a register and a constant`);
+    if (kept.has(name)) fail(`"${name}" is there already, from an earlier piece`);
     checkConstant(name, constant);
   }
-  const written = new Set(before);
+  for (const [name, { dtype, shape }] of Object.entries(program.registers)) {
+    const known = kept.get(name);
+    if (!known) continue;
+    if (known.constant) fail(`"${name}" is a register here and a constant of an earlier piece`);
+    if (known.dtype !== dtype || known.shape.join() !== shape.join())
+      fail(
+        `the register "${name}" is ${dtype} [${shape}] here and ${known.dtype} [${known.shape}] in an earlier piece`,
+      );
+  }
+  const written = new Set<string>();
+  for (const [name, operand] of kept) if (!operand.constant) written.add(name);
+  const scope = { program, kept, written };
   for (const instruction of program.instructions)
-    if (instruction.op === "launch") checkLaunch(program, instruction, hasGraph, written);
-    else checkCopy(program, instruction, written);
+    if (instruction.op === "launch") checkLaunch(scope, instruction, hasGraph);
+    else checkCopy(scope, instruction);
   for (const name of program.results)
-    if (!written.has(name)) fail(`the result "${name}" is no register that an instruction writes`);
-  return written;
+    if (!written.has(name) || !Object.hasOwn(program.registers, name))
+      fail(`the result "${name}" is no register that an instruction writes`);
+
+  const left = new Map<string, Operand>();
+  for (const [name, constant] of Object.entries(program.constants))
+    left.set(name, { ...operandOf(constant), constant: true });
+  for (const name of written)
+    if (Object.hasOwn(program.registers, name)) left.set(name, { ...program.registers[name]!, constant: false });
+  return left;
 }
 
-function checkLaunch(
-  program: Program,
-  launch: Launch,
-  hasGraph: (name: string) => boolean,
-  written: Set<string>,
-): void {
+interface Scope {
+  readonly program: Program;
+  readonly kept: Kept;
+  readonly written: Set<string>;
+}
+
+function checkLaunch(scope: Scope, launch: Launch, hasGraph: (name: string) => boolean): void {
+  const { program, written } = scope;
   const where = `the launch of "${launch.graph}" (${launch.label.name})`;
   if (!hasGraph(launch.graph)) fail(`${where}: there is no graph of that name`);
   const inputs = Object.values(launch.inputs);
-  for (const name of inputs) checkReadable(program, name, written, where);
+  for (const name of inputs) checkReadable(scope, name, where);
   const outputs = Object.values(launch.outputs);
   for (const name of outputs) {
     register(program, name, where);
@@ -57,9 +86,10 @@ function checkLaunch(
   for (const name of outputs) written.add(name);
 }
 
-function checkCopy(program: Program, copy: CopyRows, written: Set<string>): void {
+function checkCopy(scope: Scope, copy: CopyRows): void {
+  const { program, written } = scope;
   const where = `the copy of rows from "${copy.from}" to "${copy.to}"`;
-  const from = checkReadable(program, copy.from, written, where);
+  const from = checkReadable(scope, copy.from, where);
   const to = register(program, copy.to, where);
   if (copy.from === copy.to) fail(`${where}: a register cannot be copied to itself`);
   if (from.dtype !== to.dtype) fail(`${where}: one is ${from.dtype}, the other ${to.dtype}`);
@@ -82,18 +112,20 @@ function rowElements(shape: readonly number[]): number {
   return elementCount(shape.slice(1));
 }
 
-function checkReadable(
-  program: Program,
-  name: string,
-  written: ReadonlySet<string>,
-  where: string,
-): { readonly dtype: DType; readonly shape: readonly number[] } {
+function checkReadable({ program, kept, written }: Scope, name: string, where: string): Register {
   const constant = own(program.constants, name);
-  if (constant?.kind === "value") return constant.tensor;
-  if (constant) return { dtype: "float32", shape: constant.shape };
+  if (constant) return operandOf(constant);
+  const earlier = kept.get(name);
+  if (earlier) return earlier;
   const operand = register(program, name, where);
   if (!written.has(name)) fail(`${where}: the register "${name}" is read before anything is written to it`);
   return operand;
+}
+
+function operandOf(constant: Constant): Register {
+  if (constant.kind === "stored") return { dtype: "float32", shape: constant.shape };
+  // Without the values, which need not be kept here.
+  return { dtype: constant.tensor.dtype, shape: constant.tensor.shape };
 }
 
 function register(program: Program, name: string, where: string): Register {

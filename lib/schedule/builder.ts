@@ -12,6 +12,9 @@ export interface RowLaunch {
   readonly rows: number;
   /** At most this many rows in one launch. */
   readonly limit: number;
+  /** See `Sharing`. */
+  readonly size: string;
+  readonly eager?: boolean;
   /** Operands with `rows` rows. */
   readonly inputs: Readonly<Record<string, string>>;
   /** Inputs that hold one number for each row. */
@@ -86,6 +89,7 @@ export class ProgramBuilder {
         outputs: { [output.name]: to },
         mustBeFinite: [to],
         ...(launch.reported && { reported: [to] }),
+        sharing: { size: launch.size, maxRows: launch.limit, ...(launch.eager && { eager: true }) },
         label: whole
           ? { ...launch.label, last }
           : { ...launch.label, name: `${launch.label.name}, picture ${row + 1} of ${rows}`, last },

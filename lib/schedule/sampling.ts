@@ -6,7 +6,7 @@
  */
 
 import type { Constant, Program } from "../program.js";
-import type { Tensor } from "../tensor.js";
+import { elementCount, float32, type Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
 import { Pair, ProgramBuilder, rowsAtOnce } from "./builder.js";
 import { planSteps, type StepLaunch } from "./steps.js";
@@ -22,6 +22,8 @@ export interface SamplingStage {
   readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
   /** An original in pixels, [1, 3, H, W] in [-1, 1]: to start from (first stage), and to keep where there is a mask. */
   readonly original?: Tensor | undefined;
+  /** The same in latents, [1, C, h, w], where it has been encoded already; in place of `original`. */
+  readonly originalLatents?: Tensor | undefined;
   /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
   readonly mask?: Tensor | undefined;
 }
@@ -41,6 +43,8 @@ export interface SamplingRequest {
   readonly imageChannels: number;
   /** At most this many pixels go through the autoencoder at once: its activations dwarf everything else. */
   readonly pixelsAtOnce: number;
+  /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
+  readonly textSize?: string | undefined;
   /** After each block, the picture that the run is heading for: by a linear map to colours, or decoded. */
   readonly preview?: { readonly map: Tensor; readonly bias: Tensor; readonly decoded: boolean } | undefined;
 }
@@ -58,6 +62,19 @@ export function samplingProgram(request: SamplingRequest): SamplingProgram {
   for (const index of request.stages.keys()) latents = planner.stage(index, latents);
   const image = planner.decode(latents, request.stages.length - 1, "image", { kind: "decode", name: "decoder" });
   return { program: planner.builder.build([latents, image]), latents, image };
+}
+
+/** Zeros of the latest few shapes: programs that hold the same array can share it on the device. */
+const knownZeros = new Map<string, Tensor>();
+const zerosKept = 8;
+
+function zeros(shape: readonly number[]): Tensor {
+  const key = shape.join();
+  const tensor = knownZeros.get(key) ?? float32(shape, new Float32Array(elementCount(shape)));
+  knownZeros.delete(key);
+  knownZeros.set(key, tensor);
+  for (const oldest of knownZeros.keys()) if (knownZeros.size > zerosKept) knownZeros.delete(oldest);
+  return tensor;
 }
 
 class SamplingPlanner {
@@ -100,7 +117,7 @@ class SamplingPlanner {
       builder,
       `${name}.velocity`,
       velocityShape,
-      builder.fill(`${name}.zeros`, velocityShape, 0),
+      builder.value(`${name}.zeros`, zeros(velocityShape)),
     );
     const start = stage.sigmas[0]!;
 
@@ -114,6 +131,7 @@ class SamplingPlanner {
         graph: graphs.noised,
         inputs: { latents: original, noise, sigma: builder.perRow(start, this.#rows) },
         outputs: { x: to },
+        sharing: { size: this.#size(stage) },
         label: { kind: "edit", name: "the original on its way to noise" },
       });
       x.at = to;
@@ -147,6 +165,9 @@ class SamplingPlanner {
       graph: this.#request.graphs.decode,
       rows: this.#rows,
       limit: this.#limit(noise),
+      size: this.#size(this.#request.stages[index]!),
+      // What a stage leaves on the way, a preview, is as eager as the stage.
+      eager: label.kind === "preview",
       inputs: { latents },
       output: { name: "image", register, rowShape },
       label,
@@ -182,6 +203,10 @@ class SamplingPlanner {
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
       mustBeFinite: [nextX],
+      sharing: {
+        size: `${this.#size(stage)}${this.#request.textSize ?? ""}`,
+        eager: step.type === "refine" || stage !== this.#request.stages.at(-1),
+      },
       label: {
         kind: "step",
         name: `block ${block + 1} of ${blocks} (${stage.blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
@@ -195,6 +220,7 @@ class SamplingPlanner {
 
   /** Latents of the stage's original, or null without one. */
   #encodeOriginal(stage: SamplingStage, name: string, shape: readonly number[]): string | null {
+    if (stage.originalLatents) return this.builder.value(`${name}.original`, stage.originalLatents);
     if (!stage.original) return null;
     const latents = this.builder.register(`${name}.original.latents`, shape);
     this.builder.instructions.push({
@@ -203,6 +229,7 @@ class SamplingPlanner {
       inputs: { image: this.builder.value(`${name}.original`, stage.original) },
       outputs: { latents },
       mustBeFinite: [latents],
+      sharing: { size: this.#size(stage), maxRows: this.#limit(stage.noise) },
       label: { kind: "edit", name: "encoder of the original" },
     });
     return latents;
@@ -214,6 +241,8 @@ class SamplingPlanner {
       graph: this.#request.graphs.join,
       rows: this.#rows,
       limit: this.#limit(stage.noise),
+      size: `${this.#size(this.#request.stages[index - 1]!)}-${this.#size(stage)}`,
+      eager: true,
       inputs: { latents: before, noise },
       perRow: { sigma },
       output: { name: "x", register: to, rowShape: stage.noise.shape.slice(1) },
@@ -245,6 +274,7 @@ class SamplingPlanner {
         sigma: builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
+      sharing: { size: this.#size(stage) },
       label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
     });
     x.at = nextX;
@@ -270,10 +300,17 @@ class SamplingPlanner {
       },
       outputs: { latents, image },
       ...(!preview!.decoded && { reported: [image] }),
+      sharing: { size: this.#size(this.#request.stages[index]!) },
       label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !preview!.decoded },
     });
     if (preview!.decoded)
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
+  }
+
+  /** A stage's size in pixels. */
+  #size({ noise }: SamplingStage): string {
+    const [, height, width] = this.#imageShape(noise);
+    return `${width}x${height}`;
   }
 
   #imageShape(noise: Tensor): readonly number[] {

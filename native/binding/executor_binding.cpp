@@ -23,6 +23,7 @@ using Bytes = std::vector<uint8_t>;
 struct Handle {
   std::shared_ptr<Executor> executor;
   std::map<int64_t, std::shared_ptr<Engine>> engines;
+  std::map<int64_t, std::shared_ptr<Registers>> registers;
   int64_t count = 0;
 
   std::shared_ptr<Executor> require(Napi::Env env) const {
@@ -69,10 +70,17 @@ Napi::Array shapesOf(Napi::Env env, const TensorShapes& shapes) {
   return array;
 }
 
+// Index of registers: absent for the submission's own. Whether there are so many is the executor's to check.
+uint32_t readBlock(const Napi::Object& object) {
+  const Napi::Value block = object.Get("block");
+  return block.IsUndefined() ? 0 : static_cast<uint32_t>(readInteger(block, "block", 0, kMaximumIndex));
+}
+
 Operand readOperand(const Napi::Value& value) {
   const Napi::Object object = readObject(value, "an operand");
   return {readBoolean(object.Get("constant"), "an operand's constant"),
-          static_cast<uint64_t>(readInteger(object.Get("offset"), "an operand's offset", 0, kMaximumBytes))};
+          static_cast<uint64_t>(readInteger(object.Get("offset"), "an operand's offset", 0, kMaximumBytes)),
+          readBlock(object)};
 }
 
 std::vector<uint32_t> readOutputs(const Napi::Value& value, const char* what, const Engine& engine, bool floats) {
@@ -92,7 +100,7 @@ Instruction readInstruction(const Napi::Value& value, const Handle& handle) {
   if (kind == "copy") {
     CopyBytes copy;
     copy.from = readOperand(object.Get("from"));
-    copy.to = static_cast<uint64_t>(readInteger(object.Get("to"), "a copy's to", 0, kMaximumBytes));
+    copy.to = readOperand(object.Get("to"));
     copy.bytes = static_cast<uint64_t>(readInteger(object.Get("bytes"), "a copy's bytes", 1, kMaximumBytes));
     return copy;
   }
@@ -131,8 +139,17 @@ Napi::Value submit(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>
   submission->results = readList<Range>(request.Get("results"), "a submission's results", [](const Napi::Value& item) {
     const Napi::Object range = readObject(item, "a result");
     return Range{static_cast<uint64_t>(readInteger(range.Get("offset"), "a result's offset", 0, kMaximumBytes)),
-                 static_cast<uint64_t>(readInteger(range.Get("bytes"), "a result's bytes", 0, kMaximumBytes))};
+                 static_cast<uint64_t>(readInteger(range.Get("bytes"), "a result's bytes", 0, kMaximumBytes)),
+                 readBlock(range)};
   });
+  if (!request.Get("others").IsUndefined())
+    submission->others = readList<std::shared_ptr<Registers>>(
+        request.Get("others"), "a submission's others", [&](const Napi::Value& item) {
+          const auto found = handle->registers.find(readInteger(item, "others", 0, kMaximumIndex));
+          if (found == handle->registers.end())
+            throw Napi::RangeError::New(env, "Expected registers that have not been released for a submission's others.");
+          return found->second;
+        });
   submission->capture = readBoolean(request.Get("capture"), "a submission's capture");
   const Napi::Function onReports = readFunction(info[1], "onReports");
 
@@ -192,11 +209,15 @@ Napi::Value createRegisters(const Napi::CallbackInfo& info, const std::shared_pt
   const Napi::Env env = info.Env();
   const auto bytes = static_cast<uint64_t>(readInteger(info[0], "bytes", 0, kMaximumBytes));
   const auto held = std::make_shared<std::shared_ptr<Registers>>(handle->require(env)->createRegisters(bytes));
+  const int64_t id = handle->count++;
+  handle->registers.emplace(id, *held);
   Napi::Object result = Napi::Object::New(env);
+  result["id"] = Napi::Number::New(env, static_cast<double>(id));
   result["submit"] =
       function(env, "submit", [handle, held](const Napi::CallbackInfo& call) { return submit(call, handle, *held); });
-  result["release"] = function(env, "release", [held](const Napi::CallbackInfo& call) {
+  result["release"] = function(env, "release", [handle, held, id](const Napi::CallbackInfo& call) {
     held->reset();
+    handle->registers.erase(id);
     return call.Env().Undefined();
   });
   return result;
@@ -292,6 +313,7 @@ Napi::Value close(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>&
   std::shared_ptr<Executor> executor = handle->require(info.Env());
   handle->executor.reset();
   handle->engines.clear();
+  handle->registers.clear();
   return Task::begin(info.Env(), "flowturbo.close", Napi::Function(), [&](const std::shared_ptr<Task>& task) {
     Executor::close(std::move(executor), [task] {
       task->finish([](Napi::Env env) -> Napi::Value { return env.Undefined(); });

@@ -9,8 +9,8 @@ constexpr unsigned kStreamNonBlocking = 1;
 // Who waits for an event sleeps: the CPU belongs to the rest of the process.
 constexpr unsigned kEventBlockingSync = 1;
 
-// Blocks that a pool keeps for the next who asks.
-constexpr size_t kKeptBlocks = 8;
+// Blocks that a pool keeps for the next who asks; a scheduler's registers come and go by the dozen.
+constexpr size_t kKeptBlocks = 256;
 constexpr uint64_t kGranule = uint64_t{64} << 10;
 
 uint64_t rounded(uint64_t bytes) { return (std::max<uint64_t>(bytes, 1) + kGranule - 1) / kGranule * kGranule; }

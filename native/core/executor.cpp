@@ -362,9 +362,11 @@ struct ExecutorState {
   // Memory, contexts, zeros and constants: whatever can fail does so before the first launch.
   void begin(const std::shared_ptr<Submission>& submission) {
     Registers& registers = *submission->registers;
-    if (registers.failed_) throw Error("CANCELLED", "an earlier part of this run did not finish");
+    noteUses(*submission);
+    // What its other registers hold is known when those before it have ended.
+    if (submission->others.empty()) refuseWithoutValue(*submission);
     for (const Range& range : submission->results)
-      if (!within(range.offset, range.bytes, registers.bytes_))
+      if (!within(range.offset, range.bytes, blockOf(*submission, range.block).bytes_))
         throw Error("INVALID", "a result lies outside of the registers");
     submissions++;
     if (submission->capture && registers.captured_ &&
@@ -380,9 +382,11 @@ struct ExecutorState {
     for (const Instruction& instruction : submission->instructions)
       if (const auto* launch = std::get_if<Launch>(&instruction))
         scratchBytes = std::max(scratchBytes, launch->engine->scratchBytes(launch->profile));
-    const bool fresh = !registers.block_;
+    uint64_t fresh = registers.block_ ? 0 : registers.bytes_;
+    for (const auto& other : submission->others) fresh += other->block_ ? 0 : other->bytes_;
     try {
-      if (fresh) registers.block_ = memory->take(registers.bytes_);
+      provide(registers);
+      for (const auto& other : submission->others) provide(*other);
       submission->constantsBlock_ = memory->take(submission->constants.size());
       if (!scratch || scratch->bytes < scratchBytes) {
         scratch.reset();
@@ -390,7 +394,7 @@ struct ExecutorState {
       }
     } catch (Error& error) {
       if (error.code() == "DEVICE_MEMORY")
-        error.needed = (fresh ? registers.bytes_ : 0) + submission->constants.size() + scratchBytes;
+        error.needed = fresh + submission->constants.size() + scratchBytes;
       throw;
     }
 
@@ -404,11 +408,79 @@ struct ExecutorState {
     }
 
     // 3. Zeros and constants.
-    if (fresh || submission->capture)
-      driver().check(driver().cuMemsetD8Async(registers.block_->address(), 0, std::max<uint64_t>(registers.bytes_, 1),
-                                              stream.get()),
-                     "cuMemsetD8Async");
+    if (submission->capture) clear(registers);
     upload(*submission);
+  }
+
+  static Registers& blockOf(const Submission& submission, uint32_t block) {
+    return block == 0 ? *submission.registers : *submission.others.at(block - 1);
+  }
+
+  // Memory for registers that have none yet: zeros.
+  void provide(Registers& registers) {
+    if (registers.block_) return;
+    registers.block_ = memory->take(registers.bytes_);
+    try {
+      clear(registers);
+    } catch (const Error&) {
+      registers.block_.reset();
+      throw;
+    }
+  }
+
+  void clear(const Registers& registers) {
+    driver().check(driver().cuMemsetD8Async(registers.block_->address(), 0, std::max<uint64_t>(registers.bytes_, 1),
+                                            stream.get()),
+                   "cuMemsetD8Async");
+  }
+
+  // Which of the other registers it reads before it writes them, and which it writes.
+  static void noteUses(Submission& submission) {
+    submission.reads_.assign(submission.others.size(), false);
+    submission.writes_.assign(submission.others.size(), false);
+    const auto check = [&](uint32_t block) {
+      if (block > submission.others.size()) throw Error("INVALID", "an operand is in registers that are not there");
+    };
+    const auto read = [&](const Operand& operand) {
+      check(operand.block);
+      if (!operand.constant && operand.block > 0 && !submission.writes_[operand.block - 1])
+        submission.reads_[operand.block - 1] = true;
+    };
+    const auto write = [&](const Operand& operand) {
+      check(operand.block);
+      if (operand.block > 0) submission.writes_[operand.block - 1] = true;
+    };
+    for (const Instruction& instruction : submission.instructions) {
+      if (const auto* copy = std::get_if<CopyBytes>(&instruction)) {
+        read(copy->from);
+        write(copy->to);
+        continue;
+      }
+      const Launch& launch = std::get<Launch>(instruction);
+      const std::vector<EngineTensor>& tensors = launch.engine->tensors();
+      for (size_t tensor = 0; tensor < tensors.size() && tensor < launch.operands.size(); tensor++)
+        if (tensors[tensor].input) read(launch.operands[tensor]);
+      for (size_t tensor = 0; tensor < tensors.size() && tensor < launch.operands.size(); tensor++)
+        if (!tensors[tensor].input) write(launch.operands[tensor]);
+    }
+    for (const Range& range : submission.results) {
+      Operand operand;
+      operand.block = range.block;
+      read(operand);
+    }
+    if (submission.capture && !submission.others.empty())
+      throw Error("INVALID", "a program over several registers cannot be captured");
+  }
+
+  static void refuseWithoutValue(const Submission& submission) {
+    const bool alone = submission.others.empty();
+    if (alone && submission.registers->failed_) throw Error("CANCELLED", "an earlier part of this run did not finish");
+    for (size_t other = 0; other < submission.reads_.size(); other++)
+      if (submission.reads_[other] && submission.others[other]->failed_) {
+        Error error("NO_VALUE", "a register has no value, since an earlier part failed");
+        error.operand = static_cast<int64_t>(other) + 1;
+        throw error;
+      }
   }
 
   void upload(Submission& submission) {
@@ -425,7 +497,7 @@ struct ExecutorState {
 
   static bool within(const Submission& submission, const Operand& operand, uint64_t bytes) {
     return within(operand.offset, bytes,
-                  operand.constant ? submission.constants.size() : submission.registers->bytes_);
+                  operand.constant ? submission.constants.size() : blockOf(submission, operand.block).bytes_);
   }
 
   void checkLaunch(const Submission& submission, const Launch& launch, int64_t index) {
@@ -451,12 +523,13 @@ struct ExecutorState {
   }
 
   static void checkCopy(const Submission& submission, const CopyBytes& copy) {
-    if (!within(submission, copy.from, copy.bytes) || !within(copy.to, copy.bytes, submission.registers->bytes_))
+    if (copy.to.constant || !within(submission, copy.from, copy.bytes) || !within(submission, copy.to, copy.bytes))
       throw Error("INVALID", "a copy reaches outside of its memory");
   }
 
   DevicePointer addressOf(const Submission& submission, const Operand& operand) const {
-    return (operand.constant ? submission.constantsBlock_ : submission.registers->block_)->address() + operand.offset;
+    return (operand.constant ? submission.constantsBlock_ : blockOf(submission, operand.block).block_)->address() +
+           operand.offset;
   }
 
   void issue(const std::shared_ptr<Submission>& submission) {
@@ -496,8 +569,8 @@ struct ExecutorState {
   }
 
   void issueCopy(const Submission& submission, const CopyBytes& copy) {
-    driver().check(driver().cuMemcpyDtoDAsync(submission.registers->block_->address() + copy.to,
-                                              addressOf(submission, copy.from), copy.bytes, stream.get()),
+    driver().check(driver().cuMemcpyDtoDAsync(addressOf(submission, copy.to), addressOf(submission, copy.from),
+                                              copy.bytes, stream.get()),
                    "cuMemcpyDtoDAsync");
   }
 
@@ -556,14 +629,17 @@ struct ExecutorState {
     const std::vector<Range>& ranges = submission.results;
     for (size_t index = 0; index < ranges.size();) {
       const uint64_t begin = ranges[index].offset;
+      const uint32_t block = ranges[index].block;
       uint64_t end = begin;
-      for (; index < ranges.size() && ranges[index].offset >= end && ranges[index].offset - end < kAlignment; index++) {
+      for (; index < ranges.size() && ranges[index].block == block && ranges[index].offset >= end &&
+             ranges[index].offset - end < kAlignment;
+           index++) {
         flight.results.push_back(at + ranges[index].offset - begin);
         end = ranges[index].offset + ranges[index].bytes;
       }
       if (end > begin)
         driver().check(driver().cuMemcpyDtoHAsync(static_cast<uint8_t*>(flight.host->address()) + at,
-                                                  submission.registers->block_->address() + begin, end - begin,
+                                                  blockOf(submission, block).block_->address() + begin, end - begin,
                                                   stream.get()),
                        "cuMemcpyDtoHAsync");
       at += end - begin;
@@ -640,9 +716,7 @@ struct ExecutorState {
     submission->replayed_ = true;
     submission->constantsBlock_ = captured.constants;
     submission->next_ = submission->instructions.size();
-    driver().check(driver().cuMemsetD8Async(registers.block_->address(), 0, std::max<uint64_t>(registers.bytes_, 1),
-                                            stream.get()),
-                   "cuMemsetD8Async");
+    clear(registers);
     upload(*submission);
     auto flight = std::make_unique<InFlight>();
     flight->kind = InFlight::Kind::kReplay;
@@ -691,6 +765,7 @@ struct ExecutorState {
       case InFlight::Kind::kLaunch:
         if (!failed)
           guarded(submission, flight.index, [&] {
+            refuseWithoutValue(submission);
             report(submission, flight.index, *flight.launch, flight.start, flight.end, flight.watches, flight.host);
           });
         break;
@@ -753,8 +828,12 @@ struct ExecutorState {
       error = submission.failure_;
     }
     if (!error && submission.aborted_) error = Error("CANCELLED", "the run was stopped");
-    if (!error && submission.registers->failed_)
-      error = Error("CANCELLED", "an earlier part of this run did not finish");
+    // What was before it may have failed since it began.
+    try {
+      if (!error) refuseWithoutValue(submission);
+    } catch (const Error& without) {
+      error = without;
+    }
     std::vector<std::vector<uint8_t>> results;
     if (!error && flight.host) {
       const auto* data = static_cast<const uint8_t*>(flight.host->address());
@@ -788,13 +867,24 @@ struct ExecutorState {
   }
 
   void settle(Submission& submission, std::optional<Error> error, std::vector<std::vector<uint8_t>> results) {
-    if (error) submission.registers->failed_ = true;
+    if (error && submission.others.empty()) submission.registers->failed_ = true;
+    // In the order of submission: later ones look at what is then so.
+    if (submission.writes_.size() != submission.others.size()) {
+      try {
+        noteUses(submission);
+      } catch (const Error&) {
+        submission.writes_.assign(submission.others.size(), true);
+      }
+    }
+    for (size_t other = 0; other < submission.others.size(); other++)
+      if (submission.writes_[other]) submission.others[other]->failed_ = error.has_value();
     submission.settled_ = true;
     // Let go of before anybody is told: who closes an executor then waits for all of this.
     submission.constantsBlock_.reset();
     submission.upload_.reset();
     submission.instructions.clear();
     submission.registers.reset();
+    submission.others.clear();
     Outcome outcome;
     outcome.error = std::move(error);
     outcome.results = std::move(results);
@@ -999,7 +1089,8 @@ bool Executor::withdraw(const std::shared_ptr<Submission>& submission) {
     const std::lock_guard<std::mutex> lock(state_->mutex);
     auto& queue = state_->queue;
     const auto waiting = std::find(queue.begin(), queue.end(), submission);
-    if (waiting == queue.end() || submission->begun_) return false;
+    // With other registers it has to fail in its turn.
+    if (waiting == queue.end() || submission->begun_ || !submission->others.empty()) return false;
     submission->aborted_ = true;
     queue.erase(waiting);
     state_->issuing.notify_one();

@@ -27,8 +27,12 @@ namespace flowturbo {
 struct Operand {
   bool constant = false;
   uint64_t offset = 0;
+  // Which registers: 0 for the submission's own, then its others.
+  uint32_t block = 0;
 
-  bool operator==(const Operand& other) const { return constant == other.constant && offset == other.offset; }
+  bool operator==(const Operand& other) const {
+    return constant == other.constant && offset == other.offset && block == other.block;
+  }
 };
 
 struct Launch {
@@ -49,7 +53,7 @@ struct Launch {
 // Always into the registers.
 struct CopyBytes {
   Operand from;
-  uint64_t to = 0;
+  Operand to;
   uint64_t bytes = 0;
 
   bool operator==(const CopyBytes& other) const { return from == other.from && to == other.to && bytes == other.bytes; }
@@ -61,6 +65,7 @@ using Instruction = std::variant<Launch, CopyBytes>;
 struct Range {
   uint64_t offset = 0;
   uint64_t bytes = 0;
+  uint32_t block = 0;
 };
 
 struct LaunchReport {
@@ -105,6 +110,9 @@ class Registers {
 // Instructions that run in order, after those of earlier submissions, without a pause between them.
 struct Submission {
   std::shared_ptr<Registers> registers;
+  // More registers, each of which lives for as long as somebody wants it. With any, a failure is not that of
+  // `registers`: whoever reads one of the others that a failed submission was to write fails with NO_VALUE.
+  std::vector<std::shared_ptr<Registers>> others;
   // Uploaded at once before the first instruction.
   std::vector<uint8_t> constants;
   std::vector<Instruction> instructions;
@@ -132,6 +140,9 @@ struct Submission {
   PinnedMemoryPool::Shared upload_;
   bool replayed_ = false;
   std::string notCaptured_;
+  // Of `others`: whether it reads what was there before, and whether it writes.
+  std::vector<bool> reads_;
+  std::vector<bool> writes_;
 };
 
 struct ExecutorStatistics {

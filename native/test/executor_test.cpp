@@ -221,8 +221,8 @@ void copiesRows() {
   for (size_t index = 0; index < x.size(); index++) x[index] = static_cast<float>(index);
   run.submission->constants = bytesOf(x);
   // The second row to the first, and 100 numbers from there to the middle of another register, which is zeros else.
-  run.submission->instructions.emplace_back(CopyBytes{{true, 1200}, 0, 1200});
-  run.submission->instructions.emplace_back(CopyBytes{{false, 400}, kSlot + 40, 400});
+  run.submission->instructions.emplace_back(CopyBytes{{true, 1200}, {false, 0}, 1200});
+  run.submission->instructions.emplace_back(CopyBytes{{false, 400}, {false, kSlot + 40}, 400});
   run.submission->results = {{0, 1200}, {kSlot, kBytes}};
   const Outcome outcome = run.start(*fixture.executor).get();
   CHECK(!outcome.error);
@@ -453,8 +453,8 @@ void refusesWrongInstructions() {
   CHECK(refused([&](Submission& submission) { launch(submission).operands[2].offset = 4; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[2].constant = true; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[1].offset = 1 << 20; }));
-  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 0}, 2 * kSlot, 4}); }));
-  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 1 << 20}, 0, 4}); }));
+  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 0}, {false, 2 * kSlot}, 4}); }));
+  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 1 << 20}, {false, 0}, 4}); }));
   CHECK(refused([&](Submission& submission) { submission.results = {{kSlot, 2 * kSlot}}; }));
   CHECK(simulatedCounts().kernels == 0);
 

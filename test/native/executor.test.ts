@@ -9,7 +9,6 @@ import {
   CacheError,
   CompileError,
   DeviceLostError,
-  DisposedError,
   FlowTurboError,
   MemoryError,
   RuntimeError,
@@ -363,51 +362,6 @@ describeAddons("the executor", () => {
         expect(await refused(good, {}, plan(sound, `${sound} `))).toBeInstanceOf(CacheError);
         const other = await refused(good, {}, plan(planText(form, [{ x: [7] }])));
         expect(other.message).toMatch(/"double" \(a of x\) failed: its engine has no profile for the inputs x \[2\]/);
-      });
-    });
-
-    describe("a program in parts", () => {
-      const registers = program([1, 2], [], []).registers;
-      const part = (instructions: Program["instructions"], results: string[] = [], x = [1, 2]) => ({
-        constants: program(x, [], []).constants,
-        instructions,
-        results,
-      });
-
-      it("keeps its registers from one part to the next, ahead of the device", async () => {
-        const runtime = start();
-        const parts = runtime.open(registers);
-        await parts.submit(part([double("x", "a")]));
-        simulated.hold();
-        const second = parts.submit(part([double("a", "b")]));
-        const third = parts.submit(part([double("b", "a")], ["a", "b"]));
-        await setTimeout(20);
-        simulated.let(-1);
-        await second;
-        expect(values((await third).a)).toEqual([8, 16]);
-        await parts.close();
-        expect(await rejection(parts.submit(part([double("x", "a")])))).toBeInstanceOf(DisposedError);
-      });
-
-      it("refuses to read what no part has written", async () => {
-        const runtime = start();
-        const parts = runtime.open(registers);
-        await parts.submit(part([double("x", "a")]));
-        const error = await rejection(parts.submit(part([double("c", "b")])));
-        expect(error.message).toMatch(/the register "c" is read before/);
-        expect(values((await parts.submit(part([double("a", "b")], ["b"]))).b)).toEqual([4, 8]);
-        await parts.close();
-      });
-
-      it("rejects what follows a part that failed", async () => {
-        const runtime = start();
-        const parts = runtime.open(registers);
-        await parts.submit(part([double("x", "a")]));
-        const failed = parts.submit(part([launch("huge", "x", "b", { mustBeFinite: ["b"] })], [], [1, 5]));
-        const after = parts.submit(part([double("b", "c")], ["c"]));
-        expect(await rejection(failed)).toMatchObject({ code: "ERR_FLOWTURBO_NOT_FINITE", where: "b of x" });
-        expect(await rejection(after)).toBeInstanceOf(RuntimeError);
-        await parts.close();
       });
     });
 

@@ -35,7 +35,7 @@ describeAddons("without a GPU", () => {
     runtime.add(scaleGraph("double", 2));
     const job = program([1], [double("x", "a")], ["a"]);
     const start = performance.now();
-    const parts = runtime.open(job.registers);
+    const parts = runtime.open();
     const calls = [() => runtime.start(), () => runtime.run(job), () => parts.submit(job), () => runtime.run(job)];
     for (const call of calls) {
       const error = await rejection(call());
@@ -45,7 +45,7 @@ describeAddons("without a GPU", () => {
     }
     const both = await Promise.all([rejection(runtime.run(job)), rejection(runtime.run(job))]);
     for (const error of both) expect(error).toBeInstanceOf(RuntimeUnavailableError);
-    await parts.close();
+    parts.close();
     await runtime.unload(["double"]);
     expect(runtime.statistics()).toBe(null);
     await runtime.dispose();

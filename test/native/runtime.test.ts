@@ -2,6 +2,7 @@
 // wrong.
 import { afterEach, describe, expect, vi } from "vitest";
 import { addGraphs, describeRuntime } from "../runtimes/contract.js";
+import { describeWorkspaces } from "../runtimes/workspaces.js";
 import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
@@ -15,11 +16,13 @@ afterEach(async () => {
 
 describeAddons("on the simulated device", () => {
   describe.each(["tensorrt", "tensorrt-rtx"] as const)("%s", (kind) => {
-    describeRuntime(() => {
+    const open = () => {
       const runtime = simulatedRuntime(kind, new SimulatedEngines(folder));
       addGraphs(runtime);
       opened.push(runtime);
       return runtime;
-    });
+    };
+    describeRuntime(open);
+    describeWorkspaces(open);
   });
 });

@@ -46,7 +46,7 @@ describe.each(fixtureNames)("%s", (name) => {
 });
 
 it("draws the embedded model's reference pictures", async () => {
-  const reference = await readAll(fixture("../../models/shapes/reference.safetensors"));
+  const reference = await readAll(fixture("shapes/reference.safetensors"));
   await using model = await FlowTurbo.load();
   const result = await model.generate({
     prompt: [
@@ -54,14 +54,16 @@ it("draws the embedded model's reference pictures", async () => {
       "a large purple circle",
       "a yellow triangle",
       "a large orange square on a black background",
-      "a large green triangle",
-      "a blue square",
+      "a red circle above a blue square",
+      "a small white triangle left of a green circle",
       "a large white circle on a blue background",
-      "a small red circle",
+      "an orange square right of a small black circle on a yellow background",
     ],
     blocks: "HPPPPPRR",
+    guidanceScale: 2,
     seed: 100,
   });
   expect(relativeError(result.latents, reference.latents!)).toBeLessThan(5e-5);
-  expect(relativeError(result.pixels, reference.image!)).toBeLessThan(5e-5);
+  // The decoder of this model draws edges of one pixel: it multiplies a difference of the latents by about five.
+  expect(relativeError(result.pixels, reference.image!)).toBeLessThan(2e-4);
 });

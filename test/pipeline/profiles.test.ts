@@ -6,7 +6,8 @@ import { type EnginePlan, plannedEngines } from "../../lib/engines.js";
 import { OptionError } from "../../lib/errors.js";
 import type { GenerateOptions } from "../../lib/options.js";
 import { FlowTurbo } from "../../lib/pipeline.js";
-import type { Program } from "../../lib/program.js";
+import type { Constant, Program, Register } from "../../lib/program.js";
+import type { RunOptions } from "../../lib/runtimes/runtime.js";
 import { elementCount, float32, type Tensor } from "../../lib/tensor.js";
 import { fixture, fixtureNames } from "../support/fixtures.js";
 
@@ -16,19 +17,40 @@ vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => ({
   ...(await original<object>()),
   OnnxRuntime: class {
     readonly name = "onnxruntime";
-    async start() {}
+    async start() {
+      return { version: "0" };
+    }
     async dispose() {}
     add() {}
     has() {
       return true;
     }
-    async run(program: Program): Promise<Record<string, Tensor>> {
+    async run(program: Program, { onLaunch }: RunOptions = {}): Promise<Record<string, Tensor>> {
       programs.push(program);
-      const zeros = (name: string) => {
-        const { shape } = program.registers[name]!;
-        return float32(shape, new Float32Array(elementCount(shape)));
+      const zeros = (names: readonly string[] = []) =>
+        Object.fromEntries(
+          names.map((name) => {
+            const { shape } = program.registers[name]!;
+            return [name, float32(shape, new Float32Array(elementCount(shape)))];
+          }),
+        );
+      for (const [index, launch] of program.instructions.filter(({ op }) => op === "launch").entries())
+        if (launch.op === "launch") onLaunch?.({ launch, index, milliseconds: 1, values: zeros(launch.reported) });
+      return zeros(program.results);
+    }
+    open() {
+      const registers: Record<string, Register> = {};
+      const constants: Record<string, Constant> = {};
+      return {
+        lost: false,
+        submit: (piece: Program, options: RunOptions) => {
+          Object.assign(registers, piece.registers);
+          Object.assign(constants, piece.constants);
+          return this.run({ ...piece, registers: { ...registers }, constants: { ...constants } }, options);
+        },
+        free() {},
+        close() {},
       };
-      return Object.fromEntries(program.results.map((name) => [name, zeros(name)]));
     }
   },
 }));
@@ -85,7 +107,11 @@ const cases: [string, Omit<GenerateOptions, "prompt">, EnginePlan][] = [
 
 it.each(cases)("profiles for %s cover every launch", async (_, options, plan) => {
   for (const name of fixtureNames) {
-    await using model = await FlowTurbo.load(fixture(name, "model"));
+    await using model = await FlowTurbo.load(fixture(name, "model"), {
+      // As with engines of one batch only.
+      pinBatch: plan.batches[0],
+      measureCosts: false,
+    });
     await model.generate({ prompt: "a red circle", ...options });
     const engines = plannedEngines(await openCheckpoint(fixture(name, "model")), plan);
     const recorded = launches();

@@ -23,9 +23,9 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   afterAll(() => runtime.dispose());
 
   const encode = (texts: string[]) =>
-    encoder.encode(texts, 32, (program) => {
-      programs++;
-      return runtime.run(program);
+    encoder.encode(texts, 32, (all) => {
+      programs += all.length;
+      return Promise.all(all.map((program) => runtime.run(program)));
     });
 
   it("gives transformers' embeddings", async () => {

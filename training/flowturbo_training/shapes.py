@@ -33,7 +33,7 @@ REFINER = RefinerSettings(
     grids=[(6, SHIFT), (8, SHIFT), (10, SHIFT), (14, SHIFT)], grid_share=0.6, same_point_share=0.25,
 )  # fmt: skip
 
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 """The scale that draws best here, of 2, 3 and 4.5, at both sizes."""
 
 

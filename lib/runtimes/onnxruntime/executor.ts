@@ -33,6 +33,7 @@ export class Executor {
   readonly #graphs = new Map<string, SentGraph>();
   readonly #sessions = new Map<string, ort.InferenceSession>();
   readonly #stored = new StoredConstants();
+  readonly #workspaces = new Map<number, Map<string, ort.Tensor>>();
 
   constructor(library: typeof ort, settings: HostSettings) {
     this.#ort = library;
@@ -52,9 +53,13 @@ export class Executor {
     }
   }
 
-  /** @throws RunFailure */
-  async run(program: Program, hooks: RunHooks): Promise<Record<string, Tensor>> {
-    const values = new Map<string, ort.Tensor>();
+  /**
+   * @param workspace where the program finds values of earlier programs and leaves its own
+   * @throws RunFailure
+   */
+  async run(program: Program, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+    const values = this.#values(workspace);
+    if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
     for (const [name, constant] of Object.entries(program.constants))
       values.set(name, await this.#upload(name, constant));
     let launches = 0;
@@ -73,6 +78,19 @@ export class Executor {
     return read(program, program.results, values);
   }
 
+  free(workspace: number, names: readonly string[] | "all"): void {
+    if (names === "all") this.#workspaces.delete(workspace);
+    else for (const name of names) this.#workspaces.get(workspace)?.delete(name);
+  }
+
+  #values(workspace: number | undefined): Map<string, ort.Tensor> {
+    const known = workspace === undefined ? undefined : this.#workspaces.get(workspace);
+    if (known) return known;
+    const values = new Map<string, ort.Tensor>();
+    if (workspace !== undefined) this.#workspaces.set(workspace, values);
+    return values;
+  }
+
   async #upload(name: string, constant: Constant): Promise<ort.Tensor> {
     if (constant.kind === "value") return this.#tensor(constant.tensor);
     try {
@@ -86,7 +104,7 @@ export class Executor {
     const where = `The graph "${launch.graph}" (${launch.label.name})`;
     const session = await this.#session(launch.graph, where);
     const feeds: Record<string, ort.Tensor> = {};
-    for (const [input, name] of Object.entries(launch.inputs)) feeds[input] = values.get(name)!;
+    for (const [input, name] of Object.entries(launch.inputs)) feeds[input] = present(values, name, where);
     const fetches = Object.keys(launch.outputs);
     const results = await session.run(feeds, fetches).catch((error) => {
       throw failure(`${where} failed: ${messageOf(error)}`);
@@ -110,7 +128,7 @@ export class Executor {
   }
 
   #copy(program: Program, copy: CopyRows, values: Map<string, ort.Tensor>): void {
-    const from = values.get(copy.from)!;
+    const from = present(values, copy.from, `The copy of rows to "${copy.to}"`);
     const register = program.registers[copy.to]!;
     let to = values.get(copy.to);
     if (!to) {
@@ -118,7 +136,7 @@ export class Executor {
       values.set(copy.to, to);
     }
     const row = elementCount(register.shape.slice(1));
-    const rows = from.data.slice(copy.fromRow * row, (copy.fromRow + copy.rows) * row) as Float32Array;
+    const rows = (from.data as Float32Array).subarray(copy.fromRow * row, (copy.fromRow + copy.rows) * row);
     (to.data as Float32Array).set(rows, copy.toRow * row);
   }
 
@@ -159,6 +177,13 @@ export class Executor {
   #tensor({ dtype, shape, data }: Tensor): ort.Tensor {
     return dtype === "float32" ? new this.#ort.Tensor(dtype, data, shape) : new this.#ort.Tensor(dtype, data, shape);
   }
+}
+
+/** A value, which a program that was checked can only lack where an earlier piece of the workspace failed. */
+function present(values: ReadonlyMap<string, ort.Tensor>, name: string, where: string): ort.Tensor {
+  const value = values.get(name);
+  if (value) return value;
+  throw failure(`${where} reads "${name}", which has no value, since an earlier part of the run did not finish.`);
 }
 
 function read(program: Program, names: readonly string[], values: Map<string, ort.Tensor>): Record<string, Tensor> {

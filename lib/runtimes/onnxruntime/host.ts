@@ -20,8 +20,10 @@ const settings = JSON.parse(process.argv[2]!) as HostSettings;
  */
 const reportInterval = 20;
 
-let running: number | null = null;
-let aborted = false;
+/** Runs that wait or run, and those among them that are to stop. */
+const pending = new Set<number>();
+const aborted = new Set<number>();
+let turn: Promise<void> = Promise.resolve();
 
 const [library] = await Promise.all([
   import("onnxruntime-node").then(
@@ -39,19 +41,21 @@ if (library) {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
     if (message.type === "abort") {
-      if (message.id === running) aborted = true;
+      if (pending.has(message.id)) aborted.add(message.id);
+    } else if (message.type === "free") {
+      turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
-      void executor.unload(message.graphs);
+      turn = turn.then(() => executor.unload(message.graphs));
     } else {
-      void run(executor, message);
+      pending.add(message.id);
+      turn = turn.then(() => run(executor, message));
     }
   });
   send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
 }
 
-async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, { type: "run" }>): Promise<void> {
-  running = id;
-  aborted = false;
+async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>): Promise<void> {
+  const { id, graphs, program, workspace } = message;
   let reports: FinishedLaunch[] = [];
   let reported = performance.now();
   const flush = () => {
@@ -61,13 +65,14 @@ async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, 
   };
   try {
     for (const graph of graphs) executor.add(graph);
-    const results = await executor.run(program, {
-      launched: (report) => {
+    const hooks = {
+      launched: (report: FinishedLaunch) => {
         reports.push(report);
         if (performance.now() - reported >= reportInterval) flush();
       },
-      aborted: () => aborted,
-    });
+      aborted: () => aborted.has(id),
+    };
+    const results = await executor.run(program, hooks, workspace);
     flush();
     send({ type: "done", id, results });
   } catch (error) {
@@ -76,7 +81,8 @@ async function run(executor: Executor, { id, graphs, program }: Extract<ToHost, 
     flush();
     send({ type: "failed", id, failure });
   } finally {
-    running = null;
+    pending.delete(id);
+    aborted.delete(id);
   }
 }
 

@@ -7,12 +7,12 @@
 import { parse } from "node:path";
 import { DisposedError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
 import type { Logger } from "../../options.js";
-import type { Launch, Program } from "../../program.js";
+import type { Program } from "../../program.js";
 import type { Tensor } from "../../tensor.js";
-import type { CompilableGraph, RunOptions, Runtime } from "../runtime.js";
-import { validateProgram } from "../validate.js";
+import type { CompilableGraph, RunOptions, Runtime, Workspace } from "../runtime.js";
+import { type Operand, validateProgram } from "../validate.js";
 import { type Ending, HostProcess } from "./process.js";
-import type { Failure, FinishedLaunch, FromHost, SentGraph, Widening } from "./protocol.js";
+import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost, Widening } from "./protocol.js";
 
 export { resolveWeights } from "./weights.js";
 
@@ -30,7 +30,6 @@ export interface OnnxRuntimeOptions {
 interface Job {
   readonly program: Program;
   readonly options: RunOptions;
-  readonly launches: readonly Launch[];
   settle(outcome: Outcome): void;
 }
 
@@ -49,6 +48,9 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   #busy = 0;
   #working: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
+  #workspaces = 0;
+  /** Pieces of workspaces under way. */
+  readonly #pieces = new Set<Promise<unknown>>();
 
   /** Starts the child; nothing waits for it until `start` or the first run. */
   constructor(options: OnnxRuntimeOptions) {
@@ -86,30 +88,66 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    return this.#keepingAlive(
-      () =>
-        new Promise((resolve, reject) => {
-          const leave = () => {
-            const position = this.#queue.indexOf(job);
-            if (position < 0) return;
-            this.#queue.splice(position, 1);
-            job.settle({ error: signal?.reason });
-          };
-          const job: Job = {
-            program,
-            options,
-            launches: program.instructions.filter((instruction) => instruction.op === "launch"),
-            settle(outcome) {
-              signal?.removeEventListener("abort", leave);
-              if ("results" in outcome) resolve(outcome.results);
-              else reject(outcome.error);
-            },
-          };
-          signal?.addEventListener("abort", leave);
-          this.#queue.push(job);
-          this.#working ??= this.#work();
-        }),
-    );
+    const queued = () =>
+      new Promise<Record<string, Tensor>>((resolve, reject) => {
+        const leave = () => {
+          const position = this.#queue.indexOf(job);
+          if (position < 0) return;
+          this.#queue.splice(position, 1);
+          job.settle({ error: signal?.reason });
+        };
+        const job: Job = {
+          program,
+          options,
+          settle(outcome) {
+            signal?.removeEventListener("abort", leave);
+            if ("results" in outcome) resolve(outcome.results);
+            else reject(outcome.error);
+          },
+        };
+        signal?.addEventListener("abort", leave);
+        this.#queue.push(job);
+        this.#working ??= this.#work();
+      });
+    return options.background ? queued() : this.#keepingAlive(queued);
+  }
+
+  /** Pieces are sent as soon as they are submitted; ordinary programs run between them. */
+  open(): Workspace {
+    if (this.#disposed) throw new DisposedError("This runtime");
+    const id = this.#workspaces++;
+    const host = this.#launchHost();
+    const kept = new Map<string, Operand>();
+    let lost = false;
+    void host.process.ended.then(() => {
+      lost = true;
+    });
+    const free = (names: readonly string[] | "all") => host.send({ type: "free", workspace: id, names });
+    return {
+      get lost() {
+        return lost;
+      },
+      submit: async (piece, options = {}) => {
+        if (this.#disposed) throw new DisposedError("This runtime");
+        options.signal?.throwIfAborted();
+        if (lost) throw new RuntimeError("This workspace is gone with the process that held it; open a new one.");
+        const left = validateProgram(piece, (name) => this.has(name), kept);
+        for (const [name, operand] of left) kept.set(name, operand);
+        const outcome = this.#keepingAlive(() => this.#run(host, piece, options, id));
+        this.#pieces.add(outcome);
+        const settled = await outcome.finally(() => this.#pieces.delete(outcome));
+        if ("results" in settled) return settled.results;
+        throw settled.error;
+      },
+      free: (names) => {
+        for (const name of names) kept.delete(name);
+        if (!lost) free(names);
+      },
+      close: () => {
+        if (!lost) free("all");
+        lost = true;
+      },
+    };
   }
 
   /** After the programs given so far. */
@@ -122,6 +160,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     this.#disposed ??= this.#keepingAlive(async () => {
       for (const job of this.#queue.splice(0)) job.settle({ error: new DisposedError("This runtime") });
       await this.#working;
+      await Promise.all(this.#pieces);
       await this.#host?.process.kill();
       this.#host = null;
       this.#graphs.clear();
@@ -139,24 +178,35 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     this.#working = null;
   }
 
-  async #execute(job: Job): Promise<Outcome> {
-    const { signal, onLaunch } = job.options;
-    let stop: (() => void) | undefined;
+  async #execute({ program, options }: Job): Promise<Outcome> {
     try {
       const host = this.#launchHost();
-      await orAborted(host.ready, signal);
-      const names = new Set(job.launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
+      await orAborted(host.ready, options.signal);
+      return await this.#run(host, program, options);
+    } catch (error) {
+      return { error: options.signal?.aborted ? options.signal.reason : error };
+    }
+  }
+
+  /** Sends a program at once, behind those that were sent before. Never rejects. */
+  async #run(host: Host, program: Program, options: RunOptions, workspace?: number): Promise<Outcome> {
+    const { signal, onLaunch } = options;
+    let stop: (() => void) | undefined;
+    try {
+      const launches = program.instructions.filter((instruction) => instruction.op === "launch");
+      const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
       const graphs = [...names].map((name) => this.#graphs.get(name)!);
       let thrown: { error: unknown } | null = null;
-      const run = host.run(graphs, job.program, ({ index, milliseconds, values }) => {
+      const report = ({ index, milliseconds, values }: FinishedLaunch) => {
         if (thrown || signal?.aborted) return;
         try {
-          onLaunch?.({ launch: job.launches[index]!, index, milliseconds, values });
+          onLaunch?.({ launch: launches[index]!, index, milliseconds, values });
         } catch (error) {
           thrown = { error };
           run.abort();
         }
-      });
+      };
+      const run = host.run(graphs, program, report, workspace);
       stop = run.abort;
       signal?.addEventListener("abort", stop);
       if (signal?.aborted) stop();
@@ -165,9 +215,6 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       if (thrown) return thrown;
       if (signal?.aborted) return { error: signal.reason };
       return outcome;
-    } catch (error) {
-      if (signal?.aborted) return { error: signal.reason };
-      return { error };
     } finally {
       if (stop) signal?.removeEventListener("abort", stop);
     }
@@ -215,17 +262,27 @@ class Host {
   /** Names of the graphs that it has received. */
   readonly known = new Set<string>();
   #runs = 0;
-  #listener: ((message: FromHost) => void) | null = null;
+  /** Of the runs under way. */
+  readonly #listeners = new Map<number, { heard(message: FromHost): void; settle(outcome: Outcome): void }>();
+  /** The outcome of runs that find the child ended. */
+  #end: Outcome | null = null;
+  /** Messages for when the child is ready. */
+  #outbox: ToHost[] | null = [];
 
   constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
     let greeted: (message: FromHost) => void = () => {};
     this.process = new HostProcess(file, settings, (message) => {
       if (message.type === "ready" || message.type === "broken") greeted(message);
-      else this.#listener?.(message);
+      else this.#listeners.get(message.id)?.heard(message);
     });
     this.ready = new Promise((resolve, reject) => {
       greeted = (message) => {
-        if (message.type === "ready") resolve(message.version);
+        if (message.type === "ready") {
+          const waiting = this.#outbox!;
+          this.#outbox = null;
+          for (const message of waiting) this.process.send(message);
+          resolve(message.version);
+        }
         if (message.type !== "broken") return;
         reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
         void this.process.kill();
@@ -234,23 +291,46 @@ class Host {
     });
     // Whoever waits for it hears of it; if nobody does, a child that cannot start is no reason to end the program.
     this.ready.catch(() => {});
+    void this.process.ended.then(async (ending) => {
+      // A child that never was ready ended for the reason that `ready` gives.
+      this.#end = await this.ready.then(
+        () => ({ error: diedError(ending) }),
+        (error) => ({ error }),
+      );
+      for (const { settle } of this.#listeners.values()) settle(this.#end);
+    });
   }
 
-  /** Sends a program. The outcome comes when the child is free again. */
-  run(graphs: readonly SentGraph[], program: Program, onLaunch: (report: FinishedLaunch) => void) {
+  /** Sends a message, in order, now or when the child is ready. */
+  send(message: ToHost): void {
+    if (this.#outbox) this.#outbox.push(message);
+    else this.process.send(message);
+  }
+
+  /** Sends a program. The outcome comes when the child is done with it. */
+  run(
+    graphs: readonly SentGraph[],
+    program: Program,
+    onLaunch: (report: FinishedLaunch) => void,
+    workspace: number | undefined,
+  ) {
     const id = this.#runs++;
     const outcome = new Promise<Outcome>((resolve) => {
-      void this.process.ended.then((ending) => resolve({ error: diedError(ending) }));
-      this.#listener = (message) => {
-        if (!("id" in message) || message.id !== id) return;
-        if (message.type === "launched") for (const report of message.reports) onLaunch(report);
-        else if (message.type === "done") resolve({ results: message.results });
-        else resolve({ error: errorOf(message.failure) });
+      const settle = (outcome: Outcome) => {
+        this.#listeners.delete(id);
+        resolve(outcome);
       };
+      const heard = (message: FromHost) => {
+        if (message.type === "launched") for (const report of message.reports) onLaunch(report);
+        if (message.type === "done") settle({ results: message.results });
+        if (message.type === "failed") settle({ error: errorOf(message.failure) });
+      };
+      this.#listeners.set(id, { heard, settle });
+      if (this.#end) settle(this.#end);
     });
-    this.process.send({ type: "run", id, graphs, program });
+    this.send({ type: "run", id, graphs, program, workspace });
     for (const { name } of graphs) this.known.add(name);
-    return { outcome, abort: () => this.process.send({ type: "abort", id }) };
+    return { outcome, abort: () => this.send({ type: "abort", id }) };
   }
 }
 

@@ -24,12 +24,22 @@ export interface SentGraph {
   readonly root: string;
 }
 
+/** Everything but an abort is done in the order in which it is sent. */
 export type ToHost =
-  /** `graphs` are those of the program that this child has not seen yet. */
-  | { readonly type: "run"; readonly id: number; readonly graphs: readonly SentGraph[]; readonly program: Program }
-  | { readonly type: "abort"; readonly id: number }
-  /** Frees what these graphs were compiled to, until they are launched again. Sent while no program runs. */
-  | { readonly type: "unload"; readonly graphs: readonly string[] };
+  | {
+      readonly type: "run";
+      readonly id: number;
+      /** Those of the program that this child has not seen yet. */
+      readonly graphs: readonly SentGraph[];
+      readonly program: Program;
+      /** Keeps the values of this program, and those of the programs before in the same workspace. */
+      readonly workspace?: number | undefined;
+    }
+  /** Frees values of a workspace by name, or all of them. */
+  | { readonly type: "free"; readonly workspace: number; readonly names: readonly string[] | "all" }
+  /** Frees what these graphs were compiled to, until they are launched again. */
+  | { readonly type: "unload"; readonly graphs: readonly string[] }
+  | { readonly type: "abort"; readonly id: number };
 
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =

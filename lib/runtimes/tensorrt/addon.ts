@@ -80,6 +80,8 @@ export interface NativeBuildResult {
 export interface NativeOperand {
   readonly constant: boolean;
   readonly offset: number;
+  /** Which registers: 0 or absent for those submitted to, then the submission's others. */
+  readonly block?: number;
 }
 
 export type NativeInstruction =
@@ -98,8 +100,7 @@ export type NativeInstruction =
       readonly op: "copy";
       /** Any multiple of a byte. */
       readonly from: NativeOperand;
-      /** Offset in the registers. */
-      readonly to: number;
+      readonly to: NativeOperand;
       readonly bytes: number;
     };
 
@@ -108,7 +109,12 @@ export interface NativeSubmission {
   readonly constants: Uint8Array;
   readonly instructions: readonly NativeInstruction[];
   /** Ranges of the registers, downloaded after the last instruction. */
-  readonly results: readonly { readonly offset: number; readonly bytes: number }[];
+  readonly results: readonly { readonly offset: number; readonly bytes: number; readonly block?: number }[];
+  /**
+   * `id` of more registers. With any, a failure is not that of the registers submitted to: instead, submissions that read
+   * one of the others that this one was to write reject with "NO_VALUE", and its index as `operand`.
+   */
+  readonly others?: readonly number[];
   /** Turns the instructions into one CUDA graph, which later submissions of the same instructions replay. */
   readonly capture: boolean;
 }
@@ -138,6 +144,7 @@ export interface NativeRun extends NativeTask<NativeOutcome> {
 
 /** Device memory that lasts from one submission to the next: zeros before the first. */
 export interface NativeRegisters {
+  readonly id: number;
   /**
    * [async] Queues instructions behind all that were submitted before, to any registers. Wrong operands are refused
    * before the first launch. After a submission that failed, later ones to the same registers reject with "CANCELLED".
@@ -206,6 +213,7 @@ export interface NativeError extends Error {
     | "DEVICE_LOST"
     | "LAUNCH"
     | "NOT_FINITE"
+    | "NO_VALUE"
     | "CANCELLED"
     | "OUT_OF_MEMORY"
     | "IO"

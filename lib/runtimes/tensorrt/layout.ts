@@ -22,11 +22,23 @@ export interface ProfiledEngine {
   readonly shapes: readonly (readonly number[])[];
 }
 
-/** Registers in one block of device memory. */
+/** Registers in one block of device memory, or each in one of its own. */
 export interface RegisterLayout {
   readonly registers: Readonly<Record<string, Register>>;
   readonly offsets: ReadonlyMap<string, number>;
   readonly bytes: number;
+  /** Which block each is in: all in block 0 where this is absent. */
+  readonly blocks?: ReadonlyMap<string, number>;
+}
+
+/** Each of the registers in a block of its own, numbered from 1. */
+export function layOutApart(registers: Readonly<Record<string, Register>>): RegisterLayout {
+  const names = Object.keys(registers);
+  return {
+    ...{ registers, bytes: 0 },
+    offsets: new Map(names.map((name) => [name, 0])),
+    blocks: new Map(names.map((name, index) => [name, index + 1])),
+  };
 }
 
 /** @param first registers that are downloaded together, and so lie beside each other */
@@ -55,13 +67,18 @@ export function layOutSubmission(
   engineOf: (launch: Launch) => ProfiledEngine,
   capture: boolean,
 ): NativeSubmission {
-  // 1. The constants that are used, one block.
+  // 1. The constants that are used, one block. Where registers lie apart, constants are kept in some, too.
   const used = new Set(program.instructions.flatMap(operandsOf));
+  const keeps: NativeInstruction[] = [];
   const constantOffsets = new Map<string, number>();
   let bytes = 0;
   for (const [name, tensor] of constants) {
-    if (!used.has(name)) continue;
+    const block = layout.blocks?.get(name);
+    if (!used.has(name) && block === undefined) continue;
     constantOffsets.set(name, bytes);
+    const from = { constant: true, offset: bytes };
+    if (block !== undefined)
+      keeps.push({ op: "copy", from, to: { constant: false, offset: 0, block }, bytes: tensor.data.byteLength });
     bytes += aligned(tensor.data.byteLength);
   }
   const block = new Uint8Array(bytes);
@@ -74,7 +91,7 @@ export function layOutSubmission(
   const operand = (name: string): NativeOperand => {
     const constant = constantOffsets.get(name);
     return constant === undefined
-      ? { constant: false, offset: layout.offsets.get(name)! }
+      ? { constant: false, offset: layout.offsets.get(name)!, block: layout.blocks?.get(name) ?? 0 }
       : { constant: true, offset: constant };
   };
   const described = (name: string): Register => constants.get(name) ?? layout.registers[name]!;
@@ -86,8 +103,9 @@ export function layOutSubmission(
   const results = program.results.map((name) => ({
     offset: layout.offsets.get(name)!,
     bytes: bytesOf(layout.registers[name]!),
+    block: layout.blocks?.get(name) ?? 0,
   }));
-  return { constants: block, instructions, results, capture };
+  return { constants: block, instructions: [...keeps, ...instructions], results, capture };
 }
 
 function layOutLaunch(
@@ -134,15 +152,17 @@ function layOutCopy(
   const { dtype, shape } = described(copy.to);
   const rowBytes = elementCount(shape.slice(1)) * bytesPerValue[dtype];
   const from = operand(copy.from);
+  const to = operand(copy.to);
   return {
     op: "copy",
     from: { ...from, offset: from.offset + copy.fromRow * rowBytes },
-    to: operand(copy.to).offset + copy.toRow * rowBytes,
+    to: { ...to, offset: to.offset + copy.toRow * rowBytes },
     bytes: copy.rows * rowBytes,
   };
 }
 
-function operandsOf(instruction: Program["instructions"][number]): string[] {
+/** Names that an instruction reads. */
+export function operandsOf(instruction: Program["instructions"][number]): string[] {
   return instruction.op === "launch" ? Object.values(instruction.inputs) : [instruction.from];
 }
 
@@ -155,7 +175,7 @@ export function tensorOf({ dtype, shape }: Register, bytes: Uint8Array): Tensor 
     : { dtype, shape, data: new BigInt64Array(whole.buffer, whole.byteOffset, whole.byteLength / size) };
 }
 
-function bytesOf({ dtype, shape }: Register): number {
+export function bytesOf({ dtype, shape }: Register): number {
   return elementCount(shape) * bytesPerValue[dtype];
 }
 

@@ -7,7 +7,7 @@ import { open } from "node:fs/promises";
 import { RuntimeUnavailableError } from "../../errors.js";
 import type { Logger } from "../../options.js";
 import type { CompilableGraph } from "../runtime.js";
-import type { TensorRtKind } from "./addon.js";
+import type { NativeDevice, TensorRtKind } from "./addon.js";
 import { EngineCompiler, type ProfileShapes } from "./compile.js";
 import { type FileVersion, fileIdentity } from "./digests.js";
 import { diagnosis, examineTensorRt, type FindOptions } from "./libraries.js";
@@ -23,11 +23,18 @@ export interface OpenOptions extends FindOptions {
   readonly logger?: Logger | undefined;
 }
 
+export interface OpenedRuntime {
+  readonly runtime: TensorRtRuntime;
+  readonly device: NativeDevice;
+  /** Of the library, four parts. */
+  readonly version: string;
+}
+
 /**
  * @throws RuntimeUnavailableError with everything that was looked for, CacheError if the cache cannot be used,
  *   DeviceLostError if the GPU answers errors
  */
-export async function openTensorRt(options: OpenOptions): Promise<TensorRtRuntime> {
+export async function openTensorRt(options: OpenOptions): Promise<OpenedRuntime> {
   const { kind, folder, cache, files, capture, logger } = options;
   const report = await examineTensorRt(kind, { folder, gpuFirst: true });
   const { addon, library } = report;
@@ -41,8 +48,8 @@ export async function openTensorRt(options: OpenOptions): Promise<TensorRtRuntim
     engines: new CachedEngines(compiler, files, logger),
   });
   try {
-    await runtime.start();
-    return runtime;
+    const { device } = await runtime.start();
+    return { runtime, device, version: library.version.join(".") };
   } catch (error) {
     await runtime.dispose();
     throw error;

@@ -7,17 +7,18 @@
 import { setTimeout } from "node:timers/promises";
 import { DeviceLostError, DisposedError, FlowTurboError, MemoryError, RuntimeError } from "../../errors.js";
 import type { Logger } from "../../options.js";
-import type { Launch, Program, Register } from "../../program.js";
+import type { Launch, Program } from "../../program.js";
 import type { Tensor } from "../../tensor.js";
-import type { CompilableGraph, LaunchReport, OpenProgram, ProgramPart, RunOptions, Runtime } from "../runtime.js";
+import type { CompilableGraph, LaunchReport, RunOptions, Runtime, Workspace } from "../runtime.js";
 import { StoredConstants } from "../stored.js";
-import { validateProgram } from "../validate.js";
+import { type Operand, validateProgram } from "../validate.js";
 import type {
   Addon,
   NativeEngine,
   NativeError,
   NativeExecutor,
   NativeExecutorStatistics,
+  NativeLaunchReport,
   NativeRegisters,
   NativeRun,
   NativeSubmission,
@@ -25,7 +26,16 @@ import type {
 } from "./addon.js";
 import type { ProfileShapes } from "./compile.js";
 import { explainDevice, explainEngine, explainRun, gigabytes } from "./failures.js";
-import { layOutRegisters, layOutSubmission, type ProfiledEngine, type RegisterLayout, tensorOf } from "./layout.js";
+import {
+  bytesOf,
+  layOutApart,
+  layOutRegisters,
+  layOutSubmission,
+  operandsOf,
+  type ProfiledEngine,
+  type RegisterLayout,
+  tensorOf,
+} from "./layout.js";
 
 /** Where plans come from: `EngineCompiler`, or in tests whatever stands in for it. */
 export interface EngineSource {
@@ -79,6 +89,39 @@ interface Job {
   stopped: { readonly reason: unknown } | null;
 }
 
+/** A register of a workspace, or a constant that it keeps: device memory of its own, from its first use on. */
+class Slot {
+  /** Pieces under way that name it. */
+  uses = 0;
+  /** Whether the last piece that was to write it never began. */
+  missing = false;
+  #freed = false;
+  #native: NativeRegisters | null = null;
+
+  constructor(readonly bytes: number) {}
+
+  on(executor: NativeExecutor): NativeRegisters {
+    this.#native ??= executor.registers(this.bytes);
+    return this.#native;
+  }
+
+  free(): void {
+    this.#freed = true;
+    this.#release();
+  }
+
+  leave(): void {
+    this.uses--;
+    this.#release();
+  }
+
+  #release(): void {
+    if (!this.#freed || this.uses > 0) return;
+    this.#native?.release();
+    this.#native = null;
+  }
+}
+
 /** What a job runs. */
 interface Prepared {
   readonly executor: NativeExecutor;
@@ -88,6 +131,8 @@ interface Prepared {
   readonly launches: readonly Launch[];
   readonly engineOf: (launch: Launch) => ProfiledEngine;
   readonly results: readonly string[];
+  /** The operand in one of the submission's other registers. */
+  readonly nameOf?: (block: number) => string;
   /** Called when it has ended. */
   readonly done: (failed: boolean) => void;
 }
@@ -102,6 +147,8 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   readonly #graphs = new Map<string, CompilableGraph>();
   readonly #stored = new StoredConstants();
   readonly #jobs = new Set<Job>();
+  /** Closes each that is open: its registers go with the device. */
+  readonly #workspaces = new Set<() => void>();
   readonly #closing = new AbortController();
   readonly #whenIdle: (() => void)[] = [];
   #opening: Promise<NativeExecutor> | null = null;
@@ -149,53 +196,80 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     return this.#execute(options, (signal) => this.#prepare(program, signal));
   }
 
-  open(registers: Readonly<Record<string, Register>>): OpenProgram {
+  open(): Workspace {
     if (this.#disposed) throw new DisposedError("This runtime");
-    const layout = layOutRegisters(registers);
-    const parts = new Set<Promise<unknown>>();
-    let native: NativeRegisters | null = null;
+    const kept = new Map<string, Operand>();
+    const slots = new Map<string, Slot>();
+    const home = new Slot(0);
     let executor: NativeExecutor | null = null;
-    let written: ReadonlySet<string> = new Set();
     let closed = false;
-    const submit = async (part: ProgramPart, options: RunOptions = {}) => {
-      if (this.#disposed || closed) throw new DisposedError(closed ? "This program" : "This runtime");
-      options.signal?.throwIfAborted();
-      written = validateProgram({ ...part, registers }, (name) => this.has(name), written);
-      return this.#execute(options, async (signal) => {
-        const present = await this.#open();
-        if (executor !== null && present !== executor)
-          throw new RuntimeError(
-            "This program cannot go on: the GPU was lost, and its registers with it. Open another.",
-          );
-        executor = present;
-        const constants = await this.#constants(part);
-        const engineOf = await this.#ready(present, { ...part, registers }, constants, signal);
-        const submission = layOutSubmission(part, layout, constants, engineOf, false);
-        native ??= present.registers(layout.bytes);
-        return {
-          executor: present,
-          registers: native,
-          layout,
-          submission,
-          engineOf,
-          ...launchesOf(part),
-          done: () => undefined,
-        };
-      });
+    const lost = () => closed || (executor !== null && executor !== this.#executor);
+    const close = () => {
+      closed = true;
+      for (const slot of [home, ...slots.values()]) slot.free();
+      slots.clear();
+      this.#workspaces.delete(close);
     };
+    this.#workspaces.add(close);
     return {
-      submit: (part, options) => {
-        const running = submit(part, options);
-        const ended = running.catch(() => undefined).finally(() => parts.delete(ended));
-        parts.add(ended);
-        return running;
+      get lost() {
+        return lost();
       },
-      close: async () => {
-        closed = true;
-        await Promise.all(parts);
-        native?.release();
-        native = null;
+      submit: async (piece, options = {}) => {
+        if (this.#disposed) throw new DisposedError("This runtime");
+        options.signal?.throwIfAborted();
+        if (lost()) throw new RuntimeError("This workspace is gone with the GPU that held it; open a new one.");
+        const left = validateProgram(piece, (name) => this.has(name), kept);
+        for (const [name, operand] of left) kept.set(name, operand);
+
+        // Names mean what they mean now: they may be freed, and given again, before the piece has its turn.
+        const named = new Set([...left.keys(), ...piece.instructions.flatMap(operandsOf), ...piece.results]);
+        const operands = Object.fromEntries([...named].map((name) => [name, kept.get(name)!]));
+        const used = Object.entries(operands).map(([name, operand]) => {
+          const slot = slots.get(name) ?? new Slot(bytesOf(operand));
+          slots.set(name, slot);
+          return [name, slot] as const;
+        });
+        const own = [home, ...used.map(([, slot]) => slot)];
+        for (const slot of own) slot.uses++;
+        const written = used.filter(([name]) => left.has(name)).map(([, slot]) => slot);
+
+        const prepare = async (signal: AbortSignal | undefined) => {
+          const read = new Set(piece.instructions.flatMap(operandsOf));
+          for (const [name, slot] of used)
+            if (slot.missing && read.has(name) && !left.has(name)) throw withoutValue(name);
+          const present = await this.#open();
+          executor ??= present;
+          if (present !== executor) throw beforeItBegan();
+          const constants = await this.#constants(piece);
+          const registers = { ...piece.registers, ...operands };
+          const engineOf = await this.#ready(present, { ...piece, registers }, constants, signal);
+          const layout = layOutApart(operands);
+          const submission = layOutSubmission(piece, layout, constants, engineOf, false);
+          const [place, ...others] = own.map((slot) => slot.on(present));
+          for (const slot of written) slot.missing = false;
+          return {
+            ...{ executor: present, registers: place!, layout, engineOf, ...launchesOf(piece) },
+            submission: { ...submission, others: others.map(({ id }) => id) },
+            nameOf: (block: number) => used[block - 1]?.[0] ?? "",
+            done: () => undefined,
+          };
+        };
+        const missed = () => {
+          for (const slot of written) slot.missing = true;
+        };
+        return this.#execute(options, prepare, missed).finally(() => {
+          for (const slot of own) slot.leave();
+        });
       },
+      free: (names) => {
+        for (const name of names) {
+          kept.delete(name);
+          slots.get(name)?.free();
+          slots.delete(name);
+        }
+      },
+      close,
     };
   }
 
@@ -232,12 +306,19 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     await this.dispose();
   }
 
-  /** Prepares and submits in the order of the calls, then waits for the end. */
-  #execute(options: RunOptions, prepare: (signal?: AbortSignal) => Promise<Prepared>): Promise<Record<string, Tensor>> {
+  /**
+   * Prepares and submits in the order of the calls, then waits for the end.
+   * @param missed called, in that order, for what never comes to be submitted
+   */
+  #execute(
+    options: RunOptions,
+    prepare: (signal: AbortSignal | undefined) => Promise<Prepared>,
+    missed: () => void = () => undefined,
+  ): Promise<Record<string, Tensor>> {
     const { signal } = options;
     const job: Job = { options, begun: this.#jobs.size === 0, run: null, stopped: null };
     this.#jobs.add(job);
-    const submitted = this.#turn.then(async () => {
+    const begin = async () => {
       if (!job.begun) this.#closing.signal.throwIfAborted();
       job.begun = true;
       signal?.throwIfAborted();
@@ -251,7 +332,13 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       const outcome = this.#submit(job, prepared, this.#last);
       this.#last = outcome.catch(() => undefined);
       return { outcome };
-    });
+    };
+    const submitted = this.#turn.then(() =>
+      begin().catch((error) => {
+        missed();
+        throw error;
+      }),
+    );
     this.#turn = submitted.catch(() => undefined);
     const outcome = submitted.then(({ outcome }) => outcome);
     void outcome
@@ -267,11 +354,17 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   /** @param before ends with the program before: they end in order, but may be heard of in another */
   async #submit(job: Job, prepared: Prepared, before: Promise<unknown>): Promise<Record<string, Tensor>> {
     const { signal, onLaunch } = job.options;
-    const { executor, registers, layout, submission, launches, engineOf, results, done } = prepared;
+    const { executor, registers, layout, submission, launches, engineOf, results, nameOf, done } = prepared;
     if (this.#executor !== executor) throw beforeItBegan();
     const read = (names: readonly string[], values: readonly Uint8Array[]) =>
       Object.fromEntries(names.map((name, index) => [name, tensorOf(layout.registers[name]!, values[index]!)]));
-    const run = registers.submit(submission, (reports) => {
+    // Programs are heard of each on a channel of its own, and so in any order: reports wait for the program before.
+    let early: NativeLaunchReport[] | null = [];
+    const heard = (reports: readonly NativeLaunchReport[]) => {
+      if (early) {
+        early.push(...reports);
+        return;
+      }
       for (const { launch: index, milliseconds, values } of reports) {
         if (job.stopped || signal?.aborted) return;
         const launch = launches[index]!;
@@ -283,14 +376,19 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
           run.cancel();
         }
       }
+    };
+    const run = registers.submit(submission, heard);
+    const follow = before.then(() => {
+      const waiting = early ?? [];
+      early = null;
+      heard(waiting);
     });
     job.run = run;
     signal?.addEventListener("abort", run.cancel);
     if (signal?.aborted) run.cancel();
     let failed = true;
     try {
-      const outcome = await run.promise;
-      await before;
+      const outcome = await run.promise.finally(() => follow);
       if (outcome.notCaptured && !this.#warnedOfCapture) {
         this.#warnedOfCapture = true;
         this.#options.logger?.warn?.(
@@ -307,6 +405,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       if (signal?.aborted) throw signal.reason;
       if (!isNative(error)) throw error;
       if (error.code === "DEVICE_LOST") this.#lose(executor);
+      if (error.code === "NO_VALUE") throw withoutValue(nameOf?.(error.operand ?? 0) ?? "", error);
       throw explainRun(error, launches, (launch) => engineOf(launch).engine);
     } finally {
       signal?.removeEventListener("abort", run.cancel);
@@ -528,11 +627,16 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     this.#captured = new Map();
     for (const { native } of this.#engines.values()) native.release();
     this.#engines = new Map();
+    for (const close of [...this.#workspaces]) close();
     const closed = executor.close().promise;
     const before = TensorRtRuntime.#closings;
     TensorRtRuntime.#closings = closed.then(() => before);
     await closed;
   }
+}
+
+function withoutValue(name: string, cause?: unknown): RuntimeError {
+  return new RuntimeError(`This program reads "${name}", which has no value, since an earlier part failed.`, { cause });
 }
 
 function beforeItBegan(cause?: unknown): DeviceLostError {

@@ -1,0 +1,154 @@
+/**
+ * What launches cost: the table that every choice of this folder rests on. An entry is the median of measured runs of
+ * one graph at one batch and size, with its quartiles. Two things are added while a model works: launches that nobody
+ * measured enter the table when they have been seen often enough, and the drift of the machine (other programs, a
+ * warmer processor) since the table was measured is followed, so that predictions stay right.
+ */
+
+export interface CostEntry {
+  readonly graph: string;
+  readonly batch: number;
+  /** What the graph runs on besides rows: "64x64" for a picture in pixels, "77 tokens" for a text. */
+  readonly size: string;
+  /** Median. */
+  readonly milliseconds: number;
+  /** Quartiles. */
+  readonly low: number;
+  readonly high: number;
+  readonly runs: number;
+}
+
+/** Part of a launch's cost at batch 1 that does not grow with rows, where only one batch has been measured. */
+const fixedShare = 0.2;
+
+/** Observations of a launch that make an entry, and how many are kept. */
+const observationsNeeded = 5;
+const observationsKept = 25;
+
+/** Weight of one launch in the drift, and bounds of what one launch may say: one that was interrupted says little. */
+const driftWeight = 0.025;
+const driftBounds = [0.5, 3] as const;
+
+export class CostTable {
+  readonly #entries = new Map<string, Map<number, CostEntry>>();
+  readonly #observed = new Map<string, number[]>();
+  #drift = 1;
+  #version = 0;
+
+  constructor(entries: Iterable<CostEntry> = []) {
+    for (const entry of entries) this.set(entry);
+  }
+
+  /** Changes whenever an entry does. */
+  get version(): number {
+    return this.#version;
+  }
+
+  /** By graph, size and batch. */
+  get entries(): CostEntry[] {
+    const all = [...this.#entries.values()].flatMap((batches) => [...batches.values()]);
+    return all.sort((a, b) => order(a.graph, b.graph) || order(a.size, b.size, { numeric: true }) || a.batch - b.batch);
+  }
+
+  set(entry: CostEntry): void {
+    const key = keyOf(entry.graph, entry.size);
+    const batches = this.#entries.get(key) ?? new Map<number, CostEntry>();
+    batches.set(entry.batch, entry);
+    this.#entries.set(key, batches);
+    this.#observed.delete(`${key} x ${entry.batch}`);
+    this.#version++;
+  }
+
+  get(graph: string, size: string, batch: number): CostEntry | undefined {
+    return this.#entries.get(keyOf(graph, size))?.get(batch);
+  }
+
+  /** How much slower launches are now than when they were measured. */
+  get drift(): number {
+    return this.#drift;
+  }
+
+  /**
+   * Milliseconds of a launch, as the machine is now. Between measured batches linear; beyond them by the slope of the
+   * nearest two, or with only one measured by the usual share of fixed cost.
+   * @returns null if nothing is known about this graph at this size
+   */
+  estimate(graph: string, size: string, batch: number): number | null {
+    const batches = this.#entries.get(keyOf(graph, size));
+    return batches ? interpolated(batches, batch) * this.drift : null;
+  }
+
+  /** As `estimate`; where nothing is known, in units of a launch of one row. */
+  relative(graph: string, size: string, batch: number): number {
+    return this.estimate(graph, size, batch) ?? affine(batch);
+  }
+
+  /** A launch that was done for somebody, not to measure it. Must not have included compiling the graph. */
+  observe(graph: string, size: string, batch: number, milliseconds: number): void {
+    const known = this.get(graph, size, batch);
+    if (known) {
+      const [low, high] = driftBounds;
+      const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
+      // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
+      this.#drift += driftWeight * (ratio - this.#drift);
+      return;
+    }
+    const key = `${keyOf(graph, size)} x ${batch}`;
+    const values = this.#observed.get(key) ?? [];
+    values.push(milliseconds / this.drift);
+    if (values.length > observationsKept) values.shift();
+    this.#observed.set(key, values);
+    if (values.length >= observationsNeeded) {
+      this.set(entryOf(graph, batch, size, values));
+    }
+  }
+}
+
+/** An entry from measured milliseconds. */
+export function entryOf(graph: string, batch: number, size: string, values: readonly number[]): CostEntry {
+  const sorted = [...values].sort((a, b) => a - b);
+  return {
+    graph,
+    batch,
+    size,
+    milliseconds: quantile(sorted, 0.5),
+    low: quantile(sorted, 0.25),
+    high: quantile(sorted, 0.75),
+    runs: sorted.length,
+  };
+}
+
+/** @param sorted rising, at least one */
+export function quantile(sorted: readonly number[], part: number): number {
+  const at = part * (sorted.length - 1);
+  const below = sorted[Math.floor(at)]!;
+  const above = sorted[Math.ceil(at)]!;
+  return below + (above - below) * (at - Math.floor(at));
+}
+
+function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): number {
+  const exact = batches.get(batch);
+  if (exact) return exact.milliseconds;
+  const points = [...batches.values()].sort((a, b) => a.batch - b.batch);
+  if (points.length === 1) return (points[0]!.milliseconds * affine(batch)) / affine(points[0]!.batch);
+  let right = points.findIndex((point) => point.batch > batch);
+  if (right < 0) right = points.length - 1;
+  if (right === 0) right = 1;
+  const [a, b] = [points[right - 1]!, points[right]!];
+  const slope = (b.milliseconds - a.milliseconds) / (b.batch - a.batch);
+  const line = a.milliseconds + slope * (batch - a.batch);
+  // Noise can tilt the line the wrong way: more rows never cost less than half of what fewer cost, in proportion.
+  return Math.max(line, (0.5 * a.milliseconds * Math.min(batch, a.batch)) / a.batch);
+}
+
+function affine(batch: number): number {
+  return fixedShare + (1 - fixedShare) * batch;
+}
+
+function keyOf(graph: string, size: string): string {
+  return `${graph}@${size}`;
+}
+
+function order(a: string, b: string, options?: Intl.CollatorOptions): number {
+  return a.localeCompare(b, "en", options);
+}

@@ -1,0 +1,153 @@
+/**
+ * Measures what launches cost: each (graph, size, batch) alone, on operands of the right shapes. Values do not matter to
+ * the time that dense arithmetic takes, so they are made up; what is the same for all rows (positions, relative positions)
+ * is the launch's own.
+ */
+
+import { setImmediate } from "node:timers/promises";
+import type { Constant, Launch, Program, Register } from "../program.js";
+import type { Runtime } from "../runtimes/runtime.js";
+import { elementCount, type Tensor } from "../tensor.js";
+import { type CostEntry, entryOf } from "./costs.js";
+import { type GraphShapes, isPerRow } from "./rows.js";
+
+/** A launch to measure, in the row program that it is from. */
+export interface Sample {
+  readonly program: Program;
+  readonly launch: Launch;
+}
+
+/** A sample at a batch. */
+export interface Subject {
+  readonly graph: string;
+  readonly size: string;
+  readonly batch: number;
+  readonly sample: Sample;
+}
+
+export interface MeasureOptions {
+  /** Timed runs of each, after one that is not counted; 0 only warms up. */
+  readonly rounds: number;
+  readonly signal?: AbortSignal | undefined;
+  /** Whether the process may end meanwhile. */
+  readonly background?: boolean;
+  /** Awaited before each run: for measuring between other work. */
+  readonly turn?: () => Promise<void>;
+  readonly onProgress?: (done: number, total: number) => void;
+}
+
+/** Measuring one subject takes about this long at most: slow launches are run less often. */
+const patience = 10_000;
+
+/** The launches of row programs, each (graph, size) once. */
+export function samplesOf(programs: readonly Program[]): Sample[] {
+  const samples = new Map<string, Sample>();
+  for (const program of programs)
+    for (const launch of program.instructions) {
+      if (launch.op !== "launch" || !launch.sharing) continue;
+      const key = `${launch.graph}@${launch.sharing.size}`;
+      if (!samples.has(key)) samples.set(key, { program, launch });
+    }
+  return [...samples.values()];
+}
+
+/** Every sample at every batch that it may have. */
+export function subjectsOf(samples: readonly Sample[], batches: readonly number[]): Subject[] {
+  return samples.flatMap((sample) => {
+    const { graph, sharing } = sample.launch;
+    return batches
+      .filter((batch) => batch <= (sharing!.maxRows ?? Number.POSITIVE_INFINITY))
+      .map((batch) => ({ graph, size: sharing!.size, batch, sample }));
+  });
+}
+
+/**
+ * Runs all subjects in turn, round by round, every other round backwards: what disturbs the machine for a while then
+ * disturbs all of them alike.
+ * @throws what the runtime throws, or `signal.reason`
+ */
+export async function measure(
+  runtime: Runtime,
+  subjects: readonly Subject[],
+  shapes: (graph: string) => GraphShapes,
+  options: MeasureOptions,
+): Promise<CostEntry[]> {
+  const { rounds, signal, turn, onProgress, background } = options;
+  const programs = subjects.map((subject) => programOf(subject, shapes(subject.graph)));
+  const times = subjects.map((): number[] => []);
+  let done = 0;
+  for (let round = -1; round < rounds; round++) {
+    const order = [...subjects.keys()];
+    if (round % 2) order.reverse();
+    for (const at of order) {
+      onProgress?.(done++, subjects.length * (rounds + 1));
+      const spent = times[at]!.reduce((sum, time) => sum + time, 0);
+      if (round > 0 && spent + times[at]![0]! > patience) continue;
+      await turn?.();
+      // Between two launches whoever waits for the event loop gets it.
+      await setImmediate();
+      signal?.throwIfAborted();
+      let milliseconds = 0;
+      await runtime.run(programs[at]!, {
+        signal,
+        background,
+        onLaunch: (report) => {
+          milliseconds = report.milliseconds;
+        },
+      });
+      if (round >= 0) times[at]!.push(milliseconds);
+    }
+  }
+  onProgress?.(done, done);
+  return subjects.flatMap(({ graph, batch, size }, at) =>
+    times[at]!.length > 0 ? [entryOf(graph, batch, size, times[at]!)] : [],
+  );
+}
+
+/** A program of the one launch, with `batch` rows. */
+function programOf({ sample, batch }: Subject, shapes: GraphShapes): Program {
+  const { program, launch } = sample;
+  const constants: Record<string, Constant> = {};
+  const inputs: Record<string, string> = {};
+  for (const [input, operand] of Object.entries(launch.inputs)) {
+    const constant = program.constants[operand];
+    inputs[input] = `in ${input}`;
+    if (constant && !isPerRow(shapes.inputs.get(input)) && isWhole(constant)) {
+      constants[`in ${input}`] = constant;
+      continue;
+    }
+    const { dtype, shape } = registerOf(program, operand);
+    const [rows, ...rest] = shape as [number, ...number[]];
+    const all = isPerRow(shapes.inputs.get(input)) ? rows * batch : rows;
+    constants[`in ${input}`] = { kind: "value", tensor: madeUp(dtype, [all, ...rest]) };
+  }
+  const registers: Record<string, Register> = {};
+  const outputs: Record<string, string> = {};
+  for (const [output, operand] of Object.entries(launch.outputs)) {
+    const { dtype, shape } = registerOf(program, operand);
+    const [rows, ...rest] = shape as [number, ...number[]];
+    outputs[output] = `out ${output}`;
+    registers[`out ${output}`] = { dtype, shape: [rows * batch, ...rest] };
+  }
+  const { graph, label } = launch;
+  return { registers, constants, instructions: [{ op: "launch", graph, inputs, outputs, label }], results: [] };
+}
+
+/** Programs that only say what will be launched may leave out the values of their constants. */
+function isWhole(constant: Constant): boolean {
+  return constant.kind === "stored" || constant.tensor.data.length === elementCount(constant.tensor.shape);
+}
+
+function registerOf(program: Program, operand: string): Register {
+  const constant = program.constants[operand];
+  if (!constant) return program.registers[operand]!;
+  if (constant.kind === "stored") return { dtype: "float32", shape: constant.shape };
+  return { dtype: constant.tensor.dtype, shape: constant.tensor.shape };
+}
+
+function madeUp(dtype: Register["dtype"], shape: readonly number[]): Tensor {
+  const length = elementCount(shape);
+  if (dtype === "int64") return { dtype, shape, data: new BigInt64Array(length) };
+  // Of the size that latents have, and no two neighbours equal.
+  return { dtype, shape, data: Float32Array.from({ length }, (_, index) => Math.sin(index)) };
+}

@@ -1,0 +1,249 @@
+// Serving on the embedded model: company, deadlines, the queue, costs. What the numbers are depends on the machine; that they
+// are consistent with each other does not.
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { setTimeout } from "node:timers/promises";
+import { DeadlineError, FlowTurbo, type GenerateOptions, OptionError, QueueFullError } from "flowturbo";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { relativeError } from "../support/fixtures.js";
+
+let cache: string;
+let model: FlowTurbo;
+beforeAll(async () => {
+  cache = mkdtempSync(path.join(os.tmpdir(), "flowturbo-serving-"));
+  model = await FlowTurbo.load(undefined, { cache, measureCosts: false });
+});
+afterAll(async () => {
+  await model.dispose();
+  rmSync(cache, { recursive: true, force: true });
+});
+
+const small = { width: 32, height: 32 };
+const mixed: GenerateOptions[] = [
+  { prompt: "a red circle", ...small, blocks: "H1P4R2", seed: 1 },
+  { prompt: "a blue square", ...small, blocks: "H1P2", seed: 2, guidanceScale: 8 },
+  { prompt: "a green star", ...small, sampler: "euler", steps: 6, seed: 3, count: 2 },
+  { prompt: ["a star", "a circle"], ...small, blocks: "H2P1R1", seed: 4, negativePrompt: "red" },
+  { prompt: "a triangle", width: 16, height: 48, blocks: "H1P1", seed: 5 },
+  { prompt: "a triangle", ...small, blocks: "H1P3", seed: 6, guidanceScale: 1 },
+];
+
+describe("company", () => {
+  it("makes no difference beyond rounding, whatever the schedules, sizes and guidance", async () => {
+    const alone = [];
+    for (const request of mixed) alone.push(await model.generate(request));
+    const before = model.stats();
+    const together = await Promise.all(mixed.map((request) => model.generate(request)));
+    for (const [index, result] of together.entries()) {
+      expect(relativeError(result.latents, alone[index]!.latents)).toBeLessThan(1e-5);
+      expect(relativeError(result.pixels, alone[index]!.pixels)).toBeLessThan(1e-5);
+      expect(result.seeds).toEqual(alone[index]!.seeds);
+      expect(result.blocks).toBe(alone[index]!.blocks);
+    }
+    const after = model.stats();
+    const launches = after.launches.count - before.launches.count;
+    // There was company: fewer launches than rows.
+    expect(after.launches.rows - before.launches.rows).toBeGreaterThan(launches);
+    expect(after.requests.completed - before.requests.completed).toBe(mixed.length);
+  });
+
+  it("makes no difference in any bit with pinBatch, in any place of any batch", async () => {
+    await using pinned = await FlowTurbo.load(undefined, { cache, pinBatch: 4, measureCosts: false });
+    const alone = [];
+    for (const request of mixed) alone.push(await pinned.generate(request));
+    for (const order of [mixed, [...mixed].reverse()]) {
+      const together = await Promise.all(order.map((request) => pinned.generate(request)));
+      for (const [index, request] of order.entries()) {
+        const reference = alone[mixed.indexOf(request)]!;
+        expect(together[index]!.latents.data).toEqual(reference.latents.data);
+        expect(together[index]!.pixels.data).toEqual(reference.pixels.data);
+      }
+    }
+    const { launches, rowsPerLaunch } = pinned.stats();
+    expect(launches.padding).toBeGreaterThan(0);
+    expect(Math.max(...Object.keys(rowsPerLaunch).map(Number))).toBeGreaterThan(1);
+  });
+
+  it("is left by an abort, and the others do not notice", async () => {
+    const controller = new AbortController();
+    const reason = new Error("enough");
+    const others = mixed.slice(1, 4);
+    const expected = await Promise.all(others.map((request) => model.generate(request)));
+    const aborted = model.generate({
+      ...mixed[0]!,
+      signal: controller.signal,
+      onStep: ({ step }) => step === 1 && controller.abort(reason),
+    });
+    const results = others.map((request) => model.generate(request));
+    await expect(aborted).rejects.toBe(reason);
+    for (const [index, result] of (await Promise.all(results)).entries())
+      expect(relativeError(result.latents, expected[index]!.latents)).toBeLessThan(1e-5);
+    expect(model.stats().requests.aborted).toBeGreaterThan(0);
+  });
+});
+
+describe("costs", () => {
+  it("are measured by profile(), kept in a file, and there again after the next load", async () => {
+    const progress: number[] = [];
+    const costs = await model.profile({
+      sizes: [small],
+      batches: [1, 2],
+      rounds: 3,
+      onProgress: ({ done, total }) => progress.push(done / total),
+    });
+    expect(progress[0]).toBe(0);
+    expect(progress.at(-1)).toBe(1);
+    const graphs = new Set(costs.entries.map(({ graph }) => graph));
+    for (const graph of ["clip_l", "clip_g", "t5", "predict", "refine", "vae_encoder", "vae_decoder", "host"])
+      expect(graphs).toContain(graph);
+    const step = (batch: number) =>
+      costs.entries.find((entry) => entry.graph === "predict" && entry.size === "32x32" && entry.batch === batch)!;
+    for (const batch of [1, 2]) {
+      const { milliseconds, low, high, runs } = step(batch);
+      expect(low).toBeLessThanOrEqual(milliseconds);
+      expect(high).toBeGreaterThanOrEqual(milliseconds);
+      expect(runs).toBeGreaterThanOrEqual(3);
+    }
+    expect(costs.estimate("predict", "32x32", 1)).toBeCloseTo(step(1).milliseconds * costs.drift, 6);
+    expect(costs.estimate("predict", "8x8", 1)).toBeNull();
+    const { entries } = JSON.parse(readFileSync(costs.file, "utf8"));
+    expect(entries.length).toBeGreaterThanOrEqual(costs.entries.length);
+    await using again = await FlowTurbo.load(undefined, { cache });
+    expect(again.costs.entries).toEqual(expect.arrayContaining([...costs.entries]));
+    // Other settings of the runtime are another table.
+    await using other = await FlowTurbo.load(undefined, { cache, threads: 1 });
+    expect(other.costs.file).not.toBe(costs.file);
+    expect(other.costs.entries).toEqual([]);
+  });
+
+  it("are measured in the background on first use, and kept", async () => {
+    const folder = path.join(cache, "fresh");
+    const fresh = await FlowTurbo.load(undefined, { cache: folder, maxBatch: 2 });
+    expect(fresh.costs.entries).toEqual([]);
+    await fresh.generate({ prompt: "a red circle", width: 16, height: 16, blocks: "H1R1", seed: 1 });
+    for (let turn = 0; turn < 200 && !existsSync(fresh.costs.file); turn++) await setTimeout(100);
+    const known = fresh.costs.entries.map(({ graph, size, batch }) => `${graph} ${size} ${batch}`);
+    for (const entry of ["predict 16x16 1", "predict 16x16 2", "refine 16x16 1", "vae_decoder 16x16 2"])
+      expect(known).toContain(entry);
+    await fresh.dispose();
+  });
+
+  it.each([
+    ["a size off the grid", { sizes: [{ width: 30, height: 32 }] }],
+    ["no batch", { batches: [] }],
+    ["no rounds", { rounds: 0 }],
+  ])("are not measured for %s", async (_, options) => {
+    await expect(model.profile(options)).rejects.toBeInstanceOf(OptionError);
+  });
+});
+
+describe("a deadline", () => {
+  it("takes the richest schedule that fits and says why, with the predicted and the real time", async () => {
+    await model.profile({ sizes: [small], batches: [1], rounds: 5 });
+    const prompt = "a red circle";
+    const generous = await model.generate({ prompt, ...small, deadlineMs: 60_000 });
+    expect(generous.deadline).toMatchObject({ deadlineMs: 60_000, blocks: generous.blocks });
+    expect(generous.blocks).toBe("H1P21R6");
+    expect(generous.deadline!.reason).toMatch(
+      /^H1P21R6 is predicted to take \d+ ms of 60000 ms, and is the richest of/,
+    );
+    expect(generous.deadline!.actualMs).toBeCloseTo(generous.timings.total, 6);
+    expect(generous.deadline!.predictedMs).toBeGreaterThan(0);
+    // Between the first rung and the last: something in between.
+    const ladder = ["H1P21R6", "H1P2R1", "H1"];
+    const predicted = async (blocks: string) =>
+      (await model.generate({ prompt, ...small, deadlineMs: 60_000, blocks })).deadline!.predictedMs;
+    const [long, middle] = [await predicted("H1P21R6"), await predicted("H1P2R1")];
+    expect(middle).toBeLessThan(long);
+    const chosen = await model.generate({ prompt, ...small, ladder, deadlineMs: Math.sqrt(long * middle) * 1.05 });
+    expect(chosen.blocks).toBe("H1P2R1");
+    expect(chosen.deadline!.reason).toMatch(/H1P21R6 would need \d+ ms/);
+    expect((await model.generate({ prompt, ...small, blocks: "H1" })).deadline).toBeNull();
+  });
+
+  it("that nothing fits is refused before any work, with the best possible time", async () => {
+    const before = model.stats();
+    let steps = 0;
+    const work = model.generate({ prompt: "a red circle", ...small, deadlineMs: 1, onStep: () => steps++ });
+    const error = await work.then(
+      () => null,
+      (reason) => reason as DeadlineError,
+    );
+    expect(error).toBeInstanceOf(DeadlineError);
+    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE", deadlineMs: 1, blocks: "H1", retryAfterMs: null });
+    expect(error!.bestMs).toBeGreaterThan(1);
+    expect(error!.message).toContain(`${error!.bestMs} ms`);
+    expect(steps).toBe(0);
+    expect(model.stats().launches.count).toBe(before.launches.count);
+    expect(model.stats().requests.refused).toBe(before.requests.refused + 1);
+    // The time that was named is accepted, with some room for what else this machine does.
+    const again = await model.generate({ prompt: "a red circle", ...small, deadlineMs: 1.5 * error!.bestMs });
+    expect(again.deadline).not.toBeNull();
+  });
+
+  it("is refused for what others do, with a time to come back", async () => {
+    const alone = await model.generate({ prompt: "a red circle", ...small, blocks: "H1P2", deadlineMs: 60_000 });
+    const deadlineMs = 4 * alone.deadline!.predictedMs;
+    const work = Array.from({ length: 30 }, (_, index) =>
+      model.generate({ prompt: "a red circle", ...small, blocks: "H1P2", deadlineMs, seed: index }),
+    );
+    const settled = await Promise.allSettled(work);
+    const refused = settled.flatMap((outcome) => (outcome.status === "rejected" ? [outcome.reason as unknown] : []));
+    expect(refused.length).toBeGreaterThan(0);
+    expect(refused.length).toBeLessThan(30);
+    for (const error of refused) {
+      expect(error).toBeInstanceOf(DeadlineError);
+      expect((error as DeadlineError).retryAfterMs).toBeGreaterThan(0);
+      expect((error as DeadlineError).bestMs).toBeGreaterThan(deadlineMs);
+    }
+  });
+
+  it.each([
+    ["a ladder without a deadline", { ladder: ["H1"] }],
+    ["a ladder and blocks", { ladder: ["H1"], blocks: "H1", deadlineMs: 1000 }],
+    ["a ladder of no schedule", { ladder: ["X"], deadlineMs: 1000 }],
+    ["no time", { deadlineMs: 0 }],
+    ["a priority that is none", { priority: 0.5 }],
+  ])("with %s is refused as an option", async (_, options) => {
+    await expect(model.generate({ prompt: "x", ...options })).rejects.toBeInstanceOf(OptionError);
+  });
+});
+
+describe("the queue", () => {
+  it("is bounded: more are refused, with a time to come back", async () => {
+    await using narrow = await FlowTurbo.load(undefined, { cache, maxBatch: 1, maxQueue: 2, measureCosts: false });
+    await narrow.generate({ prompt: "x", ...small, blocks: "H1" });
+    // Two at a time may work, two may wait.
+    const work = Promise.allSettled(
+      Array.from({ length: 6 }, (_, seed) => narrow.generate({ prompt: "x", ...small, blocks: "H1P6", seed })),
+    );
+    await setTimeout(20);
+    expect(narrow.stats()).toMatchObject({ queue: { waiting: 2, limit: 2 }, running: { requests: 2, pictures: 2 } });
+    const settled = await work;
+    expect(settled.map(({ status }) => status === "fulfilled")).toEqual([true, true, true, true, false, false]);
+    const error = (settled[5] as PromiseRejectedResult).reason as QueueFullError;
+    expect(error).toBeInstanceOf(QueueFullError);
+    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_QUEUE_FULL", waiting: 2 });
+    expect(error.retryAfterMs).toBeGreaterThan(0);
+    expect(narrow.stats().requests).toMatchObject({ accepted: 5, refused: 2, completed: 5 });
+    const { queued, total, launches } = narrow.stats().milliseconds;
+    expect([queued.count, total.count]).toEqual([5, 5]);
+    expect(launches.predict!.count).toBeGreaterThan(5 * 2);
+    expect(launches.predict!.counts).toHaveLength(launches.predict!.bounds.length + 1);
+  });
+
+  it("is left by those that are aborted while they wait", async () => {
+    await using narrow = await FlowTurbo.load(undefined, { cache, maxBatch: 1, maxQueue: 8, measureCosts: false });
+    const controller = new AbortController();
+    const first = [0, 1].map((seed) => narrow.generate({ prompt: "x", ...small, blocks: "H1P4", seed }));
+    const waiting = narrow.generate({ prompt: "x", ...small, signal: controller.signal });
+    const last = narrow.generate({ prompt: "x", ...small, blocks: "H1", seed: 3 });
+    await setTimeout(10);
+    expect(narrow.stats().queue.waiting).toBe(2);
+    controller.abort(new Error("left"));
+    await expect(waiting).rejects.toThrow("left");
+    expect((await Promise.all([...first, last])).map(({ images }) => images.length)).toEqual([1, 1, 1]);
+    expect(narrow.stats()).toMatchObject({ queue: { waiting: 0 }, running: { requests: 0, pictures: 0 } });
+  });
+});

@@ -1,0 +1,58 @@
+// Workspaces: programs submitted piece by piece over registers that outlive them.
+import { readdirSync, readFileSync } from "node:fs";
+import { afterAll, afterEach, beforeAll, expect, it } from "vitest";
+import { RuntimeDiedError } from "../../lib/errors.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { type Bundles, bundle } from "./build.js";
+import { program, scaleGraph, slowGraph } from "./models.js";
+import { describeWorkspaces, double, piece, slowPiece, values } from "./workspaces.js";
+
+let bundles: Bundles;
+beforeAll(async () => {
+  bundles = await bundle();
+});
+afterAll(() => bundles.remove());
+
+let runtime: OnnxRuntime;
+afterEach(() => runtime?.dispose());
+function open(): OnnxRuntime {
+  runtime = new OnnxRuntime({ weights: "lazy", threads: 1, host: bundles.host });
+  runtime.add(scaleGraph("double", 2));
+  runtime.add(scaleGraph("huge", 3e38));
+  runtime.add(slowGraph("slow", 512, 20));
+  return runtime;
+}
+
+const host = () =>
+  readdirSync("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .find((pid) => {
+      try {
+        const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+        return (
+          Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[1]) === process.pid &&
+          readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("onnxruntime-host")
+        );
+      } catch {
+        return false;
+      }
+    });
+
+describeWorkspaces(open);
+
+it.skipIf(process.platform !== "linux")("a workspace is lost with the child that held it", async () => {
+  const workspace = open().open();
+  await workspace.submit(program([1], [double("x", "a")], []));
+  let killed = false;
+  const onLaunch = () => {
+    if (!killed) process.kill(Number(host()), "SIGKILL");
+    killed = true;
+  };
+  const running = workspace.submit(slowPiece(1000), { onLaunch }).catch((reason) => reason);
+  const queued = workspace.submit(piece([double("a", "b")], [])).catch((reason) => reason);
+  for (const error of await Promise.all([running, queued])) expect(error).toBeInstanceOf(RuntimeDiedError);
+  expect(workspace.lost).toBe(true);
+  await expect(workspace.submit(piece([double("a", "b")], []))).rejects.toThrow(/gone with the process/);
+  const fresh = runtime.open();
+  expect(values((await fresh.submit(program([2], [double("x", "a")], ["a"]))).a)).toEqual([4]);
+});

@@ -1,0 +1,97 @@
+// The ladder of schedules and the choice among them.
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import { parseBlocks } from "../../lib/schedule/index.js";
+import { chooseRung, deadlineMargin, defaultLadder, limitFor, Margin } from "../../lib/serving/deadline.js";
+
+describe("defaultLadder", () => {
+  it("goes from many evaluations of the predictor to few", () => {
+    expect(defaultLadder(false)).toEqual(
+      ["H1P27", "H1P19", "H1P13", "H1P9", "H1P7", "H1P5", "H1P4", "H1P3", "H1P2", "H1P1", "H1"], // biome-ignore format: one line
+    );
+    expect(defaultLadder(true)).toEqual(
+      ["H1P21R6", "H1P15R4", "H1P10R3", "H1P7R2", "H1P5R2", "H1P4R1", "H1P3R1", "H1P2R1", "H1P1R1", "H1P1", "H1"], // biome-ignore format: one line
+    );
+    for (const blocks of [...defaultLadder(true), ...defaultLadder(false)]) parseBlocks(blocks);
+  });
+});
+
+describe("chooseRung", () => {
+  const rungs = [
+    { blocks: "H1P9", milliseconds: 300 },
+    { blocks: "H1P5", milliseconds: 200 },
+    { blocks: "H1P1", milliseconds: 100 },
+  ];
+
+  it("takes the first that fits with a tenth to spare, and says why", () => {
+    expect(chooseRung(rungs, 1000)).toEqual({
+      index: 0,
+      reason: "H1P9 is predicted to take 300 ms of 1000 ms, and is the richest of 3 schedules.",
+    });
+    expect(chooseRung(rungs, 329)).toEqual({
+      index: 1,
+      reason:
+        "H1P5 is predicted to take 200 ms of 329 ms, and is the richest of 3 schedules that fits; H1P9 would need 330 ms.",
+    });
+    expect(chooseRung(rungs, 110)!.index).toBe(2);
+    expect(chooseRung(rungs, 109)).toBeNull();
+    expect(chooseRung([rungs[2]!], 200)!.reason).toBe("H1P1 is predicted to take 100 ms of 200 ms.");
+  });
+
+  it("never takes one that does not fit, nor a later one than the first that does", () => {
+    const times = fc.array(fc.double({ min: 0.1, max: 1e6, noNaN: true }), { minLength: 1, maxLength: 12 });
+    fc.assert(
+      fc.property(times, fc.double({ min: 0, max: 1e6, noNaN: true }), (milliseconds, limit) => {
+        const choice = chooseRung(
+          milliseconds.map((time, index) => ({ blocks: `H${index + 1}`, milliseconds: time })),
+          limit,
+        );
+        const fits = milliseconds.map((time) => limitFor(time) <= limit);
+        expect(choice?.index ?? -1).toBe(fits.indexOf(true));
+      }),
+    );
+  });
+
+  it("accepts the limit that it names", () => {
+    fc.assert(
+      fc.property(fc.double({ min: 0.1, max: 1e6, noNaN: true }), (milliseconds) => {
+        expect(chooseRung([{ blocks: "H1", milliseconds }], limitFor(milliseconds))).not.toBeNull();
+      }),
+    );
+  });
+});
+
+describe("Margin", () => {
+  it("is the usual one where promises are kept", () => {
+    const margin = new Margin();
+    for (let i = 0; i < 1000; i++) margin.observe(false);
+    expect(margin.value).toBe(deadlineMargin);
+  });
+
+  it("grows with promises that are broken, within bounds", () => {
+    const margin = new Margin();
+    margin.observe(true);
+    expect(margin.value).toBeGreaterThan(deadlineMargin);
+    for (let i = 0; i < 1000; i++) margin.observe(true);
+    expect(margin.value).toBeLessThan(3);
+  });
+
+  it("comes to where 95 % are kept, on a machine whose times vary more than the usual margin allows", () => {
+    const margin = new Margin();
+    let late = 0;
+    let state = 1;
+    const random = () => {
+      state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+      return (state + 0.5) / 2 ** 32;
+    };
+    for (let i = 0; i < 4000; i++) {
+      // Real over predicted time: log-normal, 95 % below 1.64.
+      const ratio = Math.exp(0.3 * Math.sqrt(-2 * Math.log(random())) * Math.cos(2 * Math.PI * random()));
+      const isLate = ratio > margin.value;
+      if (i >= 200 && isLate) late++;
+      margin.observe(isLate);
+    }
+    expect(late / 3800).toBeLessThan(0.05);
+    expect(late / 3800).toBeGreaterThan(0.01);
+  });
+});

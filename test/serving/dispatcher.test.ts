@@ -1,0 +1,366 @@
+// Jobs side by side on a simulated runtime: results do not depend on company, whatever arrives, is aborted or fails.
+import { setImmediate } from "node:timers/promises";
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import type { Launch, Program } from "../../lib/program.js";
+import { defaultBlocks, joinGrid, parseBlocks, samplingProgram, shiftedGrid } from "../../lib/schedule/index.js";
+import { CostTable, entryOf } from "../../lib/serving/costs.js";
+import { Dispatcher } from "../../lib/serving/dispatcher.js";
+import { StatsRecorder } from "../../lib/serving/stats.js";
+import { type FloatTensor, float32, type Tensor } from "../../lib/tensor.js";
+import { alone, type Fate, SimulatedRuntime, shapesOf } from "./simulated.js";
+
+const graphNames = {
+  predict: "predict",
+  refine: "refine",
+  decode: "decode",
+  encode: "encode",
+  join: "join",
+  noised: "noised",
+  merge: "merge",
+  preview: "preview",
+};
+const numbers = (seed: number, ...shape: number[]): FloatTensor => {
+  const values = Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) =>
+    Math.sin(seed * 12.9898 + i * 78.233),
+  );
+  return float32(shape, Float32Array.from(values));
+};
+const positions = (side: number) =>
+  ({
+    kind: "stored",
+    source: { name: "positions", dtype: "F32", shape: [1, 4096, 4], file: "/file", offset: 0, length: 65536 },
+    shape: [1, side * side, 4],
+    firstElement: side,
+    rowElements: side * 4,
+    strideElements: side * 4,
+    rows: side,
+  }) as const;
+/** The same for all requests, as a model's are. */
+const previewMap = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1), decoded: false };
+
+interface Request {
+  readonly blocks: string;
+  readonly side: number;
+  readonly guided: boolean;
+  readonly seeds: readonly number[];
+  readonly extra?: "stages" | "inpainting" | "preview" | undefined;
+}
+
+/** The row programs of a request, as the pipeline makes them. */
+function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
+  const list = parseBlocks(blocks);
+  const original = numbers(77, 1, 4, side, side);
+  const mask = numbers(78, 1, 1, side, side);
+  const context = numbers(seeds[0]!, guided ? 2 : 1, 3, 5);
+  return seeds.map((seed) => {
+    const stage = (at: number, scale: number, sigmas: number[]) => ({
+      blocks: list,
+      sigmas,
+      noise: numbers(seed + at / 10, 1, 4, side * scale, side * scale),
+      positions: { predict: positions(side * scale), refine: positions(side * scale) },
+      ...(extra === "inpainting" && { originalLatents: original, mask }),
+    });
+    const first = stage(0, 1, shiftedGrid(list.length, 3));
+    return samplingProgram({
+      stages: extra === "stages" ? [first, stage(1, 2, joinGrid(list.length, 3, 0.6))] : [first],
+      context,
+      pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
+      guidanceScale: guided ? seed : null,
+      graphs: graphNames,
+      vaeFactor: 2,
+      imageChannels: 3,
+      pixelsAtOnce: 2 * (2 * side) ** 2,
+      preview: extra === "preview" ? previewMap : undefined,
+    }).program;
+  });
+}
+
+const costs = () =>
+  new CostTable(
+    ["predict", "refine", "decode"].flatMap((graph) =>
+      ["4x4", "8x8", "16x16"].flatMap((size) =>
+        [1, 2, 4, 8].map((batch) => entryOf(graph, batch, size, [5 + 5 * batch])),
+      ),
+    ),
+  );
+function open(extra: { maxBatch?: number; pin?: number | null; maxWait?: number } = {}) {
+  const runtime = new SimulatedRuntime();
+  const stats = new StatsRecorder();
+  const maxBatch = extra.maxBatch ?? 8;
+  const dispatcher = new Dispatcher(runtime, {
+    batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
+    maxBatch,
+    maxWait: extra.maxWait ?? 20,
+    pin: extra.pin ?? null,
+    graph: shapesOf,
+    costs: costs(),
+    stats,
+  });
+  return {
+    runtime,
+    stats,
+    dispatcher,
+    rowsPerLaunch: () => stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).rowsPerLaunch,
+  };
+}
+let sequence = 0;
+const claim = () => ({ priority: 0, deadline: null, arrival: performance.now(), sequence: sequence++ });
+const expectEqual = (actual: Record<string, Tensor>[], programs: readonly Program[]) => {
+  expect(actual).toHaveLength(programs.length);
+  for (const [index, program] of programs.entries()) {
+    const expected = alone(program);
+    expect(Object.keys(actual[index]!)).toEqual(Object.keys(expected));
+    for (const [name, tensor] of Object.entries(expected)) {
+      expect(actual[index]![name]!.shape).toEqual(tensor.shape);
+      expect(actual[index]![name]!.data).toEqual(tensor.data);
+    }
+  }
+};
+
+const request = (extra: Partial<Request> = {}): Request => ({
+  blocks: "H1P2R1",
+  side: 4,
+  guided: true,
+  seeds: [1],
+  ...extra,
+});
+
+describe("the interpreter", () => {
+  it("tells rows, halves and shared operands apart: every input matters", () => {
+    const base = alone(rowsOf(request())[0]!);
+    for (const other of [{ seeds: [2] }, { guided: false }, { blocks: "H1P1R2" }, { side: 8 }])
+      expect(alone(rowsOf(request(other))[0]!).image!.data).not.toEqual(base.image!.data);
+  });
+});
+
+describe("jobs at the same time", () => {
+  const mixed: Request[] = [
+    request({ seeds: [1, 2, 3] }),
+    request({ blocks: "H1P4", seeds: [4] }),
+    request({ blocks: "E3", seeds: [5, 6], guided: false }),
+    request({ side: 8, seeds: [7] }),
+    request({ extra: "stages", seeds: [8, 9], blocks: "H1R1" }),
+    request({ extra: "inpainting", seeds: [10, 11] }),
+    request({ extra: "preview", seeds: [12] }),
+  ];
+
+  it("share launches, and each gets what it would get alone, bit for bit", async () => {
+    const { dispatcher, runtime, rowsPerLaunch } = open();
+    const programs = mixed.map(rowsOf);
+    const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim() })));
+    for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
+    expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(3);
+    await dispatcher.idle();
+    await runtime.settled();
+    expect(dispatcher.held).toBe(0);
+    expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
+    // One runs and one is ready behind it, no more.
+    expect(runtime.mostPieces).toBe(2);
+  });
+
+  it("never exceed maxBatch; pinned launches are all of one batch", async () => {
+    const narrow = open({ maxBatch: 2 });
+    const programs = mixed.map(rowsOf);
+    await Promise.all(programs.map((rows) => narrow.dispatcher.run({ rows, claim: claim() })));
+    expect(Object.keys(narrow.rowsPerLaunch())).toEqual(["1", "2"]);
+    const pinned = open({ pin: 4 });
+    const batches = new Set<string>();
+    pinned.runtime.fate = (launch) => {
+      // The batch is in the names of what was gathered; a row's own registers would have none.
+      batches.add(`${launch.graph} ${Object.values(launch.outputs).every((name) => name.startsWith("piece "))}`);
+      return "ok";
+    };
+    const results = await Promise.all(programs.map((rows) => pinned.dispatcher.run({ rows, claim: claim() })));
+    for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
+    // Pictures too large for two at once are lifted and decoded one by one.
+    expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual(["decode false", "join false"]);
+  });
+
+  it("hear of each of their launches once, in order, with the values they asked for", async () => {
+    const { dispatcher } = open();
+    const requests = [request({ extra: "preview", seeds: [1, 2] }), request({ seeds: [3] })];
+    const reports = requests.map(() => new Map<number, string[]>());
+    let firsts = 0;
+    const programs = requests.map(rowsOf);
+    const previews: Tensor[] = [];
+    await Promise.all(
+      programs.map((rows, index) =>
+        dispatcher.run({
+          rows,
+          claim: claim(),
+          onLaunch: (row, { launch, values }, first) => {
+            const list = reports[index]!.get(row) ?? [];
+            list.push(launch.label.name);
+            reports[index]!.set(row, list);
+            if (index === 0 && row === 1) previews.push(...Object.values(values));
+            if (index === 0 && first) firsts++;
+          },
+        }),
+      ),
+    );
+    for (const [index, rows] of programs.entries())
+      for (const [row, { instructions }] of rows.entries())
+        expect(reports[index]!.get(row)).toEqual(instructions.map((instruction) => (instruction as Launch).label.name));
+    expect(previews.map(({ shape }) => shape)).toEqual(new Array(4).fill([1, 3, 4, 4]));
+    // Both rows shared every launch but those that decode, which do not pay together.
+    expect(firsts).toBeLessThan(2 * programs[0]![0]!.instructions.length);
+  });
+
+  it("end early for those that are aborted or whose listener throws, and for nobody else", async () => {
+    const { dispatcher, runtime } = open();
+    const controller = new AbortController();
+    const programs = [request({ seeds: [1] }), request({ seeds: [2] }), request({ seeds: [3, 4] })].map(rowsOf);
+    const aborted = dispatcher.run({
+      rows: programs[0]!,
+      claim: claim(),
+      signal: controller.signal,
+      onLaunch: () => controller.abort(new Error("enough")),
+    });
+    const thrown = dispatcher.run({
+      rows: programs[1]!,
+      claim: claim(),
+      onLaunch: (_, { index }) => {
+        if (index === 1) throw new Error("listener");
+      },
+    });
+    const third = dispatcher.run({ rows: programs[2]!, claim: claim() });
+    await expect(aborted).rejects.toThrow("enough");
+    await expect(thrown).rejects.toThrow("listener");
+    expectEqual(await third, programs[2]!);
+    await expect(
+      dispatcher.run({ rows: programs[0]!, claim: claim(), signal: AbortSignal.abort(new Error("before")) }),
+    ).rejects.toThrow("before");
+    await dispatcher.idle();
+    await runtime.settled();
+    expect(dispatcher.held).toBe(0);
+    expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
+  });
+});
+
+describe("failures", () => {
+  /** Fails every launch that a given seed's row takes part in, as values that overflow would. */
+  it("of one job are its own: those that shared the launch get their pictures", async () => {
+    const { dispatcher, runtime } = open();
+    const bad = rowsOf(request({ seeds: [666] }));
+    const others = [1, 2, 3].map((seed) => rowsOf(request({ seeds: [seed] })));
+    runtime.fate = (launch) => {
+      // Its guidance scale is its seed, and travels as a value with the launch.
+      return badLaunches.has(launch) ? "fails" : "ok";
+    };
+    const badLaunches = new Set<Launch>();
+    const open_ = runtime.open.bind(runtime);
+    runtime.open = () => {
+      const workspace = open_();
+      const { submit } = workspace;
+      return Object.assign(Object.create(workspace), {
+        submit: (program: Program, options: object) => {
+          for (const instruction of program.instructions) {
+            if (instruction.op !== "launch") continue;
+            const guidance = program.constants[instruction.inputs.guidance!];
+            if (guidance?.kind === "value" && guidance.tensor.data.includes(666 as never)) badLaunches.add(instruction);
+          }
+          return submit(program, options);
+        },
+        free: workspace.free,
+      });
+    };
+    const failed = dispatcher.run({ rows: bad, claim: claim() });
+    const results = others.map((rows) => dispatcher.run({ rows, claim: claim() }));
+    await expect(failed).rejects.toThrow(/The launch of "predict" failed/);
+    for (const [index, result] of results.entries()) expectEqual(await result, others[index]!);
+    await dispatcher.idle();
+    expect(dispatcher.held).toBe(0);
+  });
+
+  it("whatever arrives, is aborted or fails, every job settles once and what is delivered is right", async () => {
+    const arbitraryRequest = fc.record({
+      blocks: fc.constantFrom("H1P2R1", "E2", "H2", "H1P1", "H1P4R2", "H1R1"),
+      side: fc.constantFrom(2, 4),
+      guided: fc.boolean(),
+      seeds: fc.uniqueArray(fc.integer({ min: 1, max: 1000 }), { minLength: 1, maxLength: 4 }),
+      extra: fc.constantFrom(undefined, undefined, "stages" as const, "inpainting" as const, "preview" as const),
+    });
+    const arbitraryJob = fc.record({
+      request: arbitraryRequest,
+      delay: fc.nat(12),
+      // Half of them.
+      abortAfter: fc.option(fc.nat(40), { freq: 1 }),
+      priority: fc.integer({ min: -1, max: 1 }),
+    });
+    const fates = fc.array(fc.constantFrom<Fate>(...new Array<Fate>(60).fill("ok"), "fails", "dies"), {
+      maxLength: 60,
+    });
+    const settings = fc.record({
+      maxBatch: fc.constantFrom(1, 2, 8),
+      pin: fc.constantFrom(null, null, 4),
+      maxWait: fc.constantFrom(0, 1000),
+    });
+    let delivered = 0;
+    await fc.assert(
+      fc.asyncProperty(
+        fc.array(arbitraryJob, { minLength: 1, maxLength: 8, size: "max" }),
+        fates,
+        settings,
+        async (jobs, list, extra) => {
+          const { dispatcher, runtime } = open(extra);
+          const queue = [...list];
+          runtime.fate = () => queue.shift() ?? "ok";
+          const work = async ({ request, delay, abortAfter, priority }: (typeof jobs)[number]) => {
+            const rows = rowsOf(request);
+            for (let turn = 0; turn < delay; turn++) await setImmediate();
+            const controller = new AbortController();
+            if (abortAfter !== null)
+              void (async () => {
+                for (let turn = 0; turn < abortAfter; turn++) await setImmediate();
+                controller.abort(new Error("aborted"));
+              })();
+            const heard = rows.map(() => 0);
+            let settled = 0;
+            const job = dispatcher.run({
+              rows,
+              claim: { ...claim(), priority },
+              signal: controller.signal,
+              onLaunch: (row, { index }) => {
+                expect(settled).toBe(0);
+                expect(index).toBe(heard[row]!++);
+              },
+            });
+            try {
+              const results = await job;
+              settled++;
+              expectEqual(results, rows);
+              expect(heard).toEqual(rows.map(({ instructions }) => instructions.length));
+              delivered++;
+            } catch (error) {
+              settled++;
+              expect((error as Error).message).toMatch(/^aborted$|^The launch of|^The simulated process died/);
+            }
+          };
+          await Promise.all(jobs.map(work));
+          await dispatcher.idle();
+          await runtime.settled();
+          expect(dispatcher.held).toBe(0);
+          expect([...runtime.workspaces].map(({ values }) => values.size).filter((size) => size > 0)).toEqual([]);
+          expect(runtime.workspaces.size).toBeLessThanOrEqual(1);
+        },
+      ),
+      { numRuns: 120 },
+    );
+    expect(delivered).toBeGreaterThan(200);
+  });
+});
+
+it("a job over nothing is refused", async () => {
+  const { dispatcher } = open();
+  await expect(dispatcher.run({ rows: [], claim: claim() })).rejects.toThrow(RangeError);
+  const [program] = rowsOf(request({ blocks: formatDefault() }));
+  const copy = { op: "copy", from: "a", fromRow: 0, to: "b", toRow: 0, rows: 1 } as const;
+  await expect(dispatcher.run({ rows: [{ ...program!, instructions: [copy] }], claim: claim() })).rejects.toThrow(
+    /no rows to copy/,
+  );
+});
+
+function formatDefault(): string {
+  return defaultBlocks("flowturbo", 3, true).join("");
+}
