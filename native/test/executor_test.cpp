@@ -373,6 +373,65 @@ void survivesErrors() {
   unlink(plan.path.c_str());
 }
 
+// Pieces over registers that lie apart: what one writes the next reads; what a failed one was to write has no value.
+void keepsRegistersApart() {
+  Fixture fixture;
+  Executor& executor = *fixture.executor;
+  const auto home = executor.createRegisters(0);
+  const auto a = executor.createRegisters(kSlot);
+  const auto b = executor.createRegisters(kSlot);
+  // y = (x + number)·2 from the constants (block 0) or the first of the others, to the last of them.
+  const auto piece = [&](Run& run, bool fromConstants, float number, std::vector<std::shared_ptr<Registers>> others) {
+    Submission& submission = *run.submission;
+    submission.registers = home;
+    submission.others = std::move(others);
+    const auto last = static_cast<uint32_t>(submission.others.size());
+    submission.constants.assign(kSlot + 256, 0);
+    std::memcpy(submission.constants.data() + kSlot, &number, 4);
+    Launch launch;
+    launch.engine = fixture.engine;
+    launch.operands = {fromConstants ? Operand{true, 0} : Operand{false, 0, 1}, Operand{true, kSlot},
+                       Operand{false, 0, last}};
+    launch.finite = {2};
+    submission.instructions.emplace_back(std::move(launch));
+    submission.results = {{0, kBytes, last}};
+    return run.start(executor);
+  };
+  const auto check = [](std::future<Outcome> outcome, float value) {
+    const Outcome done = outcome.get();
+    CHECK(!done.error);
+    CHECK(floatsOf(done.results.at(0)) == std::vector<float>(kElements, value));
+  };
+  for (int round = 0; round < 50; round++) {
+    Run first, second, broken, reader, again, last;
+    auto one = piece(first, true, 1, {a});
+    auto two = piece(second, false, 1, {a, b});
+    auto three = piece(broken, true, INFINITY, {a});
+    auto four = piece(reader, false, 1, {a, b});
+    auto five = piece(again, true, 3, {a});
+    auto six = piece(last, false, 0, {a, b});
+    check(std::move(one), 2);
+    check(std::move(two), 6);
+    CHECK(three.get().error->code() == "NOT_FINITE");
+    const Outcome lacking = four.get();
+    CHECK(lacking.error && lacking.error->code() == "NO_VALUE" && lacking.error->operand == 1);
+    CHECK(reader.reports.empty());
+    check(std::move(five), 6);
+    check(std::move(six), 12);
+  }
+  // Registers that are not there, and a capture of several.
+  for (const bool capture : {false, true}) {
+    Run run;
+    run.submission->capture = capture;
+    auto outcome = piece(run, true, 1, capture ? std::vector{a} : std::vector<std::shared_ptr<Registers>>{});
+    if (!capture) {
+      CHECK(outcome.get().error.has_value());
+      continue;
+    }
+    CHECK(outcome.get().error->code() == "INVALID");
+  }
+}
+
 void losesTheDevice() {
   Fixture fixture;
   Run run;
@@ -633,6 +692,7 @@ int main() {
   test("runs programs in order", runsInOrder);
   test("copies rows", copiesRows);
   test("takes a program in pieces, ahead of the device", takesPieces);
+  test("keeps registers apart", keepsRegistersApart);
   test("stops between launches", stopsBetweenLaunches);
   test("sees values that are not finite", seesWhatIsNotFinite);
   test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
