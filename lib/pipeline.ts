@@ -33,6 +33,7 @@ import { PromptEncoder } from "./prompts.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime, RuntimeName } from "./runtimes/runtime.js";
 import { chooseForRunning } from "./runtimes/tensorrt/choose.js";
+import { smOf } from "./runtimes/tensorrt/libraries.js";
 import { openTensorRt } from "./runtimes/tensorrt/open.js";
 import {
   type Block,
@@ -898,12 +899,14 @@ async function openRuntime(
   }
   if (kind) {
     onProgress?.({ phase: "graphs", done: 1, total: 3 });
-    const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint));
+    let emit = tensorRtEmitOptions(checkpoint);
+    const graphs = new GraphLibrary(checkpoint, (name) => emit(name));
     onProgress?.({ phase: "runtime", done: 2, total: 3 });
     let opened: Awaited<ReturnType<typeof openTensorRt>> | null = null;
     try {
       opened = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, logger });
       const { runtime, device, version } = opened;
+      emit = tensorRtEmitOptions(checkpoint, [smOf(device)]);
       checkDeviceMemory(graphs, device.name, device.memoryBytes);
       return { graphs, runtime, choice: { name: kind, passedOver }, settings: { version, gpu: device.name } };
     } catch (error) {

@@ -244,7 +244,7 @@ describeEngines("one engine", () => {
     const checkpoint = await openCheckpoint(model("medium"));
     const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("t5");
     const { files } = checkpoint.textEncoder3!.weights;
-    const fresh = await open({ cache: temporaryFolder() });
+    const fresh = await open({ cache: temporaryFolder(), targets: [86, 89] });
     const built = await fresh.compile({ graph, profiles: [small, two] }, { files });
     // A program needs some of them, in any order.
     for (const profiles of [[small], [two], [two, small]]) {
@@ -259,7 +259,13 @@ describeEngines("one engine", () => {
       cached: true,
       plan: larger.plan,
     });
-    const flags = await open({ cache: path.dirname(fresh.cache.folder), flags: ["kSTRICT_NANS"] });
+    // One built for several GPUs serves each of them, and no other.
+    const cache = path.dirname(fresh.cache.folder);
+    const one = await open({ cache, targets: [86] });
+    expect(await one.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: true, plan: larger.plan });
+    const other = await open({ cache, targets: [120] });
+    expect(await other.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: false });
+    const flags = await open({ cache, targets: [86, 89], flags: ["kSTRICT_NANS"] });
     expect(await flags.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: false });
   });
 

@@ -151,8 +151,8 @@ export class EngineCache {
     }
   }
 
-  /** Descriptions of the engines of one family, those with the fewest profiles first; their plans are not looked into. */
-  async family(graph: string, family: string): Promise<Manifest[]> {
+  /** Descriptions of a graph's engines, those with the fewest profiles first; their plans are not looked into. */
+  async ofGraph(graph: string, wanted: (manifest: Manifest) => boolean): Promise<Manifest[]> {
     const members: Manifest[] = [];
     for (const entry of await readdir(this.folder)) {
       if (!entry.startsWith(`${graph}-`) || !entry.endsWith(".plan")) continue;
@@ -160,7 +160,7 @@ export class EngineCache {
         if (error instanceof Damage) return null;
         throw error;
       });
-      if (manifest?.graph === graph && manifest.family === family) members.push(manifest);
+      if (manifest?.graph === graph && wanted(manifest)) members.push(manifest);
     }
     return members.sort((a, b) => a.profiles.length - b.profiles.length);
   }

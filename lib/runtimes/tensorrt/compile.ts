@@ -210,7 +210,13 @@ export class EngineCompiler {
     const start = performance.now();
     const files = await this.#digests(graph, options, () => undefined);
     const wanted = profiles.map(profileText);
-    for (const manifest of await this.cache.family(graph.name, keyOf(this.#family(graph, files)))) {
+    // An engine for several GPUs serves each of them.
+    const serves = ({ device, family }: Manifest) =>
+      family === keyOf(this.#family(graph, files, device)) &&
+      ("targets" in device && "targets" in this.device
+        ? this.device.targets.every((sm) => device.targets.includes(sm))
+        : family === keyOf(this.#family(graph, files)));
+    for (const manifest of await this.cache.ofGraph(graph.name, serves)) {
       const has = new Set(manifest.profiles.map(profileText));
       if (!wanted.every((profile) => has.has(profile))) continue;
       const lookup = await this.cache.find(graph.name, manifest.key, options.signal);
@@ -241,14 +247,18 @@ export class EngineCompiler {
   }
 
   /** What an engine is, but for its profiles. */
-  #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>): readonly unknown[] {
+  #family(
+    graph: CompilableGraph,
+    files: ReadonlyMap<string, FileDigest>,
+    device: Manifest["device"] = this.device,
+  ): readonly unknown[] {
     const externals = [...graph.externals.values()];
     return [
       ["recipe", recipe],
       ["runtime", this.kind],
       ["version", versionText(this.library.version)],
       ["platform", `${process.platform}-${process.arch}`],
-      ["device", this.device],
+      ["device", device],
       ["graph", graph.name, graph.fingerprint],
       [
         "weights",
