@@ -18,7 +18,7 @@ import { float32 } from "../lib/tensor.js";
 import { type ClosedForm, closedForms } from "../test/runtimes/models.js";
 import { samplingForms } from "../test/support/sampling.js";
 import { SimulatedEngines, simulated, simulatedRuntime } from "../test/support/simulated.js";
-import { format, report, type Spread, spread } from "./support.js";
+import { format, machineLine, report, type Spread, spread, table } from "./support.js";
 
 const bars = { microsecondsPerLaunch: 20, blockedGapMilliseconds: 20 };
 const launches = 1000;
@@ -140,5 +140,22 @@ for (const kind of tensorRtKinds) {
     result.microsecondsPerLaunch.median < bars.microsecondsPerLaunch &&
     result.blockedGapMilliseconds.median < bars.blockedGapMilliseconds;
 }
-await report("executor", { device: "simulated", launches, rounds, blockedFor, bars, passed, results });
+const page = [
+  "# The native executor, a launch at a time",
+  "",
+  `On the simulated device, ${launches} launches a run, ${rounds} rounds: processor time of the executor's two threads for a launch, and the longest gap between launches of 1 ms while the event loop is blocked for ${blockedFor} ms. Bars: ${bars.microsecondsPerLaunch} µs, ${bars.blockedGapMilliseconds} ms. \`npm run bench:executor\`.`,
+  "",
+  table([
+    ["addon", "µs a launch", "longest gap, event loop blocked, ms", "the same, free, ms"],
+    ...Object.entries(results).map(([kind, result]) => [
+      kind,
+      ...[result.microsecondsPerLaunch, result.blockedGapMilliseconds, result.freeGapMilliseconds].map((value) =>
+        format(value),
+      ),
+    ]),
+  ]),
+  "",
+  machineLine(),
+];
+await report("executor", { device: "simulated", launches, rounds, blockedFor, bars, passed, results }, page.join("\n"));
 process.exitCode = passed ? 0 : 1;

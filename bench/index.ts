@@ -32,6 +32,7 @@ const benchmarks: Benchmark[] = [
   { name: "memory", about: "peak memory with 16-bit weights", pages: ["memory"] },
   { name: "scaling", about: "time and memory against steps, batch, size, layers", pages: ["scaling"] },
   { name: "concurrency", about: "many callers at once", pages: ["concurrency"] },
+  { name: "executor", about: "the native executor, a launch at a time", pages: ["executor"] },
   { name: "gpu", about: "on a GPU", pages: ["gpu"] },
   { name: "seam", about: "seams of inpainting", pages: ["seam"], long: true },
   { name: "stages", about: "one stage against two", pages: ["stages"], long: true },

@@ -121,6 +121,11 @@ export const loadSchema = z.strictObject({
   }),
   tensorrtFolder,
   cache: cacheFolder,
+  capture: described(z.boolean().default(false), {
+    flag: "--capture",
+    description: "on a GPU: replay each picture as one CUDA graph; least latency, but launches are not shared",
+    expects: "true or false",
+  }),
   keepTextEncoders: described(z.boolean().default(true), {
     flag: "--no-keep-text-encoders",
     description: "free the text encoders' memory after each use; they are loaded again for new prompts",

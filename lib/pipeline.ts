@@ -194,7 +194,7 @@ interface Serving {
   readonly store: CostStore;
   readonly known: readonly CostEntry[];
   readonly about: Readonly<Record<string, unknown>>;
-  readonly options: Pick<ServiceOptions, "maxBatch" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background">;
+  readonly options: Pick<ServiceOptions, "maxBatch" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background" | "whole">;
 }
 
 /** The original and the mask of an edit, for each stage. */
@@ -297,6 +297,7 @@ export class FlowTurbo implements AsyncDisposable {
         maxQueue: checked.maxQueue,
         // On a GPU a batch that no engine has yet is built first: not for the mere sake of measuring.
         background: checked.measureCosts && runtime.name === "onnxruntime",
+        whole: checked.capture && runtime.name !== "onnxruntime",
       },
     };
     return new FlowTurbo(loaded, serving, checked, start);
@@ -889,7 +890,7 @@ async function openRuntime(
   checkpoint: Checkpoint,
   checked: ResolvedLoadOptions,
 ): Promise<Omit<Loaded, "checkpoint"> & { readonly settings: Readonly<Record<string, unknown>> }> {
-  const { runtime: wanted, tensorrtFolder, cache, weights, threads, logger, onProgress } = checked;
+  const { runtime: wanted, tensorrtFolder, cache, capture, weights, threads, logger, onProgress } = checked;
   const passedOver: { name: string; reason: string }[] = [];
   let kind = wanted === "auto" || wanted === "onnxruntime" ? null : wanted;
   if (wanted === "auto") {
@@ -904,7 +905,7 @@ async function openRuntime(
     onProgress?.({ phase: "runtime", done: 2, total: 3 });
     let opened: Awaited<ReturnType<typeof openTensorRt>> | null = null;
     try {
-      opened = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, logger });
+      opened = await openTensorRt({ kind, folder: tensorrtFolder, cache, files: graphs.files, capture, logger });
       const { runtime, device, version } = opened;
       emit = tensorRtEmitOptions(checkpoint, [smOf(device)]);
       checkDeviceMemory(graphs, device.name, device.memoryBytes);

@@ -17,4 +17,4 @@ export interface Answer {
   /** [1, 3, H, W], decoded and not clamped. */
   image: Float32Array;
 }
-export function open(folder: string): Promise<{ generate(request: Request): Promise<Answer>; release(): Promise<void> }>;
+export function open(folder: string, options?: { executionProviders?: string[] }): Promise<{ generate(request: Request): Promise<Answer>; release(): Promise<void> }>;

@@ -14,11 +14,12 @@ import sharp from "sharp";
 
 const json = (file) => JSON.parse(readFileSync(file, "utf8"));
 
-export async function open(folder) {
+/** @param options of the sessions */
+export async function open(folder, options = {}) {
   const config = json(path.join(folder, "config.json"));
   const names = ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder"];
   const sessions = {};
-  for (const name of names) sessions[name] = await ort.InferenceSession.create(path.join(folder, `${name}.onnx`));
+  for (const name of names) sessions[name] = await ort.InferenceSession.create(path.join(folder, `${name}.onnx`), options);
   const tokenizers = ["tokenizer", "tokenizer_2", "tokenizer_3"].map(
     (name) => new Tokenizer(json(path.join(folder, `${name}.json`)), {}),
   );

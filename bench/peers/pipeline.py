@@ -1,6 +1,6 @@
 """diffusers' StableDiffusion3Pipeline on the CPU as a contender: reads one JSON request a line, answers one JSON line each.
 
-    python bench/peers/pipeline.py MODEL [--threads N] [--compile]
+    python bench/peers/pipeline.py MODEL [--threads N] [--compile] [--device cuda --dtype bfloat16]
     > {"prompt": "a red circle", "steps": 28, "guidance": 4.5, "size": 64, "seed": 1, "tokens": 16, "out": "picture.png"}
     < {"milliseconds": 812.4, "denoise": 633.0, "peak": 1234567}
 
@@ -29,20 +29,26 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--once", help="one request as JSON")
     chosen = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    pipe = StableDiffusion3Pipeline.from_pretrained(chosen.model, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(chosen.model, torch_dtype=getattr(torch, chosen.dtype)).to(chosen.device)
     pipe.set_progress_bar_config(disable=True)
     spent = [0.0]
     inner = torch.compile(pipe.transformer.forward) if chosen.compile else pipe.transformer.forward
 
+    wait = torch.cuda.synchronize if chosen.device == "cuda" else lambda: None
+
     def timed(*args, **kwargs):
+        wait()
         start = time.perf_counter()
         out = inner(*args, **kwargs)
+        wait()
         spent[0] += time.perf_counter() - start
         return out
 

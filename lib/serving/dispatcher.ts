@@ -35,6 +35,8 @@ export interface DispatcherOptions {
   readonly maxBatch: number;
   readonly maxWait: number;
   readonly pin: number | null;
+  /** Whether each row runs as one program of its own. */
+  readonly whole?: boolean;
   /** Shapes of a graph, which the runtime is told of when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly costs: CostTable;
@@ -116,6 +118,7 @@ export class Dispatcher {
     const { signal } = job;
     signal?.throwIfAborted();
     const rows = this.rowsOf(job.rows);
+    if (this.#options.whole) return this.#runWhole(job);
     const id = this.#jobs++;
     const pin = job.pin ?? this.#options.pin;
     this.#scheduler.start({ id, claim: job.claim, rows: rows.map(({ specs }) => specs), pin }, performance.now());
@@ -141,6 +144,13 @@ export class Dispatcher {
         this.#submit();
       });
     });
+  }
+
+  async #runWhole({ rows, signal, onLaunch }: Job): Promise<Record<string, Tensor>[]> {
+    const results: Record<string, Tensor>[] = [];
+    for (const [row, program] of rows.entries())
+      results.push(await this.#runtime.run(program, { signal, onLaunch: (report) => onLaunch?.(row, report, true) }));
+    return results;
   }
 
   /** Resolves when no job is under way. */

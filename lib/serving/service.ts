@@ -46,6 +46,8 @@ export interface ServiceOptions {
   readonly maxQueue: number;
   /** Whether costs that are not known are measured when nobody asks for pictures. */
   readonly background: boolean;
+  /** Whether each picture runs as one program, sharing nothing: what can be replayed as one CUDA graph. */
+  readonly whole?: boolean;
   /** Shapes of a graph, which the runtime is told of when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly store: CostStore;
@@ -142,7 +144,7 @@ export class Service {
     this.#options = options;
     this.costs = new CostTable(known);
     this.#stored = this.costs.version;
-    const { maxBatch, maxWaitMs, pinBatch, maxQueue, graph } = options;
+    const { maxBatch, maxWaitMs, pinBatch, maxQueue, graph, whole } = options;
     this.#batches = batchesUpTo(maxBatch);
     this.#admission = new Admission(maxQueue, 2 * maxBatch);
     this.#dispatcher = new Dispatcher(runtime, {
@@ -150,6 +152,7 @@ export class Service {
       maxBatch,
       maxWait: maxWaitMs,
       pin: pinBatch,
+      whole: whole ?? false,
       graph,
       costs: this.costs,
       stats: this.#stats,

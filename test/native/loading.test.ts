@@ -19,9 +19,9 @@ vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
   const real = await original<typeof Opening>();
   const openTensorRt: typeof Opening.openTensorRt = async (options) => {
     if (!engines.source) return real.openTensorRt(options);
-    const { kind, folder, logger } = options;
+    const { kind, folder, capture, logger } = options;
     const runtime = new TensorRtRuntime({
-      ...{ kind, logger, addon: loadAddon(kind), engines: engines.source },
+      ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
       library: path.join(folder!, layouts[kind].library),
       parser: path.join(folder!, layouts[kind].parser),
     });
@@ -93,6 +93,21 @@ describeAddons("a model on the simulated device", () => {
           .filter(({ graph }) => graph === "predict")
           .map(({ profiles }) => profiles.length);
         expect(batches).toEqual([1, 2]);
+      } finally {
+        await model.dispose();
+      }
+    });
+
+    it("replays the same pictures with capture", async () => {
+      const plain = await load();
+      const options = { prompt: "a red circle", blocks: "H1P2R1", seed: 3 };
+      const expected = await plain.model.generate(options);
+      await plain.model.dispose();
+      const { model } = await load({ capture: true });
+      try {
+        for (let run = 0; run < 3; run++)
+          expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);
+        expect(simulated.counts().graphLaunches).toBeGreaterThan(1);
       } finally {
         await model.dispose();
       }
