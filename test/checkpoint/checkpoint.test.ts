@@ -95,7 +95,7 @@ describe("opens", () => {
     const sd3 = await openCheckpoint(fixture("sd3", "model"));
     expect(sd3).toMatchObject({ textEncoder3: null, tokenizer3: null, transformer: { config: { qkNorm: null } } });
     const embedded = await openCheckpoint(shapes);
-    expect(embedded).toMatchObject({ vae: { config: { factor: 4 } }, scheduler: { shift: 1.5 } });
+    expect(embedded).toMatchObject({ vae: { config: { factor: 4 } }, scheduler: { shift: 2.5 } });
     expect([embedded.tokenizer!.maxLength, embedded.tokenizer3!.maxLength]).toEqual([16, 16]);
   });
 

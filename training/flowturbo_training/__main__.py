@@ -85,6 +85,8 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedules", default="8,10,12", help="flowturbo schedules (numbers of blocks) whose neighbouring points are trained")
     parser.add_argument("--schedule-share", type=float, default=0.5, help="share of the pairs that come from --schedules")
     parser.add_argument("--own-states-share", type=float, default=0.0, help="share of the pairs at a state that the sampler has corrected")
+    parser.add_argument("--tail", type=int, help="train only the last so many intervals of --schedules, where R blocks are")
+    parser.add_argument("--landing-steps", type=int, default=0, help="pairs that end at 0 aim at where so many steps of the predictor land (0: the paper's loss)")
     parser.add_argument("--caption-dropout", type=float, default=0.1)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -157,7 +159,7 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     settings = RefinerSettings(
         steps=chosen.steps, batch=chosen.batch, lr=chosen.lr, clip=chosen.clip, average=chosen.average,
         delta_max=chosen.delta_max, grids=[(int(n), float(scheduler.get("shift", 1.0))) for n in chosen.schedules.split(",")],
-        grid_share=chosen.schedule_share, same_point_share=chosen.own_states_share,
+        grid_share=chosen.schedule_share, same_point_share=chosen.own_states_share, tail=chosen.tail, landing_steps=chosen.landing_steps,
     )  # fmt: skip
     torch.manual_seed(chosen.seed)
     refiner = build_refiner(predictor, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init).float()

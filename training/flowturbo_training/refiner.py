@@ -7,6 +7,12 @@
 (FlowTurbo, arXiv 2409.18128, section 3.2.) Both calls of V and the refiner see the same condition y, dropped for some rows, so that
 the refiner serves both halves of guidance. Pairs (t, t') come from the paper's range, t' = t - U(0, 0.12], and from
 neighbouring points of the grids that the sampler will use, whose last steps are longer than that.
+
+At t' = 0 that target says little: without noise there is none to predict, V(x, 0) is the mean of what it might have been, and
+the half of it that enters the last step makes the step too short. With `landing_steps` = m pairs that end at 0 have the
+target that makes the step x_t + (t' - t)/2·(v_t + d) land where m Euler steps of the predictor land:
+
+    d = 2·(x_0 - x_t)/(t' - t) - v_t
 """
 
 from __future__ import annotations
@@ -42,6 +48,10 @@ class RefinerSettings:
     same_point_share: float = 0.0
     """Share of the pairs where v comes from another state of the same time: a sampler's first R has such a velocity,
     taken at the predicted point where the corrected one is asked for."""
+    tail: int | None = None
+    """Only the last so many intervals of each grid: where R blocks are."""
+    landing_steps: int = 0
+    """Steps of the predictor that pairs ending at 0 aim at; 0: the paper's target there too."""
 
 
 def build_refiner(
@@ -130,7 +140,7 @@ def draw_times(rng: StepRandomness, rows: int, settings: RefinerSettings) -> tup
     for _ in range(rows):
         if rng.python.random() < settings.grid_share:
             grid = shifted_grid(*rng.python.choice(settings.grids))
-            i = rng.python.randrange(len(grid) - 1)
+            i = rng.python.randrange(max(0, len(grid) - 1 - (settings.tail or len(grid))), len(grid) - 1)
             pairs.append((grid[i], grid[i + 1]))
         else:
             t = rng.python.random()
@@ -154,7 +164,7 @@ def refiner_loss(
     now, then, noise = (v.to(latents.device) for v in (now, then, noise))
     wide = (slice(None), None, None, None)
 
-    def predict(x, sigma):
+    def predict(x, sigma, context=context, pooled=pooled):
         return predictor(
             hidden_states=x.to(predictor.dtype), timestep=sigma * 1000, encoder_hidden_states=context.to(predictor.dtype),
             pooled_projections=pooled.to(predictor.dtype), return_dict=False,
@@ -165,7 +175,16 @@ def refiner_loss(
         v = predict(x, now)
         x_then = x + (then - now)[wide] * v
         target = predict(x_then, then)
-        same = [rng.python.random() < settings.same_point_share for _ in range(len(latents))]
+        ends = (then == 0) & (now > 0)
+        same = [rng.python.random() < settings.same_point_share and not (end and settings.landing_steps) for end in ends.tolist()]
+        if settings.landing_steps and ends.any():
+            # Evenly in t: the last evaluation is at t/m.
+            start, cond = now[ends], (context[ends], pooled[ends])
+            landed = x[ends] - (start / settings.landing_steps)[wide] * v[ends]
+            for k in range(1, settings.landing_steps):
+                sigma = start * (1 - k / settings.landing_steps)
+                landed = landed - (start / settings.landing_steps)[wide] * predict(landed, sigma, *cond)
+            target[ends] = 2 * (x[ends] - landed) / start[wide] - v[ends]
         if any(same):
             # One step further along the refined velocity: a corrected state, whose cached velocity is the predicted one's.
             rows = torch.tensor(same, device=latents.device)
@@ -174,12 +193,7 @@ def refiner_loss(
             v[rows] = target[rows]
             x_then[rows] = corrected
             target = target.clone()
-            fresh = predictor(
-                hidden_states=corrected.to(predictor.dtype), timestep=then[rows] * 1000,
-                encoder_hidden_states=context[rows].to(predictor.dtype),
-                pooled_projections=pooled[rows].to(predictor.dtype), return_dict=False,
-            )[0].float()  # fmt: skip
-            target[rows] = fresh
+            target[rows] = predict(corrected, then[rows], context[rows], pooled[rows])
     offset = refiner(
         hidden_states=torch.cat([x_then, v], 1), timestep=then * 1000, encoder_hidden_states=context,
         pooled_projections=pooled, return_dict=False,

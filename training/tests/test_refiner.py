@@ -119,17 +119,19 @@ def test_times_stay_on_the_trajectory():
     assert float((now - then).max()) <= 0.12
 
 
+class Known(torch.nn.Module):
+    """A predictor that is a known function: x·(1 + t) + the mean of the pooled vector."""
+
+    dtype = torch.float32
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict):
+        t = (timestep / 1000)[:, None, None, None]
+        return (hidden_states[:, :4] * (1 + t) + pooled_projections.mean(1)[:, None, None, None],)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_loss_is_the_formula(share):
-    """Against a direct transcription, with a predictor that is a known function."""
-
-    class Known(torch.nn.Module):
-        dtype = torch.float32
-
-        def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict):
-            t = (timestep / 1000)[:, None, None, None]
-            return (hidden_states[:, :4] * (1 + t) + pooled_projections.mean(1)[:, None, None, None],)
-
+    """Against a direct transcription."""
     known = Known()
     latents, context, pooled = batch(StepRandomness(0, "d", 0), 5)
     settings = RefinerSettings(same_point_share=share)
@@ -150,6 +152,37 @@ def test_the_loss_is_the_formula(share):
     offset = state * (1 + then) + c
     assert torch.allclose(loss, ((target - v - offset) ** 2).mean(), rtol=1e-5)
     assert torch.allclose(reuse, ((target - v) ** 2).mean(), rtol=1e-5)
+
+
+def test_the_last_step_lands_where_the_predictor_lands():
+    """A refiner that answers the loss with zero makes the corrected step end where m Euler steps end."""
+    latents, context, pooled = batch(StepRandomness(0, "d", 0), 3)
+    settings = RefinerSettings(grids=[(3, 2.0)], grid_share=1, tail=1, landing_steps=3, same_point_share=1)
+    now, then = draw_times(StepRandomness(3, "l", 0), 3, settings)
+    assert (then == 0).all() and torch.allclose(now, torch.tensor(0.5))
+    rng = StepRandomness(3, "l", 0)
+    draw_times(rng, 3, settings)
+    x = 0.5 * latents + 0.5 * torch.randn(latents.shape, generator=rng.torch)
+    c = pooled.mean(1)[:, None, None, None]
+    v = x * 1.5 + c
+    landed = x
+    for t in (1 / 2, 1 / 3, 1 / 6):
+        landed = landed - (landed * (1 + t) + c) / 6
+
+    def perfect(hidden_states, **_):
+        assert torch.allclose(hidden_states, torch.cat([x - v / 2, v], 1), atol=1e-6)
+        velocity = 2 * (x - landed) / 0.5 - v
+        assert torch.allclose(x - 0.5 / 2 * (v + velocity), landed, atol=1e-5)
+        return (velocity - v,)
+
+    loss, reuse = refiner_loss(Known(), perfect, latents, context, pooled, StepRandomness(3, "l", 0), settings)
+    assert loss < 1e-8 < reuse
+
+
+def test_a_tail_is_the_end_of_the_grid():
+    settings = RefinerSettings(grids=[(10, 3.0)], grid_share=1, tail=2)
+    now, _ = draw_times(StepRandomness(0, "t", 0), 200, settings)
+    assert sorted({round(float(t), 3) for t in now}) == [0.25, 0.429]
 
 
 def test_training_beats_reuse(tmp_path):
