@@ -36,6 +36,13 @@ const positions = (side: number) =>
     strideElements: side * 4,
     rows: side,
   }) as const;
+const unguidedNames = {
+  ...graphNames,
+  predict: "predict_unguided",
+  refine: "refine_unguided",
+  merge: "merge_unguided",
+  preview: "preview_unguided",
+};
 /** The same for all requests, as a model's are. */
 const previewMap = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1), decoded: false };
 
@@ -67,7 +74,7 @@ function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
       context,
       pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
       guidanceScale: guided ? seed : null,
-      graphs: graphNames,
+      graphs: guided ? graphNames : unguidedNames,
       vaeFactor: 2,
       imageChannels: 3,
       pixelsAtOnce: 2 * (2 * side) ** 2,
@@ -146,11 +153,12 @@ describe("jobs at the same time", () => {
   ];
 
   it("share launches, and each gets what it would get alone, bit for bit", async () => {
-    const { dispatcher, runtime, rowsPerLaunch } = open();
+    const { dispatcher, runtime, stats, rowsPerLaunch } = open();
     const programs = mixed.map(rowsOf);
     const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim() })));
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
-    expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(3);
+    expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(4);
+    expect(stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).launches.restarted).toBe(0);
     await dispatcher.idle();
     await runtime.settled();
     expect(dispatcher.held).toBe(0);
