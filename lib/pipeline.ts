@@ -225,6 +225,7 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #ladder: readonly string[];
+  readonly #pinBatch: number | null;
   readonly #calls = new Set<Promise<unknown>>();
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
@@ -246,6 +247,7 @@ export class FlowTurbo implements AsyncDisposable {
     this.nativeSize = { width: side, height: side };
     this.#store = serving.store;
     this.#ladder = loaded.ladder;
+    this.#pinBatch = serving.options.pinBatch;
     this.#service = new Service(runtime, serving.known, {
       ...serving.options,
       store: serving.store,
@@ -641,10 +643,15 @@ export class FlowTurbo implements AsyncDisposable {
     return this.#service.serve(order, rungs, (admitted) => this.#draw(plans[admitted.rung]!, edits, start, admitted));
   }
 
+  /** The batch that all of a plan's launches are padded to. */
+  #pinOf({ options }: Plan): number | null {
+    return options.pinBatch ?? this.#pinBatch;
+  }
+
   /** What a plan will launch. */
   #demands(plan: Plan, edits: Edits | null): Demand[] {
     const texts = [...plan.prompts, ...(plan.guidanceScale === null ? [] : plan.negatives)];
-    const missing = this.#prompts.missing(texts, plan.sequenceLength);
+    const missing = this.#prompts.missing(texts, plan.sequenceLength, this.#pinOf(plan));
     const demands: Demand[] = [];
     if (missing > 0) demands.push({ program: this.#prompts.program("", plan.sequenceLength).program, rows: missing });
     for (const program of this.#originals(plan, edits)) if (program) demands.push({ program, rows: 1 });
@@ -721,7 +728,8 @@ export class FlowTurbo implements AsyncDisposable {
     // 1. Text: what the cache does not know is encoded.
     const encodeStart = performance.now();
     const texts = [...plan.prompts, ...(guidanceScale === null ? [] : plan.negatives)];
-    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (rows) => admitted.run({ rows }));
+    const run = (rows: readonly Program[]) => admitted.run({ rows });
+    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, run, this.#pinOf(plan));
     // Before the network's engines ask for the room.
     if (!this.#keepTextEncoders) await this.#runtime.unload?.(textEncoders);
     warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));

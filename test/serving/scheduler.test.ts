@@ -308,7 +308,7 @@ const arbitraryTable = fc
   .map((entries) => new CostTable(entries.map(([graph, size, batch, milliseconds]) => entryOf(graph, batch, size, [milliseconds])))); // biome-ignore format: one line
 
 describe("whatever happens", () => {
-  it("no row is lost, doubled or mixed up, and everybody has one answer", () => {
+  it("no row is lost, doubled or mixed up, and everybody has one answer", { timeout: 300_000 }, () => {
     fc.assert(
       fc.property(
         fc.array(event, { maxLength: 120, size: "max" }),
