@@ -6,7 +6,7 @@
  * Before all that: what is predicted for requests that have the model to themselves, against what they take. Writes
  * bench/results/concurrency.{json,md} and two plots.
  *
- *   npm run bench:concurrency [-- --requests 24 --rounds 9 --arrivals 150 --threads 1]
+ *   npm run bench:concurrency [-- --requests 24 --rounds 9 --arrivals 150 --predictions 60 --threads 1]
  */
 
 import { writeFile } from "node:fs/promises";
@@ -22,17 +22,14 @@ const { values: flags } = parseArgs({
     requests: { type: "string", default: "24" },
     rounds: { type: "string", default: "9" },
     arrivals: { type: "string", default: "150" },
+    predictions: { type: "string", default: "60" },
     threads: { type: "string" },
   },
 });
-const [requests, rounds, arrivals] = [flags.requests, flags.rounds, flags.arrivals].map(Number) as [
-  number,
-  number,
-  number,
-];
+const [requests, rounds, arrivals, predictions] = [flags.requests, flags.rounds, flags.arrivals, flags.predictions].map(
+  Number,
+) as [number, number, number, number];
 
-/** Requests whose predictions are compared with what they take. */
-const predicted = 60;
 const threads = flags.threads === undefined ? undefined : Number(flags.threads);
 
 let state = 1;
@@ -80,7 +77,7 @@ const quantile = (values: readonly number[], part: number) => {
 
 /** Each request is drawn twice: how much the two differ is what no prediction could know. */
 const alone = { errors: [] as number[], ratios: [] as number[], repeats: [] as number[] };
-for (let index = 0; index < predicted; index++) {
+for (let index = 0; index < predictions; index++) {
   const options = { ...mixed(9000 + index), count: pick([1, 1, 2, 4]), deadlineMs: 600_000 };
   const times: number[] = [];
   for (let again = 0; again < 2; again++) {
@@ -352,10 +349,10 @@ for (const { file, title, label, series } of plots)
   );
 await report(
   "concurrency",
-  { requests, rounds, arrivals, threads, deadlineMs, bars, closed: closedRows, open, idle, stats },
+  { requests, rounds, arrivals, predictions, threads, deadlineMs, bars, closed: closedRows, open, idle, stats },
   `# Many callers at once
 
-\`npm run bench:concurrency -- --requests ${requests} --rounds ${rounds} --arrivals ${arrivals}${threads ? ` --threads ${threads}` : ""}\` on ${machineLine()}
+\`npm run bench:concurrency -- --requests ${requests} --rounds ${rounds} --arrivals ${arrivals} --predictions ${predictions}${threads ? ` --threads ${threads}` : ""}\` on ${machineLine()}
 
 ${barTable}
 
