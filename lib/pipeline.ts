@@ -4,11 +4,12 @@
  */
 
 import { randomInt } from "node:crypto";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
 import { costSubject } from "./costs.js";
 import { encodeProgram, placeholder, rowOf, StepReporter, stacked } from "./drawing.js";
-import { DisposedError, FlowTurboError, OptionError } from "./errors.js";
+import { CheckpointError, DisposedError, FlowTurboError, OptionError } from "./errors.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "./graphs.js";
 import { Image, keepOriginal, type Mask, type Original, readMask, readOriginal, toRgb } from "./image.js";
 import { checkDeviceMemory } from "./memory.js";
@@ -184,6 +185,8 @@ interface Plan {
 /** What a model is made of. */
 interface Loaded {
   readonly checkpoint: Checkpoint;
+  /** Schedules for time limits, the richest first. */
+  readonly ladder: readonly string[];
   readonly graphs: GraphLibrary;
   readonly runtime: Runtime;
   readonly choice: RuntimeChoice;
@@ -222,6 +225,7 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #ladder: readonly string[];
+  readonly #pinBatch: number | null;
   readonly #calls = new Set<Promise<unknown>>();
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
@@ -242,8 +246,8 @@ export class FlowTurbo implements AsyncDisposable {
     const side = checkpoint.transformer.config.sampleSize * checkpoint.vae.config.factor;
     this.nativeSize = { width: side, height: side };
     this.#store = serving.store;
-    this.#ladder = checkpoint.ladder?.filter((blocks) => this.hasRefiner || !blocks.includes("R")) ?? [];
-    if (this.#ladder.length === 0) this.#ladder = defaultLadder(this.hasRefiner);
+    this.#ladder = loaded.ladder;
+    this.#pinBatch = serving.options.pinBatch;
     this.#service = new Service(runtime, serving.known, {
       ...serving.options,
       store: serving.store,
@@ -270,10 +274,11 @@ export class FlowTurbo implements AsyncDisposable {
     // 1. The folder: configs, headers of the weights, tokenizers.
     onProgress?.({ phase: "checkpoint", done: 0, total: 3 });
     const checkpoint = await openCheckpoint(folder, { variant, signal });
+    const ladder = ladderOf(checkpoint);
 
     // 2. The graphs, which checks every weight's name, type and shape; 3. the runtime.
     const { settings, ...opened } = await openRuntime(checkpoint, checked);
-    const loaded: Loaded = { checkpoint, ...opened };
+    const loaded: Loaded = { checkpoint, ladder, ...opened };
     const { graphs, runtime } = loaded;
     try {
       signal?.throwIfAborted();
@@ -638,10 +643,15 @@ export class FlowTurbo implements AsyncDisposable {
     return this.#service.serve(order, rungs, (admitted) => this.#draw(plans[admitted.rung]!, edits, start, admitted));
   }
 
+  /** The batch that all of a plan's launches are padded to. */
+  #pinOf({ options }: Plan): number | null {
+    return options.pinBatch ?? this.#pinBatch;
+  }
+
   /** What a plan will launch. */
   #demands(plan: Plan, edits: Edits | null): Demand[] {
     const texts = [...plan.prompts, ...(plan.guidanceScale === null ? [] : plan.negatives)];
-    const missing = this.#prompts.missing(texts, plan.sequenceLength);
+    const missing = this.#prompts.missing(texts, plan.sequenceLength, this.#pinOf(plan));
     const demands: Demand[] = [];
     if (missing > 0) demands.push({ program: this.#prompts.program("", plan.sequenceLength).program, rows: missing });
     for (const program of this.#originals(plan, edits)) if (program) demands.push({ program, rows: 1 });
@@ -718,7 +728,8 @@ export class FlowTurbo implements AsyncDisposable {
     // 1. Text: what the cache does not know is encoded.
     const encodeStart = performance.now();
     const texts = [...plan.prompts, ...(guidanceScale === null ? [] : plan.negatives)];
-    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, (rows) => admitted.run({ rows }));
+    const run = (rows: readonly Program[]) => admitted.run({ rows });
+    const encoded = await this.#prompts.encode(texts, plan.sequenceLength, run, this.#pinOf(plan));
     // Before the network's engines ask for the room.
     if (!this.#keepTextEncoders) await this.#runtime.unload?.(textEncoders);
     warnings.push(...new Set(encoded.flatMap((prompt) => prompt.warnings)));
@@ -880,6 +891,28 @@ export class FlowTurbo implements AsyncDisposable {
   }
 }
 
+/**
+ * The checkpoint's own ladder, as far as it can be run; without one the usual.
+ * @throws CheckpointError for an entry that is no schedule
+ */
+function ladderOf({ folder, ladder, refiner }: Checkpoint): readonly string[] {
+  const hasRefiner = refiner !== null;
+  const own = (ladder ?? []).map((text) => {
+    try {
+      return parseBlocks(text);
+    } catch (cause) {
+      const file = join(folder, "schedules.json");
+      throw new CheckpointError(
+        file,
+        `${file}: ${(cause as Error).message} Correct it, or remove the file: the usual schedules are then taken.`,
+        { cause },
+      );
+    }
+  });
+  const usable = own.filter((blocks) => hasRefiner || !blocks.includes("R")).map(formatBlocks);
+  return usable.length > 0 ? usable : defaultLadder(hasRefiner);
+}
+
 /** Schedules of all stages. */
 function formatStages(stages: readonly PlannedStage[]): string {
   return stages.map(({ blocks }) => formatBlocks(blocks)).join(" ");
@@ -889,7 +922,7 @@ function formatStages(stages: readonly PlannedStage[]): string {
 async function openRuntime(
   checkpoint: Checkpoint,
   checked: ResolvedLoadOptions,
-): Promise<Omit<Loaded, "checkpoint"> & { readonly settings: Readonly<Record<string, unknown>> }> {
+): Promise<Omit<Loaded, "checkpoint" | "ladder"> & { readonly settings: Readonly<Record<string, unknown>> }> {
   const { runtime: wanted, tensorrtFolder, cache, capture, weights, threads, logger, onProgress } = checked;
   const passedOver: { name: string; reason: string }[] = [];
   let kind = wanted === "auto" || wanted === "onnxruntime" ? null : wanted;

@@ -1,6 +1,7 @@
 /**
  * Prompts to the condition that the transformer reads. Each prompt is encoded once and kept in a bounded cache, alone:
- * whether it was a prompt or a negative prompt, and in whose company, does not matter.
+ * whether it was a prompt or a negative prompt, and in whose company, does not matter. Launches that are pinned to a batch
+ * promise the same bits whatever came before, and so have entries of their own.
  *
  *   context [T_clip + T_t5, joint]  CLIP-L ⊕ CLIP-G along the channels, zero-padded to `joint`, then T5 along the tokens
  *   pooled  [pooled]                CLIP-L ⊕ CLIP-G projections
@@ -65,17 +66,25 @@ export class PromptEncoder {
     return this.#clips[0]!.tokenizer.maxLength;
   }
 
-  /** How many of the texts are not in the cache. */
-  missing(texts: readonly string[], sequenceLength: number): number {
-    return [...new Set(texts)].filter((text) => !this.#cache.has(keyOf(text, sequenceLength))).length;
+  /** How many of the texts are not in the cache. @param pin batch that all launches are padded to */
+  missing(texts: readonly string[], sequenceLength: number, pin: number | null = null): number {
+    return [...new Set(texts)].filter((text) => !this.#cache.has(keyOf(text, sequenceLength, pin))).length;
   }
 
-  /** Encodes the texts that the cache does not hold, each by a program of its own, and returns all, in order. */
-  async encode(texts: readonly string[], sequenceLength: number, run: RunEncoders): Promise<EncodedPrompt[]> {
+  /**
+   * Encodes the texts that the cache does not hold, each by a program of its own, and returns all, in order.
+   * @param pin batch that all launches are padded to
+   */
+  async encode(
+    texts: readonly string[],
+    sequenceLength: number,
+    run: RunEncoders,
+    pin: number | null = null,
+  ): Promise<EncodedPrompt[]> {
     const found = new Map<string, EncodedPrompt>();
     const missing: string[] = [];
     for (const text of new Set(texts)) {
-      const key = keyOf(text, sequenceLength);
+      const key = keyOf(text, sequenceLength, pin);
       const known = this.#cache.get(key);
       if (known) {
         // Moves to the young end of the cache.
@@ -90,7 +99,7 @@ export class PromptEncoder {
       for (const [index, text] of missing.entries()) {
         const encoded = this.#assemble(results[index]!, planned[index]!.warnings, sequenceLength);
         found.set(text, encoded);
-        this.#keep(keyOf(text, sequenceLength), encoded);
+        this.#keep(keyOf(text, sequenceLength, pin), encoded);
       }
     }
     return texts.map((text) => found.get(text)!);
@@ -208,8 +217,8 @@ export class PromptEncoder {
   }
 }
 
-function keyOf(text: string, sequenceLength: number): string {
-  return `${sequenceLength}:${text}`;
+function keyOf(text: string, sequenceLength: number, pin: number | null): string {
+  return `${sequenceLength}:${pin ?? ""}:${text}`;
 }
 
 function concatenate(parts: readonly Float32Array[]): Float32Array {

@@ -1,4 +1,4 @@
-/** From ranked schedules to a ladder for time limits. */
+/** From the quality benchmark's results to a ladder for time limits. */
 
 export interface Ranked {
   /** The schedule, such as "H1P7R2", for the families whose names begin with "FlowTurbo". */
@@ -21,11 +21,34 @@ export function ladderOf(rows: readonly Ranked[]): string[] {
     .sort((a, b) => a.time - b.time || a.frechet - b.frechet);
   const ladder: string[] = [];
   let best = Number.POSITIVE_INFINITY;
-  for (const { name, frechet } of schedules)
+  for (const { name, time, frechet } of schedules) {
+    if (!Number.isFinite(time) || !Number.isFinite(frechet))
+      throw new RangeError(`${name} has no time or no Fréchet distance.`);
     if (frechet < best) {
       best = frechet;
       ladder.unshift(name);
     }
+  }
   if (ladder.length === 0) throw new RangeError("The benchmark has no schedules of the flowturbo sampler.");
   return ladder;
+}
+
+/** The parts of quality.json that a ladder is made of. */
+export interface Quality {
+  readonly rows: readonly Ranked[];
+  readonly captions: number;
+  readonly environment: { readonly commit: string };
+}
+
+/**
+ * The text of schedules.json.
+ * @param quality the text of quality.json
+ * @throws RangeError if it is not what the benchmark writes
+ */
+export function scheduleFile(quality: string, name: string): string {
+  const { rows, captions, environment } = JSON.parse(quality) as Partial<Quality>;
+  if (!Array.isArray(rows) || !captions || !environment)
+    throw new RangeError(`${name} is not what the quality benchmark writes: it has no rows, captions or environment.`);
+  const source = `Fréchet distance on ${captions} captions, ${name} at ${environment.commit}`;
+  return `${JSON.stringify({ ladder: ladderOf(rows), source }, null, 2)}\n`;
 }

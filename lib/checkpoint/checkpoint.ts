@@ -185,21 +185,20 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
   return checkpoint;
 }
 
-/** @returns null without such a file */
+/** Whether these are schedules is known where schedules are. @returns null without such a file */
 async function readLadder(file: string): Promise<readonly string[] | null> {
-  if (
-    !(await stat(file).then(
-      () => true,
-      () => false,
-    ))
-  )
-    return null;
-  const { ladder } = await readJsonObject(file);
-  if (Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => /^([EHPR]\d*)+$/.test(String(blocks))))
-    return ladder.map(String);
+  let json: Record<string, unknown>;
+  try {
+    json = await readJsonObject(file);
+  } catch (error) {
+    if (((error as Error).cause as NodeJS.ErrnoException | undefined)?.code === "ENOENT") return null;
+    throw error;
+  }
+  const { ladder } = json;
+  if (Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => typeof blocks === "string")) return ladder;
   throw new CheckpointError(
     file,
-    `${file}: expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}.`,
+    `${file}: expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}. Correct it, or remove the file: the usual schedules are then taken.`,
   );
 }
 

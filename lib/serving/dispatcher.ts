@@ -99,11 +99,6 @@ export class Dispatcher {
     return this.#active.size + this.#submitted.size + this.#gatherer.uploads;
   }
 
-  /** Whether a launch has been made before, so that it takes no longer than it was measured to. */
-  isWarm(graph: string, size: string, batch: number): boolean {
-    return this.#warm.has(warmKey(graph, size, batch));
-  }
-
   /** The job's rows as the scheduler sees them. */
   rowsOf(programs: readonly Program[]): RowProgram[] {
     return programs.map((program) => rowProgram(program, this.#options.graph, this.#identities));
@@ -148,9 +143,24 @@ export class Dispatcher {
 
   async #runWhole({ rows, signal, onLaunch }: Job): Promise<Record<string, Tensor>[]> {
     const results: Record<string, Tensor>[] = [];
-    for (const [row, program] of rows.entries())
-      results.push(await this.#runtime.run(program, { signal, onLaunch: (report) => onLaunch?.(row, report, true) }));
+    for (const [row, program] of rows.entries()) {
+      const heard = (report: LaunchReport) => {
+        const { graph, sharing } = report.launch;
+        this.#launched(graph, sharing!.size, 1, 1, report.milliseconds);
+        onLaunch?.(row, report, true);
+      };
+      results.push(await this.#runtime.run(program, { signal, onLaunch: heard }));
+    }
     return results;
+  }
+
+  /** A launch has been made: what it says about costs, and what is counted. */
+  #launched(graph: string, size: string, rows: number, batch: number, milliseconds: number): void {
+    const { costs, stats } = this.#options;
+    const key = warmKey(graph, size, batch);
+    if (this.#warm.has(key)) costs.observe(graph, size, batch, milliseconds);
+    this.#warm.add(key);
+    stats.launched(graph, rows, batch, milliseconds);
   }
 
   /** Resolves when no job is under way. */
@@ -239,11 +249,7 @@ export class Dispatcher {
 
   #report(piece: Piece, gathered: ReturnType<Gatherer["gather"]>, report: LaunchReport): void {
     const { graph, size, batch, rows } = piece.launches[report.index]!;
-    const { costs, stats } = this.#options;
-    const key = warmKey(graph, size, batch);
-    if (this.#warm.has(key)) costs.observe(graph, size, batch, report.milliseconds);
-    this.#warm.add(key);
-    stats.launched(graph, rows.length, batch, report.milliseconds);
+    this.#launched(graph, size, rows.length, batch, report.milliseconds);
     const seen = new Set<number>();
     for (const [index, planned] of rows.entries()) {
       const active = this.#current(planned);

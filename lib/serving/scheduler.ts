@@ -87,10 +87,14 @@ export interface Verdict {
 const pieceMilliseconds = 10;
 
 /**
- * How much cheaper rows must be together, as a part of their cost alone. Sharing delays the more urgent row, so that it
- * has to pay beyond doubt. Eager launches are shared even at a loss: they are short, and company is rare.
+ * How much cheaper rows of several requests must be together, as a part of their cost alone. Sharing delays the more urgent
+ * row, so that it has to pay beyond doubt. Eager launches are shared even at a loss: they are short, and company is rare.
+ * Rows of one request have the same end: what is cheapest is best for all of them.
  */
 const gainNeeded = { usual: 0.02, eager: -0.1 } as const;
+
+/** Rows of a group that a split is planned for. More of them do not change the first batch, which is all that is planned. */
+const rowsAhead = { least: 64, batches: 4 } as const;
 
 /** Who would come late by more than this part of the time that was given is not waited for. */
 const hopelessPart = 0.25;
@@ -355,14 +359,14 @@ export class Scheduler {
    */
   #launch(group: readonly Row[], now: number, start: number): PlannedLaunch {
     const [first] = group as [Row];
-    const { graph, size, eager } = first.launches[first.next]!;
+    const { graph, size } = first.launches[first.next]!;
     const limit = this.#limit(first);
     let batch = limit;
     if (first.request.ticket.pin === null) {
-      batch = this.#batch(group.length, limit, graph, size, eager);
+      batch = this.#batch(group, limit);
       // Company delays the urgent: no more of it than everybody's time limit allows.
       while (batch > 1 && this.#makesLate(group.slice(0, batch), batch, now, start))
-        batch = this.#batch(batch - 1, batch - 1, graph, size, eager);
+        batch = this.#batch(group.slice(0, batch - 1), batch - 1);
     }
     const rows = group.slice(0, batch).map((row): PlannedRow => {
       const launch = row.next++;
@@ -412,14 +416,19 @@ export class Scheduler {
     return milliseconds;
   }
 
-  #batch(rows: number, limit: number, graph: string, size: string, eager: boolean): number {
+  /** The batch of the next launch of these rows: the first of their cheapest split. */
+  #batch(group: readonly Row[], limit: number): number {
+    const [first] = group as [Row];
+    const { graph, size, eager } = first.launches[first.next]!;
     const batches = this.#batches(limit);
-    const cost: BatchCost = (batch) => {
-      const milliseconds = this.#options.relativeCost(graph, size, batch);
-      return milliseconds * (1 + gainNeeded[eager ? "eager" : "usual"] * (1 - 1 / batch));
-    };
-    // More rows than this do not change the first batch, which is all that is planned now.
-    return cheapestSplit(Math.min(rows, 4 * Math.max(...batches)), batches, cost).batches[0]!;
+    const rows = Math.min(group.length, Math.max(rowsAhead.least, rowsAhead.batches * Math.max(...batches)));
+    const cost: BatchCost = (batch) => this.#options.relativeCost(graph, size, batch);
+    const cheapest = () => cheapestSplit(rows, batches, cost).batches[0]!;
+    if (group.every(({ request }) => request === first.request)) return cheapest();
+    const gain = gainNeeded[eager ? "eager" : "usual"];
+    const shared = cheapestSplit(rows, batches, (batch) => cost(batch) * (1 + gain * (1 - 1 / batch))).batches[0]!;
+    // Company is worth a loss, padding is not.
+    return shared > rows ? cheapest() : shared;
   }
 
   /** Compiled batches up to a limit; the limit itself where there are none. */

@@ -145,7 +145,8 @@ export class Service {
     this.costs = new CostTable(known);
     this.#stored = this.costs.version;
     const { maxBatch, maxWaitMs, pinBatch, maxQueue, graph, whole } = options;
-    this.#batches = batchesUpTo(maxBatch);
+    // Pictures that share nothing go one by one.
+    this.#batches = whole ? [1] : batchesUpTo(maxBatch);
     this.#admission = new Admission(maxQueue, 2 * maxBatch);
     this.#dispatcher = new Dispatcher(runtime, {
       batches: this.#batches,

@@ -37,6 +37,8 @@ describe("the package", () => {
     ])
       expect(files).toContain(file);
     expect(files).toContain("models/shapes/transformer/diffusion_pytorch_model.safetensors");
+    const ladder = "models/shapes/schedules.json";
+    expect(files.includes(ladder)).toBe(existsSync(path.join(root, ladder)));
     const expected =
       /^(dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);

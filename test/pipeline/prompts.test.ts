@@ -22,11 +22,16 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   });
   afterAll(() => runtime.dispose());
 
-  const encode = (texts: string[]) =>
-    encoder.encode(texts, 32, (all) => {
-      programs += all.length;
-      return Promise.all(all.map((program) => runtime.run(program)));
-    });
+  const encode = (texts: string[], pin: number | null = null) =>
+    encoder.encode(
+      texts,
+      32,
+      (all) => {
+        programs += all.length;
+        return Promise.all(all.map((program) => runtime.run(program)));
+      },
+      pin,
+    );
 
   it("gives transformers' embeddings", async () => {
     const expected = await readAll(fixture(name, "embeds.safetensors"));
@@ -45,6 +50,14 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     expect(programs).toBe(before);
     await encode([negative, "something new"]);
     expect(programs).toBe(before + 1);
+  });
+
+  it("encodes anew for launches that are pinned to another batch", async () => {
+    await encode(["pinned or not"]);
+    const before = programs;
+    expect(encoder.missing(["pinned or not"], 32, 4)).toBe(1);
+    for (const pin of [4, 4, 2, null]) await encode(["pinned or not"], pin);
+    expect(programs).toBe(before + 2);
   });
 
   it("says what it had to cut", async () => {

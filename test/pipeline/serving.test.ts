@@ -142,7 +142,8 @@ describe("a deadline", () => {
   it("takes the richest schedule that fits and says why, with the predicted and the real time", async () => {
     await model.profile({ sizes: [small], batches: [1], rounds: 5 });
     const prompt = "a red circle";
-    const generous = await model.generate({ prompt, ...small, deadlineMs: 60_000 });
+    const usual = ["H1P21R6", "H1P7R2", "H1P2R1", "H1"];
+    const generous = await model.generate({ prompt, ...small, ladder: usual, deadlineMs: 60_000 });
     expect(generous.deadline).toMatchObject({ deadlineMs: 60_000, blocks: generous.blocks });
     expect(generous.blocks).toBe("H1P21R6");
     expect(generous.deadline!.reason).toMatch(
@@ -165,7 +166,8 @@ describe("a deadline", () => {
   it("that nothing fits is refused before any work, with the best possible time", async () => {
     const before = model.stats();
     let steps = 0;
-    const work = model.generate({ prompt: "a red circle", ...small, deadlineMs: 1, onStep: () => steps++ });
+    const ladder = ["H1P3R1", "H1"];
+    const work = model.generate({ prompt: "a red circle", ...small, ladder, deadlineMs: 1, onStep: () => steps++ });
     const error = await work.then(
       () => null,
       (reason) => reason as DeadlineError,
@@ -178,7 +180,7 @@ describe("a deadline", () => {
     expect(model.stats().launches.count).toBe(before.launches.count);
     expect(model.stats().requests.refused).toBe(before.requests.refused + 1);
     // The time that was named is accepted, with some room for what else this machine does.
-    const again = await model.generate({ prompt: "a red circle", ...small, deadlineMs: 1.5 * error!.bestMs });
+    const again = await model.generate({ prompt: "a red circle", ...small, ladder, deadlineMs: 1.5 * error!.bestMs });
     expect(again.deadline).not.toBeNull();
   });
 

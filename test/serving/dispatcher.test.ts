@@ -1,7 +1,7 @@
 // Jobs side by side on a simulated runtime: results do not depend on company, whatever arrives, is aborted or fails.
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, vi } from "vitest";
 import type { Launch, Program } from "../../lib/program.js";
 import { defaultBlocks, joinGrid, parseBlocks, samplingProgram, shiftedGrid } from "../../lib/schedule/index.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
@@ -36,6 +36,13 @@ const positions = (side: number) =>
     strideElements: side * 4,
     rows: side,
   }) as const;
+const unguidedNames = {
+  ...graphNames,
+  predict: "predict_unguided",
+  refine: "refine_unguided",
+  merge: "merge_unguided",
+  preview: "preview_unguided",
+};
 /** The same for all requests, as a model's are. */
 const previewMap = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1), decoded: false };
 
@@ -67,7 +74,7 @@ function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
       context,
       pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
       guidanceScale: guided ? seed : null,
-      graphs: graphNames,
+      graphs: guided ? graphNames : unguidedNames,
       vaeFactor: 2,
       imageChannels: 3,
       pixelsAtOnce: 2 * (2 * side) ** 2,
@@ -84,22 +91,25 @@ const costs = () =>
       ),
     ),
   );
-function open(extra: { maxBatch?: number; pin?: number | null; maxWait?: number } = {}) {
+function open(extra: { maxBatch?: number; pin?: number | null; maxWait?: number; whole?: boolean } = {}) {
   const runtime = new SimulatedRuntime();
   const stats = new StatsRecorder();
+  const table = costs();
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
     maxBatch,
     maxWait: extra.maxWait ?? 20,
     pin: extra.pin ?? null,
+    whole: extra.whole ?? false,
     graph: shapesOf,
-    costs: costs(),
+    costs: table,
     stats,
   });
   return {
     runtime,
     stats,
+    table,
     dispatcher,
     rowsPerLaunch: () => stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).rowsPerLaunch,
   };
@@ -146,11 +156,12 @@ describe("jobs at the same time", () => {
   ];
 
   it("share launches, and each gets what it would get alone, bit for bit", async () => {
-    const { dispatcher, runtime, rowsPerLaunch } = open();
+    const { dispatcher, runtime, stats, rowsPerLaunch } = open();
     const programs = mixed.map(rowsOf);
     const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim() })));
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
-    expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(3);
+    expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(4);
+    expect(stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).launches.restarted).toBe(0);
     await dispatcher.idle();
     await runtime.settled();
     expect(dispatcher.held).toBe(0);
@@ -175,6 +186,29 @@ describe("jobs at the same time", () => {
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     // Pictures too large for two at once are lifted and decoded one by one.
     expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual(["decode false", "join false"]);
+  });
+
+  it("run as whole programs, where that is asked for, and are counted and observed all the same", async () => {
+    const { dispatcher, runtime, stats, table } = open({ whole: true });
+    runtime.cost = () => 7;
+    const programs = mixed.map(rowsOf);
+    const heard = vi.fn();
+    const run = () => Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim(), onLaunch: heard })));
+    for (const [index, results] of (await run()).entries()) expectEqual(results, programs[index]!);
+    for (let round = 0; round < 5; round++) await run();
+    const count = 6 * programs.flat().reduce((sum, { instructions }) => sum + instructions.length, 0);
+    const { launches, rowsPerLaunch, milliseconds } = stats.snapshot({
+      waiting: 0,
+      limit: 0,
+      requests: 0,
+      pictures: 0,
+    });
+    expect(launches).toEqual({ count, rows: count, padding: 0, restarted: 0 });
+    expect(rowsPerLaunch).toEqual({ 1: count });
+    expect(milliseconds.launches.predict!.sum).toBe(7 * milliseconds.launches.predict!.count);
+    expect(heard).toHaveBeenCalledTimes(count);
+    // What nobody has measured is learnt.
+    expect(table.get("merge", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
   });
 
   it("hear of each of their launches once, in order, with the values they asked for", async () => {
@@ -273,7 +307,9 @@ describe("failures", () => {
     expect(dispatcher.held).toBe(0);
   });
 
-  it("whatever arrives, is aborted or fails, every job settles once and what is delivered is right", async () => {
+  it("whatever arrives, is aborted or fails, every job settles once and what is delivered is right", {
+    timeout: 300_000,
+  }, async () => {
     const arbitraryRequest = fc.record({
       blocks: fc.constantFrom("H1P2R1", "E2", "H2", "H1P1", "H1P4R2", "H1R1"),
       side: fc.constantFrom(2, 4),

@@ -3,6 +3,7 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { type Piece, type RowLaunch, Scheduler, type Ticket } from "../../lib/serving/scheduler.js";
+import { cheapestSplit } from "../../lib/serving/split.js";
 import { agingMilliseconds } from "../../lib/serving/urgency.js";
 
 const launch = (key: string, extra: Partial<RowLaunch> = {}): RowLaunch => {
@@ -117,6 +118,37 @@ describe("rows", () => {
       "decode 2: 1.2 1.3",
       "decode 1: 1.4",
     ]);
+  });
+
+  it("of one request are split as costs least, for 1 to 32 rows, any table and any launch", () => {
+    const batches = [1, 2, 4, 8];
+    const time = fc.double({ min: 0.01, max: 1000, noNaN: true });
+    fc.assert(
+      fc.property(fc.tuple(time, time, time, time), fc.constantFrom("predict", "refine"), (times, graph) => {
+        const table = costs({ [`${graph}@64`]: times });
+        for (let rows = 1; rows <= 32; rows++) {
+          const work = scheduler(table);
+          work.start(ticket(1, new Array(rows).fill(`${graph}@64`)), 0);
+          const launches = drain(work).flatMap((piece) => piece.launches);
+          const spent = launches.reduce((sum, { batch }) => sum + times[Math.log2(batch)]!, 0);
+          const least = cheapestSplit(rows, batches, (batch) => times[Math.log2(batch)]!).milliseconds;
+          expect(spent / least).toBeCloseTo(1, 9);
+        }
+      }),
+    );
+  });
+
+  it("of several requests are never padded where that is not cheaper, however eager they are", () => {
+    const start = (table: CostTable) => {
+      const work = scheduler(table, { maxWait: 0 });
+      for (const id of [1, 2, 3]) work.start(ticket(id, ["refine@64"]), 0);
+      return drain(work).flatMap((piece) => piece.launches.map(({ batch, rows }) => [rows.length, batch]));
+    };
+    // 2 and 1 take 20 ms, 4 take 21.
+    expect(start(costs({ "refine@64": [10, 10, 21] }))).toEqual([[2, 2], [1, 1]]); // biome-ignore format: one line
+    expect(start(costs({ "refine@64": [10, 10, 19] }))).toEqual([[3, 4]]);
+    // A little more together than alone: worth it for company.
+    expect(start(costs({ "refine@64": [10, 20.5, 60] }))).toEqual([[2, 2], [1, 1]]); // biome-ignore format: one line
   });
 
   it("are at most maxBatch in a launch", () => {
@@ -276,7 +308,7 @@ const arbitraryTable = fc
   .map((entries) => new CostTable(entries.map(([graph, size, batch, milliseconds]) => entryOf(graph, batch, size, [milliseconds])))); // biome-ignore format: one line
 
 describe("whatever happens", () => {
-  it("no row is lost, doubled or mixed up, and everybody has one answer", () => {
+  it("no row is lost, doubled or mixed up, and everybody has one answer", { timeout: 300_000 }, () => {
     fc.assert(
       fc.property(
         fc.array(event, { maxLength: 120, size: "max" }),

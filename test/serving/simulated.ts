@@ -26,7 +26,7 @@ const step = {
   },
   outputs: { x_next: "rows", velocity_next: "network_rows" },
 };
-const graphs: Record<string, { inputs: Record<string, string | number>; outputs: Record<string, string> }> = {
+const guided: Record<string, { inputs: Record<string, string | number>; outputs: Record<string, string> }> = {
   predict: step,
   refine: step,
   join: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
@@ -41,6 +41,17 @@ const graphs: Record<string, { inputs: Record<string, string | number>; outputs:
   },
   decode: { inputs: { latents: "rows" }, outputs: { image: "rows" } },
 };
+
+/** Those that guidance concerns have a twin without: the names differ, so that rows of both never share a launch. */
+const graphs = Object.fromEntries(
+  Object.entries(guided).flatMap(([name, graph]) => {
+    const { guidance: _, ...inputs } = graph.inputs;
+    return [
+      [name, graph],
+      [`${name}_unguided`, { ...graph, inputs }],
+    ];
+  }),
+);
 
 /** Shapes of the simulated graphs. */
 export function shapesOf(name: string): GraphShapes {
