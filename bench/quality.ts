@@ -7,7 +7,7 @@
  * machines or processes can share the work (copy the folders together, then run without `--part`). Time is measured after
  * the pictures, in rounds of every sampler in turn, and kept likewise; `--time-again` measures it anew, on a quieter machine.
  *
- *   npm run bench:quality -- [--quick] [--captions 1000] [--guidance 2] [--size 64] [--part 1/4] [--only H1P] [--time-again]
+ *   npm run bench:quality -- [--quick] [--captions 1000] [--guidance 2] [--size 64] [--part 1/4] [--threads 1] [--only H1P] [--time-again]
  */
 
 import { createHash } from "node:crypto";
@@ -33,11 +33,13 @@ const { values: flags } = parseArgs({
     size: { type: "string" },
     part: { type: "string", default: "1/1" },
     only: { type: "string" },
+    threads: { type: "string" },
     "time-again": { type: "boolean", default: false },
   },
 });
-const model = await FlowTurbo.load();
-const direct = await Direct.open();
+const threads = flags.threads ? { threads: Number(flags.threads) } : {};
+const model = await FlowTurbo.load(undefined, { ...threads, measureCosts: false });
+const direct = await Direct.open(undefined, threads);
 const count = Number(flags.captions ?? (flags.quick ? 100 : 1000));
 const guidance = Number(flags.guidance);
 const size = Number(flags.size ?? model.nativeSize.width);

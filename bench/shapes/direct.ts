@@ -27,19 +27,20 @@ export class Direct {
   readonly checkpoint: Checkpoint;
   readonly #graphs: GraphLibrary;
   readonly #prompts: PromptEncoder;
-  readonly #executor = new Executor(ort, { weights: "folded" });
+  readonly #executor: Executor;
   readonly #known = new Set<string>();
   /** Milliseconds of all launches of the sampling step so far, and their number. */
   sampled = { milliseconds: 0, launches: 0 };
 
-  private constructor(checkpoint: Checkpoint) {
+  private constructor(checkpoint: Checkpoint, options: { threads?: number }) {
     this.checkpoint = checkpoint;
+    this.#executor = new Executor(ort, { weights: "folded", ...options });
     this.#graphs = new GraphLibrary(checkpoint);
     this.#prompts = new PromptEncoder(checkpoint);
   }
 
-  static async open(folder: string = embeddedModel): Promise<Direct> {
-    return new Direct(await openCheckpoint(folder));
+  static async open(folder: string = embeddedModel, options: { threads?: number } = {}): Promise<Direct> {
+    return new Direct(await openCheckpoint(folder), options);
   }
 
   /** Latents' shape [rows, C, h, w] of square pictures. */
