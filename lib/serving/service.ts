@@ -145,7 +145,7 @@ export class Service {
     this.costs = new CostTable(known);
     this.#stored = this.costs.version;
     const { maxBatch, maxWaitMs, pinBatch, maxQueue, graph, whole } = options;
-    this.#batches = batchesUpTo(maxBatch);
+    this.#batches = whole ? [1] : batchesUpTo(maxBatch);
     this.#admission = new Admission(maxQueue, 2 * maxBatch);
     this.#dispatcher = new Dispatcher(runtime, {
       batches: this.#batches,
@@ -244,7 +244,9 @@ export class Service {
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    const entries = await this.#measure(subjectsOf(samples, batches), { ...options, turn: () => this.#untilIdle() });
+    // Programs of their own have no other batch.
+    const subjects = subjectsOf(samples, this.#options.whole ? this.#batches : batches);
+    const entries = await this.#measure(subjects, { ...options, turn: () => this.#untilIdle() });
     for (const entry of entries) this.costs.set(entry);
     await this.store();
   }
