@@ -3,6 +3,7 @@
  * waits behind it, so that the device never waits for JavaScript; a third would only make newcomers wait longer.
  */
 
+import { setMaxListeners } from "node:events";
 import type { Program } from "../program.js";
 import type { LaunchReport, Runtime, Workspace } from "../runtimes/runtime.js";
 import type { Tensor } from "../tensor.js";
@@ -151,6 +152,8 @@ export class Dispatcher {
   /** Each row as a program of its own. One that fails takes the job's others with it. */
   async #runWhole({ claim, signal, onLaunch }: Job, rows: readonly RowProgram[]): Promise<Record<string, Tensor>[]> {
     const controller = new AbortController();
+    // One listener for each picture is no leak.
+    setMaxListeners(0, controller.signal);
     const abort = () => controller.abort(signal!.reason);
     signal?.addEventListener("abort", abort, { once: true });
     const runRow = async ({ program, specs }: RowProgram, row: number) => {

@@ -158,16 +158,21 @@ describeAddons("a model on the simulated device", () => {
         });
       });
 
-      it("counts its launches and requests", async () => {
+      it("counts its launches and requests, and warns of nothing", async () => {
+        const warnings: Error[] = [];
+        const note = (warning: Error) => void warnings.push(warning);
+        process.on("warning", note);
         await use(capture, async (model) => {
-          await model.generate({ ...options, count: 3 });
+          await model.generate({ ...options, count: 12, signal: new AbortController().signal });
           const { launches, rowsPerLaunch, requests, milliseconds } = model.stats();
           expect(requests).toMatchObject({ accepted: 1, completed: 1, failed: 0 });
           // Two texts by three encoders; H and R are two launches each, and each picture is decoded.
-          expect(launches).toEqual({ count: 27, rows: 27, padding: 0, restarted: 0 });
-          expect(rowsPerLaunch).toEqual({ 1: 27 });
-          expect(milliseconds.launches.predict!.count).toBe(12);
+          expect(launches).toEqual({ count: 90, rows: 90, padding: 0, restarted: 0 });
+          expect(rowsPerLaunch).toEqual({ 1: 90 });
+          expect(milliseconds.launches.predict!.count).toBe(48);
         });
+        process.off("warning", note);
+        expect(warnings).toEqual([]);
       });
 
       it.each(["fast", "decoded"] as const)("reports each step, with %s previews", async (preview) => {
