@@ -158,6 +158,31 @@ describeAddons("a model on the simulated device", () => {
         });
       });
 
+      it("replays pictures in stages and edited ones", async () => {
+        const gradient = (of: (at: number) => number) => ({
+          ...{ width: 64, height: 64 },
+          data: Uint8Array.from({ length: 3 * 64 * 64 }, (_, at) => of(at)),
+        });
+        const edited = { image: gradient((at) => at % 251), mask: gradient((at) => (at > 5000 ? 255 : 0)) };
+        const size = (side: number) => ({ width: side, height: side });
+        const stages = [
+          { ...size(64), blocks: "H1P1" },
+          { ...size(96), blocks: "H1R1" },
+        ];
+        const requests = [
+          { ...options, ...edited, count: 2 },
+          { ...options, blocks: undefined, stages },
+        ];
+        const expected = [await plainly(requests[0]!), await plainly(requests[1]!)];
+        await use(capture, async (model) => {
+          for (let run = 0; run < 2; run++)
+            for (const [index, request] of requests.entries())
+              expect((await model.generate(request)).pixels.data).toEqual(expected[index]!.pixels.data);
+          // One text; of each pair of edited pictures the second, since the engines grew in between; original and stages.
+          expect(simulated.counts().graphLaunches).toBe(5);
+        });
+      });
+
       it("counts its launches and requests, and warns of nothing", async () => {
         const warnings: Error[] = [];
         const note = (warning: Error) => void warnings.push(warning);
