@@ -222,6 +222,8 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #logger: Logger;
   readonly #loadMilliseconds: number;
   readonly #keepTextEncoders: boolean;
+  /** Whether each picture is a program of its own. */
+  readonly #whole: boolean;
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #ladder: readonly string[];
@@ -239,6 +241,7 @@ export class FlowTurbo implements AsyncDisposable {
     this.#prompts = new PromptEncoder(checkpoint);
     this.#logger = logger;
     this.#keepTextEncoders = checked.keepTextEncoders;
+    this.#whole = serving.options.whole ?? false;
     this.#loadMilliseconds = performance.now() - start;
     this.folder = checkpoint.folder;
     this.runtime = choice;
@@ -269,6 +272,7 @@ export class FlowTurbo implements AsyncDisposable {
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
     const checked = checkOptions(loadSchema, options, "load()");
     const { variant, signal, onProgress } = checked;
+    if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedAlone();
     signal?.throwIfAborted();
 
     // 1. The folder: configs, headers of the weights, tokenizers.
@@ -437,6 +441,7 @@ export class FlowTurbo implements AsyncDisposable {
 
   /** Checks a request against the model and settles everything that can be known beforehand. */
   #plan(options: ResolvedGenerateOptions): Plan {
+    if (this.#whole && (options.pinBatch ?? 1) > 1) throw pinnedAlone();
     const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
     const negatives = perPrompt(options.negativePrompt ?? "", prompts.length);
 
@@ -993,6 +998,13 @@ function perPrompt(value: string | readonly string[], prompts: number): readonly
       `Expected one negative prompt, or ${prompts} (one for each prompt), for negativePrompt but received ${value.length}.`,
     );
   return value;
+}
+
+function pinnedAlone(): OptionError {
+  return new OptionError(
+    "pinBatch",
+    "With capture each picture runs by itself, and depends on no company; leave out pinBatch, or capture.",
+  );
 }
 
 function nearest(size: number, multiple: number, maximum: number): number {

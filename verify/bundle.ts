@@ -176,9 +176,17 @@ export async function writeBundle(
   return { bytes: weights.offset + tensors.offset };
 }
 
+async function readManifest(folder: string): Promise<Manifest> {
+  try {
+    return JSON.parse(await readFile(path.join(folder, "manifest.json"), "utf8")) as Manifest;
+  } catch (error) {
+    throw new Error(`${folder} holds no bundle: ${(error as Error).message}`, { cause: error });
+  }
+}
+
 /** @throws Error if a file is missing or not what the manifest says */
 export async function readBundle(folder: string): Promise<Bundle> {
-  const manifest = JSON.parse(await readFile(path.join(folder, "manifest.json"), "utf8")) as Manifest;
+  const manifest = await readManifest(folder);
   if (manifest.format !== 1) throw new Error(`${folder} is a bundle of an unknown format (${manifest.format}).`);
   for (const [file, expected] of Object.entries(manifest.sha256)) {
     const hash = createHash("sha256");

@@ -20,6 +20,7 @@ import { mkdir, readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
+import { OptionError } from "../lib/errors.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../lib/graphs.js";
 import { embeddedModel } from "../lib/pipeline.js";
 import type { Program } from "../lib/program.js";
@@ -38,22 +39,34 @@ import { type BuiltEngine, markdown, type Report } from "./report.js";
 const root = path.resolve(import.meta.dirname, "..");
 const say = (line: string) => process.stderr.write(`${line}\n`);
 
-const { values: flags, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    runtime: { type: "string" },
-    "tensorrt-dir": { type: "string" },
-    cache: { type: "string" },
-    sizes: { type: "string" },
-    batches: { type: "string", default: "1,2" },
-    rounds: { type: "string", default: "20" },
-    out: { type: "string", default: "verify-report" },
-    bundle: { type: "string" },
-    check: { type: "string" },
-  },
+const { values: flags, positionals } = parsed();
+
+process.exitCode = await main().catch((error: unknown) => {
+  say(error instanceof Error ? error.message : String(error));
+  return error instanceof OptionError ? 2 : 1;
 });
 
-process.exitCode = await main();
+function parsed() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        runtime: { type: "string" },
+        "tensorrt-dir": { type: "string" },
+        cache: { type: "string" },
+        sizes: { type: "string" },
+        batches: { type: "string", default: "1,2" },
+        rounds: { type: "string", default: "20" },
+        out: { type: "string", default: "verify-report" },
+        bundle: { type: "string" },
+        check: { type: "string" },
+      },
+    });
+  } catch (error) {
+    say((error as Error).message);
+    process.exit(2);
+  }
+}
 
 async function main(): Promise<number> {
   const kinds = flags.runtime === undefined ? tensorRtKinds : tensorRtKinds.filter((kind) => kind === flags.runtime);
@@ -62,6 +75,7 @@ async function main(): Promise<number> {
   if (!Number.isInteger(rounds) || rounds < 1) return wrong(`--rounds is a whole number, not ${flags.rounds}.`);
   if (flags.check !== undefined && (flags.bundle !== undefined || positionals.length > 0))
     return wrong("--check takes everything from the bundle; leave out the checkpoint and --bundle.");
+  if (positionals.length > 1) return wrong(`Give one checkpoint, not ${positionals.length}.`);
 
   // 1. The GPU. Without one all that is left to do is a bundle.
   const reports = [];

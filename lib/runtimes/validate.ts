@@ -7,6 +7,8 @@ import { RuntimeError } from "../errors.js";
 import type { Constant, CopyRows, Launch, Program, Register } from "../program.js";
 import { bytesPerElement, elementCount } from "../tensor.js";
 
+const arrays = { float32: Float32Array, int64: BigInt64Array } as const;
+
 /** What an operand is, and whether instructions may write it. */
 export interface Operand extends Register {
   readonly constant: boolean;
@@ -32,6 +34,8 @@ export function validateProgram(
     checkConstant(name, constant);
   }
   for (const [name, { dtype, shape }] of Object.entries(program.registers)) {
+    if (!(dtype in arrays)) fail(`the register "${name}" is of the type ${dtype}, not float32 or int64`);
+    if (!shape.every(isSize)) fail(`the register "${name}" has the shape [${shape}]`);
     const known = kept.get(name);
     if (!known) continue;
     if (known.constant) fail(`"${name}" is a register here and a constant of an earlier piece`);
@@ -107,6 +111,11 @@ function checkRows(where: string, name: string, first: number, rows: number, sha
     fail(`${where}: rows ${first} to ${first + rows - 1} are outside "${name}" [${shape}]`);
 }
 
+/** Whether a number can be a dimension, or an index. */
+function isSize(size: number): boolean {
+  return Number.isSafeInteger(size) && size >= 0;
+}
+
 /** Elements of one row: a slice along the first dimension. */
 function rowElements(shape: readonly number[]): number {
   return elementCount(shape.slice(1));
@@ -135,16 +144,22 @@ function register(program: Program, name: string, where: string): Register {
 function checkConstant(name: string, constant: Constant): void {
   if (constant.kind === "value") {
     const { dtype, shape, data } = constant.tensor;
+    if (!(dtype in arrays)) fail(`the constant "${name}" is of the type ${dtype}, not float32 or int64`);
+    if (!(data instanceof arrays[dtype]))
+      fail(`the constant "${name}" of the type ${dtype} has its values in no ${arrays[dtype].name}`);
+    if (!shape.every(isSize)) fail(`the constant "${name}" has the shape [${shape}]`);
     if (elementCount(shape) !== data.length)
       fail(`the constant "${name}" has ${data.length} values for its shape [${shape}]`);
     if (dtype === "float32" && !allFinite(data)) fail(`the constant "${name}" holds NaN or an infinity`);
     return;
   }
   const { source, shape, firstElement, rowElements, strideElements, rows } = constant;
+  if (![firstElement, rowElements, strideElements, rows, ...shape].every(isSize))
+    fail(`the constant "${name}" takes rows of ${source.name} that are none`);
   const elements = elementCount(source.shape);
   if (elementCount(shape) !== rows * rowElements)
     fail(`the constant "${name}" has ${rows} rows of ${rowElements} elements for its shape [${shape}]`);
-  if (firstElement < 0 || strideElements < 0 || firstElement + (rows - 1) * strideElements + rowElements > elements)
+  if (firstElement + (rows - 1) * strideElements + rowElements > elements)
     fail(`the constant "${name}" reads outside the tensor ${source.name} [${source.shape}]`);
   if (elements * bytesPerElement[source.dtype] !== source.length)
     fail(`the tensor ${source.name} [${source.shape}] of type ${source.dtype} does not have ${source.length} bytes`);

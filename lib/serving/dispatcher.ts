@@ -3,11 +3,13 @@
  * waits behind it, so that the device never waits for JavaScript; a third would only make newcomers wait longer.
  */
 
+import { setMaxListeners } from "node:events";
 import type { Program } from "../program.js";
 import type { LaunchReport, Runtime, Workspace } from "../runtimes/runtime.js";
 import type { Tensor } from "../tensor.js";
 import type { CostTable } from "./costs.js";
 import { Gatherer, type Lane } from "./gather.js";
+import { Line } from "./line.js";
 import { type GraphShapes, Identities, type RowProgram, rowProgram } from "./rows.js";
 import { type Piece, type PlannedRow, Scheduler } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
@@ -71,6 +73,7 @@ export class Dispatcher {
   readonly #scheduler: Scheduler;
   readonly #identities = new Identities();
   readonly #gatherer: Gatherer;
+  readonly #line = new Line();
   readonly #active = new Map<number, Active>();
   readonly #submitted = new Map<number, Submitted>();
   /** Launches, as graph, size and batch, that this workspace has made: the first of each is slower. */
@@ -96,7 +99,7 @@ export class Dispatcher {
 
   /** Constants, registers and pieces that are held for jobs under way: 0 when there are none. */
   get held(): number {
-    return this.#active.size + this.#submitted.size + this.#gatherer.uploads;
+    return this.#active.size + this.#submitted.size + this.#gatherer.uploads + this.#line.length;
   }
 
   /** The job's rows as the scheduler sees them. */
@@ -113,7 +116,7 @@ export class Dispatcher {
     const { signal } = job;
     signal?.throwIfAborted();
     const rows = this.rowsOf(job.rows);
-    if (this.#options.whole) return this.#runWhole(job);
+    if (this.#options.whole) return this.#runWhole(job, rows);
     const id = this.#jobs++;
     const pin = job.pin ?? this.#options.pin;
     this.#scheduler.start({ id, claim: job.claim, rows: rows.map(({ specs }) => specs), pin }, performance.now());
@@ -141,30 +144,45 @@ export class Dispatcher {
     });
   }
 
-  async #runWhole({ rows, signal, onLaunch }: Job): Promise<Record<string, Tensor>[]> {
-    const results: Record<string, Tensor>[] = [];
-    for (const [row, program] of rows.entries()) {
-      const heard = (report: LaunchReport) => {
-        const { graph, sharing } = report.launch;
-        this.#launched(graph, sharing!.size, 1, 1, report.milliseconds);
-        onLaunch?.(row, report, true);
+  /** Each row as a program of its own. One that fails takes the job's others with it. */
+  async #runWhole({ claim, signal, onLaunch }: Job, rows: readonly RowProgram[]): Promise<Record<string, Tensor>[]> {
+    const controller = new AbortController();
+    // One listener for each picture is no leak.
+    setMaxListeners(0, controller.signal);
+    const abort = () => controller.abort(signal!.reason);
+    signal?.addEventListener("abort", abort, { once: true });
+    const runRow = async ({ program, specs }: RowProgram, row: number) => {
+      let attempts = 0;
+      const work = () => {
+        if (attempts++ > 0) this.#options.stats.restarted(1);
+        return this.#runtime.run(program, {
+          signal: controller.signal,
+          onLaunch: (report) => {
+            this.#launched(specs[report.index]!, 1, 1, report.milliseconds);
+            onLaunch?.(row, report, true);
+          },
+        });
       };
-      results.push(await this.#runtime.run(program, { signal, onLaunch: heard }));
+      try {
+        return await this.#line.run(claim, controller.signal, work);
+      } catch (error) {
+        controller.abort(error);
+        throw error;
+      }
+    };
+    try {
+      // Until all have stopped: what they take of the device is this job's.
+      const rowsDone = await Promise.allSettled(rows.map(runRow));
+      controller.signal.throwIfAborted();
+      return rowsDone.map((done) => (done as PromiseFulfilledResult<Record<string, Tensor>>).value);
+    } finally {
+      signal?.removeEventListener("abort", abort);
     }
-    return results;
-  }
-
-  /** A launch has been made: what it says about costs, and what is counted. */
-  #launched(graph: string, size: string, rows: number, batch: number, milliseconds: number): void {
-    const { costs, stats } = this.#options;
-    const key = warmKey(graph, size, batch);
-    if (this.#warm.has(key)) costs.observe(graph, size, batch, milliseconds);
-    this.#warm.add(key);
-    stats.launched(graph, rows, batch, milliseconds);
   }
 
   /** Resolves when no job is under way. */
   async idle(): Promise<void> {
+    await this.#line.idle();
     if (this.#active.size + this.#submitted.size === 0) return;
     await new Promise<void>((resolve) => this.#idle.push(resolve));
   }
@@ -249,7 +267,7 @@ export class Dispatcher {
 
   #report(piece: Piece, gathered: ReturnType<Gatherer["gather"]>, report: LaunchReport): void {
     const { graph, size, batch, rows } = piece.launches[report.index]!;
-    this.#launched(graph, size, rows.length, batch, report.milliseconds);
+    this.#launched({ graph, size }, rows.length, batch, report.milliseconds);
     const seen = new Set<number>();
     for (const [index, planned] of rows.entries()) {
       const active = this.#current(planned);
@@ -270,6 +288,15 @@ export class Dispatcher {
         this.#stop(planned.request, error);
       }
     }
+  }
+
+  /** A launch has been made: what it says about costs, and what is counted. */
+  #launched({ graph, size }: { graph: string; size: string }, rows: number, batch: number, milliseconds: number): void {
+    const { costs, stats } = this.#options;
+    const key = warmKey(graph, size, batch);
+    if (this.#warm.has(key)) costs.observe(graph, size, batch, milliseconds);
+    this.#warm.add(key);
+    stats.launched(graph, rows, batch, milliseconds);
   }
 
   /** Takes a job out, for a reason of its own. */

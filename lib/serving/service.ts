@@ -245,7 +245,9 @@ export class Service {
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    const entries = await this.#measure(subjectsOf(samples, batches), { ...options, turn: () => this.#untilIdle() });
+    // Programs of their own have no other batch.
+    const subjects = subjectsOf(samples, this.#options.whole ? this.#batches : batches);
+    const entries = await this.#measure(subjects, { ...options, turn: () => this.#untilIdle() });
     for (const entry of entries) this.costs.set(entry);
     await this.store();
   }

@@ -118,7 +118,8 @@ struct Submission {
   std::vector<Instruction> instructions;
   // Downloaded at once after the last.
   std::vector<Range> results;
-  // Turns the instructions into one CUDA graph, which later submissions of the same instructions replay.
+  // Turns the instructions into one CUDA graph, which later submissions of the same instructions replay. Its registers
+  // are cleared before: it does not go on from what was submitted earlier.
   bool capture = false;
   // Both are called on the executor's threads, and must not throw. `onDone` is called exactly once.
   std::function<void(LaunchReport)> onLaunch;

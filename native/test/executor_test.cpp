@@ -587,6 +587,27 @@ void replaysAsOneGraph() {
   const Outcome outcome = bad.start(executor).get();
   CHECK(outcome.error && outcome.error->code() == "NOT_FINITE" && outcome.error->launch == 2);
 
+  // Others that share the registers do not fail with one that is stopped or fails, whether they wait behind it or not.
+  for (const bool stopped : {false, true}) {
+    simulatedHold();
+    Run failing;
+    Run waiting;
+    for (Run* run : {&failing, &waiting}) {
+      fill(*run->submission, registers, fixture.engine, 4);
+      run->submission->capture = true;
+    }
+    if (!stopped) std::memcpy(failing.submission->constants.data() + kSlot, &infinite, 4);
+    const uint64_t before = executor.statistics().replays;
+    auto one = failing.start(executor);
+    auto two = waiting.start(executor);
+    waitUntil([&] { return executor.statistics().replays > before; });
+    if (stopped) executor.abort(failing.submission);
+    simulatedLet(-1);
+    CHECK(one.get().error->code() == (stopped ? "CANCELLED" : "NOT_FINITE"));
+    const Outcome good = two.get();
+    CHECK(!good.error && floatsOf(good.results.at(0)) == expected(4));
+  }
+
   // Other instructions in the same registers make a graph of their own; several replays may wait at once.
   const auto others = executor.createRegisters(2 * kSlot);
   std::vector<std::unique_ptr<Run>> runs;

@@ -266,6 +266,16 @@ describeAddons("the executor", () => {
         expect(warnings[0]).toMatch(/To make room for second, the GPU lets go of first/);
       });
 
+      it("is made by letting go of CUDA graphs that are kept for later", async () => {
+        simulated.capacity(8e6);
+        const runtime = start({ capture: true });
+        // Five tensors of this many numbers each; from the third on the engine has both profiles.
+        for (const size of [300_000, 310_000, 300_000, 310_000]) {
+          const job = program(new Array(size).fill(3), [double("x", "a")], ["a"]);
+          expect(values((await runtime.run(job)).a).slice(-2)).toEqual([6, 6]);
+        }
+      });
+
       it("is refused before anything is built where the weights alone are more than the device has", async () => {
         const engines = new SimulatedEngines(folder);
         const runtime = start({}, engines);

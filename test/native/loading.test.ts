@@ -3,7 +3,14 @@
 import path from "node:path";
 import { afterEach, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
-import { CompileError, MemoryError } from "../../lib/errors.js";
+import {
+  CompileError,
+  DeviceLostError,
+  MemoryError,
+  NotFiniteError,
+  OptionError,
+  QueueFullError,
+} from "../../lib/errors.js";
 import { embeddedModel, FlowTurbo } from "../../lib/pipeline.js";
 import type * as Opening from "../../lib/runtimes/tensorrt/open.js";
 import type { ClosedForm } from "../runtimes/models.js";
@@ -53,8 +60,22 @@ async function formsOf(folder: string): Promise<(name: string) => ClosedForm | u
       formulas: ["hidden ids 0.03 * relative_buckets 0.04 * +"],
     },
   };
-  const guided = samplingForms(true, vae.config.factor);
-  const unguided = samplingForms(false, vae.config.factor);
+  const preview = (guided: boolean): ClosedForm => ({
+    inputs: Object.fromEntries(
+      ["x", "velocity", "sigma", ...(guided ? ["guidance"] : []), "map", "bias"].map((name) => [name, "float32"]),
+    ),
+    outputs: ({ x }) => ({ latents: x!, image: [x![0]!, 3, x![2]!, x![3]!] }),
+    formulas: [`latents x sigma velocity${guided ? ".c" : ""} * -`, "image latents 0.5 * 0.25 +"],
+  });
+  forms.vae_encoder = {
+    ...samplingForms(true, vae.config.factor).vae_encoder!,
+    outputs: ({ image }) => {
+      const [rows, , height, width] = image as [number, number, number, number];
+      return { latents: [rows, vae.config.latentChannels, height / vae.config.factor, width / vae.config.factor] };
+    },
+  };
+  const guided: Record<string, ClosedForm> = { ...samplingForms(true, vae.config.factor), preview: preview(true) };
+  const unguided: Record<string, ClosedForm> = { ...samplingForms(false, vae.config.factor), preview: preview(false) };
   return (name) => forms[name] ?? guided[name] ?? unguided[name.replace("_unguided", "")];
 }
 
@@ -98,19 +119,210 @@ describeAddons("a model on the simulated device", () => {
       }
     });
 
-    it("replays the same pictures with capture", async () => {
-      const plain = await load();
+    describe("with capture", () => {
       const options = { prompt: "a red circle", blocks: "H1P2R1", seed: 3 };
-      const expected = await plain.model.generate(options);
-      await plain.model.dispose();
-      const { model } = await load({ capture: true });
-      try {
-        for (let run = 0; run < 3; run++)
-          expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);
-        expect(simulated.counts().graphLaunches).toBeGreaterThan(1);
-      } finally {
+      const capture = { capture: true } as const;
+      const use = async (
+        settings: Parameters<typeof load>[0],
+        body: (model: FlowTurbo, source: SimulatedEngines) => Promise<void>,
+      ) => {
+        const { model, source } = await load(settings);
+        try {
+          await body(model, source);
+        } finally {
+          simulated.let(-1);
+          await model.dispose();
+        }
+      };
+      const plainly = async (request: Parameters<FlowTurbo["generate"]>[0]) => {
+        const { model } = await load();
+        const result = await model.generate(request);
         await model.dispose();
-      }
+        return result;
+      };
+
+      it("replays the same pictures, one or several, at once or one after another", async () => {
+        const several = { ...options, prompt: ["a red circle", "a blue square"], count: 2 };
+        const [one, four] = [await plainly(options), await plainly(several)];
+        await use(capture, async (model, source) => {
+          for (let run = 0; run < 3; run++)
+            expect((await model.generate(options)).pixels.data).toEqual(one.pixels.data);
+          expect(simulated.counts().graphLaunches).toBeGreaterThan(1);
+          const before = simulated.counts().graphLaunches;
+          const both = await Promise.all([model.generate(several), model.generate(options)]);
+          expect(both.map(({ pixels }) => pixels.data)).toEqual([four.pixels.data, one.pixels.data]);
+          // Five pictures, and the text that was not known.
+          expect(simulated.counts().graphLaunches).toBe(before + 6);
+          // Nothing is shared, so no engine has another batch.
+          for (const { profiles } of source.requests) expect(profiles).toHaveLength(1);
+        });
+      });
+
+      it("replays pictures in stages and edited ones", async () => {
+        const gradient = (of: (at: number) => number) => ({
+          ...{ width: 64, height: 64 },
+          data: Uint8Array.from({ length: 3 * 64 * 64 }, (_, at) => of(at)),
+        });
+        const edited = { image: gradient((at) => at % 251), mask: gradient((at) => (at > 5000 ? 255 : 0)) };
+        const size = (side: number) => ({ width: side, height: side });
+        const stages = [
+          { ...size(64), blocks: "H1P1" },
+          { ...size(96), blocks: "H1R1" },
+        ];
+        const requests = [
+          { ...options, ...edited, count: 2 },
+          { ...options, blocks: undefined, stages },
+        ];
+        const expected = [await plainly(requests[0]!), await plainly(requests[1]!)];
+        await use(capture, async (model) => {
+          for (let run = 0; run < 2; run++)
+            for (const [index, request] of requests.entries())
+              expect((await model.generate(request)).pixels.data).toEqual(expected[index]!.pixels.data);
+          // One text; of each pair of edited pictures the second, since the engines grew in between; original and stages.
+          expect(simulated.counts().graphLaunches).toBe(5);
+        });
+      });
+
+      it("counts its launches and requests, and warns of nothing", async () => {
+        const warnings: Error[] = [];
+        const note = (warning: Error) => void warnings.push(warning);
+        process.on("warning", note);
+        await use(capture, async (model) => {
+          await model.generate({ ...options, count: 12, signal: new AbortController().signal });
+          const { launches, rowsPerLaunch, requests, milliseconds } = model.stats();
+          expect(requests).toMatchObject({ accepted: 1, completed: 1, failed: 0 });
+          // Two texts by three encoders; H and R are two launches each, and each picture is decoded.
+          expect(launches).toEqual({ count: 90, rows: 90, padding: 0, restarted: 0 });
+          expect(rowsPerLaunch).toEqual({ 1: 90 });
+          expect(milliseconds.launches.predict!.count).toBe(48);
+        });
+        process.off("warning", note);
+        expect(warnings).toEqual([]);
+      });
+
+      it.each(["fast", "decoded"] as const)("reports each step, with %s previews", async (preview) => {
+        type Seen = { step: number; block: string; previews: Uint8Array[] };
+        const seen = async (model: FlowTurbo) => {
+          const events: Seen[] = [];
+          await model.generate({
+            ...{ ...options, preview, count: 2 },
+            onStep: ({ step, block, previews }) =>
+              void events.push({ step, block, previews: previews.map(({ data }) => data) }),
+          });
+          return events;
+        };
+        const { model } = await load();
+        const expected = await seen(model);
+        await model.dispose();
+        expect(expected.map(({ block }) => block)).toEqual(["H", "P", "P", "R"]);
+        await use(capture, async (model) => {
+          for (let run = 0; run < 2; run++) expect(await seen(model)).toEqual(expected);
+        });
+      });
+
+      it("stops for an abort, between launches or after the graph that runs, and nobody else notices", async () => {
+        const expected = await plainly(options);
+        await use(capture, async (model) => {
+          await model.generate({ ...options, blocks: "E1" });
+          // The first run goes launch by launch, the second as one graph.
+          for (const whole of [false, true]) {
+            const before = simulated.counts();
+            simulated.hold();
+            const controller = new AbortController();
+            const aborted = rejection(model.generate({ ...options, count: 3, signal: controller.signal }));
+            const other = model.generate(options);
+            await vi.waitFor(() => expect(simulated.counts().uploads).toBeGreaterThan(before.uploads));
+            controller.abort("enough");
+            expect(await aborted).toBe("enough");
+            simulated.let(-1);
+            expect((await other).pixels.data).toEqual(expected.pixels.data);
+            // Seven launches a picture; two of the three pictures were never begun.
+            expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(whole ? 14 : 9);
+          }
+          expect(model.stats().requests).toMatchObject({ completed: 3, aborted: 2 });
+          expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);
+        });
+      });
+
+      it("ends for an error of the caller's own listener", async () => {
+        await use(capture, async (model) => {
+          const reason = new Error("the listener's own");
+          const onStep = () => {
+            throw reason;
+          };
+          for (let run = 0; run < 2; run++) {
+            expect(await rejection(model.generate({ ...options, count: 2, onStep }))).toBe(reason);
+            await model.generate(options);
+          }
+        });
+      });
+
+      it("names the step whose values overflow, in a graph too", async () => {
+        await use(capture, async (model) => {
+          const { latents } = await model.generate(options);
+          const noise = { ...latents, data: new Float32Array(latents.data.length).fill(3e38) };
+          await model.generate(options);
+          const before = simulated.counts().graphLaunches;
+          const error = await rejection(model.generate({ ...options, seed: undefined, noise }));
+          expect(simulated.counts().graphLaunches).toBe(before + 1);
+          expect(error).toBeInstanceOf(NotFiniteError);
+          expect(error.message).toMatch(/holds NaN or an infinity after block \d of 4/);
+          await model.generate(options);
+        });
+      });
+
+      it("starts again for those behind a program under which the GPU was lost", async () => {
+        const expected = await plainly(options);
+        await use(capture, async (model) => {
+          await model.generate(options);
+          simulated.hold();
+          const results = [rejection(model.generate(options)), model.generate(options)] as const;
+          await vi.waitFor(() => expect(model.stats().running.requests).toBe(2));
+          simulated.failKernel(2, 700);
+          simulated.let(-1);
+          expect(await results[0]).toBeInstanceOf(DeviceLostError);
+          expect((await results[1]).pixels.data).toEqual(expected.pixels.data);
+          expect(model.stats().launches.restarted).toBe(1);
+        });
+      });
+
+      it("keeps a promised time, and the queue bounded", async () => {
+        await use({ ...capture, maxQueue: 0, maxBatch: 1 }, async (model, source) => {
+          const { deadline } = await model.generate({ ...options, blocks: undefined, deadlineMs: 60_000 });
+          expect(deadline!.actualMs).toBeLessThan(60_000);
+          expect(deadline!.predictedMs).toBeGreaterThan(0);
+          for (const { profiles } of source.requests) expect(profiles).toHaveLength(1);
+          simulated.hold();
+          const first = model.generate(options);
+          const second = model.generate({ ...options, count: 2 });
+          expect(await rejection(second)).toBeInstanceOf(QueueFullError);
+          simulated.let(-1);
+          await first;
+        });
+      });
+
+      it("keeps the graphs of pictures when the text encoders go", async () => {
+        await use({ ...capture, keepTextEncoders: false }, async (model) => {
+          const all = simulated.counts().engines;
+          await model.generate(options);
+          for (const prompt of ["a green triangle", "two stars"]) {
+            const before = simulated.counts().graphLaunches;
+            await model.generate({ ...options, prompt });
+            expect(simulated.counts().graphLaunches).toBe(before + 1);
+          }
+          expect(all).toBe(0);
+          await vi.waitFor(() => expect(simulated.counts().engines).toBe(3));
+        });
+      });
+
+      it("refuses to pad launches that nobody shares", async () => {
+        expect(await rejection(load({ ...capture, pinBatch: 4 }))).toBeInstanceOf(OptionError);
+        await use(capture, async (model) => {
+          const error = await rejection(model.generate({ ...options, pinBatch: 2 }));
+          expect(error).toMatchObject({ option: "pinBatch", message: expect.stringContaining("leave out pinBatch") });
+          await model.generate({ ...options, pinBatch: 1 });
+        });
+      });
     });
 
     it("releases the text encoders after use with keepTextEncoders: false", async () => {

@@ -72,6 +72,30 @@ describe("validateProgram", () => {
       { constants: { x: { kind: "value", tensor: { dtype: "float32", shape: [3], data: new Float32Array(2) } } } },
       /the constant "x" has 2 values for its shape \[3\]/,
     ],
+    "a register of another type": [
+      { registers: { ...base.registers, c: { dtype: "float16" as "float32", shape: [2] } } },
+      /the register "c" is of the type float16, not float32 or int64/,
+    ],
+    "a register without a size": [
+      { registers: { ...base.registers, c: { dtype: "float32", shape: [2, Number.NaN] } } },
+      /the register "c" has the shape \[2,NaN\]/,
+    ],
+    "a register of a negative size": [
+      { registers: { ...base.registers, c: { dtype: "float32", shape: [-1] } } },
+      /the register "c" has the shape \[-1\]/,
+    ],
+    "values of another type": [
+      {
+        constants: {
+          x: { kind: "value", tensor: { dtype: "float32", shape: [2], data: new Float64Array(2) as never } },
+        },
+      },
+      /the constant "x" of the type float32 has its values in no Float32Array/,
+    ],
+    "stored rows that begin nowhere": [
+      { constants: { ...base.constants, stored: { ...stored, firstElement: 0.5 } } },
+      /"stored" takes rows of table that are none/,
+    ],
     "a name used twice": [{ constants: { a: base.constants.x! } }, /"a" is both a register and a constant/],
     "stored rows outside the tensor": [
       { constants: { ...base.constants, stored: { ...stored, firstElement: 8 } } },

@@ -1,15 +1,16 @@
 // verify:gpu on a machine without a GPU: what it says, the bundle for another machine, and that its comparison would
 // notice what it is there to notice.
 import { execFileSync, spawnSync } from "node:child_process";
-import { appendFileSync, existsSync, readFileSync } from "node:fs";
+import { appendFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
-import { beforeAll, describe, expect, it } from "vitest";
+import { beforeAll, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/graphs.js";
 import { embeddedModel } from "../../lib/pipeline.js";
 import type { Program } from "../../lib/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
+import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
 import { float32, type StoredTensor, type Tensor } from "../../lib/tensor.js";
 import { type Bundle, type Referenced, readBundle, writeBundle } from "../../verify/bundle.js";
@@ -18,8 +19,9 @@ import { barOf, type Compute, checkCase, compare, graphsOf } from "../../verify/
 import { markdown, type Report } from "../../verify/report.js";
 import { describeAddons, describeEngines, rtxFolder, temporaryFolder } from "../native/support.js";
 import { bundle as bundleRuntime } from "../runtimes/build.js";
+import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
 import { root } from "../support/fixtures.js";
-import { simulatedFolder } from "../support/simulated.js";
+import { planText, simulatedFolder } from "../support/simulated.js";
 
 const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>
   existsSync(path.join(folder, "libcuda.so.1")),
@@ -46,6 +48,9 @@ describe("verify:gpu", () => {
     [["--runtime", "cuda"], /--runtime is tensorrt or tensorrt-rtx, not cuda/],
     [["--rounds", "0"], /--rounds is a whole number/],
     [["--check", "a", "--bundle", "b"], /leave out the checkpoint and --bundle/],
+    [["--rouds", "3"], /Unknown option '--rouds'/],
+    [["one", "two"], /Give one checkpoint, not 2/],
+    [["--bundle", temporaryFolder(), "--sizes", "66x64"], /multiples of 8 up to 256 for sizes but received 66x64/],
   ])("refuses %j", (args, message) => {
     const { status, stderr } = verify(args);
     expect(status).toBe(2);
@@ -165,6 +170,9 @@ describe("verify:gpu", () => {
       execFileSync("cp", ["-r", `${folder}/.`, copy]);
       appendFileSync(path.join(copy, "tensors.bin"), "x");
       await expect(readBundle(copy)).rejects.toThrow(/tensors\.bin of the bundle .* is damaged/);
+      writeFileSync(path.join(copy, "manifest.json"), "{");
+      await expect(readBundle(copy)).rejects.toThrow(/holds no bundle/);
+      await expect(readBundle(path.join(copy, "nowhere"))).rejects.toThrow(/nowhere holds no bundle.*no such file/);
     });
 
     describeEngines("gives the real builder all it needs:", () => {
@@ -203,6 +211,102 @@ describe("verify:gpu", () => {
         for (const { error } of report.findings) expect(error).toMatch(/^CompileError: /);
         expect(readFileSync(path.join(out, "report.md"), "utf8")).toBe(stdout);
       });
+    });
+  });
+
+  describeAddons("on the simulated device, with engines in the cache", () => {
+    const kind = "tensorrt-rtx";
+    const libraries = path.join(simulatedFolder, kind);
+    const cache = temporaryFolder();
+    const graph = scaleGraph("double", 2);
+    const job = (...names: string[]): Program => ({
+      ...program(
+        [1, 2, 3],
+        names.slice(1).map((name, index) => launch("double", names[index]!, name)),
+        [names.at(-1)!],
+      ),
+    });
+    const cases: Case[] = [
+      { name: "double alone", kind: "engine", program: job("x", "a") },
+      { name: "doubled four times", kind: "sampler", program: job("x", "a", "b", "c", "d") },
+    ];
+    const run = async (expected: readonly number[][], name: string) => {
+      const folder = temporaryFolder();
+      await writeBundle(
+        folder,
+        { checkpoint: "none", flowturbo: "0", reference: "by hand", created: "now" },
+        new Map([["double", graph]]),
+        () => "float16",
+        cases.map((example, index) => ({
+          example,
+          expected: { [example.program.results[0]!]: float32([3], Float32Array.from(expected[index]!)) },
+        })),
+      );
+      const out = temporaryFolder();
+      const { status, stdout, stderr } = verify(
+        [
+          "--check",
+          folder,
+          "--rounds",
+          "2",
+          "--runtime",
+          kind,
+          "--tensorrt-dir",
+          libraries,
+          "--cache",
+          cache,
+          "--out",
+          out,
+        ],
+        { LD_LIBRARY_PATH: simulatedFolder },
+      );
+      expect(stderr, name).toContain("Written to");
+      return { status, stdout, report: JSON.parse(readFileSync(path.join(out, "report.json"), "utf8")) as Report };
+    };
+    beforeAll(async () => {
+      // A builder that writes the closed form; all else of the compiler and its cache is as it is.
+      const addon = loadAddon(kind);
+      const build = vi.spyOn(addon, "build").mockImplementation((_library, _parser, { planPath }) => {
+        writeFileSync(planPath, planText(closedForms.get(graph)!, [{ x: [3] }]), { mode: 0o600 });
+        const done = { planBytes: 0, parseSeconds: 0, buildSeconds: 0, warnings: [] };
+        return { promise: Promise.resolve(done), cancel: () => undefined };
+      });
+      const compiler = await EngineCompiler.open({ kind, folder: libraries, cache });
+      await compiler.compile({ graph, profiles: [{ x: [3] }] }, { files: [] });
+      build.mockRestore();
+    });
+
+    it("passes, with every launch timed and every run replayed as one graph", async () => {
+      const { status, stdout, report } = await run(
+        [
+          [2, 4, 6],
+          [16, 32, 48],
+        ],
+        "sound",
+      );
+      expect(report).toMatchObject({ passed: true, machine: { runtime: kind }, rounds: 2 });
+      expect(status).toBe(0);
+      expect(stdout).toMatch(/# verify:gpu: passed/);
+      expect(report.engines).toEqual([expect.objectContaining({ graph: "double", cached: true })]);
+      const [alone, four] = report.findings;
+      expect(alone!.launches).toHaveLength(1);
+      expect(four!.launches).toHaveLength(4);
+      for (const { milliseconds } of four!.launches) expect(milliseconds).toBeGreaterThan(0);
+      expect(four!.captured).toMatchObject({ same: true });
+      expect(report.lifecycle.map(({ passed }) => passed)).toEqual([true, true, true]);
+    });
+
+    it("fails and ends with 1 where one value is further from the reference than its type allows", async () => {
+      const { status, stdout, report } = await run(
+        [
+          [2, 4, 6.2],
+          [16, 32, 48],
+        ],
+        "wrong",
+      );
+      expect(status).toBe(1);
+      expect(report.findings.map(({ passed }) => passed)).toEqual([false, true]);
+      expect(stdout).toMatch(/## What failed\n\n- double alone: a 2\.6e-2 \(bar 1\.0e-2\)/);
     });
   });
 

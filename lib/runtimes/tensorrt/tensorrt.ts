@@ -137,6 +137,13 @@ interface Prepared {
   readonly done: (failed: boolean) => void;
 }
 
+/** A program's CUDA graph lives in its registers. */
+interface Captured {
+  readonly registers: NativeRegisters;
+  /** What it launches. */
+  readonly graphs: ReadonlySet<string>;
+}
+
 export class TensorRtRuntime implements Runtime, AsyncDisposable {
   /** Runtimes of this thread with an open device: one that is lost comes back only when nobody holds on to it. */
   static readonly #onDevice = new Set<TensorRtRuntime>();
@@ -155,8 +162,8 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   #executor: NativeExecutor | null = null;
   /** Of the present executor. */
   #engines = new Map<string, LoadedEngine>();
-  /** Registers of programs that have a CUDA graph, the least recently used first. */
-  #captured = new Map<string, NativeRegisters>();
+  /** Programs that have a CUDA graph, the least recently used first. */
+  #captured = new Map<string, Captured>();
   /** Ends when everything before has been submitted. */
   #turn: Promise<unknown> = Promise.resolve();
   /** Ends with the program submitted last. */
@@ -193,7 +200,18 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     if (this.#disposed) throw new DisposedError("This runtime");
     options.signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    return this.#execute(options, (signal) => this.#prepare(program, signal));
+    let begun = false;
+    const onLaunch = (report: LaunchReport) => {
+      begun = true;
+      options.onLaunch?.(report);
+    };
+    const attempt = () => this.#execute({ ...options, onLaunch }, (signal) => this.#prepare(program, signal));
+    return attempt().catch((error) => {
+      // What is lacking may be the memory of CUDA graphs that are kept for later.
+      if (!(error instanceof MemoryError) || begun || this.#captured.size === 0 || this.#disposed) throw error;
+      for (const key of [...this.#captured.keys()]) this.#forget(key);
+      return attempt();
+    });
   }
 
   open(): Workspace {
@@ -426,22 +444,23 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
       return { ...parts, registers, done: () => registers.release() };
     }
 
-    // The graph of a program lives in its registers: the same instructions get the same ones.
+    // The same instructions get the same registers, and with them their graph.
     const key = JSON.stringify([submission.constants.length, submission.instructions, submission.results]);
-    const registers = this.#captured.get(key) ?? executor.registers(layout.bytes);
+    const graphs = new Set(parts.launches.map(({ graph }) => graph));
+    const captured = this.#captured.get(key) ?? { registers: executor.registers(layout.bytes), graphs };
     this.#captured.delete(key);
-    this.#captured.set(key, registers);
-    for (const [oldest, others] of this.#captured) {
-      if (this.#captured.size <= keptGraphs) break;
-      others.release();
-      this.#captured.delete(oldest);
-    }
+    this.#captured.set(key, captured);
+    if (this.#captured.size > keptGraphs) this.#forget(this.#captured.keys().next().value!);
     const done = (failed: boolean) => {
-      if (!failed || this.#captured.get(key) !== registers) return;
-      registers.release();
-      this.#captured.delete(key);
+      if (failed && this.#captured.get(key) === captured) this.#forget(key);
     };
-    return { ...parts, registers, done };
+    return { ...parts, registers: captured.registers, done };
+  }
+
+  /** Lets go of a program's CUDA graph, and of the memory that it runs in. */
+  #forget(key: string): void {
+    this.#captured.get(key)!.registers.release();
+    this.#captured.delete(key);
   }
 
   async #constants(program: Pick<Program, "constants">): Promise<ReadonlyMap<string, Tensor>> {
@@ -577,9 +596,8 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     if (!engine) return;
     engine.native.release();
     this.#engines.delete(name);
-    // Their CUDA graphs launch engines that may be gone.
-    for (const registers of this.#captured.values()) registers.release();
-    this.#captured.clear();
+    // Else it would stay on the device with the CUDA graphs that launch it.
+    for (const [key, { graphs }] of this.#captured) if (graphs.has(name)) this.#forget(key);
   }
 
   #open(): Promise<NativeExecutor> {
@@ -623,8 +641,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
     this.#executor = null;
     this.#opening = null;
     TensorRtRuntime.#onDevice.delete(this);
-    for (const registers of this.#captured.values()) registers.release();
-    this.#captured = new Map();
+    for (const key of [...this.#captured.keys()]) this.#forget(key);
     for (const { native } of this.#engines.values()) native.release();
     this.#engines = new Map();
     for (const close of [...this.#workspaces]) close();
