@@ -245,6 +245,7 @@ describe("other errors", () => {
     const folder = temporaryFolder();
     const file = (name: string) => path.join(folder, name);
     await writeSafetensors(file("small.safetensors"), { noise: float32([1, 16, 4, 4], new Float32Array(256)) });
+    await writeSafetensors(file("flat.safetensors"), { noise: float32([768], new Float32Array(768)) });
     await writeSafetensors(file("other.safetensors"), { latents: float32([1], new Float32Array(1)) });
     writeFileSync(file("text.safetensors"), "this is no safetensors file at all");
     const small = await run(["generate", "x", "--noise", "small.safetensors"], folder);
@@ -253,10 +254,13 @@ describe("other errors", () => {
     const other = await run(["generate", "x", "--noise", "other.safetensors"], folder);
     expect(other.stderr).toMatch(/Expected a tensor named "noise".*latents/);
     expect(other.code).toBe(2);
+    const flat = await run(["generate", "x", "--noise", "flat.safetensors"], folder);
+    expect(flat.stderr).toMatch(/Expected shape \[B, C, h, w\] for "noise" in flat\.safetensors.*\[768\]/);
+    expect(flat.code).toBe(2);
     const text = await run(["generate", "x", "--noise", "text.safetensors"], folder);
     expect(text.stderr).toMatch(/text\.safetensors/);
     expect(text.code).toBe(1);
-    expect(readdirSync(folder).sort()).toEqual(["other.safetensors", "small.safetensors", "text.safetensors"]);
+    expect(readdirSync(folder).sort()).toEqual(["flat", "other", "small", "text"].map((name) => `${name}.safetensors`));
   });
 });
 
