@@ -178,6 +178,7 @@ describe("usage errors", () => {
     ["an unknown command", ["paint", "x"], /unknown command|too many arguments/],
     ["a word for a number", ["generate", "x", "--width", "wide"], /--width: Expected a whole number of pixels.*"wide"/],
     ["a size off the grid", ["generate", "x", "--width", "100"], /--width: Expected a multiple of 8.*100/],
+    ["a size of another order", ["generate", "x", "--width", "100000"], /--width: Expected at most 256.*100000/],
     ["a size beyond the table", ["generate", "x", "--height", "4096"], /--height: Expected at most 256.*4096/],
     [
       "a sampler unknown",
@@ -232,11 +233,15 @@ describe("other errors", () => {
   it("an output folder that cannot be written is refused before the work", async () => {
     const folder = temporaryFolder();
     writeFileSync(path.join(folder, "file"), "");
-    for (const out of ["file/x.png", "/proc/nowhere/x.png"]) {
-      const { code, stderr } = await run(["generate", "x", "--model", "nowhere", "--out", out], folder);
+    for (const [flag, file] of [
+      ["--out", "file/x.png"],
+      ["--out", "/proc/nowhere/x.png"],
+      ["--save-latents", "file/x.safetensors"],
+    ] as const) {
+      const { code, stderr } = await run(["generate", "x", "--model", "nowhere", flag, file], folder);
       expect(code).toBe(1);
       // The model's folder does not exist either, but that is not what it says.
-      expect(stderr).toMatch(/Cannot write to .*Nothing was drawn/);
+      expect(stderr).toMatch(/Cannot write to the folder .*\/(file|nowhere): \w+: [\w ]+\. Nothing was drawn/);
     }
     expect(readdirSync(folder)).toEqual(["file"]);
   });
