@@ -165,10 +165,6 @@ const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as con
 
 /** The type that most of a part's values are stored in. */
 function prevailingDType(weights: Checkpoint["vae"]["weights"]): StoredDType {
-  const bytes = { F32: 0, F16: 0, BF16: 0 };
-  for (const name of weights.names) {
-    const tensor = weights.find(name);
-    if (tensor) bytes[tensor.dtype] += tensor.length;
-  }
-  return (["BF16", "F16", "F32"] as const).reduce((most, dtype) => (bytes[dtype] > bytes[most] ? dtype : most));
+  const bytes = (dtype: StoredDType) => weights.bytesByDType[dtype] ?? 0;
+  return (["BF16", "F16", "F32"] as const).reduce((most, dtype) => (bytes(dtype) > bytes(most) ? dtype : most));
 }

@@ -22,6 +22,8 @@ const described = <T extends z.ZodType>(schema: T, meta: OptionMeta): T => schem
 const text = z.string();
 const texts = z.union([text, z.array(text).min(1)]);
 const whole = (minimum: number, maximum: number) => z.int().min(minimum).max(maximum);
+/** The largest size is for the model to say. */
+const pixels = whole(1, Number.MAX_SAFE_INTEGER);
 const callback = <T>() => z.custom<T>((value) => typeof value === "function");
 const tensor = z.custom<FloatTensor>((value) => {
   const tensor = value as Partial<FloatTensor> | null;
@@ -33,8 +35,8 @@ const picture = z.custom<PictureSource>((value) => {
   return data instanceof Uint8Array && data.length === 3 * (width ?? 0) * (height ?? 0);
 });
 const stage = z.strictObject({
-  width: whole(1, 65536),
-  height: whole(1, 65536),
+  width: pixels,
+  height: pixels,
   blocks: text,
   sigma: z.number().gt(0).lt(1).optional(),
 });
@@ -189,12 +191,12 @@ export const generateSchema = z.strictObject({
     description: "what to keep away from (default: nothing)",
     expects: "a string, or an array of as many strings as there are prompts",
   }),
-  width: described(whole(1, 65536).optional(), {
+  width: described(pixels.optional(), {
     flag: "--width <pixels>",
     description: "width of a picture (default: the model's native size)",
     expects: "a whole number of pixels",
   }),
-  height: described(whole(1, 65536).optional(), {
+  height: described(pixels.optional(), {
     flag: "--height <pixels>",
     description: "height of a picture (default: the model's native size)",
     expects: "a whole number of pixels",
@@ -308,7 +310,6 @@ export interface ProfileProgress {
   readonly total: number;
 }
 
-const pixels = whole(1, 65536);
 const sizes = z
   .array(z.strictObject({ width: pixels, height: pixels }))
   .min(1)

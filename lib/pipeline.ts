@@ -483,10 +483,17 @@ export class FlowTurbo implements AsyncDisposable {
     };
   }
 
-  /** @throws OptionError if the model cannot draw that size; `prefix` names the stage it belongs to */
-  #checkSize(width: number, height: number, prefix = ""): void {
-    const { transformer, vae } = this.#checkpoint;
-    const { patchSize, posEmbedMaxSize } = transformer.config;
+  /**
+   * @param prefix names the stage that the size belongs to
+   * @param blocks that are to run on it: the refiner has a table of positions of its own
+   * @throws OptionError if the model cannot draw that size
+   */
+  #checkSize(width: number, height: number, prefix = "", blocks: readonly Block[] = []): void {
+    const { transformer, refiner, vae } = this.#checkpoint;
+    const { patchSize } = transformer.config;
+    const positions = [{ whose: "model", side: transformer.config.posEmbedMaxSize }];
+    if (refiner && blocks.includes("R")) positions.push({ whose: "refiner", side: refiner.config.posEmbedMaxSize });
+    const { whose, side: posEmbedMaxSize } = positions.reduce((a, b) => (b.side < a.side ? b : a));
     const multiple = vae.config.factor * patchSize;
     for (const [side, size] of [
       ["width", width],
@@ -502,7 +509,7 @@ export class FlowTurbo implements AsyncDisposable {
       if (size > multiple * posEmbedMaxSize)
         throw new OptionError(
           option,
-          `Expected at most ${multiple * posEmbedMaxSize} for ${name} but received ${size}: the model's table of positions has ${posEmbedMaxSize} × ${posEmbedMaxSize} entries.`,
+          `Expected at most ${multiple * posEmbedMaxSize} for ${name} but received ${size}: the ${whose}'s table of positions has ${posEmbedMaxSize} × ${posEmbedMaxSize} entries.`,
         );
     }
   }
@@ -549,6 +556,7 @@ export class FlowTurbo implements AsyncDisposable {
         "strength",
         `Strength ${options.strength ?? defaultStrength} leaves only the refiner blocks of "${options.blocks}", and they need a velocity to refine. Give a larger strength.`,
       );
+    this.#checkSize(width, height, "", blocks);
     const grid = options.grid ?? (sampler === "euler" ? "diffusers" : "shifted");
     const { shift, numTrainTimesteps } = this.#checkpoint.scheduler;
     const full = grid === "shifted" ? shiftedGrid(count, shift) : diffusersGrid(count, shift, numTrainTimesteps);
@@ -583,6 +591,7 @@ export class FlowTurbo implements AsyncDisposable {
         );
       const latentShape = this.#latentShape(rows, stage.width, stage.height);
       const all = this.#blocks(stage.blocks);
+      this.#checkSize(stage.width, stage.height, `stages[${index}].`, all);
       const size = { width: stage.width, height: stage.height, latentShape };
       if (before) return { ...size, blocks: all, sigmas: joinGrid(all.length, shift, stage.sigma ?? defaultJoinSigma) };
       const first = this.#plannedStage({ ...options, ...stage, sampler: undefined, stages: undefined }, rows)

@@ -259,7 +259,7 @@ async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>
     }
   } catch (cause) {
     const code = (cause as NodeJS.ErrnoException).code;
-    if (code === "ENOENT") throw new CheckpointError(file, `${file} does not exist.`, { cause });
+    if (code === "ENOENT") throw new CheckpointError(file, `${file} does not exist. Check its path.`, { cause });
     // Only the operating system's errors are about the file; anything else, an abort's reason too, passes as it is.
     if (cause instanceof Error && "syscall" in cause)
       throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });

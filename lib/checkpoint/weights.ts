@@ -22,6 +22,8 @@ export interface Weights extends WeightSource {
   readonly files: readonly { readonly file: string; readonly size: number; readonly mtimeMs: number }[];
   /** Names of all tensors, for messages and tests. */
   readonly names: readonly string[];
+  /** Bytes of all tensors by dtype, as the files spell it: those that are never asked for (I64 positions) included. */
+  readonly bytesByDType: Readonly<Record<string, number>>;
 }
 
 export interface OpenWeightsOptions {
@@ -80,8 +82,14 @@ function source(
   files: readonly OpenedFile[],
   tensors: ReadonlyMap<string, OpenedFile>,
 ): Weights {
+  const bytesByDType: Record<string, number> = {};
+  for (const [name, { header }] of tensors) {
+    const { dtype, length } = header.get(name)!;
+    bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
+  }
   return {
     origin: folder,
+    bytesByDType,
     variant,
     variantsFound,
     files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),

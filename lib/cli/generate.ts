@@ -5,7 +5,7 @@
 import { randomInt } from "node:crypto";
 import { type Command, Option } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
-import { CheckpointError, OptionError } from "../errors.js";
+import { OptionError } from "../errors.js";
 import { formatOf, resized } from "../image.js";
 import { checkOptions, generateSchema, loadSchema, type RgbPicture, type Stage } from "../options.js";
 import { FlowTurbo, type GenerateResult } from "../pipeline.js";
@@ -170,8 +170,8 @@ async function readNoise(file: string, stages: number): Promise<FloatTensor[]> {
           `Expected a tensor named "${name}" in ${file} but it holds ${[...header.keys()].join(", ")}.`,
         );
       if (entry.shape.length !== 4)
-        throw new CheckpointError(
-          file,
+        throw new OptionError(
+          "noise",
           `Expected shape [B, C, h, w] for "${name}" in ${file} but found [${entry.shape.join(", ")}].`,
         );
       return readTensor(file, entry);

@@ -37,11 +37,13 @@ export function outputFiles(pattern: string, seeds: readonly (number | null)[]):
  */
 export async function prepareOutputs(files: readonly string[]): Promise<() => Promise<void>> {
   const created: string[] = [];
+  let at = "";
   const undo = async () => {
     for (const folder of created.splice(0).reverse()) await rmdir(folder).catch(() => undefined);
   };
   try {
     for (const folder of new Set(files.map((file) => path.dirname(path.resolve(file))))) {
+      at = folder;
       await makeFolders(folder, created);
       const probe = path.join(folder, `.flowturbo-${randomBytes(6).toString("hex")}.tmp`);
       await writeFile(probe, "", { flag: "wx" });
@@ -54,13 +56,12 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
   } catch (cause) {
     await undo();
     if (cause instanceof OutputError) throw cause;
-    const where = (cause as NodeJS.ErrnoException).path ?? files[0]!;
+    // The system's message goes on to name a temporary file that nobody asked for.
+    const [reason] = (cause as Error).message.split(", ");
     throw new OutputError(
-      where,
-      `Cannot write to ${path.dirname(files[0]!)}: ${(cause as Error).message}. Nothing was drawn.`,
-      {
-        cause,
-      },
+      at,
+      `Cannot write to the folder ${at}: ${reason}. Nothing was drawn. Choose another folder, or make this one writable.`,
+      { cause },
     );
   }
   return undo;

@@ -262,9 +262,16 @@ export class Service {
   async close(): Promise<void> {
     this.#closing.abort(new Error("The model is being disposed."));
     if (this.#timer) clearTimeout(this.#timer);
-    await this.#background;
-    await this.#untilIdle();
-    await this.#dispatcher.idle();
+    // A launch that is measured in the background keeps no process alive, but whoever waits here for its end must not
+    // lose the event loop (Node would end with code 13).
+    const alive = setInterval(() => {}, 2 ** 30);
+    try {
+      await this.#background;
+      await this.#untilIdle();
+      await this.#dispatcher.idle();
+    } finally {
+      clearInterval(alive);
+    }
     this.#dispatcher.close();
     if (this.costs.version !== this.#stored) await this.store().catch((error) => this.#options.onError?.(error));
   }

@@ -3,11 +3,12 @@
  * plain folder, and each way in which a folder can be wrong is a CheckpointError that says which part and what to do.
  */
 
-import { cp, lstat, mkdir, readdir, rename, rm, symlink, utimes, writeFile } from "node:fs/promises";
+import { cp, lstat, mkdir, readdir, readFile, rename, rm, symlink, utimes, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
+import { GraphLibrary, tensorRtEmitOptions } from "../../lib/graphs.js";
 import { copyModel, editJson, fixture, shapes, temporaryFolder } from "./folders.js";
 
 async function expectError(folder: string, message: RegExp, variant?: string): Promise<void> {
@@ -286,6 +287,23 @@ describe("parts that do not fit together", () => {
     });
     await expectError(model, /both null/);
   });
+});
+
+test("a tensor of integers that no network reads (older files keep CLIP's positions) is in nobody's way", async () => {
+  const folder = await copyModel("sd3");
+  const file = join(folder, "text_encoder", "model.safetensors");
+  const bytes = await readFile(file);
+  const length = Number(bytes.readBigUInt64LE());
+  const header = JSON.parse(bytes.toString("utf8", 8, 8 + length));
+  const end = bytes.length - 8 - length;
+  header["text_model.embeddings.position_ids"] = { dtype: "I64", shape: [1, 77], data_offsets: [end, end + 616] };
+  const text = Buffer.from(JSON.stringify(header));
+  const start = Buffer.alloc(8);
+  start.writeBigUInt64LE(BigInt(text.length));
+  await writeFile(file, Buffer.concat([start, text, bytes.subarray(8 + length), Buffer.alloc(616)]));
+  const checkpoint = await openCheckpoint(folder);
+  expect(new GraphLibrary(checkpoint).get("clip_l").externals.size).toBeGreaterThan(0);
+  expect(tensorRtEmitOptions(checkpoint)("clip_l").compute).toBe("float16");
 });
 
 test("an abort rejects with its reason", async () => {

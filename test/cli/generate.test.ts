@@ -178,6 +178,7 @@ describe("usage errors", () => {
     ["an unknown command", ["paint", "x"], /unknown command|too many arguments/],
     ["a word for a number", ["generate", "x", "--width", "wide"], /--width: Expected a whole number of pixels.*"wide"/],
     ["a size off the grid", ["generate", "x", "--width", "100"], /--width: Expected a multiple of 8.*100/],
+    ["a size of another order", ["generate", "x", "--width", "100000"], /--width: Expected at most 256.*100000/],
     ["a size beyond the table", ["generate", "x", "--height", "4096"], /--height: Expected at most 256.*4096/],
     [
       "a sampler unknown",
@@ -232,11 +233,15 @@ describe("other errors", () => {
   it("an output folder that cannot be written is refused before the work", async () => {
     const folder = temporaryFolder();
     writeFileSync(path.join(folder, "file"), "");
-    for (const out of ["file/x.png", "/proc/nowhere/x.png"]) {
-      const { code, stderr } = await run(["generate", "x", "--model", "nowhere", "--out", out], folder);
+    for (const [flag, file] of [
+      ["--out", "file/x.png"],
+      ["--out", "/proc/nowhere/x.png"],
+      ["--save-latents", "file/x.safetensors"],
+    ] as const) {
+      const { code, stderr } = await run(["generate", "x", "--model", "nowhere", flag, file], folder);
       expect(code).toBe(1);
       // The model's folder does not exist either, but that is not what it says.
-      expect(stderr).toMatch(/Cannot write to .*Nothing was drawn/);
+      expect(stderr).toMatch(/Cannot write to the folder .*\/(file|nowhere): \w+: [\w ]+\. Nothing was drawn/);
     }
     expect(readdirSync(folder)).toEqual(["file"]);
   });
@@ -245,6 +250,7 @@ describe("other errors", () => {
     const folder = temporaryFolder();
     const file = (name: string) => path.join(folder, name);
     await writeSafetensors(file("small.safetensors"), { noise: float32([1, 16, 4, 4], new Float32Array(256)) });
+    await writeSafetensors(file("flat.safetensors"), { noise: float32([768], new Float32Array(768)) });
     await writeSafetensors(file("other.safetensors"), { latents: float32([1], new Float32Array(1)) });
     writeFileSync(file("text.safetensors"), "this is no safetensors file at all");
     const small = await run(["generate", "x", "--noise", "small.safetensors"], folder);
@@ -253,10 +259,13 @@ describe("other errors", () => {
     const other = await run(["generate", "x", "--noise", "other.safetensors"], folder);
     expect(other.stderr).toMatch(/Expected a tensor named "noise".*latents/);
     expect(other.code).toBe(2);
+    const flat = await run(["generate", "x", "--noise", "flat.safetensors"], folder);
+    expect(flat.stderr).toMatch(/Expected shape \[B, C, h, w\] for "noise" in flat\.safetensors.*\[768\]/);
+    expect(flat.code).toBe(2);
     const text = await run(["generate", "x", "--noise", "text.safetensors"], folder);
     expect(text.stderr).toMatch(/text\.safetensors/);
     expect(text.code).toBe(1);
-    expect(readdirSync(folder).sort()).toEqual(["other.safetensors", "small.safetensors", "text.safetensors"]);
+    expect(readdirSync(folder).sort()).toEqual(["flat", "other", "small", "text"].map((name) => `${name}.safetensors`));
   });
 });
 

@@ -15,7 +15,9 @@ import {
 } from "flowturbo";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { fixture, relativeError, root } from "../support/fixtures.js";
+import { writeSafetensors } from "../../lib/checkpoint/index.js";
+import { float32 } from "../../lib/tensor.js";
+import { fixture, readAll, relativeError, root } from "../support/fixtures.js";
 
 let model: FlowTurbo;
 let folder: string;
@@ -237,6 +239,31 @@ describe("bad input", () => {
       "latin1",
     );
     await expect(FlowTurbo.load(copy)).rejects.toThrow(/absent-tensor\/vae has no tensor "decoder\.conv_out\.bias"/);
+  });
+
+  it("a size beyond the refiner's own table of positions, where blocks need it", async () => {
+    const copy = path.join(folder, "small-refiner");
+    cpSync(fixture("large/model"), copy, { recursive: true });
+    const config = path.join(copy, "refiner/config.json");
+    writeFileSync(config, readFileSync(config, "utf8").replace('"pos_embed_max_size": 24', '"pos_embed_max_size": 4'));
+    const file = path.join(copy, "refiner/diffusion_pytorch_model.safetensors");
+    const tensors = await readAll(file);
+    const table = float32([1, 16, 64], tensors["pos_embed.pos_embed"]!.data.slice(0, 1024));
+    await writeSafetensors(file, { ...tensors, "pos_embed.pos_embed": table });
+    await using small = await FlowTurbo.load(copy);
+    const beyond = { prompt: "x", width: 80, height: 64, maxSequenceLength: 16, seed: 1 };
+    const message = /Expected at most 64 for .*width but received 80: the refiner's table of positions has 4 × 4/;
+    await expect(small.generate({ ...beyond, blocks: "H1R1" })).rejects.toThrow(message);
+    await expect(
+      small.generate({
+        ...beyond,
+        width: undefined,
+        height: undefined,
+        stages: [{ width: 80, height: 64, blocks: "H1R1" }],
+      }),
+    ).rejects.toThrow(message);
+    expect((await small.generate({ ...beyond, blocks: "H1" })).width).toBe(80);
+    expect((await small.generate({ ...beyond, width: 64, blocks: "H1R1" })).width).toBe(64);
   });
 
   it("a network that overflows is an error that names the step, not a black picture", async () => {

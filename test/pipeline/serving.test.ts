@@ -1,12 +1,14 @@
 // Serving on the embedded model: company, deadlines, the queue, costs. What the numbers are depends on the machine; that they
 // are consistent with each other does not.
+import { execFile } from "node:child_process";
 import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout } from "node:timers/promises";
+import { promisify } from "node:util";
 import { DeadlineError, FlowTurbo, type GenerateOptions, OptionError, QueueFullError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { relativeError } from "../support/fixtures.js";
+import { relativeError, root } from "../support/fixtures.js";
 
 let cache: string;
 let model: FlowTurbo;
@@ -127,6 +129,22 @@ describe("costs", () => {
     for (const entry of ["predict 16x16 1", "predict 16x16 2", "refine 16x16 1", "vae_decoder 16x16 2"])
       expect(known).toContain(entry);
     await fresh.dispose();
+  });
+
+  it("in the background do not end a script that awaits dispose() meanwhile", async () => {
+    // As a script of its own, since a test runner keeps the event loop alive by itself.
+    const script = `
+      import { setTimeout } from "node:timers/promises";
+      import { FlowTurbo } from "flowturbo";
+      const model = await FlowTurbo.load(undefined, { cache: ${JSON.stringify(path.join(cache, "ended"))} });
+      await model.generate({ prompt: "a red circle", width: 256, height: 256, blocks: "H1", seed: 1 });
+      await setTimeout(700);
+      await model.dispose();
+      console.log("disposed");`;
+    const { stdout } = await promisify(execFile)(process.execPath, ["--input-type=module", "-e", script], {
+      cwd: root,
+    });
+    expect(stdout).toBe("disposed\n");
   });
 
   it.each([

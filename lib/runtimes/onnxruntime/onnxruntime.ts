@@ -152,7 +152,8 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
 
   /** After the programs given so far. */
   async unload(graphs: readonly string[]): Promise<void> {
-    await this.#working;
+    // What is under way may be a background program, which alone would let the process end.
+    await this.#keepingAlive(async () => this.#working);
     this.#host?.process.send({ type: "unload", graphs });
   }
 
