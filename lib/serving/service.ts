@@ -259,7 +259,13 @@ export class Service {
   async close(): Promise<void> {
     this.#closing.abort(new Error("The model is being disposed."));
     if (this.#timer) clearTimeout(this.#timer);
-    await this.#background;
+    // What is measured in the background does not keep the process alive; who waits for its end does.
+    const waiting = setInterval(() => {}, 1000);
+    try {
+      await this.#background;
+    } finally {
+      clearInterval(waiting);
+    }
     await this.#untilIdle();
     await this.#dispatcher.idle();
     this.#dispatcher.close();

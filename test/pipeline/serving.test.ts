@@ -1,12 +1,13 @@
 // Serving on the embedded model: company, deadlines, the queue, costs. What the numbers are depends on the machine; that they
 // are consistent with each other does not.
+import { spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { DeadlineError, FlowTurbo, type GenerateOptions, OptionError, QueueFullError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { relativeError } from "../support/fixtures.js";
+import { relativeError, root } from "../support/fixtures.js";
 
 let cache: string;
 let model: FlowTurbo;
@@ -135,6 +136,22 @@ describe("costs", () => {
     ["no rounds", { rounds: 0 }],
   ])("are not measured for %s", async (_, options) => {
     await expect(model.profile(options)).rejects.toBeInstanceOf(OptionError);
+  });
+});
+
+describe("dispose()", () => {
+  it("is waited for while costs are measured in the background, by a script with nothing else to do", () => {
+    // At this size a launch of the background takes a good part of a second.
+    const script = `
+      import { setTimeout } from "node:timers/promises";
+      import { FlowTurbo } from ${JSON.stringify(path.join(root, "dist/index.js"))};
+      const model = await FlowTurbo.load(undefined, { cache: ${JSON.stringify(cache)}, threads: 1 });
+      await model.generate({ prompt: "a red circle", width: 128, height: 128, blocks: "E1" });
+      await setTimeout(600);
+      await model.dispose();
+      console.log("disposed");`;
+    const { status, stdout } = spawnSync(process.execPath, ["--input-type=module", "-e", script], { encoding: "utf8" });
+    expect([status, stdout]).toEqual([0, "disposed\n"]);
   });
 });
 
