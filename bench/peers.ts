@@ -321,7 +321,7 @@ function page(): string {
     "# Against other ways to draw the same picture on a CPU",
     "",
     `\`npm run bench:peers\`. Ratios are to the first row, round by round: above 1 is slower. Median and range; guidance (two rows an evaluation), one picture, ${threads} threads each.`,
-    `${baselineName}: one graph a module, the Euler loop in JavaScript (bench/peers). Peak memory is the resident size of all processes of a contender.`,
+    `${baselineName}: one graph a module, the Euler loop in JavaScript (bench/peers). Peak memory is the resident size of all processes of a contender. Processes of torch.compile find what an earlier one compiled in its cache.`,
     "",
   ];
   for (const { name, steps, rounds, agreement, contenders, start } of results) {

@@ -112,7 +112,7 @@ const page = [
   "# Scaling on the CPU",
   "",
   `\`npm run bench:scaling\`. From ${base.layers} layers of SD3.5-medium's width (random weights), ${base.size} × ${base.size}, one picture, ${base.steps} Euler steps with guidance; one axis at a time, every point in a`,
-  `process of its own, median and range of ${rounds} rounds. Lines are fitted through the medians.`,
+  `process of its own, median and range of ${rounds} rounds. Lines are fitted through the medians. The first step makes the session, which is part of the fixed cost.`,
   "",
 ];
 for (const axis of chosen) {
