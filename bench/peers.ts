@@ -2,24 +2,27 @@
  * Against what a user would pick instead, on the CPU: the same checkpoint exported by torch.onnx and driven by plain
  * onnxruntime-node (bench/peers/onnxruntime.mjs), and diffusers (bench/peers/pipeline.py), with and without
  * torch.compile. Every contender in turn, round by round: first equal work (the same Euler steps), then the product's
- * FlowTurbo schedules; then from process start to PNG. All contenders get prompts that they have not seen, and as many
- * threads as this machine has cores. The baseline's picture is compared with ours from the same noise.
+ * FlowTurbo schedules; then each in a process of its own, from its start to the PNG, with its peak memory. All get
+ * prompts that they have not seen, and as many threads as this machine has cores. The baseline's picture is compared
+ * with ours from the same noise. A contender that fails is named in the page with the reason, and the others go on.
  *
- *   npm run bench:peers -- [--rounds 5] [--steps 28] [--only shapes|medium] [--no-diffusers] [--compile]
+ *   npm run bench:peers -- [--rounds 5] [--steps 28] [--wide-steps 4] [--only shapes|width] [--no-diffusers] [--no-compile]
  */
 
 import { execFile } from "node:child_process";
-import { existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { parseArgs, promisify } from "node:util";
 import { embeddedModel, FlowTurbo, type GenerateOptions } from "flowturbo";
 import { open } from "./peers/onnxruntime.mjs";
 import { Pipeline, peerPython, reason } from "./peers/python.js";
+import { bars } from "./plot.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import {
   format,
   machineLine,
+  measureProcess,
   paired,
   ratios,
   report,
@@ -34,14 +37,16 @@ const { values: flags } = parseArgs({
   options: {
     rounds: { type: "string", default: "5" },
     steps: { type: "string", default: "28" },
+    "wide-steps": { type: "string", default: "4" },
     only: { type: "string" },
     "no-diffusers": { type: "boolean", default: false },
-    compile: { type: "boolean", default: false },
+    "no-compile": { type: "boolean", default: false },
   },
 });
 const run = promisify(execFile);
 const rounds = Number(flags.rounds);
 const threads = os.availableParallelism();
+const guidance = 2;
 const work = path.join(root, "bench/.work/peers");
 mkdirSync(work, { recursive: true });
 
@@ -54,28 +59,35 @@ interface Subject {
   readonly tokens: number;
   /** FlowTurbo schedules beside the equal work. */
   readonly schedules: readonly string[];
+  /** Whether processes are timed from their start, too. */
+  readonly start: boolean;
 }
 
-/** Of the quality benchmark where it was run: the FlowTurbo schedule that stands for Euler's quality at this many steps. */
-function chosenSchedules(): string[] {
-  const file = path.join(resultsFolder, "quality.json");
+/** The default, and what the quality benchmark found to be as good as its reference, where it was run at this size. */
+function chosenSchedules(size: number): string[] {
+  const file = path.join(resultsFolder, size === 64 ? "quality.json" : `quality-${size}.json`);
   if (!existsSync(file)) return ["H1P7R2"];
   const { equalQuality } = JSON.parse(readFileSync(file, "utf8")) as { equalQuality?: { schedule: string }[] };
   return [...new Set(["H1P7R2", ...(equalQuality ?? []).map(({ schedule }) => schedule)])];
 }
 
 const steps = Number(flags.steps);
+const wideSteps = Math.min(steps, Number(flags["wide-steps"]));
 const shapes = async () => embeddedModel;
 const subjects: Subject[] = [
   ...[64, 128].map((size) => ({
-    ...{ name: `shapes, ${size} px`, folder: shapes, size, steps, rounds, tokens: 16, schedules: chosenSchedules() },
+    ...{ name: `shapes, ${size} px`, folder: shapes, size, steps, rounds, tokens: 16, start: size === 64 },
+    schedules: chosenSchedules(size),
   })),
   {
     name: "SD3.5-medium's width, 4 layers, 256 px",
     folder: async () => (await randomCheckpoint(4, true)).folder,
-    ...{ size: 256, steps: Math.min(steps, 4), rounds: Math.min(rounds, 3), tokens: 32, schedules: [] },
+    ...{ size: 256, steps: wideSteps, rounds: Math.min(rounds, 3), tokens: 32, start: true },
+    // It has no refiner. Against fewer Euler steps than users take, fewer blocks would show nothing.
+    schedules: wideSteps >= 20 ? ["H1P9"] : [],
   },
 ].filter(({ name }) => !flags.only || name.toLowerCase().includes(flags.only.toLowerCase()));
+if (subjects.length === 0) throw new Error(`Nothing here is called "${flags.only}": try shapes, 64, 128 or width.`);
 
 const colours = ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"];
 let asked = 0;
@@ -86,128 +98,139 @@ function freshPrompt(): string {
   return `a ${a} circle above a ${b} square on a ${ground} background`;
 }
 
-const guidance = 2;
+const baselineName = "onnxruntime-node, torch.onnx graphs";
+const equal = "flowturbo, Euler";
+const kinds = flags["no-diffusers"] ? [] : flags["no-compile"] ? [false] : [false, true];
+const diffusersName = (compiled: boolean) => `diffusers${compiled ? ", torch.compile" : ""}`;
+const graphsOf = (folder: string) => path.join(work, `graphs-${path.basename(folder)}`);
+
 const peer = await peerPython();
 const missing: string[] = [];
 if ("missing" in peer) missing.push(`Not measured, all peers: ${peer.missing}.`);
-const results: Record<string, unknown> = {};
-const page: string[] = ["# Against other ways to draw the same picture on a CPU", ""];
+if (flags["no-diffusers"]) missing.push("Not measured, diffusers: left out by --no-diffusers.");
+else if (flags["no-compile"]) missing.push("Not measured, diffusers with torch.compile: left out by --no-compile.");
 let torch = "";
 
+interface Contender {
+  readonly name: string;
+  readonly step: Spread;
+  readonly picture: Spread;
+  readonly stepRatio: Spread;
+  readonly pictureRatio: Spread;
+}
+interface Start {
+  readonly name: string;
+  readonly time: Spread;
+  readonly ratio: Spread;
+  readonly peak: Spread;
+}
+interface Result {
+  readonly name: string;
+  readonly steps: number;
+  readonly rounds: number;
+  /** Largest difference of the baseline's picture from ours, over the largest value. */
+  readonly agreement: number | undefined;
+  readonly contenders: readonly Contender[];
+  readonly start: readonly Start[];
+}
+
+const results: Result[] = [];
 for (const subject of subjects) {
   console.log(`\n${subject.name}: ${subject.steps} Euler steps, ${subject.rounds} rounds`);
   const folder = await subject.folder();
+  const { agreement, contenders } = await sideBySide(subject, folder);
+  const start = subject.start ? await fromProcessStart(subject, folder) : [];
+  results.push({ name: subject.name, steps: subject.steps, rounds: subject.rounds, agreement, contenders, start });
+}
+writeFileSync(path.join(resultsFolder, "peers.svg"), plot());
+await report("peers", { rounds, threads, guidance, missing, torch, subjects: results }, page());
+
+/** Every contender loaded once, a picture at a time. */
+async function sideBySide(subject: Subject, folder: string) {
   await using model = await FlowTurbo.load(folder);
   const parts: Record<string, { step: number[]; picture: number[] }> = {};
   const contenders: Record<string, () => Promise<number>> = {};
   const contender = (
     name: string,
-    draw: () => Promise<{ denoise: number; milliseconds: number }>,
-    evaluations: number,
+    draw: () => Promise<{ denoise: number; milliseconds: number; evaluations?: number }>,
   ) => {
     parts[name] = { step: [], picture: [] };
     contenders[name] = async () => {
-      const { denoise, milliseconds } = await draw();
-      parts[name]!.step.push(denoise / evaluations);
+      const { denoise, milliseconds, evaluations } = await draw();
+      parts[name]!.step.push(denoise / (evaluations ?? subject.steps));
       parts[name]!.picture.push(milliseconds);
       return milliseconds;
     };
   };
   const ours = (options: Partial<GenerateOptions>) => async () => {
     const start = performance.now();
-    const { timings, images } = await model.generate({
+    const { timings, images, evaluations } = await model.generate({
       ...{ prompt: freshPrompt(), width: subject.size, height: subject.size, guidanceScale: guidance, seed: asked },
       maxSequenceLength: subject.tokens,
       ...options,
     });
     await images[0]!.toPNG();
-    return { denoise: timings.steps.reduce((a, b) => a + b, 0), milliseconds: performance.now() - start };
+    const milliseconds = performance.now() - start;
+    const denoise = timings.steps.reduce((a, b) => a + b, 0);
+    return { denoise, milliseconds, evaluations: evaluations.predictor };
   };
-  const equal = `flowturbo, ${subject.steps} Euler steps`;
-  contender(equal, ours({ sampler: "euler", steps: subject.steps }), subject.steps);
-  for (const blocks of subject.schedules) contender(`flowturbo, ${blocks}`, ours({ blocks }), blocks.length);
+  contender(equal, ours({ sampler: "euler", steps: subject.steps }));
+  for (const blocks of subject.schedules) contender(`flowturbo, ${blocks}`, ours({ blocks }));
 
-  let graphs = "";
+  const request = { steps: subject.steps, guidance, size: subject.size, tokens: subject.tokens };
   let agreement: number | undefined;
   const closing: (() => unknown)[] = [];
   if ("python" in peer) {
-    graphs = path.join(work, `graphs-${path.basename(folder)}`);
     try {
-      console.log("exporting by torch.onnx");
-      rmSync(graphs, { recursive: true, force: true });
-      await run(peer.python, [path.join(root, "bench/peers/export.py"), folder, graphs], { maxBuffer: 2 ** 26 });
-      const baseline = await open(graphs);
+      if (!existsSync(path.join(graphsOf(folder), "config.json")) || subject.start) {
+        console.log("exporting by torch.onnx");
+        rmSync(graphsOf(folder), { recursive: true, force: true });
+        const script = path.join(root, "bench/peers/export.py");
+        await run(peer.python, [script, folder, graphsOf(folder)], { maxBuffer: 2 ** 26 });
+      }
+      const baseline = await open(graphsOf(folder));
       closing.push(() => baseline.release());
-      const request = { steps: subject.steps, guidance, size: subject.size, tokens: subject.tokens };
-      const out = path.join(work, "baseline.png");
-      contender("ONNX baseline", () => baseline.generate({ ...request, prompt: freshPrompt(), out }), subject.steps);
       agreement = await compare(model, baseline, request);
       console.log(`largest difference of the pictures from the same noise: ${agreement.toExponential(1)}`);
       if (!(agreement < 1e-2)) throw new Error(`the baseline draws another picture: difference ${agreement}`);
+      const out = path.join(work, "baseline.png");
+      contender(baselineName, () => baseline.generate({ ...request, prompt: freshPrompt(), out }));
     } catch (error) {
-      missing.push(`Not measured on ${subject.name}, ONNX baseline: ${reason(error)}.`);
+      missing.push(`Not measured on ${subject.name}, ${baselineName}: ${reason(error)}.`);
     }
-    for (const compiled of flags["no-diffusers"] ? [] : flags.compile ? [false, true] : [false]) {
-      const name = compiled ? "diffusers, torch.compile" : "diffusers";
+    for (const compiled of kinds)
       try {
         const args = ["--threads", String(threads), ...(compiled ? ["--compile"] : [])];
         const pipeline = await Pipeline.start(peer.python, folder, args);
         closing.push(() => pipeline.close());
-        const request = { steps: subject.steps, guidance, size: subject.size, tokens: subject.tokens };
-        const draw = () =>
-          pipeline.ask({ ...request, prompt: freshPrompt(), seed: asked, out: path.join(work, "diffusers.png") });
+        const out = path.join(work, "diffusers.png");
+        const draw = () => pipeline.ask({ ...request, prompt: freshPrompt(), seed: asked, out });
+        if (compiled) console.log("compiling by torch.compile");
         torch = (await draw()).torch;
-        contender(name, draw, subject.steps);
+        contender(diffusersName(compiled), draw);
       } catch (error) {
-        missing.push(`Not measured on ${subject.name}, ${name}: ${reason(error)}.`);
+        missing.push(`Not measured on ${subject.name}, ${diffusersName(compiled)}: ${reason(error)}.`);
       }
-    }
   }
   await paired(contenders, subject.rounds, 1);
   for (const close of closing) await close();
   // The first of each was the warm-up.
   const measured = (values: readonly number[]) => values.slice(-subject.rounds);
-  const rows = Object.entries(parts).map(([name, { step, picture }]) => ({
-    name,
-    step: spread(measured(step)),
-    picture: spread(measured(picture)),
-    stepRatio: ratios(measured(step), measured(parts[equal]!.step)),
-    pictureRatio: ratios(measured(picture), measured(parts[equal]!.picture)),
-  }));
+  const rows = Object.entries(parts).map(
+    ([name, { step, picture }]): Contender => ({
+      name,
+      step: spread(measured(step)),
+      picture: spread(measured(picture)),
+      stepRatio: ratios(measured(step), measured(parts[equal]!.step)),
+      pictureRatio: ratios(measured(picture), measured(parts[equal]!.picture)),
+    }),
+  );
   for (const row of rows)
     console.log(
-      `${row.name}: ${format(row.pictureRatio)} × a picture, ${format(row.stepRatio)} × a step, ${format(row.picture, 0)} ms`,
+      `${row.name}: ${format(row.pictureRatio)} × a picture, ${format(row.stepRatio)} × an evaluation, ${format(row.picture, 0)} ms`,
     );
-  results[subject.name] = { steps: subject.steps, rounds: subject.rounds, agreement, contenders: rows };
-  const times = (value: Spread) => `${value.median.toFixed(2)} (${value.min.toFixed(2)}–${value.max.toFixed(2)})`;
-  page.push(
-    `## ${subject.name}`,
-    "",
-    `${subject.steps} Euler steps with guidance (two rows a step), one picture, median and range of ${subject.rounds} rounds. Ratios are to the first row, round by round: above 1 is slower.`,
-    ...(agreement === undefined
-      ? []
-      : [
-          "",
-          `The baseline's picture and ours from the same noise differ by ${agreement.toExponential(1)} of the largest value.`,
-        ]),
-    "",
-    table([
-      ["contender", "picture, ratio", "step, ratio", "picture, ms", "step, ms"],
-      ...rows.map((row) => [
-        row.name,
-        times(row.pictureRatio),
-        times(row.stepRatio),
-        row.picture.median.toFixed(0),
-        row.step.median.toFixed(1),
-      ]),
-    ]),
-    "",
-  );
+  return { agreement, contenders: rows };
 }
-
-if (!flags.only || flags.only === "shapes") await fromProcessStart();
-page.push(...missing.map((line) => `- ${line}`), "", machineLine(torch ? { torch } : {}));
-await report("peers", { rounds, threads, guidance, missing, torch, subjects: results }, page.join("\n"));
 
 /** Largest difference of the pictures over the largest value: ours and the baseline's from one noise, Euler. */
 async function compare(
@@ -241,53 +264,115 @@ function gaussian(count: number): Float32Array {
 }
 
 /** A new process each time: start, load, encode, the same Euler steps, decode, PNG. */
-async function fromProcessStart(): Promise<void> {
-  console.log("\nfrom process start to PNG, shapes, 64 px");
-  const graphs = path.join(work, `graphs-${path.basename(embeddedModel)}`);
-  const request = { steps, guidance, size: 64, tokens: 16, seed: 1 };
-  const timed = (command: string, args: () => string[]) => async () => {
-    const start = performance.now();
-    await run(command, args(), { maxBuffer: 2 ** 26 });
-    return performance.now() - start;
-  };
+async function fromProcessStart(subject: Subject, folder: string): Promise<Start[]> {
+  console.log("from process start to PNG");
+  const size = String(subject.size);
   const cli = (...more: string[]) => {
-    const out = path.join(work, "cli.png");
-    return timed(process.execPath, () => [
-      ...[path.join(root, "dist/cli.js"), "generate", freshPrompt(), "--guidance", String(guidance), "--seed", "1"],
-      ...["--out", out, ...more],
-    ]);
+    const fixed = ["--model", folder, "--width", size, "--height", size, "--guidance", String(guidance), "--seed", "1"];
+    const text = ["--max-sequence-length", String(subject.tokens), "--out", path.join(work, "cli.png")];
+    return () => [path.join(root, "dist/cli.js"), "generate", freshPrompt(), ...fixed, ...text, ...more];
   };
-  const ours = `flowturbo generate, ${steps} Euler steps`;
-  const contenders: Record<string, () => Promise<number>> = {
-    [ours]: cli("--sampler", "euler", "--steps", String(steps)),
-    "flowturbo generate, default schedule": cli(),
-  };
+  const request = { steps: subject.steps, guidance, size: subject.size, tokens: subject.tokens, seed: 1 };
+  const json = (out: string) => JSON.stringify({ ...request, prompt: freshPrompt(), out: path.join(work, out) });
+  const candidates: [name: string, command: string, args: () => string[]][] = [
+    [equal, process.execPath, cli("--sampler", "euler", "--steps", String(subject.steps))],
+    ...subject.schedules.map((blocks): [string, string, () => string[]] => [
+      `flowturbo, ${blocks}`,
+      process.execPath,
+      cli("--blocks", blocks),
+    ]),
+  ];
   if ("python" in peer) {
-    const script = path.join(root, "bench/peers/onnxruntime.mjs");
-    const json = (out: string) => JSON.stringify({ ...request, prompt: freshPrompt(), out: path.join(work, out) });
-    contenders["ONNX baseline"] = timed(process.execPath, () => [script, graphs, json("baseline.png")]);
-    if (!flags["no-diffusers"]) {
-      const pipeline = [path.join(root, "bench/peers/pipeline.py"), embeddedModel, "--threads", String(threads)];
-      contenders.diffusers = timed(peer.python, () => [...pipeline, "--once", json("diffusers.png")]);
+    const driver = path.join(root, "bench/peers/onnxruntime.mjs");
+    candidates.push([baselineName, process.execPath, () => [driver, graphsOf(folder), json("baseline.png")]]);
+    const pipeline = [path.join(root, "bench/peers/pipeline.py"), folder, "--threads", String(threads)];
+    for (const compiled of kinds) {
+      const args = compiled ? [...pipeline, "--compile"] : pipeline;
+      candidates.push([diffusersName(compiled), peer.python, () => [...args, "--once", json("diffusers.png")]]);
     }
   }
-  const times = await paired(contenders, Math.min(rounds, 5), 1);
+  const peaks: Record<string, number[]> = {};
+  const contenders: Record<string, () => Promise<number>> = {};
+  for (const [name, command, args] of candidates)
+    try {
+      // The warm-up, which also finds out who cannot run. Those of the rounds fill the list again.
+      await measureProcess(command, args());
+      contenders[name] = async () => {
+        const { milliseconds, peak } = await measureProcess(command, args());
+        peaks[name] = [...(peaks[name] ?? []), peak];
+        return milliseconds;
+      };
+    } catch (error) {
+      if (name === equal) throw error;
+      missing.push(`Not measured from process start on ${subject.name}, ${name}: ${reason(error)}.`);
+    }
+  const times = await paired(contenders, Math.min(subject.rounds, 3), 0);
   const rows = Object.entries(times).map(([name, values]) => ({
-    ...{ name, time: spread(values), ratio: ratios(values, times[ours]!) },
+    ...{ name, time: spread(values), ratio: ratios(values, times[equal]!), peak: spread(peaks[name]!) },
   }));
-  for (const { name, time, ratio } of rows) console.log(`${name}: ${format(ratio)} ×, ${format(time, 0)} ms`);
-  results["process start to PNG"] = rows;
-  page.push(
-    "## From process start to PNG (shapes, 64 px)",
+  for (const { name, time, ratio, peak } of rows)
+    console.log(`${name}: ${format(ratio)} ×, ${format(time, 0)} ms, ${(peak.median / 1e9).toFixed(2)} GB`);
+  return rows;
+}
+
+function page(): string {
+  const times = (value: Spread) => `${value.median.toFixed(2)} (${value.min.toFixed(2)}–${value.max.toFixed(2)})`;
+  const lines = [
+    "# Against other ways to draw the same picture on a CPU",
     "",
-    table([
-      ["contender", "ratio", "ms"],
-      ...rows.map(({ name, time, ratio }) => [
-        name,
-        `${ratio.median.toFixed(2)} (${ratio.min.toFixed(2)}–${ratio.max.toFixed(2)})`,
-        time.median.toFixed(0),
+    `\`npm run bench:peers\`. Ratios are to the first row, round by round: above 1 is slower. Median and range; guidance (two rows an evaluation), one picture, ${threads} threads each.`,
+    `${baselineName}: one graph a module, the Euler loop in JavaScript (bench/peers). Peak memory is the resident size of all processes of a contender. Processes of torch.compile find what an earlier one compiled in its cache.`,
+    "",
+  ];
+  for (const { name, steps, rounds, agreement, contenders, start } of results) {
+    lines.push(`## ${name}`, "", `${steps} Euler steps, ${rounds} rounds.`);
+    if (agreement !== undefined)
+      lines.push(
+        "",
+        `The baseline's picture and ours from the same noise differ by ${agreement.toExponential(1)} of the largest value.`,
+      );
+    lines.push(
+      "",
+      table([
+        ["contender", "picture, ratio", "evaluation, ratio", "picture, ms", "evaluation, ms"],
+        ...contenders.map((row) => [
+          row.name,
+          times(row.pictureRatio),
+          times(row.stepRatio),
+          row.picture.median.toFixed(0),
+          row.step.median.toFixed(1),
+        ]),
       ]),
+      "",
+    );
+    if (start.length > 0)
+      lines.push(
+        "From process start to PNG:",
+        "",
+        table([
+          ["contender", "ratio", "ms", "peak memory, GB"],
+          ...start.map(({ name, time, ratio, peak }) => [
+            ...[name, times(ratio), time.median.toFixed(0)],
+            (peak.median / 1e9).toFixed(2),
+          ]),
+        ]),
+        "",
+      );
+  }
+  lines.push("![](peers.svg)", "", ...missing.map((line) => `- ${line}`), ...(missing.length > 0 ? [""] : []));
+  lines.push(machineLine(torch ? { torch } : {}));
+  return lines.join("\n");
+}
+
+function plot(): string {
+  const bar = (name: string, { median, min, max }: Spread) => ({ name, value: median, low: min, high: max });
+  return bars({
+    title: "Time of a picture, relative to the same Euler steps in flowturbo",
+    groups: results.flatMap(({ name, contenders, start }) => [
+      { name, bars: contenders.map((row) => bar(row.name, row.pictureRatio)) },
+      ...(start.length > 0
+        ? [{ name: `${name}, from process start`, bars: start.map((row) => bar(row.name, row.ratio)) }]
+        : []),
     ]),
-    "",
-  );
+  });
 }

@@ -1,7 +1,10 @@
 /**
  * Charts as SVG, drawn by hand: points with error bars, joined or not, one colour and mark a series, a legend, axes with
- * round ticks. Enough for the benchmarks, and the same file on every machine.
+ * round ticks; and bars with error bars, in groups. At the foot of each: machine, versions, commit. Enough for the
+ * benchmarks, without a library.
  */
+
+import { machineLine } from "./support.js";
 
 export interface Point {
   readonly x: number;
@@ -36,7 +39,7 @@ export interface Chart {
 
 const width = 900;
 const height = 500;
-const frame = { left: 70, right: 280, top: 50, bottom: 60 };
+const frame = { left: 70, right: 280, top: 50, bottom: 76 };
 /** Okabe and Ito's colours, which colour-blind readers tell apart. */
 const inks = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31"];
 
@@ -77,6 +80,9 @@ function mark(kind: number, x: number, y: number, ink: string): string {
   return `<path d="M${x} ${y - 5.5} l5.2 9.2 h-10.4 z" fill="${ink}"/>`;
 }
 
+const foot = (bottom: number) =>
+  `<text x="10" y="${bottom - 10}" font-size="10" fill="#666666">${escaped(machineLine())}</text>`;
+
 /** The chart as an SVG document. */
 export function svg(chart: Chart): string {
   const points = chart.series.flatMap((series) => series.points);
@@ -104,8 +110,9 @@ export function svg(chart: Chart): string {
   }
   parts.push(`<path d="M${frame.left} ${frame.top} V${bottom} H${right}" fill="none" stroke="#444444"/>`);
   parts.push(
-    `<text x="${(frame.left + right) / 2}" y="${height - 16}" text-anchor="middle">${escaped(chart.x.label)}</text>`,
+    `<text x="${(frame.left + right) / 2}" y="${bottom + 42}" text-anchor="middle">${escaped(chart.x.label)}</text>`,
   );
+  parts.push(foot(height));
   const middle = (frame.top + bottom) / 2;
   parts.push(
     `<text x="20" y="${middle}" text-anchor="middle" transform="rotate(-90 20 ${middle})">${escaped(chart.y.label)}</text>`,
@@ -130,5 +137,61 @@ export function svg(chart: Chart): string {
     parts.push(mark(index, right + 20, row, ink));
     parts.push(`<text x="${right + 32}" y="${row + 4}">${escaped(series.name)}</text>`);
   });
+  return `${parts.join("\n")}\n</svg>\n`;
+}
+
+export interface Bar {
+  readonly name: string;
+  readonly value: number;
+  readonly low: number;
+  readonly high: number;
+}
+
+/**
+ * Horizontal bars in groups as an SVG document, with their ranges and values; where 1 means "equal", a line stands there.
+ */
+export function bars(chart: {
+  readonly title: string;
+  readonly groups: readonly { readonly name: string; readonly bars: readonly Bar[] }[];
+}): string {
+  const [left, right, row] = [300, width - 90, 22];
+  const all = chart.groups.flatMap((group) => group.bars);
+  const rows = all.length + chart.groups.length * 1.5;
+  const bottom = frame.top + Math.ceil(rows * row);
+  const whole = bottom + 60;
+  const x = scaleOf({ label: "", from: 0 }, all.map((bar) => bar.high), left, right); // biome-ignore format: one line
+  const parts: string[] = [
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${whole}" font-family="sans-serif" font-size="12">`,
+    `<rect width="${width}" height="${whole}" fill="#ffffff"/>`,
+    `<text x="10" y="26" font-size="15" font-weight="bold">${escaped(chart.title)}</text>`,
+  ];
+  for (const tick of x.ticks) {
+    const at = short(x.at(tick));
+    parts.push(`<line x1="${at}" x2="${at}" y1="${frame.top}" y2="${bottom}" stroke="#e6e6e6"/>`);
+    parts.push(`<text x="${at}" y="${bottom + 16}" text-anchor="middle">${Number(tick.toPrecision(6))}</text>`);
+  }
+  let y = frame.top;
+  for (const group of chart.groups) {
+    y += row;
+    parts.push(`<text x="10" y="${y}" font-weight="bold">${escaped(group.name)}</text>`);
+    for (const [index, bar] of group.bars.entries()) {
+      y += row;
+      const [to, low, high] = [bar.value, bar.low, bar.high].map((value) => Number(short(x.at(value))));
+      parts.push(`<text x="${left - 8}" y="${y}" text-anchor="end">${escaped(bar.name)}</text>`);
+      parts.push(
+        `<rect x="${left}" y="${y - 12}" width="${short(to! - left)}" height="15" fill="${inks[index % inks.length]}"/>`,
+      );
+      parts.push(
+        `<line x1="${low}" x2="${high}" y1="${y - 4.5}" y2="${y - 4.5}" stroke="#000000" stroke-width="1.5"/>`,
+      );
+      parts.push(`<text x="${high! + 6}" y="${y}">${short(bar.value)}</text>`);
+    }
+    y += row / 2;
+  }
+  const one = short(x.at(1));
+  parts.push(
+    `<line x1="${one}" x2="${one}" y1="${frame.top}" y2="${bottom}" stroke="#444444" stroke-dasharray="4 3"/>`,
+  );
+  parts.push(foot(whole));
   return `${parts.join("\n")}\n</svg>\n`;
 }

@@ -3,11 +3,12 @@
  * machines that these run on are shared and noisy: only ratios of runs taken in turn, in one sequence, mean anything.
  */
 
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
+import { refreshReadme } from "./readme.js";
 
 export const root = path.resolve(import.meta.dirname, "..");
 
@@ -77,6 +78,40 @@ export function residentBytes(pid: number): number {
   return bytes;
 }
 
+/**
+ * Runs a process to its end: what it printed, how long it took, and the largest resident size of its tree.
+ * @throws Error with the last lines of its standard error if it fails
+ */
+export async function measureProcess(
+  command: string,
+  args: readonly string[],
+): Promise<{ stdout: string; milliseconds: number; peak: number }> {
+  const start = performance.now();
+  const child = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"] });
+  let [stdout, stderr, peak] = ["", "", 0];
+  child.stdout.on("data", (chunk) => {
+    stdout += chunk;
+  });
+  child.stderr.on("data", (chunk) => {
+    stderr = (stderr + chunk).slice(-4000);
+  });
+  const poll = setInterval(() => {
+    peak = Math.max(peak, residentBytes(child.pid!));
+  }, 20);
+  try {
+    const code = await new Promise<number | null>((resolve, reject) => {
+      child.once("error", reject);
+      child.once("close", resolve);
+    });
+    const milliseconds = performance.now() - start;
+    if (code !== 0)
+      throw Object.assign(new Error(`${path.basename(command)} ended with code ${code}`), { stderr: stderr.trim() });
+    return { stdout, milliseconds, peak };
+  } finally {
+    clearInterval(poll);
+  }
+}
+
 /** Where and on what a benchmark ran. */
 export function environment(): Record<string, unknown> {
   const manifest = JSON.parse(readFileSync(path.join(root, "package.json"), "utf8")) as { version: string };
@@ -95,22 +130,28 @@ export function environment(): Record<string, unknown> {
   };
 }
 
+/** With "-dirty" behind it where code was changed since. */
 function gitCommit(): string {
+  const git = (...args: string[]) => execFileSync("git", args, { cwd: root, encoding: "utf8" }).trim();
   try {
-    return execFileSync("git", ["rev-parse", "--short", "HEAD"], { cwd: root, encoding: "utf8" }).trim();
+    const changed = git("status", "--porcelain", "-uno", "--", "lib", "native", "bench", "models", ":!bench/results");
+    return git("rev-parse", "--short", "HEAD") + (changed ? "-dirty" : "");
   } catch {
     return "unknown";
   }
 }
 
-export const resultsFolder = path.join(root, "bench/results");
+/** Trials of the benchmarks themselves go elsewhere. */
+const elsewhere = process.env.FLOWTURBO_BENCH_RESULTS;
+export const resultsFolder = elsewhere ? path.resolve(elsewhere) : path.join(root, "bench/results");
 
-/** Writes bench/results/<name>.json, and <name>.md where a page is given, and prints where. */
+/** Writes bench/results/<name>.json, <name>.md where a page is given, and the figures that the README quotes. */
 export async function report(name: string, results: Record<string, unknown>, page?: string): Promise<void> {
   await mkdir(resultsFolder, { recursive: true });
   const file = path.join(resultsFolder, `${name}.json`);
   await writeFile(file, `${JSON.stringify({ benchmark: name, environment: environment(), ...results }, null, 2)}\n`);
   if (page) await writeFile(path.join(resultsFolder, `${name}.md`), `${page.trim()}\n`);
+  if (!elsewhere) refreshReadme();
   console.log(`written to ${path.relative(root, file)}${page ? " and .md" : ""}`);
 }
 

@@ -67,7 +67,8 @@ Examples:
 
 async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal): Promise<void> {
   const given = flags as unknown as Record<string, unknown>;
-  const loadOptions = { ...readFlags(loadSchema, given), signal };
+  // This process ends after its pictures: measuring in the background would only delay that.
+  const loadOptions = { ...readFlags(loadSchema, given), signal, measureCosts: false };
   const stages = flags.stage?.map(parseStage);
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
   const seed = given.seed ?? (noise ? undefined : String(randomInt(2 ** 32)));

@@ -5,10 +5,27 @@ import os from "node:os";
 import path from "node:path";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { figures, readResults, withFigures } from "../../bench/readme.js";
 import { root } from "../support/fixtures.js";
 
-/** The blocks of JavaScript in a document. */
-const samplesOf = (markdown: string) => [...markdown.matchAll(/```js\n([\s\S]*?)```/g)].map((match) => match[1]!);
+const read = (document: string) => readFileSync(path.join(root, document), "utf8");
+const documents = [
+  ...[
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "training/README.md",
+    "models/shapes/README.md",
+  ],
+  ...readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`),
+];
+
+/** The fenced blocks of a document. */
+const blocksOf = (markdown: string) =>
+  [...markdown.matchAll(/^```(\S*)\n([\s\S]*?)^```/gm)].map(([, language, code]) => ({ language, code: code! }));
+const samplesOf = (markdown: string) =>
+  blocksOf(markdown).flatMap(({ language, code }) => (language === "js" ? [code] : []));
 
 /** Runs a sample in a folder of its own, then `check` on what it left there. */
 async function runSample(sample: string, check?: (folder: string) => Promise<void>): Promise<void> {
@@ -27,26 +44,31 @@ async function runSample(sample: string, check?: (folder: string) => Promise<voi
   }
 }
 
-describe("docs/guides", () => {
-  const guides = readdirSync(path.join(root, "docs/guides"));
-  const samples = guides.flatMap((guide) =>
-    samplesOf(readFileSync(path.join(root, "docs/guides", guide), "utf8")).map((code, at) => ({ guide, at, code })),
-  );
+describe("the documents", () => {
+  const samples = documents
+    .filter((document) => document !== "README.md")
+    .flatMap((document) => samplesOf(read(document)).map((code, at) => ({ document, at, code })));
 
-  it.each(samples)("$guide shows code that runs ($at)", ({ code }) => runSample(code));
+  it("show code in languages that are checked: js here, sh and $ lines in commands.test.ts", () => {
+    for (const document of documents)
+      for (const { language, code } of blocksOf(read(document))) {
+        expect(["", "js", "sh"], `${document}: ${code}`).toContain(language);
+        if (language === "") expect(code, document).not.toMatch(/\b(import|await|const) /);
+      }
+  });
 
-  it("links to files that exist", () => {
-    const documents = [
-      ...guides.map((guide) => `docs/guides/${guide}`),
-      "README.md",
-      "ARCHITECTURE.md",
-      "CONTRIBUTING.md",
-    ];
-    for (const document of documents) {
-      const text = readFileSync(path.join(root, document), "utf8");
-      for (const [, link] of text.matchAll(/\]\((?!https?:|#)([^)#]+)/g))
-        expect(existsSync(path.join(root, path.dirname(document), link!)), `${document}: ${link}`).toBe(true);
-    }
+  it.each(samples)("$document shows code that runs ($at)", ({ code }) => runSample(code));
+
+  it("link to files and headings that exist", () => {
+    const slug = (heading: string) =>
+      heading.toLowerCase().replaceAll(/[^\p{L}\p{N} _-]/gu, "").replaceAll(" ", "-"); // biome-ignore format: one line
+    const headings = (text: string) => [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading]) => slug(heading!));
+    for (const document of documents)
+      for (const [, link, anchor] of read(document).matchAll(/\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)/g)) {
+        const file = link ? path.join(path.dirname(document), link) : document;
+        expect(existsSync(path.join(root, file)), `${document}: ${link}`).toBe(true);
+        if (anchor) expect(headings(read(file)), `${document}: #${anchor}`).toContain(anchor);
+      }
   });
 });
 
@@ -110,10 +132,19 @@ describe("README.md", () => {
   });
 
   it("shows code that runs", async () => {
-    const [sample] = samplesOf(readme);
-    await runSample(sample!, async (folder) => {
+    const [first, ...others] = samplesOf(readme);
+    await runSample(first!, async (folder) => {
       expect((await sharp(path.join(folder, "lighthouse.png")).metadata()).format).toBe("png");
     });
+    for (const sample of others) await runSample(sample);
+  });
+
+  it("has the API in ten lines", () => {
+    expect(samplesOf(readme)[0]!.trim().split("\n").length).toBeLessThanOrEqual(10);
+  });
+
+  it("quotes the figures that lie in bench/results, and no others", () => {
+    expect(withFigures(readme, figures(readResults()))).toBe(readme);
   });
 
   it("names every option and error code", async () => {

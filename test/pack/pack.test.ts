@@ -9,6 +9,7 @@ import { root } from "../support/fixtures.js";
 let folder: string;
 let tarball: string;
 let files: string[];
+let sizes: { size: number; unpackedSize: number };
 const { lacksAddons } = inject("native");
 
 beforeAll(() => {
@@ -21,6 +22,7 @@ beforeAll(() => {
     execFileSync("npm", args, { cwd: root, encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }),
   );
   tarball = path.join(folder, report.filename);
+  sizes = report;
   files = report.files.map((file: { path: string }) => file.path);
 }, 300_000);
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
@@ -43,6 +45,13 @@ describe("the package", () => {
       /^(dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
+  });
+
+  it("has the size that CONTRIBUTING.md accounts for", () => {
+    const text = readFileSync(path.join(root, "CONTRIBUTING.md"), "utf8");
+    const [, packed, unpacked] = text.match(/`npm pack` makes (\d+) MB, (\d+) MB unpacked/)!.map(Number);
+    expect(Math.abs(sizes.size / 1e6 / packed! - 1)).toBeLessThan(0.1);
+    expect(Math.abs(sizes.unpackedSize / 1e6 / unpacked! - 1)).toBeLessThan(0.1);
   });
 
   it.skipIf(lacksAddons !== null)(`carries both addons${lacksAddons ? ` (skipped: ${lacksAddons})` : ""}`, () => {

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,23 @@ def test_the_plan_of_medium_and_large(capsys, config_file):
         share = float(printed.split(" M parameters, ")[1].split("%")[0])
         assert 0 < share <= 5, printed
         assert "memory:" in printed and "disk:" in printed
+
+
+def test_the_table_of_the_readme(capsys, config_file):
+    lines = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| SD3")]
+    assert len(rows) == 5
+    configs = {"SD3-medium": {**MEDIUM, "dual_attention_layers": [], "qk_norm": None, "pos_embed_max_size": 192},
+               "SD3.5-medium": MEDIUM, "SD3.5-large": LARGE}  # fmt: skip
+    for name, predictor, refiner, share, *figures in rows:
+        model, _, layers = name.replace("`", "").partition(", --layers ")
+        assert main(["refiner", "--model", str(config_file(configs[model])), "--dry-run", "--layers", layers or "1"]) == 0
+        printed = capsys.readouterr().out
+        assert f"predictor: {predictor} parameters" in printed, (name, printed)
+        assert f"refiner: {refiner} parameters, {share} of" in printed, (name, printed)
+        weights, training, activations, memory, disk = figures
+        assert f"memory: {weights} GB predictor + {training} GB refiner" in printed, (name, printed)
+        assert f"about {activations} GB activations = {memory} GB" in printed and f"{disk} GB for 1,000" in printed, (name, printed)
 
 
 @pytest.fixture

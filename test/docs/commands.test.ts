@@ -1,0 +1,173 @@
+// The commands that the documents and the help texts show: each is parsed as the command line would, nothing is run.
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import path from "node:path";
+import { Command } from "commander";
+import { describe, expect, it } from "vitest";
+import { cacheCommand } from "../../lib/cli/cache.js";
+import { compileCommand } from "../../lib/cli/compile.js";
+import { doctorCommand } from "../../lib/cli/doctor.js";
+import { readFlags, readLists } from "../../lib/cli/flags.js";
+import { generateCommand } from "../../lib/cli/generate.js";
+import { profileCommand } from "../../lib/cli/profile.js";
+import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
+import { parseBlocks } from "../../lib/schedule/index.js";
+import { root } from "../support/fixtures.js";
+
+const read = (file: string) => readFileSync(path.join(root, file), "utf8");
+const guides = readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`);
+const documents = [
+  ...[
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "training/README.md",
+    "models/shapes/README.md",
+  ],
+  ...guides,
+];
+const scripts = (JSON.parse(read("package.json")) as { scripts: Record<string, string> }).scripts;
+
+/** Words as a shell would split them. */
+const wordsOf = (line: string) =>
+  [...line.replace(/\s#.*$/, "").matchAll(/"([^"]*)"|'([^']*)'|(\S+)/g)].map(
+    (match) => match[1] ?? match[2] ?? match[3]!,
+  );
+
+/** Lines with a $ before them, and all lines of sh blocks. */
+function commandsOf(text: string): string[] {
+  const found: string[] = [];
+  for (const [, language, body] of text.matchAll(/^```(\w*)\n([\s\S]*?)^```/gm))
+    for (const line of body!.split("\n"))
+      if (language === "sh" ? line.trim() : line.startsWith("$ ")) found.push(line.replace(/^\$ /, ""));
+  return found.flatMap((line) => line.split("&&")).map((line) => line.trim());
+}
+
+interface Shown {
+  readonly where: string;
+  readonly command: string;
+}
+const shown: Shown[] = documents.flatMap((where) => commandsOf(read(where)).map((command) => ({ where, command })));
+for (const file of readdirSync(path.join(root, "lib/cli")))
+  for (const [, command] of read(`lib/cli/${file}`).matchAll(/^ {2}\$ (flowturbo .*?)`?,?$/gm))
+    shown.push({ where: `lib/cli/${file}`, command: command! });
+
+/** The command line with commands that do nothing but keep their flags. */
+function commandLine(ran: (name: string, words: string[], flags: Record<string, unknown>) => void): Command {
+  const { signal } = new AbortController();
+  const program = new Command("flowturbo").exitOverride();
+  generateCommand(program.command("generate"), signal);
+  compileCommand(program.command("compile"), signal);
+  profileCommand(program.command("profile"), signal);
+  cacheCommand(program.command("cache"), signal);
+  doctorCommand(program.command("doctor"));
+  const visit = (command: Command) => {
+    command.exitOverride().configureOutput({ writeErr: () => {} });
+    if (command.commands.length > 0) for (const child of command.commands) visit(child);
+    else command.action(() => ran(command.name(), command.args, command.opts()));
+  };
+  for (const command of program.commands) visit(command);
+  return program;
+}
+
+function checkFlowturbo(words: string[]): void {
+  let found = "";
+  commandLine((name, prompts, flags) => {
+    found = name;
+    const options = (schema: typeof compileSchema | typeof profileSchema) => readLists(readFlags(schema, flags));
+    if (name === "compile") checkOptions(compileSchema, options(compileSchema), "compile");
+    if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
+    if (name === "profile" || name === "generate") checkOptions(loadSchema, readFlags(loadSchema, flags), "load");
+    if (name !== "generate") return;
+    const { blocks } = checkOptions(
+      generateSchema,
+      { ...readFlags(generateSchema, flags), prompt: prompts },
+      "generate",
+    );
+    if (blocks !== undefined) parseBlocks(blocks);
+    for (const stage of (flags.stage ?? []) as string[]) {
+      const [, schedule] = stage.match(/^\d+x\d+:(\w+)(?:@0?\.\d+)?$/)!;
+      parseBlocks(schedule!);
+    }
+  }).parse(words, { from: "user" });
+  expect(found).not.toBe("");
+}
+
+/** Flags that a script's source knows. */
+const flagsOf = (source: string) =>
+  new Set(
+    [...source.matchAll(/"--([\w-]+)"|^ {4,}"?([\w-]+)"?: \{ type: "|--([\w-]+) [A-Z<]/gm)].flatMap((match) =>
+      match.slice(1),
+    ),
+  );
+
+function checkFlags(words: string[], known: ReadonlySet<string | undefined>): void {
+  for (const word of words)
+    if (word.startsWith("--") && word !== "--") expect(known, word).toContain(word.slice(2).split("=")[0]!);
+}
+
+function check(words: string[]): void {
+  const [program, ...rest] = words.slice(words.findIndex((word) => !/^[A-Z_]+=/.test(word))) as [string, ...string[]];
+  const exists = (...parts: string[]) => expect(existsSync(path.join(root, ...parts)), parts.join("/")).toBe(true);
+  if (program === "flowturbo") checkFlowturbo(rest);
+  else if (program === "npx" && rest[0] === "flowturbo") checkFlowturbo(rest.slice(1));
+  else if (program === "npm" && rest[0] !== "run") expect(["install", "test"]).toContain(rest[0]);
+  else if (program === "npm") {
+    expect(scripts).toHaveProperty([rest[1]!]);
+    const file = scripts[rest[1]!]!.match(/[\w/-]+\.(ts|mjs)/g)?.at(-1);
+    checkFlags(rest, flagsOf(file ? read(file) : ""));
+  } else if (program === "pip") {
+    const place = rest[1]!.match(/^\.\/(\w+)/)?.[1];
+    if (place) exists(place, "pyproject.toml");
+  } else if (program === "pytest") expect(rest).toEqual(["training"]);
+  else if (program === "python" || program === "accelerate") {
+    const module = /^(python|accelerate launch) -m flowturbo_training (--help|shapes|refiner|features)\b/;
+    expect(words.join(" ")).toMatch(module);
+    checkFlags(rest, flagsOf(`${read("training/flowturbo_training/__main__.py")}"--help"`));
+  } else throw new Error(`This test does not know how to check "${words.join(" ")}".`);
+}
+
+describe("the commands that are shown", () => {
+  it("are found", () => {
+    expect(shown.length).toBeGreaterThan(40);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(9);
+  });
+
+  it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
+
+  it("would be refused with a flag, a value or a script that does not exist", () => {
+    for (const wrong of [
+      "flowturbo generate x --bloks H1",
+      "flowturbo generate x --blocks H1Q2",
+      "flowturbo generate x --steps none",
+      "flowturbo compile --targets 89",
+      "flowturbo draw x",
+      "npm run bench:nothing",
+      "npm run verify:gpu -- --folder x",
+      "python -m flowturbo_training refiner --pictures x",
+    ])
+      expect(() => check(wordsOf(wrong)), wrong).toThrow();
+  });
+
+  it("are the only flags and scripts that the text speaks of", () => {
+    const known = new Set<string | undefined>(["help", "page"]);
+    const add = (command: Command): void => {
+      for (const option of command.options) known.add(option.long!.slice(2));
+      for (const child of command.commands) add(child);
+    };
+    add(commandLine(() => {}));
+    for (const file of ["verify/gpu.ts", "training/flowturbo_training/__main__.py", "scripts/build-native.mjs"])
+      for (const flag of flagsOf(read(file))) known.add(flag);
+    for (const file of readdirSync(path.join(root, "bench")).filter((name) => name.endsWith(".ts")))
+      for (const flag of flagsOf(read(`bench/${file}`))) known.add(flag);
+    for (const where of documents)
+      for (const [, code] of read(where)
+        .replace(/^```[\s\S]*?^```/gm, "")
+        .matchAll(/`([^`]+)`/g)) {
+        for (const [, flag] of code!.matchAll(/(?:^|\s)--([\w-]+)/g))
+          expect(known, `${where}: ${code}`).toContain(flag);
+        for (const [, script] of code!.matchAll(/npm run ([\w:-]+)(?!:?[<*])/g))
+          if (!script!.endsWith(":")) expect(scripts, `${where}: ${code}`).toHaveProperty([script!]);
+      }
+  });
+});
