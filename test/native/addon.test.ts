@@ -88,6 +88,10 @@ describeAddons("an addon", () => {
       build({ planPath: null }),
       build({ logPath: undefined }),
     ];
+    // Arrays that claim more elements than memory could hold.
+    const endless = new Array(2 ** 32 - 1);
+    for (const field of ["files", "initializers", "profiles", "targets", "flags"]) wrong.push(build({ [field]: endless }));
+    wrong.push(build({ profiles: [endless] }), build({ profiles: [[{ input: "x", dimensions: endless }]] }));
     for (const call of wrong) expect(call, call.toString()).toThrow(/Expected/);
     const throwing = new Proxy(
       {},
