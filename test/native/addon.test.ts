@@ -90,7 +90,8 @@ describeAddons("an addon", () => {
     ];
     // Arrays that claim more elements than memory could hold.
     const endless = new Array(2 ** 32 - 1);
-    for (const field of ["files", "initializers", "profiles", "targets", "flags"]) wrong.push(build({ [field]: endless }));
+    for (const field of ["files", "initializers", "profiles", "targets", "flags"])
+      wrong.push(build({ [field]: endless }));
     wrong.push(build({ profiles: [endless] }), build({ profiles: [[{ input: "x", dimensions: endless }]] }));
     for (const call of wrong) expect(call, call.toString()).toThrow(/Expected/);
     const throwing = new Proxy(
