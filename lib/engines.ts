@@ -54,8 +54,6 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const checkpoint = await openCheckpoint(folder, { variant: checked.variant, signal });
   const planned = plannedEngines(checkpoint, checked);
-  const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint, checked.targets));
-  const { files } = graphs;
 
   // 2. The library and the cache.
   const kind = await chooseForBuilding(checked.runtime, { folder: checked.tensorrtFolder, targets: checked.targets });
@@ -66,6 +64,10 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     cache: checked.cache,
     memory: checked.memory,
   });
+  const { device } = compiler;
+  const emit = tensorRtEmitOptions(checkpoint, "targets" in device ? device.targets : [device.sm]);
+  const graphs = new GraphLibrary(checkpoint, emit);
+  const { files } = graphs;
 
   // 3. Memory: what cannot be built here is refused before hours go into the rest.
   const requests = planned.map(({ name, profiles }) => {

@@ -3,6 +3,7 @@
  */
 
 import type { Checkpoint, Tokenizer } from "./checkpoint/index.js";
+import { OptionError } from "./errors.js";
 import {
   cpuEmitOptions,
   type EmitOptions,
@@ -141,6 +142,7 @@ export class GraphLibrary {
 /**
  * How graphs are emitted for TensorRT: each network in the element type of its own weights. T5 overflows in float16,
  * which it was not trained in, and computes in bfloat16 then, or in float32 where a target (SM 7.5) has none.
+ * @throws OptionError where a target has no bfloat16 and other weights are stored in it
  */
 export function tensorRtEmitOptions(
   checkpoint: Checkpoint,
@@ -156,7 +158,13 @@ export function tensorRtEmitOptions(
   return (name) => {
     const part = parts[name];
     let compute = part ? computeTypes[prevailingDType(part.weights)] : "float32";
-    if (name === "t5" && compute === "float16") compute = targets.some((sm) => sm < 80) ? "float32" : "bfloat16";
+    const old = targets.find((sm) => sm < 80);
+    if (name === "t5" && compute !== "float32") compute = old ? "float32" : "bfloat16";
+    if (compute === "bfloat16" && old)
+      throw new OptionError(
+        "targets",
+        `The weights of ${name} are bfloat16, which compute capability ${old / 10} does not have (8.0 and later do). Use a float16 checkpoint for it.`,
+      );
     return { compute, linear: "matmul", groupNorm: "operator", attention: "matmul" };
   };
 }

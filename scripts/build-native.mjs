@@ -17,8 +17,9 @@ import { fail, includeFolders, lacking, root } from "./headers.mjs";
 const { values } = parseArgs({
   options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" }, simulated: { type: "boolean" } },
 });
-for (const tool of ["cmake", process.env.CXX ?? "c++"])
-  if (spawnSync(tool, ["--version"]).error) fail(`${tool} is not on PATH.`, lacking);
+const absent = (tool) => spawnSync(tool, ["--version"]).error !== undefined;
+for (const tool of ["cmake", process.env.CXX ?? "c++"]) if (absent(tool)) fail(`${tool} is not on PATH.`, lacking);
+if (absent("make") && absent("ninja")) fail("Neither make nor ninja is on PATH.", lacking);
 const headers = includeFolders();
 const variant = values.sanitize ? `-sanitize-${values.sanitize.replaceAll(",", "-")}` : "";
 const output = variant ? join(root, ".cache", `native${variant}`) : join(root, "native");

@@ -20,7 +20,7 @@ export function includeFolders() {
   const { TENSORRT_INCLUDE_DIR, TENSORRT_RTX_INCLUDE_DIR } = process.env;
   if (TENSORRT_INCLUDE_DIR || TENSORRT_RTX_INCLUDE_DIR) {
     // The folder may hold the headers of both, as the crate's does, or those of one.
-    const both = TENSORRT_INCLUDE_DIR && bothWithin(TENSORRT_INCLUDE_DIR);
+    const both = TENSORRT_INCLUDE_DIR && existsSync(TENSORRT_INCLUDE_DIR) && bothWithin(TENSORRT_INCLUDE_DIR);
     if (both) return both;
     return { tensorrt: given(TENSORRT_INCLUDE_DIR), rtx: given(TENSORRT_RTX_INCLUDE_DIR) };
   }
@@ -30,7 +30,9 @@ export function includeFolders() {
 function given(folder) {
   if (!folder) return null;
   if (!existsSync(join(folder, "NvInfer.h"))) fail(`${folder} has no NvInfer.h.`);
-  return [folder];
+  // CUDA's header lies beside the folder in the crate, and with NVIDIA's toolkit where the compiler does not look.
+  const cuda = [dirname(folder), join(process.env.CUDA_HOME ?? "/usr/local/cuda", "include")];
+  return [folder, ...cuda.filter((candidate) => existsSync(join(candidate, "cuda_runtime_api.h")))];
 }
 
 function bothWithin(folder) {

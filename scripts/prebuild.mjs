@@ -1,29 +1,49 @@
 /**
  * `npm run prebuild`: the addons that the package carries, native/<library>/prebuilds/linux-x64/, made by prebuildify
  * (Node-API 8, glibc). One folder for each library, since node-gyp-build takes one addon from a folder.
+ *
+ *   --pack   before `npm pack`: a machine that cannot compile packs the addons that are there already, or none
  */
 
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, rmSync } from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
-import { fail, root } from "./headers.mjs";
+import { parseArgs } from "node:util";
+import { fail, lacking, root } from "./headers.mjs";
 
-const require = createRequire(import.meta.url);
-const prebuildify = require.resolve("prebuildify/bin.js");
-// node-gyp wants Node's headers although nothing is compiled with them: those beside this Node, where there are any.
-const prefix = path.dirname(path.dirname(process.execPath));
-const headers = existsSync(path.join(prefix, "include/node/node_api.h")) ? { npm_config_nodedir: prefix } : {};
+const { values } = parseArgs({ options: { pack: { type: "boolean" } } });
+const prebuildify = createRequire(import.meta.url).resolve("prebuildify/bin.js");
+// Everything goes to stderr: the output of `npm pack --json` is its own.
+const run = (script, args, env) =>
+  spawnSync(process.execPath, [script, ...args], { cwd: root, stdio: ["ignore", 2, 2], env: { ...process.env, ...env } })
+    .status;
+
+// What this machine lacks is better heard from the build itself than from node-gyp.
+const built = run(path.join(root, "scripts/build-native.mjs"), []);
+if (built === lacking && values.pack) {
+  console.error("The package is made without compiling its native addons.");
+  process.exit();
+}
+if (built !== 0) process.exit(built ?? 1);
+
+// node-gyp downloads Node's headers unless it is given a folder of them, but nothing is compiled with them: one with an
+// empty configuration will do.
+const headers = path.join(root, ".cache/node-gyp");
+mkdirSync(path.join(headers, "include/node"), { recursive: true });
+for (const name of ["common.gypi", "config.gypi"])
+  writeFileSync(path.join(headers, "include/node", name), '{ "target_defaults": {}, "variables": {} }\n');
 
 for (const kind of ["tensorrt", "tensorrt-rtx"]) {
   const out = path.join(root, "native", kind);
   rmSync(path.join(out, "prebuilds"), { recursive: true, force: true });
   rmSync(path.join(root, "build"), { recursive: true, force: true });
   mkdirSync(out, { recursive: true });
-  const { status } = spawnSync(
-    process.execPath,
-    [prebuildify, "--napi", "--strip", "--tag-libc", "-t", process.versions.node, "--name", `flowturbo_${kind.replace("-", "_")}`, "--out", out],
-    { cwd: root, stdio: "inherit", env: { ...headers, ...process.env, FLOWTURBO_ADDON: kind } },
+  const name = `flowturbo_${kind.replace("-", "_")}`;
+  const status = run(
+    prebuildify,
+    ["--napi", "--strip", "--tag-libc", "-t", process.versions.node, "--name", name, "--out", out],
+    { npm_config_nodedir: headers, FLOWTURBO_ADDON: kind },
   );
   if (status !== 0) fail(`prebuildify failed for ${kind}; its messages are above.`);
 }

@@ -22,8 +22,8 @@ Napi::Array readArray(const Napi::Value& value, const char* what);
 template <typename Item, typename Reader>
 std::vector<Item> readList(const Napi::Value& value, const char* what, Reader read) {
   const Napi::Array array = readArray(value, what);
+  // Nothing is reserved: an array without elements can claim any length.
   std::vector<Item> items;
-  items.reserve(array.Length());
   for (uint32_t index = 0; index < array.Length(); index++) items.push_back(read(array.Get(index)));
   return items;
 }

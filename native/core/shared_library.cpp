@@ -14,6 +14,11 @@ SharedLibrary::SharedLibrary(const std::string& name) : name_(name) {
   }
 }
 
+void SharedLibrary::close() noexcept {
+  dlclose(handle_);
+  handle_ = nullptr;
+}
+
 void* SharedLibrary::find(const char* symbol) const noexcept { return dlsym(handle_, symbol); }
 
 std::string SharedLibrary::pathOf(const char* symbol) const {

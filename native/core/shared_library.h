@@ -1,5 +1,5 @@
-// A library opened with dlopen at first use, since the addon must load on machines that have none of NVIDIA's. It is
-// never closed: CUDA and TensorRT start threads and register exit handlers that outlive any handle of ours.
+// A library opened with dlopen at first use, since the addon must load on machines that have none of NVIDIA's. One that
+// was used is never closed: CUDA and TensorRT start threads and register exit handlers that outlive any handle of ours.
 #pragma once
 
 #include <string>
@@ -19,6 +19,10 @@ class SharedLibrary {
   Function require(const char* symbol) const {
     return reinterpret_cast<Function>(requireAddress(symbol));
   }
+
+  // For one that turned out not to be what is wanted: while it is open, the loader answers with it whenever another file
+  // is asked for by the same name. Nothing of it may be used any more.
+  void close() noexcept;
 
   const std::string& name() const noexcept { return name_; }
   // The file that the loader found, as far as it tells.

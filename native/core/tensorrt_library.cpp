@@ -22,25 +22,30 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
   const auto known = opened->find(key);
   if (known != opened->end()) return known->second;
 
-  const SharedLibrary core(library);
+  SharedLibrary core(library);
   std::shared_ptr<TensorRtLibrary> result(new TensorRtLibrary());
-  const auto number = [&](const char* symbol) { return core.require<int32_t (*)()>(symbol)(); };
-  // The version that the factories take guards nothing (TensorRT-RTX accepts any), so the library itself is asked.
-  result->version_ = {number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
-                      number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
-  result->path_ = core.pathOf("getInferLibMajorVersion");
-  if (result->version_ < kFloor || !(result->version_ < kCeiling)) {
-    Error error("LIBRARY_VERSION", result->path_ + " is version " + versionText(result->version_) + "; needed is " +
-                                       versionText(kFloor) + " or later, below " + versionText(kCeiling));
-    error.path = result->path_;
-    throw error;
-  }
-  result->createBuilder_ = core.require<void* (*)(void*, int32_t)>("createInferBuilder_INTERNAL");
-  result->createRuntime_ = core.require<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
+  try {
+    const auto number = [&](const char* symbol) { return core.require<int32_t (*)()>(symbol)(); };
+    // The version that the factories take guards nothing (TensorRT-RTX accepts any), so the library itself is asked.
+    result->version_ = {number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
+                        number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
+    result->path_ = core.pathOf("getInferLibMajorVersion");
+    if (result->version_ < kFloor || !(result->version_ < kCeiling)) {
+      Error error("LIBRARY_VERSION", result->path_ + " is version " + versionText(result->version_) + "; needed is " +
+                                         versionText(kFloor) + " or later, below " + versionText(kCeiling));
+      error.path = result->path_;
+      throw error;
+    }
+    result->createBuilder_ = core.require<void* (*)(void*, int32_t)>("createInferBuilder_INTERNAL");
+    result->createRuntime_ = core.require<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
 
-  const SharedLibrary onnx(parser);
-  result->createParser_ = onnx.require<void* (*)(void*, void*, int)>("createNvOnnxParser_INTERNAL");
-  result->parserPath_ = onnx.pathOf("createNvOnnxParser_INTERNAL");
+    const SharedLibrary onnx(parser);
+    result->createParser_ = onnx.require<void* (*)(void*, void*, int)>("createNvOnnxParser_INTERNAL");
+    result->parserPath_ = onnx.pathOf("createNvOnnxParser_INTERNAL");
+  } catch (...) {
+    core.close();
+    throw;
+  }
   opened->emplace(key, result);
   return result;
 }

@@ -88,6 +88,11 @@ describeAddons("an addon", () => {
       build({ planPath: null }),
       build({ logPath: undefined }),
     ];
+    // Arrays that claim more elements than memory could hold.
+    const endless = new Array(2 ** 32 - 1);
+    for (const field of ["files", "initializers", "profiles", "targets", "flags"])
+      wrong.push(build({ [field]: endless }));
+    wrong.push(build({ profiles: [endless] }), build({ profiles: [[{ input: "x", dimensions: endless }]] }));
     for (const call of wrong) expect(call, call.toString()).toThrow(/Expected/);
     const throwing = new Proxy(
       {},
@@ -187,6 +192,16 @@ describeAddons("finding the libraries", () => {
     );
     expect(report.problems[0]!.remedy).toContain(`Install version ${floor} or later`);
     expect(report.places).toContainEqual(expect.objectContaining({ source: "pip", error: "python3 is not on PATH" }));
+  });
+
+  it("goes on to the loader's path after a refusal, though both libraries have one name", async () => {
+    const newer = standIn([1, 6, 0, 1]);
+    const env = { FLOWTURBO_TENSORRT_RTX_DIR: standIn([1, 4, 0, 76]), LD_LIBRARY_PATH: newer, PATH: temporaryFolder() };
+    const { stdout } = await startNode([cli, "doctor", "--json"], env).finished;
+    const rtx = JSON.parse(stdout).runtimes[2];
+    expect(rtx).toMatchObject({ version: "1.6.0.1", library: path.join(newer, "libtensorrt_rtx.so.1"), builds: true });
+    expect(rtx.places[0].error).toMatch(/1\.4\.0\.76/);
+    expect(rtx.places.at(-1)).toMatchObject({ source: "loader", error: null });
   });
 
   it("does not load a Python package of that name from the working folder", async () => {

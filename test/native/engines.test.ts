@@ -120,6 +120,25 @@ describeEngines("the engines of a fixture", () => {
     },
   );
 
+  it.each(fixtureNames)(
+    "%s: the graphs of steps without guidance, stages, editing and previews",
+    async (name) => {
+      const { engines } = await compileEngines(model(name), {
+        ...{ ...everything, targets: ["8.9"], batches: [1], cache: temporaryFolder() },
+        ...{ guidance: "off", features: ["stages", "editing", "previews"], jobs: 2 },
+      });
+      expect(engines.map(({ graph }) => graph).slice(name === "sd3" ? 2 : 3)).toEqual([
+        ...["predict_unguided", "refine_unguided", "vae_decoder", "vae_encoder", "join"],
+        ...["noised", "merge_unguided", "preview_unguided"],
+      ]);
+      for (const { graph, stepType } of engines)
+        expect(stepType, graph).toBe(
+          { predict_unguided: "predict", refine_unguided: "refine" }[graph as string] ?? null,
+        );
+    },
+    240_000,
+  );
+
   it("with both kinds of guidance; decoding in pieces; one profile for equal shapes", async () => {
     const checkpoint = await openCheckpoint(model("medium"));
     const planned = plannedEngines(checkpoint, {
@@ -160,6 +179,10 @@ describeEngines("the engines of a fixture", () => {
     const embedded = fixture("../../models/shapes");
     expect(await types(embedded)).toEqual(["float16", "bfloat16", "float16", "float16"]);
     expect(await types(embedded, [75, 89])).toEqual(["float16", "float32", "float16", "float16"]);
+    // Turing has no bfloat16: said before anything is built.
+    const refused = await rejection(compileEngines(model("medium"), { ...everything, targets: ["7.5", "8.9"] }));
+    expect(refused).toBeInstanceOf(OptionError);
+    expect(refused.message).toMatch(/weights of clip_l are bfloat16, which compute capability 7\.5 does not have/);
   });
 });
 

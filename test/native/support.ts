@@ -44,7 +44,8 @@ export function standIn(version: readonly number[]): string {
      void* createNvOnnxParser_INTERNAL(void* network, void* logger, int version){return 0;}\n`,
   );
   const library = path.join(folder, "stand-in.so");
-  execFileSync("cc", ["-shared", "-fPIC", "-o", library, source]);
+  // With the name that TensorRT-RTX has inside, as the loader goes by it.
+  execFileSync("cc", ["-shared", "-fPIC", "-Wl,-soname,libtensorrt_rtx.so.1", "-o", library, source]);
   for (const name of [
     "libnvinfer.so.11",
     "libnvonnxparser.so.11",

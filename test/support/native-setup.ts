@@ -37,5 +37,9 @@ function script(name: string, ...args: string[]): { lacks: string | null; output
 export default function setup(project: TestProject): void {
   const built = script("build-native.mjs", "--simulated");
   const fetched = built.lacks === null ? script("tensorrt-rtx.mjs") : { lacks: built.lacks, output: "" };
+  if (fetched.lacks !== null)
+    console.warn(
+      `The native tests ${built.lacks === null ? "that build engines " : ""}are skipped: ${fetched.lacks.split("\n")[0]}`,
+    );
   project.provide("native", { lacksAddons: built.lacks, lacksRtx: fetched.lacks, rtx: fetched.output });
 }

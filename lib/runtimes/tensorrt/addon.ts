@@ -22,6 +22,7 @@ export type Version = readonly [number, number, number, number];
 /** Work on a thread of its own. `cancel` asks it to stop; the promise then rejects with a NativeError "CANCELLED". */
 export interface NativeTask<T> {
   readonly promise: Promise<T>;
+  /** [sync] */
   cancel(): void;
 }
 
