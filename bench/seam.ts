@@ -1,19 +1,21 @@
 /**
  * The seam of inpainting: the middle of pictures of the embedded model is painted anew for the caption that they show, by
  * Euler and by flowturbo at equal evaluations of the predictor. Measures the mean step between pixels on both sides of the
- * mask's edge, beside that of the untouched originals, and draws docs/images/inpainting.png.
+ * mask's edge, beside that of the untouched originals and as differences from Euler on the same noise, and draws docs/images/inpainting.png.
  *
- *   npm run bench:seam [-- --pictures 24]
+ *   npm run bench:seam [-- --originals 24 --seeds 4]
  */
 
 import path from "node:path";
 import { parseArgs } from "node:util";
-import { FlowTurbo, type RgbPicture } from "flowturbo";
+import { FlowTurbo, type GenerateOptions, type RgbPicture } from "flowturbo";
 import sharp from "sharp";
 import { format, machineLine, report, root, spread, table } from "./support.js";
 
-const { values } = parseArgs({ options: { pictures: { type: "string", default: "24" } } });
-const count = Number(values.pictures);
+const { values } = parseArgs({
+  options: { originals: { type: "string", default: "24" }, seeds: { type: "string", default: "4" } },
+});
+const [count, seeds] = [values.originals, values.seeds].map(Number) as [number, number];
 const captions = [
   "a large red square",
   "a large blue circle on a yellow background",
@@ -21,7 +23,12 @@ const captions = [
   "a red circle above a blue square",
 ];
 const shown = 3;
-const ways = { Euler: "E10", H1P8: "H1P8", H1P8R2: "H1P8R2" };
+const ways: Record<string, Omit<GenerateOptions, "prompt">> = {
+  Euler: { blocks: "E10" },
+  "Euler on diffusers' grid": { sampler: "euler", steps: 10 },
+  H1P8: { blocks: "H1P8" },
+  H1P8R2: { blocks: "H1P8R2" },
+};
 
 await using model = await FlowTurbo.load();
 const side = model.nativeSize.width;
@@ -58,11 +65,11 @@ for (let k = 0; k < count; k++) {
   const original = (await model.generate({ prompt, seed: k, blocks: "H1P9", guidanceScale: 2 })).images[0]!;
   seams.original!.push(seam(original));
   const row: RgbPicture[] = [original, mask];
-  for (const [way, blocks] of Object.entries(ways)) {
+  for (const [way, schedule] of Object.entries(ways)) {
     const edit = { image: original, mask, strength: 1, keepOriginal: false, guidanceScale: 2 };
-    const painted = (await model.generate({ prompt, blocks, seed: 500 + k, ...edit })).images[0]!;
-    seams[way]!.push(seam(painted));
-    row.push(painted);
+    const { images } = await model.generate({ prompt, seed: 500 + seeds * k, count: seeds, ...edit, ...schedule });
+    seams[way]!.push(...images.map(seam));
+    row.push(images[0]!);
   }
   if (k < shown) gallery.push(row);
 }
@@ -81,29 +88,50 @@ const tiles = await Promise.all(
     })),
   ),
 );
-await sharp({ create: { width: gap + 5 * cell, height: gap + shown * cell, channels: 3, background: "#ffffff" } })
+await sharp({
+  create: { width: gap + gallery[0]!.length * cell, height: gap + shown * cell, channels: 3, background: "#c8ccd4" },
+})
   .composite(tiles)
   .png({ compressionLevel: 9 })
   .toFile(path.join(root, "docs/images/inpainting.png"));
 
-const means = Object.fromEntries(
-  Object.entries(seams).map(([name, values]) => [name, values.reduce((sum, value) => sum + value, 0) / values.length]),
-);
+const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const means = Object.fromEntries(Object.entries(seams).map(([name, values]) => [name, mean(values)]));
+
+/** Mean difference from Euler on the same originals and noise, and half the width of its 95 % interval (by originals). */
+function difference(name: string): { mean: number; margin: number } | null {
+  if (name === "original" || name === "Euler") return null;
+  const each = seams[name]!.map((value, i) => value - seams.Euler![i]!);
+  const groups = Array.from({ length: count }, (_, k) => mean(each.slice(k * seeds, (k + 1) * seeds)));
+  const centre = mean(groups);
+  const variance = groups.reduce((sum, value) => sum + (value - centre) ** 2, 0) / (count - 1);
+  return { mean: centre, margin: 1.96 * Math.sqrt(variance / count) };
+}
+const differences = Object.fromEntries(Object.keys(seams).map((name) => [name, difference(name)]));
+const shownDifference = (name: string) => {
+  const found = differences[name];
+  return found ? `${found.mean >= 0 ? "+" : ""}${found.mean.toFixed(2)} ± ${found.margin.toFixed(2)}` : "";
+};
 for (const [name, value] of Object.entries(means))
   console.log(`${name}: ${value.toFixed(2)} grey levels across the edge`);
 const spreads = Object.fromEntries(Object.entries(seams).map(([name, values]) => [name, spread(values)]));
 const page = [
   "# Seams of inpainting",
   "",
-  `Mean step of grey level across the mask's edge over ${count} pictures, at ten predictor evaluations each, \`keepOriginal: false\`; smaller is smoother. \`npm run bench:seam\`.`,
+  `Mean step of grey level across the mask's edge over ${count} originals, painted ${seeds} times each, at ten predictor evaluations, \`keepOriginal: false\`; smaller is smoother. \`npm run bench:seam\`.`,
   "",
   table([
-    ["sampling", "mean", "median and range"],
-    ...Object.entries(spreads).map(([name, value]) => [name, means[name]!.toFixed(2), format(value)]),
+    ["sampling", "mean", "against Euler (95 %)", "median and range"],
+    ...Object.entries(spreads).map(([name, value]) => [
+      name,
+      means[name]!.toFixed(2),
+      shownDifference(name),
+      format(value),
+    ]),
   ]),
   "",
   "![](../../docs/images/inpainting.png)",
   "",
   machineLine(),
 ];
-await report("seam", { pictures: count, evaluations: 10, means, spreads }, page.join("\n"));
+await report("seam", { originals: count, seeds, evaluations: 10, means, differences, spreads }, page.join("\n"));

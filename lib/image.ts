@@ -9,6 +9,7 @@ import path from "node:path";
 import sharp, { type Sharp } from "sharp";
 import { OptionError, OutputError } from "./errors.js";
 import type { Picture, PictureSource, RgbPicture } from "./options.js";
+import { coveringBox, type Raster, resampled } from "./resample.js";
 import { type FloatTensor, float32 } from "./tensor.js";
 
 export type ImageFormat = "png" | "jpeg" | "webp";
@@ -98,7 +99,7 @@ export function toRgb(image: FloatTensor, row: number): Uint8Array {
   return new Uint8Array(rgb.buffer);
 }
 
-/** Pictures larger than this are refused before they are decoded: 100 megapixels, some 400 MB. */
+/** Pictures larger than this are refused before they are decoded: 100 megapixels, some 300 MB. */
 const maxPixels = 100e6;
 
 /** An original picture at the size of a stage. */
@@ -115,21 +116,35 @@ export interface Mask {
   readonly pixels: Uint8Array;
   /** [1, 1, H/f, W/f], 0 or 1: the pixel at the corner of each latent's patch, as diffusers' nearest-neighbour. */
   readonly latents: FloatTensor;
+  /** Whether no latent is to be painted; no pixel is, then. */
   readonly empty: boolean;
 }
 
 /**
- * Reads a picture: orientation applied, transparent parts on white, resized and cropped to cover width × height.
+ * Reads a picture as 8-bit RGB: orientation applied, transparent parts on white.
  * @throws OptionError for what is no picture, is animated, damaged or larger than 100 megapixels
  */
-export async function readOriginal(source: PictureSource, width: number, height: number): Promise<Original> {
-  const rgb = await decoded("image", source, (picture) =>
-    picture
-      .flatten({ background: "#ffffff" })
-      .toColourspace("srgb")
-      .resize(width, height, { fit: "cover", kernel: "lanczos3" })
-      .removeAlpha(),
+export async function readOriginal(source: PictureSource): Promise<Raster> {
+  return decoded("image", source, (open) =>
+    open().flatten({ background: "#ffffff" }).removeAlpha().toColourspace("srgb"),
   );
+}
+
+/**
+ * Reads a mask: its alpha channel where it has transparent parts, else its colours.
+ * @throws OptionError as `readOriginal`
+ */
+export async function readMask(source: PictureSource): Promise<Raster> {
+  return decoded("mask", source, async (open) => {
+    const { hasAlpha } = await open().metadata();
+    const transparent = hasAlpha && !(await open().stats()).isOpaque;
+    return transparent ? open().extractChannel("alpha") : open().removeAlpha().toColourspace("srgb");
+  });
+}
+
+/** A picture at width × height: resized, and cropped to cover it. */
+export async function originalAt(picture: Raster, width: number, height: number): Promise<Original> {
+  const rgb = await resampled(picture, width, height, coveringBox(picture, width, height));
   const plane = width * height;
   const data = new Float32Array(3 * plane);
   for (let i = 0; i < plane; i++) for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
@@ -137,24 +152,35 @@ export async function readOriginal(source: PictureSource, width: number, height:
 }
 
 /**
- * Reads a mask: its alpha channel where it has transparent parts, else its greys; resized and cropped as the picture
- * is, white from one half on (diffusers' binarisation), then taken at the corner of each latent's patch.
- * @throws OptionError as `readOriginal`
+ * A mask at width × height: cropped as the picture is if it has the picture's shape, else stretched as diffusers does;
+ * grey, white from one half on (diffusers' binarisation), then taken at the corner of each latent's patch.
  */
-export async function readMask(source: PictureSource, width: number, height: number, factor: number): Promise<Mask> {
-  const greys = await decoded("mask", source, async (picture) => {
-    const { hasAlpha } = await picture.clone().metadata();
-    const transparent = hasAlpha && !(await picture.clone().stats()).isOpaque;
-    const channel = transparent ? picture.extractChannel("alpha") : picture.removeAlpha().greyscale();
-    return channel.resize(width, height, { fit: "cover", kernel: "lanczos3" }).toColourspace("b-w");
-  });
-  const pixels = greys.map((grey) => (grey >= 128 ? 1 : 0));
+export async function maskAt(
+  mask: Raster,
+  picture: Raster,
+  width: number,
+  height: number,
+  factor: number,
+): Promise<Mask> {
+  // To the pixel: a mask may be a smaller copy.
+  const isAlike =
+    Math.abs(mask.width * picture.height - mask.height * picture.width) <= Math.max(picture.width, picture.height);
+  const box = isAlike ? coveringBox(mask, width, height) : { left: 0, top: 0, width: mask.width, height: mask.height };
+  const values = await resampled(mask, width, height, box);
+  const grey = (i: number) =>
+    mask.channels === 1
+      ? values[i]!
+      : // As Pillow's "L".
+        (values[3 * i]! * 19595 + values[3 * i + 1]! * 38470 + values[3 * i + 2]! * 7471 + 0x8000) >> 16;
+  const pixels = Uint8Array.from({ length: width * height }, (_, i) => (grey(i) >= 128 ? 1 : 0));
   const [h, w] = [height / factor, width / factor];
   const latents = Float32Array.from(
     { length: h * w },
     (_, i) => pixels[Math.floor(i / w) * factor * width + (i % w) * factor]!,
   );
-  return { pixels, latents: float32([1, 1, h, w], latents), empty: !latents.includes(1) };
+  const empty = !latents.includes(1);
+  if (empty) pixels.fill(0);
+  return { pixels, latents: float32([1, 1, h, w], latents), empty };
 }
 
 /** Takes the pixels outside the mask from the original. */
@@ -165,26 +191,19 @@ export function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: Uint8A
 async function decoded(
   option: "image" | "mask",
   source: PictureSource,
-  prepare: (picture: Sharp) => Sharp | Promise<Sharp>,
-): Promise<Uint8Array> {
+  prepare: (open: () => Sharp) => Sharp | Promise<Sharp>,
+): Promise<Raster> {
+  if (typeof source !== "string" && !(source instanceof Uint8Array)) return { ...source, channels: 3 };
   const name = typeof source === "string" ? `"${source}"` : "the given picture";
   try {
     if (typeof source === "string") await access(source);
-    const limits = { limitInputPixels: maxPixels, failOn: "warning" } as const;
-    const raw = (picture: RgbPicture) => ({
-      raw: { width: picture.width, height: picture.height, channels: 3 as const },
-    });
-    const open = () =>
-      typeof source === "string" || source instanceof Uint8Array
-        ? sharp(source, limits)
-        : sharp(source.data, { ...limits, ...raw(source) });
+    const open = () => sharp(source, { limitInputPixels: maxPixels, failOn: "warning" });
     const { pages } = await open().metadata();
     if ((pages ?? 1) > 1)
       throw new OptionError(option, `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`);
-    // Pixels in between: sharp applies an orientation only on the way out of a pipeline's first operation.
-    const upright = await open().autoOrient().png({ compressionLevel: 0 }).toBuffer();
-    const prepared = await prepare(sharp(upright, limits));
-    return new Uint8Array(await prepared.raw({ depth: "uchar" }).toBuffer());
+    const prepared = await prepare(() => open().autoOrient());
+    const { data, info } = await prepared.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
+    return { width: info.width, height: info.height, channels: info.channels, data: new Uint8Array(data) };
   } catch (cause) {
     if (cause instanceof OptionError) throw cause;
     const detail = (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");

@@ -31,14 +31,15 @@ const tensor = z.custom<FloatTensor>((value) => {
 });
 const picture = z.custom<PictureSource>((value) => {
   if (typeof value === "string" || value instanceof Uint8Array) return true;
-  const { width, height, data } = (value ?? {}) as Partial<RgbPicture>;
-  return data instanceof Uint8Array && data.length === 3 * (width ?? 0) * (height ?? 0);
+  const { width = 0, height = 0, data } = (value ?? {}) as Partial<RgbPicture>;
+  const isSize = [width, height].every((side) => Number.isInteger(side) && side > 0);
+  return isSize && data instanceof Uint8Array && data.length === 3 * width * height;
 });
 const stage = z.strictObject({
   width: pixels,
   height: pixels,
   blocks: text,
-  sigma: z.number().gt(0).lt(1).optional(),
+  sigma: z.number().optional(),
 });
 const abortSignal = z.custom<AbortSignal>((value) => value instanceof AbortSignal);
 
@@ -236,7 +237,7 @@ export const generateSchema = z.strictObject({
     description: "pictures for each prompt",
     expects: "a whole number from 1 to 1024",
   }),
-  stages: described(z.array(stage).min(1).max(8).optional(), {
+  stages: described(z.array(stage).min(1).optional(), {
     description: "sizes to run through from coarse to fine, in place of width, height and blocks",
     expects: "an array of { width, height, blocks, sigma? }",
   }),

@@ -11,7 +11,17 @@ import { costSubject } from "./costs.js";
 import { encodeProgram, placeholder, rowOf, StepReporter, stacked } from "./drawing.js";
 import { CheckpointError, DisposedError, FlowTurboError, OptionError } from "./errors.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "./graphs.js";
-import { Image, keepOriginal, type Mask, type Original, readMask, readOriginal, toRgb } from "./image.js";
+import {
+  Image,
+  keepOriginal,
+  type Mask,
+  maskAt,
+  type Original,
+  originalAt,
+  readMask,
+  readOriginal,
+  toRgb,
+} from "./image.js";
 import { checkDeviceMemory } from "./memory.js";
 import { mmditWidth, positionTable } from "./networks/index.js";
 import { NoiseGenerator } from "./noise.js";
@@ -519,8 +529,17 @@ export class FlowTurbo implements AsyncDisposable {
     return [rows, transformer.config.outChannels, height / vae.config.factor, width / vae.config.factor];
   }
 
-  /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
-  #blocks(text: string): Block[] {
+  /**
+   * @param stage names the blocks of a stage
+   * @throws OptionError for blocks that are none, or that need a refiner which is not there
+   */
+  #blocks(text: string, stage?: string): Block[] {
+    if (stage)
+      try {
+        return this.#blocks(text);
+      } catch (error) {
+        throw new OptionError("stages", `${stage}: ${(error as Error).message}`);
+      }
     const blocks = parseBlocks(text);
     if (blocks.includes("R") && !this.hasRefiner)
       throw new OptionError(
@@ -589,8 +608,13 @@ export class FlowTurbo implements AsyncDisposable {
           "stages",
           "The first stage has no picture to noise again; leave out its sigma, or give an image and a strength.",
         );
+      if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
+        throw new OptionError(
+          "stages",
+          `Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`,
+        );
       const latentShape = this.#latentShape(rows, stage.width, stage.height);
-      const all = this.#blocks(stage.blocks);
+      const all = this.#blocks(stage.blocks, `stages[${index}].blocks`);
       this.#checkSize(stage.width, stage.height, `stages[${index}].`, all);
       const size = { width: stage.width, height: stage.height, latentShape };
       if (before) return { ...size, blocks: all, sigmas: joinGrid(all.length, shift, stage.sigma ?? defaultJoinSigma) };
@@ -623,17 +647,20 @@ export class FlowTurbo implements AsyncDisposable {
     }
   }
 
-  /** Reads the original and the mask at the size of each stage. */
+  /** Reads the original and the mask, and brings them to the size of each stage. */
   async #readEdits(plan: Plan): Promise<Edits | null> {
     const { image, mask } = plan.options;
     if (image === undefined) return null;
     const { factor } = this.#checkpoint.vae.config;
-    return Promise.all(
-      plan.stages.map(async ({ width, height }) => ({
-        original: await readOriginal(image, width, height),
-        mask: mask === undefined ? null : await readMask(mask, width, height, factor),
-      })),
-    );
+    const picture = await readOriginal(image);
+    const painted = mask === undefined ? null : await readMask(mask);
+    const edits: Edits[number][] = [];
+    for (const { width, height } of plan.stages)
+      edits.push({
+        original: await originalAt(picture, width, height),
+        mask: painted && (await maskAt(painted, picture, width, height, factor)),
+      });
+    return edits;
   }
 
   async #serve(plans: readonly Plan[], start: number): Promise<GenerateResult> {
@@ -756,7 +783,8 @@ export class FlowTurbo implements AsyncDisposable {
     // 2. Originals, for all pictures at once.
     let stages: readonly PlannedStage[] = plan.stages;
     if (edits?.every(({ mask }) => mask?.empty)) {
-      warnings.push("The mask is black everywhere, so that nothing is to be painted: this is the original.");
+      const through = options.keepOriginal ? "" : ", through the autoencoder";
+      warnings.push(`The mask is black everywhere, so that nothing is to be painted: this is the original${through}.`);
       stages = [{ ...stages.at(-1)!, blocks: [], sigmas: [0] }];
     }
     for (const warning of warnings) this.#logger.warn?.(warning);

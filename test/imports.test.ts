@@ -31,6 +31,7 @@ const pipeline = [
   "image.ts",
   "memory.ts",
   "noise.ts",
+  "resample.ts",
   "preview.ts",
 ];
 

@@ -97,6 +97,8 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
   let model: FlowTurbo | undefined;
   let result: GenerateResult;
   let previewed: Promise<unknown> = Promise.resolve();
+  // A preview that cannot be written is no reason to lose the picture.
+  const lost = new Set<string>();
   try {
     progress.show("loading the model");
     model = await FlowTurbo.load(flags.model, loadOptions);
@@ -106,7 +108,10 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
       onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [preview] }) => {
         const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
         progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);
-        if (preview) previewed = previewed.then(() => writePreview(flags.preview!, preview));
+        if (preview)
+          previewed = previewed
+            .then(() => writePreview(flags.preview!, preview))
+            .catch(() => lost.add(`Previews could not be written to ${flags.preview}.`));
       },
     });
     progress.show("writing");
@@ -114,7 +119,7 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
     if (flags.saveLatents) await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
   } catch (error) {
-    await previewed.catch(() => undefined);
+    await previewed;
     await undoOutputs();
     throw error;
   } finally {
@@ -123,8 +128,11 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
   }
 
   // 3. Say what was done.
-  if (!flags.json) for (const warning of result.warnings) process.stderr.write(`warning: ${warning}\n`);
-  process.stdout.write(flags.json ? `${JSON.stringify(summary(files, result, model))}\n` : `${files.join("\n")}\n`);
+  const warnings = [...result.warnings, ...lost];
+  if (!flags.json) for (const warning of warnings) process.stderr.write(`warning: ${warning}\n`);
+  process.stdout.write(
+    flags.json ? `${JSON.stringify({ ...summary(files, result, model), warnings })}\n` : `${files.join("\n")}\n`,
+  );
 }
 
 function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
@@ -154,7 +162,6 @@ function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
     }),
     runtime: model.runtime.name,
     model: model.folder,
-    warnings: result.warnings,
   };
 }
 
@@ -182,7 +189,7 @@ async function readNoise(file: string, stages: number): Promise<FloatTensor[]> {
 
 /** `128x128:H1P1@0.6` → a stage. */
 function parseStage(text: string): Stage {
-  const match = text.match(/^(\d+)x(\d+):([^@]+)(?:@(.+))?$/i);
+  const match = text.match(/^(\d+)x(\d+):([^@]+)(?:@(\d*\.?\d+))?$/i);
   if (!match)
     throw new OptionError(
       "stages",

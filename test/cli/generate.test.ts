@@ -1,5 +1,6 @@
 import { execFileSync } from "node:child_process";
-import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { stripVTControlCharacters } from "node:util";
 import sharp from "sharp";
@@ -159,6 +160,43 @@ describe("flowturbo generate", () => {
     expect([...kept!.subarray(0, 30)]).toEqual([...original!.subarray(0, 30)]);
   });
 
+  it("rewrites a preview as a whole, and finishes the picture where it cannot", async () => {
+    const folder = temporaryFolder();
+    const file = path.join(folder, "p/now.png");
+    const { finished } = start(
+      ["generate", "a red square", "--steps", "60", "--seed", "1", "--preview", "p/now.png", "--out", "x.png"],
+      folder,
+    );
+    const seen = new Set<string>();
+    while (seen.size < 3) {
+      await new Promise((resolve) => setTimeout(resolve, 2));
+      if (!existsSync(file)) continue;
+      const bytes = readFileSync(file);
+      // Never a part of a file: it ends as PNG files end.
+      expect(bytes.subarray(-8, -4).toString("latin1")).toBe("IEND");
+      seen.add(createHash("sha1").update(bytes).digest("hex"));
+    }
+    rmSync(path.join(folder, "p"), { recursive: true, force: true });
+    const { code, stdout, stderr } = await finished;
+    expect([code, stdout]).toEqual([0, "x.png\n"]);
+    expect(stderr).toMatch(/^warning: Previews could not be written to p\/now\.png/);
+  });
+
+  it("says that a mask is black everywhere", async () => {
+    const folder = temporaryFolder();
+    const create = { width: 64, height: 64, channels: 3 as const, background: "#000" };
+    await sharp({ create }).png().toFile(path.join(folder, "black.png"));
+    const image = fixture("sd3/init.png");
+    const { code, stderr } = await run(
+      ["generate", "x", "--image", image, "--mask", "black.png", "--out", "x.png", "--seed", "1"],
+      folder,
+    );
+    expect(code).toBe(0);
+    expect(stderr).toMatch(/^warning: The mask is black everywhere/);
+    const pixels = (file: string) => sharp(file).removeAlpha().raw().toBuffer();
+    expect((await pixels(path.join(folder, "x.png"))).equals(await pixels(image))).toBe(true);
+  });
+
   it("warns about a prompt that was cut, on stderr", async () => {
     const folder = temporaryFolder();
     const { code, stdout, stderr } = await run(
@@ -198,6 +236,17 @@ describe("usage errors", () => {
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
     ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
     ["a stage that is none", ["generate", "x", "--stage", "64x64"], /WIDTHxHEIGHT:BLOCKS/],
+    ["a stage with a word for sigma", ["generate", "x", "--stage", "64x64:H1@much"], /BLOCKS@SIGMA.*H1@much/],
+    [
+      "a stage with too great a sigma",
+      ["generate", "x", "--stage", "64x64:H1", "--stage", "128x128:H1@1.5"],
+      /^error: Expected a number between 0 and 1 for stages\[1\]\.sigma/,
+    ],
+    [
+      "a stage of other blocks",
+      ["generate", "x", "--stage", "64x64:Z3"],
+      /^error: stages\[0\]\.blocks: Expected blocks/,
+    ],
     ["a stage with a width", ["generate", "x", "--stage", "64x64:H1", "--width", "64"], /--width: .*leave out width/],
     ["a stage with blocks", ["generate", "x", "--stage", "64x64:H1", "--blocks", "H1"], /--blocks: .*leave out blocks/],
     ["stages that fall", ["generate", "x", "--stage", "64x64:H1", "--stage", "32x32:H1"], /rising sizes/],

@@ -55,6 +55,29 @@ describe.each(fixtureNames)("%s", (name) => {
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
   });
 
+  const turbo = () => ({ ...base, image: fixture(name, "init.png"), mask: fixture(name, "mask_40.png") });
+  it("inpainting with H, P and R, which puts the velocity back as well", async () => {
+    const reference = await readAll(fixture(name, "turbo_inpaint.safetensors"));
+    const size = { width: 64, height: 64 };
+    const noise = reference.noise!;
+    const result = await model.generate({ ...turbo(), ...size, blocks: "H1P3R2", strength: 0.9, noise });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+  });
+
+  it("inpainting in two stages", async () => {
+    const reference = await readAll(fixture(name, "stages_inpaint.safetensors"));
+    const result = await model.generate({
+      ...turbo(),
+      strength: 1,
+      stages: [
+        { width: 64, height: 64, blocks: "HPPR" },
+        { width: 128, height: 128, blocks: "HPR" },
+      ],
+      noise: [reference.noise!, reference.noise_2!],
+    });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+  });
+
   it("inpainting", async () => {
     const reference = await readAll(fixture(name, "inpaint.safetensors"));
     const image = fixture(name, "init.png");
@@ -149,10 +172,11 @@ describe("inpainting with any schedule", () => {
 
   it("seams no worse than Euler's at equal evaluations", async () => {
     const mask = await maskOf(16, 0, 32, 64);
+    const originals: Buffer[] = [];
+    for (let seed = 0; seed < 6; seed++) originals.push(await drawn("a large red square", seed));
     const gradient = async (blocks: string) => {
       let sum = 0;
-      for (let seed = 0; seed < 6; seed++) {
-        const image = await drawn("a large red square", seed);
+      for (const [seed, image] of originals.entries()) {
         const { images } = await shapes.generate({
           prompt: "a large red square",
           image,
@@ -173,7 +197,7 @@ describe("inpainting with any schedule", () => {
     const euler = await gradient("E10");
     expect(await gradient("H1P8")).toBeLessThan(euler * 1.1 + 0.5);
     expect(await gradient("H1P8R2")).toBeLessThan(euler * 1.1 + 0.5);
-  });
+  }, 180_000);
 
   it("with a mask that is black everywhere is the original, and says so", async () => {
     const image = await drawn("a large red square", 1);
@@ -186,7 +210,7 @@ describe("inpainting with any schedule", () => {
     });
     const original = await sharp(image).raw().toBuffer();
     for (const picture of images) expect(Buffer.from(picture.data).equals(original)).toBe(true);
-    expect(warnings.join()).toMatch(/mask is black everywhere/);
+    expect(warnings.join()).toMatch(/mask is black everywhere.*this is the original\./);
     expect(evaluations).toEqual({ predictor: 0, refiner: 0 });
   });
 });
@@ -292,6 +316,16 @@ describe("stages", () => {
     expect(relativeError(row, one.pixels)).toBeLessThan(1e-5);
   }, 180_000);
 
+  it("may be many", async () => {
+    const stages = Array.from({ length: 12 }, (_, index) => ({
+      width: 8 * (index + 1),
+      height: 8 * Math.ceil((index + 1) / 2),
+      blocks: "E1",
+    }));
+    const { images, evaluations } = await shapes.generate({ prompt: "a red circle", stages, seed: 1 });
+    expect([images[0]!.width, images[0]!.height, evaluations.predictor]).toEqual([96, 48, 12]);
+  });
+
   it("take part in editing: the mask holds at every size", async () => {
     const image = await drawn("a large red square", 1);
     const result = await shapes.generate({
@@ -344,6 +378,18 @@ describe("previews", () => {
     if (preview === "decoded") expect(difference).toBeLessThan(2);
     else expect(difference).toBeLessThan(0.6 * error((i) => mean[i % 3]!));
     expect((await sharp(await last.toPNG()).metadata()).width).toBe(size);
+  });
+
+  it("show where the run is heading, from the first block on", async () => {
+    // After one Euler step of two, x - sigma v is where one step of one ends.
+    const options = { prompt: "a large red square", seed: 4, count: 2 };
+    const events: StepEvent[] = [];
+    await shapes.generate({ ...options, blocks: "E2", preview: "decoded", onStep: (event) => events.push(event) });
+    const { images } = await shapes.generate({ ...options, blocks: "E1" });
+    for (const [row, { data }] of images.entries()) {
+      const preview = events[0]!.previews[row]!;
+      expect(data.every((value, i) => Math.abs(value - preview.data[i]!) <= 1)).toBe(true);
+    }
   });
 
   it("change nothing", async () => {
@@ -402,11 +448,36 @@ describe("bad input", () => {
       "a join at full noise",
       () => ({ stages: [two[0], { ...two[1], sigma: 1 }] }),
       "stages",
-      /\{ width, height, blocks, sigma\? \}/,
+      /between 0 and 1 for stages\[1\]\.sigma but received 1\./,
     ],
+    [
+      "a join without noise",
+      () => ({ stages: [two[0], { ...two[1], sigma: 0 }] }),
+      "stages",
+      /stages\[1\]\.sigma but received 0\./,
+    ],
+    ["no stages", () => ({ stages: [] }), "stages", /\{ width, height, blocks, sigma\? \}/],
+    ...(
+      [
+        [0, 0, 0],
+        [-2, -2, 12],
+        [1.5, 2, 9],
+        [2, 2, 11],
+      ] as const
+    ).map(([width, height, values]): (typeof refused)[number] => [
+      `raw values of ${width} × ${height}`,
+      () => ({ image: { width, height, data: new Uint8Array(values) } }),
+      "image",
+      /or \{ width, height, data \} for image/,
+    ]),
     ["stages with a width", () => ({ stages: two, width: 64 }), "width", /leave out width or stages/],
     ["stages with blocks", () => ({ stages: two, blocks: "H1" }), "blocks", /leave out blocks or stages/],
-    ["a stage that starts with R", () => ({ stages: [two[0], { ...two[1], blocks: "R1" }] }), "blocks", /start with R/],
+    [
+      "a stage that starts with R",
+      () => ({ stages: [two[0], { ...two[1], blocks: "R1" }] }),
+      "stages",
+      /stages\[1\]\.blocks: .*start with R/,
+    ],
     [
       "noise for one of two stages",
       () => ({ stages: two, noise: { dtype: "float32", shape: [1, 16, 8, 8], data: new Float32Array(1024) } }),
@@ -429,10 +500,17 @@ describe("bad input", () => {
           .toBuffer(),
       ),
     );
-    const animated = await sharp(frames, { join: { animated: true } })
-      .gif()
-      .toBuffer();
-    await expect(shapes.generate({ prompt: "x", image: animated })).rejects.toThrow(/still picture.*2 frames/);
+    for (const format of ["gif", "webp"] as const) {
+      const animated = await sharp(frames, { join: { animated: true } })
+        .toFormat(format)
+        .toBuffer();
+      await expect(shapes.generate({ prompt: "x", image: animated })).rejects.toThrow(
+        /still picture for image.*2 frames/,
+      );
+      await expect(shapes.generate({ prompt: "x", image: frames[0], mask: animated })).rejects.toThrow(
+        /still picture for mask/,
+      );
+    }
     const photo = await sharp({
       create: {
         width: 400,
