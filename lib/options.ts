@@ -154,6 +154,11 @@ export const loadSchema = z.strictObject({
     description: "at most so many pictures share a launch, of one request or of several",
     expects: "a whole number from 1 to 256",
   }),
+  batches: described(z.array(whole(1, 256)).min(1).optional(), {
+    description:
+      "numbers of pictures that a launch may have, such as those that engines were compiled for; in place of maxBatch",
+    expects: "a list of whole numbers from 1 to 256",
+  }),
   maxWaitMs: described(z.number().min(0).max(60_000).default(20), {
     description: "how long a launch that leaves the device half empty may wait for company that is on its way",
     expects: "a number of milliseconds from 0 to 60000",

@@ -67,7 +67,7 @@ import {
 import type { CostEntry } from "./serving/costs.js";
 import { defaultLadder } from "./serving/deadline.js";
 import { samplesOf } from "./serving/measure.js";
-import { type Admitted, type Demand, type Rung, Service, type ServiceOptions } from "./serving/service.js";
+import { type Admitted, batchesUpTo, type Demand, type Rung, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
 import { CostStore, costKey } from "./serving/store.js";
 import { elementCount, type FloatTensor, float32 } from "./tensor.js";
@@ -207,7 +207,7 @@ interface Serving {
   readonly store: CostStore;
   readonly known: readonly CostEntry[];
   readonly about: Readonly<Record<string, unknown>>;
-  readonly options: Pick<ServiceOptions, "maxBatch" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background" | "whole">;
+  readonly options: Pick<ServiceOptions, "batches" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background" | "whole">;
 }
 
 /** The original and the mask of an edit, for each stage. */
@@ -310,12 +310,12 @@ export class FlowTurbo implements AsyncDisposable {
       known: await store.read(),
       about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
       options: {
-        maxBatch: checked.maxBatch,
+        batches: checked.batches ?? batchesUpTo(checked.maxBatch),
         maxWaitMs: checked.maxWaitMs,
         pinBatch: checked.pinBatch ?? null,
         maxQueue: checked.maxQueue,
-        // On a GPU a batch that no engine has yet is built first: not for the mere sake of measuring.
-        background: checked.measureCosts && runtime.name === "onnxruntime",
+        // On a GPU a batch that no engine has yet is built first: not for the mere sake of measuring. Those named have one.
+        background: checked.measureCosts && (runtime.name === "onnxruntime" || checked.batches !== undefined),
         whole: checked.capture && runtime.name !== "onnxruntime",
       },
     };

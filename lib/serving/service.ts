@@ -40,7 +40,8 @@ const backgroundRounds = 7;
 const urgentRounds = 3;
 
 export interface ServiceOptions {
-  readonly maxBatch: number;
+  /** Numbers of pictures that a launch may have, at least one. */
+  readonly batches: readonly number[];
   readonly maxWaitMs: number;
   readonly pinBatch: number | null;
   readonly maxQueue: number;
@@ -144,9 +145,11 @@ export class Service {
     this.#options = options;
     this.costs = new CostTable(known);
     this.#stored = this.costs.version;
-    const { maxBatch, maxWaitMs, pinBatch, maxQueue, graph, whole } = options;
+    const { maxWaitMs, pinBatch, maxQueue, graph, whole } = options;
+    const batches = [...new Set(options.batches)].sort((a, b) => a - b);
+    const maxBatch = batches.at(-1)!;
     // Pictures that share nothing go one by one.
-    this.#batches = whole ? [1] : batchesUpTo(maxBatch);
+    this.#batches = whole ? [1] : batches;
     this.#admission = new Admission(maxQueue, 2 * maxBatch);
     this.#dispatcher = new Dispatcher(runtime, {
       batches: this.#batches,

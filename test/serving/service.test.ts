@@ -9,7 +9,7 @@ import { DeadlineError, QueueFullError } from "../../lib/errors.js";
 import type { Launch, Program } from "../../lib/program.js";
 import { parseBlocks, samplingProgram, shiftedGrid } from "../../lib/schedule/index.js";
 import { entryOf, quantile } from "../../lib/serving/costs.js";
-import { type Order, type Rung, Service } from "../../lib/serving/service.js";
+import { batchesUpTo, type Order, type Rung, Service } from "../../lib/serving/service.js";
 import { CostStore } from "../../lib/serving/store.js";
 import { float32 } from "../../lib/tensor.js";
 import { SimulatedRuntime, shapesOf } from "./simulated.js";
@@ -65,7 +65,7 @@ function programOf(blocks: string, seed = 0): Program {
   }).program;
 }
 
-function open(extra: { maxQueue?: number; maxBatch?: number; known?: boolean } = {}) {
+function open(extra: { maxQueue?: number; batches?: number[]; known?: boolean } = {}) {
   const runtime = new SimulatedRuntime();
   runtime.cost = (launch, batch) => {
     const cost = costOf(launch, batch);
@@ -76,7 +76,7 @@ function open(extra: { maxQueue?: number; maxBatch?: number; known?: boolean } =
     batches.map((batch) => entryOf(graph, batch, "4x4", [cost(batch)])),
   );
   const service = new Service(runtime, extra.known === false ? [] : entries, {
-    ...{ maxBatch: extra.maxBatch ?? 8, maxWaitMs: 20, pinBatch: null, maxQueue: extra.maxQueue ?? 1000 },
+    ...{ batches: extra.batches ?? batchesUpTo(8), maxWaitMs: 20, pinBatch: null, maxQueue: extra.maxQueue ?? 1000 },
     ...{ background: false, graph: shapesOf, store: new CostStore("key", folder), about: {} },
   });
   return { runtime, service };
@@ -121,6 +121,21 @@ describe("a time limit", () => {
       expect(result.actualMs / result.predictedMs!).toBeCloseTo(1, 1);
     }
     expect((await ask(service, { blocks: "H1P3R1", deadlineMs: 1000 })).predictedMs).toBeCloseTo(third, 6);
+  });
+
+  it("launches no other batches than those named, such as have an engine", async () => {
+    for (const compiled of [[4, 1], [3], [2, 5]]) {
+      const { service, runtime } = open({ batches: compiled });
+      const made = new Set<number>();
+      const cost = runtime.cost;
+      runtime.cost = (launch, batch) => {
+        made.add(batch);
+        return cost(launch, batch);
+      };
+      const { predictedMs, actualMs } = await ask(service, { pictures: 7, deadlineMs: 100_000 });
+      expect(compiled).toEqual(expect.arrayContaining([...made]));
+      expect(Math.abs(actualMs / predictedMs! - 1)).toBeLessThan(0.15);
+    }
   });
 
   it("splits several pictures over the batches in its prediction", async () => {
@@ -269,7 +284,7 @@ describe("open-loop arrivals", () => {
 
 describe("the queue", () => {
   it("refuses with a time that comes from the costs", async () => {
-    const { service } = open({ maxQueue: 1, maxBatch: 1 });
+    const { service } = open({ maxQueue: 1, batches: [1] });
     const work = [0, 1, 2].map(() => ask(service, { blocks: "H1P3R1" }));
     const error = (await ask(service, {}).catch((reason) => reason)) as QueueFullError;
     expect(error).toBeInstanceOf(QueueFullError);
@@ -279,7 +294,7 @@ describe("the queue", () => {
   });
 
   it("serves urgent ones first, and counts what it did", async () => {
-    const { service } = open({ maxBatch: 1 });
+    const { service } = open({ batches: [1] });
     const order: string[] = [];
     const note = (name: string, asked: Asked) => ask(service, asked).then(() => order.push(name));
     await Promise.all([
