@@ -369,7 +369,7 @@ describeEngines("one engine", () => {
         }),
       );
       expect(error, phase).toBe(reason);
-      expect(performance.now() - aborted).toBeLessThan(1000);
+      expect(performance.now() - aborted).toBeLessThan(5000);
       await until(() => readdirSync(own.cache.folder).every((name) => name === "weights.json"));
       expect((await compile({ with: own })).cached).toBe(false);
     }
@@ -616,7 +616,7 @@ describeEngines("flowturbo compile", () => {
       child.kill(signal);
       const result = await finished;
       expect([result.code, result.signal]).toEqual([code, null]);
-      expect(performance.now() - start).toBeLessThan(3000);
+      expect(performance.now() - start).toBeLessThan(15_000);
       expect(leftovers(cache).filter((name) => !name.endsWith(".lock"))).toEqual([]);
     },
     60_000,
