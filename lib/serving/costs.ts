@@ -75,7 +75,11 @@ export class CostTable {
    */
   estimate(graph: string, size: string, batch: number): number | null {
     const batches = this.#entries.get(keyOf(graph, size));
-    return batches ? interpolated(batches, batch) * this.drift : null;
+    if (!batches) return null;
+    // Fewer rows never take longer than more. Where the table says so, its entries are of different hours of the machine,
+    // and single rows would be padded for good: what is never launched is never seen to be cheaper.
+    const larger = [...batches.values()].filter((entry) => entry.batch > batch).map((entry) => entry.milliseconds);
+    return Math.min(interpolated(batches, batch), ...larger) * this.drift;
   }
 
   /** As `estimate`; where nothing is known, in units of a launch of one row. */

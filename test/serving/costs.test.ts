@@ -2,6 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { CostTable, entryOf, quantile } from "../../lib/serving/costs.js";
+import { cheapestSplit } from "../../lib/serving/split.js";
 
 const entry = (batch: number, milliseconds: number, size = "64x64", graph = "predict") =>
   entryOf(graph, batch, size, [milliseconds]);
@@ -28,6 +29,12 @@ describe("CostTable", () => {
     expect([1, 2, 3, 4, 6].map((batch) => table.estimate("predict", "64x64", batch))).toEqual([10, 16, 22, 28, 40]);
     expect(table.estimate("predict", "128x128", 1)).toBeNull();
     expect(table.estimate("refine", "64x64", 1)).toBeNull();
+  });
+
+  it("takes no launch to cost more than one of more rows, so that single rows are not padded for good", () => {
+    const table = new CostTable([entry(1, 25), entry(2, 13), entry(4, 28)]);
+    expect([1, 2, 3, 4].map((batch) => table.estimate("predict", "64x64", batch))).toEqual([13, 13, 20.5, 28]);
+    expect(cheapestSplit(1, [1, 2, 4], (batch) => table.estimate("predict", "64x64", batch)!).batches).toEqual([1]);
   });
 
   it("assumes that a fifth of a launch is fixed cost where one batch is known, and where none is", () => {

@@ -130,8 +130,9 @@ describe("rows", () => {
           const work = scheduler(table);
           work.start(ticket(1, new Array(rows).fill(`${graph}@64`)), 0);
           const launches = drain(work).flatMap((piece) => piece.launches);
-          const spent = launches.reduce((sum, { batch }) => sum + times[Math.log2(batch)]!, 0);
-          const least = cheapestSplit(rows, batches, (batch) => times[Math.log2(batch)]!).milliseconds;
+          const cost = (batch: number) => table.estimate(graph, "64", batch)!;
+          const spent = launches.reduce((sum, { batch }) => sum + cost(batch), 0);
+          const least = cheapestSplit(rows, batches, cost).milliseconds;
           expect(spent / least).toBeCloseTo(1, 9);
         }
       }),
