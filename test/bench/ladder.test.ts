@@ -73,7 +73,7 @@ it("is written from the benchmark's results, read with the model, and chosen fro
   script("--from", from, "--to", to);
   const { ladder, source } = JSON.parse(readFileSync(to, "utf8"));
   expect(ladder).toEqual(["H1P13", "H1P7R2", "H1P7", "H1P3R1", "H1P1"]);
-  expect(source).toMatch(/^Fréchet distance on 1000 captions, .*quality\.json at abc1234$/);
+  expect(source).toMatch(/^PSNR against 100 evaluations on 1000 captions, .*quality\.json at abc1234$/);
   const options = { prompt: "a red circle", width: 16, height: 16 };
   await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
   const { deadline } = await model.generate({ ...options, deadlineMs: 120_000 });
@@ -84,9 +84,9 @@ it("is written from the benchmark's results, read with the model, and chosen fro
 
   writeFileSync(from, JSON.stringify({ ...quality, rows: undefined }));
   expect(() => script("--from", from, "--to", to)).toThrow(/is not what the quality benchmark writes/);
-  expect(() =>
-    scheduleFile(JSON.stringify({ ...quality, rows: [{ ...quality.rows[5], frechet: null }] }), "x"),
-  ).toThrow(/H1P13 has no time or no Fréchet distance/);
+  expect(() => scheduleFile(JSON.stringify({ ...quality, rows: [{ ...quality.rows[5], psnr: null }] }), "x")).toThrow(
+    /H1P13 has no time or no PSNR/,
+  );
 });
 
 it("of the embedded model, where there is one, is of schedules that it can run", async () => {
