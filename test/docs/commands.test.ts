@@ -1,5 +1,5 @@
 // The commands that the documents and the help texts show: each is parsed as the command line would, nothing is run.
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync } from "node:fs";
 import path from "node:path";
 import { Command } from "commander";
 import { describe, expect, it } from "vitest";
@@ -12,20 +12,8 @@ import { profileCommand } from "../../lib/cli/profile.js";
 import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
+import { documents, read } from "./documents.js";
 
-const read = (file: string) => readFileSync(path.join(root, file), "utf8");
-const guides = readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`);
-const documents = [
-  ...[
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "training/README.md",
-    "models/shapes/README.md",
-  ],
-  ...guides,
-];
 const scripts = (JSON.parse(read("package.json")) as { scripts: Record<string, string> }).scripts;
 
 /** Words as a shell would split them. */

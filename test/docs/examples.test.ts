@@ -1,25 +1,13 @@
 // What the documents show, run as a reader would run it.
 import { type ChildProcess, spawn } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { figures, readResults, withFigures } from "../../bench/readme.js";
 import { root } from "../support/fixtures.js";
-
-const read = (document: string) => readFileSync(path.join(root, document), "utf8");
-const documents = [
-  ...[
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "training/README.md",
-    "models/shapes/README.md",
-  ],
-  ...readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`),
-];
+import { documents, read } from "./documents.js";
 
 /** The fenced blocks of a document. */
 const blocksOf = (markdown: string) =>
