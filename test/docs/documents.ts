@@ -6,7 +6,7 @@ import { root } from "../support/fixtures.js";
 
 export const read = (file: string) => readFileSync(path.join(root, file), "utf8");
 
-export const guides = readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`);
+const guides = readdirSync(path.join(root, "docs/guides")).map((guide) => `docs/guides/${guide}`);
 
 export const documents = [
   ...[
