@@ -119,7 +119,7 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
         dpmSolver2M(velocity, noise, shiftedGrid(n, modelShift)),
       ),
     ),
-    ...[2, 3, 4, 6, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
+    ...[2, 3, 4, 6, 7, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
     ...withR.map(([h, p, r]) => turbo("FlowTurbo H*P*R*", h, p, r)),
     ...withR.map(([h, p, r]) => reuse(h, p, r)),
   ];
@@ -217,8 +217,10 @@ async function judgedRecord(
 /** The shift of Euler's grid that comes nearest to the reference, for each number of steps, on captions of its own. */
 async function tunedShifts(): Promise<Map<number, number>> {
   const file = path.join(folder, "tuned.json");
-  const numbers = flags.quick ? [] : [4, 6, 8];
-  if (!existsSync(file)) {
+  const numbers = flags.quick ? [] : [4, 6, 8, 14, 20, 28];
+  const known = new Map(existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as [number, number][]) : []);
+  const missing = numbers.filter((n) => !known.has(n));
+  if (missing.length > 0) {
     const rows = 16;
     const velocity = direct.velocity(
       await direct.condition(drawScenes(8_000_009, rows).map(caption)),
@@ -228,20 +230,19 @@ async function tunedShifts(): Promise<Map<number, number>> {
     );
     const noise = direct.noise(900_000, rows, size);
     const exact = await reusing(velocity, noise, "H".repeat(50), shiftedGrid(50, modelShift));
-    const result: [number, number][] = [];
-    for (const n of numbers) {
+    for (const n of missing) {
       let best = { shift: 1, error: Number.POSITIVE_INFINITY };
       for (const shift of [1, 1.5, 2, 2.5, 3, 4]) {
         const x = await euler(velocity, noise, shiftedGrid(n, shift));
         const error = x.reduce((sum, value, i) => sum + (value - exact[i]!) ** 2, 0);
         if (error < best.error) best = { shift, error };
       }
-      result.push([n, best.shift]);
+      known.set(n, best.shift);
       status(`tuning Euler's grid: ${n} steps, shift ${best.shift}`);
     }
-    write(file, JSON.stringify(result));
+    write(file, JSON.stringify([...known]));
   }
-  return new Map(JSON.parse(readFileSync(file, "utf8")) as [number, number][]);
+  return new Map(numbers.map((n) => [n, known.get(n)!]));
 }
 
 /** Sampling alone, milliseconds for a picture: rounds of every sampler in turn on the same captions. */

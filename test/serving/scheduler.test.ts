@@ -63,8 +63,8 @@ const drain = (work: Scheduler, now = 0) => {
 describe("rows", () => {
   it("share launches wherever they are in their schedules, if the cost table says that it pays", () => {
     const work = scheduler();
-    work.start(ticket(1, ["predict@64 predict@64 predict@64 decode@64"]), 0);
-    expect(shape(work.plan(0))).toEqual(["predict 1: 1.0"]);
+    work.start(ticket(1, ["predict@64 predict@64 predict@64 predict@64 decode@64"]), 0);
+    expect(shape(work.plan(0))).toEqual(["predict 1: 1.0", "predict 1: 1.0"]);
     work.start(ticket(2, ["predict@64 predict@64 decode@64"]), 0);
     expect(shape(work.plan(0))).toEqual(["predict 2: 1.0 2.0"]);
     expect(shape(work.plan(0))).toEqual(["predict 2: 1.0 2.0"]);
@@ -216,7 +216,14 @@ describe("order", () => {
   it("puts several short launches into one piece, long ones into pieces of their own", () => {
     const work = scheduler(costs({ "predict@64": [4], "decode@64": [30] }));
     work.start(ticket(1, ["predict@64 predict@64 predict@64 predict@64 decode@64 decode@64"]), 0);
-    expect(drain(work).map(({ launches }) => launches.length)).toEqual([3, 2, 1]);
+    expect(drain(work).map(({ launches }) => launches.length)).toEqual([5, 1]);
+  });
+
+  it("plans shorter pieces as soon as there is somebody who could be held up", () => {
+    const work = scheduler(costs({ "predict@64": [4], "predict@128": [4] }));
+    work.start(ticket(1, [Array(12).fill("predict@64").join(" ")]), 0);
+    work.start(ticket(2, ["predict@128 predict@128 predict@128 predict@128"]), 0);
+    expect(drain(work).map(({ launches }) => launches.length)).toEqual([3, 3, 3, 3, 4]);
   });
 });
 

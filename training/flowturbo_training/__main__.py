@@ -47,14 +47,16 @@ def run_shapes(chosen: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from .predictor import PredictorSettings, PredictorShape
-    from .shapes import REFINER, Minutes, train
+    from .shapes import REFINER, TAILS, Minutes, train
 
     torch.set_num_threads(chosen.threads)
     minutes = Minutes()
     scaled = minutes.scaled(chosen.scale)
-    refiner = replace(REFINER, steps=max(1, round(REFINER.steps * chosen.scale)))
+    scaled_down = lambda number: max(1, round(number * chosen.scale))  # noqa: E731
+    refiner = replace(REFINER, steps=scaled_down(REFINER.steps))
+    tails = replace(TAILS, steps=scaled_down(TAILS.steps), shards=scaled_down(TAILS.shards), rows=max(8, scaled_down(TAILS.rows)))
     state = chosen.state or Path(f"{chosen.out}.state")
-    train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner,
+    train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner, tails,
           max(8, round(200 * min(1, chosen.scale))))  # fmt: skip
     return 0
 
@@ -87,6 +89,11 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--own-states-share", type=float, default=0.0, help="share of the pairs at a state that the sampler has corrected")
     parser.add_argument("--tail", type=int, help="train only the last so many intervals of --schedules, where R blocks are")
     parser.add_argument("--landing-steps", type=int, default=0, help="pairs that end at 0 aim at where so many steps of the predictor land (0: the paper's loss)")
+    parser.add_argument("--runs", type=int, default=0, help="then train on the ends of so many runs of the sampler (0: do not)")
+    parser.add_argument("--runs-guidance", default="4.5", help="guidance scales of the runs, separated by commas (default 4.5)")
+    parser.add_argument("--runs-steps", type=int, default=2000, help="steps of training on them")
+    parser.add_argument("--runs-batch", type=int, default=4, help="runs in a batch, on each device")
+    parser.add_argument("--runs-lr", type=float, help="learning rate there (default: that of --lr)")
     parser.add_argument("--caption-dropout", type=float, default=0.1)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -129,6 +136,7 @@ def run_refiner(chosen: argparse.Namespace) -> int:
 
     from .data import CachedBatches, dataset_examples, folder_examples, precompute, shuffled
     from .refiner import RefinerSettings, build_refiner, train_refiner
+    from .tails import TailSettings, prepare_tails, train_tails
 
     accelerator = Accelerator(mixed_precision=chosen.precision, cpu=chosen.cpu)
     dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
@@ -161,12 +169,22 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         delta_max=chosen.delta_max, grids=[(int(n), float(scheduler.get("shift", 1.0))) for n in chosen.schedules.split(",")],
         grid_share=chosen.schedule_share, same_point_share=chosen.own_states_share, tail=chosen.tail, landing_steps=chosen.landing_steps,
     )  # fmt: skip
+    runs = chosen.runs and TailSettings(
+        shift=float(scheduler.get("shift", 1.0)), guidance=tuple(float(g) for g in chosen.runs_guidance.split(",")),
+        rows=min(8, chosen.runs), shards=-(-chosen.runs // min(8, chosen.runs)), steps=chosen.runs_steps, batch=chosen.runs_batch,
+        lr=chosen.runs_lr or chosen.lr, clip=chosen.clip, average=chosen.average,
+    )  # fmt: skip
     torch.manual_seed(chosen.seed)
     refiner = build_refiner(predictor, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init).float()
-    refiner = train_refiner(
-        predictor, refiner, batches, state, settings, chosen.seed, log,
-        accelerator=accelerator, checkpointing=chosen.gradient_checkpointing,
-    )  # fmt: skip
+    how = {"accelerator": accelerator, "checkpointing": chosen.gradient_checkpointing}
+    refiner = train_refiner(predictor, refiner, batches, state, settings, chosen.seed, log, **how)
+    if runs:
+        process = (accelerator.process_index, accelerator.num_processes)
+        told = CachedBatches(cache, dropout=0)
+        prepare_tails(predictor, told, told.null, state / "runs", runs, chosen.seed, log, device=accelerator.device, part=process)
+        predictor.to("cpu")
+        accelerator.wait_for_everyone()
+        refiner = train_tails(refiner, told.null, state / "runs", state, runs, chosen.seed, log, **how)
     if accelerator.is_main_process:
         # The dtype of the predictor's file, so that one engine build has one dtype.
         refiner.to(_file_dtype(chosen.model / "transformer")).save_pretrained(out)

@@ -9,7 +9,6 @@ written whole or not at all, so a killed run goes on with the next one.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .plan import load_config
-from .state import StepRandomness
+from .state import StepRandomness, replace_atomically
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 SHARD = 64
@@ -168,13 +167,12 @@ def precompute(
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
-    os.replace(beside, path)
+    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    replace_atomically(path, lambda beside: save_file(own, beside))
 
 
 class CachedBatches:
-    """Random rows of a cache as a `refiner.Batch`; captions are dropped with probability `dropout`."""
+    """Random rows of a cache as a `refiner.Batch`; captions are dropped with probability `dropout`. `null` is the empty one."""
 
     def __init__(self, cache: Path, dropout: float = 0.1):
         shards = sorted(Path(cache).glob("shard-*.safetensors"))
@@ -183,7 +181,7 @@ class CachedBatches:
         self._files = [safe_open(s, "pt") for s in shards]
         self._rows = [(k, i) for k, f in enumerate(self._files) for i in range(f.get_slice("latents").get_shape()[0])]
         with safe_open(Path(cache) / "null.safetensors", "pt") as null:
-            self._null = (null.get_tensor("context"), null.get_tensor("pooled"))
+            self.null = (null.get_tensor("context").float(), null.get_tensor("pooled").float())
         self._dropout = dropout
 
     def __len__(self) -> int:
@@ -209,7 +207,7 @@ class CachedBatches:
             parts.append(torch.cat([self._files[k].get_slice(name)[i : i + 1] for k, i in chosen]).float())
         for row in range(rows):
             if rng.python.random() < self._dropout:
-                parts[1][row], parts[2][row] = self._null[0][0].float(), self._null[1][0].float()
+                parts[1][row], parts[2][row] = self.null[0][0], self.null[1][0]
         return parts[0], parts[1], parts[2]
 
 

@@ -47,11 +47,28 @@ def sample(
     guidance: float = 1.0,
     refiner: Velocity | None = None,
 ) -> torch.Tensor:
-    """Runs `blocks` (e.g. "HPPPRR") from noise [B, C, h, w]; context and pooled hold 2B rows, unconditional first.
+    """Runs `blocks` (e.g. "HPPPRR") from noise [B, C, h, w]; see `run_blocks`."""
+    return run_blocks(predictor, noise, None, context, pooled, blocks=blocks, grid=grid, guidance=guidance, refiner=refiner)[0]
 
-    With guidance 1 the unconditional rows are dropped. An R block with `refiner` None merely reuses the velocity.
+
+def run_blocks(
+    predictor: Velocity | None,
+    x: torch.Tensor,
+    cache: torch.Tensor | None,
+    context: torch.Tensor,
+    pooled: torch.Tensor,
+    *,
+    blocks: str,
+    grid: list[float],
+    guidance: float = 1.0,
+    refiner: Velocity | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs `blocks` over `grid` [len(blocks) + 1] from a state x [B, C, h, w] and the cached velocity of the run so far, if any.
+
+    Context and pooled hold 2B rows, unconditional first; with guidance 1 the unconditional rows are dropped. R blocks alone
+    need no predictor. An R block with `refiner` None merely reuses the velocity. Gives the state and the cache [2B or B, C, h, w].
     """
-    batch = noise.shape[0]
+    batch = x.shape[0]
     guided = guidance != 1
     if not guided:
         context, pooled = context[-batch:], pooled[-batch:]
@@ -72,9 +89,7 @@ def sample(
         without, with_ = velocity.chunk(2)
         return without + guidance * (with_ - without)
 
-    x, cache = noise, None
-    for i, block in enumerate(blocks):
-        now, then = grid[i], grid[i + 1]
+    for block, now, then in zip(blocks, grid[:-1], grid[1:], strict=True):
         h = then - now
         if block == "E":
             cache = evaluate(x, now)
@@ -90,4 +105,4 @@ def sample(
             d1 = evaluate(x + h * guide(d0), then)
         x = x + h / 2 * (guide(d0) + guide(d1))
         cache = d0 if block == "R" else d1
-    return x
+    return x, cache

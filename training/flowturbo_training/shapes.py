@@ -20,6 +20,7 @@ from .predictor import PredictorSettings, PredictorShape, build_transformer, tra
 from .refiner import Batch, RefinerSettings, build_refiner, train_refiner
 from .sampling import sample, shifted_grid, velocity_of
 from .state import Stage, StepRandomness
+from .tails import TailSettings, prepare_tails, train_tails
 from .text import Captions, TextEncoders, build_tokenizers, train_text
 from .vae import build_vae, decode_all, ideal_latents, round_trip, train_vae
 from .world import draw_scene, draw_scenes, render
@@ -32,6 +33,8 @@ REFINER = RefinerSettings(
     steps=900, batch=32, lr=1.5e-3, clip=1.0, average=0.995, delta_max=0.2,
     grids=[(n, SHIFT) for n in (4, 5, 6, 8, 10)], grid_share=0.85, same_point_share=0.3, tail=2, landing_steps=4,
 )  # fmt: skip
+
+TAILS = TailSettings(shift=SHIFT, guidance=(1.0, 2.0, 2.0, 2.0, 3.0, 4.5))
 
 GUIDANCE = 2.0
 """The scale that draws best here, of 2, 3 and 4.5, at both sizes."""
@@ -105,7 +108,7 @@ def show(result: dict[str, float]) -> str:
 
 
 def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorShape, settings: PredictorSettings,
-          refining: RefinerSettings, captions_measured: int = 200) -> None:  # fmt: skip
+          refining: RefinerSettings, tails: TailSettings, captions_measured: int = 200) -> None:  # fmt: skip
     """The whole training; `state` holds what a killed run goes on from, samples and log.txt."""
     log = Log(state / "log.txt")
     work = state / "parts"
@@ -144,6 +147,10 @@ def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorS
     torch.manual_seed(seed + 3)
     refiner = build_refiner(transformer, layers=1, heads=4, initialise_from="fresh")
     train_refiner(transformer, refiner, world_batches(encoders, captions), state, refining, seed, log)
+    with torch.no_grad():
+        null = encoders(*captions([""]))
+    ends = prepare_tails(transformer, world_batches(encoders, captions, dropout=0), null, state / "tails", tails, seed, log)
+    train_tails(refiner, null, state / "tails", state, tails, seed, log)
 
     folder = export(out, work, encoders, vae, transformer, refiner)
     log(f"wrote {folder}")
@@ -153,7 +160,7 @@ def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorS
         "VAE, factor 4, 3 channels": f"{_millions(vae)}, {minutes.vae:g} minutes, {round_trip(vae, 64)[0]:.1f} dB at 64 px, "
         f"{round_trip(vae, 128, 16)[0]:.1f} dB at 128 px",
         "transformer": f"{_millions(transformer)}, {minutes.predictor:g} and {minutes.larger:g} minutes",
-        "refiner": f"{_millions(refiner)}, {refining.steps} steps",
+        "refiner": f"{_millions(refiner)}, {refining.steps} steps on the trajectory and {tails.steps} on {ends:,} ends of runs",
     }
     write_card(folder, report, facts, shape, (settings, for_both_sizes(settings)), GUIDANCE)
 

@@ -11,21 +11,26 @@ import os
 import random
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def save_atomically(value: Any, path: Path) -> None:
-    """torch.save to a neighbour, flushed to disk, then renamed over `path`."""
+def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` to a neighbour, flushed to disk, then renamed over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as file:
-        torch.save(value, file)
-        file.flush()
+    write(beside)
+    with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """torch.save, whole or not at all."""
+    replace_atomically(path, lambda beside: torch.save(value, beside))
 
 
 def load(path: Path) -> Any:

@@ -79,6 +79,14 @@ def test_from_pictures_to_a_refiner_and_on_after_a_stop(name, pictures, tmp_path
     after = load_file(model / "refiner/diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(weights[k], after[k]) for k in weights)
 
+    # Then on the ends of runs of the sampler, at two guidance scales.
+    runs = ["--runs", "10", "--runs-guidance", "1,3", "--runs-steps", "3", "--runs-batch", "2"]
+    assert main([*common, "--latents", str(cache), "--steps", "9", *runs]) == 0
+    printed = capsys.readouterr().out
+    assert "shard 2 of 2" in printed and "tails step 3/3" in printed
+    landing = load_file(model / "refiner/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(landing[k], after[k]) for k in weights) and all(torch.isfinite(w).all() for w in landing.values())
+
 
 def test_a_dataset_on_disk(pictures, tmp_path, fixture_model, capsys):
     datasets = pytest.importorskip("datasets")
