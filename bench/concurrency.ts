@@ -38,7 +38,12 @@ const random = () => {
   return state / 2 ** 32;
 };
 const pick = <T>(list: readonly T[]): T => list[Math.floor(random() * list.length)]!;
-const captions = ["a red circle", "a large blue square", "a small green triangle", "a yellow star above a red circle"];
+const captions = [
+  "a red circle",
+  "a large blue square",
+  "a small green triangle",
+  "a yellow triangle above a red circle",
+];
 const sizes = [64, 128];
 const mixed = (seed: number): GenerateOptions => {
   const size = pick(sizes);

@@ -102,7 +102,7 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
       reusing(velocity, noise, blocks, grid),
     );
   };
-  const withR = [[1, 1, 2], [1, 2, 1], [1, 2, 2], [1, 3, 1], [1, 3, 2], [1, 7, 2]] as const; // biome-ignore format: a table
+  const withR = [[1, 1, 2], [1, 2, 1], [1, 2, 2], [1, 3, 1], [1, 3, 2], [1, 4, 1], [1, 5, 1], [1, 5, 2], [1, 7, 2]] as const; // biome-ignore format: a table
   const all = [
     ...[10, 28].map((n) => api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n })),
     ...[6, 8].map((n) =>

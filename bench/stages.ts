@@ -226,4 +226,5 @@ the fine stage more to decide again, in fewer steps than a single stage has. The
 beyond what it has seen, so that there the coarse stage also brings what a single one cannot draw.
 `,
 );
-for (const level of levels) console.log(`\n${level.coarse} to ${level.fine} px\n${tableOf(level)}\n${findingsOf(level)}`);
+for (const level of levels)
+  console.log(`\n${level.coarse} to ${level.fine} px\n${tableOf(level)}\n${findingsOf(level)}`);

@@ -8,7 +8,7 @@
  *   npm run bench:trials -- [--rounds 7] [--only shapes|width] [--trial vae]
  */
 
-import { mkdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { parseArgs } from "node:util";
@@ -222,6 +222,36 @@ async function run({ variants, name, about }: Trial, { rounds, runs }: Subject):
   return { name, about, rows };
 }
 
+/** Each kind of operator's part of a step's time, the largest first, from ONNX Runtime's own profile. */
+async function operatorShares(subject: Subject): Promise<{ operator: string; share: number }[]> {
+  const { graph, feeds } = trialsOf(subject)[0]!.variants[0];
+  const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-profile-"));
+  try {
+    const profileFilePrefix = path.join(folder, "step");
+    const session = await ort.InferenceSession.create(graph.bytes, {
+      ...productSettings(),
+      ...{ enableProfiling: true, profileFilePrefix },
+    });
+    for (let i = 0; i < 3 * subject.runs; i++) await session.run(feeds);
+    session.endProfiling();
+    await session.release();
+    const events = JSON.parse(readFileSync(path.join(folder, readdirSync(folder)[0]!), "utf8")) as {
+      cat: string;
+      name: string;
+      dur: number;
+      args: { op_name?: string };
+    }[];
+    const times = new Map<string, number>();
+    for (const { cat, name, dur, args } of events)
+      if (cat === "Node" && name.endsWith("_kernel_time"))
+        times.set(args.op_name!, (times.get(args.op_name!) ?? 0) + dur);
+    const all = [...times.values()].reduce((a, b) => a + b, 0);
+    return [...times].map(([operator, time]) => ({ operator, share: time / all })).sort((a, b) => b.share - a.share);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
 const sessionOf = ({ extra }: Settings) => (extra?.session ?? {}) as Record<string, unknown>;
 
 const subjects: { name: string; folder: () => Promise<string>; size: number; rounds: number; runs: number }[] = [
@@ -234,7 +264,12 @@ const subjects: { name: string; folder: () => Promise<string>; size: number; rou
   },
 ].filter(({ name }) => !flags.only || name.toLowerCase().includes(flags.only.toLowerCase()));
 
-const results: { name: string; trials: Outcome[]; decode: Spread | null }[] = [];
+const results: {
+  name: string;
+  trials: Outcome[];
+  decode: Spread | null;
+  operators: { operator: string; share: number }[];
+}[] = [];
 for (const { name, folder, size, rounds, runs } of subjects) {
   console.log(`\n${name}`);
   const place = await folder();
@@ -244,7 +279,8 @@ for (const { name, folder, size, rounds, runs } of subjects) {
   const trials: Outcome[] = [];
   for (const trial of trialsOf(subject)) trials.push(await run(trial, subject));
   const decode = place === embeddedModel && !flags.trial ? await decoderShare(size) : null;
-  results.push({ name, trials, decode });
+  const operators = flags.trial ? [] : await operatorShares(subject);
+  results.push({ name, trials, decode, operators });
 }
 
 /** The decoder's share of a short run of the embedded model at its default schedule. */
@@ -267,7 +303,7 @@ const page = [
   "onnxruntime-node, one picture with guidance, weights widened to float32 once.",
   "",
 ];
-for (const { name, trials, decode } of results) {
+for (const { name, trials, decode, operators } of results) {
   page.push(`## ${name}`, "");
   for (const { about, rows } of trials)
     page.push(
@@ -279,6 +315,11 @@ for (const { name, trials, decode } of results) {
       ]),
       "",
     );
+  if (operators.length > 0) {
+    const parts = operators.filter(({ share }) => share >= 0.01);
+    const list = parts.map(({ operator, share }) => `${operator} ${(100 * share).toFixed(0)} %`).join(", ");
+    page.push(`Where the time of a step goes, by operator (ONNX Runtime's profile): ${list}.`, "");
+  }
   if (decode) page.push(`The decoder takes ${format(decode)} of sampling and decoding at the default schedule.`, "");
 }
 page.push("![](trials.svg)", "", machineLine());

@@ -48,7 +48,8 @@ class TailSettings:
     refined: tuple[int, ...] = (1, 1, 2, 2, 3)
     """Numbers of R blocks."""
     reference: int = 10
-    """Blocks of the run that the refiner is to land with: H and P."""
+    """Blocks of the run that the refiner is to land with: H and P, as the sampler runs without a refiner. A finer end would be nearer to
+    many steps in the latents, but hardly in the picture, and cannot be learnt: of the difference to it little repeats itself."""
     edited: float = 0.2
     """Share of the shards that start from a picture that was noised up to a sigma from 0.3 to 0.9, as editing and stages do."""
     steps: int = 2000
