@@ -120,6 +120,7 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
       ),
     ),
     ...[2, 3, 4, 6, 7, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
+    ...[[2, 4], [2, 5], [3, 3]].map(([h, p]) => turbo("FlowTurbo H*P*", h!, p!, 0)), // biome-ignore format: a table
     ...withR.map(([h, p, r]) => turbo("FlowTurbo H*P*R*", h, p, r)),
     ...withR.map(([h, p, r]) => reuse(h, p, r)),
   ];
@@ -217,7 +218,7 @@ async function judgedRecord(
 /** The shift of Euler's grid that comes nearest to the reference, for each number of steps, on captions of its own. */
 async function tunedShifts(): Promise<Map<number, number>> {
   const file = path.join(folder, "tuned.json");
-  const numbers = flags.quick ? [] : [4, 6, 8, 14, 20, 28];
+  const numbers = flags.quick ? [] : [4, 6, 8, 14, 20, 28, 32];
   const known = new Map(existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as [number, number][]) : []);
   const missing = numbers.filter((n) => !known.has(n));
   if (missing.length > 0) {
@@ -251,7 +252,7 @@ async function samplingTimes(): Promise<Record<string, number[]>> {
   const stored = existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as Record<string, number[]>) : {};
   const all = [reference, ...contenders];
   if (!flags["time-again"] && all.every((sampler) => stored[slugOf(sampler)])) return stored;
-  const rounds = flags.quick ? 1 : 3;
+  const rounds = flags.quick ? 1 : 7;
   const captions = drawScenes(8_500_003, 8).map(caption);
   const times: Record<string, number[]> = {};
   for (let round = 0; round < rounds; round++) {
