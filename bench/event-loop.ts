@@ -10,7 +10,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { FlowTurbo } from "flowturbo";
 import { machineLine, report, table } from "./support.js";
 
-await using model = await FlowTurbo.load();
+await using model = await FlowTurbo.load(undefined, { measureCosts: false });
 const measure = async (work: () => Promise<unknown>) => {
   const delay = monitorEventLoopDelay({ resolution: 10 });
   delay.enable();

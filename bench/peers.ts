@@ -147,7 +147,7 @@ await report("peers", { rounds, threads, guidance, missing, torch, subjects: res
 
 /** Every contender loaded once, a picture at a time. */
 async function sideBySide(subject: Subject, folder: string) {
-  await using model = await FlowTurbo.load(folder);
+  await using model = await FlowTurbo.load(folder, { measureCosts: false });
   const parts: Record<string, { step: number[]; picture: number[] }> = {};
   const contenders: Record<string, () => Promise<number>> = {};
   const contender = (

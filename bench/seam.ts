@@ -30,7 +30,7 @@ const ways: Record<string, Omit<GenerateOptions, "prompt">> = {
   H1P8R2: { blocks: "H1P8R2" },
 };
 
-await using model = await FlowTurbo.load();
+await using model = await FlowTurbo.load(undefined, { measureCosts: false });
 const side = model.nativeSize.width;
 const [left, right] = [side / 4, (3 * side) / 4];
 /** White where x is in [left, right): the middle half of the picture. */

@@ -27,7 +27,7 @@ const { values } = parseArgs({
 });
 const [batch, guidanceScale] = [Number(values.batch), Number(values.guidance)];
 
-const model = await FlowTurbo.load();
+const model = await FlowTurbo.load(undefined, { measureCosts: false });
 const { width: native } = model.nativeSize;
 const sigmas = [0.3, 0.45, 0.6, 0.75];
 /** Blocks of the coarse and the fine stage. */

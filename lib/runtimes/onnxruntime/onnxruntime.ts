@@ -322,7 +322,8 @@ class Host {
         resolve(outcome);
       };
       const heard = (message: FromHost) => {
-        if (message.type === "launched") for (const report of message.reports) onLaunch(report);
+        if (message.type === "launched" || message.type === "done")
+          for (const report of message.reports) onLaunch(report);
         if (message.type === "done") settle({ results: message.results });
         if (message.type === "failed") settle({ error: errorOf(message.failure) });
       };

@@ -62,5 +62,11 @@ export type FromHost =
   | { readonly type: "broken"; readonly message: string }
   /** Launches have finished, in order. */
   | { readonly type: "launched"; readonly id: number; readonly reports: readonly FinishedLaunch[] }
-  | { readonly type: "done"; readonly id: number; readonly results: Record<string, Tensor> }
+  /** With the launches that were not told of before. */
+  | {
+      readonly type: "done";
+      readonly id: number;
+      readonly reports: readonly FinishedLaunch[];
+      readonly results: Record<string, Tensor>;
+    }
   | { readonly type: "failed"; readonly id: number; readonly failure: Failure };
