@@ -62,7 +62,7 @@ const productSettings = (): Settings => ({
   interOpNumThreads: 1,
   enableMemPattern: false,
   logSeverityLevel: 3,
-  extra: { session: { model_external_initializers_file_folder_path: "/" } },
+  extra: { session: { model_external_initializers_file_folder_path: "/", force_spinning_stop: "1" } },
 });
 const filled = (...shape: number[]) =>
   new ort.Tensor(
@@ -173,6 +173,7 @@ function trialsOf(subject: Subject): Trial[] {
           .filter((threads) => threads >= 1 && threads !== cores)
           .map((threads) => step(threads === 1 ? "1 thread" : `${threads} threads`, { intraOpNumThreads: threads })),
         step("no spinning", { extra: spinning }),
+        step("spinning between runs", { extra: { session: { force_spinning_stop: "0" } } }),
         step("parallel execution", { executionMode: "parallel", interOpNumThreads: cores }),
         step("memory pattern", { enableMemPattern: true }),
       ],

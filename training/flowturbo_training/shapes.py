@@ -47,7 +47,8 @@ def for_both_sizes(settings: PredictorSettings) -> PredictorSettings:
 
 @dataclass
 class Minutes:
-    """Compute time of each stage (state.compute_seconds): under 80 minutes, and about ten for the refiner."""
+    """Compute time of each stage (state.compute_seconds): under 80 minutes, and for the refiner about ten for its first part and half an hour for the runs and
+    its second."""
 
     text: float = 2
     vae: float = 9
