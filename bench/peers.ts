@@ -380,14 +380,14 @@ function slower(): string[] {
         lines.push(
           `- ${name}: ${row.name} takes ${row.pictureRatio.median.toFixed(2)} of our time. ${
             row.name === diffusersName(true)
-              ? "Inductor fuses the norms, gates and activations between the matrix products into a few loops, and torch has an attention kernel that never writes the score matrix; ONNX Runtime runs each operator over memory. The larger the share of these operators (bench/results/trials.md has it, by operator), the more that is worth; at real widths the matrix products decide, and there ours is faster."
+              ? "Inductor fuses the norms, gates and activations between the matrix products into a few loops, and torch has an attention kernel that never writes the score matrix; ONNX Runtime runs each operator over memory. The larger the share of these operators (bench/results/trials.md has it, by operator), the more that is worth; at real widths the matrix products decide."
               : "Within the spread of this machine, or for a reason that is not known here."
           }`,
         );
     for (const row of start)
       if (!row.name.startsWith("flowturbo") && faster(row.ratio))
         lines.push(
-          `- ${name}, from process start: ${row.name} takes ${row.ratio.median.toFixed(2)} of our time. Our command starts a second process, in which ONNX Runtime runs (a crash or a lack of memory there is an error here, and the event loop stays free), and reads three tokenizers, two CLIPs and a T5 from one checkpoint folder; that costs a few tenths of a second once, whatever the model (bench/results/cold-start.md has the parts). With weights of a real size it no longer shows; a service pays it once.`,
+          `- ${name}, from process start: ${row.name} takes ${row.ratio.median.toFixed(2)} of our time. Our command starts a second process, in which ONNX Runtime runs (a crash or a lack of memory there is an error here, and the event loop stays free), and reads three tokenizers, two CLIPs and a T5 from one checkpoint folder; that costs the same once, whatever the model (npm run bench:cold-start has the parts), and a service pays it once.`,
         );
   }
   return lines.length > 0 ? ["## Where ours is slower, and why", "", ...lines, ""] : [];

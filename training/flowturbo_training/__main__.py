@@ -89,7 +89,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--own-states-share", type=float, default=0.0, help="share of the pairs at a state that the sampler has corrected")
     parser.add_argument("--tail", type=int, help="train only the last so many intervals of --schedules, where R blocks are")
     parser.add_argument("--landing-steps", type=int, default=0, help="pairs that end at 0 aim at where so many steps of the predictor land (0: the paper's loss)")
-    parser.add_argument("--runs", type=int, default=0, help="then train on the ends of so many runs of the sampler (0: do not)")
+    parser.add_argument("--runs", type=int, default=0, help="then train on the ends of the sampler's own runs from so many starts (0: do not)")
     parser.add_argument("--runs-guidance", default="4.5", help="guidance scales of the runs, separated by commas (default 4.5)")
     parser.add_argument("--runs-steps", type=int, default=2000, help="steps of training on them")
     parser.add_argument("--runs-batch", type=int, default=4, help="runs in a batch, on each device")

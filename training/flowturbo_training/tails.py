@@ -81,6 +81,7 @@ def prepare_tails(
     """
     folder.mkdir(parents=True, exist_ok=True)
     network = velocity_of(predictor.eval().to(device))
+    null = tuple(v.to(device).float() for v in null)
     dtype = next(predictor.parameters()).dtype
 
     def velocity(x, sigma, context, pooled):
@@ -97,7 +98,7 @@ def prepare_tails(
         rows = len(latents)
         start = torch.randn(latents.shape, generator=rng.torch).to(device)
         start = (1 - sigma) * latents + sigma * start
-        condition = [torch.cat([n.to(device).float().expand_as(v), v]) for n, v in zip(null, (context, pooled))]
+        condition = _both_halves(null, (context, pooled))
 
         def run(blocks, steps):
             grid = shifted_grid(steps, settings.shift, sigma)
@@ -132,6 +133,7 @@ def train_tails(
     *,
     accelerator: Accelerator | None = None,
     checkpointing: bool = False,
+    save_every: int = 200,
 ) -> torch.nn.Module:
     """Trains `refiner` on the runs in `folder` for `settings.steps` steps, going on where a killed run stopped."""
     accelerator = accelerator or Accelerator(cpu=True)
@@ -155,7 +157,7 @@ def train_tails(
 
         x, reference = read(f"x.{k}"), read("reference")
         cache = read(f"cache.{k}").transpose(0, 1).flatten(0, 1)
-        condition = [torch.cat([n.expand_as(v), v]) for n, v in zip(null, (read("context"), read("pooled")))]
+        condition = _both_halves(null, (read("context"), read("pooled")))
 
         def error(network):
             landed, _ = run_blocks(None, x, cache, *condition, **tails[k], guidance=guidance, refiner=network)
@@ -166,10 +168,15 @@ def train_tails(
         return error(velocity_of(network)) / reuse, torch.ones_like(reuse)
 
     return descend(
-        refiner, loss_of, Path(state) / "tails.pt", settings, seed, log, accelerator=accelerator, checkpointing=checkpointing
-    )
+        refiner, loss_of, Path(state) / "tails.pt", settings, seed, log,
+        accelerator=accelerator, checkpointing=checkpointing, save_every=save_every,
+    )  # fmt: skip
+
+
+def _both_halves(null: tuple[torch.Tensor, ...], captions: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Context and pooled [2B, …] as the sampler takes them: the empty caption's rows, then those of the captions."""
+    return [torch.cat([empty.expand_as(own), own]) for empty, own in zip(null, captions)]
 
 
 def _file(folder: Path, shard: int) -> Path:
     return Path(folder) / f"tails-{shard:05d}.safetensors"
-

@@ -1,11 +1,11 @@
 import json
 
+import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flowturbo_training import refiner as module
 from flowturbo_training.refiner import build_refiner
 from flowturbo_training.sampling import run_blocks, sample, shifted_grid, velocity_of
 from flowturbo_training.tails import TailSettings, prepare_tails, train_tails
@@ -99,15 +99,8 @@ def test_training_on_runs_beats_reuse_and_goes_on_after_a_stop(tmp_path):
 
     torch.manual_seed(1)
     refiner = build_refiner(predictor)
-    kept = module.descend.__kwdefaults__["save_every"]
-    module.descend.__kwdefaults__["save_every"] = 40
-    try:
-        train_tails(refiner, NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, until_100)
-        raise AssertionError("not stopped")
-    except Killed:
-        pass
-    finally:
-        module.descend.__kwdefaults__["save_every"] = kept
+    with pytest.raises(Killed):
+        train_tails(refiner, NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, until_100, save_every=40)
     again = train_tails(build_refiner(predictor), NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, lines.append)
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()):
         assert torch.allclose(a, b, atol=1e-6), name
