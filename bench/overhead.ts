@@ -4,6 +4,10 @@
  * this process with inputs ready. The prompt's embedding is cached and the decoder's time is taken off, so both sides
  * are 20 evaluations of the same graph. Bar: at most 1.05.
  *
+ * Both sides open their session alike: with ONNX Runtime's defaults the direct side's threads would spin on into the
+ * pipeline's turn (bench:trials has what each setting costs). And both are warm: Node compiles a service's code in its
+ * first requests, which are no part of what later ones pay.
+ *
  *   npx tsx bench/overhead.ts [rounds]
  */
 
@@ -12,18 +16,20 @@ import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { GraphLibrary } from "../lib/graphs.js";
 import { embeddedModel } from "../lib/pipeline.js";
+import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
 import { format, machineLine, paired, ratios, report, type Spread, spread, table } from "./support.js";
 
 const rounds = Number(process.argv[2] ?? 15);
 const steps = 20;
+/** Milliseconds for which both sides run before they are timed. */
+const warmUp = 15_000;
 
 const checkpoint = await openCheckpoint(embeddedModel);
 const graphs = new GraphLibrary(checkpoint);
-const session = await ort.InferenceSession.create(graphs.get("predict").bytes, {
-  interOpNumThreads: 1,
-  executionMode: "sequential",
-  extra: { session: { model_external_initializers_file_folder_path: "/" } },
-});
+const session = await ort.InferenceSession.create(
+  graphs.get("predict").bytes,
+  sessionOptions("/", { weights: "folded" }),
+);
 
 const results: Record<string, { pipeline: Spread; direct: Spread; ratio: Spread }> = {};
 for (const size of [64, 128, 256]) {
@@ -63,7 +69,11 @@ for (const size of [64, 128, 256]) {
     });
     return performance.now() - start - timings.decode;
   };
-  const times = await paired({ pipeline, direct }, rounds);
+  for (const start = performance.now(); performance.now() - start < warmUp; ) {
+    await pipeline();
+    await direct();
+  }
+  const times = await paired({ pipeline, direct }, rounds, 0);
   const ratio = ratios(times.pipeline!, times.direct!);
   console.log(
     `${size} × ${size}: pipeline ${format(spread(times.pipeline!))} ms, direct ${format(spread(times.direct!))} ms, ratio ${format(ratio, 3)}`,
@@ -73,7 +83,7 @@ for (const size of [64, 128, 256]) {
 const page = [
   "# What the pipeline adds to the sessions that it runs",
   "",
-  `${steps} Euler steps through \`generate\` against the same session runs called directly, ${rounds} paired rounds. Bar: 1.05. \`npm run bench:overhead\`.`,
+  `${steps} Euler steps through \`generate\` against the same session runs called directly with the same settings, ${rounds} paired rounds after ${warmUp / 1000} s of both. Bar: 1.05. \`npm run bench:overhead\`.`,
   "",
   table([
     ["pixels", "ratio", "pipeline, ms", "direct, ms"],

@@ -19,6 +19,7 @@ import { GraphLibrary, type GraphName } from "../lib/graphs.js";
 import { cpuEmitOptions, type EmitOptions, mmditWidth } from "../lib/networks/index.js";
 import { Layers } from "../lib/networks/layers.js";
 import { GraphBuilder, type OnnxGraph } from "../lib/onnx/index.js";
+import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
 import { bars } from "./plot.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import { format, machineLine, paired, ratios, report, resultsFolder, type Spread, spread, table } from "./support.js";
@@ -55,15 +56,6 @@ interface Subject {
   readonly runs: number;
 }
 
-/** As lib/runtimes/onnxruntime/executor.ts opens sessions, weights folded. */
-const productSettings = (): Settings => ({
-  executionProviders: ["cpu"],
-  executionMode: "sequential",
-  interOpNumThreads: 1,
-  enableMemPattern: false,
-  logSeverityLevel: 3,
-  extra: { session: { model_external_initializers_file_folder_path: "/", force_spinning_stop: "1" } },
-});
 const filled = (...shape: number[]) =>
   new ort.Tensor(
     "float32",
@@ -203,7 +195,7 @@ async function run({ variants, name, about }: Trial, { rounds, runs }: Subject):
   const sessions: ort.InferenceSession[] = [];
   const contenders: Record<string, () => Promise<number>> = {};
   for (const { name, graph, feeds, settings = {} } of variants) {
-    const product = productSettings();
+    const product = sessionOptions("/", { weights: "folded" });
     const extra = { session: { ...sessionOf(product), ...sessionOf(settings) } };
     const session = await ort.InferenceSession.create(graph.bytes, { ...product, ...settings, extra });
     sessions.push(session);
@@ -230,7 +222,7 @@ async function operatorShares(subject: Subject): Promise<{ operator: string; sha
   try {
     const profileFilePrefix = path.join(folder, "step");
     const session = await ort.InferenceSession.create(graph.bytes, {
-      ...productSettings(),
+      ...sessionOptions("/", { weights: "folded" }),
       ...{ enableProfiling: true, profileFilePrefix },
     });
     for (let i = 0; i < 3 * subject.runs; i++) await session.run(feeds);

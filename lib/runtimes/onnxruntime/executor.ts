@@ -145,7 +145,7 @@ export class Executor {
     if (known) return known;
     const graph = this.#graphs.get(name)!;
     try {
-      const session = await this.#ort.InferenceSession.create(graph.bytes, this.#sessionOptions(graph));
+      const session = await this.#ort.InferenceSession.create(graph.bytes, sessionOptions(graph.root, this.#settings));
       this.#sessions.set(name, session);
       return session;
     } catch (error) {
@@ -153,35 +153,35 @@ export class Executor {
     }
   }
 
-  #sessionOptions(graph: SentGraph): ort.InferenceSession.SessionOptions {
-    const { threads, weights } = this.#settings;
-    return {
-      executionProviders: ["cpu"],
-      executionMode: "sequential",
-      ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
-      interOpNumThreads: 1,
-      // Patterns plan one block for all values of a run and keep it for every size seen: a third of a gigabyte more
-      // for 1 GB of lazy weights, at no gain in speed. Spinning stays on, as it is by default: operators of a
-      // millisecond take 1.6 times as long without it on two cores, while the parent's event loop is as prompt.
-      enableMemPattern: false,
-      // Errors only: warnings would go to a stream that nobody reads.
-      logSeverityLevel: 3,
-      extra: {
-        session: {
-          model_external_initializers_file_folder_path: graph.root,
-          // Each session has threads of its own. Those that spun on after its run would take the cores from the next graph:
-          // a decoder on two cores takes 26 ms behind a predictor that spins and 16 behind one that does not.
-          force_spinning_stop: "1",
-        },
-        // The casts behind 16-bit weights would be folded into float32 copies of them.
-        ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
-      },
-    };
-  }
-
   #tensor({ dtype, shape, data }: Tensor): ort.Tensor {
     return dtype === "float32" ? new this.#ort.Tensor(dtype, data, shape) : new this.#ort.Tensor(dtype, data, shape);
   }
+}
+
+/** @param root the folder that the locations of external weights are relative to */
+export function sessionOptions(root: string, { threads, weights }: HostSettings): ort.InferenceSession.SessionOptions {
+  return {
+    executionProviders: ["cpu"],
+    executionMode: "sequential",
+    ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
+    interOpNumThreads: 1,
+    // Patterns plan one block for all values of a run and keep it for every size seen: a third of a gigabyte more
+    // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time. Spinning stays on during a run, as it is by
+    // default: steps of small pictures take up to 1.25 times as long without it (bench:trials).
+    enableMemPattern: false,
+    // Errors only: warnings would go to a stream that nobody reads.
+    logSeverityLevel: 3,
+    extra: {
+      session: {
+        model_external_initializers_file_folder_path: root,
+        // Each session has threads of its own. Those that spun on after its run would take the cores from the next graph:
+        // a decoder on two cores takes 26 ms behind a predictor that spins and 16 behind one that does not.
+        force_spinning_stop: "1",
+      },
+      // The casts behind 16-bit weights would be folded into float32 copies of them.
+      ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
+    },
+  };
 }
 
 /** A value, which a program that was checked can only lack where an earlier piece of the workspace failed. */
