@@ -136,6 +136,7 @@ export class Direct {
     }
     return this.#executor.run(program, {
       aborted: () => false,
+      cut: () => false,
       launched: ({ milliseconds }) => {
         const [first] = program.instructions;
         if (first?.op !== "launch" || first.label.kind !== "step") return;

@@ -39,6 +39,28 @@ export interface RunOptions {
   readonly background?: boolean | undefined;
 }
 
+export interface PieceOptions extends RunOptions {
+  /**
+   * When it aborts, a runtime that `cutsPieces` ends the piece before its next launch: what it uploads is there, the
+   * launches made so far have been reported, and `submit` rejects with a PieceCut.
+   */
+  readonly cut?: AbortSignal | undefined;
+}
+
+/** A piece was cut short on request: no failure, the rest of it may be submitted again. */
+export class PieceCut extends Error {
+  /** How many of the piece's launches were made; fewer than it has. */
+  readonly launches: number;
+  /** Those of its results that had been written, by this piece or before. */
+  readonly results: Readonly<Record<string, Tensor>>;
+  constructor(launches: number, results: Readonly<Record<string, Tensor>>) {
+    super(`The piece was cut short after ${launches} of its launches.`);
+    this.name = "PieceCut";
+    this.launches = launches;
+    this.results = results;
+  }
+}
+
 /**
  * Registers that outlive programs, so that a scheduler can submit a run piece by piece, ahead of the device, and gather
  * rows of several runs into one launch. A piece is a program whose instructions may also read what earlier pieces have
@@ -50,8 +72,9 @@ export interface Workspace {
   /**
    * Runs a piece after all that were submitted before, without waiting for them here. Where a piece fails or is
    * aborted, the registers that it would have written hold no value or an older one.
+   * @throws PieceCut
    */
-  submit(piece: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
+  submit(piece: Program, options?: PieceOptions): Promise<Record<string, Tensor>>;
   /** Frees registers and constants when the pieces submitted before have run. Unknown names are ignored. */
   free(names: readonly string[]): void;
   /** Frees everything. */
@@ -60,6 +83,11 @@ export interface Workspace {
 
 export interface Runtime {
   readonly name: RuntimeName;
+  /**
+   * Whether pieces can be cut short, so that one piece may hold all of a lone request. Worth having where JavaScript
+   * between two pieces takes time from the graphs, as on a CPU; a device runs one piece while the next waits.
+   */
+  readonly cutsPieces?: boolean;
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
   add(graph: CompilableGraph): void;
   has(name: string): boolean;

@@ -1,11 +1,12 @@
 /**
  * Runs jobs on a runtime, several at a time: the scheduler decides, this carries out. One piece runs while the next one
- * waits behind it, so that the device never waits for JavaScript; a third would only make newcomers wait longer.
+ * waits behind it, so that the device never waits for JavaScript; a third would only make newcomers wait longer. A lone
+ * request may be one piece, which is cut short when somebody comes.
  */
 
 import { setMaxListeners } from "node:events";
 import type { Program } from "../program.js";
-import type { LaunchReport, Runtime, Workspace } from "../runtimes/runtime.js";
+import { type LaunchReport, PieceCut, type Runtime, type Workspace } from "../runtimes/runtime.js";
 import type { Tensor } from "../tensor.js";
 import type { CostTable } from "./costs.js";
 import { Gatherer, type Lane } from "./gather.js";
@@ -63,6 +64,7 @@ interface Active {
 
 interface Submitted {
   readonly controller: AbortController;
+  readonly cut: AbortController | null;
   /** Identities of the constants that it uploads. */
   readonly uploads: readonly string[];
 }
@@ -91,6 +93,7 @@ export class Dispatcher {
       batches,
       maxBatch,
       maxWait,
+      cuts: runtime.cutsPieces ?? false,
       cost: (graph, size, batch) => costs.estimate(graph, size, batch),
       relativeCost: (graph, size, batch) => costs.relative(graph, size, batch),
     });
@@ -196,6 +199,8 @@ export class Dispatcher {
 
   /** Submits pieces until the runtime has enough. */
   #submit(): void {
+    const { inTheWay } = this.#scheduler;
+    if (inTheWay !== null) this.#submitted.get(inTheWay)!.cut!.abort();
     while (this.#scheduler.inFlight < ahead) {
       const piece = this.#scheduler.plan(performance.now());
       if (!piece) break;
@@ -216,26 +221,33 @@ export class Dispatcher {
       );
       uploads = gathered.uploads;
       const controller = new AbortController();
-      this.#submitted.set(piece.id, { controller, uploads });
+      const cut = piece.whole ? new AbortController() : null;
+      this.#submitted.set(piece.id, { controller, cut, uploads });
       const run = workspace.submit(gathered.program, {
         signal: controller.signal,
+        cut: cut?.signal,
         onLaunch: (report) => this.#report(piece, gathered, report),
       });
       workspace.free(gathered.temporaries);
-      const values = await run;
+      const { results: values, launches } = await run.then(
+        (results) => ({ results, launches: piece.launches.length }),
+        (error: unknown) => (error instanceof PieceCut ? error : Promise.reject(error)),
+      );
       this.#submitted.delete(piece.id);
       // Of a workspace that was given up while the news was on its way.
       if (workspace !== this.#workspace) return;
-      for (const { rows } of piece.launches)
+      for (const { rows } of piece.launches.slice(0, launches))
         for (const planned of rows) {
           const active = this.#current(planned);
           if (active && planned.last)
             active.results[planned.row] = gathered.results(active.lanes[planned.row]!, values);
         }
-      for (const id of this.#scheduler.finished(piece.id)) {
-        const active = this.#end(id)!;
-        active.resolve(active.results as Record<string, Tensor>[]);
-      }
+      if (launches < piece.launches.length) this.#scheduler.cut(piece.id, launches, performance.now());
+      else
+        for (const id of this.#scheduler.finished(piece.id)) {
+          const active = this.#end(id)!;
+          active.resolve(active.results as Record<string, Tensor>[]);
+        }
     } catch (error) {
       this.#submitted.delete(piece.id);
       this.#fail(piece, workspace, uploads, error);
@@ -304,9 +316,10 @@ export class Dispatcher {
     const unwanted = this.#scheduler.abort(id);
     this.#end(id)?.reject(reason);
     for (const piece of unwanted) {
-      const { controller, uploads } = this.#submitted.get(piece)!;
-      // Others may rely on what it uploads: then it has to run.
-      if (!uploads.some((identity) => this.#gatherer.isUsed(identity))) controller.abort();
+      const { controller, cut, uploads } = this.#submitted.get(piece)!;
+      // Others may rely on what it uploads: then it has to run, or to begin at least.
+      if (uploads.some((identity) => this.#gatherer.isUsed(identity))) cut?.abort();
+      else controller.abort();
     }
     this.#submit();
   }

@@ -61,6 +61,8 @@ export interface PlannedLaunch {
 export interface Piece {
   readonly id: number;
   readonly launches: readonly PlannedLaunch[];
+  /** Whether these are all launches that are left of the only request: to be cut short when somebody comes. */
+  readonly whole: boolean;
 }
 
 export interface SchedulerOptions {
@@ -69,6 +71,8 @@ export interface SchedulerOptions {
   readonly maxBatch: number;
   /** How long a row may be held for company that is on its way, in milliseconds. */
   readonly maxWait: number;
+  /** Whether pieces can be cut short. */
+  readonly cuts?: boolean;
   /** Milliseconds of a launch, or null if nothing is known about it. */
   readonly cost: (graph: string, size: string, batch: number) => number | null;
   /** As `cost`, but in any unit where nothing is known. */
@@ -86,9 +90,10 @@ export interface Verdict {
 /**
  * A piece takes at least this long, so that telling the runtime and hearing of it costs little: about half a millisecond of
  * a core, while a step of a small picture takes eight. A request that has the device to itself holds nobody up by longer
- * pieces; who comes behind it waits for at most two of them.
+ * pieces: where they can be cut short, all of it is one, and who comes behind it waits for one launch; else who comes waits
+ * for at most two of them.
  */
-const pieceMilliseconds = { alone: 40, shared: 10 } as const;
+const pieceMilliseconds = { whole: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
 
 /**
  * How much cheaper rows of several requests must be together, as a part of their cost alone. Sharing delays the more urgent
@@ -129,6 +134,8 @@ export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #requests = new Map<number, Request>();
   readonly #inFlight = new Map<number, Piece>();
+  /** The one in flight that holds all that was left of a request. */
+  #whole: number | null = null;
   #pieces = 0;
 
   constructor(options: SchedulerOptions) {
@@ -150,6 +157,11 @@ export class Scheduler {
   /** Pieces that were planned and are neither finished nor failed. */
   get inFlight(): number {
     return this.#inFlight.size;
+  }
+
+  /** The piece in flight that somebody waits for, and that is to be cut short: nothing is planned before it is over. */
+  get inTheWay(): number | null {
+    return this.#requests.size > 1 ? this.#whole : null;
   }
 
   /** @throws RangeError for an id in use, or a request without rows or with a row without launches */
@@ -196,14 +208,20 @@ export class Scheduler {
     return left;
   }
 
-  /** The next piece; null if every launch of every request has been planned. */
+  /** The next piece; null if every launch of every request has been planned, or a piece is in the way. */
   plan(now: number): Piece | null {
+    if (this.#whole !== null) return null;
     const launches: PlannedLaunch[] = [];
     let alone: Request | null = null;
-    const least = pieceMilliseconds[this.#requests.size === 1 ? "alone" : "shared"];
+    let isAll = false;
+    const isOnly = this.#requests.size === 1;
+    const least = pieceMilliseconds[isOnly ? (this.#options.cuts ? "whole" : "alone") : "shared"];
     for (let milliseconds = 0; milliseconds < least; ) {
       const rows = this.#choose(now, alone);
-      if (!rows) break;
+      if (!rows) {
+        isAll = true;
+        break;
+      }
       const { request } = rows[0]!;
       // A request that runs alone has pieces of its own, from the first launch to the last.
       if (request.isolated && launches.length > 0 && alone !== request) break;
@@ -213,8 +231,9 @@ export class Scheduler {
       milliseconds += this.#options.cost(launch.graph, launch.size, launch.batch) ?? Number.POSITIVE_INFINITY;
     }
     if (launches.length === 0) return null;
-    const piece = { id: this.#pieces++, launches };
+    const piece = { id: this.#pieces++, launches, whole: isOnly && isAll && (this.#options.cuts ?? false) };
     this.#inFlight.set(piece.id, piece);
+    if (piece.whole) this.#whole = piece.id;
     return piece;
   }
 
@@ -233,6 +252,23 @@ export class Scheduler {
         }
       }
     return over;
+  }
+
+  /**
+   * A whole piece was cut short: its other launches are to be planned again.
+   * @param made launches that have run
+   */
+  cut(id: number, made: number, now: number): void {
+    for (const [index, { rows }] of this.#take(id).launches.entries())
+      for (const planned of rows) {
+        const row = this.#current(planned)?.rows[planned.row];
+        if (!row) continue;
+        if (index < made) row.done++;
+        else {
+          row.next = Math.min(row.next, planned.launch);
+          row.since = now;
+        }
+      }
   }
 
   /**
@@ -257,6 +293,7 @@ export class Scheduler {
     for (const spoilt of this.#spoiltBy(piece)) for (const request of this.#involved(spoilt)) again.add(request);
     if (lost) {
       this.#inFlight.clear();
+      this.#whole = null;
       for (const request of this.#requests.values()) again.add(request);
     }
     for (const request of again) restart(request, now);
@@ -291,6 +328,7 @@ export class Scheduler {
     const piece = this.#inFlight.get(id);
     if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
     this.#inFlight.delete(id);
+    if (this.#whole === id) this.#whole = null;
     return piece;
   }
 

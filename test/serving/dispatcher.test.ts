@@ -83,18 +83,28 @@ function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
   });
 }
 
-const costs = () =>
+const costs = (graphs: readonly string[]) =>
   new CostTable(
-    ["predict", "refine", "decode"].flatMap((graph) =>
-      ["4x4", "8x8", "16x16"].flatMap((size) =>
+    graphs.flatMap((graph) =>
+      ["2x2", "4x4", "8x8", "16x16"].flatMap((size) =>
         [1, 2, 4, 8].map((batch) => entryOf(graph, batch, size, [5 + 5 * batch])),
       ),
     ),
   );
-function open(extra: { maxBatch?: number; pin?: number | null; maxWait?: number; whole?: boolean } = {}) {
-  const runtime = new SimulatedRuntime();
+function open(
+  extra: {
+    maxBatch?: number;
+    pin?: number | null;
+    maxWait?: number;
+    whole?: boolean;
+    cutsPieces?: boolean;
+    /** Graphs whose costs are known. */
+    known?: readonly string[];
+  } = {},
+) {
+  const runtime = new SimulatedRuntime(extra);
   const stats = new StatsRecorder();
-  const table = costs();
+  const table = costs(extra.known ?? ["predict", "refine", "decode"]);
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
@@ -272,6 +282,51 @@ describe("jobs at the same time", () => {
   });
 });
 
+describe("a lone job", () => {
+  it("is one piece, which is cut short for a newcomer; they share what is left, and nothing runs twice", async () => {
+    const { dispatcher, runtime, rowsPerLaunch } = open();
+    const [long, late] = [request({ blocks: "H1P8", seeds: [1] }), request({ blocks: "H1P4", seeds: [2] })].map(rowsOf);
+    let newcomer: Promise<Record<string, Tensor>[]> | null = null;
+    const heard: number[] = [];
+    const first = dispatcher.run({
+      rows: long!,
+      claim: claim(),
+      onLaunch: (_, { index }) => {
+        heard.push(index);
+        if (index === 2) newcomer = dispatcher.run({ rows: late!, claim: claim() });
+      },
+    });
+    expectEqual(await first, long!);
+    expectEqual(await newcomer!, late!);
+    expect(heard).toEqual([...long![0]!.instructions.keys()]);
+    expect(runtime.cuts).toBe(1);
+    expect(runtime.launches).toBeLessThan(long![0]!.instructions.length + late![0]!.instructions.length);
+    expect(rowsPerLaunch()[2]).toBeGreaterThan(2);
+    await runtime.settled();
+    expect(dispatcher.held).toBe(0);
+    expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
+  });
+
+  it("that is aborted while a newcomer needs what it uploads only begins, so that this is there", async () => {
+    const { dispatcher, runtime } = open();
+    // Queued behind what never ends by itself: the piece with the uploads has not begun when it is aborted.
+    const shared = rowsOf(request({ seeds: [1], blocks: "H1P8" }));
+    const controller = new AbortController();
+    const first = dispatcher.run({ rows: shared, claim: claim(), signal: controller.signal });
+    first.catch(() => {});
+    await setImmediate();
+    const second = dispatcher.run({ rows: shared, claim: claim() });
+    await setImmediate();
+    controller.abort(new Error("enough"));
+    await expect(first).rejects.toThrow("enough");
+    expectEqual(await second, shared);
+    await dispatcher.idle();
+    await runtime.settled();
+    expect(dispatcher.held).toBe(0);
+    expect(runtime.launches).toBeLessThan(shared[0]!.instructions.length + 3);
+  });
+});
+
 describe("failures", () => {
   /** Fails every launch that a given seed's row takes part in, as values that overflow would. */
   it("of one job are its own: those that shared the launch get their pictures", async () => {
@@ -319,7 +374,8 @@ describe("failures", () => {
     });
     const arbitraryJob = fc.record({
       request: arbitraryRequest,
-      delay: fc.nat(12),
+      // Together, or while others are under way.
+      delay: fc.oneof(fc.nat(12), fc.nat(80)),
       // Half of them.
       abortAfter: fc.option(fc.nat(40), { freq: 1 }),
       priority: fc.integer({ min: -1, max: 1 }),
@@ -331,8 +387,11 @@ describe("failures", () => {
       maxBatch: fc.constantFrom(1, 2, 8),
       pin: fc.constantFrom(null, null, 4),
       maxWait: fc.constantFrom(0, 1000),
+      cutsPieces: fc.boolean(),
+      known: fc.constantFrom(["predict"], [...Object.values(graphNames), ...Object.values(unguidedNames)]),
     });
     let delivered = 0;
+    let cuts = 0;
     await fc.assert(
       fc.asyncProperty(
         fc.array(arbitraryJob, { minLength: 1, maxLength: 8, size: "max" }),
@@ -379,10 +438,12 @@ describe("failures", () => {
           expect(dispatcher.held).toBe(0);
           expect([...runtime.workspaces].map(({ values }) => values.size).filter((size) => size > 0)).toEqual([]);
           expect(runtime.workspaces.size).toBeLessThanOrEqual(1);
+          cuts += runtime.cuts;
         },
       ),
-      { numRuns: 120 },
+      { numRuns: 400 },
     );
+    console.log("CUTS", cuts, delivered);
     expect(delivered).toBeGreaterThan(200);
   });
 });

@@ -38,11 +38,15 @@ const costs = (table: Record<string, readonly number[]>) =>
     }),
   );
 const paying = { "predict@64": [20, 30, 50, 90], "refine@64": [10, 12, 16, 24], "decode@64": [30, 60, 120, 240] };
-const scheduler = (table = costs(paying), extra: { maxBatch?: number; maxWait?: number; batches?: number[] } = {}) =>
+const scheduler = (
+  table = costs(paying),
+  extra: { maxBatch?: number; maxWait?: number; batches?: number[]; cuts?: boolean } = {},
+) =>
   new Scheduler({
     batches: extra.batches ?? [1, 2, 4, 8],
     maxBatch: extra.maxBatch ?? 8,
     maxWait: extra.maxWait ?? 20,
+    cuts: extra.cuts ?? false,
     cost: (graph, size, batch) => table.estimate(graph, size, batch),
     relativeCost: (graph, size, batch) => table.relative(graph, size, batch),
   });
@@ -227,6 +231,54 @@ describe("order", () => {
   });
 });
 
+describe("whole pieces", () => {
+  const table = costs({ "predict@64": [4, 5], "predict@128": [4, 5] });
+  const twelve = Array(12).fill("predict@64").join(" ");
+
+  it("hold all of a lone request, where pieces can be cut short", () => {
+    const work = scheduler(table, { cuts: true });
+    work.start(ticket(1, [twelve]), 0);
+    const piece = work.plan(0)!;
+    expect([piece.launches.length, piece.whole]).toEqual([12, true]);
+    expect([work.plan(0), work.inTheWay]).toEqual([null, null]);
+    expect(work.finished(piece.id)).toEqual([1]);
+    // What is not measured may take long: launch by launch, until it is known.
+    const unknown = scheduler(costs({}), { cuts: true });
+    unknown.start(ticket(1, ["predict@64 predict@64"]), 0);
+    expect(drain(unknown).map(({ launches, whole }) => [launches.length, whole])).toEqual(Array(2).fill([1, false]));
+  });
+
+  it("are in the way of a newcomer until they are cut, and then shared as any", () => {
+    const work = scheduler(table, { cuts: true });
+    work.start(ticket(1, [twelve]), 0);
+    const whole = work.plan(0)!;
+    work.start(ticket(2, [twelve]), 1);
+    expect([work.inTheWay, work.plan(1)]).toEqual([whole.id, null]);
+    work.cut(whole.id, 5, 2);
+    expect([work.inTheWay, work.inFlight]).toEqual([null, 0]);
+    const next = work.plan(2)!;
+    expect(next.whole).toBe(false);
+    expect(next.launches[0]!.rows.map(({ request, launch }) => [request, launch])).toEqual([[1, 5], [2, 0]]); // biome-ignore format: one line
+    expect(work.finished(next.id)).toEqual([]);
+    const rows = drain(work).flatMap(({ launches }) => launches.flatMap(({ rows }) => rows));
+    expect(rows.length + next.launches.length * 2).toBe(7 + 12);
+    expect(work.requests).toBe(0);
+  });
+
+  it("that are cut let the more urgent go first", () => {
+    const work = scheduler(table, { cuts: true });
+    work.start(ticket(1, [twelve]), 0);
+    const whole = work.plan(0)!;
+    work.start(ticket(2, ["predict@128"], { priority: 1 }), 0);
+    work.start(ticket(3, ["predict@128"], { priority: -1 }), 0);
+    work.cut(whole.id, 0, 0);
+    const order = drain(work).flatMap(({ launches }) =>
+      launches.flatMap(({ rows }) => rows.map(({ request }) => request)),
+    );
+    expect(order).toEqual([2, 3, ...Array(12).fill(1)]);
+  });
+});
+
 describe("failures and aborts", () => {
   it("reject the only request of a piece, and restart several, each in pieces of its own", () => {
     const work = scheduler();
@@ -307,6 +359,7 @@ const event = fc.oneof(
   { weight: 4, arbitrary: fc.record({ type: fc.constant("start" as const), request: arbitraryRequest }) },
   { weight: 6, arbitrary: fc.record({ type: fc.constant("plan" as const) }) },
   { weight: 6, arbitrary: fc.record({ type: fc.constant("finish" as const) }) },
+  { weight: 3, arbitrary: fc.record({ type: fc.constant("cut" as const), made: fc.nat(20) }) },
   { weight: 1, arbitrary: fc.record({ type: fc.constant("fail" as const), lost: fc.boolean() }) },
   { weight: 1, arbitrary: fc.record({ type: fc.constant("abort" as const), which: fc.nat(20) }) },
   { weight: 1, arbitrary: fc.record({ type: fc.constant("wait" as const), milliseconds: fc.nat(30_000) }) },
@@ -323,9 +376,10 @@ describe("whatever happens", () => {
         arbitraryTable,
         fc.constantFrom(0, 20, 1000),
         fc.constantFrom(1, 3, 8),
-        (events, table, maxWait, maxBatch) => {
+        fc.boolean(),
+        (events, table, maxWait, maxBatch, cuts) => {
           const batches = [1, 2, 4, 8].filter((batch) => batch <= maxBatch);
-          const work = scheduler(table, { maxWait, maxBatch, batches });
+          const work = scheduler(table, { maxWait, maxBatch, batches, cuts });
           const tickets = new Map<number, Ticket>();
           /** How each request ended. */
           const over = new Map<number, "done" | "rejected" | "aborted">();
@@ -346,9 +400,12 @@ describe("whatever happens", () => {
           const rowKey = (id: number, row: number) => `${id}.${row}.${attempts.get(id)}`;
 
           const plan = () => {
+            const isBlocked = inFlight.some(({ whole }) => whole);
             const piece = work.plan(now);
             if (!piece) return false;
+            expect(isBlocked).toBe(false);
             inFlight.push(piece);
+            if (piece.whole) expect(cuts && new Set(piece.launches.flatMap(({ rows }) => rows.map(({ request }) => request))).size === 1).toBe(true); // biome-ignore format: one line
             const members = new Set<number>();
             for (const { graph, size, batch, rows } of piece.launches) {
               expect(rows.length).toBeGreaterThan(0);
@@ -422,6 +479,22 @@ describe("whatever happens", () => {
               end(id, "done");
             }
           };
+          /** As far as the runtime gets to: a piece is cut before one of its launches. */
+          const cut = (made: number) => {
+            const [piece] = inFlight;
+            if (!piece?.whole || doomed().has(piece)) return;
+            inFlight.shift();
+            made %= piece.launches.length;
+            for (const [at, { rows }] of piece.launches.entries())
+              for (const { request, attempt, row, launch: index } of rows) {
+                if (at < made) written.add(`${request}.${row}.${attempt}.${index}`);
+                if (over.has(request) || attempt !== attempts.get(request)) continue;
+                const key = rowKey(request, row);
+                if (at < made) ran.set(key, (ran.get(key) ?? 0) + 1);
+                else planned.set(key, Math.min(planned.get(key)!, index));
+              }
+            work.cut(piece.id, made, now);
+          };
           const fail = (lost: boolean) => {
             const piece = inFlight.shift();
             if (!piece) return;
@@ -454,6 +527,7 @@ describe("whatever happens", () => {
               work.start(tickets.get(id)!, now);
             } else if (step.type === "plan") plan();
             else if (step.type === "finish") finish();
+            else if (step.type === "cut") cut(step.made);
             else if (step.type === "fail") fail(step.lost);
             else if (step.type === "wait") now += step.milliseconds;
             else if (tickets.has(step.which) && !over.has(step.which)) {

@@ -6,7 +6,14 @@
 import { setImmediate } from "node:timers/promises";
 import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import type { Launch, Program } from "../../lib/program.js";
-import type { CompilableGraph, RunOptions, Runtime, Workspace } from "../../lib/runtimes/runtime.js";
+import {
+  type CompilableGraph,
+  PieceCut,
+  type PieceOptions,
+  type RunOptions,
+  type Runtime,
+  type Workspace,
+} from "../../lib/runtimes/runtime.js";
 import { type Operand, validateProgram } from "../../lib/runtimes/validate.js";
 import type { GraphShapes } from "../../lib/serving/rows.js";
 import { elementCount, float32, type Tensor } from "../../lib/tensor.js";
@@ -155,6 +162,7 @@ export type Fate = "ok" | "fails" | "dies";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
+  readonly cutsPieces: boolean;
   /** Decides about each launch. */
   fate: (launch: Launch) => Fate = () => "ok";
   /** Values that workspaces hold now. */
@@ -165,7 +173,13 @@ export class SimulatedRuntime implements Runtime {
   /** Pieces that wait or run, and the most there ever were. */
   pieces = 0;
   mostPieces = 0;
+  /** Pieces that were cut short. */
+  cuts = 0;
   #turn: Promise<unknown> = Promise.resolve();
+
+  constructor({ cutsPieces = true }: { cutsPieces?: boolean | undefined } = {}) {
+    this.cutsPieces = cutsPieces;
+  }
 
   add(_graph: CompilableGraph): void {}
 
@@ -196,7 +210,7 @@ export class SimulatedRuntime implements Runtime {
     };
     this.workspaces.add(interpreter);
     const died = () => new RuntimeDiedError("The simulated process died.", null, "SIGKILL");
-    const work = async (program: Program, { signal, onLaunch }: RunOptions) => {
+    const work = async (program: Program, { signal, cut, onLaunch }: PieceOptions) => {
       if (lost) throw died();
       signal?.throwIfAborted();
       interpreter.begin(program);
@@ -205,6 +219,11 @@ export class SimulatedRuntime implements Runtime {
         await setImmediate();
         signal?.throwIfAborted();
         const instruction = program.instructions[at]!;
+        if (this.cutsPieces && cut?.aborted && instruction.op === "launch") {
+          this.cuts++;
+          const written = program.results.filter((name) => interpreter.values.has(name));
+          throw new PieceCut(index, interpreter.results({ ...program, results: written }));
+        }
         const fate = instruction.op === "launch" ? this.fate(instruction) : "ok";
         if (fate === "dies") {
           lose();

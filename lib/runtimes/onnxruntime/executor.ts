@@ -1,7 +1,7 @@
 /**
  * Runs programs on ONNX Runtime, inside the child process. Registers stay ONNX Runtime's own tensors from one launch
  * to the next; only row copies touch their values in JavaScript. `session.run` blocks this thread, so between
- * launches the event loop gets a turn: that is when an abort arrives.
+ * launches the event loop gets a turn: that is when an abort or a cut arrives.
  */
 
 import { setImmediate } from "node:timers/promises";
@@ -16,7 +16,7 @@ import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protoco
 export class RunFailure extends Error {
   readonly failure: Failure;
   constructor(failure: Failure) {
-    super(failure.kind === "aborted" ? "aborted" : failure.message);
+    super("message" in failure ? failure.message : failure.kind);
     this.failure = failure;
   }
 }
@@ -25,6 +25,7 @@ export class RunFailure extends Error {
 export interface RunHooks {
   launched(report: FinishedLaunch): void;
   aborted(): boolean;
+  cut(): boolean;
 }
 
 export class Executor {
@@ -70,6 +71,10 @@ export class Executor {
       }
       await setImmediate();
       if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
+      if (hooks.cut()) {
+        const written = program.results.filter((name) => values.has(name));
+        throw new RunFailure({ kind: "cut", launches, results: read(program, written, values) });
+      }
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;

@@ -18,11 +18,12 @@ const settings = JSON.parse(process.argv[2]!) as HostSettings;
  * Milliseconds between two messages about finished launches. Each wakes the parent, which takes a core from the graph
  * that runs: at steps of 5 to 25 ms on two cores, a message for each costs several percent.
  */
-const reportInterval = 50;
+const reportInterval = 100;
 
-/** Runs that wait or run, and those among them that are to stop. */
+/** Runs that wait or run, and those among them that are to stop or to be cut short. */
 const pending = new Set<number>();
 const aborted = new Set<number>();
+const cut = new Set<number>();
 let turn: Promise<void> = Promise.resolve();
 
 const [library] = await Promise.all([
@@ -40,8 +41,8 @@ const [library] = await Promise.all([
 if (library) {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
-    if (message.type === "abort") {
-      if (pending.has(message.id)) aborted.add(message.id);
+    if (message.type === "abort" || message.type === "cut") {
+      if (pending.has(message.id)) (message.type === "cut" ? cut : aborted).add(message.id);
     } else if (message.type === "free") {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
@@ -71,6 +72,7 @@ async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>
         if (performance.now() - reported >= reportInterval) flush();
       },
       aborted: () => aborted.has(id),
+      cut: () => cut.has(id),
     };
     const results = await executor.run(program, hooks, workspace);
     send({ type: "done", id, reports, results });
@@ -82,6 +84,7 @@ async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>
   } finally {
     pending.delete(id);
     aborted.delete(id);
+    cut.delete(id);
   }
 }
 

@@ -9,7 +9,14 @@ import { DisposedError, NotFiniteError, RuntimeDiedError, RuntimeError } from ".
 import type { Logger } from "../../options.js";
 import type { Program } from "../../program.js";
 import type { Tensor } from "../../tensor.js";
-import type { CompilableGraph, RunOptions, Runtime, Workspace } from "../runtime.js";
+import {
+  type CompilableGraph,
+  PieceCut,
+  type PieceOptions,
+  type RunOptions,
+  type Runtime,
+  type Workspace,
+} from "../runtime.js";
 import { type Operand, validateProgram } from "../validate.js";
 import { type Ending, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost, Widening } from "./protocol.js";
@@ -40,6 +47,7 @@ const installRemedy =
 
 export class OnnxRuntime implements Runtime, AsyncDisposable {
   readonly name = "onnxruntime";
+  readonly cutsPieces = true;
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
   readonly #queue: Job[] = [];
@@ -51,6 +59,8 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   #workspaces = 0;
   /** Pieces of workspaces under way. */
   readonly #pieces = new Set<Promise<unknown>>();
+  /** Cuts short those of them that may be. */
+  readonly #cuts = new Set<() => void>();
 
   /** Starts the child; nothing waits for it until `start` or the first run. */
   constructor(options: OnnxRuntimeOptions) {
@@ -183,6 +193,8 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     try {
       const host = this.#launchHost();
       await orAborted(host.ready, options.signal);
+      // A piece may be all of somebody's request: nobody waits for that.
+      for (const cut of this.#cuts) cut();
       return await this.#run(host, program, options);
     } catch (error) {
       return { error: options.signal?.aborted ? options.signal.reason : error };
@@ -190,9 +202,10 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   }
 
   /** Sends a program at once, behind those that were sent before. Never rejects. */
-  async #run(host: Host, program: Program, options: RunOptions, workspace?: number): Promise<Outcome> {
-    const { signal, onLaunch } = options;
+  async #run(host: Host, program: Program, options: PieceOptions, workspace?: number): Promise<Outcome> {
+    const { signal, onLaunch, cut } = options;
     let stop: (() => void) | undefined;
+    let cutShort: (() => void) | undefined;
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
       const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
@@ -209,6 +222,12 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       };
       const run = host.run(graphs, program, report, workspace);
       stop = run.abort;
+      if (cut) {
+        cutShort = run.cut;
+        this.#cuts.add(cutShort);
+        cut.addEventListener("abort", cutShort);
+        if (cut.aborted) cutShort();
+      }
       signal?.addEventListener("abort", stop);
       if (signal?.aborted) stop();
       const outcome = await run.outcome;
@@ -218,6 +237,10 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       return outcome;
     } finally {
       if (stop) signal?.removeEventListener("abort", stop);
+      if (cutShort) {
+        this.#cuts.delete(cutShort);
+        cut!.removeEventListener("abort", cutShort);
+      }
     }
   }
 
@@ -332,12 +355,13 @@ class Host {
     });
     this.send({ type: "run", id, graphs, program, workspace });
     for (const { name } of graphs) this.known.add(name);
-    return { outcome, abort: () => this.send({ type: "abort", id }) };
+    return { outcome, abort: () => this.send({ type: "abort", id }), cut: () => this.send({ type: "cut", id }) };
   }
 }
 
 function errorOf(failure: Failure): Error {
   if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
+  if (failure.kind === "cut") return new PieceCut(failure.launches, failure.results);
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }
 

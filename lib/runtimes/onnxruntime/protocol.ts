@@ -24,7 +24,7 @@ export interface SentGraph {
   readonly root: string;
 }
 
-/** Everything but an abort is done in the order in which it is sent. */
+/** Everything but an abort and a cut is done in the order in which it is sent. */
 export type ToHost =
   | {
       readonly type: "run";
@@ -39,14 +39,18 @@ export type ToHost =
   | { readonly type: "free"; readonly workspace: number; readonly names: readonly string[] | "all" }
   /** Frees what these graphs were compiled to, until they are launched again. */
   | { readonly type: "unload"; readonly graphs: readonly string[] }
-  | { readonly type: "abort"; readonly id: number };
+  | { readonly type: "abort"; readonly id: number }
+  /** Ends a run before its next launch. */
+  | { readonly type: "cut"; readonly id: number };
 
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =
   | { readonly kind: "runtime"; readonly message: string }
   | { readonly kind: "not-finite"; readonly where: string; readonly message: string }
   /** Stopped on request. */
-  | { readonly kind: "aborted" };
+  | { readonly kind: "aborted" }
+  /** Cut short on request, after so many launches, with the results that there are. */
+  | { readonly kind: "cut"; readonly launches: number; readonly results: Record<string, Tensor> };
 
 /** A finished launch: its index among the program's launches, how long it took, and the values that it reports. */
 export interface FinishedLaunch {
