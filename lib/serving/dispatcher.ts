@@ -64,6 +64,7 @@ interface Active {
 
 interface Submitted {
   readonly controller: AbortController;
+  /** Cuts a whole piece short. */
   readonly cut: AbortController | null;
   /** Identities of the constants that it uploads. */
   readonly uploads: readonly string[];
@@ -316,10 +317,9 @@ export class Dispatcher {
     const unwanted = this.#scheduler.abort(id);
     this.#end(id)?.reject(reason);
     for (const piece of unwanted) {
-      const { controller, cut, uploads } = this.#submitted.get(piece)!;
-      // Others may rely on what it uploads: then it has to run, or to begin at least.
-      if (uploads.some((identity) => this.#gatherer.isUsed(identity))) cut?.abort();
-      else controller.abort();
+      const { controller, uploads } = this.#submitted.get(piece)!;
+      // Others may rely on what it uploads: then it has to run.
+      if (!uploads.some((identity) => this.#gatherer.isUsed(identity))) controller.abort();
     }
     this.#submit();
   }

@@ -134,8 +134,6 @@ export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #requests = new Map<number, Request>();
   readonly #inFlight = new Map<number, Piece>();
-  /** The one in flight that holds all that was left of a request. */
-  #whole: number | null = null;
   #pieces = 0;
 
   constructor(options: SchedulerOptions) {
@@ -161,7 +159,12 @@ export class Scheduler {
 
   /** The piece in flight that somebody waits for, and that is to be cut short: nothing is planned before it is over. */
   get inTheWay(): number | null {
-    return this.#requests.size > 1 ? this.#whole : null;
+    return this.#requests.size > 1 ? (this.#whole?.id ?? null) : null;
+  }
+
+  /** The piece in flight that holds all that was left of a request. */
+  get #whole(): Piece | undefined {
+    return [...this.#inFlight.values()].find(({ whole }) => whole);
   }
 
   /** @throws RangeError for an id in use, or a request without rows or with a row without launches */
@@ -210,7 +213,7 @@ export class Scheduler {
 
   /** The next piece; null if every launch of every request has been planned, or a piece is in the way. */
   plan(now: number): Piece | null {
-    if (this.#whole !== null) return null;
+    if (this.#whole) return null;
     const launches: PlannedLaunch[] = [];
     let alone: Request | null = null;
     let isAll = false;
@@ -233,7 +236,6 @@ export class Scheduler {
     if (launches.length === 0) return null;
     const piece = { id: this.#pieces++, launches, whole: isOnly && isAll && (this.#options.cuts ?? false) };
     this.#inFlight.set(piece.id, piece);
-    if (piece.whole) this.#whole = piece.id;
     return piece;
   }
 
@@ -293,7 +295,6 @@ export class Scheduler {
     for (const spoilt of this.#spoiltBy(piece)) for (const request of this.#involved(spoilt)) again.add(request);
     if (lost) {
       this.#inFlight.clear();
-      this.#whole = null;
       for (const request of this.#requests.values()) again.add(request);
     }
     for (const request of again) restart(request, now);
@@ -328,7 +329,6 @@ export class Scheduler {
     const piece = this.#inFlight.get(id);
     if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
     this.#inFlight.delete(id);
-    if (this.#whole === id) this.#whole = null;
     return piece;
   }
 

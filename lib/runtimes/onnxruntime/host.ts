@@ -20,10 +20,8 @@ const settings = JSON.parse(process.argv[2]!) as HostSettings;
  */
 const reportInterval = 100;
 
-/** Runs that wait or run, and those among them that are to stop or to be cut short. */
-const pending = new Set<number>();
-const aborted = new Set<number>();
-const cut = new Set<number>();
+/** Runs that wait or run, with what has been asked of them since. */
+const pending = new Map<number, Set<"abort" | "cut">>();
 let turn: Promise<void> = Promise.resolve();
 
 const [library] = await Promise.all([
@@ -42,20 +40,25 @@ if (library) {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
     if (message.type === "abort" || message.type === "cut") {
-      if (pending.has(message.id)) (message.type === "cut" ? cut : aborted).add(message.id);
+      pending.get(message.id)?.add(message.type);
     } else if (message.type === "free") {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
       turn = turn.then(() => executor.unload(message.graphs));
     } else {
-      pending.add(message.id);
-      turn = turn.then(() => run(executor, message));
+      const asked = new Set<"abort" | "cut">();
+      pending.set(message.id, asked);
+      turn = turn.then(() => run(executor, message, asked));
     }
   });
   send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
 }
 
-async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>): Promise<void> {
+async function run(
+  executor: Executor,
+  message: Extract<ToHost, { type: "run" }>,
+  asked: ReadonlySet<"abort" | "cut">,
+): Promise<void> {
   const { id, graphs, program, workspace } = message;
   let reports: FinishedLaunch[] = [];
   let reported = performance.now();
@@ -71,8 +74,8 @@ async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>
         reports.push(report);
         if (performance.now() - reported >= reportInterval) flush();
       },
-      aborted: () => aborted.has(id),
-      cut: () => cut.has(id),
+      aborted: () => asked.has("abort"),
+      cut: () => asked.has("cut"),
     };
     const results = await executor.run(program, hooks, workspace);
     send({ type: "done", id, reports, results });
@@ -83,8 +86,6 @@ async function run(executor: Executor, message: Extract<ToHost, { type: "run" }>
     send({ type: "failed", id, failure });
   } finally {
     pending.delete(id);
-    aborted.delete(id);
-    cut.delete(id);
   }
 }
 

@@ -204,8 +204,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   /** Sends a program at once, behind those that were sent before. Never rejects. */
   async #run(host: Host, program: Program, options: PieceOptions, workspace?: number): Promise<Outcome> {
     const { signal, onLaunch, cut } = options;
-    let stop: (() => void) | undefined;
-    let cutShort: (() => void) | undefined;
+    const listening: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
       const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
@@ -221,26 +220,18 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
         }
       };
       const run = host.run(graphs, program, report, workspace);
-      stop = run.abort;
       if (cut) {
-        cutShort = run.cut;
-        this.#cuts.add(cutShort);
-        cut.addEventListener("abort", cutShort);
-        if (cut.aborted) cutShort();
+        this.#cuts.add(run.cut);
+        listening.push(() => this.#cuts.delete(run.cut), whenAborted(cut, run.cut));
       }
-      signal?.addEventListener("abort", stop);
-      if (signal?.aborted) stop();
+      if (signal) listening.push(whenAborted(signal, run.abort));
       const outcome = await run.outcome;
       // The caller's own reasons come first, whatever the child made of its last launch.
       if (thrown) return thrown;
       if (signal?.aborted) return { error: signal.reason };
       return outcome;
     } finally {
-      if (stop) signal?.removeEventListener("abort", stop);
-      if (cutShort) {
-        this.#cuts.delete(cutShort);
-        cut!.removeEventListener("abort", cutShort);
-      }
+      for (const stop of listening) stop();
     }
   }
 
@@ -373,6 +364,13 @@ function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
       : "";
   const words = stderr ? ` Its last words: ${stderr}` : "";
   return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${words}`, exitCode, signal);
+}
+
+/** Acts when the signal aborts, at once if it has. @returns stops listening */
+function whenAborted(signal: AbortSignal, act: () => void): () => void {
+  if (signal.aborted) act();
+  signal.addEventListener("abort", act);
+  return () => signal.removeEventListener("abort", act);
 }
 
 /** `promise`, or a rejection with `signal.reason` as soon as the signal aborts. */
