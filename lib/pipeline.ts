@@ -41,6 +41,7 @@ import {
 import { fitLatentColours, type LatentColours } from "./preview.js";
 import type { Program, StoredConstant } from "./program.js";
 import { PromptEncoder } from "./prompts.js";
+import { Recent } from "./recent.js";
 import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime, RuntimeName } from "./runtimes/runtime.js";
 import { chooseForRunning } from "./runtimes/tensorrt/choose.js";
@@ -63,6 +64,7 @@ import {
   samplingProgram,
   shiftedGrid,
   skippedBlocks,
+  withValues,
 } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { defaultLadder } from "./serving/deadline.js";
@@ -239,6 +241,7 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #ladder: readonly string[];
   readonly #pinBatch: number | null;
   readonly #calls = new Set<Promise<unknown>>();
+  readonly #sketches = new Recent<SamplingProgram>(64);
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
 
@@ -383,7 +386,7 @@ export class FlowTurbo implements AsyncDisposable {
         const image = placeholder(1, this.#checkpoint.vae.config.inChannels, height, width);
         return encodeProgram(image, latentShape, "vae_encoder" satisfies GraphName);
       });
-      const samples = samplesOf([text, ...plans.map((plan) => this.#sketch(plan)), ...encoders]);
+      const samples = samplesOf([text, ...plans.map((plan) => this.#sketch(plan).program), ...encoders]);
       const report = (done: number, total: number) => onProgress?.({ done, total });
       await this.#service.profile(samples, [...new Set(batches)], { rounds, signal, onProgress: report });
       // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
@@ -696,7 +699,7 @@ export class FlowTurbo implements AsyncDisposable {
     const demands: Demand[] = [];
     if (missing > 0) demands.push({ program: this.#prompts.program("", plan.sequenceLength).program, rows: missing });
     for (const program of this.#originals(plan, edits)) if (program) demands.push({ program, rows: 1 });
-    return [...demands, { program: this.#sketch(plan, edits), rows: plan.stages[0]!.latentShape[0] }];
+    return [...demands, { program: this.#sketch(plan, edits).program, rows: plan.stages[0]!.latentShape[0] }];
   }
 
   /** For each stage the program that encodes its original, or null where it needs none. */
@@ -709,38 +712,35 @@ export class FlowTurbo implements AsyncDisposable {
     });
   }
 
-  /** The program of one picture without its values: what it will launch. */
-  #sketch(plan: Plan, edits: Edits | null = null): Program {
-    const { jointAttentionDim, pooledProjectionDim, outChannels } = this.#checkpoint.transformer.config;
-    const group = plan.guidanceScale === null ? 1 : 2;
-    const one = ([, ...rest]: readonly number[]) => placeholder(1, ...rest);
-    const stages = plan.stages.map(({ blocks, sigmas, latentShape }, index): SamplingStage => {
-      const isOriginal = edits !== null && (index === 0 || edits[index]!.mask !== null);
-      return {
-        ...{ blocks, sigmas, noise: one(latentShape), positions: this.#positions(latentShape) },
-        originalLatents: isOriginal ? one(latentShape) : undefined,
-        mask: edits?.[index]?.mask ? placeholder(1, 1, latentShape[2], latentShape[3]) : undefined,
-      };
-    });
-    return this.#sampling(plan, stages, {
-      context: placeholder(group, this.#prompts.contextTokens(plan.sequenceLength), jointAttentionDim),
-      pooled: placeholder(group, pooledProjectionDim),
-      preview: plan.options.preview && { map: placeholder(3, outChannels), bias: placeholder(3, 1) },
-    }).program;
+  /** The program of one picture without its values: what it will launch. Requests of a kind share it. */
+  #sketch(plan: Plan, edits: Edits | null = null): SamplingProgram {
+    const { guidanceScale, sequenceLength, options } = plan;
+    const stages = plan.stages.map(({ blocks, sigmas, latentShape: [, ...row] }) => ({ blocks, sigmas, row }));
+    const edited = edits?.map(({ mask }) => mask !== null);
+    const key = JSON.stringify([stages, edited, guidanceScale, sequenceLength, options.preview]);
+    return this.#sketches.get(key) ?? this.#sketches.set(key, this.#newSketch(plan, edits));
   }
 
-  #sampling(
-    plan: Plan,
-    stages: readonly SamplingStage[],
-    values: { context: FloatTensor; pooled: FloatTensor; preview: LatentColours | undefined },
-  ): SamplingProgram {
-    const { vae } = this.#checkpoint;
+  #newSketch(plan: Plan, edits: Edits | null): SamplingProgram {
+    const { transformer, vae } = this.#checkpoint;
+    const { jointAttentionDim, pooledProjectionDim, outChannels } = transformer.config;
     const { guidanceScale, sequenceLength, options } = plan;
+    const group = guidanceScale === null ? 1 : 2;
+    const one = ([, ...rest]: readonly number[]) => placeholder(1, ...rest);
     const variant = (name: "predict" | "refine" | "merge" | "preview"): GraphName =>
       guidanceScale === null ? `${name}_unguided` : name;
     return samplingProgram({
-      stages,
-      ...values,
+      stages: plan.stages.map(({ blocks, sigmas, latentShape }, index): SamplingStage => {
+        const isOriginal = edits !== null && (index === 0 || edits[index]!.mask !== null);
+        return {
+          ...{ blocks, sigmas, noise: one(latentShape), positions: this.#positions(latentShape) },
+          originalLatents: isOriginal ? one(latentShape) : undefined,
+          mask: edits?.[index]?.mask ? placeholder(1, 1, latentShape[2], latentShape[3]) : undefined,
+        };
+      }),
+      context: placeholder(group, this.#prompts.contextTokens(sequenceLength), jointAttentionDim),
+      pooled: placeholder(group, pooledProjectionDim),
+      colours: options.preview && { map: placeholder(3, outChannels), bias: placeholder(3, 1) },
       guidanceScale,
       graphs: {
         predict: variant("predict"),
@@ -756,7 +756,7 @@ export class FlowTurbo implements AsyncDisposable {
       imageChannels: vae.config.outChannels,
       pixelsAtOnce,
       textSize: sequenceLength === this.#prompts.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
-      preview: values.preview && { ...values.preview, decoded: options.preview === "decoded" },
+      preview: options.preview,
     });
   }
 
@@ -800,18 +800,18 @@ export class FlowTurbo implements AsyncDisposable {
 
     // 3. A program for each picture, with its noise: one generator a picture, which draws for one stage after another.
     const noises = plan.noises ?? this.#noise(plan.seeds, plan.stages);
-    const preview = options.preview && (await this.#latentColours(signal));
+    const colours = options.preview && (await this.#latentColours(signal));
+    const sketch = this.#sketch({ ...plan, stages }, used);
     const programs = Array.from({ length: rows }, (_, row) =>
-      this.#sampling(
-        plan,
-        stages.map(({ blocks, sigmas, latentShape }, index) => ({
-          ...{ blocks, sigmas, positions: this.#positions(latentShape) },
+      withValues(sketch, {
+        stages: stages.map((_, index) => ({
           noise: rowOf(noises.at(index - stages.length)!, row),
           originalLatents: originals[index],
           mask: used?.[index]?.mask?.latents,
         })),
-        { ...conditions[Math.floor(row / count)]!, preview },
-      ),
+        ...conditions[Math.floor(row / count)]!,
+        colours,
+      }),
     );
     const results = await admitted.run({ rows: programs.map(({ program }) => program), onLaunch });
 

@@ -10,6 +10,7 @@
 import type { Checkpoint, Tokenizer } from "./checkpoint/index.js";
 import { type ClipConfig, relativeBuckets } from "./networks/index.js";
 import type { Constant, Instruction, Program, Register } from "./program.js";
+import { Recent } from "./recent.js";
 import { type FloatTensor, float32, int64, type Tensor } from "./tensor.js";
 
 export interface EncodedPrompt {
@@ -29,10 +30,12 @@ const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
   readonly #checkpoint: Checkpoint;
-  readonly #cache = new Map<string, EncodedPrompt>();
+  readonly #cache = new Recent<EncodedPrompt>(
+    cacheBytes,
+    ({ context, pooled }) => context.byteLength + pooled.byteLength,
+  );
   /** By sequence length: the same array for all texts, so that they may share launches. */
   readonly #buckets = new Map<number, Constant>();
-  #cachedBytes = 0;
 
   constructor(checkpoint: Checkpoint) {
     this.#checkpoint = checkpoint;
@@ -84,14 +87,9 @@ export class PromptEncoder {
     const found = new Map<string, EncodedPrompt>();
     const missing: string[] = [];
     for (const text of new Set(texts)) {
-      const key = keyOf(text, sequenceLength, pin);
-      const known = this.#cache.get(key);
-      if (known) {
-        // Moves to the young end of the cache.
-        this.#cache.delete(key);
-        this.#cache.set(key, known);
-        found.set(text, known);
-      } else missing.push(text);
+      const known = this.#cache.get(keyOf(text, sequenceLength, pin));
+      if (known) found.set(text, known);
+      else missing.push(text);
     }
     if (missing.length > 0) {
       const planned = missing.map((text) => this.program(text, sequenceLength));
@@ -99,7 +97,7 @@ export class PromptEncoder {
       for (const [index, text] of missing.entries()) {
         const encoded = this.#assemble(results[index]!, planned[index]!.warnings, sequenceLength);
         found.set(text, encoded);
-        this.#keep(keyOf(text, sequenceLength, pin), encoded);
+        this.#cache.set(keyOf(text, sequenceLength, pin), encoded);
       }
     }
     return texts.map((text) => found.get(text)!);
@@ -203,17 +201,6 @@ export class PromptEncoder {
     }
     if (textEncoder3) context.set(values("t5.hidden"), clipTokens * joint);
     return { context, pooled: concatenate(pooled), warnings };
-  }
-
-  #keep(key: string, prompt: EncodedPrompt): void {
-    const size = (entry: EncodedPrompt) => entry.context.byteLength + entry.pooled.byteLength;
-    this.#cache.set(key, prompt);
-    this.#cachedBytes += size(prompt);
-    for (const [oldest, entry] of this.#cache) {
-      if (this.#cachedBytes <= cacheBytes || oldest === key) break;
-      this.#cache.delete(oldest);
-      this.#cachedBytes -= size(entry);
-    }
   }
 }
 

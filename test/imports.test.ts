@@ -18,7 +18,7 @@ const rooms: Record<string, string[]> = {
   program: [],
   leaf: [],
 };
-const leaves = ["errors.ts", "folders.ts", "options.ts", "tensor.ts"];
+const leaves = ["errors.ts", "folders.ts", "options.ts", "recent.ts", "tensor.ts"];
 /** Files that are the pipeline: its recipe and the helpers that only it uses. */
 const pipeline = [
   "index.ts",

@@ -6,13 +6,12 @@
 
 import { open } from "node:fs/promises";
 import type { StoredConstant } from "../program.js";
+import { Recent } from "../recent.js";
 import { bytesPerElement, type StoredDType } from "../tensor.js";
 
-const keptConstants = 4;
-
-/** A small cache of read constants, the least recently used leaving first. */
+/** A small cache of read constants. */
 export class StoredConstants {
-  readonly #kept = new Map<string, Float32Array>();
+  readonly #kept = new Recent<Float32Array>(4);
 
   /** @throws Error (of the file system, or naming the file) if the rows cannot be read in full */
   async read(constant: StoredConstant): Promise<Float32Array> {
@@ -26,14 +25,7 @@ export class StoredConstants {
       strideElements,
       rows,
     ]);
-    const values = this.#kept.get(key) ?? (await readRows(constant));
-    this.#kept.delete(key);
-    this.#kept.set(key, values);
-    for (const oldest of this.#kept.keys()) {
-      if (this.#kept.size <= keptConstants) break;
-      this.#kept.delete(oldest);
-    }
-    return values;
+    return this.#kept.get(key) ?? this.#kept.set(key, await readRows(constant));
   }
 }
 

@@ -6,20 +6,16 @@
  */
 
 import type { Constant, Program } from "../program.js";
+import { Recent } from "../recent.js";
 import { elementCount, float32, type Tensor } from "../tensor.js";
 import type { Block } from "./blocks.js";
 import { Pair, ProgramBuilder, rowsAtOnce } from "./builder.js";
 import { planSteps, type StepLaunch } from "./steps.js";
 
-/** One size of a run. B pictures, C latent channels. */
-export interface SamplingStage {
-  readonly blocks: readonly Block[];
-  /** Noise levels, one more than blocks, falling; the first is where the stage starts. */
-  readonly sigmas: readonly number[];
+/** What a stage works on. B pictures, C latent channels. */
+export interface StageValues {
   /** [B, C, h, w], fresh noise of this stage. */
   readonly noise: Tensor;
-  /** Positions, [1, patches, width], for each step type that the blocks use: the two networks differ in width. */
-  readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
   /** An original in pixels, [1, 3, H, W] in [-1, 1]: to start from (first stage), and to keep where there is a mask. */
   readonly original?: Tensor | undefined;
   /** The same in latents, [1, C, h, w], where it has been encoded already; in place of `original`. */
@@ -28,11 +24,27 @@ export interface SamplingStage {
   readonly mask?: Tensor | undefined;
 }
 
-export interface SamplingRequest {
-  readonly stages: readonly SamplingStage[];
+/** One size of a run. */
+export interface SamplingStage extends StageValues {
+  readonly blocks: readonly Block[];
+  /** Noise levels, one more than blocks, falling; the first is where the stage starts. */
+  readonly sigmas: readonly number[];
+  /** Positions, [1, patches, width], for each step type that the blocks use: the two networks differ in width. */
+  readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
+}
+
+/** What differs between two runs of the same launches. */
+export interface SamplingValues {
+  readonly stages: readonly StageValues[];
   /** Text condition: [R, T, joint] and [R, pooled], R = 2B (unconditional first) with guidance, else B. */
   readonly context: Tensor;
   readonly pooled: Tensor;
+  /** The linear map from latents to colours, [3, C] and [3, 1], for previews. */
+  readonly colours?: { readonly map: Tensor; readonly bias: Tensor } | undefined;
+}
+
+export interface SamplingRequest extends SamplingValues {
+  readonly stages: readonly SamplingStage[];
   /** Guidance scale, or null to run without guidance. */
   readonly guidanceScale: number | null;
   readonly graphs: Readonly<
@@ -45,8 +57,8 @@ export interface SamplingRequest {
   readonly pixelsAtOnce: number;
   /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
   readonly textSize?: string | undefined;
-  /** After each block, the picture that the run is heading for: by a linear map to colours, or decoded. */
-  readonly preview?: { readonly map: Tensor; readonly bias: Tensor; readonly decoded: boolean } | undefined;
+  /** After each block, the picture that the run is heading for: by the map to `colours`, or decoded. */
+  readonly preview?: "fast" | "decoded" | undefined;
 }
 
 export interface SamplingProgram {
@@ -64,17 +76,43 @@ export function samplingProgram(request: SamplingRequest): SamplingProgram {
   return { program: planner.builder.build([latents, image]), latents, image };
 }
 
+/**
+ * The same launches on other values.
+ * @param values of the shapes that the program was made for
+ */
+export function withValues({ program, ...names }: SamplingProgram, values: SamplingValues): SamplingProgram {
+  const constants = { ...program.constants };
+  for (const [name, tensor] of namedValues(values)) constants[name] = { kind: "value", tensor };
+  return { ...names, program: { ...program, constants } };
+}
+
+/** A request's values by the names of the constants that hold them. */
+function* namedValues({ stages, context, pooled, colours }: SamplingValues): Iterable<readonly [string, Tensor]> {
+  yield ["context", context];
+  yield ["pooled", pooled];
+  if (colours) {
+    yield ["colours.map", colours.map];
+    yield ["colours.bias", colours.bias];
+  }
+  for (const [index, { noise, original, originalLatents, mask }] of stages.entries()) {
+    const name = stageName(index);
+    yield [`${name}.noise`, noise];
+    const kept = originalLatents ?? original;
+    if (kept) yield [`${name}.original`, kept];
+    if (mask) yield [`${name}.mask`, mask];
+  }
+}
+
+function stageName(index: number): string {
+  return `stage${index + 1}`;
+}
+
 /** Zeros of the latest few shapes: programs that hold the same array can share it on the device. */
-const knownZeros = new Map<string, Tensor>();
-const zerosKept = 8;
+const knownZeros = new Recent<Tensor>(8);
 
 function zeros(shape: readonly number[]): Tensor {
   const key = shape.join();
-  const tensor = knownZeros.get(key) ?? float32(shape, new Float32Array(elementCount(shape)));
-  knownZeros.delete(key);
-  knownZeros.set(key, tensor);
-  for (const oldest of knownZeros.keys()) if (knownZeros.size > zerosKept) knownZeros.delete(oldest);
-  return tensor;
+  return knownZeros.get(key) ?? knownZeros.set(key, float32(shape, new Float32Array(elementCount(shape))));
 }
 
 class SamplingPlanner {
@@ -89,12 +127,7 @@ class SamplingPlanner {
     this.#request = request;
     this.#rows = request.stages[0]!.noise.shape[0]!;
     this.#networkRows = request.context.shape[0]!;
-    this.builder.value("context", request.context);
-    this.builder.value("pooled", request.pooled);
-    if (request.preview) {
-      this.builder.value("preview.map", request.preview.map);
-      this.builder.value("preview.bias", request.preview.bias);
-    }
+    for (const [name, tensor] of namedValues(request)) this.builder.value(name, tensor);
   }
 
   /**
@@ -106,9 +139,9 @@ class SamplingPlanner {
     const { builder } = this;
     const { graphs } = this.#request;
     const stage = this.#request.stages[index]!;
-    const name = `stage${index + 1}`;
+    const name = stageName(index);
     const [, channels, height, width] = stage.noise.shape as [number, number, number, number];
-    const noise = builder.value(`${name}.noise`, stage.noise);
+    const noise = `${name}.noise`;
     const latentShape = [this.#rows, channels, height, width];
     const velocityShape = [this.#networkRows, channels, height, width];
     const x = new Pair(builder, `${name}.x`, latentShape, noise);
@@ -220,13 +253,13 @@ class SamplingPlanner {
 
   /** Latents of the stage's original, or null without one. */
   #encodeOriginal(stage: SamplingStage, name: string, shape: readonly number[]): string | null {
-    if (stage.originalLatents) return this.builder.value(`${name}.original`, stage.originalLatents);
+    if (stage.originalLatents) return `${name}.original`;
     if (!stage.original) return null;
     const latents = this.builder.register(`${name}.original.latents`, shape);
     this.builder.instructions.push({
       op: "launch",
       graph: this.#request.graphs.encode,
-      inputs: { image: this.builder.value(`${name}.original`, stage.original) },
+      inputs: { image: `${name}.original` },
       outputs: { latents },
       mustBeFinite: [latents],
       sharing: { size: this.#size(stage), maxRows: this.#limit(stage.noise) },
@@ -270,7 +303,7 @@ class SamplingPlanner {
         velocity: velocity.at,
         latents: original,
         noise,
-        mask: builder.value(`${name}.mask`, stage.mask!),
+        mask: `${name}.mask`,
         sigma: builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
@@ -283,7 +316,8 @@ class SamplingPlanner {
 
   #preview(index: number, name: string, stepBlock: number, x: Pair, velocity: Pair, sigma: number): void {
     const { builder } = this;
-    const { graphs, guidanceScale, preview } = this.#request;
+    const { graphs, guidanceScale } = this.#request;
+    const decoded = this.#request.preview === "decoded";
     const block = this.#blocksBefore + stepBlock;
     const latents = builder.register(`${name}.preview.latents`, x.shape);
     const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, x.shape[2]!, x.shape[3]!]);
@@ -295,15 +329,15 @@ class SamplingPlanner {
         velocity: velocity.at,
         sigma: builder.perRow(sigma, this.#rows),
         ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, this.#rows) }),
-        map: "preview.map",
-        bias: "preview.bias",
+        map: "colours.map",
+        bias: "colours.bias",
       },
       outputs: { latents, image },
-      ...(!preview!.decoded && { reported: [image] }),
+      ...(!decoded && { reported: [image] }),
       sharing: { size: this.#size(this.#request.stages[index]!) },
-      label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !preview!.decoded },
+      label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !decoded },
     });
-    if (preview!.decoded)
+    if (decoded)
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
   }
 

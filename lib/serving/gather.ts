@@ -215,7 +215,11 @@ class Assembly {
   #gather(name: string, lanes: readonly Lane[], operands: readonly string[], batch: number): string {
     const constants = lanes.map(({ row }, index) => row.program.constants[operands[index]!]);
     const small = constants.map((constant) => inlined(constant));
-    if (small.every((tensor) => tensor !== null)) return this.#inline(name, small, batch);
+    if (small.every((tensor) => tensor !== null))
+      return batch === 1
+        ? // Launches of one row that take the same constant share it.
+          this.#inline(`piece ${this.#piece}.${ownName(lanes[0]!, operands[0]!)}`, small[0]!)
+        : this.#inline(name, interleaved(small, batch));
     if (batch === 1) return this.#operand(lanes[0]!, operands[0]!).name;
     const from = lanes.map((lane, index) => this.#operand(lane, operands[index]!));
     const { dtype, shape } = from[0]!;
@@ -233,18 +237,10 @@ class Assembly {
     return to;
   }
 
-  /** A constant of the piece with the few values of each lane. */
-  #inline(name: string, tensors: readonly FloatTensor[], batch: number): string {
-    const { shape } = tensors[0]!;
-    const [group, ...rest] = shape as [number, ...number[]];
-    const row = elementCount(rest);
-    const values = new Float32Array(group * batch * row);
-    for (let part = 0; part < group; part++)
-      for (let index = 0; index < batch; index++) {
-        const { data } = tensors[index] ?? tensors[0]!;
-        values.set(data.subarray(part * row, (part + 1) * row), (part * batch + index) * row);
-      }
-    this.#constants[name] = { kind: "value", tensor: float32([group * batch, ...rest], values) };
+  /** A constant of the piece. */
+  #inline(name: string, tensor: FloatTensor): string {
+    if (Object.hasOwn(this.#constants, name)) return name;
+    this.#constants[name] = { kind: "value", tensor };
     this.#temporaries.push(name);
     return name;
   }
@@ -276,6 +272,20 @@ class Assembly {
     this.#temporaries.push(name);
     return name;
   }
+}
+
+/** One row of each tensor after the other, group by group; the rest of the batch repeats the first. */
+function interleaved(tensors: readonly FloatTensor[], batch: number): FloatTensor {
+  const { shape } = tensors[0]!;
+  const [group, ...rest] = shape as [number, ...number[]];
+  const row = elementCount(rest);
+  const values = new Float32Array(group * batch * row);
+  for (let part = 0; part < group; part++)
+    for (let index = 0; index < batch; index++) {
+      const { data } = tensors[index] ?? tensors[0]!;
+      values.set(data.subarray(part * row, (part + 1) * row), (part * batch + index) * row);
+    }
+  return float32([group * batch, ...rest], values);
 }
 
 /** The values of a constant that is small enough to travel with each piece. */

@@ -4,7 +4,7 @@
  * (two where the network runs on an unconditional and a conditional one).
  */
 
-import type { Constant, Launch, Program } from "../program.js";
+import type { Constant, Launch, Program, StoredConstant } from "../program.js";
 import type { RowLaunch } from "./scheduler.js";
 
 /** Dimensions of a graph's operands; see `OnnxGraph`. */
@@ -29,25 +29,22 @@ export interface RowProgram {
  * ones), and for the same rows of the same file.
  */
 export class Identities {
-  readonly #known = new WeakMap<object, number>();
+  readonly #known = new WeakMap<object, string>();
   #next = 0;
 
   of(constant: Constant): string {
-    if (constant.kind === "stored") {
-      const { source, firstElement, rowElements, strideElements, rows, shape } = constant;
-      return JSON.stringify([source.file, source.offset, firstElement, rowElements, strideElements, rows, shape]);
+    const subject = constant.kind === "stored" ? constant : constant.tensor.data;
+    let identity = this.#known.get(subject);
+    if (identity === undefined) {
+      identity = constant.kind === "stored" ? placeOf(constant) : `value ${this.#next++}`;
+      this.#known.set(subject, identity);
     }
-    return `value ${this.#idOf(constant.tensor.data)}`;
+    return identity;
   }
+}
 
-  #idOf(data: object): number {
-    let id = this.#known.get(data);
-    if (id === undefined) {
-      id = this.#next++;
-      this.#known.set(data, id);
-    }
-    return id;
-  }
+function placeOf({ source, firstElement, rowElements, strideElements, rows, shape }: StoredConstant): string {
+  return JSON.stringify([source.file, source.offset, firstElement, rowElements, strideElements, rows, shape]);
 }
 
 /**

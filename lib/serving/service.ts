@@ -98,6 +98,11 @@ export interface Admitted {
   run(job: Job): Promise<Record<string, Tensor>[]>;
 }
 
+/** Launches of a row's program that cost the same, and how many they are. */
+interface LaunchKind extends Pick<RowLaunch, "graph" | "size" | "maxRows"> {
+  readonly times: number;
+}
+
 type Choice = Pick<Admitted, "rung" | "reason" | "predictedMs">;
 
 interface Accepted {
@@ -126,7 +131,7 @@ export class Service {
   readonly #dispatcher: Dispatcher;
   readonly #accepted = new Set<Accepted>();
   readonly #margin = new Margin();
-  readonly #specs = new WeakMap<Program, readonly RowLaunch[]>();
+  readonly #kinds = new WeakMap<Program, readonly LaunchKind[]>();
   readonly #hostTimes = new Map<string, number[]>();
   /** Launches that have been asked for and whose costs are not all known. */
   readonly #unmeasured = new Map<string, Sample>();
@@ -397,7 +402,8 @@ export class Service {
   #workOf(rung: Rung, order: Order): Pick<Accepted, "cost" | "weight"> {
     let weight = 0;
     for (const { program, rows } of rung.demands)
-      for (const { graph, size } of this.#specsOf(program)) weight += rows * this.costs.relative(graph, size, 1);
+      for (const { graph, size, times } of this.#kindsOf(program))
+        weight += times * rows * this.costs.relative(graph, size, 1);
     return { cost: this.#millisecondsOf(rung, order) ?? unknownCost, weight };
   }
 
@@ -405,10 +411,11 @@ export class Service {
   #millisecondsOf({ demands }: Rung, { pin, size, pictures }: Order): number | null {
     let sum = this.costs.estimate(host, size, pictures) ?? 0;
     for (const { program, rows } of demands)
-      for (const { graph, size, maxRows } of this.#specsOf(program)) {
+      for (const { graph, size, maxRows, times } of this.#kindsOf(program)) {
         const batches = this.#batchesFor(maxRows, pin);
         if (this.costs.estimate(graph, size, batches[0]!) === null) return null;
-        sum += cheapestSplit(rows, batches, (batch) => this.costs.estimate(graph, size, batch)!).milliseconds;
+        const cost = (batch: number) => this.costs.estimate(graph, size, batch)!;
+        sum += times * cheapestSplit(rows, batches, cost).milliseconds;
       }
     return sum;
   }
@@ -426,13 +433,17 @@ export class Service {
     return demands.every(({ program }) => samplesOf([program]).every((sample) => this.#seen.has(keyOf(sample))));
   }
 
-  #specsOf(program: Program): readonly RowLaunch[] {
-    let specs = this.#specs.get(program);
-    if (!specs) {
-      specs = this.#dispatcher.rowsOf([program])[0]!.specs;
-      this.#specs.set(program, specs);
+  #kindsOf(program: Program): readonly LaunchKind[] {
+    const known = this.#kinds.get(program);
+    if (known) return known;
+    const kinds = new Map<string, LaunchKind>();
+    for (const { graph, size, maxRows } of this.#dispatcher.rowsOf([program])[0]!.specs) {
+      const key = `${graph}@${size} x ${maxRows}`;
+      kinds.set(key, { graph, size, maxRows, times: (kinds.get(key)?.times ?? 0) + 1 });
     }
-    return specs;
+    const list = [...kinds.values()];
+    this.#kinds.set(program, list);
+    return list;
   }
 
   // ── Work ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

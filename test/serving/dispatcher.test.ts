@@ -44,7 +44,7 @@ const unguidedNames = {
   preview: "preview_unguided",
 };
 /** The same for all requests, as a model's are. */
-const previewMap = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1), decoded: false };
+const colours = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1) };
 
 interface Request {
   readonly blocks: string;
@@ -78,7 +78,7 @@ function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
       vaeFactor: 2,
       imageChannels: 3,
       pixelsAtOnce: 2 * (2 * side) ** 2,
-      preview: extra === "preview" ? previewMap : undefined,
+      ...(extra === "preview" && { preview: "fast", colours }),
     }).program;
   });
 }

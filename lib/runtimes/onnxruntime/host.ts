@@ -8,6 +8,7 @@
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
 import { Executor, messageOf, RunFailure } from "./executor.js";
+import { unpack } from "./packing.js";
 import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
 // Ctrl-C and a closed terminal signal the whole foreground group. The parent decides what they mean.
@@ -77,7 +78,7 @@ async function run(
       aborted: () => asked.has("abort"),
       cut: () => asked.has("cut"),
     };
-    const results = await executor.run(program, hooks, workspace);
+    const results = await executor.run(unpack(program), hooks, workspace);
     send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =

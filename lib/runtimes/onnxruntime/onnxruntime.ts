@@ -18,6 +18,7 @@ import {
   type Workspace,
 } from "../runtime.js";
 import { type Operand, validateProgram } from "../validate.js";
+import { pack } from "./packing.js";
 import { type Ending, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost, Widening } from "./protocol.js";
 
@@ -344,7 +345,7 @@ class Host {
       this.#listeners.set(id, { heard, settle });
       if (this.#end) settle(this.#end);
     });
-    this.send({ type: "run", id, graphs, program, workspace });
+    this.send({ type: "run", id, graphs, program: pack(program), workspace });
     for (const { name } of graphs) this.known.add(name);
     return { outcome, abort: () => this.send({ type: "abort", id }), cut: () => this.send({ type: "cut", id }) };
   }

@@ -4,8 +4,8 @@
  * the child never waits for the parent between launches, so a busy event loop cannot delay a step.
  */
 
-import type { Program } from "../../program.js";
 import type { Tensor } from "../../tensor.js";
+import type { PackedProgram } from "./packing.js";
 
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
 export type Widening = "lazy" | "folded";
@@ -31,7 +31,7 @@ export type ToHost =
       readonly id: number;
       /** Those of the program that this child has not seen yet. */
       readonly graphs: readonly SentGraph[];
-      readonly program: Program;
+      readonly program: PackedProgram;
       /** Keeps the values of this program, and those of the programs before in the same workspace. */
       readonly workspace?: number | undefined;
     }
