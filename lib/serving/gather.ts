@@ -126,6 +126,8 @@ class Assembly {
   readonly #instructions: Instruction[] = [];
   readonly #temporaries: string[] = [];
   readonly #uploads: string[] = [];
+  /** What launches of one row read: names by the operands of the row's program. */
+  readonly #inputs = new Map<Lane, Map<string, string>>();
   /** For each launch of the piece: the launches of its rows, and its batch. */
   readonly #launches: { readonly of: readonly Launch[]; readonly batch: number; readonly shared: Launch }[] = [];
 
@@ -137,52 +139,8 @@ class Assembly {
 
   launch({ graph, batch, rows }: PlannedLaunch, lanes: readonly Lane[]): void {
     const of = rows.map(({ launch }, index) => lanes[index]!.row.launches[launch]!);
-    const [first] = of as [Launch];
-    const shapes = this.#shapes(graph);
-    const prefix = `piece ${this.#piece}.${this.#launches.length}`;
-    const inputs: Record<string, string> = {};
-    for (const input of Object.keys(first.inputs)) {
-      const operands = of.map(({ inputs }) => inputs[input]!);
-      inputs[input] = isPerRow(shapes.inputs.get(input))
-        ? this.#gather(`${prefix}.${input}`, lanes, operands, batch)
-        : // The same for all, but each of them uses it.
-          lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
-    }
-    const outputs: Record<string, string> = {};
     const scattered: CopyRows[] = [];
-    for (const output of Object.keys(first.outputs)) {
-      const registers = of.map(({ outputs }) => outputs[output]!);
-      if (batch === 1) {
-        outputs[output] = this.#own(lanes[0]!, registers[0]!);
-        continue;
-      }
-      const { dtype, shape } = lanes[0]!.row.program.registers[registers[0]!]!;
-      const [group, ...rest] = shape as [number, ...number[]];
-      const from = this.#temporary(`${prefix}.${output}`, { dtype, shape: [group * batch, ...rest] });
-      outputs[output] = from;
-      for (const [index, lane] of lanes.entries()) {
-        const to = this.#own(lane, registers[index]!);
-        for (let part = 0; part < group; part++)
-          scattered.push({ op: "copy", from, fromRow: part * batch + index, to, toRow: part, rows: 1 });
-      }
-    }
-    const named = (what: "mustBeFinite" | "reported") => {
-      const names = new Set(
-        of.flatMap((launch) =>
-          Object.entries(launch.outputs).flatMap(([output, name]) => (launch[what]?.includes(name) ? [output] : [])),
-        ),
-      );
-      return names.size === 0 ? {} : { [what]: [...names].map((output) => outputs[output]!) };
-    };
-    const shared: Launch = {
-      op: "launch",
-      graph,
-      inputs,
-      outputs,
-      ...named("mustBeFinite"),
-      ...named("reported"),
-      label: of.length === 1 ? first.label : { kind: first.label.kind, name: `${of.length} rows of "${graph}"` },
-    };
+    const shared = batch === 1 ? this.#alone(of[0]!, lanes[0]!) : this.#shared(graph, of, lanes, batch, scattered);
     this.#instructions.push(shared, ...scattered);
     this.#launches.push({ of, batch, shared });
   }
@@ -211,16 +169,70 @@ class Assembly {
     };
   }
 
+  /** A launch of one row, on the row's own registers. */
+  #alone({ graph, inputs, outputs, mustBeFinite, reported, label }: Launch, lane: Lane): Launch {
+    const own = (register: string) => this.#own(lane, register);
+    return {
+      op: "launch",
+      graph,
+      inputs: renamed(inputs, (operand) => this.#input(lane, operand)),
+      outputs: renamed(outputs, own),
+      ...(mustBeFinite && { mustBeFinite: mustBeFinite.map(own) }),
+      ...(reported && { reported: reported.map(own) }),
+      label,
+    };
+  }
+
+  /** A launch over a batch, whose outputs are then copied to the rows' registers. */
+  #shared(graph: string, of: readonly Launch[], lanes: readonly Lane[], batch: number, scattered: CopyRows[]): Launch {
+    const [first] = of as [Launch];
+    const shapes = this.#shapes(graph);
+    const prefix = `piece ${this.#piece}.${this.#launches.length}`;
+    const inputs: Record<string, string> = {};
+    for (const input of Object.keys(first.inputs)) {
+      const operands = of.map(({ inputs }) => inputs[input]!);
+      inputs[input] = isPerRow(shapes.inputs.get(input))
+        ? this.#gather(`${prefix}.${input}`, lanes, operands, batch)
+        : // The same for all, but each of them uses it.
+          lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
+    }
+    const outputs: Record<string, string> = {};
+    for (const output of Object.keys(first.outputs)) {
+      const registers = of.map(({ outputs }) => outputs[output]!);
+      const { dtype, shape } = lanes[0]!.row.program.registers[registers[0]!]!;
+      const [group, ...rest] = shape as [number, ...number[]];
+      const from = this.#temporary(`${prefix}.${output}`, { dtype, shape: [group * batch, ...rest] });
+      outputs[output] = from;
+      for (const [index, lane] of lanes.entries()) {
+        const to = this.#own(lane, registers[index]!);
+        for (let part = 0; part < group; part++)
+          scattered.push({ op: "copy", from, fromRow: part * batch + index, to, toRow: part, rows: 1 });
+      }
+    }
+    const named = (what: "mustBeFinite" | "reported") => {
+      const names = new Set(
+        of.flatMap((launch) =>
+          Object.entries(launch.outputs).flatMap(([output, name]) => (launch[what]?.includes(name) ? [output] : [])),
+        ),
+      );
+      return names.size === 0 ? {} : { [what]: [...names].map((output) => outputs[output]!) };
+    };
+    return {
+      op: "launch",
+      graph,
+      inputs,
+      outputs,
+      ...named("mustBeFinite"),
+      ...named("reported"),
+      label: of.length === 1 ? first.label : { kind: first.label.kind, name: `${of.length} rows of "${graph}"` },
+    };
+  }
+
   /** The operand of a shared launch that holds a row, or a group of rows, of each lane. */
   #gather(name: string, lanes: readonly Lane[], operands: readonly string[], batch: number): string {
     const constants = lanes.map(({ row }, index) => row.program.constants[operands[index]!]);
     const small = constants.map((constant) => inlined(constant));
-    if (small.every((tensor) => tensor !== null))
-      return batch === 1
-        ? // Launches of one row that take the same constant share it.
-          this.#inline(`piece ${this.#piece}.${ownName(lanes[0]!, operands[0]!)}`, small[0]!)
-        : this.#inline(name, interleaved(small, batch));
-    if (batch === 1) return this.#operand(lanes[0]!, operands[0]!).name;
+    if (small.every((tensor) => tensor !== null)) return this.#inline(name, interleaved(small, batch));
     const from = lanes.map((lane, index) => this.#operand(lane, operands[index]!));
     const { dtype, shape } = from[0]!;
     const [group, ...rest] = shape as [number, ...number[]];
@@ -237,9 +249,22 @@ class Assembly {
     return to;
   }
 
+  /** A row's operand under its name in the workspace, or in the piece: the launches of a row share its constants. */
+  #input(lane: Lane, operand: string): string {
+    const names = this.#inputs.get(lane) ?? new Map<string, string>();
+    this.#inputs.set(lane, names);
+    const known = names.get(operand);
+    if (known !== undefined) return known;
+    const small = inlined(lane.row.program.constants[operand]);
+    const name = small
+      ? this.#inline(`piece ${this.#piece}.${ownName(lane, operand)}`, small)
+      : this.#operand(lane, operand).name;
+    names.set(operand, name);
+    return name;
+  }
+
   /** A constant of the piece. */
   #inline(name: string, tensor: FloatTensor): string {
-    if (Object.hasOwn(this.#constants, name)) return name;
     this.#constants[name] = { kind: "value", tensor };
     this.#temporaries.push(name);
     return name;
@@ -310,4 +335,10 @@ function rowsOf(tensor: Tensor, index: number, batch: number): Tensor {
   return tensor.dtype === "float32"
     ? { dtype: "float32", shape, data: copy(tensor.data, new Float32Array(group * row)) }
     : { dtype: "int64", shape, data: copy(tensor.data, new BigInt64Array(group * row)) };
+}
+
+function renamed(names: Readonly<Record<string, string>>, rename: (name: string) => string): Record<string, string> {
+  const result: Record<string, string> = {};
+  for (const [key, name] of Object.entries(names)) result[key] = rename(name);
+  return result;
 }

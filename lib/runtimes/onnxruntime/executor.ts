@@ -117,7 +117,7 @@ export class Executor {
     for (const [output, name] of Object.entries(launch.outputs)) {
       const value = results[output]!;
       const { dtype, shape } = program.registers[name]!;
-      if (value.type !== dtype || value.dims.join() !== shape.join())
+      if (value.type !== dtype || !sameShape(value.dims, shape))
         throw failure(
           `${where} gave ${value.type} [${value.dims}] as "${output}", but the register "${name}" is ${dtype} [${shape}].`,
         );
@@ -187,6 +187,10 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
       ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
     },
   };
+}
+
+function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((size, index) => size === b[index]);
 }
 
 /** A value, which a program that was checked can only lack where an earlier piece of the workspace failed. */
