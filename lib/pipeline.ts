@@ -241,7 +241,7 @@ export class FlowTurbo implements AsyncDisposable {
   readonly #ladder: readonly string[];
   readonly #pinBatch: number | null;
   readonly #calls = new Set<Promise<unknown>>();
-  readonly #sketches = new Recent<SamplingProgram>(64);
+  readonly #sketches = new Recent<SamplingProgram>(32);
   #colours: Promise<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
 
