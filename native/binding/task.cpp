@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "executor.h"
 
@@ -237,10 +238,13 @@ void Task::leaveEnvironment(napi_env env) {
 
 void Task::settle(Napi::Env env) {
   leaveEnvironment(env);
+  // What the answer holds, an engine, goes with it: the task lasts until its thread has ended, too, and JavaScript may have
+  // released the engine by then and count on its memory.
+  const Answer answer = std::exchange(answer_, nullptr);
   if (error_)
     deferred_.Reject(toJavaScript(env, *error_).Value());
   else
-    deferred_.Resolve(answer_(env));
+    deferred_.Resolve(answer(env));
 }
 
 Napi::Error toJavaScript(Napi::Env env, const Error& error) {

@@ -1038,11 +1038,12 @@ std::shared_ptr<Engine> Executor::load(const std::string& plan, const std::strin
     state.device->makeCurrent();
     const auto create = [&] { return new Engine(state.library, state.device, plan, identity); };
     Engine* created = nullptr;
+    // Before the attempt: what was let go of may be freed at any time during it.
+    const uint64_t before = state.device->memory().free;
     try {
       created = create();
     } catch (const Error&) {
       // What was let go of, and what is kept for later runs, may make room.
-      const uint64_t before = state.device->memory().free;
       state.flush();
       state.memory->trim();
       if (state.device->memory().free <= before) throw;
