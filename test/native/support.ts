@@ -43,16 +43,14 @@ export function standIn(version: readonly number[]): string {
      void* createInferRuntime_INTERNAL(void* logger, int version){return 0;}
      void* createNvOnnxParser_INTERNAL(void* network, void* logger, int version){return 0;}\n`,
   );
-  const library = path.join(folder, "stand-in.so");
-  // With the name that TensorRT-RTX has inside, as the loader goes by it.
-  execFileSync("cc", ["-shared", "-fPIC", "-Wl,-soname,libtensorrt_rtx.so.1", "-o", library, source]);
-  for (const name of [
-    "libnvinfer.so.11",
-    "libnvonnxparser.so.11",
-    "libtensorrt_rtx.so.1",
-    "libtensorrt_onnxparser_rtx.so.1",
-  ])
-    copyFileSync(library, path.join(folder, name));
+  const link = (name: string, inside: string) =>
+    execFileSync("cc", ["-shared", "-fPIC", `-Wl,-soname,${inside}`, "-o", path.join(folder, name), source]);
+  // With its name inside, as the real one: the loader takes an open library for any of that name.
+  link("libtensorrt_rtx.so.1", "libtensorrt_rtx.so.1");
+  // The others without, for what a test has opened stays open.
+  link("libnvinfer.so.11", "stand-in.so");
+  for (const name of ["libnvonnxparser.so.11", "libtensorrt_onnxparser_rtx.so.1"])
+    copyFileSync(path.join(folder, "libnvinfer.so.11"), path.join(folder, name));
   return folder;
 }
 
