@@ -305,7 +305,7 @@ export const generateSchema = z.strictObject({
   }),
   signal: described(abortSignal.optional(), { description: "aborts between steps", expects: "an AbortSignal" }),
   onStep: described(callback<(event: StepEvent) => void>().optional(), {
-    description: "called after each step, in order; of steps shorter than 100 ms several at a time",
+    description: "called after each step, in order; of steps shorter than 200 ms several at a time",
     expects: "a function",
   }),
 });

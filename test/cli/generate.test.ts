@@ -29,7 +29,7 @@ describe("flowturbo generate", () => {
     const folder = temporaryFolder();
     const drawn = (columns: number) => {
       // script(1) runs a command on a new terminal, whose width is 0 until somebody sets it. As many steps as last longer
-      // than the tenth of a second between two messages about them.
+      // than the fifth of a second between two messages about them.
       const command = `${columns ? `stty cols ${columns}; ` : ""}exec ${process.execPath} ${cli} generate "a red circle" --steps 200 --seed 1`;
       return execFileSync(script!, ["-qec", command, "/dev/null"], { cwd: folder, encoding: "utf8", stdio: "pipe" });
     };

@@ -17,9 +17,10 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
 /**
  * Milliseconds between two messages about finished launches. Each wakes the parent, which takes a core from the graph
- * that runs: at steps of 5 to 25 ms on two cores, a message for each costs several percent.
+ * that runs: at steps of 5 to 25 ms on two cores, a message for each costs several percent, and one each tenth of a second
+ * still one.
  */
-const reportInterval = 100;
+const reportInterval = 200;
 
 /** Runs that wait or run, with what has been asked of them since. */
 const pending = new Map<number, Set<"abort" | "cut">>();
