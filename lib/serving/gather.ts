@@ -137,11 +137,9 @@ class Assembly {
     this.#use = use;
   }
 
-  launch({ graph, batch, rows }: PlannedLaunch, lanes: readonly Lane[]): void {
+  launch({ batch, rows }: PlannedLaunch, lanes: readonly Lane[]): void {
     const of = rows.map(({ launch }, index) => lanes[index]!.row.launches[launch]!);
-    const scattered: CopyRows[] = [];
-    const shared = batch === 1 ? this.#alone(of[0]!, lanes[0]!) : this.#shared(graph, of, lanes, batch, scattered);
-    this.#instructions.push(shared, ...scattered);
+    const shared = batch === 1 ? this.#alone(of[0]!, lanes[0]!) : this.#shared(of, lanes, batch);
     this.#launches.push({ of, batch, shared });
   }
 
@@ -172,7 +170,7 @@ class Assembly {
   /** A launch of one row, on the row's own registers. */
   #alone({ graph, inputs, outputs, mustBeFinite, reported, label }: Launch, lane: Lane): Launch {
     const own = (register: string) => this.#own(lane, register);
-    return {
+    const launch: Launch = {
       op: "launch",
       graph,
       inputs: renamed(inputs, (operand) => this.#input(lane, operand)),
@@ -181,11 +179,14 @@ class Assembly {
       ...(reported && { reported: reported.map(own) }),
       label,
     };
+    this.#instructions.push(launch);
+    return launch;
   }
 
   /** A launch over a batch, whose outputs are then copied to the rows' registers. */
-  #shared(graph: string, of: readonly Launch[], lanes: readonly Lane[], batch: number, scattered: CopyRows[]): Launch {
+  #shared(of: readonly Launch[], lanes: readonly Lane[], batch: number): Launch {
     const [first] = of as [Launch];
+    const { graph } = first;
     const shapes = this.#shapes(graph);
     const prefix = `piece ${this.#piece}.${this.#launches.length}`;
     const inputs: Record<string, string> = {};
@@ -197,6 +198,7 @@ class Assembly {
           lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
     }
     const outputs: Record<string, string> = {};
+    const scattered: CopyRows[] = [];
     for (const output of Object.keys(first.outputs)) {
       const registers = of.map(({ outputs }) => outputs[output]!);
       const { dtype, shape } = lanes[0]!.row.program.registers[registers[0]!]!;
@@ -217,7 +219,7 @@ class Assembly {
       );
       return names.size === 0 ? {} : { [what]: [...names].map((output) => outputs[output]!) };
     };
-    return {
+    const launch: Launch = {
       op: "launch",
       graph,
       inputs,
@@ -226,6 +228,8 @@ class Assembly {
       ...named("reported"),
       label: of.length === 1 ? first.label : { kind: first.label.kind, name: `${of.length} rows of "${graph}"` },
     };
+    this.#instructions.push(launch, ...scattered);
+    return launch;
   }
 
   /** The operand of a shared launch that holds a row, or a group of rows, of each lane. */
