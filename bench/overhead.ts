@@ -14,8 +14,8 @@
 import { FlowTurbo } from "flowturbo";
 import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
-import { GraphLibrary } from "../lib/graphs.js";
-import { embeddedModel } from "../lib/pipeline.js";
+import { embeddedModel } from "../lib/flowturbo.js";
+import { GraphLibrary } from "../lib/networks/library.js";
 import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
 import { format, machineLine, paired, ratios, report, type Spread, spread, table } from "./support.js";
 

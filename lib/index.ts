@@ -1,5 +1,6 @@
 /** The public API. */
-export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./engines.js";
+export type { Logger } from "./common/logger.js";
+export type { FloatTensor, IntTensor, Tensor } from "./common/tensor.js";
 export {
   CacheError,
   CheckpointError,
@@ -17,22 +18,6 @@ export {
   RuntimeError,
   RuntimeUnavailableError,
 } from "./errors.js";
-export { Image, type ImageFormat } from "./image.js";
-export type {
-  CompileEnginesOptions,
-  EngineProgress,
-  GenerateOptions,
-  LoadOptions,
-  LoadProgress,
-  Logger,
-  Picture,
-  PictureSource,
-  ProfileOptions,
-  ProfileProgress,
-  RgbPicture,
-  Stage,
-  StepEvent,
-} from "./options.js";
 export {
   type Costs,
   type DeadlineResult,
@@ -42,7 +27,22 @@ export {
   type RuntimeChoice,
   type StageResult,
   type Timings,
-} from "./pipeline.js";
+} from "./flowturbo.js";
+export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./generation/engines.js";
+export { Image, type ImageFormat } from "./generation/image.js";
+export type {
+  CompileEnginesOptions,
+  EngineProgress,
+  GenerateOptions,
+  LoadOptions,
+  LoadProgress,
+  Picture,
+  PictureSource,
+  ProfileOptions,
+  ProfileProgress,
+  RgbPicture,
+  Stage,
+  StepEvent,
+} from "./options.js";
 export type { CostEntry } from "./serving/costs.js";
 export type { Histogram, Stats } from "./serving/stats.js";
-export type { FloatTensor, IntTensor, Tensor } from "./tensor.js";

@@ -4,8 +4,9 @@
  */
 
 import { z } from "zod";
+import type { Logger } from "./common/logger.js";
+import type { FloatTensor } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
-import type { FloatTensor } from "./tensor.js";
 
 /** What a field says about itself beyond its type. */
 export interface OptionMeta {
@@ -42,13 +43,6 @@ const stage = z.strictObject({
   sigma: z.number().optional(),
 });
 const abortSignal = z.custom<AbortSignal>((value) => value instanceof AbortSignal);
-
-/** A place for messages; `console` is one. */
-export interface Logger {
-  debug?(message: string): void;
-  info?(message: string): void;
-  warn?(message: string): void;
-}
 
 /** Sent while a model loads. */
 export interface LoadProgress {

@@ -12,9 +12,9 @@ import { createHash, type Hash } from "node:crypto";
 import { createReadStream } from "node:fs";
 import { type FileHandle, mkdir, open, readFile, stat, writeFile } from "node:fs/promises";
 import path from "node:path";
-import type { Program } from "../lib/program.js";
+import { float32, int64, type StoredDType, type StoredTensor, type Tensor } from "../lib/common/tensor.js";
+import type { Program } from "../lib/program/program.js";
 import type { CompilableGraph } from "../lib/runtimes/runtime.js";
-import { float32, int64, type StoredDType, type StoredTensor, type Tensor } from "../lib/tensor.js";
 import type { Case } from "./cases.js";
 import type { Compute } from "./check.js";
 

@@ -5,23 +5,23 @@
  */
 
 import type { Checkpoint } from "../lib/checkpoint/index.js";
-import { type PlannedEngine, plannedEngines } from "../lib/engines.js";
-import type { GraphName } from "../lib/graphs.js";
+import { elementCount, type FloatTensor, float32, int64, type Tensor } from "../lib/common/tensor.js";
+import { pixelsAtOnce, positionCrop } from "../lib/flowturbo.js";
+import { type PlannedEngine, plannedEngines } from "../lib/generation/engines.js";
+import { NoiseGenerator } from "../lib/generation/noise.js";
+import { PromptEncoder } from "../lib/generation/text.js";
 import { relativeBuckets } from "../lib/networks/index.js";
-import { NoiseGenerator } from "../lib/noise.js";
-import { pixelsAtOnce, positionCrop } from "../lib/pipeline.js";
-import type { Program } from "../lib/program.js";
-import { PromptEncoder } from "../lib/prompts.js";
-import { StoredConstants } from "../lib/runtimes/stored.js";
+import type { GraphName } from "../lib/networks/library.js";
+import type { Program } from "../lib/program/program.js";
+import { ConstantReader } from "../lib/program/stored.js";
 import {
-  joinGrid,
   parseBlocks,
   type SamplingRequest,
   type SamplingStage,
   samplingProgram,
-  shiftedGrid,
+  shiftedSigmas,
+  upscaleSigmas,
 } from "../lib/schedule/index.js";
-import { elementCount, type FloatTensor, float32, int64, type Tensor } from "../lib/tensor.js";
 
 export interface Case {
   readonly name: string;
@@ -168,7 +168,8 @@ async function stageOf(
     ({ kind: "value", tensor: await stored(positionCrop(network, shape)) }) as const;
   return {
     blocks: parsed,
-    sigmas: index === 0 ? shiftedGrid(parsed.length, scheduler.shift) : joinGrid(parsed.length, scheduler.shift, 0.6),
+    sigmas:
+      index === 0 ? shiftedSigmas(parsed.length, scheduler.shift) : upscaleSigmas(parsed.length, scheduler.shift, 0.6),
     noise: inputs.normal(shape),
     positions: { predict: await positions(transformer), refine: refiner ? await positions(refiner) : null },
     ...(inpainted && {
@@ -199,7 +200,7 @@ function schedule(
   }).program;
 }
 
-const constants = new StoredConstants();
+const constants = new ConstantReader();
 
 async function stored(constant: ReturnType<typeof positionCrop>): Promise<FloatTensor> {
   return float32(constant.shape, await constants.read(constant));

@@ -4,9 +4,9 @@
  * difference is reported beside it.
  */
 
-import type { Program } from "../lib/program.js";
+import type { Tensor } from "../lib/common/tensor.js";
+import type { Program } from "../lib/program/program.js";
 import type { Runtime } from "../lib/runtimes/runtime.js";
-import type { Tensor } from "../lib/tensor.js";
 import type { Case } from "./cases.js";
 
 export type Compute = "float32" | "float16" | "bfloat16";

@@ -6,14 +6,14 @@
 import path from "node:path";
 import * as ort from "onnxruntime-node";
 import { type Checkpoint, openCheckpoint } from "../../lib/checkpoint/index.js";
-import { GraphLibrary, type GraphName } from "../../lib/graphs.js";
-import { toRgb } from "../../lib/image.js";
-import { NoiseGenerator } from "../../lib/noise.js";
-import { embeddedModel, positionCrop } from "../../lib/pipeline.js";
-import type { Constant, Program } from "../../lib/program.js";
-import { PromptEncoder } from "../../lib/prompts.js";
+import type { FloatTensor, Tensor } from "../../lib/common/tensor.js";
+import { embeddedModel, positionCrop } from "../../lib/flowturbo.js";
+import { toRgb } from "../../lib/generation/image.js";
+import { NoiseGenerator } from "../../lib/generation/noise.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary, type GraphName } from "../../lib/networks/library.js";
+import type { Constant, Program } from "../../lib/program/program.js";
 import { Executor } from "../../lib/runtimes/onnxruntime/executor.js";
-import type { FloatTensor, Tensor } from "../../lib/tensor.js";
 import type { Values, Velocity } from "./baselines.js";
 import type { Pixels } from "./world.js";
 
@@ -136,7 +136,7 @@ export class Direct {
     }
     return this.#executor.run(program, {
       aborted: () => false,
-      cut: () => false,
+      preempted: () => false,
       launched: ({ milliseconds }) => {
         const [first] = program.instructions;
         if (first?.op !== "launch" || first.label.kind !== "step") return;

@@ -9,8 +9,8 @@
 import { randomUUID } from "node:crypto";
 import { type FileHandle, open, rename, unlink } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
+import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
-import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../tensor.js";
 
 /** One tensor of a header. `offset` counts from the start of the file, `length` is in bytes. */
 export interface HeaderEntry {

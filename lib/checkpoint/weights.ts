@@ -8,8 +8,9 @@
 import { readdir, readFile, realpath, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
+import type { FileVersion } from "../common/files.js";
+import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
-import type { StoredTensor, WeightSource } from "../tensor.js";
 import { type HeaderEntry, readSafetensorsHeader, supportedDType } from "./safetensors.js";
 
 /** An opened part. `find` throws a CheckpointError for a tensor whose dtype is not F32, F16 or BF16. */
@@ -19,7 +20,7 @@ export interface Weights extends WeightSource {
   /** Variants that the folder offers besides the plain files. */
   readonly variantsFound: readonly string[];
   /** Absolute paths without symbolic links, with what tells one version of a file from another. */
-  readonly files: readonly { readonly file: string; readonly size: number; readonly mtimeMs: number }[];
+  readonly files: readonly FileVersion[];
   /** Names of all tensors, for messages and tests. */
   readonly names: readonly string[];
   /** Bytes of all tensors by dtype, as the files spell it: those that are never asked for (I64 positions) included. */

@@ -1,9 +1,9 @@
 /** `flowturbo compile`: every engine that a model needs, ahead of time, each with a progress bar. */
 
 import { type Command, Option } from "commander";
-import { compileEngines, type Engine } from "../engines.js";
+import { embeddedModel } from "../flowturbo.js";
+import { compileEngines, type Engine } from "../generation/engines.js";
 import { checkOptions, compileSchema, type EngineProgress } from "../options.js";
-import { embeddedModel } from "../pipeline.js";
 import { addFlags, readFlags, readLists } from "./flags.js";
 import { bar, createProgress } from "./progress.js";
 

@@ -2,7 +2,7 @@
 
 import { availableParallelism, totalmem } from "node:os";
 import { type Command, Option } from "commander";
-import { embeddedModel } from "../pipeline.js";
+import { embeddedModel } from "../flowturbo.js";
 import { probeOnnxRuntime } from "../runtimes/onnxruntime/onnxruntime.js";
 import { tensorRtKinds, versionText } from "../runtimes/tensorrt/addon.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";

@@ -5,12 +5,12 @@
 import { randomInt } from "node:crypto";
 import { type Command, Option } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
+import type { FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
-import { formatOf, resized } from "../image.js";
+import { FlowTurbo, type GenerateResult } from "../flowturbo.js";
+import { formatOf, resized } from "../generation/image.js";
 import { checkOptions, generateSchema, loadSchema, type RgbPicture, type Stage } from "../options.js";
-import { FlowTurbo, type GenerateResult } from "../pipeline.js";
 import { parseBlocks } from "../schedule/index.js";
-import type { FloatTensor } from "../tensor.js";
 import { addFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
 import { createProgress } from "./progress.js";

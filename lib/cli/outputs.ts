@@ -5,9 +5,9 @@
 import { randomBytes } from "node:crypto";
 import { rmdir, stat, unlink, writeFile } from "node:fs/promises";
 import path from "node:path";
+import { makeFolders } from "../common/files.js";
 import { OptionError, OutputError } from "../errors.js";
-import { makeFolders } from "../folders.js";
-import { formatOf } from "../image.js";
+import { formatOf } from "../generation/image.js";
 
 /**
  * One file name for each picture. `{seed}` and `{index}` (from 0) are replaced; several pictures without either get

@@ -1,8 +1,8 @@
 /** `flowturbo profile`: what each launch of a model costs on this machine, measured and kept beside the engines. */
 
 import { type Command, Option } from "commander";
+import { type Costs, FlowTurbo } from "../flowturbo.js";
 import { checkOptions, loadSchema, profileSchema } from "../options.js";
-import { type Costs, FlowTurbo } from "../pipeline.js";
 import { addFlags, readFlags, readLists } from "./flags.js";
 import { createProgress } from "./progress.js";
 

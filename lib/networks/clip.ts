@@ -4,9 +4,9 @@
  * causal only: padding takes part, as in the models' training.
  */
 
-import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import type { WeightSource } from "../tensor.js";
-import { type EmitOptions, Layers } from "./layers.js";
+import type { WeightSource } from "../common/tensor.js";
+import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { Layers } from "./layers.js";
 
 export interface ClipConfig {
   readonly vocabSize: number;

@@ -10,7 +10,7 @@ import { noised, perRow } from "./layers.js";
  * x = (1 − σ)·z + σ·ε: a picture on the way to noise.
  * Inputs (float32): latents [1, C, h, w], noise [B, C, h, w], sigma [B]. Output: x [B, C, h, w].
  */
-export function emitNoised(name: string, channels: number): OnnxGraph {
+export function emitScaleNoise(name: string, channels: number): OnnxGraph {
   const g = new GraphBuilder(name);
   const latents = g.input("latents", "float32", [1, channels, "height", "width"]);
   const noise = g.input("noise", "float32", ["rows", channels, "height", "width"]);
@@ -26,7 +26,7 @@ export function emitNoised(name: string, channels: number): OnnxGraph {
  * where new content is wanted), sigma [B] (the point reached). R = 2B with guidance, else B.
  * Outputs: x_next [B, C, h, w], velocity_next [R, C, h, w].
  */
-export function emitMerge(name: string, channels: number, guided: boolean): OnnxGraph {
+export function emitInpaintBlend(name: string, channels: number, guided: boolean): OnnxGraph {
   const g = new GraphBuilder(name);
   const networkRows = guided ? "network_rows" : "rows";
   const x = g.input("x", "float32", ["rows", channels, "height", "width"]);

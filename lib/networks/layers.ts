@@ -6,38 +6,9 @@
  * which on the CPU means: 16-bit weights stay 16-bit in memory and are widened for the duration of one layer.
  */
 
+import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
-import type { ElementType, GraphBuilder, Value } from "../onnx/index.js";
-import type { StoredTensor, WeightSource } from "../tensor.js";
-
-/** How graphs are emitted for a runtime. */
-export interface EmitOptions {
-  /** The type that networks compute in; states, inputs and outputs are float32 whatever it is. */
-  readonly compute: "float32" | "float16" | "bfloat16";
-  /**
-   * `gemm`: y = Gemm(x, W, b) with transB, which reads the stored [out, in] layout as it is (ONNX Runtime on the CPU).
-   * `matmul`: x · Transpose(W) + b, which TensorRT fuses for projections that share an input.
-   */
-  readonly linear: "gemm" | "matmul";
-  /**
-   * `operator`: GroupNormalization (TensorRT). `instance`: InstanceNormalization over the groups, then scale and shift,
-   * for ONNX Runtime, which has a kernel for that one and takes the other apart (a fifth of the decoder's time).
-   */
-  readonly groupNorm: "operator" | "instance";
-  /**
-   * `operator`: Attention, for which ONNX Runtime has a kernel. `matmul`: MatMul, Softmax, MatMul, the pattern that
-   * TensorRT fuses; its own Attention refuses to build where it has no kernel for the shape (CLIP's causal one).
-   */
-  readonly attention: "operator" | "matmul";
-}
-
-/** ONNX Runtime on the CPU computes in float32 only. */
-export const cpuEmitOptions: EmitOptions = {
-  compute: "float32",
-  linear: "gemm",
-  groupNorm: "instance",
-  attention: "operator",
-};
+import type { ElementType, EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {

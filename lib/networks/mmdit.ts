@@ -4,9 +4,9 @@
  * predictor and refiner are the same network with other sizes.
  */
 
-import type { ElementType, GraphBuilder, Value } from "../onnx/index.js";
-import type { StoredTensor, WeightSource } from "../tensor.js";
-import { type EmitOptions, Layers, requireTensor } from "./layers.js";
+import type { StoredTensor, WeightSource } from "../common/tensor.js";
+import type { ElementType, EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
+import { Layers, requireTensor } from "./layers.js";
 
 export interface MmditConfig {
   readonly patchSize: number;

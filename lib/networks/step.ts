@@ -10,8 +10,8 @@
  * are per row, so that rows at different positions of different schedules can share a launch.
  */
 
+import type { WeightSource } from "../common/tensor.js";
 import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import type { WeightSource } from "../tensor.js";
 import { perRow } from "./layers.js";
 import { type MmditConfig, type MmditOptions, mmdit, mmditWidth } from "./mmdit.js";
 

@@ -3,9 +3,9 @@
  * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one.
  */
 
-import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import type { WeightSource } from "../tensor.js";
-import { type EmitOptions, Layers } from "./layers.js";
+import type { WeightSource } from "../common/tensor.js";
+import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { Layers } from "./layers.js";
 
 export interface T5Config {
   readonly vocabSize: number;

@@ -3,9 +3,9 @@
  * are part of the graphs: the rest of the package only ever sees the latents that the transformer works on.
  */
 
-import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import type { WeightSource } from "../tensor.js";
-import { type EmitOptions, Layers } from "./layers.js";
+import type { WeightSource } from "../common/tensor.js";
+import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { Layers } from "./layers.js";
 
 export interface VaeConfig {
   readonly inChannels: number;

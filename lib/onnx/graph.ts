@@ -5,7 +5,7 @@
  */
 
 import { createHash } from "node:crypto";
-import { elementCount, type StoredDType, type StoredTensor } from "../tensor.js";
+import { elementCount, type StoredDType, type StoredTensor } from "../common/tensor.js";
 import { MessageWriter } from "./protobuf.js";
 
 export type ElementType = "float32" | "float16" | "bfloat16" | "int64" | "bool";

@@ -3,10 +3,24 @@
  * ONNX Runtime on the CPU and TensorRT on a GPU receive the same graphs and the same program.
  */
 
-import type { Launch, Program } from "../program.js";
-import type { StoredTensor, Tensor } from "../tensor.js";
+import type { FileVersion } from "../common/files.js";
+import type { Logger } from "../common/logger.js";
+import type { StoredDType, StoredTensor, Tensor } from "../common/tensor.js";
+import type { EmitOptions } from "../onnx/index.js";
+import type { Launch, Program } from "../program/program.js";
 
-export type RuntimeName = "onnxruntime" | "tensorrt" | "tensorrt-rtx";
+/** What a runtime can do: callers ask for this, and never for a name. */
+export interface Capabilities {
+  /**
+   * Whether a submission can be preempted, that is, ended before its next launch, so that one submission may hold all of
+   * a lone request. Worth having where JavaScript between two submissions takes time from the graphs, as on a CPU.
+   */
+  readonly preemption: boolean;
+  /** Whether a program can be captured, and replayed as one CUDA graph. */
+  readonly capture: boolean;
+  /** Whether a graph runs at any batch and size. Otherwise each has to be built first, which takes minutes. */
+  readonly anyShape: boolean;
+}
 
 /**
  * An ONNX model whose large initializers are external data in the checkpoint's own files. The location of each is its
@@ -39,55 +53,52 @@ export interface RunOptions {
   readonly background?: boolean | undefined;
 }
 
-export interface PieceOptions extends RunOptions {
+export interface SubmissionOptions extends RunOptions {
   /**
-   * When it aborts, a runtime that `cutsPieces` ends the piece before its next launch: what it uploads is there, the
-   * launches made so far have been reported, and `submit` rejects with a PieceCut.
+   * When it aborts, a runtime with the capability `preemption` ends the submission before its next launch: what it
+   * uploads is there, the launches made so far have been reported, and `submit` rejects with a Preempted.
    */
-  readonly cut?: AbortSignal | undefined;
+  readonly preempt?: AbortSignal | undefined;
 }
 
-/** A piece was cut short on request: no failure, the rest of it may be submitted again. */
-export class PieceCut extends Error {
-  /** How many of the piece's launches were made; fewer than it has. */
+/** A submission was preempted: no failure, the rest of it may be submitted again. */
+export class Preempted extends Error {
+  /** How many of the submission's launches were made; fewer than it has. */
   readonly launches: number;
-  /** Those of its results that had been written, by this piece or before. */
+  /** Those of its results that had been written, by this submission or before. */
   readonly results: Readonly<Record<string, Tensor>>;
   constructor(launches: number, results: Readonly<Record<string, Tensor>>) {
-    super(`The piece was cut short after ${launches} of its launches.`);
-    this.name = "PieceCut";
+    super(`The submission was preempted after ${launches} of its launches.`);
+    this.name = "Preempted";
     this.launches = launches;
     this.results = results;
   }
 }
 
 /**
- * Registers that outlive programs, so that a scheduler can submit a run piece by piece, ahead of the device, and gather
- * rows of several runs into one launch. A piece is a program whose instructions may also read what earlier pieces have
+ * Registers that outlive programs, so that a scheduler can submit a run part by part, ahead of the device, and gather
+ * rows of several runs into one launch. A submission is a program whose instructions may also read what earlier ones have
  * written or uploaded; everything stays until it is freed by name.
  */
 export interface Workspace {
-  /** Whether its registers are gone: later pieces would be refused. Start again in a new one. */
+  /** Whether its registers are gone: later submissions would be refused. Start again in a new one. */
   readonly lost: boolean;
   /**
-   * Runs a piece after all that were submitted before, without waiting for them here. Where a piece fails or is
+   * Runs a program after all that were submitted before, without waiting for them here. Where one fails or is
    * aborted, the registers that it would have written hold no value or an older one.
-   * @throws PieceCut
+   * @throws Preempted
    */
-  submit(piece: Program, options?: PieceOptions): Promise<Record<string, Tensor>>;
-  /** Frees registers and constants when the pieces submitted before have run. Unknown names are ignored. */
+  submit(program: Program, options?: SubmissionOptions): Promise<Record<string, Tensor>>;
+  /** Frees registers and constants when what was submitted before has run. Unknown names are ignored. */
   free(names: readonly string[]): void;
   /** Frees everything. */
   close(): void;
 }
 
 export interface Runtime {
-  readonly name: RuntimeName;
-  /**
-   * Whether pieces can be cut short, so that one piece may hold all of a lone request. Worth having where JavaScript
-   * between two pieces takes time from the graphs, as on a CPU; a device runs one piece while the next waits.
-   */
-  readonly cutsPieces?: boolean;
+  /** As in the table of runtimes. */
+  readonly name: string;
+  readonly capabilities: Capabilities;
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
   add(graph: CompilableGraph): void;
   has(name: string): boolean;
@@ -98,4 +109,67 @@ export interface Runtime {
   unload?(graphs: readonly string[]): Promise<void>;
   /** Waits for the run in flight to stop, then frees everything. Later calls reject with a DisposedError. */
   dispose(): Promise<void>;
+}
+
+/** Options of loading a model that are a runtime's own. */
+export interface RuntimeSettings {
+  readonly threads?: number | undefined;
+  readonly weights: "auto" | "lazy" | "folded";
+  readonly tensorrtFolder?: string | undefined;
+  /** Folder of the caches; default: `defaultCacheFolder()`. */
+  readonly cache?: string | undefined;
+  readonly capture: boolean;
+  readonly logger?: Logger | undefined;
+}
+
+/** What a runtime has to know of a model before it opens. */
+export interface ModelWeights {
+  /** Files of the weights as they were when the checkpoint was opened. */
+  readonly files: readonly FileVersion[];
+  /** Bytes of them that are float16 or bfloat16. */
+  readonly bytesOf16Bit: number;
+}
+
+/** A network as far as it matters to how it is emitted. */
+export interface EmittedNetwork {
+  readonly name: string;
+  /** Type that most of its weights are stored in; null for one without weights. */
+  readonly dtype: StoredDType | null;
+  /** Whether it must not be computed in float16. */
+  readonly overflowsInFloat16: boolean;
+}
+
+export interface OpenedRuntime {
+  readonly runtime: Runtime;
+  /** Version and settings: what the costs of launches depend on. */
+  readonly settings: Readonly<Record<string, unknown>>;
+  /** The device that has to hold the weights; null where that is this machine's memory. */
+  readonly device: { readonly name: string; readonly memoryBytes: number } | null;
+  /** @throws OptionError for a network that it cannot compute */
+  emitOptions(network: EmittedNetwork): EmitOptions;
+}
+
+/** A runtime on this machine, for `flowturbo doctor`. */
+export interface RuntimeFinding {
+  readonly name: string;
+  /** Whether programs can run on it. */
+  readonly available: boolean;
+  readonly version: string | null;
+  /** Why it is missing, and what to do about it: one remedy for each cause. */
+  readonly reason: string | null;
+  readonly remedy: string | null;
+}
+
+/** A line of the table of runtimes. */
+export interface RuntimeRow {
+  readonly name: string;
+  /** For help texts: what it runs on. */
+  readonly runsOn: string;
+  readonly capabilities: Capabilities;
+  /** @returns null if it can be used here, otherwise why not. Quick where it cannot. */
+  find(settings: RuntimeSettings): Promise<string | null>;
+  /** @throws RuntimeUnavailableError and whatever opening the runtime throws */
+  open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
+  /** Never rejects. */
+  examine(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;
 }

@@ -4,10 +4,10 @@
  * urgency.ts); nobody overtakes it for being smaller, so that large requests do not starve either.
  */
 
-import { type Claim, compareClaims } from "./urgency.js";
+import { comparePriorities, type Priority } from "./priority.js";
 
 interface Waiting {
-  readonly claim: Claim;
+  readonly claim: Priority;
   readonly pictures: number;
   start(): void;
 }
@@ -47,7 +47,7 @@ export class Admission {
    * Resolves when the request may work, with the function to call once when it is over.
    * @throws RangeError if the queue is full (see `isFull`), `signal.reason` if it is aborted while it waits
    */
-  async enter(claim: Claim, pictures: number, signal?: AbortSignal): Promise<() => void> {
+  async enter(claim: Priority, pictures: number, signal?: AbortSignal): Promise<() => void> {
     signal?.throwIfAborted();
     if (this.isFull(pictures)) throw new RangeError("The queue is full.");
     await new Promise<void>((resolve, reject) => {
@@ -86,7 +86,7 @@ export class Admission {
   #admit(): void {
     while (this.#waiting.length > 0) {
       const now = this.#now();
-      const first = this.#waiting.reduce((a, b) => (compareClaims(a.claim, b.claim, now) <= 0 ? a : b));
+      const first = this.#waiting.reduce((a, b) => (comparePriorities(a.claim, b.claim, now) <= 0 ? a : b));
       if (!this.#fits(first.pictures)) return;
       this.#waiting.splice(this.#waiting.indexOf(first), 1);
       this.#requests++;

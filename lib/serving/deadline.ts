@@ -8,7 +8,7 @@ import {
   defaultBlocks,
   formatBlocks,
   planSteps,
-  shiftedGrid,
+  shiftedSigmas,
 } from "../schedule/index.js";
 
 /**
@@ -41,7 +41,7 @@ export function defaultLadder(hasRefiner: boolean): string[] {
   const rungs = defaultSteps.map((steps) => defaultBlocks("flowturbo", steps, hasRefiner));
   const cost = (blocks: readonly Block[]) => {
     // Which grid does not matter: evaluations are counted.
-    const { predictor, refiner } = countEvaluations(planSteps(blocks, shiftedGrid(blocks.length, 1)));
+    const { predictor, refiner } = countEvaluations(planSteps(blocks, shiftedSigmas(blocks.length, 1)));
     return predictor * 1e6 + refiner;
   };
   return rungs.sort((a, b) => cost(b) - cost(a)).map(formatBlocks);

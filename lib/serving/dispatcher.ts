@@ -5,16 +5,16 @@
  */
 
 import { setMaxListeners } from "node:events";
-import type { Program } from "../program.js";
-import { type LaunchReport, PieceCut, type Runtime, type Workspace } from "../runtimes/runtime.js";
-import type { Tensor } from "../tensor.js";
+import type { Tensor } from "../common/tensor.js";
+import type { Program } from "../program/program.js";
+import { type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
 import type { CostTable } from "./costs.js";
 import { Gatherer, type Lane } from "./gather.js";
 import { Line } from "./line.js";
+import type { Priority } from "./priority.js";
 import { type GraphShapes, Identities, type RowProgram, rowProgram } from "./rows.js";
-import { type Piece, type PlannedRow, Scheduler } from "./scheduler.js";
+import { type PlannedRow, Scheduler, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
-import type { Claim } from "./urgency.js";
 
 /** Pieces that the runtime has at a time: one that runs and one that is next. */
 const ahead = 2;
@@ -22,7 +22,7 @@ const ahead = 2;
 export interface Job {
   /** A program for each row; see rows.ts. */
   readonly rows: readonly Program[];
-  readonly claim: Claim;
+  readonly claim: Priority;
   /** Pads every launch to this batch; default: that of the dispatcher. */
   readonly pin?: number | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -94,7 +94,7 @@ export class Dispatcher {
       batches,
       maxBatch,
       maxWait,
-      cuts: runtime.cutsPieces ?? false,
+      cuts: runtime.capabilities.preemption,
       cost: (graph, size, batch) => costs.estimate(graph, size, batch),
       relativeCost: (graph, size, batch) => costs.relative(graph, size, batch),
     });
@@ -211,7 +211,7 @@ export class Dispatcher {
   }
 
   /** Runs one piece. Never rejects. */
-  async #carryOut(piece: Piece): Promise<void> {
+  async #carryOut(piece: Submission): Promise<void> {
     let workspace: Workspace | null = null;
     let uploads: readonly string[] = [];
     try {
@@ -226,13 +226,13 @@ export class Dispatcher {
       this.#submitted.set(piece.id, { controller, cut, uploads });
       const run = workspace.submit(gathered.program, {
         signal: controller.signal,
-        cut: cut?.signal,
+        preempt: cut?.signal,
         onLaunch: (report) => this.#report(piece, gathered, report),
       });
       workspace.free(gathered.temporaries);
       const { results: values, launches } = await run.then(
         (results) => ({ results, launches: piece.launches.length }),
-        (error: unknown) => (error instanceof PieceCut ? error : Promise.reject(error)),
+        (error: unknown) => (error instanceof Preempted ? error : Promise.reject(error)),
       );
       this.#submitted.delete(piece.id);
       // Of a workspace that was given up while the news was on its way.
@@ -257,7 +257,7 @@ export class Dispatcher {
     }
   }
 
-  #fail(piece: Piece, workspace: Workspace | null, uploads: readonly string[], error: unknown): void {
+  #fail(piece: Submission, workspace: Workspace | null, uploads: readonly string[], error: unknown): void {
     // A piece of a workspace that was given up earlier: its requests have been started again.
     if (workspace !== this.#workspace) return;
     const lost = workspace === null || workspace.lost;
@@ -278,7 +278,7 @@ export class Dispatcher {
     }
   }
 
-  #report(piece: Piece, gathered: ReturnType<Gatherer["gather"]>, report: LaunchReport): void {
+  #report(piece: Submission, gathered: ReturnType<Gatherer["gather"]>, report: LaunchReport): void {
     const { graph, size, batch, rows } = piece.launches[report.index]!;
     this.#launched({ graph, size }, rows.length, batch, report.milliseconds);
     const seen = new Set<number>();

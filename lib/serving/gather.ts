@@ -5,10 +5,18 @@
  * given the same values; numbers that change from launch to launch (σ, coefficients) travel with the piece.
  */
 
-import type { Constant, CopyRows, Instruction, Launch, Program, Register } from "../program.js";
-import { elementCount, type FloatTensor, float32, type Tensor } from "../tensor.js";
+import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
+import {
+  type Constant,
+  type CopyRows,
+  type Instruction,
+  type Launch,
+  type Program,
+  type Register,
+  shapeOf,
+} from "../program/program.js";
 import { type GraphShapes, type Identities, isPerRow, type RowProgram } from "./rows.js";
-import type { Piece, PlannedLaunch, PlannedRow } from "./scheduler.js";
+import type { PlannedLaunch, PlannedRow, Submission } from "./scheduler.js";
 
 /** Constants of up to this many values travel with the piece instead of being uploaded and copied. */
 const inlineValues = 16;
@@ -52,7 +60,7 @@ export class Gatherer {
     return this.#uploads.size;
   }
 
-  gather(piece: Piece, laneOf: (row: PlannedRow) => Lane): Gathered {
+  gather(piece: Submission, laneOf: (row: PlannedRow) => Lane): Gathered {
     const assembly = new Assembly(piece.id, this.#shapes, (lane, constant) => this.#use(lane, constant));
     const last: Lane[] = [];
     for (const launch of piece.launches) {
@@ -286,8 +294,7 @@ class Assembly {
       this.#constants[name] = constant;
       this.#uploads.push(identity);
     }
-    if (constant.kind === "stored") return { name, dtype: "float32", shape: constant.shape };
-    return { name, dtype: constant.tensor.dtype, shape: constant.tensor.shape };
+    return { name, ...shapeOf(constant) };
   }
 
   #own(lane: Lane, register: string): string {

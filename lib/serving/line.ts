@@ -5,13 +5,13 @@
  */
 
 import { DeviceLostError } from "../errors.js";
-import { type Claim, compareClaims } from "./urgency.js";
+import { comparePriorities, type Priority } from "./priority.js";
 
 /** Programs that the runtime has at a time. */
 const ahead = 2;
 
 interface Place {
-  readonly claim: Claim;
+  readonly claim: Priority;
   start(turn: Turn): void;
 }
 
@@ -40,7 +40,7 @@ export class Line {
    * Does `work` when its turn has come, and again if the device was lost under another's.
    * @throws what `work` throws; `signal.reason` if it aborts before
    */
-  async run<T>(claim: Claim, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
+  async run<T>(claim: Priority, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
     for (;;) {
       const turn = await this.#turn(claim, signal);
       try {
@@ -56,7 +56,7 @@ export class Line {
     }
   }
 
-  #turn(claim: Claim, signal: AbortSignal): Promise<Turn> {
+  #turn(claim: Priority, signal: AbortSignal): Promise<Turn> {
     return new Promise((resolve, reject) => {
       signal.throwIfAborted();
       const leave = () => {
@@ -79,7 +79,7 @@ export class Line {
   #start(): void {
     while (this.#running.size < ahead && this.#waiting.length > 0) {
       const now = performance.now();
-      const first = this.#waiting.reduce((a, b) => (compareClaims(a.claim, b.claim, now) <= 0 ? a : b));
+      const first = this.#waiting.reduce((a, b) => (comparePriorities(a.claim, b.claim, now) <= 0 ? a : b));
       this.#waiting.splice(this.#waiting.indexOf(first), 1);
       const turn: Turn = { disturbed: false };
       this.#running.add(turn);

@@ -5,9 +5,9 @@
  */
 
 import { setImmediate } from "node:timers/promises";
-import type { Constant, Launch, Program, Register } from "../program.js";
+import { elementCount, type Tensor } from "../common/tensor.js";
+import { type Constant, type Launch, type Program, type Register, shapeOf } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
-import { elementCount, type Tensor } from "../tensor.js";
 import { type CostEntry, entryOf } from "./costs.js";
 import { type GraphShapes, isPerRow } from "./rows.js";
 
@@ -112,7 +112,7 @@ function programOf({ sample, batch }: Subject, shapes: GraphShapes): Program {
   for (const [input, operand] of Object.entries(launch.inputs)) {
     const constant = program.constants[operand];
     inputs[input] = `in ${input}`;
-    if (constant && !isPerRow(shapes.inputs.get(input)) && isWhole(constant)) {
+    if (constant && !isPerRow(shapes.inputs.get(input)) && constant.kind !== "slot") {
       constants[`in ${input}`] = constant;
       continue;
     }
@@ -133,16 +133,9 @@ function programOf({ sample, batch }: Subject, shapes: GraphShapes): Program {
   return { registers, constants, instructions: [{ op: "launch", graph, inputs, outputs, label }], results: [] };
 }
 
-/** Programs that only say what will be launched may leave out the values of their constants. */
-function isWhole(constant: Constant): boolean {
-  return constant.kind === "stored" || constant.tensor.data.length === elementCount(constant.tensor.shape);
-}
-
 function registerOf(program: Program, operand: string): Register {
   const constant = program.constants[operand];
-  if (!constant) return program.registers[operand]!;
-  if (constant.kind === "stored") return { dtype: "float32", shape: constant.shape };
-  return { dtype: constant.tensor.dtype, shape: constant.tensor.shape };
+  return constant ? shapeOf(constant) : program.registers[operand]!;
 }
 
 function madeUp(dtype: Register["dtype"], shape: readonly number[]): Tensor {

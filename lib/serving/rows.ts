@@ -4,7 +4,7 @@
  * (two where the network runs on an unconditional and a conditional one).
  */
 
-import type { Constant, Launch, Program, StoredConstant } from "../program.js";
+import type { Constant, Launch, Program, StoredConstant } from "../program/program.js";
 import type { RowLaunch } from "./scheduler.js";
 
 /** Dimensions of a graph's operands; see `OnnxGraph`. */
@@ -33,7 +33,7 @@ export class Identities {
   #next = 0;
 
   of(constant: Constant): string {
-    const subject = constant.kind === "stored" ? constant : constant.tensor.data;
+    const subject = constant.kind === "value" ? constant.tensor.data : constant;
     let identity = this.#known.get(subject);
     if (identity === undefined) {
       identity = constant.kind === "stored" ? placeOf(constant) : `value ${this.#next++}`;
@@ -76,7 +76,7 @@ export function rowProgram(
       graph,
       size: sharing.size,
       maxRows: sharing.maxRows ?? Number.POSITIVE_INFINITY,
-      eager: sharing.eager ?? false,
+      deferrable: sharing.deferrable ?? false,
     });
   }
   return { program, launches, specs };

@@ -13,8 +13,8 @@
  * behind one that failed, on the values which that should have left, cannot run; their requests start again, too.
  */
 
+import { comparePriorities, type Priority } from "./priority.js";
 import { type BatchCost, cheapestSplit } from "./split.js";
-import { type Claim, compareClaims } from "./urgency.js";
 
 /** A launch that a row makes. */
 export interface RowLaunch {
@@ -25,12 +25,12 @@ export interface RowLaunch {
   /** At most this many rows in one launch. */
   readonly maxRows: number;
   /** Worth waiting for company: launches that leave the device half empty (refiners, coarse stages). */
-  readonly eager: boolean;
+  readonly deferrable: boolean;
 }
 
 export interface Ticket {
   readonly id: number;
-  readonly claim: Claim;
+  readonly claim: Priority;
   /** Launches of each row. */
   readonly rows: readonly (readonly RowLaunch[])[];
   /** Every launch is padded to this batch, or to as much of it as `maxRows` allows. */
@@ -58,7 +58,7 @@ export interface PlannedLaunch {
 }
 
 /** What is submitted at once: launches in order. */
-export interface Piece {
+export interface Submission {
   readonly id: number;
   readonly launches: readonly PlannedLaunch[];
   /** Whether these are all launches that are left of the only request: to be cut short when somebody comes. */
@@ -93,14 +93,14 @@ export interface Verdict {
  * pieces: where they can be cut short, all of it is one, and who comes behind it waits for one launch; else who comes waits
  * for at most two of them.
  */
-const pieceMilliseconds = { whole: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
+const submissionMilliseconds = { whole: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
 
 /**
  * How much cheaper rows of several requests must be together, as a part of their cost alone. Sharing delays the more urgent
  * row, so that it has to pay beyond doubt. Eager launches are shared even at a loss: they are short, and company is rare.
  * Rows of one request have the same end: what is cheapest is best for all of them.
  */
-const gainNeeded = { usual: 0.02, eager: -0.1 } as const;
+const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 
 /** Rows of a group that a split is planned for. More of them do not change the first batch, which is all that is planned. */
 const rowsAhead = { least: 64, batches: 4 } as const;
@@ -133,7 +133,7 @@ interface Request {
 export class Scheduler {
   readonly #options: SchedulerOptions;
   readonly #requests = new Map<number, Request>();
-  readonly #inFlight = new Map<number, Piece>();
+  readonly #inFlight = new Map<number, Submission>();
   #pieces = 0;
 
   constructor(options: SchedulerOptions) {
@@ -163,7 +163,7 @@ export class Scheduler {
   }
 
   /** The piece in flight that holds all that was left of a request. */
-  get #whole(): Piece | undefined {
+  get #whole(): Submission | undefined {
     return [...this.#inFlight.values()].find(({ whole }) => whole);
   }
 
@@ -212,13 +212,13 @@ export class Scheduler {
   }
 
   /** The next piece; null if every launch of every request has been planned, or a piece is in the way. */
-  plan(now: number): Piece | null {
+  plan(now: number): Submission | null {
     if (this.#whole) return null;
     const launches: PlannedLaunch[] = [];
     let alone: Request | null = null;
     let isAll = false;
     const isOnly = this.#requests.size === 1;
-    const least = pieceMilliseconds[isOnly ? (this.#options.cuts ? "whole" : "alone") : "shared"];
+    const least = submissionMilliseconds[isOnly ? (this.#options.cuts ? "whole" : "alone") : "shared"];
     for (let milliseconds = 0; milliseconds < least; ) {
       const rows = this.#choose(now, alone);
       if (!rows) {
@@ -302,7 +302,7 @@ export class Scheduler {
   }
 
   /** Requests, not over, with rows in a piece. */
-  #involved(piece: Piece): Set<Request> {
+  #involved(piece: Submission): Set<Request> {
     const involved = new Set<Request>();
     for (const { rows } of piece.launches)
       for (const planned of rows) {
@@ -313,9 +313,9 @@ export class Scheduler {
   }
 
   /** Pieces in flight that read what a piece that failed should have written, or what such a piece should have. */
-  #spoiltBy(failed: Piece): Piece[] {
+  #spoiltBy(failed: Submission): Submission[] {
     const missing = new Set(membersOf(failed));
-    const spoilt: Piece[] = [];
+    const spoilt: Submission[] = [];
     for (const piece of this.#inFlight.values()) {
       const members = membersOf(piece);
       if (piece.id < failed.id || !members.some((member) => missing.has(member))) continue;
@@ -325,14 +325,14 @@ export class Scheduler {
     return spoilt;
   }
 
-  #take(id: number): Piece {
+  #take(id: number): Submission {
     const piece = this.#inFlight.get(id);
     if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
     this.#inFlight.delete(id);
     return piece;
   }
 
-  #isWanted(piece: Piece): boolean {
+  #isWanted(piece: Submission): boolean {
     return piece.launches.some(({ rows }) => rows.some((row) => this.#current(row)));
   }
 
@@ -351,7 +351,7 @@ export class Scheduler {
     if (waiting.length === 0) return null;
     waiting.sort(
       (a, b) =>
-        compareClaims(a.request.ticket.claim, b.request.ticket.claim, now) || a.next - b.next || a.index - b.index,
+        comparePriorities(a.request.ticket.claim, b.request.ticket.claim, now) || a.next - b.next || a.index - b.index,
     );
     const groups = new Map<string, Row[]>();
     for (const row of waiting) {
@@ -368,7 +368,7 @@ export class Scheduler {
   #isHeld(group: readonly Row[], waiting: readonly Row[], now: number): boolean {
     const [first] = group as [Row];
     const launch = first.launches[first.next]!;
-    if (!launch.eager || first.request.isolated || group.length >= this.#limit(first)) return false;
+    if (!launch.deferrable || first.request.isolated || group.length >= this.#limit(first)) return false;
     // Who has a time limit waits only where there is plenty of time.
     const { claim } = first.request.ticket;
     if (claim.deadline !== null && claim.deadline - now < 2 * (first.request.left?.[first.next] ?? 0)) return false;
@@ -431,7 +431,7 @@ export class Scheduler {
     if (own === rows.length && batch === own) return false;
     const shared = this.#options.cost(graph, size, batch);
     if (shared === null) return false;
-    const waiting = [...this.#requests.values()].sort((a, b) => compareClaims(a.ticket.claim, b.ticket.claim, now));
+    const waiting = [...this.#requests.values()].sort((a, b) => comparePriorities(a.ticket.claim, b.ticket.claim, now));
     // Milliseconds until the requests so far are done, with the shared launch and without it.
     let withIt = shared;
     let without = 0;
@@ -462,13 +462,13 @@ export class Scheduler {
   /** The batch of the next launch of these rows: the first of their cheapest split. */
   #batch(group: readonly Row[], limit: number): number {
     const [first] = group as [Row];
-    const { graph, size, eager } = first.launches[first.next]!;
+    const { graph, size, deferrable } = first.launches[first.next]!;
     const batches = this.#batches(limit);
     const rows = Math.min(group.length, Math.max(rowsAhead.least, rowsAhead.batches * Math.max(...batches)));
     const cost: BatchCost = (batch) => this.#options.relativeCost(graph, size, batch);
     const cheapest = () => cheapestSplit(rows, batches, cost).batches[0]!;
     if (group.every(({ request }) => request === first.request)) return cheapest();
-    const gain = gainNeeded[eager ? "eager" : "usual"];
+    const gain = gainNeeded[deferrable ? "deferrable" : "usual"];
     const shared = cheapestSplit(rows, batches, (batch) => cost(batch) * (1 + gain * (1 - 1 / batch))).batches[0]!;
     // Company is worth a loss, padding is not.
     return shared > rows ? cheapest() : shared;
@@ -489,7 +489,7 @@ function leftOf({ left, rows }: Request): readonly [number, number] {
 }
 
 /** Rows in a piece, those of requests that are over included; each attempt of each has registers of its own. */
-function membersOf(piece: Piece): string[] {
+function membersOf(piece: Submission): string[] {
   return [
     ...new Set(
       piece.launches.flatMap(({ rows }) => rows.map(({ request, attempt, row }) => `${request}.${attempt}.${row}`)),

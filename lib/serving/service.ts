@@ -7,21 +7,21 @@
  * time and nobody who has been promised a time comes late for it.
  */
 
+import type { Tensor } from "../common/tensor.js";
 import { DeadlineError, QueueFullError } from "../errors.js";
-import type { Program } from "../program.js";
+import type { Program } from "../program/program.js";
 import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
-import type { Tensor } from "../tensor.js";
 import { Admission } from "./admission.js";
 import { type CostEntry, CostTable, entryOf } from "./costs.js";
 import { chooseRung, limitFor, Margin } from "./deadline.js";
 import { Dispatcher } from "./dispatcher.js";
 import { type MeasureOptions, measure, type Sample, type Subject, samplesOf, subjectsOf } from "./measure.js";
+import { comparePriorities, type Priority } from "./priority.js";
 import type { GraphShapes } from "./rows.js";
 import type { RowLaunch } from "./scheduler.js";
 import { cheapestSplit } from "./split.js";
 import { type Ending, type Stats, StatsRecorder } from "./stats.js";
 import type { CostStore } from "./store.js";
-import { type Claim, compareClaims } from "./urgency.js";
 
 /** What is not in launches: noise, tokens, pixels to bytes, messages. An entry of the table like any graph. */
 const host = "host";
@@ -107,7 +107,7 @@ type Choice = Pick<Admitted, "rung" | "reason" | "predictedMs">;
 
 interface Accepted {
   /** Its deadline is somewhat before the one that was promised: that is what everybody works towards. */
-  readonly claim: Claim;
+  readonly claim: Priority;
   /** Moment that was promised. */
   readonly promised: number | null;
   /** Milliseconds that its work takes when it has the device to itself. */
@@ -196,7 +196,7 @@ export class Service {
     }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
     const deadline = deadlineMs === null ? null : arrival + deadlineMs / this.#margin.value;
-    const claim: Claim = { priority: order.priority, deadline, arrival, sequence: this.#sequence++ };
+    const claim: Priority = { priority: order.priority, deadline, arrival, sequence: this.#sequence++ };
     this.#refuseIfFull(pictures);
     const chosen = this.#choose(claim, order, rungs);
     for (const { demands } of rungs)
@@ -299,7 +299,7 @@ export class Service {
     );
   }
 
-  #choose(claim: Claim, order: Order, rungs: readonly Rung[]): Choice {
+  #choose(claim: Priority, order: Order, rungs: readonly Rung[]): Choice {
     const { deadlineMs, arrival } = order;
     const now = performance.now();
     const elapsed = now - arrival;
@@ -363,9 +363,9 @@ export class Service {
    * When a newcomer would be done, in milliseconds from now, if everybody is served in the order of urgency.
    * @returns `own` for the newcomer, `all` for when everybody is done, and whether nobody comes late for its sake
    */
-  #finish(claim: Claim, own: number, now: number, others: Iterable<Accepted> = this.#accepted) {
+  #finish(claim: Priority, own: number, now: number, others: Iterable<Accepted> = this.#accepted) {
     interface Place {
-      readonly claim: Claim;
+      readonly claim: Priority;
       readonly promised: number | null;
       readonly milliseconds: number;
       readonly isNew: boolean;
@@ -374,7 +374,7 @@ export class Service {
       return { claim: other.claim, promised: other.promised, milliseconds: this.#left(other), isNew: false };
     });
     line.push({ claim, promised: null, milliseconds: own, isNew: true });
-    line.sort((a, b) => compareClaims(a.claim, b.claim, now));
+    line.sort((a, b) => comparePriorities(a.claim, b.claim, now));
     let at = 0;
     let done = 0;
     let isHarmless = true;

@@ -10,7 +10,7 @@ import { readFile, rename, rm, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { z } from "zod";
-import { makeFolders } from "../folders.js";
+import { makeFolders } from "../common/files.js";
 import type { CostEntry } from "./costs.js";
 
 const fileSchema = z.object({

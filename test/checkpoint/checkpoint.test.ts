@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
-import { GraphLibrary, tensorRtEmitOptions } from "../../lib/graphs.js";
+import { GraphLibrary, tensorRtEmitOptions } from "../../lib/networks/library.js";
 import { copyModel, editJson, fixture, shapes, temporaryFolder } from "./folders.js";
 
 async function expectError(folder: string, message: RegExp, variant?: string): Promise<void> {

@@ -13,8 +13,8 @@ import {
   supportedDType,
   writeSafetensors,
 } from "../../lib/checkpoint/index.js";
+import { float32 } from "../../lib/common/tensor.js";
 import { CheckpointError, OutputError } from "../../lib/errors.js";
-import { float32 } from "../../lib/tensor.js";
 import { fixture, shapes, temporaryFolder } from "./folders.js";
 
 /** A file of a JSON header, as text or object, and so many zero bytes of data. */

@@ -6,7 +6,7 @@ import { stripVTControlCharacters } from "node:util";
 import sharp from "sharp";
 import { describe, expect, it } from "vitest";
 import { writeSafetensors } from "../../lib/checkpoint/index.js";
-import { float32 } from "../../lib/tensor.js";
+import { float32 } from "../../lib/common/tensor.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
 import { cli, run, start, temporaryFolder } from "./support.js";
 

@@ -21,9 +21,9 @@ import {
 import path from "node:path";
 import { beforeAll, describe, expect, inject, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
-import { type CompileReport, compileEngines, plannedEngines } from "../../lib/engines.js";
 import { CacheError, CheckpointError, CompileError, MemoryError, OptionError } from "../../lib/errors.js";
-import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/graphs.js";
+import { type CompileReport, compileEngines, plannedEngines } from "../../lib/generation/engines.js";
+import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/networks/library.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import type { CompileEnginesOptions, EngineProgress } from "../../lib/options.js";
 import { type CompileProgress, EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";

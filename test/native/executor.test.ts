@@ -5,6 +5,7 @@ import { open } from "node:fs/promises";
 import path from "node:path";
 import { setImmediate, setTimeout } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { float32 } from "../../lib/common/tensor.js";
 import {
   CacheError,
   CompileError,
@@ -13,12 +14,11 @@ import {
   MemoryError,
   RuntimeError,
 } from "../../lib/errors.js";
-import type { Program } from "../../lib/program.js";
+import type { Program } from "../../lib/program/program.js";
 import type { LaunchReport } from "../../lib/runtimes/runtime.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
 import type { EngineSource, TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/tensorrt.js";
 import { samplingProgram } from "../../lib/schedule/index.js";
-import { float32 } from "../../lib/tensor.js";
 import { addGraphs, double, values } from "../runtimes/contract.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
 import { cases, draw, requestOf, samplingGraphs } from "../support/sampling.js";

@@ -11,7 +11,7 @@ import {
   OptionError,
   QueueFullError,
 } from "../../lib/errors.js";
-import { embeddedModel, FlowTurbo } from "../../lib/pipeline.js";
+import { embeddedModel, FlowTurbo } from "../../lib/flowturbo.js";
 import type * as Opening from "../../lib/runtimes/tensorrt/open.js";
 import type { ClosedForm } from "../runtimes/models.js";
 import { samplingForms } from "../support/sampling.js";

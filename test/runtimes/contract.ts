@@ -9,10 +9,10 @@ import path from "node:path";
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { setTimeout } from "node:timers/promises";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { int64, type StoredDType, type StoredTensor } from "../../lib/common/tensor.js";
 import { DisposedError, NotFiniteError, RuntimeError } from "../../lib/errors.js";
-import type { CopyRows, Program, StoredConstant } from "../../lib/program.js";
+import type { CopyRows, Program, StoredConstant } from "../../lib/program/program.js";
 import type { LaunchReport, Runtime } from "../../lib/runtimes/runtime.js";
-import { int64, type StoredDType, type StoredTensor } from "../../lib/tensor.js";
 import { launch, negateGraph, program, scaleGraph, slowGraph, slowProgram } from "./models.js";
 
 export const double = (x: string, y: string, extra = {}) => launch("double", x, y, extra);

@@ -1,9 +1,9 @@
 /** Small graphs and programs for the tests of the runtimes, and one that keeps a core busy for as long as asked. */
 
+import { type DType, float32 } from "../../lib/common/tensor.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
-import type { Instruction, Launch, Program } from "../../lib/program.js";
+import type { Instruction, Launch, Program } from "../../lib/program/program.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
-import { type DType, float32 } from "../../lib/tensor.js";
 
 /** What a graph computes, for the simulated device: see native/simulated/tensorrt.cpp. */
 export interface ClosedForm {

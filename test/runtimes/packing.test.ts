@@ -1,9 +1,9 @@
 import { deserialize, serialize } from "node:v8";
 import fc from "fast-check";
 import { expect, it } from "vitest";
-import type { Constant, Program } from "../../lib/program.js";
+import { float32, int64 } from "../../lib/common/tensor.js";
+import type { Constant, Program } from "../../lib/program/program.js";
 import { pack, unpack } from "../../lib/runtimes/onnxruntime/packing.js";
-import { float32, int64 } from "../../lib/tensor.js";
 
 const value = (tensor: Extract<Constant, { kind: "value" }>["tensor"]): Constant => ({ kind: "value", tensor });
 const program = (constants: Record<string, Constant>): Program => ({

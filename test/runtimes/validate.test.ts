@@ -1,9 +1,9 @@
 // A planner's slips are found before anything runs, and named.
 import { describe, expect, it } from "vitest";
+import { float32, int64 } from "../../lib/common/tensor.js";
 import { RuntimeError } from "../../lib/errors.js";
-import type { CopyRows, Program, StoredConstant } from "../../lib/program.js";
-import { allFinite, validateProgram } from "../../lib/runtimes/validate.js";
-import { float32, int64 } from "../../lib/tensor.js";
+import type { CopyRows, Program, StoredConstant } from "../../lib/program/program.js";
+import { allFinite, validateProgram } from "../../lib/program/validate.js";
 import { launch, program } from "./models.js";
 
 const check = (job: Program) => validateProgram(job, (name) => name === "graph");

@@ -3,7 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import { afterAll, afterEach, beforeAll, expect, it } from "vitest";
 import { RuntimeDiedError } from "../../lib/errors.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { PieceCut } from "../../lib/runtimes/runtime.js";
+import { Preempted } from "../../lib/runtimes/runtime.js";
 import { type Bundles, bundle } from "./build.js";
 import { program, scaleGraph, slowGraph } from "./models.js";
 import { describeWorkspaces, double, piece, slowPiece, values } from "./workspaces.js";
@@ -63,20 +63,20 @@ it("a piece that is cut short has uploaded its constants and made some of its la
   const cut = new AbortController();
   const made: number[] = [];
   const running = workspace.submit(slowPiece(1000), {
-    cut: cut.signal,
+    preempt: cut.signal,
     onLaunch: ({ index }) => {
       made.push(index);
       cut.abort();
     },
   });
   const waiting = new AbortController();
-  const behind = workspace.submit(program([3], [double("x", "a")], ["a"]), { cut: waiting.signal });
+  const behind = workspace.submit(program([3], [double("x", "a")], ["a"]), { preempt: waiting.signal });
   waiting.abort();
   const error = await running.catch((reason) => reason);
-  expect(error).toBeInstanceOf(PieceCut);
+  expect(error).toBeInstanceOf(Preempted);
   expect(error.launches).toBe(made.length);
   expect(made.length).toBeLessThan(1000);
-  await expect(behind).rejects.toMatchObject({ name: "PieceCut", launches: 0 });
+  await expect(behind).rejects.toMatchObject({ name: "Preempted", launches: 0 });
   expect(values((await workspace.submit(piece([double("x", "a")], ["a"]))).a)).toEqual([6]);
   expect(await workspace.submit({ ...slowPiece(1), constants: {} })).toEqual({});
 });
@@ -84,9 +84,9 @@ it("a piece that is cut short has uploaded its constants and made some of its la
 it("an ordinary program waits for no piece that may be cut short", async () => {
   const workspace = open().open();
   const never = new AbortController();
-  const running = workspace.submit(slowPiece(1000), { cut: never.signal }).catch((reason) => reason);
+  const running = workspace.submit(slowPiece(1000), { preempt: never.signal }).catch((reason) => reason);
   expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
-  expect(await running).toBeInstanceOf(PieceCut);
+  expect(await running).toBeInstanceOf(Preempted);
   // One that is given to the end of it is not.
   const whole = workspace.submit({ ...slowPiece(20), constants: {} });
   await runtime.run(program([1], [double("x", "a")], ["a"]));

@@ -1,9 +1,9 @@
 // What workspaces must do, whatever runs the graphs: programs submitted piece by piece over registers that outlive them.
 import { describe, expect, it } from "vitest";
+import { float32 } from "../../lib/common/tensor.js";
 import { DisposedError, RuntimeError } from "../../lib/errors.js";
-import type { Instruction, Program } from "../../lib/program.js";
+import type { Instruction, Program } from "../../lib/program/program.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
-import { float32 } from "../../lib/tensor.js";
 import { launch, program, slowProgram } from "./models.js";
 
 export const double = (x: string, y: string) => launch("double", x, y);

@@ -1,9 +1,9 @@
 import { readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
-import { diffusersGrid, shiftedGrid } from "../../lib/schedule/index.js";
+import { diffusersSigmas, shiftedSigmas } from "../../lib/schedule/index.js";
 
-describe("shiftedGrid", () => {
+describe("shiftedSigmas", () => {
   it("is the shift of an even grid, from 1 to 0", () => {
     for (const [n, s] of [
       [1, 3],
@@ -11,7 +11,7 @@ describe("shiftedGrid", () => {
       [10, 1.5],
       [28, 1],
     ] as const) {
-      const grid = shiftedGrid(n, s);
+      const grid = shiftedSigmas(n, s);
       expect(grid).toHaveLength(n + 1);
       expect(grid[0]).toBe(1);
       expect(grid[n]).toBe(0);
@@ -24,10 +24,10 @@ describe("shiftedGrid", () => {
   });
 });
 
-describe("diffusersGrid", () => {
+describe("diffusersSigmas", () => {
   it("equals FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(4)", () => {
     const expected = [1, 0.857692, 0.602151, 0.008929, 0];
-    for (const [i, sigma] of diffusersGrid(4, 3, 1000).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
+    for (const [i, sigma] of diffusersSigmas(4, 3, 1000).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
   });
 
   it("equals diffusers' sigmas for other lengths and shifts", () => {
@@ -37,7 +37,7 @@ describe("diffusersGrid", () => {
     expect(Object.keys(printed).length).toBeGreaterThan(3);
     for (const [key, sigmas] of Object.entries(printed)) {
       const [n, s] = key.split(",").map(Number) as [number, number];
-      const grid = diffusersGrid(n, s, 1000);
+      const grid = diffusersSigmas(n, s, 1000);
       expect(grid).toHaveLength(n + 1);
       for (const [i, sigma] of grid.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
     }

@@ -1,6 +1,6 @@
 // The launches that a schedule becomes, against the definition of the blocks written out as it stands in the paper.
 import { describe, expect, it } from "vitest";
-import { type Block, countEvaluations, parseBlocks, planSteps, shiftedGrid } from "../../lib/schedule/index.js";
+import { type Block, countEvaluations, parseBlocks, planSteps, shiftedSigmas } from "../../lib/schedule/index.js";
 
 // A toy predictor and refiner on the line: nonlinear in x and σ, so that a wrong evaluation point shows.
 const V = (x: number, sigma: number) => Math.sin(3 * x + sigma) + 0.7 * x * sigma;
@@ -51,7 +51,7 @@ const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2
 describe("planSteps", () => {
   it.each(schedules)("computes %s as defined", (text) => {
     const blocks = parseBlocks(text);
-    const grid = shiftedGrid(blocks.length, 3);
+    const grid = shiftedSigmas(blocks.length, 3);
     const expected = reference(0.3, blocks, grid);
     expect(launched(0.3, blocks, grid)).toBeCloseTo(expected.x, 12);
     expect(countEvaluations(planSteps(blocks, grid)).predictor).toBe(expected.evaluations);
@@ -60,7 +60,7 @@ describe("planSteps", () => {
   it("counts the evaluations that the method promises", () => {
     const count = (text: string) => {
       const blocks = parseBlocks(text);
-      return countEvaluations(planSteps(blocks, shiftedGrid(blocks.length, 3)));
+      return countEvaluations(planSteps(blocks, shiftedSigmas(blocks.length, 3)));
     };
     expect(count("H1P5R3")).toEqual({ predictor: 7, refiner: 6 });
     expect(count("H1P9")).toEqual({ predictor: 11, refiner: 0 });
@@ -71,15 +71,15 @@ describe("planSteps", () => {
   it("marks one launch of each block as its last", () => {
     for (const text of schedules) {
       const blocks = parseBlocks(text);
-      const steps = planSteps(blocks, shiftedGrid(blocks.length, 3));
+      const steps = planSteps(blocks, shiftedSigmas(blocks.length, 3));
       expect(steps.filter((step) => step.last).map((step) => step.block)).toEqual(blocks.map((_, i) => i));
     }
   });
 
   it("converges at second order with P and at first order with E", () => {
-    const exact = reference(0.3, new Array<Block>(4096).fill("H"), shiftedGrid(4096, 3)).x;
+    const exact = reference(0.3, new Array<Block>(4096).fill("H"), shiftedSigmas(4096, 3)).x;
     const error = (block: Block, n: number) =>
-      Math.abs(launched(0.3, new Array<Block>(n).fill(block), shiftedGrid(n, 3)) - exact);
+      Math.abs(launched(0.3, new Array<Block>(n).fill(block), shiftedSigmas(n, 3)) - exact);
     expect(error("E", 64) / error("E", 128)).toBeGreaterThan(1.8);
     expect(error("E", 64) / error("E", 128)).toBeLessThan(2.3);
     expect(error("P", 64) / error("P", 128)).toBeGreaterThan(3.4);

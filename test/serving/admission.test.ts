@@ -3,9 +3,9 @@ import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { Admission } from "../../lib/serving/admission.js";
-import { agingMilliseconds, type Claim, compareClaims } from "../../lib/serving/urgency.js";
+import { agingMilliseconds, comparePriorities, type Priority } from "../../lib/serving/priority.js";
 
-const claim = (sequence: number, extra: Partial<Claim> = {}): Claim => ({
+const claim = (sequence: number, extra: Partial<Priority> = {}): Priority => ({
   ...{ priority: 0, deadline: null, arrival: sequence, sequence },
   ...extra,
 });
@@ -15,7 +15,7 @@ describe("Admission", () => {
     const admission = new Admission(10, 1, () => 0);
     const order: string[] = [];
     const leave = await admission.enter(claim(0), 1);
-    const enter = async (name: string, extra: Partial<Claim>, sequence: number) => {
+    const enter = async (name: string, extra: Partial<Priority>, sequence: number) => {
       const over = await admission.enter(claim(sequence, { arrival: 0, ...extra }), 1);
       order.push(name);
       over();
@@ -98,7 +98,7 @@ describe("Admission", () => {
           let now = 0;
           const admission = new Admission(limit, capacity, () => now);
           interface Entry {
-            readonly claim: Claim;
+            readonly claim: Priority;
             readonly pictures: number;
             readonly controller: AbortController;
             state: "waiting" | "running" | "over" | "aborted";
@@ -152,7 +152,7 @@ describe("Admission", () => {
             expect(admission.waiting).toBe(inState("waiting").length);
             if (running.length > 1) expect(pictures).toBeLessThanOrEqual(capacity);
             // The most urgent of those who wait would not fit: nobody waits for nothing.
-            const [first] = inState("waiting").sort((a, b) => compareClaims(a.claim, b.claim, now));
+            const [first] = inState("waiting").sort((a, b) => comparePriorities(a.claim, b.claim, now));
             // Aging may have changed who is first since somebody last left.
             if (first && step.type !== "wait" && inState("waiting").length === 1)
               expect(pictures > 0 && pictures + first.pictures > capacity).toBe(true);

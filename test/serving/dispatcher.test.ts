@@ -2,12 +2,12 @@
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it, vi } from "vitest";
-import type { Launch, Program } from "../../lib/program.js";
-import { defaultBlocks, joinGrid, parseBlocks, samplingProgram, shiftedGrid } from "../../lib/schedule/index.js";
+import { type FloatTensor, float32, type Tensor } from "../../lib/common/tensor.js";
+import type { Launch, Program } from "../../lib/program/program.js";
+import { defaultBlocks, parseBlocks, samplingProgram, shiftedSigmas, upscaleSigmas } from "../../lib/schedule/index.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { Dispatcher } from "../../lib/serving/dispatcher.js";
 import { StatsRecorder } from "../../lib/serving/stats.js";
-import { type FloatTensor, float32, type Tensor } from "../../lib/tensor.js";
 import { alone, type Fate, SimulatedRuntime, shapesOf } from "./simulated.js";
 
 const graphNames = {
@@ -68,9 +68,9 @@ function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
       positions: { predict: positions(side * scale), refine: positions(side * scale) },
       ...(extra === "inpainting" && { originalLatents: original, mask }),
     });
-    const first = stage(0, 1, shiftedGrid(list.length, 3));
+    const first = stage(0, 1, shiftedSigmas(list.length, 3));
     return samplingProgram({
-      stages: extra === "stages" ? [first, stage(1, 2, joinGrid(list.length, 3, 0.6))] : [first],
+      stages: extra === "stages" ? [first, stage(1, 2, upscaleSigmas(list.length, 3, 0.6))] : [first],
       context,
       pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
       guidanceScale: guided ? seed : null,
@@ -97,7 +97,7 @@ function open(
     pin?: number | null;
     maxWait?: number;
     whole?: boolean;
-    cutsPieces?: boolean;
+    preemption?: boolean;
     /** Graphs whose costs are known. */
     known?: readonly string[];
   } = {},
@@ -177,7 +177,7 @@ describe("jobs at the same time", () => {
     expect(dispatcher.held).toBe(0);
     expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
     // One runs and one is ready behind it, no more.
-    expect(runtime.mostPieces).toBe(2);
+    expect(runtime.mostSubmissions).toBe(2);
   });
 
   it("never exceed maxBatch; pinned launches are all of one batch", async () => {
@@ -299,7 +299,7 @@ describe("a lone job", () => {
     expectEqual(await first, long!);
     expectEqual(await newcomer!, late!);
     expect(heard).toEqual([...long![0]!.instructions.keys()]);
-    expect(runtime.cuts).toBe(1);
+    expect(runtime.preemptions).toBe(1);
     expect(runtime.launches).toBeLessThan(long![0]!.instructions.length + late![0]!.instructions.length);
     expect(rowsPerLaunch()[2]).toBeGreaterThan(2);
     await runtime.settled();
@@ -386,7 +386,7 @@ describe("failures", () => {
       maxBatch: fc.constantFrom(1, 2, 8),
       pin: fc.constantFrom(null, null, 4),
       maxWait: fc.constantFrom(0, 1000),
-      cutsPieces: fc.boolean(),
+      preemption: fc.boolean(),
       known: fc.constantFrom(["predict"], [...Object.values(graphNames), ...Object.values(unguidedNames)]),
     });
     let delivered = 0;
@@ -437,7 +437,7 @@ describe("failures", () => {
           expect(dispatcher.held).toBe(0);
           expect([...runtime.workspaces].map(({ values }) => values.size).filter((size) => size > 0)).toEqual([]);
           expect(runtime.workspaces.size).toBeLessThanOrEqual(1);
-          cuts += runtime.cuts;
+          cuts += runtime.preemptions;
         },
       ),
       { numRuns: 400 },

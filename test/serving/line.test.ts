@@ -3,10 +3,10 @@ import { setImmediate } from "node:timers/promises";
 import { describe, expect, it } from "vitest";
 import { DeviceLostError } from "../../lib/errors.js";
 import { Line } from "../../lib/serving/line.js";
-import type { Claim } from "../../lib/serving/urgency.js";
+import type { Priority } from "../../lib/serving/priority.js";
 
 let sequence = 0;
-const claim = (extra: Partial<Claim> = {}): Claim => ({
+const claim = (extra: Partial<Priority> = {}): Priority => ({
   ...{ priority: 0, deadline: null, arrival: performance.now(), sequence: sequence++ },
   ...extra,
 });
@@ -16,7 +16,7 @@ function open() {
   const line = new Line();
   const begun: string[] = [];
   const ends = new Map<string, { resolve(value: string): void; reject(error: unknown): void }>();
-  const run = (name: string, extra: Partial<Claim> = {}, signal = new AbortController().signal) =>
+  const run = (name: string, extra: Partial<Priority> = {}, signal = new AbortController().signal) =>
     line.run(claim(extra), signal, () => {
       begun.push(name);
       return new Promise<string>((resolve, reject) => ends.set(name, { resolve, reject }));

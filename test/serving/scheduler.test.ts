@@ -2,13 +2,13 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
-import { type Piece, type RowLaunch, Scheduler, type Ticket } from "../../lib/serving/scheduler.js";
+import { agingMilliseconds } from "../../lib/serving/priority.js";
+import { type RowLaunch, Scheduler, type Submission, type Ticket } from "../../lib/serving/scheduler.js";
 import { cheapestSplit } from "../../lib/serving/split.js";
-import { agingMilliseconds } from "../../lib/serving/urgency.js";
 
 const launch = (key: string, extra: Partial<RowLaunch> = {}): RowLaunch => {
   const [graph, size] = key.split("@") as [string, string];
-  return { key, graph, size: size ?? "", maxRows: Number.POSITIVE_INFINITY, eager: graph === "refine", ...extra };
+  return { key, graph, size: size ?? "", maxRows: Number.POSITIVE_INFINITY, deferrable: graph === "refine", ...extra };
 };
 const launches = (keys: string) => keys.split(" ").map((key) => launch(key));
 
@@ -50,13 +50,13 @@ const scheduler = (
     cost: (graph, size, batch) => table.estimate(graph, size, batch),
     relativeCost: (graph, size, batch) => table.relative(graph, size, batch),
   });
-const shape = (piece: Piece | null) =>
+const shape = (piece: Submission | null) =>
   piece?.launches.map(
     ({ graph, batch, rows }) => `${graph} ${batch}: ${rows.map(({ request, row }) => `${request}.${row}`).join(" ")}`,
   );
 /** Plans and finishes pieces, one at a time, until nothing is left. */
 const drain = (work: Scheduler, now = 0) => {
-  const pieces: Piece[] = [];
+  const pieces: Submission[] = [];
   for (let piece = work.plan(now); piece; piece = work.plan(now)) {
     pieces.push(piece);
     work.finished(piece.id);
@@ -391,7 +391,7 @@ describe("whatever happens", () => {
           /** Launches that have written their values, and pieces that were dropped. */
           const written = new Set<string>();
           const dropped = new Set<number>();
-          const inFlight: Piece[] = [];
+          const inFlight: Submission[] = [];
           let now = 0;
           const end = (id: number, how: "done" | "rejected" | "aborted") => {
             expect(over.has(id)).toBe(false);
@@ -435,9 +435,9 @@ describe("whatever happens", () => {
             return true;
           };
           /** Pieces that the runtime cannot run: values that they read, be it of rows that are over, will not be there. */
-          const doomed = (): Set<Piece> => {
+          const doomed = (): Set<Submission> => {
             const there = new Set(written);
-            const cannot = new Set<Piece>();
+            const cannot = new Set<Submission>();
             for (const piece of inFlight) {
               const here = new Set<string>();
               const reads = piece.launches.flatMap(({ rows }) =>
@@ -453,7 +453,7 @@ describe("whatever happens", () => {
             }
             return cannot;
           };
-          const wantedIn = ({ launches }: Piece) =>
+          const wantedIn = ({ launches }: Submission) =>
             launches.flatMap(({ rows }) =>
               rows
                 .filter(({ request, attempt }) => !over.has(request) && attempt === attempts.get(request))

@@ -5,13 +5,13 @@ import os from "node:os";
 import path from "node:path";
 import { setImmediate } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { float32 } from "../../lib/common/tensor.js";
 import { DeadlineError, QueueFullError } from "../../lib/errors.js";
-import type { Launch, Program } from "../../lib/program.js";
-import { parseBlocks, samplingProgram, shiftedGrid } from "../../lib/schedule/index.js";
+import type { Launch, Program } from "../../lib/program/program.js";
+import { parseBlocks, samplingProgram, shiftedSigmas } from "../../lib/schedule/index.js";
 import { entryOf, quantile } from "../../lib/serving/costs.js";
 import { batchesUpTo, type Order, type Rung, Service } from "../../lib/serving/service.js";
 import { CostStore } from "../../lib/serving/store.js";
-import { float32 } from "../../lib/tensor.js";
 import { SimulatedRuntime, shapesOf } from "./simulated.js";
 
 let clock = 0;
@@ -55,7 +55,7 @@ function programOf(blocks: string, seed = 0): Program {
     stages: [
       {
         blocks: list,
-        sigmas: shiftedGrid(list.length, 3),
+        sigmas: shiftedSigmas(list.length, 3),
         noise: values(seed, 1, 4, 2, 2),
         positions: { predict: positions, refine: positions },
       },

@@ -4,19 +4,20 @@
  */
 
 import { setImmediate } from "node:timers/promises";
+import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
-import type { Launch, Program } from "../../lib/program.js";
+import type { Launch, Program } from "../../lib/program/program.js";
+import { type Operand, validateProgram } from "../../lib/program/validate.js";
 import {
+  type Capabilities,
   type CompilableGraph,
-  PieceCut,
-  type PieceOptions,
+  Preempted,
   type RunOptions,
   type Runtime,
+  type SubmissionOptions,
   type Workspace,
 } from "../../lib/runtimes/runtime.js";
-import { type Operand, validateProgram } from "../../lib/runtimes/validate.js";
 import type { GraphShapes } from "../../lib/serving/rows.js";
-import { elementCount, float32, type Tensor } from "../../lib/tensor.js";
 
 const step = {
   inputs: {
@@ -112,7 +113,12 @@ class Interpreter {
         name,
         constant.kind === "value"
           ? constant.tensor
-          : float32(constant.shape, new Float32Array(elementCount(constant.shape)).fill(constant.firstElement)),
+          : float32(
+              constant.shape,
+              new Float32Array(elementCount(constant.shape)).fill(
+                constant.kind === "stored" ? constant.firstElement : Number.NaN,
+              ),
+            ),
       );
   }
 
@@ -162,7 +168,7 @@ export type Fate = "ok" | "fails" | "dies";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
-  readonly cutsPieces: boolean;
+  readonly capabilities: Capabilities;
   /** Decides about each launch. */
   fate: (launch: Launch) => Fate = () => "ok";
   /** Values that workspaces hold now. */
@@ -170,15 +176,15 @@ export class SimulatedRuntime implements Runtime {
   /** What a launch takes, on a clock of the test's own. */
   cost: (launch: Launch, batch: number) => number = () => 1;
   launches = 0;
-  /** Pieces that wait or run, and the most there ever were. */
-  pieces = 0;
-  mostPieces = 0;
-  /** Pieces that were cut short. */
-  cuts = 0;
+  /** Submissions that wait or run, and the most there ever were. */
+  submissions = 0;
+  mostSubmissions = 0;
+  /** Submissions that were preempted. */
+  preemptions = 0;
   #turn: Promise<unknown> = Promise.resolve();
 
-  constructor({ cutsPieces = true }: { cutsPieces?: boolean | undefined } = {}) {
-    this.cutsPieces = cutsPieces;
+  constructor({ preemption = true }: { preemption?: boolean | undefined } = {}) {
+    this.capabilities = { preemption, capture: true, anyShape: true };
   }
 
   add(_graph: CompilableGraph): void {}
@@ -210,7 +216,7 @@ export class SimulatedRuntime implements Runtime {
     };
     this.workspaces.add(interpreter);
     const died = () => new RuntimeDiedError("The simulated process died.", null, "SIGKILL");
-    const work = async (program: Program, { signal, cut, onLaunch }: PieceOptions) => {
+    const work = async (program: Program, { signal, preempt, onLaunch }: SubmissionOptions) => {
       if (lost) throw died();
       signal?.throwIfAborted();
       interpreter.begin(program);
@@ -219,10 +225,10 @@ export class SimulatedRuntime implements Runtime {
         await setImmediate();
         signal?.throwIfAborted();
         const instruction = program.instructions[at]!;
-        if (this.cutsPieces && cut?.aborted && instruction.op === "launch") {
-          this.cuts++;
+        if (this.capabilities.preemption && preempt?.aborted && instruction.op === "launch") {
+          this.preemptions++;
           const written = program.results.filter((name) => interpreter.values.has(name));
-          throw new PieceCut(index, interpreter.results({ ...program, results: written }));
+          throw new Preempted(index, interpreter.results({ ...program, results: written }));
         }
         const fate = instruction.op === "launch" ? this.fate(instruction) : "ok";
         if (fate === "dies") {
@@ -244,13 +250,13 @@ export class SimulatedRuntime implements Runtime {
       },
       submit: async (program, options = {}) => {
         for (const [name, operand] of validateProgram(program, (name) => this.has(name), kept)) kept.set(name, operand);
-        this.mostPieces = Math.max(this.mostPieces, ++this.pieces);
+        this.mostSubmissions = Math.max(this.mostSubmissions, ++this.submissions);
         const done = this.#turn.then(() => work(program, options));
         this.#turn = done.catch(() => undefined);
         try {
           return await done;
         } finally {
-          this.pieces--;
+          this.submissions--;
         }
       },
       free: (names) => {

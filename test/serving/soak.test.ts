@@ -9,13 +9,13 @@ import { setTimeout } from "node:timers/promises";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { afterAll, beforeAll, expect, it, vi } from "vitest";
+import { type FloatTensor, float32 } from "../../lib/common/tensor.js";
 import { RuntimeDiedError } from "../../lib/errors.js";
+import { FlowTurbo } from "../../lib/flowturbo.js";
 import type { GenerateOptions } from "../../lib/options.js";
-import { FlowTurbo } from "../../lib/pipeline.js";
-import type { Launch, Program } from "../../lib/program.js";
+import type { Launch, Program } from "../../lib/program/program.js";
 import type { OnnxRuntimeOptions } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Workspace } from "../../lib/runtimes/runtime.js";
-import { type FloatTensor, float32 } from "../../lib/tensor.js";
 import { type Bundles, bundle } from "../runtimes/build.js";
 import { relativeError } from "../support/fixtures.js";
 

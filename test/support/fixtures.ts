@@ -1,7 +1,7 @@
 // Fixtures and comparison, shared by the tests.
 import path from "node:path";
 import { readSafetensorsHeader, readTensor } from "../../lib/checkpoint/index.js";
-import type { FloatTensor } from "../../lib/tensor.js";
+import type { FloatTensor } from "../../lib/common/tensor.js";
 
 export const root = path.resolve(import.meta.dirname, "../..");
 export const fixtureNames = ["large", "medium", "sd3"] as const;

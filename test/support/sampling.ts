@@ -1,9 +1,10 @@
 // Sampling in closed form: graphs with the operands of the real ones that compute a few sums and products, so that the
 // simulated device can run whole schedules, and the same in plain TypeScript, written from the definitions of the blocks
 // rather than from programs.
+
+import { elementCount, type FloatTensor, float32 } from "../../lib/common/tensor.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
 import { type Block, parseBlocks, type SamplingRequest, type SamplingStage } from "../../lib/schedule/index.js";
-import { elementCount, type FloatTensor, float32 } from "../../lib/tensor.js";
 import { type ClosedForm, closedForms } from "../runtimes/models.js";
 
 const channels = 4;

@@ -5,14 +5,14 @@ import { appendFileSync, existsSync, readFileSync, writeFileSync } from "node:fs
 import path from "node:path";
 import { beforeAll, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
-import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/graphs.js";
-import { embeddedModel } from "../../lib/pipeline.js";
-import type { Program } from "../../lib/program.js";
+import { float32, type StoredTensor, type Tensor } from "../../lib/common/tensor.js";
+import { embeddedModel } from "../../lib/flowturbo.js";
+import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/networks/library.js";
+import type { Program } from "../../lib/program/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
 import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
-import { float32, type StoredTensor, type Tensor } from "../../lib/tensor.js";
 import { type Bundle, type Referenced, readBundle, writeBundle } from "../../verify/bundle.js";
 import { type Case, planCases } from "../../verify/cases.js";
 import { barOf, type Compute, checkCase, compare, graphsOf } from "../../verify/check.js";

@@ -1,15 +1,15 @@
 /**
  * Runs programs on ONNX Runtime, inside the child process. Registers stay ONNX Runtime's own tensors from one launch
  * to the next; only row copies touch their values in JavaScript. `session.run` blocks this thread, so between
- * launches the event loop gets a turn: that is when an abort or a cut arrives.
+ * launches the event loop gets a turn: that is when an abort or a preemption arrives.
  */
 
 import { setImmediate } from "node:timers/promises";
 import type * as ort from "onnxruntime-node";
-import type { Constant, CopyRows, Launch, Program, Register } from "../../program.js";
-import { elementCount, type Tensor } from "../../tensor.js";
-import { StoredConstants } from "../stored.js";
-import { allFinite } from "../validate.js";
+import { elementCount, type Tensor } from "../../common/tensor.js";
+import type { CopyRows, Launch, Program, Register } from "../../program/program.js";
+import { ConstantReader } from "../../program/stored.js";
+import { allFinite } from "../../program/validate.js";
 import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
 
 /** A run that ended for a reason that the parent turns into one of its errors. */
@@ -25,7 +25,7 @@ export class RunFailure extends Error {
 export interface RunHooks {
   launched(report: FinishedLaunch): void;
   aborted(): boolean;
-  cut(): boolean;
+  preempted(): boolean;
 }
 
 export class Executor {
@@ -33,7 +33,7 @@ export class Executor {
   readonly #settings: HostSettings;
   readonly #graphs = new Map<string, SentGraph>();
   readonly #sessions = new Map<string, ort.InferenceSession>();
-  readonly #stored = new StoredConstants();
+  readonly #constants = new ConstantReader();
   readonly #workspaces = new Map<number, Map<string, ort.Tensor>>();
 
   constructor(library: typeof ort, settings: HostSettings) {
@@ -62,7 +62,7 @@ export class Executor {
     const values = this.#values(workspace);
     if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
     for (const [name, constant] of Object.entries(program.constants))
-      values.set(name, await this.#upload(name, constant));
+      values.set(name, this.#tensor(await this.#constants.tensor(name, constant)));
     let launches = 0;
     for (const instruction of program.instructions) {
       if (instruction.op === "copy") {
@@ -71,9 +71,9 @@ export class Executor {
       }
       await setImmediate();
       if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
-      if (hooks.cut()) {
+      if (hooks.preempted()) {
         const written = program.results.filter((name) => values.has(name));
-        throw new RunFailure({ kind: "cut", launches, results: read(program, written, values) });
+        throw new RunFailure({ kind: "preempted", launches, results: read(program, written, values) });
       }
       const start = performance.now();
       await this.#launch(program, instruction, values);
@@ -94,15 +94,6 @@ export class Executor {
     const values = new Map<string, ort.Tensor>();
     if (workspace !== undefined) this.#workspaces.set(workspace, values);
     return values;
-  }
-
-  async #upload(name: string, constant: Constant): Promise<ort.Tensor> {
-    if (constant.kind === "value") return this.#tensor(constant.tensor);
-    try {
-      return this.#tensor({ dtype: "float32", shape: constant.shape, data: await this.#stored.read(constant) });
-    } catch (error) {
-      throw failure(`The constant "${name}" (tensor ${constant.source.name}) cannot be read: ${messageOf(error)}`);
-    }
   }
 
   async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {

@@ -23,7 +23,7 @@ const settings = JSON.parse(process.argv[2]!) as HostSettings;
 const reportInterval = 200;
 
 /** Runs that wait or run, with what has been asked of them since. */
-const pending = new Map<number, Set<"abort" | "cut">>();
+const pending = new Map<number, Set<"abort" | "preempt">>();
 let turn: Promise<void> = Promise.resolve();
 
 const [library] = await Promise.all([
@@ -41,14 +41,14 @@ const [library] = await Promise.all([
 if (library) {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
-    if (message.type === "abort" || message.type === "cut") {
+    if (message.type === "abort" || message.type === "preempt") {
       pending.get(message.id)?.add(message.type);
     } else if (message.type === "free") {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
       turn = turn.then(() => executor.unload(message.graphs));
     } else {
-      const asked = new Set<"abort" | "cut">();
+      const asked = new Set<"abort" | "preempt">();
       pending.set(message.id, asked);
       turn = turn.then(() => run(executor, message, asked));
     }
@@ -59,7 +59,7 @@ if (library) {
 async function run(
   executor: Executor,
   message: Extract<ToHost, { type: "run" }>,
-  asked: ReadonlySet<"abort" | "cut">,
+  asked: ReadonlySet<"abort" | "preempt">,
 ): Promise<void> {
   const { id, graphs, program, workspace } = message;
   let reports: FinishedLaunch[] = [];
@@ -77,7 +77,7 @@ async function run(
         if (performance.now() - reported >= reportInterval) flush();
       },
       aborted: () => asked.has("abort"),
-      cut: () => asked.has("cut"),
+      preempted: () => asked.has("preempt"),
     };
     const results = await executor.run(unpack(program), hooks, workspace);
     send({ type: "done", id, reports, results });

@@ -5,19 +5,20 @@
  */
 
 import { parse } from "node:path";
+import { onAbort, untilAborted } from "../../common/abort.js";
+import type { Logger } from "../../common/logger.js";
+import type { Tensor } from "../../common/tensor.js";
 import { DisposedError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
-import type { Logger } from "../../options.js";
-import type { Program } from "../../program.js";
-import type { Tensor } from "../../tensor.js";
+import type { Program } from "../../program/program.js";
+import { type Operand, validateProgram } from "../../program/validate.js";
 import {
   type CompilableGraph,
-  PieceCut,
-  type PieceOptions,
+  Preempted,
   type RunOptions,
   type Runtime,
+  type SubmissionOptions,
   type Workspace,
 } from "../runtime.js";
-import { type Operand, validateProgram } from "../validate.js";
 import { pack } from "./packing.js";
 import { type Ending, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost, Widening } from "./protocol.js";
@@ -48,7 +49,7 @@ const installRemedy =
 
 export class OnnxRuntime implements Runtime, AsyncDisposable {
   readonly name = "onnxruntime";
-  readonly cutsPieces = true;
+  readonly capabilities = { preemption: true, capture: false, anyShape: true };
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
   readonly #queue: Job[] = [];
@@ -58,10 +59,10 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   #working: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
   #workspaces = 0;
-  /** Pieces of workspaces under way. */
-  readonly #pieces = new Set<Promise<unknown>>();
-  /** Cuts short those of them that may be. */
-  readonly #cuts = new Set<() => void>();
+  /** Submissions to workspaces under way. */
+  readonly #submissions = new Set<Promise<unknown>>();
+  /** Preempts those of them that may be. */
+  readonly #preemptions = new Set<() => void>();
 
   /** Starts the child; nothing waits for it until `start` or the first run. */
   constructor(options: OnnxRuntimeOptions) {
@@ -123,7 +124,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     return options.background ? queued() : this.#keepingAlive(queued);
   }
 
-  /** Pieces are sent as soon as they are submitted; ordinary programs run between them. */
+  /** Submissions are sent as soon as they are submitted; ordinary programs run between them. */
   open(): Workspace {
     if (this.#disposed) throw new DisposedError("This runtime");
     const id = this.#workspaces++;
@@ -138,15 +139,15 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       get lost() {
         return lost;
       },
-      submit: async (piece, options = {}) => {
+      submit: async (program, options = {}) => {
         if (this.#disposed) throw new DisposedError("This runtime");
         options.signal?.throwIfAborted();
         if (lost) throw new RuntimeError("This workspace is gone with the process that held it; open a new one.");
-        const left = validateProgram(piece, (name) => this.has(name), kept);
+        const left = validateProgram(program, (name) => this.has(name), kept);
         for (const [name, operand] of left) kept.set(name, operand);
-        const outcome = this.#keepingAlive(() => this.#run(host, piece, options, id));
-        this.#pieces.add(outcome);
-        const settled = await outcome.finally(() => this.#pieces.delete(outcome));
+        const outcome = this.#keepingAlive(() => this.#run(host, program, options, id));
+        this.#submissions.add(outcome);
+        const settled = await outcome.finally(() => this.#submissions.delete(outcome));
         if ("results" in settled) return settled.results;
         throw settled.error;
       },
@@ -172,7 +173,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     this.#disposed ??= this.#keepingAlive(async () => {
       for (const job of this.#queue.splice(0)) job.settle({ error: new DisposedError("This runtime") });
       await this.#working;
-      await Promise.all(this.#pieces);
+      await Promise.all(this.#submissions);
       await this.#host?.process.kill();
       this.#host = null;
       this.#graphs.clear();
@@ -193,9 +194,9 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   async #execute({ program, options }: Job): Promise<Outcome> {
     try {
       const host = this.#launchHost();
-      await orAborted(host.ready, options.signal);
-      // A piece may be all of somebody's request: nobody waits for that.
-      for (const cut of this.#cuts) cut();
+      await untilAborted(host.ready, options.signal);
+      // A submission may be all of somebody's request: nobody waits for that.
+      for (const preempt of this.#preemptions) preempt();
       return await this.#run(host, program, options);
     } catch (error) {
       return { error: options.signal?.aborted ? options.signal.reason : error };
@@ -203,8 +204,8 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   }
 
   /** Sends a program at once, behind those that were sent before. Never rejects. */
-  async #run(host: Host, program: Program, options: PieceOptions, workspace?: number): Promise<Outcome> {
-    const { signal, onLaunch, cut } = options;
+  async #run(host: Host, program: Program, options: SubmissionOptions, workspace?: number): Promise<Outcome> {
+    const { signal, onLaunch, preempt } = options;
     const listening: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
@@ -221,11 +222,11 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
         }
       };
       const run = host.run(graphs, program, report, workspace);
-      if (cut) {
-        this.#cuts.add(run.cut);
-        listening.push(() => this.#cuts.delete(run.cut), whenAborted(cut, run.cut));
+      if (preempt) {
+        this.#preemptions.add(run.preempt);
+        listening.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
       }
-      if (signal) listening.push(whenAborted(signal, run.abort));
+      if (signal) listening.push(onAbort(signal, run.abort));
       const outcome = await run.outcome;
       // The caller's own reasons come first, whatever the child made of its last launch.
       if (thrown) return thrown;
@@ -347,13 +348,17 @@ class Host {
     });
     this.send({ type: "run", id, graphs, program: pack(program), workspace });
     for (const { name } of graphs) this.known.add(name);
-    return { outcome, abort: () => this.send({ type: "abort", id }), cut: () => this.send({ type: "cut", id }) };
+    return {
+      outcome,
+      abort: () => this.send({ type: "abort", id }),
+      preempt: () => this.send({ type: "preempt", id }),
+    };
   }
 }
 
 function errorOf(failure: Failure): Error {
   if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
-  if (failure.kind === "cut") return new PieceCut(failure.launches, failure.results);
+  if (failure.kind === "preempted") return new Preempted(failure.launches, failure.results);
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }
 
@@ -365,24 +370,6 @@ function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
       : "";
   const words = stderr ? ` Its last words: ${stderr}` : "";
   return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${words}`, exitCode, signal);
-}
-
-/** Acts when the signal aborts, at once if it has. @returns stops listening */
-function whenAborted(signal: AbortSignal, act: () => void): () => void {
-  if (signal.aborted) act();
-  signal.addEventListener("abort", act);
-  return () => signal.removeEventListener("abort", act);
-}
-
-/** `promise`, or a rejection with `signal.reason` as soon as the signal aborts. */
-function orAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return promise;
-  return new Promise((resolve, reject) => {
-    const abort = () => reject(signal.reason);
-    if (signal.aborted) abort();
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-  });
 }
 
 /** What `flowturbo doctor` says about this runtime. */

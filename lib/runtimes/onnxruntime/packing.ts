@@ -3,8 +3,8 @@
  * and a run has tens of constants of one number: the short ones go as one array.
  */
 
-import type { Constant, Program } from "../../program.js";
-import { elementCount, float32 } from "../../tensor.js";
+import { elementCount, float32 } from "../../common/tensor.js";
+import type { Constant, Program } from "../../program/program.js";
 
 /** Constants of up to this many values are short. */
 const shortValues = 64;

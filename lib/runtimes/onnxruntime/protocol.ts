@@ -4,7 +4,7 @@
  * the child never waits for the parent between launches, so a busy event loop cannot delay a step.
  */
 
-import type { Tensor } from "../../tensor.js";
+import type { Tensor } from "../../common/tensor.js";
 import type { PackedProgram } from "./packing.js";
 
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
@@ -24,7 +24,7 @@ export interface SentGraph {
   readonly root: string;
 }
 
-/** Everything but an abort and a cut is done in the order in which it is sent. */
+/** Everything but an abort and a preemption is done in the order in which it is sent. */
 export type ToHost =
   | {
       readonly type: "run";
@@ -41,7 +41,7 @@ export type ToHost =
   | { readonly type: "unload"; readonly graphs: readonly string[] }
   | { readonly type: "abort"; readonly id: number }
   /** Ends a run before its next launch. */
-  | { readonly type: "cut"; readonly id: number };
+  | { readonly type: "preempt"; readonly id: number };
 
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =
@@ -49,8 +49,8 @@ export type Failure =
   | { readonly kind: "not-finite"; readonly where: string; readonly message: string }
   /** Stopped on request. */
   | { readonly kind: "aborted" }
-  /** Cut short on request, after so many launches, with the results that there are. */
-  | { readonly kind: "cut"; readonly launches: number; readonly results: Record<string, Tensor> };
+  /** Preempted, after so many launches, with the results that there are. */
+  | { readonly kind: "preempted"; readonly launches: number; readonly results: Record<string, Tensor> };
 
 /** A finished launch: its index among the program's launches, how long it took, and the values that it reports. */
 export interface FinishedLaunch {

@@ -17,8 +17,8 @@ import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
+import { makeFolders } from "../../common/files.js";
 import { CacheError } from "../../errors.js";
-import { makeFolders } from "../../folders.js";
 import type { Addon } from "./addon.js";
 import { DigestMemory, hashFile } from "./digests.js";
 

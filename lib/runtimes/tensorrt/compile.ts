@@ -5,6 +5,8 @@
  */
 
 import os from "node:os";
+import { untilAborted } from "../../common/abort.js";
+import type { FileVersion } from "../../common/files.js";
 import {
   CacheError,
   CheckpointError,
@@ -17,7 +19,7 @@ import {
 import type { CompilableGraph } from "../runtime.js";
 import { type Addon, type NativeBuildResult, type NativeError, type TensorRtKind, versionText } from "./addon.js";
 import { type CachedEngine, EngineCache, keyOf, type Manifest } from "./cache.js";
-import type { FileDigest, FileVersion } from "./digests.js";
+import type { FileDigest } from "./digests.js";
 import {
   type Cuda,
   type FindOptions,
@@ -496,16 +498,6 @@ function reporter(graph: string, onProgress: CompileCallOptions["onProgress"]): 
       });
     }
   };
-}
-
-/** Settles as `work` does, or rejects with the signal's reason as soon as it aborts, whatever the library still does. */
-function untilAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return work;
-  return new Promise<T>((resolve, reject) => {
-    const abort = () => reject(signal.reason);
-    signal.addEventListener("abort", abort, { once: true });
-    work.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-  });
 }
 
 function mapValues<A, B>(record: Readonly<Record<string, A>>, map: (value: A) => B): Record<string, B> {

@@ -8,6 +8,7 @@
 import { createHash } from "node:crypto";
 import { type FileHandle, open, readFile, rename, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
+import type { FileVersion } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
 /** "device:inode:size:mtime:ctime", times in nanoseconds; the addon makes the same string (native/core/files.cpp). */
@@ -19,13 +20,6 @@ export async function fileIdentity(handle: FileHandle): Promise<string> {
 export interface FileDigest {
   readonly identity: string;
   readonly sha256: string;
-}
-
-/** What a file was when the checkpoint was opened, so that a later change is noticed. */
-export interface FileVersion {
-  readonly file: string;
-  readonly size: number;
-  readonly mtimeMs: number;
 }
 
 /** A file that changed within this time of being read may change again within one tick of its clock. */

@@ -11,7 +11,7 @@ import {
   RuntimeError,
   RuntimeUnavailableError,
 } from "../../errors.js";
-import type { Launch } from "../../program.js";
+import type { Launch } from "../../program/program.js";
 import type { NativeEngine, NativeError } from "./addon.js";
 
 /** @param launches those of the submission, and the tensors of the engine of each */

@@ -4,9 +4,9 @@
  * names, types and shapes of its tensors, and a program that does not match them is refused by name.
  */
 
+import { type DType, elementCount, type Tensor } from "../../common/tensor.js";
 import { RuntimeError } from "../../errors.js";
-import type { CopyRows, Launch, Program, Register } from "../../program.js";
-import { type DType, elementCount, type Tensor } from "../../tensor.js";
+import type { CopyRows, Launch, Program, Register } from "../../program/program.js";
 import type { NativeEngine, NativeInstruction, NativeOperand, NativeSubmission } from "./addon.js";
 
 /** TensorRT wants operands at multiples of this. */

@@ -4,12 +4,13 @@
  */
 
 import { open } from "node:fs/promises";
+import type { FileVersion } from "../../common/files.js";
+import type { Logger } from "../../common/logger.js";
 import { RuntimeUnavailableError } from "../../errors.js";
-import type { Logger } from "../../options.js";
 import type { CompilableGraph } from "../runtime.js";
 import type { NativeDevice, TensorRtKind } from "./addon.js";
 import { EngineCompiler, type ProfileShapes } from "./compile.js";
-import { type FileVersion, fileIdentity } from "./digests.js";
+import { fileIdentity } from "./digests.js";
 import { diagnosis, examineTensorRt, type FindOptions } from "./libraries.js";
 import { type EngineSource, TensorRtRuntime } from "./tensorrt.js";
 

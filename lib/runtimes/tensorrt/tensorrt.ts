@@ -5,13 +5,14 @@
  */
 
 import { setTimeout } from "node:timers/promises";
+import { untilAborted } from "../../common/abort.js";
+import type { Logger } from "../../common/logger.js";
+import type { Tensor } from "../../common/tensor.js";
 import { DeviceLostError, DisposedError, FlowTurboError, MemoryError, RuntimeError } from "../../errors.js";
-import type { Logger } from "../../options.js";
-import type { Launch, Program } from "../../program.js";
-import type { Tensor } from "../../tensor.js";
+import type { Launch, Program } from "../../program/program.js";
+import { ConstantReader } from "../../program/stored.js";
+import { type Operand, validateProgram } from "../../program/validate.js";
 import type { CompilableGraph, LaunchReport, RunOptions, Runtime, Workspace } from "../runtime.js";
-import { StoredConstants } from "../stored.js";
-import { type Operand, validateProgram } from "../validate.js";
 import type {
   Addon,
   NativeEngine,
@@ -150,9 +151,10 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   /** Ends when all that were let go of have been freed; says whether the device was ever lost. */
   static #closings: Promise<boolean> = Promise.resolve(false);
   readonly name: TensorRtKind;
+  readonly capabilities = { preemption: false, capture: true, anyShape: false };
   readonly #options: TensorRtRuntimeOptions;
   readonly #graphs = new Map<string, CompilableGraph>();
-  readonly #stored = new StoredConstants();
+  readonly #constantReader = new ConstantReader();
   readonly #jobs = new Set<Job>();
   /** Closes each that is open: its registers go with the device. */
   readonly #workspaces = new Set<() => void>();
@@ -466,18 +468,7 @@ export class TensorRtRuntime implements Runtime, AsyncDisposable {
   async #constants(program: Pick<Program, "constants">): Promise<ReadonlyMap<string, Tensor>> {
     const tensors = new Map<string, Tensor>();
     for (const [name, constant] of Object.entries(program.constants)) {
-      if (constant.kind === "value") {
-        tensors.set(name, constant.tensor);
-        continue;
-      }
-      try {
-        tensors.set(name, { dtype: "float32", shape: constant.shape, data: await this.#stored.read(constant) });
-      } catch (error) {
-        throw new RuntimeError(
-          `The constant "${name}" (tensor ${constant.source.name}) cannot be read: ${(error as Error).message}`,
-          { cause: error },
-        );
-      }
+      tensors.set(name, await this.#constantReader.tensor(name, constant));
     }
     return tensors;
   }
@@ -676,14 +667,4 @@ function describe(shapes: ProfileShapes): string {
 
 function isNative(error: unknown): error is NativeError {
   return error instanceof Error && typeof (error as NativeError).code === "string" && "log" in error;
-}
-
-/** `promise`, or a rejection with `signal.reason` as soon as the signal aborts. */
-function untilAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return promise;
-  return new Promise((resolve, reject) => {
-    const abort = () => reject(signal.reason);
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-  });
 }

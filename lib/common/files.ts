@@ -1,0 +1,68 @@
+/** Files and folders: the user's cache folder, files that appear whole or not at all, folders made level by level. */
+
+import { randomBytes } from "node:crypto";
+import { mkdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { homedir } from "node:os";
+import path from "node:path";
+
+/** A file as it was when it was first looked at: another size or time of change is another version. */
+export interface FileVersion {
+  /** Absolute path without symbolic links. */
+  readonly file: string;
+  readonly size: number;
+  readonly mtimeMs: number;
+}
+
+/** `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+export function defaultCacheFolder(): string {
+  const base = process.env.XDG_CACHE_HOME;
+  // The specification says to ignore a relative path.
+  return path.join(base && path.isAbsolute(base) ? base : path.join(homedir(), ".cache"), "flowturbo");
+}
+
+/**
+ * Writes a file under a temporary name in its folder, then renames it.
+ * @throws the file system's error; nothing is left behind
+ */
+export async function writeFileWhole(file: string, data: string | Uint8Array, mode?: number): Promise<void> {
+  const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
+  try {
+    await writeFile(temporary, data, { flag: "wx", mode });
+    await rename(temporary, file);
+  } catch (error) {
+    await rm(temporary, { force: true }).catch(() => undefined);
+    throw error;
+  }
+}
+
+/**
+ * Creates a folder and what is missing above it, one level at a time: Node's recursive mkdir never ends where the system
+ * refuses without saying why (under /proc).
+ * @param created receives the folders that were created, outermost first, also if the work fails half way
+ * @throws the file system's error
+ */
+export async function makeFolders(folder: string, created: string[] = [], mode = 0o777): Promise<void> {
+  const missing: string[] = [];
+  for (let step = path.resolve(folder); !(await exists(step)); step = path.dirname(step)) missing.unshift(step);
+  for (const step of missing) {
+    // Another process may be making the same folders.
+    const made = await mkdir(step, { mode }).then(
+      () => true,
+      (error: NodeJS.ErrnoException) => {
+        if (error.code !== "EEXIST") throw error;
+        return false;
+      },
+    );
+    if (made) created.push(step);
+  }
+}
+
+async function exists(file: string): Promise<boolean> {
+  return stat(file).then(
+    () => true,
+    (error: NodeJS.ErrnoException) => {
+      if (error.code === "ENOENT") return false;
+      throw error;
+    },
+  );
+}

@@ -1,0 +1,55 @@
+/** The libraries of TensorRT in the table of runtimes: a row each. */
+
+import { OptionError } from "../../errors.js";
+import type { EmitOptions } from "../../onnx/index.js";
+import type { EmittedNetwork, RuntimeRow } from "../runtime.js";
+import { type TensorRtKind, versionText } from "./addon.js";
+import { diagnosis, examineTensorRt, layouts, smOf } from "./libraries.js";
+import { openTensorRt } from "./open.js";
+
+const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as const;
+
+/**
+ * How graphs are emitted for TensorRT: each network in the element type of its own weights. One that overflows in float16
+ * computes in bfloat16 then, or in float32 where a target (SM 7.5) has none. Networks without weights are float32.
+ * @param targets SM numbers
+ * @throws OptionError where a target has no bfloat16 and other weights are stored in it
+ */
+export function tensorRtEmitOptions(targets: readonly number[] = []): (network: EmittedNetwork) => EmitOptions {
+  return ({ name, dtype, overflowsInFloat16 }) => {
+    let compute: EmitOptions["compute"] = dtype ? computeTypes[dtype] : "float32";
+    const old = targets.find((sm) => sm < 80);
+    if (overflowsInFloat16 && compute !== "float32") compute = old ? "float32" : "bfloat16";
+    if (compute === "bfloat16" && old)
+      throw new OptionError(
+        "targets",
+        `The weights of ${name} are bfloat16, which compute capability ${old / 10} does not have (8.0 and later do). Use a float16 checkpoint for it.`,
+      );
+    return { compute, linear: "matmul", groupNorm: "operator", attention: "matmul" };
+  };
+}
+
+export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
+  name: kind,
+  runsOn: `an NVIDIA GPU with ${layouts[kind].title}`,
+  capabilities: { preemption: false, capture: true, anyShape: false },
+  async find({ tensorrtFolder: folder }) {
+    const report = await examineTensorRt(kind, { folder, gpuFirst: true });
+    return report.problems.length === 0 ? null : diagnosis(report, "running");
+  },
+  async open({ tensorrtFolder: folder, cache, capture, logger }, { files }) {
+    const { runtime, device, version } = await openTensorRt({ kind, folder, cache, files, capture, logger });
+    const settings = { version, gpu: device.name };
+    return { runtime, settings, device, emitOptions: tensorRtEmitOptions([smOf(device)]) };
+  },
+  async examine({ tensorrtFolder: folder }) {
+    const { library, problems } = await examineTensorRt(kind, { folder });
+    return {
+      name: kind,
+      available: problems.length === 0,
+      version: library && versionText(library.version),
+      reason: problems.map(({ cause }) => cause).join(" ") || null,
+      remedy: problems.map(({ remedy }) => remedy).join(" ") || null,
+    };
+  },
+});

@@ -1,0 +1,47 @@
+/**
+ * The noise levels that a schedule visits. σ runs from 1 (noise) to 0 (image); a grid for n blocks has n + 1 points.
+ * Two grids are in use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at,
+ * kept for exact parity.
+ */
+
+export type GridName = "shifted" | "diffusers";
+
+/** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
+export function shiftSigma(u: number, shift: number): number {
+  return (shift * u) / (1 + (shift - 1) * u);
+}
+
+/** u_i = 1 − i/n, shifted once. The last two points are far enough apart to be worth an evaluation. */
+export function shiftedSigmas(blocks: number, shift: number): number[] {
+  return Array.from({ length: blocks + 1 }, (_, i) => shiftSigma(1 - i / blocks, shift));
+}
+
+/**
+ * FlowMatchEulerDiscreteScheduler.set_timesteps(n): that scheduler shifts twice, once when it finds its smallest σ and
+ * once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929, 0.
+ */
+export function diffusersSigmas(blocks: number, shift: number, numTrainTimesteps: number): number[] {
+  const smallest = shiftSigma(1 / numTrainTimesteps, shift);
+  const points = Array.from({ length: blocks }, (_, i) => {
+    const even = blocks === 1 ? 1 : 1 + ((smallest - 1) * i) / (blocks - 1);
+    return shiftSigma(even, shift);
+  });
+  return [...points, 0];
+}
+
+/**
+ * The grid of a stage that starts from a re-noised picture: as `shiftedSigmas`, but from `sigma` instead of 1.
+ * u_0 = σ / (s − (s − 1)·σ), u_i = u_0·(1 − i/n).
+ */
+export function upscaleSigmas(blocks: number, shift: number, sigma: number): number[] {
+  const start = sigma / (shift - (shift - 1) * sigma);
+  return Array.from({ length: blocks + 1 }, (_, i) => (i === 0 ? sigma : shiftSigma(start * (1 - i / blocks), shift)));
+}
+
+/**
+ * How many blocks of a full schedule an image-to-image run of some strength skips: as diffusers, ⌊n − min(n·strength, n)⌋.
+ * @param strength in (0, 1]; at least one block is left
+ */
+export function skippedBlocks(blocks: number, strength: number): number {
+  return Math.floor(Math.max(blocks - Math.min(blocks * strength, blocks), 0));
+}

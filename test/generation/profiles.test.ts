@@ -1,0 +1,148 @@
+// Engines have fixed shapes: whatever a picture's program launches must be among the profiles that were planned for its
+// size and batch. Programs are recorded by a runtime that answers zeros.
+import { expect, it, vi } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
+import { OptionError } from "../../lib/errors.js";
+import { FlowTurbo } from "../../lib/flowturbo.js";
+import { type EnginePlan, plannedEngines } from "../../lib/generation/engines.js";
+import type { GenerateOptions } from "../../lib/options.js";
+import type { Constant, Program, Register } from "../../lib/program/program.js";
+import type { RunOptions } from "../../lib/runtimes/runtime.js";
+import { fixture, fixtureNames } from "../support/fixtures.js";
+
+const programs = vi.hoisted(() => [] as unknown[]) as Program[];
+
+vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => ({
+  ...(await original<object>()),
+  OnnxRuntime: class {
+    readonly name = "onnxruntime";
+    readonly capabilities = { preemption: false, capture: false, anyShape: true };
+    async start() {
+      return { version: "0" };
+    }
+    async dispose() {}
+    add() {}
+    has() {
+      return true;
+    }
+    async run(program: Program, { onLaunch }: RunOptions = {}): Promise<Record<string, Tensor>> {
+      programs.push(program);
+      const zeros = (names: readonly string[] = []) =>
+        Object.fromEntries(
+          names.map((name) => {
+            const { shape } = program.registers[name]!;
+            return [name, float32(shape, new Float32Array(elementCount(shape)))];
+          }),
+        );
+      for (const [index, launch] of program.instructions.filter(({ op }) => op === "launch").entries())
+        if (launch.op === "launch") onLaunch?.({ launch, index, milliseconds: 1, values: zeros(launch.reported) });
+      return zeros(program.results);
+    }
+    open() {
+      const registers: Record<string, Register> = {};
+      const constants: Record<string, Constant> = {};
+      return {
+        lost: false,
+        submit: (piece: Program, options: RunOptions) => {
+          Object.assign(registers, piece.registers);
+          Object.assign(constants, piece.constants);
+          return this.run({ ...piece, registers: { ...registers }, constants: { ...constants } }, options);
+        },
+        free() {},
+        close() {},
+      };
+    }
+  },
+}));
+
+/** Every launch of the programs since the last call: its graph, and the shape of each input. */
+function launches(): { graph: string; inputs: Record<string, readonly number[]> }[] {
+  return programs.splice(0).flatMap(({ instructions, registers, constants }) =>
+    instructions.flatMap((instruction) => {
+      if (instruction.op !== "launch") return [];
+      const inputs = Object.entries(instruction.inputs).map(([input, operand]) => {
+        const constant = constants[operand];
+        const { shape } = constant ? (constant.kind === "value" ? constant.tensor : constant) : registers[operand]!;
+        return [input, shape] as const;
+      });
+      return [{ graph: instruction.graph, inputs: Object.fromEntries(inputs) }];
+    }),
+  );
+}
+
+const small = { width: 64, height: 64 };
+const wide = { width: 128, height: 96 };
+/** So large that the autoencoder takes its pictures in pieces. */
+const large = { width: 384, height: 384 };
+const image = { ...small, data: new Uint8Array(64 * 64 * 3) };
+const mask = { ...small, data: new Uint8Array(64 * 64 * 3).fill(255) };
+const stages = [
+  { ...small, blocks: "HPR" },
+  { ...wide, blocks: "HP" },
+];
+
+const cases: [string, Omit<GenerateOptions, "prompt">, EnginePlan][] = [
+  ["one picture", small, { sizes: [small], batches: [1], guidance: "on" }],
+  ["four without guidance", { ...wide, count: 4, guidanceScale: 1 }, { sizes: [wide], batches: [4], guidance: "off" }],
+  ["a batch in pieces", { ...large, count: 10 }, { sizes: [large], batches: [10], guidance: "on" }],
+  ["stages", { stages, count: 2 }, { sizes: [small, wide], batches: [2], guidance: "on", features: ["stages"] }],
+  [
+    "stages in pieces",
+    { stages: [stages[0]!, { ...large, blocks: "HP" }], count: 9 },
+    { sizes: [large, small], batches: [9], guidance: "on", features: ["stages"] },
+  ],
+  ["image to image", { ...wide, image }, { sizes: [wide], batches: [1], guidance: "on", features: ["editing"] }],
+  [
+    "inpainting over stages",
+    { stages, image, mask, count: 2, guidanceScale: 0 },
+    { sizes: [small, wide], batches: [2], guidance: "both", features: ["editing", "stages"] },
+  ],
+  [
+    "previews",
+    { ...small, preview: "decoded", count: 2 },
+    { sizes: [small], batches: [2], guidance: "both", features: ["previews"] },
+  ],
+  ["native size", {}, { batches: [1], guidance: "on" }],
+];
+
+it.each(cases)("profiles for %s cover every launch", async (_, options, plan) => {
+  for (const name of fixtureNames) {
+    await using model = await FlowTurbo.load(fixture(name, "model"), {
+      // As with engines of one batch only.
+      pinBatch: plan.batches[0],
+      measureCosts: false,
+    });
+    await model.generate({ prompt: "a red circle", ...options });
+    const engines = plannedEngines(await openCheckpoint(fixture(name, "model")), plan);
+    const recorded = launches();
+    expect(recorded.length).toBeGreaterThan(3);
+    for (const { graph, inputs } of recorded) {
+      const profiles = engines.find((engine) => engine.name === graph)?.profiles.map((profile) => profile.inputs) ?? [];
+      const text = ["clip_l", "clip_g", "t5"].includes(graph);
+      // Texts are independent of each other: those that no profile takes together are encoded one by one.
+      const wanted = text ? { ...inputs, ids: [1, inputs.ids![1]!] } : inputs;
+      expect(profiles, `${name}: ${graph}`).toContainEqual(wanted);
+    }
+  }
+});
+
+it("names every graph once, and each profile once", async () => {
+  const engines = plannedEngines(await openCheckpoint(fixture("medium", "model")), {
+    ...{ sizes: [small, wide, { ...small }], batches: [4, 1, 4], guidance: "both" },
+    features: ["previews", "stages", "editing"],
+  });
+  const names = engines.map(({ name }) => name);
+  expect(new Set(names).size).toBe(names.length);
+  expect(names).toHaveLength(15);
+  for (const { name, profiles } of engines) {
+    const shapes = profiles.map(({ inputs }) => JSON.stringify(inputs));
+    expect(new Set(shapes).size, name).toBe(shapes.length);
+  }
+});
+
+it("refuses stages of one size", async () => {
+  const checkpoint = await openCheckpoint(fixture("medium", "model"));
+  const plan: EnginePlan = { sizes: [small], batches: [1], guidance: "on", features: ["stages"] };
+  expect(() => plannedEngines(checkpoint, plan)).toThrow(OptionError);
+});

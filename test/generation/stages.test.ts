@@ -1,0 +1,536 @@
+// Stages and editing against diffusers' results, and what they promise beyond.
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { FlowTurbo, type GenerateOptions, OptionError, type StepEvent } from "flowturbo";
+import sharp from "sharp";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import type { FloatTensor } from "../../lib/common/tensor.js";
+import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
+
+const prompt = "a red circle above a small blue square";
+const negativePrompt = "blurry, low quality";
+const tolerance = 1e-5;
+
+let folder: string;
+let shapes: FlowTurbo;
+beforeAll(async () => {
+  folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-stages-"));
+  shapes = await FlowTurbo.load();
+});
+afterAll(async () => {
+  await shapes.dispose();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+describe.each(fixtureNames)("%s", (name) => {
+  let model: FlowTurbo;
+  beforeAll(async () => {
+    model = await FlowTurbo.load(fixture(name, "model"));
+  });
+  afterAll(() => model?.dispose());
+  const base = { prompt, negativePrompt, maxSequenceLength: 32 };
+  const edit = { ...base, sampler: "euler", steps: 10, strength: 0.6, width: 64, height: 64 } as const;
+
+  it("two stages", async () => {
+    const reference = await readAll(fixture(name, "stages.safetensors"));
+    const result = await model.generate({
+      ...base,
+      stages: [
+        { width: 64, height: 64, blocks: "HPPR" },
+        { width: 128, height: 128, blocks: "HP", sigma: 0.6 },
+      ],
+      noise: [reference.noise!, reference.noise_2!],
+    });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+    expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
+    expect(result.evaluations).toEqual({ predictor: 7, refiner: 2 });
+    expect(result.stages.map(({ width, blocks }) => `${width} ${blocks}`)).toEqual(["64 H1P2R1", "128 H1P1"]);
+  });
+
+  it("image to image", async () => {
+    const reference = await readAll(fixture(name, "img2img.safetensors"));
+    const result = await model.generate({ ...edit, image: fixture(name, "init.png"), noise: reference.noise! });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+    expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
+  });
+
+  const turbo = () => ({ ...base, image: fixture(name, "init.png"), mask: fixture(name, "mask_40.png") });
+  it("inpainting with H, P and R, which puts the velocity back as well", async () => {
+    const reference = await readAll(fixture(name, "turbo_inpaint.safetensors"));
+    const size = { width: 64, height: 64 };
+    const noise = reference.noise!;
+    const result = await model.generate({ ...turbo(), ...size, blocks: "H1P3R2", strength: 0.9, noise });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+  });
+
+  it("inpainting in two stages", async () => {
+    const reference = await readAll(fixture(name, "stages_inpaint.safetensors"));
+    const result = await model.generate({
+      ...turbo(),
+      strength: 1,
+      stages: [
+        { width: 64, height: 64, blocks: "HPPR" },
+        { width: 128, height: 128, blocks: "HPR" },
+      ],
+      noise: [reference.noise!, reference.noise_2!],
+    });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+  });
+
+  it("inpainting", async () => {
+    const reference = await readAll(fixture(name, "inpaint.safetensors"));
+    const image = fixture(name, "init.png");
+    const result = await model.generate({ ...edit, image, mask: fixture(name, "mask.png"), noise: reference.noise! });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
+    expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
+    // The kept part is the original, pixel for pixel.
+    const original = await sharp(image).removeAlpha().raw().toBuffer();
+    const mask = await sharp(fixture(name, "mask.png")).greyscale().raw().toBuffer();
+    const kept = [...mask.keys()].filter((i) => mask[i]! < 128);
+    const { data } = result.images[0]!;
+    expect(kept.length).toBeGreaterThan(1000);
+    for (const i of kept) for (let c = 0; c < 3; c++) expect(data[3 * i + c]).toBe(original[3 * i + c]);
+    // Without keepOriginal it comes through the autoencoder, which leaves its marks.
+    const through = await model.generate({
+      ...edit,
+      image,
+      mask: fixture(name, "mask.png"),
+      keepOriginal: false,
+      seed: 1,
+    });
+    expect(kept.some((i) => through.images[0]!.data[3 * i] !== original[3 * i])).toBe(true);
+  });
+});
+
+/** The picture at a seed, as an encoded file. */
+const drawn = async (text: string, seed: number) => (await shapes.generate({ prompt: text, seed })).images[0]!.toPNG();
+
+/** A mask, white in a rectangle. */
+async function maskOf(left: number, top: number, width: number, height: number, size = 64): Promise<Buffer> {
+  const white = { create: { width, height, channels: 3 as const, background: "#fff" } };
+  return sharp({ create: { width: size, height: size, channels: 3, background: "#000" } })
+    .composite([{ input: white, left, top }])
+    .png()
+    .toBuffer();
+}
+
+describe("inpainting with any schedule", () => {
+  it.each(["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6"])("%s keeps the known latents", async (blocks) => {
+    const image = await drawn("a large red square", 1);
+    const mask = await maskOf(16, 16, 24, 32);
+    const result = await shapes.generate({
+      prompt: "a large blue circle",
+      image,
+      mask,
+      strength: 1,
+      blocks,
+      seed: 5,
+      count: 2,
+    });
+    // The encoder alone: nothing to paint returns the original's latents.
+    const { latents } = await shapes
+      .generate({ prompt: "", image, mask: await maskOf(0, 0, 1, 1, 64), seed: 5, strength: 1 })
+      .then(() => shapes.generate({ prompt: "", image, mask: blackMask(), seed: 5 }));
+    const channels = latents.shape[1]!;
+    for (let row = 0; row < 2; row++)
+      for (let c = 0; c < channels; c++)
+        for (let y = 0; y < 16; y++)
+          for (let x = 0; x < 16; x++) {
+            if (x >= 4 && x < 10 && y >= 4 && y < 12) continue;
+            const actual = result.latents.data[((row * channels + c) * 16 + y) * 16 + x]!;
+            expect(Math.abs(actual - latents.data[(c * 16 + y) * 16 + x]!)).toBeLessThan(1e-5);
+          }
+  });
+
+  it("paints where the mask is white, by grey or by alpha", async () => {
+    const image = await drawn("a large red square", 1);
+    const grey = await maskOf(0, 0, 32, 64);
+    const alpha = await sharp({
+      create: { width: 64, height: 64, channels: 4, background: { r: 0, g: 0, b: 0, alpha: 0 } },
+    })
+      .composite([
+        {
+          input: { create: { width: 32, height: 64, channels: 4, background: { r: 9, g: 9, b: 9, alpha: 1 } } },
+          left: 0,
+          top: 0,
+        },
+      ])
+      .png()
+      .toBuffer();
+    const options = { prompt: "a large blue circle", image, strength: 1, seed: 3, steps: 4 };
+    const [a, b] = [
+      await shapes.generate({ ...options, mask: grey }),
+      await shapes.generate({ ...options, mask: alpha }),
+    ];
+    expect(a.latents.data).toEqual(b.latents.data);
+    const original = await sharp(image).raw().toBuffer();
+    const changed = (left: boolean) =>
+      [...Array(4096).keys()].some((i) => i % 64 < 32 === left && a.images[0]!.data[3 * i] !== original[3 * i]);
+    expect([changed(true), changed(false)]).toEqual([true, false]);
+  });
+
+  it("seams no worse than Euler's at equal evaluations", async () => {
+    const mask = await maskOf(16, 0, 32, 64);
+    const originals: Buffer[] = [];
+    for (let seed = 0; seed < 6; seed++) originals.push(await drawn("a large red square", seed));
+    const gradient = async (blocks: string) => {
+      let sum = 0;
+      for (const [seed, image] of originals.entries()) {
+        const { images } = await shapes.generate({
+          prompt: "a large red square",
+          image,
+          mask,
+          strength: 1,
+          blocks,
+          seed: 50 + seed,
+          keepOriginal: false,
+        });
+        for (const x of [15, 47])
+          for (let y = 0; y < 64; y++)
+            for (let c = 0; c < 3; c++)
+              sum += Math.abs(images[0]!.data[3 * (y * 64 + x) + c]! - images[0]!.data[3 * (y * 64 + x + 1) + c]!);
+      }
+      return sum / (6 * 2 * 64 * 3);
+    };
+    // 10 evaluations of the predictor each. Half a grey level is the noise of six pictures.
+    const euler = await gradient("E10");
+    expect(await gradient("H1P8")).toBeLessThan(euler * 1.1 + 0.5);
+    expect(await gradient("H1P8R2")).toBeLessThan(euler * 1.1 + 0.5);
+  }, 180_000);
+
+  it("with a mask that is black everywhere is the original, and says so", async () => {
+    const image = await drawn("a large red square", 1);
+    const { images, warnings, evaluations } = await shapes.generate({
+      prompt: "x",
+      image,
+      mask: blackMask(),
+      count: 2,
+      seed: 1,
+    });
+    const original = await sharp(image).raw().toBuffer();
+    for (const picture of images) expect(Buffer.from(picture.data).equals(original)).toBe(true);
+    expect(warnings.join()).toMatch(/mask is black everywhere.*this is the original\./);
+    expect(evaluations).toEqual({ predictor: 0, refiner: 0 });
+  });
+});
+
+const black = sharp({ create: { width: 64, height: 64, channels: 3, background: "#000" } }).png();
+let blackBytes: Buffer;
+beforeAll(async () => {
+  blackBytes = await black.toBuffer();
+});
+const blackMask = () => blackBytes;
+
+describe("originals", () => {
+  it("are oriented, flattened on white, resized and cropped to cover", async () => {
+    // Twice as wide as high, red left and blue right, stored on its side with an orientation tag.
+    const red = { create: { width: 64, height: 64, channels: 3 as const, background: "#f00" } };
+    const wide = await sharp({ create: { width: 128, height: 64, channels: 3, background: "#00f" } })
+      .composite([{ input: red, left: 0, top: 0 }])
+      .png()
+      .toBuffer();
+    const onItsSide = await sharp(wide)
+      .rotate(270)
+      .withExif({ IFD0: { Orientation: "6" } })
+      .jpeg({ quality: 100 })
+      .toBuffer();
+    const tagged = await sharp(onItsSide).withMetadata({ orientation: 6 }).jpeg({ quality: 100 }).toBuffer();
+    const shown = async (image: Buffer) =>
+      (await shapes.generate({ prompt: "x", image, mask: blackMask(), seed: 1 })).images[0]!.data;
+    const data = await shown(tagged);
+    const at = (x: number, y: number) => [...data.subarray(3 * (y * 64 + x), 3 * (y * 64 + x) + 3)];
+    expect(at(10, 32)[0]).toBeGreaterThan(200);
+    expect(at(54, 32)[2]).toBeGreaterThan(200);
+    const clear = await sharp({
+      create: { width: 64, height: 64, channels: 4, background: { r: 0, g: 0, b: 0, alpha: 0 } },
+    })
+      .png()
+      .toBuffer();
+    expect([...(await shown(clear)).subarray(0, 3)]).toEqual([255, 255, 255]);
+  });
+
+  it("may be paths, encoded bytes or pictures drawn before", async () => {
+    const { images } = await shapes.generate({ prompt: "a large red square", seed: 1 });
+    const file = path.join(folder, "original.png");
+    await images[0]!.toFile(file);
+    const run = (image: GenerateOptions["image"]) =>
+      shapes.generate({ prompt: "a large blue square", image, strength: 0.5, seed: 2, steps: 4 });
+    const [a, b, c] = [await run(file), await run(await images[0]!.toPNG()), await run(images[0])];
+    expect(a.latents.data).toEqual(b.latents.data);
+    expect(a.latents.data).toEqual(c.latents.data);
+  });
+
+  it("strength keeps the end of the schedule, as diffusers counts it", async () => {
+    const image = await drawn("a large red square", 1);
+    const run = async (options: Partial<GenerateOptions>) =>
+      (await shapes.generate({ prompt: "x", image, seed: 1, ...options })).stages[0]!;
+    expect((await run({ strength: 0.6 })).blocks).toBe("H1P4R1");
+    expect((await run({ strength: 0.6, blocks: "H1P7R2" })).blocks).toBe("P4R2");
+    expect((await run({ strength: 0.6, sampler: "euler", steps: 10 })).blocks).toBe("E6");
+    expect((await run({ strength: 0.05, steps: 10 })).blocks).toBe("H1");
+    expect((await run({ strength: 1, steps: 10 })).sigmas[0]).toBe(1);
+  });
+});
+
+describe("stages", () => {
+  it("report stage and block, draw noise stage after stage, and keep seeds apart", async () => {
+    const events: StepEvent[] = [];
+    const stages = [
+      { width: 32, height: 32, blocks: "H1P1" },
+      { width: 64, height: 48, blocks: "H1R1" },
+      { width: 64, height: 64, blocks: "H1", sigma: 0.3 },
+    ];
+    const batch = await shapes.generate({
+      prompt: "a red circle",
+      stages,
+      seed: 7,
+      count: 2,
+      onStep: (event) => events.push(event),
+    });
+    expect(events.map(({ step, stage, block }) => `${step} ${stage} ${block}`)).toEqual([
+      "0 0 H",
+      "1 0 P",
+      "2 1 H",
+      "3 1 R",
+      "4 2 H",
+    ]);
+    expect(events.every(({ steps, stages }) => steps === 5 && stages === 3)).toBe(true);
+    expect(batch.timings.steps).toHaveLength(5);
+    expect(batch.timings.join).toBeGreaterThan(0);
+    expect(batch.stages[2]!.sigmas[0]).toBe(0.3);
+    const alone = await shapes.generate({ prompt: "a red circle", stages, seed: 8 });
+    const row = { ...alone.latents, data: batch.latents.data.slice(alone.latents.data.length) } as FloatTensor;
+    expect(relativeError(row, alone.latents)).toBeLessThan(1e-5);
+  });
+
+  it("go through the autoencoder a few at a time without a difference", async () => {
+    // 18 pictures of 256 x 256 are more than go through at once.
+    const stages = [
+      { width: 32, height: 32, blocks: "H1" },
+      { width: 256, height: 256, blocks: "E1" },
+    ];
+    const many = await shapes.generate({ prompt: "a red circle", stages, seed: 0, count: 18 });
+    const one = await shapes.generate({ prompt: "a red circle", stages, seed: 17 });
+    const row = { ...one.pixels, data: many.pixels.data.slice(17 * one.pixels.data.length) } as FloatTensor;
+    expect(relativeError(row, one.pixels)).toBeLessThan(1e-5);
+  }, 180_000);
+
+  it("may be many", async () => {
+    const stages = Array.from({ length: 12 }, (_, index) => ({
+      width: 8 * (index + 1),
+      height: 8 * Math.ceil((index + 1) / 2),
+      blocks: "E1",
+    }));
+    const { images, evaluations } = await shapes.generate({ prompt: "a red circle", stages, seed: 1 });
+    expect([images[0]!.width, images[0]!.height, evaluations.predictor]).toEqual([96, 48, 12]);
+  });
+
+  it("take part in editing: the mask holds at every size", async () => {
+    const image = await drawn("a large red square", 1);
+    const result = await shapes.generate({
+      prompt: "a large blue circle",
+      image,
+      mask: await maskOf(0, 0, 32, 64),
+      strength: 1,
+      stages: [
+        { width: 32, height: 32, blocks: "H1P2" },
+        { width: 64, height: 64, blocks: "H1P1R1" },
+      ],
+      seed: 2,
+    });
+    const known = await shapes.generate({ prompt: "x", image, mask: blackMask(), seed: 1 });
+    for (let c = 0; c < known.latents.shape[1]!; c++)
+      for (let y = 0; y < 16; y++)
+        for (let x = 8; x < 16; x++) {
+          const i = (c * 16 + y) * 16 + x;
+          expect(Math.abs(result.latents.data[i]! - known.latents.data[i]!)).toBeLessThan(1e-5);
+        }
+  });
+});
+
+describe("previews", () => {
+  it.each(["fast", "decoded"] as const)("%s ones come close to the final picture", async (preview) => {
+    const events: StepEvent[] = [];
+    const { images } = await shapes.generate({
+      prompt: "a large red square on a blue background",
+      seed: 3,
+      count: 2,
+      preview,
+      onStep: (event) => events.push(event),
+    });
+    expect(events).toHaveLength(10);
+    expect(events.every(({ previews }) => previews.length === 2)).toBe(true);
+    const size = preview === "fast" ? 16 : 64;
+    const last = events.at(-1)!.previews[1]!;
+    expect([last.width, last.height]).toEqual([size, size]);
+    const final = await sharp(images[1]!.data, { raw: { width: 64, height: 64, channels: 3 } })
+      .resize(size, size)
+      .raw()
+      .toBuffer();
+    const error = (of: (i: number) => number) =>
+      final.reduce((sum, value, i) => sum + Math.abs(value - of(i)), 0) / final.length;
+    const mean = [0, 1, 2].map(
+      (c) => final.reduce((sum, value, i) => sum + (i % 3 === c ? value : 0), 0) / (final.length / 3),
+    );
+    const difference = error((i) => last.data[i]!);
+    // The decoder's preview is the picture itself; a linear map must at least beat the picture's mean colour clearly.
+    if (preview === "decoded") expect(difference).toBeLessThan(2);
+    else expect(difference).toBeLessThan(0.6 * error((i) => mean[i % 3]!));
+    expect((await sharp(await last.toPNG()).metadata()).width).toBe(size);
+  });
+
+  it("show where the run is heading, from the first block on", async () => {
+    // After one Euler step of two, x - sigma v is where one step of one ends.
+    const options = { prompt: "a large red square", seed: 4, count: 2 };
+    const events: StepEvent[] = [];
+    await shapes.generate({ ...options, blocks: "E2", preview: "decoded", onStep: (event) => events.push(event) });
+    const { images } = await shapes.generate({ ...options, blocks: "E1" });
+    for (const [row, { data }] of images.entries()) {
+      const preview = events[0]!.previews[row]!;
+      expect(data.every((value, i) => Math.abs(value - preview.data[i]!) <= 1)).toBe(true);
+    }
+  });
+
+  it("change nothing", async () => {
+    const options = { prompt: "a red circle", seed: 3, steps: 4 };
+    const [plain, watched] = [await shapes.generate(options), await shapes.generate({ ...options, preview: "fast" })];
+    expect(watched.latents.data).toEqual(plain.latents.data);
+  });
+});
+
+describe("bad input", () => {
+  const image = () => fixture("large/init.png");
+  const two = [
+    { width: 32, height: 32, blocks: "H1" },
+    { width: 64, height: 64, blocks: "H1" },
+  ];
+  const refused: [string, () => Record<string, unknown>, string, RegExp][] = [
+    ["strength of zero", () => ({ image: image(), strength: 0 }), "strength", /above 0 and up to 1.*received 0/],
+    ["strength above one", () => ({ image: image(), strength: 1.01 }), "strength", /above 0 and up to 1/],
+    ["a mask without an image", () => ({ mask: image() }), "mask", /mask needs an image/],
+    ["strength without an image", () => ({ strength: 0.5 }), "strength", /strength needs an image/],
+    [
+      "strength that leaves only R",
+      () => ({ image: image(), strength: 0.2, blocks: "H1P7R2" }),
+      "strength",
+      /only the refiner blocks/,
+    ],
+    [
+      "a picture that is not there",
+      () => ({ image: path.join(folder, "none.png") }),
+      "image",
+      /cannot be read.*none\.png/,
+    ],
+    ["a picture that is none", () => ({ image: Buffer.from("no picture") }), "image", /cannot be read/],
+    ["sizes that fall", () => ({ stages: [...two].reverse() }), "stages", /rising sizes.*32 × 32 after 64 × 64/],
+    ["sizes that repeat", () => ({ stages: [two[0], two[0]] }), "stages", /both 32 × 32/],
+    [
+      "one side that falls",
+      () => ({ stages: [two[0], { width: 64, height: 24, blocks: "H1" }] }),
+      "stages",
+      /rising sizes/,
+    ],
+    [
+      "a stage off the grid",
+      () => ({ stages: [{ width: 30, height: 32, blocks: "H1" }] }),
+      "stages",
+      /multiple of 8 for stages\[0\]\.width/,
+    ],
+    [
+      "a stage beyond the table",
+      () => ({ stages: [two[0], { width: 512, height: 512, blocks: "H1" }] }),
+      "stages",
+      /at most 256 for stages\[1\]\.width/,
+    ],
+    ["a join from nothing", () => ({ stages: [{ ...two[0], sigma: 0.5 }] }), "stages", /first stage/],
+    [
+      "a join at full noise",
+      () => ({ stages: [two[0], { ...two[1], sigma: 1 }] }),
+      "stages",
+      /between 0 and 1 for stages\[1\]\.sigma but received 1\./,
+    ],
+    [
+      "a join without noise",
+      () => ({ stages: [two[0], { ...two[1], sigma: 0 }] }),
+      "stages",
+      /stages\[1\]\.sigma but received 0\./,
+    ],
+    ["no stages", () => ({ stages: [] }), "stages", /\{ width, height, blocks, sigma\? \}/],
+    ...(
+      [
+        [0, 0, 0],
+        [-2, -2, 12],
+        [1.5, 2, 9],
+        [2, 2, 11],
+      ] as const
+    ).map(([width, height, values]): (typeof refused)[number] => [
+      `raw values of ${width} × ${height}`,
+      () => ({ image: { width, height, data: new Uint8Array(values) } }),
+      "image",
+      /or \{ width, height, data \} for image/,
+    ]),
+    ["stages with a width", () => ({ stages: two, width: 64 }), "width", /leave out width or stages/],
+    ["stages with blocks", () => ({ stages: two, blocks: "H1" }), "blocks", /leave out blocks or stages/],
+    [
+      "a stage that starts with R",
+      () => ({ stages: [two[0], { ...two[1], blocks: "R1" }] }),
+      "stages",
+      /stages\[1\]\.blocks: .*start with R/,
+    ],
+    [
+      "noise for one of two stages",
+      () => ({ stages: two, noise: { dtype: "float32", shape: [1, 16, 8, 8], data: new Float32Array(1024) } }),
+      "noise",
+      /2 noise tensors/,
+    ],
+  ];
+  it.each(refused)("%s", async (_, options, option, message) => {
+    const work = shapes.generate({ prompt: "x", ...options() } as GenerateOptions);
+    await expect(work).rejects.toThrow(message);
+    await expect(work).rejects.toBeInstanceOf(OptionError);
+    await expect(work).rejects.toMatchObject({ option });
+  });
+
+  it("animated, damaged and monstrous pictures", async () => {
+    const frames = await Promise.all(
+      ["#f00", "#00f"].map((background) =>
+        sharp({ create: { width: 8, height: 8, channels: 3, background } })
+          .png()
+          .toBuffer(),
+      ),
+    );
+    for (const format of ["gif", "webp"] as const) {
+      const animated = await sharp(frames, { join: { animated: true } })
+        .toFormat(format)
+        .toBuffer();
+      await expect(shapes.generate({ prompt: "x", image: animated })).rejects.toThrow(
+        /still picture for image.*2 frames/,
+      );
+      await expect(shapes.generate({ prompt: "x", image: frames[0], mask: animated })).rejects.toThrow(
+        /still picture for mask/,
+      );
+    }
+    const photo = await sharp({
+      create: {
+        width: 400,
+        height: 400,
+        channels: 3,
+        background: "#123",
+        noise: { type: "gaussian", mean: 128, sigma: 30 },
+      },
+    })
+      .jpeg()
+      .toBuffer();
+    await expect(shapes.generate({ prompt: "x", image: photo.subarray(0, photo.length >> 1) })).rejects.toThrow(
+      /cannot be read/,
+    );
+    const bomb = await sharp({ create: { width: 11000, height: 10000, channels: 3, background: "#000" } })
+      .png()
+      .toBuffer();
+    writeFileSync(path.join(folder, "bomb.png"), bomb);
+    await expect(shapes.generate({ prompt: "x", image: path.join(folder, "bomb.png") })).rejects.toThrow(
+      /100 megapixels.*pixel limit/,
+    );
+  });
+});

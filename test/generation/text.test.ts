@@ -1,0 +1,69 @@
+// Text conditions against transformers' (the fixtures' embeds.safetensors), and what the cache and the limits do.
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { fixture, fixtureNames, readAll, relativeError, root } from "../support/fixtures.js";
+
+const prompts = ["a red circle above a small blue square", "the photo of a café, 3 dogs & a cat's bowl!"];
+const negative = "blurry, low quality";
+
+describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
+  let runtime: OnnxRuntime;
+  let encoder: PromptEncoder;
+  let programs = 0;
+  beforeAll(async () => {
+    const checkpoint = await openCheckpoint(fixture(name, "model"));
+    const graphs = new GraphLibrary(checkpoint);
+    runtime = new OnnxRuntime({ weights: "lazy", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
+    for (const graph of graphs.essential) runtime.add(graphs.get(graph));
+    encoder = new PromptEncoder(checkpoint);
+  });
+  afterAll(() => runtime.dispose());
+
+  const encode = (texts: string[], pin: number | null = null) =>
+    encoder.encode(
+      texts,
+      32,
+      (all) => {
+        programs += all.length;
+        return Promise.all(all.map((program) => runtime.run(program)));
+      },
+      pin,
+    );
+
+  it("gives transformers' embeddings", async () => {
+    const expected = await readAll(fixture(name, "embeds.safetensors"));
+    const positive = encoder.stack(await encode(prompts));
+    expect(relativeError(positive.context, expected.prompt_embeds!)).toBeLessThan(1e-4);
+    expect(relativeError(positive.pooled, expected.pooled!)).toBeLessThan(1e-4);
+    const against = encoder.stack(await encode([negative, negative]));
+    expect(relativeError(against.context, expected.negative_prompt_embeds!)).toBeLessThan(1e-4);
+    expect(relativeError(against.pooled, expected.negative_pooled!)).toBeLessThan(1e-4);
+  });
+
+  it("encodes a prompt once", async () => {
+    await encode([...prompts, negative]);
+    const before = programs;
+    await encode([negative, prompts[1]!, prompts[0]!, negative]);
+    expect(programs).toBe(before);
+    await encode([negative, "something new"]);
+    expect(programs).toBe(before + 1);
+  });
+
+  it("encodes anew for launches that are pinned to another batch", async () => {
+    await encode(["pinned or not"]);
+    const before = programs;
+    expect(encoder.missing(["pinned or not"], 32, 4)).toBe(1);
+    for (const pin of [4, 4, 2, null]) await encode(["pinned or not"], pin);
+    expect(programs).toBe(before + 2);
+  });
+
+  it("says what it had to cut", async () => {
+    const [short, long] = await encode(["short", `${"very ".repeat(100)}long`]);
+    expect(short!.warnings).toEqual([]);
+    expect(long!.warnings.length).toBe(name === "sd3" ? 2 : 3);
+    expect(long!.warnings[0]).toMatch(/longer than the 77 tokens/);
+  });
+});
