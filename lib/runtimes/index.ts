@@ -8,11 +8,21 @@ import { onnxruntime } from "./onnxruntime/row.js";
 import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-export const runtimes: Record<string, RuntimeRow> = {
+const rows = {
   tensorrt: tensorRtRow("tensorrt"),
   "tensorrt-rtx": tensorRtRow("tensorrt-rtx"),
   onnxruntime,
-};
+} satisfies Record<string, RuntimeRow>;
+
+export type RuntimeName = keyof typeof rows;
+/** Runtimes that engines can be built for. */
+export type BuilderName = Exclude<RuntimeName, "onnxruntime">;
+
+/** The table of runtimes by name. */
+export const runtimes: Readonly<Record<string, RuntimeRow>> = rows;
+
+export const runtimeNames = () => Object.keys(runtimes) as RuntimeName[];
+export const builderNames = () => runtimeNames().filter((name) => name !== "onnxruntime") as BuilderName[];
 
 /** The runtime of a model, and why those that would be preferred were passed over. */
 export interface RuntimeChoice {

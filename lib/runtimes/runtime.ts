@@ -5,8 +5,8 @@
 
 import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
-import type { StoredDType, StoredTensor, Tensor } from "../common/tensor.js";
-import type { EmitOptions } from "../onnx/index.js";
+import type { StoredTensor, Tensor } from "../common/tensor.js";
+import type { EmitOptions, EmittedNetwork } from "../onnx/index.js";
 import type { Launch, Program } from "../program/program.js";
 
 /** What a runtime can do: callers ask for this, and never for a name. */
@@ -128,15 +128,6 @@ export interface ModelWeights {
   readonly files: readonly FileVersion[];
   /** Bytes of them that are float16 or bfloat16. */
   readonly bytesOf16Bit: number;
-}
-
-/** A network as far as it matters to how it is emitted. */
-export interface EmittedNetwork {
-  readonly name: string;
-  /** Type that most of its weights are stored in; null for one without weights. */
-  readonly dtype: StoredDType | null;
-  /** Whether it must not be computed in float16. */
-  readonly overflowsInFloat16: boolean;
 }
 
 export interface OpenedRuntime {
