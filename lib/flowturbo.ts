@@ -70,7 +70,8 @@ import {
 import type { CostEntry } from "./serving/costs.js";
 import { defaultLadder } from "./serving/deadline.js";
 import { samplesOf } from "./serving/measure.js";
-import { type Admitted, batchesUpTo, type Demand, type Rung, Service, type ServiceOptions } from "./serving/service.js";
+import type { Candidate, Demand } from "./serving/prediction.js";
+import { type Admitted, batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
 import { CostStore, costKey } from "./serving/store.js";
 
@@ -111,7 +112,7 @@ export interface Costs {
   /** One for each (graph, size, batch); graph "host" is what is not in launches. */
   readonly entries: readonly CostEntry[];
   /** Where the table is kept. */
-  readonly file: string;
+  readonly folder: string;
   /** How much slower launches are now than the table says. */
   readonly drift: number;
   /** Milliseconds of a launch now, by the nearest batches that are known; null if nothing is known about it. */
@@ -209,7 +210,7 @@ interface Serving {
   readonly store: CostStore;
   readonly known: readonly CostEntry[];
   readonly about: Readonly<Record<string, unknown>>;
-  readonly options: Pick<ServiceOptions, "batches" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background" | "whole">;
+  readonly options: Pick<ServiceOptions, "batches" | "maxWaitMs" | "pinBatch" | "maxQueue" | "background" | "captured">;
 }
 
 /** The original and the mask of an edit, for each stage. */
@@ -254,7 +255,7 @@ export class FlowTurbo implements AsyncDisposable {
     this.#prompts = new PromptEncoder(checkpoint);
     this.#logger = logger;
     this.#keepTextEncoders = checked.keepTextEncoders;
-    this.#whole = serving.options.whole ?? false;
+    this.#whole = serving.options.captured ?? false;
     this.#loadMilliseconds = performance.now() - start;
     this.folder = checkpoint.folder;
     this.runtime = choice;
@@ -319,7 +320,7 @@ export class FlowTurbo implements AsyncDisposable {
         maxQueue: checked.maxQueue,
         // On a GPU a batch that no engine has yet is built first: not for the mere sake of measuring. Those named have one.
         background: checked.measureCosts && (runtime.name === "onnxruntime" || checked.batches !== undefined),
-        whole: checked.capture && runtime.name !== "onnxruntime",
+        captured: checked.capture && runtime.name !== "onnxruntime",
       },
     };
     return new FlowTurbo(loaded, serving, checked, start);
@@ -350,7 +351,7 @@ export class FlowTurbo implements AsyncDisposable {
     const { costs } = this.#service;
     return {
       entries: costs.entries,
-      file: this.#store.file,
+      folder: this.#store.folder,
       drift: costs.drift,
       estimate: (graph, size, batch) => costs.estimate(graph, size, batch),
     };
@@ -682,10 +683,12 @@ export class FlowTurbo implements AsyncDisposable {
       pin: options.pinBatch ?? null,
       signal: options.signal,
     };
-    const rungs = plans.map(
-      (plan): Rung => ({ blocks: formatStages(plan.stages), demands: this.#demands(plan, edits) }),
+    const candidates = plans.map(
+      (plan): Candidate => ({ text: formatStages(plan.stages), demands: this.#demands(plan, edits) }),
     );
-    return this.#service.serve(order, rungs, (admitted) => this.#draw(plans[admitted.rung]!, edits, start, admitted));
+    return this.#service.serve(order, candidates, (admitted) =>
+      this.#draw(plans[admitted.candidate]!, edits, start, admitted),
+    );
   }
 
   /** The batch that all of a plan's launches are padded to. */
