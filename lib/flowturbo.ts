@@ -27,7 +27,8 @@ import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime, Runtime } from "./runtimes/runtime.js";
 import { type Block, defaultLadder, parseBlocks } from "./schedule/index.js";
 import { samplesOf } from "./serving/measure.js";
-import { batchesUpTo, Service, type Terms } from "./serving/service.js";
+import type { Terms } from "./serving/prediction.js";
+import { batchesUpTo, Service } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
 import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 

@@ -7,7 +7,7 @@ import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import { mmditWidth, positionTable } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
-import type { Demand } from "../serving/service.js";
+import type { Demand } from "../serving/prediction.js";
 import type { Edit } from "./edit.js";
 import {
   encoderProgram,

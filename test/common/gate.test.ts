@@ -1,0 +1,218 @@
+// Who is let in, and when: under any sequence of arrivals, aborts and endings.
+import { getEventListeners } from "node:events";
+import { setImmediate } from "node:timers/promises";
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import { Gate } from "../../lib/common/gate.js";
+
+/** Lower numbers first. */
+const rising = (a: number, b: number) => a - b;
+
+describe("Gate", () => {
+  it("lets in by order, and first come, first served among equals", async () => {
+    const gate = new Gate<number>({ capacity: 1, compare: rising });
+    const order: string[] = [];
+    const leave = await gate.enter(0);
+    const all = (
+      [
+        ["c", 2],
+        ["d", 2],
+        ["b", 1],
+        ["e", 3],
+        ["a", 0],
+      ] as const
+    ).map(async ([name, place]) => {
+      const over = await gate.enter(place);
+      order.push(name);
+      over();
+    });
+    expect(gate.waiting).toBe(5);
+    leave();
+    await Promise.all(all);
+    expect(order).toEqual(["a", "b", "c", "d", "e"]);
+    expect(gate.inside).toEqual({ entries: 0, weight: 0 });
+  });
+
+  it("lets a large entry in alone, and nobody overtakes it for being small", async () => {
+    const gate = new Gate({ capacity: 4 });
+    const first = await gate.enter(undefined, 3);
+    const order: string[] = [];
+    const enter = (name: string, weight: number) =>
+      gate.enter(undefined, weight).then((leave) => {
+        order.push(name);
+        return leave;
+      });
+    const [large, small] = [enter("large", 9), enter("small", 1)];
+    await setImmediate();
+    expect(order).toEqual([]);
+    first();
+    const leave = await large;
+    await setImmediate();
+    expect(order).toEqual(["large"]);
+    leave();
+    leave();
+    (await small)();
+    expect(gate.inside).toEqual({ entries: 0, weight: 0 });
+  });
+
+  it("asks again how much fits whenever somebody leaves", async () => {
+    let available = 10;
+    const gate = new Gate({ capacity: () => available });
+    const [a, b] = [await gate.enter(undefined, 6), await gate.enter(undefined, 4)];
+    const c = gate.enter(undefined, 5);
+    available = 4;
+    b();
+    await setImmediate();
+    expect(gate.waiting).toBe(1);
+    available = 11;
+    const d = gate.enter(undefined, 100);
+    (await c)();
+    a();
+    (await d)();
+  });
+
+  it("refuses who would have to wait where as many wait as may", async () => {
+    const gate = new Gate({ capacity: 2, limit: 1 });
+    const leave = await gate.enter(undefined, 2);
+    expect(gate.isFull()).toBe(false);
+    const next = gate.enter(undefined, 1);
+    expect(gate.isFull()).toBe(true);
+    await expect(gate.enter()).rejects.toThrow(RangeError);
+    leave();
+    (await next)();
+    expect(gate.isFull(100)).toBe(false);
+  });
+
+  it("lets out who aborts, lets in who stood behind, and follows the signal no longer than that", async () => {
+    const gate = new Gate({ capacity: 4 });
+    const first = await gate.enter(undefined, 3);
+    const controller = new AbortController();
+    const { signal } = controller;
+    const large = gate.enter(undefined, 4, signal);
+    const small = gate.enter(undefined, 1, signal);
+    controller.abort("no longer");
+    await expect(large).rejects.toBe("no longer");
+    await expect(small).rejects.toBe("no longer");
+    await expect(gate.enter(undefined, 1, signal)).rejects.toBe("no longer");
+    const waits = new AbortController();
+    const again = gate.enter(undefined, 4, waits.signal);
+    const behind = gate.enter(undefined, 1);
+    waits.abort("no longer");
+    await expect(again).rejects.toBe("no longer");
+    (await behind)();
+    first();
+    // Once inside, an abort is the business of who is inside.
+    const late = new AbortController();
+    const leave = await gate.enter(undefined, 1, late.signal);
+    late.abort();
+    expect(gate.inside).toEqual({ entries: 1, weight: 1 });
+    leave();
+  });
+
+  it("gives a signal that many entries share one listener", async () => {
+    const gate = new Gate({ capacity: 1 });
+    const { signal } = new AbortController();
+    const leave = await gate.enter();
+    const waiting = Array.from({ length: 20 }, () => gate.enter(undefined, 1, signal));
+    expect(getEventListeners(signal, "abort").length).toBe(1);
+    leave();
+    for (const entry of waiting) (await entry)();
+    expect(getEventListeners(signal, "abort").length).toBe(0);
+  });
+
+  it("says when it is idle", async () => {
+    const gate = new Gate({ capacity: 1 });
+    await gate.idle();
+    const leave = await gate.enter();
+    const next = gate.enter();
+    let isIdle = false;
+    const idle = gate.idle().then(() => {
+      isIdle = true;
+    });
+    leave();
+    const over = await next;
+    await setImmediate();
+    expect(isIdle).toBe(false);
+    over();
+    await idle;
+  });
+
+  it("never exceeds its bounds, loses nobody and settles everybody once, whatever happens", async () => {
+    const event = fc.oneof(
+      { weight: 5, arbitrary: fc.record({ type: fc.constant("enter" as const), weight: fc.integer({ min: 1, max: 6 }), order: fc.nat(5) }) }, // biome-ignore format: one line
+      { weight: 4, arbitrary: fc.record({ type: fc.constant("leave" as const), which: fc.nat(20) }) },
+      { weight: 2, arbitrary: fc.record({ type: fc.constant("abort" as const), which: fc.nat(30) }) },
+    );
+    await fc.assert(
+      fc.asyncProperty(
+        fc.array(event, { maxLength: 60, size: "max" }),
+        fc.integer({ min: 0, max: 5 }),
+        fc.integer({ min: 1, max: 6 }),
+        async (events, limit, capacity) => {
+          const gate = new Gate<number>({ capacity, limit, compare: rising });
+          interface Entry {
+            readonly order: number;
+            readonly weight: number;
+            readonly controller: AbortController;
+            state: "waiting" | "inside" | "over" | "aborted";
+            leave: () => void;
+          }
+          const entries: Entry[] = [];
+          const inState = (state: Entry["state"]) => entries.filter((entry) => entry.state === state);
+          const weightInside = () => inState("inside").reduce((sum, entry) => sum + entry.weight, 0);
+          for (const step of events) {
+            if (step.type === "enter") {
+              const { order, weight } = step;
+              const isFull = gate.isFull(weight);
+              const mustWait =
+                inState("waiting").length > 0 || (weightInside() > 0 && weightInside() + weight > capacity);
+              expect(isFull).toBe(mustWait && inState("waiting").length >= limit);
+              if (isFull) {
+                await expect(gate.enter(order, weight)).rejects.toThrow(RangeError);
+                continue;
+              }
+              const controller = new AbortController();
+              const entry: Entry = { order, weight, controller, state: "waiting", leave: () => {} };
+              entries.push(entry);
+              gate.enter(order, weight, controller.signal).then(
+                (leave) => {
+                  expect(entry.state).toBe("waiting");
+                  entry.state = "inside";
+                  entry.leave = leave;
+                },
+                () => {
+                  expect(entry.state).toBe("waiting");
+                  entry.state = "aborted";
+                },
+              );
+            } else if (step.type === "leave") {
+              const inside = inState("inside");
+              const entry = inside[step.which % Math.max(1, inside.length)];
+              if (entry) {
+                entry.state = "over";
+                entry.leave();
+              }
+            } else entries[step.which]?.controller.abort(new Error("aborted"));
+            await setImmediate();
+            const inside = inState("inside");
+            expect(gate.inside).toEqual({ entries: inside.length, weight: weightInside() });
+            expect(gate.waiting).toBe(inState("waiting").length);
+            if (inside.length > 1) expect(weightInside()).toBeLessThanOrEqual(capacity);
+            // The first of those who wait would not fit: nobody waits for nothing.
+            const [first] = inState("waiting").sort((a, b) => a.order - b.order);
+            if (first) expect(weightInside() > 0 && weightInside() + first.weight > capacity).toBe(true);
+          }
+          while (inState("inside").length > 0) {
+            const [entry] = inState("inside");
+            entry!.state = "over";
+            entry!.leave();
+            await setImmediate();
+          }
+          expect(inState("waiting")).toEqual([]);
+          await gate.idle();
+        },
+      ),
+      { numRuns: 200 },
+    );
+  });
+});
