@@ -43,10 +43,12 @@ import {
   type ResolvedLoadOptions,
 } from "./options.js";
 import type { Program, StoredConstant } from "./program/program.js";
-import { OnnxRuntime, resolveWeights } from "./runtimes/onnxruntime/onnxruntime.js";
+import { runtimes } from "./runtimes/index.js";
+import { OnnxRuntime } from "./runtimes/onnxruntime/onnxruntime.js";
+import { resolveWeights } from "./runtimes/onnxruntime/weights.js";
 import type { Runtime } from "./runtimes/runtime.js";
-import { chooseForRunning } from "./runtimes/tensorrt/choose.js";
-import { smOf } from "./runtimes/tensorrt/libraries.js";
+import { smOf } from "./runtimes/tensorrt/addon.js";
+import { tensorRtKinds } from "./runtimes/tensorrt/flavours.js";
 import { openTensorRt } from "./runtimes/tensorrt/open.js";
 import {
   type Block,
@@ -977,11 +979,15 @@ async function openRuntime(
   const { runtime: wanted, tensorrtFolder, cache, capture, weights, threads, logger, onProgress } = checked;
   const passedOver: { name: string; reason: string }[] = [];
   let kind = wanted === "auto" || wanted === "onnxruntime" ? null : wanted;
-  if (wanted === "auto") {
-    const choice = await chooseForRunning({ folder: tensorrtFolder });
-    passedOver.push(...choice.passedOver);
-    kind = choice.kind;
-  }
+  if (wanted === "auto")
+    for (const name of tensorRtKinds) {
+      const reason = await runtimes[name]!.find({ weights, capture, tensorrtFolder });
+      if (reason === null) {
+        kind = name;
+        break;
+      }
+      passedOver.push({ name, reason });
+    }
   if (kind) {
     onProgress?.({ phase: "graphs", done: 1, total: 3 });
     let emit = tensorRtEmitOptions(checkpoint);

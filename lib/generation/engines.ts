@@ -10,8 +10,9 @@ import { pixelsAtOnce } from "../flowturbo.js";
 import { mmditWidth } from "../networks/index.js";
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../networks/library.js";
 import { type CompileEnginesOptions, checkOptions, compileSchema } from "../options.js";
-import { chooseForBuilding } from "../runtimes/tensorrt/choose.js";
-import { type CompiledEngine, EngineCompiler, type ProfileShapes } from "../runtimes/tensorrt/compile.js";
+import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
+import { openBuilder } from "../runtimes/index.js";
+import type { EngineCompiler } from "../runtimes/tensorrt/compile.js";
 import { rowsAtOnce } from "../schedule/index.js";
 import { fitSide } from "./preview.js";
 import { PromptEncoder } from "./text.js";
@@ -56,16 +57,9 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const planned = plannedEngines(checkpoint, checked);
 
   // 2. The library and the cache.
-  const kind = await chooseForBuilding(checked.runtime, { folder: checked.tensorrtFolder, targets: checked.targets });
-  const compiler = await EngineCompiler.open({
-    kind,
-    folder: checked.tensorrtFolder,
-    targets: checked.targets,
-    cache: checked.cache,
-    memory: checked.memory,
-  });
-  const { device } = compiler;
-  const emit = tensorRtEmitOptions(checkpoint, "targets" in device ? device.targets : [device.sm]);
+  const { tensorrtFolder, targets, cache, memory } = checked;
+  const { name, compiler } = await openBuilder(checked.runtime, { folder: tensorrtFolder, targets, cache, memory });
+  const emit = tensorRtEmitOptions(checkpoint, (compiler as EngineCompiler).targets);
   const graphs = new GraphLibrary(checkpoint, emit);
   const { files } = graphs;
 
@@ -98,7 +92,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     }),
   );
   await Promise.all(workers);
-  return { runtime: kind, version: compiler.library.version.join("."), cache: compiler.cache.folder, engines };
+  return { runtime: name as CompileReport["runtime"], version: compiler.version, cache: compiler.folder, engines };
 }
 
 export interface PlannedEngine {

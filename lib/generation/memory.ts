@@ -4,9 +4,9 @@
  * once the engines are loaded, and refuses then, with numbers, what this could not see.
  */
 
+import { gigabytes } from "../common/memory.js";
 import { MemoryError } from "../errors.js";
 import type { GraphLibrary, GraphName } from "../networks/library.js";
-import { gigabytes } from "../runtimes/tensorrt/failures.js";
 
 /** Bytes of weights that a picture's two programs need on the device: encoding texts, drawing. */
 export function deviceMemoryNeeded(graphs: GraphLibrary): { readonly encode: number; readonly draw: number } {

@@ -3,16 +3,27 @@
  * `flowturbo doctor`) follows from it; the rest of the package asks for capabilities and compares no names.
  */
 
-import { FlowTurboError } from "../errors.js";
+import { FlowTurboError, RuntimeUnavailableError } from "../errors.js";
+import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
+import { tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
 export const runtimes: Record<string, RuntimeRow> = {
-  tensorrt: tensorRtRow("tensorrt"),
-  "tensorrt-rtx": tensorRtRow("tensorrt-rtx"),
+  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
   onnxruntime,
 };
+
+/** Names of the runtimes that there are when it is called, in the order of the table. */
+export function runtimeNames(): string[] {
+  return Object.keys(runtimes);
+}
+
+/** Names of those of them that build engines. */
+export function builderNames(): string[] {
+  return runtimeNames().filter((name) => runtimes[name]!.builder);
+}
 
 /** The runtime of a model, and why those that would be preferred were passed over. */
 export interface RuntimeChoice {
@@ -52,4 +63,27 @@ export async function openRuntime(
     }
   }
   throw new RangeError("The table of runtimes is empty.");
+}
+
+/**
+ * Opens what builds engines for the runtime of that name; with "auto" the first one that can build here. Where targets
+ * are named, those that take targets are left.
+ * @throws RuntimeUnavailableError with every reason if none can build; what opening it throws
+ */
+export async function openBuilder(
+  wanted: string,
+  settings: BuilderSettings,
+): Promise<OpenedBuilder & { readonly name: string }> {
+  const all = wanted === "auto" ? builderNames() : [wanted];
+  const named = settings.targets && settings.targets.length > 0;
+  const names = all.filter((name) => wanted !== "auto" || !named || runtimes[name]!.builder!.takesTargets);
+  const reasons: string[] = [];
+  for (const name of names) {
+    const builder = runtimes[name]!.builder!;
+    // The only one says itself what it lacks.
+    const reason = names.length === 1 ? null : await builder.find(settings);
+    if (reason === null) return { ...(await builder.open(settings)), name };
+    reasons.push(reason);
+  }
+  throw new RuntimeUnavailableError("auto", reasons.join(" "));
 }

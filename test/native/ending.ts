@@ -5,7 +5,7 @@ import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { isMainThread, parentPort, Worker } from "node:worker_threads";
-import type { TensorRtKind } from "../../lib/runtimes/tensorrt/addon.js";
+import type { TensorRtKind } from "../../lib/runtimes/tensorrt/flavours.js";
 import { launch, program, scaleGraph, slowGraph, slowProgram } from "../runtimes/models.js";
 import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
 

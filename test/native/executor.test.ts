@@ -17,7 +17,8 @@ import {
 import type { Program } from "../../lib/program/program.js";
 import type { LaunchReport } from "../../lib/runtimes/runtime.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
-import type { EngineSource, TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/tensorrt.js";
+import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
+import type { TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/runtime.js";
 import { samplingProgram } from "../../lib/schedule/index.js";
 import { addGraphs, double, values } from "../runtimes/contract.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
@@ -255,7 +256,7 @@ describeAddons("the executor", () => {
         expect(values((await runtime.run(on("double"))).a)).toEqual([2, 4]);
       });
 
-      it("is made by letting go of engines that the program does not launch", async () => {
+      it("is freed by releasing engines that the program does not launch", async () => {
         simulated.capacity(8e6);
         const warnings: string[] = [];
         const runtime = start({ logger: { warn: (message) => void warnings.push(message) } });
@@ -263,10 +264,10 @@ describeAddons("the executor", () => {
         runtime.add(large("second", 5e6));
         for (const name of ["first", "second", "first"])
           expect(values((await runtime.run(on(name))).a)).toEqual([2, 4]);
-        expect(warnings[0]).toMatch(/To make room for second, the GPU lets go of first/);
+        expect(warnings[0]).toMatch(/To make room for second on the GPU, these engines are released: first/);
       });
 
-      it("is made by letting go of CUDA graphs that are kept for later", async () => {
+      it("is freed by releasing CUDA graphs that are kept for later", async () => {
         simulated.capacity(8e6);
         const runtime = start({ capture: true });
         // Five tensors of this many numbers each; from the third on the engine has both profiles.

@@ -20,17 +20,17 @@ import { describeAddons, temporaryFolder } from "./support.js";
 
 const { engines } = vi.hoisted(() => ({ engines: { source: null as Opening.CachedEngines | null } }));
 vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
-  const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/tensorrt.js");
+  const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/runtime.js");
   const { loadAddon } = await import("../../lib/runtimes/tensorrt/addon.js");
-  const { layouts } = await import("../../lib/runtimes/tensorrt/libraries.js");
+  const { flavours } = await import("../../lib/runtimes/tensorrt/flavours.js");
   const real = await original<typeof Opening>();
   const openTensorRt: typeof Opening.openTensorRt = async (options) => {
     if (!engines.source) return real.openTensorRt(options);
     const { kind, folder, capture, logger } = options;
     const runtime = new TensorRtRuntime({
       ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
-      library: path.join(folder!, layouts[kind].library),
-      parser: path.join(folder!, layouts[kind].parser),
+      library: path.join(folder!, flavours[kind].library),
+      parser: path.join(folder!, flavours[kind].parser),
     });
     const { device } = await runtime.start();
     return { runtime, device, version: "1" };

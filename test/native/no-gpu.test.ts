@@ -4,9 +4,9 @@ import { existsSync } from "node:fs";
 import path from "node:path";
 import { expect, it } from "vitest";
 import { DisposedError, RuntimeUnavailableError } from "../../lib/errors.js";
-import { loadAddon, tensorRtKinds } from "../../lib/runtimes/tensorrt/addon.js";
-import { layouts } from "../../lib/runtimes/tensorrt/libraries.js";
-import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/tensorrt.js";
+import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
+import { flavours, tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
+import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/runtime.js";
 import { double } from "../runtimes/contract.js";
 import { program, scaleGraph } from "../runtimes/models.js";
 import { cli, describeAddons, standIn, startNode } from "./support.js";
@@ -27,8 +27,8 @@ describeAddons("without a GPU", () => {
     const open = () =>
       new TensorRtRuntime({
         ...{ kind, addon: loadAddon(kind) },
-        library: path.join(libraries, layouts[kind].library),
-        parser: path.join(libraries, layouts[kind].parser),
+        library: path.join(libraries, flavours[kind].library),
+        parser: path.join(libraries, flavours[kind].parser),
         engines: { engineFor: () => Promise.reject(new Error("nothing is compiled for a GPU that is not there")) },
       });
     const runtime = open();

@@ -7,7 +7,9 @@ import { pathToFileURL } from "node:url";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
-import { OnnxRuntime, probeOnnxRuntime, resolveWeights } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { examineOnnxRuntime } from "../../lib/runtimes/onnxruntime/probe.js";
+import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";
 import { launch, program, slowGraph, slowProgram } from "./models.js";
@@ -100,9 +102,9 @@ describe("a failure", () => {
         expect(error).not.toBeInstanceOf(RuntimeDiedError);
         expect(error.message).toMatch(/cannot be loaded: .*npm install onnxruntime-node/s);
       }
-      const probe = await probeOnnxRuntime({ host: pathToFileURL(copy) });
-      expect(probe.available).toBe(false);
-      expect(probe.remedy).toContain("ONNXRUNTIME_NODE_INSTALL=skip");
+      const finding = await examineOnnxRuntime(pathToFileURL(copy));
+      expect(finding.available).toBe(false);
+      expect(finding.remedy).toContain("ONNXRUNTIME_NODE_INSTALL=skip");
     } finally {
       rmSync(folder, { recursive: true });
     }
@@ -170,7 +172,8 @@ it("the probe finds the version", async () => {
   const { version } = JSON.parse(
     readFileSync(path.resolve(import.meta.dirname, "../../node_modules/onnxruntime-node/package.json"), "utf8"),
   ) as { version: string };
-  expect(await probeOnnxRuntime({ host: bundles.host })).toEqual({ available: true, version });
+  const finding = { name: "onnxruntime", available: true, version, reason: null, remedy: null };
+  expect(await examineOnnxRuntime(bundles.host)).toEqual(finding);
 });
 
 describe("resolveWeights", () => {

@@ -100,7 +100,7 @@ export function describeWorkspaces(open: () => Runtime): void {
       const dependent = workspace.submit(piece([double("b", "d")], ["d"]));
       const other = workspace.submit(piece([double("c", "d")], ["d"]));
       await expect(failed).rejects.toThrow(/NaN or an infinity/);
-      await expect(dependent).rejects.toThrow(/reads "b", which has no value, since an earlier part/);
+      await expect(dependent).rejects.toThrow(/reads "b", which has no value, since an earlier submission/);
       expect(values((await other).d)).toEqual([4]);
       expect(workspace.lost).toBe(false);
     });
