@@ -36,7 +36,7 @@ if (!isMainThread) {
   await Promise.all(
     ways.map(async (each) => {
       const worker = new Worker(fileURLToPath(import.meta.url), { argv: [each, kind] });
-      // A thread that ends at once is heard of in the same moment as its last message.
+      // Where a thread ends at once, its end and its last message arrive in the same moment.
       let done = false;
       const ended = new Promise<number>((resolve, reject) => worker.once("exit", resolve).once("error", reject));
       await Promise.race([
@@ -53,7 +53,7 @@ if (!isMainThread) {
       await ended;
     }),
   );
-  for (let wait = 0; wait < 100 && Object.keys(leftOver()).length > 0; wait++) await setTimeout(50);
+  for (const end = Date.now() + 60_000; Date.now() < end && Object.keys(leftOver()).length > 0; ) await setTimeout(50);
   console.log(JSON.stringify({ left: leftOver(), violation: simulated.violation() }));
 } else if (way === "idle") {
   // A script that forgets dispose() ends by itself.

@@ -225,7 +225,7 @@ describeAddons("a model on the simulated device", () => {
         await use(capture, async (model) => {
           await model.generate({ ...options, blocks: "E1" });
           // The first run goes launch by launch, the second as one graph.
-          for (const whole of [false, true]) {
+          for (const captured of [false, true]) {
             const before = simulated.counts();
             simulated.hold();
             const controller = new AbortController();
@@ -237,7 +237,7 @@ describeAddons("a model on the simulated device", () => {
             simulated.let(-1);
             expect((await other).pixels.data).toEqual(expected.pixels.data);
             // Seven launches a picture; two of the three pictures were never begun.
-            expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(whole ? 14 : 9);
+            expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(captured ? 14 : 9);
           }
           expect(model.stats().requests).toMatchObject({ completed: 3, aborted: 2 });
           expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);

@@ -33,23 +33,23 @@ describeAddons("without a GPU", () => {
       });
     const runtime = open();
     runtime.add(scaleGraph("double", 2));
-    const job = program([1], [double("x", "a")], ["a"]);
+    const work = program([1], [double("x", "a")], ["a"]);
     const start = performance.now();
     const parts = runtime.open();
-    const calls = [() => runtime.start(), () => runtime.run(job), () => parts.submit(job), () => runtime.run(job)];
+    const calls = [() => runtime.start(), () => runtime.run(work), () => parts.submit(work), () => runtime.run(work)];
     for (const call of calls) {
       const error = await rejection(call());
       expect(error).toBeInstanceOf(RuntimeUnavailableError);
       expect(error).toMatchObject({ code: "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE", runtime: kind });
       expect(error.message).toMatch(/libcuda\.so\.1/);
     }
-    const both = await Promise.all([rejection(runtime.run(job)), rejection(runtime.run(job))]);
+    const both = await Promise.all([rejection(runtime.run(work)), rejection(runtime.run(work))]);
     for (const error of both) expect(error).toBeInstanceOf(RuntimeUnavailableError);
     parts.close();
     await runtime.unload(["double"]);
     expect(runtime.statistics()).toBe(null);
     await runtime.dispose();
-    expect(await rejection(runtime.run(job))).toBeInstanceOf(DisposedError);
+    expect(await rejection(runtime.run(work))).toBeInstanceOf(DisposedError);
     expect(performance.now() - start).toBeLessThan(5000);
 
     // Again and again: nothing is kept.

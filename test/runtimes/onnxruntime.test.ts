@@ -2,7 +2,6 @@
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import { setTimeout } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
@@ -60,8 +59,8 @@ describe("values in files", () => {
       const weight = graph.external(store(dtype, "weight", numbers, [24]));
       graph.output("y", graph.op("Mul", [graph.input("x", "float32", [24]), graph.cast(weight, "float32")]), [24]);
       runtime.add(graph.build());
-      const job = program(new Array(24).fill(4), [launch(`weights ${dtype}`, "x", "a")], ["a"]);
-      expect(values((await runtime.run(job)).a)).toEqual(numbers.map((value) => 4 * value));
+      const work = program(new Array(24).fill(4), [launch(`weights ${dtype}`, "x", "a")], ["a"]);
+      expect(values((await runtime.run(work)).a)).toEqual(numbers.map((value) => 4 * value));
     }
   });
 });
@@ -140,11 +139,14 @@ describe.skipIf(process.platform !== "linux")("a child that dies", () => {
   });
 
   it("while idle is replaced unnoticed", async () => {
-    const runtime = open();
+    let warn = (_message: string) => {};
+    const noticed = new Promise<string>((resolve) => {
+      warn = resolve;
+    });
+    const runtime = open({ logger: { warn: (message) => warn(message) } });
     await runtime.start();
     process.kill(hosts()[0]!, "SIGKILL");
-    while (hosts().length > 0) await setTimeout(10);
-    await setTimeout(50);
+    await noticed;
     expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
   });
 });
