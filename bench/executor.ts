@@ -14,7 +14,7 @@ import path from "node:path";
 import { setImmediate } from "node:timers/promises";
 import { float32 } from "../lib/common/tensor.js";
 import type { Program } from "../lib/program/program.js";
-import { type TensorRtKind, tensorRtKinds } from "../lib/runtimes/tensorrt/addon.js";
+import { type TensorRtKind, tensorRtKinds } from "../lib/runtimes/tensorrt/flavours.js";
 import { type ClosedForm, closedForms } from "../test/runtimes/models.js";
 import { samplingForms } from "../test/support/sampling.js";
 import { SimulatedEngines, simulated, simulatedRuntime } from "../test/support/simulated.js";

@@ -1,9 +1,9 @@
-/** `flowturbo cache`: what lies in the cache of engines, whether it is sound, and how to be rid of it. */
+/** `flowturbo cache`: what lies in the cache of engines, whether it is sound, and how to clear it. */
 
 import { type Command, Option } from "commander";
-import { type Addon, loadAddon, tensorRtKinds } from "../runtimes/tensorrt/addon.js";
+import { findAddon, smText } from "../runtimes/tensorrt/addon.js";
 import { type CacheItem, EngineCache, enginesFolder } from "../runtimes/tensorrt/cache.js";
-import { smText } from "../runtimes/tensorrt/libraries.js";
+import { tensorRtKinds } from "../runtimes/tensorrt/flavours.js";
 
 interface Flags {
   cache?: string;
@@ -53,21 +53,12 @@ function describe({ name, manifest, bytes, damage }: CacheItem, verified: boolea
 
 async function clear(flags: Flags): Promise<void> {
   const cache = await EngineCache.openExisting(flags.cache);
-  const freed = cache ? await cache.clear(anyAddon()) : { engines: 0, bytes: 0 };
+  // For its locks; where there is none, nobody builds either.
+  const addon = tensorRtKinds.map(findAddon).find((found) => "describe" in found) ?? null;
+  const freed = cache ? await cache.clear(addon) : { engines: 0, bytes: 0 };
   process.stdout.write(
     flags.json
       ? `${JSON.stringify(freed)}\n`
       : `removed ${freed.engines} engines, ${(freed.bytes / 1e6).toFixed(1)} MB\n`,
   );
-}
-
-/** For its locks; where there is none, nobody builds either. */
-function anyAddon(): Addon | null {
-  for (const kind of tensorRtKinds)
-    try {
-      return loadAddon(kind);
-    } catch {
-      // The next one.
-    }
-  return null;
 }

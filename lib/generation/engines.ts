@@ -11,7 +11,7 @@ import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
 import { openBuilder } from "../runtimes/index.js";
-import type { CompiledEngine, ProfileShapes } from "../runtimes/tensorrt/compile.js";
+import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
 import { checkSize, latentShapeOf, nativeSize, refinerFits } from "./sizes.js";
@@ -64,7 +64,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const required = requiredEngines(new GraphLibrary(checkpoint), checked);
 
   // 2. The library and the cache.
-  const { compiler, emitOptions } = await openBuilder(checked.runtime, {
+  const { compiler, emitOptions, name } = await openBuilder(checked.runtime, {
     folder: checked.tensorrtFolder,
     ...{ targets: checked.targets, cache: checked.cache, memory: checked.memory },
   });
@@ -99,8 +99,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     }),
   );
   await Promise.all(workers);
-  const { kind, library, cache } = compiler;
-  return { runtime: kind, version: library.version.join("."), cache: cache.folder, engines };
+  return { runtime: name, version: compiler.version, cache: compiler.folder, engines };
 }
 
 export interface RequiredEngine {

@@ -139,7 +139,7 @@ const rows = {
 export type NetworkName = keyof typeof rows;
 
 /** The table of networks by name. */
-export const networks: Readonly<Record<string, Network>> = rows;
+export const networks: Record<string, Network> = rows;
 
 /** The features that some network names. */
 export function featureNames(): Feature[] {

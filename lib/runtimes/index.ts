@@ -3,30 +3,38 @@
  * `flowturbo doctor`) follows from it; the rest of the package asks for capabilities and compares no names.
  */
 
-import { FlowTurboError } from "../errors.js";
+import { FlowTurboError, RuntimeUnavailableError } from "../errors.js";
+import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
+import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-const rows = {
-  tensorrt: tensorRtRow("tensorrt"),
-  "tensorrt-rtx": tensorRtRow("tensorrt-rtx"),
-  onnxruntime,
-} satisfies Record<string, RuntimeRow>;
-
-export type RuntimeName = keyof typeof rows;
-/** Runtimes that engines can be built for. */
-export type BuilderName = Exclude<RuntimeName, "onnxruntime">;
+export type RuntimeName = TensorRtKind | "onnxruntime";
+/** Runtimes that engines are built for. */
+export type BuilderName = TensorRtKind;
 
 /** The table of runtimes by name. */
-export const runtimes: Readonly<Record<string, RuntimeRow>> = rows;
+export const runtimes: Record<string, RuntimeRow> = {
+  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
+  onnxruntime,
+};
 
-export const runtimeNames = () => Object.keys(runtimes) as RuntimeName[];
-export const builderNames = () => runtimeNames().filter((name) => name !== "onnxruntime") as BuilderName[];
+/** Names of the runtimes that there are when it is called, in the order of the table. */
+export function runtimeNames(): RuntimeName[] {
+  return Object.keys(runtimes) as RuntimeName[];
+}
+
+/** Names of those of them that build engines. */
+export function builderNames(): BuilderName[] {
+  return runtimeNames().filter((name) => runtimes[name]!.builder) as BuilderName[];
+}
 
 /** The runtime of a model, and why those that would be preferred were passed over. */
 export interface RuntimeChoice {
+  /** Its name in the table of runtimes. */
   readonly name: string;
+  /** With `runtime: "auto"`: those that come before it, each with the reason and a remedy. */
   readonly passedOver: readonly { readonly name: string; readonly reason: string }[];
 }
 
@@ -62,4 +70,27 @@ export async function openRuntime(
     }
   }
   throw new RangeError("The table of runtimes is empty.");
+}
+
+/**
+ * Opens what builds engines for the runtime of that name; with "auto" the first one that can build here. Where targets
+ * are named, those that take targets are left.
+ * @throws RuntimeUnavailableError with every reason if none can build; what opening it throws
+ */
+export async function openBuilder(
+  wanted: string,
+  settings: BuilderSettings,
+): Promise<OpenedBuilder & { readonly name: string }> {
+  const all: readonly string[] = wanted === "auto" ? builderNames() : [wanted];
+  const named = settings.targets && settings.targets.length > 0;
+  const names = all.filter((name) => wanted !== "auto" || !named || runtimes[name]!.builder!.takesTargets);
+  const reasons: string[] = [];
+  for (const name of names) {
+    const builder = runtimes[name]!.builder!;
+    // The only one says itself what it lacks.
+    const reason = names.length === 1 ? null : await builder.find(settings);
+    if (reason === null) return { ...(await builder.open(settings)), name };
+    reasons.push(reason);
+  }
+  throw new RuntimeUnavailableError("auto", reasons.join(" "));
 }

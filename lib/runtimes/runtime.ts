@@ -1,13 +1,15 @@
 /**
- * What a runtime is: something that compiles graphs and runs programs. The pipeline sees only this interface, so that
- * ONNX Runtime on the CPU and TensorRT on a GPU receive the same graphs and the same program.
+ * What a runtime is: something that compiles graphs and runs programs; and what a row in the table of runtimes says of
+ * one. The rest of the package uses these interfaces only, so that ONNX Runtime on the CPU and TensorRT on a GPU receive
+ * the same graphs and the same programs.
  */
 
 import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
-import type { StoredTensor, Tensor } from "../common/tensor.js";
-import type { EmitOptions, EmittedNetwork } from "../onnx/index.js";
+import type { Tensor } from "../common/tensor.js";
+import type { EmitOptions, EmittedNetwork, OnnxGraph } from "../onnx/index.js";
 import type { Launch, Program } from "../program/program.js";
+import type { BuilderRow } from "./builder.js";
 
 /** What a runtime can do: callers ask for this, and never for a name. */
 export interface Capabilities {
@@ -24,16 +26,10 @@ export interface Capabilities {
 
 /**
  * An ONNX model whose large initializers are external data in the checkpoint's own files. The location of each is its
- * path relative to the root of the file system.
+ * path relative to the root of the file system; `externals` has them by the name that they have in the ONNX, for runtimes
+ * that map the files themselves, and `fingerprint` is for runtimes that keep what they compile.
  */
-export interface CompilableGraph {
-  readonly name: string;
-  readonly bytes: Uint8Array;
-  /** Initializers by the name they have in the ONNX, for runtimes that map the files themselves. */
-  readonly externals: ReadonlyMap<string, StoredTensor>;
-  /** SHA-256 of the graph without the places of its weights, for runtimes that keep what they compile. */
-  readonly fingerprint: string;
-}
+export type CompilableGraph = Pick<OnnxGraph, "name" | "bytes" | "externals" | "fingerprint">;
 
 /** One finished launch. */
 export interface LaunchReport {
@@ -140,6 +136,22 @@ export interface OpenedRuntime {
   emitOptions(network: EmittedNetwork): EmitOptions;
 }
 
+/** A place where a runtime's libraries were looked for. */
+export interface PlaceTried {
+  readonly source: "option" | "environment" | "pip" | "loader";
+  /** The folder or file, or what was asked where there is none. */
+  readonly place: string;
+  /** Null for the place where the library was found. */
+  readonly error: string | null;
+}
+
+export interface Problem {
+  /** Building needs the addon and the library; running needs a driver and a GPU as well. */
+  readonly prevents: "building" | "running";
+  readonly cause: string;
+  readonly remedy: string;
+}
+
 /** A runtime on this machine, for `flowturbo doctor`. */
 export interface RuntimeFinding {
   readonly name: string;
@@ -149,9 +161,30 @@ export interface RuntimeFinding {
   /** Why it is missing, and what to do about it: one remedy for each cause. */
   readonly reason: string | null;
   readonly remedy: string | null;
+  /** Of a runtime that builds engines: each place that was tried, and what prevents building and running engines. */
+  readonly engines?: {
+    /** Whether engines can be built (flowturbo compile). */
+    readonly builds: boolean;
+    readonly library: string | null;
+    readonly places: readonly PlaceTried[];
+    readonly problems: readonly Problem[];
+  };
+  /** The GPUs that it sees; null without a driver or a GPU. */
+  readonly hardware?: {
+    /** CUDA version that NVIDIA's driver serves, such as 13.0. */
+    readonly driver: string;
+    readonly gpus: readonly GpuFinding[];
+  } | null;
 }
 
-/** A line of the table of runtimes. */
+export interface GpuFinding {
+  readonly name: string;
+  readonly memoryBytes: number;
+  /** Compute capability, such as 8.9. */
+  readonly sm: string;
+}
+
+/** A row in the table of runtimes. */
 export interface RuntimeRow {
   readonly name: string;
   /** For help texts: what it runs on. */
@@ -163,4 +196,6 @@ export interface RuntimeRow {
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */
   examine(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;
+  /** Of a runtime whose graphs are built into engines first. */
+  readonly builder?: BuilderRow;
 }

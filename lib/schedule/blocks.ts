@@ -83,7 +83,7 @@ const rows = {
 export type Block = keyof typeof rows;
 
 /** The table of blocks by letter. */
-export const blockTable: Readonly<Record<string, BlockRow>> = rows;
+export const blockTable: Record<string, BlockRow> = rows;
 
 /** More blocks than this is a typing error, not a schedule. */
 const maxBlocks = 1000;

@@ -41,7 +41,7 @@ const rows = {
 export type SamplerName = keyof typeof rows;
 
 /** The table of samplers by name. */
-export const samplers: Readonly<Record<string, SamplerRow>> = rows;
+export const samplers: Record<string, SamplerRow> = rows;
 
 export const defaultSampler = "flowturbo" satisfies SamplerName;
 

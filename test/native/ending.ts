@@ -5,7 +5,7 @@ import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { isMainThread, parentPort, Worker } from "node:worker_threads";
-import type { TensorRtKind } from "../../lib/runtimes/tensorrt/addon.js";
+import type { TensorRtKind } from "../../lib/runtimes/tensorrt/flavours.js";
 import { launch, program, scaleGraph, slowGraph, slowProgram } from "../runtimes/models.js";
 import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
 
@@ -36,7 +36,7 @@ if (!isMainThread) {
   await Promise.all(
     ways.map(async (each) => {
       const worker = new Worker(fileURLToPath(import.meta.url), { argv: [each, kind] });
-      // A thread that ends at once is heard of in the same moment as its last message.
+      // Where a thread ends at once, its end and its last message arrive in the same moment.
       let done = false;
       const ended = new Promise<number>((resolve, reject) => worker.once("exit", resolve).once("error", reject));
       await Promise.race([
@@ -53,7 +53,7 @@ if (!isMainThread) {
       await ended;
     }),
   );
-  for (let wait = 0; wait < 100 && Object.keys(leftOver()).length > 0; wait++) await setTimeout(50);
+  for (const end = Date.now() + 60_000; Date.now() < end && Object.keys(leftOver()).length > 0; ) await setTimeout(50);
   console.log(JSON.stringify({ left: leftOver(), violation: simulated.violation() }));
 } else if (way === "idle") {
   // A script that forgets dispose() ends by itself.

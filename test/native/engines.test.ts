@@ -26,7 +26,8 @@ import { type CompileReport, compileEngines, plannedEngines } from "../../lib/ge
 import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/networks/library.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import type { CompileEnginesOptions, EngineProgress } from "../../lib/options.js";
-import { type CompileProgress, EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
+import type { CompileProgress } from "../../lib/runtimes/builder.js";
+import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
 import { fixture, fixtureNames } from "../support/fixtures.js";
 import { cli, copyOf, describeEngines, rtxFolder, startNode, temporaryFolder } from "./support.js";
 
@@ -438,7 +439,7 @@ describeEngines("one engine", () => {
     expect(error).toBeInstanceOf(MemoryError);
     expect(error).toMatchObject({ code: "ERR_FLOWTURBO_MEMORY", available: 1e8 });
     expect(error.needed).toBeGreaterThan(1e8);
-    expect(error.message).toMatch(/takes about 0\.7 GB of memory, but 0\.1 GB are available/);
+    expect(error.message).toMatch(/takes about 0\.70 GB of memory, but 0\.10 GB are available/);
   });
 
   it("refuses unknown targets and flags", async () => {

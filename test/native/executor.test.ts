@@ -3,7 +3,7 @@
 import { writeFileSync } from "node:fs";
 import { open } from "node:fs/promises";
 import path from "node:path";
-import { setImmediate, setTimeout } from "node:timers/promises";
+import { setImmediate } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { float32 } from "../../lib/common/tensor.js";
 import {
@@ -17,7 +17,8 @@ import {
 import type { Program } from "../../lib/program/program.js";
 import type { LaunchReport } from "../../lib/runtimes/runtime.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
-import type { EngineSource, TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/tensorrt.js";
+import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
+import type { TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/runtime.js";
 import { samplingProgram } from "../../lib/schedule/index.js";
 import { addGraphs, double, values } from "../runtimes/contract.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
@@ -125,7 +126,7 @@ describeAddons("the executor", () => {
           const fresh = start();
           simulated.reset();
           simulated.failAt(call, code);
-          // What fails while a run's memory is freed, the next one hears of.
+          // What fails while a run's memory is freed is an error of the next one.
           const error =
             (await rejection(fresh.run(sampling.program))) ?? (await rejection(fresh.run(sampling.program)));
           const failed = simulated.failed();
@@ -151,21 +152,22 @@ describeAddons("the executor", () => {
 
     it("names the launch that failed on the device", async () => {
       const runtime = start();
-      const job = program([1, 2], [double("x", "a"), double("a", "b"), double("b", "c")], ["c"]);
-      await runtime.run(job);
+      const work = program([1, 2], [double("x", "a"), double("a", "b"), double("b", "c")], ["c"]);
+      await runtime.run(work);
       simulated.failKernel(2, 719);
-      const error = await rejection(runtime.run(job));
+      const error = await rejection(runtime.run(work));
       expect(error).toBeInstanceOf(DeviceLostError);
-      expect(values((await runtime.run(job)).c)).toEqual([8, 16]);
+      expect(values((await runtime.run(work)).c)).toEqual([8, 16]);
     });
 
-    it("gives up programs that wait when the device is lost, and opens it anew for the next", async () => {
+    it("rejects programs that wait when the device is lost, and opens it again for the next", async () => {
       const runtime = start();
       await check(runtime);
       simulated.hold();
       const first = rejection(runtime.run(sampling.program));
       const second = rejection(runtime.run(sampling.program));
-      await setTimeout(20);
+      // After both have been submitted.
+      await runtime.unload([]);
       simulated.failKernel(1, 700);
       simulated.let(-1);
       expect(await first).toBeInstanceOf(DeviceLostError);
@@ -189,15 +191,13 @@ describeAddons("the executor", () => {
       simulated.hold();
       const running = runtime.run(sampling.program);
       await vi.waitFor(() => expect(simulated.counts().uploads).toBeGreaterThan(1));
-      let disposed = false;
-      const disposal = runtime.dispose().then(() => {
-        disposed = true;
-      });
-      await setTimeout(30);
-      expect(disposed).toBe(false);
+      const order: string[] = [];
+      const disposal = runtime.dispose().then(() => order.push("disposed"));
+      void running.then(() => order.push("ended"));
       simulated.let(-1);
       expect((await running)[sampling.image]!.data).toEqual(expected.image);
       await disposal;
+      expect(order).toEqual(["ended", "disposed"]);
       expect(leftOver()).toEqual({});
     });
 
@@ -255,7 +255,7 @@ describeAddons("the executor", () => {
         expect(values((await runtime.run(on("double"))).a)).toEqual([2, 4]);
       });
 
-      it("is made by letting go of engines that the program does not launch", async () => {
+      it("is freed by releasing engines that the program does not launch", async () => {
         simulated.capacity(8e6);
         const warnings: string[] = [];
         const runtime = start({ logger: { warn: (message) => void warnings.push(message) } });
@@ -263,16 +263,16 @@ describeAddons("the executor", () => {
         runtime.add(large("second", 5e6));
         for (const name of ["first", "second", "first"])
           expect(values((await runtime.run(on(name))).a)).toEqual([2, 4]);
-        expect(warnings[0]).toMatch(/To make room for second, the GPU lets go of first/);
+        expect(warnings[0]).toMatch(/To make room for second on the GPU, these engines are released: first/);
       });
 
-      it("is made by letting go of CUDA graphs that are kept for later", async () => {
+      it("is freed by releasing CUDA graphs that are kept for later", async () => {
         simulated.capacity(8e6);
         const runtime = start({ capture: true });
         // Five tensors of this many numbers each; from the third on the engine has both profiles.
         for (const size of [300_000, 310_000, 300_000, 310_000]) {
-          const job = program(new Array(size).fill(3), [double("x", "a")], ["a"]);
-          expect(values((await runtime.run(job)).a).slice(-2)).toEqual([6, 6]);
+          const work = program(new Array(size).fill(3), [double("x", "a")], ["a"]);
+          expect(values((await runtime.run(work)).a).slice(-2)).toEqual([6, 6]);
         }
       });
 
@@ -293,11 +293,11 @@ describeAddons("the executor", () => {
     });
 
     describe("a program that cannot run is refused before its first launch", () => {
-      const refused = async (job: Program, options: Partial<TensorRtRuntimeOptions> = {}, engines?: EngineSource) => {
+      const refused = async (work: Program, options: Partial<TensorRtRuntimeOptions> = {}, engines?: EngineSource) => {
         const runtime = start(options, engines);
         simulated.reset();
         const reports: LaunchReport[] = [];
-        const error = await rejection(runtime.run(job, { onLaunch: (report) => void reports.push(report) }));
+        const error = await rejection(runtime.run(work, { onLaunch: (report) => void reports.push(report) }));
         expect(error).toBeInstanceOf(FlowTurboError);
         expect(reports).toEqual([]);
         expect(simulated.counts().kernels).toBe(0);
@@ -349,8 +349,8 @@ describeAddons("the executor", () => {
           program([1, 2], [double("x", "a"), { op: "copy", from: "a", fromRow: 1, to: "b", toRow: 0, rows: 2 }], ["b"]),
           /rows 1 to 2 are outside "a"/,
         ],
-      ])("since %s", async (_, job, message) => {
-        expect((await refused(job)).message).toMatch(message);
+      ])("since %s", async (_, work, message) => {
+        expect((await refused(work)).message).toMatch(message);
       });
 
       it("since the plan is damaged, foreign or changed", async () => {
@@ -382,16 +382,16 @@ describeAddons("the executor", () => {
 
     it("does not wait for JavaScript between launches", async () => {
       const runtime = start();
-      const job = program(
+      const work = program(
         [1],
         Array.from({ length: 40 }, (_, index) =>
           double(index === 0 ? "x" : index % 2 ? "a" : "b", index % 2 ? "b" : "a"),
         ),
         ["b"],
       );
-      await runtime.run(job);
+      await runtime.run(work);
       simulated.reset();
-      const running = runtime.run(job);
+      const running = runtime.run(work);
       // Until it has been handed over; then the event loop is blocked, until all is done or nothing comes any more. How
       // soon a launch follows another meanwhile is measured in bench/executor.
       while (simulated.counts().kernels === 0) await setImmediate();

@@ -20,17 +20,17 @@ import { describeAddons, temporaryFolder } from "./support.js";
 
 const { engines } = vi.hoisted(() => ({ engines: { source: null as Opening.CachedEngines | null } }));
 vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
-  const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/tensorrt.js");
+  const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/runtime.js");
   const { loadAddon } = await import("../../lib/runtimes/tensorrt/addon.js");
-  const { layouts } = await import("../../lib/runtimes/tensorrt/libraries.js");
+  const { flavours } = await import("../../lib/runtimes/tensorrt/flavours.js");
   const real = await original<typeof Opening>();
   const openTensorRt: typeof Opening.openTensorRt = async (options) => {
     if (!engines.source) return real.openTensorRt(options);
     const { kind, folder, capture, logger } = options;
     const runtime = new TensorRtRuntime({
       ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
-      library: path.join(folder!, layouts[kind].library),
-      parser: path.join(folder!, layouts[kind].parser),
+      library: path.join(folder!, flavours[kind].library),
+      parser: path.join(folder!, flavours[kind].parser),
     });
     const { device } = await runtime.start();
     return { runtime, device, version: "1" };
@@ -225,7 +225,7 @@ describeAddons("a model on the simulated device", () => {
         await use(capture, async (model) => {
           await model.generate({ ...options, blocks: "E1" });
           // The first run goes launch by launch, the second as one graph.
-          for (const whole of [false, true]) {
+          for (const captured of [false, true]) {
             const before = simulated.counts();
             simulated.hold();
             const controller = new AbortController();
@@ -237,7 +237,7 @@ describeAddons("a model on the simulated device", () => {
             simulated.let(-1);
             expect((await other).pixels.data).toEqual(expected.pixels.data);
             // Seven launches a picture; two of the three pictures were never begun.
-            expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(whole ? 14 : 9);
+            expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(captured ? 14 : 9);
           }
           expect(model.stats().requests).toMatchObject({ completed: 3, aborted: 2 });
           expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);

@@ -4,9 +4,9 @@ import { existsSync } from "node:fs";
 import path from "node:path";
 import { expect, it } from "vitest";
 import { DisposedError, RuntimeUnavailableError } from "../../lib/errors.js";
-import { loadAddon, tensorRtKinds } from "../../lib/runtimes/tensorrt/addon.js";
-import { layouts } from "../../lib/runtimes/tensorrt/libraries.js";
-import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/tensorrt.js";
+import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
+import { flavours, tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
+import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/runtime.js";
 import { double } from "../runtimes/contract.js";
 import { program, scaleGraph } from "../runtimes/models.js";
 import { cli, describeAddons, standIn, startNode } from "./support.js";
@@ -27,29 +27,29 @@ describeAddons("without a GPU", () => {
     const open = () =>
       new TensorRtRuntime({
         ...{ kind, addon: loadAddon(kind) },
-        library: path.join(libraries, layouts[kind].library),
-        parser: path.join(libraries, layouts[kind].parser),
+        library: path.join(libraries, flavours[kind].library),
+        parser: path.join(libraries, flavours[kind].parser),
         engines: { engineFor: () => Promise.reject(new Error("nothing is compiled for a GPU that is not there")) },
       });
     const runtime = open();
     runtime.add(scaleGraph("double", 2));
-    const job = program([1], [double("x", "a")], ["a"]);
+    const work = program([1], [double("x", "a")], ["a"]);
     const start = performance.now();
     const parts = runtime.open();
-    const calls = [() => runtime.start(), () => runtime.run(job), () => parts.submit(job), () => runtime.run(job)];
+    const calls = [() => runtime.start(), () => runtime.run(work), () => parts.submit(work), () => runtime.run(work)];
     for (const call of calls) {
       const error = await rejection(call());
       expect(error).toBeInstanceOf(RuntimeUnavailableError);
       expect(error).toMatchObject({ code: "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE", runtime: kind });
       expect(error.message).toMatch(/libcuda\.so\.1/);
     }
-    const both = await Promise.all([rejection(runtime.run(job)), rejection(runtime.run(job))]);
+    const both = await Promise.all([rejection(runtime.run(work)), rejection(runtime.run(work))]);
     for (const error of both) expect(error).toBeInstanceOf(RuntimeUnavailableError);
     parts.close();
     await runtime.unload(["double"]);
     expect(runtime.statistics()).toBe(null);
     await runtime.dispose();
-    expect(await rejection(runtime.run(job))).toBeInstanceOf(DisposedError);
+    expect(await rejection(runtime.run(work))).toBeInstanceOf(DisposedError);
     expect(performance.now() - start).toBeLessThan(5000);
 
     // Again and again: nothing is kept.

@@ -1,4 +1,4 @@
-// Whole schedules on the simulated device, against the same closed form in TypeScript: bit for bit, since both round
+// Schedules on the simulated device, against the same closed form in TypeScript: bit for bit, since both round
 // after each operation.
 import { afterEach, describe, expect, it, vi } from "vitest";
 import { samplingProgram } from "../../lib/schedule/index.js";
@@ -8,7 +8,7 @@ import { describeAddons, temporaryFolder } from "./support.js";
 
 const folder = temporaryFolder();
 
-describeAddons("whole programs", () => {
+describeAddons("programs of a schedule", () => {
   describe.each(["tensorrt", "tensorrt-rtx"] as const)("on %s", (kind) => {
     afterEach(async () => {
       expect(simulated.violation()).toBe("");

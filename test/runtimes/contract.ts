@@ -139,17 +139,17 @@ export function describeRuntime(open: () => Runtime): void {
       const crop = { firstElement: 8, rowElements: 4, strideElements: 6, rows: 2 };
       const x: StoredConstant = { kind: "stored", source, shape: [8], ...crop };
       const last: StoredConstant = { ...x, shape: [1], firstElement: 23, rowElements: 1, rows: 1 };
-      const job: Program = {
+      const work: Program = {
         registers: { a: { dtype: "float32", shape: [8] }, b: { dtype: "float32", shape: [1] } },
         constants: { x, last },
         instructions: [double("x", "a"), double("last", "b")],
         results: ["a", "b"],
       };
       const expected = [...data.slice(8, 12), ...data.slice(14, 18)].map((value) => 2 * value);
-      expect(values((await runtime.run(job)).a)).toEqual(expected);
+      expect(values((await runtime.run(work)).a)).toEqual(expected);
       // Kept: the file may go.
       rmSync(source.file);
-      const again = await runtime.run(job);
+      const again = await runtime.run(work);
       expect(values(again.a)).toEqual(expected);
       expect(values(again.b)).toEqual([2 ** -19]);
     });
@@ -166,8 +166,8 @@ export function describeRuntime(open: () => Runtime): void {
         strideElements: 4,
         rows: 1,
       };
-      const job = { ...program([0, 0, 0, 0], [double("x", "a")], ["a"]), constants: { x } };
-      await expect(runtime.run(job)).rejects.toThrow(/tensor short\) cannot be read: .*short-F32 ends inside/);
+      const work = { ...program([0, 0, 0, 0], [double("x", "a")], ["a"]), constants: { x } };
+      await expect(runtime.run(work)).rejects.toThrow(/tensor short\) cannot be read: .*short-F32 ends inside/);
     });
   });
 
@@ -255,8 +255,8 @@ export function describeRuntime(open: () => Runtime): void {
   describe("a failure", () => {
     it("of a register to have the shape that the graph gives is reported", async () => {
       const runtime = open();
-      const job = program([1, 2], [double("x", "a")], ["a"]);
-      const wrong = { ...job, registers: { a: { dtype: "float32", shape: [3] } } } as const;
+      const work = program([1, 2], [double("x", "a")], ["a"]);
+      const wrong = { ...work, registers: { a: { dtype: "float32", shape: [3] } } } as const;
       await expect(runtime.run(wrong)).rejects.toThrow(
         /gave float32 \[2\] as "y", but the register "a" is float32 \[3\]/,
       );
@@ -275,8 +275,8 @@ export function describeRuntime(open: () => Runtime): void {
     it("of a program that cannot run comes before its first launch", async () => {
       const runtime = open();
       const reports: LaunchReport[] = [];
-      const job = program([1], [double("x", "a"), double("b", "c")], ["c"]);
-      const error = await runtime.run(job, { onLaunch: (report) => reports.push(report) }).catch((reason) => reason);
+      const work = program([1], [double("x", "a"), double("b", "c")], ["c"]);
+      const error = await runtime.run(work, { onLaunch: (report) => reports.push(report) }).catch((reason) => reason);
       expect(error).toBeInstanceOf(RuntimeError);
       expect(error.message).toMatch(/the register "b" is read before anything is written to it/);
       expect(reports).toEqual([]);
@@ -315,8 +315,8 @@ export function describeRuntime(open: () => Runtime): void {
       const note = (warning: Error) => warnings.push(warning);
       process.on("warning", note);
       const runtime = open();
-      const job = program([1], [double("x", "a")], []);
-      await Promise.all(Array.from({ length: 50 }, () => runtime.run(job)));
+      const work = program([1], [double("x", "a")], []);
+      await Promise.all(Array.from({ length: 50 }, () => runtime.run(work)));
       await setTimeout(0);
       process.off("warning", note);
       expect(warnings).toEqual([]);
@@ -325,12 +325,12 @@ export function describeRuntime(open: () => Runtime): void {
     it("the event loop stays free during a long launch", async () => {
       const runtime = open();
       runtime.add(slowGraph("long", 1024, 20));
-      const job = slowProgram("long", 1024, 1);
-      await runtime.run(job);
+      const work = slowProgram("long", 1024, 1);
+      await runtime.run(work);
       const delay = monitorEventLoopDelay({ resolution: 10 });
       delay.enable();
       const start = performance.now();
-      await runtime.run(job);
+      await runtime.run(work);
       const took = performance.now() - start;
       delay.disable();
       // The bar of 25 ms is the benchmark's; here a busy machine must not fail what a blocked loop would.

@@ -40,7 +40,7 @@ async function gone(pid: number, milliseconds: number): Promise<boolean> {
 
 /** Runs the script, calls `act` when its launch is under way, and waits for its end. */
 async function endingOf(way: string, act: (script: { pid: number; host: number; said: Promise<string> }) => unknown) {
-  const script = spawn(process.execPath, [bundles.endings, way], { stdio: ["ignore", "pipe", "pipe"] });
+  const script = spawn(process.execPath, [bundles.endings, way], { stdio: ["pipe", "pipe", "pipe"] });
   const pid = script.pid!;
   let stderr = "";
   script.stderr.setEncoding("utf8").on("data", (text) => (stderr += text));
@@ -54,9 +54,11 @@ async function endingOf(way: string, act: (script: { pid: number; host: number; 
   expect(host).toBeDefined();
   expect(others).toHaveLength(way === "sibling" ? 1 : 0);
   const said = next();
+  script.stdin.on("error", () => {}).write("go on\n");
   await act({ pid, host: host!, said });
+  script.stdin.write("go on\n");
   const ending = await ended;
-  expect(await gone(host!, 2000), `the child ${host} outlives ${way}`).toBe(true);
+  expect(await gone(host!, 10_000), `the child ${host} outlives ${way}`).toBe(true);
   return { ...ending, stderr };
 }
 
@@ -83,12 +85,12 @@ describe.skipIf(process.platform !== "linux")("ending during a launch", () => {
   it.concurrent("worker.terminate()", async () => {
     const ending = await endingOf("terminate", async ({ host, said }) => {
       expect(await said).toBe("terminated\n");
-      expect(await gone(host, 2000)).toBe(true);
+      expect(await gone(host, 10_000)).toBe(true);
     });
     expect(ending).toMatchObject({ code: 0, signal: null });
   });
 
-  it.concurrent("Ctrl-C, which the whole group hears, is the parent's to handle", async () => {
+  it.concurrent("Ctrl-C, which all of the group receive, is the parent's to handle", async () => {
     const ending = await endingOf("wait", async ({ pid, host }) => {
       process.kill(host, "SIGINT");
       process.kill(host, "SIGTERM");

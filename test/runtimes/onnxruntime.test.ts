@@ -2,12 +2,13 @@
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import { setTimeout } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
-import { OnnxRuntime, probeOnnxRuntime, resolveWeights } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { examineOnnxRuntime } from "../../lib/runtimes/onnxruntime/probe.js";
+import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";
 import { launch, program, slowGraph, slowProgram } from "./models.js";
@@ -58,8 +59,8 @@ describe("values in files", () => {
       const weight = graph.external(store(dtype, "weight", numbers, [24]));
       graph.output("y", graph.op("Mul", [graph.input("x", "float32", [24]), graph.cast(weight, "float32")]), [24]);
       runtime.add(graph.build());
-      const job = program(new Array(24).fill(4), [launch(`weights ${dtype}`, "x", "a")], ["a"]);
-      expect(values((await runtime.run(job)).a)).toEqual(numbers.map((value) => 4 * value));
+      const work = program(new Array(24).fill(4), [launch(`weights ${dtype}`, "x", "a")], ["a"]);
+      expect(values((await runtime.run(work)).a)).toEqual(numbers.map((value) => 4 * value));
     }
   });
 });
@@ -100,9 +101,9 @@ describe("a failure", () => {
         expect(error).not.toBeInstanceOf(RuntimeDiedError);
         expect(error.message).toMatch(/cannot be loaded: .*npm install onnxruntime-node/s);
       }
-      const probe = await probeOnnxRuntime({ host: pathToFileURL(copy) });
-      expect(probe.available).toBe(false);
-      expect(probe.remedy).toContain("ONNXRUNTIME_NODE_INSTALL=skip");
+      const finding = await examineOnnxRuntime(pathToFileURL(copy));
+      expect(finding.available).toBe(false);
+      expect(finding.remedy).toContain("ONNXRUNTIME_NODE_INSTALL=skip");
     } finally {
       rmSync(folder, { recursive: true });
     }
@@ -138,11 +139,14 @@ describe.skipIf(process.platform !== "linux")("a child that dies", () => {
   });
 
   it("while idle is replaced unnoticed", async () => {
-    const runtime = open();
+    let warn = (_message: string) => {};
+    const noticed = new Promise<string>((resolve) => {
+      warn = resolve;
+    });
+    const runtime = open({ logger: { warn: (message) => warn(message) } });
     await runtime.start();
     process.kill(hosts()[0]!, "SIGKILL");
-    while (hosts().length > 0) await setTimeout(10);
-    await setTimeout(50);
+    await noticed;
     expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
   });
 });
@@ -170,7 +174,8 @@ it("the probe finds the version", async () => {
   const { version } = JSON.parse(
     readFileSync(path.resolve(import.meta.dirname, "../../node_modules/onnxruntime-node/package.json"), "utf8"),
   ) as { version: string };
-  expect(await probeOnnxRuntime({ host: bundles.host })).toEqual({ available: true, version });
+  const finding = { name: "onnxruntime", available: true, version, reason: null, remedy: null };
+  expect(await examineOnnxRuntime(bundles.host)).toEqual(finding);
 });
 
 describe("resolveWeights", () => {

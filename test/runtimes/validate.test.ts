@@ -6,7 +6,7 @@ import type { CopyRows, Program, StoredConstant } from "../../lib/program/progra
 import { allFinite, validateProgram } from "../../lib/program/validate.js";
 import { launch, program } from "./models.js";
 
-const check = (job: Program) => validateProgram(job, (name) => name === "graph");
+const check = (work: Program) => validateProgram(work, (name) => name === "graph");
 const copy: CopyRows = { op: "copy", from: "x", fromRow: 0, to: "b", toRow: 0, rows: 2 };
 const base = program([1, 2], [launch("graph", "x", "a"), launch("graph", "a", "b")], ["b"]);
 const stored: StoredConstant = {
@@ -112,9 +112,9 @@ describe("validateProgram", () => {
   };
 
   it.each(Object.entries(cases))("refuses %s", (_, [change, message]) => {
-    const job = { ...base, ...change };
-    expect(() => check(job)).toThrow(RuntimeError);
-    expect(() => check(job)).toThrow(message);
+    const work = { ...base, ...change };
+    expect(() => check(work)).toThrow(RuntimeError);
+    expect(() => check(work)).toThrow(message);
   });
 });
 

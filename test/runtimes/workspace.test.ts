@@ -1,4 +1,4 @@
-// Workspaces: programs submitted piece by piece over registers that outlive them.
+// Workspaces: submissions over registers that outlive them.
 import { readdirSync, readFileSync } from "node:fs";
 import { afterAll, afterEach, beforeAll, expect, it } from "vitest";
 import { RuntimeDiedError } from "../../lib/errors.js";
@@ -6,7 +6,7 @@ import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { Preempted } from "../../lib/runtimes/runtime.js";
 import { type Bundles, bundle } from "./build.js";
 import { program, scaleGraph, slowGraph } from "./models.js";
-import { describeWorkspaces, double, piece, slowPiece, values } from "./workspaces.js";
+import { describeWorkspaces, double, slowSubmission, submission, values } from "./workspaces.js";
 
 let bundles: Bundles;
 beforeAll(async () => {
@@ -49,24 +49,24 @@ it.skipIf(process.platform !== "linux")("a workspace is lost with the child that
     if (!killed) process.kill(Number(host()), "SIGKILL");
     killed = true;
   };
-  const running = workspace.submit(slowPiece(1000), { onLaunch }).catch((reason) => reason);
-  const queued = workspace.submit(piece([double("a", "b")], [])).catch((reason) => reason);
+  const running = workspace.submit(slowSubmission(1000), { onLaunch }).catch((reason) => reason);
+  const queued = workspace.submit(submission([double("a", "b")], [])).catch((reason) => reason);
   for (const error of await Promise.all([running, queued])) expect(error).toBeInstanceOf(RuntimeDiedError);
   expect(workspace.lost).toBe(true);
-  await expect(workspace.submit(piece([double("a", "b")], []))).rejects.toThrow(/gone with the process/);
+  await expect(workspace.submit(submission([double("a", "b")], []))).rejects.toThrow(/gone with the process/);
   const fresh = runtime.open();
   expect(values((await fresh.submit(program([2], [double("x", "a")], ["a"]))).a)).toEqual([4]);
 });
 
-it("a piece that is cut short has uploaded its constants and made some of its launches; the rest can follow", async () => {
+it("a submission that is preempted has uploaded its constants and made some of its launches; the rest can follow", async () => {
   const workspace = open().open();
-  const cut = new AbortController();
+  const preempt = new AbortController();
   const made: number[] = [];
-  const running = workspace.submit(slowPiece(1000), {
-    preempt: cut.signal,
+  const running = workspace.submit(slowSubmission(1000), {
+    preempt: preempt.signal,
     onLaunch: ({ index }) => {
       made.push(index);
-      cut.abort();
+      preempt.abort();
     },
   });
   const waiting = new AbortController();
@@ -77,18 +77,18 @@ it("a piece that is cut short has uploaded its constants and made some of its la
   expect(error.launches).toBe(made.length);
   expect(made.length).toBeLessThan(1000);
   await expect(behind).rejects.toMatchObject({ name: "Preempted", launches: 0 });
-  expect(values((await workspace.submit(piece([double("x", "a")], ["a"]))).a)).toEqual([6]);
-  expect(await workspace.submit({ ...slowPiece(1), constants: {} })).toEqual({});
+  expect(values((await workspace.submit(submission([double("x", "a")], ["a"]))).a)).toEqual([6]);
+  expect(await workspace.submit({ ...slowSubmission(1), constants: {} })).toEqual({});
 });
 
-it("an ordinary program waits for no piece that may be cut short", async () => {
+it("an ordinary program waits for no submission that may be preempted", async () => {
   const workspace = open().open();
   const never = new AbortController();
-  const running = workspace.submit(slowPiece(1000), { preempt: never.signal }).catch((reason) => reason);
+  const running = workspace.submit(slowSubmission(1000), { preempt: never.signal }).catch((reason) => reason);
   expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
   expect(await running).toBeInstanceOf(Preempted);
-  // One that is given to the end of it is not.
-  const whole = workspace.submit({ ...slowPiece(20), constants: {} });
+  // One without that signal is not preempted.
+  const complete = workspace.submit({ ...slowSubmission(20), constants: {} });
   await runtime.run(program([1], [double("x", "a")], ["a"]));
-  expect(await whole).toEqual({});
+  expect(await complete).toEqual({});
 });

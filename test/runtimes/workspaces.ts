@@ -1,4 +1,4 @@
-// What workspaces must do, whatever runs the graphs: programs submitted piece by piece over registers that outlive them.
+// What workspaces must do, whatever runs the graphs: submissions over registers that outlive them.
 import { describe, expect, it } from "vitest";
 import { float32 } from "../../lib/common/tensor.js";
 import { DisposedError, RuntimeError } from "../../lib/errors.js";
@@ -8,12 +8,12 @@ import { launch, program, slowProgram } from "./models.js";
 
 export const double = (x: string, y: string) => launch("double", x, y);
 export const values = (tensor: { data: ArrayLike<unknown> } | undefined) => Array.from(tensor!.data);
-export const piece = (instructions: Instruction[], results: string[]): Program => ({
+export const submission = (instructions: Instruction[], results: string[]): Program => ({
   ...program([0], instructions, results),
   constants: {},
 });
 /** As `slowProgram`, with operands of its own. */
-export const slowPiece = (launches: number): Program => {
+export const slowSubmission = (launches: number): Program => {
   const { registers, constants } = slowProgram("slow", 512, launches);
   return {
     registers: { slow: registers.a! },
@@ -25,19 +25,19 @@ export const slowPiece = (launches: number): Program => {
 /** @param open a runtime with the graphs double, huge and slow, disposed of after the test */
 export function describeWorkspaces(open: () => Runtime): void {
   describe("a workspace", () => {
-    it("keeps registers and constants from piece to piece, in the order of submission, before the runtime is ready", async () => {
+    it("keeps registers and constants from submission to submission, in their order, before the runtime is ready", async () => {
       const workspace = open().open();
       const first = workspace.submit(program([3], [double("x", "a")], []));
-      const second = workspace.submit(piece([double("a", "b"), double("x", "c")], ["b", "c"]));
+      const second = workspace.submit(submission([double("a", "b"), double("x", "c")], ["b", "c"]));
       workspace.free(["a"]);
-      const third = workspace.submit(piece([double("b", "d")], ["d"]));
+      const third = workspace.submit(submission([double("b", "d")], ["d"]));
       expect(values((await third).d)).toEqual([24]);
       expect(await first).toEqual({});
       const results = await second;
       expect([values(results.b), values(results.c)]).toEqual([[12], [6]]);
     });
 
-    it("gathers rows of earlier pieces into one launch and scatters the results", async () => {
+    it("gathers rows of earlier submissions into one launch and scatters the results", async () => {
       const workspace = open().open();
       const registers = { wide: { dtype: "float32", shape: [2] }, out: { dtype: "float32", shape: [2] } } as const;
       const own = (name: string, value: number): Program => ({
@@ -65,50 +65,53 @@ export function describeWorkspaces(open: () => Runtime): void {
       expect([values(shared.p), values(shared.q)]).toEqual([[4], [40]]);
     });
 
-    it("does not see another's registers, and ordinary programs run between its pieces", async () => {
+    it("does not see another's registers, and ordinary programs run between its submissions", async () => {
       const runtime = open();
       const [one, other] = [runtime.open(), runtime.open()];
       void one.submit(program([1], [double("x", "a")], []));
       const ordinary = runtime.run(program([7], [double("x", "a")], ["a"]));
-      await expect(other.submit(piece([double("a", "b")], ["b"]))).rejects.toThrow(/"a" is read before anything/);
-      expect(values((await one.submit(piece([double("a", "b")], ["b"]))).b)).toEqual([4]);
+      await expect(other.submit(submission([double("a", "b")], ["b"]))).rejects.toThrow(/"a" is read before anything/);
+      expect(values((await one.submit(submission([double("a", "b")], ["b"]))).b)).toEqual([4]);
       expect(values((await ordinary).a)).toEqual([14]);
     });
 
-    it("refuses pieces that cannot run, by name", async () => {
+    it("refuses submissions that cannot run, by name", async () => {
       const workspace = open().open();
       await workspace.submit(program([1], [double("x", "a")], []));
       const wide = { a: { dtype: "float32", shape: [2] } } as const;
       const cases: [Program, RegExp][] = [
-        [piece([double("d", "b")], []), /"d" is read before/],
+        [submission([double("d", "b")], []), /"d" is read before/],
         [program([1], [double("x", "a")], []), /"x" is there already/],
-        [{ ...piece([], []), registers: wide }, /"a" is float32 \[2\] here and float32 \[1\] in an earlier piece/],
-        [{ ...piece([], []), registers: { x: { dtype: "float32", shape: [1] } } }, /"x" is a register here/],
-        [{ ...piece([double("a", "b")], []), registers: {} }, /there is no register "b"/],
-        [{ ...piece([], ["a"]), registers: {} }, /the result "a"/],
+        [
+          { ...submission([], []), registers: wide },
+          /"a" is float32 \[2\] here and float32 \[1\] in an earlier submission/,
+        ],
+        [{ ...submission([], []), registers: { x: { dtype: "float32", shape: [1] } } }, /"x" is a register here/],
+        [{ ...submission([double("a", "b")], []), registers: {} }, /there is no register "b"/],
+        [{ ...submission([], ["a"]), registers: {} }, /the result "a"/],
       ];
       for (const [wrong, message] of cases) await expect(workspace.submit(wrong)).rejects.toThrow(message);
       workspace.free(["a", "unknown"]);
-      await expect(workspace.submit(piece([double("a", "b")], []))).rejects.toThrow(/"a" is read before/);
+      await expect(workspace.submit(submission([double("a", "b")], []))).rejects.toThrow(/"a" is read before/);
     });
 
-    it("lives on after a piece that failed; what would read its registers fails by name", async () => {
+    it("lives on after a submission that failed; what would read its registers fails by name", async () => {
       const workspace = open().open();
       void workspace.submit(program([1], [double("x", "c")], []));
       const infinite = { ...launch("huge", "c", "a"), mustBeFinite: ["a"] };
-      const failed = workspace.submit(piece([infinite, launch("huge", "a", "b", { mustBeFinite: ["b"] })], []));
-      const dependent = workspace.submit(piece([double("b", "d")], ["d"]));
-      const other = workspace.submit(piece([double("c", "d")], ["d"]));
+      const failed = workspace.submit(submission([infinite, launch("huge", "a", "b", { mustBeFinite: ["b"] })], []));
+      const dependent = workspace.submit(submission([double("b", "d")], ["d"]));
+      const other = workspace.submit(submission([double("c", "d")], ["d"]));
       await expect(failed).rejects.toThrow(/NaN or an infinity/);
-      await expect(dependent).rejects.toThrow(/reads "b", which has no value, since an earlier part/);
+      await expect(dependent).rejects.toThrow(/reads "b", which has no value, since an earlier submission/);
       expect(values((await other).d)).toEqual([4]);
       expect(workspace.lost).toBe(false);
     });
 
-    it("drops pieces that are aborted before their turn, and runs the others", async () => {
+    it("drops submissions that are aborted before their turn, and runs the others", async () => {
       const workspace = open().open();
       const controller = new AbortController();
-      const slow = workspace.submit(slowPiece(3));
+      const slow = workspace.submit(slowSubmission(3));
       const launches: string[] = [];
       const dropped = workspace.submit(program([1], [double("x", "c")], []), {
         signal: controller.signal,
@@ -127,13 +130,13 @@ export function describeWorkspaces(open: () => Runtime): void {
       void workspace.submit(program([1], [double("x", "a")], []));
       workspace.close();
       expect(workspace.lost).toBe(true);
-      await expect(workspace.submit(piece([double("a", "b")], []))).rejects.toBeInstanceOf(RuntimeError);
+      await expect(workspace.submit(submission([double("a", "b")], []))).rejects.toBeInstanceOf(RuntimeError);
     });
 
-    it("ends with the runtime, which waits for pieces under way", async () => {
+    it("ends with the runtime, which waits for submissions under way", async () => {
       const runtime = open();
       const workspace = runtime.open();
-      const slow = workspace.submit(slowPiece(3));
+      const slow = workspace.submit(slowSubmission(3));
       await runtime.dispose();
       await slow;
       await expect(workspace.submit(program([1], [double("x", "a")], []))).rejects.toBeInstanceOf(DisposedError);

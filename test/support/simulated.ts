@@ -5,16 +5,13 @@ import { open } from "node:fs/promises";
 import { createRequire } from "node:module";
 import path from "node:path";
 import { CompileError } from "../../lib/errors.js";
+import type { ProfileShapes } from "../../lib/runtimes/builder.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
-import { loadAddon, type TensorRtKind } from "../../lib/runtimes/tensorrt/addon.js";
-import type { ProfileShapes } from "../../lib/runtimes/tensorrt/compile.js";
+import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
-import { layouts } from "../../lib/runtimes/tensorrt/libraries.js";
-import {
-  type EngineSource,
-  TensorRtRuntime,
-  type TensorRtRuntimeOptions,
-} from "../../lib/runtimes/tensorrt/tensorrt.js";
+import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
+import { flavours, type TensorRtKind } from "../../lib/runtimes/tensorrt/flavours.js";
+import { TensorRtRuntime, type TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/runtime.js";
 import { type ClosedForm, closedForms } from "../runtimes/models.js";
 import { root } from "./fixtures.js";
 
@@ -140,8 +137,8 @@ export function simulatedRuntime(
   const folder = path.join(simulatedFolder, kind);
   return new TensorRtRuntime({
     ...{ kind, addon: loadAddon(kind), engines },
-    library: path.join(folder, layouts[kind].library),
-    parser: path.join(folder, layouts[kind].parser),
+    library: path.join(folder, flavours[kind].library),
+    parser: path.join(folder, flavours[kind].parser),
     ...options,
   });
 }

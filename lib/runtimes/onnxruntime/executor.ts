@@ -184,11 +184,11 @@ function sameShape(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((size, index) => size === b[index]);
 }
 
-/** A value, which a program that was checked can only lack where an earlier piece of the workspace failed. */
+/** A value, which a program that was checked can only lack where an earlier submission to the workspace failed. */
 function present(values: ReadonlyMap<string, ort.Tensor>, name: string, where: string): ort.Tensor {
   const value = values.get(name);
   if (value) return value;
-  throw failure(`${where} reads "${name}", which has no value, since an earlier part of the run did not finish.`);
+  throw failure(`${where} reads "${name}", which has no value, since an earlier submission failed.`);
 }
 
 function read(program: Program, names: readonly string[], values: Map<string, ort.Tensor>): Record<string, Tensor> {

@@ -1,6 +1,6 @@
 /**
  * ONNX Runtime on the CPU, the runtime that is always there. Graphs run in a child process (see process.ts), started
- * early so that loading the library overlaps with the work of the caller. This side keeps the graphs (their bytes are
+ * early so that loading the library overlaps with the work of the caller. This file keeps the graphs (their bytes are
  * small, weights are external), one queue of programs, and the rule that an idle child never keeps a script alive.
  */
 
@@ -8,22 +8,13 @@ import { parse } from "node:path";
 import { onAbort, untilAborted } from "../../common/abort.js";
 import type { Logger } from "../../common/logger.js";
 import type { Tensor } from "../../common/tensor.js";
-import { DisposedError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
-import { type Operand, validateProgram } from "../../program/validate.js";
-import {
-  type CompilableGraph,
-  Preempted,
-  type RunOptions,
-  type Runtime,
-  type SubmissionOptions,
-  type Workspace,
-} from "../runtime.js";
-import { pack } from "./packing.js";
-import { type Ending, HostProcess } from "./process.js";
-import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost, Widening } from "./protocol.js";
-
-export { resolveWeights } from "./weights.js";
+import { validateProgram } from "../../program/validate.js";
+import type { Capabilities, CompilableGraph, RunOptions, Runtime, SubmissionOptions, Workspace } from "../runtime.js";
+import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
+import { diedError, HostConnection, type Outcome } from "./connection.js";
+import type { FinishedLaunch, SentGraph, Widening } from "./protocol.js";
 
 export interface OnnxRuntimeOptions {
   /** Threads of one operator; default: the physical cores. */
@@ -36,25 +27,22 @@ export interface OnnxRuntimeOptions {
 }
 
 /** A program that waits or runs. */
-interface Job {
+interface Run {
   readonly program: Program;
   readonly options: RunOptions;
   settle(outcome: Outcome): void;
 }
 
-type Outcome = { readonly results: Record<string, Tensor> } | { readonly error: unknown };
+export const capabilities: Capabilities = { preemption: true, capture: false, anyShape: true };
 
-const installRemedy =
-  "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
-
-export class OnnxRuntime implements Runtime, AsyncDisposable {
+export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly name = "onnxruntime";
-  readonly capabilities = { preemption: true, capture: false, anyShape: true };
+  readonly capabilities = capabilities;
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
-  readonly #queue: Job[] = [];
-  #host: Host | null = null;
-  /** Things under way that must keep the event loop alive: starts, runs, disposal. */
+  readonly #queue: Run[] = [];
+  #host: HostConnection | null = null;
+  /** Starts, runs and disposals under way, which must keep the event loop alive. */
   #busy = 0;
   #working: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
@@ -75,12 +63,12 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
    * @throws RuntimeError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
    */
   async start(): Promise<{ readonly version: string }> {
-    if (this.#disposed) throw new DisposedError("This runtime");
+    this.throwIfDisposed();
     return this.#keepingAlive(async () => ({ version: await this.#launchHost().ready }));
   }
 
   add(graph: CompilableGraph): void {
-    if (this.#disposed) throw new DisposedError("This runtime");
+    this.throwIfDisposed();
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
     this.#graphs.set(graph.name, { name: graph.name, bytes: graph.bytes, root });
@@ -91,34 +79,37 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
     return this.#graphs.has(name);
   }
 
+  throwIfDisposed(): void {
+    if (this.#disposed) throw new DisposedError("This runtime");
+  }
+
   /**
    * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's words),
    *   NotFiniteError, RuntimeDiedError, DisposedError, or `signal.reason`
    */
   async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
-    if (this.#disposed) throw new DisposedError("This runtime");
+    this.throwIfDisposed();
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
     const queued = () =>
       new Promise<Record<string, Tensor>>((resolve, reject) => {
-        const leave = () => {
-          const position = this.#queue.indexOf(job);
-          if (position < 0) return;
-          this.#queue.splice(position, 1);
-          job.settle({ error: signal?.reason });
-        };
-        const job: Job = {
+        const run: Run = {
           program,
           options,
           settle(outcome) {
-            signal?.removeEventListener("abort", leave);
+            stopFollowing();
             if ("results" in outcome) resolve(outcome.results);
             else reject(outcome.error);
           },
         };
-        signal?.addEventListener("abort", leave);
-        this.#queue.push(job);
+        const stopFollowing = onAbort(signal, () => {
+          const position = this.#queue.indexOf(run);
+          if (position < 0) return;
+          this.#queue.splice(position, 1);
+          run.settle({ error: signal?.reason });
+        });
+        this.#queue.push(run);
         this.#working ??= this.#work();
       });
     return options.background ? queued() : this.#keepingAlive(queued);
@@ -126,40 +117,16 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
 
   /** Submissions are sent as soon as they are submitted; ordinary programs run between them. */
   open(): Workspace {
-    if (this.#disposed) throw new DisposedError("This runtime");
+    this.throwIfDisposed();
     const id = this.#workspaces++;
     const host = this.#launchHost();
-    const kept = new Map<string, Operand>();
-    let lost = false;
-    void host.process.ended.then(() => {
-      lost = true;
+    return new HostWorkspace(this, host, id, async (program, options) => {
+      const outcome = this.#keepingAlive(() => this.#send(host, program, options, id));
+      this.#submissions.add(outcome);
+      const settled = await outcome.finally(() => this.#submissions.delete(outcome));
+      if ("results" in settled) return settled.results;
+      throw settled.error;
     });
-    const free = (names: readonly string[] | "all") => host.send({ type: "free", workspace: id, names });
-    return {
-      get lost() {
-        return lost;
-      },
-      submit: async (program, options = {}) => {
-        if (this.#disposed) throw new DisposedError("This runtime");
-        options.signal?.throwIfAborted();
-        if (lost) throw new RuntimeError("This workspace is gone with the process that held it; open a new one.");
-        const left = validateProgram(program, (name) => this.has(name), kept);
-        for (const [name, operand] of left) kept.set(name, operand);
-        const outcome = this.#keepingAlive(() => this.#run(host, program, options, id));
-        this.#submissions.add(outcome);
-        const settled = await outcome.finally(() => this.#submissions.delete(outcome));
-        if ("results" in settled) return settled.results;
-        throw settled.error;
-      },
-      free: (names) => {
-        for (const name of names) kept.delete(name);
-        if (!lost) free(names);
-      },
-      close: () => {
-        if (!lost) free("all");
-        lost = true;
-      },
-    };
   }
 
   /** After the programs given so far. */
@@ -171,7 +138,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
 
   dispose(): Promise<void> {
     this.#disposed ??= this.#keepingAlive(async () => {
-      for (const job of this.#queue.splice(0)) job.settle({ error: new DisposedError("This runtime") });
+      for (const run of this.#queue.splice(0)) run.settle({ error: new DisposedError("This runtime") });
       await this.#working;
       await Promise.all(this.#submissions);
       await this.#host?.process.kill();
@@ -187,26 +154,31 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
 
   /** One program after another until the queue is empty. */
   async #work(): Promise<void> {
-    for (let job = this.#queue.shift(); job; job = this.#queue.shift()) job.settle(await this.#execute(job));
+    for (let run = this.#queue.shift(); run; run = this.#queue.shift()) run.settle(await this.#execute(run));
     this.#working = null;
   }
 
-  async #execute({ program, options }: Job): Promise<Outcome> {
+  async #execute({ program, options }: Run): Promise<Outcome> {
     try {
       const host = this.#launchHost();
       await untilAborted(host.ready, options.signal);
-      // A submission may be all of somebody's request: nobody waits for that.
+      // A submission that may be preempted can be long: an ordinary program does not wait for it.
       for (const preempt of this.#preemptions) preempt();
-      return await this.#run(host, program, options);
+      return await this.#send(host, program, options);
     } catch (error) {
       return { error: options.signal?.aborted ? options.signal.reason : error };
     }
   }
 
   /** Sends a program at once, behind those that were sent before. Never rejects. */
-  async #run(host: Host, program: Program, options: SubmissionOptions, workspace?: number): Promise<Outcome> {
+  async #send(
+    host: HostConnection,
+    program: Program,
+    options: SubmissionOptions,
+    workspace?: number,
+  ): Promise<Outcome> {
     const { signal, onLaunch, preempt } = options;
-    const listening: (() => void)[] = [];
+    const cleanUp: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
       const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
@@ -224,23 +196,23 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
       const run = host.run(graphs, program, report, workspace);
       if (preempt) {
         this.#preemptions.add(run.preempt);
-        listening.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
+        cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
       }
-      if (signal) listening.push(onAbort(signal, run.abort));
+      if (signal) cleanUp.push(onAbort(signal, run.abort));
       const outcome = await run.outcome;
       // The caller's own reasons come first, whatever the child made of its last launch.
       if (thrown) return thrown;
       if (signal?.aborted) return { error: signal.reason };
       return outcome;
     } finally {
-      for (const stop of listening) stop();
+      for (const each of cleanUp) each();
     }
   }
 
-  #launchHost(): Host {
+  #launchHost(): HostConnection {
     if (this.#host) return this.#host;
     const { threads, weights, logger, host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
-    const host = new Host(file, { threads, weights });
+    const host = new HostConnection(file, { threads, weights });
     this.#host = host;
     host.process.keepsAlive = this.#busy > 0;
     host.ready.then(
@@ -256,7 +228,7 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
         (reason: Error) => reason,
       );
       logger?.warn?.(error.message);
-      for (const job of waiting) job.settle({ error });
+      for (const run of waiting) run.settle({ error });
     });
     return host;
   }
@@ -271,123 +243,36 @@ export class OnnxRuntime implements Runtime, AsyncDisposable {
   }
 }
 
-/** A child with what it knows: the conversation of process.ts's messages. */
-class Host {
-  readonly process: HostProcess;
-  /** Resolves with ONNX Runtime's version. */
-  readonly ready: Promise<string>;
-  /** Names of the graphs that it has received. */
-  readonly known = new Set<string>();
-  #runs = 0;
-  /** Of the runs under way. */
-  readonly #listeners = new Map<number, { heard(message: FromHost): void; settle(outcome: Outcome): void }>();
-  /** The outcome of runs that find the child ended. */
-  #end: Outcome | null = null;
-  /** Messages for when the child is ready. */
-  #outbox: ToHost[] | null = [];
+/** A workspace in the child: lost with it. */
+class HostWorkspace extends NamedWorkspace {
+  readonly #host: HostConnection;
+  readonly #id: number;
+  #lost = false;
 
-  constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
-    let greeted: (message: FromHost) => void = () => {};
-    this.process = new HostProcess(file, settings, (message) => {
-      if (message.type === "ready" || message.type === "broken") greeted(message);
-      else this.#listeners.get(message.id)?.heard(message);
-    });
-    this.ready = new Promise((resolve, reject) => {
-      greeted = (message) => {
-        if (message.type === "ready") {
-          const waiting = this.#outbox!;
-          this.#outbox = null;
-          for (const message of waiting) this.process.send(message);
-          resolve(message.version);
-        }
-        if (message.type !== "broken") return;
-        reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
-        void this.process.kill();
-      };
-      void this.process.ended.then((ending) => reject(diedError(ending)));
-    });
-    // Whoever waits for it hears of it; if nobody does, a child that cannot start is no reason to end the program.
-    this.ready.catch(() => {});
-    void this.process.ended.then(async (ending) => {
-      // A child that never was ready ended for the reason that `ready` gives.
-      this.#end = await this.ready.then(
-        () => ({ error: diedError(ending) }),
-        (error) => ({ error }),
-      );
-      for (const { settle } of this.#listeners.values()) settle(this.#end);
-    });
-  }
-
-  /** Sends a message, in order, now or when the child is ready. */
-  send(message: ToHost): void {
-    if (this.#outbox) this.#outbox.push(message);
-    else this.process.send(message);
-  }
-
-  /** Sends a program. The outcome comes when the child is done with it. */
-  run(
-    graphs: readonly SentGraph[],
-    program: Program,
-    onLaunch: (report: FinishedLaunch) => void,
-    workspace: number | undefined,
+  constructor(
+    owner: WorkspaceOwner,
+    host: HostConnection,
+    id: number,
+    protected readonly run: (program: Program, options: SubmissionOptions) => Promise<Record<string, Tensor>>,
   ) {
-    const id = this.#runs++;
-    const outcome = new Promise<Outcome>((resolve) => {
-      const settle = (outcome: Outcome) => {
-        this.#listeners.delete(id);
-        resolve(outcome);
-      };
-      const heard = (message: FromHost) => {
-        if (message.type === "launched" || message.type === "done")
-          for (const report of message.reports) onLaunch(report);
-        if (message.type === "done") settle({ results: message.results });
-        if (message.type === "failed") settle({ error: errorOf(message.failure) });
-      };
-      this.#listeners.set(id, { heard, settle });
-      if (this.#end) settle(this.#end);
+    super(owner, "process");
+    this.#host = host;
+    this.#id = id;
+    void host.process.ended.then(() => {
+      this.#lost = true;
     });
-    this.send({ type: "run", id, graphs, program: pack(program), workspace });
-    for (const { name } of graphs) this.known.add(name);
-    return {
-      outcome,
-      abort: () => this.send({ type: "abort", id }),
-      preempt: () => this.send({ type: "preempt", id }),
-    };
   }
-}
 
-function errorOf(failure: Failure): Error {
-  if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
-  if (failure.kind === "preempted") return new Preempted(failure.launches, failure.results);
-  return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
-}
+  get lost(): boolean {
+    return this.#lost;
+  }
 
-function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
-  const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
-  const hint =
-    signal === "SIGKILL"
-      ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
-      : "";
-  const words = stderr ? ` Its last words: ${stderr}` : "";
-  return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${words}`, exitCode, signal);
-}
+  close(): void {
+    this.release("all");
+    this.#lost = true;
+  }
 
-/** What `flowturbo doctor` says about this runtime. */
-export interface OnnxRuntimeProbe {
-  readonly available: boolean;
-  readonly version?: string;
-  readonly error?: string;
-  readonly remedy?: string;
-}
-
-/** Whether onnxruntime-node loads in a child process, and its version. Never rejects. */
-export async function probeOnnxRuntime(options: { readonly host?: URL } = {}): Promise<OnnxRuntimeProbe> {
-  const runtime = new OnnxRuntime({ weights: "lazy", host: options.host });
-  try {
-    return { available: true, ...(await runtime.start()) };
-  } catch (error) {
-    return { available: false, error: error instanceof Error ? error.message : String(error), remedy: installRemedy };
-  } finally {
-    await runtime.dispose();
+  protected release(names: readonly string[] | "all"): void {
+    if (!this.#lost) this.#host.send({ type: "free", workspace: this.#id, names });
   }
 }

@@ -2,13 +2,14 @@
 
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeRow } from "../runtime.js";
-import { OnnxRuntime, probeOnnxRuntime } from "./onnxruntime.js";
+import { capabilities, OnnxRuntime } from "./onnxruntime.js";
+import { examineOnnxRuntime } from "./probe.js";
 import { resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
-  capabilities: { preemption: true, capture: false, anyShape: true },
+  capabilities,
   find: async () => null,
   async open({ threads, weights, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit);
@@ -22,8 +23,5 @@ export const onnxruntime: RuntimeRow = {
       throw error;
     }
   },
-  async examine() {
-    const { available, version = null, error = null, remedy = null } = await probeOnnxRuntime();
-    return { name: "onnxruntime", available, version, reason: error, remedy };
-  },
+  examine: () => examineOnnxRuntime(),
 };

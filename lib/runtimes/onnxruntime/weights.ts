@@ -3,7 +3,7 @@
  * costs is memory, and running out of memory costs the whole run.
  */
 
-import { freemem } from "node:os";
+import { availableMemory } from "../../common/memory.js";
 import type { Widening } from "./protocol.js";
 
 /**
@@ -24,13 +24,4 @@ export function resolveWeights(
 ): Widening {
   if (choice !== "auto") return choice;
   return bytesOf16BitWeights * comfort <= freeMemory ? "folded" : "lazy";
-}
-
-/** Bytes, without swapping and within the limit of the control group. */
-function availableMemory(): number {
-  // Node 22 and 20.13: both in one. Older ones: 0 or a huge number stands for "no limit".
-  const { availableMemory } = process as { availableMemory?: () => number };
-  if (availableMemory) return availableMemory.call(process);
-  const limit = process.constrainedMemory();
-  return limit ? Math.min(freemem(), limit) : freemem();
 }

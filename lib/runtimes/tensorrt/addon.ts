@@ -1,8 +1,8 @@
 /**
  * The whole native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
- * place that loads a .node file. There are two addons from one list of sources, one for each library, since the headers
- * of TensorRT 11 and TensorRT-RTX are not compatible with each other. Loading one opens none of NVIDIA's libraries, so
- * it works on every machine that the addon was compiled for.
+ * place that loads a .node file. There is one addon for each library (see flavours.ts), all from one list of sources,
+ * since the headers of TensorRT 11 and TensorRT-RTX are not compatible with each other. Loading one opens none of NVIDIA's
+ * libraries, so it works on every machine that the addon was compiled for.
  */
 
 import { existsSync, readFileSync } from "node:fs";
@@ -10,11 +10,6 @@ import { createRequire } from "node:module";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 import { RuntimeUnavailableError } from "../../errors.js";
-
-export type TensorRtKind = "tensorrt" | "tensorrt-rtx";
-
-/** In order of preference. */
-export const tensorRtKinds = ["tensorrt", "tensorrt-rtx"] as const;
 
 /** Major, minor, patch, build. */
 export type Version = readonly [number, number, number, number];
@@ -32,6 +27,11 @@ export interface NativeDevice {
   /** Compute capability: SM 8.9 is major 8, minor 9. */
   readonly major: number;
   readonly minor: number;
+}
+
+export interface Cuda {
+  readonly driverVersion: number;
+  readonly devices: readonly NativeDevice[];
 }
 
 export interface NativeBuildRequest {
@@ -243,14 +243,14 @@ export interface NativeError extends Error {
 export interface Addon {
   /** [sync] What the addon was compiled for, and the versions [floor, ceiling) of the library that it accepts. */
   describe(): {
-    readonly kind: TensorRtKind;
+    readonly kind: string;
     readonly headers: Version;
     readonly floor: Version;
     readonly ceiling: Version;
     readonly flags: readonly string[];
   };
   /** [async] Driver and GPUs, from libcuda.so.1. */
-  cuda(): NativeTask<{ readonly driverVersion: number; readonly devices: readonly NativeDevice[] }>;
+  cuda(): NativeTask<Cuda>;
   /** [async] Opens the library and its ONNX parser (paths, or names for the loader) and checks the version. */
   open(
     library: string,
@@ -285,7 +285,7 @@ export interface AddonProblem {
 }
 
 /** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
-export function findAddon(kind: TensorRtKind): Addon | AddonProblem {
+export function findAddon(kind: string): Addon | AddonProblem {
   if (process.platform !== "linux" || process.arch !== "x64")
     return {
       cause: `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
@@ -316,7 +316,7 @@ export function findAddon(kind: TensorRtKind): Addon | AddonProblem {
 }
 
 /** [sync] As `findAddon`. @throws RuntimeUnavailableError on a platform without one, or where it cannot be loaded */
-export function loadAddon(kind: TensorRtKind): Addon {
+export function loadAddon(kind: string): Addon {
   const found = findAddon(kind);
   if ("describe" in found) return found;
   throw new RuntimeUnavailableError(kind, `${found.cause} ${found.remedy}`, { cause: found.error });
@@ -337,4 +337,13 @@ function packageRoot(): string {
 /** `1.7.1.116` */
 export function versionText(version: Version): string {
   return version.join(".");
+}
+
+/** 86 → "8.6" */
+export function smText(sm: number): string {
+  return `${Math.floor(sm / 10)}.${sm % 10}`;
+}
+
+export function smOf(device: NativeDevice): number {
+  return device.major * 10 + device.minor;
 }

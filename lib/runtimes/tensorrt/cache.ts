@@ -13,14 +13,14 @@
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
 import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
-import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
-import { makeFolders } from "../../common/files.js";
+import { defaultCacheFolder, makeFolders } from "../../common/files.js";
 import { CacheError } from "../../errors.js";
 import type { Addon } from "./addon.js";
 import { DigestMemory, hashFile } from "./digests.js";
+import { tensorRtKinds } from "./flavours.js";
 
 const manifestSchema = z.strictObject({
   format: z.literal(1),
@@ -28,7 +28,7 @@ const manifestSchema = z.strictObject({
   /** The key of everything but the profiles: engines that differ in nothing else have it in common. */
   family: z.string().optional(),
   graph: z.string(),
-  runtime: z.enum(["tensorrt", "tensorrt-rtx"]),
+  runtime: z.enum(tensorRtKinds),
   version: z.string(),
   /** SM numbers, or the GPU that the engine was built on. */
   device: z.union([
@@ -66,13 +66,6 @@ export interface CacheItem {
   readonly bytes: number;
   /** Null for a sound plan (in a list: one that was not looked into). */
   readonly damage: string | null;
-}
-
-/** `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
-export function defaultCacheFolder(): string {
-  const base = process.env.XDG_CACHE_HOME;
-  // The specification says to ignore a relative path.
-  return path.join(base && path.isAbsolute(base) ? base : path.join(os.homedir(), ".cache"), "flowturbo");
 }
 
 /** Where a cache keeps its engines. */
@@ -182,13 +175,8 @@ export class EngineCache {
       try {
         release = addon.tryLock(file);
       } catch (cause) {
-        throw new CacheError(
-          file,
-          `${(cause as Error).message}. The cache of engines needs a file system with locks.`,
-          {
-            cause,
-          },
-        );
+        const message = `${(cause as Error).message}. The cache of engines needs a file system with locks.`;
+        throw new CacheError(file, message, { cause });
       }
       if (release) return release;
       await sleep(100, undefined, { signal }).catch(() => signal?.throwIfAborted());
@@ -282,7 +270,7 @@ export class EngineCache {
       const release = lock && addon ? addon.tryLock(lock) : () => undefined;
       if (!release) continue;
       const file = path.join(this.folder, entry);
-      // Releasing a lock removes it; a folder is none of ours.
+      // Releasing a lock removes it; this package makes no folders here.
       const stats = match?.[2] === "lock" ? null : await lstat(file);
       if (stats && !stats.isDirectory()) {
         await rm(file, { force: true });

@@ -6,9 +6,10 @@
  */
 
 import { createHash } from "node:crypto";
-import { type FileHandle, open, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { type FileHandle, open, readFile } from "node:fs/promises";
 import path from "node:path";
-import type { FileVersion } from "../../common/files.js";
+import { SharedTask } from "../../common/abort.js";
+import { type FileVersion, writeFileWhole } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
 /** "device:inode:size:mtime:ctime", times in nanoseconds; the addon makes the same string (native/core/files.cpp). */
@@ -25,10 +26,22 @@ export interface FileDigest {
 /** A file that changed within this time of being read may change again within one tick of its clock. */
 const settledNanoseconds = 2_000_000_000n;
 
+interface ReadOptions {
+  readonly signal?: AbortSignal | undefined;
+  /** Called with the bytes read so far. */
+  readonly onBytes?: ((bytes: number) => void) | undefined;
+}
+
+/** A file that is being read, for everybody who asks for it meanwhile. */
+interface Reading {
+  readonly task: SharedTask<FileDigest>;
+  readonly listeners: Set<(bytes: number) => void>;
+}
+
 export class DigestMemory {
   readonly #file: string;
   #known: Promise<Map<string, string>> | undefined;
-  readonly #underWay = new Map<string, Promise<FileDigest>>();
+  readonly #underWay = new Map<string, Reading>();
 
   /** @param folder a folder that only this user can write to */
   constructor(folder: string) {
@@ -37,26 +50,37 @@ export class DigestMemory {
 
   /**
    * @param version what the file is expected to be
-   * @param onBytes called with the bytes read so far
    * @throws CheckpointError if the file is missing or has changed since the checkpoint was opened; `signal.reason`
    */
-  digest(
-    version: FileVersion,
-    options: { signal?: AbortSignal | undefined; onBytes?: ((bytes: number) => void) | undefined } = {},
-  ): Promise<FileDigest> {
-    // Several graphs of one file ask at the same time. An abort ends all of them: they belong to one call.
-    let digest = this.#underWay.get(version.file);
-    if (!digest) {
-      digest = this.#digest(version, options).finally(() => this.#underWay.delete(version.file));
-      this.#underWay.set(version.file, digest);
+  async digest(version: FileVersion, { signal, onBytes = () => {} }: ReadOptions = {}): Promise<FileDigest> {
+    signal?.throwIfAborted();
+    const key = JSON.stringify(version);
+    let reading = this.#underWay.get(key);
+    if (!reading || reading.task.abandoned) {
+      reading = this.#read(key, version);
+      this.#underWay.set(key, reading);
     }
-    return digest;
+    const { task, listeners } = reading;
+    // An object of its own: callers may share a function.
+    const listener = (bytes: number) => onBytes(bytes);
+    listeners.add(listener);
+    return task.join(signal).finally(() => listeners.delete(listener));
   }
 
-  async #digest(
-    version: FileVersion,
-    { signal, onBytes }: { signal?: AbortSignal | undefined; onBytes?: ((bytes: number) => void) | undefined },
-  ): Promise<FileDigest> {
+  #read(key: string, version: FileVersion): Reading {
+    const listeners: Reading["listeners"] = new Set();
+    const onBytes = (bytes: number) => {
+      for (const listener of listeners) listener(bytes);
+    };
+    const task = new SharedTask((signal) =>
+      this.#digest(version, { signal, onBytes }).finally(() => {
+        if (this.#underWay.get(key)?.task === task) this.#underWay.delete(key);
+      }),
+    );
+    return { task, listeners };
+  }
+
+  async #digest(version: FileVersion, { signal, onBytes }: ReadOptions): Promise<FileDigest> {
     const { file } = version;
     const changed = () =>
       new CheckpointError(file, `${file} has changed since the model was opened. Load the model again.`);
@@ -64,13 +88,8 @@ export class DigestMemory {
     try {
       handle = await open(file, "r");
     } catch (cause) {
-      throw new CheckpointError(
-        file,
-        `Cannot read the weights: ${(cause as Error).message}. Is the file still there?`,
-        {
-          cause,
-        },
-      );
+      const message = `Cannot read the weights: ${(cause as Error).message}. Is the file still there?`;
+      throw new CheckpointError(file, message, { cause });
     }
     try {
       const stats = await handle.stat();
@@ -90,32 +109,23 @@ export class DigestMemory {
   }
 
   #load(): Promise<Map<string, string>> {
-    this.#known ??= readFile(this.#file, "utf8").then(
-      (text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)),
-      () => new Map<string, string>(),
-    );
-    return this.#known.catch(() => new Map<string, string>());
+    this.#known ??= readFile(this.#file, "utf8")
+      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
+      .catch(() => new Map<string, string>());
+    return this.#known;
   }
 
   /** A memory that cannot be written costs time, not correctness. */
   async #remember(identity: string, sha256: string): Promise<void> {
     const known = await this.#load();
     known.set(identity, sha256);
-    const temporary = `${this.#file}.${process.pid}.tmp`;
-    try {
-      await writeFile(temporary, JSON.stringify(Object.fromEntries(known), null, 1), { mode: 0o600 });
-      await rename(temporary, this.#file);
-    } catch {
-      await rm(temporary, { force: true });
-    }
+    const text = JSON.stringify(Object.fromEntries(known), null, 1);
+    await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
   }
 }
 
-/** SHA-256 of a whole file, in hexadecimal. @throws `signal.reason` after an abort */
-export async function hashFile(
-  handle: FileHandle,
-  options: { signal?: AbortSignal | undefined; onBytes?: ((bytes: number) => void) | undefined } = {},
-): Promise<string> {
+/** SHA-256 of all of a file, in hexadecimal. @throws `signal.reason` after an abort */
+export async function hashFile(handle: FileHandle, options: ReadOptions = {}): Promise<string> {
   const hash = createHash("sha256");
   const buffer = Buffer.allocUnsafe(4 * 2 ** 20);
   let position = 0;

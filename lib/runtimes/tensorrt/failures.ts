@@ -1,5 +1,6 @@
 /** The addon's errors of running programs as this package's, with the launch by name and a remedy. */
 
+import { gigabytes } from "../../common/memory.js";
 import {
   CacheError,
   CompileError,
@@ -40,12 +41,12 @@ export function explainRun(
     case "CUDA":
       return new LaunchError(
         launch?.graph ?? null,
-        `${where} failed on the GPU: ${error.message}.${words(error)}`,
+        `${where} failed on the GPU: ${error.message}.${logged(error)}`,
         error.log ?? [],
         cause,
       );
     default:
-      return new RuntimeError(`${where} failed: ${error.message}.${words(error)}`, cause);
+      return new RuntimeError(`${where} failed: ${error.message}.${logged(error)}`, cause);
   }
 }
 
@@ -53,9 +54,11 @@ export function explainRun(
 export function explainEngine(error: NativeError, graph: string): FlowTurboError {
   switch (error.code) {
     case "PLAN":
-      return new CompileError(graph, `The engine of ${graph} cannot be loaded: ${error.message}.${words(error)}`, [
-        ...(error.log ?? []),
-      ]);
+      return new CompileError(
+        graph,
+        `The engine of ${graph} cannot be loaded: ${error.message}.${logged(error)}`,
+        error.log ?? [],
+      );
     case "PLAN_CHANGED":
     case "IO":
       return new CacheError(error.path ?? "", `${error.message}. Run \`flowturbo cache verify\`, or try again.`, {
@@ -82,7 +85,7 @@ export function explainDevice(error: NativeError, kind: string): FlowTurboError 
 
 function lost(error: NativeError): DeviceLostError {
   return new DeviceLostError(
-    `The GPU cannot be used any more: ${error.message}. The next call starts on it anew; if that fails too, restart the process and look at nvidia-smi and the system's log.`,
+    `The GPU cannot be used any more: ${error.message}. The next call opens it again; if that fails too, restart the process and look at nvidia-smi and the system's log.`,
     { cause: error },
   );
 }
@@ -97,10 +100,6 @@ function outOfMemory(what: string, error: NativeError): MemoryError {
   );
 }
 
-export function gigabytes(bytes: number): string {
-  return bytes < 1e7 ? (bytes / 1e9).toFixed(4) : (bytes / 1e9).toFixed(2);
-}
-
-function words(error: NativeError): string {
-  return error.log?.length ? ` In TensorRT's words: ${error.log.slice(0, 3).join(" ")}` : "";
+function logged(error: NativeError): string {
+  return error.log?.length ? ` TensorRT says: ${error.log.slice(0, 3).join(" ")}` : "";
 }

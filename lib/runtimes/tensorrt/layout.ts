@@ -166,13 +166,18 @@ export function operandsOf(instruction: Program["instructions"][number]): string
   return instruction.op === "launch" ? Object.values(instruction.inputs) : [instruction.from];
 }
 
+/** The launches of a program, by their number, and its results. */
+export function launchesOf({ instructions, results }: Pick<Program, "instructions" | "results">) {
+  return { launches: instructions.filter((instruction) => instruction.op === "launch"), results };
+}
+
 /** Bytes from the device as the tensor that a register holds. */
 export function tensorOf({ dtype, shape }: Register, bytes: Uint8Array): Tensor {
   const size = bytesPerValue[dtype];
-  const whole = bytes.byteOffset % size === 0 ? bytes : bytes.slice();
+  const { buffer, byteOffset, byteLength } = bytes.byteOffset % size === 0 ? bytes : bytes.slice();
   return dtype === "float32"
-    ? { dtype, shape, data: new Float32Array(whole.buffer, whole.byteOffset, whole.byteLength / size) }
-    : { dtype, shape, data: new BigInt64Array(whole.buffer, whole.byteOffset, whole.byteLength / size) };
+    ? { dtype, shape, data: new Float32Array(buffer, byteOffset, byteLength / size) }
+    : { dtype, shape, data: new BigInt64Array(buffer, byteOffset, byteLength / size) };
 }
 
 export function bytesOf({ dtype, shape }: Register): number {

@@ -1,7 +1,7 @@
 /**
- * Finds TensorRT and TensorRT-RTX on this machine, and says in full why one cannot be used. NVIDIA's libraries cannot
- * come with this package, so where people put them is looked through in a fixed order, and each place that was tried is
- * reported with the loader's own words: most of the trouble that people have is one of these lines.
+ * Finds TensorRT's libraries on this machine, and says in full why one cannot be used. NVIDIA's libraries cannot come
+ * with this package, so the places where people put them are tried in a fixed order, and each is reported with the
+ * loader's own message: most of the trouble that people have is one of these lines.
  */
 
 import { execFile } from "node:child_process";
@@ -9,64 +9,18 @@ import { existsSync } from "node:fs";
 import path from "node:path";
 import { promisify } from "node:util";
 import { RuntimeUnavailableError } from "../../errors.js";
+import type { PlaceTried, Problem } from "../runtime.js";
 import {
   type Addon,
+  type Cuda,
   findAddon,
-  type NativeDevice,
   type NativeError,
-  type TensorRtKind,
+  smOf,
+  smText,
   type Version,
   versionText,
 } from "./addon.js";
-
-interface Layout {
-  readonly title: string;
-  readonly library: string;
-  readonly parser: string;
-  /** Environment variable that names a folder. */
-  readonly variable: string;
-  /** Python package whose folder holds the libraries when pip has installed them. */
-  readonly module: string;
-  readonly install: string;
-  /** Compute capabilities, as SM numbers, that the library runs on. */
-  readonly supports: (sm: number) => boolean;
-  readonly supported: string;
-}
-
-/** SM numbers that a TensorRT-RTX engine can be built for. */
-export const rtxTargets: readonly number[] = [75, 80, 86, 89, 120, 121];
-
-export const layouts: Record<TensorRtKind, Layout> = {
-  tensorrt: {
-    title: "TensorRT 11",
-    library: "libnvinfer.so.11",
-    parser: "libnvonnxparser.so.11",
-    variable: "FLOWTURBO_TENSORRT_DIR",
-    module: "tensorrt_libs",
-    install: "`pip install tensorrt-cu13`, NVIDIA's apt packages, or NVIDIA's archive",
-    supports: (sm) => sm >= 75,
-    supported: "SM 7.5 or later",
-  },
-  "tensorrt-rtx": {
-    title: "TensorRT-RTX",
-    library: "libtensorrt_rtx.so.1",
-    parser: "libtensorrt_onnxparser_rtx.so.1",
-    variable: "FLOWTURBO_TENSORRT_RTX_DIR",
-    module: "tensorrt_rtx_libs",
-    install: "`pip install tensorrt-rtx-cu13-libs`",
-    supports: (sm) => rtxTargets.includes(sm),
-    supported: `SM ${rtxTargets.map(smText).join(", ")}`,
-  },
-};
-
-/** 86 → "8.6" */
-export function smText(sm: number): string {
-  return `${Math.floor(sm / 10)}.${sm % 10}`;
-}
-
-export function smOf(device: NativeDevice): number {
-  return device.major * 10 + device.minor;
-}
+import { flavourOf, type TensorRtKind } from "./flavours.js";
 
 /** A library that was opened and has a version that this package can speak to. */
 export interface Library {
@@ -79,20 +33,7 @@ export interface Library {
   readonly file: string;
 }
 
-export interface PlaceTried {
-  readonly source: "option" | "environment" | "pip" | "loader";
-  /** The folder or file, or what was asked where there is none. */
-  readonly place: string;
-  /** Null for the place where the library was found. */
-  readonly error: string | null;
-}
-
-export interface Cuda {
-  readonly driverVersion: number;
-  readonly devices: readonly NativeDevice[];
-}
-
-/** Everything that decides whether one of the two libraries can be used here. */
+/** Everything that decides whether one of the libraries can be used here. */
 export interface TensorRtReport {
   readonly kind: TensorRtKind;
   /** Null where there is no addon; `problems` then says why. */
@@ -105,13 +46,6 @@ export interface TensorRtReport {
   readonly problems: readonly Problem[];
 }
 
-export interface Problem {
-  /** Building needs the addon and the library; running needs a driver and a GPU as well. */
-  readonly prevents: "building" | "running";
-  readonly cause: string;
-  readonly remedy: string;
-}
-
 export interface FindOptions {
   /** Folder with the libraries: the first place that is tried. */
   readonly folder?: string | undefined;
@@ -121,17 +55,12 @@ export interface FindOptions {
 
 /** Looks for one of the libraries and examines the GPUs. Never throws: what is missing is in `problems`. */
 export async function examineTensorRt(kind: TensorRtKind, options: FindOptions = {}): Promise<TensorRtReport> {
+  const flavour = flavourOf(kind);
   const addon = findAddon(kind);
   if (!("describe" in addon)) {
     const { cause, remedy } = addon;
-    return {
-      kind,
-      addon: null,
-      library: null,
-      places: [],
-      cuda: null,
-      problems: [{ prevents: "building", cause, remedy }],
-    };
+    const nothing = { kind, addon: null, library: null, places: [], cuda: null };
+    return { ...nothing, problems: [{ prevents: "building", cause, remedy }] };
   }
   const cuda = await examineCuda(addon);
   if (options.gpuFirst && "cause" in cuda)
@@ -140,12 +69,12 @@ export async function examineTensorRt(kind: TensorRtKind, options: FindOptions =
   const problems: Problem[] = [];
   if (!library) problems.push(libraryProblem(addon, kind, places));
   if ("cause" in cuda) problems.push(cuda);
-  else if (!cuda.devices.some((device) => layouts[kind].supports(smOf(device)))) {
+  else if (!cuda.devices.some((device) => flavour.supports(smOf(device)))) {
     const found = cuda.devices.map((device) => `${device.name} (SM ${smText(smOf(device))})`).join(", ");
     problems.push({
       prevents: "running",
-      cause: `${layouts[kind].title} runs on ${layouts[kind].supported}; this machine has ${found}.`,
-      remedy: kind === "tensorrt-rtx" ? `Use the runtime "tensorrt": ${layouts.tensorrt.install}.` : "Use a newer GPU.",
+      cause: `${flavour.title} runs on ${flavour.supported}; this machine has ${found}.`,
+      remedy: flavour.unsupportedRemedy,
     });
   }
   return { kind, addon, library, places, cuda: "cause" in cuda ? null : cuda, problems };
@@ -167,7 +96,7 @@ export async function requireLibrary(
 
 /** The report in words: causes with their remedies, and the places that were tried. */
 export function diagnosis(report: TensorRtReport, prevents: "building" | "running"): string {
-  const { title } = layouts[report.kind];
+  const { title } = flavourOf(report.kind);
   const causes = report.problems.filter((problem) => prevents === "running" || problem.prevents === "building");
   const lines = causes.map(({ cause, remedy }) => `${cause} ${remedy}`);
   const failed = report.places.filter((place) => place.error !== null);
@@ -181,7 +110,7 @@ async function findLibrary(
   kind: TensorRtKind,
   options: FindOptions,
 ): Promise<{ library: Library | null; places: PlaceTried[] }> {
-  const layout = layouts[kind];
+  const flavour = flavourOf(kind);
   const places: PlaceTried[] = [];
   const attempt = async (
     source: PlaceTried["source"],
@@ -200,29 +129,29 @@ async function findLibrary(
   };
   const attemptFolder = (source: PlaceTried["source"], folder: string) => {
     // NVIDIA's archives keep the libraries in lib/.
-    const inside = existsSync(path.join(folder, layout.library)) ? folder : path.join(folder, "lib");
-    const found = existsSync(path.join(inside, layout.library)) ? inside : folder;
-    return attempt(source, found, path.join(found, layout.library), path.join(found, layout.parser));
+    const inside = existsSync(path.join(folder, flavour.library)) ? folder : path.join(folder, "lib");
+    const found = existsSync(path.join(inside, flavour.library)) ? inside : folder;
+    return attempt(source, found, path.join(found, flavour.library), path.join(found, flavour.parser));
   };
 
   if (options.folder !== undefined) {
     const library = await attemptFolder("option", path.resolve(options.folder));
     if (library) return { library, places };
   }
-  const variable = process.env[layout.variable];
+  const variable = process.env[flavour.variable];
   if (variable) {
     const library = await attemptFolder("environment", path.resolve(variable));
     if (library) return { library, places };
-  } else places.push({ source: "environment", place: layout.variable, error: "not set" });
+  } else places.push({ source: "environment", place: flavour.variable, error: "not set" });
   try {
-    for (const folder of await pythonFolders(layout.module)) {
+    for (const folder of await pythonFolders(flavour.module)) {
       const library = await attemptFolder("pip", folder);
       if (library) return { library, places };
     }
   } catch (error) {
-    places.push({ source: "pip", place: `python3's package ${layout.module}`, error: (error as Error).message });
+    places.push({ source: "pip", place: `python3's package ${flavour.module}`, error: (error as Error).message });
   }
-  const library = await attempt("loader", `the loader's path (${layout.library})`, layout.library, layout.parser);
+  const library = await attempt("loader", `the loader's path (${flavour.library})`, flavour.library, flavour.parser);
   return { library, places };
 }
 
@@ -250,7 +179,7 @@ async function pythonFolders(module: string): Promise<string[]> {
 
 function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly PlaceTried[]): Problem {
   const { floor, ceiling } = addon.describe();
-  const { title, install, variable, library, parser } = layouts[kind];
+  const { title, install, variable, library, parser } = flavourOf(kind);
   const needed = `version ${versionText(floor)} or later, below ${versionText(ceiling)}`;
   const refused = places.find(({ error }) => error?.includes("needed is"));
   if (refused)

@@ -1,18 +1,21 @@
 /**
  * The runtime for one checkpoint on this machine's GPU: the library that was found, the compiler with its cache, and the
- * executor, put together. A machine that lacks any of it hears so before anything is opened.
+ * executor, put together. Where any of it is missing, that is said before anything is opened.
  */
 
 import { open } from "node:fs/promises";
 import type { FileVersion } from "../../common/files.js";
 import type { Logger } from "../../common/logger.js";
 import { RuntimeUnavailableError } from "../../errors.js";
+import type { ProfileShapes } from "../builder.js";
 import type { CompilableGraph } from "../runtime.js";
-import type { NativeDevice, TensorRtKind } from "./addon.js";
-import { EngineCompiler, type ProfileShapes } from "./compile.js";
+import { type NativeDevice, versionText } from "./addon.js";
+import { EngineCompiler } from "./compile.js";
 import { fileIdentity } from "./digests.js";
+import type { EngineSource } from "./engines.js";
+import type { TensorRtKind } from "./flavours.js";
 import { diagnosis, examineTensorRt, type FindOptions } from "./libraries.js";
-import { type EngineSource, TensorRtRuntime } from "./tensorrt.js";
+import { TensorRtRuntime } from "./runtime.js";
 
 export interface OpenOptions extends FindOptions {
   readonly kind: TensorRtKind;
@@ -24,7 +27,7 @@ export interface OpenOptions extends FindOptions {
   readonly logger?: Logger | undefined;
 }
 
-export interface OpenedRuntime {
+export interface OpenedTensorRt {
   readonly runtime: TensorRtRuntime;
   readonly device: NativeDevice;
   /** Of the library, four parts. */
@@ -35,7 +38,7 @@ export interface OpenedRuntime {
  * @throws RuntimeUnavailableError with everything that was looked for, CacheError if the cache cannot be used,
  *   DeviceLostError if the GPU answers errors
  */
-export async function openTensorRt(options: OpenOptions): Promise<OpenedRuntime> {
+export async function openTensorRt(options: OpenOptions): Promise<OpenedTensorRt> {
   const { kind, folder, cache, files, capture, logger } = options;
   const report = await examineTensorRt(kind, { folder, gpuFirst: true });
   const { addon, library } = report;
@@ -50,7 +53,7 @@ export async function openTensorRt(options: OpenOptions): Promise<OpenedRuntime>
   });
   try {
     const { device } = await runtime.start();
-    return { runtime, device, version: library.version.join(".") };
+    return { runtime, device, version: versionText(library.version) };
   } catch (error) {
     await runtime.dispose();
     throw error;
@@ -76,15 +79,15 @@ export class CachedEngines implements EngineSource {
     signal: AbortSignal,
   ): Promise<{ readonly plan: string; readonly identity: string }> {
     const distinct = new Map([...kept, ...profiles].map((profile) => [JSON.stringify(profile), profile]));
-    let told = false;
+    let hasTold = false;
     const { plan, cached, seconds } = await this.#compiler.find(
       { graph, profiles: [...distinct.values()] },
       {
         files: this.#files,
         signal,
         onProgress: ({ phase }) => {
-          if (phase !== "building" || told) return;
-          told = true;
+          if (phase !== "building" || hasTold) return;
+          hasTold = true;
           this.#logger?.info?.(
             `The cache holds no engine of ${graph.name} for these shapes; it is being built. \`flowturbo compile\` does so ahead of time.`,
           );

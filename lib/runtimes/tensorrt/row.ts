@@ -3,9 +3,12 @@
 import { OptionError } from "../../errors.js";
 import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
 import type { RuntimeRow } from "../runtime.js";
-import { type TensorRtKind, versionText } from "./addon.js";
-import { diagnosis, examineTensorRt, layouts, smOf } from "./libraries.js";
+import { smOf, smText, versionText } from "./addon.js";
+import { EngineCompiler } from "./compile.js";
+import { flavourOf, type TensorRtKind } from "./flavours.js";
+import { diagnosis, examineTensorRt, type TensorRtReport } from "./libraries.js";
 import { openTensorRt } from "./open.js";
+import { capabilities } from "./runtime.js";
 
 const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as const;
 
@@ -29,10 +32,14 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
   };
 }
 
+/** Whether engines can be built: for named targets the library suffices, otherwise a GPU is needed as well. */
+const builds = ({ kind, library, problems }: TensorRtReport) =>
+  library !== null && (flavourOf(kind).takesTargets || problems.length === 0);
+
 export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
   name: kind,
-  runsOn: `an NVIDIA GPU with ${layouts[kind].title}`,
-  capabilities: { preemption: false, capture: true, anyShape: false },
+  runsOn: `an NVIDIA GPU with ${flavourOf(kind).title}`,
+  capabilities,
   async find({ tensorrtFolder: folder }) {
     const report = await examineTensorRt(kind, { folder, gpuFirst: true });
     return report.problems.length === 0 ? null : diagnosis(report, "running");
@@ -43,13 +50,30 @@ export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
     return { runtime, settings, device, emitOptions: tensorRtEmitOptions([smOf(device)]) };
   },
   async examine({ tensorrtFolder: folder }) {
-    const { library, problems } = await examineTensorRt(kind, { folder });
+    const report = await examineTensorRt(kind, { folder });
+    const { library, places, problems, cuda } = report;
     return {
       name: kind,
       available: problems.length === 0,
       version: library && versionText(library.version),
       reason: problems.map(({ cause }) => cause).join(" ") || null,
       remedy: problems.map(({ remedy }) => remedy).join(" ") || null,
+      engines: { builds: builds(report), library: library?.file ?? null, places, problems },
+      hardware: cuda && {
+        driver: `${Math.floor(cuda.driverVersion / 1000)}.${Math.floor((cuda.driverVersion % 1000) / 10)}`,
+        gpus: cuda.devices.map((gpu) => ({ name: gpu.name, memoryBytes: gpu.memoryBytes, sm: smText(smOf(gpu)) })),
+      },
     };
+  },
+  builder: {
+    takesTargets: flavourOf(kind).takesTargets,
+    async find({ folder }) {
+      const report = await examineTensorRt(kind, { folder });
+      return builds(report) ? null : diagnosis(report, "building");
+    },
+    async open(settings) {
+      const compiler = await EngineCompiler.open({ ...settings, kind });
+      return { compiler, emitOptions: tensorRtEmitOptions(compiler.targets) };
+    },
   },
 });

@@ -1,0 +1,117 @@
+/**
+ * The messages between the runtime and one child process: what the child has received, which runs are under way in it,
+ * and the error of each run where the child fails or ends.
+ */
+
+import type { Tensor } from "../../common/tensor.js";
+import { NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import type { Program } from "../../program/program.js";
+import { Preempted } from "../runtime.js";
+import { pack } from "./packing.js";
+import { type Ending, HostProcess } from "./process.js";
+import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost } from "./protocol.js";
+
+export type Outcome = { readonly results: Record<string, Tensor> } | { readonly error: unknown };
+
+export const installRemedy =
+  "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
+
+export class HostConnection {
+  readonly process: HostProcess;
+  /** Resolves with ONNX Runtime's version. */
+  readonly ready: Promise<string>;
+  /** Names of the graphs that it has received. */
+  readonly known = new Set<string>();
+  #runs = 0;
+  /** Of the runs under way. */
+  readonly #listeners = new Map<number, { receive(message: FromHost): void; settle(outcome: Outcome): void }>();
+  /** The outcome of runs that find the child ended. */
+  #end: Outcome | null = null;
+  /** Messages for when the child is ready. */
+  #outbox: ToHost[] | null = [];
+
+  constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
+    let start: (message: FromHost) => void = () => {};
+    this.process = new HostProcess(file, settings, (message) => {
+      if (message.type === "ready" || message.type === "broken") start(message);
+      else this.#listeners.get(message.id)?.receive(message);
+    });
+    this.ready = new Promise((resolve, reject) => {
+      start = (message) => {
+        if (message.type === "ready") {
+          const waiting = this.#outbox!;
+          this.#outbox = null;
+          for (const message of waiting) this.process.send(message);
+          resolve(message.version);
+        }
+        if (message.type !== "broken") return;
+        reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        void this.process.kill();
+      };
+      void this.process.ended.then((ending) => reject(diedError(ending)));
+    });
+    // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
+    this.ready.catch(() => {});
+    void this.process.ended.then(async (ending) => {
+      // A child that never was ready ended for the reason that `ready` gives.
+      this.#end = await this.ready.then(
+        () => ({ error: diedError(ending) }),
+        (error) => ({ error }),
+      );
+      for (const { settle } of this.#listeners.values()) settle(this.#end);
+    });
+  }
+
+  /** Sends a message, in order, now or when the child is ready. */
+  send(message: ToHost): void {
+    if (this.#outbox) this.#outbox.push(message);
+    else this.process.send(message);
+  }
+
+  /** Sends a program. The outcome comes when the child is done with it. */
+  run(
+    graphs: readonly SentGraph[],
+    program: Program,
+    onLaunch: (report: FinishedLaunch) => void,
+    workspace: number | undefined,
+  ) {
+    const id = this.#runs++;
+    const outcome = new Promise<Outcome>((resolve) => {
+      const settle = (outcome: Outcome) => {
+        this.#listeners.delete(id);
+        resolve(outcome);
+      };
+      const receive = (message: FromHost) => {
+        if (message.type === "launched" || message.type === "done")
+          for (const report of message.reports) onLaunch(report);
+        if (message.type === "done") settle({ results: message.results });
+        if (message.type === "failed") settle({ error: errorOf(message.failure) });
+      };
+      this.#listeners.set(id, { receive, settle });
+      if (this.#end) settle(this.#end);
+    });
+    this.send({ type: "run", id, graphs, program: pack(program), workspace });
+    for (const { name } of graphs) this.known.add(name);
+    return {
+      outcome,
+      abort: () => this.send({ type: "abort", id }),
+      preempt: () => this.send({ type: "preempt", id }),
+    };
+  }
+}
+
+function errorOf(failure: Failure): Error {
+  if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
+  if (failure.kind === "preempted") return new Preempted(failure.launches, failure.results);
+  return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
+}
+
+export function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
+  const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
+  const hint =
+    signal === "SIGKILL"
+      ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
+      : "";
+  const output = stderr ? ` It wrote: ${stderr}` : "";
+  return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${output}`, exitCode, signal);
+}

@@ -1,0 +1,68 @@
+/**
+ * Memory for builds: they go on at the same time as long as they fit into memory together, first come, first served. One
+ * that does not fit even alone is refused, since running out of memory would end the process.
+ */
+
+import { Gate } from "../../common/gate.js";
+import { availableMemory, gigabytes } from "../../common/memory.js";
+import { MemoryError } from "../../errors.js";
+import type { CompilableGraph } from "../runtime.js";
+
+/**
+ * Memory that a build takes at its peak: measured with TensorRT-RTX 1.7 (bench/build), where plan and weights in the
+ * library's own arrangement stand beside each other; the mapped weights themselves can be dropped at any time.
+ */
+const buildBaseBytes = 0.7e9;
+const buildFactor = 3;
+
+function memoryNeeded({ externals }: CompilableGraph): number {
+  let weights = 0;
+  for (const { length } of externals.values()) weights += length;
+  return buildBaseBytes + buildFactor * weights;
+}
+
+export class BuildMemory {
+  readonly #available: () => number;
+  readonly #gate: Gate;
+
+  /** @param limit bytes that builds may take; default: what is available at that moment */
+  constructor(limit?: number) {
+    this.#available = () => limit ?? availableMemory();
+    this.#gate = new Gate({ capacity: this.#available });
+  }
+
+  /** Whether the build of a graph fits where it is alone. */
+  fits(graph: CompilableGraph): boolean {
+    return memoryNeeded(graph) <= this.#available();
+  }
+
+  /** @throws MemoryError for a build that does not fit even alone, with both numbers */
+  check(graph: CompilableGraph): void {
+    const needed = memoryNeeded(graph);
+    const available = this.#available();
+    if (needed <= available) return;
+    throw new MemoryError(
+      `Building the engine of ${graph.name} takes about ${gigabytes(needed)} GB of memory, but ${gigabytes(available)} GB are available. ` +
+        "Free some, build on a larger machine and copy the cache, or raise the limit (memory) if you know better.",
+      needed,
+      available,
+    );
+  }
+
+  /**
+   * Waits until a build fits beside those under way.
+   * @returns a function to be called at its end
+   * @throws MemoryError as `check` does; `signal.reason`
+   */
+  async enter(graph: CompilableGraph, signal: AbortSignal | undefined): Promise<() => void> {
+    const leave = await this.#gate.enter(undefined, memoryNeeded(graph), signal);
+    try {
+      // The gate lets anything in that is alone.
+      this.check(graph);
+      return leave;
+    } catch (error) {
+      leave();
+      throw error;
+    }
+  }
+}

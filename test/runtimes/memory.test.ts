@@ -1,0 +1,73 @@
+// Both decisions that ask for available memory (widening weights, building engines) respect the limit of the process's
+// control group.
+import { afterEach, describe, expect, it, vi } from "vitest";
+import { availableMemory } from "../../lib/common/memory.js";
+import { MemoryError } from "../../lib/errors.js";
+import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
+import { BuildMemory } from "../../lib/runtimes/tensorrt/build-memory.js";
+
+afterEach(() => vi.unstubAllGlobals());
+
+/** A process in a control group, as Node 20.13 and later say, or as earlier versions say. */
+function limited(bytes: number, version: "new" | "old") {
+  const known = { constrainedMemory: () => bytes, availableMemory: version === "new" ? () => bytes : undefined };
+  vi.stubGlobal("process", Object.assign(Object.create(process), known));
+}
+const graph = (bytes: number) => {
+  const weight = { name: "w", dtype: "F32", shape: [bytes / 4], file: "/w", offset: 0, length: bytes } as const;
+  return { name: "graph", bytes: new Uint8Array(), externals: new Map([["w", weight]]), fingerprint: "" };
+};
+const rejection = (promise: Promise<unknown>) =>
+  promise.then(
+    () => null,
+    (error) => error,
+  );
+
+describe("within a limit", () => {
+  it.each(["new", "old"] as const)("of a control group (%s Node)", async (version) => {
+    limited(1e6, version);
+    expect(availableMemory()).toBe(1e6);
+    expect(resolveWeights("auto", 1e6 / 6)).toBe("folded");
+    expect(resolveWeights("auto", 1e6 / 6 + 1)).toBe("lazy");
+    const memory = new BuildMemory();
+    expect(memory.fits(graph(4))).toBe(false);
+    const error = await rejection(memory.enter(graph(4), undefined));
+    expect(error).toBeInstanceOf(MemoryError);
+    expect(error.available).toBe(1e6);
+  });
+});
+
+describe("builds", () => {
+  it("go on together while they fit, then one after another, and leave the queue after an abort", async () => {
+    // Each takes 1 GB.
+    const memory = new BuildMemory(2.5e9);
+    const build = graph(1e8);
+    const first = await memory.enter(build, undefined);
+    const second = await memory.enter(build, undefined);
+    const controller = new AbortController();
+    const third = rejection(memory.enter(build, controller.signal));
+    let entered = false;
+    const fourth = memory.enter(build, undefined).then((leave) => {
+      entered = true;
+      return leave;
+    });
+    controller.abort("enough");
+    expect(await third).toBe("enough");
+    expect(entered).toBe(false);
+    first();
+    (await fourth)();
+    second();
+  });
+
+  it("that do not fit even alone are refused with both numbers, and others go on", async () => {
+    const memory = new BuildMemory(2.5e9);
+    const leave = await memory.enter(graph(1e8), undefined);
+    const large = rejection(memory.enter(graph(1e9), undefined));
+    leave();
+    const error = await large;
+    expect(error).toBeInstanceOf(MemoryError);
+    expect([error.needed, error.available]).toEqual([3.7e9, 2.5e9]);
+    expect(error.message).toMatch(/takes about 3\.70 GB of memory, but 2\.50 GB are available/);
+    (await memory.enter(graph(1e8), undefined))();
+  });
+});

@@ -1,0 +1,201 @@
+// A runtime is a row in the table: a test adds one, and it is found, opened, listed and examined like the others.
+import { afterEach, describe, expect, it } from "vitest";
+import { OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
+import { cpuEmitOptions } from "../../lib/onnx/index.js";
+import type { BuilderRow, BuilderSettings, EngineBuilder } from "../../lib/runtimes/builder.js";
+import { builderNames, openBuilder, openRuntime, runtimeNames, runtimes } from "../../lib/runtimes/index.js";
+import type { ModelWeights, OpenedRuntime, Runtime, RuntimeRow, RuntimeSettings } from "../../lib/runtimes/runtime.js";
+import { flavours, tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
+
+const rows = { ...runtimes };
+/** Makes these the rows of the table, in their order. */
+function table(...chosen: RuntimeRow[]): void {
+  for (const name of Object.keys(runtimes)) delete runtimes[name];
+  for (const row of chosen) runtimes[row.name] = row;
+}
+const restore = () => table(...Object.values(rows));
+afterEach(restore);
+
+const settings: RuntimeSettings = { weights: "auto", capture: false };
+const weights: ModelWeights = { files: [], bytesOf16Bit: 0 };
+const capabilities = { preemption: true, capture: true, anyShape: true };
+
+/** A runtime that runs nothing, and counts what has been disposed of. */
+function fake(name: string, change: Partial<RuntimeRow> = {}) {
+  const events: string[] = [];
+  const runtime = {
+    ...{ name, capabilities },
+    dispose: async () => void events.push("disposed"),
+  } as unknown as Runtime;
+  const row: RuntimeRow = {
+    ...{ name, runsOn: "nothing", capabilities },
+    find: async () => null,
+    async open(): Promise<OpenedRuntime> {
+      events.push("opened");
+      return { runtime, settings: { version: "7" }, device: null, emitOptions: () => cpuEmitOptions };
+    },
+    examine: async () => ({ name, available: true, version: "7", reason: null, remedy: null }),
+    ...change,
+  };
+  return { row, runtime, events };
+}
+const rejection = (promise: Promise<unknown>) =>
+  promise.then(
+    () => null,
+    (error) => error,
+  );
+
+it("the table has TensorRT's libraries and ONNX Runtime, in the order in which auto tries them", () => {
+  expect(runtimeNames()).toEqual(["tensorrt", "tensorrt-rtx", "onnxruntime"]);
+  expect(builderNames()).toEqual(["tensorrt", "tensorrt-rtx"]);
+  expect(tensorRtKinds).toEqual(builderNames());
+  for (const [name, row] of Object.entries(runtimes)) expect(row.name).toBe(name);
+});
+
+describe("a runtime that is added", () => {
+  it("is listed, and opened by its name", async () => {
+    const { row, runtime } = fake("fake");
+    runtimes.fake = row;
+    expect(runtimeNames()).toEqual([...Object.keys(rows), "fake"]);
+    expect(builderNames()).not.toContain("fake");
+    const opened = await openRuntime("fake", settings, weights);
+    expect(opened.runtime).toBe(runtime);
+    expect(opened).toMatchObject({ settings: { version: "7" }, choice: { name: "fake", passedOver: [] } });
+    expect(await runtimes.fake.examine({})).toMatchObject({ name: "fake", available: true });
+  });
+
+  it("is found by auto before those behind it", async () => {
+    const first = fake("first");
+    const second = fake("second");
+    table(first.row, second.row);
+    expect((await openRuntime("auto", settings, weights)).choice).toEqual({ name: "first", passedOver: [] });
+    expect(second.events).toEqual([]);
+  });
+
+  it("gets the settings and the weights of the model", async () => {
+    const calls: unknown[] = [];
+    const { row } = fake("fake");
+    const open: RuntimeRow["open"] = (...given) => {
+      calls.push(given);
+      return row.open(...given);
+    };
+    table({ ...row, open });
+    await openRuntime("fake", settings, weights);
+    expect(calls).toEqual([[settings, weights]]);
+  });
+});
+
+describe("auto", () => {
+  it("passes over what cannot be found, opened or used, each with its reason, and keeps nothing open", async () => {
+    const missing = fake("missing", { find: async () => "there is none" });
+    const broken = fake("broken", {
+      open: () => Promise.reject(new RuntimeUnavailableError("broken", "it does not open")),
+    });
+    const small = fake("small");
+    const last = fake("last");
+    table(missing.row, broken.row, small.row, last.row);
+    const check = ({ runtime }: OpenedRuntime) => {
+      if (runtime.name === "small") throw new OptionError("runtime", "it is too small");
+    };
+    const { choice } = await openRuntime("auto", settings, weights, check);
+    expect(choice).toEqual({
+      name: "last",
+      passedOver: [
+        { name: "missing", reason: "there is none" },
+        { name: "broken", reason: "it does not open" },
+        { name: "small", reason: "it is too small" },
+      ],
+    });
+    expect([missing.events, small.events, last.events]).toEqual([[], ["opened", "disposed"], ["opened"]]);
+  });
+
+  it("throws the error of the last row, and any error that is a defect", async () => {
+    const reason = new RuntimeUnavailableError("last", "nothing here can run");
+    const last = fake("last", { find: async () => "not asked", open: () => Promise.reject(reason) });
+    table(fake("missing", { find: async () => "there is none" }).row, last.row);
+    expect(await rejection(openRuntime("auto", settings, weights))).toBe(reason);
+    const defect = new TypeError("a defect");
+    table(fake("broken", { open: () => Promise.reject(defect) }).row, fake("good").row);
+    expect(await rejection(openRuntime("auto", settings, weights))).toBe(defect);
+  });
+
+  it("refuses the last one too where the check does", async () => {
+    const { row, events } = fake("only");
+    table(row);
+    const reason = new OptionError("runtime", "it is too small");
+    const check = () => {
+      throw reason;
+    };
+    expect(await rejection(openRuntime("auto", settings, weights, check))).toBe(reason);
+    expect(events).toEqual(["opened", "disposed"]);
+  });
+});
+
+describe("a builder", () => {
+  function building(name: string, change: Partial<BuilderRow> = {}) {
+    const opened: BuilderSettings[] = [];
+    const compiler = { version: "1", folder: name } as EngineBuilder;
+    const builder: BuilderRow = {
+      takesTargets: true,
+      find: async () => null,
+      async open(given) {
+        opened.push(given);
+        return { compiler, emitOptions: () => cpuEmitOptions };
+      },
+      ...change,
+    };
+    return { row: fake(name, { builder }).row, opened, compiler };
+  }
+
+  it("is listed, and opened by its name with its settings", async () => {
+    const { row, opened, compiler } = building("fake");
+    runtimes.fake = row;
+    expect(builderNames()).toEqual(["tensorrt", "tensorrt-rtx", "fake"]);
+    expect(await openBuilder("fake", { folder: "/x", memory: 5 })).toMatchObject({ name: "fake", compiler });
+    expect(opened).toEqual([{ folder: "/x", memory: 5 }]);
+  });
+
+  it("is the first that can build, with targets the first that takes them", async () => {
+    const here = building("here", { takesTargets: false });
+    const elsewhere = building("elsewhere");
+    table(fake("none").row, here.row, elsewhere.row);
+    expect((await openBuilder("auto", {})).name).toBe("here");
+    expect((await openBuilder("auto", { targets: [] })).name).toBe("here");
+    expect((await openBuilder("auto", { targets: [89] })).name).toBe("elsewhere");
+    table(building("lacking", { find: async () => "no library" }).row, elsewhere.row);
+    expect((await openBuilder("auto", {})).name).toBe("elsewhere");
+  });
+
+  it("that is the only one left says itself what it lacks; several say so together", async () => {
+    const reason = new RuntimeUnavailableError("one", "no library of one");
+    const one = building("one", { find: async () => "one lacks a library.", open: () => Promise.reject(reason) });
+    const two = building("two", { find: async () => "two lacks a GPU.", takesTargets: false });
+    table(one.row, two.row);
+    expect(await rejection(openBuilder("auto", { targets: [89] }))).toBe(reason);
+    const error = await rejection(openBuilder("auto", {}));
+    expect(error).toBeInstanceOf(RuntimeUnavailableError);
+    expect(error).toMatchObject({ runtime: "auto", message: "one lacks a library. two lacks a GPU." });
+  });
+});
+
+describe("what engines are built for", () => {
+  const gpu = { name: "RTX 4090", memoryBytes: 24e9, major: 8, minor: 9 };
+  const cuda = { driverVersion: 13000, devices: [gpu] };
+
+  it("is the present GPU for TensorRT, which takes no targets", () => {
+    const { deviceOf } = flavours.tensorrt;
+    expect(deviceOf([], cuda)).toEqual({ gpu: "RTX 4090", sm: 89, driver: 13000 });
+    expect(() => deviceOf([], null)).toThrow(RuntimeUnavailableError);
+    expect(() => deviceOf([89], cuda)).toThrow(/Expected no targets for the runtime tensorrt/);
+  });
+
+  it("is any target for TensorRT-RTX, by default the present GPU", () => {
+    const { deviceOf } = flavours["tensorrt-rtx"];
+    expect(deviceOf([120, 89, 120], null)).toEqual({ targets: [89, 120] });
+    expect(deviceOf([], cuda)).toEqual({ targets: [89] });
+    expect(() => deviceOf([], null)).toThrow(/no GPU, so say for which to build: targets from 7\.5, 8\.0/);
+    expect(() => deviceOf([90], cuda)).toThrow(/^TensorRT-RTX builds for .*, not for 9\.0\.$/);
+    const old = { ...cuda, devices: [{ ...gpu, name: "V100", major: 7, minor: 0 }] };
+    expect(() => deviceOf([], old)).toThrow(/not for 7\.0, the present GPU \(V100\): use the runtime tensorrt\.$/);
+  });
+});
