@@ -45,17 +45,19 @@ export class GraphLibrary {
     return graph;
   }
 
+  /** How a graph is emitted. @throws as `get`, and what the runtime's rules throw */
+  optionsOf(name: string): EmitOptions {
+    const { network } = graphKey(name);
+    const { part, overflowsInFloat16 = false } = networks[network]!;
+    const weights = part && this.checkpoint[part]?.weights;
+    if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
+    return this.#options({ name: network, dtype: weights && prevailingDType(weights), overflowsInFloat16 });
+  }
+
   #emit(name: string): OnnxGraph {
+    const options = this.optionsOf(name);
     const { network, ...variants } = graphKey(name);
-    const row = networks[network]!;
-    const part = row.part && this.checkpoint[row.part];
-    if (row.part && !part) throw new RangeError(`This checkpoint has no weights for ${network}.`);
-    const options = this.#options({
-      name: network,
-      dtype: part ? prevailingDType(part.weights) : null,
-      overflowsInFloat16: row.overflowsInFloat16 ?? false,
-    });
-    return row.emit(name, this.checkpoint, options, variants);
+    return networks[network]!.emit(name, this.checkpoint, options, variants);
   }
 }
 
