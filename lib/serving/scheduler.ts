@@ -143,13 +143,6 @@ export class Scheduler {
     return this.#jobs.size;
   }
 
-  /** Their rows. */
-  get rows(): number {
-    let rows = 0;
-    for (const state of this.#jobs.values()) rows += state.rows.length;
-    return rows;
-  }
-
   /** Submissions that were planned and are neither finished nor failed. */
   get inFlight(): number {
     return this.#inFlight.size;

@@ -57,17 +57,6 @@ describe("CostStore", () => {
     expect(readdirSync(store.folder)).toEqual(expect.arrayContaining([...foreign, "notes.txt"]));
   });
 
-  it("removes what writers left behind that were killed, when it is older than a day", async () => {
-    const store = new CostStore("e".repeat(64), cache);
-    mkdirSync(store.folder, { recursive: true });
-    const leftover = (at: number) => `${at}-${"0".repeat(12)}.json.${"0".repeat(12)}.tmp`;
-    const [old, recent] = [leftover(Date.now() - 25 * 3_600_000), leftover(Date.now())];
-    for (const name of [old, recent]) writeFileSync(path.join(store.folder, name), "{");
-    await store.write([predict(1, 1)], {});
-    expect(readdirSync(store.folder)).toContain(recent);
-    expect(readdirSync(store.folder)).not.toContain(old);
-  });
-
   it("writes again what it has read if the folder is gone meanwhile", async () => {
     const store = new CostStore("d".repeat(64), cache);
     await store.write([predict(1, 1)], {});
