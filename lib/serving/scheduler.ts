@@ -336,7 +336,7 @@ export class Scheduler {
     return state?.attempt === attempt ? state : null;
   }
 
-  /** The rows of the next launch, by priority; more than fit into one. Null if there are none. */
+  /** The rows that may share the next launch, by priority; null if there are none. */
   #choose(now: number, alone: JobState | null): Row[] | null {
     const waiting: Row[] = [];
     for (const state of this.#jobs.values())
