@@ -8,16 +8,21 @@
 /** What is not in launches (noise, tokens, pixels to bytes, messages): an entry of the table like a graph. */
 export const hostGraph = "host";
 
+/** What a launch of one graph at one batch and size takes. */
 export interface CostEntry {
+  /** Name of the graph, or "host" for what is not in launches. */
   readonly graph: string;
+  /** Rows of the launch, padding included; pictures for "host". */
   readonly batch: number;
   /** What the graph runs on besides rows: "64x64" for a picture in pixels, "77 tokens" for a text. */
   readonly size: string;
   /** Median. */
   readonly milliseconds: number;
-  /** Quartiles. */
+  /** Lower quartile, in milliseconds. */
   readonly low: number;
+  /** Upper quartile, in milliseconds. */
   readonly high: number;
+  /** Number of runs that the entry is made of. */
   readonly runs: number;
 }
 

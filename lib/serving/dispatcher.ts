@@ -296,7 +296,7 @@ export class Dispatcher {
   /** Counts a launch that has been made, and observes its cost. */
   #launched({ graph, size }: { graph: string; size: string }, rows: number, batch: number, milliseconds: number): void {
     const { costs, stats } = this.#options;
-    const key = warmKey(graph, size, batch);
+    const key = `${graph}@${size} x ${batch}`;
     if (this.#warm.has(key)) costs.observe(graph, size, batch, milliseconds);
     this.#warm.add(key);
     stats.launched(graph, rows, batch, milliseconds);
@@ -336,8 +336,4 @@ export class Dispatcher {
 
 function lanesOf(id: number, attempt: number, rows: readonly RowProgram[]): Lane[] {
   return rows.map((row, index) => ({ name: `job ${id}.${attempt}.${index}`, row }));
-}
-
-function warmKey(graph: string, size: string, batch: number): string {
-  return `${graph}@${size} x ${batch}`;
 }

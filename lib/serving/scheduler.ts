@@ -143,13 +143,6 @@ export class Scheduler {
     return this.#jobs.size;
   }
 
-  /** Their rows. */
-  get rows(): number {
-    let rows = 0;
-    for (const state of this.#jobs.values()) rows += state.rows.length;
-    return rows;
-  }
-
   /** Submissions that were planned and are neither finished nor failed. */
   get inFlight(): number {
     return this.#inFlight.size;
@@ -343,7 +336,7 @@ export class Scheduler {
     return state?.attempt === attempt ? state : null;
   }
 
-  /** The rows of the next launch, by priority; more than fit into one. Null if there are none. */
+  /** The rows that may share the next launch, by priority; null if there are none. */
   #choose(now: number, alone: JobState | null): Row[] | null {
     const waiting: Row[] = [];
     for (const state of this.#jobs.values())

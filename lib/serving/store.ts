@@ -38,10 +38,7 @@ const fileSchema = z.object({
 
 type StoredEntry = z.infer<typeof fileSchema>["entries"][number];
 
-/** Names of the files, and of those that a process was writing when it ended; they begin with the time of writing. */
 const fileName = /^\d+-[0-9a-f]{12}\.json$/;
-const leftoverName = /^(\d+)-[0-9a-f]{12}\.json\.[0-9a-f]+\.tmp$/;
-const leftoverAge = 24 * 3_600_000;
 
 /** What costs depend on. */
 export interface CostSubject {
@@ -59,21 +56,6 @@ export function costKey(subject: CostSubject): string {
   return createHash("sha256").update(JSON.stringify({ format, model, runtime, machine })).digest("hex");
 }
 
-/** The latest entry for each launch. */
-class Merge {
-  readonly entries = new Map<string, StoredEntry>();
-
-  add(entries: Iterable<StoredEntry>): void {
-    for (const entry of entries) {
-      const launch = launchOf(entry);
-      const known = this.entries.get(launch);
-      // Of two from the same moment every process takes the same one.
-      if (!known || entry.at > known.at || (entry.at === known.at && textOf(entry) > textOf(known)))
-        this.entries.set(launch, entry);
-    }
-  }
-}
-
 export class CostStore {
   readonly folder: string;
   readonly key: string;
@@ -89,9 +71,9 @@ export class CostStore {
 
   /** The stored entries; none if there are no files, or they are damaged or another's. */
   async read(): Promise<CostEntry[]> {
-    const { merge } = await this.#load();
-    for (const [launch, entry] of merge.entries) this.#known.set(launch, entry);
-    return [...merge.entries.values()].map(({ at: _, ...entry }) => entry);
+    const { entries } = await this.#load();
+    for (const [launch, entry] of entries) this.#known.set(launch, entry);
+    return [...entries.values()].map(({ at: _, ...entry }) => entry);
   }
 
   /**
@@ -102,45 +84,41 @@ export class CostStore {
   write(entries: readonly CostEntry[], about: Readonly<Record<string, unknown>>): Promise<void> {
     const write = async () => {
       await makeFolders(this.folder, [], 0o700);
-      const { merge, names, leftovers } = await this.#load();
+      const { entries: merged, names } = await this.#load();
       const now = Date.now();
       for (const entry of entries) {
         const launch = launchOf(entry);
         const known = this.#known.get(launch);
         // Later than what it replaces, whatever the clocks say.
-        const at = Math.max(now, (merge.entries.get(launch)?.at ?? 0) + 1);
+        const at = Math.max(now, (merged.get(launch)?.at ?? 0) + 1);
         const own = known && textOf(known) === textOf(entry) ? known : { ...entry, at };
         this.#known.set(launch, own);
-        merge.add([own]);
+        mergeInto(merged, own);
       }
       const file = path.join(this.folder, `${now}-${randomBytes(6).toString("hex")}.json`);
-      const content = { format, key: this.key, ...about, entries: [...merge.entries.values()] };
+      const content = { format, key: this.key, ...about, entries: [...merged.values()] };
       await writeFileWhole(file, `${JSON.stringify(content, null, 2)}\n`, 0o600);
-      for (const name of [...names, ...leftovers]) await rm(path.join(this.folder, name), { force: true });
+      for (const name of names) await rm(path.join(this.folder, name), { force: true });
     };
     const written = this.#writing.then(write);
     this.#writing = written.catch(() => undefined);
     return written;
   }
 
-  /** All files that are there: merged, with the names of those that were merged and of what killed processes have left. */
+  /** All files that can be read, merged, and their names. */
   async #load() {
-    const merge = new Merge();
+    const entries = new Map<string, StoredEntry>();
     const names: string[] = [];
     const seen = new Set<string>();
-    const leftovers: string[] = [];
     for (let isComplete = false; !isComplete; ) {
       isComplete = true;
       for (const name of await readdir(this.folder).catch(() => [])) {
-        if (seen.has(name)) continue;
+        if (seen.has(name) || !fileName.test(name)) continue;
         seen.add(name);
-        const leftover = leftoverName.exec(name);
-        if (leftover && Number(leftover[1]) < Date.now() - leftoverAge) leftovers.push(name);
-        if (!fileName.test(name)) continue;
         try {
           const content = fileSchema.parse(JSON.parse(await readFile(path.join(this.folder, name), "utf8")));
           if (content.key !== this.key) continue;
-          merge.add(content.entries);
+          for (const entry of content.entries) mergeInto(entries, entry);
           names.push(name);
         } catch (error) {
           // A writer has merged it into a file that may not have been listed.
@@ -148,8 +126,16 @@ export class CostStore {
         }
       }
     }
-    return { merge, names, leftovers };
+    return { entries, names };
   }
+}
+
+/** Of several entries for a launch the latest counts. Of two from the same moment every process takes the same one. */
+function mergeInto(entries: Map<string, StoredEntry>, entry: StoredEntry): void {
+  const launch = launchOf(entry);
+  const known = entries.get(launch);
+  if (!known || entry.at > known.at || (entry.at === known.at && textOf(entry) > textOf(known)))
+    entries.set(launch, entry);
 }
 
 function launchOf({ graph, size, batch }: CostEntry): string {

@@ -1,4 +1,5 @@
-// Jobs side by side on a simulated runtime: results do not depend on company, whatever arrives, is aborted or fails.
+// Jobs side by side on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
+import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it, vi } from "vitest";
@@ -280,6 +281,16 @@ describe("jobs at the same time", () => {
     expect(dispatcher.held).toBe(0);
     expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
   });
+});
+
+it.each([false, true])("jobs that share a signal add one listener to it (captured: %s)", async (captured) => {
+  const { dispatcher } = open({ captured });
+  const { signal } = new AbortController();
+  const rows = rowsOf(request({ seeds: [1, 2] }));
+  const jobs = Array.from({ length: 12 }, () => dispatcher.run({ rows, priority: priority(), signal }));
+  expect(getEventListeners(signal, "abort")).toHaveLength(1);
+  await Promise.all(jobs);
+  expect(getEventListeners(signal, "abort")).toHaveLength(0);
 });
 
 describe("a lone job", () => {
