@@ -127,7 +127,10 @@ function trialsOf(subject: Subject): Trial[] {
     {
       name: "attention",
       about: "Attention of opset 23 against MatMul, Softmax, MatMul.",
-      variants: [step("Attention"), step("primitives", undefined, emitted("predict.guidance", { attention: "matmul" }))],
+      variants: [
+        step("Attention"),
+        step("primitives", undefined, emitted("predict.guidance", { attention: "matmul" })),
+      ],
     },
     {
       name: "linear",

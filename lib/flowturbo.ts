@@ -13,22 +13,32 @@ import { readEdit } from "./generation/edit.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
-import { type ModelFacts, pinnedWithCapture, type Request, settleRequest, usesRefiner } from "./generation/request.js";
-import { checkSize, nativeSize, refinerFits } from "./generation/sizes.js";
+import { pinnedWithCapture, type Request, settleRequest, usesRefiner } from "./generation/request.js";
+import { checkSizes, nativeSize, refinerFits } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
-import type { Costs, GenerateOptions, GenerateResult, ImageModel, LoadOptions, ProfileOptions, Size } from "./model.js";
+import type {
+  Costs,
+  GenerateOptions,
+  GenerateResult,
+  ImageModel,
+  LoadOptions,
+  LoadProgress,
+  ProfileOptions,
+  Size,
+} from "./model.js";
 import { weightedParts } from "./networks/index.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
-import { checkOptions, guidanceModes, loadSchema, profileSchema, type ResolvedLoadOptions } from "./options.js";
+import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
 import type { Program } from "./program/program.js";
 import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
-import type { OpenedRuntime, Runtime } from "./runtimes/runtime.js";
+import type { OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, defaultLadder, parseBlocks } from "./schedule/index.js";
+import type { CostEntry } from "./serving/costs.js";
 import { samplesOf } from "./serving/measure.js";
 import type { Terms } from "./serving/prediction.js";
-import { batchesUpTo, Service } from "./serving/service.js";
+import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
 import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 
@@ -51,11 +61,8 @@ export class FlowTurbo implements ImageModel {
   /** Whether schedules may have blocks of the velocity refiner (`R`). */
   readonly hasRefiner: boolean;
 
-  readonly #checkpoint: Checkpoint;
-  readonly #graphs: GraphLibrary;
-  readonly #runtime: Runtime;
   readonly #model: LoadedModel;
-  readonly #facts: ModelFacts;
+  readonly #graphs: GraphLibrary;
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #calls = new Set<Promise<unknown>>();
@@ -74,90 +81,78 @@ export class FlowTurbo implements ImageModel {
     if (typeof folder !== "string")
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, signal, onProgress } = checked;
+    const { variant, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
-    signal?.throwIfAborted();
+    const report = (phase: LoadProgress["phase"], done: number) => {
+      signal?.throwIfAborted();
+      onProgress?.({ phase, done, total: 3 });
+    };
 
     // 1. The folder: configs, headers of the weights, tokenizers.
-    onProgress?.({ phase: "checkpoint", done: 0, total: 3 });
+    report("checkpoint", 0);
     const checkpoint = await openCheckpoint(folder, { variant, signal });
     const ladder = ladderOf(checkpoint);
 
     // 2. The runtime; 3. the graphs as it wants them, which checks every weight's name, type and shape.
-    onProgress?.({ phase: "runtime", done: 1, total: 3 });
+    report("runtime", 1);
     let graphs = new GraphLibrary(checkpoint);
     const opened = await openRuntime(checked.runtime, checked, weightsOf(graphs), (candidate) => {
       graphs = new GraphLibrary(checkpoint, candidate.emitOptions);
       if (candidate.device) checkDeviceMemory(graphs, candidate.device);
     });
+    const { runtime } = opened;
     try {
-      signal?.throwIfAborted();
-      onProgress?.({ phase: "graphs", done: 2, total: 3 });
+      report("graphs", 2);
       const subject = costSubject(graphs, opened);
-      onProgress?.({ phase: "graphs", done: 3, total: 3 });
+      report("graphs", 3);
 
       // 4. What launches cost, if it has been measured before.
       const store = new CostStore(costKey(subject), checked.cache);
-      const known = await store.read();
-      return new FlowTurbo(graphs, ladder, opened, checked, start, (graph, onError) => {
-        const { capabilities } = opened.runtime;
-        const service = new Service(opened.runtime, known, {
-          ...{ store, graph, onError, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
+      const text = new PromptEncoder(graphs);
+      return new FlowTurbo(
+        graphs,
+        opened,
+        await store.read(),
+        {
+          ...{ ladder, text, logger, templates: new Templates(checkpoint, text) },
+          ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
+          captured: checked.capture && runtime.capabilities.capture,
+          loadMilliseconds: performance.now() - start,
+        },
+        {
+          ...{ store, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue, pinBatch: null },
           about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
-          pinBatch: checked.pinBatch ?? null,
           // A batch that needs an engine is not built for the mere sake of measuring. Those that were named have one.
-          background: checked.measureCosts && (capabilities.anyShape || checked.batches !== undefined),
-          captured: checked.capture && capabilities.capture,
-        });
-        return { service, store };
-      });
+          background: checked.measureCosts && (runtime.capabilities.anyShape || checked.batches !== undefined),
+        },
+      );
     } catch (error) {
-      await opened.runtime.dispose();
+      await runtime.dispose();
       throw error;
     }
   }
 
   private constructor(
     graphs: GraphLibrary,
-    ladder: ModelFacts["ladder"],
-    opened: OpenedRuntime & { readonly choice: RuntimeChoice },
-    checked: ResolvedLoadOptions,
-    start: number,
-    serve: (
-      graph: (name: string) => OnnxGraph,
-      onError: (error: unknown) => void,
-    ) => { readonly service: Service; readonly store: CostStore },
+    { runtime, choice }: OpenedRuntime & { readonly choice: RuntimeChoice },
+    known: readonly CostEntry[],
+    model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours">,
+    serving: Omit<ServiceOptions, "graph" | "onError" | "captured">,
   ) {
     const { checkpoint } = graphs;
-    const { runtime, choice } = opened;
-    const logger = checked.logger ?? {};
-    const text = new PromptEncoder(graphs);
-    this.#checkpoint = checkpoint;
-    this.#graphs = graphs;
-    this.#runtime = runtime;
     this.name = path.basename(checkpoint.folder);
     this.folder = checkpoint.folder;
     this.runtime = choice;
     this.hasRefiner = checkpoint.refiner !== null;
     this.nativeSize = nativeSize(checkpoint);
-    const { service, store } = serve(
-      (name) => this.#graph(name),
-      (error) => logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
-    );
-    this.#service = service;
-    this.#store = store;
-    this.#facts = {
-      ...{ checkpoint, ladder, pinBatch: checked.pinBatch ?? null },
-      sequenceLength: { usual: text.defaultSequenceLength, most: text.maxSequenceLength },
-      captured: checked.capture && runtime.capabilities.capture,
-    };
-    this.#model = {
-      ...{ name: this.name, runtime, text, logger, keepTextEncoders: checked.keepTextEncoders },
-      templates: new Templates(checkpoint, text),
-      loadMilliseconds: performance.now() - start,
-      colours: (signal) => this.#latentColours(signal),
-    };
+    this.#graphs = graphs;
+    this.#model = { ...model, name: this.name, checkpoint, runtime, colours: (signal) => this.#latentColours(signal) };
+    this.#store = serving.store;
+    this.#service = new Service(runtime, known, {
+      ...{ ...serving, captured: model.captured, graph: (name) => this.#graph(name) },
+      onError: (error) => model.logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
+    });
   }
 
   /**
@@ -170,7 +165,7 @@ export class FlowTurbo implements ImageModel {
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const start = performance.now();
     if (this.#disposed) throw new DisposedError("This model");
-    const request = settleRequest(options, this.#facts);
+    const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
     return untilAborted(this.#tracked(this.#serve(request, start)), request.signal);
   }
@@ -199,13 +194,7 @@ export class FlowTurbo implements ImageModel {
     if (this.#disposed) throw new DisposedError("This model");
     const checked = checkOptions(profileSchema, options, "profile()");
     const sizes = checked.sizes ?? [this.nativeSize];
-    for (const size of sizes)
-      try {
-        checkSize(this.#checkpoint, size, false);
-      } catch (error) {
-        const reason = (error as Error).message;
-        throw new OptionError("sizes", `The size ${size.width}x${size.height} cannot be drawn. ${reason}`);
-      }
+    checkSizes(this.#model.checkpoint, sizes);
     return this.#tracked(this.#measure(sizes, checked));
   }
 
@@ -214,7 +203,7 @@ export class FlowTurbo implements ImageModel {
     this.#disposed ??= (async () => {
       await Promise.all(this.#calls);
       await this.#service.close();
-      await this.#runtime.dispose();
+      await this.#model.runtime.dispose();
     })();
     return this.#disposed;
   }
@@ -227,7 +216,7 @@ export class FlowTurbo implements ImageModel {
   async #serve(request: Request, start: number): Promise<GenerateResult> {
     const { candidates, pinBatch, signal, priority, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
-    const edit = request.edit && (await readEdit(request.edit, stages, this.#checkpoint.vae.config.factor));
+    const edit = request.edit && (await readEdit(request.edit, stages, this.#model.checkpoint.vae.config.factor));
     signal?.throwIfAborted();
     const { width, height } = stages.at(-1)!;
     const terms: Terms = {
@@ -246,18 +235,18 @@ export class FlowTurbo implements ImageModel {
     const { signal, onProgress, rounds, batches, maxSequenceLength } = options;
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance).map((guidance): GenerateOptions => {
-        const blocks = refinerFits(this.#checkpoint, size) ? "H1R1" : "H1";
+        const blocks = refinerFits(this.#model.checkpoint, size) ? "H1R1" : "H1";
         return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
       }),
     );
     const { text, templates } = this.#model;
     const programs = requests.flatMap((request) => {
-      const settled = settleRequest(request, this.#facts);
+      const settled = settleRequest(request, this.#model);
       const { stages } = settled.candidates[0];
       return [
         text.program("", settled.sequenceLength).program,
         templates.sampling(settled, stages, null).program,
-        encoderProgram("slot", stages[0]!.latentShape, this.#checkpoint.vae.config.factor),
+        encoderProgram("slot", stages[0]!.latentShape, this.#model.checkpoint.vae.config.factor),
       ];
     });
     const report = (done: number, total: number) => onProgress?.({ done, total });
@@ -266,7 +255,7 @@ export class FlowTurbo implements ImageModel {
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
         for (let round = 0; round < 5; round++)
-          await this.#serve(settleRequest({ ...request, count }, this.#facts), performance.now());
+          await this.#serve(settleRequest({ ...request, count }, this.#model), performance.now());
     await this.#service.store();
     return this.costs;
   }
@@ -286,7 +275,7 @@ export class FlowTurbo implements ImageModel {
   async #latentColours(signal: AbortSignal | undefined): Promise<LatentColours> {
     if (!this.#colours || this.#colours.abandoned)
       this.#colours = new SharedTask((own) =>
-        fitLatentColours(this.#checkpoint.vae.config, (program) => this.#run(program, own)),
+        fitLatentColours(this.#model.checkpoint.vae.config, (program) => this.#run(program, own)),
       );
     const task = this.#colours;
     try {
@@ -301,14 +290,15 @@ export class FlowTurbo implements ImageModel {
   /** A graph, which the runtime is told of when it is first needed. */
   #graph(name: string): OnnxGraph {
     const graph = this.#graphs.get(name);
-    if (!this.#runtime.has(name)) this.#runtime.add(graph);
+    const { runtime } = this.#model;
+    if (!runtime.has(name)) runtime.add(graph);
     return graph;
   }
 
   /** Runs a program of its own, beside the requests. */
   #run(program: Program, signal: AbortSignal) {
     for (const instruction of program.instructions) if (instruction.op === "launch") this.#graph(instruction.graph);
-    return this.#runtime.run(program, { signal });
+    return this.#model.runtime.run(program, { signal });
   }
 }
 

@@ -167,8 +167,7 @@ async function stageOf(
   const latentShape = latentShapeOf(checkpoint, batch, { width, height });
   const [, ...area] = latentShape;
   const parsed = parseBlocks(blocks);
-  const sigmas =
-    index === 0 ? shiftedSigmas(parsed.length, scheduler) : upscaleSigmas(parsed.length, scheduler, 0.6);
+  const sigmas = index === 0 ? shiftedSigmas(parsed.length, scheduler) : upscaleSigmas(parsed.length, scheduler, 0.6);
   const positions: Record<string, Constant> = {};
   for (const [type, constant] of Object.entries(positionsOf(checkpoint, latentShape)))
     positions[type] = { kind: "value", tensor: await stored(constant as StoredConstant) };

@@ -10,11 +10,11 @@ import { type Feature, graphName, type Network, networksOf } from "../networks/i
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
-import { openBuilder } from "../runtimes/index.js";
 import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
+import { openBuilder } from "../runtimes/index.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
-import { checkSize, latentShapeOf, nativeSize, refinerFits } from "./sizes.js";
+import { checkSizes, latentShapeOf, nativeSize, refinerFits } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
 
 /** One set of input shapes that an engine runs on. */
@@ -129,7 +129,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const sequenceLength = needs.maxSequenceLength ?? text.defaultSequenceLength;
   checkSequenceLength(sequenceLength, text.maxSequenceLength);
   const sizes = distinct(needs.sizes ?? [nativeSize(checkpoint)]);
-  for (const size of sizes) checkSize(checkpoint, size, false, { option: "sizes" });
+  checkSizes(checkpoint, sizes);
   const batches = [...new Set(needs.batches)].sort((a, b) => a - b);
   const features = new Set<string>(needs.features);
   const { factor } = checkpoint.vae.config;

@@ -15,13 +15,13 @@ import { noiseOf, rowOf } from "./latents.js";
 import type { LatentColours } from "./preview.js";
 import { slotValues } from "./programs.js";
 import { ProgressReporter } from "./progress.js";
-import type { Candidate, Request, RequestStage } from "./request.js";
+import type { Candidate, ModelFacts, Request, RequestStage } from "./request.js";
 import { resultOf } from "./result.js";
 import { type Templates, textsOf } from "./templates.js";
 import type { Condition, PromptEncoder } from "./text.js";
 
 /** What a loaded model draws with. */
-export interface LoadedModel {
+export interface LoadedModel extends ModelFacts {
   readonly name: string;
   readonly runtime: Runtime;
   readonly text: PromptEncoder;

@@ -24,14 +24,14 @@ import {
 } from "../schedule/index.js";
 import type { LatentShape } from "./programs.js";
 import { checkSize, latentShapeOf, nativeSize } from "./sizes.js";
+import type { PromptEncoder } from "./text.js";
 
 /** What a request has to know of a model. */
 export interface ModelFacts {
   readonly checkpoint: Checkpoint;
   /** Schedules for time limits, the richest first. */
   readonly ladder: readonly (readonly Block[])[];
-  /** Tokens of the T5 encoder. */
-  readonly sequenceLength: { readonly usual: number; readonly most: number };
+  readonly text: Pick<PromptEncoder, "defaultSequenceLength" | "maxSequenceLength">;
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
   readonly pinBatch: number | null;
@@ -93,7 +93,13 @@ const defaultUpscaleSigma = 0.6;
 /** @throws OptionError that names the option and the remedy */
 export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
   const options = checkOptions(generateSchema, given, "generate()");
-  const { image, mask, strength, keepOriginal, sequenceLength = model.sequenceLength.usual } = renamed(options);
+  const {
+    image,
+    mask,
+    strength,
+    keepOriginal,
+    maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
+  } = options;
   const { count, preview, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
@@ -112,7 +118,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   const seeds = noises ? [] : Array.from({ length: pictures }, (_, index) => seed + index);
 
   // Text.
-  checkSequenceLength(sequenceLength, model.sequenceLength.most);
+  checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
     ...{ count, preview, deadlineMs, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
@@ -124,10 +130,6 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     pinBatch: options.pinBatch ?? model.pinBatch,
     grid: options.grid ?? samplers[sampler]!.grid,
   };
-}
-
-function renamed({ maxSequenceLength, ...options }: ResolvedGenerateOptions) {
-  return { ...options, sequenceLength: maxSequenceLength };
 }
 
 /** @throws OptionError for more tokens than the T5 tokenizer takes */

@@ -59,3 +59,14 @@ export function refinerFits(checkpoint: Checkpoint, size: Size): boolean {
   const [, , height, width] = latentShapeOf(checkpoint, 1, size);
   return Math.max(height, width) <= most * checkpoint.refiner.config.patchSize;
 }
+
+/** @throws OptionError for `sizes` if the model cannot draw one of them */
+export function checkSizes(checkpoint: Checkpoint, sizes: readonly Size[]): void {
+  for (const size of sizes)
+    try {
+      checkSize(checkpoint, size, false);
+    } catch (error) {
+      const reason = (error as Error).message;
+      throw new OptionError("sizes", `The size ${size.width}x${size.height} cannot be drawn. ${reason}`);
+    }
+}

@@ -51,7 +51,7 @@ export class GraphLibrary {
     const { part, overflowsInFloat16 = false } = networks[network]!;
     const weights = part && this.checkpoint[part]?.weights;
     if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
-    return this.#options({ name: network, dtype: weights && prevailingDType(weights), overflowsInFloat16 });
+    return this.#options({ name: network, dtype: weights ? prevailingDType(weights) : null, overflowsInFloat16 });
   }
 
   #emit(name: string): OnnxGraph {

@@ -6,7 +6,7 @@ import path from "node:path";
 import { CheckpointError, embeddedModel, FlowTurbo } from "flowturbo";
 import { afterAll, beforeAll, expect, it } from "vitest";
 import { ladderOf, scheduleFile } from "../../bench/shapes/ladder.js";
-import { defaultLadder } from "../../lib/serving/deadline.js";
+import { defaultLadder, formatBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
 
 let folder: string;
@@ -91,7 +91,9 @@ it("is written from the benchmark's results, read with the model, and chosen fro
 
 it("of the embedded model, where there is one, is of schedules that it can run", async () => {
   const file = path.join(embeddedModel, "schedules.json");
-  const expected = existsSync(file) ? JSON.parse(readFileSync(file, "utf8")).ladder : defaultLadder(true);
+  const expected = existsSync(file)
+    ? JSON.parse(readFileSync(file, "utf8")).ladder
+    : defaultLadder(true).map(formatBlocks);
   await using model = await FlowTurbo.load(undefined, { cache: folder, measureCosts: false });
   const generous = { prompt: "a red circle", width: 16, height: 16, deadlineMs: 120_000 };
   expect((await model.generate(generous)).blocks).toBe(expected[0]);

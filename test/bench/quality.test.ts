@@ -25,7 +25,9 @@ describe("the samplers that are compared", () => {
     const second = await orders((n) => dpmSolver2M(velocity, noise, shiftedSigmas(n, { shift: 1 })));
     // Its last step is of first order.
     expect(second).toBeGreaterThan(1.4);
-    expect(await orders((n) => reusing(velocity, noise, "H".repeat(n), shiftedSigmas(n, { shift: 1 })))).toBeGreaterThan(1.7);
+    expect(
+      await orders((n) => reusing(velocity, noise, "H".repeat(n), shiftedSigmas(n, { shift: 1 }))),
+    ).toBeGreaterThan(1.7);
   });
 
   test("give what diffusers' DPMSolverMultistepScheduler gives", async () => {

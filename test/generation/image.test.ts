@@ -2,7 +2,7 @@
 import { readFileSync } from "node:fs";
 import sharp from "sharp";
 import { describe, expect, it } from "vitest";
-import { maskAt, originalAt, readMask, readOriginal } from "../../lib/generation/image.js";
+import { maskAt, originalAt, readMask, readOriginal } from "../../lib/generation/edit.js";
 import { coveringBox, type Raster, resampled } from "../../lib/generation/resample.js";
 import { fixture } from "../support/fixtures.js";
 

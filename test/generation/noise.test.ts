@@ -3,7 +3,7 @@ import { describe, expect, it } from "vitest";
 import { readSafetensorsHeader, readTensor } from "../../lib/checkpoint/index.js";
 import { NoiseGenerator } from "../../lib/generation/noise.js";
 
-const fixture = (name: string) => path.join(import.meta.dirname, "fixtures", name);
+const fixture = (name: string) => path.join(import.meta.dirname, "../fixtures", name);
 
 describe("NoiseGenerator", () => {
   it.each(["large", "medium", "sd3"])("draws torch's noise for the seeds of %s", async (name) => {

@@ -1,13 +1,14 @@
-// Engines have fixed shapes: whatever a picture's program launches must be among the profiles that were planned for its
+// Engines have fixed shapes: whatever a picture's program launches must be among the profiles that are required for its
 // size and batch. Programs are recorded by a runtime that answers zeros.
 import { expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { OptionError } from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/flowturbo.js";
-import { type EnginePlan, plannedEngines } from "../../lib/generation/engines.js";
-import type { GenerateOptions } from "../../lib/options.js";
-import type { Constant, Program, Register } from "../../lib/program/program.js";
+import { type EngineNeeds, requiredEngines } from "../../lib/generation/engines.js";
+import type { GenerateOptions } from "../../lib/model.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import { type Constant, type Program, type Register, shapeOf } from "../../lib/program/program.js";
 import type { RunOptions } from "../../lib/runtimes/runtime.js";
 import { fixture, fixtureNames } from "../support/fixtures.js";
 
@@ -63,7 +64,7 @@ function launches(): { graph: string; inputs: Record<string, readonly number[]> 
       if (instruction.op !== "launch") return [];
       const inputs = Object.entries(instruction.inputs).map(([input, operand]) => {
         const constant = constants[operand];
-        const { shape } = constant ? (constant.kind === "value" ? constant.tensor : constant) : registers[operand]!;
+        const { shape } = constant ? shapeOf(constant) : registers[operand]!;
         return [input, shape] as const;
       });
       return [{ graph: instruction.graph, inputs: Object.fromEntries(inputs) }];
@@ -82,7 +83,7 @@ const stages = [
   { ...wide, blocks: "HP" },
 ];
 
-const cases: [string, Omit<GenerateOptions, "prompt">, EnginePlan][] = [
+const cases: [string, Omit<GenerateOptions, "prompt">, EngineNeeds][] = [
   ["one picture", small, { sizes: [small], batches: [1], guidance: "on" }],
   ["four without guidance", { ...wide, count: 4, guidanceScale: 1 }, { sizes: [wide], batches: [4], guidance: "off" }],
   ["a batch in pieces", { ...large, count: 10 }, { sizes: [large], batches: [10], guidance: "on" }],
@@ -106,19 +107,20 @@ const cases: [string, Omit<GenerateOptions, "prompt">, EnginePlan][] = [
   ["native size", {}, { batches: [1], guidance: "on" }],
 ];
 
-it.each(cases)("profiles for %s cover every launch", async (_, options, plan) => {
+it.each(cases)("profiles for %s cover every launch", async (_, options, needs) => {
   for (const name of fixtureNames) {
     await using model = await FlowTurbo.load(fixture(name, "model"), {
       // As with engines of one batch only.
-      pinBatch: plan.batches[0],
+      pinBatch: needs.batches[0],
       measureCosts: false,
     });
     await model.generate({ prompt: "a red circle", ...options });
-    const engines = plannedEngines(await openCheckpoint(fixture(name, "model")), plan);
+    const engines = requiredEngines(new GraphLibrary(await openCheckpoint(fixture(name, "model"))), needs);
     const recorded = launches();
     expect(recorded.length).toBeGreaterThan(3);
     for (const { graph, inputs } of recorded) {
-      const profiles = engines.find((engine) => engine.name === graph)?.profiles.map((profile) => profile.inputs) ?? [];
+      const profiles =
+        engines.find((engine) => engine.graph === graph)?.profiles.map((profile) => profile.inputs) ?? [];
       const text = ["clip_l", "clip_g", "t5"].includes(graph);
       // Texts are independent of each other: those that no profile takes together are encoded one by one.
       const wanted = text ? { ...inputs, ids: [1, inputs.ids![1]!] } : inputs;
@@ -128,21 +130,21 @@ it.each(cases)("profiles for %s cover every launch", async (_, options, plan) =>
 });
 
 it("names every graph once, and each profile once", async () => {
-  const engines = plannedEngines(await openCheckpoint(fixture("medium", "model")), {
+  const engines = requiredEngines(new GraphLibrary(await openCheckpoint(fixture("medium", "model"))), {
     ...{ sizes: [small, wide, { ...small }], batches: [4, 1, 4], guidance: "both" },
     features: ["previews", "stages", "editing"],
   });
-  const names = engines.map(({ name }) => name);
+  const names = engines.map(({ graph }) => graph);
   expect(new Set(names).size).toBe(names.length);
   expect(names).toHaveLength(15);
-  for (const { name, profiles } of engines) {
+  for (const { graph, profiles } of engines) {
     const shapes = profiles.map(({ inputs }) => JSON.stringify(inputs));
-    expect(new Set(shapes).size, name).toBe(shapes.length);
+    expect(new Set(shapes).size, graph).toBe(shapes.length);
   }
 });
 
 it("refuses stages of one size", async () => {
   const checkpoint = await openCheckpoint(fixture("medium", "model"));
-  const plan: EnginePlan = { sizes: [small], batches: [1], guidance: "on", features: ["stages"] };
-  expect(() => plannedEngines(checkpoint, plan)).toThrow(OptionError);
+  const needs: EngineNeeds = { sizes: [small], batches: [1], guidance: "on", features: ["stages"] };
+  expect(() => requiredEngines(new GraphLibrary(checkpoint), needs)).toThrow(OptionError);
 });

@@ -1,61 +1,92 @@
 import { describe, expect, it } from "vitest";
-import { float32 } from "../../lib/common/tensor.js";
-import { placeholder } from "../../lib/generation/progress.js";
-import {
-  parseBlocks,
-  type SamplingRequest,
-  samplingProgram,
-  shiftedSigmas,
-  withValues,
-} from "../../lib/schedule/index.js";
+import { type FloatTensor, float32 } from "../../lib/common/tensor.js";
+import { encoderProgram, type SamplingKind, samplingTemplate, slotValues } from "../../lib/generation/programs.js";
+import { bind, type Program } from "../../lib/program/program.js";
+import { validateProgram } from "../../lib/program/validate.js";
+import { parseBlocks, scheduleOf, shiftedSigmas } from "../../lib/schedule/index.js";
 
-type Names = "predict" | "refine" | "decode" | "encode" | "join" | "noised" | "merge" | "preview";
-const names: Names[] = ["predict", "refine", "decode", "encode", "join", "noised", "merge", "preview"];
-const graphs = Object.fromEntries(names.map((name) => [name, name])) as Record<Names, string>;
 const positions = {
   kind: "stored",
   source: { name: "p", dtype: "F32", shape: [64], file: "/p", offset: 0, length: 256 },
   ...{ shape: [1, 4, 4], firstElement: 0, rowElements: 16, strideElements: 16, rows: 1 },
 } as const;
 
-/** @param tensor makes the values of a shape */
-function request(
-  kind: "plain" | "edited" | "original" | "stages" | "preview",
-  tensor: (...shape: number[]) => ReturnType<typeof placeholder>,
-): SamplingRequest {
-  const blocks = parseBlocks("H1P2");
+type What = "plain" | "started from an original" | "inpainted" | "of two stages" | "previewed";
+
+function kindOf(what: What): SamplingKind {
+  const schedule = scheduleOf(parseBlocks("H1P2"), shiftedSigmas(3, { shift: 3 }));
   const stage = (side: number) => ({
-    ...{ blocks, sigmas: shiftedSigmas(3, 3), noise: tensor(1, 4, side, side) },
-    positions: { predict: positions, refine: null },
+    ...{ schedule, latentShape: [1, 4, side, side] as const, positions: { predict: positions } },
+    ...{ hasOriginal: what === "started from an original" || what === "inpainted", hasMask: what === "inpainted" },
   });
-  const first = {
-    ...stage(4),
-    originalLatents: kind === "edited" ? tensor(1, 4, 4, 4) : undefined,
-    original: kind === "original" ? tensor(1, 3, 8, 8) : undefined,
-    mask: kind === "edited" ? tensor(1, 1, 4, 4) : undefined,
-  };
   return {
-    stages: kind === "stages" ? [first, stage(8)] : [first],
-    context: tensor(2, 3, 5),
-    pooled: tensor(2, 6),
-    colours: kind === "preview" ? { map: tensor(3, 4), bias: tensor(3, 1) } : undefined,
-    preview: kind === "preview" ? "fast" : undefined,
-    ...{ guidanceScale: 4.5, graphs, vaeFactor: 2, imageChannels: 3, pixelsAtOnce: 1000 },
+    stages: what === "of two stages" ? [stage(4), stage(8)] : [stage(4)],
+    ...{ contextShape: [2, 3, 5], pooledShape: [2, 6], guidanceScale: 4.5, vaeFactor: 2, imageChannels: 3 },
+    preview: what === "previewed" ? "fast" : undefined,
   };
 }
 
-describe("withValues", () => {
-  it.each(["plain", "edited", "original", "stages", "preview"] as const)(
-    "%s: a program of placeholders that is given values is the program that was made of them",
-    (kind) => {
-      let next = 0;
-      const values = request(kind, (...shape) =>
-        float32(shape, new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(++next)),
-      );
-      const sketch = samplingProgram(request(kind, placeholder));
-      const before = structuredClone(sketch);
-      expect(withValues(sketch, values)).toEqual(samplingProgram(values));
-      expect(sketch).toEqual(before);
-    },
+let next = 0;
+const values = (...shape: number[]): FloatTensor =>
+  float32(shape, new Float32Array(shape.reduce((a, b) => a * b, 1)).fill(++next));
+
+function valuesOf(kind: SamplingKind) {
+  return slotValues({
+    stages: kind.stages.map(({ latentShape: [, channels, height, width], hasOriginal, hasMask }) => ({
+      noise: values(1, channels, height, width),
+      original: hasOriginal ? values(1, channels, height, width) : undefined,
+      mask: hasMask ? values(1, 1, height, width) : undefined,
+    })),
+    context: values(...kind.contextShape),
+    pooled: values(...kind.pooledShape),
+    colours: kind.preview && { map: values(3, 4), bias: values(3, 1) },
+  });
+}
+
+const slotsOf = ({ constants }: Program) =>
+  Object.entries(constants).flatMap(([name, { kind }]) => (kind === "slot" ? [name] : []));
+
+describe.each(["plain", "started from an original", "inpainted", "of two stages", "previewed"] as const)(
+  "the template of a picture that is %s",
+  (what) => {
+    it("has a slot for each value, and no others", () => {
+      const kind = kindOf(what);
+      expect(slotsOf(samplingTemplate(kind).program).sort()).toEqual(Object.keys(valuesOf(kind)).sort());
+    });
+
+    it("runs with its values only, which leave the template as it was", () => {
+      const kind = kindOf(what);
+      const { program, image } = samplingTemplate(kind);
+      const before = structuredClone(program);
+      expect(() => validateProgram(program, () => true)).toThrow(/slot ".*" has no value/);
+      const given = valuesOf(kind);
+      const bound = bind(program, given);
+      expect([...validateProgram(bound, () => true).keys()]).toContain(image);
+      for (const [name, tensor] of Object.entries(given))
+        expect(bound.constants[name]).toEqual({ kind: "value", tensor });
+      expect(program).toEqual(before);
+      const { context, ...rest } = given;
+      expect(context).toBeDefined();
+      expect(() => validateProgram(bind(program, rest), () => true)).toThrow(/slot "context" has no value/);
+    });
+  },
+);
+
+describe("bind", () => {
+  const { program } = samplingTemplate(kindOf("plain"));
+
+  it("refuses a name that is no slot, and a value of another shape", () => {
+    expect(() => bind(program, { nothing: values(1) })).toThrow(/no slot "nothing"/);
+    expect(() => bind(program, { "stage1.zeros": values(2, 4, 4, 4) })).toThrow(/no slot "stage1.zeros"/);
+    expect(() => bind(program, { pooled: values(1, 6) })).toThrow(
+      /"pooled" is float32 \[2,6\], and the value float32 \[1,6\]/,
+    );
+  });
+});
+
+it("an encoder's program reads its picture, or has a slot for it", () => {
+  const picture = values(1, 3, 8, 8);
+  expect(bind(encoderProgram("slot", [1, 4, 4, 4], 2), { image: picture })).toEqual(
+    encoderProgram(picture, [1, 4, 4, 4], 2),
   );
 });

@@ -97,18 +97,29 @@ describe("costs", () => {
     expect(progress[0]).toBe(0);
     expect(progress.at(-1)).toBe(1);
     const graphs = new Set(costs.entries.map(({ graph }) => graph));
-    for (const graph of ["clip_l", "clip_g", "t5", "predict", "refine", "vae_encoder", "vae_decoder", "host"])
+    for (const graph of [
+      "clip_l",
+      "clip_g",
+      "t5",
+      "predict.guidance",
+      "refine.guidance",
+      "vae_encoder",
+      "vae_decoder",
+      "host",
+    ])
       expect(graphs).toContain(graph);
     const step = (batch: number) =>
-      costs.entries.find((entry) => entry.graph === "predict" && entry.size === "32x32" && entry.batch === batch)!;
+      costs.entries.find(
+        (entry) => entry.graph === "predict.guidance" && entry.size === "32x32" && entry.batch === batch,
+      )!;
     for (const batch of [1, 2]) {
       const { milliseconds, low, high, runs } = step(batch);
       expect(low).toBeLessThanOrEqual(milliseconds);
       expect(high).toBeGreaterThanOrEqual(milliseconds);
       expect(runs).toBeGreaterThanOrEqual(3);
     }
-    expect(costs.estimate("predict", "32x32", 1)).toBeCloseTo(step(1).milliseconds * costs.drift, 6);
-    expect(costs.estimate("predict", "8x8", 1)).toBeNull();
+    expect(costs.estimate("predict.guidance", "32x32", 1)).toBeCloseTo(step(1).milliseconds * costs.drift, 6);
+    expect(costs.estimate("predict.guidance", "8x8", 1)).toBeNull();
     const [file] = readdirSync(costs.folder);
     const { entries } = JSON.parse(readFileSync(path.join(costs.folder, file!), "utf8"));
     expect(entries.length).toBeGreaterThanOrEqual(costs.entries.length);
@@ -127,7 +138,12 @@ describe("costs", () => {
     await fresh.generate({ prompt: "a red circle", width: 16, height: 16, blocks: "H1R1", seed: 1 });
     for (let turn = 0; turn < 200 && !existsSync(fresh.costs.folder); turn++) await setTimeout(100);
     const known = fresh.costs.entries.map(({ graph, size, batch }) => `${graph} ${size} ${batch}`);
-    for (const entry of ["predict 16x16 1", "predict 16x16 2", "refine 16x16 1", "vae_decoder 16x16 2"])
+    for (const entry of [
+      "predict.guidance 16x16 1",
+      "predict.guidance 16x16 2",
+      "refine.guidance 16x16 1",
+      "vae_decoder 16x16 2",
+    ])
       expect(known).toContain(entry);
     await fresh.dispose();
   });
@@ -250,8 +266,8 @@ describe("the queue", () => {
     expect(narrow.stats().requests).toMatchObject({ accepted: 5, refused: 2, completed: 5 });
     const { queued, total, launches } = narrow.stats().milliseconds;
     expect([queued.count, total.count]).toEqual([5, 5]);
-    expect(launches.predict!.count).toBeGreaterThan(5 * 2);
-    expect(launches.predict!.counts).toHaveLength(launches.predict!.bounds.length + 1);
+    expect(launches["predict.guidance"]!.count).toBeGreaterThan(5 * 2);
+    expect(launches["predict.guidance"]!.counts).toHaveLength(launches["predict.guidance"]!.bounds.length + 1);
   });
 
   it("is left by those that are aborted while they wait", async () => {

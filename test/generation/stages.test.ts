@@ -297,7 +297,7 @@ describe("stages", () => {
     ]);
     expect(events.every(({ steps, stages }) => steps === 5 && stages === 3)).toBe(true);
     expect(batch.timings.steps).toHaveLength(5);
-    expect(batch.timings.join).toBeGreaterThan(0);
+    expect(batch.timings.upscale).toBeGreaterThan(0);
     expect(batch.stages[2]!.sigmas[0]).toBe(0.3);
     const alone = await shapes.generate({ prompt: "a red circle", stages, seed: 8 });
     const row = { ...alone.latents, data: batch.latents.data.slice(alone.latents.data.length) } as FloatTensor;

@@ -17,8 +17,8 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     const checkpoint = await openCheckpoint(fixture(name, "model"));
     const graphs = new GraphLibrary(checkpoint);
     runtime = new OnnxRuntime({ weights: "lazy", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
-    for (const graph of graphs.essential) runtime.add(graphs.get(graph));
-    encoder = new PromptEncoder(checkpoint);
+    for (const { graph } of graphs.essential) runtime.add(graph);
+    encoder = new PromptEncoder(graphs);
   });
   afterAll(() => runtime.dispose());
 

@@ -25,10 +25,10 @@ import { CacheError, CheckpointError, CompileError, MemoryError, OptionError } f
 import { type CompileReport, compileEngines, requiredEngines } from "../../lib/generation/engines.js";
 import type { CompileEnginesOptions, EngineProgress } from "../../lib/model.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
-import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import type { CompileProgress } from "../../lib/runtimes/builder.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
+import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { fixture, fixtureNames } from "../support/fixtures.js";
 import { cli, copyOf, describeEngines, rtxFolder, startNode, temporaryFolder } from "./support.js";
 
@@ -78,7 +78,14 @@ describeEngines("the engines of a fixture", () => {
         version: "1.7.1.116",
         cache: path.join(cache, "engines"),
       });
-      const graphs = ["clip_l", "clip_g", ...(name === "sd3" ? [] : ["t5"]), "predict.guidance", "refine.guidance", "vae_decoder"];
+      const graphs = [
+        "clip_l",
+        "clip_g",
+        ...(name === "sd3" ? [] : ["t5"]),
+        "predict.guidance",
+        "refine.guidance",
+        "vae_decoder",
+      ];
       expect(built.engines.map(({ graph }) => graph)).toEqual(graphs);
       for (const engine of built.engines) {
         const { graph, stepType, profiles, plan, bytes, sha256, cached, rebuilt } = engine;
@@ -166,9 +173,9 @@ describeEngines("the engines of a fixture", () => {
     ]);
     // Texts can always be encoded one by one.
     expect(required[0]!.profiles.map(({ batch }) => batch)).toEqual([1, 2, 4]);
-    expect(() =>
-      requiredEngines(graphs, { batches: [1], sizes: [{ width: 65, height: 64 }], guidance: "on" }),
-    ).toThrow(OptionError);
+    expect(() => requiredEngines(graphs, { batches: [1], sizes: [{ width: 65, height: 64 }], guidance: "on" })).toThrow(
+      OptionError,
+    );
   });
 
   it("computes each network in its own type, T5 never in float16", async () => {

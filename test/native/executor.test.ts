@@ -19,10 +19,9 @@ import type { LaunchReport } from "../../lib/runtimes/runtime.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
 import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
 import type { TensorRtRuntime, TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/runtime.js";
-import { samplingProgram } from "../../lib/schedule/index.js";
 import { addGraphs, double, values } from "../runtimes/contract.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
-import { cases, draw, requestOf, samplingGraphs } from "../support/sampling.js";
+import { cases, draw, requestOf, samplingGraphs, samplingProgram } from "../support/sampling.js";
 import { leftOver, planText, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 

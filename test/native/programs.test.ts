@@ -1,8 +1,7 @@
 // Schedules on the simulated device, against the same closed form in TypeScript: bit for bit, since both round
 // after each operation.
 import { afterEach, describe, expect, it, vi } from "vitest";
-import { samplingProgram } from "../../lib/schedule/index.js";
-import { cases, draw, requestOf, samplingGraphs } from "../support/sampling.js";
+import { cases, draw, requestOf, samplingGraphs, samplingProgram } from "../support/sampling.js";
 import { leftOver, SimulatedEngines, simulated, simulatedRuntime } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 

@@ -77,9 +77,9 @@ describe("planSteps", () => {
   });
 
   it("converges at second order with P and at first order with E", () => {
-    const exact = reference(0.3, new Array<Block>(4096).fill("H"), shiftedSigmas(4096, 3)).x;
+    const exact = reference(0.3, new Array<Block>(4096).fill("H"), shiftedSigmas(4096, { shift: 3 })).x;
     const error = (block: Block, n: number) =>
-      Math.abs(launched(0.3, new Array<Block>(n).fill(block), shiftedSigmas(n, 3)) - exact);
+      Math.abs(launched(0.3, new Array<Block>(n).fill(block), shiftedSigmas(n, { shift: 3 })) - exact);
     expect(error("E", 64) / error("E", 128)).toBeGreaterThan(1.8);
     expect(error("E", 64) / error("E", 128)).toBeLessThan(2.3);
     expect(error("P", 64) / error("P", 128)).toBeGreaterThan(3.4);

@@ -27,7 +27,8 @@ describe("shiftedSigmas", () => {
 describe("diffusersSigmas", () => {
   it("equals FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(4)", () => {
     const expected = [1, 0.857692, 0.602151, 0.008929, 0];
-    for (const [i, sigma] of diffusersSigmas(4, { shift: 3, numTrainTimesteps: 1000 }).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
+    for (const [i, sigma] of diffusersSigmas(4, { shift: 3, numTrainTimesteps: 1000 }).entries())
+      expect(sigma).toBeCloseTo(expected[i]!, 6);
   });
 
   it("equals diffusers' sigmas for other lengths and shifts", () => {
@@ -37,9 +38,9 @@ describe("diffusersSigmas", () => {
     expect(Object.keys(printed).length).toBeGreaterThan(3);
     for (const [key, sigmas] of Object.entries(printed)) {
       const [n, s] = key.split(",").map(Number) as [number, number];
-      const sigmas = diffusersSigmas(n, { shift: s, numTrainTimesteps: 1000 });
-      expect(sigmas).toHaveLength(n + 1);
-      for (const [i, sigma] of grid.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
+      const computed = diffusersSigmas(n, { shift: s, numTrainTimesteps: 1000 });
+      expect(computed).toHaveLength(n + 1);
+      for (const [i, sigma] of computed.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
     }
   });
 });

@@ -12,7 +12,7 @@ import { afterAll, beforeAll, expect, it, vi } from "vitest";
 import { type FloatTensor, float32 } from "../../lib/common/tensor.js";
 import { RuntimeDiedError } from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/flowturbo.js";
-import type { GenerateOptions } from "../../lib/options.js";
+import type { GenerateOptions } from "../../lib/model.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import type { OnnxRuntimeOptions } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Workspace } from "../../lib/runtimes/runtime.js";

@@ -3,8 +3,16 @@
 // rather than from programs.
 
 import { elementCount, type FloatTensor, float32 } from "../../lib/common/tensor.js";
+import {
+  type SamplingStage,
+  type SamplingTemplate,
+  samplingTemplate,
+  slotValues,
+} from "../../lib/generation/programs.js";
+import { graphName } from "../../lib/networks/index.js";
+import { bind } from "../../lib/program/program.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
-import { type Block, parseBlocks, type SamplingRequest, type SamplingStage } from "../../lib/schedule/index.js";
+import { parseBlocks, type StepType, scheduleOf } from "../../lib/schedule/index.js";
 import { type ClosedForm, closedForms } from "../runtimes/models.js";
 
 const channels = 4;
@@ -33,7 +41,7 @@ function step(network: string, guided: boolean): ClosedForm {
   };
 }
 
-const noised = "latents 1 sigma - * noise sigma * +";
+const withNoise = "latents 1 sigma - * noise sigma * +";
 
 /** Of the graphs that sample, by name. @param side pixels of a latent's side */
 export const samplingForms = (guided: boolean, side = factor): Record<string, ClosedForm> => ({
@@ -52,24 +60,24 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
     outputs: ({ image }) => ({ latents: [image![0]!, channels, image![2]! / side, image![3]! / side] }),
     formulas: ["latents image 2 *"],
   },
-  join: {
+  upscale: {
     inputs: { latents: "float32", noise: "float32", sigma: "float32" },
     outputs: ({ noise }) => ({ x: noise! }),
-    formulas: [`x ${noised}`],
+    formulas: [`x ${withNoise}`],
   },
-  noised: {
+  scale_noise: {
     inputs: { latents: "float32", noise: "float32", sigma: "float32" },
     outputs: ({ noise }) => ({ x: noise! }),
-    formulas: [`x ${noised}`],
+    formulas: [`x ${withNoise}`],
   },
-  merge: {
+  inpaint_blend: {
     inputs: Object.fromEntries(
       ["x", "velocity", "latents", "noise", "mask", "sigma"].map((name) => [name, "float32"] as const),
     ),
     outputs: ({ x, velocity }) => ({ x_next: x!, velocity_next: velocity! }),
     temporaries: { known: "noise", direction: "noise" },
     formulas: [
-      `known ${noised}`,
+      `known ${withNoise}`,
       "direction noise latents -",
       "x_next mask x * 1 mask - known * +",
       "velocity_next mask velocity * 1 mask - direction * +",
@@ -77,9 +85,12 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
   },
 });
 
-/** Graphs by the names that `request` gives them. */
+const withVariants = ["predict", "refine", "inpaint_blend", "preview"];
+
+/** The graphs under the names that templates give them. */
 export function samplingGraphs(guided: boolean): CompilableGraph[] {
-  return Object.entries(samplingForms(guided)).map(([name, form]) => {
+  return Object.entries(samplingForms(guided)).map(([network, form]) => {
+    const name = graphName({ network, guidance: guided && withVariants.includes(network) });
     const graph = { name, bytes: new Uint8Array(), externals: new Map(), fingerprint: `${name} ${guided}` };
     closedForms.set(graph, form);
     return graph;
@@ -114,25 +125,39 @@ function numbers(shape: readonly number[], seed: number): FloatTensor {
   return float32(shape, data);
 }
 
-export function requestOf({ stages, guided = true, inpainted = false }: Case, batch: number): SamplingRequest {
+/** Pictures to draw: the kind and the values of all of them. */
+export interface Sampling {
+  readonly stages: readonly (SamplingStage & {
+    readonly positions: Readonly<Record<StepType, { readonly kind: "value"; readonly tensor: FloatTensor }>>;
+    readonly noise: FloatTensor;
+    readonly original?: FloatTensor;
+    readonly mask?: FloatTensor;
+  })[];
+  readonly context: FloatTensor;
+  readonly pooled: FloatTensor;
+  readonly guidanceScale: number | null;
+}
+
+export function requestOf({ stages, guided = true, inpainted = false }: Case, batch: number): Sampling {
   const rows = guided ? 2 * batch : batch;
   return {
-    stages: stages.map((text, index): SamplingStage => {
+    stages: stages.map((text, index) => {
       const blocks = parseBlocks(text);
       const side = 4 * (index + 1);
       const positions = (seed: number) => {
         return { kind: "value", tensor: numbers([1, (side / 2) ** 2, 3], seed) } as const;
       };
+      const sigmas = Array.from(
+        { length: blocks.length + 1 },
+        (_, point) => (0.9 - 0.2 * index) * (1 - point / blocks.length),
+      );
       return {
-        blocks,
-        sigmas: Array.from(
-          { length: blocks.length + 1 },
-          (_, point) => (0.9 - 0.2 * index) * (1 - point / blocks.length),
-        ),
-        noise: numbers([batch, channels, side, side], 1 + index),
+        schedule: scheduleOf(blocks, sigmas),
+        latentShape: [batch, channels, side, side],
         positions: { predict: positions(11), refine: positions(12) },
+        ...{ hasOriginal: inpainted, hasMask: inpainted, noise: numbers([batch, channels, side, side], 1 + index) },
         ...(inpainted && {
-          original: numbers([1, 3, side * factor, side * factor], 21),
+          original: numbers([1, channels, side, side], 21),
           mask: float32(
             [1, 1, side, side],
             numbers([side * side], 22).data.map((value) => (value > 0 ? 1 : 0)),
@@ -143,19 +168,22 @@ export function requestOf({ stages, guided = true, inpainted = false }: Case, ba
     context: numbers([rows, 5, 6], 31),
     pooled: numbers([rows, 7], 32),
     guidanceScale: guided ? 3.5 : null,
-    graphs: {
-      ...{ predict: "predict", refine: "refine", decode: "vae_decoder", encode: "vae_encoder" },
-      ...{ join: "join", noised: "noised", merge: "merge", preview: "preview" },
-    },
-    vaeFactor: factor,
-    imageChannels: 3,
-    // Two pictures of the second stage: larger batches are taken apart.
-    pixelsAtOnce: 2 * (8 * factor) ** 2,
   };
 }
 
+/** The program that draws them: the product's template, with the values bound. */
+export function samplingProgram({ stages, context, pooled, guidanceScale }: Sampling): SamplingTemplate {
+  const template = samplingTemplate({
+    ...{ stages, guidanceScale, vaeFactor: factor, imageChannels: 3 },
+    contextShape: context.shape as [number, number, number],
+    pooledShape: pooled.shape as [number, number],
+  });
+  const values = stages.map(({ noise, original, mask }) => ({ noise, original, mask }));
+  return { ...template, program: bind(template.program, slotValues({ stages: values, context, pooled })) };
+}
+
 /** The same pictures, computed here. */
-export function draw(request: SamplingRequest): { latents: Float32Array; image: Float32Array } {
+export function draw(request: Sampling): { latents: Float32Array; image: Float32Array } {
   const batch = request.stages[0]!.noise.shape[0]!;
   const rows = request.context.shape[0]!;
   const scale = request.guidanceScale;
@@ -184,19 +212,16 @@ export function draw(request: SamplingRequest): { latents: Float32Array; image: 
 
   let latents: FloatTensor | null = null;
   for (const [index, stage] of request.stages.entries()) {
-    const noise = stage.noise as FloatTensor;
+    const noise = stage.noise;
     const shape = noise.shape;
-    const start = stage.sigmas[0]!;
-    const original =
-      stage.original &&
-      each([1, ...shape.slice(1)], (row, place) => float(at(stage.original as FloatTensor, row, place) * 2));
+    const start = stage.schedule.sigmas[0]!;
+    const { original } = stage;
     let x: FloatTensor = index > 0 ? mix(latents!, noise, start) : original ? mix(original, noise, start) : noise;
     let velocity: FloatTensor | null = null;
 
     /** x + a_old·g(v) + a_new·g(v'), and v' = network(x + a_in·g(v)). */
     const evaluate = (type: "predict" | "refine", sigma: number, aIn: number, aOld: number, aNew: number) => {
-      const positions = stage.positions[type]!;
-      const table = (positions as { tensor: FloatTensor }).tensor;
+      const table = stage.positions[type].tensor;
       const old = velocity ?? each([rows, ...shape.slice(1)], () => 0);
       const next = each(old.shape, (row, place) => {
         const point = float(at(x, row, place) + float(float(aIn) * guided(old, row % batch, place)));
@@ -204,8 +229,8 @@ export function draw(request: SamplingRequest): { latents: Float32Array; image: 
           type === "predict"
             ? float(float(point * 0.5) + float(sigma))
             : float(float(float(point * 0.75) + at(old, row, place)) - float(float(sigma) * 0.5));
-        const context = float(body + float(at(request.context as FloatTensor, row, place) * 0.25));
-        const pooled = float(context + float(at(request.pooled as FloatTensor, row, place) * 0.125));
+        const context = float(body + float(at(request.context, row, place) * 0.25));
+        const pooled = float(context + float(at(request.pooled, row, place) * 0.125));
         return float(pooled + float(at(table, row, place) * 0.0625));
       });
       const moved = each(shape, (row, place) => {
@@ -221,8 +246,8 @@ export function draw(request: SamplingRequest): { latents: Float32Array; image: 
       return next;
     };
 
-    for (const [block, kind] of (stage.blocks as readonly Block[]).entries()) {
-      const [from, to] = [stage.sigmas[block]!, stage.sigmas[block + 1]!];
+    for (const [block, kind] of stage.schedule.blocks.entries()) {
+      const [from, to] = [stage.schedule.sigmas[block]!, stage.schedule.sigmas[block + 1]!];
       if (kind === "E") {
         const { moved, next } = evaluate("predict", from, 0, 0, to - from);
         x = moved;
@@ -235,7 +260,7 @@ export function draw(request: SamplingRequest): { latents: Float32Array; image: 
         velocity = correct("predict", from, to);
       }
       if (stage.mask && original) {
-        const mask = stage.mask as FloatTensor;
+        const { mask } = stage;
         const blend = (fresh: FloatTensor, known: (row: number, place: number) => number) =>
           each(fresh.shape, (row, place) => {
             const share = at(mask, row, place);
