@@ -55,10 +55,13 @@ export class SharedTask<T> {
   readonly #controller = new AbortController();
   readonly #promise: Promise<T>;
   #waiting = 0;
+  #isOver = false;
 
   constructor(work: (signal: AbortSignal) => Promise<T>) {
-    this.#promise = work(this.#controller.signal);
-    // Each caller hears of a failure by `join`; if all have left, nobody needs to.
+    this.#promise = work(this.#controller.signal).finally(() => {
+      this.#isOver = true;
+    });
+    // Each caller gets a failure from `join`; if all have left, nobody needs it.
     this.#promise.catch(() => {});
   }
 
@@ -74,7 +77,7 @@ export class SharedTask<T> {
     try {
       return await untilAborted(this.#promise, signal);
     } finally {
-      if (--this.#waiting === 0) this.#controller.abort();
+      if (--this.#waiting === 0 && !this.#isOver) this.#controller.abort();
     }
   }
 }

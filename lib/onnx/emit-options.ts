@@ -1,5 +1,7 @@
 /** Which of several ways to write the same arithmetic in ONNX: each runtime says what it wants. */
 
+import type { StoredDType } from "../common/tensor.js";
+
 /** How graphs are emitted for a runtime. */
 export interface EmitOptions {
   /** The type that networks compute in; states, inputs and outputs are float32 whatever it is. */
@@ -28,3 +30,12 @@ export const cpuEmitOptions: EmitOptions = {
   groupNorm: "instance",
   attention: "operator",
 };
+
+/** A network as far as it matters to how it is emitted. */
+export interface EmittedNetwork {
+  readonly name: string;
+  /** Type that most of its weights are stored in; null for one without weights. */
+  readonly dtype: StoredDType | null;
+  /** Whether it must not be computed in float16. */
+  readonly overflowsInFloat16: boolean;
+}

@@ -21,6 +21,19 @@ export type Attribute = number | string | readonly number[] | { readonly float: 
 /** A dimension: a number, or the name of one that is known only when the graph runs. */
 export type Dimension = number | string;
 
+/**
+ * Dimensions as numbers.
+ * @param sizes what the names stand for
+ * @throws RangeError for a name that they lack
+ */
+export function shapeWith(dimensions: readonly Dimension[], sizes: Readonly<Record<string, number>>): number[] {
+  return dimensions.map((dimension) => {
+    const size = typeof dimension === "number" ? dimension : sizes[dimension];
+    if (size === undefined) throw new RangeError(`There is no size for the dimension "${dimension}".`);
+    return size;
+  });
+}
+
 /** A finished graph; see `CompilableGraph` in the runtimes. */
 export interface OnnxGraph {
   readonly name: string;

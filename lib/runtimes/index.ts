@@ -7,23 +7,26 @@ import { FlowTurboError, RuntimeUnavailableError } from "../errors.js";
 import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
-import { tensorRtKinds } from "./tensorrt/flavours.js";
+import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-export const runtimes: Record<string, RuntimeRow> = {
-  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
+const rows = {
+  ...(Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])) as Record<TensorRtKind, RuntimeRow>),
   onnxruntime,
 };
 
-/** Names of the runtimes that there are when it is called, in the order of the table. */
-export function runtimeNames(): string[] {
-  return Object.keys(runtimes);
-}
+export type RuntimeName = keyof typeof rows;
+/** Runtimes that engines are built for. */
+export type BuilderName = TensorRtKind;
 
-/** Names of those of them that build engines. */
-export function builderNames(): string[] {
-  return runtimeNames().filter((name) => runtimes[name]!.builder);
-}
+/** The table of runtimes by name. */
+export const runtimes: Record<string, RuntimeRow> = rows;
+
+/** Names of the runtimes that there are when it is called, in the order of the table. */
+export const runtimeNames = () => Object.keys(runtimes) as RuntimeName[];
+
+/** Names of those of them that engines are built for. */
+export const builderNames = () => runtimeNames().filter((name) => runtimes[name]!.builder) as BuilderName[];
 
 /** The runtime of a model, and why those that would be preferred were passed over. */
 export interface RuntimeChoice {
@@ -74,7 +77,7 @@ export async function openBuilder(
   wanted: string,
   settings: BuilderSettings,
 ): Promise<OpenedBuilder & { readonly name: string }> {
-  const all = wanted === "auto" ? builderNames() : [wanted];
+  const all: string[] = wanted === "auto" ? builderNames() : [wanted];
   const named = settings.targets && settings.targets.length > 0;
   const names = all.filter((name) => wanted !== "auto" || !named || runtimes[name]!.builder!.takesTargets);
   const reasons: string[] = [];

@@ -6,8 +6,8 @@
 
 import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
-import type { StoredDType, Tensor } from "../common/tensor.js";
-import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
+import type { Tensor } from "../common/tensor.js";
+import type { EmitOptions, EmittedNetwork, OnnxGraph } from "../onnx/index.js";
 import type { Launch, Program } from "../program/program.js";
 import type { BuilderRow } from "./builder.js";
 
@@ -124,15 +124,6 @@ export interface ModelWeights {
   readonly files: readonly FileVersion[];
   /** Bytes of them that are float16 or bfloat16. */
   readonly bytesOf16Bit: number;
-}
-
-/** A network as far as it matters to how it is emitted. */
-export interface EmittedNetwork {
-  readonly name: string;
-  /** Type that most of its weights are stored in; null for one without weights. */
-  readonly dtype: StoredDType | null;
-  /** Whether it must not be computed in float16. */
-  readonly overflowsInFloat16: boolean;
 }
 
 export interface OpenedRuntime {

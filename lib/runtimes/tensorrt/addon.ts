@@ -159,7 +159,7 @@ export interface NativeRegisters {
 export interface NativeEngine {
   readonly id: number;
   readonly tensors: readonly { readonly name: string; readonly input: boolean; readonly dtype: "float32" | "int64" }[];
-  /** Dimensions of every tensor, profile by profile; empty for outputs, which `prepare` tells. */
+  /** Dimensions of every tensor, profile by profile; empty for outputs, which `prepare` returns. */
   readonly profiles: readonly (readonly (readonly number[])[])[];
   /** Scratch memory of a launch in each profile. */
   readonly scratchBytes: readonly number[];
@@ -184,7 +184,7 @@ export interface NativeExecutor {
   readonly device: NativeDevice;
   /** [async] Loads a plan, or finds it loaded. `identity` as `fileIdentity` says: a file that changed is refused. */
   load(plan: string, identity: string): NativeTask<NativeEngine>;
-  /** [async] Makes an engine ready for one profile, and tells the dimensions of all tensors in it. */
+  /** [async] Makes an engine ready for one profile, and returns the dimensions of all tensors in it. */
   prepare(engine: number, profile: number): NativeTask<readonly (readonly number[])[]>;
   /** [sync] Allocated when the first submission begins. */
   registers(bytes: number): NativeRegisters;

@@ -84,28 +84,21 @@ export class DigestMemory {
     const { file } = version;
     const changed = () =>
       new CheckpointError(file, `${file} has changed since the model was opened. Load the model again.`);
-    let handle: FileHandle;
-    try {
-      handle = await open(file, "r");
-    } catch (cause) {
-      const message = `Cannot read the weights: ${(cause as Error).message}. Is the file still there?`;
+    await using handle = await open(file, "r").catch((cause: Error) => {
+      const message = `Cannot read the weights: ${cause.message}. Is the file still there?`;
       throw new CheckpointError(file, message, { cause });
-    }
-    try {
-      const stats = await handle.stat();
-      if (stats.size !== version.size || stats.mtimeMs !== version.mtimeMs) throw changed();
-      const identity = await fileIdentity(handle);
-      const known = (await this.#load()).get(identity);
-      if (known) return { identity, sha256: known };
+    });
+    const stats = await handle.stat();
+    if (stats.size !== version.size || stats.mtimeMs !== version.mtimeMs) throw changed();
+    const identity = await fileIdentity(handle);
+    const known = (await this.#load()).get(identity);
+    if (known) return { identity, sha256: known };
 
-      const sha256 = await hashFile(handle, { signal, onBytes });
-      if ((await fileIdentity(handle)) !== identity) throw changed();
-      const { ctimeNs } = await handle.stat({ bigint: true });
-      if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember(identity, sha256);
-      return { identity, sha256 };
-    } finally {
-      await handle.close();
-    }
+    const sha256 = await hashFile(handle, { signal, onBytes });
+    if ((await fileIdentity(handle)) !== identity) throw changed();
+    const { ctimeNs } = await handle.stat({ bigint: true });
+    if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember(identity, sha256);
+    return { identity, sha256 };
   }
 
   #load(): Promise<Map<string, string>> {

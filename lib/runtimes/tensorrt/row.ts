@@ -1,8 +1,8 @@
 /** The libraries of TensorRT in the table of runtimes: a row each. */
 
 import { OptionError } from "../../errors.js";
-import type { EmitOptions } from "../../onnx/index.js";
-import type { EmittedNetwork, RuntimeRow } from "../runtime.js";
+import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
+import type { RuntimeRow } from "../runtime.js";
 import { smOf, smText, versionText } from "./addon.js";
 import { EngineCompiler } from "./compile.js";
 import { flavourOf, type TensorRtKind } from "./flavours.js";
