@@ -42,6 +42,8 @@ export class DigestMemory {
   readonly #file: string;
   #known: Promise<Map<string, string>> | undefined;
   readonly #underWay = new Map<string, Reading>();
+  /** Ends when everything before has been written. Never rejects. */
+  #writing: Promise<void> = Promise.resolve();
 
   /** @param folder a folder that only this user can write to */
   constructor(folder: string) {
@@ -102,18 +104,27 @@ export class DigestMemory {
   }
 
   #load(): Promise<Map<string, string>> {
-    this.#known ??= readFile(this.#file, "utf8")
-      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
-      .catch(() => new Map<string, string>());
+    this.#known ??= this.#stored();
     return this.#known;
   }
 
+  #stored(): Promise<Map<string, string>> {
+    return readFile(this.#file, "utf8")
+      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
+      .catch(() => new Map<string, string>());
+  }
+
   /** A memory that cannot be written costs time, not correctness. */
-  async #remember(identity: string, sha256: string): Promise<void> {
-    const known = await this.#load();
-    known.set(identity, sha256);
-    const text = JSON.stringify(Object.fromEntries(known), null, 1);
-    await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
+  #remember(identity: string, sha256: string): Promise<void> {
+    // One after another, each with all that is known by then, from other models and processes too.
+    this.#writing = this.#writing.then(async () => {
+      const known = await this.#load();
+      known.set(identity, sha256);
+      for (const [other, digest] of await this.#stored()) known.set(other, digest);
+      const text = JSON.stringify(Object.fromEntries(known), null, 1);
+      await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
+    });
+    return this.#writing;
   }
 }
 
