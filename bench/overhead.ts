@@ -29,7 +29,7 @@ const warmUp = 15_000;
 const checkpoint = await openCheckpoint(embeddedModel);
 const graphs = new GraphLibrary(checkpoint);
 const session = await ort.InferenceSession.create(
-  graphs.get("predict").bytes,
+  graphs.get("predict.guidance").bytes,
   sessionOptions("/", { weights: "folded" }),
 );
 

@@ -96,7 +96,7 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
   };
   const reuse = (h: number, p: number, r: number) => {
     const blocks = blocksOf(h, p, r);
-    const grid = shiftedSigmas(blocks.length, modelShift);
+    const grid = shiftedSigmas(blocks.length, { shift: modelShift });
     const launches = { blocks: blocksOf(h, p, 0) };
     return other("R that reuses", `${written(blocks)} reused`, evaluationsOf(blocks), launches, (velocity, noise) =>
       reusing(velocity, noise, blocks, grid),
@@ -110,13 +110,13 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
     ),
     ...[...tuned].map(([n, shift]) =>
       other("Euler, tuned grid", `Euler ${n} tuned`, n, eulerSteps(n), (velocity, noise) =>
-        euler(velocity, noise, shiftedSigmas(n, shift)),
+        euler(velocity, noise, shiftedSigmas(n, { shift })),
       ),
     ),
     ...[3, 4, 5, 7, 8, 10].map((n) => turbo("Heun", n, 0, 0)),
     ...[4, 6, 8].map((n) =>
       other("DPM-Solver++(2M)", `DPM++ ${n}`, n, eulerSteps(n), (velocity, noise) =>
-        dpmSolver2M(velocity, noise, shiftedSigmas(n, modelShift)),
+        dpmSolver2M(velocity, noise, shiftedSigmas(n, { shift: modelShift })),
       ),
     ),
     ...[2, 3, 4, 6, 7, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
@@ -229,11 +229,11 @@ async function tunedShifts(): Promise<Map<number, number>> {
       size,
     );
     const noise = direct.noise(900_000, rows, size);
-    const exact = await reusing(velocity, noise, "H".repeat(50), shiftedSigmas(50, modelShift));
+    const exact = await reusing(velocity, noise, "H".repeat(50), shiftedSigmas(50, { shift: modelShift }));
     for (const n of missing) {
       let best = { shift: 1, error: Number.POSITIVE_INFINITY };
       for (const shift of [1, 1.5, 2, 2.5, 3, 4]) {
-        const x = await euler(velocity, noise, shiftedSigmas(n, shift));
+        const x = await euler(velocity, noise, shiftedSigmas(n, { shift }));
         const error = x.reduce((sum, value, i) => sum + (value - exact[i]!) ** 2, 0);
         if (error < best.error) best = { shift, error };
       }

@@ -99,7 +99,7 @@ async function measure(coarse: number, fine: number, captions: number): Promise<
     for (const contender of order) {
       const result = await draw(model, part, Math.max(0, start), { ...contender.options, guidanceScale });
       if (start < 0) continue; // The first round warms up.
-      const { steps, join } = result.timings;
+      const { steps, upscale } = result.timings;
       times.get(contender)!.push(steps.reduce((sum, step) => sum + step, join) / part.length);
       joins.get(contender)!.push(join / part.length);
       verdicts.get(contender)!.push(...judged(result, part));

@@ -17,7 +17,7 @@ import * as ort from "onnxruntime-node";
 import { type Checkpoint, openCheckpoint } from "../lib/checkpoint/index.js";
 import { mmditWidth } from "../lib/networks/index.js";
 import { Layers } from "../lib/networks/layers.js";
-import { GraphLibrary, type GraphName } from "../lib/networks/library.js";
+import { GraphLibrary } from "../lib/networks/library.js";
 import { cpuEmitOptions, type EmitOptions, GraphBuilder, type OnnxGraph } from "../lib/onnx/index.js";
 import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
 import { bars } from "./plot.js";
@@ -97,10 +97,10 @@ function promptPart({ checkpoint }: Subject): OnnxGraph {
 
 function trialsOf(subject: Subject): Trial[] {
   const { checkpoint, size } = subject;
-  const emitted = (name: GraphName, options: Partial<EmitOptions> = {}) =>
+  const emitted = (name: string, options: Partial<EmitOptions> = {}) =>
     new GraphLibrary(checkpoint, () => ({ ...cpuEmitOptions, ...options })).get(name);
   const feeds = stepFeeds(subject, true);
-  const predict = emitted("predict");
+  const predict = emitted("predict.guidance");
   const step = (name: string, settings?: Settings, graph = predict): Variant => ({
     ...{ name, graph, feeds, ...(settings && { settings }) },
   });
@@ -127,12 +127,12 @@ function trialsOf(subject: Subject): Trial[] {
     {
       name: "attention",
       about: "Attention of opset 23 against MatMul, Softmax, MatMul.",
-      variants: [step("Attention"), step("primitives", undefined, emitted("predict", { attention: "matmul" }))],
+      variants: [step("Attention"), step("primitives", undefined, emitted("predict.guidance", { attention: "matmul" }))],
     },
     {
       name: "linear",
       about: "Gemm on the stored layout against Transpose and MatMul, with weights folded.",
-      variants: [step("Gemm"), step("MatMul", undefined, emitted("predict", { linear: "matmul" }))],
+      variants: [step("Gemm"), step("MatMul", undefined, emitted("predict.guidance", { linear: "matmul" }))],
     },
     {
       name: "prompt",
@@ -153,7 +153,7 @@ function trialsOf(subject: Subject): Trial[] {
         "A step with both halves against one without the unconditional half, which runs where guidanceScale is 1 or less.",
       variants: [
         step("both halves"),
-        { name: "conditional half", graph: emitted("predict_unguided"), feeds: stepFeeds(subject, false) },
+        { name: "conditional half", graph: emitted("predict"), feeds: stepFeeds(subject, false) },
       ],
     },
     {

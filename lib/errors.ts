@@ -1,28 +1,12 @@
 /**
- * Every error this package throws on purpose, each with a stable `code`. Messages name the thing that is wrong and
- * the remedy; callers branch on `code` or on the class, never on the text. An abort is not among them: an aborted
- * call rejects with `signal.reason`, as the platform's own functions do.
+ * Every error that this package throws on purpose, each with a stable `code`; the table at the end says what a server
+ * makes of each. Messages name the thing that is wrong and the remedy; callers branch on `code` or on the class, never on
+ * the text. An abort is not among them: an aborted call rejects with `signal.reason`, as the platform's own functions do.
  */
-
-export type FlowTurboErrorCode =
-  | "ERR_FLOWTURBO_OPTION"
-  | "ERR_FLOWTURBO_CHECKPOINT"
-  | "ERR_FLOWTURBO_RUNTIME"
-  | "ERR_FLOWTURBO_RUNTIME_DIED"
-  | "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE"
-  | "ERR_FLOWTURBO_COMPILE"
-  | "ERR_FLOWTURBO_MEMORY"
-  | "ERR_FLOWTURBO_CACHE"
-  | "ERR_FLOWTURBO_NOT_FINITE"
-  | "ERR_FLOWTURBO_LAUNCH"
-  | "ERR_FLOWTURBO_DEVICE_LOST"
-  | "ERR_FLOWTURBO_OUTPUT"
-  | "ERR_FLOWTURBO_DEADLINE"
-  | "ERR_FLOWTURBO_QUEUE_FULL"
-  | "ERR_FLOWTURBO_DISPOSED";
 
 /** Base class: `instanceof FlowTurboError` holds for every error below. */
 export class FlowTurboError extends Error {
+  /** Stable; see `errorTable`. */
   readonly code: FlowTurboErrorCode;
   constructor(code: FlowTurboErrorCode, message: string, options?: ErrorOptions) {
     super(message, options);
@@ -31,8 +15,9 @@ export class FlowTurboError extends Error {
   }
 }
 
-/** An option or argument is wrong: the caller can correct it. `option` is its name in the API. */
+/** An option or argument is wrong: the caller can correct it. */
 export class OptionError extends FlowTurboError {
+  /** Its name in the API. */
   readonly option: string;
   constructor(option: string, message: string, options?: ErrorOptions) {
     super("ERR_FLOWTURBO_OPTION", message, options);
@@ -40,8 +25,9 @@ export class OptionError extends FlowTurboError {
   }
 }
 
-/** The checkpoint folder is incomplete, damaged or of an unsupported kind. `path` is the file or folder meant. */
+/** The checkpoint folder is incomplete, damaged or of an unsupported kind. */
 export class CheckpointError extends FlowTurboError {
+  /** The file or folder that is meant. */
   readonly path: string;
   constructor(path: string, message: string, options?: ErrorOptions) {
     super("ERR_FLOWTURBO_CHECKPOINT", message, options);
@@ -58,7 +44,9 @@ export class RuntimeError extends FlowTurboError {
 
 /** The process that runs the graphs ended by itself (killed, out of memory). The next call starts a fresh one. */
 export class RuntimeDiedError extends RuntimeError {
+  /** Exit code of the process; null if a signal ended it. */
   readonly exitCode: number | null;
+  /** Signal that ended it, such as "SIGKILL", or null. */
   readonly signal: string | null;
   constructor(message: string, exitCode: number | null, signal: string | null) {
     super(message, { code: "ERR_FLOWTURBO_RUNTIME_DIED" });
@@ -72,6 +60,7 @@ export class RuntimeDiedError extends RuntimeError {
  * old. The message is the whole diagnosis, with a remedy for each cause; `flowturbo doctor` prints the same.
  */
 export class RuntimeUnavailableError extends RuntimeError {
+  /** The runtime that was asked for. */
   readonly runtime: string;
   constructor(runtime: string, message: string, options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_RUNTIME_UNAVAILABLE" });
@@ -79,9 +68,11 @@ export class RuntimeUnavailableError extends RuntimeError {
   }
 }
 
-/** A graph could not be compiled. `graph` is its name; `details` are the compiler's own words, line by line. */
+/** A graph could not be compiled. */
 export class CompileError extends RuntimeError {
+  /** Its name. */
   readonly graph: string;
+  /** The compiler's own words, line by line. */
   readonly details: readonly string[];
   constructor(graph: string, message: string, details: readonly string[] = [], options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_COMPILE" });
@@ -90,9 +81,11 @@ export class CompileError extends RuntimeError {
   }
 }
 
-/** Work was refused before it began, since it would not fit into memory. Both numbers are bytes. */
+/** Work was refused before it began, since it would not fit into memory. */
 export class MemoryError extends RuntimeError {
+  /** Bytes. */
   readonly needed: number;
+  /** Bytes. */
   readonly available: number;
   constructor(message: string, needed: number, available: number) {
     super(message, { code: "ERR_FLOWTURBO_MEMORY" });
@@ -103,6 +96,7 @@ export class MemoryError extends RuntimeError {
 
 /** The cache of engines cannot be used: not writable, not this user's, or open to others. */
 export class CacheError extends FlowTurboError {
+  /** The file or folder that is meant. */
   readonly path: string;
   constructor(path: string, message: string, options?: ErrorOptions) {
     super("ERR_FLOWTURBO_CACHE", message, options);
@@ -110,8 +104,9 @@ export class CacheError extends FlowTurboError {
   }
 }
 
-/** A tensor that must be finite holds NaN or an infinity; `where` names the launch that produced it. */
+/** A tensor that must be finite holds NaN or an infinity. */
 export class NotFiniteError extends RuntimeError {
+  /** The launch that computed it, such as "block 3 of 10 (P, sigma 0.75 to 0.66)". */
   readonly where: string;
   constructor(where: string, message: string) {
     super(message, { code: "ERR_FLOWTURBO_NOT_FINITE" });
@@ -119,9 +114,11 @@ export class NotFiniteError extends RuntimeError {
   }
 }
 
-/** The GPU failed at a launch. `graph` is the one launched, if it is known; `details` are TensorRT's own words. */
+/** The GPU failed at a launch. */
 export class LaunchError extends RuntimeError {
+  /** Name of the graph that was launched; null if it is not known. */
   readonly graph: string | null;
+  /** TensorRT's own words. */
   readonly details: readonly string[];
   constructor(graph: string | null, message: string, details: readonly string[] = [], options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_LAUNCH" });
@@ -139,6 +136,7 @@ export class DeviceLostError extends RuntimeError {
 
 /** A result cannot be written where the caller asked for it. */
 export class OutputError extends FlowTurboError {
+  /** The file or folder that is meant. */
   readonly path: string;
   constructor(path: string, message: string, options?: ErrorOptions) {
     super("ERR_FLOWTURBO_OUTPUT", message, options);
@@ -146,16 +144,15 @@ export class OutputError extends FlowTurboError {
   }
 }
 
-/**
- * No schedule would be done within the time limit; nothing was drawn. Milliseconds count from the call. What would have
- * been possible is in `bestMs`, with the schedule that it takes; a limit of at least that much is accepted now.
- */
+/** No schedule would be done within the time limit; nothing was drawn. */
 export class DeadlineError extends FlowTurboError {
+  /** The limit, in milliseconds from the call. */
   readonly deadlineMs: number;
+  /** The least limit that is accepted now, in milliseconds from the call. */
   readonly bestMs: number;
   /** The schedule that would take `bestMs`. */
   readonly blocks: string;
-  /** If it is only for others' requests: when the same limit may be met, in milliseconds from now. Else null. */
+  /** If only the requests of others prevent it: when the same limit may be met, in milliseconds from now. Otherwise null. */
   readonly retryAfterMs: number | null;
   constructor(
     message: string,
@@ -169,8 +166,9 @@ export class DeadlineError extends FlowTurboError {
   }
 }
 
-/** As many requests wait as may. One of them is expected to have left the queue in `retryAfterMs`. */
+/** As many requests wait as may. */
 export class QueueFullError extends FlowTurboError {
+  /** When one of them is expected to have left the queue, in milliseconds from now. */
   readonly retryAfterMs: number;
   /** Requests that wait. */
   readonly waiting: number;
@@ -187,3 +185,39 @@ export class DisposedError extends FlowTurboError {
     super("ERR_FLOWTURBO_DISPOSED", `${what} has been disposed; load it again before using it.`);
   }
 }
+
+/** A line of the table of errors. */
+export interface ErrorRow {
+  /** Its class. */
+  readonly type: abstract new (
+    ...args: never[]
+  ) => FlowTurboError;
+  /** HTTP status that a server answers with. */
+  readonly status: number;
+  /** Whether the same call may succeed later, without any change. */
+  readonly retryable: boolean;
+}
+
+const rows = {
+  ERR_FLOWTURBO_OPTION: { type: OptionError, status: 400, retryable: false },
+  ERR_FLOWTURBO_CHECKPOINT: { type: CheckpointError, status: 500, retryable: false },
+  ERR_FLOWTURBO_RUNTIME: { type: RuntimeError, status: 500, retryable: false },
+  ERR_FLOWTURBO_RUNTIME_DIED: { type: RuntimeDiedError, status: 503, retryable: true },
+  ERR_FLOWTURBO_RUNTIME_UNAVAILABLE: { type: RuntimeUnavailableError, status: 503, retryable: false },
+  ERR_FLOWTURBO_COMPILE: { type: CompileError, status: 500, retryable: false },
+  ERR_FLOWTURBO_MEMORY: { type: MemoryError, status: 503, retryable: true },
+  ERR_FLOWTURBO_CACHE: { type: CacheError, status: 500, retryable: false },
+  ERR_FLOWTURBO_NOT_FINITE: { type: NotFiniteError, status: 500, retryable: false },
+  ERR_FLOWTURBO_LAUNCH: { type: LaunchError, status: 500, retryable: true },
+  ERR_FLOWTURBO_DEVICE_LOST: { type: DeviceLostError, status: 503, retryable: true },
+  ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false },
+  ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true },
+  ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true },
+  ERR_FLOWTURBO_DISPOSED: { type: DisposedError, status: 503, retryable: false },
+} as const satisfies Record<string, ErrorRow>;
+
+/** A stable name of what went wrong. */
+export type FlowTurboErrorCode = keyof typeof rows;
+
+/** Errors by code. */
+export const errorTable: Readonly<Record<FlowTurboErrorCode, ErrorRow>> = rows;

@@ -6,9 +6,13 @@ export {
   CheckpointError,
   CompileError,
   DeadlineError,
+  DeviceLostError,
   DisposedError,
+  type ErrorRow,
+  errorTable,
   FlowTurboError,
   type FlowTurboErrorCode,
+  LaunchError,
   MemoryError,
   NotFiniteError,
   OptionError,
@@ -18,22 +22,19 @@ export {
   RuntimeError,
   RuntimeUnavailableError,
 } from "./errors.js";
-export {
-  type Costs,
-  type DeadlineResult,
-  embeddedModel,
-  FlowTurbo,
-  type GenerateResult,
-  type RuntimeChoice,
-  type StageResult,
-  type Timings,
-} from "./flowturbo.js";
+export { embeddedModel, FlowTurbo } from "./flowturbo.js";
 export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./generation/engines.js";
-export { Image, type ImageFormat } from "./generation/image.js";
+export { Image } from "./generation/image.js";
+export { type Json, requestFromJson, requestToJson, resultFromJson, resultToJson } from "./json.js";
 export type {
   CompileEnginesOptions,
+  Costs,
+  DeadlineResult,
   EngineProgress,
   GenerateOptions,
+  GenerateResult,
+  ImageFormat,
+  ImageModel,
   LoadOptions,
   LoadProgress,
   Picture,
@@ -41,8 +42,12 @@ export type {
   ProfileOptions,
   ProfileProgress,
   RgbPicture,
+  RuntimeChoice,
+  Size,
   Stage,
+  StageResult,
   StepEvent,
-} from "./options.js";
+  Timings,
+} from "./model.js";
 export type { CostEntry } from "./serving/costs.js";
 export type { Histogram, Stats } from "./serving/stats.js";

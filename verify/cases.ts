@@ -6,22 +6,24 @@
 
 import type { Checkpoint } from "../lib/checkpoint/index.js";
 import { elementCount, type FloatTensor, float32, int64, type Tensor } from "../lib/common/tensor.js";
-import { pixelsAtOnce, positionCrop } from "../lib/flowturbo.js";
-import { type PlannedEngine, plannedEngines } from "../lib/generation/engines.js";
+import { type RequiredEngine, requiredEngines } from "../lib/generation/engines.js";
 import { NoiseGenerator } from "../lib/generation/noise.js";
-import { PromptEncoder } from "../lib/generation/text.js";
-import { relativeBuckets } from "../lib/networks/index.js";
-import type { GraphName } from "../lib/networks/library.js";
-import type { Program } from "../lib/program/program.js";
-import { ConstantReader } from "../lib/program/stored.js";
 import {
-  parseBlocks,
-  type SamplingRequest,
+  type LatentShape,
   type SamplingStage,
-  samplingProgram,
-  shiftedSigmas,
-  upscaleSigmas,
-} from "../lib/schedule/index.js";
+  type SamplingValues,
+  samplingTemplate,
+  slotValues,
+} from "../lib/generation/programs.js";
+import { latentShapeOf } from "../lib/generation/sizes.js";
+import { positionCrop, positionsOf } from "../lib/generation/templates.js";
+import { type Condition, PromptEncoder } from "../lib/generation/text.js";
+import { graphKey, textEncodersOf } from "../lib/networks/index.js";
+import type { GraphLibrary } from "../lib/networks/library.js";
+import { shapeWith } from "../lib/onnx/index.js";
+import { bind, type Constant, type Program, type StoredConstant } from "../lib/program/program.js";
+import { ConstantReader } from "../lib/program/stored.js";
+import { parseBlocks, scheduleOf, shiftedSigmas, upscaleSigmas } from "../lib/schedule/index.js";
 
 export interface Case {
   readonly name: string;
@@ -78,17 +80,18 @@ class Inputs {
 }
 
 /** @param run the reference, which encodes the texts that the schedules are drawn for */
-export async function planCases(checkpoint: Checkpoint, options: CaseOptions, run: Run): Promise<Case[]> {
+export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: Run): Promise<Case[]> {
+  const { checkpoint } = graphs;
   const inputs = new Inputs();
   const cases: Case[] = [];
-  for (const engine of enginesOf(checkpoint, options))
+  for (const engine of enginesOf(graphs, options))
     for (const profile of engine.profiles) {
       const size = profile.width === undefined ? "" : `, ${profile.width} × ${profile.height}`;
-      const program = await engineProgram(checkpoint, engine.name, profile.inputs, inputs);
-      cases.push({ name: `${engine.name}, batch ${profile.batch}${size}`, kind: "engine", program });
+      const program = await engineProgram(graphs, engine.graph, profile.inputs, inputs);
+      cases.push({ name: `${engine.graph}, batch ${profile.batch}${size}`, kind: "engine", program });
     }
 
-  const encoder = new PromptEncoder(checkpoint);
+  const encoder = new PromptEncoder(graphs);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
   const encoded = await encoder.encode(texts, encoder.defaultSequenceLength, async (programs) => {
     const results: Record<string, Tensor>[] = [];
@@ -98,7 +101,7 @@ export async function planCases(checkpoint: Checkpoint, options: CaseOptions, ru
     }
     return results;
   });
-  const schedules = plannedSchedules(checkpoint, options);
+  const schedules = schedulesOf(checkpoint, options);
   for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
@@ -111,12 +114,12 @@ export async function planCases(checkpoint: Checkpoint, options: CaseOptions, ru
 }
 
 /** All that a picture may need: both kinds of guidance, editing, previews, and stages where there are two sizes. */
-function enginesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): PlannedEngine[] {
+function enginesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): RequiredEngine[] {
   const features = sizes.length > 1 ? (["editing", "previews", "stages"] as const) : (["editing", "previews"] as const);
-  return plannedEngines(checkpoint, { sizes, batches, guidance: "both", features });
+  return requiredEngines(graphs, { sizes, batches, guidance: "both", features });
 }
 
-interface Schedule {
+interface Example {
   readonly name: string;
   readonly batch: number;
   readonly guided: boolean;
@@ -125,13 +128,13 @@ interface Schedule {
   readonly inpainted: boolean;
 }
 
-function plannedSchedules(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): Schedule[] {
+function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): Example[] {
   const refined = checkpoint.refiner !== null;
   const [size] = sizes as [Size, ...Size[]];
   const most = Math.max(...batches);
   const one = Math.min(...batches);
-  const schedules: Schedule[] = [];
-  const add = (name: string, batch: number, blocks: string[], more: Partial<Schedule> = {}) => {
+  const schedules: Example[] = [];
+  const add = (name: string, batch: number, blocks: string[], more: Partial<Example> = {}) => {
     const chosen = { guided: true, sizes: [size], inpainted: false, ...more };
     const where = chosen.sizes.map(({ width, height }) => `${width} × ${height}`).join(" to ");
     schedules.push({ ...chosen, name: `${name} (${blocks.join(" ")}), batch ${batch}, ${where}`, batch, blocks });
@@ -159,64 +162,62 @@ async function stageOf(
   batch: number,
   inpainted: boolean,
   inputs: Inputs,
-): Promise<SamplingStage> {
-  const { transformer, refiner, vae, scheduler } = checkpoint;
-  const { factor, latentChannels, inChannels } = vae.config;
-  const shape = [batch, latentChannels, height / factor, width / factor] as const;
+): Promise<{ readonly stage: SamplingStage; readonly values: SamplingValues["stages"][number] }> {
+  const { scheduler } = checkpoint;
+  const latentShape = latentShapeOf(checkpoint, batch, { width, height });
+  const [, ...area] = latentShape;
   const parsed = parseBlocks(blocks);
-  const positions = async (network: Checkpoint["transformer"]) =>
-    ({ kind: "value", tensor: await stored(positionCrop(network, shape)) }) as const;
+  const sigmas =
+    index === 0 ? shiftedSigmas(parsed.length, scheduler) : upscaleSigmas(parsed.length, scheduler, 0.6);
+  const positions: Record<string, Constant> = {};
+  for (const [type, constant] of Object.entries(positionsOf(checkpoint, latentShape)))
+    positions[type] = { kind: "value", tensor: await stored(constant as StoredConstant) };
   return {
-    blocks: parsed,
-    sigmas:
-      index === 0 ? shiftedSigmas(parsed.length, scheduler.shift) : upscaleSigmas(parsed.length, scheduler.shift, 0.6),
-    noise: inputs.normal(shape),
-    positions: { predict: await positions(transformer), refine: refiner ? await positions(refiner) : null },
-    ...(inpainted && {
-      original: inputs.normal([1, inChannels, height, width], 0.3),
-      mask: inputs.mask([1, 1, height / factor, width / factor]),
-    }),
+    stage: {
+      ...{ schedule: scheduleOf(parsed, sigmas), latentShape, positions },
+      ...{ hasOriginal: inpainted, hasMask: inpainted },
+    },
+    values: {
+      noise: inputs.normal(latentShape),
+      ...(inpainted && { original: inputs.normal([1, ...area]), mask: inputs.mask([1, 1, area[1], area[2]]) }),
+    },
   };
 }
 
 function schedule(
   { vae }: Checkpoint,
-  stages: readonly SamplingStage[],
-  condition: Pick<SamplingRequest, "context" | "pooled">,
+  stages: readonly Awaited<ReturnType<typeof stageOf>>[],
+  condition: Condition,
   guided: boolean,
 ): Program {
-  const variant = (name: "predict" | "refine" | "merge" | "preview"): GraphName => (guided ? name : `${name}_unguided`);
-  return samplingProgram({
-    stages,
-    ...condition,
+  const { program } = samplingTemplate({
+    stages: stages.map(({ stage }) => stage),
+    contextShape: condition.context.shape as [number, number, number],
+    pooledShape: condition.pooled.shape as [number, number],
     guidanceScale: guided ? 4 : null,
-    graphs: {
-      ...{ predict: variant("predict"), refine: variant("refine"), merge: variant("merge") },
-      ...{ preview: variant("preview"), decode: "vae_decoder", encode: "vae_encoder", join: "join", noised: "noised" },
-    },
     vaeFactor: vae.config.factor,
     imageChannels: vae.config.outChannels,
-    pixelsAtOnce,
-  }).program;
+  });
+  return bind(program, slotValues({ stages: stages.map(({ values }) => values), ...condition }));
 }
 
 const constants = new ConstantReader();
 
-async function stored(constant: ReturnType<typeof positionCrop>): Promise<FloatTensor> {
+async function stored(constant: StoredConstant): Promise<FloatTensor> {
   return float32(constant.shape, await constants.read(constant));
 }
 
 /** One launch of a graph on inputs of the given shapes. */
 async function engineProgram(
-  checkpoint: Checkpoint,
-  graph: GraphName,
+  graphs: GraphLibrary,
+  graph: string,
   shapes: Readonly<Record<string, readonly number[]>>,
   inputs: Inputs,
 ): Promise<Program> {
   const values: Record<string, Tensor> = {};
   for (const [input, shape] of Object.entries(shapes))
-    values[input] = await inputOf(checkpoint, graph, input, shape, shapes, inputs);
-  const outputs = outputsOf(checkpoint, graph, shapes);
+    values[input] = await inputOf(graphs.checkpoint, graph, input, shape, shapes, inputs);
+  const outputs = outputsOf(graphs, graph, shapes);
   const named = (names: readonly string[], prefix: string) =>
     Object.fromEntries(names.map((name) => [name, `${prefix}.${name}`]));
   const registers = Object.entries(outputs).map(
@@ -243,29 +244,28 @@ async function engineProgram(
 
 async function inputOf(
   checkpoint: Checkpoint,
-  graph: GraphName,
+  graph: string,
   input: string,
   shape: readonly number[],
   shapes: Readonly<Record<string, readonly number[]>>,
   inputs: Inputs,
 ): Promise<Tensor> {
+  const { network } = graphKey(graph);
+  const encoder = textEncodersOf(checkpoint).find(({ name }) => name === network);
+  const constant = encoder?.text.constants?.(checkpoint, shape[0]!)[input];
+  if (constant) return constant;
   switch (input) {
     case "ids": {
       const [rows, length] = shape as [number, number];
-      const tokenizer = { clip_l: checkpoint.tokenizer, clip_g: checkpoint.tokenizer2, t5: checkpoint.tokenizer3 }[
-        graph as "clip_l" | "clip_g" | "t5"
-      ]!;
       const ids = new BigInt64Array(rows * length);
       for (let row = 0; row < rows; row++)
-        ids.set(tokenizer.encode(prompts[row % prompts.length]!, length).ids, row * length);
+        ids.set(encoder!.tokenizer.encode(prompts[row % prompts.length]!, length).ids, row * length);
       return int64(shape, ids);
     }
-    case "relative_buckets":
-      return int64(shape, relativeBuckets(checkpoint.textEncoder3!.config, shape[0]!));
-    case "position_embedding": {
-      const network = graph.startsWith("refine") ? checkpoint.refiner! : checkpoint.transformer;
-      return stored(positionCrop(network, shapes.x!));
-    }
+    case "position_embedding":
+      return stored(
+        positionCrop(network === "refine" ? checkpoint.refiner! : checkpoint.transformer, shapes.x as LatentShape),
+      );
     case "sigma":
       return inputs.ramp(shape, 0.8, 0.3);
     case "a_in":
@@ -283,38 +283,22 @@ async function inputOf(
   }
 }
 
+/** The shapes of a graph's outputs for those of its inputs. */
 function outputsOf(
-  { textEncoder, textEncoder2, textEncoder3, vae }: Checkpoint,
-  graph: GraphName,
+  graphs: GraphLibrary,
+  name: string,
   shapes: Readonly<Record<string, readonly number[]>>,
 ): Record<string, readonly number[]> {
-  const { factor, latentChannels, outChannels } = vae.config;
-  const rows = Object.values(shapes)[0]![0]!;
-  const area = (shape: readonly number[], scale: number) => [shape[2]! * scale, shape[3]! * scale];
-  switch (graph) {
-    case "clip_l":
-    case "clip_g": {
-      const { hiddenSize, projectionDim } = (graph === "clip_l" ? textEncoder : textEncoder2)!.config;
-      return { hidden: [...shapes.ids!, hiddenSize], pooled: [rows, projectionDim] };
-    }
-    case "t5":
-      return { hidden: [...shapes.ids!, textEncoder3!.config.dModel] };
-    case "predict":
-    case "predict_unguided":
-    case "refine":
-    case "refine_unguided":
-    case "merge":
-    case "merge_unguided":
-      return { x_next: shapes.x!, velocity_next: shapes.velocity! };
-    case "vae_decoder":
-      return { image: [rows, outChannels, ...area(shapes.latents!, factor)] };
-    case "vae_encoder":
-      return { latents: [rows, latentChannels, ...area(shapes.image!, 1 / factor)] };
-    case "join":
-    case "noised":
-      return { x: shapes.noise! };
-    case "preview":
-    case "preview_unguided":
-      return { latents: shapes.x!, image: [rows, 3, ...area(shapes.x!, 1)] };
+  const graph = graphs.get(name);
+  const { factor } = graphs.checkpoint.vae.config;
+  const sizes: Record<string, number> = {};
+  for (const [input, dimensions] of graph.inputs)
+    for (const [axis, dimension] of dimensions.entries())
+      if (typeof dimension === "string") sizes[dimension] = shapes[input]![axis]!;
+  for (const side of ["height", "width"]) {
+    const [latent, image] = [sizes[side], sizes[`image_${side}`]];
+    if (latent !== undefined) sizes[`image_${side}`] = latent * factor;
+    else if (image !== undefined) sizes[side] = image / factor;
   }
+  return Object.fromEntries([...graph.outputs].map(([output, dimensions]) => [output, shapeWith(dimensions, sizes)]));
 }

@@ -23,7 +23,8 @@ import { openCheckpoint } from "../lib/checkpoint/index.js";
 import type { Tensor } from "../lib/common/tensor.js";
 import { OptionError } from "../lib/errors.js";
 import { embeddedModel } from "../lib/flowturbo.js";
-import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../lib/networks/library.js";
+import { GraphLibrary } from "../lib/networks/library.js";
+import { tensorRtEmitOptions } from "../lib/runtimes/tensorrt/row.js";
 import type { Program } from "../lib/program/program.js";
 import type { ProfileShapes } from "../lib/runtimes/builder.js";
 import { OnnxRuntime } from "../lib/runtimes/onnxruntime/onnxruntime.js";
@@ -34,8 +35,8 @@ import { type TensorRtKind, tensorRtKinds } from "../lib/runtimes/tensorrt/flavo
 import { diagnosis, examineTensorRt } from "../lib/runtimes/tensorrt/libraries.js";
 import { openTensorRt } from "../lib/runtimes/tensorrt/open.js";
 import { type Bundle, type Origin, type Referenced, readBundle, writeBundle } from "./bundle.js";
-import { planCases, type Size } from "./cases.js";
-import { barOf, type Compute, checkCase, compare, graphsOf } from "./check.js";
+import { casesOf, type Size } from "./cases.js";
+import { barOf, checkCase, compare, graphsOf } from "./check.js";
 import { type BuiltEngine, markdown, type Report } from "./report.js";
 
 const root = path.resolve(import.meta.dirname, "..");
@@ -138,13 +139,13 @@ async function reference(): Promise<Bundle | number> {
   try {
     const { version } = await runtime.start();
     const run = (program: Program) => {
-      for (const name of graphsOf(program)) if (!runtime.has(name)) runtime.add(graphs.get(name as GraphName));
+      for (const name of graphsOf(program)) if (!runtime.has(name)) runtime.add(graphs.get(name));
       return runtime.run(program);
     };
-    const planned = await planCases(checkpoint, { sizes, batches }, run);
+    const examples = await casesOf(graphs, { sizes, batches }, run);
     const cases: Referenced[] = [];
-    for (const [index, example] of planned.entries()) {
-      say(`reference ${index + 1} of ${planned.length}: ${example.name}`);
+    for (const [index, example] of examples.entries()) {
+      say(`reference ${index + 1} of ${examples.length}: ${example.name}`);
       cases.push({ example, expected: await run(example.program) });
     }
     const origin: Origin = {
@@ -153,13 +154,12 @@ async function reference(): Promise<Bundle | number> {
       reference: `ONNX Runtime ${version} on the CPU, float32`,
       created: new Date().toISOString(),
     };
-    const emit = tensorRtEmitOptions(checkpoint);
-    const compiled = new GraphLibrary(checkpoint, emit);
-    const names = new Set(planned.flatMap(({ program }) => graphsOf(program))) as Set<GraphName>;
+    const compiled = new GraphLibrary(checkpoint, tensorRtEmitOptions());
+    const names = new Set(examples.flatMap(({ program }) => graphsOf(program)));
     return {
       ...{ origin, cases, files: compiled.files },
-      graphs: new Map([...names].map((name) => [name as string, compiled.get(name)])),
-      compute: (graph) => emit(graph as GraphName).compute as Compute,
+      graphs: new Map([...names].map((name) => [name, compiled.get(name)])),
+      compute: (graph) => compiled.optionsOf(graph).compute,
     };
   } finally {
     await runtime.dispose();

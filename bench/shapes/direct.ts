@@ -7,11 +7,12 @@ import path from "node:path";
 import * as ort from "onnxruntime-node";
 import { type Checkpoint, openCheckpoint } from "../../lib/checkpoint/index.js";
 import type { FloatTensor, Tensor } from "../../lib/common/tensor.js";
-import { embeddedModel, positionCrop } from "../../lib/flowturbo.js";
+import { embeddedModel } from "../../lib/flowturbo.js";
 import { toRgb } from "../../lib/generation/image.js";
 import { NoiseGenerator } from "../../lib/generation/noise.js";
+import { positionCrop } from "../../lib/generation/templates.js";
 import { PromptEncoder } from "../../lib/generation/text.js";
-import { GraphLibrary, type GraphName } from "../../lib/networks/library.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import type { Constant, Program } from "../../lib/program/program.js";
 import { Executor } from "../../lib/runtimes/onnxruntime/executor.js";
 import type { Values, Velocity } from "./baselines.js";
@@ -36,7 +37,7 @@ export class Direct {
     this.checkpoint = checkpoint;
     this.#executor = new Executor(ort, { weights: "folded", ...options });
     this.#graphs = new GraphLibrary(checkpoint);
-    this.#prompts = new PromptEncoder(checkpoint);
+    this.#prompts = new PromptEncoder(this.#graphs);
   }
 
   static async open(folder: string = embeddedModel, options: { threads?: number } = {}): Promise<Direct> {
@@ -44,7 +45,7 @@ export class Direct {
   }
 
   /** Latents' shape [rows, C, h, w] of square pictures. */
-  shape(rows: number, size: number): number[] {
+  shape(rows: number, size: number): [number, number, number, number] {
     const side = size / this.checkpoint.vae.config.factor;
     return [rows, this.checkpoint.vae.config.latentChannels, side, side];
   }
@@ -52,7 +53,7 @@ export class Direct {
   /** The noise that the public API gives pictures with these seeds. */
   noise(seed: number, rows: number, size: number): Values {
     const [, c, h, w] = this.shape(rows, size);
-    const each = c! * h! * w!;
+    const each = c * h * w;
     const noise = new Float32Array(rows * each);
     for (let row = 0; row < rows; row++) noise.set(new NoiseGenerator(seed + row).draw(each), row * each);
     return noise;
@@ -86,7 +87,7 @@ export class Direct {
         instructions: [
           {
             op: "launch",
-            graph: "predict" satisfies GraphName,
+            graph: "predict.guidance",
             inputs: {
               ...{
                 x: "x",
@@ -115,7 +116,7 @@ export class Direct {
       instructions: [
         {
           op: "launch",
-          graph: "vae_decoder" satisfies GraphName,
+          graph: "vae_decoder",
           inputs: { latents: "latents" },
           outputs: { image: "image" },
           label: { kind: "decode", name: "decoder" },
@@ -130,7 +131,7 @@ export class Direct {
   #run(program: Program): Promise<Record<string, Tensor>> {
     for (const instruction of program.instructions) {
       if (instruction.op !== "launch" || this.#known.has(instruction.graph)) continue;
-      const graph = this.#graphs.get(instruction.graph as GraphName);
+      const graph = this.#graphs.get(instruction.graph);
       this.#executor.add({ name: graph.name, bytes: graph.bytes, root: path.parse(process.cwd()).root });
       this.#known.add(instruction.graph);
     }

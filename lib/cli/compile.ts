@@ -3,7 +3,8 @@
 import { type Command, Option } from "commander";
 import { embeddedModel } from "../flowturbo.js";
 import { compileEngines, type Engine } from "../generation/engines.js";
-import { checkOptions, compileSchema, type EngineProgress } from "../options.js";
+import type { EngineProgress } from "../model.js";
+import { checkOptions, compileSchema } from "../options.js";
 import { addFlags, readFlags, readLists } from "./flags.js";
 import { bar, createProgress } from "./progress.js";
 

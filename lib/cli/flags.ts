@@ -58,10 +58,7 @@ export function readLists(options: Record<string, unknown>): Record<string, unkn
     targets: (text) => text,
     features: (text) => text,
   };
-  // A scale, as `generate` takes it, says whether there is guidance.
-  const { guidance } = options;
-  const scale = typeof guidance === "string" && guidance.trim() !== "" ? Number(guidance) : Number.NaN;
-  const read: Record<string, unknown> = { ...options, ...(scale >= 0 && { guidance: scale > 1 ? "on" : "off" }) };
+  const read: Record<string, unknown> = { ...options };
   for (const [name, parse] of Object.entries(lists)) {
     const value = options[name];
     if (typeof value !== "string") continue;

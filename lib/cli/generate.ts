@@ -7,9 +7,10 @@ import { type Command, Option } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
-import { FlowTurbo, type GenerateResult } from "../flowturbo.js";
+import { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
-import { checkOptions, generateSchema, loadSchema, type RgbPicture, type Stage } from "../options.js";
+import type { GenerateResult, RgbPicture, Stage } from "../model.js";
+import { checkOptions, generateSchema, loadSchema } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
 import { addFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
@@ -137,7 +138,7 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
 
 function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
   const round = (milliseconds: number) => Math.round(milliseconds * 1000) / 1000;
-  const { load, queue, encode, steps, join, edit, decode, total } = result.timings;
+  const { load, queue, encode, steps, upscale, edit, decode, total } = result.timings;
   const { deadline } = result;
   return {
     files,
@@ -152,7 +153,7 @@ function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
       queue: round(queue),
       encode: round(encode),
       steps: steps.map(round),
-      join: round(join),
+      upscale: round(upscale),
       edit: round(edit),
       decode: round(decode),
       total: round(total),

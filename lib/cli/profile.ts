@@ -1,7 +1,8 @@
 /** `flowturbo profile`: what each launch of a model costs on this machine, measured and kept beside the engines. */
 
 import { type Command, Option } from "commander";
-import { type Costs, FlowTurbo } from "../flowturbo.js";
+import { FlowTurbo } from "../flowturbo.js";
+import type { Costs } from "../model.js";
 import { checkOptions, loadSchema, profileSchema } from "../options.js";
 import { addFlags, readFlags, readLists } from "./flags.js";
 import { createProgress } from "./progress.js";
@@ -50,12 +51,12 @@ async function profile(flags: OwnFlags, signal: AbortSignal): Promise<void> {
       onProgress: ({ done, total }) => progress.show("measuring launches", done, total),
     });
     progress.clear();
-    const { file, entries } = costs;
+    const { folder, entries } = costs;
     if (flags.json)
       process.stdout.write(
-        `${JSON.stringify({ model: model.folder, runtime: model.runtime.name, file, entries: entries.map(rounded) })}\n`,
+        `${JSON.stringify({ model: model.folder, runtime: model.runtime.name, folder, entries: entries.map(rounded) })}\n`,
       );
-    else process.stdout.write(`${table(costs)}\n${file}\n`);
+    else process.stdout.write(`${table(costs)}\n${folder}\n`);
   } finally {
     progress.clear();
     await model?.dispose();

@@ -1,13 +1,13 @@
 /**
  * Lets work in while it fits a capacity; the rest waits in order. Admission of requests, captured programs and engine
- * builds differ only in what they weigh and in who goes first. Nobody overtakes the first of those who wait for being
- * smaller, so that large entries do not starve.
+ * builds differ only in their weights and their order. No smaller entry goes before the first one that waits, so that
+ * large entries do not starve.
  */
 
 import { onAbort } from "./abort.js";
 
 export interface GateOptions<Order> {
-  /** Weight that may be inside at a time; a function is asked whenever somebody enters or leaves. */
+  /** Weight that may be inside at a time; a function is asked again whenever an entry comes or leaves. */
   readonly capacity: number | (() => number);
   /** Entries that may wait; default: any number. */
   readonly limit?: number;

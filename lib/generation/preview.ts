@@ -5,10 +5,12 @@
  * which is far from linear, the best map of all errs by 17 grey levels on the model's own pictures.
  */
 
+import type { VaeConfig } from "../checkpoint/index.js";
 import { type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import type { VaeConfig } from "../networks/index.js";
+import { previewFitSide as fitSide } from "../networks/index.js";
 import type { Program } from "../program/program.js";
-import { ProgramBuilder } from "../schedule/index.js";
+import { rowOf, stacked } from "./latents.js";
+import { encoderProgram } from "./programs.js";
 
 export interface LatentColours {
   /** [3, C] */
@@ -18,32 +20,19 @@ export interface LatentColours {
 }
 
 const pictures = 8;
-/** Side of such a picture in latents. */
-export const fitSide = 16;
 
-/**
- * Fits the map by one run of the encoder.
- * @param encoder name of the encoder's graph: image [B, 3, H, W] → latents [B, C, h, w]
- */
+/** Fits the map by running the encoder, one picture at a time. */
 export async function fitLatentColours(
-  encoder: string,
-  config: VaeConfig & { readonly factor: number },
+  { latentChannels: channels, factor }: VaeConfig,
   run: (program: Program) => Promise<Record<string, Tensor>>,
 ): Promise<LatentColours> {
-  const { latentChannels: channels, factor } = config;
   const images = samplePictures(fitSide * factor);
-  const builder = new ProgramBuilder();
-  const latents = builder.byRows({
-    graph: encoder,
-    rows: pictures,
-    limit: 1,
-    size: `${fitSide * factor}x${fitSide * factor}`,
-    inputs: { image: builder.value("pictures", images) },
-    output: { name: "latents", register: "latents", rowShape: [channels, fitSide, fitSide] },
-    label: { kind: "edit", name: "encoder for the preview" },
-  });
-  const results = await run(builder.build([latents]));
-  return regress((results[latents] as FloatTensor).data, patchColours(images.data, factor), channels);
+  const latents: Tensor[] = [];
+  for (let row = 0; row < pictures; row++) {
+    const results = await run(encoderProgram(rowOf(images, row), [1, channels, fitSide, fitSide], factor));
+    latents.push(results.latents!);
+  }
+  return regress(stacked(latents).data, patchColours(images.data, factor), channels);
 }
 
 /** Pictures [n, 3, size, size] in [-1, 1]: a gradient between two colours under a few rectangles of others. */
@@ -91,7 +80,7 @@ function patchColours(images: Float32Array, factor: number): Float32Array {
   return means;
 }
 
-/** Least squares with a whisper of ridge: channels may be dead. */
+/** Least squares with a small ridge: channels may be constant. */
 function regress(latents: Float32Array, colours: Float32Array, channels: number): LatentColours {
   const unknowns = channels + 1;
   const normal = Array.from({ length: unknowns }, () => new Float64Array(unknowns + 3));

@@ -1,110 +1,119 @@
 /**
- * A schedule → the program that draws pictures with it. A program has one or more stages of rising size; each runs the
- * fused steps of its blocks over double-buffered registers. Between stages a join lifts the picture, before the first
- * one an original may be encoded, after each block an original's known region may be put back; the decoder ends it.
- * Graphs are named by the caller; nothing here knows what computes them.
+ * A schedule → the program that draws a picture with it. A program has one or more stages of rising size; each runs the
+ * fused steps of its blocks over double-buffered registers. Between stages the picture is upscaled, before the first one
+ * it may start from init latents, after each block the known region of an edit may be put back; the decoder ends it.
+ *
+ * What differs between two pictures of a kind (noise, text, latents of an original) are slots: requests of a kind share
+ * one template and bind their values to it.
  */
 
 import { LruCache } from "../common/lru-cache.js";
-import { elementCount, float32, type Tensor } from "../common/tensor.js";
-import { Pair, ProgramBuilder, rowsAtOnce } from "../program/builder.js";
-import type { Constant, Program } from "../program/program.js";
-import type { Block } from "../schedule/blocks.js";
-import { planSteps, type StepLaunch } from "../schedule/steps.js";
+import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
+import { type GraphKey, graphName, networks } from "../networks/index.js";
+import { Pair, ProgramBuilder } from "../program/builder.js";
+import type { Constant, LaunchLabel, Program } from "../program/program.js";
+import type { Schedule, StepLaunch, StepType } from "../schedule/index.js";
 
-/** What a stage works on. B pictures, C latent channels. */
-export interface StageValues {
-  /** [B, C, h, w], fresh noise of this stage. */
-  readonly noise: Tensor;
-  /** An original in pixels, [1, 3, H, W] in [-1, 1]: to start from (first stage), and to keep where there is a mask. */
-  readonly original?: Tensor | undefined;
-  /** The same in latents, [1, C, h, w], where it has been encoded already; in place of `original`. */
-  readonly originalLatents?: Tensor | undefined;
-  /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
-  readonly mask?: Tensor | undefined;
+/** [B, C, h, w] */
+export type LatentShape = readonly [rows: number, channels: number, height: number, width: number];
+
+/** One size of a run. B pictures, C latent channels. */
+export interface SamplingStage {
+  readonly schedule: Schedule;
+  /** Of the noise and of the latents, [B, C, h, w]. */
+  readonly latentShape: LatentShape;
+  /** Positions, [1, patches, width], for each step type that the schedule uses: the two networks differ in width. */
+  readonly positions: Readonly<Partial<Record<StepType, Constant>>>;
+  /** Whether there are latents of an original: to start from (first stage), and to keep where there is a mask. */
+  readonly hasOriginal: boolean;
+  readonly hasMask: boolean;
 }
 
-/** One size of a run. */
-export interface SamplingStage extends StageValues {
-  readonly blocks: readonly Block[];
-  /** Noise levels, one more than blocks, falling; the first is where the stage starts. */
-  readonly sigmas: readonly number[];
-  /** Positions, [1, patches, width], for each step type that the blocks use: the two networks differ in width. */
-  readonly positions: { readonly predict: Constant; readonly refine: Constant | null };
+/** What pictures of a kind have in common. */
+export interface SamplingKind {
+  readonly stages: readonly SamplingStage[];
+  /** Shapes of the text condition: [R, T, joint] and [R, pooled], R = 2B (unconditional first) with guidance, else B. */
+  readonly contextShape: readonly [rows: number, tokens: number, width: number];
+  readonly pooledShape: readonly [rows: number, width: number];
+  /** Guidance scale, or null to run without guidance. */
+  readonly guidanceScale: number | null;
+  /** Pixels of a latent's side, and channels of a picture. */
+  readonly vaeFactor: number;
+  readonly imageChannels: number;
+  /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
+  readonly textSize?: string | undefined;
+  /** After each block, the picture that the run is heading for: by a linear map to colours, or decoded. */
+  readonly preview?: "fast" | "decoded" | undefined;
 }
 
-/** What differs between two runs of the same launches. */
+/** What differs between them. */
 export interface SamplingValues {
-  readonly stages: readonly StageValues[];
-  /** Text condition: [R, T, joint] and [R, pooled], R = 2B (unconditional first) with guidance, else B. */
+  readonly stages: readonly {
+    /** [B, C, h, w], fresh noise of this stage. */
+    readonly noise: Tensor;
+    /** [1, C, h, w] */
+    readonly original?: Tensor | undefined;
+    /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
+    readonly mask?: Tensor | undefined;
+  }[];
   readonly context: Tensor;
   readonly pooled: Tensor;
   /** The linear map from latents to colours, [3, C] and [3, 1], for previews. */
   readonly colours?: { readonly map: Tensor; readonly bias: Tensor } | undefined;
 }
 
-export interface SamplingRequest extends SamplingValues {
-  readonly stages: readonly SamplingStage[];
-  /** Guidance scale, or null to run without guidance. */
-  readonly guidanceScale: number | null;
-  readonly graphs: Readonly<
-    Record<"predict" | "refine" | "decode" | "encode" | "join" | "noised" | "merge" | "preview", string>
-  >;
-  /** Pixels of a latent's side, and channels of a picture. */
-  readonly vaeFactor: number;
-  readonly imageChannels: number;
-  /** At most this many pixels go through the autoencoder at once: its activations dwarf everything else. */
-  readonly pixelsAtOnce: number;
-  /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
-  readonly textSize?: string | undefined;
-  /** After each block, the picture that the run is heading for: by the map to `colours`, or decoded. */
-  readonly preview?: "fast" | "decoded" | undefined;
-}
-
-export interface SamplingProgram {
+export interface SamplingTemplate {
   readonly program: Program;
   /** Names of the results: final latents [B, C, h, w] and decoded picture [B, 3, H, W]. */
   readonly latents: string;
   readonly image: string;
 }
 
-export function samplingProgram(request: SamplingRequest): SamplingProgram {
-  const planner = new SamplingPlanner(request);
+/** A picture's values by the names of their slots. */
+export function slotValues({ stages, context, pooled, colours }: SamplingValues): Record<string, Tensor> {
+  const values: Record<string, Tensor> = { context, pooled };
+  if (colours) Object.assign(values, { "colours.map": colours.map, "colours.bias": colours.bias });
+  for (const [index, stage] of stages.entries())
+    for (const [name, tensor] of Object.entries(stage)) if (tensor) values[`${stageName(index)}.${name}`] = tensor;
+  return values;
+}
+
+export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
+  const writer = new TemplateWriter(kind);
   let latents = "";
-  for (const index of request.stages.keys()) latents = planner.stage(index, latents);
-  const image = planner.decode(latents, request.stages.length - 1, "image", { kind: "decode", name: "decoder" });
-  return { program: planner.builder.build([latents, image]), latents, image };
+  for (const index of kind.stages.keys()) latents = writer.stage(index, latents);
+  const image = writer.decode(latents, kind.stages.length - 1, "image", { kind: "decode", name: "decoder" });
+  return { program: writer.builder.build([latents, image]), latents, image };
 }
 
-/**
- * The same launches on other values.
- * @param values of the shapes that the program was made for
- */
-export function withValues({ program, ...names }: SamplingProgram, values: SamplingValues): SamplingProgram {
-  const constants = { ...program.constants };
-  for (const [name, tensor] of namedValues(values)) constants[name] = { kind: "value", tensor };
-  return { ...names, program: { ...program, constants } };
-}
-
-/** A request's values by the names of the constants that hold them. */
-function* namedValues({ stages, context, pooled, colours }: SamplingValues): Iterable<readonly [string, Tensor]> {
-  yield ["context", context];
-  yield ["pooled", pooled];
-  if (colours) {
-    yield ["colours.map", colours.map];
-    yield ["colours.bias", colours.bias];
-  }
-  for (const [index, { noise, original, originalLatents, mask }] of stages.entries()) {
-    const name = stageName(index);
-    yield [`${name}.noise`, noise];
-    const kept = originalLatents ?? original;
-    if (kept) yield [`${name}.original`, kept];
-    if (mask) yield [`${name}.mask`, mask];
-  }
+/** The program that encodes a picture, [1, 3, H, W]; its result is "latents", [1, C, h, w]. */
+export function encoderProgram(
+  image: FloatTensor | "slot",
+  [, channels, height, width]: LatentShape,
+  factor: number,
+): Program {
+  const builder = new ProgramBuilder();
+  const pixels = [height * factor, width * factor] as const;
+  const shape = [1, 3, ...pixels];
+  const latents = builder.register("latents", [1, channels, height, width]);
+  builder.launch({
+    graph: graphName({ network: "vae_encoder" }),
+    inputs: { image: image === "slot" ? builder.slot("image", shape) : builder.value("image", image) },
+    outputs: { latents },
+    mustBeFinite: [latents],
+    sharing: { size: sizeText(pixels), maxRows: networks.vae_encoder!.maxRows!(pixels[1], pixels[0]) },
+    label: { kind: "edit", name: "encoder of a picture" },
+  });
+  return builder.build([latents]);
 }
 
 function stageName(index: number): string {
   return `stage${index + 1}`;
+}
+
+/** A size as tables of costs name it. */
+function sizeText([height, width]: readonly [number, number]): string {
+  return `${width}x${height}`;
 }
 
 /** Zeros of the latest few shapes: programs that hold the same array can share it on the device. */
@@ -115,196 +124,152 @@ function zeros(shape: readonly number[]): Tensor {
   return knownZeros.get(key) ?? knownZeros.set(key, float32(shape, new Float32Array(elementCount(shape))));
 }
 
-class SamplingPlanner {
+class TemplateWriter {
   readonly builder = new ProgramBuilder();
-  readonly #request: SamplingRequest;
+  readonly #kind: SamplingKind;
   readonly #rows: number;
-  readonly #networkRows: number;
-  /** Blocks of the stages before the present one. */
+  readonly #guidance: boolean;
+  /** Blocks of the stages before the present one, and of all. */
   #blocksBefore = 0;
+  readonly #blocks: number;
 
-  constructor(request: SamplingRequest) {
-    this.#request = request;
-    this.#rows = request.stages[0]!.noise.shape[0]!;
-    this.#networkRows = request.context.shape[0]!;
-    for (const [name, tensor] of namedValues(request)) this.builder.value(name, tensor);
+  constructor(kind: SamplingKind) {
+    this.#kind = kind;
+    this.#rows = kind.stages[0]!.latentShape[0];
+    this.#guidance = kind.guidanceScale !== null;
+    this.#blocks = kind.stages.reduce((sum, { schedule }) => sum + schedule.blocks.length, 0);
+    this.builder.slot("context", kind.contextShape);
+    this.builder.slot("pooled", kind.pooledShape);
   }
 
   /**
-   * Plans one stage.
+   * Writes one stage.
    * @param before the finished latents of the stage before; unused for the first
    * @returns the operand that holds the finished latents
    */
   stage(index: number, before: string): string {
     const { builder } = this;
-    const { graphs } = this.#request;
-    const stage = this.#request.stages[index]!;
+    const stage = this.#kind.stages[index]!;
     const name = stageName(index);
-    const [, channels, height, width] = stage.noise.shape as [number, number, number, number];
-    const noise = `${name}.noise`;
-    const latentShape = [this.#rows, channels, height, width];
-    const velocityShape = [this.#networkRows, channels, height, width];
-    const x = new Pair(builder, `${name}.x`, latentShape, noise);
+    const { blocks, sigmas, launches } = stage.schedule;
+    const [, ...area] = stage.latentShape;
+    const noise = builder.slot(`${name}.noise`, stage.latentShape);
+    if (stage.hasOriginal) builder.slot(`${name}.original`, [1, ...area]);
+    if (stage.hasMask) builder.slot(`${name}.mask`, [1, 1, area[1], area[2]]);
+    const x = new Pair(builder, `${name}.x`, stage.latentShape, noise);
     // Zeros stand in for the velocity where none exists yet; its coefficients are 0.
-    const velocity = new Pair(
-      builder,
-      `${name}.velocity`,
-      velocityShape,
-      builder.value(`${name}.zeros`, zeros(velocityShape)),
-    );
-    const start = stage.sigmas[0]!;
+    const velocityShape = [this.#kind.contextShape[0], ...area];
+    const none = builder.value(`${name}.zeros`, zeros(velocityShape));
+    const velocity = new Pair(builder, `${name}.velocity`, velocityShape, none);
 
-    // 1. Where the stage starts: noise, a picture on the way to noise, or the picture of the stage before.
-    const original = this.#encodeOriginal(stage, name, [1, channels, height, width]);
-    if (index > 0) x.at = this.#join(index, before, noise, x.next(), start);
-    else if (original) {
-      const to = x.next();
-      builder.instructions.push({
-        op: "launch",
-        graph: graphs.noised,
-        inputs: { latents: original, noise, sigma: builder.perRow(start, this.#rows) },
-        outputs: { x: to },
-        sharing: { size: this.#size(stage) },
-        label: { kind: "edit", name: "the original on its way to noise" },
-      });
-      x.at = to;
-    }
-    const merge = (sigma: number) => this.#merge(stage, name, original!, noise, x, velocity, sigma);
-    if (stage.mask && index > 0) merge(start);
+    // 1. Where the stage starts: the upscaled picture of the stage before, init latents with noise, or noise.
+    if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
+    else if (stage.hasOriginal) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
+    if (stage.hasMask && index > 0) this.#blend(stage, name, noise, x, velocity, sigmas[0]!);
 
     // 2. Its blocks.
-    const launches = planSteps(stage.blocks, stage.sigmas);
     for (const step of launches) {
-      this.#step(stage, name, step, x, velocity);
+      this.#step(index, name, step, x, velocity);
       if (!step.last) continue;
-      const reached = stage.sigmas[step.block + 1]!;
-      if (stage.mask) merge(reached);
-      if (this.#request.preview) this.#preview(index, name, step.block, x, velocity, reached);
+      const reached = sigmas[step.block + 1]!;
+      if (stage.hasMask) this.#blend(stage, name, noise, x, velocity, reached);
+      if (this.#kind.preview) this.#preview(index, name, step.block, x, velocity, reached);
     }
-    this.#blocksBefore += stage.blocks.length;
+    this.#blocksBefore += blocks.length;
     return x.at;
   }
 
   /** @returns the register of decoded pictures */
-  decode(
-    latents: string,
-    index: number,
-    register: string,
-    label: { kind: "decode" | "preview"; name: string; block?: number },
-  ): string {
-    const { noise } = this.#request.stages[index]!;
-    const rowShape = this.#imageShape(noise);
-    return this.builder.byRows({
-      graph: this.#request.graphs.decode,
-      rows: this.#rows,
-      limit: this.#limit(noise),
-      size: this.#size(this.#request.stages[index]!),
-      // What a stage leaves on the way, a preview, is as eager as the stage.
-      deferrable: label.kind === "preview",
+  decode(latents: string, index: number, register: string, label: LaunchLabel): string {
+    const stage = this.#kind.stages[index]!;
+    const [height, width] = this.#pixels(stage);
+    const image = this.builder.register(register, [this.#rows, this.#kind.imageChannels, height, width]);
+    const isPreview = label.kind === "preview";
+    this.builder.launch({
+      graph: graphName({ network: "vae_decoder" }),
       inputs: { latents },
-      output: { name: "image", register, rowShape },
-      label,
-      reported: label.kind === "preview",
+      outputs: { image },
+      mustBeFinite: [image],
+      ...(isPreview && { reported: [image] }),
+      sharing: {
+        size: this.#size(stage),
+        maxRows: networks.vae_decoder!.maxRows!(width, height),
+        ...(isPreview && { deferrable: true }),
+      },
+      label: { ...label, last: true },
     });
+    return image;
   }
 
-  #step(stage: SamplingStage, name: string, step: StepLaunch, x: Pair, velocity: Pair): void {
+  #step(index: number, name: string, step: StepLaunch, x: Pair, velocity: Pair): void {
     const { builder } = this;
-    const { graphs, guidanceScale } = this.#request;
-    const rows = this.#rows;
+    const { stages, guidanceScale, textSize } = this.#kind;
+    const stage = stages[index]!;
+    const { blocks, sigmas } = stage.schedule;
     const positions = `${name}.position_embedding.${step.type}`;
     builder.constants[positions] ??= stage.positions[step.type]!;
-    const nextX = x.next();
-    const nextVelocity = velocity.next();
-    const [from, to] = [stage.sigmas[step.block]!, stage.sigmas[step.block + 1]!];
+    const perRow = (value: number) => builder.perRow(value, this.#rows);
+    const [nextX, nextVelocity] = [x.next(), velocity.next()];
+    const [from, to] = [sigmas[step.block]!, sigmas[step.block + 1]!];
     const block = this.#blocksBefore + step.block;
-    const blocks = this.#request.stages.reduce((sum, { blocks }) => sum + blocks.length, 0);
-    builder.instructions.push({
-      op: "launch",
-      graph: graphs[step.type],
+    builder.launch({
+      graph: this.#graph(step.type),
       inputs: {
-        x: x.at,
-        velocity: velocity.at,
-        context: "context",
-        pooled: "pooled",
-        position_embedding: positions,
-        sigma: builder.perRow(step.sigma, rows),
-        a_in: builder.perRow(step.aIn, rows),
-        a_old: builder.perRow(step.aOld, rows),
-        a_new: builder.perRow(step.aNew, rows),
-        ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, rows) }),
+        ...{ x: x.at, velocity: velocity.at, context: "context", pooled: "pooled", position_embedding: positions },
+        ...{ sigma: perRow(step.sigma), a_in: perRow(step.aIn), a_old: perRow(step.aOld), a_new: perRow(step.aNew) },
+        ...(guidanceScale !== null && { guidance: perRow(guidanceScale) }),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
       mustBeFinite: [nextX],
       sharing: {
-        size: `${this.#size(stage)}${this.#request.textSize ?? ""}`,
-        deferrable: step.type === "refine" || stage !== this.#request.stages.at(-1),
+        size: `${this.#size(stage)}${textSize ?? ""}`,
+        deferrable: step.type === "refine" || index < stages.length - 1,
       },
       label: {
         kind: "step",
-        name: `block ${block + 1} of ${blocks} (${stage.blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
-        block,
-        last: step.last,
+        name: `block ${block + 1} of ${this.#blocks} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
+        ...{ block, last: step.last },
       },
     });
     x.at = nextX;
     if (step.keepsVelocity) velocity.at = nextVelocity;
   }
 
-  /** Latents of the stage's original, or null without one. */
-  #encodeOriginal(stage: SamplingStage, name: string, shape: readonly number[]): string | null {
-    if (stage.originalLatents) return `${name}.original`;
-    if (!stage.original) return null;
-    const latents = this.builder.register(`${name}.original.latents`, shape);
-    this.builder.instructions.push({
-      op: "launch",
-      graph: this.#request.graphs.encode,
-      inputs: { image: `${name}.original` },
-      outputs: { latents },
-      mustBeFinite: [latents],
-      sharing: { size: this.#size(stage), maxRows: this.#limit(stage.noise) },
-      label: { kind: "edit", name: "encoder of the original" },
+  #scaleNoise(stage: SamplingStage, name: string, noise: string, x: string, sigma: number): string {
+    this.builder.launch({
+      graph: graphName({ network: "scale_noise" }),
+      inputs: { latents: `${name}.original`, noise, sigma: this.builder.perRow(sigma, this.#rows) },
+      outputs: { x },
+      sharing: { size: this.#size(stage) },
+      label: { kind: "edit", name: `init latents with noise of sigma ${sigma.toFixed(4)}` },
     });
-    return latents;
+    return x;
   }
 
-  #join(index: number, before: string, noise: string, to: string, sigma: number): string {
-    const stage = this.#request.stages[index]!;
-    return this.builder.byRows({
-      graph: this.#request.graphs.join,
-      rows: this.#rows,
-      limit: this.#limit(stage.noise),
-      size: `${this.#size(this.#request.stages[index - 1]!)}-${this.#size(stage)}`,
-      deferrable: true,
-      inputs: { latents: before, noise },
-      perRow: { sigma },
-      output: { name: "x", register: to, rowShape: stage.noise.shape.slice(1) },
-      label: { kind: "upscale", name: `join of stages ${index} and ${index + 1}` },
+  #upscale(index: number, latents: string, noise: string, x: string, sigma: number): string {
+    const [before, stage] = [this.#kind.stages[index - 1]!, this.#kind.stages[index]!];
+    const [height, width] = this.#pixels(stage);
+    this.builder.launch({
+      graph: graphName({ network: "upscale" }),
+      inputs: { latents, noise, sigma: this.builder.perRow(sigma, this.#rows) },
+      outputs: { x },
+      mustBeFinite: [x],
+      sharing: {
+        size: `${this.#size(before)}-${this.#size(stage)}`,
+        ...{ maxRows: networks.upscale!.maxRows!(width, height), deferrable: true },
+      },
+      label: { kind: "upscale", name: `upscaling from stage ${index} to stage ${index + 1}` },
     });
+    return x;
   }
 
-  #merge(
-    stage: SamplingStage,
-    name: string,
-    original: string,
-    noise: string,
-    x: Pair,
-    velocity: Pair,
-    sigma: number,
-  ): void {
-    const { builder } = this;
-    const nextX = x.next();
-    const nextVelocity = velocity.next();
-    builder.instructions.push({
-      op: "launch",
-      graph: this.#request.graphs.merge,
+  #blend(stage: SamplingStage, name: string, noise: string, x: Pair, velocity: Pair, sigma: number): void {
+    const [nextX, nextVelocity] = [x.next(), velocity.next()];
+    this.builder.launch({
+      graph: this.#graph("inpaint_blend"),
       inputs: {
-        x: x.at,
-        velocity: velocity.at,
-        latents: original,
-        noise,
-        mask: `${name}.mask`,
-        sigma: builder.perRow(sigma, this.#rows),
+        ...{ x: x.at, velocity: velocity.at, latents: `${name}.original`, noise, mask: `${name}.mask` },
+        sigma: this.builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
       sharing: { size: this.#size(stage) },
@@ -314,47 +279,42 @@ class SamplingPlanner {
     velocity.at = nextVelocity;
   }
 
-  #preview(index: number, name: string, stepBlock: number, x: Pair, velocity: Pair, sigma: number): void {
+  #preview(index: number, name: string, stageBlock: number, x: Pair, velocity: Pair, sigma: number): void {
     const { builder } = this;
-    const { graphs, guidanceScale } = this.#request;
-    const decoded = this.#request.preview === "decoded";
-    const block = this.#blocksBefore + stepBlock;
+    const { guidanceScale, preview, stages } = this.#kind;
+    const isDecoded = preview === "decoded";
+    const block = this.#blocksBefore + stageBlock;
+    const [, channels, height, width] = x.shape as LatentShape;
     const latents = builder.register(`${name}.preview.latents`, x.shape);
-    const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, x.shape[2]!, x.shape[3]!]);
-    builder.instructions.push({
-      op: "launch",
-      graph: graphs.preview,
+    const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, height, width]);
+    builder.launch({
+      graph: this.#graph("preview"),
       inputs: {
-        x: x.at,
-        velocity: velocity.at,
-        sigma: builder.perRow(sigma, this.#rows),
+        ...{ x: x.at, velocity: velocity.at, sigma: builder.perRow(sigma, this.#rows) },
         ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, this.#rows) }),
-        map: "colours.map",
-        bias: "colours.bias",
+        ...{ map: builder.slot("colours.map", [3, channels]), bias: builder.slot("colours.bias", [3, 1]) },
       },
       outputs: { latents, image },
-      ...(!decoded && { reported: [image] }),
-      sharing: { size: this.#size(this.#request.stages[index]!) },
-      label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !decoded },
+      ...(!isDecoded && { reported: [image] }),
+      sharing: { size: this.#size(stages[index]!) },
+      label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !isDecoded },
     });
-    if (decoded)
+    if (isDecoded)
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
   }
 
-  /** A stage's size in pixels. */
-  #size({ noise }: SamplingStage): string {
-    const [, height, width] = this.#imageShape(noise);
-    return `${width}x${height}`;
+  #graph(network: string): string {
+    const key: GraphKey = { network, guidance: this.#guidance };
+    return graphName(key);
   }
 
-  #imageShape(noise: Tensor): readonly number[] {
-    const { vaeFactor, imageChannels } = this.#request;
-    return [imageChannels, noise.shape[2]! * vaeFactor, noise.shape[3]! * vaeFactor];
+  /** Height and width of a stage in pixels. */
+  #pixels({ latentShape }: SamplingStage): readonly [height: number, width: number] {
+    const { vaeFactor } = this.#kind;
+    return [latentShape[2] * vaeFactor, latentShape[3] * vaeFactor];
   }
 
-  /** Pictures that go through the autoencoder at once. */
-  #limit(noise: Tensor): number {
-    const [, height, width] = this.#imageShape(noise) as [number, number, number];
-    return rowsAtOnce(this.#request.pixelsAtOnce, width, height);
+  #size(stage: SamplingStage): string {
+    return sizeText(this.#pixels(stage));
   }
 }

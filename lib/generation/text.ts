@@ -1,17 +1,19 @@
 /**
  * Prompts to the condition that the transformer reads. Each prompt is encoded once and kept in a bounded cache, alone:
- * whether it was a prompt or a negative prompt, and in whose company, does not matter. Launches that are pinned to a batch
- * promise the same bits whatever came before, and so have entries of their own.
+ * whether it was a prompt or a negative prompt, and beside which others, does not matter. Launches that are pinned to a
+ * batch promise the same bits whatever came before, and so have entries of their own.
  *
  *   context [T_clip + T_t5, joint]  CLIP-L ⊕ CLIP-G along the channels, zero-padded to `joint`, then T5 along the tokens
  *   pooled  [pooled]                CLIP-L ⊕ CLIP-G projections
  */
 
-import type { Checkpoint, Tokenizer } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
-import { type ClipConfig, relativeBuckets } from "../networks/index.js";
-import type { Constant, Instruction, Program, Register } from "../program/program.js";
+import { type TextRole, textEncodersOf } from "../networks/index.js";
+import type { GraphLibrary } from "../networks/library.js";
+import { shapeWith } from "../onnx/index.js";
+import { ProgramBuilder } from "../program/builder.js";
+import type { Program } from "../program/program.js";
 
 export interface EncodedPrompt {
   /** [tokens, joint], row-major. */
@@ -22,6 +24,12 @@ export interface EncodedPrompt {
   readonly warnings: readonly string[];
 }
 
+/** A text condition: [R, T, joint] and [R, pooled]. */
+export interface Condition {
+  readonly context: FloatTensor;
+  readonly pooled: FloatTensor;
+}
+
 /** Runs programs over the text encoders' graphs, one for each text; they may share launches. */
 export type RunEncoders = (programs: readonly Program[]) => Promise<Record<string, Tensor>[]>;
 
@@ -29,21 +37,28 @@ export type RunEncoders = (programs: readonly Program[]) => Promise<Record<strin
 const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
-  readonly #checkpoint: Checkpoint;
+  readonly #graphs: GraphLibrary;
+  readonly #encoders: ReturnType<typeof textEncodersOf>;
   readonly #cache = new LruCache<EncodedPrompt>(
     cacheBytes,
     ({ context, pooled }) => context.byteLength + pooled.byteLength,
   );
-  /** By sequence length: the same array for all texts, so that they may share launches. */
-  readonly #buckets = new Map<number, Constant>();
+  /** Inputs by graph and sequence length: the same arrays for all texts, so that they may share launches. */
+  readonly #constants = new Map<string, Readonly<Record<string, Tensor>>>();
 
-  constructor(checkpoint: Checkpoint) {
-    this.#checkpoint = checkpoint;
+  constructor(graphs: GraphLibrary) {
+    this.#graphs = graphs;
+    this.#encoders = textEncodersOf(graphs.checkpoint);
+  }
+
+  /** Names of the text encoders' graphs. */
+  get graphs(): string[] {
+    return this.#encoders.map(({ name }) => name);
   }
 
   /** The longest T5 part that the tokenizer allows; 512 without T5, whose part is then zeros. */
   get maxSequenceLength(): number {
-    return Math.min(512, this.#checkpoint.tokenizer3?.maxLength ?? 512);
+    return Math.min(512, ...this.#joining("tokens").map(({ tokenizer }) => tokenizer.maxLength));
   }
 
   /** As diffusers: 256, or what the tokenizer takes if that is less. */
@@ -51,22 +66,25 @@ export class PromptEncoder {
     return Math.min(256, this.maxSequenceLength);
   }
 
-  /** Rows of the context for a T5 part of `sequenceLength` tokens. */
-  contextTokens(sequenceLength: number): number {
-    return this.#clipTokens + sequenceLength;
-  }
-
-  get #clips(): { graph: string; tokenizer: Tokenizer; config: ClipConfig }[] {
-    const { tokenizer, tokenizer2, textEncoder, textEncoder2 } = this.#checkpoint;
-    return [
-      ...(tokenizer && textEncoder ? [{ graph: "clip_l", tokenizer, config: textEncoder.config }] : []),
-      ...(tokenizer2 && textEncoder2 ? [{ graph: "clip_g", tokenizer: tokenizer2, config: textEncoder2.config }] : []),
-    ];
-  }
-
-  /** Both CLIP encoders see the same number of tokens (77). */
-  get #clipTokens(): number {
-    return this.#clips[0]!.tokenizer.maxLength;
+  /** Shapes of the condition of one text, or of an unconditional and a conditional one, for a T5 part of that length. */
+  shapes(
+    sequenceLength: number,
+    guidance: boolean,
+  ): {
+    readonly contextShape: readonly [number, number, number];
+    readonly pooledShape: readonly [number, number];
+  } {
+    const { jointAttentionDim, pooledProjectionDim } = this.#graphs.checkpoint.transformer.config;
+    const rows = guidance ? 2 : 1;
+    return {
+      // Without an encoder that joins along the tokens its part is zeros.
+      contextShape: [
+        rows,
+        this.#channelTokens + sequenceLength * Math.max(1, this.#joining("tokens").length),
+        jointAttentionDim,
+      ],
+      pooledShape: [rows, pooledProjectionDim],
+    };
   }
 
   /** How many of the texts are not in the cache. @param pin batch that all launches are padded to */
@@ -92,10 +110,10 @@ export class PromptEncoder {
       else missing.push(text);
     }
     if (missing.length > 0) {
-      const planned = missing.map((text) => this.program(text, sequenceLength));
-      const results = await run(planned.map(({ program }) => program));
+      const encoding = missing.map((text) => this.program(text, sequenceLength));
+      const results = await run(encoding.map(({ program }) => program));
       for (const [index, text] of missing.entries()) {
-        const encoded = this.#assemble(results[index]!, planned[index]!.warnings, sequenceLength);
+        const encoded = this.#assemble(results[index]!, encoding[index]!.warnings, sequenceLength);
         found.set(text, encoded);
         this.#cache.set(keyOf(text, sequenceLength, pin), encoded);
       }
@@ -103,9 +121,9 @@ export class PromptEncoder {
     return texts.map((text) => found.get(text)!);
   }
 
-  /** The conditions of several prompts as tensors [rows, tokens, joint] and [rows, pooled]. */
-  stack(prompts: readonly EncodedPrompt[]): { context: FloatTensor; pooled: FloatTensor } {
-    const { jointAttentionDim: joint } = this.#checkpoint.transformer.config;
+  /** The conditions of several prompts as one, row after row. */
+  stack(prompts: readonly EncodedPrompt[]): Condition {
+    const { jointAttentionDim: joint } = this.#graphs.checkpoint.transformer.config;
     const pooled = concatenate(prompts.map((prompt) => prompt.pooled));
     const context = concatenate(prompts.map((prompt) => prompt.context));
     const rows = prompts.length;
@@ -115,91 +133,70 @@ export class PromptEncoder {
     };
   }
 
-  /** The program that encodes one text. */
+  /** The program that encodes one text. Its results are named `<graph>.<output>`. */
   program(text: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
-    const { tokenizer3, textEncoder3 } = this.#checkpoint;
+    const builder = new ProgramBuilder();
     const warnings: string[] = [];
-    const constants: Record<string, Constant> = {};
-    const registers: Record<string, Register> = {};
-    const instructions: Instruction[] = [];
-
-    const tokenize = (name: string, use: Tokenizer, length: number) => {
-      const encoded = use.encode(text, length);
-      if (encoded.truncated)
+    const results: string[] = [];
+    for (const { name: graph, text: role, tokenizer } of this.#encoders) {
+      const tokens = role.joins === "tokens" ? sequenceLength : tokenizer.maxLength;
+      const { ids, truncated, dropped } = tokenizer.encode(text, tokens);
+      if (truncated)
         warnings.push(
-          `The prompt "${abridge(text)}" is longer than the ${length} tokens that ${name} takes; it ignores the end: "${abridge(encoded.dropped)}".`,
+          `The prompt "${abridge(text)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${abridge(dropped)}".`,
         );
-      constants[`${name}.ids`] = { kind: "value", tensor: int64([1, length], encoded.ids) };
-    };
-    const launch = (
-      graph: string,
-      tokens: number,
-      inputs: Record<string, string>,
-      outputs: Record<string, readonly number[]>,
-    ) => {
-      const names: Record<string, string> = {};
-      for (const [output, shape] of Object.entries(outputs)) {
-        names[output] = `${graph}.${output}`;
-        registers[`${graph}.${output}`] = { dtype: "float32", shape };
-      }
-      instructions.push({
-        op: "launch",
-        graph,
-        inputs,
-        outputs: names,
-        mustBeFinite: Object.values(names),
+      const inputs: Record<string, string> = { ids: builder.value(`${graph}.ids`, int64([1, tokens], ids)) };
+      for (const [input, tensor] of Object.entries(this.#constantsOf(graph, role, tokens)))
+        inputs[input] = builder.value(`${graph}.${input}`, tensor);
+      const outputs: Record<string, string> = {};
+      for (const [output, dimensions] of this.#graphs.get(graph).outputs)
+        outputs[output] = builder.register(`${graph}.${output}`, shapeWith(dimensions, { rows: 1, tokens }));
+      builder.launch({
+        ...{ graph, inputs, outputs, mustBeFinite: Object.values(outputs) },
         sharing: { size: `${tokens} tokens` },
         label: { kind: "encode", name: `text encoder ${graph}` },
       });
-    };
+      results.push(...Object.values(outputs));
+    }
+    return { program: builder.build(results), warnings };
+  }
 
-    const clipTokens = this.#clipTokens;
-    for (const clip of this.#clips) {
-      tokenize(clip.graph, clip.tokenizer, clipTokens);
-      launch(
-        clip.graph,
-        clipTokens,
-        { ids: `${clip.graph}.ids` },
-        { hidden: [1, clipTokens, clip.config.hiddenSize], pooled: [1, clip.config.projectionDim] },
-      );
-    }
-    if (tokenizer3 && textEncoder3) {
-      tokenize("t5", tokenizer3, sequenceLength);
-      let buckets = this.#buckets.get(sequenceLength);
-      if (!buckets) {
-        const values = relativeBuckets(textEncoder3.config, sequenceLength);
-        buckets = { kind: "value", tensor: int64([sequenceLength, sequenceLength], values) };
-        this.#buckets.set(sequenceLength, buckets);
-      }
-      constants.relative_buckets = buckets;
-      launch(
-        "t5",
-        sequenceLength,
-        { ids: "t5.ids", relative_buckets: "relative_buckets" },
-        { hidden: [1, sequenceLength, textEncoder3.config.dModel] },
-      );
-    }
-    return { program: { registers, constants, instructions, results: Object.keys(registers) }, warnings };
+  /** Tokens of the encoders that stand beside each other along the channels; all have the same number (77). */
+  get #channelTokens(): number {
+    return this.#joining("channels")[0]!.tokenizer.maxLength;
+  }
+
+  #joining(joins: "channels" | "tokens") {
+    return this.#encoders.filter(({ text }) => text.joins === joins);
+  }
+
+  #constantsOf(graph: string, { constants }: TextRole, tokens: number): Readonly<Record<string, Tensor>> {
+    const key = `${graph} ${tokens}`;
+    const known = this.#constants.get(key) ?? constants?.(this.#graphs.checkpoint, tokens) ?? {};
+    this.#constants.set(key, known);
+    return known;
   }
 
   #assemble(results: Record<string, Tensor>, warnings: readonly string[], sequenceLength: number): EncodedPrompt {
-    const { textEncoder3, transformer } = this.#checkpoint;
-    const values = (name: string) => (results[name] as FloatTensor).data;
-    const joint = transformer.config.jointAttentionDim;
-    const clipTokens = this.#clipTokens;
-    const context = new Float32Array(this.contextTokens(sequenceLength) * joint);
+    const [, tokens, joint] = this.shapes(sequenceLength, false).contextShape;
+    const context = new Float32Array(tokens * joint);
     const pooled: Float32Array[] = [];
     let channel = 0;
-    for (const { graph, config } of this.#clips) {
-      const hidden = values(`${graph}.hidden`);
-      for (let token = 0; token < clipTokens; token++) {
-        const from = token * config.hiddenSize;
-        context.set(hidden.subarray(from, from + config.hiddenSize), token * joint + channel);
+    let token = this.#channelTokens;
+    for (const { name, text } of this.#encoders) {
+      const { data, shape } = results[`${name}.hidden`] as FloatTensor;
+      const [, length, width] = shape as [number, number, number];
+      if (text.joins === "tokens") {
+        context.set(data, token * joint);
+        token += length;
+      } else {
+        for (let row = 0; row < length; row++)
+          context.set(data.subarray(row * width, (row + 1) * width), row * joint + channel);
+        channel += width;
       }
-      channel += config.hiddenSize;
-      pooled.push(values(`${graph}.pooled`));
+      const projection = results[`${name}.pooled`] as FloatTensor | undefined;
+      if (projection) pooled.push(projection.data);
     }
-    if (textEncoder3) context.set(values("t5.hidden"), clipTokens * joint);
     return { context, pooled: concatenate(pooled), warnings };
   }
 }

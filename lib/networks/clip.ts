@@ -4,22 +4,10 @@
  * causal only: padding takes part, as in the models' training.
  */
 
+import type { ClipConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
-
-export interface ClipConfig {
-  readonly vocabSize: number;
-  readonly hiddenSize: number;
-  readonly intermediateSize: number;
-  readonly projectionDim: number;
-  readonly numHiddenLayers: number;
-  readonly numAttentionHeads: number;
-  readonly maxPositionEmbeddings: number;
-  readonly hiddenAct: "quick_gelu" | "gelu";
-  readonly layerNormEps: number;
-  readonly eosTokenId: number;
-}
 
 /** The eos_token_id in the configs of the public checkpoints, which is not the id that their tokenizers emit. */
 const legacyEos = 2;

@@ -1,13 +1,13 @@
 /**
- * The graphs of editing: small, without weights. Starting from a picture, keeping the known part of one, and looking at
- * the picture that a run is heading for. z: latents of the original, ε: the noise that the run started from.
+ * The graphs of editing: small, without weights. They start from a picture, keep the known part of one, and show
+ * the present estimate of the result. z: latents of the original, ε: the noise that the run started from.
  */
 
 import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import { noised, perRow } from "./layers.js";
+import { applyGuidance, perRow, scaleNoise } from "./layers.js";
 
 /**
- * x = (1 − σ)·z + σ·ε: a picture on the way to noise.
+ * x = (1 − σ)·z + σ·ε: latents of a picture with noise of a level.
  * Inputs (float32): latents [1, C, h, w], noise [B, C, h, w], sigma [B]. Output: x [B, C, h, w].
  */
 export function emitScaleNoise(name: string, channels: number): OnnxGraph {
@@ -15,13 +15,13 @@ export function emitScaleNoise(name: string, channels: number): OnnxGraph {
   const latents = g.input("latents", "float32", [1, channels, "height", "width"]);
   const noise = g.input("noise", "float32", ["rows", channels, "height", "width"]);
   const sigma = g.input("sigma", "float32", ["rows"]);
-  g.output("x", noised(g, latents, noise, sigma), ["rows", channels, "height", "width"]);
+  g.output("x", scaleNoise(g, latents, noise, sigma), ["rows", channels, "height", "width"]);
   return g.build();
 }
 
 /**
  * Inpainting: after each block the known region is put back, x ← m·x + (1 − m)·((1 − σ)·z + σ·ε), and so is its
- * velocity, which is known exactly, v ← m·v + (1 − m)·(ε − z): else P and R would reuse one that no longer belongs to x.
+ * velocity, which is known exactly, v ← m·v + (1 − m)·(ε − z): otherwise P and R would reuse one that no longer belongs to x.
  * Inputs (float32): x [B, C, h, w], velocity [R, C, h, w], latents [1, C, h, w], noise [B, C, h, w], mask [1, 1, h, w] (1
  * where new content is wanted), sigma [B] (the point reached). R = 2B with guidance, else B.
  * Outputs: x_next [B, C, h, w], velocity_next [R, C, h, w].
@@ -39,7 +39,7 @@ export function emitInpaintBlend(name: string, channels: number, guided: boolean
   const blend = (fresh: Value, known: Value) => g.op("Add", [g.op("Mul", [mask, fresh]), g.op("Mul", [kept, known])]);
   const direction = g.op("Sub", [noise, latents]);
   const both = guided ? g.op("Concat", [direction, direction], { axis: 0 }) : direction;
-  g.output("x_next", blend(x, noised(g, latents, noise, sigma)), ["rows", channels, "height", "width"]);
+  g.output("x_next", blend(x, scaleNoise(g, latents, noise, sigma)), ["rows", channels, "height", "width"]);
   g.output("velocity_next", blend(velocity, both), [networkRows, channels, "height", "width"]);
   return g.build();
 }
@@ -55,9 +55,7 @@ export function emitPreview(name: string, channels: number, guided: boolean): On
   let velocity = g.input("velocity", "float32", [guided ? "network_rows" : "rows", channels, "height", "width"]);
   const sigma = perRow(g, g.input("sigma", "float32", ["rows"]));
   if (guided) {
-    const guidance = perRow(g, g.input("guidance", "float32", ["rows"]));
-    const [u, c] = g.ops("Split", [velocity], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
-    velocity = g.op("Add", [u, g.op("Mul", [guidance, g.op("Sub", [c, u])])]);
+    velocity = applyGuidance(g, velocity, perRow(g, g.input("guidance", "float32", ["rows"])));
   }
   const map = g.input("map", "float32", [3, channels]);
   const bias = g.input("bias", "float32", [3, 1]);

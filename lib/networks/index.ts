@@ -1,8 +1,187 @@
-/** The networks of SD3 class models as ONNX graphs, one file a network. */
-export { type ClipConfig, emitClip } from "./clip.js";
-export { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
-export { type MmditConfig, mmditWidth, positionTable } from "./mmdit.js";
-export { emitStep, type StepOptions, type StepType } from "./step.js";
-export { emitT5, relativeBuckets, type T5Config } from "./t5.js";
-export { emitUpscale } from "./upscale.js";
-export { emitVaeDecoder, emitVaeEncoder, type VaeConfig } from "./vae.js";
+/**
+ * The table of networks, one row each: which part of the checkpoint owns its weights, what it is for, the variants that
+ * it comes in, and how it is emitted. What programs launch, which engines are built with which shapes, and what a model
+ * takes in memory follow from this table: a new network is one file that emits it, and one row here.
+ */
+
+import type { Checkpoint, Part, Tokenizer } from "../checkpoint/index.js";
+import { int64, type Tensor } from "../common/tensor.js";
+import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
+import { emitClip } from "./clip.js";
+import { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
+import { emitStep } from "./step.js";
+import { emitT5, relativeBuckets } from "./t5.js";
+import { emitUpscale } from "./upscale.js";
+import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
+
+export { mmditWidth, positionTable } from "./mmdit.js";
+
+/** Parts of a checkpoint that have weights. */
+export type WeightedPart = "transformer" | "refiner" | "vae" | "textEncoder" | "textEncoder2" | "textEncoder3";
+
+/** What only some pictures need. */
+export type Feature = "stages" | "editing" | "previews";
+
+/** Variants of a network, by name; one that is absent or false is not part of a graph's name. */
+export interface Variants {
+  /** Classifier-free guidance: twice the rows, unconditional ones first. */
+  readonly guidance?: boolean;
+}
+
+/** What identifies a graph of a checkpoint. */
+export interface GraphKey extends Variants {
+  readonly network: string;
+}
+
+/** How a text encoder takes part in the condition. */
+export interface TextRole {
+  readonly tokenizer: "tokenizer" | "tokenizer2" | "tokenizer3";
+  /**
+   * Where its hidden states go: beside those of the others along the channels, with as many tokens as the tokenizer has;
+   * or behind them along the tokens, with as many as are asked for.
+   */
+  readonly joins: "channels" | "tokens";
+  /** Inputs besides the ids that depend on the number of tokens only. */
+  readonly constants?: (checkpoint: Checkpoint, tokens: number) => Readonly<Record<string, Tensor>>;
+}
+
+export interface Network {
+  /** The part that owns its weights; null for arithmetic without weights. */
+  readonly part: WeightedPart | null;
+  /** `text`: encodes prompts; `step`: a fused sampling step; `image`: goes through the autoencoder; `edit`: other arithmetic. */
+  readonly role: "text" | "step" | "image" | "edit";
+  readonly text?: TextRole;
+  readonly variants: readonly (keyof Variants)[];
+  /** Features that need it; absent where every picture does. `side`: they need it at that size only, in latents. */
+  readonly features?: Readonly<Partial<Record<Feature, { readonly side?: number }>>>;
+  /** Whether it must not be computed in float16, which it was not trained in. */
+  readonly overflowsInFloat16?: boolean;
+  /** Rows of one launch at most, for pictures of a size in pixels; absent for any number. */
+  readonly maxRows?: (width: number, height: number) => number;
+  readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => OnnxGraph;
+}
+
+/** Pixels that go through the autoencoder at once, since its activations dwarf everything else: one picture of 1024 × 1024. */
+const pixelsAtOnce = 2 ** 20;
+const autoencoderRows = (width: number, height: number) => Math.max(1, Math.floor(pixelsAtOnce / (width * height)));
+
+/** Side, in latents, of the pictures that the preview's colours are fitted on. */
+export const previewFitSide = 16;
+
+function clip(
+  part: "textEncoder" | "textEncoder2",
+  tokenizer: "tokenizer" | "tokenizer2",
+): Pick<Network, "part" | "role" | "text" | "variants" | "emit"> {
+  return {
+    ...{ part, role: "text", variants: [] },
+    text: { tokenizer, joins: "channels" },
+    emit: (name, checkpoint, options) => {
+      const { weights, config } = checkpoint[part]!;
+      return emitClip(name, weights, config, checkpoint[tokenizer]!.maxLength, options);
+    },
+  };
+}
+
+function step(part: "transformer" | "refiner", type: "predict" | "refine"): Network {
+  return {
+    ...{ part, role: "step", variants: ["guidance"] },
+    emit: (name, checkpoint, options, { guidance = false }) => {
+      const { weights, config } = checkpoint[part]!;
+      const { numTrainTimesteps } = checkpoint.scheduler;
+      return emitStep(name, type, weights, config, { ...options, guided: guidance, numTrainTimesteps });
+    },
+  };
+}
+
+const rows = {
+  clip_l: clip("textEncoder", "tokenizer"),
+  clip_g: clip("textEncoder2", "tokenizer2"),
+  t5: {
+    ...{ part: "textEncoder3", role: "text", variants: [], overflowsInFloat16: true },
+    text: {
+      ...{ tokenizer: "tokenizer3", joins: "tokens" },
+      constants: ({ textEncoder3 }, tokens) => ({
+        relative_buckets: int64([tokens, tokens], relativeBuckets(textEncoder3!.config, tokens)),
+      }),
+    },
+    emit: (name, { textEncoder3 }, options) => emitT5(name, textEncoder3!.weights, textEncoder3!.config, options),
+  },
+  predict: step("transformer", "predict"),
+  refine: step("refiner", "refine"),
+  vae_decoder: {
+    ...{ part: "vae", role: "image", variants: [], maxRows: autoencoderRows },
+    emit: (name, { vae }, options) => emitVaeDecoder(name, vae.weights, vae.config, options),
+  },
+  vae_encoder: {
+    ...{ part: "vae", role: "image", variants: [], features: { editing: {}, previews: { side: previewFitSide } } },
+    // A request has one original.
+    maxRows: () => 1,
+    emit: (name, { vae }, options) => emitVaeEncoder(name, vae.weights, vae.config, options),
+  },
+  upscale: {
+    ...{ part: "vae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
+    emit: (name, { vae }, options) => emitUpscale(name, vae.weights, vae.config, options),
+  },
+  scale_noise: {
+    ...{ part: null, role: "edit", variants: [], features: { editing: {} } },
+    emit: (name, { vae }) => emitScaleNoise(name, vae.config.latentChannels),
+  },
+  inpaint_blend: {
+    ...{ part: null, role: "edit", variants: ["guidance"], features: { editing: {} } },
+    emit: (name, { vae }, _, { guidance = false }) => emitInpaintBlend(name, vae.config.latentChannels, guidance),
+  },
+  preview: {
+    ...{ part: null, role: "edit", variants: ["guidance"], features: { previews: {} } },
+    emit: (name, { vae }, _, { guidance = false }) => emitPreview(name, vae.config.latentChannels, guidance),
+  },
+} satisfies Record<string, Network>;
+
+export type NetworkName = keyof typeof rows;
+
+/** The table of networks by name. */
+export const networks: Record<string, Network> = rows;
+
+/** The features that some network names. */
+export function featureNames(): Feature[] {
+  return [...new Set(Object.values(networks).flatMap(({ features }) => Object.keys(features ?? {}) as Feature[]))];
+}
+
+/** A key as a name: "predict.guidance", or "predict" without. Programs, costs, engines and reports name graphs so. */
+export function graphName({ network, ...variants }: GraphKey): string {
+  const present = Object.entries(variants).filter(([, value]) => value !== undefined && value !== false);
+  return [network, ...present.map(([name, value]) => (value === true ? name : `${name}-${value}`)).sort()].join(".");
+}
+
+/** The key of a name. @throws RangeError for a name of no network */
+export function graphKey(name: string): GraphKey {
+  const [network, ...present] = name.split(".") as [string, ...string[]];
+  if (!Object.hasOwn(networks, network)) throw new RangeError(`There is no network "${network}".`);
+  const variants = present.map((each): [string, boolean | string] => {
+    const dash = each.indexOf("-");
+    return dash < 0 ? [each, true] : [each.slice(0, dash), each.slice(dash + 1)];
+  });
+  return { network, ...Object.fromEntries(variants) };
+}
+
+/** The networks that a checkpoint has weights for, in the order of the table. */
+export function networksOf(checkpoint: Checkpoint): { readonly name: string; readonly row: Network }[] {
+  return Object.entries(networks)
+    .filter(([, { part }]) => part === null || checkpoint[part] !== null)
+    .map(([name, row]) => ({ name, row }));
+}
+
+/** The text encoders of a checkpoint, with their tokenizers. */
+export function textEncodersOf(
+  checkpoint: Checkpoint,
+): { readonly name: string; readonly text: TextRole; readonly tokenizer: Tokenizer }[] {
+  return networksOf(checkpoint).flatMap(({ name, row: { text } }) => {
+    const tokenizer = text && checkpoint[text.tokenizer];
+    return text && tokenizer ? [{ name, text, tokenizer }] : [];
+  });
+}
+
+/** The parts of a checkpoint that have weights, each once. */
+export function weightedParts(checkpoint: Checkpoint): Part<unknown>[] {
+  const parts = new Set(Object.values(networks).map(({ part }) => part));
+  return [...parts].flatMap((part) => (part && checkpoint[part]) ?? []);
+}

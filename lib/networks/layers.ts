@@ -31,8 +31,14 @@ export function perRow(g: GraphBuilder, value: Value): Value {
   return g.op("Unsqueeze", [value, g.ints([1, 2, 3])]);
 }
 
-/** (1 − σ)·z + σ·ε, σ per row: where rectified flow is on its way between a picture and noise. */
-export function noised(g: GraphBuilder, latents: Value, noise: Value, sigma: Value): Value {
+/** u + g·(c − u) for the halves u (unconditional, first) and c (conditional) of a pair; g per row, [B, 1, 1, 1]. */
+export function applyGuidance(g: GraphBuilder, pair: Value, scale: Value): Value {
+  const [u, c] = g.ops("Split", [pair], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
+  return g.op("Add", [u, g.op("Mul", [scale, g.op("Sub", [c, u])])]);
+}
+
+/** (1 − σ)·z + σ·ε, σ per row: the point of rectified flow between a picture and noise. */
+export function scaleNoise(g: GraphBuilder, latents: Value, noise: Value, sigma: Value): Value {
   const level = perRow(g, sigma);
   const rest = g.op("Sub", [g.scalar(1, "float32"), level]);
   return g.op("Add", [g.op("Mul", [rest, latents]), g.op("Mul", [level, noise])]);
@@ -42,6 +48,7 @@ export function noised(g: GraphBuilder, latents: Value, noise: Value, sigma: Val
 const end = Number.MAX_SAFE_INTEGER;
 
 export class Layers {
+  readonly compute: ElementType;
   readonly #shared = new Map<string, Value>();
 
   constructor(
@@ -50,12 +57,8 @@ export class Layers {
     readonly options: EmitOptions,
     /** Number of rows of the network's inputs, as an int64 [1] value. */
     readonly batch: Value,
-    readonly compute: ElementType = options.compute,
-  ) {}
-
-  /** The same graph and weights, computing in another type. */
-  withCompute(compute: ElementType): Layers {
-    return compute === this.compute ? this : new Layers(this.g, this.weights, this.options, this.batch, compute);
+  ) {
+    this.compute = options.compute;
   }
 
   /** A weight in its stored type. @throws CheckpointError if it is absent or has another shape. */

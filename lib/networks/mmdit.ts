@@ -4,25 +4,10 @@
  * predictor and refiner are the same network with other sizes.
  */
 
+import type { TransformerConfig } from "../checkpoint/index.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
-import type { ElementType, EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
+import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 import { Layers, requireTensor } from "./layers.js";
-
-export interface MmditConfig {
-  readonly patchSize: number;
-  readonly inChannels: number;
-  readonly outChannels: number;
-  readonly numLayers: number;
-  readonly attentionHeadDim: number;
-  readonly numAttentionHeads: number;
-  readonly jointAttentionDim: number;
-  readonly pooledProjectionDim: number;
-  /** Side of the table of positions, in patches. */
-  readonly posEmbedMaxSize: number;
-  /** Indices of the blocks with a second attention over the image tokens alone (SD3.5-medium). */
-  readonly dualAttentionLayers: readonly number[];
-  readonly qkNorm: "rms_norm" | null;
-}
 
 export interface MmditInputs {
   /** [rows, inChannels, h, w] in the compute type. */
@@ -37,22 +22,17 @@ export interface MmditInputs {
   readonly positionEmbedding: Value;
 }
 
-export interface MmditOptions extends EmitOptions {
-  /** Computes single blocks in another type (NVIDIA ran block 35 of SD3.5-large in float32). */
-  readonly blockCompute?: ReadonlyMap<number, ElementType>;
-}
-
 const epsilon = 1e-6;
 /** Width of the sinusoidal embedding of the timestep. */
 const timestepChannels = 256;
 
 /** Number of values a token of the transformer holds. */
-export function mmditWidth(config: MmditConfig): number {
+export function mmditWidth(config: TransformerConfig): number {
   return config.numAttentionHeads * config.attentionHeadDim;
 }
 
 /** The table of positions, [1, posEmbedMaxSize², width]; graphs take the centre crop for their size as an input. */
-export function positionTable(weights: WeightSource, config: MmditConfig): StoredTensor {
+export function positionTable(weights: WeightSource, config: TransformerConfig): StoredTensor {
   return requireTensor(weights, "pos_embed.pos_embed", [1, config.posEmbedMaxSize ** 2, mmditWidth(config)]);
 }
 
@@ -60,9 +40,9 @@ export function positionTable(weights: WeightSource, config: MmditConfig): Store
 export function mmdit(
   g: GraphBuilder,
   weights: WeightSource,
-  config: MmditConfig,
+  config: TransformerConfig,
   inputs: MmditInputs,
-  options: MmditOptions,
+  options: EmitOptions,
 ): Value {
   const l = new Layers(g, weights, options, g.op("Shape", [inputs.latent], { start: 0, end: 1 }));
   const width = mmditWidth(config);
@@ -95,13 +75,9 @@ export function mmdit(
 
   // 3. The joint blocks.
   for (let index = 0; index < config.numLayers; index++) {
-    const compute = options.blockCompute?.get(index) ?? l.compute;
-    const block = l.withCompute(compute);
-    const result = g.scoped(`transformer_blocks.${index}`, () =>
-      jointBlock(block, config, index, g.cast(x, compute), g.cast(context, compute), g.cast(activated, compute)),
-    );
-    x = g.cast(result.x, l.compute);
-    if (result.context) context = g.cast(result.context, l.compute);
+    const result = g.scoped(`transformer_blocks.${index}`, () => jointBlock(l, config, index, x, context, activated));
+    x = result.x;
+    if (result.context) context = result.context;
   }
 
   // 4. Tokens back to a latent.
@@ -154,7 +130,7 @@ function modulate(l: Layers, x: Value, shift: Value, scale: Value): Value {
 
 function jointBlock(
   l: Layers,
-  config: MmditConfig,
+  config: TransformerConfig,
   index: number,
   x: Value,
   context: Value,

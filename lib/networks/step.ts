@@ -10,14 +10,13 @@
  * are per row, so that rows at different positions of different schedules can share a launch.
  */
 
+import type { TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
-import { GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import { perRow } from "./layers.js";
-import { type MmditConfig, type MmditOptions, mmdit, mmditWidth } from "./mmdit.js";
+import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { applyGuidance, perRow } from "./layers.js";
+import { mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
-export type StepType = "predict" | "refine";
-
-export interface StepOptions extends MmditOptions {
+export interface StepOptions extends EmitOptions {
   /** Without guidance the network runs on B rows instead of 2B, and there is no `guidance` input. */
   readonly guided: boolean;
   /** The network's timestep is σ times this (1000). */
@@ -34,11 +33,13 @@ export interface StepOptions extends MmditOptions {
  */
 export function emitStep(
   name: string,
-  type: StepType,
+  type: "predict" | "refine",
   weights: WeightSource,
-  config: MmditConfig,
+  config: TransformerConfig,
   options: StepOptions,
 ): OnnxGraph {
+  // Rows of this table are an input, which the runtime reads from the file.
+  positionTable(weights, config);
   const g = new GraphBuilder(name);
   const channels = config.outChannels;
   const rows = options.guided ? "network_rows" : "rows";
@@ -54,11 +55,7 @@ export function emitStep(
   const aNew = coefficient("a_new");
   const guidance = options.guided ? coefficient("guidance") : null;
 
-  const guide = (pair: Value): Value => {
-    if (!guidance) return pair;
-    const [u, c] = g.ops("Split", [pair], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
-    return g.op("Add", [u, g.op("Mul", [guidance, g.op("Sub", [c, u])])]);
-  };
+  const guide = (pair: Value) => (guidance ? applyGuidance(g, pair, guidance) : pair);
   const twice = (value: Value) => (options.guided ? g.op("Concat", [value, value], { axis: 0 }) : value);
 
   const guided = guide(velocity);

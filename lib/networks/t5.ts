@@ -3,24 +3,10 @@
  * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one.
  */
 
+import type { T5Config } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
-
-export interface T5Config {
-  readonly vocabSize: number;
-  readonly dModel: number;
-  readonly dKv: number;
-  readonly dFf: number;
-  readonly numLayers: number;
-  readonly numHeads: number;
-  readonly relativeAttentionNumBuckets: number;
-  readonly relativeAttentionMaxDistance: number;
-  readonly layerNormEpsilon: number;
-  readonly activation: "gelu_new" | "gelu" | "relu" | "silu";
-  /** Whether the feed-forward is gated: act(x W0) · (x W1). */
-  readonly gated: boolean;
-}
 
 /**
  * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`). Output, float32: hidden [B, T, dModel].

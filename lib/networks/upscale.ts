@@ -1,13 +1,14 @@
 /**
- * The join between two stages, one graph: a finished picture of one size becomes the noisy start of a larger one. The
- * picture is lifted through pixels, since interpolated latents decode with strong artefacts: decode, resize (bicubic,
+ * Upscaling between two stages, one graph: a finished picture of one size becomes the noisy start of a larger one. The
+ * picture is resized in pixels, since interpolated latents decode with strong artefacts: decode, resize (bicubic,
  * half-pixel centres, a = -0.75, as torch's interpolate), encode (the mode), then x = (1 − σ)·z + σ·ε.
  */
 
+import type { VaeConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import { noised } from "./layers.js";
-import { decode, encode, type VaeConfig } from "./vae.js";
+import { scaleNoise } from "./layers.js";
+import { decode, encode } from "./vae.js";
 
 /**
  * Inputs (float32): latents [B, C, h, w], noise [B, C, H, W], sigma [B]. Output: x [B, C, H, W].
@@ -29,12 +30,12 @@ export function emitUpscale(name: string, weights: WeightSource, config: VaeConf
     ],
     { axis: 0 },
   );
-  const larger: Value = g.op("Resize", [picture, null, null, size], {
+  const resized: Value = g.op("Resize", [picture, null, null, size], {
     mode: "cubic",
     cubic_coeff_a: { float: -0.75 },
     coordinate_transformation_mode: "half_pixel",
   });
-  const lifted = encode(g, weights, config, larger, options);
-  g.output("x", noised(g, lifted, noise, sigma), ["rows", channels, "next_height", "next_width"]);
+  const latentsAtSize = encode(g, weights, config, resized, options);
+  g.output("x", scaleNoise(g, latentsAtSize, noise, sigma), ["rows", channels, "next_height", "next_width"]);
   return g.build();
 }

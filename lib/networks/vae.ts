@@ -3,23 +3,10 @@
  * are part of the graphs: the rest of the package only ever sees the latents that the transformer works on.
  */
 
+import type { VaeConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
-
-export interface VaeConfig {
-  readonly inChannels: number;
-  readonly outChannels: number;
-  readonly latentChannels: number;
-  readonly blockOutChannels: readonly number[];
-  readonly layersPerBlock: number;
-  readonly normNumGroups: number;
-  readonly scalingFactor: number;
-  readonly shiftFactor: number;
-  readonly useQuantConv: boolean;
-  readonly usePostQuantConv: boolean;
-  readonly midBlockAddAttention: boolean;
-}
 
 const epsilon = 1e-6;
 

@@ -15,17 +15,23 @@ export interface EngineRequest {
 }
 
 export interface CompiledEngine {
+  /** Name of its graph. */
   readonly graph: string;
   /** File of the verified plan. */
   readonly plan: string;
+  /** Of the plan. */
   readonly bytes: number;
+  /** Of the plan, in hexadecimal. */
   readonly sha256: string;
+  /** What it runs on. */
   readonly profiles: readonly ProfileShapes[];
   /** Of the build, or of finding and verifying a cached plan. */
   readonly seconds: number;
+  /** Whether the cache held it. */
   readonly cached: boolean;
-  /** Why a plan in the cache was not used but built again. */
+  /** Why a plan in the cache was not used but built again; null if there was none, or it was used. */
   readonly rebuilt: string | null;
+  /** The library's own words. */
   readonly warnings: readonly string[];
 }
 

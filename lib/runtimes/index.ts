@@ -10,27 +10,31 @@ import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from ".
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-const rows = {
-  ...(Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])) as Record<TensorRtKind, RuntimeRow>),
-  onnxruntime,
-};
-
-export type RuntimeName = keyof typeof rows;
+export type RuntimeName = TensorRtKind | "onnxruntime";
 /** Runtimes that engines are built for. */
 export type BuilderName = TensorRtKind;
 
 /** The table of runtimes by name. */
-export const runtimes: Record<string, RuntimeRow> = rows;
+export const runtimes: Record<string, RuntimeRow> = {
+  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
+  onnxruntime,
+};
 
 /** Names of the runtimes that there are when it is called, in the order of the table. */
-export const runtimeNames = () => Object.keys(runtimes) as RuntimeName[];
+export function runtimeNames(): RuntimeName[] {
+  return Object.keys(runtimes) as RuntimeName[];
+}
 
-/** Names of those of them that engines are built for. */
-export const builderNames = () => runtimeNames().filter((name) => runtimes[name]!.builder) as BuilderName[];
+/** Names of those of them that build engines. */
+export function builderNames(): BuilderName[] {
+  return runtimeNames().filter((name) => runtimes[name]!.builder) as BuilderName[];
+}
 
 /** The runtime of a model, and why those that would be preferred were passed over. */
 export interface RuntimeChoice {
+  /** Its name in the table of runtimes. */
   readonly name: string;
+  /** With `runtime: "auto"`: those that come before it, each with the reason and a remedy. */
   readonly passedOver: readonly { readonly name: string; readonly reason: string }[];
 }
 
@@ -77,7 +81,7 @@ export async function openBuilder(
   wanted: string,
   settings: BuilderSettings,
 ): Promise<OpenedBuilder & { readonly name: string }> {
-  const all: string[] = wanted === "auto" ? builderNames() : [wanted];
+  const all: readonly string[] = wanted === "auto" ? builderNames() : [wanted];
   const named = settings.targets && settings.targets.length > 0;
   const names = all.filter((name) => wanted !== "auto" || !named || runtimes[name]!.builder!.takesTargets);
   const reasons: string[] = [];

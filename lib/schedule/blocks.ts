@@ -1,41 +1,115 @@
 /**
- * Block strings: how a schedule is written. One letter a block, from noise to image, each optionally followed by a
- * count: `H1P5R3` and `HPPPPPRRR` are the same schedule.
+ * The blocks that a schedule is made of, one row a letter: what it is called, and the launches that it takes. A new
+ * linear multistep method is one more row: graphs, runtimes and serving know no letters.
  *
- *   E  Euler             1 evaluation of the predictor
- *   H  Heun              2
- *   P  pseudo corrector  1, second order: it reuses the velocity that the block before ended with
- *   R  velocity refiner  2 of the refiner, none of the predictor
+ * A schedule is written as one letter a block, from noise to image, each optionally followed by a count: `H1P5R3` and
+ * `HPPPPPRRR` are the same.
  */
 
 import { OptionError } from "../errors.js";
 
-export type Block = "E" | "H" | "P" | "R";
-export type Sampler = "euler" | "heun" | "flowturbo";
+/** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
+export type StepType = "predict" | "refine";
+
+/**
+ * One evaluation of a fused step: from the state x and a velocity v,
+ *
+ *   v' = network(x + a_in·v, σ)      x' = x + a_old·v + a_new·v'
+ */
+export interface Evaluation {
+  readonly type: StepType;
+  /** Noise level at which the network is evaluated. */
+  readonly sigma: number;
+  readonly aIn: number;
+  readonly aOld: number;
+  readonly aNew: number;
+  /** Whether v' replaces v for the launches that follow. */
+  readonly keepsVelocity: boolean;
+}
+
+/** What a block knows of its place in a schedule. */
+export interface BlockPlace {
+  /** Noise levels at its start and end. */
+  readonly from: number;
+  readonly to: number;
+  /** `to - from`; negative. */
+  readonly h: number;
+  /** Step of the block before; null for the first. */
+  readonly before: number | null;
+}
+
+export interface BlockRow {
+  readonly name: string;
+  /** Whether a velocity from a block before it is needed: then it cannot be the first. */
+  readonly needsVelocity: boolean;
+  readonly evaluations: (place: BlockPlace) => readonly Evaluation[];
+}
+
+/** Evaluates the network at the start of the block; x stays. */
+const evaluate = (type: StepType, { from }: BlockPlace): Evaluation => ({
+  ...{ type, sigma: from, aIn: 0, aOld: 0, aNew: 0 },
+  keepsVelocity: true,
+});
+
+/** Evaluates at the guess x + h·v, and steps with the mean of both velocities. */
+const correct = (type: StepType, { to, h }: BlockPlace): Evaluation => ({
+  ...{ type, sigma: to, aIn: h, aOld: h / 2, aNew: h / 2 },
+  // After the refiner the velocity that goes on is the one at the point itself, as in FlowTurbo's reference code.
+  keepsVelocity: type === "predict",
+});
+
+const heun = (place: BlockPlace) => [evaluate("predict", place), correct("predict", place)];
+
+const rows = {
+  E: {
+    name: "Euler",
+    needsVelocity: false,
+    evaluations: (place) => [{ ...evaluate("predict", place), aNew: place.h }],
+  },
+  H: { name: "Heun", needsVelocity: false, evaluations: heun },
+  P: {
+    name: "pseudo corrector",
+    needsVelocity: false,
+    // It reuses the velocity that the block before ended with. Without one it is a Heun step.
+    evaluations: (place) => (place.before === null ? heun(place) : [correct("predict", place)]),
+  },
+  R: {
+    name: "velocity refiner",
+    needsVelocity: true,
+    evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
+  },
+} satisfies Record<string, BlockRow>;
+
+export type Block = keyof typeof rows;
+
+/** The table of blocks by letter. */
+export const blockTable: Record<string, BlockRow> = rows;
 
 /** More blocks than this is a typing error, not a schedule. */
 const maxBlocks = 1000;
 
-/** @throws OptionError for anything that is not a schedule, or one that starts with R (a refiner needs a velocity). */
+/** @throws OptionError for anything that is not a schedule, or one that starts with a block that needs a velocity */
 export function parseBlocks(text: string): Block[] {
   const compact = text.replace(/\s+/g, "").toUpperCase();
-  if (!/^([EHPR]\d*)+$/.test(compact))
+  const letters = Object.keys(blockTable);
+  if (!new RegExp(`^([${letters.join("")}]\\d*)+$`).test(compact))
     throw new OptionError(
       "blocks",
-      `Expected blocks such as "H1P5R3" or "HPPPPPRRR" (E Euler, H Heun, P pseudo corrector, R refiner, each with an optional count) but received "${text}".`,
+      `Expected blocks such as "H1P5R3" or "HPPPPPRRR" (${letters.map((letter) => `${letter} ${blockTable[letter]!.name}`).join(", ")}, each with an optional count) but received "${text}".`,
     );
   const blocks: Block[] = [];
-  for (const [, letter, count] of compact.matchAll(/([EHPR])(\d*)/g)) {
+  for (const [, letter, count] of compact.matchAll(/([A-Z])(\d*)/g)) {
     const repeat = count === "" ? 1 : Number(count);
     if (blocks.length + repeat > maxBlocks)
       throw new OptionError("blocks", `Expected at most ${maxBlocks} blocks but "${text}" has more.`);
     for (let i = 0; i < repeat; i++) blocks.push(letter as Block);
   }
-  if (blocks.length === 0) throw new OptionError("blocks", `The blocks "${text}" are empty; give at least one.`);
-  if (blocks[0] === "R")
+  const [first] = blocks;
+  if (!first) throw new OptionError("blocks", `The blocks "${text}" are empty; give at least one.`);
+  if (blockTable[first]!.needsVelocity)
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" start with R, but the refiner needs a velocity to refine. Start with H, for example "H1${compact}".`,
+      `The blocks "${text}" start with ${first} (${blockTable[first]!.name}), which needs the velocity of a block before it. Start with H, for example "H1${compact}".`,
     );
   return blocks;
 }
@@ -50,16 +124,4 @@ export function formatBlocks(blocks: readonly Block[]): string {
     start = end;
   }
   return text;
-}
-
-/**
- * The schedule of a sampler for n steps. `flowturbo` opens with one Heun block, since the pseudo corrector needs a
- * velocity to start from, and ends with refiner blocks where there is a refiner: a fifth of the blocks, as in the
- * paper (more without P between collapses, table 4).
- */
-export function defaultBlocks(sampler: Sampler, steps: number, hasRefiner: boolean): Block[] {
-  if (sampler === "euler") return new Array<Block>(steps).fill("E");
-  if (sampler === "heun") return new Array<Block>(steps).fill("H");
-  const refined = hasRefiner ? Math.min(Math.round(steps / 5), steps - 1) : 0;
-  return ["H", ...new Array<Block>(steps - 1 - refined).fill("P"), ...new Array<Block>(refined).fill("R")];
 }

@@ -1,13 +1,13 @@
-/** Schedules: grids, blocks, and the programs that they amount to. Pure. */
-
+/** Schedules: blocks, noise levels, samplers. Pure: no network, no program. */
+export { type Block, type BlockRow, blockTable, formatBlocks, parseBlocks, type StepType } from "./blocks.js";
+export { defaultLadder, defaultSampler, type SamplerName, type SamplerRow, samplers } from "./samplers.js";
+export { type Evaluations, planSteps, type Schedule, type StepLaunch, scheduleOf } from "./schedule.js";
 export {
-  type SamplingProgram,
-  type SamplingRequest,
-  type SamplingStage,
-  samplingProgram,
-  withValues,
-} from "../generation/programs.js";
-export { ProgramBuilder, rowsAtOnce } from "../program/builder.js";
-export { type Block, defaultBlocks, formatBlocks, parseBlocks, type Sampler } from "./blocks.js";
-export { diffusersSigmas, type GridName, shiftedSigmas, shiftSigma, skippedBlocks, upscaleSigmas } from "./sigmas.js";
-export { countEvaluations, type Evaluations, planSteps, type StepLaunch } from "./steps.js";
+  diffusersSigmas,
+  type GridName,
+  shiftedSigmas,
+  shiftSigma,
+  sigmaGrids,
+  skippedBlocks,
+  upscaleSigmas,
+} from "./sigmas.js";

@@ -1,10 +1,15 @@
 /**
- * The noise levels that a schedule visits. σ runs from 1 (noise) to 0 (image); a grid for n blocks has n + 1 points.
- * Two grids are in use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at,
- * kept for exact parity.
+ * The noise levels that a schedule visits: n + 1 of them for n blocks, from 1 (noise) to 0 (image). Two spacings are in
+ * use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at, for exact parity.
  */
 
-export type GridName = "shifted" | "diffusers";
+/** What noise levels depend on: values of the checkpoint's scheduler. */
+export interface SigmaSettings {
+  /** Shift towards noise, 3 for SD3. */
+  readonly shift: number;
+  /** Steps that the model was trained with, 1000. */
+  readonly numTrainTimesteps: number;
+}
 
 /** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
 export function shiftSigma(u: number, shift: number): number {
@@ -12,7 +17,7 @@ export function shiftSigma(u: number, shift: number): number {
 }
 
 /** u_i = 1 − i/n, shifted once. The last two points are far enough apart to be worth an evaluation. */
-export function shiftedSigmas(blocks: number, shift: number): number[] {
+export function shiftedSigmas(blocks: number, { shift }: Pick<SigmaSettings, "shift">): number[] {
   return Array.from({ length: blocks + 1 }, (_, i) => shiftSigma(1 - i / blocks, shift));
 }
 
@@ -20,7 +25,7 @@ export function shiftedSigmas(blocks: number, shift: number): number[] {
  * FlowMatchEulerDiscreteScheduler.set_timesteps(n): that scheduler shifts twice, once when it finds its smallest σ and
  * once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929, 0.
  */
-export function diffusersSigmas(blocks: number, shift: number, numTrainTimesteps: number): number[] {
+export function diffusersSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
   const smallest = shiftSigma(1 / numTrainTimesteps, shift);
   const points = Array.from({ length: blocks }, (_, i) => {
     const even = blocks === 1 ? 1 : 1 + ((smallest - 1) * i) / (blocks - 1);
@@ -29,11 +34,18 @@ export function diffusersSigmas(blocks: number, shift: number, numTrainTimesteps
   return [...points, 0];
 }
 
+const rows = { shifted: shiftedSigmas, diffusers: diffusersSigmas };
+
+export type GridName = keyof typeof rows;
+
+/** The table of spacings, by the values of the option `grid`. */
+export const sigmaGrids: Readonly<Record<string, (blocks: number, settings: SigmaSettings) => number[]>> = rows;
+
 /**
- * The grid of a stage that starts from a re-noised picture: as `shiftedSigmas`, but from `sigma` instead of 1.
+ * The noise levels of a stage that starts from a re-noised picture: as `shiftedSigmas`, but from `sigma` instead of 1.
  * u_0 = σ / (s − (s − 1)·σ), u_i = u_0·(1 − i/n).
  */
-export function upscaleSigmas(blocks: number, shift: number, sigma: number): number[] {
+export function upscaleSigmas(blocks: number, { shift }: Pick<SigmaSettings, "shift">, sigma: number): number[] {
   const start = sigma / (shift - (shift - 1) * sigma);
   return Array.from({ length: blocks + 1 }, (_, i) => (i === 0 ? sigma : shiftSigma(start * (1 - i / blocks), shift)));
 }

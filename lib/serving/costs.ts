@@ -1,20 +1,28 @@
 /**
- * What launches cost: the table that every choice of this folder rests on. An entry is the median of measured runs of
- * one graph at one batch and size, with its quartiles. Two things are added while a model works: launches that nobody
- * measured enter the table when they have been seen often enough, and the drift of the machine (other programs, a
- * warmer processor) since the table was measured is followed, so that predictions stay right.
+ * What launches cost: the table that every choice of this folder is based on. An entry is the median of measured runs of
+ * one graph at one batch and size, with its quartiles. Two things are added while a model works: launches that have not
+ * been measured enter the table when they have been observed often enough, and the drift of the machine (other programs,
+ * a warmer processor) since the table was measured is followed, so that predictions stay right.
  */
 
+/** What is not in launches (noise, tokens, pixels to bytes, messages): an entry of the table like a graph. */
+export const hostGraph = "host";
+
+/** What a launch of one graph at one batch and size takes. */
 export interface CostEntry {
+  /** Name of the graph, or "host" for what is not in launches. */
   readonly graph: string;
+  /** Rows of the launch, padding included; pictures for "host". */
   readonly batch: number;
   /** What the graph runs on besides rows: "64x64" for a picture in pixels, "77 tokens" for a text. */
   readonly size: string;
   /** Median. */
   readonly milliseconds: number;
-  /** Quartiles. */
+  /** Lower quartile, in milliseconds. */
   readonly low: number;
+  /** Upper quartile, in milliseconds. */
   readonly high: number;
+  /** Number of runs that the entry is made of. */
   readonly runs: number;
 }
 
@@ -25,7 +33,7 @@ const fixedShare = 0.2;
 const observationsNeeded = 5;
 const observationsKept = 25;
 
-/** Weight of one launch in the drift, and bounds of what one launch may say: one that was interrupted says little. */
+/** Weight of one launch in the drift, and bounds of its ratio: a launch that was interrupted means little. */
 const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
 
@@ -76,8 +84,8 @@ export class CostTable {
   estimate(graph: string, size: string, batch: number): number | null {
     const batches = this.#entries.get(keyOf(graph, size));
     if (!batches) return null;
-    // Fewer rows never take longer than more. Where the table says so, its entries are of different hours of the machine,
-    // and single rows would be padded for good: what is never launched is never seen to be cheaper.
+    // Fewer rows never take longer than more. Where the table says so, its entries were measured at different loads of
+    // the machine, and single rows would be padded for ever: what is never launched is never observed to be cheaper.
     const larger = [...batches.values()].filter((entry) => entry.batch > batch).map((entry) => entry.milliseconds);
     return Math.min(interpolated(batches, batch), ...larger) * this.drift;
   }
@@ -87,7 +95,7 @@ export class CostTable {
     return this.estimate(graph, size, batch) ?? affine(batch);
   }
 
-  /** A launch that was done for somebody, not to measure it. Must not have included compiling the graph. */
+  /** A launch that was made for a request, not to measure it. Must not have included compiling the graph. */
   observe(graph: string, size: string, batch: number, milliseconds: number): void {
     const known = this.get(graph, size, batch);
     if (known) {

@@ -1,50 +1,28 @@
 /**
- * Schedules for a time limit: a ladder of them, the richest first, and the choice of the first that fits.
+ * Schedules for a time limit: the ladder of candidates, the best first, and the choice of the first that fits.
  */
 
-import {
-  type Block,
-  countEvaluations,
-  defaultBlocks,
-  formatBlocks,
-  planSteps,
-  shiftedSigmas,
-} from "../schedule/index.js";
-
 /**
- * What a prediction has to leave free. Predictions are medians: without room, every second picture that is predicted to
- * fit just so would come late.
+ * What a prediction has to leave free, as a factor. Predictions are medians: without it every second picture whose
+ * prediction equals the limit would be late.
  */
 export const deadlineMargin = 1.1;
 
-/** A rung with what it is predicted to take. */
-export interface PredictedRung {
-  readonly blocks: string;
+/** A candidate with the time that it is predicted to take. */
+export interface PredictedCandidate {
+  /** The schedule. */
+  readonly text: string;
   /** From now to the pictures, waiting included. */
   readonly milliseconds: number;
 }
 
 export interface Choice {
-  readonly index: number;
-  /** Why this one, in a sentence. */
-  readonly reason: string;
-}
-
-/** Steps of the default ladder. */
-const defaultSteps = [28, 20, 14, 10, 8, 6, 5, 4, 3, 2, 1];
-
-/**
- * The ladder of a model that nobody has ranked schedules for: the usual schedules of the flowturbo sampler, by number
- * of predictor evaluations, then of refiner evaluations.
- */
-export function defaultLadder(hasRefiner: boolean): string[] {
-  const rungs = defaultSteps.map((steps) => defaultBlocks("flowturbo", steps, hasRefiner));
-  const cost = (blocks: readonly Block[]) => {
-    // Which grid does not matter: evaluations are counted.
-    const { predictor, refiner } = countEvaluations(planSteps(blocks, shiftedSigmas(blocks.length, 1)));
-    return predictor * 1e6 + refiner;
-  };
-  return rungs.sort((a, b) => cost(b) - cost(a)).map(formatBlocks);
+  /** Index among the candidates. */
+  readonly candidate: number;
+  /** Why this one, in a sentence; null without a time limit. */
+  readonly reason: string | null;
+  /** From the call to the pictures; null if the costs are not known. */
+  readonly predictedMs: number | null;
 }
 
 /** The smallest limit that a prediction fits. */
@@ -74,22 +52,27 @@ const marginStep = 0.15;
 const largestMargin = 2.5;
 
 /**
- * The first rung that fits.
- * @param rungs the richest first
+ * The first candidate that fits.
+ * @param candidates the best first
  * @param limit milliseconds
  * @param margin what a prediction has to leave free, as a factor
  * @returns null if none fits
  */
-export function chooseRung(rungs: readonly PredictedRung[], limit: number, margin = deadlineMargin): Choice | null {
-  const index = rungs.findIndex((rung) => limitFor(rung.milliseconds, margin) <= limit);
-  if (index < 0) return null;
-  const { blocks, milliseconds } = rungs[index]!;
-  const fits = `${blocks} is predicted to take ${Math.round(milliseconds)} ms of ${Math.round(limit)} ms`;
-  if (rungs.length === 1) return { index, reason: `${fits}.` };
-  if (index === 0) return { index, reason: `${fits}, and is the richest of ${rungs.length} schedules.` };
-  const next = rungs[index - 1]!;
-  return {
-    index,
-    reason: `${fits}, and is the richest of ${rungs.length} schedules that fits; ${next.blocks} would need ${limitFor(next.milliseconds, margin)} ms.`,
-  };
+export function chooseCandidate(
+  candidates: readonly PredictedCandidate[],
+  limit: number,
+  margin = deadlineMargin,
+): Choice | null {
+  const candidate = candidates.findIndex(({ milliseconds }) => limitFor(milliseconds, margin) <= limit);
+  if (candidate < 0) return null;
+  const { text, milliseconds } = candidates[candidate]!;
+  const better = candidates[candidate - 1];
+  const rank =
+    candidates.length === 1
+      ? "."
+      : better === undefined
+        ? `, and is the richest of ${candidates.length} schedules.`
+        : `, and is the richest of ${candidates.length} schedules that fits; ${better.text} would need ${limitFor(better.milliseconds, margin)} ms.`;
+  const reason = `${text} is predicted to take ${Math.round(milliseconds)} ms of ${Math.round(limit)} ms${rank}`;
+  return { candidate, reason, predictedMs: milliseconds };
 }

@@ -1,8 +1,9 @@
 /**
- * A planned piece → the program that a workspace runs. Each row of each request has registers of its own; a shared launch
+ * A planned submission → the program that a workspace runs. Each row of each job has registers of its own; a shared launch
  * copies them into registers of the batch, and its outputs back. A launch of one row works on the row's own registers. What
- * a row needs once and for all (noise, text, positions) is uploaded when it is first used and shared by all rows that were
- * given the same values; numbers that change from launch to launch (σ, coefficients) travel with the piece.
+ * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by all
+ * rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
+ * submission.
  */
 
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
@@ -18,10 +19,10 @@ import {
 import { type GraphShapes, type Identities, isPerRow, type RowProgram } from "./rows.js";
 import type { PlannedLaunch, PlannedRow, Submission } from "./scheduler.js";
 
-/** Constants of up to this many values travel with the piece instead of being uploaded and copied. */
+/** Constants of up to this many values are part of each submission, instead of being uploaded once and copied. */
 const inlineValues = 16;
 
-/** A row that is being worked on: its registers are those of its program, under this name. */
+/** A row under way, and the prefix of its registers in the workspace. */
 export interface Lane {
   readonly name: string;
   readonly row: RowProgram;
@@ -29,13 +30,13 @@ export interface Lane {
 
 export interface Gathered {
   readonly program: Program;
-  /** Names to free when the piece has run. */
+  /** Names to free when the submission has run. */
   readonly temporaries: readonly string[];
   /** Identities of the constants that it uploads. */
   readonly uploads: readonly string[];
-  /** Takes a row's values out of what a launch of the piece has reported; by the names in the row's program. */
+  /** Takes a row's values out of what a launch of the submission has reported; by the names in the row's program. */
   reported(launch: number, index: number, values: Readonly<Record<string, Tensor>>): Record<string, Tensor>;
-  /** Takes a row's results out of the piece's, for a row whose last launch is in it. */
+  /** Takes a row's results out of those of the submission that holds its last launch. */
   results(lane: Lane, values: Readonly<Record<string, Tensor>>): Record<string, Tensor>;
 }
 
@@ -60,10 +61,10 @@ export class Gatherer {
     return this.#uploads.size;
   }
 
-  gather(piece: Submission, laneOf: (row: PlannedRow) => Lane): Gathered {
-    const assembly = new Assembly(piece.id, this.#shapes, (lane, constant) => this.#use(lane, constant));
+  gather(submission: Submission, laneOf: (row: PlannedRow) => Lane): Gathered {
+    const assembly = new Assembly(submission.id, this.#shapes, (lane, constant) => this.#use(lane, constant));
     const last: Lane[] = [];
-    for (const launch of piece.launches) {
+    for (const launch of submission.launches) {
       const lanes = launch.rows.map(laneOf);
       assembly.launch(launch, lanes);
       for (const [row, { last: isLast }] of launch.rows.entries()) if (isLast) last.push(lanes[row]!);
@@ -71,7 +72,7 @@ export class Gatherer {
     return assembly.build(last);
   }
 
-  /** Forgets a row that is over. @returns names to free: its registers, and what nobody else uses */
+  /** Forgets a row that is over. @returns names to free: its registers, and constants that no other row uses */
   release(lane: Lane): string[] {
     const names = Object.keys(lane.row.program.registers).map((name) => ownName(lane, name));
     for (const [identity, { name, users }] of this.#uploads)
@@ -83,7 +84,7 @@ export class Gatherer {
   }
 
   /**
-   * Forgets constants whose upload may have failed: whoever needs them uploads them again.
+   * Forgets constants whose upload may have failed: rows that need them upload them again.
    * @returns names to free
    */
   forget(identities: readonly string[]): string[] {
@@ -126,7 +127,7 @@ function ownName(lane: Lane, register: string): string {
 type Use = (lane: Lane, constant: Constant) => { name: string; identity: string; isNew: boolean };
 
 class Assembly {
-  readonly #piece: number;
+  readonly #submission: number;
   readonly #shapes: (graph: string) => GraphShapes;
   readonly #use: Use;
   readonly #registers: Record<string, Register> = {};
@@ -136,11 +137,11 @@ class Assembly {
   readonly #uploads: string[] = [];
   /** What launches of one row read: names by the operands of the row's program. */
   readonly #inputs = new Map<Lane, Map<string, string>>();
-  /** For each launch of the piece: the launches of its rows, and its batch. */
+  /** For each launch of the submission: the launches of its rows, and its batch. */
   readonly #launches: { readonly of: readonly Launch[]; readonly batch: number; readonly shared: Launch }[] = [];
 
-  constructor(piece: number, shapes: (graph: string) => GraphShapes, use: Use) {
-    this.#piece = piece;
+  constructor(submission: number, shapes: (graph: string) => GraphShapes, use: Use) {
+    this.#submission = submission;
     this.#shapes = shapes;
     this.#use = use;
   }
@@ -196,13 +197,13 @@ class Assembly {
     const [first] = of as [Launch];
     const { graph } = first;
     const shapes = this.#shapes(graph);
-    const prefix = `piece ${this.#piece}.${this.#launches.length}`;
+    const prefix = `submission ${this.#submission}.${this.#launches.length}`;
     const inputs: Record<string, string> = {};
     for (const input of Object.keys(first.inputs)) {
       const operands = of.map(({ inputs }) => inputs[input]!);
       inputs[input] = isPerRow(shapes.inputs.get(input))
         ? this.#gather(`${prefix}.${input}`, lanes, operands, batch)
-        : // The same for all, but each of them uses it.
+        : // The same for all rows, but each of them uses it.
           lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
     }
     const outputs: Record<string, string> = {};
@@ -261,7 +262,7 @@ class Assembly {
     return to;
   }
 
-  /** A row's operand under its name in the workspace, or in the piece: the launches of a row share its constants. */
+  /** A row's operand under its name in the workspace, or in the submission: the launches of a row share its constants. */
   #input(lane: Lane, operand: string): string {
     const names = this.#inputs.get(lane) ?? new Map<string, string>();
     this.#inputs.set(lane, names);
@@ -269,13 +270,13 @@ class Assembly {
     if (known !== undefined) return known;
     const small = inlined(lane.row.program.constants[operand]);
     const name = small
-      ? this.#inline(`piece ${this.#piece}.${ownName(lane, operand)}`, small)
+      ? this.#inline(`submission ${this.#submission}.${ownName(lane, operand)}`, small)
       : this.#operand(lane, operand).name;
     names.set(operand, name);
     return name;
   }
 
-  /** A constant of the piece. */
+  /** A constant of the submission. */
   #inline(name: string, tensor: FloatTensor): string {
     this.#constants[name] = { kind: "value", tensor };
     this.#temporaries.push(name);
@@ -324,7 +325,7 @@ function interleaved(tensors: readonly FloatTensor[], batch: number): FloatTenso
   return float32([group * batch, ...rest], values);
 }
 
-/** The values of a constant that is small enough to travel with each piece. */
+/** The values of a constant that is small enough to be part of each submission. */
 function inlined(constant: Constant | undefined): FloatTensor | null {
   if (constant?.kind !== "value" || constant.tensor.dtype !== "float32") return null;
   return constant.tensor.data.length <= inlineValues ? constant.tensor : null;

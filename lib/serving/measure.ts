@@ -1,7 +1,7 @@
 /**
- * Measures what launches cost: each (graph, size, batch) alone, on operands of the right shapes. Values do not matter to
- * the time that dense arithmetic takes, so they are made up; what is the same for all rows (positions, relative positions)
- * is the launch's own.
+ * Measures what launches cost: each (graph, size, batch) alone, on operands of the right shapes. The time that dense
+ * arithmetic takes does not depend on values, so they are made up, those of slots among them; constants that are the same
+ * for all rows (positions, relative positions) are the launch's own.
  */
 
 import { setImmediate } from "node:timers/promises";
@@ -39,15 +39,18 @@ export interface MeasureOptions {
 /** Measuring one subject takes about this long at most: slow launches are run less often. */
 const patience = 10_000;
 
+/** Names a sample: its graph and size. */
+export function keyOf({ launch }: Pick<Sample, "launch">): string {
+  return `${launch.graph}@${launch.sharing!.size}`;
+}
+
 /** The launches of row programs, each (graph, size) once. */
 export function samplesOf(programs: readonly Program[]): Sample[] {
   const samples = new Map<string, Sample>();
   for (const program of programs)
-    for (const launch of program.instructions) {
-      if (launch.op !== "launch" || !launch.sharing) continue;
-      const key = `${launch.graph}@${launch.sharing.size}`;
-      if (!samples.has(key)) samples.set(key, { program, launch });
-    }
+    for (const launch of program.instructions)
+      if (launch.op === "launch" && launch.sharing && !samples.has(keyOf({ launch })))
+        samples.set(keyOf({ launch }), { program, launch });
   return [...samples.values()];
 }
 
@@ -62,8 +65,8 @@ export function subjectsOf(samples: readonly Sample[], batches: readonly number[
 }
 
 /**
- * Runs all subjects in turn, round by round, every other round backwards: what disturbs the machine for a while then
- * disturbs all of them alike.
+ * Runs all subjects in turn, round by round, every other round backwards: a disturbance of the machine then changes the
+ * times of all of them alike.
  * @throws what the runtime throws, or `signal.reason`
  */
 export async function measure(
@@ -84,7 +87,7 @@ export async function measure(
       const spent = times[at]!.reduce((sum, time) => sum + time, 0);
       if (round > 0 && spent + times[at]![0]! > patience) continue;
       await turn?.();
-      // Between two launches whoever waits for the event loop gets it.
+      // Other work on the event loop goes between two launches.
       await setImmediate();
       signal?.throwIfAborted();
       let milliseconds = 0;
@@ -141,6 +144,6 @@ function registerOf(program: Program, operand: string): Register {
 function madeUp(dtype: Register["dtype"], shape: readonly number[]): Tensor {
   const length = elementCount(shape);
   if (dtype === "int64") return { dtype, shape, data: new BigInt64Array(length) };
-  // Of the size that latents have, and no two neighbours equal.
+  // As large as latents are, and no two neighbours equal.
   return { dtype, shape, data: Float32Array.from({ length }, (_, index) => Math.sin(index)) };
 }

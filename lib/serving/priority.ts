@@ -1,32 +1,38 @@
 /**
- * Who goes first: higher priority, then the earlier deadline, then whoever came first. Two rules keep anybody from
- * waiting for ever: who has waited long rises in priority, and who names no deadline has one all the same.
+ * Who goes first: the higher level, then who is due earlier, then who arrived earlier. Two rules keep any request from
+ * waiting for ever: waiting raises the level, and a request without a time limit has a due moment all the same.
  */
 
 export interface Priority {
-  readonly priority: number;
-  /** Moment by which it should be done; null without a limit. */
-  readonly deadline: number | null;
-  /** Moment of arrival, and a number that tells apart those of the same moment: later ones are higher. */
+  readonly level: number;
+  /** Moment that the work aims at, somewhat before what was promised; null without a time limit. */
+  readonly due: number | null;
+  /** Moment of arrival. */
   readonly arrival: number;
+  /** Tells apart those of the same moment: later ones are higher. */
   readonly sequence: number;
 }
 
-/** Waiting this long raises the priority by one. */
+/** Waiting this long raises the level by one. */
 export const agingMilliseconds = 10_000;
 
-/** The deadline of those without one, from their arrival. */
-const patience = 60_000;
+/** When those without a time limit are due, from their arrival. */
+const defaultDue = 60_000;
 
 /** Negative if `a` goes before `b`. All moments are milliseconds of one clock. */
 export function comparePriorities(a: Priority, b: Priority, now: number): number {
-  return effectivePriority(b, now) - effectivePriority(a, now) || dueOf(a) - dueOf(b) || a.sequence - b.sequence;
+  return agedLevel(b, now) - agedLevel(a, now) || dueOf(a) - dueOf(b) || a.sequence - b.sequence;
 }
 
-function effectivePriority({ priority, arrival }: Priority, now: number): number {
-  return priority + Math.floor(Math.max(0, now - arrival) / agingMilliseconds);
+function agedLevel({ level, arrival }: Priority, now: number): number {
+  return level + Math.floor(Math.max(0, now - arrival) / agingMilliseconds);
 }
 
-function dueOf({ deadline, arrival }: Priority): number {
-  return deadline ?? arrival + patience;
+function dueOf({ due, arrival }: Priority): number {
+  return due ?? arrival + defaultDue;
+}
+
+/** For a gate. */
+export function byPriority(a: Priority, b: Priority): number {
+  return comparePriorities(a, b, performance.now());
 }

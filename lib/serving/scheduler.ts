@@ -1,20 +1,19 @@
 /**
- * Which rows share the next launch: the state of all requests in flight, and every decision about them, without a
- * clock, a runtime or a tensor, so that it can be tested under any sequence of events.
+ * Which rows share the next launch: the state of all jobs, and every decision about them, without a clock, a runtime or a
+ * tensor, so that it can be tested under any sequence of events.
  *
- * A request has rows, a row has launches in a fixed order. Rows whose next launches have the same key may share one,
- * wherever each is in its schedule. What happens is told by method calls (`start`, `abort`, `finished`, `failed`); what
- * to do next is asked for with `plan`, which hands out a piece of a few launches. A row advances when it is planned, not
- * when it has run: pieces run in the order of planning, so that the next piece can be planned and submitted while this
- * one runs.
+ * A job has rows, a row has launches in a fixed order. Rows whose next launches have the same key may share one, wherever
+ * each is in its schedule. The caller reports events (`start`, `abort`, `finished`, `preempted`, `failed`) and asks for
+ * the next submission with `plan`. A row advances when it is planned, not when it has run: submissions run in the order of
+ * planning, so that the next one can be planned and submitted while this one runs.
  *
- * After a failure nobody pays for another's mistake. A piece of one request fails that request. A piece of several says
- * nothing about who is to blame: each of them starts again, from now on in pieces of its own. Pieces that were planned
- * behind one that failed, on the values which that should have left, cannot run; their requests start again, too.
+ * A failure reaches only the job that caused it. A submission of one job fails that job. A submission of several does not
+ * say which one is at fault: each of them starts again, from now on in submissions of its own. Submissions that were
+ * planned after the one that failed, and read what it should have written, cannot run; their jobs start again, too.
  */
 
 import { comparePriorities, type Priority } from "./priority.js";
-import { type BatchCost, cheapestSplit } from "./split.js";
+import { type BatchCost, cheapestSplit, launchBatches } from "./split.js";
 
 /** A launch that a row makes. */
 export interface RowLaunch {
@@ -24,13 +23,13 @@ export interface RowLaunch {
   readonly size: string;
   /** At most this many rows in one launch. */
   readonly maxRows: number;
-  /** Worth waiting for company: launches that leave the device half empty (refiners, coarse stages). */
+  /** Whether it may be held back for others to share it: alone it leaves the device half empty (refiners, coarse stages). */
   readonly deferrable: boolean;
 }
 
-export interface Ticket {
+export interface ScheduledJob {
   readonly id: number;
-  readonly claim: Priority;
+  readonly priority: Priority;
   /** Launches of each row. */
   readonly rows: readonly (readonly RowLaunch[])[];
   /** Every launch is padded to this batch, or to as much of it as `maxRows` allows. */
@@ -39,8 +38,8 @@ export interface Ticket {
 
 /** A row's place in a launch. */
 export interface PlannedRow {
-  readonly request: number;
-  /** How often the request has been started. */
+  readonly job: number;
+  /** How often the job has been started. */
   readonly attempt: number;
   readonly row: number;
   /** Index among the row's launches. */
@@ -57,59 +56,57 @@ export interface PlannedLaunch {
   readonly rows: readonly PlannedRow[];
 }
 
-/** What is submitted at once: launches in order. */
+/** A part of the work that is handed to the runtime at once: launches in order. */
 export interface Submission {
   readonly id: number;
   readonly launches: readonly PlannedLaunch[];
-  /** Whether these are all launches that are left of the only request: to be cut short when somebody comes. */
-  readonly whole: boolean;
+  /** Whether it holds all that is left of the only job, and is to be preempted when another job starts. */
+  readonly preemptible: boolean;
 }
 
 export interface SchedulerOptions {
   /** Compiled batches. */
   readonly batches: readonly number[];
-  readonly maxBatch: number;
-  /** How long a row may be held for company that is on its way, in milliseconds. */
+  /** How long a launch may be held back for rows that will soon make the same one, in milliseconds. */
   readonly maxWait: number;
-  /** Whether pieces can be cut short. */
-  readonly cuts?: boolean;
+  /** Whether submissions can be preempted. */
+  readonly preemption?: boolean;
   /** Milliseconds of a launch, or null if nothing is known about it. */
   readonly cost: (graph: string, size: string, batch: number) => number | null;
   /** As `cost`, but in any unit where nothing is known. */
   readonly relativeCost: (graph: string, size: string, batch: number) => number;
 }
 
-/** What a failure comes to. */
+/** What follows from a failure. */
 export interface Verdict {
-  /** Requests that the failure belongs to; they are over. */
+  /** Jobs that caused it; they are over. */
   readonly rejected: readonly number[];
-  /** Requests that start again from their first launch. */
+  /** Jobs that start again from their first launch. */
   readonly restarted: readonly number[];
 }
 
 /**
- * A piece takes at least this long, so that telling the runtime and hearing of it costs little: about half a millisecond of
- * a core, while a step of a small picture takes eight. A request that has the device to itself holds nobody up by longer
- * pieces: where they can be cut short, all of it is one, and who comes behind it waits for one launch; else who comes waits
- * for at most two of them.
+ * A submission takes at least this long, so that the overhead of submitting stays small: about half a millisecond of a
+ * core, where a step of a small picture takes eight. The only job delays no other by longer submissions. Where they can be
+ * preempted, all of it is one, and a newcomer waits for one launch; otherwise a newcomer waits for at most two of them.
  */
-const submissionMilliseconds = { whole: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
+const submissionMilliseconds = { preemptible: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
 
 /**
- * How much cheaper rows of several requests must be together, as a part of their cost alone. Sharing delays the more urgent
- * row, so that it has to pay beyond doubt. Eager launches are shared even at a loss: they are short, and company is rare.
- * Rows of one request have the same end: what is cheapest is best for all of them.
+ * How much cheaper rows of several jobs must be together, as a part of their cost alone. Sharing delays the job that goes
+ * first, so that the gain has to be beyond measuring errors. Deferrable launches are shared even at a loss: they are short,
+ * and rarely meet others. Rows of one job end together: what is cheapest is best for all of them.
  */
 const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 
 /** Rows of a group that a split is planned for. More of them do not change the first batch, which is all that is planned. */
 const rowsAhead = { least: 64, batches: 4 } as const;
 
-/** Who would come late by more than this part of the time that was given is not waited for. */
+/** No other job is slowed down for one that would be late by more than this part of its time limit. */
 const hopelessPart = 0.25;
 
 interface Row {
-  readonly request: Request;
+  readonly state: JobState;
   readonly index: number;
   readonly launches: readonly RowLaunch[];
   /** The next launch to plan. */
@@ -120,89 +117,81 @@ interface Row {
   done: number;
 }
 
-interface Request {
-  readonly ticket: Ticket;
+/** A job with its progress. */
+interface JobState {
+  readonly job: ScheduledJob;
   readonly rows: Row[];
-  /** For each launch, milliseconds from it to the end, if the request has the device to itself; null if not known. */
+  /** For each launch, milliseconds from it to the end, if the job has the device to itself; null if not known. */
   readonly left: readonly number[] | null;
   attempt: number;
-  /** Whether its pieces hold no other request. */
+  /** Whether its submissions hold no other job. */
   isolated: boolean;
 }
 
 export class Scheduler {
   readonly #options: SchedulerOptions;
-  readonly #requests = new Map<number, Request>();
+  readonly #jobs = new Map<number, JobState>();
   readonly #inFlight = new Map<number, Submission>();
-  #pieces = 0;
+  #submissions = 0;
 
   constructor(options: SchedulerOptions) {
     this.#options = options;
   }
 
-  /** Requests that have been started and are not over. */
-  get requests(): number {
-    return this.#requests.size;
+  /** Jobs that have been started and are not over. */
+  get jobs(): number {
+    return this.#jobs.size;
   }
 
-  /** Their rows. */
-  get rows(): number {
-    let rows = 0;
-    for (const request of this.#requests.values()) rows += request.rows.length;
-    return rows;
-  }
-
-  /** Pieces that were planned and are neither finished nor failed. */
+  /** Submissions that were planned and are neither finished nor failed. */
   get inFlight(): number {
     return this.#inFlight.size;
   }
 
-  /** The piece in flight that somebody waits for, and that is to be cut short: nothing is planned before it is over. */
-  get inTheWay(): number | null {
-    return this.#requests.size > 1 ? (this.#whole?.id ?? null) : null;
+  /** The submission in flight that another job waits for, and that is to be preempted: until then nothing is planned. */
+  get toPreempt(): number | null {
+    return this.#jobs.size > 1 ? (this.#preemptible?.id ?? null) : null;
   }
 
-  /** The piece in flight that holds all that was left of a request. */
-  get #whole(): Submission | undefined {
-    return [...this.#inFlight.values()].find(({ whole }) => whole);
+  get #preemptible(): Submission | undefined {
+    return [...this.#inFlight.values()].find(({ preemptible }) => preemptible);
   }
 
-  /** @throws RangeError for an id in use, or a request without rows or with a row without launches */
-  start(ticket: Ticket, now: number): void {
-    if (this.#requests.has(ticket.id)) throw new RangeError(`There is a request ${ticket.id} already.`);
-    if (ticket.rows.length === 0 || ticket.rows.some((launches) => launches.length === 0))
-      throw new RangeError("A request needs rows with launches.");
-    const request: Request = { ticket, rows: [], left: this.#left(ticket), attempt: 0, isolated: false };
-    for (const [index, launches] of ticket.rows.entries())
-      request.rows.push({ request, index, launches, next: 0, since: now, done: 0 });
-    this.#requests.set(ticket.id, request);
+  /** @throws RangeError for an id in use, or a job without rows or with a row without launches */
+  start(job: ScheduledJob, now: number): void {
+    if (this.#jobs.has(job.id)) throw new RangeError(`There is a job ${job.id} already.`);
+    if (job.rows.length === 0 || job.rows.some((launches) => launches.length === 0))
+      throw new RangeError("A job needs rows with launches.");
+    const state: JobState = { job, rows: [], left: this.#left(job), attempt: 0, isolated: false };
+    for (const [index, launches] of job.rows.entries())
+      state.rows.push({ state, index, launches, next: 0, since: now, done: 0 });
+    this.#jobs.set(job.id, state);
   }
 
   /**
-   * Removes a request; unknown ones are ignored.
-   * @returns pieces in flight that need not run: they run for nobody, and no piece that does run for somebody reads what
-   *   they write (a shared launch still gathers the rows of a request that is gone)
+   * Removes a job; unknown ones are ignored.
+   * @returns submissions in flight that need not run: no job needs them, and no submission that a job needs reads what they
+   *   write (a shared launch still gathers the rows of a job that is gone)
    */
   abort(id: number): number[] {
-    if (!this.#requests.delete(id)) return [];
+    if (!this.#jobs.delete(id)) return [];
     const droppable: number[] = [];
     const needed = new Set<string>();
-    for (const piece of [...this.#inFlight.values()].reverse()) {
-      const members = membersOf(piece);
-      if (this.#isWanted(piece) || members.some((member) => needed.has(member)))
+    for (const submission of [...this.#inFlight.values()].reverse()) {
+      const members = membersOf(submission);
+      if (this.#isNeeded(submission) || members.some((member) => needed.has(member)))
         for (const member of members) needed.add(member);
-      else droppable.push(piece.id);
+      else droppable.push(submission.id);
     }
     return droppable.reverse();
   }
 
-  #left({ rows, pin }: Ticket): number[] | null {
+  #left({ rows, pin }: ScheduledJob): number[] | null {
     const longest = rows.reduce((a, b) => (b.length > a.length ? b : a));
     const left: number[] = new Array(longest.length + 1).fill(0);
     for (let index = longest.length - 1; index >= 0; index--) {
       const { graph, size, maxRows } = longest[index]!;
-      const limit = Math.min(pin ?? this.#options.maxBatch, maxRows);
-      const batches = pin === null ? this.#batches(limit) : [limit];
+      const batches = launchBatches(this.#options.batches, maxRows, pin);
       const cost = (batch: number) => this.#options.cost(graph, size, batch);
       if (cost(batches[0]!) === null) return null;
       const { milliseconds } = cheapestSplit(rows.length, batches, (batch) => cost(batch)!);
@@ -211,56 +200,60 @@ export class Scheduler {
     return left;
   }
 
-  /** The next piece; null if every launch of every request has been planned, or a piece is in the way. */
+  /** The next submission; null if every launch of every job has been planned, or a preemptible submission is in flight. */
   plan(now: number): Submission | null {
-    if (this.#whole) return null;
+    if (this.#preemptible) return null;
     const launches: PlannedLaunch[] = [];
-    let alone: Request | null = null;
+    let alone: JobState | null = null;
     let isAll = false;
-    const isOnly = this.#requests.size === 1;
-    const least = submissionMilliseconds[isOnly ? (this.#options.cuts ? "whole" : "alone") : "shared"];
+    const isOnly = this.#jobs.size === 1;
+    const least = submissionMilliseconds[isOnly ? (this.#options.preemption ? "preemptible" : "alone") : "shared"];
     for (let milliseconds = 0; milliseconds < least; ) {
       const rows = this.#choose(now, alone);
       if (!rows) {
         isAll = true;
         break;
       }
-      const { request } = rows[0]!;
-      // A request that runs alone has pieces of its own, from the first launch to the last.
-      if (request.isolated && launches.length > 0 && alone !== request) break;
-      if (request.isolated) alone = request;
+      const { state } = rows[0]!;
+      // A job that runs alone has submissions of its own, from the first launch to the last.
+      if (state.isolated && launches.length > 0 && alone !== state) break;
+      if (state.isolated) alone = state;
       const launch = this.#launch(rows, now, now + this.#ahead() + milliseconds);
       launches.push(launch);
       milliseconds += this.#options.cost(launch.graph, launch.size, launch.batch) ?? Number.POSITIVE_INFINITY;
     }
     if (launches.length === 0) return null;
-    const piece = { id: this.#pieces++, launches, whole: isOnly && isAll && (this.#options.cuts ?? false) };
-    this.#inFlight.set(piece.id, piece);
-    return piece;
+    const submission = {
+      id: this.#submissions++,
+      launches,
+      preemptible: isOnly && isAll && (this.#options.preemption ?? false),
+    };
+    this.#inFlight.set(submission.id, submission);
+    return submission;
   }
 
-  /** A piece has run. @returns the requests that it has completed */
+  /** A submission has run. @returns the jobs that it has completed */
   finished(id: number): number[] {
-    const piece = this.#take(id);
+    const submission = this.#take(id);
     const over: number[] = [];
-    for (const { rows } of piece.launches)
+    for (const { rows } of submission.launches)
       for (const planned of rows) {
-        const request = this.#current(planned);
-        if (!request) continue;
-        request.rows[planned.row]!.done++;
-        if (request.rows.every(({ done, launches }) => done === launches.length)) {
-          this.#requests.delete(planned.request);
-          over.push(planned.request);
+        const state = this.#current(planned);
+        if (!state) continue;
+        state.rows[planned.row]!.done++;
+        if (state.rows.every(({ done, launches }) => done === launches.length)) {
+          this.#jobs.delete(planned.job);
+          over.push(planned.job);
         }
       }
     return over;
   }
 
   /**
-   * A whole piece was cut short: its other launches are to be planned again.
+   * A submission was preempted: its other launches are to be planned again.
    * @param made launches that have run
    */
-  cut(id: number, made: number, now: number): void {
+  preempted(id: number, made: number, now: number): void {
     for (const [index, { rows }] of this.#take(id).launches.entries())
       for (const planned of rows) {
         const row = this.#current(planned)?.rows[planned.row];
@@ -274,84 +267,85 @@ export class Scheduler {
   }
 
   /**
-   * A piece has failed.
-   * @param lost whether all registers are gone with it: every request starts again, and no piece in flight counts
+   * A submission has failed.
+   * @param lost whether all registers are gone with it: every job starts again, and no submission in flight counts
    */
   failed(id: number, lost: boolean, now: number): Verdict {
-    const piece = this.#take(id);
+    const submission = this.#take(id);
     const rejected: number[] = [];
-    const again = new Set<Request>();
-    const involved = this.#involved(piece);
+    const again = new Set<JobState>();
+    const involved = this.#involved(submission);
     if (involved.size === 1) {
-      const [request] = involved as Set<Request>;
-      this.#requests.delete(request!.ticket.id);
-      rejected.push(request!.ticket.id);
+      const [state] = involved as Set<JobState>;
+      this.#jobs.delete(state!.job.id);
+      rejected.push(state!.job.id);
     } else
-      for (const request of involved) {
-        request.isolated = true;
-        again.add(request);
+      for (const state of involved) {
+        state.isolated = true;
+        again.add(state);
       }
-    // At once, before anything is planned beside them: else each of them could spoil a piece behind it, for ever.
-    for (const spoilt of this.#spoiltBy(piece)) for (const request of this.#involved(spoilt)) again.add(request);
+    // At once, before anything else is planned: otherwise each of them could fail later submissions, again and again.
+    for (const reader of this.#readersOf(submission)) for (const state of this.#involved(reader)) again.add(state);
     if (lost) {
       this.#inFlight.clear();
-      for (const request of this.#requests.values()) again.add(request);
+      for (const state of this.#jobs.values()) again.add(state);
     }
-    for (const request of again) restart(request, now);
-    return { rejected, restarted: [...again].map(({ ticket }) => ticket.id) };
+    for (const state of again) restart(state, now);
+    return { rejected, restarted: [...again].map(({ job }) => job.id) };
   }
 
-  /** Requests, not over, with rows in a piece. */
-  #involved(piece: Submission): Set<Request> {
-    const involved = new Set<Request>();
-    for (const { rows } of piece.launches)
+  /** Jobs, not over, with rows in a submission. */
+  #involved(submission: Submission): Set<JobState> {
+    const involved = new Set<JobState>();
+    for (const { rows } of submission.launches)
       for (const planned of rows) {
-        const request = this.#current(planned);
-        if (request) involved.add(request);
+        const state = this.#current(planned);
+        if (state) involved.add(state);
       }
     return involved;
   }
 
-  /** Pieces in flight that read what a piece that failed should have written, or what such a piece should have. */
-  #spoiltBy(failed: Submission): Submission[] {
+  /** Submissions in flight that cannot run: they read what the failed one, or another of these, should have written. */
+  #readersOf(failed: Submission): Submission[] {
     const missing = new Set(membersOf(failed));
-    const spoilt: Submission[] = [];
-    for (const piece of this.#inFlight.values()) {
-      const members = membersOf(piece);
-      if (piece.id < failed.id || !members.some((member) => missing.has(member))) continue;
-      spoilt.push(piece);
+    const readers: Submission[] = [];
+    for (const submission of this.#inFlight.values()) {
+      const members = membersOf(submission);
+      if (submission.id < failed.id || !members.some((member) => missing.has(member))) continue;
+      readers.push(submission);
       for (const member of members) missing.add(member);
     }
-    return spoilt;
+    return readers;
   }
 
   #take(id: number): Submission {
-    const piece = this.#inFlight.get(id);
-    if (!piece) throw new RangeError(`There is no piece ${id} in flight.`);
+    const submission = this.#inFlight.get(id);
+    if (!submission) throw new RangeError(`There is no submission ${id} in flight.`);
     this.#inFlight.delete(id);
-    return piece;
+    return submission;
   }
 
-  #isWanted(piece: Submission): boolean {
-    return piece.launches.some(({ rows }) => rows.some((row) => this.#current(row)));
+  /** Whether a job still needs it. */
+  #isNeeded(submission: Submission): boolean {
+    return submission.launches.some(({ rows }) => rows.some((row) => this.#current(row)));
   }
 
-  /** The request that a planned row belongs to, unless it is over or has been started again since. */
-  #current({ request: id, attempt }: PlannedRow): Request | null {
-    const request = this.#requests.get(id);
-    return request?.attempt === attempt ? request : null;
+  /** The job that a planned row belongs to, unless it is over or has been started again since. */
+  #current({ job: id, attempt }: PlannedRow): JobState | null {
+    const state = this.#jobs.get(id);
+    return state?.attempt === attempt ? state : null;
   }
 
-  /** The rows of the next launch, most urgent first; more than fit into one. Null if there are none. */
-  #choose(now: number, alone: Request | null): Row[] | null {
+  /** The rows that may share the next launch, by priority; null if there are none. */
+  #choose(now: number, alone: JobState | null): Row[] | null {
     const waiting: Row[] = [];
-    for (const request of this.#requests.values())
-      if (alone === null || request === alone)
-        for (const row of request.rows) if (row.next < row.launches.length) waiting.push(row);
+    for (const state of this.#jobs.values())
+      if (alone === null || state === alone)
+        for (const row of state.rows) if (row.next < row.launches.length) waiting.push(row);
     if (waiting.length === 0) return null;
     waiting.sort(
       (a, b) =>
-        comparePriorities(a.request.ticket.claim, b.request.ticket.claim, now) || a.next - b.next || a.index - b.index,
+        comparePriorities(a.state.job.priority, b.state.job.priority, now) || a.next - b.next || a.index - b.index,
     );
     const groups = new Map<string, Row[]>();
     for (const row of waiting) {
@@ -364,15 +358,15 @@ export class Scheduler {
     return groups.values().next().value!;
   }
 
-  /** Whether a group waits for another row that will make the same launch soon enough. */
+  /** Whether a group is held back for another row that will make the same launch soon enough. */
   #isHeld(group: readonly Row[], waiting: readonly Row[], now: number): boolean {
     const [first] = group as [Row];
     const launch = first.launches[first.next]!;
-    if (!launch.deferrable || first.request.isolated || group.length >= this.#limit(first)) return false;
-    // Who has a time limit waits only where there is plenty of time.
-    const { claim } = first.request.ticket;
-    if (claim.deadline !== null && claim.deadline - now < 2 * (first.request.left?.[first.next] ?? 0)) return false;
-    // The one that has waited longest decides.
+    if (!launch.deferrable || first.state.isolated || group.length >= Math.max(...this.#batchesOf(first))) return false;
+    // With a time limit only where there is plenty of time.
+    const { priority } = first.state.job;
+    if (priority.due !== null && priority.due - now < 2 * (first.state.left?.[first.next] ?? 0)) return false;
+    // The row that has waited longest decides.
     const patience = this.#options.maxWait - (now - Math.min(...group.map(({ since }) => since)));
     if (patience <= 0) return false;
     const key = groupOf(first);
@@ -390,10 +384,9 @@ export class Scheduler {
     return Number.POSITIVE_INFINITY;
   }
 
-  /** Rows that a launch of this row's group may have. */
-  #limit(row: Row): number {
-    const { pin } = row.request.ticket;
-    return Math.max(1, Math.min(pin ?? this.#options.maxBatch, row.launches[row.next]!.maxRows));
+  /** Batches that a launch of this row's group may have. */
+  #batchesOf({ state, launches, next }: Row): readonly number[] {
+    return launchBatches(this.#options.batches, launches[next]!.maxRows, state.job.pin);
   }
 
   /**
@@ -403,55 +396,55 @@ export class Scheduler {
   #launch(group: readonly Row[], now: number, start: number): PlannedLaunch {
     const [first] = group as [Row];
     const { graph, size } = first.launches[first.next]!;
-    const limit = this.#limit(first);
-    let batch = limit;
-    if (first.request.ticket.pin === null) {
-      batch = this.#batch(group, limit);
-      // Company delays the urgent: no more of it than everybody's time limit allows.
-      while (batch > 1 && this.#makesLate(group.slice(0, batch), batch, now, start))
-        batch = this.#batch(group.slice(0, batch - 1), batch - 1);
+    let batches = this.#batchesOf(first);
+    let batch = this.#batch(group, batches);
+    for (;;) {
+      // Sharing delays the job that goes first: no more rows than every time limit allows.
+      batches = batches.filter((smaller) => smaller < batch);
+      if (batches.length === 0 || !this.#makesLate(group.slice(0, batch), batch, now, start)) break;
+      batch = this.#batch(group.slice(0, batch - 1), batches);
     }
     const rows = group.slice(0, batch).map((row): PlannedRow => {
       const launch = row.next++;
       row.since = now;
-      const { ticket, attempt } = row.request;
-      return { request: ticket.id, attempt, row: row.index, launch, last: row.next === row.launches.length };
+      const { job, attempt } = row.state;
+      return { job: job.id, attempt, row: row.index, launch, last: row.next === row.launches.length };
     });
     return { graph, size, batch, rows };
   }
 
   /**
-   * Whether somebody would come late if these rows share the next launch and everybody is served in the order of urgency
-   * after it, who would not if the most urgent request had it to itself.
+   * Whether some job would be late if these rows shared the next launch, and would not be if the first job had it to itself.
+   * The rest is assumed to run by priority, job after job.
    */
   #makesLate(rows: readonly Row[], batch: number, now: number, start: number): boolean {
     const [first] = rows as [Row];
     const { graph, size } = first.launches[first.next]!;
-    const own = rows.filter(({ request }) => request === first.request).length;
+    const own = rows.filter(({ state }) => state === first.state).length;
     if (own === rows.length && batch === own) return false;
     const shared = this.#options.cost(graph, size, batch);
     if (shared === null) return false;
-    const waiting = [...this.#requests.values()].sort((a, b) => comparePriorities(a.ticket.claim, b.ticket.claim, now));
-    // Milliseconds until the requests so far are done, with the shared launch and without it.
+    const waiting = [...this.#jobs.values()].sort((a, b) => comparePriorities(a.job.priority, b.job.priority, now));
+    // Milliseconds until the jobs so far are done, with the shared launch and without it.
     let withIt = shared;
     let without = 0;
-    for (const request of waiting) {
-      const left = leftOf(request);
-      const inIt = rows.filter((row) => row.request === request).length;
-      const part = inIt === 0 ? 0 : ((left[0] - left[1]) * inIt) / request.rows.length;
+    for (const state of waiting) {
+      const left = leftOf(state);
+      const inIt = rows.filter((row) => row.state === state).length;
+      const part = inIt === 0 ? 0 : ((left[0] - left[1]) * inIt) / state.rows.length;
       without += left[0];
       withIt += left[0] - part;
-      const { deadline, arrival } = request.ticket.claim;
-      if (deadline === null || withIt <= without) continue;
-      // For those that are hopelessly late nobody is held up.
-      const hopeless = deadline + hopelessPart * (deadline - arrival);
-      // With room for one more such launch: nothing that has begun is interrupted for what arrives behind it.
-      if (start + withIt + shared > deadline && start + without <= hopeless) return true;
+      const { due, arrival } = state.job.priority;
+      if (due === null || withIt <= without) continue;
+      // Jobs that are hopelessly late do not slow down others.
+      const hopeless = due + hopelessPart * (due - arrival);
+      // With time for one more such launch: a launch that has begun is not interrupted for a job that arrives.
+      if (start + withIt + shared > due && start + without <= hopeless) return true;
     }
     return false;
   }
 
-  /** Milliseconds of the pieces in flight. */
+  /** Milliseconds of the submissions in flight. */
   #ahead(): number {
     let milliseconds = 0;
     for (const { launches } of this.#inFlight.values())
@@ -460,46 +453,39 @@ export class Scheduler {
   }
 
   /** The batch of the next launch of these rows: the first of their cheapest split. */
-  #batch(group: readonly Row[], limit: number): number {
+  #batch(group: readonly Row[], batches: readonly number[]): number {
     const [first] = group as [Row];
     const { graph, size, deferrable } = first.launches[first.next]!;
-    const batches = this.#batches(limit);
     const rows = Math.min(group.length, Math.max(rowsAhead.least, rowsAhead.batches * Math.max(...batches)));
     const cost: BatchCost = (batch) => this.#options.relativeCost(graph, size, batch);
     const cheapest = () => cheapestSplit(rows, batches, cost).batches[0]!;
-    if (group.every(({ request }) => request === first.request)) return cheapest();
+    if (group.every(({ state }) => state === first.state)) return cheapest();
     const gain = gainNeeded[deferrable ? "deferrable" : "usual"];
     const shared = cheapestSplit(rows, batches, (batch) => cost(batch) * (1 + gain * (1 - 1 / batch))).batches[0]!;
-    // Company is worth a loss, padding is not.
+    // Sharing is worth a loss, padding is not.
     return shared > rows ? cheapest() : shared;
-  }
-
-  /** Compiled batches up to a limit; the limit itself where there are none. */
-  #batches(limit: number): number[] {
-    const batches = this.#options.batches.filter((batch) => batch <= limit);
-    return batches.length > 0 ? batches : [limit];
   }
 }
 
-/** Milliseconds that a request still needs, now and after its next launches. */
-function leftOf({ left, rows }: Request): readonly [number, number] {
+/** Milliseconds that a job still needs, now and after its next launches. */
+function leftOf({ left, rows }: JobState): readonly [number, number] {
   if (left === null) return [0, 0];
   const next = Math.min(...rows.map((row) => row.next));
   return [left[next]!, left[next + 1] ?? 0];
 }
 
-/** Rows in a piece, those of requests that are over included; each attempt of each has registers of its own. */
-function membersOf(piece: Submission): string[] {
+/** Rows in a submission, those of jobs that are over included; each attempt of each has registers of its own. */
+function membersOf(submission: Submission): string[] {
   return [
     ...new Set(
-      piece.launches.flatMap(({ rows }) => rows.map(({ request, attempt, row }) => `${request}.${attempt}.${row}`)),
+      submission.launches.flatMap(({ rows }) => rows.map(({ job, attempt, row }) => `${job}.${attempt}.${row}`)),
     ),
   ];
 }
 
-function restart(request: Request, now: number): void {
-  request.attempt++;
-  for (const row of request.rows) {
+function restart(state: JobState, now: number): void {
+  state.attempt++;
+  for (const row of state.rows) {
     row.next = 0;
     row.done = 0;
     row.since = now;
@@ -507,7 +493,7 @@ function restart(request: Request, now: number): void {
 }
 
 /** Rows of one group may share a launch. */
-function groupOf({ request, launches, next }: Row, index = next): string {
-  const { id, pin } = request.ticket;
-  return `${launches[index]!.key}|${pin ?? ""}|${request.isolated ? id : ""}`;
+function groupOf({ state, launches, next }: Row, index = next): string {
+  const { id, pin } = state.job;
+  return `${launches[index]!.key}|${pin ?? ""}|${state.isolated ? id : ""}`;
 }

@@ -1,8 +1,20 @@
 /**
- * How rows are split over the batches that are compiled: by measured cost. Batches do not cost what their rows would
- * cost alone (a small one under-fills the device, a large one may not fit its caches), so that neither "as large as
+ * How rows are split over the batches that are compiled: by measured cost. A batch does not cost what its rows would
+ * cost alone (a small one does not fill the device, a large one may not fit its caches), so that neither "as large as
  * possible" nor "never pad" is right; the cheapest covering of n rows is found exactly.
  */
+
+/**
+ * Batches that a launch may have.
+ * @param batches the compiled ones
+ * @param maxRows of the launch
+ * @param pin the batch that every launch is padded to, as far as `maxRows` allows; null for any
+ */
+export function launchBatches(batches: readonly number[], maxRows: number, pin: number | null): readonly number[] {
+  if (pin !== null) return [Math.min(pin, maxRows)];
+  const allowed = batches.filter((batch) => batch <= maxRows);
+  return allowed.length > 0 ? allowed : [maxRows];
+}
 
 export interface Split {
   /** Batches in falling order. Their sum is at least the number of rows; what is beyond is padding. */

@@ -1,42 +1,53 @@
 /**
- * Counters and histograms of a model at work, as plain data: what a service exports to whatever watches it.
+ * Counters and histograms of a model at work, as plain data, for monitoring.
  */
 
 /** How often values fell into each range. */
 export interface Histogram {
-  /** Upper ends of the ranges, rising; one more count than bounds, for what is above the last. */
+  /** Upper ends of the ranges, in milliseconds, rising. */
   readonly bounds: readonly number[];
+  /** Values in each range: one more than `bounds`, the last for values above the last bound. */
   readonly counts: readonly number[];
+  /** Number of all values. */
   readonly count: number;
+  /** Sum of all values, in milliseconds. */
   readonly sum: number;
 }
 
+/** What a model has done since it was loaded, and what it does now. */
 export interface Stats {
   readonly queue: {
-    /** Requests that wait, and how many may. */
+    /** Requests that wait to be admitted. */
     readonly waiting: number;
+    /** How many may wait: the option `maxQueue`. */
     readonly limit: number;
   };
   readonly running: {
+    /** Requests that have been admitted and are not over. */
     readonly requests: number;
     /** Pictures of those requests. */
     readonly pictures: number;
   };
-  /** Requests since the model was loaded. */
+  /** Numbers of requests since the model was loaded. */
   readonly requests: {
+    /** Those that were not refused. */
     readonly accepted: number;
-    /** Refused since the queue was full, or since they could not have been in time. */
+    /** Refused because the queue was full, or because no schedule fitted the time limit. */
     readonly refused: number;
     readonly completed: number;
+    /** Ended by an error. */
     readonly failed: number;
+    /** Ended by their signal. */
     readonly aborted: number;
-    /** Of the completed ones with a deadline: those that were late. */
+    /** Of the completed ones with a time limit: those that were late. */
     readonly late: number;
   };
+  /** Runs of networks for requests. */
   readonly launches: {
     readonly count: number;
+    /** Rows of all launches, without padding: a row is one picture or text. */
     readonly rows: number;
-    /** Rows that were computed for nothing, to fill a batch. */
+    /** Rows that were computed only to fill a batch. */
     readonly padding: number;
     /** Rows that started again because a launch that they shared had failed. */
     readonly restarted: number;
@@ -44,11 +55,11 @@ export interface Stats {
   /** How many launches had 1, 2, … rows. */
   readonly rowsPerLaunch: Readonly<Record<string, number>>;
   readonly milliseconds: {
-    /** Waiting in the queue. */
+    /** From the call until the request was admitted. */
     readonly queued: Histogram;
-    /** From the call to the pictures. */
+    /** From the call to the pictures, of completed requests. */
     readonly total: Histogram;
-    /** Launches of each graph. */
+    /** Launches, by graph. */
     readonly launches: Readonly<Record<string, Histogram>>;
   };
 }

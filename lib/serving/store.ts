@@ -1,20 +1,25 @@
 /**
- * Cost tables on disk: one file for each model, runtime and machine, in the cache folder, beside the engines. Times are
- * not secret and not code: a file that cannot be read is as good as none, and the last writer of an entry wins.
+ * Cost tables on disk: a folder for each model, runtime and machine, in the cache folder, beside the engines.
  *
- *   $XDG_CACHE_HOME/flowturbo/costs/<key>.json
+ *   $XDG_CACHE_HOME/flowturbo/costs/<key>/<milliseconds>-<random>.json
+ *
+ * Several processes may write at once, without a lock: files never change. A writer merges all files that it can read with
+ * its own entries into a new file, and removes exactly those that it has read, so that no entry is lost. The table is the
+ * merge of all files, where the latest of several entries for the same launch counts. A process gives an entry a new time
+ * only if it has measured it: entries that it read long ago do not replace later ones of other processes.
  */
 
 import { createHash, randomBytes } from "node:crypto";
-import { readFile, rename, rm, writeFile } from "node:fs/promises";
-import os from "node:os";
+import { readdir, readFile, rm } from "node:fs/promises";
 import path from "node:path";
 import { z } from "zod";
-import { makeFolders } from "../common/files.js";
+import { defaultCacheFolder, makeFolders, writeFileWhole } from "../common/files.js";
 import type { CostEntry } from "./costs.js";
 
+const format = 2;
+
 const fileSchema = z.object({
-  format: z.literal(1),
+  format: z.literal(format),
   key: z.string(),
   entries: z.array(
     z.object({
@@ -25,9 +30,15 @@ const fileSchema = z.object({
       low: z.number().gt(0),
       high: z.number().gt(0),
       runs: z.int().min(1),
+      /** When it was measured, in milliseconds since 1970. */
+      at: z.number().min(0),
     }),
   ),
 });
+
+type StoredEntry = z.infer<typeof fileSchema>["entries"][number];
+
+const fileName = /^\d+-[0-9a-f]{12}\.json$/;
 
 /** What costs depend on. */
 export interface CostSubject {
@@ -42,61 +53,96 @@ export interface CostSubject {
 /** SHA-256 of the subject. */
 export function costKey(subject: CostSubject): string {
   const { model, runtime, machine } = subject;
-  return createHash("sha256")
-    .update(JSON.stringify({ format: 1, model, runtime, machine }))
-    .digest("hex");
+  return createHash("sha256").update(JSON.stringify({ format, model, runtime, machine })).digest("hex");
 }
 
 export class CostStore {
-  readonly file: string;
+  readonly folder: string;
   readonly key: string;
+  /** By launch: entries as this store has read or written them. */
+  readonly #known = new Map<string, StoredEntry>();
   #writing: Promise<void> = Promise.resolve();
 
-  /** @param folder of all of this package's caches; default: `$XDG_CACHE_HOME/flowturbo` or `~/.cache/flowturbo` */
-  constructor(key: string, folder: string = cacheFolder()) {
+  /** @param cache folder of all of this package's caches */
+  constructor(key: string, cache: string = defaultCacheFolder()) {
     this.key = key;
-    this.file = path.join(path.resolve(folder), "costs", `${key.slice(0, 32)}.json`);
+    this.folder = path.join(path.resolve(cache), "costs", key.slice(0, 32));
   }
 
-  /** The stored entries; none if there is no file, or it is damaged or another's. */
+  /** The stored entries; none if there are no files, or they are damaged or another's. */
   async read(): Promise<CostEntry[]> {
-    try {
-      const { key, entries } = fileSchema.parse(JSON.parse(await readFile(this.file, "utf8")));
-      return key === this.key ? entries : [];
-    } catch {
-      return [];
-    }
+    const { entries } = await this.#load();
+    for (const [launch, entry] of entries) this.#known.set(launch, entry);
+    return [...entries.values()].map(({ at: _, ...entry }) => entry);
   }
 
   /**
-   * Adds entries to those on disk, or replaces them. The file appears whole or not at all.
-   * @param about for people who look into the file
+   * Adds entries to those on disk, or replaces them.
+   * @param about for people who look into the files
    * @throws the file system's error
    */
   write(entries: readonly CostEntry[], about: Readonly<Record<string, unknown>>): Promise<void> {
     const write = async () => {
-      const merged = new Map<string, CostEntry>();
-      for (const entry of [...(await this.read()), ...entries])
-        merged.set(JSON.stringify([entry.graph, entry.size, entry.batch]), entry);
-      await makeFolders(path.dirname(this.file), [], 0o700);
-      const temporary = `${this.file}.${randomBytes(6).toString("hex")}.tmp`;
-      const content = { format: 1, key: this.key, ...about, entries: [...merged.values()] };
-      try {
-        await writeFile(temporary, `${JSON.stringify(content, null, 2)}\n`, { flag: "wx", mode: 0o600 });
-        await rename(temporary, this.file);
-      } catch (error) {
-        await rm(temporary, { force: true });
-        throw error;
+      await makeFolders(this.folder, [], 0o700);
+      const { entries: merged, names } = await this.#load();
+      const now = Date.now();
+      for (const entry of entries) {
+        const launch = launchOf(entry);
+        const known = this.#known.get(launch);
+        // Later than what it replaces, whatever the clocks say.
+        const at = Math.max(now, (merged.get(launch)?.at ?? 0) + 1);
+        const own = known && textOf(known) === textOf(entry) ? known : { ...entry, at };
+        this.#known.set(launch, own);
+        mergeInto(merged, own);
       }
+      const file = path.join(this.folder, `${now}-${randomBytes(6).toString("hex")}.json`);
+      const content = { format, key: this.key, ...about, entries: [...merged.values()] };
+      await writeFileWhole(file, `${JSON.stringify(content, null, 2)}\n`, 0o600);
+      for (const name of names) await rm(path.join(this.folder, name), { force: true });
     };
     const written = this.#writing.then(write);
     this.#writing = written.catch(() => undefined);
     return written;
   }
+
+  /** All files that can be read, merged, and their names. */
+  async #load() {
+    const entries = new Map<string, StoredEntry>();
+    const names: string[] = [];
+    const seen = new Set<string>();
+    for (let isComplete = false; !isComplete; ) {
+      isComplete = true;
+      for (const name of await readdir(this.folder).catch(() => [])) {
+        if (seen.has(name) || !fileName.test(name)) continue;
+        seen.add(name);
+        try {
+          const content = fileSchema.parse(JSON.parse(await readFile(path.join(this.folder, name), "utf8")));
+          if (content.key !== this.key) continue;
+          for (const entry of content.entries) mergeInto(entries, entry);
+          names.push(name);
+        } catch (error) {
+          // A writer has merged it into a file that may not have been listed.
+          if ((error as NodeJS.ErrnoException).code === "ENOENT") isComplete = false;
+        }
+      }
+    }
+    return { entries, names };
+  }
 }
 
-function cacheFolder(): string {
-  const base = process.env.XDG_CACHE_HOME;
-  // The specification says to ignore a relative path.
-  return path.join(base && path.isAbsolute(base) ? base : path.join(os.homedir(), ".cache"), "flowturbo");
+/** Of several entries for a launch the latest counts. Of two from the same moment every process takes the same one. */
+function mergeInto(entries: Map<string, StoredEntry>, entry: StoredEntry): void {
+  const launch = launchOf(entry);
+  const known = entries.get(launch);
+  if (!known || entry.at > known.at || (entry.at === known.at && textOf(entry) > textOf(known)))
+    entries.set(launch, entry);
+}
+
+function launchOf({ graph, size, batch }: CostEntry): string {
+  return JSON.stringify([graph, size, batch]);
+}
+
+/** What was measured, without the time of it. */
+function textOf({ graph, size, batch, milliseconds, low, high, runs }: CostEntry): string {
+  return JSON.stringify([graph, size, batch, milliseconds, low, high, runs]);
 }

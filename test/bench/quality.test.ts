@@ -21,11 +21,11 @@ describe("the samplers that are compared", () => {
       const errors = [await errorOf(sampler(40)), await errorOf(sampler(80))];
       return Math.log2(errors[0]! / errors[1]!);
     };
-    expect(await orders((n) => euler(velocity, noise, shiftedSigmas(n, 1)))).toBeCloseTo(1, 0);
-    const second = await orders((n) => dpmSolver2M(velocity, noise, shiftedSigmas(n, 1)));
+    expect(await orders((n) => euler(velocity, noise, shiftedSigmas(n, { shift: 1 })))).toBeCloseTo(1, 0);
+    const second = await orders((n) => dpmSolver2M(velocity, noise, shiftedSigmas(n, { shift: 1 })));
     // Its last step is of first order.
     expect(second).toBeGreaterThan(1.4);
-    expect(await orders((n) => reusing(velocity, noise, "H".repeat(n), shiftedSigmas(n, 1)))).toBeGreaterThan(1.7);
+    expect(await orders((n) => reusing(velocity, noise, "H".repeat(n), shiftedSigmas(n, { shift: 1 })))).toBeGreaterThan(1.7);
   });
 
   test("give what diffusers' DPMSolverMultistepScheduler gives", async () => {
@@ -42,7 +42,7 @@ describe("the samplers that are compared", () => {
   test("are exact for a single picture", async () => {
     const picture = Float32Array.of(0.3, 0.1, -0.7);
     const straight: Velocity = async (x, sigma) => x.map((value, i) => (value - picture[i]!) / Math.max(sigma, 1e-9));
-    const grid = shiftedSigmas(5, 1.5);
+    const grid = shiftedSigmas(5, { shift: 1.5 });
     for (const x of [await euler(straight, noise, grid), await dpmSolver2M(straight, noise, grid)])
       for (const [i, value] of x.entries()) expect(value).toBeCloseTo(picture[i]!, 5);
   });

@@ -8,7 +8,8 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
-import { GraphLibrary, tensorRtEmitOptions } from "../../lib/networks/library.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { copyModel, editJson, fixture, shapes, temporaryFolder } from "./folders.js";
 
 async function expectError(folder: string, message: RegExp, variant?: string): Promise<void> {
@@ -303,7 +304,7 @@ test("a tensor of integers that no network reads (older files keep CLIP's positi
   await writeFile(file, Buffer.concat([start, text, bytes.subarray(8 + length), Buffer.alloc(616)]));
   const checkpoint = await openCheckpoint(folder);
   expect(new GraphLibrary(checkpoint).get("clip_l").externals.size).toBeGreaterThan(0);
-  expect(tensorRtEmitOptions(checkpoint)("clip_l").compute).toBe("float16");
+  expect(new GraphLibrary(checkpoint, tensorRtEmitOptions()).optionsOf("clip_l").compute).toBe("float16");
 });
 
 test("an abort rejects with its reason", async () => {

@@ -22,10 +22,11 @@ import path from "node:path";
 import { beforeAll, describe, expect, inject, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CacheError, CheckpointError, CompileError, MemoryError, OptionError } from "../../lib/errors.js";
-import { type CompileReport, compileEngines, plannedEngines } from "../../lib/generation/engines.js";
-import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/networks/library.js";
+import { type CompileReport, compileEngines, requiredEngines } from "../../lib/generation/engines.js";
+import type { CompileEnginesOptions, EngineProgress } from "../../lib/model.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
-import type { CompileEnginesOptions, EngineProgress } from "../../lib/options.js";
 import type { CompileProgress } from "../../lib/runtimes/builder.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
 import { fixture, fixtureNames } from "../support/fixtures.js";
@@ -77,12 +78,12 @@ describeEngines("the engines of a fixture", () => {
         version: "1.7.1.116",
         cache: path.join(cache, "engines"),
       });
-      const graphs = ["clip_l", "clip_g", ...(name === "sd3" ? [] : ["t5"]), "predict", "refine", "vae_decoder"];
+      const graphs = ["clip_l", "clip_g", ...(name === "sd3" ? [] : ["t5"]), "predict.guidance", "refine.guidance", "vae_decoder"];
       expect(built.engines.map(({ graph }) => graph)).toEqual(graphs);
       for (const engine of built.engines) {
         const { graph, stepType, profiles, plan, bytes, sha256, cached, rebuilt } = engine;
         expect([stepType, cached, rebuilt]).toEqual([
-          graph === "predict" || graph === "refine" ? graph : null,
+          graph.endsWith(".guidance") ? graph.split(".")[0] : null,
           false,
           null,
         ]);
@@ -92,7 +93,7 @@ describeEngines("the engines of a fixture", () => {
         expect(bytes).toBeGreaterThan(1e5);
         expect(bytes).toBeLessThan(1e8);
       }
-      const six = built.engines.find(({ graph }) => graph === "predict")!.profiles;
+      const six = built.engines.find(({ graph }) => graph === "predict.guidance")!.profiles;
       expect(six.map(({ batch, width, height }) => `${batch}:${width}x${height}`)).toEqual(
         ["64x64", "128x96"].flatMap((size) => [1, 2, 4].map((batch) => `${batch}:${size}`)),
       );
@@ -141,39 +142,39 @@ describeEngines("the engines of a fixture", () => {
   );
 
   it("with both kinds of guidance; decoding in pieces; one profile for equal shapes", async () => {
-    const checkpoint = await openCheckpoint(model("medium"));
-    const planned = plannedEngines(checkpoint, {
+    const graphs = new GraphLibrary(await openCheckpoint(model("medium")));
+    const required = requiredEngines(graphs, {
       batches: [4, 2, 2],
       sizes: [{ width: 64, height: 64 }],
       guidance: "both",
     });
-    const names = planned.map(({ name }) => name);
+    const names = required.map(({ graph }) => graph);
     expect(names).toEqual([
       "clip_l",
       "clip_g",
       "t5",
+      "predict.guidance",
       "predict",
-      "predict_unguided",
+      "refine.guidance",
       "refine",
-      "refine_unguided",
       "vae_decoder",
     ]);
-    const unguided = planned[4]!.profiles;
+    const unguided = required[4]!.profiles;
     expect(unguided.map(({ batch, inputs }) => [batch, inputs.velocity![0], "guidance" in inputs])).toEqual([
       [2, 2, false],
       [4, 4, false],
     ]);
     // Texts can always be encoded one by one.
-    expect(planned[0]!.profiles.map(({ batch }) => batch)).toEqual([1, 2, 4]);
+    expect(required[0]!.profiles.map(({ batch }) => batch)).toEqual([1, 2, 4]);
     expect(() =>
-      plannedEngines(checkpoint, { batches: [1], sizes: [{ width: 65, height: 64 }], guidance: "on" }),
+      requiredEngines(graphs, { batches: [1], sizes: [{ width: 65, height: 64 }], guidance: "on" }),
     ).toThrow(OptionError);
   });
 
   it("computes each network in its own type, T5 never in float16", async () => {
     const types = async (folder: string, targets?: number[]) => {
-      const emit = tensorRtEmitOptions(await openCheckpoint(folder), targets);
-      return (["clip_l", "t5", "predict", "vae_decoder"] as const).map((name) => emit(name).compute);
+      const graphs = new GraphLibrary(await openCheckpoint(folder), tensorRtEmitOptions(targets));
+      return ["clip_l", "t5", "predict", "vae_decoder"].map((name) => graphs.optionsOf(name).compute);
     };
     expect(await types(model("medium"))).toEqual(["bfloat16", "bfloat16", "bfloat16", "bfloat16"]);
     expect(await types(model("large"))).toEqual(["float32", "float32", "float32", "float32"]);
@@ -197,7 +198,7 @@ describeEngines("one engine", () => {
   async function compile(
     options: {
       folder?: string;
-      graph?: GraphName;
+      graph?: string;
       profiles?: Record<string, number[]>[];
       with?: EngineCompiler;
       signal?: AbortSignal;
@@ -206,7 +207,7 @@ describeEngines("one engine", () => {
     } = {},
   ) {
     const checkpoint = await openCheckpoint(options.folder ?? model("medium"));
-    const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint));
+    const graphs = new GraphLibrary(checkpoint, tensorRtEmitOptions());
     const files = [checkpoint.transformer, checkpoint.textEncoder!, checkpoint.textEncoder3!].flatMap(
       ({ weights }) => weights.files,
     );
@@ -216,12 +217,12 @@ describeEngines("one engine", () => {
     );
   }
   const predictProfiles = async (...batches: number[]) =>
-    plannedEngines(await openCheckpoint(model("medium")), {
+    requiredEngines(new GraphLibrary(await openCheckpoint(model("medium"))), {
       batches,
       sizes: [{ width: 64, height: 64 }],
       guidance: "on",
     })
-      .find(({ name }) => name === "predict")!
+      .find(({ graph }) => graph === "predict.guidance")!
       .profiles.map(({ inputs }) => inputs as Record<string, number[]>);
 
   beforeAll(async () => {
@@ -266,7 +267,7 @@ describeEngines("one engine", () => {
     const two = { ids: [2, 77], relative_buckets: [77, 77] };
     const four = { ids: [4, 77], relative_buckets: [77, 77] };
     const checkpoint = await openCheckpoint(model("medium"));
-    const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("t5");
+    const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions()).get("t5");
     const { files } = checkpoint.textEncoder3!.weights;
     const fresh = await open({ cache: temporaryFolder(), targets: [86, 89] });
     const built = await fresh.compile({ graph, profiles: [small, two] }, { files });
@@ -423,7 +424,7 @@ describeEngines("one engine", () => {
     ] as const) {
       const folder = copyOf(model("medium"));
       const checkpoint = await openCheckpoint(folder);
-      const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("t5");
+      const graph = new GraphLibrary(checkpoint, tensorRtEmitOptions()).get("t5");
       change(path.join(folder, "text_encoder_3/model.safetensors"));
       const error = await rejection(
         compiler.compile({ graph, profiles: [small] }, { files: checkpoint.textEncoder3!.weights.files }),

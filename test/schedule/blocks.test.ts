@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { OptionError } from "../../lib/errors.js";
-import { defaultBlocks, formatBlocks, parseBlocks } from "../../lib/schedule/index.js";
+import { formatBlocks, parseBlocks, samplers } from "../../lib/schedule/index.js";
 
 describe("parseBlocks", () => {
   it("reads both spellings", () => {
@@ -26,14 +26,14 @@ describe("parseBlocks", () => {
   });
 });
 
-describe("defaultBlocks", () => {
+describe("the blocks of samplers", () => {
   it("is H1P(n-1) without a refiner", () => {
-    expect(formatBlocks(defaultBlocks("flowturbo", 10, false))).toBe("H1P9");
-    expect(formatBlocks(defaultBlocks("flowturbo", 1, false))).toBe("H1");
+    expect(formatBlocks(samplers.flowturbo!.blocks(10, false))).toBe("H1P9");
+    expect(formatBlocks(samplers.flowturbo!.blocks(1, false))).toBe("H1");
   });
 
   it("ends with n/5 refiner blocks, rounded, with one", () => {
-    const of = (n: number) => formatBlocks(defaultBlocks("flowturbo", n, true));
+    const of = (n: number) => formatBlocks(samplers.flowturbo!.blocks(n, true));
     expect([1, 2, 3, 5, 8, 10, 12, 13].map(of)).toEqual([
       "H1",
       "H1P1",
@@ -47,7 +47,7 @@ describe("defaultBlocks", () => {
   });
 
   it("is uniform for euler and heun", () => {
-    expect(formatBlocks(defaultBlocks("euler", 28, true))).toBe("E28");
-    expect(formatBlocks(defaultBlocks("heun", 4, true))).toBe("H4");
+    expect(formatBlocks(samplers.euler!.blocks(28, true))).toBe("E28");
+    expect(formatBlocks(samplers.heun!.blocks(4, true))).toBe("H4");
   });
 });

@@ -2,7 +2,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { parseBlocks } from "../../lib/schedule/index.js";
-import { chooseRung, deadlineMargin, defaultLadder, limitFor, Margin } from "../../lib/serving/deadline.js";
+import { chooseCandidate, deadlineMargin, defaultLadder, limitFor, Margin } from "../../lib/serving/deadline.js";
 
 describe("defaultLadder", () => {
   it("goes from many evaluations of the predictor to few", () => {
@@ -16,38 +16,40 @@ describe("defaultLadder", () => {
   });
 });
 
-describe("chooseRung", () => {
-  const rungs = [
-    { blocks: "H1P9", milliseconds: 300 },
-    { blocks: "H1P5", milliseconds: 200 },
-    { blocks: "H1P1", milliseconds: 100 },
+describe("chooseCandidate", () => {
+  const candidates = [
+    { text: "H1P9", milliseconds: 300 },
+    { text: "H1P5", milliseconds: 200 },
+    { text: "H1P1", milliseconds: 100 },
   ];
 
   it("takes the first that fits with a tenth to spare, and says why", () => {
-    expect(chooseRung(rungs, 1000)).toEqual({
-      index: 0,
+    expect(chooseCandidate(candidates, 1000)).toEqual({
+      candidate: 0,
+      predictedMs: 300,
       reason: "H1P9 is predicted to take 300 ms of 1000 ms, and is the richest of 3 schedules.",
     });
-    expect(chooseRung(rungs, 329)).toEqual({
-      index: 1,
+    expect(chooseCandidate(candidates, 329)).toEqual({
+      candidate: 1,
+      predictedMs: 200,
       reason:
         "H1P5 is predicted to take 200 ms of 329 ms, and is the richest of 3 schedules that fits; H1P9 would need 330 ms.",
     });
-    expect(chooseRung(rungs, 110)!.index).toBe(2);
-    expect(chooseRung(rungs, 109)).toBeNull();
-    expect(chooseRung([rungs[2]!], 200)!.reason).toBe("H1P1 is predicted to take 100 ms of 200 ms.");
+    expect(chooseCandidate(candidates, 110)!.candidate).toBe(2);
+    expect(chooseCandidate(candidates, 109)).toBeNull();
+    expect(chooseCandidate([candidates[2]!], 200)!.reason).toBe("H1P1 is predicted to take 100 ms of 200 ms.");
   });
 
   it("never takes one that does not fit, nor a later one than the first that does", () => {
     const times = fc.array(fc.double({ min: 0.1, max: 1e6, noNaN: true }), { minLength: 1, maxLength: 12 });
     fc.assert(
       fc.property(times, fc.double({ min: 0, max: 1e6, noNaN: true }), (milliseconds, limit) => {
-        const choice = chooseRung(
-          milliseconds.map((time, index) => ({ blocks: `H${index + 1}`, milliseconds: time })),
+        const choice = chooseCandidate(
+          milliseconds.map((time, index) => ({ text: `H${index + 1}`, milliseconds: time })),
           limit,
         );
         const fits = milliseconds.map((time) => limitFor(time) <= limit);
-        expect(choice?.index ?? -1).toBe(fits.indexOf(true));
+        expect(choice?.candidate ?? -1).toBe(fits.indexOf(true));
       }),
     );
   });
@@ -55,7 +57,7 @@ describe("chooseRung", () => {
   it("accepts the limit that it names", () => {
     fc.assert(
       fc.property(fc.double({ min: 0.1, max: 1e6, noNaN: true }), (milliseconds) => {
-        expect(chooseRung([{ blocks: "H1", milliseconds }], limitFor(milliseconds))).not.toBeNull();
+        expect(chooseCandidate([{ text: "H1", milliseconds }], limitFor(milliseconds))).not.toBeNull();
       }),
     );
   });

@@ -1,4 +1,5 @@
-// Jobs side by side on a simulated runtime: results do not depend on company, whatever arrives, is aborted or fails.
+// Jobs side by side on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
+import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it, vi } from "vitest";
@@ -94,9 +95,8 @@ const costs = (graphs: readonly string[]) =>
 function open(
   extra: {
     maxBatch?: number;
-    pin?: number | null;
     maxWait?: number;
-    whole?: boolean;
+    captured?: boolean;
     preemption?: boolean;
     /** Graphs whose costs are known. */
     known?: readonly string[];
@@ -108,10 +108,8 @@ function open(
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
-    maxBatch,
     maxWait: extra.maxWait ?? 20,
-    pin: extra.pin ?? null,
-    whole: extra.whole ?? false,
+    captured: extra.captured ?? false,
     graph: shapesOf,
     costs: table,
     stats,
@@ -125,7 +123,7 @@ function open(
   };
 }
 let sequence = 0;
-const claim = () => ({ priority: 0, deadline: null, arrival: performance.now(), sequence: sequence++ });
+const priority = () => ({ level: 0, due: null, arrival: performance.now(), sequence: sequence++ });
 const expectEqual = (actual: Record<string, Tensor>[], programs: readonly Program[]) => {
   expect(actual).toHaveLength(programs.length);
   for (const [index, program] of programs.entries()) {
@@ -168,7 +166,7 @@ describe("jobs at the same time", () => {
   it("share launches, and each gets what it would get alone, bit for bit", async () => {
     const { dispatcher, runtime, stats, rowsPerLaunch } = open();
     const programs = mixed.map(rowsOf);
-    const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim() })));
+    const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority() })));
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(4);
     expect(stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).launches.restarted).toBe(0);
@@ -183,27 +181,30 @@ describe("jobs at the same time", () => {
   it("never exceed maxBatch; pinned launches are all of one batch", async () => {
     const narrow = open({ maxBatch: 2 });
     const programs = mixed.map(rowsOf);
-    await Promise.all(programs.map((rows) => narrow.dispatcher.run({ rows, claim: claim() })));
+    await Promise.all(programs.map((rows) => narrow.dispatcher.run({ rows, priority: priority() })));
     expect(Object.keys(narrow.rowsPerLaunch())).toEqual(["1", "2"]);
-    const pinned = open({ pin: 4 });
+    const pinned = open();
     const batches = new Set<string>();
     pinned.runtime.fate = (launch) => {
       // The batch is in the names of what was gathered; a row's own registers would have none.
-      batches.add(`${launch.graph} ${Object.values(launch.outputs).every((name) => name.startsWith("piece "))}`);
+      batches.add(`${launch.graph} ${Object.values(launch.outputs).every((name) => name.startsWith("submission "))}`);
       return "ok";
     };
-    const results = await Promise.all(programs.map((rows) => pinned.dispatcher.run({ rows, claim: claim() })));
+    const results = await Promise.all(
+      programs.map((rows) => pinned.dispatcher.run({ rows, priority: priority(), pin: 4 })),
+    );
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     // Pictures too large for two at once are lifted and decoded one by one.
     expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual(["decode false", "join false"]);
   });
 
-  it("run as whole programs, where that is asked for, and are counted and observed all the same", async () => {
-    const { dispatcher, runtime, stats, table } = open({ whole: true });
+  it("run as captured programs, where that is asked for, and are counted and observed all the same", async () => {
+    const { dispatcher, runtime, stats, table } = open({ captured: true });
     runtime.cost = () => 7;
     const programs = mixed.map(rowsOf);
     const heard = vi.fn();
-    const run = () => Promise.all(programs.map((rows) => dispatcher.run({ rows, claim: claim(), onLaunch: heard })));
+    const run = () =>
+      Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority(), onLaunch: heard })));
     for (const [index, results] of (await run()).entries()) expectEqual(results, programs[index]!);
     for (let round = 0; round < 5; round++) await run();
     const count = 6 * programs.flat().reduce((sum, { instructions }) => sum + instructions.length, 0);
@@ -232,7 +233,7 @@ describe("jobs at the same time", () => {
       programs.map((rows, index) =>
         dispatcher.run({
           rows,
-          claim: claim(),
+          priority: priority(),
           onLaunch: (row, { launch, values }, first) => {
             const list = reports[index]!.get(row) ?? [];
             list.push(launch.label.name);
@@ -257,23 +258,23 @@ describe("jobs at the same time", () => {
     const programs = [request({ seeds: [1] }), request({ seeds: [2] }), request({ seeds: [3, 4] })].map(rowsOf);
     const aborted = dispatcher.run({
       rows: programs[0]!,
-      claim: claim(),
+      priority: priority(),
       signal: controller.signal,
       onLaunch: () => controller.abort(new Error("enough")),
     });
     const thrown = dispatcher.run({
       rows: programs[1]!,
-      claim: claim(),
+      priority: priority(),
       onLaunch: (_, { index }) => {
         if (index === 1) throw new Error("listener");
       },
     });
-    const third = dispatcher.run({ rows: programs[2]!, claim: claim() });
+    const third = dispatcher.run({ rows: programs[2]!, priority: priority() });
     await expect(aborted).rejects.toThrow("enough");
     await expect(thrown).rejects.toThrow("listener");
     expectEqual(await third, programs[2]!);
     await expect(
-      dispatcher.run({ rows: programs[0]!, claim: claim(), signal: AbortSignal.abort(new Error("before")) }),
+      dispatcher.run({ rows: programs[0]!, priority: priority(), signal: AbortSignal.abort(new Error("before")) }),
     ).rejects.toThrow("before");
     await dispatcher.idle();
     await runtime.settled();
@@ -282,18 +283,28 @@ describe("jobs at the same time", () => {
   });
 });
 
+it.each([false, true])("jobs that share a signal add one listener to it (captured: %s)", async (captured) => {
+  const { dispatcher } = open({ captured });
+  const { signal } = new AbortController();
+  const rows = rowsOf(request({ seeds: [1, 2] }));
+  const jobs = Array.from({ length: 12 }, () => dispatcher.run({ rows, priority: priority(), signal }));
+  expect(getEventListeners(signal, "abort")).toHaveLength(1);
+  await Promise.all(jobs);
+  expect(getEventListeners(signal, "abort")).toHaveLength(0);
+});
+
 describe("a lone job", () => {
-  it("is one piece, which is cut short for a newcomer; they share what is left, and nothing runs twice", async () => {
+  it("is one submission, which is preempted for a newcomer; they share what is left, and nothing runs twice", async () => {
     const { dispatcher, runtime, rowsPerLaunch } = open();
     const [long, late] = [request({ blocks: "H1P8", seeds: [1] }), request({ blocks: "H1P4", seeds: [2] })].map(rowsOf);
     let newcomer: Promise<Record<string, Tensor>[]> | null = null;
     const heard: number[] = [];
     const first = dispatcher.run({
       rows: long!,
-      claim: claim(),
+      priority: priority(),
       onLaunch: (_, { index }) => {
         heard.push(index);
-        if (index === 2) newcomer = dispatcher.run({ rows: late!, claim: claim() });
+        if (index === 2) newcomer = dispatcher.run({ rows: late!, priority: priority() });
       },
     });
     expectEqual(await first, long!);
@@ -307,14 +318,14 @@ describe("a lone job", () => {
     expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
   });
 
-  it("that is aborted while a newcomer waits for the cut makes no more launches, and the newcomer has what both need", async () => {
+  it("that is aborted while a newcomer waits for its preemption makes no more launches, and the newcomer has what both need", async () => {
     const { dispatcher, runtime } = open();
     const shared = rowsOf(request({ seeds: [1], blocks: "H1P8" }));
     const controller = new AbortController();
-    const first = dispatcher.run({ rows: shared, claim: claim(), signal: controller.signal });
+    const first = dispatcher.run({ rows: shared, priority: priority(), signal: controller.signal });
     first.catch(() => {});
     await setImmediate();
-    const second = dispatcher.run({ rows: shared, claim: claim() });
+    const second = dispatcher.run({ rows: shared, priority: priority() });
     await setImmediate();
     controller.abort(new Error("enough"));
     await expect(first).rejects.toThrow("enough");
@@ -353,8 +364,8 @@ describe("failures", () => {
         free: workspace.free,
       });
     };
-    const failed = dispatcher.run({ rows: bad, claim: claim() });
-    const results = others.map((rows) => dispatcher.run({ rows, claim: claim() }));
+    const failed = dispatcher.run({ rows: bad, priority: priority() });
+    const results = others.map((rows) => dispatcher.run({ rows, priority: priority() }));
     await expect(failed).rejects.toThrow(/The launch of "predict" failed/);
     for (const [index, result] of results.entries()) expectEqual(await result, others[index]!);
     await dispatcher.idle();
@@ -377,7 +388,7 @@ describe("failures", () => {
       delay: fc.oneof(fc.nat(12), fc.nat(80)),
       // Half of them.
       abortAfter: fc.option(fc.nat(40), { freq: 1 }),
-      priority: fc.integer({ min: -1, max: 1 }),
+      level: fc.integer({ min: -1, max: 1 }),
     });
     const fates = fc.array(fc.constantFrom<Fate>(...new Array<Fate>(60).fill("ok"), "fails", "dies"), {
       maxLength: 60,
@@ -390,17 +401,17 @@ describe("failures", () => {
       known: fc.constantFrom(["predict"], [...Object.values(graphNames), ...Object.values(unguidedNames)]),
     });
     let delivered = 0;
-    let cuts = 0;
+    let preemptions = 0;
     await fc.assert(
       fc.asyncProperty(
         fc.array(arbitraryJob, { minLength: 1, maxLength: 8, size: "max" }),
         fates,
         settings,
-        async (jobs, list, extra) => {
+        async (jobs, list, { pin, ...extra }) => {
           const { dispatcher, runtime } = open(extra);
           const queue = [...list];
           runtime.fate = () => queue.shift() ?? "ok";
-          const work = async ({ request, delay, abortAfter, priority }: (typeof jobs)[number]) => {
+          const work = async ({ request, delay, abortAfter, level }: (typeof jobs)[number]) => {
             const rows = rowsOf(request);
             for (let turn = 0; turn < delay; turn++) await setImmediate();
             const controller = new AbortController();
@@ -413,7 +424,8 @@ describe("failures", () => {
             let settled = 0;
             const job = dispatcher.run({
               rows,
-              claim: { ...claim(), priority },
+              pin,
+              priority: { ...priority(), level },
               signal: controller.signal,
               onLaunch: (row, { index }) => {
                 expect(settled).toBe(0);
@@ -437,22 +449,22 @@ describe("failures", () => {
           expect(dispatcher.held).toBe(0);
           expect([...runtime.workspaces].map(({ values }) => values.size).filter((size) => size > 0)).toEqual([]);
           expect(runtime.workspaces.size).toBeLessThanOrEqual(1);
-          cuts += runtime.preemptions;
+          preemptions += runtime.preemptions;
         },
       ),
       { numRuns: 400 },
     );
-    expect(cuts).toBeGreaterThan(15);
+    expect(preemptions).toBeGreaterThan(15);
     expect(delivered).toBeGreaterThan(200);
   });
 });
 
 it("a job over nothing is refused", async () => {
   const { dispatcher } = open();
-  await expect(dispatcher.run({ rows: [], claim: claim() })).rejects.toThrow(RangeError);
+  await expect(dispatcher.run({ rows: [], priority: priority() })).rejects.toThrow(RangeError);
   const [program] = rowsOf(request({ blocks: formatDefault() }));
   const copy = { op: "copy", from: "a", fromRow: 0, to: "b", toRow: 0, rows: 1 } as const;
-  await expect(dispatcher.run({ rows: [{ ...program!, instructions: [copy] }], claim: claim() })).rejects.toThrow(
+  await expect(dispatcher.run({ rows: [{ ...program!, instructions: [copy] }], priority: priority() })).rejects.toThrow(
     /no rows to copy/,
   );
 });

@@ -1,5 +1,5 @@
-// The desk on a simulated runtime and a simulated clock: launches take exactly what the table says, so that whatever comes late
-// or is refused for nothing is the desk's own doing.
+// The service on a simulated runtime and a simulated clock: launches take exactly what the table says, so that whatever is
+// late or refused without need is the fault of the service.
 import { mkdtempSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
@@ -10,7 +10,8 @@ import { DeadlineError, QueueFullError } from "../../lib/errors.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { parseBlocks, samplingProgram, shiftedSigmas } from "../../lib/schedule/index.js";
 import { entryOf, quantile } from "../../lib/serving/costs.js";
-import { batchesUpTo, type Order, type Rung, Service } from "../../lib/serving/service.js";
+import type { Candidate, Terms } from "../../lib/serving/prediction.js";
+import { batchesUpTo, Service } from "../../lib/serving/service.js";
 import { CostStore } from "../../lib/serving/store.js";
 import { SimulatedRuntime, shapesOf } from "./simulated.js";
 
@@ -95,12 +96,14 @@ function ask(
   { blocks = "H1P2R1", ladder = [blocks], deadlineMs = null, priority = 0, pictures = 1 }: Asked,
 ) {
   // biome-ignore format: one line
-  const order: Order = { arrival: clock, deadlineMs, priority, pictures, size: "4x4", pin: null };
-  const rungs = ladder.map((blocks): Rung => ({ blocks, demands: [{ program: programOf(blocks), rows: pictures }] }));
-  return service.serve(order, rungs, async (admitted) => {
-    const rows = Array.from({ length: pictures }, (_, seed) => programOf(ladder[admitted.rung]!, seed));
+  const terms: Terms = { arrival: clock, deadlineMs, priority, pictures, size: "4x4", pin: null };
+  const candidates = ladder.map(
+    (blocks): Candidate => ({ text: blocks, demands: [{ program: programOf(blocks), rows: pictures }] }),
+  );
+  return service.serve(terms, candidates, async (admitted) => {
+    const rows = Array.from({ length: pictures }, (_, seed) => programOf(ladder[admitted.candidate]!, seed));
     await admitted.run({ rows });
-    return { blocks: ladder[admitted.rung]!, ...admitted, actualMs: clock - order.arrival };
+    return { blocks: ladder[admitted.candidate]!, ...admitted, actualMs: clock - terms.arrival };
   });
 }
 
@@ -109,7 +112,7 @@ describe("a time limit", () => {
   /** 2 + 3 launches of the predictor, 2 of the refiner, one of the decoder. */
   const third = 5 * 20 + 2 * 4 + 10;
 
-  it("takes the richest rung that fits, and its prediction holds", async () => {
+  it("takes the richest candidate that fits, and its prediction holds", async () => {
     const { service } = open();
     for (const [deadlineMs, blocks] of [
       [10_000, "H1P21R6"],

@@ -1,6 +1,6 @@
 /**
  * A runtime for tests: an interpreter of programs whose "networks" are closed forms, computed row by row, so that a row's
- * values cannot depend on its company unless somebody mixed rows up. It can be told to fail.
+ * values can depend on other rows only if rows were mixed up. It can be told to fail.
  */
 
 import { setImmediate } from "node:timers/promises";

@@ -48,16 +48,16 @@ vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => {
           get lost() {
             return workspace.lost;
           },
-          submit: (piece, options) => {
+          submit: (submission, options) => {
             const fate = injected.decide();
             if (fate === "fails") injected.failures++;
             if (fate === "dies") {
               injected.kills++;
               for (const child of hosts()) process.kill(child, "SIGKILL");
             }
-            for (const name of [...Object.keys(piece.registers), ...Object.keys(piece.constants)])
+            for (const name of [...Object.keys(submission.registers), ...Object.keys(submission.constants)])
               injected.kept.add(name);
-            return workspace.submit(fate === "fails" ? broken(piece) : piece, options);
+            return workspace.submit(fate === "fails" ? broken(submission) : submission, options);
           },
           free: (names) => {
             for (const name of names) injected.kept.delete(name);
@@ -70,16 +70,16 @@ vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => {
   };
 });
 
-/** A piece whose last launch fails: it is given a tensor of a wrong rank. */
-function broken(piece: Program): Program {
-  const instructions = [...piece.instructions];
+/** A submission whose last launch fails: it is given a tensor of a wrong rank. */
+function broken(submission: Program): Program {
+  const instructions = [...submission.instructions];
   const at = instructions.findLastIndex(({ op }) => op === "launch");
   const launch = instructions[at] as Launch;
   const [input] = Object.keys(launch.inputs);
   const tensor = float32([1, 1, 1, 1, 1, 1, 1], new Float32Array(1));
-  const constants = { ...piece.constants, [`broken ${injected.failures}`]: { kind: "value", tensor } as const };
+  const constants = { ...submission.constants, [`broken ${injected.failures}`]: { kind: "value", tensor } as const };
   instructions[at] = { ...launch, inputs: { ...launch.inputs, [input!]: `broken ${injected.failures}` } };
-  return { ...piece, instructions, constants };
+  return { ...submission, instructions, constants };
 }
 
 /** Processes of ONNX Runtime that this process has started. */
@@ -160,10 +160,10 @@ it(`${requests} mixed requests with aborts and failures`, { timeout: 3_600_000 }
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     return state / 2 ** 32;
   };
-  let pieces = 0;
+  let submissions = 0;
   injected.decide = () => {
     // What chance brings depends on the order of arrivals, and so on the machine; one failure is certain.
-    if (++pieces === 100) return "fails";
+    if (++submissions === 100) return "fails";
     const draw = random();
     return draw < share.killing ? "dies" : draw < share.killing + share.failing ? "fails" : "ok";
   };

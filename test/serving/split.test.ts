@@ -1,7 +1,7 @@
 // The split of rows over compiled batches, against every split there is.
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { cheapestSplit } from "../../lib/serving/split.js";
+import { cheapestSplit, launchBatches } from "../../lib/serving/split.js";
 
 /** Cost of the cheapest multiset of batches that covers the rows: all of them are tried, in falling order of size. */
 function bruteForce(rows: number, batches: readonly number[], cost: (batch: number) => number): number {
@@ -28,6 +28,19 @@ const table = fc.uniqueArray(fc.integer({ min: 1, max: 32 }), { minLength: 1, ma
     }),
   ),
 );
+
+describe("launchBatches", () => {
+  it("are the compiled ones that the launch may have, or as many rows as it may have where there are none", () => {
+    expect(launchBatches([1, 2, 4, 8], Number.POSITIVE_INFINITY, null)).toEqual([1, 2, 4, 8]);
+    expect(launchBatches([1, 2, 4, 8], 3, null)).toEqual([1, 2]);
+    expect(launchBatches([4, 8], 3, null)).toEqual([3]);
+  });
+
+  it("are the pinned one, as far as the launch allows", () => {
+    expect(launchBatches([1, 2], Number.POSITIVE_INFINITY, 4)).toEqual([4]);
+    expect(launchBatches([1, 2], 3, 4)).toEqual([3]);
+  });
+});
 
 describe("cheapestSplit", () => {
   it("is the cheapest of all splits, for 1 to 32 rows and random tables", () => {

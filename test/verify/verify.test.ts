@@ -7,14 +7,15 @@ import { beforeAll, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { float32, type StoredTensor, type Tensor } from "../../lib/common/tensor.js";
 import { embeddedModel } from "../../lib/flowturbo.js";
-import { GraphLibrary, type GraphName, tensorRtEmitOptions } from "../../lib/networks/library.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import type { Program } from "../../lib/program/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
+import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { type Bundle, type Referenced, readBundle, writeBundle } from "../../verify/bundle.js";
-import { type Case, planCases } from "../../verify/cases.js";
-import { barOf, type Compute, checkCase, compare, graphsOf } from "../../verify/check.js";
+import { type Case, casesOf } from "../../verify/cases.js";
+import { barOf, checkCase, compare, graphsOf } from "../../verify/check.js";
 import { markdown, type Report } from "../../verify/report.js";
 import { describeAddons, describeEngines, rtxFolder, temporaryFolder } from "../native/support.js";
 import { bundle as bundleRuntime } from "../runtimes/build.js";
@@ -59,7 +60,7 @@ describe("verify:gpu", () => {
 
   describe("a bundle", () => {
     let folder: string;
-    let planned: readonly Referenced[];
+    let written: readonly Referenced[];
     let bundle: Bundle;
     let reference: { run(program: Program): Promise<Record<string, Tensor>>; runtime: Runtime };
     beforeAll(async () => {
@@ -69,23 +70,22 @@ describe("verify:gpu", () => {
       const { host, remove } = await bundleRuntime();
       const runtime = new OnnxRuntime({ weights: "lazy", host });
       const run = (program: Program) => {
-        for (const name of graphsOf(program)) if (!runtime.has(name)) runtime.add(graphs.get(name as GraphName));
+        for (const name of graphsOf(program)) if (!runtime.has(name)) runtime.add(graphs.get(name));
         return runtime.run(program);
       };
       reference = { run, runtime };
-      const cases: Case[] = await planCases(checkpoint, { sizes: [{ width: 64, height: 64 }], batches: [1] }, run);
+      const cases: Case[] = await casesOf(graphs, { sizes: [{ width: 64, height: 64 }], batches: [1] }, run);
       const referenced: Referenced[] = [];
       for (const example of cases) referenced.push({ example, expected: await run(example.program) });
-      planned = referenced;
-      const emit = tensorRtEmitOptions(checkpoint);
-      const compiled = new GraphLibrary(checkpoint, emit);
-      const names = [...new Set(cases.flatMap(({ program }) => graphsOf(program)))] as GraphName[];
+      written = referenced;
+      const compiled = new GraphLibrary(checkpoint, tensorRtEmitOptions());
+      const names = [...new Set(cases.flatMap(({ program }) => graphsOf(program)))];
       await writeBundle(
         folder,
         { checkpoint: "embedded", flowturbo: "0", reference: "ONNX Runtime", created: "now" },
         new Map(names.map((name) => [name as string, compiled.get(name)])),
-        (name) => emit(name as GraphName).compute as Compute,
-        planned,
+        (name) => compiled.optionsOf(name).compute,
+        written,
       );
       bundle = await readBundle(folder);
       return async () => {
@@ -97,8 +97,8 @@ describe("verify:gpu", () => {
     it("has every graph of the checkpoint and every kind of schedule", () => {
       expect([...bundle.graphs.keys()].sort()).toEqual(
         [
-          ...["clip_g", "clip_l", "t5", "predict", "predict_unguided", "refine", "refine_unguided", "noised"],
-          ...["vae_decoder", "vae_encoder", "merge", "merge_unguided", "preview", "preview_unguided"],
+          ...["clip_g", "clip_l", "t5", "predict", "predict.guidance", "refine", "refine.guidance", "scale_noise"],
+          ...["vae_decoder", "vae_encoder", "inpaint_blend", "inpaint_blend.guidance", "preview", "preview.guidance"],
         ].sort(),
       );
       const names = bundle.cases.filter(({ example }) => example.kind === "sampler").map(({ example }) => example.name);
@@ -110,10 +110,10 @@ describe("verify:gpu", () => {
     });
 
     it("comes back as it was written, with weights of its own", async () => {
-      expect(bundle.cases).toEqual(planned);
+      expect(bundle.cases).toEqual(written);
       const checkpoint = await openCheckpoint(embeddedModel);
-      const original = new GraphLibrary(checkpoint, tensorRtEmitOptions(checkpoint)).get("predict");
-      const copied = bundle.graphs.get("predict")!;
+      const original = new GraphLibrary(checkpoint, tensorRtEmitOptions()).get("predict.guidance");
+      const copied = bundle.graphs.get("predict.guidance")!;
       expect(Buffer.compare(copied.bytes, original.bytes)).toBe(0);
       expect([...copied.externals.keys()]).toEqual([...original.externals.keys()]);
       const files = new Map<string, Buffer>();

@@ -6,29 +6,27 @@
 
 import { gigabytes } from "../common/memory.js";
 import { MemoryError } from "../errors.js";
-import type { GraphLibrary, GraphName } from "../networks/library.js";
+import type { GraphLibrary } from "../networks/library.js";
 
 /** Bytes of weights that a picture's two programs need on the device: encoding texts, drawing. */
 export function deviceMemoryNeeded(graphs: GraphLibrary): { readonly encode: number; readonly draw: number } {
-  const bytes = (name: GraphName) =>
-    [...graphs.get(name).externals.values()].reduce((sum, { length }) => sum + length, 0);
   const needed = { encode: 0, draw: 0 };
-  for (const name of graphs.essential)
-    needed[name === "clip_l" || name === "clip_g" || name === "t5" ? "encode" : "draw"] += bytes(name);
+  for (const { graph, role } of graphs.essential)
+    for (const { length } of graph.externals.values()) needed[role === "text" ? "encode" : "draw"] += length;
   return needed;
 }
 
-/**
- * @param available bytes of memory that the device has
- * @throws MemoryError with both numbers if a program's engines cannot be there together
- */
-export function checkDeviceMemory(graphs: GraphLibrary, device: string, available: number): void {
+/** @throws MemoryError with both numbers if a program's engines cannot be on the device together */
+export function checkDeviceMemory(
+  graphs: GraphLibrary,
+  { name, memoryBytes: available }: { readonly name: string; readonly memoryBytes: number },
+): void {
   const { encode, draw } = deviceMemoryNeeded(graphs);
   const needed = Math.max(encode, draw);
   if (needed <= available) return;
   const what = encode > draw ? "text encoders" : "transformer, refiner and autoencoder";
   throw new MemoryError(
-    `The ${what} of this model take ${gigabytes(needed)} GB of GPU memory for their weights alone, but ${device} has ${gigabytes(available)} GB. ` +
+    `The ${what} of this model take ${gigabytes(needed)} GB of GPU memory for their weights alone, but ${name} has ${gigabytes(available)} GB. ` +
       "Use a smaller checkpoint, a larger GPU, or the runtime onnxruntime.",
     needed,
     available,

@@ -1,13 +1,13 @@
 // The launches that a schedule becomes, against the definition of the blocks written out as it stands in the paper.
 import { describe, expect, it } from "vitest";
-import { type Block, countEvaluations, parseBlocks, planSteps, shiftedSigmas } from "../../lib/schedule/index.js";
+import { type Block, parseBlocks, planSteps, scheduleOf, shiftedSigmas } from "../../lib/schedule/index.js";
 
 // A toy predictor and refiner on the line: nonlinear in x and σ, so that a wrong evaluation point shows.
 const V = (x: number, sigma: number) => Math.sin(3 * x + sigma) + 0.7 * x * sigma;
 const r = (x: number, v: number, sigma: number) => 0.2 * Math.cos(x - 2 * v + sigma);
 
 /** The blocks as defined: E, H, P after Lu et al.'s FlowTurbo, R keeping its first velocity. */
-function reference(x: number, blocks: readonly Block[], grid: readonly number[]) {
+function reference(x: number, blocks: readonly Block[], sigmas: readonly number[]) {
   let cache: number | null = null;
   let evaluations = 0;
   const predictor = (at: number, sigma: number) => {
@@ -15,7 +15,7 @@ function reference(x: number, blocks: readonly Block[], grid: readonly number[])
     return V(at, sigma);
   };
   for (const [i, block] of blocks.entries()) {
-    const [from, to] = [grid[i]!, grid[i + 1]!];
+    const [from, to] = [sigmas[i]!, sigmas[i + 1]!];
     const h = to - from;
     if (block === "E") {
       cache = predictor(x, from);
@@ -35,9 +35,9 @@ function reference(x: number, blocks: readonly Block[], grid: readonly number[])
   return { x, evaluations };
 }
 
-function launched(x: number, blocks: readonly Block[], grid: readonly number[]): number {
+function launched(x: number, blocks: readonly Block[], sigmas: readonly number[]): number {
   let velocity = 0;
-  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity } of planSteps(blocks, grid)) {
+  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity } of planSteps(blocks, sigmas)) {
     const at = x + aIn * velocity;
     const next = type === "predict" ? V(at, sigma) : r(at, velocity, sigma) + velocity;
     x = x + aOld * velocity + aNew * next;
@@ -51,16 +51,16 @@ const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2
 describe("planSteps", () => {
   it.each(schedules)("computes %s as defined", (text) => {
     const blocks = parseBlocks(text);
-    const grid = shiftedSigmas(blocks.length, 3);
-    const expected = reference(0.3, blocks, grid);
-    expect(launched(0.3, blocks, grid)).toBeCloseTo(expected.x, 12);
-    expect(countEvaluations(planSteps(blocks, grid)).predictor).toBe(expected.evaluations);
+    const sigmas = shiftedSigmas(blocks.length, { shift: 3 });
+    const expected = reference(0.3, blocks, sigmas);
+    expect(launched(0.3, blocks, sigmas)).toBeCloseTo(expected.x, 12);
+    expect(scheduleOf(blocks, sigmas).evaluations.predictor).toBe(expected.evaluations);
   });
 
   it("counts the evaluations that the method promises", () => {
     const count = (text: string) => {
       const blocks = parseBlocks(text);
-      return countEvaluations(planSteps(blocks, shiftedSigmas(blocks.length, 3)));
+      return scheduleOf(blocks, shiftedSigmas(blocks.length, { shift: 3 })).evaluations;
     };
     expect(count("H1P5R3")).toEqual({ predictor: 7, refiner: 6 });
     expect(count("H1P9")).toEqual({ predictor: 11, refiner: 0 });
@@ -71,7 +71,7 @@ describe("planSteps", () => {
   it("marks one launch of each block as its last", () => {
     for (const text of schedules) {
       const blocks = parseBlocks(text);
-      const steps = planSteps(blocks, shiftedSigmas(blocks.length, 3));
+      const steps = planSteps(blocks, shiftedSigmas(blocks.length, { shift: 3 }));
       expect(steps.filter((step) => step.last).map((step) => step.block)).toEqual(blocks.map((_, i) => i));
     }
   });

@@ -1,55 +1,55 @@
-// Whole programs in a line: who goes first, how many the runtime has, what becomes of those behind a lost device.
+// Captured programs: which goes first, how many the runtime has, what becomes of the others when the device is lost.
 import { setImmediate } from "node:timers/promises";
 import { describe, expect, it } from "vitest";
 import { DeviceLostError } from "../../lib/errors.js";
-import { Line } from "../../lib/serving/line.js";
+import { CapturedPrograms } from "../../lib/serving/captured.js";
 import type { Priority } from "../../lib/serving/priority.js";
 
 let sequence = 0;
-const claim = (extra: Partial<Priority> = {}): Priority => ({
-  ...{ priority: 0, deadline: null, arrival: performance.now(), sequence: sequence++ },
+const priority = (extra: Partial<Priority> = {}): Priority => ({
+  ...{ level: 0, due: null, arrival: performance.now(), sequence: sequence++ },
   ...extra,
 });
 
 /** Programs that end when they are told to. */
 function open() {
-  const line = new Line();
+  const programs = new CapturedPrograms();
   const begun: string[] = [];
   const ends = new Map<string, { resolve(value: string): void; reject(error: unknown): void }>();
   const run = (name: string, extra: Partial<Priority> = {}, signal = new AbortController().signal) =>
-    line.run(claim(extra), signal, () => {
+    programs.run(priority(extra), signal, () => {
       begun.push(name);
       return new Promise<string>((resolve, reject) => ends.set(name, { resolve, reject }));
     });
-  return { line, begun, run, end: (name: string) => ends.get(name)! };
+  return { programs, begun, run, end: (name: string) => ends.get(name)! };
 }
 
-describe("programs in a line", () => {
-  it("run two at a time, the most urgent of those who wait first", async () => {
-    const { line, begun, run, end } = open();
-    const all = [run("a"), run("b"), run("late"), run("urgent", { priority: 1 }), run("due", { deadline: 0 })];
+describe("captured programs", () => {
+  it("run two at a time, those of the highest priority first", async () => {
+    const { programs, begun, run, end } = open();
+    const all = [run("a"), run("b"), run("late"), run("urgent", { level: 1 }), run("due", { due: 0 })];
     await setImmediate();
     expect(begun).toEqual(["a", "b"]);
-    expect(line.length).toBe(5);
+    expect(programs.size).toBe(5);
     let idle = false;
-    const ended = line.idle().then(() => {
+    const ended = programs.idle().then(() => {
       idle = true;
     });
     for (const name of ["b", "a", "due", "urgent", "late"]) {
       expect(idle).toBe(false);
-      // In any order: who runs is told by name.
+      // In any order: they are told apart by name.
       await expect.poll(() => begun.includes(name)).toBe(true);
       end(name).resolve(name);
     }
     expect(await Promise.all(all)).toEqual(["a", "b", "late", "urgent", "due"]);
     expect(begun).toEqual(["a", "b", "urgent", "due", "late"]);
     await ended;
-    expect(line.length).toBe(0);
-    await line.idle();
+    expect(programs.size).toBe(0);
+    await programs.idle();
   });
 
   it("leave it when they are aborted, and make room when they fail", async () => {
-    const { line, begun, run, end } = open();
+    const { programs, begun, run, end } = open();
     const controller = new AbortController();
     const [a, b, c] = [run("a"), run("b"), run("c", {}, controller.signal)];
     const d = run("d");
@@ -62,10 +62,10 @@ describe("programs in a line", () => {
     expect(begun).toEqual(["a", "b", "d"]);
     for (const name of ["b", "d"]) end(name).resolve(name);
     expect(await Promise.all([b, d])).toEqual(["b", "d"]);
-    expect(line.length).toBe(0);
+    expect(programs.size).toBe(0);
   });
 
-  it("start again if the device was lost under another, but not under themselves", async () => {
+  it("start again if another lost the device, but not if they did", async () => {
     const { begun, run, end } = open();
     const [a, b, c] = [run("a"), run("b"), run("c")];
     await setImmediate();

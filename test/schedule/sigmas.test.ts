@@ -4,21 +4,21 @@ import { describe, expect, it } from "vitest";
 import { diffusersSigmas, shiftedSigmas } from "../../lib/schedule/index.js";
 
 describe("shiftedSigmas", () => {
-  it("is the shift of an even grid, from 1 to 0", () => {
+  it("is the shift of even levels, from 1 to 0", () => {
     for (const [n, s] of [
       [1, 3],
       [4, 3],
       [10, 1.5],
       [28, 1],
     ] as const) {
-      const grid = shiftedSigmas(n, s);
-      expect(grid).toHaveLength(n + 1);
-      expect(grid[0]).toBe(1);
-      expect(grid[n]).toBe(0);
+      const sigmas = shiftedSigmas(n, { shift: s });
+      expect(sigmas).toHaveLength(n + 1);
+      expect(sigmas[0]).toBe(1);
+      expect(sigmas[n]).toBe(0);
       // The shift is the Möbius map that keeps 0 and 1 and divides the odds (1 − σ) : σ by s.
       for (let i = 1; i < n; i++) {
         const u = 1 - i / n;
-        expect((1 - grid[i]!) / grid[i]!).toBeCloseTo((1 - u) / u / s, 12);
+        expect((1 - sigmas[i]!) / sigmas[i]!).toBeCloseTo((1 - u) / u / s, 12);
       }
     }
   });
@@ -27,7 +27,7 @@ describe("shiftedSigmas", () => {
 describe("diffusersSigmas", () => {
   it("equals FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(4)", () => {
     const expected = [1, 0.857692, 0.602151, 0.008929, 0];
-    for (const [i, sigma] of diffusersSigmas(4, 3, 1000).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
+    for (const [i, sigma] of diffusersSigmas(4, { shift: 3, numTrainTimesteps: 1000 }).entries()) expect(sigma).toBeCloseTo(expected[i]!, 6);
   });
 
   it("equals diffusers' sigmas for other lengths and shifts", () => {
@@ -37,8 +37,8 @@ describe("diffusersSigmas", () => {
     expect(Object.keys(printed).length).toBeGreaterThan(3);
     for (const [key, sigmas] of Object.entries(printed)) {
       const [n, s] = key.split(",").map(Number) as [number, number];
-      const grid = diffusersSigmas(n, s, 1000);
-      expect(grid).toHaveLength(n + 1);
+      const sigmas = diffusersSigmas(n, { shift: s, numTrainTimesteps: 1000 });
+      expect(sigmas).toHaveLength(n + 1);
       for (const [i, sigma] of grid.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
     }
   });

@@ -1,0 +1,147 @@
+/**
+ * Pictures in: the original and the mask of an edit, read and brought to the size of each stage.
+ */
+
+import { access } from "node:fs/promises";
+import sharp, { type Sharp } from "sharp";
+import { type FloatTensor, float32 } from "../common/tensor.js";
+import { OptionError } from "../errors.js";
+import type { PictureSource, Size } from "../model.js";
+import type { EditRequest } from "./request.js";
+import { coveringBox, type Raster, resampled } from "./resample.js";
+
+/** An original, and a mask where there is one, for each stage of a request. */
+export type Edit = readonly { readonly original: Original; readonly mask: Mask | null }[];
+
+/**
+ * @param sizes of the stages
+ * @param factor pixels of a latent's side
+ * @throws OptionError for a picture that cannot be read
+ */
+export async function readEdit({ image, mask }: EditRequest, sizes: readonly Size[], factor: number): Promise<Edit> {
+  const picture = await readOriginal(image);
+  const painted = mask === null ? null : await readMask(mask);
+  const edit: Edit[number][] = [];
+  for (const { width, height } of sizes)
+    edit.push({
+      original: await originalAt(picture, width, height),
+      mask: painted && (await maskAt(painted, picture, width, height, factor)),
+    });
+  return edit;
+}
+
+/** Pictures larger than this are refused before they are decoded: 100 megapixels, some 300 MB. */
+const maxPixels = 100e6;
+
+/** An original at the size of a stage. */
+export interface Original {
+  /** Row-major RGB, 3 bytes a pixel. */
+  readonly rgb: Uint8Array;
+  /** [1, 3, H, W] in [-1, 1], as the autoencoder reads it. */
+  readonly pixels: FloatTensor;
+}
+
+/** Where to paint, at the size of a stage. */
+export interface Mask {
+  /** One byte a pixel: 1 where new content is wanted. */
+  readonly pixels: Uint8Array;
+  /** [1, 1, H/f, W/f], 0 or 1: the pixel at the corner of each latent's patch, as diffusers' nearest-neighbour. */
+  readonly latents: FloatTensor;
+  /** Whether no latent is to be painted; no pixel is, then. */
+  readonly empty: boolean;
+}
+
+/**
+ * Reads a picture as 8-bit RGB: orientation applied, transparent parts on white.
+ * @throws OptionError for what is no picture, is animated, damaged or larger than 100 megapixels
+ */
+export async function readOriginal(source: PictureSource): Promise<Raster> {
+  return decoded("image", source, (open) =>
+    open().flatten({ background: "#ffffff" }).removeAlpha().toColourspace("srgb"),
+  );
+}
+
+/**
+ * Reads a mask: its alpha channel where it has transparent parts, else its colours.
+ * @throws OptionError as `readOriginal`
+ */
+export async function readMask(source: PictureSource): Promise<Raster> {
+  return decoded("mask", source, async (open) => {
+    const { hasAlpha } = await open().metadata();
+    const transparent = hasAlpha && !(await open().stats()).isOpaque;
+    return transparent ? open().extractChannel("alpha") : open().removeAlpha().toColourspace("srgb");
+  });
+}
+
+/** A picture at width × height: resized, and cropped to cover it. */
+export async function originalAt(picture: Raster, width: number, height: number): Promise<Original> {
+  const rgb = await resampled(picture, width, height, coveringBox(picture, width, height));
+  const plane = width * height;
+  const data = new Float32Array(3 * plane);
+  for (let i = 0; i < plane; i++) for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
+  return { rgb, pixels: float32([1, 3, height, width], data) };
+}
+
+/**
+ * A mask at width × height: cropped as the picture is if it has the picture's shape, else stretched as diffusers does;
+ * grey, white from one half on (diffusers' binarisation), then taken at the corner of each latent's patch.
+ */
+export async function maskAt(
+  mask: Raster,
+  picture: Raster,
+  width: number,
+  height: number,
+  factor: number,
+): Promise<Mask> {
+  // To the pixel: a mask may be a smaller copy.
+  const isAlike =
+    Math.abs(mask.width * picture.height - mask.height * picture.width) <= Math.max(picture.width, picture.height);
+  const box = isAlike ? coveringBox(mask, width, height) : { left: 0, top: 0, width: mask.width, height: mask.height };
+  const values = await resampled(mask, width, height, box);
+  const grey = (i: number) =>
+    mask.channels === 1
+      ? values[i]!
+      : // As Pillow's "L".
+        (values[3 * i]! * 19595 + values[3 * i + 1]! * 38470 + values[3 * i + 2]! * 7471 + 0x8000) >> 16;
+  const pixels = Uint8Array.from({ length: width * height }, (_, i) => (grey(i) >= 128 ? 1 : 0));
+  const [h, w] = [height / factor, width / factor];
+  const latents = Float32Array.from(
+    { length: h * w },
+    (_, i) => pixels[Math.floor(i / w) * factor * width + (i % w) * factor]!,
+  );
+  const empty = !latents.includes(1);
+  if (empty) pixels.fill(0);
+  return { pixels, latents: float32([1, 1, h, w], latents), empty };
+}
+
+/** Takes the pixels outside the mask from the original. */
+export function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: Uint8Array): void {
+  for (let i = 0; i < mask.length; i++) if (mask[i] === 0) rgb.set(original.subarray(3 * i, 3 * i + 3), 3 * i);
+}
+
+async function decoded(
+  option: "image" | "mask",
+  source: PictureSource,
+  prepare: (open: () => Sharp) => Sharp | Promise<Sharp>,
+): Promise<Raster> {
+  if (typeof source !== "string" && !(source instanceof Uint8Array)) return { ...source, channels: 3 };
+  const name = typeof source === "string" ? `"${source}"` : "the given picture";
+  try {
+    if (typeof source === "string") await access(source);
+    const open = () => sharp(source, { limitInputPixels: maxPixels, failOn: "warning" });
+    const { pages } = await open().metadata();
+    if ((pages ?? 1) > 1)
+      throw new OptionError(option, `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`);
+    const prepared = await prepare(() => open().autoOrient());
+    const { data, info } = await prepared.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
+    return { width: info.width, height: info.height, channels: info.channels, data: new Uint8Array(data) };
+  } catch (cause) {
+    if (cause instanceof OptionError) throw cause;
+    const detail = (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");
+    throw new OptionError(
+      option,
+      `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${detail}.`,
+      { cause },
+    );
+  }
+}

@@ -1,0 +1,34 @@
+/** Tensors of several pictures, one row each: noise from seeds, rows taken out, results put together. */
+
+import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
+import { NoiseGenerator } from "./noise.js";
+
+/** Noise of each shape, [B, C, h, w], for B pictures: each has one generator, which draws for one shape after another. */
+export function noiseOf(seeds: readonly number[], shapes: readonly (readonly number[])[]): FloatTensor[] {
+  const tensors = shapes.map((shape) => float32(shape, new Float32Array(elementCount(shape))));
+  for (const [row, seed] of seeds.entries()) {
+    const generator = new NoiseGenerator(seed);
+    for (const { data } of tensors) {
+      const size = data.length / seeds.length;
+      data.set(generator.draw(size), row * size);
+    }
+  }
+  return tensors;
+}
+
+/** Row `row` of a tensor as a tensor of one row. */
+export function rowOf(tensor: FloatTensor, row: number): FloatTensor {
+  const [, ...rest] = tensor.shape;
+  const size = elementCount(rest);
+  return float32([1, ...rest], tensor.data.subarray(row * size, (row + 1) * size));
+}
+
+/** Tensors of one row as one tensor. */
+export function stacked(rows: readonly Tensor[]): FloatTensor {
+  const [, ...rest] = rows[0]!.shape;
+  if (rows.length === 1) return rows[0] as FloatTensor;
+  const size = elementCount(rest);
+  const data = new Float32Array(rows.length * size);
+  for (const [row, tensor] of rows.entries()) data.set((tensor as FloatTensor).data, row * size);
+  return float32([rows.length, ...rest], data);
+}

@@ -1,0 +1,323 @@
+/**
+ * Options of `generate` × a model → a settled request: everything about it that is known before any work. Every refusal
+ * that needs the model is here. Pure, but for a seed that nobody gave.
+ */
+
+import { randomInt } from "node:crypto";
+import type { Checkpoint } from "../checkpoint/index.js";
+import { elementCount, type FloatTensor } from "../common/tensor.js";
+import { OptionError } from "../errors.js";
+import type { GenerateOptions, PictureSource, Size } from "../model.js";
+import { checkOptions, generateSchema, type ResolvedGenerateOptions } from "../options.js";
+import {
+  type Block,
+  blockTable,
+  defaultSampler,
+  formatBlocks,
+  parseBlocks,
+  type Schedule,
+  samplers,
+  scheduleOf,
+  sigmaGrids,
+  skippedBlocks,
+  upscaleSigmas,
+} from "../schedule/index.js";
+import type { LatentShape } from "./programs.js";
+import { checkSize, latentShapeOf, nativeSize } from "./sizes.js";
+
+/** What a request has to know of a model. */
+export interface ModelFacts {
+  readonly checkpoint: Checkpoint;
+  /** Schedules for time limits, the richest first. */
+  readonly ladder: readonly (readonly Block[])[];
+  /** Tokens of the T5 encoder. */
+  readonly sequenceLength: { readonly usual: number; readonly most: number };
+  /** Whether each picture is one captured program, which shares nothing. */
+  readonly captured: boolean;
+  readonly pinBatch: number | null;
+}
+
+/** One size of a request. */
+export interface RequestStage extends Size {
+  /** Of all pictures, [B, C, h, w]. */
+  readonly latentShape: LatentShape;
+  readonly schedule: Schedule;
+}
+
+/** A way to draw a request. Those of a time limit differ in their schedules only. */
+export interface Candidate {
+  /** Schedules of its stages, such as "H1P7R2 H1P1". */
+  readonly text: string;
+  readonly stages: readonly RequestStage[];
+}
+
+/** What a request edits. */
+export interface EditRequest {
+  readonly image: PictureSource;
+  readonly mask: PictureSource | null;
+  readonly strength: number;
+  readonly keepOriginal: boolean;
+}
+
+type Kept = "count" | "preview" | "deadlineMs" | "priority" | "signal" | "onStep";
+
+export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
+  readonly prompts: readonly string[];
+  /** One for each prompt. */
+  readonly negativePrompts: readonly string[];
+  /** B: `count` for each prompt. */
+  readonly pictures: number;
+  /** Ways to draw it, the richest first; one without a time limit. */
+  readonly candidates: readonly [Candidate, ...Candidate[]];
+  /** Null without guidance. */
+  readonly guidanceScale: number | null;
+  readonly sequenceLength: number;
+  /** Seed of each picture; empty if the noise was given. */
+  readonly seeds: readonly number[];
+  /** Given noise, one tensor for each stage; null to draw it from the seeds. */
+  readonly noises: readonly FloatTensor[] | null;
+  readonly edit: EditRequest | null;
+  readonly pinBatch: number | null;
+  /** For the picture's parameters. */
+  readonly sampler: string;
+  readonly grid: string;
+  readonly stages: GenerateOptions["stages"];
+}
+
+/** Part of the schedule that runs on an original, as in diffusers' pipelines for SD3. */
+const defaultStrength = 0.6;
+
+/** Noise level that a finished stage is brought to for the next. */
+const defaultUpscaleSigma = 0.6;
+
+/** @throws OptionError that names the option and the remedy */
+export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
+  const options = checkOptions(generateSchema, given, "generate()");
+  const { image, mask, strength, keepOriginal, sequenceLength = model.sequenceLength.usual } = renamed(options);
+  const { count, preview, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
+  if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
+  const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
+  const pictures = prompts.length * count;
+  const candidates = candidatesOf(options, model, pictures);
+
+  // What an edit needs.
+  for (const [name, value] of Object.entries({ mask, strength }))
+    if (value !== undefined && image === undefined)
+      throw new OptionError(name, `The option ${name} needs an image to work on; give one, or leave ${name} out.`);
+
+  // Noise.
+  const noises = options.noise === undefined ? null : ([options.noise].flat() as FloatTensor[]);
+  if (noises) checkNoise(noises, candidates[0].stages, model.checkpoint.vae.config.factor);
+  const seed = options.seed ?? randomInt(2 ** 32);
+  const seeds = noises ? [] : Array.from({ length: pictures }, (_, index) => seed + index);
+
+  // Text.
+  checkSequenceLength(sequenceLength, model.sequenceLength.most);
+  const sampler = options.sampler ?? defaultSampler;
+  return {
+    ...{ count, preview, deadlineMs, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
+    ...{ seeds, noises, sampler, stages },
+    negativePrompts: perPrompt(options.negativePrompt ?? "", prompts.length),
+    guidanceScale: guidanceScale > 1 ? guidanceScale : null,
+    edit:
+      image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
+    pinBatch: options.pinBatch ?? model.pinBatch,
+    grid: options.grid ?? samplers[sampler]!.grid,
+  };
+}
+
+function renamed({ maxSequenceLength, ...options }: ResolvedGenerateOptions) {
+  return { ...options, sequenceLength: maxSequenceLength };
+}
+
+/** @throws OptionError for more tokens than the T5 tokenizer takes */
+export function checkSequenceLength(length: number, most: number): void {
+  if (length > most)
+    throw new OptionError(
+      "maxSequenceLength",
+      `Expected at most ${most} for maxSequenceLength but received ${length}: the model's T5 tokenizer takes no more.`,
+    );
+}
+
+export function pinnedWithCapture(): OptionError {
+  return new OptionError(
+    "pinBatch",
+    "With capture each picture runs by itself, whatever else is drawn; leave out pinBatch, or capture.",
+  );
+}
+
+/** One way to draw a request, or with a time limit those of the ladder, each schedule once. */
+function candidatesOf(
+  options: ResolvedGenerateOptions,
+  model: ModelFacts,
+  pictures: number,
+): [Candidate, ...Candidate[]] {
+  const { deadlineMs, ladder, sampler, blocks, steps, stages } = options;
+  if (ladder !== undefined && deadlineMs === undefined)
+    throw new OptionError("ladder", "A ladder is for a time limit; give deadlineMs, or leave ladder out.");
+  const fixed = { sampler, blocks, steps, stages };
+  for (const [name, value] of Object.entries(fixed))
+    if (ladder !== undefined && value !== undefined)
+      throw new OptionError("ladder", `The ladder says what may be run; leave out ${name} or ladder.`);
+  const given = blocks === undefined ? null : blocksOf(blocks, model.checkpoint);
+  const isFixed = Object.values(fixed).some((value) => value !== undefined);
+  if (deadlineMs === undefined || isFixed) return [candidateOf(options, model, pictures, given)];
+  const candidates = new Map<string, Candidate>();
+  let refused: unknown;
+  for (const rung of ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? model.ladder)
+    try {
+      const candidate = candidateOf(options, model, pictures, rung);
+      if (!candidates.has(candidate.text)) candidates.set(candidate.text, candidate);
+    } catch (error) {
+      // What a short schedule leaves of itself at some strength may be no schedule; others will do.
+      if (ladder !== undefined || !(error instanceof OptionError)) throw error;
+      refused = error;
+    }
+  const [first, ...others] = candidates.values();
+  if (!first) throw refused;
+  return [first, ...others];
+}
+
+function candidateOf(
+  options: ResolvedGenerateOptions,
+  model: ModelFacts,
+  pictures: number,
+  blocks: readonly Block[] | null,
+): Candidate {
+  const stages = options.stages
+    ? risingStages(options, options.stages, model, pictures)
+    : [firstStage(options, model, pictures, blocks)];
+  return { text: stages.map(({ schedule }) => schedule.text).join(" "), stages };
+}
+
+/** @throws OptionError for blocks that are none, or that need a refiner which is not there */
+function blocksOf(text: string, { refiner, folder }: Checkpoint): Block[] {
+  const blocks = parseBlocks(text);
+  if (!refiner && usesRefiner(blocks))
+    throw new OptionError(
+      "blocks",
+      `The blocks "${text}" need a velocity refiner, but ${folder} has no refiner/ folder. Use P in place of R, or train a refiner.`,
+    );
+  return blocks;
+}
+
+/** Whether some block evaluates the refiner. Which noise levels does not matter. */
+export function usesRefiner(blocks: readonly Block[]): boolean {
+  const sigmas = Array.from({ length: blocks.length + 1 }, (_, index) => 1 - index / blocks.length);
+  return scheduleOf(blocks, sigmas).evaluations.refiner > 0;
+}
+
+/** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
+function firstStage(
+  options: Pick<ResolvedGenerateOptions, "width" | "height" | "sampler" | "steps" | "grid" | "image" | "strength">,
+  { checkpoint }: ModelFacts,
+  pictures: number,
+  blocks: readonly Block[] | null,
+): RequestStage {
+  const native = nativeSize(checkpoint);
+  const size = { width: options.width ?? native.width, height: options.height ?? native.height };
+  checkSize(checkpoint, size, false);
+  const { steps, sampler = defaultSampler, strength = defaultStrength } = options;
+  const row = samplers[sampler]!;
+  if (blocks && !row.takesBlocks)
+    throw new OptionError(
+      "blocks",
+      `Blocks belong to the sampler ${defaultSampler}; leave out blocks or sampler "${sampler}".`,
+    );
+  if (blocks && steps !== undefined && steps !== blocks.length)
+    throw new OptionError(
+      "steps",
+      `The blocks "${formatBlocks(blocks)}" are ${blocks.length} steps; leave out steps (${steps}).`,
+    );
+  const count = blocks?.length ?? steps ?? row.steps;
+  const skipped = options.image === undefined ? 0 : skippedBlocks(count, strength);
+  // Given blocks are cut; a default schedule is made anew for what is left, so that it starts with H.
+  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, checkpoint.refiner !== null);
+  if (blocks && blockTable[run[0]!]!.needsVelocity)
+    throw new OptionError(
+      "strength",
+      `Strength ${strength} leaves only the refiner blocks of "${formatBlocks(blocks)}", and they need a velocity to refine. Give a larger strength.`,
+    );
+  checkSize(checkpoint, size, usesRefiner(run));
+  const sigmas = sigmaGrids[options.grid ?? row.grid]!(count, checkpoint.scheduler).slice(skipped);
+  return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule: scheduleOf(run, sigmas) };
+}
+
+/** A request from coarse to fine. */
+function risingStages(
+  options: ResolvedGenerateOptions,
+  stages: NonNullable<ResolvedGenerateOptions["stages"]>,
+  model: ModelFacts,
+  pictures: number,
+): RequestStage[] {
+  const { checkpoint } = model;
+  const { width, height, blocks, steps, sampler, grid, image, strength } = options;
+  for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid }))
+    if (value !== undefined)
+      throw new OptionError(name, `Stages say sizes and blocks themselves; leave out ${name} or stages.`);
+  return stages.map((stage, index) => {
+    const before = stages[index - 1];
+    const named = { option: "stages", prefix: `stages[${index}].` };
+    const refuse = (message: string): never => {
+      throw new OptionError("stages", message);
+    };
+    checkSize(checkpoint, stage, false, named);
+    if (before && (stage.width < before.width || stage.height < before.height))
+      refuse(
+        `Expected rising sizes for stages but stage ${index + 1} is ${stage.width} × ${stage.height} after ${before.width} × ${before.height}.`,
+      );
+    if (before && stage.width === before.width && stage.height === before.height)
+      refuse(
+        `Expected rising sizes for stages but stages ${index} and ${index + 1} are both ${stage.width} × ${stage.height}.`,
+      );
+    if (!before && stage.sigma !== undefined)
+      refuse("The first stage has no picture to noise again; leave out its sigma, or give an image and a strength.");
+    if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
+      refuse(`Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`);
+    const all = stageBlocks(stage.blocks, `${named.prefix}blocks`, checkpoint);
+    checkSize(checkpoint, stage, usesRefiner(all), named);
+    if (!before) return firstStage({ ...stage, image, strength }, model, pictures, all);
+    const sigmas = upscaleSigmas(all.length, checkpoint.scheduler, stage.sigma ?? defaultUpscaleSigma);
+    const { width, height } = stage;
+    const latentShape = latentShapeOf(checkpoint, pictures, stage);
+    return { width, height, latentShape, schedule: scheduleOf(all, sigmas) };
+  });
+}
+
+function stageBlocks(text: string, name: string, checkpoint: Checkpoint): Block[] {
+  try {
+    return blocksOf(text, checkpoint);
+  } catch (error) {
+    throw new OptionError("stages", `${name}: ${(error as Error).message}`);
+  }
+}
+
+function checkNoise(noises: readonly FloatTensor[], stages: readonly RequestStage[], factor: number): void {
+  const refuse = (message: string): never => {
+    throw new OptionError("noise", message);
+  };
+  if (noises.length !== stages.length)
+    refuse(`Expected ${stages.length} noise tensors, one a stage, but received ${noises.length}.`);
+  for (const [index, noise] of noises.entries()) {
+    const { latentShape } = stages[index]!;
+    const which = stages.length > 1 ? `noise of stage ${index + 1}` : "noise";
+    if (noise.shape.join() !== latentShape.join())
+      refuse(
+        `Expected shape [${latentShape.join(", ")}] for ${which} (pictures, channels, height / ${factor}, width / ${factor}) but received [${noise.shape.join(", ")}].`,
+      );
+    if (noise.data.length !== elementCount(latentShape))
+      refuse(`The ${which} has ${noise.data.length} values, which its shape does not.`);
+    if (!noise.data.every(Number.isFinite))
+      refuse(`Expected finite values for ${which} but it holds NaN or an infinity.`);
+  }
+}
+
+function perPrompt(value: string | readonly string[], prompts: number): readonly string[] {
+  if (typeof value === "string") return new Array<string>(prompts).fill(value);
+  if (value.length !== prompts)
+    throw new OptionError(
+      "negativePrompt",
+      `Expected one negative prompt, or ${prompts} (one for each prompt), for negativePrompt but received ${value.length}.`,
+    );
+  return value;
+}

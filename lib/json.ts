@@ -1,0 +1,136 @@
+/**
+ * The JSON form of requests and results, for servers, queues and remote models: everything but signals and callbacks can
+ * be written and read back without loss. Bytes are base64; tensors are { dtype, shape, data }; pictures go by their bytes,
+ * never by a path.
+ */
+
+import { readFile } from "node:fs/promises";
+import { z } from "zod";
+import type { FloatTensor } from "./common/tensor.js";
+import { OptionError } from "./errors.js";
+import { Image } from "./generation/image.js";
+import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
+import { checkOptions, generateSchema } from "./options.js";
+
+/** A value that JSON can hold. */
+export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+
+const bytes = z.codec(
+  z.base64(),
+  z.custom<Uint8Array>((value) => value instanceof Uint8Array),
+  {
+    decode: (text) => new Uint8Array(Buffer.from(text, "base64")),
+    encode: (data) => Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("base64"),
+  },
+);
+const side = z.int().positive();
+const tensor = z.codec(
+  z.strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: z.base64() }),
+  z.custom<FloatTensor>(),
+  {
+    // Float32 values in little-endian order, as in .safetensors files.
+    decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(z.decode(bytes, data).buffer) }),
+    encode: ({ dtype, shape, data }) => ({
+      ...{ dtype, shape: [...shape] },
+      data: z.encode(bytes, new Uint8Array(data.buffer, data.byteOffset, data.byteLength)),
+    }),
+  },
+);
+const rgb = { width: side, height: side, data: bytes };
+const source = z.union([
+  z.strictObject({ file: bytes }),
+  z.strictObject(rgb).refine(({ width, height, data }) => data.length === 3 * width * height),
+]);
+const picture = z.codec(z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }), z.custom<Picture>(), {
+  decode: ({ width, height, data, parameters }) => new Image(width, height, data, parameters),
+  encode: ({ width, height, data, parameters }) => ({ width, height, data, parameters: parameters as never }),
+});
+
+const { signal: _, onStep: __, ...plain } = generateSchema.shape;
+const requestSchema = z.strictObject({
+  ...plain,
+  image: source.optional(),
+  mask: source.optional(),
+  noise: z.union([tensor, z.array(tensor)]).optional(),
+});
+
+const numbers = z.array(z.number());
+const resultSchema = z.strictObject({
+  images: z.array(picture),
+  latents: tensor,
+  pixels: tensor,
+  seeds: numbers,
+  width: side,
+  height: side,
+  blocks: z.string(),
+  sigmas: numbers,
+  stages: z.array(z.strictObject({ width: side, height: side, blocks: z.string(), sigmas: numbers })),
+  evaluations: z.strictObject({ predictor: z.number(), refiner: z.number() }),
+  timings: z.strictObject({
+    ...{ load: z.number(), queue: z.number(), encode: z.number(), steps: numbers },
+    ...{ upscale: z.number(), edit: z.number(), decode: z.number(), total: z.number() },
+  }),
+  deadline: z
+    .strictObject({
+      ...{ deadlineMs: z.number(), blocks: z.string(), reason: z.string() },
+      ...{ predictedMs: z.number(), actualMs: z.number() },
+    })
+    .nullable(),
+  warnings: z.array(z.string()),
+});
+
+/**
+ * A request as JSON. Pictures that are given by a path are read.
+ * @throws OptionError for options that are wrong, or a picture that cannot be read
+ */
+export async function requestToJson({ signal, onStep, ...options }: GenerateOptions): Promise<Json> {
+  checkOptions(generateSchema, options, "requestToJson()");
+  const { image, mask } = options;
+  return encoded(requestSchema, {
+    ...options,
+    ...(image !== undefined && { image: await sourceOf("image", image) }),
+    ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
+  });
+}
+
+/** @throws OptionError that names the option which is wrong */
+export function requestFromJson(json: unknown): GenerateOptions {
+  const { image, mask, ...options } = decoded(requestSchema, json, "request");
+  const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
+  return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
+}
+
+/** A result as JSON. */
+export function resultToJson(result: GenerateResult): Json {
+  return encoded(resultSchema, result);
+}
+
+/** @throws OptionError that names the field which is wrong */
+export function resultFromJson(json: unknown): GenerateResult {
+  return decoded(resultSchema, json, "result");
+}
+
+async function sourceOf(option: string, picture: PictureSource): Promise<z.output<typeof source>> {
+  if (picture instanceof Uint8Array) return { file: picture };
+  if (typeof picture !== "string") return picture;
+  const file = await readFile(picture).catch((cause: Error) => {
+    throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, { cause });
+  });
+  return { file };
+}
+
+/** Properties that are undefined have no JSON form, and mean the same as absent ones. */
+function encoded(schema: z.ZodType, value: unknown): Json {
+  return JSON.parse(JSON.stringify(z.encode(schema, value))) as Json;
+}
+
+function decoded<T extends z.ZodType>(schema: T, json: unknown, what: string): z.output<T> {
+  const { success, data, error } = z.safeDecode(schema, json as z.input<T>);
+  if (success) return data;
+  const { path, message } = error.issues[0]!;
+  const field = path.join(".");
+  throw new OptionError(
+    String(path[0] ?? what),
+    `The JSON of this ${what} is wrong${field && ` at ${field}`}: ${message}.`,
+  );
+}

@@ -1,0 +1,422 @@
+/**
+ * What a model offers to those who call it: the interface, its options, events and results. Servers, queues and remote
+ * models see only this file; `FlowTurbo` implements it. Everything here but signals and callbacks has a JSON form (json.ts).
+ */
+
+import type { Logger } from "./common/logger.js";
+import type { FloatTensor } from "./common/tensor.js";
+import type { Feature } from "./networks/index.js";
+import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
+import type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
+import type { CostEntry } from "./serving/costs.js";
+import type { Stats } from "./serving/stats.js";
+
+/** A text-to-image model that serves many callers at once. */
+export interface ImageModel extends AsyncDisposable {
+  /** For people and for APIs: the name of the checkpoint's folder; "shapes" for the embedded model. */
+  readonly name: string;
+  /** Size of a picture that the model was trained for, in pixels. */
+  readonly nativeSize: { readonly width: number; readonly height: number };
+  /** Whether schedules may have blocks of the velocity refiner (`R`). */
+  readonly hasRefiner: boolean;
+  /** What launches cost, as it is known now. */
+  readonly costs: Costs;
+  /**
+   * Draws `count` pictures for each prompt. Calls made at the same time share launches and are answered when they are done.
+   * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
+   *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
+   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended; DisposedError; `signal.reason`
+   *   after an abort
+   */
+  generate(options: GenerateOptions): Promise<GenerateResult>;
+  /** Counters and histograms of all calls since the model was loaded. */
+  stats(): Stats;
+  /** Waits for calls under way, then frees everything. Safe to call twice. */
+  dispose(): Promise<void>;
+}
+
+/** 8-bit RGB values of a picture. */
+export interface RgbPicture {
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Row-major RGB, 3 bytes a pixel. */
+  readonly data: Uint8Array;
+}
+
+/** Formats that pictures are encoded in. */
+export type ImageFormat = "png" | "jpeg" | "webp";
+
+/** A picture that can be encoded and written. */
+export interface Picture extends RgbPicture {
+  /** How it was made: enough to draw it again. Encoded files carry it as text. */
+  readonly parameters: Readonly<Record<string, unknown>>;
+  /** The encoded file, with the parameters as text (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
+  encode(format: ImageFormat): Promise<Buffer>;
+  /** As `encode("png")`. */
+  toPNG(): Promise<Buffer>;
+  /**
+   * Writes the picture; the extension (.png, .jpg, .jpeg, .webp) decides the format. The file appears whole or not at all.
+   * @throws OptionError for another extension, OutputError if it cannot be written
+   */
+  toFile(file: string): Promise<void>;
+}
+
+/** A picture to read: the path of a file, an encoded file (PNG, JPEG, WebP, …), or 8-bit RGB values. */
+export type PictureSource = string | Uint8Array | RgbPicture;
+
+/** Sent while a model loads. */
+export interface LoadProgress {
+  /** `checkpoint`: configs, headers and tokenizers are read; `runtime`: a runtime starts; `graphs`: networks are emitted. */
+  readonly phase: "checkpoint" | "runtime" | "graphs";
+  /** Phases that are done. */
+  readonly done: number;
+  /** Phases that there are. */
+  readonly total: number;
+}
+
+/** Options of `FlowTurbo.load`. */
+export interface LoadOptions {
+  /**
+   * What runs the graphs: ONNX Runtime on the CPU, TensorRT 11 or TensorRT-RTX on an NVIDIA GPU. `"auto"` takes the first
+   * of the table that can be used here; `model.runtime` says which, and why others were passed over. Default: `"auto"`.
+   */
+  runtime?: "auto" | RuntimeName | undefined;
+  /** Folder with TensorRT's or TensorRT-RTX's libraries. Default: looked for in the environment, in Python's packages and on the loader's path. */
+  tensorrtFolder?: string | undefined;
+  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+  cache?: string | undefined;
+  /**
+   * On a GPU: each picture is a program of its own, replayed as one CUDA graph from its second run on. That is the least
+   * latency for one picture at a time, but launches are not shared (`pinBatch` is refused), and the steps of a picture are
+   * reported together. Ignored on the CPU. Default: false.
+   */
+  capture?: boolean | undefined;
+  /** Whether text encoders stay in memory. `false` frees them after each use; a new prompt loads them again. Default: true. */
+  keepTextEncoders?: boolean | undefined;
+  /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
+  variant?: string | undefined;
+  /** Threads of the CPU runtime, 1 to 1024. Default: one for each core. */
+  threads?: number | undefined;
+  /**
+   * How the CPU runtime computes with 16-bit weights: `"lazy"` widens them at each use, `"folded"` once at load (faster,
+   * twice the memory), `"auto"` folds where six times their bytes are free. Default: `"auto"`.
+   */
+  weights?: "auto" | "lazy" | "folded" | undefined;
+  /** At most so many pictures share a launch, of one request or of several; 1 to 256. Default: 8. */
+  maxBatch?: number | undefined;
+  /**
+   * Numbers of pictures that a launch may have, 1 to 256 each, such as those that engines were compiled for; in place of
+   * `maxBatch`. Default: 1, 2, 4, … up to `maxBatch`.
+   */
+  batches?: readonly number[] | undefined;
+  /** Milliseconds that a launch which leaves the device half empty may be held back for others to share it; 0 to 60000. Default: 20. */
+  maxWaitMs?: number | undefined;
+  /** Pads every launch to so many pictures, 1 to 256, so that no bit of a picture depends on what else is drawn. Default: no padding. */
+  pinBatch?: number | undefined;
+  /** Requests that may wait; more are refused with a QueueFullError. Default: 64. */
+  maxQueue?: number | undefined;
+  /**
+   * Whether costs that are not known are measured in the background, while nobody asks for pictures. Where each batch
+   * needs an engine, only if `batches` are named. Default: true.
+   */
+  measureCosts?: boolean | undefined;
+  /** Receives warnings and notes; `console` is one. The library never prints. Default: none. */
+  logger?: Logger | undefined;
+  /** Aborts loading: the call rejects with `signal.reason`. */
+  signal?: AbortSignal | undefined;
+  /** Called as loading proceeds. */
+  onProgress?: ((progress: LoadProgress) => void) | undefined;
+}
+
+/** One size of a run from coarse to fine. */
+export interface Stage {
+  /** Pixels; as `GenerateOptions.width`. Not below the stage before. */
+  width: number;
+  /** Pixels; as `GenerateOptions.height`. Not below the stage before. */
+  height: number;
+  /** Its schedule, such as `"H1P4R2"`. */
+  blocks: string;
+  /**
+   * Noise level, above 0 and below 1, that the upscaled picture of the stage before is brought to; 0.3 to 0.75 is
+   * sensible. Not for the first stage. Default: 0.6.
+   */
+  sigma?: number | undefined;
+}
+
+/** Options of `ImageModel.generate`. */
+export interface GenerateOptions {
+  /** What to draw: a string, or several for one batch. */
+  prompt: string | readonly string[];
+  /** What to keep away from: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
+  negativePrompt?: string | readonly string[] | undefined;
+  /** Pixels, a multiple of the autoencoder's factor and the patch size (16 for SD3). Default: the model's native width. */
+  width?: number | undefined;
+  /** Pixels, as `width`. Default: the model's native height. */
+  height?: number | undefined;
+  /**
+   * How a number of steps becomes a schedule. `"flowturbo"`: one Heun block, pseudo corrector blocks, and refiner blocks
+   * at the end where there is a refiner (arXiv 2409.18128). `"euler"`: as diffusers draws. `"heun"`: second order, two
+   * evaluations a step. Default: `"flowturbo"`.
+   */
+  sampler?: SamplerName | undefined;
+  /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun. */
+  steps?: number | undefined;
+  /**
+   * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
+   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `P` pseudo corrector, `R` velocity refiner. Default: what the sampler makes.
+   */
+  blocks?: string | undefined;
+  /**
+   * Spacing of the noise levels: `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
+   * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler. Default: `"diffusers"` for euler, otherwise `"shifted"`.
+   */
+  grid?: GridName | undefined;
+  /**
+   * Scale g of classifier-free guidance, 0 to 1000: the velocity is u + g·(c − u) for the unconditional u and the
+   * conditional c. 1 or less turns it off and halves the work. Default: 4.5.
+   */
+  guidanceScale?: number | undefined;
+  /**
+   * Seed of the first picture, a whole number from 0; picture k uses seed + k, from a generator of its own, so that it can
+   * be drawn again alone. The noise is that of torch's CPU generator. Default: random.
+   */
+  seed?: number | undefined;
+  /** Pictures for each prompt, 1 to 1024. Default: 1. */
+  count?: number | undefined;
+  /** Sizes to run through from coarse to fine, in place of width, height, sampler, steps, blocks and grid. Default: one size. */
+  stages?: readonly Stage[] | undefined;
+  /** Picture to start from: turned upright, transparency on white, resized and cropped to cover the size. Default: none. */
+  image?: PictureSource | undefined;
+  /** Where to paint (inpainting): white, or opaque where it has an alpha channel, is drawn anew; the rest of `image` is kept. Default: all of it. */
+  mask?: PictureSource | undefined;
+  /**
+   * Part of the schedule that runs on `image`, above 0 and up to 1: the first ⌊n − min(n·strength, n)⌋ of n blocks are
+   * skipped, as in diffusers. Default: 0.6.
+   */
+  strength?: number | undefined;
+  /** With `mask`: whether the kept part is the original pixel for pixel; otherwise it goes through the autoencoder. Default: true. */
+  keepOriginal?: boolean | undefined;
+  /**
+   * What step events show in `previews`: `"fast"`, a linear map of the latents to colours, one pixel a latent; or
+   * `"decoded"`, the full decoder, which costs a decode for each block. Default: nothing.
+   */
+  preview?: "fast" | "decoded" | undefined;
+  /** Starting noise [B, C, h, w] in place of a seed, with h and w in latents; one tensor, or one for each stage. Default: drawn from the seed. */
+  noise?: FloatTensor | readonly FloatTensor[] | undefined;
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256. */
+  maxSequenceLength?: number | undefined;
+  /**
+   * Milliseconds from the call to the pictures. The first schedule of the ladder that fits is taken, by measured costs; if
+   * none does the call rejects with a DeadlineError before any work. Default: no limit.
+   */
+  deadlineMs?: number | undefined;
+  /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
+  ladder?: readonly string[] | undefined;
+  /** Who goes first, −100 to 100: higher numbers, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
+  priority?: number | undefined;
+  /** As the option of `load`, for this call. */
+  pinBatch?: number | undefined;
+  /** Aborts between steps: the call rejects with `signal.reason`. One signal may serve any number of calls. */
+  signal?: AbortSignal | undefined;
+  /** Called after each block, in order; of blocks shorter than 200 ms for several at a time. An error it throws rejects the call. */
+  onStep?: ((event: StepEvent) => void) | undefined;
+}
+
+/** Sent after each finished block of a schedule. */
+export interface StepEvent {
+  /** Index of the block, from 0, over all stages. */
+  readonly step: number;
+  /** Number of blocks, over all stages. */
+  readonly steps: number;
+  /** Index of the stage, from 0. */
+  readonly stage: number;
+  /** Number of stages. */
+  readonly stages: number;
+  /** Letter of the block. */
+  readonly block: Block;
+  /** Noise level reached, from 1 (noise) to 0 (image). */
+  readonly sigma: number;
+  /** Milliseconds that the block took in the runtime. A launch that was shared counts whole. */
+  readonly milliseconds: number;
+  /**
+   * If the option `preview` asks for them: each picture as the run sees it now, the estimate x − σ·v. Those of `"fast"`
+   * have one pixel for each latent. Otherwise empty.
+   */
+  readonly previews: readonly Picture[];
+}
+
+/** Where the time of a call went, in milliseconds. Launches that were shared count whole. */
+export interface Timings {
+  /** Loading the model; the same in every result of one model. */
+  readonly load: number;
+  /** Waiting to be let in. */
+  readonly queue: number;
+  /** Tokenising and encoding the prompts; near 0 when all were cached. */
+  readonly encode: number;
+  /** Each block of the schedule, over all stages. */
+  readonly steps: readonly number[];
+  /** Upscaling pictures from one stage to the next. */
+  readonly upscale: number;
+  /** Encoding an original and keeping its known region. */
+  readonly edit: number;
+  /** Decoding latents to pixels. */
+  readonly decode: number;
+  /** The whole call, waiting included. */
+  readonly total: number;
+}
+
+/** How a time limit was kept. Milliseconds count from the call. */
+export interface DeadlineResult {
+  /** The limit that was asked for. */
+  readonly deadlineMs: number;
+  /** The schedule that was chosen. */
+  readonly blocks: string;
+  /** Why that one, in a sentence. */
+  readonly reason: string;
+  /** What it was predicted to take. */
+  readonly predictedMs: number;
+  /** What it took. */
+  readonly actualMs: number;
+}
+
+/** What launches cost, as it is known now: measured by `profile`, in the background, or while drawing. */
+export interface Costs {
+  /** One for each (graph, size, batch); graph "host" is what is not in launches. */
+  readonly entries: readonly CostEntry[];
+  /** Folder that the table is kept in. */
+  readonly folder: string;
+  /** How much slower launches are now than the table says, as a factor. */
+  readonly drift: number;
+  /** Milliseconds of a launch now, by the nearest batches that are known; null if nothing is known about it. */
+  estimate(graph: string, size: string, batch: number): number | null;
+}
+
+/** One size of a run, as it was run. */
+export interface StageResult {
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Its schedule, such as "H1P7R2". */
+  readonly blocks: string;
+  /** Its noise levels from 1 (noise) to 0 (image), one more than blocks. */
+  readonly sigmas: readonly number[];
+}
+
+/** What a call of `generate` results in. B pictures: prompt by prompt, `count` for each. */
+export interface GenerateResult {
+  /** The pictures, B of them. */
+  readonly images: readonly Picture[];
+  /** Final latents, [B, C, H/f, W/f], as the transformer sees them. */
+  readonly latents: FloatTensor;
+  /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped. */
+  readonly pixels: FloatTensor;
+  /** Seed of each picture; empty if the noise was given. */
+  readonly seeds: readonly number[];
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** The schedule that ran, such as "H1P7R2"; those of several stages follow each other after a space. */
+  readonly blocks: string;
+  /** Its noise levels, one more than blocks; stage after stage. */
+  readonly sigmas: readonly number[];
+  /** The sizes that were run through; one without the option `stages`. */
+  readonly stages: readonly StageResult[];
+  /** Evaluations of the two networks for one picture. */
+  readonly evaluations: Evaluations;
+  /** Where the time went. */
+  readonly timings: Timings;
+  /** How the time limit was kept; null without one. */
+  readonly deadline: DeadlineResult | null;
+  /** What the caller should know, such as a prompt that was cut. */
+  readonly warnings: readonly string[];
+}
+
+/** Sent while costs are measured. */
+export interface ProfileProgress {
+  /** Launches that are done. */
+  readonly done: number;
+  /** Launches that there will be at most. */
+  readonly total: number;
+}
+
+/** A size of pictures, in pixels. */
+export interface Size {
+  /** Pixels. */
+  width: number;
+  /** Pixels. */
+  height: number;
+}
+
+/** Options of `FlowTurbo.profile`. */
+export interface ProfileOptions {
+  /** Sizes of pictures. Default: the model's native size. */
+  sizes?: readonly Size[] | undefined;
+  /** Numbers of pictures in a launch, 1 to 256 each. Default: 1, 2, 4, 8. */
+  batches?: readonly number[] | undefined;
+  /** Steps with classifier-free guidance, without, or both; a number is a guidance scale, which says whether there is guidance. Default: `"on"`. */
+  guidance?: "on" | "off" | "both" | number | undefined;
+  /** Timed runs of each launch, 1 to 1000. Default: 9. */
+  rounds?: number | undefined;
+  /** As the option of `generate`. */
+  maxSequenceLength?: number | undefined;
+  /** Aborts measuring: the call rejects with `signal.reason`. */
+  signal?: AbortSignal | undefined;
+  /** Called as measuring proceeds. */
+  onProgress?: ((progress: ProfileProgress) => void) | undefined;
+}
+
+/** Sent while engines are compiled. */
+export interface EngineProgress {
+  /** Name of the engine's graph. */
+  readonly graph: string;
+  /** Index of the engine, from 0. */
+  readonly engine: number;
+  /** Number of engines. */
+  readonly engines: number;
+  /** `weights`: their digest is computed; `waiting`: for memory, or for another process that builds the same engine. */
+  readonly phase: "weights" | "waiting" | "building" | "done";
+  /** What the library says that it does. */
+  readonly detail: string;
+  /** Progress of this engine; never decreases. */
+  readonly done: number;
+  /** What `done` will be in the end; constant. */
+  readonly total: number;
+}
+
+/** Options of `compileEngines`. */
+export interface CompileEnginesOptions {
+  /** Library to build with. Default: `"auto"`, the first that can build here. */
+  runtime?: "auto" | BuilderName | undefined;
+  /** As the option of `load`. */
+  tensorrtFolder?: string | undefined;
+  /** As the option of `load`. */
+  variant?: string | undefined;
+  /** Sizes of pictures. Default: the model's native size. */
+  sizes?: readonly Size[] | undefined;
+  /** Numbers of pictures in a launch, 1 to 1024 each. Default: 1. */
+  batches?: readonly number[] | undefined;
+  /** Compute capabilities to build for, such as `"8.9"`; TensorRT-RTX only. Default: that of the present GPU. */
+  targets?: readonly string[] | undefined;
+  /** As the option of `profile`. Default: `"on"`. */
+  guidance?: "on" | "off" | "both" | number | undefined;
+  /** Also what only some pictures need: stages, editing, previews. Default: none. */
+  features?: readonly Feature[] | undefined;
+  /** As the option of `generate`. */
+  maxSequenceLength?: number | undefined;
+  /** As the option of `load`. */
+  cache?: string | undefined;
+  /** Engines that are built at the same time, 1 to 64. Default: 1. */
+  jobs?: number | undefined;
+  /** Bytes of memory that builds may take. Default: what is available. */
+  memory?: number | undefined;
+  /** Aborts compiling: the call rejects with `signal.reason`; nothing partial stays. */
+  signal?: AbortSignal | undefined;
+  /** Called as compiling proceeds. */
+  onProgress?: ((progress: EngineProgress) => void) | undefined;
+}
+
+export type { RuntimeChoice };

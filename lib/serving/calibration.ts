@@ -1,0 +1,227 @@
+/**
+ * Keeps the table of costs complete: measures what a promise needs before it is given, the rest between requests, and what
+ * is not in launches from finished requests; stores the table.
+ */
+
+import { SharedTask } from "../common/abort.js";
+import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
+import { type CostEntry, type CostTable, entryOf, hostGraph } from "./costs.js";
+import { keyOf, type MeasureOptions, measure, type Sample, type Subject, samplesOf, subjectsOf } from "./measure.js";
+import type { Candidate, Terms } from "./prediction.js";
+import type { GraphShapes } from "./rows.js";
+import { launchBatches } from "./split.js";
+import type { CostStore } from "./store.js";
+
+const hostObservationsKept = 15;
+const hostObservationsNeeded = 3;
+
+/** Launches are measured in the background where one takes at most this many milliseconds. */
+const backgroundLimit = 2000;
+/** Milliseconds without requests after which that begins. */
+const backgroundDelay = 250;
+const backgroundRounds = 7;
+/** Timed runs of what a request with a time limit needs to know. */
+const promiseRounds = 3;
+
+export interface CalibrationOptions {
+  /** Numbers of rows that a launch may have, at least one. */
+  readonly batches: readonly number[];
+  /** Whether costs that are not known are measured while there are no requests. */
+  readonly background: boolean;
+  /** Shapes of a graph, which the runtime is told of when it is first needed. */
+  readonly graph: (name: string) => GraphShapes;
+  readonly store: CostStore;
+  /** For people who look into the stored table. */
+  readonly about: Readonly<Record<string, unknown>>;
+  readonly onError?: (error: unknown) => void;
+}
+
+export class Calibration {
+  readonly #runtime: Runtime;
+  readonly #costs: CostTable;
+  readonly #options: CalibrationOptions;
+  readonly #untilIdle: () => Promise<void>;
+  readonly #hostTimes = new Map<string, number[]>();
+  /** Launches that have been asked for and whose costs are not all known. */
+  readonly #unmeasured = new Map<string, Sample>();
+  /** Milliseconds of a launch that has run here, by graph and size. Graphs that are missing have yet to be compiled. */
+  readonly #seen = new Map<string, number>();
+  /** What is being measured before promises, by graph, size and batch. */
+  readonly #measuring = new Map<string, SharedTask<void>>();
+  readonly #closing = new AbortController();
+  #background: Promise<void> | null = null;
+  #timer: NodeJS.Timeout | undefined;
+  #stored: number;
+
+  /** @param untilIdle resolves when no request is under way */
+  constructor(runtime: Runtime, costs: CostTable, options: CalibrationOptions, untilIdle: () => Promise<void>) {
+    this.#runtime = runtime;
+    this.#costs = costs;
+    this.#options = options;
+    this.#untilIdle = untilIdle;
+    this.#stored = costs.version;
+  }
+
+  /** Whether all launches of a candidate have been made before. */
+  isWarm({ demands }: Candidate): boolean {
+    return samplesOf(demands.map(({ program }) => program)).every((sample) => this.#seen.has(keyOf(sample)));
+  }
+
+  /** A launch has been made for a request. */
+  launched(report: LaunchReport): void {
+    this.#seen.set(keyOf(report), report.milliseconds);
+  }
+
+  /** Time of a finished request that was not in launches. */
+  observeHost({ size, pictures }: Terms, milliseconds: number): void {
+    if (milliseconds <= 0) return;
+    const key = `${size} x ${pictures}`;
+    const times = this.#hostTimes.get(key) ?? [];
+    times.push(milliseconds);
+    if (times.length > hostObservationsKept) times.shift();
+    this.#hostTimes.set(key, times);
+    // One time is better than none, but not than the many that a stored entry is made of.
+    const isBetter = times.length >= hostObservationsNeeded || !this.#costs.get(hostGraph, size, pictures);
+    if (isBetter) this.#costs.set(entryOf(hostGraph, pictures, size, times));
+  }
+
+  /**
+   * Before a promise: measures what is not known, and runs once what has not run here, since the first run is slower.
+   * @throws what the runtime throws, or `terms.signal.reason`
+   */
+  async learn(candidates: readonly Candidate[], { pin, signal }: Terms): Promise<void> {
+    const unknown = new Map<string, Subject>();
+    const cold = new Map<string, Subject>();
+    for (const { program, rows } of candidates.flatMap(({ demands }) => demands))
+      for (const sample of samplesOf([program])) {
+        const { graph, sharing } = sample.launch;
+        const { size, maxRows = Number.POSITIVE_INFINITY } = sharing!;
+        const batches = launchBatches(this.#options.batches, maxRows, pin);
+        // Of one picture the cost of larger batches does not matter; of several, two points make a line.
+        const largest = batches.findLast((batch) => batch <= rows) ?? batches[0]!;
+        for (const batch of new Set([batches[0]!, largest])) {
+          const subject = { graph, size, batch, sample };
+          if (!this.#costs.get(graph, size, batch)) unknown.set(subjectKey(subject), subject);
+          else if (!this.#seen.has(keyOf(sample))) cold.set(keyOf(sample), subject);
+        }
+      }
+    await this.#share(cold, 0, signal);
+    await this.#share(unknown, promiseRounds, signal);
+  }
+
+  /** Remembers what is to be measured in the background. */
+  remember(candidates: readonly Candidate[]): void {
+    for (const sample of samplesOf(candidates.flatMap(({ demands }) => demands.map(({ program }) => program))))
+      if (this.#unknownOf(sample).length > 0) this.#unmeasured.set(keyOf(sample), sample);
+  }
+
+  /** Measures samples at the batches given, puts them into the table and stores it. */
+  async profile(
+    samples: readonly Sample[],
+    batches: readonly number[],
+    options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
+  ): Promise<void> {
+    const turn = () => this.#untilIdle();
+    for (const entry of await this.#measure(subjectsOf(samples, batches), { ...options, turn })) this.#costs.set(entry);
+    await this.store();
+  }
+
+  /** No request is under way: soon there may be time to measure. */
+  rest(): void {
+    if (!this.#options.background || this.#background || this.#closing.signal.aborted) return;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      this.#background = this.#measureRest()
+        .catch((error) => {
+          if (!this.#closing.signal.aborted) this.#options.onError?.(error);
+        })
+        .finally(() => {
+          this.#background = null;
+        });
+    }, backgroundDelay);
+    this.#timer.unref();
+  }
+
+  /** Ends what is measured without a request, and waits for what is measured for one. */
+  async stop(): Promise<void> {
+    this.#closing.abort(new Error("The model is being disposed."));
+    clearTimeout(this.#timer);
+    await this.#background;
+    await Promise.allSettled([...this.#measuring.values()].map((task) => task.join()));
+  }
+
+  /** Keeps the table for later. @throws the file system's error */
+  async store(): Promise<void> {
+    this.#stored = this.#costs.version;
+    await this.#options.store.write(this.#costs.entries, this.#options.about);
+  }
+
+  /** As `store`, if the table has changed. */
+  async storeChanges(): Promise<void> {
+    if (this.#costs.version !== this.#stored) await this.store();
+  }
+
+  /** Measures, together with other callers who need the same. */
+  async #share(subjects: ReadonlyMap<string, Subject>, rounds: number, signal: AbortSignal | undefined): Promise<void> {
+    const tasks = new Set<SharedTask<void>>();
+    const missing = new Map(subjects);
+    for (const key of subjects.keys()) {
+      const task = this.#measuring.get(key);
+      if (!task || task.abandoned) continue;
+      tasks.add(task);
+      missing.delete(key);
+    }
+    if (missing.size > 0) {
+      const task = new SharedTask(async (signal) => {
+        // `task` is assigned before the measuring begins.
+        await null;
+        try {
+          for (const entry of await this.#measure([...missing.values()], { rounds, signal }))
+            if (!this.#costs.get(entry.graph, entry.size, entry.batch)) this.#costs.set(entry);
+        } finally {
+          for (const key of missing.keys()) if (this.#measuring.get(key) === task) this.#measuring.delete(key);
+        }
+      });
+      for (const key of missing.keys()) this.#measuring.set(key, task);
+      tasks.add(task);
+    }
+    await Promise.all([...tasks].map((task) => task.join(signal)));
+  }
+
+  async #measure(subjects: readonly Subject[], options: MeasureOptions): Promise<CostEntry[]> {
+    if (subjects.length === 0) return [];
+    const entries = await measure(this.#runtime, subjects, this.#options.graph, options);
+    for (const { sample } of subjects) if (!this.#seen.has(keyOf(sample))) this.#seen.set(keyOf(sample), 0);
+    return entries;
+  }
+
+  /** Measures what has been asked for and is not in the table, between requests. */
+  async #measureRest(): Promise<void> {
+    for (const [key, sample] of this.#unmeasured) {
+      const row = this.#seen.get(key);
+      const subjects = this.#unknownOf(sample).filter(
+        (subject) => !this.#measuring.has(subjectKey(subject)) && (row ?? 0) * subject.batch <= backgroundLimit,
+      );
+      this.#unmeasured.delete(key);
+      const entries = await this.#measure(subjects, {
+        rounds: backgroundRounds,
+        background: true,
+        signal: this.#closing.signal,
+        turn: () => this.#untilIdle(),
+      });
+      for (const entry of entries) this.#costs.set(entry);
+    }
+    await this.storeChanges();
+  }
+
+  /** A sample at those batches whose cost is not known. */
+  #unknownOf(sample: Sample): Subject[] {
+    return subjectsOf([sample], this.#options.batches).filter(
+      ({ graph, size, batch }) => !this.#costs.get(graph, size, batch),
+    );
+  }
+}
+
+function subjectKey({ sample, batch }: Subject): string {
+  return `${keyOf(sample)} x ${batch}`;
+}
