@@ -4,9 +4,10 @@ import { copyFileSync, existsSync, mkdirSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { Worker } from "node:worker_threads";
 import { afterEach, expect, it } from "vitest";
-import { loadAddon, type NativeError } from "../../lib/runtimes/tensorrt/addon.js";
+import type { NativeError } from "../../lib/runtimes/tensorrt/addon.js";
 import { tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
 import { examineTensorRt } from "../../lib/runtimes/tensorrt/libraries.js";
+import { loadAddon } from "../support/addon.js";
 import { root } from "../support/fixtures.js";
 import { cli, describeAddons, standIn, startNode, temporaryFolder } from "./support.js";
 

@@ -21,7 +21,7 @@ import { describeAddons, temporaryFolder } from "./support.js";
 const { engines } = vi.hoisted(() => ({ engines: { source: null as Opening.CachedEngines | null } }));
 vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
   const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/runtime.js");
-  const { loadAddon } = await import("../../lib/runtimes/tensorrt/addon.js");
+  const { loadAddon } = await import("../support/addon.js");
   const { flavours } = await import("../../lib/runtimes/tensorrt/flavours.js");
   const real = await original<typeof Opening>();
   const openTensorRt: typeof Opening.openTensorRt = async (options) => {

@@ -4,11 +4,11 @@ import { existsSync } from "node:fs";
 import path from "node:path";
 import { expect, it } from "vitest";
 import { DisposedError, RuntimeUnavailableError } from "../../lib/errors.js";
-import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { flavours, tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
 import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/runtime.js";
 import { double } from "../runtimes/contract.js";
 import { program, scaleGraph } from "../runtimes/models.js";
+import { loadAddon } from "../support/addon.js";
 import { cli, describeAddons, standIn, startNode } from "./support.js";
 
 const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>

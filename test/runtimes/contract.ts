@@ -310,13 +310,18 @@ export function describeRuntime(open: () => Runtime): void {
       await runtime.dispose();
     });
 
-    it("many runs on one runtime leave no listener", async () => {
+    it("many runs on one runtime leave no listener, and may share a signal", async () => {
       const warnings: Error[] = [];
       const note = (warning: Error) => warnings.push(warning);
       process.on("warning", note);
       const runtime = open();
       const work = program([1], [double("x", "a")], []);
-      await Promise.all(Array.from({ length: 50 }, () => runtime.run(work)));
+      const { signal } = new AbortController();
+      const workspace = runtime.open();
+      await workspace.submit(work, { signal });
+      const submission = { ...program([], [double("x", "b")], []), constants: {}, registers: work.registers };
+      const submissions = Array.from({ length: 20 }, () => workspace.submit(submission, { signal }));
+      await Promise.all([...submissions, ...Array.from({ length: 50 }, () => runtime.run(work, { signal }))]);
       await setTimeout(0);
       process.off("warning", note);
       expect(warnings).toEqual([]);

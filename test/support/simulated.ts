@@ -7,12 +7,12 @@ import path from "node:path";
 import { CompileError } from "../../lib/errors.js";
 import type { ProfileShapes } from "../../lib/runtimes/builder.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
-import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { fileIdentity } from "../../lib/runtimes/tensorrt/digests.js";
 import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
 import { flavours, type TensorRtKind } from "../../lib/runtimes/tensorrt/flavours.js";
 import { TensorRtRuntime, type TensorRtRuntimeOptions } from "../../lib/runtimes/tensorrt/runtime.js";
 import { type ClosedForm, closedForms } from "../runtimes/models.js";
+import { loadAddon } from "./addon.js";
 import { root } from "./fixtures.js";
 
 /** See native/simulated/simulated.h. */

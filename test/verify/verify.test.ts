@@ -11,7 +11,6 @@ import { GraphLibrary } from "../../lib/networks/library.js";
 import type { Program } from "../../lib/program/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
-import { loadAddon } from "../../lib/runtimes/tensorrt/addon.js";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
 import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { type Bundle, type Referenced, readBundle, writeBundle } from "../../verify/bundle.js";
@@ -21,6 +20,7 @@ import { markdown, type Report } from "../../verify/report.js";
 import { describeAddons, describeEngines, rtxFolder, temporaryFolder } from "../native/support.js";
 import { bundle as bundleRuntime } from "../runtimes/build.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
+import { loadAddon } from "../support/addon.js";
 import { root } from "../support/fixtures.js";
 import { planText, simulatedFolder } from "../support/simulated.js";
 

@@ -21,7 +21,7 @@ export class RunFailure extends Error {
   }
 }
 
-/** What a run tells and asks while it goes on. */
+/** What a run reports and asks while it is under way. */
 export interface RunHooks {
   launched(report: FinishedLaunch): void;
   aborted(): boolean;
@@ -165,7 +165,7 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
     // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time. Spinning stays on during a run, as it is by
     // default: steps of small pictures take up to 1.25 times as long without it (bench:trials).
     enableMemPattern: false,
-    // Errors only: warnings would go to a stream that nobody reads.
+    // Errors only: warnings would go to a stream that is not read.
     logSeverityLevel: 3,
     extra: {
       session: {

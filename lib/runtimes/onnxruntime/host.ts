@@ -1,8 +1,8 @@
 /**
- * Entry of the child process that runs the graphs. It does what it is told over the channel and has one duty of its
- * own: never to outlive its parent, even in the middle of a `session.run` of many seconds, when this thread hears
- * nothing. So a second thread holds the read end of a pipe (stdin) whose write end only the parent has; when that
- * closes, however the parent ended, the thread kills the process.
+ * Entry of the child process that runs the graphs. It follows the messages of its channel, and must never outlive its
+ * parent, even in the middle of a `session.run` of many seconds, when this thread receives nothing. So a second thread
+ * holds the read end of a pipe (stdin) whose write end only the parent has; when that closes, however the parent ended,
+ * the thread kills the process.
  */
 
 import { Worker } from "node:worker_threads";
@@ -11,7 +11,7 @@ import { Executor, messageOf, RunFailure } from "./executor.js";
 import { unpack } from "./packing.js";
 import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
-// Ctrl-C and a closed terminal signal the whole foreground group. The parent decides what they mean.
+// Ctrl-C and a closed terminal signal all of the foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;

@@ -1,5 +1,5 @@
 /**
- * A program as it travels between the processes. Each typed array costs microseconds on the channel, however short it is,
+ * A program as it is sent between the processes. Each typed array costs microseconds on the channel, however short it is,
  * and a run has tens of constants of one number: the short ones go as one array.
  */
 

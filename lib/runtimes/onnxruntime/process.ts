@@ -1,7 +1,7 @@
 /**
  * One child process from its start to its end, seen from the parent: messages, and a promise of how it ended. A child
- * and not a worker thread, because `session.run` is synchronous and ending a worker thread during it aborts the whole
- * process (code 134); a crash or a lack of memory stays in the child, too.
+ * and not a worker thread, because `session.run` is synchronous and ending a worker thread during it aborts all of
+ * the process (code 134); a crash or a lack of memory ends only the child, too.
  */
 
 import { type ChildProcess, fork } from "node:child_process";
@@ -35,7 +35,7 @@ export class HostProcess {
       serialization: "advanced",
       // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
       execArgv: [],
-      // stdin is the lifeline that host.ts watches.
+      // host.ts watches stdin: its end is the end of this process.
       stdio: ["pipe", "ignore", "pipe", "ipc"],
     });
     this.#child = child;

@@ -1,7 +1,7 @@
 /**
- * What the two processes say to each other, over Node's IPC channel with structured clones (`serialization:
- * "advanced"`), so that typed arrays, BigInt64Array among them, travel as bytes. A program goes over in one message:
- * the child never waits for the parent between launches, so a busy event loop cannot delay a step.
+ * The messages between the two processes, over Node's IPC channel with structured clones (`serialization: "advanced"`),
+ * so that typed arrays, BigInt64Array among them, are sent as bytes. A program is one message: the child never waits for
+ * the parent between launches, so a busy event loop cannot delay a step.
  */
 
 import type { Tensor } from "../../common/tensor.js";
@@ -66,7 +66,7 @@ export type FromHost =
   | { readonly type: "broken"; readonly message: string }
   /** Launches have finished, in order. */
   | { readonly type: "launched"; readonly id: number; readonly reports: readonly FinishedLaunch[] }
-  /** With the launches that were not told of before. */
+  /** With the launches that were not reported before. */
   | {
       readonly type: "done";
       readonly id: number;

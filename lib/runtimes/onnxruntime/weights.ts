@@ -1,6 +1,6 @@
 /**
- * Chooses how 16-bit weights are widened when the caller leaves it open. Folding makes steps about 5 % faster; what it
- * costs is memory, and running out of memory costs the whole run.
+ * Chooses how 16-bit weights are widened where the caller does not. Folding makes steps about 5 % faster, but takes
+ * memory, and running out of memory ends the process.
  */
 
 import { availableMemory } from "../../common/memory.js";
@@ -10,7 +10,7 @@ import type { Widening } from "./protocol.js";
  * Folding peaks at three times the stored bytes (the mapped file and its float32 copies); as much again must stay
  * free for activations, other programs and the page cache that the file itself needs.
  */
-const comfort = 6;
+const factor = 6;
 
 /**
  * "auto" folds if the available memory is at least six times the 16-bit weights, and leaves them lazy otherwise.
@@ -23,5 +23,5 @@ export function resolveWeights(
   freeMemory: number = availableMemory(),
 ): Widening {
   if (choice !== "auto") return choice;
-  return bytesOf16BitWeights * comfort <= freeMemory ? "folded" : "lazy";
+  return bytesOf16BitWeights * factor <= freeMemory ? "folded" : "lazy";
 }

@@ -9,7 +9,6 @@ import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
-import { RuntimeUnavailableError } from "../../errors.js";
 
 /** Major, minor, patch, build. */
 export type Version = readonly [number, number, number, number];
@@ -159,7 +158,7 @@ export interface NativeRegisters {
 export interface NativeEngine {
   readonly id: number;
   readonly tensors: readonly { readonly name: string; readonly input: boolean; readonly dtype: "float32" | "int64" }[];
-  /** Dimensions of every tensor, profile by profile; empty for outputs, which `prepare` tells. */
+  /** Dimensions of every tensor, profile by profile; empty for outputs, which `prepare` returns. */
   readonly profiles: readonly (readonly (readonly number[])[])[];
   /** Scratch memory of a launch in each profile. */
   readonly scratchBytes: readonly number[];
@@ -184,7 +183,7 @@ export interface NativeExecutor {
   readonly device: NativeDevice;
   /** [async] Loads a plan, or finds it loaded. `identity` as `fileIdentity` says: a file that changed is refused. */
   load(plan: string, identity: string): NativeTask<NativeEngine>;
-  /** [async] Makes an engine ready for one profile, and tells the dimensions of all tensors in it. */
+  /** [async] Makes an engine ready for one profile, and returns the dimensions of all tensors in it. */
   prepare(engine: number, profile: number): NativeTask<readonly (readonly number[])[]>;
   /** [sync] Allocated when the first submission begins. */
   registers(bytes: number): NativeRegisters;
@@ -281,7 +280,6 @@ const require = createRequire(import.meta.url);
 export interface AddonProblem {
   readonly cause: string;
   readonly remedy: string;
-  readonly error?: unknown;
 }
 
 /** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
@@ -296,12 +294,11 @@ export function findAddon(kind: string): Addon | AddonProblem {
   try {
     // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
     file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
-  } catch (error) {
+  } catch {
     return {
       cause: `This installation of flowturbo has no native addon for ${kind}.`,
       remedy:
         "Install the published package, which brings one for linux-x64 with glibc, or run `npm run build:native` in a clone.",
-      error,
     };
   }
   try {
@@ -310,16 +307,8 @@ export function findAddon(kind: string): Addon | AddonProblem {
     return {
       cause: `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
       remedy: "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
-      error,
     };
   }
-}
-
-/** [sync] As `findAddon`. @throws RuntimeUnavailableError on a platform without one, or where it cannot be loaded */
-export function loadAddon(kind: string): Addon {
-  const found = findAddon(kind);
-  if ("describe" in found) return found;
-  throw new RuntimeUnavailableError(kind, `${found.cause} ${found.remedy}`, { cause: found.error });
 }
 
 /** The folder with this package's package.json, from dist/ as from lib/. */

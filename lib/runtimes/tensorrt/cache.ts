@@ -6,16 +6,17 @@
  *
  *   <folder>/engines/predict-<key>.plan   the engine
  *   <folder>/engines/predict-<key>.json   what it is: see `manifestSchema`
- *   <folder>/engines/predict-<key>.lock   only while somebody builds it
+ *   <folder>/engines/predict-<key>.lock   only while it is being built
  *   <folder>/engines/predict-<key>.<random>.tmp   a plan under construction
  */
 
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
+import { type FileHandle, lstat, open, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
+import { untilAborted } from "../../common/abort.js";
 import { defaultCacheFolder, makeFolders } from "../../common/files.js";
 import { CacheError } from "../../errors.js";
 import type { Addon } from "./addon.js";
@@ -166,7 +167,7 @@ export class EngineCache {
     );
   }
 
-  /** Waits until nobody else builds this engine. @throws `signal.reason`, CacheError */
+  /** Waits until no other process or thread builds this engine. @throws `signal.reason`, CacheError */
   async lock(addon: Addon, graph: string, key: string, signal?: AbortSignal): Promise<() => void> {
     const file = this.#path(nameOf(graph, key), "lock");
     for (;;) {
@@ -179,7 +180,7 @@ export class EngineCache {
         throw new CacheError(file, message, { cause });
       }
       if (release) return release;
-      await sleep(100, undefined, { signal }).catch(() => signal?.throwIfAborted());
+      await untilAborted(sleep(100), signal);
     }
   }
 
@@ -201,20 +202,17 @@ export class EngineCache {
     const plan = this.#path(name, "plan");
     const description = `${temporary}.json.tmp`;
     try {
-      const handle = await open(temporary, "r");
-      let complete: Manifest;
-      try {
-        const { size } = await handle.stat();
-        complete = { format: 1, ...manifest, bytes: size, sha256: await hashFile(handle) };
-      } finally {
-        await handle.close();
-      }
+      await using handle = await open(temporary, "r");
+      const { size } = await handle.stat();
+      const complete: Manifest = { format: 1, ...manifest, bytes: size, sha256: await hashFile(handle) };
       await writeFile(description, `${JSON.stringify(complete, null, 2)}\n`, { flag: "wx", mode: 0o600, flush: true });
       // Without its description a plan is damaged: whatever the moment of a crash, no wrong pair is taken for sound.
       await rm(this.#path(name, "json"), { force: true });
       await rename(temporary, plan);
       await rename(description, this.#path(name, "json"));
-      await this.#flushFolder();
+      // The new names must be on the disk too.
+      await using parent = await open(this.folder, "r");
+      await parent.sync();
       return { plan, manifest: complete };
     } catch (cause) {
       await rm(temporary, { force: true });
@@ -259,7 +257,7 @@ export class EngineCache {
     return items;
   }
 
-  /** Removes everything that nobody is building. @returns number of engines and bytes freed */
+  /** Removes everything but what is being built. @returns number of engines and bytes freed */
   async clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
     let engines = 0;
     let bytes = 0;
@@ -283,36 +281,20 @@ export class EngineCache {
   }
 
   async #readManifest(name: string): Promise<Manifest> {
-    const file = this.#path(name, "json");
-    const handle = await openOwn(file);
+    await using handle = await openOwn(this.#path(name, "json"));
     try {
       return manifestSchema.parse(JSON.parse(await handle.readFile("utf8")));
     } catch {
       throw new Damage("its description cannot be read");
-    } finally {
-      await handle.close();
     }
   }
 
   async #verifyPlan(name: string, manifest: Manifest, signal?: AbortSignal): Promise<void> {
-    const handle = await openOwn(this.#path(name, "plan"));
-    try {
-      const { size } = await handle.stat();
-      if (size !== manifest.bytes) throw new Damage(`it has ${size} bytes instead of ${manifest.bytes}`);
-      if ((await hashFile(handle, { signal })) !== manifest.sha256)
-        throw new Damage("its SHA-256 is not the one it was stored with");
-    } finally {
-      await handle.close();
-    }
-  }
-
-  async #flushFolder(): Promise<void> {
-    const handle = await open(this.folder, "r");
-    try {
-      await handle.sync();
-    } finally {
-      await handle.close();
-    }
+    await using handle = await openOwn(this.#path(name, "plan"));
+    const { size } = await handle.stat();
+    if (size !== manifest.bytes) throw new Damage(`it has ${size} bytes instead of ${manifest.bytes}`);
+    if ((await hashFile(handle, { signal })) !== manifest.sha256)
+      throw new Damage("its SHA-256 is not the one it was stored with");
   }
 
   #path(name: string, extension: string): string {
@@ -363,7 +345,7 @@ async function checkFolder(folder: string, strict: boolean): Promise<void> {
   const user = process.getuid?.() ?? 0;
   if (strict && stats.isSymbolicLink()) refuse("is a symbolic link", "Name the folder itself.");
   // The base may be a link that the user made, to a larger disk for instance; what it points at is then checked.
-  const target = stats.isSymbolicLink() ? await open(folder, "r").then(statAndClose) : stats;
+  const target = stats.isSymbolicLink() ? await stat(folder) : stats;
   if (!target.isDirectory()) refuse("is not a folder", "Name another one.");
   if (target.uid !== user && (strict || target.uid !== 0))
     refuse(`belongs to another user (${target.uid})`, "Name a folder of your own.");
@@ -371,12 +353,4 @@ async function checkFolder(folder: string, strict: boolean): Promise<void> {
   // In a folder with the sticky bit, as /tmp is, others cannot replace what is ours.
   if (target.mode & forbidden && (strict || !(target.mode & 0o1000)))
     refuse(`is open to other users (mode ${(target.mode & 0o777).toString(8)})`, `Run \`chmod 700 ${folder}\`.`);
-}
-
-async function statAndClose(handle: FileHandle) {
-  try {
-    return await handle.stat();
-  } finally {
-    await handle.close();
-  }
 }

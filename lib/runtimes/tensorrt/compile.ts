@@ -96,7 +96,6 @@ export class EngineCompiler implements EngineBuilder {
     const { graph, profiles } = request;
     const { signal } = options;
     const start = performance.now();
-    const seconds = () => (performance.now() - start) / 1000;
     const report = reporter(graph.name, options.onProgress);
     signal?.throwIfAborted();
 
@@ -105,20 +104,16 @@ export class EngineCompiler implements EngineBuilder {
     const files = await this.#digests(graph, options, (share) =>
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
-    const family = this.#family(request.graph, files);
+    const family = this.#family(graph, files);
     const key = keyIn(family, profiles);
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
-    const found = (plan: string, manifest: Manifest): CompiledEngine => {
+    const found = (engine: CachedEngine): CompiledEngine => {
       report("done", "Found in the cache", total);
-      const { bytes, sha256 } = manifest;
-      return {
-        ...{ graph: graph.name, plan, bytes, sha256, profiles },
-        ...{ seconds: seconds(), cached: true, rebuilt: null, warnings: [] },
-      };
+      return compiled(engine, secondsSince(start));
     };
     const early = await this.cache.find(graph.name, key, signal);
-    if (early.state === "found") return found(early.engine.plan, early.engine.manifest);
+    if (early.state === "found") return found(early.engine);
 
     // 3. The lock, then memory: what another process takes for this very engine must not count against it.
     report("waiting", "Waiting for memory, or for another process that builds it", weightsShare);
@@ -133,7 +128,7 @@ export class EngineCompiler implements EngineBuilder {
       const lookup = await this.cache.find(graph.name, key, signal);
       if (lookup.state === "found") {
         leave();
-        return found(lookup.engine.plan, lookup.engine.manifest);
+        return found(lookup.engine);
       }
       if (lookup.state === "damaged") damage = lookup.reason;
       freeMemory = await this.#memory.enter(graph, signal);
@@ -145,12 +140,8 @@ export class EngineCompiler implements EngineBuilder {
     // 4. The build. Its thread may go on for a while after an abort; lock and memory are held until it ends.
     const built = this.#build(request, { key, family: keyOf(family) }, files, options, report).finally(leave);
     const { engine, warnings } = await untilAborted(built, signal);
-    const { bytes, sha256 } = engine.manifest;
     report("done", "Built", total);
-    return {
-      ...{ graph: graph.name, plan: engine.plan, bytes, sha256, profiles },
-      ...{ seconds: engine.manifest.seconds, cached: false, rebuilt: damage, warnings },
-    };
+    return { ...compiled(engine, engine.manifest.seconds), cached: false, rebuilt: damage, warnings };
   }
 
   /**
@@ -159,7 +150,7 @@ export class EngineCompiler implements EngineBuilder {
    */
   async find({ graph, profiles }: EngineRequest, options: CompileCallOptions): Promise<CompiledEngine> {
     const start = performance.now();
-    const files = await this.#digests(graph, options, () => undefined);
+    const files = await this.#digests(graph, options);
     const wanted = profiles.map(profileText);
     // An engine that was built for several GPUs is right for each of them.
     const serves = ({ device, family }: Manifest) =>
@@ -171,22 +162,16 @@ export class EngineCompiler implements EngineBuilder {
       const has = new Set(manifest.profiles.map(profileText));
       if (!wanted.every((profile) => has.has(profile))) continue;
       const lookup = await this.cache.find(graph.name, manifest.key, options.signal);
-      if (lookup.state !== "found") continue;
-      const { plan } = lookup.engine;
-      return {
-        ...{ graph: graph.name, plan, bytes: manifest.bytes, sha256: manifest.sha256, profiles: manifest.profiles },
-        ...{ seconds: (performance.now() - start) / 1000, cached: true, rebuilt: null, warnings: [] },
-      };
+      if (lookup.state === "found") return compiled(lookup.engine, secondsSince(start));
     }
     return this.compile({ graph, profiles }, options);
   }
 
   async checkMemory(requests: readonly EngineRequest[], options: CompileCallOptions): Promise<void> {
-    for (const request of requests) {
-      const { graph } = request;
+    for (const { graph, profiles } of requests) {
       if (this.#memory.fits(graph)) continue;
-      const family = this.#family(graph, await this.#digests(graph, options, () => undefined));
-      const key = keyIn(family, request.profiles);
+      const family = this.#family(graph, await this.#digests(graph, options));
+      const key = keyIn(family, profiles);
       if (!(await this.cache.has(graph.name, key))) this.#memory.check(graph);
     }
   }
@@ -234,7 +219,7 @@ export class EngineCompiler implements EngineBuilder {
         profiles: profiles.map((profile) =>
           Object.entries(profile).map(([input, dimensions]) => ({ input, dimensions })),
         ),
-        targets: "targets" in this.device ? this.device.targets : [],
+        targets: "targets" in this.device ? this.targets : [],
         flags: this.#flags,
         optimizationLevel: -1,
         workspaceBytes: 0,
@@ -256,12 +241,12 @@ export class EngineCompiler implements EngineBuilder {
     const engine = await this.cache.keep(temporary, {
       ...{ ...keys, graph: graph.name, runtime: this.kind, version: this.version },
       ...{ device: this.device, profiles: profiles.map((profile) => mapValues(profile, (sizes) => [...sizes])) },
-      ...{ seconds: (performance.now() - start) / 1000, created: new Date().toISOString() },
+      ...{ seconds: secondsSince(start), created: new Date().toISOString() },
     });
     return { engine, warnings: built.warnings };
   }
 
-  async #digests(graph: CompilableGraph, options: CompileCallOptions, onShare: (share: number) => void) {
+  async #digests(graph: CompilableGraph, options: CompileCallOptions, onShare = (_share: number) => {}) {
     const files = new Map<string, FileDigest>();
     const versions = [...new Set([...graph.externals.values()].map(({ file }) => file))].map((file) => {
       const version = options.files.find((candidate) => candidate.file === file);
@@ -281,6 +266,16 @@ export class EngineCompiler implements EngineBuilder {
     }
     return files;
   }
+}
+
+/** What the cache holds, as an engine that was found there. */
+function compiled({ plan, manifest }: CachedEngine, seconds: number): CompiledEngine {
+  const { graph, bytes, sha256, profiles } = manifest;
+  return { graph, plan, bytes, sha256, profiles, seconds, cached: true, rebuilt: null, warnings: [] };
+}
+
+function secondsSince(start: number): number {
+  return (performance.now() - start) / 1000;
 }
 
 function keyIn(family: readonly unknown[], profiles: readonly ProfileShapes[]): string {

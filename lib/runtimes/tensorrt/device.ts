@@ -1,6 +1,6 @@
 /**
  * The GPU as one runtime holds it: opened at its first use, given up when it is lost or the runtime is disposed of. All
- * runtimes of a process share one executor for it, and a device that was lost can be opened again only when nobody holds
+ * runtimes of a process share one executor for it, and a device that was lost can be opened again only when no runtime holds
  * the old one any more; so where one runtime notices the loss, all runtimes of its thread give it up.
  */
 
@@ -86,7 +86,7 @@ export class SharedDevice {
     await this.#giveUp();
   }
 
-  /** The next call opens it anew. */
+  /** The next call of `open` opens it again. */
   async #giveUp(): Promise<void> {
     const executor = this.#executor;
     if (!executor) return;

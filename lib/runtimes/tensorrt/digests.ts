@@ -42,6 +42,8 @@ export class DigestMemory {
   readonly #file: string;
   #known: Promise<Map<string, string>> | undefined;
   readonly #underWay = new Map<string, Reading>();
+  /** Ends when everything before has been written. Never rejects. */
+  #writing: Promise<void> = Promise.resolve();
 
   /** @param folder a folder that only this user can write to */
   constructor(folder: string) {
@@ -84,43 +86,45 @@ export class DigestMemory {
     const { file } = version;
     const changed = () =>
       new CheckpointError(file, `${file} has changed since the model was opened. Load the model again.`);
-    let handle: FileHandle;
-    try {
-      handle = await open(file, "r");
-    } catch (cause) {
-      const message = `Cannot read the weights: ${(cause as Error).message}. Is the file still there?`;
+    await using handle = await open(file, "r").catch((cause: Error) => {
+      const message = `Cannot read the weights: ${cause.message}. Is the file still there?`;
       throw new CheckpointError(file, message, { cause });
-    }
-    try {
-      const stats = await handle.stat();
-      if (stats.size !== version.size || stats.mtimeMs !== version.mtimeMs) throw changed();
-      const identity = await fileIdentity(handle);
-      const known = (await this.#load()).get(identity);
-      if (known) return { identity, sha256: known };
+    });
+    const stats = await handle.stat();
+    if (stats.size !== version.size || stats.mtimeMs !== version.mtimeMs) throw changed();
+    const identity = await fileIdentity(handle);
+    const known = (await this.#load()).get(identity);
+    if (known) return { identity, sha256: known };
 
-      const sha256 = await hashFile(handle, { signal, onBytes });
-      if ((await fileIdentity(handle)) !== identity) throw changed();
-      const { ctimeNs } = await handle.stat({ bigint: true });
-      if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember(identity, sha256);
-      return { identity, sha256 };
-    } finally {
-      await handle.close();
-    }
+    const sha256 = await hashFile(handle, { signal, onBytes });
+    if ((await fileIdentity(handle)) !== identity) throw changed();
+    const { ctimeNs } = await handle.stat({ bigint: true });
+    if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember(identity, sha256);
+    return { identity, sha256 };
   }
 
   #load(): Promise<Map<string, string>> {
-    this.#known ??= readFile(this.#file, "utf8")
-      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
-      .catch(() => new Map<string, string>());
+    this.#known ??= this.#stored();
     return this.#known;
   }
 
+  #stored(): Promise<Map<string, string>> {
+    return readFile(this.#file, "utf8")
+      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
+      .catch(() => new Map<string, string>());
+  }
+
   /** A memory that cannot be written costs time, not correctness. */
-  async #remember(identity: string, sha256: string): Promise<void> {
-    const known = await this.#load();
-    known.set(identity, sha256);
-    const text = JSON.stringify(Object.fromEntries(known), null, 1);
-    await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
+  #remember(identity: string, sha256: string): Promise<void> {
+    // One after another, each with all that is known by then, from other models and processes too.
+    this.#writing = this.#writing.then(async () => {
+      const known = await this.#load();
+      known.set(identity, sha256);
+      for (const [other, digest] of await this.#stored()) known.set(other, digest);
+      const text = JSON.stringify(Object.fromEntries(known), null, 1);
+      await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
+    });
+    return this.#writing;
   }
 }
 

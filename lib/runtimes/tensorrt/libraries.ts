@@ -26,7 +26,7 @@ import { flavourOf, type TensorRtKind } from "./flavours.js";
 export interface Library {
   readonly kind: TensorRtKind;
   readonly version: Version;
-  /** Files, or names for the loader: what to hand to the addon. */
+  /** Files, or names for the loader, as the addon takes them. */
   readonly library: string;
   readonly parser: string;
   /** The file that was opened. */
@@ -182,18 +182,13 @@ function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly Place
   const { title, install, variable, library, parser } = flavourOf(kind);
   const needed = `version ${versionText(floor)} or later, below ${versionText(ceiling)}`;
   const refused = places.find(({ error }) => error?.includes("needed is"));
-  if (refused)
-    return {
-      prevents: "building",
-      cause: `${refused.error}.`,
-      remedy: `Install ${needed}: ${install}.`,
-    };
+  if (refused) return { prevents: "building", cause: `${refused.error}.`, remedy: `Install ${needed}: ${install}.` };
   const broken = places.find(({ place }) => existsSync(path.join(place, library)));
   if (broken)
     return {
       prevents: "building",
       cause: `${title} was found in ${broken.place}, but cannot be opened: ${broken.error}.`,
-      remedy: `Install it anew, complete with its ONNX parser (${parser}): ${install}.`,
+      remedy: `Install it again, complete with its ONNX parser (${parser}): ${install}.`,
     };
   return {
     prevents: "building",
@@ -207,25 +202,19 @@ async function examineCuda(addon: Addon): Promise<Cuda | Problem> {
     return await addon.cuda().promise;
   } catch (cause) {
     const error = cause as NativeError;
-    switch (error.code) {
-      case "NO_DRIVER":
-        return {
-          prevents: "running",
-          cause: `There is no NVIDIA driver: ${error.message}.`,
-          remedy: "Install NVIDIA's driver (in a container, start it with access to the GPU).",
-        };
-      case "NO_DEVICE":
-        return {
-          prevents: "running",
-          cause: `The NVIDIA driver found no GPU: ${error.message}.`,
-          remedy: "Check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set.",
-        };
-      default:
-        return {
-          prevents: "running",
-          cause: `The NVIDIA driver answered an error: ${error.message}.`,
-          remedy: "Check nvidia-smi; the driver and its kernel module may differ in version.",
-        };
-    }
+    const [what, remedy] = cudaProblems[error.code] ?? [
+      "The NVIDIA driver answered an error",
+      "Check nvidia-smi; the driver and its kernel module may differ in version.",
+    ];
+    return { prevents: "running", cause: `${what}: ${error.message}.`, remedy };
   }
 }
+
+/** By the addon's code: what is wrong, and the remedy. */
+const cudaProblems: Record<string, readonly [what: string, remedy: string]> = {
+  NO_DRIVER: [
+    "There is no NVIDIA driver",
+    "Install NVIDIA's driver (in a container, start it with access to the GPU).",
+  ],
+  NO_DEVICE: ["The NVIDIA driver found no GPU", "Check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set."],
+};

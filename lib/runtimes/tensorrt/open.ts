@@ -9,7 +9,7 @@ import type { Logger } from "../../common/logger.js";
 import { RuntimeUnavailableError } from "../../errors.js";
 import type { ProfileShapes } from "../builder.js";
 import type { CompilableGraph } from "../runtime.js";
-import { type NativeDevice, versionText } from "./addon.js";
+import { versionText } from "./addon.js";
 import { EngineCompiler } from "./compile.js";
 import { fileIdentity } from "./digests.js";
 import type { EngineSource } from "./engines.js";
@@ -27,18 +27,11 @@ export interface OpenOptions extends FindOptions {
   readonly logger?: Logger | undefined;
 }
 
-export interface OpenedTensorRt {
-  readonly runtime: TensorRtRuntime;
-  readonly device: NativeDevice;
-  /** Of the library, four parts. */
-  readonly version: string;
-}
-
 /**
  * @throws RuntimeUnavailableError with everything that was looked for, CacheError if the cache cannot be used,
  *   DeviceLostError if the GPU answers errors
  */
-export async function openTensorRt(options: OpenOptions): Promise<OpenedTensorRt> {
+export async function openTensorRt(options: OpenOptions) {
   const { kind, folder, cache, files, capture, logger } = options;
   const report = await examineTensorRt(kind, { folder, gpuFirst: true });
   const { addon, library } = report;
@@ -95,11 +88,7 @@ export class CachedEngines implements EngineSource {
       },
     );
     if (!cached) this.#logger?.info?.(`The engine of ${graph.name} was built in ${seconds.toFixed(1)} s.`);
-    const handle = await open(plan);
-    try {
-      return { plan, identity: await fileIdentity(handle) };
-    } finally {
-      await handle.close();
-    }
+    await using handle = await open(plan);
+    return { plan, identity: await fileIdentity(handle) };
   }
 }
