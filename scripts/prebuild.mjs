@@ -1,5 +1,5 @@
 /**
- * `npm run prebuild`: the addons that the package carries, native/<library>/prebuilds/linux-x64/, made by prebuildify
+ * `npm run build:prebuilds`: the addons that the package carries, native/<library>/prebuilds/linux-x64/, made by prebuildify
  * (Node-API 8, glibc). One folder for each library, since node-gyp-build takes one addon from a folder.
  *
  *   --pack   before `npm pack`: a machine that cannot compile packs the addons that are there already, or none
