@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .plan import load_config
+from .requirements import load_config
 from .state import StepRandomness, replace_atomically
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
