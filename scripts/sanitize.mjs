@@ -1,13 +1,13 @@
 /**
- * `npm run test:sanitize`: the native code once more, compiled with sanitizers.
+ * `npm run test:sanitize`: the tests of the native code again, compiled with sanitizers.
  *
  * 1. The executor without Node (native/test/executor_test.cpp), against both header sets: with AddressSanitizer, leaks
  *    included, and UBSan; then with ThreadSanitizer.
- * 2. The native tests through Node, with AddressSanitizer and UBSan. Their runtime has to come first in a process that
- *    was not compiled with it, hence LD_PRELOAD. Leaks are not looked for: Node leaves most of its memory to the end of
+ * 2. The native tests through Node, with AddressSanitizer and UBSan. A process that was not compiled with them has to
+ *    load their runtime first, hence LD_PRELOAD. Leaks are not checked: Node frees most of its memory only at the end of
  *    the process, and so does TensorRT.
  *
- * Without arguments the tests that say most in two minutes; `npm run test:sanitize -- -t .` runs all, which takes a
+ * Without arguments the tests that cover most in two minutes; `npm run test:sanitize -- -t .` runs all, which takes a
  * quarter of an hour.
  */
 
