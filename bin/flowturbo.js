@@ -27,7 +27,9 @@ async function build() {
   });
   if (status !== 0) {
     rmSync(output, { recursive: true, force: true });
-    fail(`dist/cli.js is missing and could not be built:\n${error?.message ?? stdout + stderr}\nRun \`npm ci\` and \`npm run build\`.`);
+    fail(
+      `dist/cli.js is missing and could not be built:\n${error?.message ?? stdout + stderr}\nRun \`npm ci\` and \`npm run build\`.`,
+    );
   }
   // Another command may have built it meanwhile.
   if (!existsSync(cli)) {

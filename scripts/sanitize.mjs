@@ -12,6 +12,7 @@
  */
 
 import { execFileSync, spawnSync } from "node:child_process";
+import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { fail, root } from "./headers.mjs";
 
@@ -41,10 +42,15 @@ const library = (name) =>
 const chosen = process.argv.slice(2);
 if (chosen.length === 0) {
   const names = [
-    ...["an addon", "finding the libraries", "one engine", "a cache folder", "flowturbo compile process.exit"],
-    ...["whole programs", "on the simulated device", "the executor", "a process with a program", "without a GPU"],
+    ...[["an addon"], ["finding the libraries"], ["one engine"], ["a cache folder"], ["flowturbo compile", "process.exit"]],
+    ...[["whole programs"], ["on the simulated device"], ["the executor"], ["a process with a program"], ["without a GPU"]],
   ];
-  chosen.push("-t", `^(${names.join("|")})`);
+  // A name that no test has any more would silently select nothing.
+  const folder = path.join(root, "test/native");
+  const tests = readdirSync(folder).map((file) => readFileSync(path.join(folder, file), "utf8"));
+  for (const part of names.flat())
+    if (!tests.some((text) => text.includes(`"${part}`))) fail(`No test in test/native is called "${part}".`);
+  chosen.push("-t", `^(${names.map((parts) => parts.join(" ")).join("|")})`);
 }
 const status = run(
   process.execPath,

@@ -3,7 +3,7 @@
 The text encoders and the VAE are larger than the refiner by far, so they run once over the data, shard by shard, and are
 freed before training starts. A cache is a folder of `shard-*.safetensors` (latents [n, C, h, w], context [n, L, D],
 pooled [n, P]) beside `null.safetensors` (the empty caption) and `cache.json` (what it was made from); each shard is
-written whole or not at all, so a killed run goes on with the next one.
+written completely or not at all, so a killed run goes on with the next one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What training a refiner takes, said before it starts: sizes, memory, disk."""
+"""What training a refiner needs, computed before it starts: sizes, memory, disk."""
 
 from __future__ import annotations
 

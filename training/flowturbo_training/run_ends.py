@@ -1,7 +1,7 @@
 """The second part of a refiner's training: the ends of the sampler's own runs.
 
-The loss of refiner.py knows states on the way from noise to a picture, and asks for the predictor's velocity there. A run of
-few blocks is elsewhere when its R blocks begin: it carries the error of the long steps before, and that error is much the
+The loss of refiner.py covers states on the way from noise to a picture, with the predictor's velocity there as the target. A run
+of few blocks is in other states when its R blocks begin: it carries the error of the long steps before, and that error is much the
 same from run to run. So here the refiner sees such states and learns to land where a fine run from the same start lands:
 
     x, cache = the H and P blocks of a schedule               once for each run, kept on disk
@@ -9,7 +9,7 @@ same from run to run. So here the refiner sees such states and learns to land wh
     loss     = mean |R blocks(x, cache) - x_0|² / mean |R blocks that reuse(x, cache) - x_0|²
 
 The gradient goes through both evaluations of each R block and through guidance. Training needs the refiner alone, not the
-predictor; the relative loss lets every schedule count alike, however near it comes by itself. It is progressive
+predictor; the relative loss gives every schedule the same weight, however near it comes without a refiner. It is progressive
 distillation's target (Salimans & Ho, arXiv 2202.00512) on FlowTurbo's R blocks.
 """
 
@@ -51,7 +51,7 @@ class RunEndSettings:
     """Blocks of the run that the refiner is to land with: H and P, as the sampler runs without a refiner. A finer end would be nearer to
     many steps in the latents, but hardly in the picture, and cannot be learnt: of the difference to it little repeats itself."""
     edited: float = 0.2
-    """Share of the shards that start from a picture that was noised up to a sigma from 0.3 to 0.9, as editing and stages do."""
+    """Share of the shards that start from a picture that was noised to a sigma from 0.3 to 0.9, as editing and stages do."""
     steps: int = 2000
     batch: int = 24
     lr: float = 1e-3

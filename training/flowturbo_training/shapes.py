@@ -41,7 +41,7 @@ GUIDANCE = 2.0
 
 
 def for_both_sizes(settings: PredictorSettings) -> PredictorSettings:
-    """The predictor's second stage: mostly 128 px, less noise and smaller steps, as only the outlines are wanting there."""
+    """The predictor's second stage: mostly 128 px, less noise and smaller steps, since only the outlines are inexact there."""
     return replace(settings, large_share=0.6, large_from=0.0, sigma_mean_large=0.7, muon_lr=0.01, adam_lr=7.5e-4)
 
 
@@ -110,7 +110,7 @@ def show(result: dict[str, float]) -> str:
 
 def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorShape, settings: PredictorSettings,
           refining: RefinerSettings, run_ends: RunEndSettings, captions_measured: int = 200) -> None:  # fmt: skip
-    """The whole training; `state` holds what a killed run goes on from, samples and log.txt."""
+    """All stages of the training; `state` holds what a killed run goes on from, samples and log.txt."""
     log = Log(state / "log.txt")
     work = state / "parts"
     if not (work / "tokenizer_3/tokenizer.json").exists():
