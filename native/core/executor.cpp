@@ -476,7 +476,8 @@ struct ExecutorState {
     // It begins with zeros, so earlier failures in these registers do not matter.
     if (submission.capture) return;
     const bool alone = submission.others.empty();
-    if (alone && submission.registers->failed_) throw Error("CANCELLED", "an earlier submission to these registers did not finish");
+    if (alone && submission.registers->failed_)
+      throw Error("CANCELLED", "an earlier submission to these registers did not finish");
     for (size_t other = 0; other < submission.reads_.size(); other++)
       if (submission.reads_[other] && submission.others[other]->failed_) {
         Error error("NO_VALUE", "a register has no value, since the submission that was to write it failed");

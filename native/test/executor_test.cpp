@@ -698,7 +698,8 @@ void sharesEngines() {
   simulatedCapacity(3 << 19);
   engines.clear();
   engines.push_back(two->load(plan.path, plan.identity));
-  CHECK(simulatedCounts().engines == 1);
+  // The old engine's memory is free a moment before its destructor ends.
+  waitUntil([] { return simulatedCounts().engines == 1; });
   engines.clear();
   closeExecutor(std::move(one));
   closeExecutor(std::move(two));
