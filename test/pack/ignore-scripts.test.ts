@@ -68,4 +68,4 @@ it("a clone that cannot build says what to run", () => {
   expect(failure()).toBe("error: dist/cli.js is missing, and tsup, which builds it, is not installed. Run `npm ci`.\n");
   rmSync(path.join(clone, "lib"), { recursive: true });
   expect(failure()).toBe("error: dist/cli.js is missing. Install the package flowturbo again.\n");
-}, 60_000);
+}, 180_000);
