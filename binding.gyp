@@ -1,5 +1,5 @@
-# A façade, for prebuildify, which speaks to node-gyp: CMakeLists.txt is the one description of the build. The package
-# does not contain this file, and `"gypfile": false` keeps npm from compiling on anybody's machine.
+# For prebuildify, which runs node-gyp. The build itself is described in CMakeLists.txt alone. The package does not contain
+# this file, and `"gypfile": false` keeps npm from compiling on users' machines.
 {
   "variables": { "addon%": "<!(node -p \"process.env.FLOWTURBO_ADDON || 'tensorrt-rtx'\")" },
   "targets": [

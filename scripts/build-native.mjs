@@ -1,6 +1,6 @@
 /**
  * `npm run build:native`: compiles both addons with cmake-js into native/tensorrt/build and native/tensorrt-rtx/build,
- * where node-gyp-build looks for them. Also the one command that binding.gyp runs, so that the two cannot drift apart.
+ * where node-gyp-build looks for them. binding.gyp runs the same command, so that there is one description of the build.
  *
  *   --copy FILE --addon tensorrt|tensorrt-rtx   copy that addon to FILE (binding.gyp)
  *   --simulated   also the simulated device and the executor's test, into .cache/simulated

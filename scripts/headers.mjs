@@ -19,7 +19,7 @@ const sha256 = "5480ee056292951daa1bc74532162d6cb75190f091e45d7d97c0c356916ae171
 export function includeFolders() {
   const { TENSORRT_INCLUDE_DIR, TENSORRT_RTX_INCLUDE_DIR } = process.env;
   if (TENSORRT_INCLUDE_DIR || TENSORRT_RTX_INCLUDE_DIR) {
-    // The folder may hold the headers of both, as the crate's does, or those of one.
+    // The folder may contain the headers of both libraries, as the crate does, or those of one.
     const both = TENSORRT_INCLUDE_DIR && existsSync(TENSORRT_INCLUDE_DIR) && bothWithin(TENSORRT_INCLUDE_DIR);
     if (both) return both;
     return { tensorrt: given(TENSORRT_INCLUDE_DIR), rtx: given(TENSORRT_RTX_INCLUDE_DIR) };
@@ -49,7 +49,7 @@ function fetchHeaders() {
   const folder = join(root, ".cache", "headers", sha256.slice(0, 16));
   const headers = join(folder, "TensorRT-Headers");
   if (existsSync(headers)) return headers;
-  // A home of its own: the user's cargo configuration and registry stay as they are.
+  // A CARGO_HOME inside the repository, so that the user's cargo configuration and registry are not changed.
   const home = join(root, ".cache", "cargo-home");
   mkdirSync(home, { recursive: true });
   try {
@@ -81,7 +81,7 @@ function fetchHeaders() {
   return headers;
 }
 
-/** Exit code for "this machine lacks what it takes", as opposed to 1 for "what was tried failed". */
+/** Exit code for "this machine lacks a tool or a file", as opposed to 1 for "an attempt failed". */
 export const lacking = 3;
 
 export function fail(message, code = 1) {

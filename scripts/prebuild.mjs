@@ -1,8 +1,8 @@
 /**
- * `npm run prebuild`: the addons that the package carries, native/<library>/prebuilds/linux-x64/, made by prebuildify
+ * `npm run build:prebuilds`: the addons that the package carries, native/<library>/prebuilds/linux-x64/, made by prebuildify
  * (Node-API 8, glibc). One folder for each library, since node-gyp-build takes one addon from a folder.
  *
- *   --pack   before `npm pack`: a machine that cannot compile packs the addons that are there already, or none
+ *   --pack   before `npm pack`: a machine that cannot compile packs the addons that exist already, or none
  */
 
 import { spawnSync } from "node:child_process";
@@ -14,12 +14,12 @@ import { fail, lacking, root } from "./headers.mjs";
 
 const { values } = parseArgs({ options: { pack: { type: "boolean" } } });
 const prebuildify = createRequire(import.meta.url).resolve("prebuildify/bin.js");
-// Everything goes to stderr: the output of `npm pack --json` is its own.
+// All output goes to stderr, since `npm pack --json` prints JSON to stdout.
 const run = (script, args, env) =>
   spawnSync(process.execPath, [script, ...args], { cwd: root, stdio: ["ignore", 2, 2], env: { ...process.env, ...env } })
     .status;
 
-// What this machine lacks is better heard from the build itself than from node-gyp.
+// Built first without node-gyp, since the build's own messages say more clearly what this machine lacks.
 const built = run(path.join(root, "scripts/build-native.mjs"), []);
 if (built === lacking && values.pack) {
   console.error("The package is made without compiling its native addons.");

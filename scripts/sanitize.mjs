@@ -1,17 +1,18 @@
 /**
- * `npm run test:sanitize`: the native code once more, compiled with sanitizers.
+ * `npm run test:sanitize`: the tests of the native code again, compiled with sanitizers.
  *
  * 1. The executor without Node (native/test/executor_test.cpp), against both header sets: with AddressSanitizer, leaks
  *    included, and UBSan; then with ThreadSanitizer.
- * 2. The native tests through Node, with AddressSanitizer and UBSan. Their runtime has to come first in a process that
- *    was not compiled with it, hence LD_PRELOAD. Leaks are not looked for: Node leaves most of its memory to the end of
+ * 2. The native tests through Node, with AddressSanitizer and UBSan. A process that was not compiled with them has to
+ *    load their runtime first, hence LD_PRELOAD. Leaks are not checked: Node frees most of its memory only at the end of
  *    the process, and so does TensorRT.
  *
- * Without arguments the tests that say most in two minutes; `npm run test:sanitize -- -t .` runs all, which takes a
+ * Without arguments the tests that cover most in two minutes; `npm run test:sanitize -- -t .` runs all, which takes a
  * quarter of an hour.
  */
 
 import { execFileSync, spawnSync } from "node:child_process";
+import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { fail, root } from "./headers.mjs";
 
@@ -41,10 +42,15 @@ const library = (name) =>
 const chosen = process.argv.slice(2);
 if (chosen.length === 0) {
   const names = [
-    ...["an addon", "finding the libraries", "one engine", "a cache folder", "flowturbo compile process.exit"],
-    ...["whole programs", "on the simulated device", "the executor", "a process with a program", "without a GPU"],
+    ...[["an addon"], ["finding the libraries"], ["one engine"], ["a cache folder"], ["flowturbo compile", "process.exit"]],
+    ...[["whole programs"], ["on the simulated device"], ["the executor"], ["a process with a program"], ["without a GPU"]],
   ];
-  chosen.push("-t", `^(${names.join("|")})`);
+  // A name that no test has any more would silently select nothing.
+  const folder = path.join(root, "test/native");
+  const tests = readdirSync(folder).map((file) => readFileSync(path.join(folder, file), "utf8"));
+  for (const part of names.flat())
+    if (!tests.some((text) => text.includes(`"${part}`))) fail(`No test in test/native is called "${part}".`);
+  chosen.push("-t", `^(${names.map((parts) => parts.join(" ")).join("|")})`);
 }
 const status = run(
   process.execPath,

@@ -29,7 +29,7 @@ if (!existsSync(libraries)) {
     renameSync(temporary, folder);
   } catch (error) {
     rmSync(temporary, { recursive: true, force: true });
-    // Another process may have been faster.
+    // Another process may have fetched it meanwhile.
     if (!existsSync(libraries))
       fail(
         error.code === "ENOENT" ? "python3 is not on PATH." : `pip could not fetch it: ${error.stderr ?? error.message}`,

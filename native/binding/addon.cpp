@@ -16,7 +16,7 @@
 namespace flowturbo::binding {
 namespace {
 
-// Counts and sizes above these are no graph of this package; they only bound what a wrong argument can ask for.
+// No graph of this package exceeds these counts and sizes. They limit what a wrong argument can request.
 constexpr int64_t kMaximumDimension = int64_t{1} << 31;
 constexpr int64_t kMaximumBytes = int64_t{1} << 52;
 
@@ -145,7 +145,7 @@ Napi::Value build(const Napi::CallbackInfo& info) {
         callback.Call({event});
       });
     });
-    // Complete: the file is the caller's from here on.
+    // The file is complete and belongs to the caller from now on.
     task.removeAtExit("");
     return [built](Napi::Env env) -> Napi::Value {
       Napi::Object result = Napi::Object::New(env);
@@ -171,7 +171,7 @@ Napi::Value tryLock(const Napi::CallbackInfo& info) {
     throw toJavaScript(env, error);
   }
   if (!lock) return env.Null();
-  // Released by the returned function, or with it: the garbage collector or the process's end do the rest.
+  // Released by the returned function, or when it is garbage collected, or when the process ends.
   const auto held = std::make_shared<std::unique_ptr<FileLock>>(std::move(lock));
   return Napi::Function::New(env, [held](const Napi::CallbackInfo&) { held->reset(); }, "release");
 }
@@ -188,7 +188,7 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
 
 }  // namespace
 
-// The macro wants a name without a namespace.
+// The macro requires a name without a namespace.
 static Napi::Object flowturboInitialise(Napi::Env env, Napi::Object exports) { return initialise(env, exports); }
 
 }  // namespace flowturbo::binding

@@ -14,7 +14,7 @@ Napi::Error wrongType(const Napi::Value& value, const char* what, const char* ex
 std::string readString(const Napi::Value& value, const char* what) {
   if (!value.IsString()) throw wrongType(value, what, "a string");
   std::string text = value.As<Napi::String>().Utf8Value();
-  // A path with a zero inside would be another path to the operating system.
+  // The operating system would read a path with a zero character as a shorter path.
   if (text.find('\0') != std::string::npos) throw wrongType(value, what, "a string without zero characters");
   return text;
 }
@@ -23,7 +23,7 @@ int64_t readInteger(const Napi::Value& value, const char* what, int64_t minimum,
   if (!value.IsNumber()) throw wrongType(value, what, "a number");
   const double number = value.As<Napi::Number>().DoubleValue();
   if (!(number >= static_cast<double>(minimum) && number <= static_cast<double>(maximum)) || std::trunc(number) != number)
-    throw Napi::RangeError::New(value.Env(), std::string("Expected a whole number from ") + std::to_string(minimum) +
+    throw Napi::RangeError::New(value.Env(), std::string("Expected an integer from ") + std::to_string(minimum) +
                                                  " to " + std::to_string(maximum) + " for " + what + ".");
   return static_cast<int64_t>(number);
 }

@@ -1,5 +1,5 @@
 // Readers for arguments from JavaScript. lib/runtimes/tensorrt/addon.ts has typed and checked them already; what is
-// checked again here is what would otherwise reach C++ memory as something else than it is. All values are copied.
+// checked again here is what could otherwise corrupt memory. All values are copied.
 #pragma once
 
 #include <napi.h>

@@ -13,7 +13,7 @@
 namespace flowturbo::binding {
 namespace {
 
-// Sizes above these are no program of this package; they only bound what a wrong argument can ask for.
+// No program of this package exceeds these sizes. They limit what a wrong argument can request.
 constexpr int64_t kMaximumBytes = int64_t{1} << 46;
 constexpr int64_t kMaximumIndex = int64_t{1} << 31;
 
@@ -44,11 +44,11 @@ Napi::Function function(Napi::Env env, const char* name, std::function<Napi::Val
 
 Napi::Number number(Napi::Env env, uint64_t value) { return Napi::Number::New(env, static_cast<double>(value)); }
 
-// Memory that the garbage collector gives back; copied where an environment takes none from outside.
+// Memory that the garbage collector frees; copied where an environment does not accept external memory.
 Napi::Value bufferOf(Napi::Env env, Bytes bytes) {
   auto* owned = new Bytes(std::move(bytes));
   return Napi::Buffer<uint8_t>::NewOrCopy(
-      env, owned->data(), owned->size(), [](Napi::Env, uint8_t*, Bytes* dead) { delete dead; }, owned);
+      env, owned->data(), owned->size(), [](Napi::Env, uint8_t*, Bytes* unused) { delete unused; }, owned);
 }
 
 Napi::Array buffersOf(Napi::Env env, std::vector<Bytes> all) {
@@ -70,7 +70,7 @@ Napi::Array shapesOf(Napi::Env env, const TensorShapes& shapes) {
   return array;
 }
 
-// Index of registers: absent for the submission's own. Whether there are so many is the executor's to check.
+// Index of registers: absent for the submission's own. The executor checks that they exist.
 uint32_t readBlock(const Napi::Object& object) {
   const Napi::Value block = object.Get("block");
   return block.IsUndefined() ? 0 : static_cast<uint32_t>(readInteger(block, "block", 0, kMaximumIndex));
@@ -118,8 +118,8 @@ Instruction readInstruction(const Napi::Value& value, const Handle& handle) {
   return launch;
 }
 
-// Reports that JavaScript has not seen yet.
-struct Mailbox {
+// Reports that have not been passed to JavaScript yet.
+struct PendingReports {
   std::mutex mutex;
   std::vector<LaunchReport> reports;
 };
@@ -154,17 +154,17 @@ Napi::Value submit(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>
   const Napi::Function onReports = readFunction(info[1], "onReports");
 
   Napi::Object started = Task::begin(env, "flowturbo.submit", onReports, [&](const std::shared_ptr<Task>& task) {
-    const auto mailbox = std::make_shared<Mailbox>();
-    submission->onLaunch = [task, mailbox](LaunchReport report) {
+    const auto pending = std::make_shared<PendingReports>();
+    submission->onLaunch = [task, pending](LaunchReport report) {
       {
-        const std::lock_guard<std::mutex> lock(mailbox->mutex);
-        mailbox->reports.push_back(std::move(report));
+        const std::lock_guard<std::mutex> lock(pending->mutex);
+        pending->reports.push_back(std::move(report));
       }
-      task->report([mailbox](Napi::Env current, Napi::Function callback) {
+      task->report([pending](Napi::Env current, Napi::Function callback) {
         std::vector<LaunchReport> reports;
         {
-          const std::lock_guard<std::mutex> lock(mailbox->mutex);
-          reports.swap(mailbox->reports);
+          const std::lock_guard<std::mutex> lock(pending->mutex);
+          reports.swap(pending->reports);
         }
         Napi::Array array = Napi::Array::New(current, reports.size());
         for (uint32_t index = 0; index < reports.size(); index++) {
@@ -192,15 +192,15 @@ Napi::Value submit(const Napi::CallbackInfo& info, const std::shared_ptr<Handle>
       });
     };
     executor->submit(submission);
-    return [executor, submission] { executor->abort(submission); };
+    return [executor, submission] { executor->cancel(submission); };
   });
-  // Weak: what JavaScript keeps of a run that has ended must keep nothing of the device.
-  const std::weak_ptr<Submission> waiting = submission;
-  const std::weak_ptr<Executor> owner = executor;
-  started["withdraw"] = function(env, "withdraw", [owner, waiting](const Napi::CallbackInfo& call) {
-    const std::shared_ptr<Submission> alive = waiting.lock();
-    const std::shared_ptr<Executor> present = owner.lock();
-    return Napi::Boolean::New(call.Env(), alive && present && present->withdraw(alive));
+  // Weak: an object that JavaScript keeps after the end must not keep anything on the device.
+  const std::weak_ptr<Submission> weakSubmission = submission;
+  const std::weak_ptr<Executor> weakExecutor = executor;
+  started["withdraw"] = function(env, "withdraw", [weakExecutor, weakSubmission](const Napi::CallbackInfo& call) {
+    const std::shared_ptr<Executor> existing = weakExecutor.lock();
+    const std::shared_ptr<Submission> queued = weakSubmission.lock();
+    return Napi::Boolean::New(call.Env(), existing && queued && existing->withdraw(queued));
   });
   return started;
 }

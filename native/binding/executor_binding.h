@@ -1,6 +1,6 @@
-// The executor as JavaScript sees it: plain objects with functions, which hold what they stand for until they are told to
-// let go of it, are garbage collected or lose their environment. Engines are named by number in a submission, so that no
-// argument can stand for another object than it is.
+// The executor for JavaScript: plain objects with functions. Each holds its native object until it is released or garbage
+// collected, or until its environment ends. A submission names engines by number, so that a wrong argument can never be
+// taken for a native object.
 #pragma once
 
 #include <napi.h>

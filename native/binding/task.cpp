@@ -14,11 +14,11 @@
 namespace flowturbo::binding {
 namespace {
 
-// How long an exiting process waits for threads inside of NVIDIA's libraries.
-constexpr std::chrono::milliseconds kPatience(500);
+// How long an exiting process waits for threads inside NVIDIA's libraries.
+constexpr std::chrono::milliseconds kExitTimeout(500);
 
-// The tasks that are under way, in the whole process. TensorRT's own exit handlers must not run under a thread that is
-// still inside of it, so an exiting process waits for a moment and then leaves without them.
+// The running tasks of the process. TensorRT's own exit handlers must not run while a thread is still inside the library,
+// so an exiting process waits for a short time and then ends without running them.
 struct Running {
   std::mutex mutex;
   std::condition_variable changed;
@@ -37,8 +37,8 @@ void leaveProcess(int status, void*) {
   lock.unlock();
   for (const auto& task : tasks) task->cancel();
   lock.lock();
-  const bool done = all.changed.wait_for(lock, kPatience, [&] { return all.tasks.empty(); });
-  if (done && Executor::quiesce(kPatience)) return;
+  const bool done = all.changed.wait_for(lock, kExitTimeout, [&] { return all.tasks.empty(); });
+  if (done && Executor::quiesce(kExitTimeout)) return;
   for (const auto& task : all.tasks) {
     const std::string path = task->fileToRemove();
     if (!path.empty()) ::unlink(path.c_str());
@@ -46,7 +46,7 @@ void leaveProcess(int status, void*) {
   _exit(status);
 }
 
-// An event of the channel: the task is kept alive until JavaScript has seen it.
+// An event of the channel. It keeps the task until JavaScript's thread has handled it.
 struct Event {
   std::shared_ptr<Task> task;
   bool last;
@@ -61,7 +61,7 @@ std::shared_ptr<Task> Task::create(Napi::Env env, const char* name, Napi::Functi
       0, 1, nullptr, nullptr, nullptr, &Task::onEvent, &task->channel_);
   if (status != napi_ok) throw Napi::Error::New(env);
 
-  // Told to stop when its environment goes away before it is done.
+  // Cancelled when its environment ends first.
   task->environment_ = new std::shared_ptr<Task>(task);
   napi_add_env_cleanup_hook(env, &Task::onEnvironmentGone, task->environment_);
 
@@ -75,11 +75,11 @@ Napi::Object Task::handle(Napi::Env env, bool interruptible) {
   handle["promise"] = deferred_.Promise();
   const std::weak_ptr<Task> self = weak_from_this();
   handle["cancel"] = Napi::Function::New(env, [self, interruptible](const Napi::CallbackInfo& info) {
-    const auto alive = self.lock();
-    if (!alive) return;
-    alive->cancel();
-    // What the library cannot interrupt must not keep an otherwise finished process waiting.
-    if (!interruptible && alive->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), alive->channel_);
+    const auto task = self.lock();
+    if (!task) return;
+    task->cancel();
+    // Work that the library cannot interrupt must not keep a process running that has nothing else to do.
+    if (!interruptible && task->environment_ != nullptr) napi_unref_threadsafe_function(info.Env(), task->channel_);
   });
   return handle;
 }
@@ -103,7 +103,7 @@ Napi::Object Task::begin(Napi::Env env, const char* name, Napi::Function onProgr
   const Napi::Object handle = task->handle(env, true);
   std::function<void()> onCancel = begin(task);
   const std::lock_guard<std::mutex> lock(task->mutex_);
-  // It may have ended already, and would hold its own end for ever.
+  // A task that has ended already must not store the function: the function may hold the task.
   if (!task->ended_) task->onCancel_ = std::move(onCancel);
   return handle;
 }
@@ -134,12 +134,12 @@ void Task::finish(const Error& error) noexcept {
   send(true);
 }
 
-// Nothing of it runs any more.
+// Called when none of its work runs any more.
 void Task::end() noexcept {
-  std::function<void()> forgotten;
+  std::function<void()> unused;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    forgotten.swap(onCancel_);
+    unused.swap(onCancel_);
     ended_ = true;
   }
   Running& all = running();
@@ -158,7 +158,7 @@ void Task::cancel() noexcept {
   if (onCancel) onCancel();
 }
 
-// False once the environment is going away, and the promise with it.
+// False once the environment ends, and the promise with it.
 bool Task::send(bool last) {
   auto event = std::make_unique<Event>(Event{shared_from_this(), last});
   const std::lock_guard<std::mutex> lock(channelMutex_);
@@ -197,7 +197,7 @@ std::string Task::fileToRemove() {
 
 void Task::onEvent(napi_env rawEnv, napi_value callback, void*, void* data) {
   const std::unique_ptr<Event> event(static_cast<Event*>(data));
-  // Without an environment this is the channel's emptying at the end.
+  // Without an environment, Node is emptying the channel at its end.
   if (rawEnv == nullptr) return;
   const Napi::Env env(rawEnv);
   const Napi::HandleScope scope(env);
@@ -229,8 +229,8 @@ void Task::leaveEnvironment(napi_env env) {
   napi_remove_env_cleanup_hook(env, &Task::onEnvironmentGone, environment_);
   delete environment_;
   environment_ = nullptr;
-  // Released here, not by the task's thread, which after its last event must not touch what may be gone by then. The
-  // mutex waits until it has left that call.
+  // Released here and not by the task's thread, which must not touch the channel after its last event. Locking the mutex
+  // waits until that thread has left `send`.
   const std::lock_guard<std::mutex> lock(channelMutex_);
   napi_release_threadsafe_function(channel_, napi_tsfn_release);
   channel_ = nullptr;
@@ -238,8 +238,8 @@ void Task::leaveEnvironment(napi_env env) {
 
 void Task::settle(Napi::Env env) {
   leaveEnvironment(env);
-  // What the answer holds, an engine, goes with it: the task lasts until its thread has ended, too, and JavaScript may have
-  // released the engine by then and count on its memory.
+  // The answer may hold an engine. It is destroyed here, since the task exists until its thread has ended too: JavaScript
+  // may have released the engine by then and needs its memory.
   const Answer answer = std::exchange(answer_, nullptr);
   if (error_)
     deferred_.Reject(toJavaScript(env, *error_).Value());

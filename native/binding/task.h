@@ -1,6 +1,6 @@
-// Work that takes long, on a thread of its own: four busy workers of Node's pool would stop its file system and DNS.
+// Long work, on a thread of its own: Node's pool has four threads, and its file system and DNS calls need them.
 // A task belongs to the environment (main thread or worker) that started it and settles one promise there. When the
-// environment or the process ends first, the task is told to cancel and nothing of it touches JavaScript any more.
+// environment or the process ends first, the task is cancelled and does not touch JavaScript any more.
 #pragma once
 
 #include <napi.h>
@@ -22,14 +22,14 @@ class Task : public std::enable_shared_from_this<Task> {
   using Answer = std::function<Napi::Value(Napi::Env)>;
   // Runs on the task's thread; an Error that it throws rejects the promise.
   using Work = std::function<Answer(Task&)>;
-  // Calls the progress function with fresh values, on JavaScript's thread.
+  // Calls the progress function with the latest values, on JavaScript's thread.
   using Report = std::function<void(Napi::Env, Napi::Function)>;
 
   // Starts `work` on a thread of its own. `onProgress` may be empty. Returns { promise, cancel() }.
   static Napi::Object start(Napi::Env env, const char* name, Napi::Function onProgress, Work work);
 
-  // A task that somebody else's thread works on: `begin` is given the task, hands it to them and says what cancelling it
-  // takes. Somebody must call `finish` once.
+  // A task whose work runs on a thread of another owner. `begin` starts the work with the task and returns a function that
+  // cancels it. The work must call `finish` once.
   using Begin = std::function<std::function<void()>(const std::shared_ptr<Task>&)>;
   static Napi::Object begin(Napi::Env env, const char* name, Napi::Function onProgress, const Begin& begin);
 
@@ -39,11 +39,11 @@ class Task : public std::enable_shared_from_this<Task> {
 
   const std::atomic<bool>& cancelled() const noexcept { return cancelled_; }
 
-  // From any thread: the latest report replaces one that JavaScript has not seen yet.
+  // From any thread: the latest report replaces one that has not been passed to JavaScript yet.
   void report(Report report);
 
-  // To be called once `library` is open and before it works: handlers run in reverse order at exit, so ours then runs
-  // before the library's own, while its threads can still be told to stop.
+  // To be called once `library` is open and before it works. Exit handlers run in reverse order, so this one runs before
+  // the library's own, while the library's threads can still be stopped.
   static void guardExit(const std::string& library);
 
   // A file to remove if the process ends while the task runs; empty for none.
@@ -66,7 +66,7 @@ class Task : public std::enable_shared_from_this<Task> {
   static void onEvent(napi_env env, napi_value callback, void* context, void* data);
 
   Napi::Promise::Deferred deferred_;
-  // Node frees the channel with its environment, whoever still holds it: from then on it is null here.
+  // Node frees the channel with its environment even while others hold it: it is null here from then on.
   std::mutex channelMutex_;
   napi_threadsafe_function channel_ = nullptr;
   // What the environment's cleanup hook holds; touched on JavaScript's thread only.

@@ -108,7 +108,7 @@ int countDevices(const CudaDriver& driver) {
   driver.check(driver.cuInit(0), "cuInit");
   int count = 0;
   driver.check(driver.cuDeviceGetCount(&count), "cuDeviceGetCount");
-  if (count == 0) throw Error("NO_DEVICE", "the driver knows no GPU");
+  if (count == 0) throw Error("NO_DEVICE", "the driver found no GPU");
   return count;
 }
 

@@ -1,6 +1,6 @@
 // CUDA's driver API, from NVIDIA's driver (libcuda.so.1) alone: no CUDA toolkit is needed to build or to run this
-// package. The functions are looked up at first use; what is here is the table of them, the errors that they answer, and
-// a report on the GPUs of this machine. Who calls them is device.h.
+// package. The functions are looked up at first use; what is here is the table of them, the errors that they return, and
+// a report on the GPUs of this machine. device.h calls them.
 #pragma once
 
 #include <cstddef>
@@ -84,7 +84,7 @@ struct CudaDevice {
 };
 
 struct CudaReport {
-  // The newest CUDA version that the driver serves: 13.0 is 13000.
+  // The newest CUDA version that the driver supports: 13.0 is 13000.
   int driverVersion = 0;
   std::vector<CudaDevice> devices;
 };

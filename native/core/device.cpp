@@ -6,10 +6,10 @@ namespace flowturbo {
 namespace {
 
 constexpr unsigned kStreamNonBlocking = 1;
-// Who waits for an event sleeps: the CPU belongs to the rest of the process.
+// A thread that waits for an event sleeps instead of spinning, so that it takes no processor time from the process.
 constexpr unsigned kEventBlockingSync = 1;
 
-// Blocks that a pool keeps for the next who asks; a scheduler's registers come and go by the dozen.
+// Unused blocks that a pool keeps: a scheduler creates and releases registers by the dozen.
 constexpr size_t kKeptBlocks = 256;
 constexpr uint64_t kGranule = uint64_t{64} << 10;
 
@@ -23,13 +23,13 @@ CudaResult allocate(const CudaDriver& driver, void*& pointer, uint64_t bytes) {
 }
 
 Error exhausted(const Device& device, DevicePointer, uint64_t bytes) {
-  Error error("DEVICE_MEMORY", "the device's memory does not suffice");
+  Error error("DEVICE_MEMORY", "the device has too little memory");
   error.needed = bytes;
   error.available = device.memory().free;
   return error;
 }
 Error exhausted(const Device&, void*, uint64_t bytes) {
-  Error error("OUT_OF_MEMORY", "the machine's memory does not suffice for the transfer to and from the device");
+  Error error("OUT_OF_MEMORY", "the machine has too little memory for the transfer to and from the device");
   error.needed = bytes;
   return error;
 }
@@ -62,7 +62,7 @@ DeviceMemoryInfo Device::memory() const {
 Error Device::explain(Error error) const {
   size_t free = 0;
   size_t total = 0;
-  // Answers errors of earlier work too.
+  // It returns errors of earlier work too.
   const CudaResult result = driver_.cuMemGetInfo(&free, &total);
   if (result == kCudaSuccess) return error;
   Error cause = driver_.failure(result, "cuMemGetInfo");
@@ -88,10 +88,10 @@ template <typename Memory>
 typename MemoryPool<Memory>::Shared MemoryPool<Memory>::take(uint64_t bytes) {
   const uint64_t size = rounded(bytes);
   auto block = std::make_unique<Block>();
-  bool crowded = false;
+  bool tooMany = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // The smallest that is large enough and wastes no more than half of itself.
+    // The smallest block that is large enough and of which at least half is used.
     auto best = kept_.end();
     for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
       if (kept->bytes >= size && kept->bytes <= 2 * size && (best == kept_.end() || kept->bytes < best->bytes))
@@ -100,9 +100,9 @@ typename MemoryPool<Memory>::Shared MemoryPool<Memory>::take(uint64_t bytes) {
       *block = std::move(*best);
       kept_.erase(best);
     }
-    crowded = kept_.size() > kKeptBlocks;
+    tooMany = kept_.size() > kKeptBlocks;
   }
-  if (crowded) trim();
+  if (tooMany) trim();
   if (!block->memory) {
     const CudaDriver& driver = device_->driver();
     auto pointer = decltype(block->address()){};
@@ -117,13 +117,13 @@ typename MemoryPool<Memory>::Shared MemoryPool<Memory>::take(uint64_t bytes) {
     block->bytes = size;
     const std::lock_guard<std::mutex> lock(mutex_);
     bytes_ += size;
-    // So that giving back never allocates.
+    // So that returning a block never allocates.
     kept_.reserve(kept_.size() + 64);
   }
-  return Shared(block.release(), [pool = this->shared_from_this()](const Block* given) {
-    const std::unique_ptr<Block> mine(const_cast<Block*>(given));
+  return Shared(block.release(), [pool = this->shared_from_this()](const Block* returned) {
+    const std::unique_ptr<Block> owned(const_cast<Block*>(returned));
     const std::lock_guard<std::mutex> lock(pool->mutex_);
-    pool->kept_.push_back(std::move(*mine));
+    pool->kept_.push_back(std::move(*owned));
   });
 }
 

@@ -1,6 +1,5 @@
 // One GPU as the executor uses it: its primary context, which TensorRT shares, and what is made in that context, each
-// thing owned by an object. Freeing never throws: on a device that is lost every call fails, and there is nothing left
-// that could be freed.
+// thing owned by an object. Freeing never throws: on a lost device every call fails, and nothing is left to free.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +28,8 @@ class Device {
   // To be called on every thread that uses the device or TensorRT. Throws Error.
   void makeCurrent() const;
   DeviceMemoryInfo memory() const;
-  // What TensorRT failed at, as it is: the loss of the device where that is the reason, of which TensorRT tells nothing.
+  // Gives the error that a failure of TensorRT was: DEVICE_LOST where the device is lost, which TensorRT does not report;
+  // otherwise the given one.
   Error explain(Error error) const;
 
   const CudaDriver& driver() const noexcept { return driver_; }
@@ -90,9 +90,9 @@ using OwnedGraphExec = Owned<CUgraphExec_st*, &CudaDriver::cuGraphExecDestroy>;
 OwnedStream createStream(const Device& device);
 OwnedEvent createEvent(const Device& device);
 
-// Memory that is asked for again and again: what is given back is kept for the next who asks for about as much, and
-// freed only by who asks, since giving back happens on any thread. All users of one pool work on one stream: a block may
-// be handed on while work on it is still queued there.
+// Memory that is allocated again and again. A returned block is kept and reused for the next request of about its size.
+// Only `take` and `trim` free memory, since blocks are returned on any thread. All users of one pool work on one stream:
+// a block may be reused while earlier work on it is still queued there.
 template <typename Memory>
 class MemoryPool : public std::enable_shared_from_this<MemoryPool<Memory>> {
  public:
@@ -104,12 +104,12 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool<Memory>> {
 
     auto address() const noexcept { return memory.get(); }
   };
-  // Goes back to the pool with its last owner.
+  // The block returns to the pool when its last owner is destroyed.
   using Shared = std::shared_ptr<const Block>;
 
   // At least one byte, aligned to 256. Throws Error: DEVICE_MEMORY or OUT_OF_MEMORY with what is needed, CUDA.
   Shared take(uint64_t bytes);
-  // Frees what nobody uses, once the stream has come to rest.
+  // Frees the unused blocks, after all work on the stream has ended.
   void trim();
   // Of all blocks, in use or kept.
   uint64_t bytes() const;
@@ -124,7 +124,7 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool<Memory>> {
 
 // On the device.
 using DeviceMemoryPool = MemoryPool<OwnedMemory>;
-// On the host, where the device can read and write by itself.
+// On the host, page-locked, so that the device can read and write it directly.
 using PinnedMemoryPool = MemoryPool<OwnedHostMemory>;
 
 }  // namespace flowturbo

@@ -26,8 +26,8 @@ uint64_t elementsOf(const std::vector<int64_t>& dimensions) {
   return elements;
 }
 
-// TensorRT tells its reasons in words alone.
-bool saysOutOfMemory(const std::string& line) {
+// TensorRT gives its reasons as text only.
+bool meansOutOfMemory(const std::string& line) {
   std::string lower;
   for (const char character : line) lower += static_cast<char>(std::tolower(static_cast<unsigned char>(character)));
   return lower.find("out of memory") != std::string::npos || lower.find("outofmemory") != std::string::npos;
@@ -64,7 +64,7 @@ Context::Context(const Engine& engine, int32_t profile, CUstream_st* stream) : e
   try {
     configure(profile, stream);
   } catch (const Error&) {
-    // The profile's resources may still be on their way to what is freed now.
+    // The profile's resources may still be copied to memory that is freed now.
     engine.device_->driver().cuStreamSynchronize(stream);
     throw;
   }
@@ -85,7 +85,7 @@ void Context::configure(int32_t profile, CUstream_st* stream) {
     const EngineTensor& tensor = tensors[index];
     shapes_[index] = dimensionsOf(context_->getTensorShape(tensor.name.c_str()));
     for (const int64_t dimension : shapes_[index])
-      if (dimension < 0) throw refused("tell the shape of " + tensor.name);
+      if (dimension < 0) throw refused("give the shape of " + tensor.name);
     bytes_[index] = elementsOf(shapes_[index]) * bytesOf(tensor.type);
   }
 }
@@ -126,7 +126,7 @@ Error Context::refused(const std::string& what) const {
 Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<const Device> device,
                const std::string& plan, const std::string& identity)
     : library_(std::move(library)), device_(std::move(device)), logger_(Logger::take()) {
-  // 1. The plan, mapped. Its weights are the most of it: what cannot fit is refused before it is read.
+  // 1. The plan, mapped. Most of it is weights: one that cannot fit is refused before it is read.
   const MappedFile file(plan, identity, "PLAN_CHANGED");
   planBytes_ = file.size();
   const uint64_t available = device_->memory().free;
@@ -142,7 +142,7 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
   if (runtime_) engine_.reset(runtime_->deserializeCudaEngine(file.range(0, planBytes_), planBytes_));
   if (!engine_) {
     std::vector<std::string> log = logger_->takeErrors();
-    const bool memory = std::any_of(log.begin(), log.end(), saysOutOfMemory);
+    const bool memory = std::any_of(log.begin(), log.end(), meansOutOfMemory);
     Error error = memory ? Error("DEVICE_MEMORY", "the engine does not fit into the device's memory")
                          : unusable(plan, "was refused by TensorRT");
     error.log = std::move(log);
@@ -151,7 +151,7 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
     throw device_->explain(std::move(error));
   }
 
-  // 3. What it takes and gives.
+  // 3. Its inputs and outputs.
   for (int32_t index = 0; index < engine_->getNbIOTensors(); index++) {
     const char* name = engine_->getIOTensorName(index);
     EngineTensor tensor;
@@ -168,7 +168,7 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
         throw unusable(plan, "has the tensor " + tensor.name + " of a type that is neither float32 nor int64");
     }
     if (engine_->getTensorLocation(name) != nvinfer1::TensorLocation::kDEVICE)
-      throw unusable(plan, "wants the tensor " + tensor.name + " in the host's memory");
+      throw unusable(plan, "requires the tensor " + tensor.name + " in the host's memory");
     tensors_.push_back(std::move(tensor));
   }
   for (int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); profile++) {
@@ -177,7 +177,7 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
       const char* name = tensor.name.c_str();
       std::vector<int64_t> dimensions;
       if (engine_->getTensorFormat(name, profile) != nvinfer1::TensorFormat::kLINEAR)
-        throw unusable(plan, "wants or gives " + tensor.name + " in another order than row by row");
+        throw unusable(plan, "has the tensor " + tensor.name + " in a format that is not linear (row by row)");
       if (tensor.input) {
         dimensions = dimensionsOf(engine_->getProfileShape(name, profile, nvinfer1::OptProfileSelector::kMAX));
         if (dimensions != dimensionsOf(engine_->getProfileShape(name, profile, nvinfer1::OptProfileSelector::kMIN)))

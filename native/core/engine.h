@@ -1,6 +1,6 @@
 // A plan on the device: the engine with its weights, and one execution context for each profile that is used, since
-// switching a context's profile uploads its resources anew. Contexts bring no scratch memory of their own: launches run
-// one after another, so that one block of the largest size serves them all (executor.h).
+// switching a context's profile uploads its resources again. Contexts own no scratch memory: launches run one after
+// another, so one block of the largest size is enough for all of them (executor.h).
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -42,11 +42,11 @@ class Context {
   const TensorShapes& shapes() const noexcept { return shapes_; }
   const std::vector<uint64_t>& bytes() const noexcept { return bytes_; }
 
-  // Throws Error LAUNCH with the library's words.
+  // Throws Error LAUNCH with the library's messages.
   void bind(size_t tensor, DevicePointer address);
   void useScratch(DevicePointer address, uint64_t bytes);
   void enqueue(CUstream_st* stream);
-  // Whether TensorRT lets the next launch become part of a CUDA graph.
+  // Whether TensorRT allows the next launch in a CUDA graph.
   bool capturable(CUstream_st* stream) const;
 
  private:
@@ -91,7 +91,7 @@ class Engine {
   std::vector<EngineTensor> tensors_;
   std::vector<TensorShapes> profiles_;
   std::vector<uint64_t> scratchBytes_;
-  // Before the engine in order of destruction.
+  // Destroyed before the engine.
   std::vector<std::unique_ptr<Context>> contexts_;
   uint64_t planBytes_ = 0;
 };

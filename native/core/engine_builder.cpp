@@ -24,7 +24,7 @@ class ProgressMonitor final : public nvinfer1::IProgressMonitor {
   ProgressMonitor(const std::atomic<bool>& cancelled, const std::function<void(const BuildProgress&)>& report)
       : cancelled_(cancelled), report_(report) {}
 
-  // What parsing, building and writing take of the scale.
+  // The values of the scale where parsing and building end; writing takes the rest.
   static constexpr uint32_t kParsed = 20;
   static constexpr uint32_t kBuilt = 900;
 
@@ -58,7 +58,7 @@ class ProgressMonitor final : public nvinfer1::IProgressMonitor {
   }
 
   void at(const std::string& phase, uint32_t done) noexcept {
-    guarded([&] { tell(phase, done); });
+    guarded([&] { set(phase, done); });
   }
 
  private:
@@ -74,7 +74,7 @@ class ProgressMonitor final : public nvinfer1::IProgressMonitor {
       const std::lock_guard<std::mutex> lock(mutex_);
       body();
     } catch (...) {
-      // Progress is a courtesy; the build goes on without it.
+      // The build does not depend on progress reports.
     }
   }
 
@@ -97,10 +97,10 @@ class ProgressMonitor final : public nvinfer1::IProgressMonitor {
     double left = 1;
     for (int tree = 0; tree < finishedTrees_; tree++) left /= 2;
     const double done = 1 - left + left / 2 * std::min(share, 1.0);
-    tell(phases_.empty() ? phase_ : phases_.front().name, kParsed + static_cast<uint32_t>(done * (kBuilt - kParsed)));
+    set(phases_.empty() ? phase_ : phases_.front().name, kParsed + static_cast<uint32_t>(done * (kBuilt - kParsed)));
   }
 
-  void tell(const std::string& phase, uint32_t done) {
+  void set(const std::string& phase, uint32_t done) {
     done = std::clamp(done, done_, kTotal);
     if (done == done_ && phase == phase_) return;
     done_ = done;
@@ -201,7 +201,7 @@ void configure(nvinfer1::IBuilderConfig& config, const BuildRequest& request) {
   if (request.optimizationLevel >= 0) config.setBuilderOptimizationLevel(request.optimizationLevel);
   if (request.workspaceBytes > 0)
     config.setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, request.workspaceBytes);
-  // Layer names in full, so that an inspector can say what became of each part of the network.
+  // Full layer names, so that an engine inspector can show each layer of the network.
   config.setProfilingVerbosity(nvinfer1::ProfilingVerbosity::kDETAILED);
 #if defined(TRT_MAJOR_RTX)
   if (request.targets.empty()) {
@@ -270,7 +270,7 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
   ProgressMonitor monitor(cancelled, progress);
   BuildResult result;
   try {
-    // 1. The weights, where they lie. They outlive the parser and the network, which point into them.
+    // 1. The weights, mapped. They outlive the parser and the network, which point into them.
     monitor.at("Reading the graph", 0);
     std::vector<std::unique_ptr<MappedFile>> files;
     for (const WeightFile& file : request.files) files.push_back(std::make_unique<MappedFile>(file.path, file.identity));
@@ -313,7 +313,7 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
   } catch (const Error& error) {
     throw failed(error);
   } catch (const std::bad_alloc&) {
-    throw failed(Error("OUT_OF_MEMORY", "the machine's memory does not suffice for this build"));
+    throw failed(Error("OUT_OF_MEMORY", "the machine has too little memory for this build"));
   }
   result.warnings = logger->warnings();
   return result;

@@ -1,6 +1,6 @@
 // ONNX bytes and mapped weights in, a plan on disk out. One call builds one engine: one network, one optimisation
 // profile for each shape asked for (weights are stored once whatever their number), strongly typed, so that the types
-// of the graph are the types of the engine. Blocks for seconds to minutes: the caller brings the thread.
+// of the graph are the types of the engine. Blocks for seconds to minutes: to be called on a thread of its own.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,5 @@
-// What the core throws. The code is stable and goes to JavaScript as it is; the text says what happened, and the layer
-// above (lib/runtimes/tensorrt/addon.ts) turns both into the package's own errors with a remedy.
+// What the core throws. The code is stable and passed to JavaScript unchanged; the text describes the failure. The layer
+// above (lib/runtimes/tensorrt) turns both into the package's own errors with a remedy.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace flowturbo {
 
-// One complaint of the ONNX parser, field by field as IParserError has them.
+// One error of the ONNX parser, field by field as IParserError has them.
 struct ParserComplaint {
   std::string code;
   int node = -1;
@@ -26,7 +26,7 @@ class Error : public std::runtime_error {
   const std::string& code() const noexcept { return code_; }
 
   std::vector<ParserComplaint> complaints;
-  // What the library logged as errors or warnings up to then.
+  // Errors and warnings that the library had logged by then.
   std::vector<std::string> log;
   // Set where the operating system refused something.
   int systemError = 0;

@@ -15,7 +15,7 @@
 namespace flowturbo {
 namespace {
 
-// Processor time of the calling thread: what others on a busy machine take in between is not the executor's.
+// Processor time of the calling thread: time that other threads of a busy machine take does not count.
 int64_t threadNanoseconds() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -28,14 +28,14 @@ constexpr size_t kLaunchesAhead = 2;
 constexpr size_t kQueued = 6;
 
 constexpr unsigned kEventRecordDefault = 0;
-// Inside of a capture: the event is recorded whenever the graph runs.
+// In a capture: the event is recorded whenever the CUDA graph runs.
 constexpr unsigned kEventRecordExternal = 1;
 constexpr int kCaptureThreadLocal = 1;
 
-// TensorRT wants operands at multiples of this.
+// TensorRT requires operands at multiples of this.
 constexpr uint64_t kAlignment = 256;
 
-// The last moments of the process: whoever is not inside of NVIDIA's libraries stays out of them from then on.
+// While the process exits, threads that are not inside NVIDIA's libraries must not enter them any more.
 struct Quiescence {
   std::mutex mutex;
   std::condition_variable changed;
@@ -63,22 +63,22 @@ class Busy {
   }
 };
 
-Error hostMemory() { return Error("OUT_OF_MEMORY", "the machine's memory does not suffice"); }
+Error hostMemory() { return Error("OUT_OF_MEMORY", "the machine has too little memory"); }
 
-// Told when what was submitted before has ended, and everything that was let go of before has been freed.
+// A call of `close` that waits until everything submitted before has ended and everything released before is freed.
 struct Closer {
   uint64_t id = 0;
   std::function<void()> done;
   // Number of the last submission before it.
   uint64_t after = 0;
-  // Whether the handle is gone.
+  // Whether the handle has been destroyed.
   bool ready = false;
 };
 
-// An output whose values come to the host with its launch.
+// An output whose values are downloaded after its launch.
 struct Watch {
   uint32_t tensor = 0;
-  // In the launch's host memory.
+  // Where it begins in the launch's host memory.
   uint64_t offset = 0;
   uint64_t bytes = 0;
   bool finite = false;
@@ -119,7 +119,7 @@ struct CapturedLaunch {
 
 }  // namespace
 
-// A program as one CUDA graph, with everything that its addresses point at.
+// A program as one CUDA graph, with the memory that its addresses refer to.
 struct CapturedProgram {
   std::vector<Instruction> instructions;
   DeviceMemoryPool::Shared constants;
@@ -134,7 +134,7 @@ struct CapturedProgram {
 
 namespace {
 
-// What was handed to the stream and has to be waited for.
+// Work on the stream whose end has to be waited for.
 struct InFlight {
   enum class Kind { kLaunch, kReplay, kEnd };
 
@@ -147,7 +147,7 @@ struct InFlight {
   OwnedEvent end;
   std::vector<Watch> watches;
   PinnedMemoryPool::Shared host;
-  // Where in there each result begins.
+  // Where each result begins in `host`.
   std::vector<uint64_t> results;
 };
 
@@ -184,7 +184,7 @@ struct ExecutorState {
         const Busy busy;
         const int64_t woken = threadNanoseconds();
         lock.lock();
-        // What could proceed still can: only this thread takes away.
+        // It still can proceed: only this thread removes work.
         if (!proceed(lock)) break;
         busyNanoseconds += threadNanoseconds() - woken;
       }
@@ -207,7 +207,7 @@ struct ExecutorState {
     for (const Closer& closer : last) closer.done();
   }
 
-  // Makes the device the calling thread's. What cannot be used at the second attempt is lost.
+  // Makes the device the calling thread's. A device that fails at the second attempt is lost.
   bool useDevice(bool again = false) {
     try {
       const Busy busy;
@@ -222,8 +222,8 @@ struct ExecutorState {
 
   // Holding the mutex.
   bool canProceed() const {
-    if (!urgent.empty()) return true;
-    if (!graveyard.empty()) return inFlight.empty();
+    if (!commands.empty()) return true;
+    if (!released.empty()) return inFlight.empty();
     if (hasReadyCloser()) return true;
     if (queue.empty()) return closing && inFlight.empty();
     const Submission& next = *queue.front();
@@ -247,24 +247,24 @@ struct ExecutorState {
            std::any_of(closers.begin(), closers.end(), [&](const Closer& closer) { return isReady(closer); });
   }
 
-  static bool mustStop(const Submission& submission) { return submission.aborted_ || submission.failure_; }
+  static bool mustStop(const Submission& submission) { return submission.cancelled_ || submission.failure_; }
 
-  // One piece of work. True with the mutex released, so that what the work held can go; false, still holding it, when
-  // there will be none any more.
+  // Does one thing. Returns true with the mutex released, since destructors of what is done with may lock it; false with
+  // the mutex held when nothing is left to do and nothing can be added.
   bool proceed(std::unique_lock<std::mutex>& lock) {
-    if (!urgent.empty()) {
-      const auto command = std::move(urgent.front());
-      urgent.pop_front();
+    if (!commands.empty()) {
+      const auto command = std::move(commands.front());
+      commands.pop_front();
       lock.unlock();
       command();
       return true;
     }
-    if (!graveyard.empty()) {
-      std::vector<std::shared_ptr<const void>> dead;
-      dead.swap(graveyard);
+    if (!released.empty()) {
+      std::vector<std::shared_ptr<const void>> freed;
+      freed.swap(released);
       lock.unlock();
-      // The resources of a profile that was made ready may still be on their way. Nobody is told what goes wrong while
-      // things are freed, but a device that is lost is lost for all.
+      // The upload of a profile's resources by `prepare` may still run. Errors here are not reported to anyone, but a
+      // lost device is recorded for all.
       const CudaResult rest = driver().cuStreamSynchronize(stream.get());
       if (rest != kCudaSuccess) {
         const Error error = driver().failure(rest, "cuStreamSynchronize");
@@ -341,7 +341,7 @@ struct ExecutorState {
       if (done->end) events.push_back(std::move(done->end));
       issuing.notify_one();
       lock.unlock();
-      // Its last references may go here, and ask for the mutex.
+      // This may destroy the last references, whose destructors lock the mutex.
       done.reset();
       lock.lock();
     }
@@ -359,11 +359,11 @@ struct ExecutorState {
 
   // 2. What the issuing thread does for a submission.
 
-  // Memory, contexts, zeros and constants: whatever can fail does so before the first launch.
+  // Memory, contexts, zeros and constants, so that what can fail fails before the first launch.
   void begin(const std::shared_ptr<Submission>& submission) {
     Registers& registers = *submission->registers;
     noteUses(*submission);
-    // What its other registers hold is known when those before it have ended.
+    // With other registers this is known only when the earlier submissions have ended.
     if (submission->others.empty()) refuseWithoutValue(*submission);
     for (const Range& range : submission->results)
       if (!within(range.offset, range.bytes, blockOf(*submission, range.block).bytes_))
@@ -434,12 +434,12 @@ struct ExecutorState {
                    "cuMemsetD8Async");
   }
 
-  // Which of the other registers it reads before it writes them, and which it writes.
+  // Notes which of the other registers a submission reads before it writes them, and which it writes.
   static void noteUses(Submission& submission) {
     submission.reads_.assign(submission.others.size(), false);
     submission.writes_.assign(submission.others.size(), false);
     const auto check = [&](uint32_t block) {
-      if (block > submission.others.size()) throw Error("INVALID", "an operand is in registers that are not there");
+      if (block > submission.others.size()) throw Error("INVALID", "an operand is in registers that do not exist");
     };
     const auto read = [&](const Operand& operand) {
       check(operand.block);
@@ -473,13 +473,14 @@ struct ExecutorState {
   }
 
   static void refuseWithoutValue(const Submission& submission) {
-    // It begins with zeros, whatever became of those that had the registers before.
+    // It begins with zeros, so earlier failures in these registers do not matter.
     if (submission.capture) return;
     const bool alone = submission.others.empty();
-    if (alone && submission.registers->failed_) throw Error("CANCELLED", "an earlier part of this run did not finish");
+    if (alone && submission.registers->failed_)
+      throw Error("CANCELLED", "an earlier submission to these registers did not finish");
     for (size_t other = 0; other < submission.reads_.size(); other++)
       if (submission.reads_[other] && submission.others[other]->failed_) {
-        Error error("NO_VALUE", "a register has no value, since an earlier part failed");
+        Error error("NO_VALUE", "a register has no value, since the submission that was to write it failed");
         error.operand = static_cast<int64_t>(other) + 1;
         throw error;
       }
@@ -590,17 +591,17 @@ struct ExecutorState {
           "cuMemcpyDtoHAsync");
   }
 
-  // The end of a submission, whatever became of it: its results, and an event after all of its work.
+  // The end of a submission, failed or not: its results, and an event after all of its work.
   void finish(const std::shared_ptr<Submission>& submission) {
     auto flight = std::make_unique<InFlight>();
     flight->submission = submission;
-    bool whole = false;
+    bool complete = false;
     {
       const std::lock_guard<std::mutex> lock(mutex);
-      whole = !mustStop(*submission);
+      complete = !mustStop(*submission);
     }
     try {
-      if (whole) {
+      if (complete) {
         if (submission->capture && !submission->replayed_) tryCapture(*submission);
         download(*submission, *flight);
       }
@@ -615,13 +616,14 @@ struct ExecutorState {
     const std::lock_guard<std::mutex> lock(mutex);
     submission->stopped_ = true;
     inFlight.push_back(std::move(flight));
-    // What a failed launch left behind is over when this end is.
+    // The work of a failed launch has ended when this end has.
     for (auto& left : held) inFlight.push_back(std::move(left));
     held.clear();
     retiring.notify_one();
   }
 
-  // Neighbours come in one transfer: the planner lays results out beside each other, but for their alignment.
+  // Results that lie beside each other, apart from their alignment, are downloaded in one transfer. The layout of
+  // registers (lib/runtimes/tensorrt) places them so.
   void download(const Submission& submission, InFlight& flight) {
     uint64_t bytes = 0;
     for (const Range& range : submission.results) bytes += range.bytes + kAlignment;
@@ -650,7 +652,7 @@ struct ExecutorState {
 
   // 3. CUDA graphs.
 
-  // Everything has been launched once by now, which TensorRT asks for before a capture. A program that cannot be
+  // Everything has been launched once by now, which TensorRT requires before a capture. A program that cannot be
   // captured runs launch by launch as before.
   void tryCapture(Submission& submission) {
     try {
@@ -684,7 +686,7 @@ struct ExecutorState {
     }
     captured->host = pinned->take(bytes);
 
-    // 2. The instructions once more, into a graph.
+    // 2. The instructions again, recorded into a CUDA graph.
     driver().check(driver().cuStreamBeginCapture(stream.get(), kCaptureThreadLocal), "cuStreamBeginCapture");
     CUgraph_st* recorded = nullptr;
     try {
@@ -750,7 +752,7 @@ struct ExecutorState {
                                          : driver().cuStreamSynchronize(stream.get());
     if (result == kCudaSuccess) return;
     Error error = driver().failure(result, flight.end ? "cuEventSynchronize" : "cuStreamSynchronize");
-    // Whatever it was: what follows may only be done when the device is at rest.
+    // Whatever the error is: the device must have ended its work before anything else is done.
     if (error.code() != "DEVICE_LOST") {
       const CudaResult rest = driver().cuStreamSynchronize(stream.get());
       if (rest != kCudaSuccess)
@@ -829,8 +831,8 @@ struct ExecutorState {
       const std::lock_guard<std::mutex> lock(mutex);
       error = submission.failure_;
     }
-    if (!error && submission.aborted_) error = Error("CANCELLED", "the run was stopped");
-    // What was before it may have failed since it began.
+    if (!error && submission.cancelled_) error = Error("CANCELLED", "the run was stopped");
+    // An earlier submission may have failed since this one began.
     try {
       if (!error) refuseWithoutValue(submission);
     } catch (const Error& without) {
@@ -870,7 +872,7 @@ struct ExecutorState {
 
   void settle(Submission& submission, std::optional<Error> error, std::vector<std::vector<uint8_t>> results) {
     if (error && submission.others.empty()) submission.registers->failed_ = true;
-    // In the order of submission: later ones look at what is then so.
+    // Called in the order of submission: later ones read these flags.
     if (submission.writes_.size() != submission.others.size()) {
       try {
         noteUses(submission);
@@ -881,7 +883,7 @@ struct ExecutorState {
     for (size_t other = 0; other < submission.others.size(); other++)
       if (submission.writes_[other]) submission.others[other]->failed_ = error.has_value();
     submission.settled_ = true;
-    // Let go of before anybody is told: who closes an executor then waits for all of this.
+    // Released before `onDone` is called: a `close` after it then waits until all of this is freed.
     submission.constantsBlock_.reset();
     submission.upload_.reset();
     submission.instructions.clear();
@@ -915,11 +917,11 @@ struct ExecutorState {
     driver().check(driver().cuEventRecordWithFlags(event.get(), stream.get(), flags), "cuEventRecord");
   }
 
-  // 7. Things that are let go of on any thread, and freed on the issuing one.
+  // 7. Engines and registers, which are released on any thread and freed on the issuing one.
 
-  void bury(std::shared_ptr<const void> thing) {
+  void release(std::shared_ptr<const void> thing) {
     const std::lock_guard<std::mutex> lock(mutex);
-    graveyard.push_back(std::move(thing));
+    released.push_back(std::move(thing));
     issuing.notify_one();
   }
 
@@ -930,7 +932,7 @@ struct ExecutorState {
     issuing.notify_one();
   }
 
-  // Waits until what was let go of has been freed; not for the executor's own threads.
+  // Waits until what was released has been freed. Not to be called on the executor's own threads.
   void flush() {
     auto freed = std::make_shared<std::promise<void>>();
     const std::future<void> done = freed->get_future();
@@ -942,9 +944,9 @@ struct ExecutorState {
     done.wait();
   }
 
-  void order(std::function<void()> command) {
+  void addCommand(std::function<void()> command) {
     const std::lock_guard<std::mutex> lock(mutex);
-    urgent.push_back(std::move(command));
+    commands.push_back(std::move(command));
     issuing.notify_one();
   }
 
@@ -962,10 +964,10 @@ struct ExecutorState {
   std::condition_variable issuing;
   std::condition_variable retiring;
   std::deque<std::shared_ptr<Submission>> queue;
-  std::deque<std::function<void()>> urgent;
+  std::deque<std::function<void()>> commands;
   std::deque<std::unique_ptr<InFlight>> inFlight;
   size_t launchesInFlight = 0;
-  std::vector<std::shared_ptr<const void>> graveyard;
+  std::vector<std::shared_ptr<const void>> released;
   std::vector<Closer> closers;
   uint64_t closerCount = 0;
   uint64_t submitted = 0;
@@ -987,14 +989,14 @@ struct ExecutorState {
 };
 
 std::shared_ptr<Executor> Executor::open(std::shared_ptr<const TensorRtLibrary> library, int ordinal) {
-  // Weak references only: nothing here has to be torn down when the process exits.
+  // Weak references only: nothing here has to be destroyed when the process exits.
   static auto* mutex = new std::mutex();
   static auto* opened = new std::map<std::pair<std::string, int>, std::weak_ptr<Executor>>();
   const std::lock_guard<std::mutex> lock(*mutex);
   std::weak_ptr<Executor>& known = (*opened)[{library->path(), ordinal}];
-  if (std::shared_ptr<Executor> alive = known.lock()) {
-    const std::lock_guard<std::mutex> state(alive->state_->mutex);
-    if (!alive->state_->lost) return alive;
+  if (std::shared_ptr<Executor> existing = known.lock()) {
+    const std::lock_guard<std::mutex> state(existing->state_->mutex);
+    if (!existing->state_->lost) return existing;
   }
   const Busy busy;
   const auto state = std::make_shared<ExecutorState>(std::move(library), ordinal);
@@ -1010,11 +1012,11 @@ Executor::~Executor() {
   state_->issuing.notify_one();
 }
 
-bool Executor::quiesce(std::chrono::milliseconds patience) {
+bool Executor::quiesce(std::chrono::milliseconds timeout) {
   Quiescence& all = quiescence();
   std::unique_lock<std::mutex> lock(all.mutex);
   all.ending = true;
-  return all.changed.wait_for(lock, patience, [&] { return all.busy == 0; });
+  return all.changed.wait_for(lock, timeout, [&] { return all.busy == 0; });
 }
 
 const CudaDevice& Executor::device() const noexcept { return state_->device->properties(); }
@@ -1038,26 +1040,26 @@ std::shared_ptr<Engine> Executor::load(const std::string& plan, const std::strin
     state.device->makeCurrent();
     const auto create = [&] { return new Engine(state.library, state.device, plan, identity); };
     Engine* created = nullptr;
-    // Before the attempt: what was let go of may be freed at any time during it.
+    // Read before the attempt: what was released may be freed at any time during it.
     const uint64_t before = state.device->memory().free;
     try {
       created = create();
     } catch (const Error&) {
-      // What was let go of, and what is kept for later runs, may make room.
+      // Freeing what was released and what the pool keeps may make room.
       state.flush();
       state.memory->trim();
       if (state.device->memory().free <= before) throw;
       created = create();
     }
-    engine = std::shared_ptr<Engine>(created, [executor = shared_from_this()](Engine* dead) mutable {
-      // The weak references above keep this function, but not the executor.
+    engine = std::shared_ptr<Engine>(created, [executor = shared_from_this()](Engine* unused) mutable {
+      // The weak references above keep this function, but must not keep the executor.
       const std::shared_ptr<Executor> last = std::move(executor);
-      last->state_->bury(std::shared_ptr<const void>(dead));
+      last->state_->release(std::shared_ptr<const void>(unused));
     });
   } catch (const Error& error) {
     failure = error;
   } catch (const std::bad_alloc&) {
-    failure = Error("OUT_OF_MEMORY", "the machine's memory does not suffice for the engine");
+    failure = Error("OUT_OF_MEMORY", "the machine has too little memory for the engine");
   }
   lock.lock();
   if (engine) state.engines[identity] = engine;
@@ -1068,8 +1070,8 @@ std::shared_ptr<Engine> Executor::load(const std::string& plan, const std::strin
 }
 
 std::shared_ptr<Registers> Executor::createRegisters(uint64_t bytes) {
-  return std::shared_ptr<Registers>(new Registers(bytes), [executor = shared_from_this()](Registers* dead) {
-    executor->state_->bury(std::shared_ptr<const void>(dead));
+  return std::shared_ptr<Registers>(new Registers(bytes), [executor = shared_from_this()](Registers* unused) {
+    executor->state_->release(std::shared_ptr<const void>(unused));
   });
 }
 
@@ -1080,10 +1082,10 @@ void Executor::submit(std::shared_ptr<Submission> submission) {
   state_->issuing.notify_one();
 }
 
-void Executor::abort(const std::shared_ptr<Submission>& submission) {
+void Executor::cancel(const std::shared_ptr<Submission>& submission) {
   if (withdraw(submission)) return;
   const std::lock_guard<std::mutex> lock(state_->mutex);
-  submission->aborted_ = true;
+  submission->cancelled_ = true;
   state_->issuing.notify_one();
 }
 
@@ -1092,9 +1094,9 @@ bool Executor::withdraw(const std::shared_ptr<Submission>& submission) {
     const std::lock_guard<std::mutex> lock(state_->mutex);
     auto& queue = state_->queue;
     const auto waiting = std::find(queue.begin(), queue.end(), submission);
-    // With other registers it has to fail in its turn.
+    // With other registers it has to fail in the order of submission.
     if (waiting == queue.end() || submission->begun_ || !submission->others.empty()) return false;
-    submission->aborted_ = true;
+    submission->cancelled_ = true;
     queue.erase(waiting);
     state_->issuing.notify_one();
   }
@@ -1105,7 +1107,7 @@ bool Executor::withdraw(const std::shared_ptr<Submission>& submission) {
 void Executor::prepare(std::shared_ptr<Engine> engine, size_t profile,
                        std::function<void(std::optional<Error>, TensorShapes)> onDone) {
   ExecutorState* state = state_.get();
-  state->order([state, engine = std::move(engine), profile, onDone = std::move(onDone)] {
+  state->addCommand([state, engine = std::move(engine), profile, onDone = std::move(onDone)] {
     std::optional<Error> failure;
     TensorShapes shapes;
     try {
@@ -1119,7 +1121,7 @@ void Executor::prepare(std::shared_ptr<Engine> engine, size_t profile,
 
 void Executor::memory(std::function<void(std::optional<Error>, DeviceMemoryInfo)> onDone) {
   ExecutorState* state = state_.get();
-  state->order([state, onDone = std::move(onDone)] {
+  state->addCommand([state, onDone = std::move(onDone)] {
     std::optional<Error> failure;
     DeviceMemoryInfo info;
     try {
@@ -1139,7 +1141,7 @@ void Executor::close(std::shared_ptr<Executor> executor, std::function<void()> o
     id = ++state->closerCount;
     state->closers.push_back({id, std::move(onDone), state->submitted, false});
   }
-  // With the last handle the executor ends, and tells all closers.
+  // With the last handle the executor ends and calls all closers.
   executor.reset();
   state->ready(id);
 }

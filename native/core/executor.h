@@ -1,7 +1,7 @@
 // Programs on one GPU: a queue of instructions (launches of engines, copies of rows) that a thread of its own hands to
 // one stream, at most two launches ahead of the device, so that the device never waits for JavaScript and a run can still
 // be stopped between launches. A second thread waits for what the first has queued: it reports launches, checks values and
-// hands over results. All programs of a process on one device share one executor, its memory and its engines.
+// delivers results. All programs of a process on one device share one executor, its memory and its engines.
 //
 // Nothing here blocks the caller but `open` and `load`, which belong on a thread of their own.
 #pragma once
@@ -89,7 +89,7 @@ class Executor;
 struct CapturedProgram;
 struct ExecutorState;
 
-// Device memory that lasts from one submission to the next: zeros before the first. Freed with its last owner.
+// Device memory that outlives a submission: zeros before the first. Freed when its last owner is destroyed.
 class Registers {
  public:
   explicit Registers(uint64_t bytes);
@@ -107,11 +107,11 @@ class Registers {
   std::atomic<bool> failed_{false};
 };
 
-// Instructions that run in order, after those of earlier submissions, without a pause between them.
+// Instructions that run in order after those of earlier submissions, without a pause in between.
 struct Submission {
   std::shared_ptr<Registers> registers;
-  // More registers, each of which lives for as long as somebody wants it. With any, a failure is not that of
-  // `registers`: whoever reads one of the others that a failed submission was to write fails with NO_VALUE.
+  // More registers, each with a lifetime of its own. With any, a failure does not make later submissions to `registers`
+  // fail: instead, submissions that read one of the others that this one was to write fail with NO_VALUE.
   std::vector<std::shared_ptr<Registers>> others;
   // Uploaded at once before the first instruction.
   std::vector<uint8_t> constants;
@@ -119,7 +119,7 @@ struct Submission {
   // Downloaded at once after the last.
   std::vector<Range> results;
   // Turns the instructions into one CUDA graph, which later submissions of the same instructions replay. Its registers
-  // are cleared before: it does not go on from what was submitted earlier.
+  // are cleared first: it does not read what earlier submissions wrote.
   bool capture = false;
   // Both are called on the executor's threads, and must not throw. `onDone` is called exactly once.
   std::function<void(LaunchReport)> onLaunch;
@@ -131,7 +131,7 @@ struct Submission {
 
   uint64_t number_ = 0;
   bool begun_ = false;
-  std::atomic<bool> aborted_{false};
+  std::atomic<bool> cancelled_{false};
   std::optional<Error> failure_;
   bool stopped_ = false;
   bool settled_ = false;
@@ -166,19 +166,19 @@ class Executor : public std::enable_shared_from_this<Executor> {
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  // Stops all executors of this process where they are, for its last moments. False if one is still inside of NVIDIA's
-  // libraries when the time is over.
-  static bool quiesce(std::chrono::milliseconds patience);
+  // Keeps all executors of this process out of NVIDIA's libraries while the process exits. False if one is still inside
+  // when the time is over.
+  static bool quiesce(std::chrono::milliseconds timeout);
 
   const CudaDevice& device() const noexcept;
 
-  // The engine of a plan, loaded once however many ask for it. Throws what Engine does.
+  // The engine of a plan, loaded once for all its users. Throws what Engine does.
   std::shared_ptr<Engine> load(const std::string& plan, const std::string& identity);
   std::shared_ptr<Registers> createRegisters(uint64_t bytes);
 
   void submit(std::shared_ptr<Submission> submission);
   // Stops a submission before its next launch; its outcome is then the Error CANCELLED.
-  void abort(const std::shared_ptr<Submission>& submission);
+  void cancel(const std::shared_ptr<Submission>& submission);
   // The same for one that has not begun; false for every other.
   bool withdraw(const std::shared_ptr<Submission>& submission);
 
@@ -187,8 +187,8 @@ class Executor : public std::enable_shared_from_this<Executor> {
                std::function<void(std::optional<Error>, TensorShapes)> onDone);
   void memory(std::function<void(std::optional<Error>, DeviceMemoryInfo)> onDone);
 
-  // Lets go of a handle; `onDone` is called when what was submitted before has ended and everything that was let go of
-  // has been freed.
+  // Releases a handle. `onDone` is called when everything submitted before has ended and everything released before has
+  // been freed.
   static void close(std::shared_ptr<Executor> executor, std::function<void()> onDone);
 
   ExecutorStatistics statistics() const;

@@ -14,8 +14,8 @@
 namespace flowturbo {
 namespace {
 
-// Writes of more than 2 GiB are cut short by the kernel; smaller pieces also let a full disk show early.
-constexpr uint64_t kPiece = uint64_t{64} << 20;
+// The kernel shortens writes of more than 2 GiB; with smaller ones a full disk is also noticed earlier.
+constexpr uint64_t kWriteBytes = uint64_t{64} << 20;
 
 Error changedFile(const std::string& code, const std::string& path) {
   const char* since = code == "WEIGHTS_CHANGED" ? "the model was opened" : "it was verified";
@@ -80,7 +80,7 @@ NewFile::~NewFile() {
 bool NewFile::write(const void* data, uint64_t length) noexcept {
   const char* from = static_cast<const char*>(data);
   while (length > 0 && failure_ == 0) {
-    const ssize_t count = ::write(descriptor_, from, static_cast<size_t>(std::min(length, kPiece)));
+    const ssize_t count = ::write(descriptor_, from, static_cast<size_t>(std::min(length, kWriteBytes)));
     if (count < 0) {
       if (errno != EINTR) failure_ = errno;
       continue;
@@ -113,7 +113,7 @@ std::unique_ptr<FileLock> FileLock::tryLock(const std::string& path) {
       if (number == EINTR) continue;
       throw systemError("IO", number, "Cannot lock", path);
     }
-    // The holder before us removes the file while it still holds the lock: then this one is locked, but nameless.
+    // The previous holder removes the file while it still holds the lock: then the locked file has no name any more.
     struct stat held {};
     struct stat named {};
     if (fstat(descriptor, &held) == 0 && stat(path.c_str(), &named) == 0 && held.st_ino == named.st_ino &&

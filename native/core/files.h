@@ -1,5 +1,5 @@
 // The files that a build reads and writes: weights mapped into memory, so that nothing is copied; the plan, streamed
-// to a file of its own; and a lock that the kernel releases when its process dies, however it dies.
+// to a file of its own; and a lock that the kernel releases when its process ends, however it ends.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace flowturbo {
 
-// A whole file, mapped read-only.
+// A file mapped read-only from its first byte to its last.
 class MappedFile {
  public:
   // `identity` is what the file was when it was hashed (see identityOf). Throws Error `changed` if it is another one by
@@ -36,8 +36,8 @@ class MappedFile {
   uint64_t size_ = 0;
 };
 
-// "device:inode:size:mtime:ctime", times in nanoseconds: another string for every change to a file that goes through
-// the operating system.
+// "device:inode:size:mtime:ctime", times in nanoseconds: every change to a file that goes
+// through the operating system changes this string.
 std::string identityOf(int descriptor, const std::string& path);
 
 // A file under construction: new, private to its owner, removed unless `keep` was called.
@@ -68,7 +68,7 @@ class NewFile {
 // Exclusive among processes and threads for as long as the object lives.
 class FileLock {
  public:
-  // Null while somebody else holds it. Throws Error IO.
+  // Null while another holder has it. Throws Error IO.
   static std::unique_ptr<FileLock> tryLock(const std::string& path);
   ~FileLock();
   FileLock(const FileLock&) = delete;

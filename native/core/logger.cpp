@@ -30,7 +30,7 @@ Logger::Taken Logger::take(const std::string& logPath) {
   return Taken(logger);
 }
 
-void Logger::giveBack() {
+void Logger::returnToPool() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     active_ = false;

@@ -1,6 +1,6 @@
-// What TensorRT says while it works. It keeps the first logger it is given for as long as the process lives, and calls it
-// from threads of its own. So loggers are never freed: one is taken from a pool and given back, and hears nothing in
-// between.
+// Collects the messages that TensorRT logs. TensorRT keeps the first logger that it is given until the process ends, and
+// calls it from threads of its own. So loggers are never freed: one is taken from a pool and returned to it, and a logger
+// in the pool ignores messages.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -15,12 +15,12 @@ namespace flowturbo {
 
 class Logger final : public nvinfer1::ILogger {
  public:
-  struct GiveBack {
-    void operator()(Logger* logger) const { logger->giveBack(); }
+  struct ReturnToPool {
+    void operator()(Logger* logger) const { logger->returnToPool(); }
   };
-  using Taken = std::unique_ptr<Logger, GiveBack>;
+  using Taken = std::unique_ptr<Logger, ReturnToPool>;
 
-  // Everything goes into a new file too, unless `logPath` is empty.
+  // Every message is also written to a new file, unless `logPath` is empty.
   static Taken take(const std::string& logPath = "");
 
   void log(Severity severity, const char* message) noexcept override;
@@ -33,7 +33,7 @@ class Logger final : public nvinfer1::ILogger {
  private:
   Logger() = default;
   void start(const std::string& logPath);
-  void giveBack();
+  void returnToPool();
 
   std::mutex mutex_;
   bool active_ = false;

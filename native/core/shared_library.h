@@ -1,5 +1,5 @@
 // A library opened with dlopen at first use, since the addon must load on machines that have none of NVIDIA's. One that
-// was used is never closed: CUDA and TensorRT start threads and register exit handlers that outlive any handle of ours.
+// was used is never closed: CUDA and TensorRT start threads and register exit handlers that outlive any handle held here.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@ namespace flowturbo {
 
 class SharedLibrary {
  public:
-  // A path, or a bare name that the loader looks up. Throws Error LIBRARY_NOT_LOADED with the loader's words.
+  // A path, or a bare name that the loader looks up. Throws Error LIBRARY_NOT_LOADED with the loader's message.
   explicit SharedLibrary(const std::string& name);
 
   // Null where the library has no such symbol.
@@ -20,12 +20,12 @@ class SharedLibrary {
     return reinterpret_cast<Function>(requireAddress(symbol));
   }
 
-  // For one that turned out not to be what is wanted: while it is open, the loader answers with it whenever another file
-  // is asked for by the same name. Nothing of it may be used any more.
+  // For a library that is not the right one: while it is open, the loader returns it for every other file of the same
+  // name. Nothing of it may be used after this call.
   void close() noexcept;
 
   const std::string& name() const noexcept { return name_; }
-  // The file that the loader found, as far as it tells.
+  // The file that the loader found, where the loader reports it.
   std::string pathOf(const char* symbol) const;
 
  private:

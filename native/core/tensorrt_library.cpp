@@ -26,7 +26,7 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
   std::shared_ptr<TensorRtLibrary> result(new TensorRtLibrary());
   try {
     const auto number = [&](const char* symbol) { return core.require<int32_t (*)()>(symbol)(); };
-    // The version that the factories take guards nothing (TensorRT-RTX accepts any), so the library itself is asked.
+    // The version that the factories take is no check (TensorRT-RTX accepts any), so the library's own version is read.
     result->version_ = {number("getInferLibMajorVersion"), number("getInferLibMinorVersion"),
                         number("getInferLibPatchVersion"), number("getInferLibBuildVersion")};
     result->path_ = core.pathOf("getInferLibMajorVersion");

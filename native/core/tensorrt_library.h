@@ -1,6 +1,6 @@
-// TensorRT or TensorRT-RTX and its ONNX parser, opened at first use and checked before anything of it is called
-// through. The headers are not vtable-compatible between the two (nor below the floors named here), so which of the two
-// this file speaks to is settled when it is compiled; see CMakeLists.txt.
+// TensorRT or TensorRT-RTX and its ONNX parser, opened at first use and checked before its classes are used. The
+// headers are not vtable-compatible between the two (nor with versions below the floors given here), so this file is
+// compiled for one of them; see CMakeLists.txt.
 #pragma once
 
 #include <NvInfer.h>

@@ -1,5 +1,5 @@
-// The simulated device's controls for tests in JavaScript. Loading this addon brings the simulated libcuda.so.1 into the
-// process under that name, where the addon under test then finds it as it would find the driver.
+// The simulated device's controls for tests in JavaScript. Loading this addon loads the simulated libcuda.so.1 into the
+// process under that name, and the addon under test finds it as it would find the driver.
 
 #include <napi.h>
 

@@ -53,7 +53,7 @@ struct Simulation {
   int failKernelCode = 0;
   std::string failed;
   std::string violation;
-  // The error that the context is stuck with.
+  // The error that every call on the context returns.
   int lost = 0;
   int retained = 0;
   CUctx_st context;
@@ -62,10 +62,10 @@ struct Simulation {
   std::mutex streamsMutex;
   std::set<CUstream_st*> streams;
 
-  std::mutex gateMutex;
-  std::condition_variable gate;
+  std::mutex holdMutex;
+  std::condition_variable holdChanged;
   bool held = false;
-  int64_t let = 0;
+  int64_t allowed = 0;
 };
 
 Simulation& simulation() {
@@ -88,7 +88,7 @@ void violate(const char* what) {
   if (all.violation.empty()) all.violation = what;
 }
 
-// Counts a call; non-zero is what it has to answer.
+// Counts a call. A result other than zero is what the call has to return.
 CUresult enter(const char* call) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
@@ -122,7 +122,7 @@ bool within(uintptr_t address, size_t bytes, bool device) {
 
 }  // namespace
 
-// Shared with the work that it is recorded in: a driver keeps an event until that has run.
+// Shared with the work that records it: a driver keeps an event until that work has run.
 struct EventState {
   std::mutex mutex;
   std::condition_variable changed;
@@ -161,7 +161,7 @@ struct CUstream_st {
     worker.join();
   }
 
-  // Into the graph under construction, or onto the device.
+  // To the CUDA graph under construction, or to the device.
   void add(Operation operation) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (capture)
@@ -225,16 +225,16 @@ CUresult lostCode() {
 // A transfer of bytes, checked when it is queued and again when it runs.
 CUresult transfer(CUstream_st* stream, uintptr_t to, bool toDevice, uintptr_t from, bool fromDevice, size_t bytes,
                   uint64_t SimulatedCounts::*counter, const char* call) {
-  const auto sound = [=] { return within(to, bytes, toDevice) && within(from, bytes, fromDevice); };
-  if (!sound()) {
+  const auto valid = [=] { return within(to, bytes, toDevice) && within(from, bytes, fromDevice); };
+  if (!valid()) {
     violate(call);
     return kInvalidValue;
   }
   const std::string name = call;
   stream->add([=] {
     if (isLost()) return;
-    if (!sound()) {
-      violate((name + " of memory that is gone").c_str());
+    if (!valid()) {
+      violate((name + " of memory that was freed").c_str());
       return;
     }
     std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
@@ -245,8 +245,8 @@ CUresult transfer(CUstream_st* stream, uintptr_t to, bool toDevice, uintptr_t fr
   return kSuccess;
 }
 
-// A device that is lost does not touch memory any more.
-void restIfLost() {
+// A lost device does not touch memory any more.
+void drainIfLost() {
   if (!isLost()) return;
   const std::lock_guard<std::mutex> lock(simulation().streamsMutex);
   for (CUstream_st* stream : simulation().streams) stream->drain();
@@ -259,7 +259,7 @@ CUresult allocate(void** pointer, size_t bytes, bool device) {
   if (device && all.counts.deviceBytes + bytes > all.capacity) return kOutOfMemory;
   void* memory = nullptr;
   if (posix_memalign(&memory, 512, bytes) != 0) return kOutOfMemory;
-  // Memory that nobody has written yet reads as NaN.
+  // Memory that was never written reads as NaN.
   std::memset(memory, 0xff, bytes);
   all.blocks[reinterpret_cast<uintptr_t>(memory)] = {bytes, device};
   (device ? all.counts.deviceBlocks : all.counts.hostBlocks) += 1;
@@ -295,11 +295,11 @@ struct Kernel {
   void (*destroy)(void*);
 };
 
-void pass() {
+void waitWhileHeld() {
   Simulation& all = simulation();
-  std::unique_lock<std::mutex> lock(all.gateMutex);
-  all.gate.wait(lock, [&] { return !all.held || all.let > 0; });
-  if (all.held) all.let--;
+  std::unique_lock<std::mutex> lock(all.holdMutex);
+  all.holdChanged.wait(lock, [&] { return !all.held || all.allowed > 0; });
+  if (all.held) all.allowed--;
 }
 
 void count(uint64_t SimulatedCounts::*counter, int change) {
@@ -375,7 +375,7 @@ EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.counts.contexts--;
-  // A context that nobody holds is destroyed, its error with it.
+  // A context without holders is destroyed, and its error with it.
   if (--all.retained == 0) all.lost = 0;
   return result;
 }
@@ -405,7 +405,7 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes) {
 
 EXPORT CUresult cuMemFree_v2(CUdeviceptr pointer) {
   const CUresult result = enterContext("cuMemFree");
-  restIfLost();
+  drainIfLost();
   const CUresult done = release(reinterpret_cast<void*>(pointer), true, "cuMemFree");
   return result != kSuccess ? result : done;
 }
@@ -417,7 +417,7 @@ EXPORT CUresult cuMemAllocHost_v2(void** pointer, size_t bytes) {
 
 EXPORT CUresult cuMemFreeHost(void* pointer) {
   const CUresult result = enterContext("cuMemFreeHost");
-  restIfLost();
+  drainIfLost();
   const CUresult done = release(pointer, false, "cuMemFreeHost");
   return result != kSuccess ? result : done;
 }
@@ -455,7 +455,7 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t byte
     if (within(to, bytes, true))
       std::memset(reinterpret_cast<void*>(to), value, bytes);
     else
-      violate("cuMemsetD8Async of memory that is gone");
+      violate("cuMemsetD8Async of memory that was freed");
   });
   return kSuccess;
 }
@@ -649,18 +649,18 @@ EXPORT void simulatedCapacity(uint64_t bytes) {
 }
 
 EXPORT void simulatedHold() {
-  const std::lock_guard<std::mutex> lock(simulation().gateMutex);
+  const std::lock_guard<std::mutex> lock(simulation().holdMutex);
   simulation().held = true;
-  simulation().let = 0;
+  simulation().allowed = 0;
 }
 
 EXPORT void simulatedLet(int64_t number) {
-  const std::lock_guard<std::mutex> lock(simulation().gateMutex);
+  const std::lock_guard<std::mutex> lock(simulation().holdMutex);
   if (number < 0)
     simulation().held = false;
   else
-    simulation().let += number;
-  simulation().gate.notify_all();
+    simulation().allowed += number;
+  simulation().holdChanged.notify_all();
 }
 
 EXPORT size_t simulatedKernelTimes(double* times, size_t size) {
@@ -705,7 +705,7 @@ EXPORT bool simulatedIsCapturing(CUstream_st* stream) { return stream->capturing
 EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*)) {
   const auto kernel = std::make_shared<Kernel>(run, data, destroy);
   stream->add([kernel] {
-    pass();
+    waitWhileHeld();
     Simulation& all = simulation();
     {
       const std::lock_guard<std::mutex> lock(all.mutex);

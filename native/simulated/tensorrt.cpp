@@ -1,5 +1,5 @@
 // TensorRT's runtime, or TensorRT-RTX's: the three interfaces that the addon runs engines through, from the real
-// headers. A plan is a text that says what the engine computes, so that a test can compute the same:
+// headers. A plan is a text that defines what the engine computes, so that a test can compute the same:
 //
 //   flowturbo-simulated 1
 //   weights 65536                       bytes of device memory that the engine takes
@@ -119,7 +119,7 @@ Token tokenOf(const std::string& word) {
 Plan parse(const std::string& text) {
   std::istringstream lines(text);
   std::string line;
-  if (!std::getline(lines, line) || line != "flowturbo-simulated 1") throw std::runtime_error("it is no plan");
+  if (!std::getline(lines, line) || line != "flowturbo-simulated 1") throw std::runtime_error("it is not a plan");
   Plan plan;
   while (std::getline(lines, line)) {
     std::istringstream words(line);
@@ -421,7 +421,7 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
   kernel->plan = engine_.plan;
   kernel->weights = reinterpret_cast<uint8_t*>(engine_.weights);
 
-  // 1. Every operand is bound, lies on the device, and no output lies over anything else.
+  // 1. Every operand is bound and lies on the device, and no output overlaps another operand.
   struct Used {
     uintptr_t begin;
     uintptr_t end;
@@ -506,6 +506,6 @@ EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
   return static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(*static_cast<nvinfer1::ILogger*>(logger)));
 }
 
-// Engines are never built here: the tests that build have the real library.
+// The simulation builds no engines: tests that build use the real library.
 EXPORT void* createInferBuilder_INTERNAL(void*, int32_t) noexcept { return nullptr; }
 EXPORT void* createNvOnnxParser_INTERNAL(void*, void*, int) noexcept { return nullptr; }

@@ -34,7 +34,7 @@ namespace {
 
 constexpr uint64_t kElements = 600;
 constexpr uint64_t kBytes = kElements * 4;
-constexpr uint64_t kSlot = 2560;
+constexpr uint64_t kRegisterBytes = 2560;
 
 // y = t·2 with t = x + s, where s is one number: t goes through scratch memory.
 std::string affinePlan(uint64_t weights, int microseconds, const std::string& extra = "") {
@@ -69,7 +69,7 @@ void closeExecutor(std::shared_ptr<Executor> executor) {
   closed.get_future().wait();
 }
 
-// Nothing of the device is left, and nothing was done to it that a real one would not bear.
+// Everything on the device was freed, and there was no violation.
 void checkNothingLeft() {
   const SimulatedCounts counts = simulatedCounts();
   if (counts.violations > 0) std::fprintf(stderr, "violation: %s\n", simulatedViolation());
@@ -110,28 +110,28 @@ std::vector<float> floatsOf(const std::vector<uint8_t>& bytes) {
   return values;
 }
 
-// Constants: x in slot 0, then one number for each launch. Registers: two that take turns.
+// Constants: x, then one number for each launch. Two registers, which are input and output in turn.
 void fill(Submission& submission, std::shared_ptr<Registers> registers, const std::shared_ptr<Engine>& engine,
           int launches, bool fromRegisters = false) {
   submission.registers = std::move(registers);
-  submission.constants.assign(kSlot + static_cast<uint64_t>(launches) * 256, 0);
+  submission.constants.assign(kRegisterBytes + static_cast<uint64_t>(launches) * 256, 0);
   std::vector<float> x(kElements);
   for (size_t index = 0; index < x.size(); index++) x[index] = static_cast<float>(index) / 8;
   const std::vector<uint8_t> bytes = bytesOf(x);
   std::copy(bytes.begin(), bytes.end(), submission.constants.begin());
   for (int launch = 0; launch < launches; launch++) {
     const float number = static_cast<float>(launch + 1) / 4;
-    std::memcpy(submission.constants.data() + kSlot + launch * 256, &number, 4);
+    std::memcpy(submission.constants.data() + kRegisterBytes + launch * 256, &number, 4);
     Launch instruction;
     instruction.engine = engine;
-    const uint64_t from = launch % 2 == 0 ? kSlot : 0;
-    const uint64_t to = launch % 2 == 0 ? 0 : kSlot;
+    const uint64_t from = launch % 2 == 0 ? kRegisterBytes : 0;
+    const uint64_t to = launch % 2 == 0 ? 0 : kRegisterBytes;
     instruction.operands = {Operand{launch == 0 && !fromRegisters, launch == 0 && !fromRegisters ? 0 : from},
-                            Operand{true, kSlot + static_cast<uint64_t>(launch) * 256}, Operand{false, to}};
+                            Operand{true, kRegisterBytes + static_cast<uint64_t>(launch) * 256}, Operand{false, to}};
     instruction.finite = {2};
     submission.instructions.emplace_back(std::move(instruction));
   }
-  submission.results = {{launches % 2 == 0 ? kSlot : 0, kBytes}};
+  submission.results = {{launches % 2 == 0 ? kRegisterBytes : 0, kBytes}};
 }
 
 std::vector<float> expected(int launches, std::vector<float> x = {}) {
@@ -144,7 +144,7 @@ std::vector<float> expected(int launches, std::vector<float> x = {}) {
 
 void checkGood(Executor& executor, const std::shared_ptr<Engine>& engine, int launches = 3) {
   Run run;
-  fill(*run.submission, executor.createRegisters(2 * kSlot), engine, launches);
+  fill(*run.submission, executor.createRegisters(2 * kRegisterBytes), engine, launches);
   const Outcome outcome = run.start(executor).get();
   if (outcome.error) std::fprintf(stderr, "%s: %s\n", outcome.error->code().c_str(), outcome.error->what());
   CHECK(!outcome.error);
@@ -160,7 +160,7 @@ void test(const char* name, const std::function<void()>& body) {
   std::fflush(stdout);
 }
 
-// An open executor with one engine, and everything gone at the end.
+// An open executor with one engine; everything is freed at the end.
 struct Fixture {
   explicit Fixture(const std::string& text = affinePlan(4096, 0))
       : plan(writePlan(text)), executor(openExecutor()), engine(executor->load(plan.path, plan.identity)) {}
@@ -187,20 +187,20 @@ void runsInOrder() {
   CHECK(simulatedCounts().deserialised == 1);
   for (int launches = 1; launches < 8; launches++) checkGood(executor, fixture.engine, launches);
 
-  // One upload, one download, and one for each value that is looked at.
+  // One upload, one download, and one for each value that is checked.
   simulatedReset();
   checkGood(executor, fixture.engine, 5);
   const SimulatedCounts counts = simulatedCounts();
   CHECK(counts.uploads == 1 && counts.kernels == 5 && counts.downloads == 1 + 5);
 
-  // Several at once, answered in order.
+  // Several at once, which end in order.
   std::vector<std::unique_ptr<Run>> runs;
   std::vector<int> order;
   std::promise<void> last;
   for (int index = 0; index < 20; index++) {
     runs.push_back(std::make_unique<Run>());
     Submission& submission = *runs.back()->submission;
-    fill(submission, executor.createRegisters(2 * kSlot), fixture.engine, 1 + index % 4);
+    fill(submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 1 + index % 4);
     submission.onDone = [&, index](Outcome outcome) {
       CHECK(!outcome.error);
       CHECK(floatsOf(outcome.results.at(0)) == expected(1 + index % 4));
@@ -216,14 +216,14 @@ void runsInOrder() {
 void copiesRows() {
   Fixture fixture;
   Run run;
-  run.submission->registers = fixture.executor->createRegisters(2 * kSlot);
+  run.submission->registers = fixture.executor->createRegisters(2 * kRegisterBytes);
   std::vector<float> x(kElements);
   for (size_t index = 0; index < x.size(); index++) x[index] = static_cast<float>(index);
   run.submission->constants = bytesOf(x);
-  // The second row to the first, and 100 numbers from there to the middle of another register, which is zeros else.
+  // The second row to the first, and 100 numbers from there into another register, which is zeros otherwise.
   run.submission->instructions.emplace_back(CopyBytes{{true, 1200}, {false, 0}, 1200});
-  run.submission->instructions.emplace_back(CopyBytes{{false, 400}, {false, kSlot + 40}, 400});
-  run.submission->results = {{0, 1200}, {kSlot, kBytes}};
+  run.submission->instructions.emplace_back(CopyBytes{{false, 400}, {false, kRegisterBytes + 40}, 400});
+  run.submission->results = {{0, 1200}, {kRegisterBytes, kBytes}};
   const Outcome outcome = run.start(*fixture.executor).get();
   CHECK(!outcome.error);
   const std::vector<float> first = floatsOf(outcome.results.at(0));
@@ -233,21 +233,21 @@ void copiesRows() {
     CHECK(second[index] == (index >= 10 && index < 110 ? static_cast<float>(400 + index - 10) : 0));
 }
 
-void takesPieces() {
+void runsAhead() {
   Fixture fixture;
   Executor& executor = *fixture.executor;
   simulatedHold();
-  const auto registers = executor.createRegisters(2 * kSlot);
+  const auto registers = executor.createRegisters(2 * kRegisterBytes);
   Run first;
   Run second;
   fill(*first.submission, registers, fixture.engine, 2);
   fill(*second.submission, registers, fixture.engine, 2, true);
-  // Two launches end in the second slot; the second piece reads from there.
+  // Two launches end in the second register, which the second submission reads.
   auto one = first.start(executor);
   waitUntil([&] { return executor.statistics().launches == 2; });
   auto two = second.start(executor);
   CHECK(simulatedCounts().kernels == 0);
-  // The next piece is queued on the device as soon as there is room, before the first has ended.
+  // The next submission is queued on the device as soon as there is room, before the first has ended.
   simulatedLet(1);
   waitUntil([&] { return executor.statistics().launches == 3; });
   CHECK(one.wait_for(std::chrono::seconds(0)) == std::future_status::timeout);
@@ -255,12 +255,12 @@ void takesPieces() {
   CHECK(floatsOf(one.get().results.at(0)) == expected(2));
   CHECK(floatsOf(two.get().results.at(0)) == expected(2, expected(2)));
 
-  // After a piece that failed, those that follow do not run on its values.
+  // Submissions after one that failed do not run on its values.
   Run failing;
   Run after;
   fill(*failing.submission, registers, fixture.engine, 1);
   fill(*after.submission, registers, fixture.engine, 1, true);
-  failing.submission->results = {{2 * kSlot, 4}};
+  failing.submission->results = {{2 * kRegisterBytes, 4}};
   auto bad = failing.start(executor);
   auto good = after.start(executor);
   CHECK(bad.get().error->code() == "INVALID");
@@ -275,46 +275,46 @@ void stopsBetweenLaunches() {
     simulatedReset();
     simulatedHold();
     Run run;
-    fill(*run.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
+    fill(*run.submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 6);
     auto outcome = run.start(executor);
     simulatedLet(launches);
     waitUntil([&] {
       const std::lock_guard<std::mutex> lock(run.mutex);
       return run.reports.size() == static_cast<size_t>(launches);
     });
-    executor.abort(run.submission);
+    executor.cancel(run.submission);
     simulatedLet(-1);
     const Outcome done = outcome.get();
     CHECK(done.error && done.error->code() == "CANCELLED");
-    // What was queued on the device cannot be taken back.
+    // Launches that are queued on the device cannot be cancelled.
     CHECK(simulatedCounts().kernels <= static_cast<uint64_t>(launches) + 2);
     checkGood(executor, fixture.engine);
   }
 
-  // One that waits behind another leaves at once.
+  // One that waits behind another ends at once.
   simulatedReset();
   simulatedHold();
   Run running;
   Run waiting;
-  fill(*running.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
-  fill(*waiting.submission, executor.createRegisters(2 * kSlot), fixture.engine, 6);
+  fill(*running.submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 6);
+  fill(*waiting.submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 6);
   auto first = running.start(executor);
   auto second = waiting.start(executor);
-  executor.abort(waiting.submission);
+  executor.cancel(waiting.submission);
   CHECK(second.get().error->code() == "CANCELLED");
   CHECK(simulatedCounts().kernels == 0);
   simulatedLet(-1);
   CHECK(!first.get().error);
 }
 
-// The whole life of a program, as far as it comes. Empty if all went well, else the code of the first error.
-std::string live(const Plan& plan, bool capture) {
+// Opens an executor, runs a program and closes it. Empty if all succeeded, otherwise the code of the first error.
+std::string openRunClose(const Plan& plan, bool capture) {
   std::string code;
   std::shared_ptr<Executor> executor;
   try {
     executor = openExecutor();
     const std::shared_ptr<Engine> engine = executor->load(plan.path, plan.identity);
-    const auto registers = executor->createRegisters(2 * kSlot);
+    const auto registers = executor->createRegisters(2 * kRegisterBytes);
     for (int index = 0; index < (capture ? 2 : 1) && code.empty(); index++) {
       Run run;
       fill(*run.submission, registers, engine, 2);
@@ -340,7 +340,7 @@ void survivesErrors() {
   const Plan plan = writePlan(affinePlan(4096, 0));
   for (const bool capture : {false, true}) {
     simulatedReset();
-    CHECK(live(plan, capture).empty());
+    CHECK(openRunClose(plan, capture).empty());
     const uint64_t calls = simulatedCounts().calls;
     CHECK(calls > 50);
     std::set<std::string> silent;
@@ -348,7 +348,7 @@ void survivesErrors() {
       for (uint64_t call = 1; call <= calls; call++) {
         simulatedReset();
         simulatedFailAt(call, code);
-        const std::string answer = live(plan, capture);
+        const std::string answer = openRunClose(plan, capture);
         const std::string failed = simulatedFailed();
         simulatedFailAt(0, 0);
         if (answer.empty() && !failed.empty()) silent.insert(failed);
@@ -357,40 +357,40 @@ void survivesErrors() {
         if (simulatedCounts().violations > 0)
           std::fprintf(stderr, "call %d (%s) failed with %d\n", static_cast<int>(call), failed.c_str(), code);
         checkNothingLeft();
-        // Whatever it was, the next one runs.
-        CHECK(live(plan, capture).empty());
+        // Whatever failed, the next one runs.
+        CHECK(openRunClose(plan, capture).empty());
         checkNothingLeft();
       }
-    // Nobody is told of what fails while it is freed, nor of what went well at the second attempt.
+    // Failures to free are not reported, nor failures where the second attempt succeeded.
     const std::set<std::string> mayBeSilent{
         "cuEventDestroy", "cuStreamDestroy", "cuMemFree", "cuMemFreeHost", "cuGraphDestroy", "cuGraphExecDestroy",
         "cuDevicePrimaryCtxRelease", "cuMemAlloc", "cuMemAllocHost", "cuCtxSetCurrent", "cuStreamSynchronize"};
     for (const std::string& name : silent) {
-      if (mayBeSilent.count(name) == 0) std::fprintf(stderr, "%s failed in silence\n", name.c_str());
+      if (mayBeSilent.count(name) == 0) std::fprintf(stderr, "%s failed without an error\n", name.c_str());
       CHECK(mayBeSilent.count(name) == 1);
     }
   }
   unlink(plan.path.c_str());
 }
 
-// Pieces over registers that lie apart: what one writes the next reads; what a failed one was to write has no value.
+// Submissions over several registers: what one writes the next reads; what a failed one was to write has no value.
 void keepsRegistersApart() {
   Fixture fixture;
   Executor& executor = *fixture.executor;
-  const auto home = executor.createRegisters(0);
-  const auto a = executor.createRegisters(kSlot);
-  const auto b = executor.createRegisters(kSlot);
-  // y = (x + number)·2 from the constants (block 0) or the first of the others, to the last of them.
-  const auto piece = [&](Run& run, bool fromConstants, float number, std::vector<std::shared_ptr<Registers>> others) {
+  const auto own = executor.createRegisters(0);
+  const auto a = executor.createRegisters(kRegisterBytes);
+  const auto b = executor.createRegisters(kRegisterBytes);
+  // y = (x + number)·2 from the constants (registers 0) or the first of the others, to the last of them.
+  const auto start = [&](Run& run, bool fromConstants, float number, std::vector<std::shared_ptr<Registers>> others) {
     Submission& submission = *run.submission;
-    submission.registers = home;
+    submission.registers = own;
     submission.others = std::move(others);
     const auto last = static_cast<uint32_t>(submission.others.size());
-    submission.constants.assign(kSlot + 256, 0);
-    std::memcpy(submission.constants.data() + kSlot, &number, 4);
+    submission.constants.assign(kRegisterBytes + 256, 0);
+    std::memcpy(submission.constants.data() + kRegisterBytes, &number, 4);
     Launch launch;
     launch.engine = fixture.engine;
-    launch.operands = {fromConstants ? Operand{true, 0} : Operand{false, 0, 1}, Operand{true, kSlot},
+    launch.operands = {fromConstants ? Operand{true, 0} : Operand{false, 0, 1}, Operand{true, kRegisterBytes},
                        Operand{false, 0, last}};
     launch.finite = {2};
     submission.instructions.emplace_back(std::move(launch));
@@ -404,12 +404,12 @@ void keepsRegistersApart() {
   };
   for (int round = 0; round < 50; round++) {
     Run first, second, broken, reader, again, last;
-    auto one = piece(first, true, 1, {a});
-    auto two = piece(second, false, 1, {a, b});
-    auto three = piece(broken, true, INFINITY, {a});
-    auto four = piece(reader, false, 1, {a, b});
-    auto five = piece(again, true, 3, {a});
-    auto six = piece(last, false, 0, {a, b});
+    auto one = start(first, true, 1, {a});
+    auto two = start(second, false, 1, {a, b});
+    auto three = start(broken, true, INFINITY, {a});
+    auto four = start(reader, false, 1, {a, b});
+    auto five = start(again, true, 3, {a});
+    auto six = start(last, false, 0, {a, b});
     check(std::move(one), 2);
     check(std::move(two), 6);
     CHECK(three.get().error->code() == "NOT_FINITE");
@@ -419,11 +419,11 @@ void keepsRegistersApart() {
     check(std::move(five), 6);
     check(std::move(six), 12);
   }
-  // Registers that are not there, and a capture of several.
+  // Registers that do not exist, and a capture over several.
   for (const bool capture : {false, true}) {
     Run run;
     run.submission->capture = capture;
-    auto outcome = piece(run, true, 1, capture ? std::vector{a} : std::vector<std::shared_ptr<Registers>>{});
+    auto outcome = start(run, true, 1, capture ? std::vector{a} : std::vector<std::shared_ptr<Registers>>{});
     if (!capture) {
       CHECK(outcome.get().error.has_value());
       continue;
@@ -436,17 +436,17 @@ void losesTheDevice() {
   Fixture fixture;
   Run run;
   Run behind;
-  fill(*run.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 4);
-  fill(*behind.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 4);
+  fill(*run.submission, fixture.executor->createRegisters(2 * kRegisterBytes), fixture.engine, 4);
+  fill(*behind.submission, fixture.executor->createRegisters(2 * kRegisterBytes), fixture.engine, 4);
   simulatedFailKernel(2, 700);
   auto first = run.start(*fixture.executor);
   auto second = behind.start(*fixture.executor);
   const Outcome outcome = first.get();
   CHECK(outcome.error && outcome.error->code() == "DEVICE_LOST");
   CHECK(second.get().error->code() == "DEVICE_LOST");
-  // It stays lost, and can be let go of; the next one is new.
+  // It stays lost and can be closed; the next one is new.
   Run later;
-  fill(*later.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 1);
+  fill(*later.submission, fixture.executor->createRegisters(2 * kRegisterBytes), fixture.engine, 1);
   CHECK(later.start(*fixture.executor).get().error->code() == "DEVICE_LOST");
   later.submission.reset();
   run.submission.reset();
@@ -462,9 +462,9 @@ void seesWhatIsNotFinite() {
   Fixture fixture(affinePlan(0, 0));
   for (const float value : {INFINITY, -INFINITY, NAN, 3e38f}) {
     Run run;
-    fill(*run.submission, fixture.executor->createRegisters(2 * kSlot), fixture.engine, 3);
+    fill(*run.submission, fixture.executor->createRegisters(2 * kRegisterBytes), fixture.engine, 3);
     // Of the second launch.
-    std::memcpy(run.submission->constants.data() + kSlot + 256, &value, 4);
+    std::memcpy(run.submission->constants.data() + kRegisterBytes + 256, &value, 4);
     const Outcome outcome = run.start(*fixture.executor).get();
     CHECK(outcome.error && outcome.error->code() == "NOT_FINITE");
     CHECK(outcome.error->launch == 1 && outcome.error->operand == 2);
@@ -501,20 +501,20 @@ void refusesWrongInstructions() {
   Executor& executor = *fixture.executor;
   const auto refused = [&](const std::function<void(Submission&)>& spoil) {
     Run run;
-    fill(*run.submission, executor.createRegisters(2 * kSlot), fixture.engine, 2);
+    fill(*run.submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 2);
     spoil(*run.submission);
     const Outcome outcome = run.start(executor).get();
     return outcome.error && outcome.error->code() == "INVALID";
   };
   const auto launch = [](Submission& submission) -> Launch& { return std::get<Launch>(submission.instructions[1]); };
-  CHECK(refused([&](Submission& submission) { launch(submission).operands[0].offset = 2 * kSlot; }));
+  CHECK(refused([&](Submission& submission) { launch(submission).operands[0].offset = 2 * kRegisterBytes; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[0].offset = UINT64_MAX - 255; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[2].offset = 4; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[2].constant = true; }));
   CHECK(refused([&](Submission& submission) { launch(submission).operands[1].offset = 1 << 20; }));
-  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 0}, {false, 2 * kSlot}, 4}); }));
+  CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 0}, {false, 2 * kRegisterBytes}, 4}); }));
   CHECK(refused([&](Submission& submission) { submission.instructions.emplace_back(CopyBytes{{true, 1 << 20}, {false, 0}, 4}); }));
-  CHECK(refused([&](Submission& submission) { submission.results = {{kSlot, 2 * kSlot}}; }));
+  CHECK(refused([&](Submission& submission) { submission.results = {{kRegisterBytes, 2 * kRegisterBytes}}; }));
   CHECK(simulatedCounts().kernels == 0);
 
   for (const std::string& text : {std::string("nonsense"), affinePlan(0, 0, "output z f16\n")}) {
@@ -558,14 +558,14 @@ void leaksNothing() {
 void replaysAsOneGraph() {
   Fixture fixture;
   Executor& executor = *fixture.executor;
-  const auto registers = executor.createRegisters(2 * kSlot);
+  const auto registers = executor.createRegisters(2 * kRegisterBytes);
   for (int index = 0; index < 5; index++) {
     Run run;
     fill(*run.submission, registers, fixture.engine, 4);
     run.submission->capture = true;
-    // The constants are another run's.
+    // The constants differ from run to run.
     const float number = static_cast<float>(index);
-    std::memcpy(run.submission->constants.data() + kSlot, &number, 4);
+    std::memcpy(run.submission->constants.data() + kRegisterBytes, &number, 4);
     const Outcome outcome = run.start(executor).get();
     CHECK(!outcome.error);
     CHECK(outcome.replayed == (index > 0) && outcome.notCaptured.empty());
@@ -578,12 +578,12 @@ void replaysAsOneGraph() {
   }
   CHECK(simulatedCounts().graphLaunches == 4);
 
-  // Values that are not finite are found in a graph too.
+  // Values that are not finite are found in a CUDA graph too.
   Run bad;
   fill(*bad.submission, registers, fixture.engine, 4);
   bad.submission->capture = true;
   const float infinite = INFINITY;
-  std::memcpy(bad.submission->constants.data() + kSlot + 512, &infinite, 4);
+  std::memcpy(bad.submission->constants.data() + kRegisterBytes + 512, &infinite, 4);
   const Outcome outcome = bad.start(executor).get();
   CHECK(outcome.error && outcome.error->code() == "NOT_FINITE" && outcome.error->launch == 2);
 
@@ -596,20 +596,20 @@ void replaysAsOneGraph() {
       fill(*run->submission, registers, fixture.engine, 4);
       run->submission->capture = true;
     }
-    if (!stopped) std::memcpy(failing.submission->constants.data() + kSlot, &infinite, 4);
+    if (!stopped) std::memcpy(failing.submission->constants.data() + kRegisterBytes, &infinite, 4);
     const uint64_t before = executor.statistics().replays;
     auto one = failing.start(executor);
     auto two = waiting.start(executor);
     waitUntil([&] { return executor.statistics().replays > before; });
-    if (stopped) executor.abort(failing.submission);
+    if (stopped) executor.cancel(failing.submission);
     simulatedLet(-1);
     CHECK(one.get().error->code() == (stopped ? "CANCELLED" : "NOT_FINITE"));
     const Outcome good = two.get();
     CHECK(!good.error && floatsOf(good.results.at(0)) == expected(4));
   }
 
-  // Other instructions in the same registers make a graph of their own; several replays may wait at once.
-  const auto others = executor.createRegisters(2 * kSlot);
+  // Other instructions in the same registers make another CUDA graph; several replays may wait at once.
+  const auto others = executor.createRegisters(2 * kRegisterBytes);
   std::vector<std::unique_ptr<Run>> runs;
   std::vector<std::future<Outcome>> outcomes;
   for (int index = 0; index < 9; index++) {
@@ -624,7 +624,7 @@ void replaysAsOneGraph() {
     CHECK(floatsOf(done.results.at(0)) == expected(index < 4 ? 2 : 3));
   }
 
-  // Larger scratch memory for another program leaves a graph valid.
+  // A CUDA graph stays valid when another program needs larger scratch memory.
   const Plan wide = writePlan(
       "flowturbo-simulated 1\ninput x f32\noutput y f32\ntemporary t x\nformula t x 1 +\nformula y t 2 *\n"
       "profile x=1,500000 y=1,500000\n");
@@ -644,13 +644,13 @@ void replaysAsOneGraph() {
   unlink(wide.path.c_str());
 }
 
-void waitsWhenDisposed() {
+void waitsWhenClosed() {
   Plan plan = writePlan(affinePlan(4096, 0));
   auto executor = openExecutor();
   auto engine = executor->load(plan.path, plan.identity);
   simulatedHold();
   Run run;
-  fill(*run.submission, executor->createRegisters(2 * kSlot), engine, 4);
+  fill(*run.submission, executor->createRegisters(2 * kRegisterBytes), engine, 4);
   auto outcome = run.start(*executor);
   run.submission.reset();
   engine.reset();
@@ -678,7 +678,7 @@ void servesManyThreads() {
       }
     });
   for (std::thread& thread : threads) thread.join();
-  // The last threads of executors end a moment after the handles.
+  // The threads of executors end shortly after the last handle.
   waitUntil([] { return simulatedCounts().contexts == 0; });
   unlink(plan.path.c_str());
 }
@@ -694,11 +694,12 @@ void sharesEngines() {
   for (std::thread& thread : threads) thread.join();
   for (const auto& engine : engines) CHECK(engine == engines[0]);
   CHECK(simulatedCounts().deserialised == 1 && simulatedCounts().engines == 1);
-  // Let go of, and loaded anew where the two do not fit beside each other.
+  // Released, and loaded again where both together do not fit.
   simulatedCapacity(3 << 19);
   engines.clear();
   engines.push_back(two->load(plan.path, plan.identity));
-  CHECK(simulatedCounts().engines == 1);
+  // The old engine's memory is free a moment before its destructor ends.
+  waitUntil([] { return simulatedCounts().engines == 1; });
   engines.clear();
   closeExecutor(std::move(one));
   closeExecutor(std::move(two));
@@ -712,15 +713,15 @@ int main() {
   using namespace flowturbo;
   test("runs programs in order", runsInOrder);
   test("copies rows", copiesRows);
-  test("takes a program in pieces, ahead of the device", takesPieces);
+  test("runs submissions in turn, ahead of the device", runsAhead);
   test("keeps registers apart", keepsRegistersApart);
   test("stops between launches", stopsBetweenLaunches);
   test("sees values that are not finite", seesWhatIsNotFinite);
   test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
   test("refuses wrong instructions and plans before the first launch", refusesWrongInstructions);
   test("loses the device and gets a new one", losesTheDevice);
-  test("replays a program as one graph", replaysAsOneGraph);
-  test("waits for its runs when it is disposed of", waitsWhenDisposed);
+  test("replays a program as one CUDA graph", replaysAsOneGraph);
+  test("waits for its runs when it is closed", waitsWhenClosed);
   test("shares engines", sharesEngines);
   test("serves many threads", servesManyThreads);
   test("leaks nothing in 1000 runs", leaksNothing);

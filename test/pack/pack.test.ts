@@ -16,7 +16,7 @@ beforeAll(() => {
   if (lacksAddons === null)
     execFileSync(process.execPath, [path.join(root, "scripts/prebuild.mjs")], { cwd: root, stdio: "ignore" });
   folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-pack-"));
-  // dist/ is built; the prepare script would build it again under the feet of the tests that run beside this one.
+  // dist/ is built; the script `prepare` would build it again while other tests read it.
   const args = ["pack", "--json", "--ignore-scripts", "--pack-destination", folder];
   const [report] = JSON.parse(
     execFileSync("npm", args, { cwd: root, encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }),
@@ -30,6 +30,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 describe("the package", () => {
   it("holds what a user needs and nothing else", () => {
     for (const file of [
+      "bin/flowturbo.js",
       "dist/index.js",
       "dist/index.d.ts",
       "dist/cli.js",
@@ -42,7 +43,7 @@ describe("the package", () => {
     const ladder = "models/shapes/schedules.json";
     expect(files.includes(ladder)).toBe(existsSync(path.join(root, ladder)));
     const expected =
-      /^(dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
+      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
   });
@@ -91,7 +92,7 @@ describe("the package", () => {
     expect(existsSync(path.join(app, "flowturbo-1.png"))).toBe(true);
     const doctor = run("node", cli, "doctor");
     expect(doctor).toMatch(/✔ onnxruntime/);
-    // The addons load, with none of NVIDIA's libraries to be seen, and say so.
+    // The addons load, find none of NVIDIA's libraries, and say so.
     if (lacksAddons === null) expect(doctor).toMatch(/✘ tensorrt\n\s+TensorRT 11 was not found/);
     if (lacksAddons === null) expect(doctor).not.toMatch(/no native addon|cannot be loaded/);
     writeFileSync(

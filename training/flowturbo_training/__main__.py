@@ -47,16 +47,16 @@ def run_shapes(chosen: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from .predictor import PredictorSettings, PredictorShape
-    from .shapes import REFINER, TAILS, Minutes, train
+    from .shapes import REFINER, RUN_ENDS, Minutes, train
 
     torch.set_num_threads(chosen.threads)
     minutes = Minutes()
     scaled = minutes.scaled(chosen.scale)
     scaled_down = lambda number: max(1, round(number * chosen.scale))  # noqa: E731
     refiner = replace(REFINER, steps=scaled_down(REFINER.steps))
-    tails = replace(TAILS, steps=scaled_down(TAILS.steps), shards=scaled_down(TAILS.shards), rows=max(8, scaled_down(TAILS.rows)))
+    run_ends = replace(RUN_ENDS, steps=scaled_down(RUN_ENDS.steps), shards=scaled_down(RUN_ENDS.shards), rows=max(8, scaled_down(RUN_ENDS.rows)))
     state = chosen.state or Path(f"{chosen.out}.state")
-    train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner, tails,
+    train(chosen.out, state, scaled, chosen.seed, PredictorShape(), PredictorSettings(compile=not chosen.no_compile), refiner, run_ends,
           max(8, round(200 * min(1, chosen.scale))))  # fmt: skip
     return 0
 
@@ -87,7 +87,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedules", default="8,10,12", help="flowturbo schedules (numbers of blocks) whose neighbouring points are trained")
     parser.add_argument("--schedule-share", type=float, default=0.5, help="share of the pairs that come from --schedules")
     parser.add_argument("--own-states-share", type=float, default=0.0, help="share of the pairs at a state that the sampler has corrected")
-    parser.add_argument("--tail", type=int, help="train only the last so many intervals of --schedules, where R blocks are")
+    parser.add_argument("--last-intervals", type=int, help="train only the last so many intervals of --schedules, where R blocks are")
     parser.add_argument("--landing-steps", type=int, default=0, help="pairs that end at 0 aim at where so many steps of the predictor land (0: the paper's loss)")
     parser.add_argument("--runs", type=int, default=0, help="then train on the ends of the sampler's own runs from so many starts (0: do not)")
     parser.add_argument("--runs-guidance", default="4.5", help="guidance scales of the runs, separated by commas (default 4.5)")
@@ -106,7 +106,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
 def run_refiner(chosen: argparse.Namespace) -> int:
     import json
 
-    from .plan import load_config, make_plan
+    from .requirements import load_config, requirements_of
 
     config = load_config(chosen.model)
     vae_file = chosen.model / "vae" / "config.json"
@@ -117,13 +117,13 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     t5 = min(chosen.max_sequence_length, json.loads(tokens.read_text()).get("model_max_length", 512)) if tokens.exists() else chosen.max_sequence_length
     clip_file = chosen.model / "text_encoder" / "config.json"
     clip = json.loads(clip_file.read_text()).get("max_position_embeddings", 77) if clip_file.exists() else 77
-    plan = make_plan(
+    required = requirements_of(
         chosen.model, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init, size=size, factor=factor,
         batch=chosen.batch, text_tokens=clip + t5, checkpointing=chosen.gradient_checkpointing,
     )  # fmt: skip
-    print("\n".join(plan.lines()), flush=True)
-    if plan.share > 0.05:
-        print(f"note: the refiner is {plan.share:.1%} of the predictor; above 5 % its evaluations are no longer nearly free", flush=True)
+    print("\n".join(required.lines()), flush=True)
+    if required.share > 0.05:
+        print(f"note: the refiner is {required.share:.1%} of the predictor; above 5 % its evaluations are no longer nearly free", flush=True)
     if chosen.dry_run:
         return 0
     if not (chosen.images or chosen.dataset or chosen.latents):
@@ -136,7 +136,7 @@ def run_refiner(chosen: argparse.Namespace) -> int:
 
     from .data import CachedBatches, dataset_examples, folder_examples, precompute, shuffled
     from .refiner import RefinerSettings, build_refiner, train_refiner
-    from .tails import TailSettings, prepare_tails, train_tails
+    from .run_ends import RunEndSettings, prepare_run_ends, train_on_run_ends
 
     accelerator = Accelerator(mixed_precision=chosen.precision, cpu=chosen.cpu)
     dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
@@ -166,10 +166,10 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     scheduler = json.loads((chosen.model / "scheduler" / "scheduler_config.json").read_text())
     settings = RefinerSettings(
         steps=chosen.steps, batch=chosen.batch, lr=chosen.lr, clip=chosen.clip, average=chosen.average,
-        delta_max=chosen.delta_max, grids=[(int(n), float(scheduler.get("shift", 1.0))) for n in chosen.schedules.split(",")],
-        grid_share=chosen.schedule_share, same_point_share=chosen.own_states_share, tail=chosen.tail, landing_steps=chosen.landing_steps,
+        delta_max=chosen.delta_max, schedules=[(int(n), float(scheduler.get("shift", 1.0))) for n in chosen.schedules.split(",")],
+        schedule_share=chosen.schedule_share, same_point_share=chosen.own_states_share, last_intervals=chosen.last_intervals, landing_steps=chosen.landing_steps,
     )  # fmt: skip
-    runs = chosen.runs and TailSettings(
+    runs = chosen.runs and RunEndSettings(
         shift=float(scheduler.get("shift", 1.0)), guidance=tuple(float(g) for g in chosen.runs_guidance.split(",")),
         rows=min(8, chosen.runs), shards=-(-chosen.runs // min(8, chosen.runs)), steps=chosen.runs_steps, batch=chosen.runs_batch,
         lr=chosen.runs_lr or chosen.lr, clip=chosen.clip, average=chosen.average,
@@ -181,10 +181,10 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     if runs:
         process = (accelerator.process_index, accelerator.num_processes)
         told = CachedBatches(cache, dropout=0)
-        prepare_tails(predictor, told, told.null, state / "runs", runs, chosen.seed, log, device=accelerator.device, part=process)
+        prepare_run_ends(predictor, told, told.null, state / "runs", runs, chosen.seed, log, device=accelerator.device, part=process)
         predictor.to("cpu")
         accelerator.wait_for_everyone()
-        refiner = train_tails(refiner, told.null, state / "runs", state, runs, chosen.seed, log, **how)
+        refiner = train_on_run_ends(refiner, told.null, state / "runs", state, runs, chosen.seed, log, **how)
     if accelerator.is_main_process:
         # The dtype of the predictor's file, so that one engine build has one dtype.
         refiner.to(_file_dtype(chosen.model / "transformer")).save_pretrained(out)

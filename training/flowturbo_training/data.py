@@ -3,7 +3,7 @@
 The text encoders and the VAE are larger than the refiner by far, so they run once over the data, shard by shard, and are
 freed before training starts. A cache is a folder of `shard-*.safetensors` (latents [n, C, h, w], context [n, L, D],
 pooled [n, P]) beside `null.safetensors` (the empty caption) and `cache.json` (what it was made from); each shard is
-written whole or not at all, so a killed run goes on with the next one.
+written completely or not at all, so a killed run goes on with the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .plan import load_config
+from .requirements import load_config
 from .state import StepRandomness, replace_atomically
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}

@@ -2,7 +2,7 @@
 
 Three choices make it learn on two cores. Its latents are low-dimensional (vae.py), its text features are ready before
 it starts (text.py), and its position table is made for small grids: the usual frequencies, spread over 10,000
-positions, leave most channels of a 16 x 16 table constant, so ours are spread over the table's own width. The hidden
+positions, leave most channels of a 16 x 16 table constant, so here they are spread over the table's own width. The hidden
 matrices are trained with Muon (orthogonalised momentum; Jordan et al. 2024), which reached a given loss in far fewer
 samples than AdamW in trials, everything else with AdamW.
 """
@@ -138,7 +138,7 @@ def fast_dtype() -> torch.dtype:
 
 
 def compiled(transformer: torch.nn.Module, log) -> torch.nn.Module:
-    """The transformer through torch.compile where a C++ compiler is at hand (a quarter faster), else as it is."""
+    """The transformer through torch.compile where there is a C++ compiler (a quarter faster), else as it is."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         log("no C++ compiler: the predictor is not compiled")
         return transformer

@@ -6,7 +6,7 @@
 
 (FlowTurbo, arXiv 2409.18128, section 3.2.) Both calls of V and the refiner see the same condition y, dropped for some rows, so that
 the refiner serves both halves of guidance. Pairs (t, t') come from the paper's range, t' = t - U(0, 0.12], and from
-neighbouring points of the grids that the sampler will use, whose last steps are longer than that.
+neighbouring sigmas of the schedules that the sampler will use, whose last steps are longer than that.
 
 At t' = 0 that target says little: without noise there is none to predict, V(x, 0) is the mean of what it might have been, and
 the half of it that enters the last step makes the step too short. With `landing_steps` = m pairs that end at 0 have the
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 
-from .sampling import shifted_grid
+from .sampling import shifted_sigmas
 from .state import Average, StepRandomness, load, save_atomically
 
 Batch = Callable[[StepRandomness, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -35,7 +35,7 @@ Batch = Callable[[StepRandomness, int], tuple[torch.Tensor, torch.Tensor, torch.
 
 @dataclass
 class RefinerSettings:
-    """How a refiner is trained. `grids` are (steps, shift); `grid_share` of the pairs are their neighbouring points."""
+    """How a refiner is trained. `schedules` are (steps, shift); `schedule_share` of the pairs are their neighbouring points."""
 
     steps: int = 10_000
     batch: int = 16
@@ -44,13 +44,13 @@ class RefinerSettings:
     clip: float = 0.01
     average: float = 0.9995
     delta_max: float = 0.12
-    grids: list[tuple[int, float]] = field(default_factory=lambda: [(8, 3.0), (10, 3.0), (12, 3.0)])
-    grid_share: float = 0.5
+    schedules: list[tuple[int, float]] = field(default_factory=lambda: [(8, 3.0), (10, 3.0), (12, 3.0)])
+    schedule_share: float = 0.5
     same_point_share: float = 0.0
     """Share of the pairs where v comes from another state of the same time: a sampler's first R has such a velocity,
     taken at the predicted point where the corrected one is asked for."""
-    tail: int | None = None
-    """Only the last so many intervals of each grid: where R blocks are."""
+    last_intervals: int | None = None
+    """Only the last so many intervals of each schedule: where R blocks are."""
     landing_steps: int = 0
     """Steps of the predictor that pairs ending at 0 aim at; 0: the paper's target there too."""
 
@@ -139,10 +139,10 @@ def draw_times(rng: StepRandomness, rows: int, settings: RefinerSettings) -> tup
     """Pairs (t, t') [B] with 1 >= t >= t' >= 0."""
     pairs = []
     for _ in range(rows):
-        if rng.python.random() < settings.grid_share:
-            grid = shifted_grid(*rng.python.choice(settings.grids))
-            i = rng.python.randrange(max(0, len(grid) - 1 - (settings.tail or len(grid))), len(grid) - 1)
-            pairs.append((grid[i], grid[i + 1]))
+        if rng.python.random() < settings.schedule_share:
+            sigmas = shifted_sigmas(*rng.python.choice(settings.schedules))
+            i = rng.python.randrange(max(0, len(sigmas) - 1 - (settings.last_intervals or len(sigmas))), len(sigmas) - 1)
+            pairs.append((sigmas[i], sigmas[i + 1]))
         else:
             t = rng.python.random()
             pairs.append((t, max(0.0, t - settings.delta_max * (1 - rng.python.random()))))

@@ -14,7 +14,7 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], to
 """(x [B, C, h, w], sigma [B], context [B, L, D], pooled [B, P]) → velocity like x."""
 
 
-def shifted_grid(steps: int, shift: float, start: float = 1.0) -> list[float]:
+def shifted_sigmas(steps: int, shift: float, start: float = 1.0) -> list[float]:
     """sigma_0 … sigma_N = 0, N = steps: u uniform, sigma = s·u / (1 + (s - 1)·u); `start` is sigma_0."""
     first = start / (shift - (shift - 1) * start)
     return [(lambda u: shift * u / (1 + (shift - 1) * u))(first * (1 - i / steps)) for i in range(steps + 1)]
@@ -43,12 +43,12 @@ def sample(
     pooled: torch.Tensor,
     *,
     blocks: str,
-    grid: list[float],
+    sigmas: list[float],
     guidance: float = 1.0,
     refiner: Velocity | None = None,
 ) -> torch.Tensor:
     """Runs `blocks` (e.g. "HPPPRR") from noise [B, C, h, w]; see `run_blocks`."""
-    return run_blocks(predictor, noise, None, context, pooled, blocks=blocks, grid=grid, guidance=guidance, refiner=refiner)[0]
+    return run_blocks(predictor, noise, None, context, pooled, blocks=blocks, sigmas=sigmas, guidance=guidance, refiner=refiner)[0]
 
 
 def run_blocks(
@@ -59,11 +59,11 @@ def run_blocks(
     pooled: torch.Tensor,
     *,
     blocks: str,
-    grid: list[float],
+    sigmas: list[float],
     guidance: float = 1.0,
     refiner: Velocity | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs `blocks` over `grid` [len(blocks) + 1] from a state x [B, C, h, w] and the cached velocity of the run so far, if any.
+    """Runs `blocks` over `sigmas` [len(blocks) + 1] from a state x [B, C, h, w] and the cached velocity of the run so far, if any.
 
     Context and pooled hold 2B rows, unconditional first; with guidance 1 the unconditional rows are dropped. R blocks alone
     need no predictor. An R block with `refiner` None merely reuses the velocity. Gives the state and the cache [2B or B, C, h, w].
@@ -89,7 +89,7 @@ def run_blocks(
         without, with_ = velocity.chunk(2)
         return without + guidance * (with_ - without)
 
-    for block, now, then in zip(blocks, grid[:-1], grid[1:], strict=True):
+    for block, now, then in zip(blocks, sigmas[:-1], sigmas[1:], strict=True):
         h = then - now
         if block == "E":
             cache = evaluate(x, now)

@@ -18,9 +18,9 @@ from .card import write_card
 from .detector import score
 from .predictor import PredictorSettings, PredictorShape, build_transformer, train_predictor, with_larger_table
 from .refiner import Batch, RefinerSettings, build_refiner, train_refiner
-from .sampling import sample, shifted_grid, velocity_of
+from .sampling import sample, shifted_sigmas, velocity_of
 from .state import Stage, StepRandomness
-from .tails import TailSettings, prepare_tails, train_tails
+from .run_ends import RunEndSettings, prepare_run_ends, train_on_run_ends
 from .text import Captions, TextEncoders, build_tokenizers, train_text
 from .vae import build_vae, decode_all, ideal_latents, round_trip, train_vae
 from .world import draw_scene, draw_scenes, render
@@ -31,17 +31,17 @@ SHIFT = 2.5
 
 REFINER = RefinerSettings(
     steps=900, batch=32, lr=1.5e-3, clip=1.0, average=0.995, delta_max=0.2,
-    grids=[(n, SHIFT) for n in (4, 5, 6, 8, 10)], grid_share=0.85, same_point_share=0.3, tail=2, landing_steps=4,
+    schedules=[(n, SHIFT) for n in (4, 5, 6, 8, 10)], schedule_share=0.85, same_point_share=0.3, last_intervals=2, landing_steps=4,
 )  # fmt: skip
 
-TAILS = TailSettings(shift=SHIFT, guidance=(1.0, 2.0, 2.0, 2.0, 3.0, 4.5))
+RUN_ENDS = RunEndSettings(shift=SHIFT, guidance=(1.0, 2.0, 2.0, 2.0, 3.0, 4.5))
 
 GUIDANCE = 2.0
 """The scale that draws best here, of 2, 3 and 4.5, at both sizes."""
 
 
 def for_both_sizes(settings: PredictorSettings) -> PredictorSettings:
-    """The predictor's second stage: mostly 128 px, less noise and smaller steps, as only the outlines are wanting there."""
+    """The predictor's second stage: mostly 128 px, less noise and smaller steps, since only the outlines are inexact there."""
     return replace(settings, large_share=0.6, large_from=0.0, sigma_mean_large=0.7, muon_lr=0.01, adam_lr=7.5e-4)
 
 
@@ -88,7 +88,7 @@ def contact_sheet(pictures: torch.Tensor, path: Path, columns: int = 8) -> None:
 def draw(transformer, encoders, captions, vae, scenes, size, *, blocks, guidance, seed=0, refiner=None, batch=32):
     """Pictures [B, 3, size, size] of scenes from noise; rows in the order of the scenes."""
     steps, pictures = len(blocks), []
-    grid = shifted_grid(steps, SHIFT)
+    sigmas = shifted_sigmas(steps, SHIFT)
     generator = torch.Generator().manual_seed(seed)
     transformer.eval()
     for start in range(0, len(scenes), batch):
@@ -97,7 +97,7 @@ def draw(transformer, encoders, captions, vae, scenes, size, *, blocks, guidance
         side = size // 4
         noise = torch.randn(len(part), transformer.config.in_channels, side, side, generator=generator)
         latents = sample(
-            velocity_of(transformer), noise, context, pooled, blocks=blocks, grid=grid, guidance=guidance,
+            velocity_of(transformer), noise, context, pooled, blocks=blocks, sigmas=sigmas, guidance=guidance,
             refiner=velocity_of(refiner) if refiner is not None else None,
         )  # fmt: skip
         pictures.append(decode_all(vae, latents))
@@ -109,8 +109,8 @@ def show(result: dict[str, float]) -> str:
 
 
 def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorShape, settings: PredictorSettings,
-          refining: RefinerSettings, tails: TailSettings, captions_measured: int = 200) -> None:  # fmt: skip
-    """The whole training; `state` holds what a killed run goes on from, samples and log.txt."""
+          refining: RefinerSettings, run_ends: RunEndSettings, captions_measured: int = 200) -> None:  # fmt: skip
+    """All stages of the training; `state` holds what a killed run goes on from, samples and log.txt."""
     log = Log(state / "log.txt")
     work = state / "parts"
     if not (work / "tokenizer_3/tokenizer.json").exists():
@@ -150,8 +150,8 @@ def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorS
     train_refiner(transformer, refiner, world_batches(encoders, captions), state, refining, seed, log)
     with torch.no_grad():
         null = encoders(*captions([""]))
-    ends = prepare_tails(transformer, world_batches(encoders, captions, dropout=0), null, state / "tails", tails, seed, log)
-    train_tails(refiner, null, state / "tails", state, tails, seed, log)
+    ends = prepare_run_ends(transformer, world_batches(encoders, captions, dropout=0), null, state / "runs", run_ends, seed, log)
+    train_on_run_ends(refiner, null, state / "runs", state, run_ends, seed, log)
 
     folder = export(out, work, encoders, vae, transformer, refiner)
     log(f"wrote {folder}")
@@ -161,7 +161,7 @@ def train(out: Path, state: Path, minutes: Minutes, seed: int, shape: PredictorS
         "VAE, factor 4, 3 channels": f"{_millions(vae)}, {minutes.vae:g} minutes, {round_trip(vae, 64)[0]:.1f} dB at 64 px, "
         f"{round_trip(vae, 128, 16)[0]:.1f} dB at 128 px",
         "transformer": f"{_millions(transformer)}, {minutes.predictor:g} and {minutes.larger:g} minutes",
-        "refiner": f"{_millions(refiner)}, {refining.steps} steps on the trajectory and {tails.steps} on {ends:,} ends of runs",
+        "refiner": f"{_millions(refiner)}, {refining.steps} steps on the trajectory and {run_ends.steps} on {ends:,} ends of runs",
     }
     write_card(folder, report, facts, shape, (settings, for_both_sizes(settings)), GUIDANCE)
 

@@ -1,7 +1,7 @@
 """Training state that survives a kill at any moment.
 
 Every stage keeps one file: weights, optimiser, averages, step and the compute time spent so far. It is written beside
-the old one and renamed over it, so there is always a whole one. Randomness is not stored but derived: step k of a
+the old one and renamed over it, so there is always a complete one. Randomness is not stored but derived: step k of a
 stage draws from a generator seeded by (seed, stage, k), so a resumed run sees the same batches as an unbroken one.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` to a neighbour, flushed to disk, then renamed over `path`."""
+    """`write` to a temporary file beside `path`, flushed to disk, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(beside)
@@ -29,7 +29,7 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """torch.save, whole or not at all."""
+    """torch.save, completely or not at all."""
     replace_atomically(path, lambda beside: torch.save(value, beside))
 
 

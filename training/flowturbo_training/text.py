@@ -2,8 +2,8 @@
 
 The encoders are not learnt together with the transformer. They are first trained to name what a caption says (shape,
 colour and size of each thing, relation, ground) through linear heads, which takes a minute, and are frozen then: the
-transformer gets features in which the scene lies open from its first step on, where joint training spent most of its
-samples on finding out what the words mean. The heads are thrown away.
+transformer gets features that describe the scene from its first step on, where joint training spent most of its
+samples on learning what the words mean. The heads are not kept.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def train_text(encoders: TextEncoders, captions: Captions, stage: Stage, seed: i
                 f"text step {stage.step} loss {loss.item():.3f} captions understood from pooled/CLIP/T5 "
                 + "/".join(f"{r.item():.3f}" for r in right)
             )
-        # Understood: the rest of the time is better spent on the transformer.
+        # All captions are named correctly: the rest of the time is better spent on the transformer.
         if more and stage.step % 100 == 0 and right[0] == 1 and loss.item() < 0.15:
             more = False
     with torch.no_grad():

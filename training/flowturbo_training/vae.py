@@ -59,7 +59,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_all(vae: AutoencoderKL, latents: torch.Tensor, batch: int = 16) -> torch.Tensor:
-    """Decodes a long batch in pieces, clamped to [-1, 1]."""
+    """Decodes a long batch in parts, clamped to [-1, 1]."""
     return torch.cat([decode(vae, part) for part in latents.split(batch)]).clamp(-1, 1)
 
 

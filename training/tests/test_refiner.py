@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import FIXTURES, LARGE, MEDIUM
 
 
-def test_the_plan_of_medium_and_large(capsys, config_file):
+def test_the_requirements_of_medium_and_large(capsys, config_file):
     for config, parameters in ((MEDIUM, 2243), (LARGE, 8056)):
         assert main(["refiner", "--model", str(config_file(config)), "--dry-run"]) == 0
         printed = capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_from_pictures_to_a_refiner_and_on_after_a_stop(name, pictures, tmp_path
     runs = ["--runs", "10", "--runs-guidance", "1,3", "--runs-steps", "3", "--runs-batch", "2"]
     assert main([*common, "--latents", str(cache), "--steps", "9", *runs]) == 0
     printed = capsys.readouterr().out
-    assert "shard 2 of 2" in printed and "tails step 3/3" in printed
+    assert "shard 2 of 2" in printed and "run-ends step 3/3" in printed
     landing = load_file(model / "refiner/diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(landing[k], after[k]) for k in weights) and all(torch.isfinite(w).all() for w in landing.values())
 
@@ -135,13 +135,13 @@ def test_a_block_is_copied_and_the_velocity_comes_unseen():
 
 
 def test_times_stay_on_the_trajectory():
-    settings = RefinerSettings(grids=[(10, 3.0)], grid_share=0.5)
+    settings = RefinerSettings(schedules=[(10, 3.0)], schedule_share=0.5)
     now, then = draw_times(StepRandomness(0, "t", 0), 4000, settings)
     assert (then <= now).all() and (then >= 0).all() and (now <= 1).all()
     longest = float((now - then).max())
-    # The last step of the grid of 10 with shift 3 is .25, outside the paper's range.
+    # The last step of the schedule of 10 with shift 3 is .25, outside the paper's range.
     assert abs(longest - 0.25) < 1e-6
-    now, then = draw_times(StepRandomness(0, "t", 0), 4000, RefinerSettings(grid_share=0))
+    now, then = draw_times(StepRandomness(0, "t", 0), 4000, RefinerSettings(schedule_share=0))
     assert float((now - then).max()) <= 0.12
 
 
@@ -183,7 +183,7 @@ def test_the_loss_is_the_formula(share):
 def test_the_last_step_lands_where_the_predictor_lands():
     """A refiner that answers the loss with zero makes the corrected step end where m Euler steps end."""
     latents, context, pooled = batch(StepRandomness(0, "d", 0), 3)
-    settings = RefinerSettings(grids=[(3, 2.0)], grid_share=1, tail=1, landing_steps=3, same_point_share=1)
+    settings = RefinerSettings(schedules=[(3, 2.0)], schedule_share=1, last_intervals=1, landing_steps=3, same_point_share=1)
     now, then = draw_times(StepRandomness(3, "l", 0), 3, settings)
     assert (then == 0).all() and torch.allclose(now, torch.tensor(0.5))
     rng = StepRandomness(3, "l", 0)
@@ -206,7 +206,7 @@ def test_the_last_step_lands_where_the_predictor_lands():
 
 
 def test_a_tail_is_the_end_of_the_grid():
-    settings = RefinerSettings(grids=[(10, 3.0)], grid_share=1, tail=2)
+    settings = RefinerSettings(schedules=[(10, 3.0)], schedule_share=1, last_intervals=2)
     now, _ = draw_times(StepRandomness(0, "t", 0), 200, settings)
     assert sorted({round(float(t), 3) for t in now}) == [0.25, 0.429]
 

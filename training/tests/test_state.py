@@ -44,14 +44,14 @@ def run(folder, kill_after=None):
 
 
 def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path):
-    run(tmp_path / "whole")
+    run(tmp_path / "unbroken")
     for wait in (0.1, 0.45):
         run(tmp_path / "broken", kill_after=wait)
     run(tmp_path / "broken")
-    whole, broken = (torch.load(tmp_path / name / "part.pt", weights_only=True) for name in ("whole", "broken"))
-    assert whole["step"] == broken["step"] == 3000 and broken["done"]
+    unbroken, broken = (torch.load(tmp_path / name / "part.pt", weights_only=True) for name in ("unbroken", "broken"))
+    assert unbroken["step"] == broken["step"] == 3000 and broken["done"]
     for kind in ("model", "average"):
-        for name, value in whole["objects"][kind].items():
+        for name, value in unbroken["objects"][kind].items():
             assert torch.equal(value, broken["objects"][kind][name]), (kind, name)
 
 

@@ -7,11 +7,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowturbo_training.refiner import build_refiner
-from flowturbo_training.sampling import run_blocks, sample, shifted_grid, velocity_of
-from flowturbo_training.tails import TailSettings, prepare_tails, train_tails
+from flowturbo_training.sampling import run_blocks, sample, shifted_sigmas, velocity_of
+from flowturbo_training.run_ends import RunEndSettings, prepare_run_ends, train_on_run_ends
 
-SETTINGS = TailSettings(
-    shift=2.0, guidance=(1.0, 2.0), shards=4, rows=6, tails=2, predicted=(1, 2), refined=(1, 2), reference=6, edited=0.5,
+SETTINGS = RunEndSettings(
+    shift=2.0, guidance=(1.0, 2.0), shards=4, rows=6, schedules=2, predicted=(1, 2), refined=(1, 2), reference=6, edited=0.5,
     steps=120, batch=4, lr=3e-3, average=0.9,
 )  # fmt: skip
 
@@ -42,12 +42,12 @@ def test_a_run_goes_on_from_its_state_and_cache():
     torch.nn.init.normal_(refiner.proj_out.weight, std=0.1)
     networks = velocity_of(predictor), velocity_of(refiner.eval().requires_grad_(False))
     noise, context, pooled = torch.randn(3, 4, 8, 8), torch.randn(6, 6, 16), torch.randn(6, 12)
-    grid = shifted_grid(5, 2.0)
+    sigmas = shifted_sigmas(5, 2.0)
     for guidance in (1.0, 2.5):
-        whole = sample(networks[0], noise, context, pooled, blocks="HPPRR", grid=grid, guidance=guidance, refiner=networks[1])
-        x, cache = run_blocks(networks[0], noise, None, context, pooled, blocks="HPP", grid=grid[:4], guidance=guidance)
-        x, _ = run_blocks(None, x, cache, context, pooled, blocks="RR", grid=grid[3:], guidance=guidance, refiner=networks[1])
-        assert torch.allclose(x, whole, atol=1e-6)
+        unbroken = sample(networks[0], noise, context, pooled, blocks="HPPRR", sigmas=sigmas, guidance=guidance, refiner=networks[1])
+        x, cache = run_blocks(networks[0], noise, None, context, pooled, blocks="HPP", sigmas=sigmas[:4], guidance=guidance)
+        x, _ = run_blocks(None, x, cache, context, pooled, blocks="RR", sigmas=sigmas[3:], guidance=guidance, refiner=networks[1])
+        assert torch.allclose(x, unbroken, atol=1e-6)
 
 
 def read(file):
@@ -57,37 +57,37 @@ def read(file):
 
 def test_runs_are_the_samplers_and_a_killed_preparation_goes_on(tmp_path):
     predictor, lines = tiny(), []
-    prepare_tails(predictor, batch, NULL, tmp_path, SETTINGS, 0, lines.append)
+    prepare_run_ends(predictor, batch, NULL, tmp_path, SETTINGS, 0, lines.append)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 4 and len(lines) == 4
     lost, kept = read(files[2]), files[0].stat()
     files[2].unlink()
-    prepare_tails(predictor, batch, NULL, tmp_path, SETTINGS, 0, lines.append, part=(0, 2))
+    prepare_run_ends(predictor, batch, NULL, tmp_path, SETTINGS, 0, lines.append, part=(0, 2))
     assert len(lines) == 5 and files[0].stat() == kept
     again = read(files[2])
     assert again[1] == lost[1] and all(torch.equal(value, lost[0][name]) for name, value in again[0].items())
 
     for file in files:
         values, note = read(file)
-        guidance, tails = json.loads(note["guidance"]), json.loads(note["tails"])
+        guidance, ends = json.loads(note["guidance"]), json.loads(note["ends"])
         condition = [torch.cat([n.expand_as(v), v]) for n, v in zip(NULL, (values["context"], values["pooled"]))]
-        for k, tail in enumerate(tails):
-            assert len(tail["grid"]) == len(tail["blocks"]) + 1 and tail["grid"][-1] == 0
+        for k, end in enumerate(ends):
+            assert len(end["sigmas"]) == len(end["blocks"]) + 1 and end["sigmas"][-1] == 0
             x, cache = values[f"x.{k}"], values[f"cache.{k}"].transpose(0, 1).flatten(0, 1)
             assert len(cache) == (6 if guidance == 1 else 12)
             # What an R block that reuses makes of them: x + (sigma' - sigma)·v, v guided.
-            landed, _ = run_blocks(None, x, cache, *condition, **tail, guidance=guidance)
+            landed, _ = run_blocks(None, x, cache, *condition, **end, guidance=guidance)
             v = cache if guidance == 1 else cache[:6] + guidance * (cache[6:] - cache[:6])
-            assert torch.allclose(landed, x - tail["grid"][0] * v, atol=1e-5)
+            assert torch.allclose(landed, x - end["sigmas"][0] * v, atol=1e-5)
             # A few long steps come near where many land.
             assert (landed - values["reference"]).norm() < 0.5 * (x - values["reference"]).norm()
 
 
 def test_training_on_runs_beats_reuse_and_goes_on_after_a_stop(tmp_path):
     predictor, lines = tiny(), []
-    prepare_tails(predictor, batch, NULL, tmp_path / "runs", SETTINGS, 0, lines.append)
+    prepare_run_ends(predictor, batch, NULL, tmp_path / "runs", SETTINGS, 0, lines.append)
     torch.manual_seed(1)
-    whole = train_tails(build_refiner(predictor), NULL, tmp_path / "runs", tmp_path / "whole", SETTINGS, 0, lines.append)
+    unbroken = train_on_run_ends(build_refiner(predictor), NULL, tmp_path / "runs", tmp_path / "unbroken", SETTINGS, 0, lines.append)
     assert float(lines[-1].split("= ")[1].split(" of")[0]) < 0.8, lines[-3:]
 
     class Killed(Exception):
@@ -100,7 +100,7 @@ def test_training_on_runs_beats_reuse_and_goes_on_after_a_stop(tmp_path):
     torch.manual_seed(1)
     refiner = build_refiner(predictor)
     with pytest.raises(Killed):
-        train_tails(refiner, NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, until_100, save_every=40)
-    again = train_tails(build_refiner(predictor), NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, lines.append)
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()):
+        train_on_run_ends(refiner, NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, until_100, save_every=40)
+    again = train_on_run_ends(build_refiner(predictor), NULL, tmp_path / "runs", tmp_path / "parts", SETTINGS, 0, lines.append)
+    for (name, a), b in zip(unbroken.state_dict().items(), again.state_dict().values()):
         assert torch.allclose(a, b, atol=1e-6), name

@@ -1,4 +1,4 @@
-"""What training a refiner takes, said before it starts: sizes, memory, disk."""
+"""What training a refiner needs, computed before it starts: sizes, memory, disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GB = 1e9
 
 
 @dataclass
-class Plan:
+class Requirements:
     predictor_parameters: int
     refiner_parameters: int
     share: float
@@ -50,8 +50,8 @@ def load_config(model: Path) -> dict:
     return {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("_")}
 
 
-def make_plan(model: Path, *, layers: int, heads: int | None, initialise_from: str, size: int, factor: int, batch: int,
-              text_tokens: int, checkpointing: bool) -> Plan:  # fmt: skip
+def requirements_of(model: Path, *, layers: int, heads: int | None, initialise_from: str, size: int, factor: int, batch: int,
+                    text_tokens: int, checkpointing: bool) -> Requirements:  # fmt: skip
     """From the configuration alone: both networks are made on the meta device, no weight is read."""
     with torch.device("meta"):
         predictor = SD3Transformer2DModel(**load_config(model))
@@ -65,7 +65,7 @@ def make_plan(model: Path, *, layers: int, heads: int | None, initialise_from: s
     kept = 34 * width * 2 * tokens * batch * (1 if checkpointing else layers)
     wide = 12 * config.num_attention_heads * config.attention_head_dim * 2 * tokens * batch
     context = text_tokens * config.joint_attention_dim
-    return Plan(
+    return Requirements(
         predictor_parameters=parameters(predictor),
         refiner_parameters=parameters(refiner),
         share=parameters(refiner) / parameters(predictor),

@@ -1,7 +1,7 @@
 """The second part of a refiner's training: the ends of the sampler's own runs.
 
-The loss of refiner.py knows states on the way from noise to a picture, and asks for the predictor's velocity there. A run of
-few blocks is elsewhere when its R blocks begin: it carries the error of the long steps before, and that error is much the
+The loss of refiner.py covers states on the way from noise to a picture, with the predictor's velocity there as the target. A run
+of few blocks is in other states when its R blocks begin: it carries the error of the long steps before, and that error is much the
 same from run to run. So here the refiner sees such states and learns to land where a fine run from the same start lands:
 
     x, cache = the H and P blocks of a schedule               once for each run, kept on disk
@@ -9,7 +9,7 @@ same from run to run. So here the refiner sees such states and learns to land wh
     loss     = mean |R blocks(x, cache) - x_0|² / mean |R blocks that reuse(x, cache) - x_0|²
 
 The gradient goes through both evaluations of each R block and through guidance. Training needs the refiner alone, not the
-predictor; the relative loss lets every schedule count alike, however near it comes by itself. It is progressive
+predictor; the relative loss gives every schedule the same weight, however near it comes without a refiner. It is progressive
 distillation's target (Salimans & Ho, arXiv 2202.00512) on FlowTurbo's R blocks.
 """
 
@@ -26,22 +26,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .refiner import Batch, descend
-from .sampling import run_blocks, shifted_grid, velocity_of
+from .sampling import run_blocks, shifted_sigmas, velocity_of
 from .state import StepRandomness, replace_atomically
 
 
 @dataclass
-class TailSettings:
+class RunEndSettings:
     """Which runs are made, and how the refiner is trained on their ends."""
 
     shift: float
-    """Of the schedules' grids: the model's own."""
+    """Of the schedules' sigmas: the model's own."""
     guidance: tuple[float, ...]
     """Scales of the runs; one that occurs twice is drawn twice as often."""
     shards: int = 40
     rows: int = 96
     """Runs in a shard. They have the same guidance scale and start."""
-    tails: int = 3
+    schedules: int = 3
     """Schedules run from each start."""
     predicted: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 9)
     """Numbers of P blocks behind the H block, drawn alike."""
@@ -51,7 +51,7 @@ class TailSettings:
     """Blocks of the run that the refiner is to land with: H and P, as the sampler runs without a refiner. A finer end would be nearer to
     many steps in the latents, but hardly in the picture, and cannot be learnt: of the difference to it little repeats itself."""
     edited: float = 0.2
-    """Share of the shards that start from a picture that was noised up to a sigma from 0.3 to 0.9, as editing and stages do."""
+    """Share of the shards that start from a picture that was noised to a sigma from 0.3 to 0.9, as editing and stages do."""
     steps: int = 2000
     batch: int = 24
     lr: float = 1e-3
@@ -61,12 +61,12 @@ class TailSettings:
 
 
 @torch.no_grad()
-def prepare_tails(
+def prepare_run_ends(
     predictor: torch.nn.Module,
     batch: Batch,
     null: tuple[torch.Tensor, torch.Tensor],
     folder: Path,
-    settings: TailSettings,
+    settings: RunEndSettings,
     seed: int,
     log,
     *,
@@ -91,7 +91,7 @@ def prepare_tails(
         path = _file(folder, shard)
         if path.exists():
             continue
-        rng = StepRandomness(seed, "tails/runs", shard)
+        rng = StepRandomness(seed, "run-ends/runs", shard)
         guidance = rng.python.choice(settings.guidance)
         sigma = rng.python.uniform(0.3, 0.9) if rng.python.random() < settings.edited else 1.0
         latents, context, pooled = (v.to(device).float() for v in batch(rng, settings.rows))
@@ -101,33 +101,33 @@ def prepare_tails(
         condition = _both_halves(null, (context, pooled))
 
         def run(blocks, steps):
-            grid = shifted_grid(steps, settings.shift, sigma)
-            return run_blocks(velocity, start, None, *condition, blocks=blocks, grid=grid[: len(blocks) + 1], guidance=guidance)
+            sigmas = shifted_sigmas(steps, settings.shift, sigma)
+            return run_blocks(velocity, start, None, *condition, blocks=blocks, sigmas=sigmas[: len(blocks) + 1], guidance=guidance)
 
         reference, _ = run("H" + "P" * (settings.reference - 1), settings.reference)
         tensors = {"reference": reference, "context": context, "pooled": pooled}
-        tails = []
-        for k in range(settings.tails):
+        ends = []
+        for k in range(settings.schedules):
             predicted, refined = rng.python.choice(settings.predicted), rng.python.choice(settings.refined)
             steps = 1 + predicted + refined
             x, cache = run("H" + "P" * predicted, steps)
             # Rows first, so that rows can be read alone.
             tensors |= {f"x.{k}": x, f"cache.{k}": cache.unflatten(0, (-1, rows)).transpose(0, 1)}
-            tails.append({"blocks": "R" * refined, "grid": shifted_grid(steps, settings.shift, sigma)[-refined - 1 :]})
-        note = {"guidance": json.dumps(guidance), "tails": json.dumps(tails)}
+            ends.append({"blocks": "R" * refined, "sigmas": shifted_sigmas(steps, settings.shift, sigma)[-refined - 1 :]})
+        note = {"guidance": json.dumps(guidance), "ends": json.dumps(ends)}
         own = {name: value.cpu().contiguous() for name, value in tensors.items()}
         replace_atomically(path, lambda beside: save_file(own, beside, note))
-        log(f"tails: shard {shard + 1} of {settings.shards}: {rows} runs, guidance {guidance:g}, from sigma {sigma:.2f}")
-    files = [safe_open(path, "pt") for path in sorted(folder.glob("tails-*.safetensors"))]
-    return sum(file.get_slice("reference").get_shape()[0] * len(json.loads(file.metadata()["tails"])) for file in files)
+        log(f"run ends: shard {shard + 1} of {settings.shards}: {rows} runs, guidance {guidance:g}, from sigma {sigma:.2f}")
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("run-ends-*.safetensors"))]
+    return sum(file.get_slice("reference").get_shape()[0] * len(json.loads(file.metadata()["ends"])) for file in files)
 
 
-def train_tails(
+def train_on_run_ends(
     refiner: torch.nn.Module,
     null: tuple[torch.Tensor, torch.Tensor],
     folder: Path,
     state: Path,
-    settings: TailSettings,
+    settings: RunEndSettings,
     seed: int,
     log,
     *,
@@ -144,8 +144,8 @@ def train_tails(
     def loss_of(network: torch.nn.Module, rng: StepRandomness) -> tuple[torch.Tensor, torch.Tensor]:
         file = files[rng.python.randrange(len(files))]
         note = file.metadata()
-        tails, guidance = json.loads(note["tails"]), json.loads(note["guidance"])
-        k = rng.python.randrange(len(tails))
+        ends, guidance = json.loads(note["ends"]), json.loads(note["guidance"])
+        k = rng.python.randrange(len(ends))
         count, *shape = file.get_slice(f"x.{k}").get_shape()
         # As many values in each batch: fewer rows of a larger size.
         rows = max(1, min(count, settings.batch * smallest // math.prod(shape)))
@@ -160,7 +160,7 @@ def train_tails(
         condition = _both_halves(null, (read("context"), read("pooled")))
 
         def error(network):
-            landed, _ = run_blocks(None, x, cache, *condition, **tails[k], guidance=guidance, refiner=network)
+            landed, _ = run_blocks(None, x, cache, *condition, **ends[k], guidance=guidance, refiner=network)
             return ((landed - reference) ** 2).mean()
 
         with torch.no_grad():
@@ -168,7 +168,7 @@ def train_tails(
         return error(velocity_of(network)) / reuse, torch.ones_like(reuse)
 
     return descend(
-        refiner, loss_of, Path(state) / "tails.pt", settings, seed, log,
+        refiner, loss_of, Path(state) / "run-ends.pt", settings, seed, log,
         accelerator=accelerator, checkpointing=checkpointing, save_every=save_every,
     )  # fmt: skip
 
@@ -179,4 +179,4 @@ def _both_halves(null: tuple[torch.Tensor, ...], captions: tuple[torch.Tensor, .
 
 
 def _file(folder: Path, shard: int) -> Path:
-    return Path(folder) / f"tails-{shard:05d}.safetensors"
+    return Path(folder) / f"run-ends-{shard:05d}.safetensors"

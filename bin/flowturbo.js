@@ -1,0 +1,45 @@
+#!/usr/bin/env node
+/**
+ * The command that npm links. It runs dist/cli.js. The package always contains that file; a clone lacks it after
+ * `npm ci --ignore-scripts`, since the script `prepare` did not run. So a clone builds it once, at the first command.
+ */
+
+import { existsSync } from "node:fs";
+
+const cli = new URL("../dist/cli.js", import.meta.url);
+if (!existsSync(cli)) await build();
+await import(cli.href);
+
+/** Builds dist/ in a folder of its own and renames it, so that no other command ever imports a part of a build. */
+async function build() {
+  const { spawnSync } = await import("node:child_process");
+  const { mkdirSync, renameSync, rmSync } = await import("node:fs");
+  const { fileURLToPath } = await import("node:url");
+  const folder = (path) => fileURLToPath(new URL(`../${path}`, import.meta.url));
+  if (!existsSync(folder("lib/cli/main.ts"))) fail("dist/cli.js is missing. Install the package flowturbo again.");
+  const tsup = folder("node_modules/tsup/dist/cli-default.js");
+  if (!existsSync(tsup)) fail("dist/cli.js is missing, and tsup, which builds it, is not installed. Run `npm ci`.");
+  const output = folder(`.cache/dist-${process.pid}`);
+  mkdirSync(output, { recursive: true });
+  const { status, stdout, stderr, error } = spawnSync(process.execPath, [tsup, "--out-dir", output], {
+    cwd: folder("."),
+    encoding: "utf8",
+  });
+  if (status !== 0) {
+    rmSync(output, { recursive: true, force: true });
+    fail(
+      `dist/cli.js is missing and could not be built:\n${error?.message ?? stdout + stderr}\nRun \`npm ci\` and \`npm run build\`.`,
+    );
+  }
+  // Another command may have built it meanwhile.
+  if (!existsSync(cli)) {
+    rmSync(folder("dist"), { recursive: true, force: true });
+    renameSync(output, folder("dist"));
+  }
+  rmSync(output, { recursive: true, force: true });
+}
+
+function fail(message) {
+  console.error(`error: ${message}`);
+  process.exit(1);
+}
