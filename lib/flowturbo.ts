@@ -167,7 +167,10 @@ export class FlowTurbo implements ImageModel {
     if (this.#disposed) throw new DisposedError("This model");
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
-    return untilAborted(this.#tracked(this.#serve(request, start)), request.signal);
+    return untilAborted(
+      this.#tracked(() => this.#serve(request, start)),
+      request.signal,
+    );
   }
 
   /** Counters and histograms of all calls. */
@@ -195,7 +198,7 @@ export class FlowTurbo implements ImageModel {
     const checked = checkOptions(profileSchema, options, "profile()");
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(this.#model.checkpoint, sizes);
-    return this.#tracked(this.#measure(sizes, checked));
+    return this.#tracked(() => this.#measure(sizes, checked));
   }
 
   /** Waits for calls under way, then frees everything. Safe to call twice. */
@@ -260,8 +263,9 @@ export class FlowTurbo implements ImageModel {
     return this.costs;
   }
 
-  /** A call that `dispose` waits for. */
-  #tracked<T>(call: Promise<T>): Promise<T> {
+  /** Begins a call that `dispose` waits for, even if the call's own first step disposes. */
+  #tracked<T>(work: () => Promise<T>): Promise<T> {
+    const call = Promise.resolve().then(work);
     const settled = call.then(
       () => undefined,
       () => undefined,
