@@ -9,7 +9,6 @@ export {
   readTransformerConfig,
   readVaeConfig,
   type SchedulerConfig,
-  type T5Activation,
   type T5Config,
   type TransformerConfig,
   type VaeConfig,

@@ -5,11 +5,10 @@
  * tokenizer_2 pads with "!" and the files must say so. The BPE and unigram models are @huggingface/tokenizers'.
  */
 
-import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
 import { CheckpointError } from "../errors.js";
-import { readJsonObject } from "./configs.js";
+import { exists, isRecord, type Json, readJsonObject, readOptionalJson, readText } from "./files.js";
 
 /** The tokens of one text. */
 export interface Tokens {
@@ -30,8 +29,6 @@ export interface Tokenizer {
   /** @throws RangeError if length is less than 2. */
   encode(text: string, length: number): Tokens;
 }
-
-type Json = Record<string, unknown>;
 
 /** What the originals assume when tokenizer_config.json says nothing, or says 1e30 for "nobody knows". */
 const clipMaxLength = 77;
@@ -256,9 +253,9 @@ interface SpecialTokens {
  * special_tokens_map.json overrides it.
  */
 async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
-  const [config, map] = await Promise.all([
-    readOptional(join(folder, "tokenizer_config.json")),
-    readOptional(join(folder, "special_tokens_map.json")),
+  const [config = {}, map = {}] = await Promise.all([
+    readOptionalJson(join(folder, "tokenizer_config.json")),
+    readOptionalJson(join(folder, "special_tokens_map.json")),
   ]);
   const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
   const added: AddedToken[] = [];
@@ -346,33 +343,4 @@ function largest(ids: readonly number[], added: readonly { id: number }[]): numb
   for (const id of ids) result = Math.max(result, id);
   for (const { id } of added) result = Math.max(result, id);
   return result;
-}
-
-async function readOptional(file: string): Promise<Json> {
-  return (await exists(file)) ? readJsonObject(file) : {};
-}
-
-async function readText(file: string): Promise<string> {
-  try {
-    return await readFile(file, "utf8");
-  } catch (cause) {
-    throw new CheckpointError(
-      file,
-      `Cannot read ${file}: ${(cause as Error).message}. Download the tokenizer's files.`,
-      {
-        cause,
-      },
-    );
-  }
-}
-
-async function exists(file: string): Promise<boolean> {
-  return stat(file).then(
-    () => true,
-    () => false,
-  );
-}
-
-function isRecord(value: unknown): value is Json {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }

@@ -10,8 +10,8 @@ import { type Feature, graphName, type Network, networksOf } from "../networks/i
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
-import { openBuilder } from "../runtimes/index.js";
 import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
+import { openBuilder } from "../runtimes/index.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
 import { checkSize, latentShapeOf, nativeSize, refinerFits } from "./sizes.js";
