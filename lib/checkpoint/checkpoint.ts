@@ -81,37 +81,28 @@ interface PartRow<Opened> {
 
 /** Parts that are read; other entries of model_index.json (feature_extractor, image_encoder, ...) are ignored. */
 const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]>> } = {
-  transformer: { ...diffusersModel("transformer", knownClasses.transformer, readTransformerConfig), required: true },
-  vae: { ...diffusersModel("vae", knownClasses.vae, readVaeConfig), required: true },
+  transformer: { ...network("transformer", knownClasses.transformer, readTransformerConfig), required: true },
+  vae: { ...network("vae", knownClasses.vae, readVaeConfig), required: true },
   scheduler: {
     ...{ name: "scheduler", classes: knownClasses.scheduler, required: true },
     open: (folder) => readSchedulerConfig(join(folder, "scheduler_config.json")),
   },
-  textEncoder: textModel("text_encoder", knownClasses.clip, readClipConfig),
-  textEncoder2: textModel("text_encoder_2", knownClasses.clip, readClipConfig),
-  textEncoder3: textModel("text_encoder_3", knownClasses.t5, readT5Config),
+  textEncoder: network("text_encoder", knownClasses.clip, readClipConfig),
+  textEncoder2: network("text_encoder_2", knownClasses.clip, readClipConfig),
+  textEncoder3: network("text_encoder_3", knownClasses.t5, readT5Config),
   tokenizer: { name: "tokenizer", classes: clipTokenizers, open: openClipTokenizer },
   tokenizer2: { name: "tokenizer_2", classes: clipTokenizers, open: openClipTokenizer },
   tokenizer3: { name: "tokenizer_3", classes: t5Tokenizers, open: openT5Tokenizer },
-  refiner: diffusersModel("refiner", null, readTransformerConfig),
+  refiner: network("refiner", null, readTransformerConfig),
 };
-
-type ReadConfig<Config> = (file: string) => Promise<Config>;
-
-function diffusersModel<Config>(name: string, classes: readonly string[] | null, readConfig: ReadConfig<Config>) {
-  return network(name, classes, "diffusion_pytorch_model", readConfig);
-}
-
-function textModel<Config>(name: string, classes: readonly string[], readConfig: ReadConfig<Config>) {
-  return network(name, classes, "model", readConfig);
-}
 
 function network<Config>(
   name: string,
   classes: readonly string[] | null,
-  basename: string,
-  readConfig: ReadConfig<Config>,
+  readConfig: (file: string) => Promise<Config>,
 ): PartRow<Part<Config>> {
+  // The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way.
+  const basename = name.startsWith("text_encoder") ? "model" : "diffusion_pytorch_model";
   const open = async (folder: string, options: OpenCheckpointOptions) => {
     const read = [readConfig(join(folder, "config.json")), openWeights(folder, basename, options)] as const;
     const [config, weights] = await Promise.all(read);
