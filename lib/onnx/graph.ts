@@ -103,6 +103,15 @@ export class GraphBuilder {
     return this.ops(type, inputs, 1, attributes)[0]!;
   }
 
+  concat(values: readonly Value[], axis: number): Value {
+    return this.op("Concat", values, { axis });
+  }
+
+  /** The sizes of the axes from `start` to before `end`, as an int64 vector. */
+  shapeOf(value: Value, start: number, end: number): Value {
+    return this.op("Shape", [value], { start, end });
+  }
+
   /** Adds a node with several outputs, all of the first input's type. */
   ops(
     type: string,
