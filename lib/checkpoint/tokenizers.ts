@@ -111,8 +111,8 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
       merges,
     },
   };
-  const vocabSize = largest(Object.values(vocab), description.added_tokens) + 1;
-  return tokenizer(file, description, names.config, idOf(pad), vocabSize, names.maxLength(clipMaxLength));
+  const ids = [...Object.values(vocab), ...description.added_tokens.map(({ id }) => id)];
+  return tokenizer(file, description, names.config, idOf(pad), ids, names.maxLength(clipMaxLength));
 }
 
 /**
@@ -183,15 +183,8 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
     },
     decoder: { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
   };
-  const vocabSize = largest([...ids.values()], []) + 1;
-  return tokenizer(
-    file,
-    description,
-    names.config,
-    idOf("pad_token", "<pad>"),
-    vocabSize,
-    names.maxLength(t5MaxLength),
-  );
+  const maxLength = names.maxLength(t5MaxLength);
+  return tokenizer(file, description, names.config, idOf("pad_token", "<pad>"), ids.values(), maxLength);
 }
 
 function tokenizer(
@@ -199,7 +192,7 @@ function tokenizer(
   description: object,
   config: Json,
   pad: number,
-  vocabSize: number,
+  vocabulary: Iterable<number>,
   maxLength: number,
 ): Tokenizer {
   let inner: HuggingFaceTokenizer;
@@ -209,9 +202,12 @@ function tokenizer(
   } catch (cause) {
     throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });
   }
+  // Too many to be the arguments of Math.max.
+  let largest = 0;
+  for (const id of vocabulary) largest = Math.max(largest, id);
   return {
     maxLength,
-    vocabSize,
+    vocabSize: largest + 1,
     encode(text, length) {
       if (!Number.isInteger(length) || length < 2)
         throw new RangeError(`Expected a length of at least 2 tokens but received ${length}.`);
@@ -220,9 +216,7 @@ function tokenizer(
       // Both kinds end with exactly one special token, and truncation keeps it.
       const kept: number[] = truncated ? [...all.slice(0, length - 1), all.at(-1)!] : all;
       const ids = new BigInt64Array(length).fill(BigInt(pad));
-      kept.forEach((id, i) => {
-        ids[i] = BigInt(id);
-      });
+      ids.set(kept.map(BigInt));
       const dropped = truncated ? inner.decode(all.slice(length - 1, -1)).trim() : "";
       return { ids, truncated, tokens: all.length, dropped };
     },
@@ -336,11 +330,4 @@ function findPrecompiled(normalizer: unknown): Json | null {
   if (normalizer.type === "Precompiled") return normalizer;
   const parts = Array.isArray(normalizer.normalizers) ? normalizer.normalizers : [];
   return parts.find((part) => isRecord(part) && part.type === "Precompiled") ?? null;
-}
-
-function largest(ids: readonly number[], added: readonly { id: number }[]): number {
-  let result = 0;
-  for (const id of ids) result = Math.max(result, id);
-  for (const { id } of added) result = Math.max(result, id);
-  return result;
 }
