@@ -50,8 +50,8 @@ export interface Checkpoint {
   readonly ladder: readonly string[] | null;
 }
 
-export interface OpenCheckpointOptions {
-  /** Precision twin to read, for example "fp16". Parts without it are read without; some part must have it. */
+interface OpenCheckpointOptions {
+  /** Variant of the weight files to read, for example "fp16". Parts without it are read without; some part must have it. */
   readonly variant?: string | undefined;
   /** Checked between reads. */
   readonly signal?: AbortSignal | undefined;

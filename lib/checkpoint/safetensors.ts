@@ -2,8 +2,8 @@
  * The .safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes. Weights are never read
  * here: a checkpoint needs only the header, which says where in the file each tensor lies, and whoever computes reads
  * the bytes from there. The header is checked as strictly as the reference implementation does (no holes, no overlaps,
- * sizes that add up), because a runtime that maps the file trusts these offsets. Small tensors that are values rather
- * than weights (`--noise`, `--save-latents`) can be read and written whole.
+ * sizes that add up), because a runtime that maps the file reads at these offsets. Small tensors that are values rather
+ * than weights (`--noise`, `--save-latents`) are read and written here.
  */
 
 import { type FileHandle, open } from "node:fs/promises";

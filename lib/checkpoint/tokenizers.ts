@@ -30,7 +30,7 @@ export interface Tokenizer {
   encode(text: string, length: number): Tokens;
 }
 
-/** What the originals assume when tokenizer_config.json says nothing, or says 1e30 for "nobody knows". */
+/** What the originals assume when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
 const clipMaxLength = 77;
 const t5MaxLength = 512;
 
@@ -233,25 +233,17 @@ interface AddedToken {
   readonly special: boolean;
 }
 
-interface SpecialTokens {
-  readonly config: Json;
-  /** Tokens of `added_tokens_decoder`, and their ids. */
-  readonly added: readonly AddedToken[];
-  readonly ids: ReadonlyMap<string, number>;
-  token(name: string): AddedToken | undefined;
-  maxLength(limit: number): number;
-}
-
 /**
  * tokenizer_config.json is authoritative once it lists its added tokens; before transformers 4.34 it did not, and
  * special_tokens_map.json overrides it.
  */
-async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
+async function readSpecialTokens(folder: string) {
   const [config = {}, map = {}] = await Promise.all([
     readOptionalJson(join(folder, "tokenizer_config.json")),
     readOptionalJson(join(folder, "special_tokens_map.json")),
   ]);
   const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
+  // Tokens of added_tokens_decoder, and their ids.
   const added: AddedToken[] = [];
   const ids = new Map<string, number>();
   for (const [id, value] of Object.entries(decoder ?? {})) {
@@ -262,14 +254,12 @@ async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
   }
   const named = decoder ? config : { ...config, ...map };
   return {
-    config,
-    added,
-    ids,
-    token: (name) => {
+    ...{ config, added, ids },
+    token: (name: string) => {
       const token = addedToken(named[name]);
       return added.find(({ content }) => content === token?.content) ?? token;
     },
-    maxLength: (limit) => {
+    maxLength: (limit: number) => {
       const declared = config.model_max_length;
       return typeof declared === "number" && declared >= 2 ? Math.min(Math.floor(declared), limit) : limit;
     },
@@ -297,12 +287,16 @@ function addedToken(value: unknown): AddedToken | undefined {
 async function readClipVocabulary(folder: string) {
   const vocabFile = join(folder, "vocab.json");
   const mergesFile = join(folder, "merges.txt");
-  const whole = join(folder, "tokenizer.json");
-  if (!(await exists(vocabFile)) && (await exists(whole))) {
-    const model = (await readJsonObject(whole)).model;
+  const combined = join(folder, "tokenizer.json");
+  if (!(await exists(vocabFile)) && (await exists(combined))) {
+    const model = (await readJsonObject(combined)).model;
     if (!isRecord(model) || !Array.isArray(model.merges))
-      throw new CheckpointError(whole, `${whole} does not describe a CLIP tokenizer: its model has no merges.`);
-    return { file: whole, vocab: checkVocabulary(whole, model.vocab), merges: checkMerges(whole, model.merges) };
+      throw new CheckpointError(combined, `${combined} does not describe a CLIP tokenizer: its model has no merges.`);
+    return {
+      file: combined,
+      vocab: checkVocabulary(combined, model.vocab),
+      merges: checkMerges(combined, model.merges),
+    };
   }
   const [vocab, text] = await Promise.all([readJsonObject(vocabFile), readText(mergesFile)]);
   const lines = text.split(/\r?\n/).filter((line, i) => line !== "" && !(i === 0 && line.startsWith("#version")));

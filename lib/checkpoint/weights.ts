@@ -1,6 +1,6 @@
 /**
- * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with twins
- * of another precision (`variant: "fp16"`). Diffusers and transformers have spelled the twins' index in three ways; all
+ * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with
+ * variants of another precision ("fp16"). Diffusers and transformers have spelled a variant's index in three ways; all
  * occur on the hub. Only headers are read. Names in an index must stay in the part's folder, since the index is data
  * from the internet; the files themselves may be symbolic links, since a Hugging Face cache consists of them.
  */
@@ -28,7 +28,7 @@ export interface Weights extends WeightSource {
   readonly bytesByDType: Readonly<Record<string, number>>;
 }
 
-export interface OpenWeightsOptions {
+interface OpenWeightsOptions {
   /** For example "fp16". A part that has no such files is opened without a variant, as diffusers does. */
   readonly variant?: string | undefined;
   readonly signal?: AbortSignal | undefined;

@@ -42,7 +42,7 @@ function describe({ name, manifest, bytes, damage }: CacheItem, verified: boolea
 
 async function clear(flags: CommonFlags): Promise<void> {
   const cache = await EngineCache.openExisting(flags.cache);
-  // For its locks; where there is none, nobody builds either.
+  // For its locks. Without an addon no engine can be under construction.
   const addon = tensorRtKinds.map(findAddon).find((found) => "describe" in found) ?? null;
   const freed = cache ? await cache.clear(addon) : { engines: 0, bytes: 0 };
   print(flags.json, freed, `removed ${freed.engines} engines, ${megabytes(freed.bytes)}`);

@@ -22,7 +22,7 @@ export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject
     if (!flag) continue;
     const option = new Option(flag, description);
     const preset = field.safeParse(undefined);
-    // The default of a flag that turns something off is not to be off: that goes without saying.
+    // Flags that turn something off have no default to show.
     if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
       option.default(undefined, String(preset.data));
     command.addOption(option);

@@ -9,7 +9,7 @@ export interface Progress {
   show(text: string, done?: number, total?: number): void;
   /** Prints a line that stays, above what is shown. */
   keep(line: string): void;
-  /** Leaves no trace of what is shown. */
+  /** Removes what is shown. */
   clear(): void;
 }
 

@@ -1,4 +1,4 @@
-/** What the commands that run a model have in common: it is loaded for one piece of work, and disposed after it. */
+/** What the commands that run a model have in common: it is loaded for their work, and disposed after it. */
 
 import { FlowTurbo } from "../flowturbo.js";
 import type { LoadOptions } from "../model.js";

@@ -61,7 +61,7 @@ export interface Network {
   readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => OnnxGraph;
 }
 
-/** Pixels that go through the autoencoder at once, since its activations dwarf everything else: one picture of 1024 × 1024. */
+/** Pixels that go through the autoencoder at once, since its activations take the most memory by far: one picture of 1024 × 1024. */
 const pixelsAtOnce = 2 ** 20;
 const autoencoderRows = (width: number, height: number) => Math.max(1, Math.floor(pixelsAtOnce / (width * height)));
 

@@ -159,7 +159,7 @@ function jointBlock(
   const tokensX = modulate(l, normX, ofX.shift, ofX.scale);
   const tokensC = modulate(l, l.layerNorm(context, null, width, epsilon), ofC.shift, ofC.scale);
 
-  // Joint attention, image tokens first. In the last block nobody reads what the text tokens would gather.
+  // Joint attention, image tokens first. In the last block the result of the text tokens has no reader.
   const qX = project(tokensX, "attn.to_q", "attn.norm_q");
   const q = last ? qX : both(qX, project(tokensC, "attn.add_q_proj", "attn.norm_added_q"));
   const k = both(

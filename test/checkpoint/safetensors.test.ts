@@ -12,7 +12,7 @@ import {
   readTensor,
   supportedDType,
   writeSafetensors,
-} from "../../lib/checkpoint/index.js";
+} from "../../lib/checkpoint/safetensors.js";
 import { float32 } from "../../lib/common/tensor.js";
 import { CheckpointError, OutputError } from "../../lib/errors.js";
 import { fixture, shapes, temporaryFolder } from "./folders.js";
