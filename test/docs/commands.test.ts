@@ -6,7 +6,7 @@ import { describe, expect, it } from "vitest";
 import { cacheCommand } from "../../lib/cli/cache.js";
 import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
-import { readFlags, readLists } from "../../lib/cli/flags.js";
+import { readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
@@ -62,7 +62,7 @@ function checkFlowturbo(words: string[]): void {
   let found = "";
   commandLine((name, prompts, flags) => {
     found = name;
-    const options = (schema: typeof compileSchema | typeof profileSchema) => readLists(readFlags(schema, flags));
+    const options = (schema: typeof compileSchema | typeof profileSchema) => readFlags(schema, flags);
     if (name === "compile") checkOptions(compileSchema, options(compileSchema), "compile");
     if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
     if (name === "profile" || name === "generate") checkOptions(loadSchema, readFlags(loadSchema, flags), "load");
