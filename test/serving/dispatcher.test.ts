@@ -3,49 +3,13 @@ import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it, vi } from "vitest";
-import { type FloatTensor, float32, type Tensor } from "../../lib/common/tensor.js";
+import type { Tensor } from "../../lib/common/tensor.js";
 import type { Launch, Program } from "../../lib/program/program.js";
-import { defaultBlocks, parseBlocks, samplingProgram, shiftedSigmas, upscaleSigmas } from "../../lib/schedule/index.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { Dispatcher } from "../../lib/serving/dispatcher.js";
 import { StatsRecorder } from "../../lib/serving/stats.js";
-import { alone, type Fate, SimulatedRuntime, shapesOf } from "./simulated.js";
-
-const graphNames = {
-  predict: "predict",
-  refine: "refine",
-  decode: "decode",
-  encode: "encode",
-  join: "join",
-  noised: "noised",
-  merge: "merge",
-  preview: "preview",
-};
-const numbers = (seed: number, ...shape: number[]): FloatTensor => {
-  const values = Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) =>
-    Math.sin(seed * 12.9898 + i * 78.233),
-  );
-  return float32(shape, Float32Array.from(values));
-};
-const positions = (side: number) =>
-  ({
-    kind: "stored",
-    source: { name: "positions", dtype: "F32", shape: [1, 4096, 4], file: "/file", offset: 0, length: 65536 },
-    shape: [1, side * side, 4],
-    firstElement: side,
-    rowElements: side * 4,
-    strideElements: side * 4,
-    rows: side,
-  }) as const;
-const unguidedNames = {
-  ...graphNames,
-  predict: "predict_unguided",
-  refine: "refine_unguided",
-  merge: "merge_unguided",
-  preview: "preview_unguided",
-};
-/** The same for all requests, as a model's are. */
-const colours = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1) };
+import { conditionOf, numbers, programOf } from "./programs.js";
+import { alone, type Fate, graphNames, SimulatedRuntime, shapesOf } from "./simulated.js";
 
 interface Request {
   readonly blocks: string;
@@ -55,39 +19,24 @@ interface Request {
   readonly extra?: "stages" | "inpainting" | "preview" | undefined;
 }
 
-/** The row programs of a request, as the pipeline makes them. */
-function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
-  const list = parseBlocks(blocks);
-  const original = numbers(77, 1, 4, side, side);
-  const mask = numbers(78, 1, 1, side, side);
-  const context = numbers(seeds[0]!, guided ? 2 : 1, 3, 5);
-  return seeds.map((seed) => {
-    const stage = (at: number, scale: number, sigmas: number[]) => ({
-      blocks: list,
-      sigmas,
-      noise: numbers(seed + at / 10, 1, 4, side * scale, side * scale),
-      positions: { predict: positions(side * scale), refine: positions(side * scale) },
-      ...(extra === "inpainting" && { originalLatents: original, mask }),
-    });
-    const first = stage(0, 1, shiftedSigmas(list.length, 3));
-    return samplingProgram({
-      stages: extra === "stages" ? [first, stage(1, 2, upscaleSigmas(list.length, 3, 0.6))] : [first],
-      context,
-      pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
-      guidanceScale: guided ? seed : null,
-      graphs: guided ? graphNames : unguidedNames,
-      vaeFactor: 2,
-      imageChannels: 3,
-      pixelsAtOnce: 2 * (2 * side) ** 2,
-      ...(extra === "preview" && { preview: "fast", colours }),
-    }).program;
-  });
+/** The row programs of a request, as a model makes them. */
+function rowsOf({ seeds, guided, ...request }: Request): Program[] {
+  const { side, extra } = request;
+  const condition = conditionOf(seeds[0]!, guided);
+  const edit = { original: numbers(77, 1, 4, side, side), mask: numbers(78, 1, 1, side, side) };
+  return seeds.map((seed) =>
+    programOf(
+      { ...request, seed, guidanceScale: guided ? seed : null, pixelsAtOnce: 2 * (2 * side) ** 2 },
+      condition,
+      extra === "inpainting" ? edit : undefined,
+    ),
+  );
 }
 
 const costs = (graphs: readonly string[]) =>
   new CostTable(
     graphs.flatMap((graph) =>
-      ["2x2", "4x4", "8x8", "16x16"].flatMap((size) =>
+      ["4x4", "8x8", "16x16"].flatMap((size) =>
         [1, 2, 4, 8].map((batch) => entryOf(graph, batch, size, [5 + 5 * batch])),
       ),
     ),
@@ -104,7 +53,7 @@ function open(
 ) {
   const runtime = new SimulatedRuntime(extra);
   const stats = new StatsRecorder();
-  const table = costs(extra.known ?? ["predict", "refine", "decode"]);
+  const table = costs(extra.known ?? ["predict.guidance", "refine.guidance", "vae_decoder"]);
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
@@ -195,7 +144,10 @@ describe("jobs at the same time", () => {
     );
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     // Pictures too large for two at once are lifted and decoded one by one.
-    expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual(["decode false", "join false"]);
+    expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual([
+      "upscale false",
+      "vae_decoder false",
+    ]);
   });
 
   it("run as captured programs, where that is asked for, and are counted and observed all the same", async () => {
@@ -216,10 +168,10 @@ describe("jobs at the same time", () => {
     });
     expect(launches).toEqual({ count, rows: count, padding: 0, restarted: 0 });
     expect(rowsPerLaunch).toEqual({ 1: count });
-    expect(milliseconds.launches.predict!.sum).toBe(7 * milliseconds.launches.predict!.count);
+    expect(milliseconds.launches["predict.guidance"]!.sum).toBe(7 * milliseconds.launches["predict.guidance"]!.count);
     expect(heard).toHaveBeenCalledTimes(count);
     // What nobody has measured is learnt.
-    expect(table.get("merge", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
+    expect(table.get("inpaint_blend.guidance", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
   });
 
   it("hear of each of their launches once, in order, with the values they asked for", async () => {
@@ -366,7 +318,7 @@ describe("failures", () => {
     };
     const failed = dispatcher.run({ rows: bad, priority: priority() });
     const results = others.map((rows) => dispatcher.run({ rows, priority: priority() }));
-    await expect(failed).rejects.toThrow(/The launch of "predict" failed/);
+    await expect(failed).rejects.toThrow(/The launch of "predict.guidance" failed/);
     for (const [index, result] of results.entries()) expectEqual(await result, others[index]!);
     await dispatcher.idle();
     expect(dispatcher.held).toBe(0);
@@ -398,7 +350,7 @@ describe("failures", () => {
       pin: fc.constantFrom(null, null, 4),
       maxWait: fc.constantFrom(0, 1000),
       preemption: fc.boolean(),
-      known: fc.constantFrom(["predict"], [...Object.values(graphNames), ...Object.values(unguidedNames)]),
+      known: fc.constantFrom(["predict.guidance"], graphNames),
     });
     let delivered = 0;
     let preemptions = 0;
@@ -462,13 +414,9 @@ describe("failures", () => {
 it("a job over nothing is refused", async () => {
   const { dispatcher } = open();
   await expect(dispatcher.run({ rows: [], priority: priority() })).rejects.toThrow(RangeError);
-  const [program] = rowsOf(request({ blocks: formatDefault() }));
+  const [program] = rowsOf(request());
   const copy = { op: "copy", from: "a", fromRow: 0, to: "b", toRow: 0, rows: 1 } as const;
   await expect(dispatcher.run({ rows: [{ ...program!, instructions: [copy] }], priority: priority() })).rejects.toThrow(
     /no rows to copy/,
   );
 });
-
-function formatDefault(): string {
-  return defaultBlocks("flowturbo", 3, true).join("");
-}
