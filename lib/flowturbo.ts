@@ -26,7 +26,6 @@ import type { Program } from "./program/program.js";
 import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime, Runtime } from "./runtimes/runtime.js";
 import { type Block, defaultLadder, parseBlocks } from "./schedule/index.js";
-import { samplesOf } from "./serving/measure.js";
 import type { Terms } from "./serving/prediction.js";
 import { batchesUpTo, Service } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
@@ -105,7 +104,6 @@ export class FlowTurbo implements ImageModel {
           ...{ store, graph, onError, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
           about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
-          pinBatch: checked.pinBatch ?? null,
           // A batch that needs an engine is not built for the mere sake of measuring. Those that were named have one.
           background: checked.measureCosts && (capabilities.anyShape || checked.batches !== undefined),
           captured: checked.capture && capabilities.capture,
@@ -261,7 +259,7 @@ export class FlowTurbo implements ImageModel {
       ];
     });
     const report = (done: number, total: number) => onProgress?.({ done, total });
-    await this.#service.profile(samplesOf(programs), [...new Set(batches)], { rounds, signal, onProgress: report });
+    await this.#service.profile(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
     // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))

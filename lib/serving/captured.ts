@@ -27,15 +27,16 @@ export class CapturedPrograms {
 
   /**
    * Does `work` when its turn has come, and again if the device was lost by another program meanwhile.
+   * @param work gets how often it was done before
    * @throws what `work` throws; `signal.reason` if it aborts before
    */
-  async run<T>(priority: Priority, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
-    for (;;) {
+  async run<T>(priority: Priority, signal: AbortSignal, work: (restarts: number) => Promise<T>): Promise<T> {
+    for (let restarts = 0; ; restarts++) {
       const leave = await this.#gate.enter(priority, 1, signal);
       const run = { lostByAnother: false };
       this.#running.add(run);
       try {
-        return await work();
+        return await work(restarts);
       } catch (error) {
         if (!(error instanceof DeviceLostError)) throw error;
         if (!run.lostByAnother) {

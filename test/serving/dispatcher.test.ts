@@ -33,6 +33,9 @@ function rowsOf({ seeds, guided, ...request }: Request): Program[] {
   );
 }
 
+/** What is under way at the end. */
+const nothing = { queue: { waiting: 0, limit: 0 }, running: { requests: 0, pictures: 0 } };
+
 const costs = (graphs: readonly string[]) =>
   new CostTable(
     graphs.flatMap((graph) =>
@@ -44,7 +47,7 @@ const costs = (graphs: readonly string[]) =>
 function open(
   extra: {
     maxBatch?: number;
-    maxWait?: number;
+    maxWaitMs?: number;
     captured?: boolean;
     preemption?: boolean;
     /** Graphs whose costs are known. */
@@ -57,7 +60,7 @@ function open(
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
-    maxWait: extra.maxWait ?? 20,
+    maxWaitMs: extra.maxWaitMs ?? 20,
     captured: extra.captured ?? false,
     graph: shapesOf,
     costs: table,
@@ -68,7 +71,7 @@ function open(
     stats,
     table,
     dispatcher,
-    rowsPerLaunch: () => stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).rowsPerLaunch,
+    rowsPerLaunch: () => stats.snapshot(nothing).rowsPerLaunch,
   };
 }
 let sequence = 0;
@@ -118,7 +121,7 @@ describe("jobs at the same time", () => {
     const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority() })));
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(4);
-    expect(stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).launches.restarted).toBe(0);
+    expect(stats.snapshot(nothing).launches.restarted).toBe(0);
     await dispatcher.idle();
     await runtime.settled();
     expect(dispatcher.held).toBe(0);
@@ -160,12 +163,7 @@ describe("jobs at the same time", () => {
     for (const [index, results] of (await run()).entries()) expectEqual(results, programs[index]!);
     for (let round = 0; round < 5; round++) await run();
     const count = 6 * programs.flat().reduce((sum, { instructions }) => sum + instructions.length, 0);
-    const { launches, rowsPerLaunch, milliseconds } = stats.snapshot({
-      waiting: 0,
-      limit: 0,
-      requests: 0,
-      pictures: 0,
-    });
+    const { launches, rowsPerLaunch, milliseconds } = stats.snapshot(nothing);
     expect(launches).toEqual({ count, rows: count, padding: 0, restarted: 0 });
     expect(rowsPerLaunch).toEqual({ 1: count });
     expect(milliseconds.launches["predict.guidance"]!.sum).toBe(7 * milliseconds.launches["predict.guidance"]!.count);
@@ -348,7 +346,7 @@ describe("failures", () => {
     const settings = fc.record({
       maxBatch: fc.constantFrom(1, 2, 8),
       pin: fc.constantFrom(null, null, 4),
-      maxWait: fc.constantFrom(0, 1000),
+      maxWaitMs: fc.constantFrom(0, 1000),
       preemption: fc.boolean(),
       known: fc.constantFrom(["predict.guidance"], graphNames),
     });

@@ -9,7 +9,7 @@ import { DeadlineError, QueueFullError } from "../../lib/errors.js";
 import type { Launch } from "../../lib/program/program.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
 import { entryOf, quantile } from "../../lib/serving/costs.js";
-import type { Candidate, Terms } from "../../lib/serving/prediction.js";
+import type { CandidateWork, Terms } from "../../lib/serving/prediction.js";
 import { batchesUpTo, Service } from "../../lib/serving/service.js";
 import { CostStore } from "../../lib/serving/store.js";
 import { conditionOf, programOf as rowProgram } from "./programs.js";
@@ -50,8 +50,8 @@ function open(extra: { maxQueue?: number; batches?: number[]; known?: boolean } 
     batches.map((batch) => entryOf(graph, batch, "4x4", [cost(batch)])),
   );
   const service = new Service(runtime, extra.known === false ? [] : entries, {
-    ...{ batches: extra.batches ?? batchesUpTo(8), maxWaitMs: 20, pinBatch: null, maxQueue: extra.maxQueue ?? 1000 },
-    ...{ background: false, graph: shapesOf, store: new CostStore("key", folder), about: {} },
+    ...{ batches: extra.batches ?? batchesUpTo(8), maxWaitMs: 20, maxQueue: extra.maxQueue ?? 1000 },
+    ...{ background: false, captured: false, graph: shapesOf, store: new CostStore("key", folder), about: {} },
   });
   return { runtime, service };
 }
@@ -71,7 +71,7 @@ function ask(
   // biome-ignore format: one line
   const terms: Terms = { arrival: clock, deadlineMs, priority, pictures, size: "4x4", pin: null };
   const candidates = ladder.map(
-    (blocks): Candidate => ({ text: blocks, demands: [{ program: programOf(blocks), rows: pictures }] }),
+    (blocks): CandidateWork => ({ text: blocks, demands: [{ program: programOf(blocks), rows: pictures }] }),
   );
   return service.serve(terms, candidates, async (admitted) => {
     const rows = Array.from({ length: pictures }, (_, seed) => programOf(ladder[admitted.candidate]!, seed));
@@ -214,7 +214,7 @@ describe("open-loop arrivals", () => {
     }
     await Promise.all(calls);
     await runtime.settled();
-    expect(service.held).toBe(0);
+    expect([...runtime.workspaces].map(({ values }) => values.size)).toEqual([0]);
     const inTime = accepted.filter(({ actualMs }) => actualMs <= deadlineMs).length / accepted.length;
     return { accepted, refused, inTime, stats: service.stats() };
   }
