@@ -100,7 +100,7 @@ export class Gate<Order = void> {
   #admit(): void {
     const { compare = () => 0 } = this.#options;
     for (;;) {
-      // Several entries may share a signal: one that is about to leave for it is not let in.
+      // Several entries may share a signal: one that has aborted, and is still to be removed, is not let in.
       const [head, ...rest] = [...this.#waiting].filter(({ signal }) => !signal?.aborted);
       if (!head) break;
       const first = rest.reduce((a, b) => (compare(a.order, b.order) <= 0 ? a : b), head);

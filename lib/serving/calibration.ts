@@ -1,6 +1,6 @@
 /**
- * Keeps the table of costs complete: measures what a promise needs before it is given, the rest between requests, and what
- * is not in launches from finished requests; stores the table.
+ * Keeps the table of costs complete, and stores it. What a promise needs is measured before it is given, the rest between
+ * requests; what is not in launches is known from finished requests.
  */
 
 import { SharedTask } from "../common/abort.js";
@@ -29,7 +29,7 @@ export interface CalibrationOptions {
   readonly batches: readonly number[];
   /** Whether costs that are not known are measured while there are no requests. */
   readonly background: boolean;
-  /** Shapes of a graph, which the runtime is told of when it is first needed. */
+  /** Shapes of a graph, which is added to the runtime when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly store: CostStore;
   /** For people who look into the stored table. */
@@ -151,9 +151,10 @@ export class Calibration {
 
   /** Keeps the table for later, if it has changed. @throws the file system's error */
   async store(): Promise<void> {
-    if (this.#costs.version === this.#stored) return;
-    this.#stored = this.#costs.version;
-    await this.#options.store.write(this.#costs.entries, this.#options.about);
+    const { version, entries } = this.#costs;
+    if (version === this.#stored) return;
+    await this.#options.store.write(entries, this.#options.about);
+    this.#stored = version;
   }
 
   /** Measures, together with other callers who need the same. */

@@ -1,7 +1,7 @@
 /**
  * Captured programs, by priority: each is replayed as one CUDA graph and shares no launch. One runs while the next waits
- * in the runtime, so that the device never waits for JavaScript; the others wait here, where a program of higher priority
- * can still go before them.
+ * in the runtime, so that the device never waits for JavaScript; the others wait here, so that a program of higher
+ * priority can still go before them.
  */
 
 import { Gate } from "../common/gate.js";

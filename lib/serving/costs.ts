@@ -33,7 +33,7 @@ const fixedShare = 0.2;
 const observationsNeeded = 5;
 const observationsKept = 25;
 
-/** Weight of one launch in the drift, and bounds of its ratio: a launch that was interrupted means little. */
+/** Weight of one launch in the drift, and bounds of its ratio: one launch that was interrupted must not change much. */
 const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
 
@@ -87,7 +87,7 @@ export class CostTable {
     const batches = this.#entries.get(keyOf(graph, size));
     if (!batches) return null;
     // Fewer rows never take longer than more. Where the table says so, its entries were measured at different loads of
-    // the machine, and single rows would be padded for ever: what is never launched is never observed to be cheaper.
+    // the machine, and single rows would always be padded: what is never launched is never observed to be cheaper.
     const larger = [...batches.values()].filter((entry) => entry.batch > batch).map((entry) => entry.milliseconds);
     return Math.min(interpolated(batches, batch), ...larger) * this.drift;
   }
@@ -142,7 +142,7 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   const [a, b] = [points[right - 1]!, points[right]!];
   const slope = (b.milliseconds - a.milliseconds) / (b.batch - a.batch);
   const line = a.milliseconds + slope * (batch - a.batch);
-  // Noise can tilt the line the wrong way: more rows never cost less than half of what fewer cost, in proportion.
+  // Noise can give the line a wrong slope: more rows never cost less than half of what fewer cost, in proportion.
   return Math.max(line, (0.5 * a.milliseconds * Math.min(batch, a.batch)) / a.batch);
 }
 

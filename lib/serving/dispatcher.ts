@@ -36,7 +36,7 @@ export interface Job {
 export interface DispatcherOptions extends Omit<SchedulerOptions, "preemption"> {
   /** Whether each row runs as one captured program of its own. */
   readonly captured: boolean;
-  /** Shapes of a graph, which the runtime is told of when it is first needed. */
+  /** Shapes of a graph, which is added to the runtime when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly costs: CostTable;
   readonly stats: StatsRecorder;
@@ -94,7 +94,7 @@ export class Dispatcher {
   }
 
   /**
-   * Runs a job beside the others.
+   * Runs a job, at the same time as others.
    * @returns the results of each row's program
    * @throws what the runtime throws for a launch of this job, what `onLaunch` throws, or `signal.reason`
    */
@@ -150,7 +150,7 @@ export class Dispatcher {
       return results;
     } catch (error) {
       controller.abort(error);
-      // Until all have stopped: until then the job takes time of the device.
+      // A row that has not stopped still takes time of the device.
       await Promise.allSettled(runs);
       throw controller.signal.reason;
     } finally {
@@ -302,7 +302,7 @@ export class Dispatcher {
     if (names.length > 0) this.#workspace?.free(names);
   }
 
-  /** The job of a assigned row, unless it is over or has been started again since. */
+  /** The job of an assigned row, unless it is over or has been started again since. */
   #current({ job, attempt }: AssignedRow): Active | null {
     const active = this.#active.get(job);
     return active?.attempt === attempt ? active : null;

@@ -1,8 +1,8 @@
 /**
  * A submission → the program that a workspace runs. Each row of each job has registers of its own; a shared launch
  * copies them into registers of the batch, and its outputs back. A launch of one row works on the row's own registers. What
- * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by all
- * rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
+ * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by
+ * all rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
  * submission.
  */
 
@@ -27,13 +27,13 @@ interface Upload {
 }
 
 export class Gatherer {
-  readonly #shapes: (graph: string) => GraphShapes;
+  readonly shapes: (graph: string) => GraphShapes;
   /** By the identities of constants. */
   readonly #uploads = new Map<string, Upload>();
   #names = 0;
 
   constructor(shapes: (graph: string) => GraphShapes) {
-    this.#shapes = shapes;
+    this.shapes = shapes;
   }
 
   /** Constants that are uploaded now. */
@@ -42,7 +42,7 @@ export class Gatherer {
   }
 
   gather(submission: Submission, laneOf: (row: AssignedRow) => Lane): Gathered {
-    const gathered = new Gathered(submission.id, this.#shapes, (lane, constant) => this.#use(lane, constant));
+    const gathered = new Gathered(submission.id, this);
     for (const launch of submission.launches) gathered.launch(launch, launch.rows.map(laneOf));
     return gathered;
   }
@@ -81,23 +81,17 @@ export class Gatherer {
     this.#uploads.clear();
   }
 
-  #use(lane: Lane, constant: Constant): Used {
+  /** A constant that a row needs: its name in the workspace, and whether it is still to be uploaded. */
+  use(lane: Lane, constant: Constant) {
     const identity = identityOf(constant);
     const known = this.#uploads.get(identity);
-    const { name, users } = known ?? { name: `constant ${this.#names++}`, users: new Set() };
+    const { name, users } = known ?? { name: `constant ${this.#names++}`, users: new Set<string>() };
     this.#uploads.set(identity, { name, users: users.add(lane.name) });
     return { name, identity, isNew: !known };
   }
 }
 
-/** A constant's name in the workspace, and whether it is still to be uploaded. */
-interface Used {
-  readonly name: string;
-  readonly identity: string;
-  readonly isNew: boolean;
-}
-
-/** A submission's program, written launch by launch, and the way from its values back to those of rows. */
+/** The program of a submission, written launch by launch; afterwards it finds the values of each row in what is reported. */
 export class Gathered {
   readonly program = {
     registers: {} as Record<string, Register>,
@@ -110,19 +104,13 @@ export class Gathered {
   /** Identities of the constants that it uploads. */
   readonly uploads: string[] = [];
   readonly #submission: number;
-  readonly #shapes: (graph: string) => GraphShapes;
-  readonly #use: (lane: Lane, constant: Constant) => Used;
+  readonly #gatherer: Gatherer;
   /** For each launch of the submission: the launches of its rows, and its batch. */
   readonly #launches: { readonly of: readonly Launch[]; readonly batch: number; readonly shared: Launch }[] = [];
 
-  constructor(
-    submission: number,
-    shapes: (graph: string) => GraphShapes,
-    use: (lane: Lane, constant: Constant) => Used,
-  ) {
+  constructor(submission: number, gatherer: Gatherer) {
     this.#submission = submission;
-    this.#shapes = shapes;
-    this.#use = use;
+    this.#gatherer = gatherer;
   }
 
   /** Adds a launch: of one row on the row's own registers, of a batch with copies from its rows and to them. */
@@ -131,7 +119,7 @@ export class Gathered {
     const of = rows.map(({ launch }, index) => lanes[index]!.row.launches[launch]!);
     const [first] = of as [Launch];
     const { graph, label } = first;
-    const dimensions = this.#shapes(graph).inputs;
+    const dimensions = this.#gatherer.shapes(graph).inputs;
     const prefix = `submission ${this.#submission}.${this.#launches.length}`;
     const inputs = mapped(first.inputs, (operand, input) => {
       if (batch === 1) return this.#input(lane, operand);
@@ -219,7 +207,7 @@ export class Gathered {
     const { dtype, shape } = operandOf(program, operand);
     const constant = program.constants[operand];
     if (!constant) return { name: ownName(lane, operand), dtype, shape };
-    const { name, identity, isNew } = this.#use(lane, constant);
+    const { name, identity, isNew } = this.#gatherer.use(lane, constant);
     if (isNew) {
       this.program.constants[name] = constant;
       this.uploads.push(identity);

@@ -82,7 +82,7 @@ const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 const rowsAhead = { least: 64, batches: 4 } as const;
 
 /** No other job is slowed down for one that would be late by more than this part of its time limit. */
-const hopelessPart = 0.25;
+const latePart = 0.25;
 
 interface Row {
   readonly state: JobState;
@@ -235,8 +235,8 @@ export class Scheduler {
     const again = new Set(rejected.length > 0 ? [] : involved);
     for (const job of rejected) this.#jobs.delete(job);
     for (const state of again) state.isolated = true;
-    // Those that read what it, or another of these, should have written: at once, before anything else is assigned.
-    // Otherwise each of them could fail later submissions, again and again.
+    // Jobs with later submissions that read what this one, or another of those, should have written. They start again at
+    // once, before anything else is assigned: otherwise each of them could fail later submissions, again and again.
     const missing = new Set(membersOf(submission));
     for (const later of this.#inFlight.values()) {
       const members = membersOf(later);
@@ -376,10 +376,10 @@ export class Scheduler {
       withIt += left[0] - part;
       const { due, arrival } = state.job.priority;
       if (due === null || withIt <= without) continue;
-      // Jobs that are hopelessly late do not slow down others.
-      const hopeless = due + hopelessPart * (due - arrival);
+      // A job that will be late by more than that in any case does not slow down others.
+      const latest = due + latePart * (due - arrival);
       // With time for one more such launch: a launch that has begun is not interrupted for a job that arrives.
-      if (start + withIt + shared > due && start + without <= hopeless) return true;
+      if (start + withIt + shared > due && start + without <= latest) return true;
     }
     return false;
   }

@@ -1,6 +1,6 @@
 /**
- * Serves the requests of a model side by side. Before any work it says which candidate fits a time limit, or refuses and
- * says when to come again; then it admits requests by priority, and hands their rows to the dispatcher.
+ * Serves requests of a model at the same time. Before any work it chooses the candidate that fits a time limit, or refuses
+ * and says when to try again; then it admits requests by priority, and hands their rows to the dispatcher.
  */
 
 import { Gate } from "../common/gate.js";

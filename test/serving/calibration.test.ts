@@ -140,6 +140,20 @@ describe("before a promise", () => {
   });
 });
 
+it("what has been asked for is measured between requests at every batch, and stored", async () => {
+  const { calibration, costs, end } = open();
+  calibration.remember(candidates("background"));
+  calibration.rest();
+  // One run that is not counted and seven that are.
+  for (let run = 0; run < 8; run++) await end();
+  while (!costs.get("vae_decoder", "background", 1)) await setImmediate();
+  await calibration.stop();
+  const stored = await new CostStore("key", cache).read();
+  expect(stored.filter(({ size }) => size === "background")).toMatchObject([
+    { graph: "vae_decoder", batch: 1, runs: 7 },
+  ]);
+});
+
 it("slots are measured with made-up values, other constants that are the same for all rows with their own", async () => {
   const { calibration, programs, end } = open();
   const position = { kind: "value", tensor: float32([1, 4, 4], new Float32Array(16).fill(7)) } as const;

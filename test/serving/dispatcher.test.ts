@@ -1,4 +1,4 @@
-// Jobs side by side on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
+// Jobs at the same time on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
 import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
@@ -146,7 +146,7 @@ describe("jobs at the same time", () => {
       programs.map((rows) => pinned.dispatcher.run({ rows, priority: priority(), pin: 4 })),
     );
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
-    // Pictures too large for two at once are lifted and decoded one by one.
+    // Pictures too large for two at once are upscaled and decoded one by one.
     expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual([
       "upscale false",
       "vae_decoder false",
@@ -168,11 +168,11 @@ describe("jobs at the same time", () => {
     expect(rowsPerLaunch).toEqual({ 1: count });
     expect(milliseconds.launches["predict.guidance"]!.sum).toBe(7 * milliseconds.launches["predict.guidance"]!.count);
     expect(heard).toHaveBeenCalledTimes(count);
-    // What nobody has measured is learnt.
+    // What has not been measured gets an entry.
     expect(table.get("inpaint_blend.guidance", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
   });
 
-  it("hear of each of their launches once, in order, with the values they asked for", async () => {
+  it("are told of each of their launches once, in order, with the values that they asked for", async () => {
     const { dispatcher } = open();
     const requests = [request({ extra: "preview", seeds: [1, 2] }), request({ seeds: [3] })];
     const reports = requests.map(() => new Map<number, string[]>());
@@ -202,7 +202,7 @@ describe("jobs at the same time", () => {
     expect(firsts).toBeLessThan(2 * programs[0]![0]!.instructions.length);
   });
 
-  it("end early for those that are aborted or whose listener throws, and for nobody else", async () => {
+  it("end early where they are aborted or their listener throws, and nowhere else", async () => {
     const { dispatcher, runtime } = open();
     const controller = new AbortController();
     const programs = [request({ seeds: [1] }), request({ seeds: [2] }), request({ seeds: [3, 4] })].map(rowsOf);

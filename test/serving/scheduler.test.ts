@@ -69,7 +69,7 @@ describe("rows", () => {
     work.start(job(2, ["predict@64 predict@64 decode@64"]), 0);
     expect(shape(work.assign(0))).toEqual(["predict 2: 1.0 2.0"]);
     expect(shape(work.assign(0))).toEqual(["predict 2: 1.0 2.0"]);
-    // Two decoded together cost as much as one after the other: the more urgent one has its picture first.
+    // Two decoded together cost as much as one after the other: the one that arrived first has its picture first.
     expect(shape(work.assign(0))).toEqual(["decode 1: 1.0"]);
     expect(shape(work.assign(0))).toEqual(["decode 1: 2.0"]);
     expect(work.assign(0)).toBeNull();
@@ -207,7 +207,7 @@ describe("order", () => {
     expect(drain(work).map(({ launches }) => launches[0]!.rows[0]!.job)).toEqual([4, 3, 5, 1, 2]);
   });
 
-  it("starves nobody: a job of low priority ends while others of higher priority keep coming", () => {
+  it("lets no job wait for ever: one of low priority ends while others of higher priority keep coming", () => {
     const work = scheduler(costs({}));
     work.start(job(0, ["slow@1 slow@1 slow@1"], { level: -2 }), 0);
     let now = 0;
@@ -227,7 +227,7 @@ describe("order", () => {
     expect(drain(work).map(({ launches }) => launches.length)).toEqual([5, 1]);
   });
 
-  it("assigns shorter submissions as soon as there is somebody who could be held up", () => {
+  it("assigns shorter submissions as soon as there is another job that they could delay", () => {
     const work = scheduler(costs({ "predict@64": [4], "predict@128": [4] }));
     work.start(job(1, [Array(12).fill("predict@64").join(" ")]), 0);
     work.start(job(2, ["predict@128 predict@128 predict@128 predict@128"]), 0);
@@ -254,7 +254,7 @@ describe("preemptible submissions", () => {
     );
   });
 
-  it("hold up a newcomer until they are preempted, and then are shared as any", () => {
+  it("delay a newcomer until they are preempted, and then share launches as any", () => {
     const work = scheduler(table, { preemption: true });
     work.start(job(1, [twelve]), 0);
     const lone = work.assign(0)!;
@@ -292,7 +292,7 @@ describe("failures and aborts", () => {
     expect(shape(shared)).toEqual(["predict 2: 1.0 2.0"]);
     const next = work.assign(0)!;
     expect(work.failed(shared.id, false, 0)).toEqual({ rejected: [], restarted: [1, 2] });
-    // What was assigned on top of it counts for nothing.
+    // What was assigned after it, and reads its values, does not count.
     expect(work.finished(next.id, 0)).toEqual([]);
     const alone = work.assign(0)!;
     expect(shape(alone)).toEqual(["predict 1: 1.0"]);
@@ -301,7 +301,7 @@ describe("failures and aborts", () => {
     expect(work.assign(0)).toBeNull();
   });
 
-  it("restart everything when the registers are gone, and blame only those of the submission", () => {
+  it("restart everything when the registers are gone, and reject only the job of the submission", () => {
     const work = scheduler(costs({ ...paying, "predict@128": [80] }));
     work.start(job(1, ["predict@64 predict@64"]), 0);
     work.start(job(2, ["predict@128 decode@64"]), 0);
@@ -312,7 +312,7 @@ describe("failures and aborts", () => {
     expect(drain(work).flatMap(shape)).toEqual(["predict 1: 2.0", "decode 1: 2.0"]);
   });
 
-  it("take a job's rows out of what comes, and name the submissions that run for nobody", () => {
+  it("leave a job's rows out of later submissions, and name the submissions that no job needs", () => {
     const work = scheduler();
     work.start(job(1, ["predict@64 predict@64 predict@64"]), 0);
     const own = work.assign(0)!;
@@ -373,7 +373,7 @@ const arbitraryTable = fc
   .map((entries) => new CostTable(entries.map(([graph, size, batch, milliseconds]) => entryOf(graph, batch, size, [milliseconds])))); // biome-ignore format: one line
 
 describe("whatever happens", () => {
-  it("no row is lost, doubled or mixed up, and everybody has one answer", { timeout: 300_000 }, () => {
+  it("no row is lost, doubled or mixed up, and every job has one answer", { timeout: 300_000 }, () => {
     fc.assert(
       fc.property(
         fc.array(event, { maxLength: 120, size: "max" }),
@@ -417,7 +417,7 @@ describe("whatever happens", () => {
               const keys = new Set<string>();
               for (const { job, attempt, row, launch: index, last } of rows) {
                 members.add(job);
-                // Nobody who is over runs on; every row makes its launches in order, none twice, none left out.
+                // No job that is over runs on; every row makes its launches in order, none twice, none left out.
                 expect(over.has(job)).toBe(false);
                 expect(attempt).toBe(attempts.get(job));
                 const key = rowKey(job, row);
@@ -436,8 +436,8 @@ describe("whatever happens", () => {
             if ([...members].some((id) => isolated.has(id))) expect(members.size).toBe(1);
             return true;
           };
-          /** Pieces that the runtime cannot run: values that they read, be it of rows that are over, will not be there. */
-          const doomed = (): Set<Submission> => {
+          /** Submissions that cannot run: values that they read, also those of rows that are over, will not be there. */
+          const unable = (): Set<Submission> => {
             const there = new Set(written);
             const cannot = new Set<Submission>();
             for (const submission of inFlight) {
@@ -460,7 +460,7 @@ describe("whatever happens", () => {
               rows.filter(({ job, attempt }) => !over.has(job) && attempt === attempts.get(job)).map(({ job }) => job),
             );
           const finish = () => {
-            if (inFlight[0] && doomed().has(inFlight[0])) {
+            if (inFlight[0] && unable().has(inFlight[0])) {
               fail(false);
               return;
             }
@@ -480,7 +480,7 @@ describe("whatever happens", () => {
           /** A submission is preempted before one of its launches. */
           const preempt = (made: number) => {
             const [submission] = inFlight;
-            if (!submission?.preemptible || doomed().has(submission)) return;
+            if (!submission?.preemptible || unable().has(submission)) return;
             inFlight.shift();
             made %= submission.launches.length;
             for (const [at, { rows }] of submission.launches.entries())
@@ -497,12 +497,12 @@ describe("whatever happens", () => {
             const submission = inFlight.shift();
             if (!submission) return;
             const wanted = new Set(wantedIn(submission));
-            const spoilt = new Set([...doomed()].flatMap(wantedIn));
+            const affected = new Set([...unable()].flatMap(wantedIn));
             const { rejected, restarted } = work.failed(submission.id, lost, now);
-            // Only a job that was alone in a submission is blamed. Those of submissions that could not run are not in them any more.
+            // Only a job that was alone in a submission is rejected. Jobs of submissions that could not run have started again.
             expect(rejected).toEqual(wanted.size === 1 ? [...wanted] : []);
             for (const id of rejected) end(id, "rejected");
-            const expected = lost ? [...jobs.keys()] : [...new Set([...wanted, ...spoilt])];
+            const expected = lost ? [...jobs.keys()] : [...new Set([...wanted, ...affected])];
             expect([...restarted].sort()).toEqual(expected.filter((id) => !over.has(id)).sort());
             if (wanted.size > 1) for (const id of wanted) isolated.add(id);
             for (const id of restarted) attempts.set(id, attempts.get(id)! + 1);

@@ -143,7 +143,7 @@ describe("a time limit", () => {
     expect((await ask(service, { ladder, deadlineMs: error.bestMs })).blocks).toBe("H1");
   });
 
-  it("is not given away to newcomers", async () => {
+  it("that was promised is kept when others arrive", async () => {
     const { service } = open();
     await ask(service, { blocks: "H1P7R2", deadlineMs: 5000 });
     const first = ask(service, { blocks: "H1P7R2", deadlineMs: 260 });
@@ -226,7 +226,7 @@ describe("open-loop arrivals", () => {
     expect(inTime).toBeGreaterThanOrEqual(0.95);
   });
 
-  it("at 1.2 of capacity are refused honestly, and the accepted ones are in time at the 95th percentile", async () => {
+  it("at 1.2 of capacity are refused with a time to try again, and the accepted ones are in time at the 95th percentile", async () => {
     const deadlineMs = 6 * mean;
     const { accepted, refused, inTime, stats } = await arrivals(1.2, 300, deadlineMs);
     expect(inTime).toBeGreaterThanOrEqual(0.95);
@@ -275,7 +275,7 @@ describe("the queue", () => {
     await Promise.all(work);
   });
 
-  it("serves urgent ones first, and counts what it did", async () => {
+  it("serves those of high priority first, and counts what it did", async () => {
     const { service } = open({ batches: [1] });
     const order: string[] = [];
     const note = (name: string, asked: Asked) => ask(service, asked).then(() => order.push(name));
@@ -287,7 +287,7 @@ describe("the queue", () => {
       note("soon", { deadlineMs: 1000, blocks: "H1P3R1" }),
       note("important", { priority: 1, blocks: "H1P3R1" }),
     ]);
-    // "b" is let in together with "a" and goes on whenever nobody more urgent has been let in.
+    // "b" is let in together with "a" and goes on whenever no request that is due earlier has been let in.
     expect(order.filter((name) => name !== "b")).toEqual(["a", "important", "soon", "late", "c"]);
     const { requests, milliseconds, queue } = service.stats();
     expect(requests).toMatchObject({ accepted: 6, completed: 6, late: 0 });
