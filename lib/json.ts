@@ -92,7 +92,7 @@ export async function requestToJson({ signal, onStep, ...options }: GenerateOpti
   });
 }
 
-/** @throws OptionError that names the option which is wrong */
+/** The options of a request from its JSON. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
   const { image, mask, ...options } = decoded(requestSchema, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
@@ -104,7 +104,7 @@ export function resultToJson(result: GenerateResult): Json {
   return encoded(resultSchema, result);
 }
 
-/** @throws OptionError that names the field which is wrong */
+/** A result from its JSON; its pictures can be encoded. @throws OptionError that names the field which is wrong */
 export function resultFromJson(json: unknown): GenerateResult {
   return decoded(resultSchema, json, "result");
 }

@@ -88,7 +88,7 @@ function step(part: "transformer" | "refiner", type: "predict" | "refine"): Netw
 }
 
 /** The table of networks by name. */
-export const networks: Readonly<Record<string, Network>> = {
+export const networks: Record<string, Network> = {
   clip_l: clip("textEncoder", "tokenizer"),
   clip_g: clip("textEncoder2", "tokenizer2"),
   t5: {

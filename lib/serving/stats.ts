@@ -16,12 +16,14 @@ export interface Histogram {
 
 /** What a model has done since it was loaded, and what it does now. */
 export interface Stats {
+  /** Requests that wait. */
   readonly queue: {
     /** Requests that wait to be admitted. */
     readonly waiting: number;
     /** How many may wait: the option `maxQueue`. */
     readonly limit: number;
   };
+  /** Requests that have been admitted. */
   readonly running: {
     /** Requests that have been admitted and are not over. */
     readonly requests: number;
@@ -34,6 +36,7 @@ export interface Stats {
     readonly accepted: number;
     /** Refused because the queue was full, or because no schedule fitted the time limit. */
     readonly refused: number;
+    /** Ended with pictures. */
     readonly completed: number;
     /** Ended by an error. */
     readonly failed: number;
@@ -44,6 +47,7 @@ export interface Stats {
   };
   /** Runs of networks for requests. */
   readonly launches: {
+    /** Runs. */
     readonly count: number;
     /** Rows of all launches, without padding: a row is one picture or text. */
     readonly rows: number;
@@ -54,6 +58,7 @@ export interface Stats {
   };
   /** How many launches had 1, 2, … rows. */
   readonly rowsPerLaunch: Readonly<Record<string, number>>;
+  /** Times, in milliseconds. */
   readonly milliseconds: {
     /** From the call until the request was admitted. */
     readonly queued: Histogram;
