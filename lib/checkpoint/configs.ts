@@ -2,7 +2,7 @@
  * The config.json of each part, validated and in the names of this package, which are the file's in camel case: a schema
  * says all that is known of a key, and the types follow from the schemas. Defaults for absent keys are those of
  * diffusers 0.42 and transformers 5.23, since a config holds only what its author's version knew: SD3-medium's, for
- * one, has neither qk_norm nor dual_attention_layers. Unknown keys are ignored, as the originals ignore them; a known
+ * one, has neither qk_norm nor dual_attention_layers. Unknown keys are ignored, as diffusers and transformers ignore them; a known
  * key with a value that this package does not compute is an error, since the picture would silently be wrong.
  */
 
@@ -23,7 +23,7 @@ const size = z.int().positive();
 const epsilon = z.number().positive();
 const factor = z.number().refine((value) => value > 0, "expected a positive number");
 const className = (known: readonly string[]) => z.enum(known as [string, ...string[]]).optional();
-/** A switch of the original that this package does not implement: it may be present, but not on. */
+/** A switch of diffusers or transformers that this package does not implement: it may be present, but not on. */
 const off = z
   .union([z.literal(false), z.null()], { error: "is set, which is not supported; only false or null are" })
   .optional();

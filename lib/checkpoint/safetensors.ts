@@ -7,7 +7,7 @@
  */
 
 import { type FileHandle, open } from "node:fs/promises";
-import { writeFileWhole } from "../common/files.js";
+import { writeFileAtomic } from "../common/files.js";
 import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
 import { isRecord } from "./files.js";
@@ -119,7 +119,7 @@ export async function writeSafetensors(file: string, tensors: Readonly<Record<st
   json.copy(start, 8);
 
   const data = Object.values(tensors).map((tensor) => littleEndian(tensor.data));
-  await writeFileWhole(file, Buffer.concat([start, ...data])).catch((cause: Error) => {
+  await writeFileAtomic(file, Buffer.concat([start, ...data])).catch((cause: Error) => {
     throw new OutputError(file, `Cannot write ${file}: ${cause.message}`, { cause });
   });
 }

@@ -30,7 +30,7 @@ export interface Tokenizer {
   encode(text: string, length: number): Tokens;
 }
 
-/** What the originals assume when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
+/** What transformers assumes when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
 const clipMaxLength = 77;
 const t5MaxLength = 512;
 
@@ -71,7 +71,7 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
       normalizers: [
         { type: "NFC" },
         { type: "Replace", pattern: { Regex: "\\s+" }, content: " " },
-        // JavaScript lowers a sigma at a word's end to its final form; the original lowers letter by letter.
+        // JavaScript lowers a sigma at a word's end to its final form; transformers lowers letter by letter.
         { type: "Replace", pattern: { String: "\u03a3" }, content: "\u03c3" },
         { type: "Lowercase" },
       ],

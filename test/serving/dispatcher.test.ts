@@ -23,7 +23,7 @@ interface Request {
 function rowsOf({ seeds, guided, ...request }: Request): Program[] {
   const { side, extra } = request;
   const condition = conditionOf(seeds[0]!, guided);
-  const edit = { original: numbers(77, 1, 4, side, side), mask: numbers(78, 1, 1, side, side) };
+  const edit = { init: numbers(77, 1, 4, side, side), mask: numbers(78, 1, 1, side, side) };
   return seeds.map((seed) =>
     programOf(
       { ...request, seed, guidanceScale: guided ? seed : null, pixelsAtOnce: 2 * (2 * side) ** 2 },

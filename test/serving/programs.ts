@@ -46,7 +46,7 @@ export function conditionOf(seed: number, isGuided: boolean) {
 export function programOf(
   { blocks, side, seed, guidanceScale, extra, pixelsAtOnce }: Picture,
   condition: ReturnType<typeof conditionOf>,
-  edit?: { readonly original: FloatTensor; readonly mask: FloatTensor },
+  edit?: { readonly init: FloatTensor; readonly mask: FloatTensor },
 ): Program {
   const list = parseBlocks(blocks);
   const shift = { shift: 3 };
@@ -58,7 +58,7 @@ export function programOf(
       schedule: scheduleOf(list, sigmas),
       latentShape: [1, 4, sideHere, sideHere],
       positions: { predict: positions(sideHere), refine: positions(sideHere) },
-      ...{ hasOriginal: edit !== undefined, hasMask: edit !== undefined },
+      ...{ hasInit: edit !== undefined, hasMask: edit !== undefined },
     };
   });
   const { program } = samplingTemplate({
