@@ -124,7 +124,7 @@ export function entryOf(graph: string, batch: number, size: string, values: read
 }
 
 /** @param sorted rising, at least one */
-export function quantile(sorted: readonly number[], part: number): number {
+function quantile(sorted: readonly number[], part: number): number {
   const at = part * (sorted.length - 1);
   const below = sorted[Math.floor(at)]!;
   const above = sorted[Math.ceil(at)]!;

@@ -13,7 +13,7 @@ import type { CostTable } from "./costs.js";
 import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
 import type { Priority } from "./priority.js";
 import { type GraphShapes, type RowProgram, rowProgram } from "./rows.js";
-import { type AssignedRow, Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
+import { Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
 
 /** Submissions that the runtime has at a time: one that runs and one that is next. */
@@ -78,7 +78,8 @@ export class Dispatcher {
   readonly #warm = new Set<string>();
   #workspace: Workspace | null = null;
   #jobs = 0;
-  #isAssigning = false;
+  /** Whether submissions will be assigned in this turn of the event loop. */
+  #willAssign = false;
   #idle: (() => void)[] = [];
 
   constructor(runtime: Runtime, options: DispatcherOptions) {
@@ -119,10 +120,10 @@ export class Dispatcher {
         unfollow: onAbort(signal, () => this.#stop(id, signal!.reason)),
       });
       // Jobs that arrive together are assigned together.
-      if (this.#isAssigning) return;
-      this.#isAssigning = true;
+      if (this.#willAssign) return;
+      this.#willAssign = true;
       setImmediate(() => {
-        this.#isAssigning = false;
+        this.#willAssign = false;
         this.#submit();
       });
     });
@@ -200,7 +201,7 @@ export class Dispatcher {
         preempt: preempt?.signal,
         onLaunch: (report) => this.#report(submission, gathered, report),
       });
-      workspace.free([...gathered.temporaries]);
+      workspace.free(gathered.temporaries);
       const { results: values, launches } = await run.then(
         (results) => ({ results, launches: submission.launches.length }),
         (error: unknown) => (error instanceof Preempted ? error : Promise.reject(error)),
@@ -209,9 +210,10 @@ export class Dispatcher {
       // Its workspace has been lost and replaced meanwhile.
       if (workspace !== this.#workspace) return;
       for (const { rows } of submission.launches.slice(0, launches))
-        for (const assigned of rows) {
-          const active = this.#current(assigned);
-          if (active && assigned.last) active.results[assigned.row] = resultsOf(active.lanes[assigned.row]!, values);
+        for (const { job, attempt, row, last } of rows) {
+          const active = this.#active.get(job);
+          // The job may have been started again since.
+          if (last && active?.attempt === attempt) active.results[row] = resultsOf(active.lanes[row]!, values);
         }
       for (const id of this.#scheduler.finished(submission.id, performance.now(), launches)) {
         const active = this.#end(id)!;
@@ -300,12 +302,6 @@ export class Dispatcher {
 
   #free(names: readonly string[]): void {
     if (names.length > 0) this.#workspace?.free(names);
-  }
-
-  /** The job of an assigned row, unless it is over or has been started again since. */
-  #current({ job, attempt }: AssignedRow): Active | null {
-    const active = this.#active.get(job);
-    return active?.attempt === attempt ? active : null;
   }
 }
 

@@ -85,9 +85,10 @@ export class Gatherer {
   use(lane: Lane, constant: Constant) {
     const identity = identityOf(constant);
     const known = this.#uploads.get(identity);
-    const { name, users } = known ?? { name: `constant ${this.#names++}`, users: new Set<string>() };
-    this.#uploads.set(identity, { name, users: users.add(lane.name) });
-    return { name, identity, isNew: !known };
+    const upload = known ?? { name: `constant ${this.#names++}`, users: new Set<string>() };
+    if (!known) this.#uploads.set(identity, upload);
+    upload.users.add(lane.name);
+    return { name: upload.name, identity, isNew: !known };
   }
 }
 
@@ -100,11 +101,13 @@ export class Gathered {
     results: [] as string[],
   } satisfies Program;
   /** Names to free when the submission has run. */
-  readonly temporaries = new Set<string>();
+  readonly temporaries: string[] = [];
   /** Identities of the constants that it uploads. */
   readonly uploads: string[] = [];
   readonly #submission: number;
   readonly #gatherer: Gatherer;
+  /** What launches of one row read: names by the operands of the row's program. */
+  readonly #inputs = new Map<Lane, Map<string, string>>();
   /** For each launch of the submission: the launches of its rows, and its batch. */
   readonly #launches: { readonly of: readonly Launch[]; readonly batch: number; readonly shared: Launch }[] = [];
 
@@ -126,7 +129,7 @@ export class Gathered {
       const operands = of.map(({ inputs }) => inputs[input]!);
       if (isPerRow(dimensions.get(input))) return this.#gather(`${prefix}.${input}`, lanes, operands, batch);
       // The same for all rows, but each of them uses it.
-      return lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
+      return lanes.map((lane, index) => this.#operand(lane, operands[index]!))[0]!;
     });
     const scattered: CopyRows[] = [];
     const outputs = mapped(first.outputs, (register, output) => {
@@ -171,17 +174,19 @@ export class Gathered {
   #gather(name: string, lanes: readonly Lane[], operands: readonly string[], batch: number): string {
     const small = lanes.map(({ row }, index) => inlined(row.program.constants[operands[index]!]));
     if (small.every((tensor) => tensor !== null)) return this.#inline(name, interleaved(small, batch));
-    const from = lanes.map((lane, index) => this.#operand(lane, operands[index]!));
-    const { dtype, shape } = from[0]!;
+    const { dtype, shape } = operandOf(lanes[0]!.row.program, operands[0]!);
+    const from = lanes.map((lane, index) => {
+      const own = operandOf(lane.row.program, operands[index]!).shape;
+      if (own.join() !== shape.join())
+        throw new RangeError(`Rows of [${shape}] and of [${own}] cannot share a launch.`);
+      return this.#operand(lane, operands[index]!);
+    });
     const [group, ...rest] = shape as [number, ...number[]];
     const to = this.#temporary(name, { dtype, shape: [group * batch, ...rest] });
     for (let part = 0; part < group; part++)
       for (let row = 0; row < batch; row++) {
         // Padding repeats the first row: values that a network can work on.
-        const source = from[row] ?? from[0]!;
-        if (source.shape.join() !== shape.join())
-          throw new RangeError(`Rows of [${shape}] and of [${source.shape}] cannot share a launch.`);
-        const copy = { from: source.name, fromRow: part, to, toRow: part * batch + row, rows: 1 };
+        const copy = { from: from[row] ?? from[0]!, fromRow: part, to, toRow: part * batch + row, rows: 1 };
         this.program.instructions.push({ op: "copy", ...copy });
       }
     return to;
@@ -189,30 +194,35 @@ export class Gathered {
 
   /** An operand of a launch of one row: the launches of a row in a submission share its small constants. */
   #input(lane: Lane, operand: string): string {
-    const small = inlined(lane.row.program.constants[operand]);
-    if (!small) return this.#operand(lane, operand).name;
-    return this.#inline(`submission ${this.#submission}.${ownName(lane, operand)}`, small);
+    const names = this.#inputs.get(lane) ?? new Map<string, string>();
+    this.#inputs.set(lane, names);
+    let name = names.get(operand);
+    if (name === undefined) {
+      const small = inlined(lane.row.program.constants[operand]);
+      const own = ownName(lane, operand);
+      name = small ? this.#inline(`submission ${this.#submission}.${own}`, small) : this.#operand(lane, operand);
+      names.set(operand, name);
+    }
+    return name;
   }
 
   /** A constant of the submission. */
   #inline(name: string, tensor: FloatTensor): string {
-    this.program.constants[name] ??= { kind: "value", tensor };
-    this.temporaries.add(name);
+    this.program.constants[name] = { kind: "value", tensor };
+    this.temporaries.push(name);
     return name;
   }
 
-  /** A lane's operand under its name in the workspace. */
-  #operand(lane: Lane, operand: string): { name: string } & Register {
-    const { program } = lane.row;
-    const { dtype, shape } = operandOf(program, operand);
-    const constant = program.constants[operand];
-    if (!constant) return { name: ownName(lane, operand), dtype, shape };
+  /** A lane's operand: its name in the workspace. */
+  #operand(lane: Lane, operand: string): string {
+    const constant = lane.row.program.constants[operand];
+    if (!constant) return ownName(lane, operand);
     const { name, identity, isNew } = this.#gatherer.use(lane, constant);
     if (isNew) {
       this.program.constants[name] = constant;
       this.uploads.push(identity);
     }
-    return { name, dtype, shape };
+    return name;
   }
 
   #own(lane: Lane, register: string): string {
@@ -223,7 +233,7 @@ export class Gathered {
 
   #temporary(name: string, register: Register): string {
     this.program.registers[name] = register;
-    this.temporaries.add(name);
+    this.temporaries.push(name);
     return name;
   }
 }
@@ -274,5 +284,7 @@ function mapped(
   names: Readonly<Record<string, string>>,
   map: (name: string, key: string) => string,
 ): Record<string, string> {
-  return Object.fromEntries(Object.entries(names).map(([key, name]) => [key, map(name, key)]));
+  const result: Record<string, string> = {};
+  for (const [key, name] of Object.entries(names)) result[key] = map(name, key);
+  return result;
 }

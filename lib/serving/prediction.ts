@@ -38,6 +38,7 @@ export interface Terms {
   readonly pictures: number;
   /** Of the finished pictures, such as "64x64". */
   readonly size: string;
+  /** The batch that every launch is padded to, as far as it allows; null for none. */
   readonly pin: number | null;
   readonly signal?: AbortSignal | undefined;
 }
@@ -121,7 +122,7 @@ export class Predictor {
     Object.assign(request, this.workOf(candidate, terms));
     return {
       candidate: index,
-      reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have come late.`,
+      reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have been late.`,
       predictedMs: now - terms.arrival + finish(candidate),
     };
   }

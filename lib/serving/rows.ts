@@ -1,7 +1,8 @@
 /**
  * One row's program as the scheduler and the table of costs see it: its launches in order, each with a key that says with
- * whose launches it may be shared, and how many of them cost the same. A row program draws one picture, or encodes one text; every operand of it that is "per row" has one row
- * (two where the network runs on an unconditional and a conditional one).
+ * whose launches it may be shared, and how many of them cost the same. A row program draws one picture, or encodes one
+ * text; every operand of it that is "per row" has one row (two where the network runs on an unconditional and a
+ * conditional one).
  */
 
 import { type Constant, type Launch, type Program, type Register, type Sharing, shapeOf } from "../program/program.js";

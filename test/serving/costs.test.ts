@@ -1,7 +1,7 @@
 // The cost table: estimates between and beyond measured batches, drift, entries from observed launches.
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { CostTable, entryOf, quantile } from "../../lib/serving/costs.js";
+import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { cheapestSplit } from "../../lib/serving/split.js";
 
 const entry = (batch: number, milliseconds: number, size = "64x64", graph = "predict") =>
@@ -18,8 +18,8 @@ describe("entryOf", () => {
       high: 4,
       runs: 5,
     });
-    expect(quantile([1, 2], 0.5)).toBe(1.5);
-    expect(quantile([7], 0.25)).toBe(7);
+    expect(entryOf("predict", 1, "64x64", [1, 2]).milliseconds).toBe(1.5);
+    expect(entryOf("predict", 1, "64x64", [7]).low).toBe(7);
   });
 });
 
