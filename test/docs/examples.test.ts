@@ -95,13 +95,13 @@ describe("examples/service.js", () => {
     expect((await sharp(first).metadata()).width).toBe(64);
   });
 
-  it("tells a client's mistake from its own", async () => {
+  it("answers a wrong option with the status of the table", async () => {
     const response = await fetch(`${url}/?steps=0`);
     expect(response.status).toBe(400);
     expect(await response.text()).toMatch(/Expected a whole number from 1 to 1000 for steps/);
   });
 
-  it("survives clients that hang up, and ends cleanly", async () => {
+  it("serves on after a client has closed its connection, and ends by itself at SIGTERM", async () => {
     await expect(fetch(`${url}/?steps=900`, { signal: AbortSignal.timeout(300) })).rejects.toThrow();
     expect((await fetch(`${url}/?steps=1`)).status).toBe(200);
     const ended = new Promise((resolve) => child.once("exit", (code, signal) => resolve([code, signal])));
@@ -132,7 +132,7 @@ describe("README.md", () => {
     expect(samplesOf(readme)[0]!.trim().split("\n").length).toBeLessThanOrEqual(10);
   });
 
-  it("quotes the figures that lie in bench/results, and no others", () => {
+  it("quotes the figures that are in bench/results, and no others", () => {
     expect(withFigures(readme, figures(readResults()))).toBe(readme);
   });
 
