@@ -122,7 +122,7 @@ export class FlowTurbo implements ImageModel {
           ...{ store, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
           about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
-          // A batch that needs an engine is not built for the mere sake of measuring. Those that were named have one.
+          // No engine is built only to be measured; batches that were named have one.
           background: checked.measureCosts && (runtime.capabilities.anyShape || checked.batches !== undefined),
         },
       );
@@ -225,12 +225,10 @@ export class FlowTurbo implements ImageModel {
       ...{ priority, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
-    const { templates } = this.#model;
-    const ways = candidates.map((candidate) => ({
-      text: candidate.text,
-      demands: templates.demands(request, candidate, edit),
-    }));
-    return this.#service.serve(terms, ways, (admitted) => draw(this.#model, request, edit, admitted, start));
+    const prepared = candidates.map((candidate) => this.#model.templates.prepare(request, candidate, edit));
+    return this.#service.serve(terms, prepared, (admitted) =>
+      draw(this.#model, request, prepared[admitted.candidate]!, admitted, start),
+    );
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {

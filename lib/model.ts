@@ -118,7 +118,7 @@ export interface LoadOptions {
   /** Requests that may wait; more are refused with a QueueFullError. Default: 64. */
   maxQueue?: number | undefined;
   /**
-   * Whether costs that are not known are measured in the background, while nobody asks for pictures. Where each batch
+   * Whether costs that are not known are measured in the background, while no request is under way. Where each batch
    * needs an engine, only if `batches` are named. Default: true.
    */
   measureCosts?: boolean | undefined;

@@ -11,7 +11,14 @@ import { OptionError } from "./errors.js";
 import type { EngineProgress, LoadProgress, PictureSource, ProfileProgress, RgbPicture, StepEvent } from "./model.js";
 import { type Feature, featureNames } from "./networks/index.js";
 import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtimes } from "./runtimes/index.js";
-import { defaultSampler, type GridName, type SamplerName, samplers, sigmaGrids } from "./schedule/index.js";
+import {
+  defaultSampler,
+  type GridName,
+  type SamplerName,
+  type SamplerRow,
+  samplers,
+  sigmaGrids,
+} from "./schedule/index.js";
 
 /** What a field says about itself beyond its type. */
 export interface OptionMeta {
@@ -110,7 +117,8 @@ const variant = optional(
 );
 
 const samplerNames = Object.keys(samplers) as SamplerName[];
-const stepsBySampler = samplerNames.map((name) => `${samplers[name]!.steps} for ${name}`).join(", ");
+const bySampler = (value: (row: SamplerRow) => string | number) =>
+  samplerNames.map((name) => `${value(samplers[name]!)} for ${name}`).join(", ");
 
 export const loadSchema = z.strictObject({
   runtime: defaulted(
@@ -168,7 +176,7 @@ export const loadSchema = z.strictObject({
     64,
     "requests that may wait; more are refused",
   ),
-  measureCosts: defaulted(boolean, true, "measures unknown costs in the background, while nobody asks for pictures"),
+  measureCosts: defaulted(boolean, true, "measures unknown costs in the background, while no request is under way"),
   logger: optional(
     kind(
       z.custom<Logger>((value) => typeof value === "object" && value !== null),
@@ -190,7 +198,7 @@ export const generateSchema = z.strictObject({
   width: optional(pixels, "width of a picture (default: the model's native size)", "--width <pixels>"),
   height: optional(pixels, "height of a picture (default: the model's native size)", "--height <pixels>"),
   sampler: optional(oneOf(samplerNames), `${samplerNames.join(", ")} (default: ${defaultSampler})`, "--sampler <name>"),
-  steps: optional(integer(1, 1000), `number of steps (default: ${stepsBySampler})`, "--steps <n>"),
+  steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
   blocks: optional(
     schedule,
     "schedule of the flowturbo sampler, such as H1P5R3 or HPPPPPRRR, in place of --steps",
@@ -198,7 +206,7 @@ export const generateSchema = z.strictObject({
   ),
   grid: optional(
     oneOf(Object.keys(sigmaGrids) as GridName[]),
-    "noise levels: shifted, or diffusers (default: diffusers for euler, else shifted)",
+    `noise levels: ${Object.keys(sigmaGrids).join(" or ")} (default: ${bySampler(({ grid }) => grid)})`,
     "--grid <name>",
   ),
   guidanceScale: defaulted(

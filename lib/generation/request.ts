@@ -1,6 +1,6 @@
 /**
  * Options of `generate` × a model → a settled request: everything about it that is known before any work. Every refusal
- * that needs the model is here. Pure, but for a seed that nobody gave.
+ * that needs the model is here. Pure, but for a seed that is drawn where none is given.
  */
 
 import { randomInt } from "node:crypto";
@@ -63,7 +63,7 @@ type Kept = "count" | "preview" | "deadlineMs" | "priority" | "signal" | "onStep
 
 export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly prompts: readonly string[];
-  /** One for each prompt. */
+  /** One for each prompt; none without guidance. */
   readonly negativePrompts: readonly string[];
   /** B: `count` for each prompt. */
   readonly pictures: number;
@@ -103,6 +103,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   const { count, preview, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
+  const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
   const pictures = prompts.length * count;
   const candidates = candidatesOf(options, model, pictures);
 
@@ -123,7 +124,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   return {
     ...{ count, preview, deadlineMs, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages },
-    negativePrompts: perPrompt(options.negativePrompt ?? "", prompts.length),
+    negativePrompts: guidanceScale > 1 ? negativePrompts : [],
     guidanceScale: guidanceScale > 1 ? guidanceScale : null,
     edit:
       image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
@@ -166,9 +167,9 @@ function candidatesOf(
   if (deadlineMs === undefined || isFixed) return [candidateOf(options, model, pictures, given)];
   const candidates = new Map<string, Candidate>();
   let refused: unknown;
-  for (const rung of ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? model.ladder)
+  for (const each of ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? model.ladder)
     try {
-      const candidate = candidateOf(options, model, pictures, rung);
+      const candidate = candidateOf(options, model, pictures, each);
       if (!candidates.has(candidate.text)) candidates.set(candidate.text, candidate);
     } catch (error) {
       // What a short schedule leaves of itself at some strength may be no schedule; others will do.

@@ -3,34 +3,23 @@
 import type { Tensor } from "../common/tensor.js";
 import type { GenerateResult, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
-import type { Edit } from "./edit.js";
 import { keepOriginal } from "./edit.js";
 import { Image, toRgb } from "./image.js";
 import { stacked } from "./latents.js";
-import type { SamplingTemplate } from "./programs.js";
-import type { Candidate, Request, RequestStage } from "./request.js";
-
-/** How a request was drawn. */
-interface Drawn {
-  readonly candidate: Candidate;
-  /** Those that were run: not the candidate's where a mask left nothing to paint. */
-  readonly stages: readonly RequestStage[];
-  readonly edit: Edit | null;
-  readonly admitted: Admitted;
-  readonly warnings: readonly string[];
-}
+import type { Request } from "./request.js";
+import type { PreparedCandidate } from "./templates.js";
 
 export function resultOf(
   model: { readonly name: string },
   request: Request,
-  { candidate, stages, edit, admitted, warnings }: Drawn,
-  template: SamplingTemplate,
+  { text, stages, kept, template }: PreparedCandidate,
+  admitted: Admitted,
+  warnings: readonly string[],
   results: readonly Record<string, Tensor>[],
   timings: Timings,
 ): GenerateResult {
   const { width, height } = stages.at(-1)!;
   const pixels = stacked(results.map((result) => result[template.image]!));
-  const kept = request.edit?.keepOriginal ? edit?.at(-1) : undefined;
   const blocks = stages.map(({ schedule }) => schedule.text).join(" ");
   const images = results.map((_, row) => {
     const rgb = toRgb(pixels, row);
@@ -54,7 +43,7 @@ export function resultOf(
       deadlineMs === undefined
         ? null
         : {
-            ...{ deadlineMs, blocks: candidate.text, reason: admitted.reason! },
+            ...{ deadlineMs, blocks: text, reason: admitted.reason! },
             ...{ predictedMs: admitted.predictedMs!, actualMs: timings.total },
           },
   };

@@ -5,9 +5,11 @@
 
 import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
+import type { FloatTensor } from "../common/tensor.js";
 import { mmditWidth, positionTable } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
-import type { Demand } from "../serving/prediction.js";
+import { scheduleOf } from "../schedule/index.js";
+import type { CandidateWork } from "../serving/prediction.js";
 import type { Edit } from "./edit.js";
 import {
   encoderProgram,
@@ -19,6 +21,21 @@ import {
 import type { Candidate, Request, RequestStage } from "./request.js";
 import type { PromptEncoder } from "./text.js";
 
+/** A candidate with the programs that draw it: costs are predicted from them, and the recipe binds values to them. */
+export interface PreparedCandidate extends CandidateWork {
+  /** Sizes that are run. */
+  readonly stages: readonly RequestStage[];
+  /** For each stage the program that encodes its original, or null where it needs none. */
+  readonly encoders: readonly (Program | null)[];
+  /** For each stage its mask in latents, [1, 1, h, w], where it has one. */
+  readonly masks: readonly (FloatTensor | undefined)[];
+  /** What the pictures keep of the original, pixel for pixel. */
+  readonly kept: Edit[number] | undefined;
+  readonly template: SamplingTemplate;
+  /** What the caller should know. */
+  readonly warnings: readonly string[];
+}
+
 export class Templates {
   readonly #checkpoint: Checkpoint;
   readonly #text: PromptEncoder;
@@ -29,23 +46,32 @@ export class Templates {
     this.#text = text;
   }
 
-  /** Rows of each program that a candidate runs: texts that the cache lacks, originals, pictures. */
-  demands(request: Request, { stages }: Candidate, edit: Edit | null): Demand[] {
-    const { sequenceLength, pinBatch, pictures } = request;
-    const missing = this.#text.missing(promptsOf(request), sequenceLength, pinBatch);
-    const encoding = { program: this.#text.program("", sequenceLength).program, rows: missing };
-    const encoders = this.encoders(stages, edit).flatMap((program) => (program ? [{ program, rows: 1 }] : []));
-    const sampling = { program: this.sampling(request, stages, edit).program, rows: pictures };
-    return [...(missing > 0 ? [encoding] : []), ...encoders, sampling];
-  }
-
-  /** For each stage the program that encodes its original, or null where it needs none. */
-  encoders(stages: readonly RequestStage[], edit: Edit | null): (Program | null)[] {
+  /** A candidate's programs. Where the mask is empty only the last stage is run, without any block. */
+  prepare(request: Request, { text, stages: all }: Candidate, edit: Edit | null): PreparedCandidate {
+    const { prompts, negativePrompts, sequenceLength, pinBatch, pictures } = request;
+    const kept = request.edit?.keepOriginal ? edit?.at(-1) : undefined;
+    const warnings: string[] = [];
+    let [stages, used] = [all, edit];
+    if (edit?.every(({ mask }) => mask?.empty)) {
+      const through = kept ? "" : ", through the autoencoder";
+      warnings.push(`The mask is black everywhere, so that nothing is to be painted: this is the original${through}.`);
+      stages = [{ ...all.at(-1)!, schedule: scheduleOf([], [0]) }];
+      used = edit.slice(-1).map((stage) => ({ ...stage, mask: null }));
+    }
     const { factor } = this.#checkpoint.vae.config;
-    return stages.map(({ latentShape }, index) => {
-      const { original } = originalOf(edit, index) ?? {};
+    const encoders = stages.map(({ latentShape }, index) => {
+      const { original } = originalOf(used, index) ?? {};
       return original ? encoderProgram(original.pixels, latentShape, factor) : null;
     });
+    const template = this.sampling(request, stages, used);
+    const missing = this.#text.missing([...prompts, ...negativePrompts], sequenceLength, pinBatch);
+    const demands = [
+      ...(missing > 0 ? [{ program: this.#text.program("", sequenceLength).program, rows: missing }] : []),
+      ...encoders.flatMap((program) => (program ? [{ program, rows: 1 }] : [])),
+      { program: template.program, rows: pictures },
+    ];
+    const masks = stages.map((_, index) => used?.[index]?.mask?.latents);
+    return { text, demands, stages, encoders, masks, kept, template, warnings };
   }
 
   /** The template of one picture. */
@@ -75,11 +101,6 @@ export class Templates {
     });
     return this.#kept.set(key, template);
   }
-}
-
-/** What a request encodes: its prompts, and with guidance the negative ones. */
-export function promptsOf({ prompts, negativePrompts, guidanceScale }: Request): string[] {
-  return [...prompts, ...(guidanceScale === null ? [] : negativePrompts)];
 }
 
 /** What a stage needs of an edit: later stages start from the stage before, and need the original only to keep a part of it. */

@@ -17,7 +17,9 @@ import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 export { mmditWidth, positionTable } from "./mmdit.js";
 
 /** Parts of a checkpoint that have weights. */
-export type WeightedPart = "transformer" | "refiner" | "vae" | "textEncoder" | "textEncoder2" | "textEncoder3";
+export type WeightedPart = {
+  [Name in keyof Checkpoint]: Checkpoint[Name] extends Part<unknown> | null ? Name : never;
+}[keyof Checkpoint];
 
 /** What only some pictures need. */
 export type Feature = "stages" | "editing" | "previews";

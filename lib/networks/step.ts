@@ -1,6 +1,6 @@
 /**
  * One fused sampling step: guidance, the network and the update in one graph, so that a step is one launch and no
- * arithmetic is left to whoever drives it. Two kinds serve every sampler (docs in ARCHITECTURE.md):
+ * arithmetic is left to the caller. Two kinds serve every sampler (docs in ARCHITECTURE.md):
  *
  *   x_in = x + a_in·guide(v)            v' = network(x_in, 1000·σ, context, pooled)          predict
  *                                       v' = refiner(x_in ⊕ v, 1000·σ, context, pooled) + v   refine

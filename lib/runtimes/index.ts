@@ -10,15 +10,17 @@ import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from ".
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-export type RuntimeName = TensorRtKind | "onnxruntime";
+const rows = {
+  ...(Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])) as Record<TensorRtKind, RuntimeRow>),
+  onnxruntime,
+};
+
+export type RuntimeName = keyof typeof rows;
 /** Runtimes that engines are built for. */
 export type BuilderName = TensorRtKind;
 
 /** The table of runtimes by name. */
-export const runtimes: Record<string, RuntimeRow> = {
-  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
-  onnxruntime,
-};
+export const runtimes: Record<string, RuntimeRow> = rows;
 
 /** Names of the runtimes that there are when it is called, in the order of the table. */
 export function runtimeNames(): RuntimeName[] {

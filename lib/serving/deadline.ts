@@ -55,16 +55,16 @@ const largestMargin = 2.5;
 /**
  * The first candidate that fits.
  * @param candidates the best first
- * @param limit milliseconds
+ * @param deadlineMs the time limit, from the call
  * @param margin what a prediction has to leave free, as a factor
  * @returns null if none fits
  */
 export function chooseCandidate(
   candidates: readonly PredictedCandidate[],
-  limit: number,
+  deadlineMs: number,
   margin = deadlineMargin,
 ): Choice | null {
-  const candidate = candidates.findIndex(({ milliseconds }) => limitFor(milliseconds, margin) <= limit);
+  const candidate = candidates.findIndex(({ milliseconds }) => limitFor(milliseconds, margin) <= deadlineMs);
   if (candidate < 0) return null;
   const { text, milliseconds } = candidates[candidate]!;
   const better = candidates[candidate - 1];
@@ -74,6 +74,6 @@ export function chooseCandidate(
       : better === undefined
         ? `, and is the richest of ${candidates.length} schedules.`
         : `, and is the richest of ${candidates.length} schedules that fits; ${better.text} would need ${limitFor(better.milliseconds, margin)} ms.`;
-  const reason = `${text} is predicted to take ${Math.round(milliseconds)} ms of ${Math.round(limit)} ms${rank}`;
+  const reason = `${text} is predicted to take ${Math.round(milliseconds)} ms of ${Math.round(deadlineMs)} ms${rank}`;
   return { candidate, reason, predictedMs: milliseconds };
 }
