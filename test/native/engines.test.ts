@@ -245,7 +245,7 @@ describeEngines("one engine", () => {
     expect(path.basename(second.plan)).toBe(path.basename(first.plan));
   });
 
-  it("is another one for other weights, profiles, flags, targets or versions", async () => {
+  it("is another one for other weights, profiles, targets or versions", async () => {
     const { plan } = await compile();
     expect((await compile()).cached).toBe(true);
     const folder = copyOf(model("medium"));
@@ -259,14 +259,13 @@ describeEngines("one engine", () => {
       await compile({ folder }),
       await compile({ profiles: [{ ids: [2, 77], relative_buckets: [77, 77] }] }),
       await compile({ profiles: [small, { ids: [2, 77], relative_buckets: [77, 77] }] }),
-      await compile({ with: await open({ flags: ["kSTRICT_NANS"] }) }),
       await compile({ with: await open({ targets: [86] }) }),
       await compile({
         with: Object.assign(await open(), { library: { ...compiler.library, version: [1, 7, 1, 117] } }),
       }),
     ];
     expect(others.map(({ cached }) => cached)).toEqual(others.map(() => false));
-    expect(new Set([plan, ...others.map((engine) => engine.plan)]).size).toBe(7);
+    expect(new Set([plan, ...others.map((engine) => engine.plan)]).size).toBe(6);
     expect((await compile()).cached).toBe(true);
   });
 
@@ -297,8 +296,6 @@ describeEngines("one engine", () => {
     expect(await one.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: true, plan: larger.plan });
     const other = await open({ cache, targets: [120] });
     expect(await other.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: false });
-    const flags = await open({ cache, targets: [86, 89], flags: ["kSTRICT_NANS"] });
-    expect(await flags.find({ graph, profiles: [small] }, { files })).toMatchObject({ cached: false });
   });
 
   it.each([
@@ -450,11 +447,10 @@ describeEngines("one engine", () => {
     expect(error.message).toMatch(/takes about 0\.70 GB of memory, but 0\.10 GB are available/);
   });
 
-  it("refuses unknown targets and flags", async () => {
+  it("refuses unknown targets", async () => {
     const wrong = await rejection(open({ targets: [90] }));
     expect(wrong).toBeInstanceOf(OptionError);
     expect(wrong.message).toMatch(/builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1, not for 9\.0/);
-    await expect(open({ flags: ["kFP16"] })).rejects.toThrow(/Expected one of kTF32/);
     await expect(open({ targets: [] })).rejects.toThrow(/This machine has no GPU, so say for which/);
   });
 });

@@ -12,21 +12,22 @@ import {
   QueueFullError,
 } from "../../lib/errors.js";
 import { embeddedModel, FlowTurbo } from "../../lib/flowturbo.js";
+import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
 import type * as Opening from "../../lib/runtimes/tensorrt/open.js";
 import type { ClosedForm } from "../runtimes/models.js";
 import { samplingForms } from "../support/sampling.js";
 import { leftOver, SimulatedEngines, simulated, simulatedFolder } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
-const { engines } = vi.hoisted(() => ({ engines: { source: null as Opening.CachedEngines | null } }));
+const { engines } = vi.hoisted(() => ({ engines: { source: null as EngineSource | null } }));
 vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
   const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/runtime.js");
   const { loadAddon } = await import("../support/addon.js");
   const { flavours } = await import("../../lib/runtimes/tensorrt/flavours.js");
   const real = await original<typeof Opening>();
-  const openTensorRt: typeof Opening.openTensorRt = async (options) => {
-    if (!engines.source) return real.openTensorRt(options);
-    const { kind, folder, capture, logger } = options;
+  const openTensorRt: typeof Opening.openTensorRt = async (kind, options, files) => {
+    if (!engines.source) return real.openTensorRt(kind, options, files);
+    const { tensorrtFolder: folder, capture, logger } = options;
     const runtime = new TensorRtRuntime({
       ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
       library: path.join(folder!, flavours[kind].library),
@@ -85,7 +86,7 @@ describeAddons("a model on the simulated device", () => {
     const load = async (options: Parameters<typeof FlowTurbo.load>[1] = {}) => {
       const formOf = await formsOf(embeddedModel);
       const source = new SimulatedEngines(temporaryFolder(), ({ name }) => formOf(name));
-      engines.source = source as unknown as Opening.CachedEngines;
+      engines.source = source;
       const model = await FlowTurbo.load(embeddedModel, { runtime: kind, tensorrtFolder, ...options });
       return { model, source };
     };

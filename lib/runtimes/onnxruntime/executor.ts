@@ -21,11 +21,11 @@ export class RunFailure extends Error {
   }
 }
 
-/** What a run reports and asks while it is under way. */
+/** What a run reports, and looks at before each launch. */
 export interface RunHooks {
   launched(report: FinishedLaunch): void;
-  aborted(): boolean;
-  preempted(): boolean;
+  /** What has been asked of it so far. */
+  readonly asked: ReadonlySet<"abort" | "preempt">;
 }
 
 export class Executor {
@@ -58,9 +58,9 @@ export class Executor {
    * @param workspace where the program finds values of earlier programs and leaves its own
    * @throws RunFailure
    */
-  async run(program: Program, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+  async run(program: Program, { launched, asked }: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
     const values = this.#values(workspace);
-    if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
+    if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
     for (const [name, constant] of Object.entries(program.constants))
       values.set(name, this.#tensor(await this.#constants.tensor(name, constant)));
     let launches = 0;
@@ -70,15 +70,15 @@ export class Executor {
         continue;
       }
       await setImmediate();
-      if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
-      if (hooks.preempted()) {
+      if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
+      if (asked.has("preempt")) {
         const written = program.results.filter((name) => values.has(name));
         throw new RunFailure({ kind: "preempted", launches, results: read(program, written, values) });
       }
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;
-      hooks.launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
+      launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
     }
     return read(program, program.results, values);
   }
