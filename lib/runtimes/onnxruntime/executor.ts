@@ -59,7 +59,8 @@ export class Executor {
    * @throws RunFailure
    */
   async run(program: Program, { launched, asked }: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
-    const values = this.#values(workspace);
+    const values = (workspace !== undefined && this.#workspaces.get(workspace)) || new Map<string, ort.Tensor>();
+    if (workspace !== undefined) this.#workspaces.set(workspace, values);
     if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
     for (const [name, constant] of Object.entries(program.constants))
       values.set(name, this.#tensor(await this.#constants.tensor(name, constant)));
@@ -88,14 +89,6 @@ export class Executor {
     else for (const name of names) this.#workspaces.get(workspace)?.delete(name);
   }
 
-  #values(workspace: number | undefined): Map<string, ort.Tensor> {
-    const known = workspace === undefined ? undefined : this.#workspaces.get(workspace);
-    if (known) return known;
-    const values = new Map<string, ort.Tensor>();
-    if (workspace !== undefined) this.#workspaces.set(workspace, values);
-    return values;
-  }
-
   async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {
     const where = `The graph "${launch.graph}" (${launch.label.name})`;
     const session = await this.#session(launch.graph, where);
@@ -108,10 +101,10 @@ export class Executor {
     for (const [output, name] of Object.entries(launch.outputs)) {
       const value = results[output]!;
       const { dtype, shape } = program.registers[name]!;
-      if (value.type !== dtype || !sameShape(value.dims, shape))
-        throw failure(
-          `${where} gave ${value.type} [${value.dims}] as "${output}", but the register "${name}" is ${dtype} [${shape}].`,
-        );
+      const given = `${value.type} [${value.dims}]`;
+      const wanted = `${dtype} [${shape}]`;
+      if (given !== wanted)
+        throw failure(`${where} gave ${given} as "${output}", but the register "${name}" is ${wanted}.`);
       values.set(name, value);
     }
     for (const name of launch.mustBeFinite ?? [])
@@ -178,10 +171,6 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
       ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
     },
   };
-}
-
-function sameShape(a: readonly number[], b: readonly number[]): boolean {
-  return a.length === b.length && a.every((size, index) => size === b[index]);
 }
 
 /** A value, which a program that was checked can only lack where an earlier submission to the workspace failed. */

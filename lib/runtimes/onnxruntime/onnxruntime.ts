@@ -206,34 +206,26 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
 /** A workspace in the child: lost with it. */
 class HostWorkspace extends NamedWorkspace {
-  readonly #host: HostConnection;
-  readonly #id: number;
-  #lost = false;
+  lost = false;
 
   constructor(
     owner: WorkspaceOwner,
-    host: HostConnection,
-    id: number,
+    private readonly host: HostConnection,
+    private readonly id: number,
     protected readonly run: (program: Program, options: SubmissionOptions) => Promise<Record<string, Tensor>>,
   ) {
     super(owner, "process");
-    this.#host = host;
-    this.#id = id;
     void host.process.ended.then(() => {
-      this.#lost = true;
+      this.lost = true;
     });
-  }
-
-  get lost(): boolean {
-    return this.#lost;
   }
 
   close(): void {
     this.release("all");
-    this.#lost = true;
+    this.lost = true;
   }
 
   protected release(names: readonly string[] | "all"): void {
-    if (!this.#lost) this.#host.send({ type: "free", workspace: this.#id, names });
+    if (!this.lost) this.host.send({ type: "free", workspace: this.id, names });
   }
 }

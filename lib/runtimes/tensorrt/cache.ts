@@ -27,7 +27,7 @@ const manifestSchema = z.strictObject({
   format: z.literal(1),
   key: z.string(),
   /** The key of everything but the profiles: engines that differ in nothing else have it in common. */
-  family: z.string().optional(),
+  family: z.string(),
   graph: z.string(),
   runtime: z.enum(tensorRtKinds),
   version: z.string(),
@@ -37,7 +37,7 @@ const manifestSchema = z.strictObject({
     z.strictObject({ gpu: z.string(), sm: z.int(), driver: z.int() }),
   ]),
   /** Dimensions of every input, in the order of the engine's profiles. */
-  profiles: z.array(z.record(z.string(), z.array(z.int()))),
+  profiles: z.array(z.record(z.string(), z.array(z.int()).readonly())),
   bytes: z.int(),
   sha256: z.string(),
   /** Seconds that the build took. */
@@ -97,16 +97,16 @@ export class EngineCache {
    */
   static async open(folder: string = defaultCacheFolder()): Promise<EngineCache> {
     const engines = enginesFolder(folder);
-    const unusable = (cause: Error) => {
-      const message = `Cannot write to the cache of engines ${engines}: ${cause.message}. Make it writable, or name another folder (--cache, or the option cache).`;
+    const cannot = (what: string) => (cause: Error) => {
+      const message = `Cannot ${what} the cache of engines ${engines}: ${cause.message}. Make it writable, or name another folder (--cache, or the option cache).`;
       throw new CacheError(engines, message, { cause });
     };
-    await makeFolders(engines, [], 0o700).catch(unusable);
+    await makeFolders(engines, [], 0o700).catch(cannot("create"));
     await checkFolder(path.resolve(folder), false);
     await checkFolder(engines, true);
     const probe = path.join(engines, `.probe-${randomBytes(6).toString("hex")}.tmp`);
-    await writeFile(probe, "", { flag: "wx", mode: 0o600 }).catch(unusable);
-    await rm(probe, { force: true }).catch(unusable);
+    await writeFile(probe, "", { flag: "wx", mode: 0o600 }).catch(cannot("write to"));
+    await rm(probe, { force: true }).catch(cannot("write to"));
     return new EngineCache(engines);
   }
 

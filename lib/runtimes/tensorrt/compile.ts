@@ -90,18 +90,15 @@ export class EngineCompiler implements EngineBuilder {
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
     const family = this.#family(graph, files);
-    const key = keyIn(family, profiles);
+    const keys = { key: keyIn(family, profiles), family };
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
-    const early = await this.cache.find(graph.name, key, signal);
+    const early = await this.cache.find(graph.name, keys.key, signal);
     const engine =
       early?.damage === null
         ? compiled(early, secondsSince(start))
         : // The thread of a build may go on for a while after an abort; lock and memory are held until it ends.
-          await untilAborted(
-            this.#findOrBuild(request, { key, family: keyOf(family) }, files, options, report),
-            signal,
-          );
+          await untilAborted(this.#findOrBuild(request, keys, files, options, report), signal);
     report("done", engine.cached ? "Found in the cache" : "Built", total);
     return engine;
   }
@@ -115,10 +112,10 @@ export class EngineCompiler implements EngineBuilder {
     const files = await this.#digests(graph, options);
     // An engine that was built for several GPUs is right for each of them.
     const serves = ({ device, family }: Manifest) =>
-      family === keyOf(this.#family(graph, files, device)) &&
+      family === this.#family(graph, files, device) &&
       ("targets" in device && "targets" in this.device
         ? this.device.targets.every((sm) => device.targets.includes(sm))
-        : family === keyOf(this.#family(graph, files)));
+        : family === this.#family(graph, files));
     const serving = (await this.cache.list({ graph: graph.name }))
       .flatMap(({ manifest }) => (manifest && serves(manifest) ? [manifest] : []))
       .sort((a, b) => a.profiles.length - b.profiles.length);
@@ -140,14 +137,10 @@ export class EngineCompiler implements EngineBuilder {
     }
   }
 
-  /** What an engine is, but for its profiles. */
-  #family(
-    graph: CompilableGraph,
-    files: ReadonlyMap<string, FileDigest>,
-    device: EngineDevice = this.device,
-  ): readonly unknown[] {
+  /** The key of everything but the profiles. */
+  #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>, device: EngineDevice = this.device): string {
     const externals = [...graph.externals.values()];
-    return [
+    return keyOf([
       ["recipe", recipe],
       ["runtime", this.library.kind],
       ["version", this.version],
@@ -159,13 +152,13 @@ export class EngineCompiler implements EngineBuilder {
         externals.map(({ name, file }) => [name, files.get(file)!.sha256]),
         externals.map(({ offset }) => offset),
       ],
-    ];
+    ]);
   }
 
   /** Under the engine's lock: another process may have built it meanwhile. */
   async #findOrBuild(
     request: EngineRequest,
-    keys: EngineKeys,
+    keys: Pick<Manifest, "key" | "family">,
     files: ReadonlyMap<string, FileDigest>,
     options: CompileCallOptions,
     report: Report,
@@ -192,7 +185,7 @@ export class EngineCompiler implements EngineBuilder {
 
   async #build(
     { graph, profiles }: EngineRequest,
-    keys: EngineKeys,
+    keys: Pick<Manifest, "key" | "family">,
     files: ReadonlyMap<string, FileDigest>,
     { signal, logFile }: CompileCallOptions,
     report: Report,
@@ -231,7 +224,7 @@ export class EngineCompiler implements EngineBuilder {
     }
     const engine = await this.cache.keep(temporary, {
       ...{ ...keys, graph: graph.name, runtime: this.library.kind, version: this.version },
-      ...{ device: this.device, profiles: profiles.map((profile) => mapValues(profile, (sizes) => [...sizes])) },
+      ...{ device: this.device, profiles: [...profiles] },
       ...{ seconds: secondsSince(start), created: new Date().toISOString() },
     });
     return { engine, warnings: built.warnings };
@@ -259,12 +252,6 @@ export class EngineCompiler implements EngineBuilder {
   }
 }
 
-interface EngineKeys {
-  readonly key: string;
-  /** The key of everything but the profiles. */
-  readonly family: string;
-}
-
 /** What the cache holds, as an engine that was found there. */
 function compiled({ plan, manifest }: CachedEngine, seconds: number): CompiledEngine {
   const { graph, bytes, sha256, profiles } = manifest;
@@ -275,8 +262,8 @@ function secondsSince(start: number): number {
   return (performance.now() - start) / 1000;
 }
 
-function keyIn(family: readonly unknown[], profiles: readonly ProfileShapes[]): string {
-  return keyOf([...family, ["profiles", profiles.map(profileKey)]]);
+function keyIn(family: string, profiles: readonly ProfileShapes[]): string {
+  return keyOf([family, profiles.map(profileKey)]);
 }
 
 function weightsOf(graph: CompilableGraph, digests: ReadonlyMap<string, FileDigest>) {
@@ -311,8 +298,4 @@ function reporter(graph: string, onProgress: CompileCallOptions["onProgress"]): 
       });
     }
   };
-}
-
-function mapValues<A, B>(record: Readonly<Record<string, A>>, map: (value: A) => B): Record<string, B> {
-  return Object.fromEntries(Object.entries(record).map(([key, value]) => [key, map(value)]));
 }

@@ -166,11 +166,6 @@ export function operandsOf(instruction: Program["instructions"][number]): string
   return instruction.op === "launch" ? Object.values(instruction.inputs) : [instruction.from];
 }
 
-/** The launches of a program, by their number, and its results. */
-export function launchesOf({ instructions, results }: Pick<Program, "instructions" | "results">) {
-  return { launches: instructions.filter((instruction) => instruction.op === "launch"), results };
-}
-
 /** Bytes from the device as the tensor that a register holds. */
 export function tensorOf({ dtype, shape }: Register, bytes: Uint8Array): Tensor {
   const size = bytesPerValue[dtype];
