@@ -36,7 +36,7 @@ export interface CompiledEngine {
   readonly cached: boolean;
   /** Why a plan in the cache was not used but built again; null if there was none, or it was used. */
   readonly rebuilt: string | null;
-  /** The library's own words. */
+  /** What the library logged as warnings. */
   readonly warnings: readonly string[];
 }
 

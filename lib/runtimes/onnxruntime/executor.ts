@@ -154,7 +154,7 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
     executionMode: "sequential",
     ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
     interOpNumThreads: 1,
-    // Patterns plan one block for all values of a run and keep it for every size seen: a third of a gigabyte more
+    // Memory patterns reserve one block for all values of a run and keep it for every size seen: a third of a gigabyte more
     // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time. Spinning stays on during a run, as it is by
     // default: steps of small pictures take up to 1.25 times as long without it (bench:trials).
     enableMemPattern: false,

@@ -1,5 +1,5 @@
 /**
- * The whole native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
+ * The native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
  * place that loads a .node file. There is one addon for each library (see flavours.ts), all from one list of sources,
  * since the headers of TensorRT 11 and TensorRT-RTX are not compatible with each other. Loading one opens none of NVIDIA's
  * libraries, so it works on every machine that the addon was compiled for.
@@ -62,7 +62,7 @@ export interface NativeBuildRequest {
 }
 
 export interface NativeBuildProgress {
-  /** In the library's words. */
+  /** As the library names it. */
   readonly phase: string;
   /** Never decreases; `total` is constant. */
   readonly done: number;
@@ -268,7 +268,7 @@ export interface Addon {
    */
   openExecutor(library: string, parser: string, ordinal: number): NativeTask<NativeExecutor>;
   /**
-   * [sync] Locks a file among processes and threads, creating it; null while somebody else holds it. The kernel releases
+   * [sync] Locks a file among processes and threads, creating it; null while another holds it. The kernel releases
    * the lock of a process that dies. @returns a function that releases it and removes the file
    */
   tryLock(file: string): (() => void) | null;

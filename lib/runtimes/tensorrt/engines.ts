@@ -160,7 +160,7 @@ export class LoadedEngines {
     this.release(name);
     const load = () => this.#explained(executor.load(plan, identity).promise, executor, name);
     const native = await load().catch((error) => {
-      // What this program does not launch may go; it comes back from the cache when it is launched again.
+      // What this program does not launch may be released: it is loaded again from the cache at its next launch.
       const others = [...this.#engines.keys()].filter((other) => !using.has(other));
       if (!(error instanceof MemoryError) || others.length === 0) throw error;
       logger?.warn?.(`To make room for ${name} on the GPU, these engines are released: ${others.join(", ")}.`);

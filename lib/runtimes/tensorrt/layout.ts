@@ -1,6 +1,6 @@
 /**
  * A program's names → places in memory: registers and constants each become one block on the device, uploaded and
- * downloaded whole, and every operand an offset. Here is also the last check before the first launch: an engine knows the
+ * downloaded at once, and every operand an offset. Here is also the last check before the first launch: an engine knows the
  * names, types and shapes of its tensors, and a program that does not match them is refused by name.
  */
 

@@ -1,7 +1,7 @@
 /**
  * Finds TensorRT's libraries on this machine, and says in full why one cannot be used. NVIDIA's libraries cannot come
  * with this package, so the places where people put them are tried in a fixed order, and each is reported with the
- * loader's own message: most of the trouble that people have is one of these lines.
+ * loader's own message: in most cases one of these lines names the cause.
  */
 
 import { execFile } from "node:child_process";
@@ -103,7 +103,7 @@ export async function requireTensorRt(
   return { addon, library, cuda };
 }
 
-/** The report in words: causes with their remedies, and the places that were tried. */
+/** The report as text: causes with their remedies, and the places that were tried. */
 export function diagnosis(report: TensorRtReport, purpose: Problem["prevents"]): string {
   const { title } = flavours[report.kind];
   const causes = report.problems.filter(({ prevents }) => purpose === "running" || prevents === "building");
@@ -160,7 +160,7 @@ spec = importlib.util.find_spec(sys.argv[1])
 print(json.dumps(list(spec.submodule_search_locations or []) if spec else []))
 `;
 
-/** Folders of a package of the python3 on PATH. @throws Error in words */
+/** Folders of a package of the python3 on PATH. @throws Error with the reason */
 async function pythonFolders(module: string): Promise<string[]> {
   let output: string;
   try {
