@@ -31,25 +31,21 @@ export class HostConnection {
   #outbox: ToHost[] | null = [];
 
   constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
-    let start: (message: FromHost) => void = () => {};
-    this.process = new HostProcess(file, settings, (message) => {
-      if (message.type === "ready" || message.type === "broken") start(message);
-      else this.#listeners.get(message.id)?.receive(message);
-    });
+    let ready: { resolve(version: string): void; reject(error: Error): void };
     this.ready = new Promise((resolve, reject) => {
-      start = (message) => {
-        if (message.type === "ready") {
-          const waiting = this.#outbox!;
-          this.#outbox = null;
-          for (const message of waiting) this.process.send(message);
-          resolve(message.version);
-        }
-        if (message.type !== "broken") return;
-        reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
-        void this.process.kill();
-      };
-      void this.process.ended.then((ending) => reject(diedError(ending)));
+      ready = { resolve, reject };
     });
+    this.process = new HostProcess(file, settings, (message) => {
+      if (message.type === "ready") {
+        for (const waiting of this.#outbox!) this.process.send(waiting);
+        this.#outbox = null;
+        ready.resolve(message.version);
+      } else if (message.type === "broken") {
+        ready.reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        void this.process.kill();
+      } else this.#listeners.get(message.id)?.receive(message);
+    });
+    void this.process.ended.then((ending) => ready.reject(diedError(ending)));
     // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
     this.ready.catch(() => {});
     this.ended = this.process.ended

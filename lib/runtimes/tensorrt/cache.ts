@@ -66,12 +66,6 @@ export type CacheItem = {
   | { readonly manifest: Manifest | null; readonly damage: string }
 );
 
-export interface ListOptions {
-  readonly graph?: string;
-  readonly verify?: boolean;
-  readonly signal?: AbortSignal | undefined;
-}
-
 /** Where a cache keeps its engines. */
 export function enginesFolder(cache: string = defaultCacheFolder()): string {
   return path.join(path.resolve(cache), "engines");
@@ -181,7 +175,15 @@ export class EngineCache {
   }
 
   /** All engines, or those of a graph, by name. With `verify` every plan is read to the last byte. */
-  async list({ graph, verify = false, signal }: ListOptions = {}): Promise<CacheItem[]> {
+  async list({
+    graph,
+    verify = false,
+    signal,
+  }: {
+    graph?: string;
+    verify?: boolean;
+    signal?: AbortSignal;
+  } = {}): Promise<CacheItem[]> {
     const items: CacheItem[] = [];
     for (const entry of (await readdir(this.folder)).sort()) {
       const name = entry.match(/^(.+)\.plan$/)?.[1];

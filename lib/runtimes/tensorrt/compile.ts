@@ -27,10 +27,6 @@ import { type Installation, type Library, requireTensorRt } from "./libraries.js
 /** Counts up whenever the same inputs would be built into another engine by this file or by native/core. */
 const recipe = 1;
 
-export interface CompilerOptions extends BuilderSettings {
-  readonly kind: TensorRtKind;
-}
-
 /** Share of an engine's progress that its weights' digests and its build take. */
 const total = 1000;
 const weightsShare = 50;
@@ -55,7 +51,10 @@ export class EngineCompiler implements EngineBuilder {
    * @throws RuntimeUnavailableError if the library is missing, or there is no GPU to build for; OptionError for a wrong
    *   target; CacheError if the cache cannot be used
    */
-  static async open(options: CompilerOptions, installation?: Installation): Promise<EngineCompiler> {
+  static async open(
+    options: BuilderSettings & { readonly kind: TensorRtKind },
+    installation?: Installation,
+  ): Promise<EngineCompiler> {
     const { kind, targets = [], memory } = options;
     const found = installation ?? (await requireTensorRt(kind, "building", options));
     const device = flavours[kind].deviceOf(targets, found.cuda);

@@ -56,15 +56,11 @@ export interface FindOptions {
 /** Looks for one of the libraries and examines the GPUs. Never throws: what is missing is in `problems`. */
 export async function examineTensorRt(kind: TensorRtKind, options: FindOptions = {}): Promise<TensorRtReport> {
   const flavour = flavours[kind];
+  const nothing = { kind, addon: null, library: null, places: [], cuda: null };
   const addon = findAddon(kind);
-  if (!("describe" in addon)) {
-    const { cause, remedy } = addon;
-    const nothing = { kind, addon: null, library: null, places: [], cuda: null };
-    return { ...nothing, problems: [{ prevents: "building", cause, remedy }] };
-  }
+  if (!("describe" in addon)) return { ...nothing, problems: [addon] };
   const cuda = await examineCuda(addon);
-  if (options.gpuFirst && "cause" in cuda)
-    return { kind, addon, library: null, places: [], cuda: null, problems: [cuda] };
+  if (options.gpuFirst && "cause" in cuda) return { ...nothing, addon, problems: [cuda] };
   const { library, places } = await findLibrary(addon, kind, options.folder);
   const problems: Problem[] = [];
   if (!library) problems.push(libraryProblem(addon, kind, places));

@@ -43,7 +43,7 @@ export async function openTensorRt(
 }
 
 /** Engines from the cache; what it lacks is built. */
-export function cachedEngines(compiler: EngineCompiler, files: readonly FileVersion[], logger?: Logger): EngineSource {
+function cachedEngines(compiler: EngineCompiler, files: readonly FileVersion[], logger?: Logger): EngineSource {
   return {
     async engineFor(graph, profiles, kept, signal) {
       const distinct = new Map([...kept, ...profiles].map((profile) => [profileKey(profile), profile]));
