@@ -1,10 +1,11 @@
 // A minimal service: GET /?prompt=a+large+red+square answers with a PNG, &deadline=2000 within two seconds. One model,
-// loaded once, whose callers share launches; a client that hangs up frees its turn; a wrong option is the client's mistake
-// (400), a full queue or a deadline that cannot be met means "later" (503). GET /stats has the counters.
+// loaded once, whose callers share launches; a client that closes its connection aborts its call. The table of errors has
+// the HTTP status of each: 400 for a wrong option, 429 for a full queue, 503 for a deadline that cannot be met. GET /stats
+// has the counters.
 //
 //   node examples/service.js [port] [checkpoint folder]
 import { createServer } from "node:http";
-import { DeadlineError, FlowTurbo, OptionError, QueueFullError } from "flowturbo";
+import { errorTable, FlowTurbo } from "flowturbo";
 
 const [port = "8080", folder] = process.argv.slice(2);
 const model = await FlowTurbo.load(folder, { logger: console, maxQueue: 16 });
@@ -26,10 +27,9 @@ const server = createServer(async (request, response) => {
     response.end(await images[0].toPNG());
   } catch (error) {
     if (gone.signal.aborted) return;
-    const isLater = error instanceof QueueFullError || error instanceof DeadlineError;
-    const status = isLater ? 503 : error instanceof OptionError ? 400 : 500;
+    const status = errorTable[error.code]?.status ?? 500;
     const headers = { "content-type": "text/plain; charset=utf-8" };
-    if (isLater && error.retryAfterMs !== null) headers["retry-after"] = Math.ceil(error.retryAfterMs / 1000);
+    if (error.retryAfterMs) headers["retry-after"] = Math.ceil(error.retryAfterMs / 1000);
     response.writeHead(status, headers).end(`${error.message}\n`);
   }
 });

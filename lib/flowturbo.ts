@@ -36,7 +36,6 @@ import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
-import { samplesOf } from "./serving/measure.js";
 import type { Terms } from "./serving/prediction.js";
 import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
@@ -120,7 +119,7 @@ export class FlowTurbo implements ImageModel {
           loadMilliseconds: performance.now() - start,
         },
         {
-          ...{ store, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue, pinBatch: null },
+          ...{ store, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
           about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
           // A batch that needs an engine is not built for the mere sake of measuring. Those that were named have one.
@@ -167,7 +166,10 @@ export class FlowTurbo implements ImageModel {
     if (this.#disposed) throw new DisposedError("This model");
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
-    return untilAborted(this.#tracked(this.#serve(request, start)), request.signal);
+    return untilAborted(
+      this.#tracked(() => this.#serve(request, start)),
+      request.signal,
+    );
   }
 
   /** Counters and histograms of all calls. */
@@ -195,7 +197,7 @@ export class FlowTurbo implements ImageModel {
     const checked = checkOptions(profileSchema, options, "profile()");
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(this.#model.checkpoint, sizes);
-    return this.#tracked(this.#measure(sizes, checked));
+    return this.#tracked(() => this.#measure(sizes, checked));
   }
 
   /** Waits for calls under way, then frees everything. Safe to call twice. */
@@ -250,7 +252,7 @@ export class FlowTurbo implements ImageModel {
       ];
     });
     const report = (done: number, total: number) => onProgress?.({ done, total });
-    await this.#service.profile(samplesOf(programs), [...new Set(batches)], { rounds, signal, onProgress: report });
+    await this.#service.profile(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
     // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
@@ -260,8 +262,9 @@ export class FlowTurbo implements ImageModel {
     return this.costs;
   }
 
-  /** A call that `dispose` waits for. */
-  #tracked<T>(call: Promise<T>): Promise<T> {
+  /** Begins a call that `dispose` waits for, even if the call's own first step disposes. */
+  #tracked<T>(work: () => Promise<T>): Promise<T> {
+    const call = Promise.resolve().then(work);
     const settled = call.then(
       () => undefined,
       () => undefined,

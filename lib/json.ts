@@ -6,11 +6,10 @@
 
 import { readFile } from "node:fs/promises";
 import { z } from "zod";
-import type { FloatTensor } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
-import { checkOptions, generateSchema } from "./options.js";
+import { checkOptions, generateSchema, tensor } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -24,9 +23,9 @@ const bytes = z.codec(
   },
 );
 const side = z.int().positive();
-const tensor = z.codec(
+const tensorJson = z.codec(
   z.strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: z.base64() }),
-  z.custom<FloatTensor>(),
+  tensor,
   {
     // Float32 values in little-endian order, as in .safetensors files.
     decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(z.decode(bytes, data).buffer) }),
@@ -51,14 +50,14 @@ const requestSchema = z.strictObject({
   ...plain,
   image: source.optional(),
   mask: source.optional(),
-  noise: z.union([tensor, z.array(tensor)]).optional(),
+  noise: z.union([tensorJson, z.array(tensorJson)]).optional(),
 });
 
 const numbers = z.array(z.number());
 const resultSchema = z.strictObject({
   images: z.array(picture),
-  latents: tensor,
-  pixels: tensor,
+  latents: tensorJson,
+  pixels: tensorJson,
   seeds: numbers,
   width: side,
   height: side,
@@ -80,20 +79,20 @@ const resultSchema = z.strictObject({
 });
 
 /**
- * A request as JSON. Pictures that are given by a path are read.
+ * A request as JSON, with defaults filled in. Pictures that are given by a path are read.
  * @throws OptionError for options that are wrong, or a picture that cannot be read
  */
 export async function requestToJson({ signal, onStep, ...options }: GenerateOptions): Promise<Json> {
-  checkOptions(generateSchema, options, "requestToJson()");
-  const { image, mask } = options;
+  const checked = checkOptions(generateSchema, options, "requestToJson()");
+  const { image, mask } = checked;
   return encoded(requestSchema, {
-    ...options,
+    ...checked,
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
   });
 }
 
-/** @throws OptionError that names the option which is wrong */
+/** The options of a request from its JSON. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
   const { image, mask, ...options } = decoded(requestSchema, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
@@ -105,7 +104,7 @@ export function resultToJson(result: GenerateResult): Json {
   return encoded(resultSchema, result);
 }
 
-/** @throws OptionError that names the field which is wrong */
+/** A result from its JSON; its pictures can be encoded. @throws OptionError that names the field which is wrong */
 export function resultFromJson(json: unknown): GenerateResult {
   return decoded(resultSchema, json, "result");
 }

@@ -238,7 +238,7 @@ export interface StepEvent {
   readonly block: Block;
   /** Noise level reached, from 1 (noise) to 0 (image). */
   readonly sigma: number;
-  /** Milliseconds that the block took in the runtime. A launch that was shared counts whole. */
+  /** Milliseconds that the block took in the runtime. A launch that was shared counts in full. */
   readonly milliseconds: number;
   /**
    * If the option `preview` asks for them: each picture as the run sees it now, the estimate x − σ·v. Those of `"fast"`
@@ -247,7 +247,7 @@ export interface StepEvent {
   readonly previews: readonly Picture[];
 }
 
-/** Where the time of a call went, in milliseconds. Launches that were shared count whole. */
+/** Where the time of a call went, in milliseconds. Launches that were shared count in full. */
 export interface Timings {
   /** Loading the model; the same in every result of one model. */
   readonly load: number;

@@ -63,7 +63,8 @@ const abortSignal = kind(
   z.custom<AbortSignal>((value) => value instanceof AbortSignal),
   "an AbortSignal",
 );
-const tensor = z.custom<FloatTensor>((value) => {
+/** A float32 tensor in memory. */
+export const tensor = z.custom<FloatTensor>((value) => {
   const tensor = value as Partial<FloatTensor> | null;
   return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
 });

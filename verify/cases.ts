@@ -174,11 +174,11 @@ async function stageOf(
   return {
     stage: {
       ...{ schedule: scheduleOf(parsed, sigmas), latentShape, positions },
-      ...{ hasOriginal: inpainted, hasMask: inpainted },
+      ...{ hasInit: inpainted, hasMask: inpainted },
     },
     values: {
       noise: inputs.normal(latentShape),
-      ...(inpainted && { original: inputs.normal([1, ...area]), mask: inputs.mask([1, 1, area[1], area[2]]) }),
+      ...(inpainted && { init: inputs.normal([1, ...area]), mask: inputs.mask([1, 1, area[1], area[2]]) }),
     },
   };
 }

@@ -2,15 +2,15 @@
  * The .safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes. Weights are never read
  * here: a checkpoint needs only the header, which says where in the file each tensor lies, and whoever computes reads
  * the bytes from there. The header is checked as strictly as the reference implementation does (no holes, no overlaps,
- * sizes that add up), because a runtime that maps the file trusts these offsets. Small tensors that are values rather
- * than weights (`--noise`, `--save-latents`) can be read and written whole.
+ * sizes that add up), because a runtime that maps the file reads at these offsets. Small tensors that are values rather
+ * than weights (`--noise`, `--save-latents`) are read and written here.
  */
 
-import { randomUUID } from "node:crypto";
-import { type FileHandle, open, rename, unlink } from "node:fs/promises";
-import { basename, dirname, join } from "node:path";
+import { type FileHandle, open } from "node:fs/promises";
+import { writeFileAtomic } from "../common/files.js";
 import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
+import { isRecord } from "./files.js";
 
 /** One tensor of a header. `offset` counts from the start of the file, `length` is in bytes. */
 export interface HeaderEntry {
@@ -27,26 +27,16 @@ export type SafetensorsHeader = ReadonlyMap<string, HeaderEntry>;
 /** The limit of the reference implementation: a longer header is taken for damage, not for a model. */
 const maxHeaderBytes = 100_000_000;
 
-/** Sizes for checking a header. A dtype that is not here cannot be checked, and is refused only where it is used. */
-const knownBytes: Readonly<Record<string, number>> = {
-  BOOL: 1,
-  U8: 1,
-  I8: 1,
-  F8_E5M2: 1,
-  F8_E4M3: 1,
-  F8_E8M0: 1,
-  U16: 2,
-  I16: 2,
-  F16: 2,
-  BF16: 2,
-  U32: 4,
-  I32: 4,
-  F32: 4,
-  U64: 8,
-  I64: 8,
-  F64: 8,
-  C64: 8,
+/** Dtypes by size, for checking a header. One that is not here cannot be checked, and is refused only where it is used. */
+const dtypesBySize = {
+  1: ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"],
+  2: ["U16", "I16", "F16", "BF16"],
+  4: ["U32", "I32", "F32"],
+  8: ["U64", "I64", "F64", "C64"],
 };
+const knownBytes = new Map(
+  Object.entries(dtypesBySize).flatMap(([bytes, dtypes]) => dtypes.map((dtype) => [dtype, Number(bytes)] as const)),
+);
 
 const downloadAgain = "The download may be incomplete: download the file again.";
 
@@ -63,7 +53,7 @@ export async function readSafetensorsHeader(
   options.signal?.throwIfAborted();
   return withFile(file, async (handle) => {
     const stat = await handle.stat();
-    if (!stat.isFile()) throw new CheckpointError(file, `${file} is not a file; expected a .safetensors file.`);
+    if (!stat.isFile()) throw fault(file, `is not a file; expected a .safetensors file.`);
     const { text, dataStart } = await readHeaderText(file, handle, stat.size);
     options.signal?.throwIfAborted();
     return parseHeader(file, text, dataStart, stat.size);
@@ -92,8 +82,7 @@ export function supportedDType(file: string, entry: HeaderEntry): StoredDType {
 export async function readTensor(file: string, entry: HeaderEntry): Promise<FloatTensor> {
   const dtype = supportedDType(file, entry);
   const bytes = await withFile(file, (handle) => readExactly(handle, entry.offset, entry.length));
-  if (bytes.length < entry.length)
-    throw new CheckpointError(file, `${file} ends inside the tensor "${entry.name}". ${downloadAgain}`);
+  if (bytes.length < entry.length) throw fault(file, `ends inside the tensor "${entry.name}". ${downloadAgain}`);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const data = new Float32Array(elementCount(entry.shape));
   for (let i = 0; i < data.length; i++) {
@@ -109,18 +98,13 @@ export async function readTensor(file: string, entry: HeaderEntry): Promise<Floa
 }
 
 /**
- * Writes float32 tensors, in the order given. The file appears complete or not at all: it is written under a temporary
- * name beside its place and then renamed.
+ * Writes float32 tensors, in the order given. The file appears complete or not at all.
  *
  * @throws OutputError if the file cannot be written. RangeError for a tensor named `__metadata__`.
  */
-export async function writeSafetensors(
-  file: string,
-  tensors: Readonly<Record<string, FloatTensor>>,
-  metadata?: Readonly<Record<string, string>>,
-): Promise<void> {
+export async function writeSafetensors(file: string, tensors: Readonly<Record<string, FloatTensor>>): Promise<void> {
   if (Object.hasOwn(tensors, "__metadata__")) throw new RangeError('A tensor cannot be named "__metadata__".');
-  const header: [string, unknown][] = metadata ? [["__metadata__", metadata]] : [];
+  const header: [string, unknown][] = [];
   let end = 0;
   for (const [name, { shape, data }] of Object.entries(tensors)) {
     const begin = end;
@@ -134,55 +118,46 @@ export async function writeSafetensors(
   start.writeBigUInt64LE(BigInt(headerBytes));
   json.copy(start, 8);
 
-  const temporary = join(dirname(file), `.${basename(file)}.${randomUUID()}.tmp`);
-  try {
-    const handle = await open(temporary, "wx");
-    try {
-      await handle.writeFile(start);
-      for (const tensor of Object.values(tensors)) await handle.writeFile(littleEndian(tensor.data));
-    } finally {
-      await handle.close();
-    }
-    await rename(temporary, file);
-  } catch (cause) {
-    await unlink(temporary).catch(() => {});
-    throw new OutputError(file, `Cannot write ${file}: ${(cause as Error).message}`, { cause });
-  }
+  const data = Object.values(tensors).map((tensor) => littleEndian(tensor.data));
+  await writeFileAtomic(file, Buffer.concat([start, ...data])).catch((cause: Error) => {
+    throw new OutputError(file, `Cannot write ${file}: ${cause.message}`, { cause });
+  });
+}
+
+/** Says what is wrong with a file. */
+function fault(file: string, what: string, options?: ErrorOptions): CheckpointError {
+  return new CheckpointError(file, `${file} ${what}`, options);
 }
 
 async function readHeaderText(file: string, handle: FileHandle, size: number) {
   const start = await readExactly(handle, 0, 8);
-  if (start.length < 8)
-    throw new CheckpointError(file, `${file} has ${size} bytes: too short for a .safetensors file. ${downloadAgain}`);
+  if (start.length < 8) throw fault(file, `has ${size} bytes: too short for a .safetensors file. ${downloadAgain}`);
   if (start.toString("latin1") === "version ")
-    throw new CheckpointError(
+    throw fault(
       file,
-      `${file} is not a .safetensors file but, it seems, a Git LFS pointer to one. Run "git lfs pull" in its repository.`,
+      'is not a .safetensors file but, it seems, a Git LFS pointer to one. Run "git lfs pull" in its repository.',
     );
   const length = start.readBigUInt64LE();
   const firstByte = (await readExactly(handle, 8, 1)).toString("latin1");
   // The reference implementation demands the brace; it is also what tells a damaged file from one of another kind.
   if (firstByte !== "{" && firstByte !== "")
-    throw new CheckpointError(
-      file,
-      `${file} is not a .safetensors file: its header does not begin with "{". ${downloadAgain}`,
-    );
+    throw fault(file, `is not a .safetensors file: its header does not begin with "{". ${downloadAgain}`);
   if (length > BigInt(maxHeaderBytes))
-    throw new CheckpointError(
+    throw fault(
       file,
-      `${file} is not a .safetensors file: it declares a header of ${length} bytes; the limit is ${maxHeaderBytes}.`,
+      `is not a .safetensors file: it declares a header of ${length} bytes; the limit is ${maxHeaderBytes}.`,
     );
   const headerBytes = Number(length);
   if (8 + headerBytes > size)
-    throw new CheckpointError(
+    throw fault(
       file,
-      `${file} is truncated: its header should have ${headerBytes} bytes, but the whole file has ${size}. ${downloadAgain}`,
+      `is truncated: its header should have ${headerBytes} bytes, but the whole file has ${size}. ${downloadAgain}`,
     );
   const bytes = await readExactly(handle, 8, headerBytes);
   try {
     return { text: new TextDecoder("utf-8", { fatal: true }).decode(bytes), dataStart: 8 + headerBytes };
   } catch (cause) {
-    throw new CheckpointError(file, `${file} has a damaged header: it is not UTF-8. ${downloadAgain}`, { cause });
+    throw fault(file, `has a damaged header: it is not UTF-8. ${downloadAgain}`, { cause });
   }
 }
 
@@ -191,17 +166,15 @@ function parseHeader(file: string, text: string, dataStart: number, size: number
   try {
     json = JSON.parse(text);
   } catch (cause) {
-    throw new CheckpointError(file, `${file} has a damaged header: it is not JSON. ${downloadAgain}`, { cause });
+    throw fault(file, `has a damaged header: it is not JSON. ${downloadAgain}`, { cause });
   }
-  if (!isRecord(json)) throw new CheckpointError(file, `${file} has a damaged header: it is not a JSON object.`);
-
-  const header = new Map<string, HeaderEntry>();
-  for (const [name, value] of Object.entries(json)) {
-    if (name === "__metadata__") {
-      if (!isRecord(value) || Object.values(value).some((item) => typeof item !== "string"))
-        throw new CheckpointError(file, `${file} has a damaged header: __metadata__ must map names to strings.`);
-    } else header.set(name, parseEntry(file, name, value, dataStart, size));
-  }
+  if (!isRecord(json)) throw fault(file, "has a damaged header: it is not a JSON object.");
+  const { __metadata__: metadata = {}, ...entries } = json;
+  if (!isRecord(metadata) || Object.values(metadata).some((item) => typeof item !== "string"))
+    throw fault(file, "has a damaged header: __metadata__ must map names to strings.");
+  const header = new Map(
+    Object.entries(entries).map(([name, value]) => [name, parseEntry(file, name, value, dataStart, size)]),
+  );
   checkThatTensorsTileTheFile(file, header, dataStart, size);
   return header;
 }
@@ -224,9 +197,9 @@ function parseEntry(file: string, name: string, value: unknown, dataStart: numbe
     return fail(`its data end at ${end}, outside the file, which holds ${size - dataStart} bytes of data`);
   const elements = elementCount(shape);
   if (!Number.isSafeInteger(elements)) return fail(`its shape [${shape}] is absurd`);
-  const bytes = Object.hasOwn(knownBytes, dtype) ? elements * knownBytes[dtype]! : end - begin;
-  if (bytes !== end - begin)
-    return fail(`${dtype} [${shape}] takes ${bytes} bytes, but its data_offsets span ${end - begin}`);
+  const bytes = knownBytes.get(dtype);
+  if (bytes !== undefined && bytes * elements !== end - begin)
+    return fail(`${dtype} [${shape}] takes ${bytes * elements} bytes, but its data_offsets span ${end - begin}`);
   return { name, dtype, shape, offset: dataStart + begin, length: end - begin };
 }
 
@@ -243,9 +216,9 @@ function checkThatTensorsTileTheFile(file: string, header: SafetensorsHeader, da
     expected = offset + length;
   }
   if (expected !== size)
-    throw new CheckpointError(
+    throw fault(
       file,
-      `${file} holds ${size - expected} bytes behind its last tensor. The file is damaged: download or convert it again.`,
+      `holds ${size - expected} bytes behind its last tensor. The file is damaged: download or convert it again.`,
     );
 }
 
@@ -259,7 +232,7 @@ async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>
     }
   } catch (cause) {
     const code = (cause as NodeJS.ErrnoException).code;
-    if (code === "ENOENT") throw new CheckpointError(file, `${file} does not exist. Check its path.`, { cause });
+    if (code === "ENOENT") throw fault(file, `does not exist. Check its path.`, { cause });
     // Only the operating system's errors are about the file; anything else, an abort's reason too, passes as it is.
     if (cause instanceof Error && "syscall" in cause)
       throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
@@ -295,10 +268,6 @@ function littleEndian(data: Float32Array): Buffer {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   for (let i = 0; i < data.length; i++) view.setFloat32(4 * i, data[i]!, true);
   return bytes;
-}
-
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 function isSizes(value: unknown): value is number[] {

@@ -5,11 +5,10 @@
  * tokenizer_2 pads with "!" and the files must say so. The BPE and unigram models are @huggingface/tokenizers'.
  */
 
-import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
 import { CheckpointError } from "../errors.js";
-import { readJsonObject } from "./configs.js";
+import { exists, isRecord, type Json, readJsonObject, readOptionalJson, readText } from "./files.js";
 
 /** The tokens of one text. */
 export interface Tokens {
@@ -31,9 +30,7 @@ export interface Tokenizer {
   encode(text: string, length: number): Tokens;
 }
 
-type Json = Record<string, unknown>;
-
-/** What the originals assume when tokenizer_config.json says nothing, or says 1e30 for "nobody knows". */
+/** What transformers assumes when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
 const clipMaxLength = 77;
 const t5MaxLength = 512;
 
@@ -74,7 +71,7 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
       normalizers: [
         { type: "NFC" },
         { type: "Replace", pattern: { Regex: "\\s+" }, content: " " },
-        // JavaScript lowers a sigma at a word's end to its final form; the original lowers letter by letter.
+        // JavaScript lowers a sigma at a word's end to its final form; transformers lowers letter by letter.
         { type: "Replace", pattern: { String: "\u03a3" }, content: "\u03c3" },
         { type: "Lowercase" },
       ],
@@ -114,8 +111,8 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
       merges,
     },
   };
-  const vocabSize = largest(Object.values(vocab), description.added_tokens) + 1;
-  return tokenizer(file, description, names.config, idOf(pad), vocabSize, names.maxLength(clipMaxLength));
+  const ids = [...Object.values(vocab), ...description.added_tokens.map(({ id }) => id)];
+  return tokenizer(file, description, names.config, idOf(pad), ids, names.maxLength(clipMaxLength));
 }
 
 /**
@@ -186,15 +183,8 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
     },
     decoder: { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
   };
-  const vocabSize = largest([...ids.values()], []) + 1;
-  return tokenizer(
-    file,
-    description,
-    names.config,
-    idOf("pad_token", "<pad>"),
-    vocabSize,
-    names.maxLength(t5MaxLength),
-  );
+  const maxLength = names.maxLength(t5MaxLength);
+  return tokenizer(file, description, names.config, idOf("pad_token", "<pad>"), ids.values(), maxLength);
 }
 
 function tokenizer(
@@ -202,7 +192,7 @@ function tokenizer(
   description: object,
   config: Json,
   pad: number,
-  vocabSize: number,
+  vocabulary: Iterable<number>,
   maxLength: number,
 ): Tokenizer {
   let inner: HuggingFaceTokenizer;
@@ -212,9 +202,12 @@ function tokenizer(
   } catch (cause) {
     throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });
   }
+  // Too many to be the arguments of Math.max.
+  let largest = 0;
+  for (const id of vocabulary) largest = Math.max(largest, id);
   return {
     maxLength,
-    vocabSize,
+    vocabSize: largest + 1,
     encode(text, length) {
       if (!Number.isInteger(length) || length < 2)
         throw new RangeError(`Expected a length of at least 2 tokens but received ${length}.`);
@@ -223,9 +216,7 @@ function tokenizer(
       // Both kinds end with exactly one special token, and truncation keeps it.
       const kept: number[] = truncated ? [...all.slice(0, length - 1), all.at(-1)!] : all;
       const ids = new BigInt64Array(length).fill(BigInt(pad));
-      kept.forEach((id, i) => {
-        ids[i] = BigInt(id);
-      });
+      ids.set(kept.map(BigInt));
       const dropped = truncated ? inner.decode(all.slice(length - 1, -1)).trim() : "";
       return { ids, truncated, tokens: all.length, dropped };
     },
@@ -242,25 +233,17 @@ interface AddedToken {
   readonly special: boolean;
 }
 
-interface SpecialTokens {
-  readonly config: Json;
-  /** Tokens of `added_tokens_decoder`, and their ids. */
-  readonly added: readonly AddedToken[];
-  readonly ids: ReadonlyMap<string, number>;
-  token(name: string): AddedToken | undefined;
-  maxLength(limit: number): number;
-}
-
 /**
  * tokenizer_config.json is authoritative once it lists its added tokens; before transformers 4.34 it did not, and
  * special_tokens_map.json overrides it.
  */
-async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
-  const [config, map] = await Promise.all([
-    readOptional(join(folder, "tokenizer_config.json")),
-    readOptional(join(folder, "special_tokens_map.json")),
+async function readSpecialTokens(folder: string) {
+  const [config = {}, map = {}] = await Promise.all([
+    readOptionalJson(join(folder, "tokenizer_config.json")),
+    readOptionalJson(join(folder, "special_tokens_map.json")),
   ]);
   const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
+  // Tokens of added_tokens_decoder, and their ids.
   const added: AddedToken[] = [];
   const ids = new Map<string, number>();
   for (const [id, value] of Object.entries(decoder ?? {})) {
@@ -271,14 +254,12 @@ async function readSpecialTokens(folder: string): Promise<SpecialTokens> {
   }
   const named = decoder ? config : { ...config, ...map };
   return {
-    config,
-    added,
-    ids,
-    token: (name) => {
+    ...{ config, added, ids },
+    token: (name: string) => {
       const token = addedToken(named[name]);
       return added.find(({ content }) => content === token?.content) ?? token;
     },
-    maxLength: (limit) => {
+    maxLength: (limit: number) => {
       const declared = config.model_max_length;
       return typeof declared === "number" && declared >= 2 ? Math.min(Math.floor(declared), limit) : limit;
     },
@@ -306,12 +287,16 @@ function addedToken(value: unknown): AddedToken | undefined {
 async function readClipVocabulary(folder: string) {
   const vocabFile = join(folder, "vocab.json");
   const mergesFile = join(folder, "merges.txt");
-  const whole = join(folder, "tokenizer.json");
-  if (!(await exists(vocabFile)) && (await exists(whole))) {
-    const model = (await readJsonObject(whole)).model;
+  const combined = join(folder, "tokenizer.json");
+  if (!(await exists(vocabFile)) && (await exists(combined))) {
+    const model = (await readJsonObject(combined)).model;
     if (!isRecord(model) || !Array.isArray(model.merges))
-      throw new CheckpointError(whole, `${whole} does not describe a CLIP tokenizer: its model has no merges.`);
-    return { file: whole, vocab: checkVocabulary(whole, model.vocab), merges: checkMerges(whole, model.merges) };
+      throw new CheckpointError(combined, `${combined} does not describe a CLIP tokenizer: its model has no merges.`);
+    return {
+      file: combined,
+      vocab: checkVocabulary(combined, model.vocab),
+      merges: checkMerges(combined, model.merges),
+    };
   }
   const [vocab, text] = await Promise.all([readJsonObject(vocabFile), readText(mergesFile)]);
   const lines = text.split(/\r?\n/).filter((line, i) => line !== "" && !(i === 0 && line.startsWith("#version")));
@@ -339,40 +324,4 @@ function findPrecompiled(normalizer: unknown): Json | null {
   if (normalizer.type === "Precompiled") return normalizer;
   const parts = Array.isArray(normalizer.normalizers) ? normalizer.normalizers : [];
   return parts.find((part) => isRecord(part) && part.type === "Precompiled") ?? null;
-}
-
-function largest(ids: readonly number[], added: readonly { id: number }[]): number {
-  let result = 0;
-  for (const id of ids) result = Math.max(result, id);
-  for (const { id } of added) result = Math.max(result, id);
-  return result;
-}
-
-async function readOptional(file: string): Promise<Json> {
-  return (await exists(file)) ? readJsonObject(file) : {};
-}
-
-async function readText(file: string): Promise<string> {
-  try {
-    return await readFile(file, "utf8");
-  } catch (cause) {
-    throw new CheckpointError(
-      file,
-      `Cannot read ${file}: ${(cause as Error).message}. Download the tokenizer's files.`,
-      {
-        cause,
-      },
-    );
-  }
-}
-
-async function exists(file: string): Promise<boolean> {
-  return stat(file).then(
-    () => true,
-    () => false,
-  );
-}
-
-function isRecord(value: unknown): value is Json {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }

@@ -1,6 +1,6 @@
 /**
- * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with twins
- * of another precision (`variant: "fp16"`). Diffusers and transformers have spelled the twins' index in three ways; all
+ * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with
+ * variants of another precision ("fp16"). Diffusers and transformers have spelled a variant's index in three ways; all
  * occur on the hub. Only headers are read. Names in an index must stay in the part's folder, since the index is data
  * from the internet; the files themselves may be symbolic links, since a Hugging Face cache consists of them.
  */
@@ -11,7 +11,8 @@ import { z } from "zod";
 import type { FileVersion } from "../common/files.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
-import { type HeaderEntry, readSafetensorsHeader, supportedDType } from "./safetensors.js";
+import { exists } from "./files.js";
+import { readSafetensorsHeader, type SafetensorsHeader, supportedDType } from "./safetensors.js";
 
 /** An opened part. `find` throws a CheckpointError for a tensor whose dtype is not F32, F16 or BF16. */
 export interface Weights extends WeightSource {
@@ -27,7 +28,7 @@ export interface Weights extends WeightSource {
   readonly bytesByDType: Readonly<Record<string, number>>;
 }
 
-export interface OpenWeightsOptions {
+interface OpenWeightsOptions {
   /** For example "fp16". A part that has no such files is opened without a variant, as diffusers does. */
   readonly variant?: string | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -49,37 +50,28 @@ export async function openWeights(
   const present = await listFolder(folder);
   const variantsFound = findVariants(present, basename);
   for (const candidate of variant === undefined ? [null] : [variant, null]) {
-    const single = candidate === null ? `${basename}.safetensors` : `${basename}.${candidate}.safetensors`;
+    const single = fileName(basename, candidate);
     const index = indexNames(basename, candidate).find((name) => present.includes(name));
+    const found = { variant: candidate, variantsFound };
     if (present.includes(single)) {
       const file = await openFile(join(folder, single), signal);
-      return source(
-        folder,
-        candidate,
-        variantsFound,
-        [file],
-        new Map([...file.header.keys()].map((name) => [name, file])),
-      );
+      return source(folder, found, [file], new Map([...file.header.keys()].map((name) => [name, file])));
     }
     if (index !== undefined) {
       const { files, tensors } = await openShards(folder, index, signal);
-      return source(folder, candidate, variantsFound, files, tensors);
+      return source(folder, found, files, tensors);
     }
   }
   throw new CheckpointError(folder, explainAbsence(folder, basename, variant, present, variantsFound));
 }
 
-interface OpenedFile {
-  readonly file: string;
-  readonly size: number;
-  readonly mtimeMs: number;
-  readonly header: ReadonlyMap<string, HeaderEntry>;
+interface OpenedFile extends FileVersion {
+  readonly header: SafetensorsHeader;
 }
 
 function source(
   folder: string,
-  variant: string | null,
-  variantsFound: readonly string[],
+  found: Pick<Weights, "variant" | "variantsFound">,
   files: readonly OpenedFile[],
   tensors: ReadonlyMap<string, OpenedFile>,
 ): Weights {
@@ -89,10 +81,7 @@ function source(
     bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
   }
   return {
-    origin: folder,
-    bytesByDType,
-    variant,
-    variantsFound,
+    ...{ ...found, origin: folder, bytesByDType },
     files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),
     names: [...tensors.keys()],
     find(name: string): StoredTensor | undefined {
@@ -107,17 +96,14 @@ function source(
 
 async function openFile(path: string, signal: AbortSignal | undefined): Promise<OpenedFile> {
   signal?.throwIfAborted();
-  let file: string;
-  try {
-    file = await realpath(path);
-  } catch (cause) {
+  const file = await realpath(path).catch((cause) => {
     // readdir lists a link whether or not its target exists: an interrupted download leaves such links behind.
     throw new CheckpointError(
       path,
       `${path} cannot be opened; if it is a symbolic link, the file it points to is missing. Download the checkpoint again.`,
       { cause },
     );
-  }
+  });
   const header = await readSafetensorsHeader(file, { signal });
   const { size, mtimeMs } = await stat(file);
   return { file, size, mtimeMs, header };
@@ -127,12 +113,10 @@ const indexSchema = z.object({ weight_map: z.record(z.string(), z.string()) });
 
 async function openShards(folder: string, indexName: string, signal: AbortSignal | undefined) {
   const indexFile = join(folder, indexName);
-  let json: unknown;
-  try {
-    json = JSON.parse(await readFile(indexFile, "utf8"));
-  } catch (cause) {
-    throw new CheckpointError(indexFile, `Cannot read ${indexFile}: ${(cause as Error).message}`, { cause });
-  }
+  const text = readFile(indexFile, "utf8");
+  const json: unknown = await text.then(JSON.parse).catch((cause: Error) => {
+    throw new CheckpointError(indexFile, `Cannot read ${indexFile}: ${cause.message}`, { cause });
+  });
   const parsed = indexSchema.safeParse(json);
   if (!parsed.success)
     throw new CheckpointError(
@@ -147,11 +131,7 @@ async function openShards(folder: string, indexName: string, signal: AbortSignal
     await Promise.all(
       shardNames.map(async (shard) => {
         const path = join(folder, shard);
-        const exists = await stat(path).then(
-          () => true,
-          () => false,
-        );
-        if (!exists)
+        if (!(await exists(path)))
           throw new CheckpointError(
             path,
             `${path} is missing, though ${indexFile} names it. Download the checkpoint's remaining files.`,
@@ -188,6 +168,10 @@ function checkShardName(indexFile: string, shard: string): void {
     );
 }
 
+function fileName(basename: string, variant: string | null): string {
+  return variant === null ? `${basename}.safetensors` : `${basename}.${variant}.safetensors`;
+}
+
 /** The present spelling of transformers and diffusers first, then the two older ones. */
 function indexNames(basename: string, variant: string | null): string[] {
   if (variant === null) return [`${basename}.safetensors.index.json`];
@@ -199,31 +183,22 @@ function indexNames(basename: string, variant: string | null): string[] {
 }
 
 function findVariants(present: readonly string[], basename: string): string[] {
-  const found = new Set<string>();
-  for (const name of present) {
-    if (!name.startsWith(`${basename}.`)) continue;
-    const rest = name.slice(basename.length);
-    const match =
-      /^\.([\w-]+)\.safetensors$/.exec(rest) ??
-      /^\.safetensors\.index\.([\w-]+)\.json$/.exec(rest) ??
-      /^\.([\w-]+)\.safetensors\.index\.json$/.exec(rest) ??
-      /^\.safetensors\.([\w-]+)\.index\.json$/.exec(rest);
-    // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
-    if (match?.[1] && !/-\d+-of-\d+$/.test(match[1])) found.add(match[1]);
-  }
-  return [...found].sort();
+  // The names of a variant "*", with what may stand there.
+  const spellings = [fileName(basename, "*"), ...indexNames(basename, "*")].map(
+    (name) => new RegExp(`^${name.replaceAll(".", "\\.").replace("*", "([\\w-]+)")}$`),
+  );
+  const found = present.flatMap((name) => spellings.flatMap((spelling) => spelling.exec(name)?.[1] ?? []));
+  // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
+  return [...new Set(found)].filter((variant) => !/-\d+-of-\d+$/.test(variant)).sort();
 }
 
 async function listFolder(folder: string): Promise<string[]> {
-  try {
-    return await readdir(folder);
-  } catch (cause) {
-    const code = (cause as NodeJS.ErrnoException).code;
+  return readdir(folder).catch((cause: NodeJS.ErrnoException) => {
+    const { code } = cause;
     const what = code === "ENOENT" ? "does not exist" : code === "ENOTDIR" ? "is not a folder" : String(cause);
-    throw new CheckpointError(folder, `The folder ${folder} ${what}. Download the checkpoint's remaining files.`, {
-      cause,
-    });
-  }
+    const message = `The folder ${folder} ${what}. Download the checkpoint's remaining files.`;
+    throw new CheckpointError(folder, message, { cause });
+  });
 }
 
 function explainAbsence(

@@ -1,20 +1,21 @@
 /** `flowturbo doctor`: which runtimes this machine has, and why one is missing. */
 
 import { availableParallelism, totalmem } from "node:os";
-import { type Command, Option } from "commander";
+import type { Command } from "commander";
 import { embeddedModel } from "../flowturbo.js";
 import { runtimes } from "../runtimes/index.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
+import { addJsonFlag } from "./flags.js";
+import { print } from "./print.js";
 import { packageVersion } from "./version.js";
 
 export function doctorCommand(command: Command): void {
-  command
+  addJsonFlag(command)
     .description("Say which runtimes were found, and why one is missing.")
-    .addOption(new Option("--json", "print one JSON object"))
-    .addOption(new Option("--tensorrt-dir <folder>", "look for TensorRT's libraries here first"))
+    .option("--tensorrt-dir <folder>", "look for TensorRT's libraries here first")
     .action(async (flags: { json?: boolean; tensorrtDir?: string }) => {
       const report = await examine(flags.tensorrtDir);
-      process.stdout.write(flags.json ? `${JSON.stringify(report)}\n` : render(report));
+      print(flags.json, report, render(report));
       if (!report.runtimes.some((runtime) => runtime.available)) process.exitCode = 1;
     });
 }
@@ -66,5 +67,5 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
         `      ${error === null ? "found" : "tried"} ${source}: ${place}${error === null ? "" : ` (${error})`}`,
       );
   }
-  return `${lines.join("\n")}\n`;
+  return lines.join("\n");
 }

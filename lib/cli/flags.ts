@@ -1,69 +1,71 @@
 /**
  * Flags of the command line from the schema of the options: their names, help texts and checks are written once, in
- * lib/options.ts.
+ * lib/options.ts. The few flags that are no options of the library are here where several commands have them.
  */
 
 import { type Command, Option } from "commander";
 import type { z } from "zod";
 import { optionMeta } from "../options.js";
 
-/** Adds the flag of every field that has one. */
-export function addFlags(command: Command, schema: z.ZodObject): void {
-  for (const field of Object.values(schema.shape) as z.ZodType[]) {
+/** Flags of commands that are no options of the library. */
+export interface CommonFlags {
+  model?: string;
+  cache?: string;
+  json?: boolean;
+}
+
+/** Adds `--model`, and the flag of every field that has one. */
+export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
+  command.option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)");
+  for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
     const { flag, description } = optionMeta(field);
     if (!flag) continue;
     const option = new Option(flag, description);
     const preset = field.safeParse(undefined);
-    // The default of a flag that turns something off is not to be off: that goes without saying.
+    // Flags that turn something off have no default to show.
     if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
       option.default(undefined, String(preset.data));
     command.addOption(option);
   }
 }
 
-/** The flags that were given, under the names of the options, numbers as numbers. */
-export function readFlags(schema: z.ZodObject, given: Record<string, unknown>): Record<string, unknown> {
+export function addJsonFlag(command: Command): Command {
+  return command.option("--json", "print one JSON object");
+}
+
+/** The flags that were given, under the names of the options, as the values that the schema takes. */
+export function readFlags(schema: z.ZodObject, given: object): Record<string, unknown> {
   const options: Record<string, unknown> = {};
   for (const [name, field] of Object.entries(schema.shape) as [string, z.ZodType][]) {
     const { flag } = optionMeta(field);
-    if (!flag) continue;
-    const value = given[new Option(flag).attributeName()];
-    if (value === undefined) continue;
-    // A text that is no number stays one, so that the schema's complaint shows it.
-    options[name] = takesNumber(field) && typeof value === "string" && numeric.test(value) ? Number(value) : value;
+    const value = flag && (given as Record<string, unknown>)[new Option(flag).attributeName()];
+    if (value !== undefined) options[name] = typeof value === "string" ? readText(field, value) : value;
   }
   return options;
 }
 
-const numeric = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
+/**
+ * The first reading of a flag's text that a field takes: as it is, as a number, as a list of either, as a list of sizes.
+ * Without one, the schema is left to complain about what was given.
+ */
+function readText(field: z.ZodType, text: string): unknown {
+  const items = text.split(",").map((item) => item.trim());
+  const readings = [text, number(text), items, items.map(number), items.map(size)];
+  return readings.find((reading) => field.safeParse(reading).success) ?? number(text);
+}
 
-function takesNumber(field: z.ZodType): boolean {
-  return field.safeParse(1).success || field.safeParse(2).success;
+/** A text that is no number stays one. */
+function number(text: string): number | string {
+  return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : text;
+}
+
+function size(text: string): { width: number; height: number } | null {
+  const match = text.match(/^(\d+)x(\d+)$/);
+  return match && { width: Number(match[1]), height: Number(match[2]) };
 }
 
 /** `width` → `--width`, for messages. */
 export function flagOf(schema: z.ZodObject, option: string): string | undefined {
   const field = schema.shape[option] as z.ZodType | undefined;
   return field && optionMeta(field).flag?.split(" ")[0];
-}
-
-/** Lists that were given as text. Anything that is none stays as it is, so that the schema's complaint shows it. */
-export function readLists(options: Record<string, unknown>): Record<string, unknown> {
-  const lists: Record<string, (text: string) => unknown> = {
-    sizes: (text) => {
-      const match = text.match(/^(\d+)x(\d+)$/);
-      return match ? { width: Number(match[1]), height: Number(match[2]) } : null;
-    },
-    batches: (text) => (/^\d+$/.test(text) ? Number(text) : null),
-    targets: (text) => text,
-    features: (text) => text,
-  };
-  const read: Record<string, unknown> = { ...options };
-  for (const [name, parse] of Object.entries(lists)) {
-    const value = options[name];
-    if (typeof value !== "string") continue;
-    const items = value.split(",").map((item) => parse(item.trim()));
-    read[name] = items.includes(null) ? value : items;
-  }
-  return read;
 }

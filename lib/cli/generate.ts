@@ -3,23 +3,23 @@
  */
 
 import { randomInt } from "node:crypto";
-import { type Command, Option } from "commander";
+import type { Command } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
-import { FlowTurbo } from "../flowturbo.js";
+import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
-import type { GenerateResult, RgbPicture, Stage } from "../model.js";
+import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
 import { checkOptions, generateSchema, loadSchema } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
-import { addFlags, readFlags } from "./flags.js";
+import { addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
-import { createProgress } from "./progress.js";
+import { print, rounded } from "./print.js";
+import type { Progress } from "./progress.js";
+import { withModel } from "./with-model.js";
 
-interface OwnFlags {
-  model?: string;
+interface Flags extends CommonFlags {
   out: string;
-  json?: boolean;
   noise?: string;
   saveLatents?: string;
   stage?: string[];
@@ -29,30 +29,23 @@ interface OwnFlags {
 export function generateCommand(command: Command, signal: AbortSignal): void {
   command
     .description("Draw a picture for each prompt.")
-    .argument("<prompt...>", "what to draw; several prompts form one batch")
-    .addOption(
-      new Option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)"),
-    );
-  addFlags(command, loadSchema);
-  addFlags(command, generateSchema);
+    .argument("<prompt...>", "what to draw; several prompts form one batch");
+  addModelFlags(command, loadSchema, generateSchema);
   command
-    .addOption(
-      new Option("--out <file>", "file or pattern with {seed} and {index} (from 0); .png, .jpg or .webp").default(
-        "flowturbo-{seed}.png",
-      ),
+    .option(
+      "--out <file>",
+      "file or pattern with {seed} and {index} (from 0); .png, .jpg or .webp",
+      "flowturbo-{seed}.png",
     )
-    .addOption(
-      new Option(
-        "--stage <WxH:blocks@sigma>",
-        "a size to run through, from coarse to fine (repeatable), as 128x128:H1P1@0.6",
-      ).argParser((stage: string, before: string[] = []) => [...before, stage]),
+    .option(
+      "--stage <WxH:blocks@sigma>",
+      "a size to run through, from coarse to fine (repeatable), as 128x128:H1P1@0.6",
+      (stage: string, before: string[] = []) => [...before, stage],
     )
-    .addOption(new Option("--preview <file>", "rewrite this file after each step with the first picture as it is then"))
-    .addOption(
-      new Option("--noise <file>", "start from `noise` [B,C,h,w] of a .safetensors file (later stages: `noise_2`, …)"),
-    )
-    .addOption(new Option("--save-latents <file>", "write `latents` and decoded `image` to a .safetensors file"))
-    .addOption(new Option("--json", "print one JSON object instead of file names"))
+    .option("--preview <file>", "rewrite this file after each step with the first picture as it is then")
+    .option("--noise <file>", "start from `noise` [B,C,h,w] of a .safetensors file (later stages: `noise_2`, …)")
+    .option("--save-latents <file>", "write `latents` and decoded `image` to a .safetensors file")
+    .option("--json", "print one JSON object instead of file names")
     .addHelpText(
       "after",
       `
@@ -63,18 +56,16 @@ Examples:
   $ flowturbo generate "a red circle" --stage 64x64:H1P2R1 --stage 128x128:H1P1@0.6
   $ flowturbo generate "a bowl of lemons" --image table.jpg --mask bowl.png --strength 0.8`,
     )
-    .action((prompts: string[], flags: OwnFlags) => generate(prompts, flags, signal));
+    .action((prompts: string[], flags: Flags) => generate(prompts, flags, signal));
 }
 
-async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal): Promise<void> {
-  const given = flags as unknown as Record<string, unknown>;
-  // This process ends after its pictures: measuring in the background would only delay that.
-  const loadOptions = { ...readFlags(loadSchema, given), signal, measureCosts: false };
+async function generate(prompts: string[], flags: Flags, signal: AbortSignal): Promise<void> {
+  const loadOptions = { ...readFlags(loadSchema, flags), signal };
   const stages = flags.stage?.map(parseStage);
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
-  const seed = given.seed ?? (noise ? undefined : String(randomInt(2 ** 32)));
   const options = {
-    ...readFlags(generateSchema, { ...given, seed }),
+    ...(!noise && { seed: randomInt(2 ** 32) }),
+    ...readFlags(generateSchema, flags),
     prompt: prompts,
     signal,
     ...(noise && { noise }),
@@ -94,72 +85,57 @@ async function generate(prompts: string[], flags: OwnFlags, signal: AbortSignal)
   const undoOutputs = await prepareOutputs([...files, ...others]);
 
   // 2. Load, draw, write.
-  const progress = createProgress(!flags.json);
-  let model: FlowTurbo | undefined;
-  let result: GenerateResult;
+  const report = await withModel(flags, loadOptions, async (model, progress) => {
+    const { result, warnings } = await draw(model, checked, flags.preview, progress);
+    progress.show("writing");
+    for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
+    if (flags.saveLatents) await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
+    return { ...summary(files, result, model), warnings };
+  }).catch(async (error) => {
+    await undoOutputs();
+    throw error;
+  });
+
+  // 3. Say what was done.
+  if (!flags.json) for (const warning of report.warnings) process.stderr.write(`warning: ${warning}\n`);
+  print(flags.json, report, files.join("\n"));
+}
+
+/** Draws, and rewrites the preview's file on the way: it is written, or given up, when this returns. */
+async function draw(model: FlowTurbo, options: GenerateOptions, preview: string | undefined, progress: Progress) {
   let previewed: Promise<unknown> = Promise.resolve();
   // A preview that cannot be written is no reason to lose the picture.
   const lost = new Set<string>();
-  try {
-    progress.show("loading the model");
-    model = await FlowTurbo.load(flags.model, loadOptions);
-    progress.show("encoding the prompt");
-    result = await model.generate({
-      ...checked,
-      onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [preview] }) => {
-        const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
-        progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);
-        if (preview)
-          previewed = previewed
-            .then(() => writePreview(flags.preview!, preview))
-            .catch(() => lost.add(`Previews could not be written to ${flags.preview}.`));
-      },
-    });
-    progress.show("writing");
-    await previewed;
-    for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
-    if (flags.saveLatents) await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
-  } catch (error) {
-    await previewed;
-    await undoOutputs();
-    throw error;
-  } finally {
-    progress.clear();
-    await model?.dispose();
-  }
-
-  // 3. Say what was done.
-  const warnings = [...result.warnings, ...lost];
-  if (!flags.json) for (const warning of warnings) process.stderr.write(`warning: ${warning}\n`);
-  process.stdout.write(
-    flags.json ? `${JSON.stringify({ ...summary(files, result, model), warnings })}\n` : `${files.join("\n")}\n`,
-  );
+  progress.show("encoding the prompt");
+  const drawing = model.generate({
+    ...options,
+    onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [picture] }) => {
+      const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
+      progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);
+      if (picture)
+        previewed = previewed
+          .then(() => writePreview(preview!, picture))
+          .catch(() => lost.add(`Previews could not be written to ${preview}.`));
+    },
+  });
+  const result = await drawing.finally(() => previewed);
+  return { result, warnings: [...result.warnings, ...lost] };
 }
 
 function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
-  const round = (milliseconds: number) => Math.round(milliseconds * 1000) / 1000;
-  const { load, queue, encode, steps, upscale, edit, decode, total } = result.timings;
-  const { deadline } = result;
+  const { seeds, width, height, blocks, sigmas, stages, evaluations, timings, deadline } = result;
+  const milliseconds = Object.entries(timings).map(([name, spent]: [string, number | readonly number[]]) => [
+    name,
+    typeof spent === "number" ? rounded(spent) : spent.map(rounded),
+  ]);
   return {
     files,
-    seeds: result.seeds,
-    size: { width: result.width, height: result.height },
-    blocks: result.blocks,
-    sigmas: result.sigmas,
-    stages: result.stages,
-    evaluations: result.evaluations,
-    milliseconds: {
-      load: round(load),
-      queue: round(queue),
-      encode: round(encode),
-      steps: steps.map(round),
-      upscale: round(upscale),
-      edit: round(edit),
-      decode: round(decode),
-      total: round(total),
-    },
+    seeds,
+    size: { width, height },
+    ...{ blocks, sigmas, stages, evaluations },
+    milliseconds: Object.fromEntries(milliseconds),
     ...(deadline && {
-      deadline: { ...deadline, predictedMs: round(deadline.predictedMs), actualMs: round(deadline.actualMs) },
+      deadline: { ...deadline, predictedMs: rounded(deadline.predictedMs), actualMs: rounded(deadline.actualMs) },
     }),
     runtime: model.runtime.name,
     model: model.folder,

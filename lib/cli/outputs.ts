@@ -1,5 +1,5 @@
 /**
- * Where pictures go: file names from a pattern, and the promise, before any work, that they can be written.
+ * Where pictures go: file names from a pattern, and the check, before any work, that they can be written.
  */
 
 import { randomBytes } from "node:crypto";
@@ -56,7 +56,7 @@ export async function prepareOutputs(files: readonly string[]): Promise<() => Pr
   } catch (cause) {
     await undo();
     if (cause instanceof OutputError) throw cause;
-    // The system's message goes on to name a temporary file that nobody asked for.
+    // The system's message goes on to name the temporary file, which the user does not know.
     const [reason] = (cause as Error).message.split(", ");
     throw new OutputError(
       at,

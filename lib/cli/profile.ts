@@ -1,29 +1,18 @@
 /** `flowturbo profile`: what each launch of a model costs on this machine, measured and kept beside the engines. */
 
-import { type Command, Option } from "commander";
-import { FlowTurbo } from "../flowturbo.js";
-import type { Costs } from "../model.js";
+import type { Command } from "commander";
+import type { Costs, ProfileProgress } from "../model.js";
 import { checkOptions, loadSchema, profileSchema } from "../options.js";
-import { addFlags, readFlags, readLists } from "./flags.js";
-import { createProgress } from "./progress.js";
-
-interface OwnFlags {
-  model?: string;
-  json?: boolean;
-}
+import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
+import { print, rounded } from "./print.js";
+import { withModel } from "./with-model.js";
 
 export function profileCommand(command: Command, signal: AbortSignal): void {
-  command
-    .description(
-      "Measure what each step costs, by size and batch, and keep the table: deadlines and batches rest on it.",
-    )
-    .addOption(
-      new Option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)"),
-    );
-  addFlags(command, loadSchema);
-  addFlags(command, profileSchema);
-  command
-    .addOption(new Option("--json", "print one JSON object"))
+  command.description(
+    "Measure what each step costs, by size and batch, and keep the table: deadlines and batches rest on it.",
+  );
+  addModelFlags(command, loadSchema, profileSchema);
+  addJsonFlag(command)
     .addHelpText(
       "after",
       `
@@ -31,41 +20,24 @@ Examples:
   $ flowturbo profile
   $ flowturbo profile --model ./stable-diffusion-3.5-medium --sizes 512x512,1024x1024 --batches 1,2 --json`,
     )
-    .action((flags: OwnFlags) => profile(flags, signal));
+    .action((flags: CommonFlags) => profile(flags, signal));
 }
 
-async function profile(flags: OwnFlags, signal: AbortSignal): Promise<void> {
-  const given = flags as Record<string, unknown>;
-  // Measuring in the background would only disturb.
-  const loadOptions = { ...readFlags(loadSchema, given), signal, measureCosts: false };
-  const options = { ...readLists(readFlags(profileSchema, given)), signal };
+async function profile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
+  const loadOptions = { ...readFlags(loadSchema, flags), signal };
+  const options = { ...readFlags(profileSchema, flags), signal };
   checkOptions(loadSchema, loadOptions, "profile");
   checkOptions(profileSchema, options, "profile");
-  const progress = createProgress(!flags.json);
-  let model: FlowTurbo | undefined;
-  try {
-    progress.show("loading the model");
-    model = await FlowTurbo.load(flags.model, loadOptions);
-    const costs = await model.profile({
-      ...options,
-      onProgress: ({ done, total }) => progress.show("measuring launches", done, total),
-    });
-    progress.clear();
-    const { folder, entries } = costs;
-    if (flags.json)
-      process.stdout.write(
-        `${JSON.stringify({ model: model.folder, runtime: model.runtime.name, folder, entries: entries.map(rounded) })}\n`,
-      );
-    else process.stdout.write(`${table(costs)}\n${folder}\n`);
-  } finally {
-    progress.clear();
-    await model?.dispose();
-  }
-}
-
-function rounded<T extends Costs["entries"][number]>(entry: T): T {
-  const round = (value: number) => Math.round(value * 1000) / 1000;
-  return { ...entry, milliseconds: round(entry.milliseconds), low: round(entry.low), high: round(entry.high) };
+  const { costs, ...report } = await withModel(flags, loadOptions, async (model, progress) => {
+    const onProgress = ({ done, total }: ProfileProgress) => progress.show("measuring launches", done, total);
+    const costs = await model.profile({ ...options, onProgress });
+    return { costs, model: model.folder, runtime: model.runtime.name, folder: costs.folder };
+  });
+  const entries = costs.entries.map((entry) => {
+    const { milliseconds, low, high } = entry;
+    return { ...entry, milliseconds: rounded(milliseconds), low: rounded(low), high: rounded(high) };
+  });
+  print(flags.json, { ...report, entries }, `${table(costs)}\n${costs.folder}`);
 }
 
 function table({ entries }: Costs): string {

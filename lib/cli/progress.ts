@@ -9,13 +9,23 @@ export interface Progress {
   show(text: string, done?: number, total?: number): void;
   /** Prints a line that stays, above what is shown. */
   keep(line: string): void;
-  /** Leaves no trace of what is shown. */
+  /** Removes what is shown. */
   clear(): void;
 }
 
 const silent: Progress = { show: () => undefined, keep: () => undefined, clear: () => undefined };
 
-export function createProgress(enabled: boolean): Progress {
+/** Work with progress that is shown if `enabled`, and gone when the work ends. */
+export async function withProgress<T>(enabled: boolean, work: (progress: Progress) => Promise<T>): Promise<T> {
+  const progress = createProgress(enabled);
+  try {
+    return await work(progress);
+  } finally {
+    progress.clear();
+  }
+}
+
+function createProgress(enabled: boolean): Progress {
   // A terminal that does not know its width (0 columns, as under script(1)) would have ora clear endless lines.
   if (!enabled || !process.stderr.isTTY || !process.stderr.columns) return silent;
   // discardStdin would put the terminal into raw mode, where Ctrl-C is no signal.

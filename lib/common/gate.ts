@@ -23,18 +23,14 @@ interface Entry<Order> {
 }
 
 export class Gate<Order = void> {
-  readonly #capacity: () => number;
-  readonly #compare: (a: Order, b: Order) => number;
-  readonly limit: number;
+  readonly #options: GateOptions<Order>;
   readonly #waiting = new Set<Entry<Order>>();
   #entries = 0;
   #weight = 0;
   #idle: (() => void)[] = [];
 
-  constructor({ capacity, limit = Number.POSITIVE_INFINITY, compare = () => 0 }: GateOptions<Order>) {
-    this.#capacity = typeof capacity === "number" ? () => capacity : capacity;
-    this.#compare = compare;
-    this.limit = limit;
+  constructor(options: GateOptions<Order>) {
+    this.#options = options;
   }
 
   /** Entries that wait. */
@@ -50,7 +46,7 @@ export class Gate<Order = void> {
   /** Whether `enter` would refuse: it would have to wait, and as many wait as may. */
   isFull(weight = 1): boolean {
     const mustWait = this.#waiting.size > 0 || !this.#fits(weight);
-    return mustWait && this.#waiting.size >= this.limit;
+    return mustWait && this.#waiting.size >= (this.#options.limit ?? Number.POSITIVE_INFINITY);
   }
 
   /**
@@ -92,19 +88,22 @@ export class Gate<Order = void> {
 
   /** Resolves when nothing waits or is inside. */
   async idle(): Promise<void> {
-    if (this.#waiting.size + this.#entries > 0) await new Promise<void>((resolve) => this.#idle.push(resolve));
+    // Before the caller is told, another entry may come.
+    while (this.#waiting.size + this.#entries > 0) await new Promise<void>((resolve) => this.#idle.push(resolve));
   }
 
   #fits(weight: number): boolean {
-    return this.#entries === 0 || this.#weight + weight <= this.#capacity();
+    const { capacity } = this.#options;
+    return this.#entries === 0 || this.#weight + weight <= (typeof capacity === "number" ? capacity : capacity());
   }
 
   #admit(): void {
+    const { compare = () => 0 } = this.#options;
     for (;;) {
-      // Several entries may share a signal: one that is about to leave for it is not let in.
+      // Several entries may share a signal: one that has aborted, and is still to be removed, is not let in.
       const [head, ...rest] = [...this.#waiting].filter(({ signal }) => !signal?.aborted);
       if (!head) break;
-      const first = rest.reduce((a, b) => (this.#compare(a.order, b.order) <= 0 ? a : b), head);
+      const first = rest.reduce((a, b) => (compare(a.order, b.order) <= 0 ? a : b), head);
       if (!this.#fits(first.weight)) return;
       this.#waiting.delete(first);
       this.#entries++;

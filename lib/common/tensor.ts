@@ -9,15 +9,23 @@ export type DType = "float32" | "int64";
 /** Element types of tensors in .safetensors files that this package can compute with. */
 export type StoredDType = "F32" | "F16" | "BF16";
 
+/** 32-bit floating point values in memory. */
 export interface FloatTensor {
+  /** Element type. */
   readonly dtype: "float32";
+  /** Dimensions, outermost first; empty for a scalar. */
   readonly shape: readonly number[];
+  /** Row-major values, as many as the product of the dimensions. */
   readonly data: Float32Array;
 }
 
+/** 64-bit integers in memory. */
 export interface IntTensor {
+  /** Element type. */
   readonly dtype: "int64";
+  /** Dimensions, outermost first; empty for a scalar. */
   readonly shape: readonly number[];
+  /** Row-major values, as many as the product of the dimensions. */
   readonly data: BigInt64Array;
 }
 

@@ -5,7 +5,7 @@
 
 import path from "node:path";
 import sharp from "sharp";
-import { writeFileWhole } from "../common/files.js";
+import { writeFileAtomic } from "../common/files.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
@@ -59,7 +59,7 @@ export class Image implements Picture {
   async toFile(file: string): Promise<void> {
     const format = formatOf(file);
     const data = await this.encode(format);
-    await writeFileWhole(file, data).catch((cause: Error) => {
+    await writeFileAtomic(file, data).catch((cause: Error) => {
       throw new OutputError(file, `Cannot write ${file}: ${cause.message}`, { cause });
     });
   }

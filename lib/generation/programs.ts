@@ -3,7 +3,7 @@
  * fused steps of its blocks over double-buffered registers. Between stages the picture is upscaled, before the first one
  * it may start from init latents, after each block the known region of an edit may be put back; the decoder ends it.
  *
- * What differs between two pictures of a kind (noise, text, latents of an original) are slots: requests of a kind share
+ * What differs between two pictures of a kind (noise, text, init latents) are slots: requests of a kind share
  * one template and bind their values to it.
  */
 
@@ -24,8 +24,8 @@ export interface SamplingStage {
   readonly latentShape: LatentShape;
   /** Positions, [1, patches, width], for each step type that the schedule uses: the two networks differ in width. */
   readonly positions: Readonly<Partial<Record<StepType, Constant>>>;
-  /** Whether there are latents of an original: to start from (first stage), and to keep where there is a mask. */
-  readonly hasOriginal: boolean;
+  /** Whether there are init latents, those of an original: to start from (first stage), and to keep where there is a mask. */
+  readonly hasInit: boolean;
   readonly hasMask: boolean;
 }
 
@@ -51,8 +51,8 @@ export interface SamplingValues {
   readonly stages: readonly {
     /** [B, C, h, w], fresh noise of this stage. */
     readonly noise: Tensor;
-    /** [1, C, h, w] */
-    readonly original?: Tensor | undefined;
+    /** Init latents, [1, C, h, w]. */
+    readonly init?: Tensor | undefined;
     /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
     readonly mask?: Tensor | undefined;
   }[];
@@ -154,7 +154,7 @@ class TemplateWriter {
     const { blocks, sigmas, launches } = stage.schedule;
     const [, ...area] = stage.latentShape;
     const noise = builder.slot(`${name}.noise`, stage.latentShape);
-    if (stage.hasOriginal) builder.slot(`${name}.original`, [1, ...area]);
+    if (stage.hasInit) builder.slot(`${name}.init`, [1, ...area]);
     if (stage.hasMask) builder.slot(`${name}.mask`, [1, 1, area[1], area[2]]);
     const x = new Pair(builder, `${name}.x`, stage.latentShape, noise);
     // Zeros stand in for the velocity where none exists yet; its coefficients are 0.
@@ -164,7 +164,7 @@ class TemplateWriter {
 
     // 1. Where the stage starts: the upscaled picture of the stage before, init latents with noise, or noise.
     if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
-    else if (stage.hasOriginal) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
+    else if (stage.hasInit) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
     if (stage.hasMask && index > 0) this.#blend(stage, name, noise, x, velocity, sigmas[0]!);
 
     // 2. Its blocks.
@@ -238,7 +238,7 @@ class TemplateWriter {
   #scaleNoise(stage: SamplingStage, name: string, noise: string, x: string, sigma: number): string {
     this.builder.launch({
       graph: graphName({ network: "scale_noise" }),
-      inputs: { latents: `${name}.original`, noise, sigma: this.builder.perRow(sigma, this.#rows) },
+      inputs: { latents: `${name}.init`, noise, sigma: this.builder.perRow(sigma, this.#rows) },
       outputs: { x },
       sharing: { size: this.#size(stage) },
       label: { kind: "edit", name: `init latents with noise of sigma ${sigma.toFixed(4)}` },
@@ -268,7 +268,7 @@ class TemplateWriter {
     this.builder.launch({
       graph: this.#graph("inpaint_blend"),
       inputs: {
-        ...{ x: x.at, velocity: velocity.at, latents: `${name}.original`, noise, mask: `${name}.mask` },
+        ...{ x: x.at, velocity: velocity.at, latents: `${name}.init`, noise, mask: `${name}.mask` },
         sigma: this.builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },

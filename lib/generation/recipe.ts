@@ -17,7 +17,7 @@ import { slotValues } from "./programs.js";
 import { ProgressReporter } from "./progress.js";
 import type { Candidate, ModelFacts, Request, RequestStage } from "./request.js";
 import { resultOf } from "./result.js";
-import { type Templates, textsOf } from "./templates.js";
+import { promptsOf, type Templates } from "./templates.js";
 import type { Condition, PromptEncoder } from "./text.js";
 
 /** What a loaded model draws with. */
@@ -49,7 +49,12 @@ export async function draw(
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const encoded = await model.text.encode(textsOf(request), sequenceLength, (rows) => admitted.run({ rows }), pinBatch);
+  const encoded = await model.text.encode(
+    promptsOf(request),
+    sequenceLength,
+    (rows) => admitted.run({ rows }),
+    pinBatch,
+  );
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
   const conditions = request.prompts.map((_, index): Condition => {
@@ -61,10 +66,10 @@ export async function draw(
   for (const warning of warnings) model.logger.warn?.(warning);
 
   // 2. Init image: latents of the original for each stage that needs them, the same for all pictures.
-  const originals: (FloatTensor | undefined)[] = [];
+  const init: (FloatTensor | undefined)[] = [];
   for (const program of model.templates.encoders(stages, used)) {
     const [result] = program ? await run([program]) : [];
-    originals.push(result?.latents as FloatTensor | undefined);
+    init.push(result?.latents as FloatTensor | undefined);
   }
 
   // 3. Denoise: a program for each picture, with its own noise.
@@ -77,7 +82,7 @@ export async function draw(
       template.program,
       slotValues({
         stages: noises.map((noise, index) => ({
-          ...{ noise: rowOf(noise, row), original: originals[index], mask: used?.[index]?.mask?.latents },
+          ...{ noise: rowOf(noise, row), init: init[index], mask: used?.[index]?.mask?.latents },
         })),
         ...conditions[Math.floor(row / count)]!,
         colours,

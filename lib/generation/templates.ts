@@ -32,11 +32,11 @@ export class Templates {
   /** Rows of each program that a candidate runs: texts that the cache lacks, originals, pictures. */
   demands(request: Request, { stages }: Candidate, edit: Edit | null): Demand[] {
     const { sequenceLength, pinBatch, pictures } = request;
-    const missing = this.#text.missing(textsOf(request), sequenceLength, pinBatch);
-    const text = { program: this.#text.program("", sequenceLength).program, rows: missing };
+    const missing = this.#text.missing(promptsOf(request), sequenceLength, pinBatch);
+    const encoding = { program: this.#text.program("", sequenceLength).program, rows: missing };
     const encoders = this.encoders(stages, edit).flatMap((program) => (program ? [{ program, rows: 1 }] : []));
     const sampling = { program: this.sampling(request, stages, edit).program, rows: pictures };
-    return [...(missing > 0 ? [text] : []), ...encoders, sampling];
+    return [...(missing > 0 ? [encoding] : []), ...encoders, sampling];
   }
 
   /** For each stage the program that encodes its original, or null where it needs none. */
@@ -57,7 +57,7 @@ export class Templates {
     const { guidanceScale, sequenceLength, preview } = request;
     const sizes = stages.map(({ schedule: { blocks, sigmas }, latentShape: [, ...area] }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
-      return { blocks, sigmas, area, hasOriginal: original !== undefined, hasMask: Boolean(mask) };
+      return { blocks, sigmas, area, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
     const key = JSON.stringify([sizes, guidanceScale, sequenceLength, preview]);
     const known = this.#kept.get(key);
@@ -65,9 +65,9 @@ export class Templates {
     const { vae } = this.#checkpoint;
     const template = samplingTemplate({
       stages: stages.map(({ schedule, latentShape: [, ...area] }, index): SamplingStage => {
-        const { hasOriginal, hasMask } = sizes[index]!;
+        const { hasInit, hasMask } = sizes[index]!;
         const latentShape = [1, ...area] as const;
-        return { schedule, latentShape, positions: positionsOf(this.#checkpoint, latentShape), hasOriginal, hasMask };
+        return { schedule, latentShape, positions: positionsOf(this.#checkpoint, latentShape), hasInit, hasMask };
       }),
       ...this.#text.shapes(sequenceLength, guidanceScale !== null),
       ...{ guidanceScale, preview, vaeFactor: vae.config.factor, imageChannels: vae.config.outChannels },
@@ -77,8 +77,8 @@ export class Templates {
   }
 }
 
-/** Texts that a request encodes: prompts, and with guidance negative prompts. */
-export function textsOf({ prompts, negativePrompts, guidanceScale }: Request): string[] {
+/** What a request encodes: its prompts, and with guidance the negative ones. */
+export function promptsOf({ prompts, negativePrompts, guidanceScale }: Request): string[] {
   return [...prompts, ...(guidanceScale === null ? [] : negativePrompts)];
 }
 

@@ -30,7 +30,7 @@ export interface Condition {
   readonly pooled: FloatTensor;
 }
 
-/** Runs programs over the text encoders' graphs, one for each text; they may share launches. */
+/** Runs programs over the text encoders' graphs, one for each prompt; they may share launches. */
 export type RunEncoders = (programs: readonly Program[]) => Promise<Record<string, Tensor>[]>;
 
 /** Memory that cached conditions may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
@@ -87,38 +87,38 @@ export class PromptEncoder {
     };
   }
 
-  /** How many of the texts are not in the cache. @param pin batch that all launches are padded to */
-  missing(texts: readonly string[], sequenceLength: number, pin: number | null = null): number {
-    return [...new Set(texts)].filter((text) => !this.#cache.has(keyOf(text, sequenceLength, pin))).length;
+  /** How many of the prompts are not in the cache. @param pin batch that all launches are padded to */
+  missing(prompts: readonly string[], sequenceLength: number, pin: number | null = null): number {
+    return [...new Set(prompts)].filter((prompt) => !this.#cache.has(keyOf(prompt, sequenceLength, pin))).length;
   }
 
   /**
-   * Encodes the texts that the cache does not hold, each by a program of its own, and returns all, in order.
+   * Encodes the prompts that the cache does not hold, each by a program of its own, and returns all, in order.
    * @param pin batch that all launches are padded to
    */
   async encode(
-    texts: readonly string[],
+    prompts: readonly string[],
     sequenceLength: number,
     run: RunEncoders,
     pin: number | null = null,
   ): Promise<EncodedPrompt[]> {
     const found = new Map<string, EncodedPrompt>();
     const missing: string[] = [];
-    for (const text of new Set(texts)) {
-      const known = this.#cache.get(keyOf(text, sequenceLength, pin));
-      if (known) found.set(text, known);
-      else missing.push(text);
+    for (const prompt of new Set(prompts)) {
+      const known = this.#cache.get(keyOf(prompt, sequenceLength, pin));
+      if (known) found.set(prompt, known);
+      else missing.push(prompt);
     }
     if (missing.length > 0) {
-      const encoding = missing.map((text) => this.program(text, sequenceLength));
+      const encoding = missing.map((prompt) => this.program(prompt, sequenceLength));
       const results = await run(encoding.map(({ program }) => program));
-      for (const [index, text] of missing.entries()) {
+      for (const [index, prompt] of missing.entries()) {
         const encoded = this.#assemble(results[index]!, encoding[index]!.warnings, sequenceLength);
-        found.set(text, encoded);
-        this.#cache.set(keyOf(text, sequenceLength, pin), encoded);
+        found.set(prompt, encoded);
+        this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
       }
     }
-    return texts.map((text) => found.get(text)!);
+    return prompts.map((prompt) => found.get(prompt)!);
   }
 
   /** The conditions of several prompts as one, row after row. */
@@ -133,20 +133,20 @@ export class PromptEncoder {
     };
   }
 
-  /** The program that encodes one text. Its results are named `<graph>.<output>`. */
-  program(text: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
+  /** The program that encodes one prompt. Its results are named `<graph>.<output>`. */
+  program(prompt: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
     const builder = new ProgramBuilder();
     const warnings: string[] = [];
     const results: string[] = [];
-    for (const { name: graph, text: role, tokenizer } of this.#encoders) {
-      const tokens = role.joins === "tokens" ? sequenceLength : tokenizer.maxLength;
-      const { ids, truncated, dropped } = tokenizer.encode(text, tokens);
+    for (const { name: graph, text, tokenizer } of this.#encoders) {
+      const tokens = text.joins === "tokens" ? sequenceLength : tokenizer.maxLength;
+      const { ids, truncated, dropped } = tokenizer.encode(prompt, tokens);
       if (truncated)
         warnings.push(
-          `The prompt "${abridge(text)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${abridge(dropped)}".`,
+          `The prompt "${abridge(prompt)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${abridge(dropped)}".`,
         );
       const inputs: Record<string, string> = { ids: builder.value(`${graph}.ids`, int64([1, tokens], ids)) };
-      for (const [input, tensor] of Object.entries(this.#constantsOf(graph, role, tokens)))
+      for (const [input, tensor] of Object.entries(this.#constantsOf(graph, text, tokens)))
         inputs[input] = builder.value(`${graph}.${input}`, tensor);
       const outputs: Record<string, string> = {};
       for (const [output, dimensions] of this.#graphs.get(graph).outputs)
@@ -201,8 +201,8 @@ export class PromptEncoder {
   }
 }
 
-function keyOf(text: string, sequenceLength: number, pin: number | null): string {
-  return `${sequenceLength}:${pin ?? ""}:${text}`;
+function keyOf(prompt: string, sequenceLength: number, pin: number | null): string {
+  return `${sequenceLength}:${pin ?? ""}:${prompt}`;
 }
 
 function concatenate(parts: readonly Float32Array[]): Float32Array {

@@ -4,8 +4,7 @@
  * causal only: padding takes part, as in the models' training.
  */
 
-import type { ClipConfig } from "../checkpoint/index.js";
-import type { WeightSource } from "../common/tensor.js";
+import type { ClipConfig, Part } from "../checkpoint/index.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
 
@@ -18,27 +17,21 @@ const legacyEos = 2;
  */
 export function emitClip(
   name: string,
-  weights: WeightSource,
-  config: ClipConfig,
+  { weights, config }: Part<ClipConfig>,
   length: number,
   options: EmitOptions,
 ): OnnxGraph {
   const g = new GraphBuilder(name);
   const { hiddenSize: size, numAttentionHeads: heads } = config;
   const ids = g.input("ids", "int64", ["rows", length]);
-  const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
+  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
   const headDim = size / heads;
 
-  const tokens = g.op("Gather", [
-    l.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, size]),
-    ids,
-  ]);
-  const positions = l.slice(
-    l.weight("text_model.embeddings.position_embedding.weight", [config.maxPositionEmbeddings, size]),
-    0,
-    0,
-    length,
-  );
+  const embeddings = "text_model.embeddings";
+  const vocabulary = l.stored(`${embeddings}.token_embedding.weight`, [config.vocabSize, size]);
+  const tokens = g.op("Gather", [vocabulary, ids]);
+  const table = l.weight(`${embeddings}.position_embedding.weight`, [config.maxPositionEmbeddings, size]);
+  const positions = l.slice(table, 0, 0, length);
   let x = l.add(g.cast(tokens, l.compute), positions);
 
   let penultimate: Value = x;

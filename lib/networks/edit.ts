@@ -38,7 +38,7 @@ export function emitInpaintBlend(name: string, channels: number, guided: boolean
   const kept = g.op("Sub", [g.scalar(1, "float32"), mask]);
   const blend = (fresh: Value, known: Value) => g.op("Add", [g.op("Mul", [mask, fresh]), g.op("Mul", [kept, known])]);
   const direction = g.op("Sub", [noise, latents]);
-  const both = guided ? g.op("Concat", [direction, direction], { axis: 0 }) : direction;
+  const both = guided ? g.concat([direction, direction], 0) : direction;
   g.output("x_next", blend(x, scaleNoise(g, latents, noise, sigma)), ["rows", channels, "height", "width"]);
   g.output("velocity_next", blend(velocity, both), [networkRows, channels, "height", "width"]);
   return g.build();
@@ -54,20 +54,12 @@ export function emitPreview(name: string, channels: number, guided: boolean): On
   const x = g.input("x", "float32", ["rows", channels, "height", "width"]);
   let velocity = g.input("velocity", "float32", [guided ? "network_rows" : "rows", channels, "height", "width"]);
   const sigma = perRow(g, g.input("sigma", "float32", ["rows"]));
-  if (guided) {
-    velocity = applyGuidance(g, velocity, perRow(g, g.input("guidance", "float32", ["rows"])));
-  }
+  if (guided) velocity = applyGuidance(g, velocity, perRow(g, g.input("guidance", "float32", ["rows"])));
   const map = g.input("map", "float32", [3, channels]);
   const bias = g.input("bias", "float32", [3, 1]);
   const estimate = g.op("Sub", [x, g.op("Mul", [sigma, velocity])]);
   const pixels = g.op("Add", [g.op("MatMul", [map, g.op("Reshape", [estimate, g.ints([0, channels, -1])])]), bias]);
-  const shape = g.op(
-    "Concat",
-    [g.op("Shape", [x], { start: 0, end: 1 }), g.ints([3]), g.op("Shape", [x], { start: 2, end: 4 })],
-    {
-      axis: 0,
-    },
-  );
+  const shape = g.concat([g.shapeOf(x, 0, 1), g.ints([3]), g.shapeOf(x, 2, 4)], 0);
   g.output("latents", estimate, ["rows", channels, "height", "width"]);
   g.output("image", g.op("Reshape", [pixels, shape]), ["rows", 3, "height", "width"]);
   return g.build();

@@ -61,24 +61,18 @@ export interface Network {
   readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => OnnxGraph;
 }
 
-/** Pixels that go through the autoencoder at once, since its activations dwarf everything else: one picture of 1024 × 1024. */
+/** Pixels that go through the autoencoder at once, since its activations take the most memory by far: one picture of 1024 × 1024. */
 const pixelsAtOnce = 2 ** 20;
 const autoencoderRows = (width: number, height: number) => Math.max(1, Math.floor(pixelsAtOnce / (width * height)));
 
 /** Side, in latents, of the pictures that the preview's colours are fitted on. */
 export const previewFitSide = 16;
 
-function clip(
-  part: "textEncoder" | "textEncoder2",
-  tokenizer: "tokenizer" | "tokenizer2",
-): Pick<Network, "part" | "role" | "text" | "variants" | "emit"> {
+function clip(part: "textEncoder" | "textEncoder2", tokenizer: "tokenizer" | "tokenizer2"): Network {
   return {
     ...{ part, role: "text", variants: [] },
     text: { tokenizer, joins: "channels" },
-    emit: (name, checkpoint, options) => {
-      const { weights, config } = checkpoint[part]!;
-      return emitClip(name, weights, config, checkpoint[tokenizer]!.maxLength, options);
-    },
+    emit: (name, checkpoint, options) => emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, options),
   };
 }
 
@@ -93,7 +87,8 @@ function step(part: "transformer" | "refiner", type: "predict" | "refine"): Netw
   };
 }
 
-const rows = {
+/** The table of networks by name. */
+export const networks: Record<string, Network> = {
   clip_l: clip("textEncoder", "tokenizer"),
   clip_g: clip("textEncoder2", "tokenizer2"),
   t5: {
@@ -104,23 +99,23 @@ const rows = {
         relative_buckets: int64([tokens, tokens], relativeBuckets(textEncoder3!.config, tokens)),
       }),
     },
-    emit: (name, { textEncoder3 }, options) => emitT5(name, textEncoder3!.weights, textEncoder3!.config, options),
+    emit: (name, { textEncoder3 }, options) => emitT5(name, textEncoder3!, options),
   },
   predict: step("transformer", "predict"),
   refine: step("refiner", "refine"),
   vae_decoder: {
     ...{ part: "vae", role: "image", variants: [], maxRows: autoencoderRows },
-    emit: (name, { vae }, options) => emitVaeDecoder(name, vae.weights, vae.config, options),
+    emit: (name, { vae }, options) => emitVaeDecoder(name, vae, options),
   },
   vae_encoder: {
     ...{ part: "vae", role: "image", variants: [], features: { editing: {}, previews: { side: previewFitSide } } },
     // A request has one original.
     maxRows: () => 1,
-    emit: (name, { vae }, options) => emitVaeEncoder(name, vae.weights, vae.config, options),
+    emit: (name, { vae }, options) => emitVaeEncoder(name, vae, options),
   },
   upscale: {
     ...{ part: "vae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
-    emit: (name, { vae }, options) => emitUpscale(name, vae.weights, vae.config, options),
+    emit: (name, { vae }, options) => emitUpscale(name, vae, options),
   },
   scale_noise: {
     ...{ part: null, role: "edit", variants: [], features: { editing: {} } },
@@ -134,12 +129,7 @@ const rows = {
     ...{ part: null, role: "edit", variants: ["guidance"], features: { previews: {} } },
     emit: (name, { vae }, _, { guidance = false }) => emitPreview(name, vae.config.latentChannels, guidance),
   },
-} satisfies Record<string, Network>;
-
-export type NetworkName = keyof typeof rows;
-
-/** The table of networks by name. */
-export const networks: Record<string, Network> = rows;
+};
 
 /** The features that some network names. */
 export function featureNames(): Feature[] {

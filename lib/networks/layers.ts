@@ -97,30 +97,15 @@ export class Layers {
 
   /** Reshapes to [rows, ...shape]. */
   rows(x: Value, shape: readonly number[]): Value {
-    const key = `rows:${shape}`;
-    let target = this.#shared.get(key);
-    if (!target) {
-      target = this.g.op("Concat", [this.batch, this.g.ints(shape)], { axis: 0 });
-      this.#shared.set(key, target);
-    }
+    const target = this.#once(`rows:${shape}`, () => this.g.concat([this.batch, this.g.ints(shape)], 0));
     return this.g.op("Reshape", [x, target]);
   }
 
   /** Layer normalisation over the last axis; `name` is null for one without learnt scale and bias. */
   layerNorm(x: Value, name: string | null, size: number, epsilon: number): Value {
-    if (name !== null)
-      return this.g.op(
-        "LayerNormalization",
-        [x, this.weight(`${name}.weight`, [size]), this.weight(`${name}.bias`, [size])],
-        { axis: -1, epsilon: { float: epsilon } },
-      );
-    const key = `${this.compute}:${size}`;
-    let ones = this.#shared.get(key);
-    if (!ones) {
-      ones = this.g.tensor([size], new Array<number>(size).fill(1), this.compute);
-      this.#shared.set(key, ones);
-    }
-    return this.g.op("LayerNormalization", [x, ones], { axis: -1, epsilon: { float: epsilon } });
+    const ones = () => this.g.tensor([size], new Array<number>(size).fill(1), this.compute);
+    const learnt = name === null ? [this.#once(`ones:${size}`, ones)] : this.#weightAndBias(name, [size]);
+    return this.g.op("LayerNormalization", [x, ...learnt], { axis: -1, epsilon: { float: epsilon } });
   }
 
   /** Root-mean-square normalisation over the last axis. */
@@ -131,8 +116,7 @@ export class Layers {
   /** Group normalisation of [rows, channels, height, width]. */
   groupNorm(x: Value, name: string, channels: number, groups: number, epsilon: number): Value {
     const { g } = this;
-    const scale = this.weight(`${name}.weight`, [channels]);
-    const shift = this.weight(`${name}.bias`, [channels]);
+    const [scale, shift] = this.#weightAndBias(name, [channels]);
     if (this.options.groupNorm === "operator")
       return g.op("GroupNormalization", [x, scale, shift], { num_groups: groups, epsilon: { float: epsilon } });
     const fill = (value: number) => g.tensor([groups], new Array<number>(groups).fill(value), this.compute);
@@ -140,6 +124,24 @@ export class Layers {
     const normed = g.op("InstanceNormalization", [grouped, fill(1), fill(0)], { epsilon: { float: epsilon } });
     const perChannel = (vector: Value) => g.op("Unsqueeze", [vector, g.ints([1, 2])]);
     return this.add(this.mul(g.op("Reshape", [normed, g.op("Shape", [x])]), perChannel(scale)), perChannel(shift));
+  }
+
+  conv(
+    x: Value,
+    name: string,
+    from: number,
+    to: number,
+    kernel: number,
+    geometry: { strides: readonly number[]; pads?: readonly number[] },
+  ): Value {
+    const learnt = this.#weightAndBias(name, [to, from, kernel, kernel]);
+    return this.g.op("Conv", [x, ...learnt], { kernel_shape: [kernel, kernel], ...geometry });
+  }
+
+  /** [rows, channels, height, width] → [rows, height · width, channels]. */
+  tokensOf(image: Value, channels: number): Value {
+    const flat = this.g.op("Reshape", [image, this.g.ints([0, channels, -1])]);
+    return this.g.op("Transpose", [flat], { perm: [0, 2, 1] });
   }
 
   add(a: Value, b: Value): Value {
@@ -166,7 +168,7 @@ export class Layers {
 
   /** Size of one axis as an int64 [1] value. */
   sizeOf(x: Value, axis: number): Value {
-    return this.g.op("Shape", [x], { start: axis, end: axis + 1 });
+    return this.g.shapeOf(x, axis, axis + 1);
   }
 
   /** [rows, tokens, heads · headDim] → [rows, tokens, heads, headDim]. */
@@ -218,15 +220,22 @@ export class Layers {
 
   /** [1, 1, tokens, tokens], added to scores. */
   #causalMask(tokens: number): Value {
-    const key = `causal:${this.compute}:${tokens}`;
-    let value = this.#shared.get(key);
-    if (!value) {
+    return this.#once(`causal:${tokens}`, () => {
       // -60000 stays finite in float16 and is as good as minus infinity behind a softmax.
       const mask = new Float32Array(tokens * tokens);
       for (let row = 0; row < tokens; row++) mask.fill(-60000, row * tokens + row + 1, (row + 1) * tokens);
-      value = this.g.tensor([1, 1, tokens, tokens], mask, this.compute);
-      this.#shared.set(key, value);
-    }
+      return this.g.tensor([1, 1, tokens, tokens], mask, this.compute);
+    });
+  }
+
+  #weightAndBias(name: string, shape: readonly [number, ...number[]]): [Value, Value] {
+    return [this.weight(`${name}.weight`, shape), this.weight(`${name}.bias`, shape.slice(0, 1))];
+  }
+
+  /** A value of the graph that several layers share. */
+  #once(key: string, make: () => Value): Value {
+    const value = this.#shared.get(key) ?? make();
+    this.#shared.set(key, value);
     return value;
   }
 }

@@ -41,32 +41,24 @@ export function mmdit(
   g: GraphBuilder,
   weights: WeightSource,
   config: TransformerConfig,
-  inputs: MmditInputs,
   options: EmitOptions,
+  inputs: MmditInputs,
 ): Value {
-  const l = new Layers(g, weights, options, g.op("Shape", [inputs.latent], { start: 0, end: 1 }));
+  const l = new Layers(g, weights, options, g.shapeOf(inputs.latent, 0, 1));
   const width = mmditWidth(config);
   const patch = config.patchSize;
 
   // 1. Patches to tokens, with their positions.
-  const patches = g.op(
-    "Conv",
-    [
-      inputs.latent,
-      l.weight("pos_embed.proj.weight", [width, config.inChannels, patch, patch]),
-      l.weight("pos_embed.proj.bias", [width]),
-    ],
-    { kernel_shape: [patch, patch], strides: [patch, patch] },
-  );
-  const flat = g.op("Transpose", [g.op("Reshape", [patches, g.ints([0, width, -1])])], { perm: [0, 2, 1] });
-  let x = l.add(flat, g.cast(inputs.positionEmbedding, l.compute));
+  const geometry = { strides: [patch, patch] };
+  const patches = l.conv(inputs.latent, "pos_embed.proj", config.inChannels, width, patch, geometry);
+  let x = l.add(l.tokensOf(patches, width), g.cast(inputs.positionEmbedding, l.compute));
 
   // 2. Text tokens, and the vector that conditions every block: timestep + pooled text.
   let context = l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
-  const mlp = (value: Value, name: string, from: number) =>
-    l.linear(l.silu(l.linear(value, `${name}.linear_1`, from, width, { rank: 2 })), `${name}.linear_2`, width, width, {
-      rank: 2,
-    });
+  const mlp = (value: Value, name: string, from: number) => {
+    const inner = l.silu(l.linear(value, `${name}.linear_1`, from, width, { rank: 2 }));
+    return l.linear(inner, `${name}.linear_2`, width, width, { rank: 2 });
+  };
   const conditioning = l.add(
     mlp(timestepEmbedding(l, inputs.timestep), "time_text_embed.timestep_embedder", timestepChannels),
     mlp(g.cast(inputs.pooled, l.compute), "time_text_embed.text_embedder", config.pooledProjectionDim),
@@ -81,28 +73,18 @@ export function mmdit(
   }
 
   // 4. Tokens back to a latent.
-  const [scale, shift] = modulation(l, activated, "norm_out.linear", width, 2) as [Value, Value];
-  const out = l.linear(
-    modulate(l, l.layerNorm(x, null, width, epsilon), shift, scale),
-    "proj_out",
-    width,
-    patch * patch * config.outChannels,
-  );
+  const { scale, shift } = modulation(l, activated, "norm_out.linear", width, ["scale", "shift"]);
+  const final = modulate(l, l.layerNorm(x, null, width, epsilon), shift, scale);
+  const channels = config.outChannels;
+  const out = l.linear(final, "proj_out", width, patch * patch * channels);
   // [rows, h·w, p, q, c] → [rows, c, h, p, w, q]
   const h = l.sizeOf(patches, 2);
   const w = l.sizeOf(patches, 3);
-  const cells = g.op("Reshape", [
-    out,
-    g.op("Concat", [l.batch, h, w, g.ints([patch, patch, config.outChannels])], { axis: 0 }),
-  ]);
+  const cells = g.op("Reshape", [out, g.concat([l.batch, h, w, g.ints([patch, patch, channels])], 0)]);
   const spread = g.op("Transpose", [cells], { perm: [0, 5, 1, 3, 2, 4] });
   const side = g.ints([patch]);
-  return g.op("Reshape", [
-    spread,
-    g.op("Concat", [l.batch, g.ints([config.outChannels]), g.op("Mul", [h, side]), g.op("Mul", [w, side])], {
-      axis: 0,
-    }),
-  ]);
+  const shape = g.concat([l.batch, g.ints([channels]), g.op("Mul", [h, side]), g.op("Mul", [w, side])], 0);
+  return g.op("Reshape", [spread, shape]);
 }
 
 /** Sinusoidal embedding, cosines first (diffusers' Timesteps with flip_sin_to_cos): [rows] → [rows, 256]. */
@@ -114,14 +96,26 @@ function timestepEmbedding(l: Layers, timestep: Value): Value {
     Math.exp(Math.fround(Math.fround(-Math.log(10000)) * i) / half),
   );
   const angles = g.op("Mul", [g.op("Unsqueeze", [timestep, g.ints([1])]), g.tensor([1, half], frequencies, "float32")]);
-  return g.cast(g.op("Concat", [g.op("Cos", [angles]), g.op("Sin", [angles])], { axis: 1 }), l.compute);
+  return g.cast(g.concat([g.op("Cos", [angles]), g.op("Sin", [angles])], 1), l.compute);
 }
 
-/** Projects the conditioning to `parts` vectors of [rows, 1, width]. */
-function modulation(l: Layers, activated: Value, name: string, width: number, parts: number): Value[] {
-  const all = l.linear(activated, name, width, parts * width, { rank: 2 });
-  return l.g.ops("Split", [l.g.op("Unsqueeze", [all, l.g.ints([1])])], parts, { axis: -1, num_outputs: parts });
+/** Projects the conditioning to vectors of [rows, 1, width], by name in the order of the weights. */
+function modulation<Name extends string>(
+  l: Layers,
+  activated: Value,
+  name: string,
+  width: number,
+  names: readonly Name[],
+): Record<Name, Value> {
+  const parts = names.length;
+  const all = l.g.op("Unsqueeze", [l.linear(activated, name, width, parts * width, { rank: 2 }), l.g.ints([1])]);
+  const vectors = l.g.ops("Split", [all], parts, { axis: -1, num_outputs: parts });
+  return Object.fromEntries(names.map((each, index) => [each, vectors[index]])) as Record<Name, Value>;
 }
+
+/** Vectors of a block for one stream; for the image tokens with attention of their own, three more. */
+const streamVectors = ["shift", "scale", "gate", "shiftFf", "scaleFf", "gateFf"] as const;
+const dualVectors = [...streamVectors, "shift2", "scale2", "gate2"] as const;
 
 /** x · (1 + scale) + shift */
 function modulate(l: Layers, x: Value, shift: Value, scale: Value): Value {
@@ -147,42 +141,25 @@ function jointBlock(
   const project = (tokens: Value, linear: string, norm: string | null): Value => {
     const y = l.linear(tokens, `${name}.${linear}`, width, width);
     if (!norm || !config.qkNorm) return y;
-    return l.joinHeads(
-      l.rmsNorm(l.splitHeads(y, heads, headDim), `${name}.${norm}.weight`, headDim, epsilon),
-      heads,
-      headDim,
-    );
+    const normed = l.rmsNorm(l.splitHeads(y, heads, headDim), `${name}.${norm}.weight`, headDim, epsilon);
+    return l.joinHeads(normed, heads, headDim);
   };
   const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, { scale: headDim ** -0.5 });
-  const both = (a: Value, b: Value) => g.op("Concat", [a, b], { axis: 1 });
-  const feedForward = (tokens: Value, part: string) =>
-    l.linear(
-      l.gelu(l.linear(tokens, `${name}.${part}.net.0.proj`, width, 4 * width), "tanh"),
-      `${name}.${part}.net.2`,
-      4 * width,
-      width,
-    );
+  const both = (a: Value, b: Value) => g.concat([a, b], 1);
+  const feedForward = (tokens: Value, part: string) => {
+    const inner = l.gelu(l.linear(tokens, `${name}.${part}.net.0.proj`, width, 4 * width), "tanh");
+    return l.linear(inner, `${name}.${part}.net.2`, 4 * width, width);
+  };
 
   // Modulation of both streams. The last block has no context output and orders its two vectors (scale, shift).
-  const modX = modulation(l, activated, `${name}.norm1.linear`, width, dual ? 9 : 6);
-  const [shiftX, scaleX, gateX, shiftFf, scaleFf, gateFf, shift2, scale2, gate2] = modX as [
-    Value,
-    Value,
-    Value,
-    Value,
-    Value,
-    Value,
-    Value,
-    Value,
-    Value,
-  ];
-  const modC = modulation(l, activated, `${name}.norm1_context.linear`, width, last ? 2 : 6);
-  const [shiftC, scaleC] = (last ? [modC[1], modC[0]] : modC) as [Value, Value];
+  const ofX = modulation(l, activated, `${name}.norm1.linear`, width, dual ? dualVectors : streamVectors);
+  const contextVectors = last ? (["scale", "shift"] as const) : streamVectors;
+  const ofC = modulation(l, activated, `${name}.norm1_context.linear`, width, contextVectors);
   const normX = l.layerNorm(x, null, width, epsilon);
-  const tokensX = modulate(l, normX, shiftX, scaleX);
-  const tokensC = modulate(l, l.layerNorm(context, null, width, epsilon), shiftC, scaleC);
+  const tokensX = modulate(l, normX, ofX.shift, ofX.scale);
+  const tokensC = modulate(l, l.layerNorm(context, null, width, epsilon), ofC.shift, ofC.scale);
 
-  // Joint attention, image tokens first. In the last block nobody reads what the text tokens would gather.
+  // Joint attention, image tokens first. In the last block the result of the text tokens has no reader.
   const qX = project(tokensX, "attn.to_q", "attn.norm_q");
   const q = last ? qX : both(qX, project(tokensC, "attn.add_q_proj", "attn.norm_added_q"));
   const k = both(
@@ -195,23 +172,23 @@ function jointBlock(
   const gatheredX = last ? gathered : l.slice(gathered, 1, 0, imageTokens);
 
   // Image stream.
-  x = l.add(x, l.mul(gateX, l.linear(gatheredX, `${name}.attn.to_out.0`, width, width)));
+  x = l.add(x, l.mul(ofX.gate, l.linear(gatheredX, `${name}.attn.to_out.0`, width, width)));
   if (dual) {
-    const tokens = modulate(l, normX, shift2, scale2);
+    const tokens = modulate(l, normX, ofX.shift2, ofX.scale2);
     const own = attend(
       project(tokens, "attn2.to_q", "attn2.norm_q"),
       project(tokens, "attn2.to_k", "attn2.norm_k"),
       project(tokens, "attn2.to_v", null),
     );
-    x = l.add(x, l.mul(gate2, l.linear(own, `${name}.attn2.to_out.0`, width, width)));
+    x = l.add(x, l.mul(ofX.gate2, l.linear(own, `${name}.attn2.to_out.0`, width, width)));
   }
-  x = l.add(x, l.mul(gateFf, feedForward(modulate(l, l.layerNorm(x, null, width, epsilon), shiftFf, scaleFf), "ff")));
+  const tokensFf = modulate(l, l.layerNorm(x, null, width, epsilon), ofX.shiftFf, ofX.scaleFf);
+  x = l.add(x, l.mul(ofX.gateFf, feedForward(tokensFf, "ff")));
   if (last) return { x, context: null };
 
   // Text stream.
-  const [, , gateC, shiftFfC, scaleFfC, gateFfC] = modC as [Value, Value, Value, Value, Value, Value];
   const gatheredC = l.slice(gathered, 1, imageTokens);
-  context = l.add(context, l.mul(gateC, l.linear(gatheredC, `${name}.attn.to_add_out`, width, width)));
-  const tokensFf = modulate(l, l.layerNorm(context, null, width, epsilon), shiftFfC, scaleFfC);
-  return { x, context: l.add(context, l.mul(gateFfC, feedForward(tokensFf, "ff_context"))) };
+  context = l.add(context, l.mul(ofC.gate, l.linear(gatheredC, `${name}.attn.to_add_out`, width, width)));
+  const contextFf = modulate(l, l.layerNorm(context, null, width, epsilon), ofC.shiftFf, ofC.scaleFf);
+  return { x, context: l.add(context, l.mul(ofC.gateFf, feedForward(contextFf, "ff_context"))) };
 }

@@ -56,27 +56,17 @@ export function emitStep(
   const guidance = options.guided ? coefficient("guidance") : null;
 
   const guide = (pair: Value) => (guidance ? applyGuidance(g, pair, guidance) : pair);
-  const twice = (value: Value) => (options.guided ? g.op("Concat", [value, value], { axis: 0 }) : value);
+  const twice = (value: Value) => (options.guided ? g.concat([value, value], 0) : value);
 
   const guided = guide(velocity);
   const point = twice(g.op("Add", [x, g.op("Mul", [aIn, guided])]));
-  const latent = type === "refine" ? g.op("Concat", [point, velocity], { axis: 1 }) : point;
-  const output = g.cast(
-    mmdit(
-      g,
-      weights,
-      config,
-      {
-        latent: g.cast(latent, options.compute),
-        timestep: g.op("Mul", [twice(sigma), g.scalar(options.numTrainTimesteps, "float32")]),
-        context,
-        pooled,
-        positionEmbedding,
-      },
-      options,
-    ),
-    "float32",
-  );
+  const latent = type === "refine" ? g.concat([point, velocity], 1) : point;
+  const computed = mmdit(g, weights, config, options, {
+    latent: g.cast(latent, options.compute),
+    timestep: g.op("Mul", [twice(sigma), g.scalar(options.numTrainTimesteps, "float32")]),
+    ...{ context, pooled, positionEmbedding },
+  });
+  const output = g.cast(computed, "float32");
   const next = type === "refine" ? g.op("Add", [output, velocity]) : output;
   const moved = g.op("Add", [x, g.op("Mul", [aOld, guided])]);
   g.output("x_next", g.op("Add", [moved, g.op("Mul", [aNew, guide(next)])]), ["rows", channels, "height", "width"]);

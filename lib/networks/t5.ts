@@ -3,35 +3,28 @@
  * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one.
  */
 
-import type { T5Config } from "../checkpoint/index.js";
-import type { WeightSource } from "../common/tensor.js";
+import type { Part, T5Config } from "../checkpoint/index.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
 
 /**
  * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`). Output, float32: hidden [B, T, dModel].
  */
-export function emitT5(name: string, weights: WeightSource, config: T5Config, options: EmitOptions): OnnxGraph {
+export function emitT5(name: string, { weights, config }: Part<T5Config>, options: EmitOptions): OnnxGraph {
   const g = new GraphBuilder(name);
   const { dModel, dFf, numHeads, dKv } = config;
   const inner = numHeads * dKv;
   const ids = g.input("ids", "int64", ["rows", "tokens"]);
   const buckets = g.input("relative_buckets", "int64", ["tokens", "tokens"]);
-  const l = new Layers(g, weights, options, g.op("Shape", [ids], { start: 0, end: 1 }));
+  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
   const linear = (x: Value, weight: string, from: number, to: number) => l.linear(x, weight, from, to, { bias: false });
   const norm = (x: Value, weight: string) => l.rmsNorm(x, `${weight}.weight`, dModel, config.layerNormEpsilon);
-  const activate = (x: Value): Value => {
-    switch (config.activation) {
-      case "gelu_new":
-        return l.gelu(x, "tanh");
-      case "gelu":
-        return l.gelu(x, "none");
-      case "silu":
-        return l.silu(x);
-      case "relu":
-        return g.op("Relu", [x]);
-    }
-  };
+  const activate = {
+    gelu_new: (x: Value) => l.gelu(x, "tanh"),
+    gelu: (x: Value) => l.gelu(x, "none"),
+    silu: (x: Value) => l.silu(x),
+    relu: (x: Value) => g.op("Relu", [x]),
+  }[config.activation];
 
   const table = l.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight";
   let x = g.cast(g.op("Gather", [l.stored(table, [config.vocabSize, dModel]), ids]), l.compute);

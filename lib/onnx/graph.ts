@@ -103,6 +103,15 @@ export class GraphBuilder {
     return this.ops(type, inputs, 1, attributes)[0]!;
   }
 
+  concat(values: readonly Value[], axis: number): Value {
+    return this.op("Concat", values, { axis });
+  }
+
+  /** The sizes of the axes from `start` to before `end`, as an int64 vector. */
+  shapeOf(value: Value, start: number, end: number): Value {
+    return this.op("Shape", [value], { start, end });
+  }
+
   /** Adds a node with several outputs, all of the first input's type. */
   ops(
     type: string,
@@ -131,19 +140,17 @@ export class GraphBuilder {
 
   /** A constant vector of integers (shapes, axes, indices). */
   ints(values: readonly number[]): Value {
-    return this.#constant(`ints[${values}]`, "int64", [values.length], () =>
-      Buffer.from(BigInt64Array.from(values, BigInt).buffer),
-    );
+    return this.#constant(`ints[${values}]`, "int64", [values.length], values);
   }
 
   /** A constant scalar in the element type asked for. */
   scalar(value: number, type: ElementType): Value {
-    return this.#constant(`${type}(${value})`, type, [], () => encode([value], type));
+    return this.#constant(`${type}(${value})`, type, [], [value]);
   }
 
   /** A constant tensor of a few values in the element type asked for. */
   tensor(shape: readonly number[], values: ArrayLike<number>, type: ElementType): Value {
-    return this.#initializer(`constant_${this.#counter++}`, type, shape, encode(Array.from(values), type));
+    return this.#initializer(`constant_${this.#counter++}`, type, shape, values);
   }
 
   /** An initializer that stays in the checkpoint's file, in the element type that it has there. */
@@ -211,18 +218,16 @@ export class GraphBuilder {
     this.#nodes.push(node);
   }
 
-  #constant(key: string, type: ElementType, shape: readonly number[], bytes: () => Uint8Array): Value {
-    let value = this.#constants.get(key);
-    if (!value) {
-      value = this.#initializer(key, type, shape, bytes());
-      this.#constants.set(key, value);
-    }
+  #constant(key: string, type: ElementType, shape: readonly number[], values: readonly number[]): Value {
+    const value = this.#constants.get(key) ?? this.#initializer(key, type, shape, values);
+    this.#constants.set(key, value);
     return value;
   }
 
-  #initializer(name: string, type: ElementType, shape: readonly number[], bytes: Uint8Array): Value {
-    if (bytes.length !== elementCount(shape) * elementBytes[type])
-      throw new RangeError(`The constant ${name} of shape [${shape}] has ${bytes.length} bytes.`);
+  #initializer(name: string, type: ElementType, shape: readonly number[], values: ArrayLike<number>): Value {
+    if (values.length !== elementCount(shape))
+      throw new RangeError(`The constant ${name} of shape [${shape}] has ${values.length} values.`);
+    const bytes = new Uint8Array(rawData[type](values).buffer);
     this.#initializers.push(
       new MessageWriter().packedInts(1, shape).int(2, onnxType[type]).string(8, name).bytes(9, bytes),
     );
@@ -233,8 +238,6 @@ export class GraphBuilder {
 function shapesOf(operands: ReadonlyMap<string, InputOrOutput>): ReadonlyMap<string, readonly Dimension[]> {
   return new Map([...operands].map(([name, { shape }]) => [name, shape]));
 }
-
-const elementBytes: Record<ElementType, number> = { float32: 4, float16: 2, bfloat16: 2, int64: 8, bool: 1 };
 
 /** An initializer whose data lies in a file; `place` says where. */
 function externalTensor(tensor: StoredTensor, place: Record<string, string>): MessageWriter {
@@ -268,20 +271,13 @@ function attribute(name: string, value: Attribute): MessageWriter {
 }
 
 /** Values as raw little-endian data. */
-function encode(values: readonly number[], type: ElementType): Uint8Array {
-  switch (type) {
-    case "float32":
-      return new Uint8Array(Float32Array.from(values).buffer);
-    case "bfloat16":
-      return new Uint8Array(Uint16Array.from(values, bfloat16Bits).buffer);
-    case "float16":
-      return new Uint8Array(Uint16Array.from(values, float16Bits).buffer);
-    case "int64":
-      return new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
-    case "bool":
-      return Uint8Array.from(values);
-  }
-}
+const rawData: Record<ElementType, (values: ArrayLike<number>) => NodeJS.TypedArray<ArrayBuffer>> = {
+  float32: (values) => Float32Array.from(values),
+  bfloat16: (values) => Uint16Array.from(values, bfloat16Bits),
+  float16: (values) => Uint16Array.from(values, float16Bits),
+  int64: (values) => BigInt64Array.from(Array.from(values), BigInt),
+  bool: (values) => Uint8Array.from(values),
+};
 
 const bits = new DataView(new ArrayBuffer(4));
 

@@ -43,7 +43,7 @@ export class MessageWriter {
   }
 
   /** A packed repeated int64 field. */
-  packedInts(field: number, values: readonly (number | bigint)[]): this {
+  packedInts(field: number, values: readonly number[]): this {
     return this.bytes(field, Buffer.concat(values.map(varint)));
   }
 

@@ -1,14 +1,15 @@
 /**
- * Keeps the table of costs complete: measures what a promise needs before it is given, the rest between requests, and what
- * is not in launches from finished requests; stores the table.
+ * Keeps the table of costs complete, and stores it. What a promise needs is measured before it is given, the rest between
+ * requests; what is not in launches is known from finished requests.
  */
 
 import { SharedTask } from "../common/abort.js";
+import type { Program } from "../program/program.js";
 import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
 import { type CostEntry, type CostTable, entryOf, hostGraph } from "./costs.js";
-import { keyOf, type MeasureOptions, measure, type Sample, type Subject, samplesOf, subjectsOf } from "./measure.js";
-import type { Candidate, Terms } from "./prediction.js";
-import type { GraphShapes } from "./rows.js";
+import { type MeasureOptions, measure, type Subject } from "./measure.js";
+import type { CandidateWork, Terms } from "./prediction.js";
+import { type GraphShapes, kindOf, type LaunchKind, launchKinds } from "./rows.js";
 import { launchBatches } from "./split.js";
 import type { CostStore } from "./store.js";
 
@@ -28,7 +29,7 @@ export interface CalibrationOptions {
   readonly batches: readonly number[];
   /** Whether costs that are not known are measured while there are no requests. */
   readonly background: boolean;
-  /** Shapes of a graph, which the runtime is told of when it is first needed. */
+  /** Shapes of a graph, which is added to the runtime when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly store: CostStore;
   /** For people who look into the stored table. */
@@ -43,7 +44,7 @@ export class Calibration {
   readonly #untilIdle: () => Promise<void>;
   readonly #hostTimes = new Map<string, number[]>();
   /** Launches that have been asked for and whose costs are not all known. */
-  readonly #unmeasured = new Map<string, Sample>();
+  readonly #unmeasured = new Map<string, LaunchKind>();
   /** Milliseconds of a launch that has run here, by graph and size. Graphs that are missing have yet to be compiled. */
   readonly #seen = new Map<string, number>();
   /** What is being measured before promises, by graph, size and batch. */
@@ -63,13 +64,13 @@ export class Calibration {
   }
 
   /** Whether all launches of a candidate have been made before. */
-  isWarm({ demands }: Candidate): boolean {
-    return samplesOf(demands.map(({ program }) => program)).every((sample) => this.#seen.has(keyOf(sample)));
+  isWarm({ demands }: CandidateWork): boolean {
+    return demands.flatMap(({ program }) => launchKinds(program)).every(({ key }) => this.#seen.has(key));
   }
 
   /** A launch has been made for a request. */
-  launched(report: LaunchReport): void {
-    this.#seen.set(keyOf(report), report.milliseconds);
+  launched({ launch, milliseconds }: LaunchReport): void {
+    this.#seen.set(kindOf(launch), milliseconds);
   }
 
   /** Time of a finished request that was not in launches. */
@@ -89,40 +90,38 @@ export class Calibration {
    * Before a promise: measures what is not known, and runs once what has not run here, since the first run is slower.
    * @throws what the runtime throws, or `terms.signal.reason`
    */
-  async learn(candidates: readonly Candidate[], { pin, signal }: Terms): Promise<void> {
+  async learn(candidates: readonly CandidateWork[], { pin, signal }: Terms): Promise<void> {
     const unknown = new Map<string, Subject>();
     const cold = new Map<string, Subject>();
     for (const { program, rows } of candidates.flatMap(({ demands }) => demands))
-      for (const sample of samplesOf([program])) {
-        const { graph, sharing } = sample.launch;
-        const { size, maxRows = Number.POSITIVE_INFINITY } = sharing!;
+      for (const kind of launchKinds(program)) {
+        const { key, graph, size, maxRows } = kind;
         const batches = launchBatches(this.#options.batches, maxRows, pin);
         // Of one picture the cost of larger batches does not matter; of several, two points make a line.
         const largest = batches.findLast((batch) => batch <= rows) ?? batches[0]!;
-        for (const batch of new Set([batches[0]!, largest])) {
-          const subject = { graph, size, batch, sample };
-          if (!this.#costs.get(graph, size, batch)) unknown.set(subjectKey(subject), subject);
-          else if (!this.#seen.has(keyOf(sample))) cold.set(keyOf(sample), subject);
-        }
+        for (const batch of new Set([batches[0]!, largest]))
+          if (!this.#costs.get(graph, size, batch)) unknown.set(`${key} x ${batch}`, { ...kind, batch });
+          else if (!this.#seen.has(key)) cold.set(key, { ...kind, batch });
       }
     await this.#share(cold, 0, signal);
     await this.#share(unknown, promiseRounds, signal);
   }
 
   /** Remembers what is to be measured in the background. */
-  remember(candidates: readonly Candidate[]): void {
-    for (const sample of samplesOf(candidates.flatMap(({ demands }) => demands.map(({ program }) => program))))
-      if (this.#unknownOf(sample).length > 0) this.#unmeasured.set(keyOf(sample), sample);
+  remember(candidates: readonly CandidateWork[]): void {
+    for (const kind of candidates.flatMap(({ demands }) => demands.flatMap(({ program }) => launchKinds(program))))
+      if (this.#unknownOf(kind).length > 0) this.#unmeasured.set(kind.key, kind);
   }
 
-  /** Measures samples at the batches given, puts them into the table and stores it. */
+  /** Measures the launches of row programs at the batches given, puts them into the table and stores it. */
   async profile(
-    samples: readonly Sample[],
+    programs: readonly Program[],
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    const turn = () => this.#untilIdle();
-    for (const entry of await this.#measure(subjectsOf(samples, batches), { ...options, turn })) this.#costs.set(entry);
+    const kinds = new Map(programs.flatMap(launchKinds).map((kind) => [kind.key, kind]));
+    const subjects = [...kinds.values()].flatMap((kind) => subjectsOf(kind, batches));
+    for (const entry of await this.#measure(subjects, { ...options, turn: this.#untilIdle })) this.#costs.set(entry);
     await this.store();
   }
 
@@ -150,15 +149,12 @@ export class Calibration {
     await Promise.allSettled([...this.#measuring.values()].map((task) => task.join()));
   }
 
-  /** Keeps the table for later. @throws the file system's error */
+  /** Keeps the table for later, if it has changed. @throws the file system's error */
   async store(): Promise<void> {
-    this.#stored = this.#costs.version;
-    await this.#options.store.write(this.#costs.entries, this.#options.about);
-  }
-
-  /** As `store`, if the table has changed. */
-  async storeChanges(): Promise<void> {
-    if (this.#costs.version !== this.#stored) await this.store();
+    const { version, entries } = this.#costs;
+    if (version === this.#stored) return;
+    await this.#options.store.write(entries, this.#options.about);
+    this.#stored = version;
   }
 
   /** Measures, together with other callers who need the same. */
@@ -191,37 +187,35 @@ export class Calibration {
   async #measure(subjects: readonly Subject[], options: MeasureOptions): Promise<CostEntry[]> {
     if (subjects.length === 0) return [];
     const entries = await measure(this.#runtime, subjects, this.#options.graph, options);
-    for (const { sample } of subjects) if (!this.#seen.has(keyOf(sample))) this.#seen.set(keyOf(sample), 0);
+    for (const { key } of subjects) if (!this.#seen.has(key)) this.#seen.set(key, 0);
     return entries;
   }
 
   /** Measures what has been asked for and is not in the table, between requests. */
   async #measureRest(): Promise<void> {
-    for (const [key, sample] of this.#unmeasured) {
-      const row = this.#seen.get(key);
-      const subjects = this.#unknownOf(sample).filter(
-        (subject) => !this.#measuring.has(subjectKey(subject)) && (row ?? 0) * subject.batch <= backgroundLimit,
+    const { signal } = this.#closing;
+    for (const [key, kind] of this.#unmeasured) {
+      const row = this.#seen.get(key) ?? 0;
+      const subjects = this.#unknownOf(kind).filter(
+        ({ batch }) => !this.#measuring.has(`${key} x ${batch}`) && row * batch <= backgroundLimit,
       );
       this.#unmeasured.delete(key);
-      const entries = await this.#measure(subjects, {
-        rounds: backgroundRounds,
-        background: true,
-        signal: this.#closing.signal,
-        turn: () => this.#untilIdle(),
-      });
-      for (const entry of entries) this.#costs.set(entry);
+      const options = { rounds: backgroundRounds, background: true, signal, turn: this.#untilIdle };
+      for (const entry of await this.#measure(subjects, options)) this.#costs.set(entry);
     }
-    await this.storeChanges();
+    await this.store();
   }
 
-  /** A sample at those batches whose cost is not known. */
-  #unknownOf(sample: Sample): Subject[] {
-    return subjectsOf([sample], this.#options.batches).filter(
+  /** Launches of a kind at those batches whose cost is not known. */
+  #unknownOf(kind: LaunchKind): Subject[] {
+    return subjectsOf(kind, this.#options.batches).filter(
       ({ graph, size, batch }) => !this.#costs.get(graph, size, batch),
     );
   }
 }
 
-function subjectKey({ sample, batch }: Subject): string {
-  return `${keyOf(sample)} x ${batch}`;
+/** Launches of a kind at every batch that they may have. */
+function subjectsOf(kind: LaunchKind, batches: readonly number[]): Subject[] {
+  const { maxRows = Number.POSITIVE_INFINITY } = kind;
+  return batches.filter((batch) => batch <= maxRows).map((batch) => ({ ...kind, batch }));
 }

@@ -1,7 +1,7 @@
 /**
  * Captured programs, by priority: each is replayed as one CUDA graph and shares no launch. One runs while the next waits
- * in the runtime, so that the device never waits for JavaScript; the others wait here, where a program of higher priority
- * can still go before them.
+ * in the runtime, so that the device never waits for JavaScript; the others wait here, so that a program of higher
+ * priority can still go before them.
  */
 
 import { Gate } from "../common/gate.js";
@@ -27,15 +27,16 @@ export class CapturedPrograms {
 
   /**
    * Does `work` when its turn has come, and again if the device was lost by another program meanwhile.
+   * @param work gets how often it was done before
    * @throws what `work` throws; `signal.reason` if it aborts before
    */
-  async run<T>(priority: Priority, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
-    for (;;) {
+  async run<T>(priority: Priority, signal: AbortSignal, work: (restarts: number) => Promise<T>): Promise<T> {
+    for (let restarts = 0; ; restarts++) {
       const leave = await this.#gate.enter(priority, 1, signal);
       const run = { lostByAnother: false };
       this.#running.add(run);
       try {
-        return await work();
+        return await work(restarts);
       } catch (error) {
         if (!(error instanceof DeviceLostError)) throw error;
         if (!run.lostByAnother) {

@@ -33,9 +33,11 @@ const fixedShare = 0.2;
 const observationsNeeded = 5;
 const observationsKept = 25;
 
-/** Weight of one launch in the drift, and bounds of its ratio: a launch that was interrupted means little. */
+/** Weight of one launch in the drift, and bounds of its ratio: one launch that was interrupted must not change much. */
 const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
+
+const { compare } = new Intl.Collator("en", { numeric: true });
 
 export class CostTable {
   readonly #entries = new Map<string, Map<number, CostEntry>>();
@@ -55,7 +57,7 @@ export class CostTable {
   /** By graph, size and batch. */
   get entries(): CostEntry[] {
     const all = [...this.#entries.values()].flatMap((batches) => [...batches.values()]);
-    return all.sort((a, b) => order(a.graph, b.graph) || order(a.size, b.size, { numeric: true }) || a.batch - b.batch);
+    return all.sort((a, b) => compare(a.graph, b.graph) || compare(a.size, b.size) || a.batch - b.batch);
   }
 
   set(entry: CostEntry): void {
@@ -85,7 +87,7 @@ export class CostTable {
     const batches = this.#entries.get(keyOf(graph, size));
     if (!batches) return null;
     // Fewer rows never take longer than more. Where the table says so, its entries were measured at different loads of
-    // the machine, and single rows would be padded for ever: what is never launched is never observed to be cheaper.
+    // the machine, and single rows would always be padded: what is never launched is never observed to be cheaper.
     const larger = [...batches.values()].filter((entry) => entry.batch > batch).map((entry) => entry.milliseconds);
     return Math.min(interpolated(batches, batch), ...larger) * this.drift;
   }
@@ -110,28 +112,19 @@ export class CostTable {
     values.push(milliseconds / this.drift);
     if (values.length > observationsKept) values.shift();
     this.#observed.set(key, values);
-    if (values.length >= observationsNeeded) {
-      this.set(entryOf(graph, batch, size, values));
-    }
+    if (values.length >= observationsNeeded) this.set(entryOf(graph, batch, size, values));
   }
 }
 
 /** An entry from measured milliseconds. */
 export function entryOf(graph: string, batch: number, size: string, values: readonly number[]): CostEntry {
   const sorted = [...values].sort((a, b) => a - b);
-  return {
-    graph,
-    batch,
-    size,
-    milliseconds: quantile(sorted, 0.5),
-    low: quantile(sorted, 0.25),
-    high: quantile(sorted, 0.75),
-    runs: sorted.length,
-  };
+  const [low, milliseconds, high] = [0.25, 0.5, 0.75].map((part) => quantile(sorted, part)) as [number, number, number];
+  return { graph, batch, size, milliseconds, low, high, runs: sorted.length };
 }
 
 /** @param sorted rising, at least one */
-export function quantile(sorted: readonly number[], part: number): number {
+function quantile(sorted: readonly number[], part: number): number {
   const at = part * (sorted.length - 1);
   const below = sorted[Math.floor(at)]!;
   const above = sorted[Math.ceil(at)]!;
@@ -143,13 +136,13 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   if (exact) return exact.milliseconds;
   const points = [...batches.values()].sort((a, b) => a.batch - b.batch);
   if (points.length === 1) return (points[0]!.milliseconds * affine(batch)) / affine(points[0]!.batch);
-  let right = points.findIndex((point) => point.batch > batch);
-  if (right < 0) right = points.length - 1;
-  if (right === 0) right = 1;
+  // The two points around it, or the nearest two.
+  const smaller = points.filter((point) => point.batch < batch).length;
+  const right = Math.min(Math.max(smaller, 1), points.length - 1);
   const [a, b] = [points[right - 1]!, points[right]!];
   const slope = (b.milliseconds - a.milliseconds) / (b.batch - a.batch);
   const line = a.milliseconds + slope * (batch - a.batch);
-  // Noise can tilt the line the wrong way: more rows never cost less than half of what fewer cost, in proportion.
+  // Noise can give the line a wrong slope: more rows never cost less than half of what fewer cost, in proportion.
   return Math.max(line, (0.5 * a.milliseconds * Math.min(batch, a.batch)) / a.batch);
 }
 
@@ -159,8 +152,4 @@ function affine(batch: number): number {
 
 function keyOf(graph: string, size: string): string {
   return `${graph}@${size}`;
-}
-
-function order(a: string, b: string, options?: Intl.CollatorOptions): number {
-  return a.localeCompare(b, "en", options);
 }

@@ -1,5 +1,6 @@
 /**
- * Schedules for a time limit: the ladder of candidates, the best first, and the choice of the first that fits.
+ * The choice for a time limit: the first candidate whose prediction fits, with a margin that grows where promises are
+ * broken.
  */
 
 /**

@@ -10,10 +10,10 @@ import type { Program } from "../program/program.js";
 import { type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
 import { CapturedPrograms } from "./captured.js";
 import type { CostTable } from "./costs.js";
-import { Gatherer, type Lane } from "./gather.js";
+import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
 import type { Priority } from "./priority.js";
-import { type GraphShapes, Identities, type RowProgram, rowProgram } from "./rows.js";
-import { type PlannedRow, Scheduler, type Submission } from "./scheduler.js";
+import { type GraphShapes, type RowProgram, rowProgram } from "./rows.js";
+import { Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
 
 /** Submissions that the runtime has at a time: one that runs and one that is next. */
@@ -33,12 +33,10 @@ export interface Job {
   readonly onLaunch?: ((row: number, report: LaunchReport, first: boolean) => void) | undefined;
 }
 
-export interface DispatcherOptions {
-  readonly batches: readonly number[];
-  readonly maxWait: number;
+export interface DispatcherOptions extends Omit<SchedulerOptions, "preemption"> {
   /** Whether each row runs as one captured program of its own. */
   readonly captured: boolean;
-  /** Shapes of a graph, which the runtime is told of when it is first needed. */
+  /** Shapes of a graph, which is added to the runtime when it is first needed. */
   readonly graph: (name: string) => GraphShapes;
   readonly costs: CostTable;
   readonly stats: StatsRecorder;
@@ -72,7 +70,6 @@ export class Dispatcher {
   readonly #runtime: Runtime;
   readonly #options: DispatcherOptions;
   readonly #scheduler: Scheduler;
-  readonly #identities = new Identities();
   readonly #gatherer: Gatherer;
   readonly #captured = new CapturedPrograms();
   readonly #active = new Map<number, Active>();
@@ -81,21 +78,15 @@ export class Dispatcher {
   readonly #warm = new Set<string>();
   #workspace: Workspace | null = null;
   #jobs = 0;
-  #planned = false;
+  /** Whether submissions will be assigned in this turn of the event loop. */
+  #willAssign = false;
   #idle: (() => void)[] = [];
 
   constructor(runtime: Runtime, options: DispatcherOptions) {
     this.#runtime = runtime;
     this.#options = options;
-    const { batches, maxWait, costs } = options;
-    this.#scheduler = new Scheduler({
-      batches,
-      maxWait,
-      preemption: runtime.capabilities.preemption,
-      cost: (graph, size, batch) => costs.estimate(graph, size, batch),
-      relativeCost: (graph, size, batch) => costs.relative(graph, size, batch),
-    });
-    this.#gatherer = new Gatherer(options.graph, this.#identities);
+    this.#scheduler = new Scheduler({ ...options, preemption: runtime.capabilities.preemption });
+    this.#gatherer = new Gatherer(options.graph);
   }
 
   /** Jobs, submissions and constants that are held for jobs under way: 0 when there are none. */
@@ -104,14 +95,14 @@ export class Dispatcher {
   }
 
   /**
-   * Runs a job beside the others.
+   * Runs a job, at the same time as others.
    * @returns the results of each row's program
    * @throws what the runtime throws for a launch of this job, what `onLaunch` throws, or `signal.reason`
    */
   async run(job: Job): Promise<Record<string, Tensor>[]> {
     const { signal } = job;
     signal?.throwIfAborted();
-    const rows = job.rows.map((program) => rowProgram(program, this.#options.graph, this.#identities));
+    const rows = job.rows.map((program) => rowProgram(program, this.#options.graph));
     if (this.#options.captured) return this.#runCaptured(job, rows);
     const id = this.#jobs++;
     const { priority, pin = null } = job;
@@ -128,27 +119,23 @@ export class Dispatcher {
         reject,
         unfollow: onAbort(signal, () => this.#stop(id, signal!.reason)),
       });
-      // Jobs that arrive together are planned together.
-      if (this.#planned) return;
-      this.#planned = true;
+      // Jobs that arrive together are assigned together.
+      if (this.#willAssign) return;
+      this.#willAssign = true;
       setImmediate(() => {
-        this.#planned = false;
+        this.#willAssign = false;
         this.#submit();
       });
     });
   }
 
   /** Each row as a program of its own. One that fails ends the job's others. */
-  async #runCaptured(
-    { priority, signal, onLaunch }: Job,
-    rows: readonly RowProgram[],
-  ): Promise<Record<string, Tensor>[]> {
+  async #runCaptured({ priority, signal, onLaunch }: Job, rows: readonly RowProgram[]) {
     const controller = new AbortController();
     const unfollow = onAbort(signal, () => controller.abort(signal!.reason));
-    const runRow = async ({ program, specs }: RowProgram, row: number) => {
-      let attempts = 0;
-      const work = () => {
-        if (attempts++ > 0) this.#options.stats.restarted(1);
+    const runs = rows.map(({ program, specs }, row) =>
+      this.#captured.run(priority, controller.signal, (restarts) => {
+        if (restarts > 0) this.#options.stats.launches.restarted++;
         return this.#runtime.run(program, {
           signal: controller.signal,
           onLaunch: (report) => {
@@ -156,19 +143,17 @@ export class Dispatcher {
             onLaunch?.(row, report, true);
           },
         });
-      };
-      try {
-        return await this.#captured.run(priority, controller.signal, work);
-      } catch (error) {
-        controller.abort(error);
-        throw error;
-      }
-    };
+      }),
+    );
     try {
-      // Until all have stopped: until then the job takes time of the device.
-      const rowsDone = await Promise.allSettled(rows.map(runRow));
+      const results = await Promise.all(runs);
       controller.signal.throwIfAborted();
-      return rowsDone.map((done) => (done as PromiseFulfilledResult<Record<string, Tensor>>).value);
+      return results;
+    } catch (error) {
+      controller.abort(error);
+      // A row that has not stopped still takes time of the device.
+      await Promise.allSettled(runs);
+      throw controller.signal.reason;
     } finally {
       unfollow();
     }
@@ -188,12 +173,12 @@ export class Dispatcher {
     this.#gatherer.reset();
   }
 
-  /** Plans and submits until the runtime has enough. */
+  /** Assigns and submits until the runtime has enough. */
   #submit(): void {
     const { toPreempt } = this.#scheduler;
     if (toPreempt !== null) this.#submitted.get(toPreempt)!.preempt!.abort();
     while (this.#scheduler.inFlight < ahead) {
-      const submission = this.#scheduler.plan(performance.now());
+      const submission = this.#scheduler.assign(performance.now());
       if (!submission) break;
       void this.#carryOut(submission);
     }
@@ -206,10 +191,7 @@ export class Dispatcher {
     let uploads: readonly string[] = [];
     try {
       workspace = this.#workspace ??= this.#runtime.open();
-      const gathered = this.#gatherer.gather(
-        submission,
-        ({ job, row }: PlannedRow) => this.#active.get(job)!.lanes[row]!,
-      );
+      const gathered = this.#gatherer.gather(submission, ({ job, row }) => this.#active.get(job)!.lanes[row]!);
       uploads = gathered.uploads;
       const controller = new AbortController();
       const preempt = submission.preemptible ? new AbortController() : null;
@@ -228,17 +210,15 @@ export class Dispatcher {
       // Its workspace has been lost and replaced meanwhile.
       if (workspace !== this.#workspace) return;
       for (const { rows } of submission.launches.slice(0, launches))
-        for (const planned of rows) {
-          const active = this.#current(planned);
-          if (active && planned.last)
-            active.results[planned.row] = gathered.results(active.lanes[planned.row]!, values);
+        for (const { job, attempt, row, last } of rows) {
+          const active = this.#active.get(job);
+          // The job may have been started again since.
+          if (last && active?.attempt === attempt) active.results[row] = resultsOf(active.lanes[row]!, values);
         }
-      if (launches < submission.launches.length) this.#scheduler.preempted(submission.id, launches, performance.now());
-      else
-        for (const id of this.#scheduler.finished(submission.id)) {
-          const active = this.#end(id)!;
-          active.resolve(active.results as Record<string, Tensor>[]);
-        }
+      for (const id of this.#scheduler.finished(submission.id, performance.now(), launches)) {
+        const active = this.#end(id)!;
+        active.resolve(active.results as Record<string, Tensor>[]);
+      }
     } catch (error) {
       this.#submitted.delete(submission.id);
       this.#fail(submission, workspace, uploads, error);
@@ -260,35 +240,32 @@ export class Dispatcher {
     for (const id of rejected) this.#end(id)?.reject(error);
     for (const id of restarted) {
       const active = this.#active.get(id)!;
-      this.#free(active.lanes.flatMap((lane) => this.#gatherer.release(lane)));
+      this.#free(this.#gatherer.release(active.lanes));
       active.attempt++;
       active.lanes = lanesOf(id, active.attempt, active.rows);
       active.results.fill(null);
-      this.#options.stats.restarted(active.rows.length);
+      this.#options.stats.launches.restarted += active.rows.length;
     }
   }
 
-  #report(submission: Submission, gathered: ReturnType<Gatherer["gather"]>, report: LaunchReport): void {
-    const { graph, size, batch, rows } = submission.launches[report.index]!;
-    this.#launched({ graph, size }, rows.length, batch, report.milliseconds);
+  #report(submission: Submission, gathered: Gathered, report: LaunchReport): void {
+    const { milliseconds } = report;
+    const { batch, rows, ...kind } = submission.launches[report.index]!;
+    this.#launched(kind, rows.length, batch, milliseconds);
     const seen = new Set<number>();
-    for (const [index, planned] of rows.entries()) {
-      const active = this.#current(planned);
+    for (const [at, { job, attempt, row, launch: index }] of rows.entries()) {
+      const active = this.#active.get(job);
       // A job that was started again repeats launches that have been reported.
-      if (!active || active.reported[planned.row]! > planned.launch) continue;
-      active.reported[planned.row] = planned.launch + 1;
-      const first = !seen.has(planned.job);
-      seen.add(planned.job);
-      const launch = active.rows[planned.row]!.launches[planned.launch]!;
-      const values = launch.reported ? gathered.reported(report.index, index, report.values) : {};
+      if (active?.attempt !== attempt || active.reported[row]! > index) continue;
+      active.reported[row] = index + 1;
+      const first = !seen.has(job);
+      seen.add(job);
+      const launch = active.rows[row]!.launches[index]!;
+      const values = gathered.reported(report.index, at, report.values);
       try {
-        active.job.onLaunch?.(
-          planned.row,
-          { launch, index: planned.launch, milliseconds: report.milliseconds, values },
-          first,
-        );
+        active.job.onLaunch?.(row, { launch, index, milliseconds, values }, first);
       } catch (error) {
-        this.#stop(planned.job, error);
+        this.#stop(job, error);
       }
     }
   }
@@ -319,18 +296,12 @@ export class Dispatcher {
     if (!active) return undefined;
     this.#active.delete(id);
     active.unfollow();
-    this.#free(active.lanes.flatMap((lane) => this.#gatherer.release(lane)));
+    this.#free(this.#gatherer.release(active.lanes));
     return active;
   }
 
   #free(names: readonly string[]): void {
     if (names.length > 0) this.#workspace?.free(names);
-  }
-
-  /** The job of a planned row, unless it is over or has been started again since. */
-  #current({ job, attempt }: PlannedRow): Active | null {
-    const active = this.#active.get(job);
-    return active?.attempt === attempt ? active : null;
   }
 }
 

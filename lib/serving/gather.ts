@@ -1,23 +1,15 @@
 /**
- * A planned submission → the program that a workspace runs. Each row of each job has registers of its own; a shared launch
+ * A submission → the program that a workspace runs. Each row of each job has registers of its own; a shared launch
  * copies them into registers of the batch, and its outputs back. A launch of one row works on the row's own registers. What
- * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by all
- * rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
+ * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by
+ * all rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
  * submission.
  */
 
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import {
-  type Constant,
-  type CopyRows,
-  type Instruction,
-  type Launch,
-  type Program,
-  type Register,
-  shapeOf,
-} from "../program/program.js";
-import { type GraphShapes, type Identities, isPerRow, type RowProgram } from "./rows.js";
-import type { PlannedLaunch, PlannedRow, Submission } from "./scheduler.js";
+import type { Constant, CopyRows, Instruction, Launch, Program, Register } from "../program/program.js";
+import { type GraphShapes, identityOf, isPerRow, operandOf, type RowProgram } from "./rows.js";
+import type { AssignedLaunch, AssignedRow, Submission } from "./scheduler.js";
 
 /** Constants of up to this many values are part of each submission, instead of being uploaded once and copied. */
 const inlineValues = 16;
@@ -28,32 +20,20 @@ export interface Lane {
   readonly row: RowProgram;
 }
 
-export interface Gathered {
-  readonly program: Program;
-  /** Names to free when the submission has run. */
-  readonly temporaries: readonly string[];
-  /** Identities of the constants that it uploads. */
-  readonly uploads: readonly string[];
-  /** Takes a row's values out of what a launch of the submission has reported; by the names in the row's program. */
-  reported(launch: number, index: number, values: Readonly<Record<string, Tensor>>): Record<string, Tensor>;
-  /** Takes a row's results out of those of the submission that holds its last launch. */
-  results(lane: Lane, values: Readonly<Record<string, Tensor>>): Record<string, Tensor>;
-}
-
+/** A constant that is uploaded now: its name in the workspace, and the names of the lanes that need it. */
 interface Upload {
   readonly name: string;
   readonly users: Set<string>;
 }
 
 export class Gatherer {
-  readonly #shapes: (graph: string) => GraphShapes;
-  readonly #identities: Identities;
+  readonly shapes: (graph: string) => GraphShapes;
+  /** By the identities of constants. */
   readonly #uploads = new Map<string, Upload>();
   #names = 0;
 
-  constructor(shapes: (graph: string) => GraphShapes, identities: Identities) {
-    this.#shapes = shapes;
-    this.#identities = identities;
+  constructor(shapes: (graph: string) => GraphShapes) {
+    this.shapes = shapes;
   }
 
   /** Constants that are uploaded now. */
@@ -61,25 +41,21 @@ export class Gatherer {
     return this.#uploads.size;
   }
 
-  gather(submission: Submission, laneOf: (row: PlannedRow) => Lane): Gathered {
-    const assembly = new Assembly(submission.id, this.#shapes, (lane, constant) => this.#use(lane, constant));
-    const last: Lane[] = [];
-    for (const launch of submission.launches) {
-      const lanes = launch.rows.map(laneOf);
-      assembly.launch(launch, lanes);
-      for (const [row, { last: isLast }] of launch.rows.entries()) if (isLast) last.push(lanes[row]!);
-    }
-    return assembly.build(last);
+  gather(submission: Submission, laneOf: (row: AssignedRow) => Lane): Gathered {
+    const gathered = new Gathered(submission.id, this);
+    for (const launch of submission.launches) gathered.launch(launch, launch.rows.map(laneOf));
+    return gathered;
   }
 
-  /** Forgets a row that is over. @returns names to free: its registers, and constants that no other row uses */
-  release(lane: Lane): string[] {
-    const names = Object.keys(lane.row.program.registers).map((name) => ownName(lane, name));
+  /** Forgets rows that are over. @returns names to free: their registers, and constants that no other row uses */
+  release(lanes: readonly Lane[]): string[] {
+    const names = lanes.flatMap((lane) => Object.keys(lane.row.program.registers).map((name) => ownName(lane, name)));
     for (const [identity, { name, users }] of this.#uploads)
-      if (users.delete(lane.name) && users.size === 0) {
-        this.#uploads.delete(identity);
-        names.push(name);
-      }
+      for (const lane of lanes)
+        if (users.delete(lane.name) && users.size === 0) {
+          this.#uploads.delete(identity);
+          names.push(name);
+        }
     return names;
   }
 
@@ -88,13 +64,11 @@ export class Gatherer {
    * @returns names to free
    */
   forget(identities: readonly string[]): string[] {
-    const names: string[] = [];
-    for (const identity of identities) {
+    return identities.flatMap((identity) => {
       const upload = this.#uploads.get(identity);
-      if (upload) names.push(upload.name);
       this.#uploads.delete(identity);
-    }
-    return names;
+      return upload ? [upload.name] : [];
+    });
   }
 
   /** Whether a row that is not over needs a constant. */
@@ -107,208 +81,170 @@ export class Gatherer {
     this.#uploads.clear();
   }
 
-  #use(lane: Lane, constant: Constant): { name: string; identity: string; isNew: boolean } {
-    const identity = this.#identities.of(constant);
+  /** A constant that a row needs: its name in the workspace, and whether it is still to be uploaded. */
+  use(lane: Lane, constant: Constant) {
+    const identity = identityOf(constant);
     const known = this.#uploads.get(identity);
-    if (known) {
-      known.users.add(lane.name);
-      return { name: known.name, identity, isNew: false };
-    }
-    const name = `constant ${this.#names++}`;
-    this.#uploads.set(identity, { name, users: new Set([lane.name]) });
-    return { name, identity, isNew: true };
+    const upload = known ?? { name: `constant ${this.#names++}`, users: new Set<string>() };
+    if (!known) this.#uploads.set(identity, upload);
+    upload.users.add(lane.name);
+    return { name: upload.name, identity, isNew: !known };
   }
 }
 
-function ownName(lane: Lane, register: string): string {
-  return `${lane.name}/${register}`;
-}
-
-type Use = (lane: Lane, constant: Constant) => { name: string; identity: string; isNew: boolean };
-
-class Assembly {
+/** The program of a submission, written launch by launch; afterwards it finds the values of each row in what is reported. */
+export class Gathered {
+  readonly program = {
+    registers: {} as Record<string, Register>,
+    constants: {} as Record<string, Constant>,
+    instructions: [] as Instruction[],
+    results: [] as string[],
+  } satisfies Program;
+  /** Names to free when the submission has run. */
+  readonly temporaries: string[] = [];
+  /** Identities of the constants that it uploads. */
+  readonly uploads: string[] = [];
   readonly #submission: number;
-  readonly #shapes: (graph: string) => GraphShapes;
-  readonly #use: Use;
-  readonly #registers: Record<string, Register> = {};
-  readonly #constants: Record<string, Constant> = {};
-  readonly #instructions: Instruction[] = [];
-  readonly #temporaries: string[] = [];
-  readonly #uploads: string[] = [];
+  readonly #gatherer: Gatherer;
   /** What launches of one row read: names by the operands of the row's program. */
   readonly #inputs = new Map<Lane, Map<string, string>>();
   /** For each launch of the submission: the launches of its rows, and its batch. */
   readonly #launches: { readonly of: readonly Launch[]; readonly batch: number; readonly shared: Launch }[] = [];
 
-  constructor(submission: number, shapes: (graph: string) => GraphShapes, use: Use) {
+  constructor(submission: number, gatherer: Gatherer) {
     this.#submission = submission;
-    this.#shapes = shapes;
-    this.#use = use;
+    this.#gatherer = gatherer;
   }
 
-  launch({ batch, rows }: PlannedLaunch, lanes: readonly Lane[]): void {
+  /** Adds a launch: of one row on the row's own registers, of a batch with copies from its rows and to them. */
+  launch({ batch, rows }: AssignedLaunch, lanes: readonly Lane[]): void {
+    const [lane] = lanes as [Lane];
     const of = rows.map(({ launch }, index) => lanes[index]!.row.launches[launch]!);
-    const shared = batch === 1 ? this.#alone(of[0]!, lanes[0]!) : this.#shared(of, lanes, batch);
-    this.#launches.push({ of, batch, shared });
-  }
-
-  build(last: readonly Lane[]): Gathered {
-    const results = last.flatMap((lane) => lane.row.program.results.map((name) => this.#own(lane, name)));
-    const launches = this.#launches;
-    return {
-      program: {
-        registers: this.#registers,
-        constants: this.#constants,
-        instructions: this.#instructions,
-        results,
-      },
-      temporaries: this.#temporaries,
-      uploads: this.#uploads,
-      reported(launch, index, values) {
-        const { of, batch, shared } = launches[launch]!;
-        const own: Record<string, Tensor> = {};
-        for (const [output, name] of Object.entries(of[index]!.outputs))
-          if (of[index]!.reported?.includes(name)) own[name] = rowsOf(values[shared.outputs[output]!]!, index, batch);
-        return own;
-      },
-      results: (lane, values) =>
-        Object.fromEntries(lane.row.program.results.map((name) => [name, values[ownName(lane, name)]!])),
-    };
-  }
-
-  /** A launch of one row, on the row's own registers. */
-  #alone({ graph, inputs, outputs, mustBeFinite, reported, label }: Launch, lane: Lane): Launch {
-    const own = (register: string) => this.#own(lane, register);
-    const launch: Launch = {
-      op: "launch",
-      graph,
-      inputs: renamed(inputs, (operand) => this.#input(lane, operand)),
-      outputs: renamed(outputs, own),
-      ...(mustBeFinite && { mustBeFinite: mustBeFinite.map(own) }),
-      ...(reported && { reported: reported.map(own) }),
-      label,
-    };
-    this.#instructions.push(launch);
-    return launch;
-  }
-
-  /** A launch over a batch, whose outputs are then copied to the rows' registers. */
-  #shared(of: readonly Launch[], lanes: readonly Lane[], batch: number): Launch {
     const [first] = of as [Launch];
-    const { graph } = first;
-    const shapes = this.#shapes(graph);
+    const { graph, label } = first;
+    const dimensions = this.#gatherer.shapes(graph).inputs;
     const prefix = `submission ${this.#submission}.${this.#launches.length}`;
-    const inputs: Record<string, string> = {};
-    for (const input of Object.keys(first.inputs)) {
+    const inputs = mapped(first.inputs, (operand, input) => {
+      if (batch === 1) return this.#input(lane, operand);
       const operands = of.map(({ inputs }) => inputs[input]!);
-      inputs[input] = isPerRow(shapes.inputs.get(input))
-        ? this.#gather(`${prefix}.${input}`, lanes, operands, batch)
-        : // The same for all rows, but each of them uses it.
-          lanes.map((lane, index) => this.#operand(lane, operands[index]!).name)[0]!;
-    }
-    const outputs: Record<string, string> = {};
+      if (isPerRow(dimensions.get(input))) return this.#gather(`${prefix}.${input}`, lanes, operands, batch);
+      // The same for all rows, but each of them uses it.
+      return lanes.map((lane, index) => this.#operand(lane, operands[index]!))[0]!;
+    });
     const scattered: CopyRows[] = [];
-    for (const output of Object.keys(first.outputs)) {
-      const registers = of.map(({ outputs }) => outputs[output]!);
-      const { dtype, shape } = lanes[0]!.row.program.registers[registers[0]!]!;
+    const outputs = mapped(first.outputs, (register, output) => {
+      if (batch === 1) return this.#own(lane, register);
+      const { dtype, shape } = lane.row.program.registers[register]!;
       const [group, ...rest] = shape as [number, ...number[]];
       const from = this.#temporary(`${prefix}.${output}`, { dtype, shape: [group * batch, ...rest] });
-      outputs[output] = from;
       for (const [index, lane] of lanes.entries()) {
-        const to = this.#own(lane, registers[index]!);
+        const to = this.#own(lane, of[index]!.outputs[output]!);
         for (let part = 0; part < group; part++)
           scattered.push({ op: "copy", from, fromRow: part * batch + index, to, toRow: part, rows: 1 });
       }
-    }
-    const named = (what: "mustBeFinite" | "reported") => {
-      const names = new Set(
-        of.flatMap((launch) =>
-          Object.entries(launch.outputs).flatMap(([output, name]) => (launch[what]?.includes(name) ? [output] : [])),
-        ),
-      );
-      return names.size === 0 ? {} : { [what]: [...names].map((output) => outputs[output]!) };
+      return from;
+    });
+    /** Outputs that some row's launch lists. */
+    const listed = (list: "mustBeFinite" | "reported") => {
+      const names = Object.keys(outputs).filter((name) => of.some((one) => one[list]?.includes(one.outputs[name]!)));
+      return names.length > 0 && { [list]: names.map((name) => outputs[name]!) };
     };
-    const launch: Launch = {
-      op: "launch",
-      graph,
-      inputs,
-      outputs,
-      ...named("mustBeFinite"),
-      ...named("reported"),
-      label: of.length === 1 ? first.label : { kind: first.label.kind, name: `${of.length} rows of "${graph}"` },
+    const shared: Launch = {
+      ...{ op: "launch", graph, inputs, outputs, ...listed("mustBeFinite"), ...listed("reported") },
+      label: of.length === 1 ? label : { kind: label.kind, name: `${of.length} rows of "${graph}"` },
     };
-    this.#instructions.push(launch, ...scattered);
-    return launch;
+    this.program.instructions.push(shared, ...scattered);
+    this.#launches.push({ of, batch, shared });
+    for (const [index, { last }] of rows.entries())
+      if (last)
+        for (const name of lanes[index]!.row.program.results) this.program.results.push(this.#own(lanes[index]!, name));
+  }
+
+  /** Takes a row's values out of what a launch of the submission has reported; by the names in the row's program. */
+  reported(launch: number, index: number, values: Readonly<Record<string, Tensor>>): Record<string, Tensor> {
+    const { of, batch, shared } = this.#launches[launch]!;
+    const { outputs, reported } = of[index]!;
+    const own: Record<string, Tensor> = {};
+    for (const [output, name] of Object.entries(outputs))
+      if (reported?.includes(name)) own[name] = rowsOf(values[shared.outputs[output]!]!, index, batch);
+    return own;
   }
 
   /** The operand of a shared launch that holds a row, or a group of rows, of each lane. */
   #gather(name: string, lanes: readonly Lane[], operands: readonly string[], batch: number): string {
-    const constants = lanes.map(({ row }, index) => row.program.constants[operands[index]!]);
-    const small = constants.map((constant) => inlined(constant));
+    const small = lanes.map(({ row }, index) => inlined(row.program.constants[operands[index]!]));
     if (small.every((tensor) => tensor !== null)) return this.#inline(name, interleaved(small, batch));
-    const from = lanes.map((lane, index) => this.#operand(lane, operands[index]!));
-    const { dtype, shape } = from[0]!;
+    const { dtype, shape } = operandOf(lanes[0]!.row.program, operands[0]!);
+    const from = lanes.map((lane, index) => {
+      const own = operandOf(lane.row.program, operands[index]!).shape;
+      if (own.join() !== shape.join())
+        throw new RangeError(`Rows of [${shape}] and of [${own}] cannot share a launch.`);
+      return this.#operand(lane, operands[index]!);
+    });
     const [group, ...rest] = shape as [number, ...number[]];
     const to = this.#temporary(name, { dtype, shape: [group * batch, ...rest] });
     for (let part = 0; part < group; part++)
       for (let row = 0; row < batch; row++) {
         // Padding repeats the first row: values that a network can work on.
-        const source = from[row] ?? from[0]!;
-        if (source.shape.join() !== shape.join())
-          throw new RangeError(`Rows of [${shape}] and of [${source.shape}] cannot share a launch.`);
-        const copy = { from: source.name, fromRow: part, to, toRow: part * batch + row, rows: 1 };
-        this.#instructions.push({ op: "copy", ...copy });
+        const copy = { from: from[row] ?? from[0]!, fromRow: part, to, toRow: part * batch + row, rows: 1 };
+        this.program.instructions.push({ op: "copy", ...copy });
       }
     return to;
   }
 
-  /** A row's operand under its name in the workspace, or in the submission: the launches of a row share its constants. */
+  /** An operand of a launch of one row: the launches of a row in a submission share its small constants. */
   #input(lane: Lane, operand: string): string {
     const names = this.#inputs.get(lane) ?? new Map<string, string>();
     this.#inputs.set(lane, names);
-    const known = names.get(operand);
-    if (known !== undefined) return known;
-    const small = inlined(lane.row.program.constants[operand]);
-    const name = small
-      ? this.#inline(`submission ${this.#submission}.${ownName(lane, operand)}`, small)
-      : this.#operand(lane, operand).name;
-    names.set(operand, name);
+    let name = names.get(operand);
+    if (name === undefined) {
+      const small = inlined(lane.row.program.constants[operand]);
+      const own = ownName(lane, operand);
+      name = small ? this.#inline(`submission ${this.#submission}.${own}`, small) : this.#operand(lane, operand);
+      names.set(operand, name);
+    }
     return name;
   }
 
   /** A constant of the submission. */
   #inline(name: string, tensor: FloatTensor): string {
-    this.#constants[name] = { kind: "value", tensor };
-    this.#temporaries.push(name);
+    this.program.constants[name] = { kind: "value", tensor };
+    this.temporaries.push(name);
     return name;
   }
 
-  /** A lane's operand under its name in the workspace. */
-  #operand(lane: Lane, operand: string): { name: string } & Register {
+  /** A lane's operand: its name in the workspace. */
+  #operand(lane: Lane, operand: string): string {
     const constant = lane.row.program.constants[operand];
-    if (!constant) {
-      const { dtype, shape } = lane.row.program.registers[operand]!;
-      return { name: ownName(lane, operand), dtype, shape };
-    }
-    const { name, identity, isNew } = this.#use(lane, constant);
+    if (!constant) return ownName(lane, operand);
+    const { name, identity, isNew } = this.#gatherer.use(lane, constant);
     if (isNew) {
-      this.#constants[name] = constant;
-      this.#uploads.push(identity);
+      this.program.constants[name] = constant;
+      this.uploads.push(identity);
     }
-    return { name, ...shapeOf(constant) };
+    return name;
   }
 
   #own(lane: Lane, register: string): string {
     const name = ownName(lane, register);
-    this.#registers[name] = lane.row.program.registers[register]!;
+    this.program.registers[name] = lane.row.program.registers[register]!;
     return name;
   }
 
   #temporary(name: string, register: Register): string {
-    this.#registers[name] = register;
-    this.#temporaries.push(name);
+    this.program.registers[name] = register;
+    this.temporaries.push(name);
     return name;
   }
+}
+
+/** A row's results out of those of the submission that holds its last launch. */
+export function resultsOf(lane: Lane, values: Readonly<Record<string, Tensor>>): Record<string, Tensor> {
+  return Object.fromEntries(lane.row.program.results.map((name) => [name, values[ownName(lane, name)]!]));
+}
+
+function ownName(lane: Lane, register: string): string {
+  return `${lane.name}/${register}`;
 }
 
 /** One row of each tensor after the other, group by group; the rest of the batch repeats the first. */
@@ -336,21 +272,19 @@ function rowsOf(tensor: Tensor, index: number, batch: number): Tensor {
   const [rows, ...rest] = tensor.shape as [number, ...number[]];
   const group = rows / batch;
   const row = elementCount(rest);
-  const shape = [group, ...rest];
-  const copy = <T extends Float32Array | BigInt64Array>(data: T, into: T): T => {
-    for (let part = 0; part < group; part++) {
-      const from = (part * batch + index) * row;
-      into.set(data.subarray(from, from + row) as never, part * row);
-    }
-    return into;
-  };
-  return tensor.dtype === "float32"
-    ? { dtype: "float32", shape, data: copy(tensor.data, new Float32Array(group * row)) }
-    : { dtype: "int64", shape, data: copy(tensor.data, new BigInt64Array(group * row)) };
+  const data = tensor.data.slice(0, group * row);
+  for (let part = 0; part < group; part++) {
+    const from = (part * batch + index) * row;
+    data.set(tensor.data.subarray(from, from + row) as never, part * row);
+  }
+  return { dtype: tensor.dtype, shape: [group, ...rest], data } as Tensor;
 }
 
-function renamed(names: Readonly<Record<string, string>>, rename: (name: string) => string): Record<string, string> {
+function mapped(
+  names: Readonly<Record<string, string>>,
+  map: (name: string, key: string) => string,
+): Record<string, string> {
   const result: Record<string, string> = {};
-  for (const [key, name] of Object.entries(names)) result[key] = rename(name);
+  for (const [key, name] of Object.entries(names)) result[key] = map(name, key);
   return result;
 }

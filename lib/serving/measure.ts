@@ -6,23 +6,14 @@
 
 import { setImmediate } from "node:timers/promises";
 import { elementCount, type Tensor } from "../common/tensor.js";
-import { type Constant, type Launch, type Program, type Register, shapeOf } from "../program/program.js";
-import type { Runtime } from "../runtimes/runtime.js";
+import type { Constant, Program, Register } from "../program/program.js";
+import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
 import { type CostEntry, entryOf } from "./costs.js";
-import { type GraphShapes, isPerRow } from "./rows.js";
+import { type GraphShapes, isPerRow, type LaunchKind, operandOf } from "./rows.js";
 
-/** A launch to measure, in the row program that it is from. */
-export interface Sample {
-  readonly program: Program;
-  readonly launch: Launch;
-}
-
-/** A sample at a batch. */
-export interface Subject {
-  readonly graph: string;
-  readonly size: string;
+/** Launches of a kind, at a batch. */
+export interface Subject extends LaunchKind {
   readonly batch: number;
-  readonly sample: Sample;
 }
 
 export interface MeasureOptions {
@@ -38,31 +29,6 @@ export interface MeasureOptions {
 
 /** Measuring one subject takes about this long at most: slow launches are run less often. */
 const patience = 10_000;
-
-/** Names a sample: its graph and size. */
-export function keyOf({ launch }: Pick<Sample, "launch">): string {
-  return `${launch.graph}@${launch.sharing!.size}`;
-}
-
-/** The launches of row programs, each (graph, size) once. */
-export function samplesOf(programs: readonly Program[]): Sample[] {
-  const samples = new Map<string, Sample>();
-  for (const program of programs)
-    for (const launch of program.instructions)
-      if (launch.op === "launch" && launch.sharing && !samples.has(keyOf({ launch })))
-        samples.set(keyOf({ launch }), { program, launch });
-  return [...samples.values()];
-}
-
-/** Every sample at every batch that it may have. */
-export function subjectsOf(samples: readonly Sample[], batches: readonly number[]): Subject[] {
-  return samples.flatMap((sample) => {
-    const { graph, sharing } = sample.launch;
-    return batches
-      .filter((batch) => batch <= (sharing!.maxRows ?? Number.POSITIVE_INFINITY))
-      .map((batch) => ({ graph, size: sharing!.size, batch, sample }));
-  });
-}
 
 /**
  * Runs all subjects in turn, round by round, every other round backwards: a disturbance of the machine then changes the
@@ -90,15 +56,10 @@ export async function measure(
       // Other work on the event loop goes between two launches.
       await setImmediate();
       signal?.throwIfAborted();
-      let milliseconds = 0;
-      await runtime.run(programs[at]!, {
-        signal,
-        background,
-        onLaunch: (report) => {
-          milliseconds = report.milliseconds;
-        },
-      });
-      if (round >= 0) times[at]!.push(milliseconds);
+      const onLaunch = ({ milliseconds }: LaunchReport) => {
+        if (round >= 0) times[at]!.push(milliseconds);
+      };
+      await runtime.run(programs[at]!, { signal, background, onLaunch });
     }
   }
   onProgress?.(done, done);
@@ -108,37 +69,30 @@ export async function measure(
 }
 
 /** A program of the one launch, with `batch` rows. */
-function programOf({ sample, batch }: Subject, shapes: GraphShapes): Program {
-  const { program, launch } = sample;
+function programOf({ program, launch, batch }: Subject, shapes: GraphShapes): Program {
   const constants: Record<string, Constant> = {};
   const inputs: Record<string, string> = {};
   for (const [input, operand] of Object.entries(launch.inputs)) {
     const constant = program.constants[operand];
-    inputs[input] = `in ${input}`;
-    if (constant && !isPerRow(shapes.inputs.get(input)) && constant.kind !== "slot") {
-      constants[`in ${input}`] = constant;
-      continue;
-    }
-    const { dtype, shape } = registerOf(program, operand);
+    const { dtype, shape } = operandOf(program, operand);
     const [rows, ...rest] = shape as [number, ...number[]];
-    const all = isPerRow(shapes.inputs.get(input)) ? rows * batch : rows;
-    constants[`in ${input}`] = { kind: "value", tensor: madeUp(dtype, [all, ...rest]) };
+    const isShared = !isPerRow(shapes.inputs.get(input));
+    inputs[input] = `in ${input}`;
+    constants[`in ${input}`] =
+      isShared && constant && constant.kind !== "slot"
+        ? constant
+        : { kind: "value", tensor: madeUp(dtype, [isShared ? rows : rows * batch, ...rest]) };
   }
   const registers: Record<string, Register> = {};
   const outputs: Record<string, string> = {};
-  for (const [output, operand] of Object.entries(launch.outputs)) {
-    const { dtype, shape } = registerOf(program, operand);
+  for (const [output, register] of Object.entries(launch.outputs)) {
+    const { dtype, shape } = program.registers[register]!;
     const [rows, ...rest] = shape as [number, ...number[]];
     outputs[output] = `out ${output}`;
     registers[`out ${output}`] = { dtype, shape: [rows * batch, ...rest] };
   }
   const { graph, label } = launch;
   return { registers, constants, instructions: [{ op: "launch", graph, inputs, outputs, label }], results: [] };
-}
-
-function registerOf(program: Program, operand: string): Register {
-  const constant = program.constants[operand];
-  return constant ? shapeOf(constant) : program.registers[operand]!;
 }
 
 function madeUp(dtype: Register["dtype"], shape: readonly number[]): Tensor {

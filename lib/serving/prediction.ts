@@ -10,7 +10,7 @@ import type { Program } from "../program/program.js";
 import { type CostTable, hostGraph } from "./costs.js";
 import { type Choice, chooseCandidate, limitFor, Margin } from "./deadline.js";
 import { comparePriorities, type Priority } from "./priority.js";
-import type { RowLaunch } from "./scheduler.js";
+import { launchKinds } from "./rows.js";
 import { cheapestSplit, launchBatches } from "./split.js";
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
@@ -22,8 +22,8 @@ export interface Demand {
   readonly rows: number;
 }
 
-/** A schedule that a request may be drawn with. */
-export interface Candidate {
+/** What a request has to run with one of its candidates. */
+export interface CandidateWork {
   /** The schedule's text. */
   readonly text: string;
   readonly demands: readonly Demand[];
@@ -38,6 +38,7 @@ export interface Terms {
   readonly pictures: number;
   /** Of the finished pictures, such as "64x64". */
   readonly size: string;
+  /** The batch that every launch is padded to, as far as it allows; null for none. */
   readonly pin: number | null;
   readonly signal?: AbortSignal | undefined;
 }
@@ -54,17 +55,11 @@ export interface Accepted {
   done: number;
 }
 
-/** Launches of a row's program that cost the same, and how many they are. */
-interface LaunchKind extends Pick<RowLaunch, "graph" | "size" | "maxRows"> {
-  readonly times: number;
-}
-
 export class Predictor {
   readonly margin = new Margin();
   readonly #costs: CostTable;
   readonly #batches: readonly number[];
   readonly #accepted: ReadonlySet<Accepted>;
-  readonly #kinds = new WeakMap<Program, readonly LaunchKind[]>();
 
   /** @param accepted the requests that are not over: a set that its owner changes */
   constructor(costs: CostTable, batches: readonly number[], accepted: ReadonlySet<Accepted>) {
@@ -74,7 +69,7 @@ export class Predictor {
   }
 
   /** The candidate for a newcomer: without a time limit the first, otherwise the first that fits. */
-  choose(priority: Priority, terms: Terms, candidates: readonly Candidate[]): Choice | DeadlineError {
+  choose(priority: Priority, terms: Terms, candidates: readonly CandidateWork[]): Choice | DeadlineError {
     const { deadlineMs, arrival } = terms;
     const now = performance.now();
     const elapsed = now - arrival;
@@ -111,14 +106,14 @@ export class Predictor {
   }
 
   /** When its turn has come: a shorter schedule, if the wait has been longer than was expected. */
-  chooseAgain(request: Accepted, chosen: Choice, terms: Terms, candidates: readonly Candidate[]): Choice {
+  chooseAgain(request: Accepted, chosen: Choice, terms: Terms, candidates: readonly CandidateWork[]): Choice {
     const { priority, promised } = request;
     if (promised === null || chosen.candidate === candidates.length - 1) return chosen;
     const now = performance.now();
     const others = [...this.#accepted].filter((other) => other !== request);
-    const finish = (candidate: Candidate) =>
+    const finish = (candidate: CandidateWork) =>
       this.#finish(priority, this.#millisecondsOf(candidate, terms) ?? 0, now, others).own;
-    const fits = (candidate: Candidate) => now + finish(candidate) <= promised;
+    const fits = (candidate: CandidateWork) => now + finish(candidate) <= promised;
     const before = candidates[chosen.candidate]!;
     if (fits(before)) return chosen;
     let index = candidates.findIndex((candidate, index) => index > chosen.candidate && fits(candidate));
@@ -127,7 +122,7 @@ export class Predictor {
     Object.assign(request, this.workOf(candidate, terms));
     return {
       candidate: index,
-      reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have come late.`,
+      reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have been late.`,
       predictedMs: now - terms.arrival + finish(candidate),
     };
   }
@@ -139,10 +134,10 @@ export class Predictor {
     return Math.max(1, Math.ceil(milliseconds / this.#accepted.size));
   }
 
-  workOf(candidate: Candidate, terms: Terms): Pick<Accepted, "cost" | "weight"> {
+  workOf(candidate: CandidateWork, terms: Terms): Pick<Accepted, "cost" | "weight"> {
     let weight = 0;
     for (const { program, rows } of candidate.demands)
-      for (const { graph, size, times } of this.#kindsOf(program))
+      for (const { graph, size, times } of launchKinds(program))
         weight += times * rows * this.#costs.relative(graph, size, 1);
     return { cost: this.#millisecondsOf(candidate, terms) ?? unknownCost, weight };
   }
@@ -170,31 +165,16 @@ export class Predictor {
   }
 
   /** Milliseconds of a request that has the device to itself; null if some cost is not known. */
-  #millisecondsOf({ demands }: Candidate, { pin, size, pictures }: Terms): number | null {
+  #millisecondsOf({ demands }: CandidateWork, { pin, size, pictures }: Terms): number | null {
     let sum = this.#costs.estimate(hostGraph, size, pictures) ?? 0;
     for (const { program, rows } of demands)
-      for (const { graph, size, maxRows, times } of this.#kindsOf(program)) {
+      for (const { graph, size, maxRows, times } of launchKinds(program)) {
         const batches = launchBatches(this.#batches, maxRows, pin);
         if (this.#costs.estimate(graph, size, batches[0]!) === null) return null;
         const cost = (batch: number) => this.#costs.estimate(graph, size, batch)!;
         sum += times * cheapestSplit(rows, batches, cost).milliseconds;
       }
     return sum;
-  }
-
-  #kindsOf(program: Program): readonly LaunchKind[] {
-    const known = this.#kinds.get(program);
-    if (known) return known;
-    const kinds = new Map<string, LaunchKind>();
-    for (const instruction of program.instructions) {
-      if (instruction.op !== "launch" || !instruction.sharing) continue;
-      const { size, maxRows = Number.POSITIVE_INFINITY } = instruction.sharing;
-      const key = `${instruction.graph}@${size} x ${maxRows}`;
-      kinds.set(key, { graph: instruction.graph, size, maxRows, times: (kinds.get(key)?.times ?? 0) + 1 });
-    }
-    const list = [...kinds.values()];
-    this.#kinds.set(program, list);
-    return list;
   }
 }
 

@@ -3,29 +3,19 @@
  * tensor, so that it can be tested under any sequence of events.
  *
  * A job has rows, a row has launches in a fixed order. Rows whose next launches have the same key may share one, wherever
- * each is in its schedule. The caller reports events (`start`, `abort`, `finished`, `preempted`, `failed`) and asks for
- * the next submission with `plan`. A row advances when it is planned, not when it has run: submissions run in the order of
- * planning, so that the next one can be planned and submitted while this one runs.
+ * each is in its schedule. The caller reports events (`start`, `abort`, `finished`, `failed`) and asks for the next
+ * submission with `assign`. A row advances when its launch is assigned, not when it has run: submissions run in the order
+ * of assignment, so that the next one can be assigned and submitted while this one runs.
  *
  * A failure reaches only the job that caused it. A submission of one job fails that job. A submission of several does not
  * say which one is at fault: each of them starts again, from now on in submissions of its own. Submissions that were
- * planned after the one that failed, and read what it should have written, cannot run; their jobs start again, too.
+ * assigned after the one that failed, and read what it should have written, cannot run; their jobs start again, too.
  */
 
+import type { CostTable } from "./costs.js";
 import { comparePriorities, type Priority } from "./priority.js";
-import { type BatchCost, cheapestSplit, launchBatches } from "./split.js";
-
-/** A launch that a row makes. */
-export interface RowLaunch {
-  /** Rows may share a launch if their keys are equal: the same graph, size and operands that are not per row. */
-  readonly key: string;
-  readonly graph: string;
-  readonly size: string;
-  /** At most this many rows in one launch. */
-  readonly maxRows: number;
-  /** Whether it may be held back for others to share it: alone it leaves the device half empty (refiners, coarse stages). */
-  readonly deferrable: boolean;
-}
+import type { RowLaunch } from "./rows.js";
+import { cheapestSplit, launchBatches } from "./split.js";
 
 export interface ScheduledJob {
   readonly id: number;
@@ -37,7 +27,7 @@ export interface ScheduledJob {
 }
 
 /** A row's place in a launch. */
-export interface PlannedRow {
+export interface AssignedRow {
   readonly job: number;
   /** How often the job has been started. */
   readonly attempt: number;
@@ -48,18 +38,18 @@ export interface PlannedRow {
   readonly last: boolean;
 }
 
-export interface PlannedLaunch {
+export interface AssignedLaunch {
   readonly graph: string;
   readonly size: string;
   /** At least the number of rows; the rest is padding. */
   readonly batch: number;
-  readonly rows: readonly PlannedRow[];
+  readonly rows: readonly AssignedRow[];
 }
 
 /** A part of the work that is handed to the runtime at once: launches in order. */
 export interface Submission {
   readonly id: number;
-  readonly launches: readonly PlannedLaunch[];
+  readonly launches: readonly AssignedLaunch[];
   /** Whether it holds all that is left of the only job, and is to be preempted when another job starts. */
   readonly preemptible: boolean;
 }
@@ -67,22 +57,11 @@ export interface Submission {
 export interface SchedulerOptions {
   /** Compiled batches. */
   readonly batches: readonly number[];
-  /** How long a launch may be held back for rows that will soon make the same one, in milliseconds. */
-  readonly maxWait: number;
+  /** How long a launch may be held back for rows that will soon make the same one. */
+  readonly maxWaitMs: number;
   /** Whether submissions can be preempted. */
-  readonly preemption?: boolean;
-  /** Milliseconds of a launch, or null if nothing is known about it. */
-  readonly cost: (graph: string, size: string, batch: number) => number | null;
-  /** As `cost`, but in any unit where nothing is known. */
-  readonly relativeCost: (graph: string, size: string, batch: number) => number;
-}
-
-/** What follows from a failure. */
-export interface Verdict {
-  /** Jobs that caused it; they are over. */
-  readonly rejected: readonly number[];
-  /** Jobs that start again from their first launch. */
-  readonly restarted: readonly number[];
+  readonly preemption: boolean;
+  readonly costs: Pick<CostTable, "estimate" | "relative">;
 }
 
 /**
@@ -99,19 +78,19 @@ const submissionMilliseconds = { preemptible: Number.POSITIVE_INFINITY, alone: 4
  */
 const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 
-/** Rows of a group that a split is planned for. More of them do not change the first batch, which is all that is planned. */
+/** Rows of a group that are split. More of them do not change the first batch, which is all that is assigned. */
 const rowsAhead = { least: 64, batches: 4 } as const;
 
 /** No other job is slowed down for one that would be late by more than this part of its time limit. */
-const hopelessPart = 0.25;
+const latePart = 0.25;
 
 interface Row {
   readonly state: JobState;
   readonly index: number;
   readonly launches: readonly RowLaunch[];
-  /** The next launch to plan. */
+  /** The next launch to assign. */
   next: number;
-  /** Since when that one could have been planned. */
+  /** Since when that one could have been assigned. */
   since: number;
   /** Launches that have run. */
   done: number;
@@ -138,17 +117,12 @@ export class Scheduler {
     this.#options = options;
   }
 
-  /** Jobs that have been started and are not over. */
-  get jobs(): number {
-    return this.#jobs.size;
-  }
-
-  /** Submissions that were planned and are neither finished nor failed. */
+  /** Submissions that were assigned and are neither finished nor failed. */
   get inFlight(): number {
     return this.#inFlight.size;
   }
 
-  /** The submission in flight that another job waits for, and that is to be preempted: until then nothing is planned. */
+  /** The submission in flight that another job waits for, and that is to be preempted: until then nothing is assigned. */
   get toPreempt(): number | null {
     return this.#jobs.size > 1 ? (this.#preemptible?.id ?? null) : null;
   }
@@ -179,7 +153,7 @@ export class Scheduler {
     const needed = new Set<string>();
     for (const submission of [...this.#inFlight.values()].reverse()) {
       const members = membersOf(submission);
-      if (this.#isNeeded(submission) || members.some((member) => needed.has(member)))
+      if (this.#jobsOf(submission).size > 0 || members.some((member) => needed.has(member)))
         for (const member of members) needed.add(member);
       else droppable.push(submission.id);
     }
@@ -192,130 +166,93 @@ export class Scheduler {
     for (let index = longest.length - 1; index >= 0; index--) {
       const { graph, size, maxRows } = longest[index]!;
       const batches = launchBatches(this.#options.batches, maxRows, pin);
-      const cost = (batch: number) => this.#options.cost(graph, size, batch);
+      const cost = (batch: number) => this.#options.costs.estimate(graph, size, batch);
       if (cost(batches[0]!) === null) return null;
-      const { milliseconds } = cheapestSplit(rows.length, batches, (batch) => cost(batch)!);
-      left[index] = left[index + 1]! + milliseconds;
+      left[index] = left[index + 1]! + cheapestSplit(rows.length, batches, (batch) => cost(batch)!).milliseconds;
     }
     return left;
   }
 
-  /** The next submission; null if every launch of every job has been planned, or a preemptible submission is in flight. */
-  plan(now: number): Submission | null {
+  /** The next submission; null if every launch of every job has been assigned, or a preemptible submission is in flight. */
+  assign(now: number): Submission | null {
     if (this.#preemptible) return null;
-    const launches: PlannedLaunch[] = [];
-    let alone: JobState | null = null;
-    let isAll = false;
+    const { preemption } = this.#options;
     const isOnly = this.#jobs.size === 1;
-    const least = submissionMilliseconds[isOnly ? (this.#options.preemption ? "preemptible" : "alone") : "shared"];
-    for (let milliseconds = 0; milliseconds < least; ) {
+    const least = submissionMilliseconds[isOnly ? (preemption ? "preemptible" : "alone") : "shared"];
+    const ahead = [...this.#inFlight.values()].flatMap(({ launches }) => launches);
+    const start = now + ahead.reduce((sum, launch) => sum + (this.#cost(launch) ?? 0), 0);
+    const launches: AssignedLaunch[] = [];
+    let alone: JobState | null = null;
+    let milliseconds = 0;
+    while (milliseconds < least) {
       const rows = this.#choose(now, alone);
-      if (!rows) {
-        isAll = true;
-        break;
-      }
+      if (!rows) break;
       const { state } = rows[0]!;
       // A job that runs alone has submissions of its own, from the first launch to the last.
       if (state.isolated && launches.length > 0 && alone !== state) break;
       if (state.isolated) alone = state;
-      const launch = this.#launch(rows, now, now + this.#ahead() + milliseconds);
+      const launch = this.#launch(rows, now, start + milliseconds);
       launches.push(launch);
-      milliseconds += this.#options.cost(launch.graph, launch.size, launch.batch) ?? Number.POSITIVE_INFINITY;
+      milliseconds += this.#cost(launch) ?? Number.POSITIVE_INFINITY;
     }
     if (launches.length === 0) return null;
-    const submission = {
-      id: this.#submissions++,
-      launches,
-      preemptible: isOnly && isAll && (this.#options.preemption ?? false),
-    };
+    // All that is left has been assigned where the loop has ended before the least time.
+    const preemptible = isOnly && preemption && milliseconds < least;
+    const submission = { id: this.#submissions++, launches, preemptible };
     this.#inFlight.set(submission.id, submission);
     return submission;
   }
 
-  /** A submission has run. @returns the jobs that it has completed */
-  finished(id: number): number[] {
-    const submission = this.#take(id);
+  /**
+   * A submission has run, or was preempted: then its other launches are to be assigned again.
+   * @param made launches that have run; default: all
+   * @returns the jobs that it has completed
+   */
+  finished(id: number, now: number, made = Number.POSITIVE_INFINITY): number[] {
     const over: number[] = [];
-    for (const { rows } of submission.launches)
-      for (const planned of rows) {
-        const state = this.#current(planned);
-        if (!state) continue;
-        state.rows[planned.row]!.done++;
-        if (state.rows.every(({ done, launches }) => done === launches.length)) {
-          this.#jobs.delete(planned.job);
-          over.push(planned.job);
-        }
+    for (const { row, at, launch } of this.#current(this.#take(id)))
+      if (at < made) {
+        row.done++;
+        if (!row.state.rows.every(({ done, launches }) => done === launches.length)) continue;
+        this.#jobs.delete(row.state.job.id);
+        over.push(row.state.job.id);
+      } else {
+        row.next = Math.min(row.next, launch);
+        row.since = now;
       }
     return over;
   }
 
   /**
-   * A submission was preempted: its other launches are to be planned again.
-   * @param made launches that have run
-   */
-  preempted(id: number, made: number, now: number): void {
-    for (const [index, { rows }] of this.#take(id).launches.entries())
-      for (const planned of rows) {
-        const row = this.#current(planned)?.rows[planned.row];
-        if (!row) continue;
-        if (index < made) row.done++;
-        else {
-          row.next = Math.min(row.next, planned.launch);
-          row.since = now;
-        }
-      }
-  }
-
-  /**
    * A submission has failed.
    * @param lost whether all registers are gone with it: every job starts again, and no submission in flight counts
+   * @returns the jobs that caused it, which are over, and those that start again from their first launch
    */
-  failed(id: number, lost: boolean, now: number): Verdict {
+  failed(id: number, lost: boolean, now: number): { rejected: number[]; restarted: number[] } {
     const submission = this.#take(id);
-    const rejected: number[] = [];
-    const again = new Set<JobState>();
-    const involved = this.#involved(submission);
-    if (involved.size === 1) {
-      const [state] = involved as Set<JobState>;
-      this.#jobs.delete(state!.job.id);
-      rejected.push(state!.job.id);
-    } else
-      for (const state of involved) {
-        state.isolated = true;
-        again.add(state);
-      }
-    // At once, before anything else is planned: otherwise each of them could fail later submissions, again and again.
-    for (const reader of this.#readersOf(submission)) for (const state of this.#involved(reader)) again.add(state);
+    const involved = [...this.#jobsOf(submission)];
+    const rejected = involved.length === 1 ? [involved[0]!.job.id] : [];
+    const again = new Set(rejected.length > 0 ? [] : involved);
+    for (const job of rejected) this.#jobs.delete(job);
+    for (const state of again) state.isolated = true;
+    // Jobs with later submissions that read what this one, or another of those, should have written. They start again at
+    // once, before anything else is assigned: otherwise each of them could fail later submissions, again and again.
+    const missing = new Set(membersOf(submission));
+    for (const later of this.#inFlight.values()) {
+      const members = membersOf(later);
+      if (later.id < id || !members.some((member) => missing.has(member))) continue;
+      for (const member of members) missing.add(member);
+      for (const state of this.#jobsOf(later)) again.add(state);
+    }
     if (lost) {
       this.#inFlight.clear();
       for (const state of this.#jobs.values()) again.add(state);
     }
-    for (const state of again) restart(state, now);
-    return { rejected, restarted: [...again].map(({ job }) => job.id) };
-  }
-
-  /** Jobs, not over, with rows in a submission. */
-  #involved(submission: Submission): Set<JobState> {
-    const involved = new Set<JobState>();
-    for (const { rows } of submission.launches)
-      for (const planned of rows) {
-        const state = this.#current(planned);
-        if (state) involved.add(state);
-      }
-    return involved;
-  }
-
-  /** Submissions in flight that cannot run: they read what the failed one, or another of these, should have written. */
-  #readersOf(failed: Submission): Submission[] {
-    const missing = new Set(membersOf(failed));
-    const readers: Submission[] = [];
-    for (const submission of this.#inFlight.values()) {
-      const members = membersOf(submission);
-      if (submission.id < failed.id || !members.some((member) => missing.has(member))) continue;
-      readers.push(submission);
-      for (const member of members) missing.add(member);
+    for (const state of again) {
+      state.attempt++;
+      for (const row of state.rows) Object.assign(row, { next: 0, done: 0, since: now });
     }
-    return readers;
+    return { rejected, restarted: [...again].map(({ job }) => job.id) };
   }
 
   #take(id: number): Submission {
@@ -325,37 +262,40 @@ export class Scheduler {
     return submission;
   }
 
-  /** Whether a job still needs it. */
-  #isNeeded(submission: Submission): boolean {
-    return submission.launches.some(({ rows }) => rows.some((row) => this.#current(row)));
+  /** The assigned rows of a submission whose job is neither over nor has been started again since. */
+  *#current({ launches }: Submission): Generator<{ row: Row; at: number; launch: number }> {
+    for (const [at, { rows }] of launches.entries())
+      for (const { job, attempt, row, launch } of rows) {
+        const state = this.#jobs.get(job);
+        if (state?.attempt === attempt) yield { row: state.rows[row]!, at, launch };
+      }
   }
 
-  /** The job that a planned row belongs to, unless it is over or has been started again since. */
-  #current({ job: id, attempt }: PlannedRow): JobState | null {
-    const state = this.#jobs.get(id);
-    return state?.attempt === attempt ? state : null;
+  /** The jobs of those rows. */
+  #jobsOf(submission: Submission): Set<JobState> {
+    return new Set(Array.from(this.#current(submission), ({ row }) => row.state));
+  }
+
+  #cost({ graph, size, batch }: Omit<AssignedLaunch, "rows">): number | null {
+    return this.#options.costs.estimate(graph, size, batch);
   }
 
   /** The rows that may share the next launch, by priority; null if there are none. */
   #choose(now: number, alone: JobState | null): Row[] | null {
-    const waiting: Row[] = [];
-    for (const state of this.#jobs.values())
-      if (alone === null || state === alone)
-        for (const row of state.rows) if (row.next < row.launches.length) waiting.push(row);
-    if (waiting.length === 0) return null;
+    const states = alone ? [alone] : [...this.#jobs.values()];
+    const waiting = states.flatMap(({ rows }) => rows.filter(({ next, launches }) => next < launches.length));
     waiting.sort(
       (a, b) =>
         comparePriorities(a.state.job.priority, b.state.job.priority, now) || a.next - b.next || a.index - b.index,
     );
-    const groups = new Map<string, Row[]>();
+    const byGroup = new Map<string, Row[]>();
     for (const row of waiting) {
-      const key = groupOf(row);
-      const group = groups.get(key);
+      const group = byGroup.get(groupOf(row));
       if (group) group.push(row);
-      else groups.set(key, [row]);
+      else byGroup.set(groupOf(row), [row]);
     }
-    for (const group of groups.values()) if (!this.#isHeld(group, waiting, now)) return group;
-    return groups.values().next().value!;
+    const groups = [...byGroup.values()];
+    return groups.find((group) => !this.#isHeld(group, waiting, now)) ?? groups[0] ?? null;
   }
 
   /** Whether a group is held back for another row that will make the same launch soon enough. */
@@ -367,7 +307,7 @@ export class Scheduler {
     const { priority } = first.state.job;
     if (priority.due !== null && priority.due - now < 2 * (first.state.left?.[first.next] ?? 0)) return false;
     // The row that has waited longest decides.
-    const patience = this.#options.maxWait - (now - Math.min(...group.map(({ since }) => since)));
+    const patience = this.#options.maxWaitMs - (now - Math.min(...group.map(({ since }) => since)));
     if (patience <= 0) return false;
     const key = groupOf(first);
     return waiting.some((row) => !group.includes(row) && this.#timeUntil(row, key, patience) <= patience);
@@ -379,7 +319,7 @@ export class Scheduler {
     for (let index = row.next; index < row.launches.length && milliseconds <= limit; index++) {
       const launch = row.launches[index]!;
       if (groupOf(row, index) === key) return milliseconds;
-      milliseconds += this.#options.cost(launch.graph, launch.size, 1) ?? Number.POSITIVE_INFINITY;
+      milliseconds += this.#cost({ graph: launch.graph, size: launch.size, batch: 1 }) ?? Number.POSITIVE_INFINITY;
     }
     return Number.POSITIVE_INFINITY;
   }
@@ -390,10 +330,10 @@ export class Scheduler {
   }
 
   /**
-   * Plans the launch of the first rows of a group, as many as pay.
+   * Assigns the launch of the first rows of a group, as many as pay.
    * @param start when it will begin
    */
-  #launch(group: readonly Row[], now: number, start: number): PlannedLaunch {
+  #launch(group: readonly Row[], now: number, start: number): AssignedLaunch {
     const [first] = group as [Row];
     const { graph, size } = first.launches[first.next]!;
     let batches = this.#batchesOf(first);
@@ -404,7 +344,7 @@ export class Scheduler {
       if (batches.length === 0 || !this.#makesLate(group.slice(0, batch), batch, now, start)) break;
       batch = this.#batch(group.slice(0, batch - 1), batches);
     }
-    const rows = group.slice(0, batch).map((row): PlannedRow => {
+    const rows = group.slice(0, batch).map((row): AssignedRow => {
       const launch = row.next++;
       row.since = now;
       const { job, attempt } = row.state;
@@ -422,7 +362,7 @@ export class Scheduler {
     const { graph, size } = first.launches[first.next]!;
     const own = rows.filter(({ state }) => state === first.state).length;
     if (own === rows.length && batch === own) return false;
-    const shared = this.#options.cost(graph, size, batch);
+    const shared = this.#cost({ graph, size, batch });
     if (shared === null) return false;
     const waiting = [...this.#jobs.values()].sort((a, b) => comparePriorities(a.job.priority, b.job.priority, now));
     // Milliseconds until the jobs so far are done, with the shared launch and without it.
@@ -436,20 +376,12 @@ export class Scheduler {
       withIt += left[0] - part;
       const { due, arrival } = state.job.priority;
       if (due === null || withIt <= without) continue;
-      // Jobs that are hopelessly late do not slow down others.
-      const hopeless = due + hopelessPart * (due - arrival);
+      // A job that will be late by more than that in any case does not slow down others.
+      const latest = due + latePart * (due - arrival);
       // With time for one more such launch: a launch that has begun is not interrupted for a job that arrives.
-      if (start + withIt + shared > due && start + without <= hopeless) return true;
+      if (start + withIt + shared > due && start + without <= latest) return true;
     }
     return false;
-  }
-
-  /** Milliseconds of the submissions in flight. */
-  #ahead(): number {
-    let milliseconds = 0;
-    for (const { launches } of this.#inFlight.values())
-      for (const { graph, size, batch } of launches) milliseconds += this.#options.cost(graph, size, batch) ?? 0;
-    return milliseconds;
   }
 
   /** The batch of the next launch of these rows: the first of their cheapest split. */
@@ -457,7 +389,7 @@ export class Scheduler {
     const [first] = group as [Row];
     const { graph, size, deferrable } = first.launches[first.next]!;
     const rows = Math.min(group.length, Math.max(rowsAhead.least, rowsAhead.batches * Math.max(...batches)));
-    const cost: BatchCost = (batch) => this.#options.relativeCost(graph, size, batch);
+    const cost = (batch: number) => this.#options.costs.relative(graph, size, batch);
     const cheapest = () => cheapestSplit(rows, batches, cost).batches[0]!;
     if (group.every(({ state }) => state === first.state)) return cheapest();
     const gain = gainNeeded[deferrable ? "deferrable" : "usual"];
@@ -475,21 +407,9 @@ function leftOf({ left, rows }: JobState): readonly [number, number] {
 }
 
 /** Rows in a submission, those of jobs that are over included; each attempt of each has registers of its own. */
-function membersOf(submission: Submission): string[] {
-  return [
-    ...new Set(
-      submission.launches.flatMap(({ rows }) => rows.map(({ job, attempt, row }) => `${job}.${attempt}.${row}`)),
-    ),
-  ];
-}
-
-function restart(state: JobState, now: number): void {
-  state.attempt++;
-  for (const row of state.rows) {
-    row.next = 0;
-    row.done = 0;
-    row.since = now;
-  }
+function membersOf({ launches }: Submission): string[] {
+  const rows = launches.flatMap(({ rows }) => rows);
+  return [...new Set(rows.map(({ job, attempt, row }) => `${job}.${attempt}.${row}`))];
 }
 
 /** Rows of one group may share a launch. */

@@ -1,27 +1,25 @@
 /**
- * Serves the requests of a model side by side. Before any work it says which candidate fits a time limit, or refuses and
- * says when to come again; then it admits requests by priority, and hands their rows to the dispatcher.
+ * Serves requests of a model at the same time. Before any work it chooses the candidate that fits a time limit, or refuses
+ * and says when to try again; then it admits requests by priority, and hands their rows to the dispatcher.
  */
 
 import { Gate } from "../common/gate.js";
 import type { Tensor } from "../common/tensor.js";
 import { DeadlineError, QueueFullError } from "../errors.js";
+import type { Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import { Calibration, type CalibrationOptions } from "./calibration.js";
 import { type CostEntry, CostTable } from "./costs.js";
 import type { Choice } from "./deadline.js";
-import { Dispatcher, type Job } from "./dispatcher.js";
-import type { MeasureOptions, Sample } from "./measure.js";
-import { type Accepted, type Candidate, Predictor, type Terms } from "./prediction.js";
+import { Dispatcher, type DispatcherOptions, type Job } from "./dispatcher.js";
+import type { MeasureOptions } from "./measure.js";
+import { type Accepted, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
 import { type Ending, type Stats, StatsRecorder } from "./stats.js";
 
-export interface ServiceOptions extends CalibrationOptions {
-  readonly maxWaitMs: number;
-  readonly pinBatch: number | null;
+export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats"> {
+  /** Requests that may wait to be admitted. */
   readonly maxQueue: number;
-  /** Whether each picture runs as one captured program, and shares no launch. */
-  readonly captured?: boolean;
 }
 
 /** A request that has been admitted. */
@@ -48,14 +46,13 @@ export class Service {
   readonly #requests = new Set<Request>();
   readonly #predictor: Predictor;
   readonly #calibration: Calibration;
-  #idle: (() => void)[] = [];
   #sequence = 0;
 
   /** @param known the stored costs */
   constructor(runtime: Runtime, known: readonly CostEntry[], options: ServiceOptions) {
     this.#options = options;
     this.costs = new CostTable(known);
-    const { maxWaitMs, maxQueue, graph, captured = false } = options;
+    const { maxQueue, captured } = options;
     const batches = [...new Set(options.batches)].sort((a, b) => a - b);
     // Captured programs have one row.
     this.#batches = captured ? [1] : batches;
@@ -63,22 +60,17 @@ export class Service {
     // that came before.
     this.#admission = new Gate({ limit: maxQueue, capacity: 2 * batches.at(-1)!, compare: byPriority });
     this.#predictor = new Predictor(this.costs, this.#batches, this.#requests);
-    const shared = { ...options, batches: this.#batches };
-    this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#untilIdle());
-    this.#dispatcher = new Dispatcher(runtime, {
-      ...{ batches: this.#batches, maxWait: maxWaitMs, captured, graph },
-      ...{ costs: this.costs, stats: this.#stats },
-    });
-  }
-
-  /** Values that are held for requests under way: 0 when there are none. */
-  get held(): number {
-    return this.#dispatcher.held;
+    const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats };
+    this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
+    this.#dispatcher = new Dispatcher(runtime, shared);
   }
 
   stats(): Stats {
-    const { waiting, limit, inside } = this.#admission;
-    return this.#stats.snapshot({ waiting, limit, requests: inside.entries, pictures: inside.weight });
+    const { waiting, inside } = this.#admission;
+    return this.#stats.snapshot({
+      queue: { waiting, limit: this.#options.maxQueue },
+      running: { requests: inside.entries, pictures: inside.weight },
+    });
   }
 
   /**
@@ -87,8 +79,11 @@ export class Service {
    * @param draw gets the candidate that was chosen
    * @throws QueueFullError or DeadlineError before any work; what `draw` throws; `signal.reason`
    */
-  async serve<T>(asked: Terms, candidates: readonly Candidate[], draw: (admitted: Admitted) => Promise<T>): Promise<T> {
-    const terms = { ...asked, pin: asked.pin ?? this.#options.pinBatch };
+  async serve<T>(
+    terms: Terms,
+    candidates: readonly CandidateWork[],
+    draw: (admitted: Admitted) => Promise<T>,
+  ): Promise<T> {
     const { arrival, pictures, signal, deadlineMs } = terms;
     this.#refuseIfFull(pictures);
     if (deadlineMs !== null) {
@@ -111,13 +106,13 @@ export class Service {
     };
     for (const other of this.#requests) other.undisturbed = false;
     this.#requests.add(request);
-    this.#stats.accepted();
+    this.#stats.requests.accepted++;
     let leave = () => {};
     let ending: Ending = "failed";
     try {
       leave = await this.#admission.enter(priority, pictures, signal);
       const queuedMs = performance.now() - arrival;
-      this.#stats.started(queuedMs);
+      this.#stats.queued.add(queuedMs);
       const result = await draw({
         ...this.#predictor.chooseAgain(request, chosen, terms, candidates),
         queuedMs,
@@ -137,26 +132,23 @@ export class Service {
       if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate);
       this.#requests.delete(request);
       leave();
-      if (this.#requests.size === 0) {
-        for (const resolve of this.#idle.splice(0)) resolve();
-        this.#calibration.rest();
-      }
+      if (this.#requests.size === 0) this.#calibration.rest();
     }
   }
 
   /**
-   * Measures samples at the batches given, puts them into the table and stores it.
+   * Measures the launches of row programs at the batches given, puts them into the table and stores it.
    * @throws what the runtime or the file system throws, or `signal.reason`
    */
   profile(
-    samples: readonly Sample[],
+    programs: readonly Program[],
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    return this.#calibration.profile(samples, this.#options.captured ? this.#batches : batches, options);
+    return this.#calibration.profile(programs, this.#options.captured ? this.#batches : batches, options);
   }
 
-  /** Keeps the table for later. @throws the file system's error */
+  /** Keeps the table for later, if it has changed. @throws the file system's error */
   store(): Promise<void> {
     return this.#calibration.store();
   }
@@ -168,13 +160,13 @@ export class Service {
     const alive = setInterval(() => {}, 2 ** 30);
     try {
       await this.#calibration.stop();
-      await this.#untilIdle();
+      await this.#admission.idle();
       await this.#dispatcher.idle();
     } finally {
       clearInterval(alive);
     }
     this.#dispatcher.close();
-    await this.#calibration.storeChanges().catch((error) => this.#options.onError?.(error));
+    await this.store().catch((error) => this.#options.onError?.(error));
   }
 
   #refuseIfFull(pictures: number): void {
@@ -191,7 +183,7 @@ export class Service {
   }
 
   #refuse(error: Error): never {
-    this.#stats.refused();
+    this.#stats.requests.refused++;
     throw error;
   }
 
@@ -206,10 +198,6 @@ export class Service {
         onLaunch?.(row, report, first);
       },
     });
-  }
-
-  async #untilIdle(): Promise<void> {
-    while (this.#requests.size > 0) await new Promise<void>((resolve) => this.#idle.push(resolve));
   }
 }
 

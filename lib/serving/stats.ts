@@ -16,12 +16,14 @@ export interface Histogram {
 
 /** What a model has done since it was loaded, and what it does now. */
 export interface Stats {
+  /** Requests that wait. */
   readonly queue: {
     /** Requests that wait to be admitted. */
     readonly waiting: number;
     /** How many may wait: the option `maxQueue`. */
     readonly limit: number;
   };
+  /** Requests that have been admitted. */
   readonly running: {
     /** Requests that have been admitted and are not over. */
     readonly requests: number;
@@ -34,6 +36,7 @@ export interface Stats {
     readonly accepted: number;
     /** Refused because the queue was full, or because no schedule fitted the time limit. */
     readonly refused: number;
+    /** Ended with pictures. */
     readonly completed: number;
     /** Ended by an error. */
     readonly failed: number;
@@ -44,6 +47,7 @@ export interface Stats {
   };
   /** Runs of networks for requests. */
   readonly launches: {
+    /** Runs. */
     readonly count: number;
     /** Rows of all launches, without padding: a row is one picture or text. */
     readonly rows: number;
@@ -54,6 +58,7 @@ export interface Stats {
   };
   /** How many launches had 1, 2, … rows. */
   readonly rowsPerLaunch: Readonly<Record<string, number>>;
+  /** Times, in milliseconds. */
   readonly milliseconds: {
     /** From the call until the request was admitted. */
     readonly queued: Histogram;
@@ -67,79 +72,52 @@ export interface Stats {
 /** 1, 2, 5, 10, … ms to a quarter of an hour. */
 const bounds = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6];
 
-class Recorder {
-  readonly #counts = new Array<number>(bounds.length + 1).fill(0);
-  #sum = 0;
-  #count = 0;
+class Recorder implements Histogram {
+  readonly bounds = bounds;
+  readonly counts = new Array<number>(bounds.length + 1).fill(0);
+  count = 0;
+  sum = 0;
 
   add(value: number): void {
     const range = bounds.findIndex((bound) => value <= bound);
-    this.#counts[range < 0 ? bounds.length : range]!++;
-    this.#sum += value;
-    this.#count++;
-  }
-
-  get histogram(): Histogram {
-    return { bounds, counts: [...this.#counts], count: this.#count, sum: this.#sum };
+    this.counts[range < 0 ? bounds.length : range]!++;
+    this.sum += value;
+    this.count++;
   }
 }
 
 export type Ending = "completed" | "failed" | "aborted";
 
 export class StatsRecorder {
-  readonly #requests = { accepted: 0, refused: 0, completed: 0, failed: 0, aborted: 0, late: 0 };
-  readonly #launches = { count: 0, rows: 0, padding: 0, restarted: 0 };
-  readonly #rowsPerLaunch = new Map<number, number>();
-  readonly #queued = new Recorder();
+  readonly requests = { accepted: 0, refused: 0, completed: 0, failed: 0, aborted: 0, late: 0 };
+  readonly launches = { count: 0, rows: 0, padding: 0, restarted: 0 };
+  readonly queued = new Recorder();
+  readonly #rowsPerLaunch: Record<string, number> = {};
   readonly #total = new Recorder();
-  readonly #byGraph = new Map<string, Recorder>();
+  readonly #byGraph: Record<string, Recorder> = {};
 
-  accepted(): void {
-    this.#requests.accepted++;
-  }
-
-  refused(): void {
-    this.#requests.refused++;
-  }
-
-  started(queuedMilliseconds: number): void {
-    this.#queued.add(queuedMilliseconds);
-  }
-
-  ended(how: Ending, milliseconds: number, late: boolean): void {
-    this.#requests[how]++;
+  ended(how: Ending, milliseconds: number, isLate: boolean): void {
+    this.requests[how]++;
     if (how !== "completed") return;
     this.#total.add(milliseconds);
-    if (late) this.#requests.late++;
+    if (isLate) this.requests.late++;
   }
 
   launched(graph: string, rows: number, batch: number, milliseconds: number): void {
-    this.#launches.count++;
-    this.#launches.rows += rows;
-    this.#launches.padding += batch - rows;
-    this.#rowsPerLaunch.set(rows, (this.#rowsPerLaunch.get(rows) ?? 0) + 1);
-    const recorder = this.#byGraph.get(graph) ?? new Recorder();
-    recorder.add(milliseconds);
-    this.#byGraph.set(graph, recorder);
+    this.launches.count++;
+    this.launches.rows += rows;
+    this.launches.padding += batch - rows;
+    this.#rowsPerLaunch[rows] = (this.#rowsPerLaunch[rows] ?? 0) + 1;
+    this.#byGraph[graph] ??= new Recorder();
+    this.#byGraph[graph].add(milliseconds);
   }
 
-  restarted(rows: number): void {
-    this.#launches.restarted += rows;
-  }
-
-  snapshot(now: { waiting: number; limit: number; requests: number; pictures: number }): Stats {
-    const sizes = [...this.#rowsPerLaunch].sort(([a], [b]) => a - b);
-    return {
-      queue: { waiting: now.waiting, limit: now.limit },
-      running: { requests: now.requests, pictures: now.pictures },
-      requests: { ...this.#requests },
-      launches: { ...this.#launches },
-      rowsPerLaunch: Object.fromEntries(sizes),
-      milliseconds: {
-        queued: this.#queued.histogram,
-        total: this.#total.histogram,
-        launches: Object.fromEntries([...this.#byGraph].map(([graph, recorder]) => [graph, recorder.histogram])),
-      },
-    };
+  /** A copy of everything, with what is under way. */
+  snapshot(now: Pick<Stats, "queue" | "running">): Stats {
+    const { requests, launches, queued } = this;
+    // Keys that are integers come in rising order.
+    const rowsPerLaunch = this.#rowsPerLaunch;
+    const milliseconds = { queued, total: this.#total, launches: this.#byGraph };
+    return structuredClone({ ...now, requests, launches, rowsPerLaunch, milliseconds });
   }
 }

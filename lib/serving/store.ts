@@ -13,7 +13,7 @@ import { createHash, randomBytes } from "node:crypto";
 import { readdir, readFile, rm } from "node:fs/promises";
 import path from "node:path";
 import { z } from "zod";
-import { defaultCacheFolder, makeFolders, writeFileWhole } from "../common/files.js";
+import { defaultCacheFolder, makeFolders, writeFileAtomic } from "../common/files.js";
 import type { CostEntry } from "./costs.js";
 
 const format = 2;
@@ -97,7 +97,7 @@ export class CostStore {
       }
       const file = path.join(this.folder, `${now}-${randomBytes(6).toString("hex")}.json`);
       const content = { format, key: this.key, ...about, entries: [...merged.values()] };
-      await writeFileWhole(file, `${JSON.stringify(content, null, 2)}\n`, 0o600);
+      await writeFileAtomic(file, `${JSON.stringify(content, null, 2)}\n`, 0o600);
       for (const name of names) await rm(path.join(this.folder, name), { force: true });
     };
     const written = this.#writing.then(write);

@@ -12,7 +12,7 @@ import {
   readT5Config,
   readTransformerConfig,
   readVaeConfig,
-} from "../../lib/checkpoint/index.js";
+} from "../../lib/checkpoint/configs.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { temporaryFolder } from "./folders.js";
 

@@ -7,7 +7,7 @@ import { readFile, rm, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
-import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "../../lib/checkpoint/index.js";
+import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "../../lib/checkpoint/tokenizers.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { copyModel, editJson, fixture } from "./folders.js";
 

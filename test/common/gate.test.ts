@@ -1,4 +1,4 @@
-// Who is let in, and when: under any sequence of arrivals, aborts and endings.
+// Which entries are let in, and when: under any sequence of arrivals, aborts and endings.
 import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
@@ -9,7 +9,7 @@ import { Gate } from "../../lib/common/gate.js";
 const rising = (a: number, b: number) => a - b;
 
 describe("Gate", () => {
-  it("lets in by order, and first come, first served among equals", async () => {
+  it("lets in by order, and of equals the earlier ones first", async () => {
     const gate = new Gate<number>({ capacity: 1, compare: rising });
     const order: string[] = [];
     const leave = await gate.enter(0);
@@ -33,7 +33,7 @@ describe("Gate", () => {
     expect(gate.inside).toEqual({ entries: 0, weight: 0 });
   });
 
-  it("lets a large entry in alone, and nobody overtakes it for being small", async () => {
+  it("lets a large entry in alone, and no smaller one goes before it", async () => {
     const gate = new Gate({ capacity: 4 });
     const first = await gate.enter(undefined, 3);
     const order: string[] = [];
@@ -55,7 +55,7 @@ describe("Gate", () => {
     expect(gate.inside).toEqual({ entries: 0, weight: 0 });
   });
 
-  it("asks again how much fits whenever somebody leaves", async () => {
+  it("asks again how much fits whenever an entry leaves", async () => {
     let available = 10;
     const gate = new Gate({ capacity: () => available });
     const [a, b] = [await gate.enter(undefined, 6), await gate.enter(undefined, 4)];
@@ -71,7 +71,7 @@ describe("Gate", () => {
     (await d)();
   });
 
-  it("refuses who would have to wait where as many wait as may", async () => {
+  it("refuses an entry that would have to wait where as many wait as may", async () => {
     const gate = new Gate({ capacity: 2, limit: 1 });
     const leave = await gate.enter(undefined, 2);
     expect(gate.isFull()).toBe(false);
@@ -83,7 +83,7 @@ describe("Gate", () => {
     expect(gate.isFull(100)).toBe(false);
   });
 
-  it("lets out who aborts, lets in who stood behind, and follows the signal no longer than that", async () => {
+  it("removes an entry that aborts, lets in those behind it, and stops following the signal", async () => {
     const gate = new Gate({ capacity: 4 });
     const first = await gate.enter(undefined, 3);
     const controller = new AbortController();
@@ -101,7 +101,7 @@ describe("Gate", () => {
     await expect(again).rejects.toBe("no longer");
     (await behind)();
     first();
-    // Once inside, an abort is the business of who is inside.
+    // An abort after that is up to the work inside.
     const late = new AbortController();
     const leave = await gate.enter(undefined, 1, late.signal);
     late.abort();
@@ -137,7 +137,7 @@ describe("Gate", () => {
     await idle;
   });
 
-  it("never exceeds its bounds, loses nobody and settles everybody once, whatever happens", async () => {
+  it("never exceeds its bounds, loses no entry and settles each once, whatever happens", async () => {
     const event = fc.oneof(
       { weight: 5, arbitrary: fc.record({ type: fc.constant("enter" as const), weight: fc.integer({ min: 1, max: 6 }), order: fc.nat(5) }) }, // biome-ignore format: one line
       { weight: 4, arbitrary: fc.record({ type: fc.constant("leave" as const), which: fc.nat(20) }) },
@@ -198,7 +198,7 @@ describe("Gate", () => {
             expect(gate.inside).toEqual({ entries: inside.length, weight: weightInside() });
             expect(gate.waiting).toBe(inState("waiting").length);
             if (inside.length > 1) expect(weightInside()).toBeLessThanOrEqual(capacity);
-            // The first of those who wait would not fit: nobody waits for nothing.
+            // The first of those that wait would not fit: none waits without need.
             const [first] = inState("waiting").sort((a, b) => a.order - b.order);
             if (first) expect(weightInside() > 0 && weightInside() + first.weight > capacity).toBe(true);
           }

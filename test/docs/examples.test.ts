@@ -6,6 +6,7 @@ import path from "node:path";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { figures, readResults, withFigures } from "../../bench/readme.js";
+import { errorTable, FlowTurboError } from "../../lib/errors.js";
 import { root } from "../support/fixtures.js";
 import { documents, read } from "./documents.js";
 
@@ -94,13 +95,13 @@ describe("examples/service.js", () => {
     expect((await sharp(first).metadata()).width).toBe(64);
   });
 
-  it("tells a client's mistake from its own", async () => {
+  it("answers a wrong option with the status of the table", async () => {
     const response = await fetch(`${url}/?steps=0`);
     expect(response.status).toBe(400);
     expect(await response.text()).toMatch(/Expected a whole number from 1 to 1000 for steps/);
   });
 
-  it("survives clients that hang up, and ends cleanly", async () => {
+  it("serves on after a client has closed its connection, and ends by itself at SIGTERM", async () => {
     await expect(fetch(`${url}/?steps=900`, { signal: AbortSignal.timeout(300) })).rejects.toThrow();
     expect((await fetch(`${url}/?steps=1`)).status).toBe(200);
     const ended = new Promise((resolve) => child.once("exit", (code, signal) => resolve([code, signal])));
@@ -131,15 +132,29 @@ describe("README.md", () => {
     expect(samplesOf(readme)[0]!.trim().split("\n").length).toBeLessThanOrEqual(10);
   });
 
-  it("quotes the figures that lie in bench/results, and no others", () => {
+  it("quotes the figures that are in bench/results, and no others", () => {
     expect(withFigures(readme, figures(readResults()))).toBe(readme);
   });
 
-  it("names every option and error code", async () => {
+  it("names every option", async () => {
     const { generateSchema, loadSchema } = await import("../../lib/options.js");
     for (const option of [...Object.keys(generateSchema.shape), ...Object.keys(loadSchema.shape)])
       expect(readme).toContain(`\`${option}\``);
-    const codes = readFileSync(path.join(root, "lib/errors.ts"), "utf8").match(/(?<=\| ")ERR_FLOWTURBO_\w+/g)!;
-    for (const code of codes) expect(readme).toContain(code);
+  });
+
+  it("has the table of errors, whose classes are all exported", async () => {
+    const api: Record<string, unknown> = await import("../../lib/index.js");
+    const errors: Record<string, unknown> = await import("../../lib/errors.js");
+    const rows = Object.entries(errorTable).map(
+      ([code, { type, status, retryable }]) =>
+        `| \`${code}\` | \`${type.name}\` | ${status} | ${retryable ? "yes" : "no"} |`,
+    );
+    const shown = [...readme.matchAll(/^(\| `ERR_FLOWTURBO_\w+` \|.*?\|.*?\|.*?\|)/gm)].map(([, row]) => row);
+    expect(shown).toEqual(rows);
+    const inTable = new Set<unknown>(Object.values(errorTable).map(({ type }) => type));
+    for (const [name, value] of Object.entries(errors)) {
+      expect(api[name], name).toBe(value);
+      if (typeof value === "function" && value !== FlowTurboError) expect(inTable.has(value), name).toBe(true);
+    }
   });
 });

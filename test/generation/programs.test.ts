@@ -17,7 +17,7 @@ function kindOf(what: What): SamplingKind {
   const schedule = scheduleOf(parseBlocks("H1P2"), shiftedSigmas(3, { shift: 3 }));
   const stage = (side: number) => ({
     ...{ schedule, latentShape: [1, 4, side, side] as const, positions: { predict: positions } },
-    ...{ hasOriginal: what === "started from an original" || what === "inpainted", hasMask: what === "inpainted" },
+    ...{ hasInit: what === "started from an original" || what === "inpainted", hasMask: what === "inpainted" },
   });
   return {
     stages: what === "of two stages" ? [stage(4), stage(8)] : [stage(4)],
@@ -32,9 +32,9 @@ const values = (...shape: number[]): FloatTensor =>
 
 function valuesOf(kind: SamplingKind) {
   return slotValues({
-    stages: kind.stages.map(({ latentShape: [, channels, height, width], hasOriginal, hasMask }) => ({
+    stages: kind.stages.map(({ latentShape: [, channels, height, width], hasInit, hasMask }) => ({
       noise: values(1, channels, height, width),
-      original: hasOriginal ? values(1, channels, height, width) : undefined,
+      init: hasInit ? values(1, channels, height, width) : undefined,
       mask: hasMask ? values(1, 1, height, width) : undefined,
     })),
     context: values(...kind.contextShape),

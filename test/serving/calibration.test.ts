@@ -26,7 +26,7 @@ function template(size: string): Program {
     constants: { latents: slot },
     instructions: [
       {
-        ...{ op: "launch", graph: "decode", inputs: { latents: "latents" }, outputs: { image: "image" } },
+        ...{ op: "launch", graph: "vae_decoder", inputs: { latents: "latents" }, outputs: { image: "image" } },
         ...{ sharing: { size }, label: { kind: "decode", name: "decode" } },
       },
     ],
@@ -91,7 +91,7 @@ describe("before a promise", () => {
     await second;
     expect(await begun()).toBe(0);
     expect(programs).toHaveLength(2 * runsEach);
-    for (const size of ["a", "b"]) expect(costs.get("decode", size, 1)).toMatchObject({ runs: 3 });
+    for (const size of ["a", "b"]) expect(costs.get("vae_decoder", size, 1)).toMatchObject({ runs: 3 });
     // Nothing is left to learn.
     await calibration.learn(candidates("a", "b"), terms());
   });
@@ -108,7 +108,7 @@ describe("before a promise", () => {
     await next;
     expect(await begun()).toBe(0);
     expect(programs).toHaveLength(1 + runsEach);
-    expect(costs.get("decode", "a", 1)).toMatchObject({ runs: 3 });
+    expect(costs.get("vae_decoder", "a", 1)).toMatchObject({ runs: 3 });
   });
 
   it("a failure reaches every caller, and the next one measures again", async () => {
@@ -119,7 +119,7 @@ describe("before a promise", () => {
     const next = calibration.learn(candidates("a"), terms());
     for (let run = 0; run < runsEach; run++) await end();
     await next;
-    expect(costs.get("decode", "a", 1)).toBeDefined();
+    expect(costs.get("vae_decoder", "a", 1)).toBeDefined();
   });
 
   it("the end of the model waits for a launch under way, whose caller may have left", async () => {
@@ -140,6 +140,20 @@ describe("before a promise", () => {
   });
 });
 
+it("what has been asked for is measured between requests at every batch, and stored", async () => {
+  const { calibration, costs, end } = open();
+  calibration.remember(candidates("background"));
+  calibration.rest();
+  // One run that is not counted and seven that are.
+  for (let run = 0; run < 8; run++) await end();
+  while (!costs.get("vae_decoder", "background", 1)) await setImmediate();
+  await calibration.stop();
+  const stored = await new CostStore("key", cache).read();
+  expect(stored.filter(({ size }) => size === "background")).toMatchObject([
+    { graph: "vae_decoder", batch: 1, runs: 7 },
+  ]);
+});
+
 it("slots are measured with made-up values, other constants that are the same for all rows with their own", async () => {
   const { calibration, programs, end } = open();
   const position = { kind: "value", tensor: float32([1, 4, 4], new Float32Array(16).fill(7)) } as const;
@@ -148,7 +162,7 @@ it("slots are measured with made-up values, other constants that are the same fo
   const names = ["x", "velocity", "context", "pooled", "position_embedding", "sigma", "a_in", "a_old", "a_new"];
   const shapes = { x: [1, 4, 2, 2], velocity: [2, 4, 2, 2], context: [2, 3, 5], pooled: [2, 20] };
   const launch: Launch = {
-    ...{ op: "launch", graph: "predict", sharing: { size: "a" }, label: { kind: "step", name: "step" } },
+    ...{ op: "launch", graph: "predict.guidance", sharing: { size: "a" }, label: { kind: "step", name: "step" } },
     inputs: Object.fromEntries([...names, "guidance"].map((name) => [name, name])),
     outputs: { x_next: "x_next", velocity_next: "velocity_next" },
   };

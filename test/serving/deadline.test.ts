@@ -1,20 +1,7 @@
-// The ladder of schedules and the choice among them.
+// The choice among candidates for a time limit, and how much a prediction leaves free.
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { parseBlocks } from "../../lib/schedule/index.js";
-import { chooseCandidate, deadlineMargin, defaultLadder, limitFor, Margin } from "../../lib/serving/deadline.js";
-
-describe("defaultLadder", () => {
-  it("goes from many evaluations of the predictor to few", () => {
-    expect(defaultLadder(false)).toEqual(
-      ["H1P27", "H1P19", "H1P13", "H1P9", "H1P7", "H1P5", "H1P4", "H1P3", "H1P2", "H1P1", "H1"], // biome-ignore format: one line
-    );
-    expect(defaultLadder(true)).toEqual(
-      ["H1P21R6", "H1P15R4", "H1P10R3", "H1P7R2", "H1P5R2", "H1P4R1", "H1P3R1", "H1P2R1", "H1P1R1", "H1P1", "H1"], // biome-ignore format: one line
-    );
-    for (const blocks of [...defaultLadder(true), ...defaultLadder(false)]) parseBlocks(blocks);
-  });
-});
+import { chooseCandidate, deadlineMargin, limitFor, Margin } from "../../lib/serving/deadline.js";
 
 describe("chooseCandidate", () => {
   const candidates = [

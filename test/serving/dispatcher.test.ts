@@ -1,51 +1,15 @@
-// Jobs side by side on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
+// Jobs at the same time on a simulated runtime: results do not depend on other jobs, whatever arrives, is aborted or fails.
 import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { describe, expect, it, vi } from "vitest";
-import { type FloatTensor, float32, type Tensor } from "../../lib/common/tensor.js";
+import type { Tensor } from "../../lib/common/tensor.js";
 import type { Launch, Program } from "../../lib/program/program.js";
-import { defaultBlocks, parseBlocks, samplingProgram, shiftedSigmas, upscaleSigmas } from "../../lib/schedule/index.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { Dispatcher } from "../../lib/serving/dispatcher.js";
 import { StatsRecorder } from "../../lib/serving/stats.js";
-import { alone, type Fate, SimulatedRuntime, shapesOf } from "./simulated.js";
-
-const graphNames = {
-  predict: "predict",
-  refine: "refine",
-  decode: "decode",
-  encode: "encode",
-  join: "join",
-  noised: "noised",
-  merge: "merge",
-  preview: "preview",
-};
-const numbers = (seed: number, ...shape: number[]): FloatTensor => {
-  const values = Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, i) =>
-    Math.sin(seed * 12.9898 + i * 78.233),
-  );
-  return float32(shape, Float32Array.from(values));
-};
-const positions = (side: number) =>
-  ({
-    kind: "stored",
-    source: { name: "positions", dtype: "F32", shape: [1, 4096, 4], file: "/file", offset: 0, length: 65536 },
-    shape: [1, side * side, 4],
-    firstElement: side,
-    rowElements: side * 4,
-    strideElements: side * 4,
-    rows: side,
-  }) as const;
-const unguidedNames = {
-  ...graphNames,
-  predict: "predict_unguided",
-  refine: "refine_unguided",
-  merge: "merge_unguided",
-  preview: "preview_unguided",
-};
-/** The same for all requests, as a model's are. */
-const colours = { map: numbers(1, 3, 4), bias: numbers(2, 3, 1) };
+import { conditionOf, numbers, programOf } from "./programs.js";
+import { alone, type Fate, graphNames, SimulatedRuntime, shapesOf } from "./simulated.js";
 
 interface Request {
   readonly blocks: string;
@@ -55,39 +19,27 @@ interface Request {
   readonly extra?: "stages" | "inpainting" | "preview" | undefined;
 }
 
-/** The row programs of a request, as the pipeline makes them. */
-function rowsOf({ blocks, side, guided, seeds, extra }: Request): Program[] {
-  const list = parseBlocks(blocks);
-  const original = numbers(77, 1, 4, side, side);
-  const mask = numbers(78, 1, 1, side, side);
-  const context = numbers(seeds[0]!, guided ? 2 : 1, 3, 5);
-  return seeds.map((seed) => {
-    const stage = (at: number, scale: number, sigmas: number[]) => ({
-      blocks: list,
-      sigmas,
-      noise: numbers(seed + at / 10, 1, 4, side * scale, side * scale),
-      positions: { predict: positions(side * scale), refine: positions(side * scale) },
-      ...(extra === "inpainting" && { originalLatents: original, mask }),
-    });
-    const first = stage(0, 1, shiftedSigmas(list.length, 3));
-    return samplingProgram({
-      stages: extra === "stages" ? [first, stage(1, 2, upscaleSigmas(list.length, 3, 0.6))] : [first],
-      context,
-      pooled: numbers(seeds[0]! + 0.5, guided ? 2 : 1, 20),
-      guidanceScale: guided ? seed : null,
-      graphs: guided ? graphNames : unguidedNames,
-      vaeFactor: 2,
-      imageChannels: 3,
-      pixelsAtOnce: 2 * (2 * side) ** 2,
-      ...(extra === "preview" && { preview: "fast", colours }),
-    }).program;
-  });
+/** The row programs of a request, as a model makes them. */
+function rowsOf({ seeds, guided, ...request }: Request): Program[] {
+  const { side, extra } = request;
+  const condition = conditionOf(seeds[0]!, guided);
+  const edit = { init: numbers(77, 1, 4, side, side), mask: numbers(78, 1, 1, side, side) };
+  return seeds.map((seed) =>
+    programOf(
+      { ...request, seed, guidanceScale: guided ? seed : null, pixelsAtOnce: 2 * (2 * side) ** 2 },
+      condition,
+      extra === "inpainting" ? edit : undefined,
+    ),
+  );
 }
+
+/** What is under way at the end. */
+const nothing = { queue: { waiting: 0, limit: 0 }, running: { requests: 0, pictures: 0 } };
 
 const costs = (graphs: readonly string[]) =>
   new CostTable(
     graphs.flatMap((graph) =>
-      ["2x2", "4x4", "8x8", "16x16"].flatMap((size) =>
+      ["4x4", "8x8", "16x16"].flatMap((size) =>
         [1, 2, 4, 8].map((batch) => entryOf(graph, batch, size, [5 + 5 * batch])),
       ),
     ),
@@ -95,7 +47,7 @@ const costs = (graphs: readonly string[]) =>
 function open(
   extra: {
     maxBatch?: number;
-    maxWait?: number;
+    maxWaitMs?: number;
     captured?: boolean;
     preemption?: boolean;
     /** Graphs whose costs are known. */
@@ -104,11 +56,11 @@ function open(
 ) {
   const runtime = new SimulatedRuntime(extra);
   const stats = new StatsRecorder();
-  const table = costs(extra.known ?? ["predict", "refine", "decode"]);
+  const table = costs(extra.known ?? ["predict.guidance", "refine.guidance", "vae_decoder"]);
   const maxBatch = extra.maxBatch ?? 8;
   const dispatcher = new Dispatcher(runtime, {
     batches: [1, 2, 4, 8].filter((batch) => batch <= maxBatch),
-    maxWait: extra.maxWait ?? 20,
+    maxWaitMs: extra.maxWaitMs ?? 20,
     captured: extra.captured ?? false,
     graph: shapesOf,
     costs: table,
@@ -119,7 +71,7 @@ function open(
     stats,
     table,
     dispatcher,
-    rowsPerLaunch: () => stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).rowsPerLaunch,
+    rowsPerLaunch: () => stats.snapshot(nothing).rowsPerLaunch,
   };
 }
 let sequence = 0;
@@ -169,7 +121,7 @@ describe("jobs at the same time", () => {
     const results = await Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority() })));
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
     expect(Math.max(...Object.keys(rowsPerLaunch()).map(Number))).toBeGreaterThanOrEqual(4);
-    expect(stats.snapshot({ waiting: 0, limit: 0, requests: 0, pictures: 0 }).launches.restarted).toBe(0);
+    expect(stats.snapshot(nothing).launches.restarted).toBe(0);
     await dispatcher.idle();
     await runtime.settled();
     expect(dispatcher.held).toBe(0);
@@ -194,8 +146,11 @@ describe("jobs at the same time", () => {
       programs.map((rows) => pinned.dispatcher.run({ rows, priority: priority(), pin: 4 })),
     );
     for (const [index, rows] of programs.entries()) expectEqual(results[index]!, rows);
-    // Pictures too large for two at once are lifted and decoded one by one.
-    expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual(["decode false", "join false"]);
+    // Pictures too large for two at once are upscaled and decoded one by one.
+    expect([...batches].filter((text) => text.endsWith("false")).sort()).toEqual([
+      "upscale false",
+      "vae_decoder false",
+    ]);
   });
 
   it("run as captured programs, where that is asked for, and are counted and observed all the same", async () => {
@@ -208,21 +163,16 @@ describe("jobs at the same time", () => {
     for (const [index, results] of (await run()).entries()) expectEqual(results, programs[index]!);
     for (let round = 0; round < 5; round++) await run();
     const count = 6 * programs.flat().reduce((sum, { instructions }) => sum + instructions.length, 0);
-    const { launches, rowsPerLaunch, milliseconds } = stats.snapshot({
-      waiting: 0,
-      limit: 0,
-      requests: 0,
-      pictures: 0,
-    });
+    const { launches, rowsPerLaunch, milliseconds } = stats.snapshot(nothing);
     expect(launches).toEqual({ count, rows: count, padding: 0, restarted: 0 });
     expect(rowsPerLaunch).toEqual({ 1: count });
-    expect(milliseconds.launches.predict!.sum).toBe(7 * milliseconds.launches.predict!.count);
+    expect(milliseconds.launches["predict.guidance"]!.sum).toBe(7 * milliseconds.launches["predict.guidance"]!.count);
     expect(heard).toHaveBeenCalledTimes(count);
-    // What nobody has measured is learnt.
-    expect(table.get("merge", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
+    // What has not been measured gets an entry.
+    expect(table.get("inpaint_blend.guidance", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
   });
 
-  it("hear of each of their launches once, in order, with the values they asked for", async () => {
+  it("are told of each of their launches once, in order, with the values that they asked for", async () => {
     const { dispatcher } = open();
     const requests = [request({ extra: "preview", seeds: [1, 2] }), request({ seeds: [3] })];
     const reports = requests.map(() => new Map<number, string[]>());
@@ -252,7 +202,7 @@ describe("jobs at the same time", () => {
     expect(firsts).toBeLessThan(2 * programs[0]![0]!.instructions.length);
   });
 
-  it("end early for those that are aborted or whose listener throws, and for nobody else", async () => {
+  it("end early where they are aborted or their listener throws, and nowhere else", async () => {
     const { dispatcher, runtime } = open();
     const controller = new AbortController();
     const programs = [request({ seeds: [1] }), request({ seeds: [2] }), request({ seeds: [3, 4] })].map(rowsOf);
@@ -366,7 +316,7 @@ describe("failures", () => {
     };
     const failed = dispatcher.run({ rows: bad, priority: priority() });
     const results = others.map((rows) => dispatcher.run({ rows, priority: priority() }));
-    await expect(failed).rejects.toThrow(/The launch of "predict" failed/);
+    await expect(failed).rejects.toThrow(/The launch of "predict.guidance" failed/);
     for (const [index, result] of results.entries()) expectEqual(await result, others[index]!);
     await dispatcher.idle();
     expect(dispatcher.held).toBe(0);
@@ -396,9 +346,9 @@ describe("failures", () => {
     const settings = fc.record({
       maxBatch: fc.constantFrom(1, 2, 8),
       pin: fc.constantFrom(null, null, 4),
-      maxWait: fc.constantFrom(0, 1000),
+      maxWaitMs: fc.constantFrom(0, 1000),
       preemption: fc.boolean(),
-      known: fc.constantFrom(["predict"], [...Object.values(graphNames), ...Object.values(unguidedNames)]),
+      known: fc.constantFrom(["predict.guidance"], graphNames),
     });
     let delivered = 0;
     let preemptions = 0;
@@ -462,13 +412,9 @@ describe("failures", () => {
 it("a job over nothing is refused", async () => {
   const { dispatcher } = open();
   await expect(dispatcher.run({ rows: [], priority: priority() })).rejects.toThrow(RangeError);
-  const [program] = rowsOf(request({ blocks: formatDefault() }));
+  const [program] = rowsOf(request());
   const copy = { op: "copy", from: "a", fromRow: 0, to: "b", toRow: 0, rows: 1 } as const;
   await expect(dispatcher.run({ rows: [{ ...program!, instructions: [copy] }], priority: priority() })).rejects.toThrow(
     /no rows to copy/,
   );
 });
-
-function formatDefault(): string {
-  return defaultBlocks("flowturbo", 3, true).join("");
-}

@@ -1,4 +1,4 @@
-// Who goes first, and that nobody waits for ever.
+// Who goes first, and that no request waits for ever.
 import { afterEach, describe, expect, it, vi } from "vitest";
 import { Gate } from "../../lib/common/gate.js";
 import { agingMilliseconds, byPriority, comparePriorities, type Priority } from "../../lib/serving/priority.js";
@@ -25,7 +25,7 @@ describe("comparePriorities", () => {
     expect(sorted.map(({ sequence }) => sequence)).toEqual([5, 2, 1, 3, 4, 6]);
   });
 
-  it("raises the level of those that wait, so that nobody starves at a gate", async () => {
+  it("raises the level of those that wait, so that no entry waits at a gate for ever", async () => {
     let now = 0;
     vi.spyOn(performance, "now").mockImplementation(() => now);
     const gate = new Gate<Priority>({ capacity: 1, compare: byPriority });

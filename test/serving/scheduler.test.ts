@@ -3,7 +3,8 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { agingMilliseconds, type Priority } from "../../lib/serving/priority.js";
-import { type RowLaunch, type ScheduledJob, Scheduler, type Submission } from "../../lib/serving/scheduler.js";
+import type { RowLaunch } from "../../lib/serving/rows.js";
+import { type ScheduledJob, Scheduler, type Submission } from "../../lib/serving/scheduler.js";
 import { cheapestSplit, launchBatches } from "../../lib/serving/split.js";
 
 const launch = (key: string, extra: Partial<RowLaunch> = {}): RowLaunch => {
@@ -40,25 +41,22 @@ const costs = (table: Record<string, readonly number[]>) =>
 const paying = { "predict@64": [20, 30, 50, 90], "refine@64": [10, 12, 16, 24], "decode@64": [30, 60, 120, 240] };
 const scheduler = (
   table = costs(paying),
-  extra: { maxWait?: number; batches?: readonly number[]; preemption?: boolean } = {},
+  extra: { maxWaitMs?: number; batches?: readonly number[]; preemption?: boolean } = {},
 ) =>
   new Scheduler({
-    batches: extra.batches ?? [1, 2, 4, 8],
-    maxWait: extra.maxWait ?? 20,
-    preemption: extra.preemption ?? false,
-    cost: (graph, size, batch) => table.estimate(graph, size, batch),
-    relativeCost: (graph, size, batch) => table.relative(graph, size, batch),
+    ...{ batches: [1, 2, 4, 8], maxWaitMs: 20, preemption: false, costs: table },
+    ...extra,
   });
 const shape = (submission: Submission | null) =>
   submission?.launches.map(
     ({ graph, batch, rows }) => `${graph} ${batch}: ${rows.map(({ job, row }) => `${job}.${row}`).join(" ")}`,
   );
-/** Plans and finishes submissions, one at a time, until nothing is left. */
+/** Assigns and finishes submissions, one at a time, until nothing is left. */
 const drain = (work: Scheduler, now = 0) => {
   const submissions: Submission[] = [];
-  for (let submission = work.plan(now); submission; submission = work.plan(now)) {
+  for (let submission = work.assign(now); submission; submission = work.assign(now)) {
     submissions.push(submission);
-    work.finished(submission.id);
+    work.finished(submission.id, now);
   }
   return submissions;
 };
@@ -67,23 +65,23 @@ describe("rows", () => {
   it("share launches wherever they are in their schedules, if the cost table says that it pays", () => {
     const work = scheduler();
     work.start(job(1, ["predict@64 predict@64 predict@64 predict@64 decode@64"]), 0);
-    expect(shape(work.plan(0))).toEqual(["predict 1: 1.0", "predict 1: 1.0"]);
+    expect(shape(work.assign(0))).toEqual(["predict 1: 1.0", "predict 1: 1.0"]);
     work.start(job(2, ["predict@64 predict@64 decode@64"]), 0);
-    expect(shape(work.plan(0))).toEqual(["predict 2: 1.0 2.0"]);
-    expect(shape(work.plan(0))).toEqual(["predict 2: 1.0 2.0"]);
-    // Two decoded together cost as much as one after the other: the more urgent one has its picture first.
-    expect(shape(work.plan(0))).toEqual(["decode 1: 1.0"]);
-    expect(shape(work.plan(0))).toEqual(["decode 1: 2.0"]);
-    expect(work.plan(0)).toBeNull();
+    expect(shape(work.assign(0))).toEqual(["predict 2: 1.0 2.0"]);
+    expect(shape(work.assign(0))).toEqual(["predict 2: 1.0 2.0"]);
+    // Two decoded together cost as much as one after the other: the one that arrived first has its picture first.
+    expect(shape(work.assign(0))).toEqual(["decode 1: 1.0"]);
+    expect(shape(work.assign(0))).toEqual(["decode 1: 2.0"]);
+    expect(work.assign(0)).toBeNull();
   });
 
   it("do not share launches that do not pay, except deferrable ones, which share even at a little loss", () => {
     const table = costs({ "predict@64": [20, 41], "refine@64": [20, 41] });
-    const work = scheduler(table, { maxWait: 0 });
+    const work = scheduler(table, { maxWaitMs: 0 });
     work.start(job(1, ["predict@64 refine@64"]), 0);
     work.start(job(2, ["predict@64 refine@64"]), 0);
     expect(drain(work).flatMap(shape)).toEqual(["predict 1: 1.0", "refine 1: 1.0", "predict 1: 2.0", "refine 1: 2.0"]);
-    const held = scheduler(table, { maxWait: 50 });
+    const held = scheduler(table, { maxWaitMs: 50 });
     held.start(job(1, ["predict@64 refine@64"]), 0);
     held.start(job(2, ["predict@64 refine@64"]), 0);
     expect(drain(held).flatMap(shape)).toEqual(["predict 1: 1.0", "predict 1: 2.0", "refine 2: 1.0 2.0"]);
@@ -144,7 +142,7 @@ describe("rows", () => {
 
   it("of several jobs are never padded where that is not cheaper, deferrable or not", () => {
     const start = (table: CostTable) => {
-      const work = scheduler(table, { maxWait: 0 });
+      const work = scheduler(table, { maxWaitMs: 0 });
       for (const id of [1, 2, 3]) work.start(job(id, ["refine@64"]), 0);
       return drain(work).flatMap((submission) => submission.launches.map(({ batch, rows }) => [rows.length, batch]));
     };
@@ -171,9 +169,9 @@ describe("rows", () => {
 });
 
 describe("holding back", () => {
-  it("holds a deferrable launch while a row that needs the same launch is near, no longer than maxWait", () => {
-    const start = (maxWait: number) => {
-      const work = scheduler(costs(paying), { maxWait });
+  it("holds a deferrable launch while a row that needs the same launch is near, no longer than maxWaitMs", () => {
+    const start = (maxWaitMs: number) => {
+      const work = scheduler(costs(paying), { maxWaitMs });
       work.start(job(1, ["refine@64 decode@64"]), 0);
       work.start(job(2, ["predict@64 refine@64 decode@64"]), 0);
       return work;
@@ -181,19 +179,19 @@ describe("holding back", () => {
     expect(drain(start(19)).flatMap(shape)[0]).toBe("refine 1: 1.0");
     expect(drain(start(20)).flatMap(shape).slice(0, 2)).toEqual(["predict 1: 2.0", "refine 2: 1.0 2.0"]);
     const late = start(20);
-    expect(shape(late.plan(1))).toEqual(["refine 1: 1.0"]);
+    expect(shape(late.assign(1))).toEqual(["refine 1: 1.0"]);
   });
 
   it("never leaves the device without work", () => {
-    const work = scheduler(costs(paying), { maxWait: 1e9 });
+    const work = scheduler(costs(paying), { maxWaitMs: 1e9 });
     work.start(job(1, ["refine@64"]), 0);
-    expect(shape(work.plan(0))).toEqual(["refine 1: 1.0"]);
+    expect(shape(work.assign(0))).toEqual(["refine 1: 1.0"]);
     // Two that wait for each other.
-    const both = scheduler(costs({ ...paying, "refine@32": [10, 12] }), { maxWait: 1e9 });
+    const both = scheduler(costs({ ...paying, "refine@32": [10, 12] }), { maxWaitMs: 1e9 });
     both.start(job(1, ["refine@64 refine@32"]), 0);
     both.start(job(2, ["refine@32 refine@64"]), 0);
     expect(drain(both).length).toBeGreaterThan(0);
-    expect(both.jobs).toBe(0);
+    expect(both.assign(0)).toBeNull();
   });
 });
 
@@ -209,15 +207,15 @@ describe("order", () => {
     expect(drain(work).map(({ launches }) => launches[0]!.rows[0]!.job)).toEqual([4, 3, 5, 1, 2]);
   });
 
-  it("starves nobody: a job of low priority ends while others of higher priority keep coming", () => {
+  it("lets no job wait for ever: one of low priority ends while others of higher priority keep coming", () => {
     const work = scheduler(costs({}));
     work.start(job(0, ["slow@1 slow@1 slow@1"], { level: -2 }), 0);
     let now = 0;
-    for (let id = 1; work.jobs > 0 && id < 10_000; id++) {
+    for (let id = 1; id < 10_000; id++) {
       work.start(job(id, [`quick@${id}`], { level: 0, arrival: now, due: now + 10 }), now);
-      const submission = work.plan(now)!;
+      const submission = work.assign(now)!;
       now += 100;
-      if (work.finished(submission.id).includes(0)) break;
+      if (work.finished(submission.id, now).includes(0)) break;
     }
     // Two priorities up, and its default due past.
     expect(now).toBeLessThan(10 * agingMilliseconds);
@@ -229,7 +227,7 @@ describe("order", () => {
     expect(drain(work).map(({ launches }) => launches.length)).toEqual([5, 1]);
   });
 
-  it("plans shorter submissions as soon as there is somebody who could be held up", () => {
+  it("assigns shorter submissions as soon as there is another job that they could delay", () => {
     const work = scheduler(costs({ "predict@64": [4], "predict@128": [4] }));
     work.start(job(1, [Array(12).fill("predict@64").join(" ")]), 0);
     work.start(job(2, ["predict@128 predict@128 predict@128 predict@128"]), 0);
@@ -244,10 +242,10 @@ describe("preemptible submissions", () => {
   it("hold all of a lone job, where submissions can be preempted", () => {
     const work = scheduler(table, { preemption: true });
     work.start(job(1, [twelve]), 0);
-    const submission = work.plan(0)!;
+    const submission = work.assign(0)!;
     expect([submission.launches.length, submission.preemptible]).toEqual([12, true]);
-    expect([work.plan(0), work.toPreempt]).toEqual([null, null]);
-    expect(work.finished(submission.id)).toEqual([1]);
+    expect([work.assign(0), work.toPreempt]).toEqual([null, null]);
+    expect(work.finished(submission.id, 0)).toEqual([1]);
     // What is not measured may take long: launch by launch, until it is known.
     const unknown = scheduler(costs({}), { preemption: true });
     unknown.start(job(1, ["predict@64 predict@64"]), 0);
@@ -256,30 +254,30 @@ describe("preemptible submissions", () => {
     );
   });
 
-  it("hold up a newcomer until they are preempted, and then are shared as any", () => {
+  it("delay a newcomer until they are preempted, and then share launches as any", () => {
     const work = scheduler(table, { preemption: true });
     work.start(job(1, [twelve]), 0);
-    const lone = work.plan(0)!;
+    const lone = work.assign(0)!;
     work.start(job(2, [twelve]), 1);
-    expect([work.toPreempt, work.plan(1)]).toEqual([lone.id, null]);
-    work.preempted(lone.id, 5, 2);
+    expect([work.toPreempt, work.assign(1)]).toEqual([lone.id, null]);
+    work.finished(lone.id, 2, 5);
     expect([work.toPreempt, work.inFlight]).toEqual([null, 0]);
-    const next = work.plan(2)!;
+    const next = work.assign(2)!;
     expect(next.preemptible).toBe(false);
     expect(next.launches[0]!.rows.map(({ job, launch }) => [job, launch])).toEqual([[1, 5], [2, 0]]); // biome-ignore format: one line
-    expect(work.finished(next.id)).toEqual([]);
+    expect(work.finished(next.id, 2)).toEqual([]);
     const rows = drain(work).flatMap(({ launches }) => launches.flatMap(({ rows }) => rows));
     expect(rows.length + next.launches.length * 2).toBe(7 + 12);
-    expect(work.jobs).toBe(0);
+    expect(work.assign(0)).toBeNull();
   });
 
   it("let the job of higher priority go first when they are preempted", () => {
     const work = scheduler(table, { preemption: true });
     work.start(job(1, [twelve]), 0);
-    const lone = work.plan(0)!;
+    const lone = work.assign(0)!;
     work.start(job(2, ["predict@128"], { level: 1 }), 0);
     work.start(job(3, ["predict@128"], { level: -1 }), 0);
-    work.preempted(lone.id, 0, 0);
+    work.finished(lone.id, 0, 0);
     const order = drain(work).flatMap(({ launches }) => launches.flatMap(({ rows }) => rows.map(({ job }) => job)));
     expect(order).toEqual([2, 3, ...Array(12).fill(1)]);
   });
@@ -290,43 +288,43 @@ describe("failures and aborts", () => {
     const work = scheduler();
     work.start(job(1, ["predict@64 predict@64"]), 0);
     work.start(job(2, ["predict@64 predict@64"]), 0);
-    const shared = work.plan(0)!;
+    const shared = work.assign(0)!;
     expect(shape(shared)).toEqual(["predict 2: 1.0 2.0"]);
-    const next = work.plan(0)!;
+    const next = work.assign(0)!;
     expect(work.failed(shared.id, false, 0)).toEqual({ rejected: [], restarted: [1, 2] });
-    // What was planned on top of it counts for nothing.
-    expect(work.finished(next.id)).toEqual([]);
-    const alone = work.plan(0)!;
+    // What was assigned after it, and reads its values, does not count.
+    expect(work.finished(next.id, 0)).toEqual([]);
+    const alone = work.assign(0)!;
     expect(shape(alone)).toEqual(["predict 1: 1.0"]);
     expect(work.failed(alone.id, false, 0)).toEqual({ rejected: [1], restarted: [] });
     expect(drain(work).flatMap(shape)).toEqual(["predict 1: 2.0", "predict 1: 2.0"]);
-    expect(work.jobs).toBe(0);
+    expect(work.assign(0)).toBeNull();
   });
 
-  it("restart everything when the registers are gone, and blame only those of the submission", () => {
+  it("restart everything when the registers are gone, and reject only the job of the submission", () => {
     const work = scheduler(costs({ ...paying, "predict@128": [80] }));
     work.start(job(1, ["predict@64 predict@64"]), 0);
     work.start(job(2, ["predict@128 decode@64"]), 0);
-    const first = work.plan(0)!;
-    work.plan(0);
+    const first = work.assign(0)!;
+    work.assign(0);
     expect(work.failed(first.id, true, 0)).toEqual({ rejected: [1], restarted: [2] });
     expect(work.inFlight).toBe(0);
     expect(drain(work).flatMap(shape)).toEqual(["predict 1: 2.0", "decode 1: 2.0"]);
   });
 
-  it("take a job's rows out of what comes, and name the submissions that run for nobody", () => {
+  it("leave a job's rows out of later submissions, and name the submissions that no job needs", () => {
     const work = scheduler();
     work.start(job(1, ["predict@64 predict@64 predict@64"]), 0);
-    const own = work.plan(0)!;
+    const own = work.assign(0)!;
     work.start(job(2, ["predict@64 predict@64"]), 0);
-    const shared = work.plan(0)!;
+    const shared = work.assign(0)!;
     expect(shape(shared)).toEqual(["predict 2: 1.0 2.0"]);
     // The shared submission reads what the other one writes for job 1.
     expect(work.abort(1)).toEqual([]);
-    expect(work.finished(own.id)).toEqual([]);
-    expect(work.finished(shared.id)).toEqual([]);
+    expect(work.finished(own.id, 0)).toEqual([]);
+    expect(work.finished(shared.id, 0)).toEqual([]);
     work.start(job(3, ["predict@128 predict@128 predict@128"], { level: 1 }), 0);
-    const submissions = [work.plan(0)!, work.plan(0)!];
+    const submissions = [work.assign(0)!, work.assign(0)!];
     expect(work.abort(3)).toEqual(submissions.map(({ id }) => id));
     expect(work.abort(3)).toEqual([]);
     for (const { id } of submissions) expect(work.failed(id, false, 0)).toEqual({ rejected: [], restarted: [] });
@@ -339,7 +337,7 @@ describe("failures and aborts", () => {
     expect(() => work.start(job(1, ["predict@64"]), 0)).toThrow(RangeError);
     expect(() => work.start({ ...job(2, ["x"]), rows: [[]] }, 0)).toThrow(RangeError);
     expect(() => work.start({ ...job(2, ["x"]), rows: [] }, 0)).toThrow(RangeError);
-    expect(() => work.finished(7)).toThrow(RangeError);
+    expect(() => work.finished(7, 0)).toThrow(RangeError);
     expect(() => work.failed(7, false, 0)).toThrow(RangeError);
   });
 });
@@ -363,7 +361,7 @@ const arbitraryJob = fc.record({
 });
 const event = fc.oneof(
   { weight: 4, arbitrary: fc.record({ type: fc.constant("start" as const), job: arbitraryJob }) },
-  { weight: 6, arbitrary: fc.record({ type: fc.constant("plan" as const) }) },
+  { weight: 6, arbitrary: fc.record({ type: fc.constant("assign" as const) }) },
   { weight: 6, arbitrary: fc.record({ type: fc.constant("finish" as const) }) },
   { weight: 3, arbitrary: fc.record({ type: fc.constant("preempt" as const), made: fc.nat(20) }) },
   { weight: 1, arbitrary: fc.record({ type: fc.constant("fail" as const), lost: fc.boolean() }) },
@@ -375,7 +373,7 @@ const arbitraryTable = fc
   .map((entries) => new CostTable(entries.map(([graph, size, batch, milliseconds]) => entryOf(graph, batch, size, [milliseconds])))); // biome-ignore format: one line
 
 describe("whatever happens", () => {
-  it("no row is lost, doubled or mixed up, and everybody has one answer", { timeout: 300_000 }, () => {
+  it("no row is lost, doubled or mixed up, and every job has one answer", { timeout: 300_000 }, () => {
     fc.assert(
       fc.property(
         fc.array(event, { maxLength: 120, size: "max" }),
@@ -383,14 +381,14 @@ describe("whatever happens", () => {
         fc.constantFrom(0, 20, 1000),
         fc.constantFrom([1], [1, 2], [1, 2, 4, 8], [2, 8], [3]),
         fc.boolean(),
-        (events, table, maxWait, batches, preemption) => {
-          const work = scheduler(table, { maxWait, batches, preemption });
+        (events, table, maxWaitMs, batches, preemption) => {
+          const work = scheduler(table, { maxWaitMs, batches, preemption });
           const jobs = new Map<number, ScheduledJob>();
           /** How each job ended. */
           const over = new Map<number, "done" | "rejected" | "aborted">();
           const attempts = new Map<number, number>();
-          /** Launches that each row of the present attempt has had planned, and run. */
-          const planned = new Map<string, number>();
+          /** Launches that each row of the present attempt has had assigned, and run. */
+          const assigned = new Map<string, number>();
           const ran = new Map<string, number>();
           const isolated = new Set<number>();
           /** Launches that have written their values, and submissions that were dropped. */
@@ -404,9 +402,9 @@ describe("whatever happens", () => {
           };
           const rowKey = (id: number, row: number) => `${id}.${row}.${attempts.get(id)}`;
 
-          const plan = () => {
+          const assign = () => {
             const isBlocked = inFlight.some(({ preemptible }) => preemptible);
-            const submission = work.plan(now);
+            const submission = work.assign(now);
             if (!submission) return false;
             expect(isBlocked).toBe(false);
             inFlight.push(submission);
@@ -419,18 +417,18 @@ describe("whatever happens", () => {
               const keys = new Set<string>();
               for (const { job, attempt, row, launch: index, last } of rows) {
                 members.add(job);
-                // Nobody who is over runs on; every row makes its launches in order, none twice, none left out.
+                // No job that is over runs on; every row makes its launches in order, none twice, none left out.
                 expect(over.has(job)).toBe(false);
                 expect(attempt).toBe(attempts.get(job));
                 const key = rowKey(job, row);
-                expect(index).toBe(planned.get(key) ?? 0);
-                planned.set(key, index + 1);
+                expect(index).toBe(assigned.get(key) ?? 0);
+                assigned.set(key, index + 1);
                 const { rows: all, pin } = jobs.get(job)!;
                 const spec = all[row]![index]!;
                 expect([spec.graph, spec.size]).toEqual([graph, size]);
                 expect(last).toBe(index === all[row]!.length - 1);
                 keys.add(`${spec.key} ${pin}`);
-                expect(batch).toBeLessThanOrEqual(spec.maxRows);
+                expect(batch).toBeLessThanOrEqual(spec.maxRows!);
                 expect(launchBatches(batches, spec.maxRows, pin)).toContain(batch);
               }
               expect(keys.size).toBe(1);
@@ -438,8 +436,8 @@ describe("whatever happens", () => {
             if ([...members].some((id) => isolated.has(id))) expect(members.size).toBe(1);
             return true;
           };
-          /** Pieces that the runtime cannot run: values that they read, be it of rows that are over, will not be there. */
-          const doomed = (): Set<Submission> => {
+          /** Submissions that cannot run: values that they read, also those of rows that are over, will not be there. */
+          const unable = (): Set<Submission> => {
             const there = new Set(written);
             const cannot = new Set<Submission>();
             for (const submission of inFlight) {
@@ -462,7 +460,7 @@ describe("whatever happens", () => {
               rows.filter(({ job, attempt }) => !over.has(job) && attempt === attempts.get(job)).map(({ job }) => job),
             );
           const finish = () => {
-            if (inFlight[0] && doomed().has(inFlight[0])) {
+            if (inFlight[0] && unable().has(inFlight[0])) {
               fail(false);
               return;
             }
@@ -474,7 +472,7 @@ describe("whatever happens", () => {
               for (const { job, attempt, row } of rows)
                 if (!over.has(job) && attempt === attempts.get(job))
                   ran.set(rowKey(job, row), (ran.get(rowKey(job, row)) ?? 0) + 1);
-            for (const id of work.finished(submission.id)) {
+            for (const id of work.finished(submission.id, now)) {
               for (const [row, all] of jobs.get(id)!.rows.entries()) expect(ran.get(rowKey(id, row))).toBe(all.length);
               end(id, "done");
             }
@@ -482,7 +480,7 @@ describe("whatever happens", () => {
           /** A submission is preempted before one of its launches. */
           const preempt = (made: number) => {
             const [submission] = inFlight;
-            if (!submission?.preemptible || doomed().has(submission)) return;
+            if (!submission?.preemptible || unable().has(submission)) return;
             inFlight.shift();
             made %= submission.launches.length;
             for (const [at, { rows }] of submission.launches.entries())
@@ -491,20 +489,20 @@ describe("whatever happens", () => {
                 if (over.has(job) || attempt !== attempts.get(job)) continue;
                 const key = rowKey(job, row);
                 if (at < made) ran.set(key, (ran.get(key) ?? 0) + 1);
-                else planned.set(key, Math.min(planned.get(key)!, index));
+                else assigned.set(key, Math.min(assigned.get(key)!, index));
               }
-            work.preempted(submission.id, made, now);
+            expect(work.finished(submission.id, now, made)).toEqual([]);
           };
           const fail = (lost: boolean) => {
             const submission = inFlight.shift();
             if (!submission) return;
             const wanted = new Set(wantedIn(submission));
-            const spoilt = new Set([...doomed()].flatMap(wantedIn));
+            const affected = new Set([...unable()].flatMap(wantedIn));
             const { rejected, restarted } = work.failed(submission.id, lost, now);
-            // Only a job that was alone in a submission is blamed. Those of submissions that could not run are not in them any more.
+            // Only a job that was alone in a submission is rejected. Jobs of submissions that could not run have started again.
             expect(rejected).toEqual(wanted.size === 1 ? [...wanted] : []);
             for (const id of rejected) end(id, "rejected");
-            const expected = lost ? [...jobs.keys()] : [...new Set([...wanted, ...spoilt])];
+            const expected = lost ? [...jobs.keys()] : [...new Set([...wanted, ...affected])];
             expect([...restarted].sort()).toEqual(expected.filter((id) => !over.has(id)).sort());
             if (wanted.size > 1) for (const id of wanted) isolated.add(id);
             for (const id of restarted) attempts.set(id, attempts.get(id)! + 1);
@@ -525,7 +523,7 @@ describe("whatever happens", () => {
               jobs.set(id, { id, priority, rows, pin });
               attempts.set(id, 0);
               work.start(jobs.get(id)!, now);
-            } else if (step.type === "plan") plan();
+            } else if (step.type === "assign") assign();
             else if (step.type === "finish") finish();
             else if (step.type === "preempt") preempt(step.made);
             else if (step.type === "fail") fail(step.lost);
@@ -539,12 +537,12 @@ describe("whatever happens", () => {
           let left = [...jobs.values()].reduce((sum, { rows }) => sum + rows.flat().length, 0) + inFlight.length + 1;
           while (over.size < jobs.size) {
             expect(left--).toBeGreaterThan(0);
-            plan();
+            assign();
             finish();
           }
           while (inFlight.length > 0) finish();
-          expect(work.plan(now)).toBeNull();
-          expect([work.jobs, work.inFlight]).toEqual([0, 0]);
+          expect(work.assign(now)).toBeNull();
+          expect(work.inFlight).toBe(0);
         },
       ),
       { numRuns: 400 },

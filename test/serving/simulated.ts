@@ -6,6 +6,7 @@
 import { setImmediate } from "node:timers/promises";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
+import { graphName } from "../../lib/networks/index.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { type Operand, validateProgram } from "../../lib/program/validate.js";
 import {
@@ -34,12 +35,12 @@ const step = {
   },
   outputs: { x_next: "rows", velocity_next: "network_rows" },
 };
-const guided: Record<string, { inputs: Record<string, string | number>; outputs: Record<string, string> }> = {
+const networks: Record<string, { inputs: Record<string, string | number>; outputs: Record<string, string> }> = {
   predict: step,
   refine: step,
-  join: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
-  noised: { inputs: { latents: 1, noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
-  merge: {
+  upscale: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
+  scale_noise: { inputs: { latents: 1, noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
+  inpaint_blend: {
     inputs: { x: "rows", velocity: "network_rows", latents: 1, noise: "rows", mask: 1, sigma: "rows" },
     outputs: { x_next: "rows", velocity_next: "network_rows" },
   },
@@ -47,19 +48,22 @@ const guided: Record<string, { inputs: Record<string, string | number>; outputs:
     inputs: { x: "rows", velocity: "network_rows", sigma: "rows", guidance: "rows", map: 3, bias: 3 },
     outputs: { latents: "rows", image: "rows" },
   },
-  decode: { inputs: { latents: "rows" }, outputs: { image: "rows" } },
+  vae_decoder: { inputs: { latents: "rows" }, outputs: { image: "rows" } },
 };
 
-/** Those that guidance concerns have a twin without: the names differ, so that rows of both never share a launch. */
+/** Each with guidance and without: the names differ, so that rows of both never share a launch. */
 const graphs = Object.fromEntries(
-  Object.entries(guided).flatMap(([name, graph]) => {
+  Object.entries(networks).flatMap(([network, graph]) => {
     const { guidance: _, ...inputs } = graph.inputs;
     return [
-      [name, graph],
-      [`${name}_unguided`, { ...graph, inputs }],
+      [graphName({ network, guidance: true }), graph],
+      [network, { ...graph, inputs }],
     ];
   }),
 );
+
+/** Names of the simulated graphs. */
+export const graphNames = Object.keys(graphs);
 
 /** Shapes of the simulated graphs. */
 export function shapesOf(name: string): GraphShapes {
@@ -155,7 +159,7 @@ class Interpreter {
   }
 }
 
-/** What a program gives when nobody else is there. */
+/** What a program gives alone. */
 export function alone(program: Program): Record<string, Tensor> {
   const interpreter = new Interpreter();
   interpreter.begin(program);

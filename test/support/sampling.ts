@@ -130,7 +130,7 @@ export interface Sampling {
   readonly stages: readonly (SamplingStage & {
     readonly positions: Readonly<Record<StepType, { readonly kind: "value"; readonly tensor: FloatTensor }>>;
     readonly noise: FloatTensor;
-    readonly original?: FloatTensor;
+    readonly init?: FloatTensor;
     readonly mask?: FloatTensor;
   })[];
   readonly context: FloatTensor;
@@ -155,9 +155,9 @@ export function requestOf({ stages, guided = true, inpainted = false }: Case, ba
         schedule: scheduleOf(blocks, sigmas),
         latentShape: [batch, channels, side, side],
         positions: { predict: positions(11), refine: positions(12) },
-        ...{ hasOriginal: inpainted, hasMask: inpainted, noise: numbers([batch, channels, side, side], 1 + index) },
+        ...{ hasInit: inpainted, hasMask: inpainted, noise: numbers([batch, channels, side, side], 1 + index) },
         ...(inpainted && {
-          original: numbers([1, channels, side, side], 21),
+          init: numbers([1, channels, side, side], 21),
           mask: float32(
             [1, 1, side, side],
             numbers([side * side], 22).data.map((value) => (value > 0 ? 1 : 0)),
@@ -178,7 +178,7 @@ export function samplingProgram({ stages, context, pooled, guidanceScale }: Samp
     contextShape: context.shape as [number, number, number],
     pooledShape: pooled.shape as [number, number],
   });
-  const values = stages.map(({ noise, original, mask }) => ({ noise, original, mask }));
+  const values = stages.map(({ noise, init, mask }) => ({ noise, init, mask }));
   return { ...template, program: bind(template.program, slotValues({ stages: values, context, pooled })) };
 }
 
@@ -215,8 +215,8 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
     const noise = stage.noise;
     const shape = noise.shape;
     const start = stage.schedule.sigmas[0]!;
-    const { original } = stage;
-    let x: FloatTensor = index > 0 ? mix(latents!, noise, start) : original ? mix(original, noise, start) : noise;
+    const { init } = stage;
+    let x: FloatTensor = index > 0 ? mix(latents!, noise, start) : init ? mix(init, noise, start) : noise;
     let velocity: FloatTensor | null = null;
 
     /** x + a_old·g(v) + a_new·g(v'), and v' = network(x + a_in·g(v)). */
@@ -259,16 +259,16 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
         if (kind === "H" || velocity === null) velocity = evaluate("predict", from, 0, 0, 0).next;
         velocity = correct("predict", from, to);
       }
-      if (stage.mask && original) {
+      if (stage.mask && init) {
         const { mask } = stage;
         const blend = (fresh: FloatTensor, known: (row: number, place: number) => number) =>
           each(fresh.shape, (row, place) => {
             const share = at(mask, row, place);
             return float(float(share * at(fresh, row, place)) + float(float(1 - share) * known(row, place)));
           });
-        const known = mix(original, noise, to);
+        const known = mix(init, noise, to);
         x = blend(x, (row, place) => at(known, row, place));
-        velocity = blend(velocity, (row, place) => float(at(noise, row, place) - at(original, row, place)));
+        velocity = blend(velocity, (row, place) => float(at(noise, row, place) - at(init, row, place)));
       }
     }
     latents = x;

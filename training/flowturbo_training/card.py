@@ -14,19 +14,19 @@ def write_card(folder: Path, report: dict, facts: dict, shape, settings, guidanc
     first, second = settings
     text = f"""# The shapes model
 
-A small SD3-class text-to-image model in the diffusers layout, float16 files, {size:.0f} MB. It draws what captions of this form say, at 64 × 64 and
+A small SD3-class text-to-image model in the diffusers layout, float16 files, {size:.0f} MB. It draws captions of this form, at 64 × 64 and
 128 × 128 pixels; prompts have at most 16 tokens:
 
 - `a [small|large] COLOUR SHAPE`, or two of them joined by `above`, `below`, `left of`, `right of`
 - then optionally `on a COLOUR background` (without it the ground is grey)
 - colours: red, orange, yellow, green, blue, purple, white, black; shapes: circle, square, triangle
 
-It is a test subject and a first picture for newcomers, no more: it knows no other words, and has seen nothing but flat
+It is for tests and for a first picture. It knows no other words, and was trained on nothing but flat
 shapes drawn by a program.
 
 ## Data
 
-A procedural world (`training/flowturbo_training/world.py`): scenes drawn at random as training goes, none twice. No picture
+A procedural world (`training/flowturbo_training/world.py`): scenes drawn at random during training, none twice. No picture
 of anyone or by anyone is in it.
 
 ## Training

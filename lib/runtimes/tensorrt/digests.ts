@@ -9,7 +9,7 @@ import { createHash } from "node:crypto";
 import { type FileHandle, open, readFile } from "node:fs/promises";
 import path from "node:path";
 import { SharedTask } from "../../common/abort.js";
-import { type FileVersion, writeFileWhole } from "../../common/files.js";
+import { type FileVersion, writeFileAtomic } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
 /** "device:inode:size:mtime:ctime", times in nanoseconds; the addon makes the same string (native/core/files.cpp). */
@@ -122,7 +122,7 @@ export class DigestMemory {
       known.set(identity, sha256);
       for (const [other, digest] of await this.#stored()) known.set(other, digest);
       const text = JSON.stringify(Object.fromEntries(known), null, 1);
-      await writeFileWhole(this.#file, text, 0o600).catch(() => undefined);
+      await writeFileAtomic(this.#file, text, 0o600).catch(() => undefined);
     });
     return this.#writing;
   }

@@ -1,0 +1,47 @@
+/** Files of a checkpoint as text and JSON: whatever is wrong with one is a CheckpointError that says what to do. */
+
+import { readFile, stat } from "node:fs/promises";
+import { CheckpointError } from "../errors.js";
+
+/** An object of a JSON file, unchecked. */
+export type Json = Record<string, unknown>;
+
+export function isRecord(value: unknown): value is Json {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** @throws CheckpointError if the file is missing or cannot be read */
+export async function readText(file: string): Promise<string> {
+  return readFile(file, "utf8").catch((cause: NodeJS.ErrnoException) => {
+    if (cause.code === "ENOENT")
+      throw new CheckpointError(file, `${file} is missing. Download the checkpoint's remaining files.`, { cause });
+    throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
+  });
+}
+
+/** @throws CheckpointError if the file is missing, cannot be read, is not JSON or holds something else than an object */
+export async function readJsonObject(file: string): Promise<Json> {
+  const text = await readText(file);
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (cause) {
+    const { message } = cause as Error;
+    throw new CheckpointError(file, `${file} is not JSON (${message}). Download the file again.`, { cause });
+  }
+  if (isRecord(json)) return json;
+  throw new CheckpointError(file, `${file} does not hold a JSON object. Download the file again.`);
+}
+
+/** @throws CheckpointError for a file that is there and cannot be used. @returns undefined without the file */
+export async function readOptionalJson(file: string): Promise<Json | undefined> {
+  return (await exists(file)) ? readJsonObject(file) : undefined;
+}
+
+export async function exists(path: string): Promise<boolean> {
+  return (await stat(path).catch(() => null)) !== null;
+}
+
+export async function isFolder(path: string): Promise<boolean> {
+  return (await stat(path).catch(() => null))?.isDirectory() ?? false;
+}

@@ -1,0 +1,61 @@
+// One table of errors: the classes, the public exports and the README agree.
+import { readFileSync } from "node:fs";
+import path from "node:path";
+import * as api from "flowturbo";
+import { expect, it } from "vitest";
+import * as errors from "../lib/errors.js";
+
+const { errorTable, FlowTurboError } = errors;
+const readme = readFileSync(path.join(import.meta.dirname, "../README.md"), "utf8");
+const classes = Object.entries(errors).filter(
+  ([, value]) => typeof value === "function" && (value === FlowTurboError || value.prototype instanceof FlowTurboError),
+);
+
+it("every class is exported by the package", () => {
+  expect(classes.length).toBeGreaterThan(15);
+  for (const [name] of classes) expect(api, name).toHaveProperty(name);
+});
+
+it("every class but the base has one code, and every code one class", () => {
+  const named = classes.map(([name]) => name).filter((name) => name !== "FlowTurboError");
+  expect(Object.values(errorTable).map(({ type }) => type.name)).toEqual(expect.arrayContaining(named));
+  expect(Object.keys(errorTable)).toHaveLength(named.length);
+});
+
+it("an error has the code that the table has for its class", () => {
+  const made: errors.FlowTurboError[] = [
+    new errors.OptionError("o", "m"),
+    new errors.CheckpointError("p", "m"),
+    new errors.RuntimeError("m"),
+    new errors.RuntimeDiedError("m", 1, null),
+    new errors.RuntimeUnavailableError("r", "m"),
+    new errors.CompileError("g", "m"),
+    new errors.MemoryError("m", 2, 1),
+    new errors.CacheError("p", "m"),
+    new errors.NotFiniteError("w", "m"),
+    new errors.LaunchError("g", "m"),
+    new errors.DeviceLostError("m"),
+    new errors.OutputError("p", "m"),
+    new errors.DeadlineError("m", { deadlineMs: 1, bestMs: 2, blocks: "H1", retryAfterMs: null }),
+    new errors.QueueFullError("m", 1, 2),
+    new errors.DisposedError("This"),
+  ];
+  expect(made.map(({ code }) => code).sort()).toEqual(Object.keys(errorTable).sort());
+  for (const error of made) {
+    expect(error.constructor).toBe(errorTable[error.code].type);
+    expect(error.name).toBe(error.constructor.name);
+  }
+});
+
+it("statuses are those of HTTP's errors, and what can be tried again is no fault of the caller's", () => {
+  for (const [code, { status, retryable }] of Object.entries(errorTable)) {
+    expect(status, code).toBeGreaterThanOrEqual(400);
+    expect(status, code).toBeLessThan(600);
+    if (retryable) expect(status === 429 || status >= 500, code).toBe(true);
+  }
+});
+
+it("the README names every code, and no other", () => {
+  const mentioned = new Set(readme.match(/ERR_FLOWTURBO_[A-Z_]+/g));
+  expect([...mentioned].sort()).toEqual(Object.keys(errorTable).sort());
+});

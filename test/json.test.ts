@@ -1,0 +1,111 @@
+// The JSON form of requests and results: written, sent as text, read back, nothing lost.
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import fc from "fast-check";
+import {
+  FlowTurbo,
+  type GenerateOptions,
+  Image,
+  OptionError,
+  requestFromJson,
+  requestToJson,
+  resultFromJson,
+  resultToJson,
+} from "flowturbo";
+import { afterAll, describe, expect, it } from "vitest";
+import { float32 } from "../lib/common/tensor.js";
+import { checkOptions, generateSchema } from "../lib/options.js";
+
+const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-json-"));
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+const sent = (json: unknown) => JSON.parse(JSON.stringify(json)) as unknown;
+const checked = (options: GenerateOptions) => checkOptions(generateSchema, options, "test");
+
+const tensor = fc
+  .array(fc.float({ noNaN: true, noDefaultInfinity: true }), { minLength: 4, maxLength: 4 })
+  .map((values) => float32([1, 1, 2, 2], Float32Array.from(values)));
+const rgb = fc
+  .uint8Array({ minLength: 12, maxLength: 12 })
+  .map((data) => ({ width: 2, height: 2, data: new Uint8Array(data) }));
+const encoded = fc.uint8Array({ minLength: 1 }).map((data) => new Uint8Array(data));
+/** Every option but signal and callbacks; `satisfies` holds the list complete. */
+const options = fc.record(
+  {
+    prompt: fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 })),
+    negativePrompt: fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 })),
+    width: fc.integer({ min: 1, max: 4096 }),
+    height: fc.integer({ min: 1, max: 4096 }),
+    sampler: fc.constantFrom("flowturbo" as const, "euler" as const, "heun" as const),
+    steps: fc.integer({ min: 1, max: 1000 }),
+    blocks: fc.constantFrom("H1P5R3", "E4"),
+    grid: fc.constantFrom("shifted" as const, "diffusers" as const),
+    guidanceScale: fc.double({ min: 0, max: 1000, noNaN: true }),
+    seed: fc.integer({ min: 0, max: Number.MAX_SAFE_INTEGER - 4096 }),
+    count: fc.integer({ min: 1, max: 1024 }),
+    stages: fc.array(
+      fc.record({ width: fc.constant(64), height: fc.constant(64), blocks: fc.constant("H1"), sigma: fc.constant(0.5) }), // biome-ignore format: one line
+      { minLength: 1 },
+    ),
+    image: fc.oneof(rgb, encoded),
+    mask: fc.oneof(rgb, encoded),
+    strength: fc.constantFrom(0.25, 1),
+    keepOriginal: fc.boolean(),
+    preview: fc.constantFrom("fast" as const, "decoded" as const),
+    noise: fc.oneof(tensor, fc.array(tensor, { minLength: 1, maxLength: 3 })),
+    maxSequenceLength: fc.integer({ min: 1, max: 512 }),
+    deadlineMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
+    ladder: fc.array(fc.constantFrom("H1", "H1P2"), { minLength: 1, maxLength: 4 }),
+    priority: fc.integer({ min: -100, max: 100 }),
+    pinBatch: fc.integer({ min: 1, max: 256 }),
+  } satisfies Record<Exclude<keyof GenerateOptions, "signal" | "onStep">, unknown>,
+  { requiredKeys: ["prompt"] },
+);
+
+describe("a request", () => {
+  it("comes back as it was, whatever options it has", async () => {
+    await fc.assert(
+      fc.asyncProperty(options, async (request) => {
+        const json = sent(await requestToJson({ ...request, signal: new AbortController().signal, onStep: () => {} }));
+        const back = requestFromJson(json);
+        expect(checked(back)).toEqual(checked(request));
+      }),
+      { numRuns: 300 },
+    );
+  });
+
+  it("holds a picture by its bytes, not by its path", async () => {
+    const file = path.join(folder, "red.png");
+    await new Image(8, 8, new Uint8Array(192).fill(200)).toFile(file);
+    const json = await requestToJson({ prompt: "x", image: file });
+    expect(JSON.stringify(json)).not.toContain("red.png");
+    expect(requestFromJson(sent(json)).image).toEqual(new Uint8Array(readFileSync(file)));
+    const absent = requestToJson({ prompt: "x", mask: path.join(folder, "absent.png"), image: file });
+    await expect(absent).rejects.toThrow(/picture for mask cannot be read.*absent\.png/);
+  });
+
+  it("that is wrong is refused by the name of the option", async () => {
+    await expect(requestToJson({ prompt: "x", steps: 0 })).rejects.toThrow(/whole number from 1 to 1000 for steps/);
+    for (const [json, message] of [
+      [{ prompt: 3 }, /request is wrong at prompt/],
+      [{ prompt: "x", image: "/etc/passwd" }, /wrong at image/],
+      [{ prompt: "x", image: { file: "!" } }, /wrong at image/],
+      [{ prompt: "x", image: { width: 2, height: 2, data: "AAAA" } }, /wrong at image/],
+      [{ prompt: "x", onStep: "run me" }, /wrong.*onStep/],
+      ["text", /request is wrong/],
+    ] as const)
+      expect(() => requestFromJson(json)).toThrow(expect.objectContaining({ message: expect.stringMatching(message) }));
+    expect(() => requestFromJson({})).toThrow(OptionError);
+  });
+});
+
+it("a result comes back as it was, with pictures that can be encoded", async () => {
+  await using model = await FlowTurbo.load(undefined, { measureCosts: false });
+  for (const extra of [{}, { deadlineMs: 60_000 }] satisfies Partial<GenerateOptions>[]) {
+    const result = await model.generate({ prompt: "a red circle", count: 2, seed: 3, blocks: "H1P1", ...extra });
+    const back = resultFromJson(sent(resultToJson(result)));
+    expect(back).toEqual(result);
+    expect(await back.images[1]!.toPNG()).toEqual(await result.images[1]!.toPNG());
+  }
+  expect(() => resultFromJson({ images: [] })).toThrow(/result is wrong at latents/);
+});

@@ -1,0 +1,86 @@
+// The published types: each option's interface is what its schema takes, and everything exported explains itself where
+// people read it, in dist/index.d.ts.
+import path from "node:path";
+import ts from "typescript";
+import { describe, expect, expectTypeOf, it } from "vitest";
+import type { z } from "zod";
+import type { CompileEnginesOptions, GenerateOptions, ImageModel, LoadOptions, ProfileOptions } from "../lib/index.js";
+import { FlowTurbo } from "../lib/index.js";
+import { compileSchema, generateSchema, loadSchema, optionMeta, profileSchema } from "../lib/options.js";
+import { root } from "./support/fixtures.js";
+
+it("the interfaces of the options are what the schemas take", () => {
+  expectTypeOf<LoadOptions>().toEqualTypeOf<z.input<typeof loadSchema>>();
+  expectTypeOf<GenerateOptions>().toEqualTypeOf<z.input<typeof generateSchema>>();
+  expectTypeOf<ProfileOptions>().toEqualTypeOf<z.input<typeof profileSchema>>();
+  expectTypeOf<CompileEnginesOptions>().toEqualTypeOf<z.input<typeof compileSchema>>();
+  expectTypeOf<FlowTurbo>().toExtend<ImageModel>();
+  // The types above are checked by `npm run typecheck`; this one can fail here.
+  expect(typeof FlowTurbo.prototype.generate).toBe("function");
+});
+
+it("every field of a schema describes itself", () => {
+  for (const schema of [loadSchema, generateSchema, profileSchema, compileSchema])
+    for (const [name, field] of Object.entries(schema.shape)) {
+      const { description, expects } = optionMeta(field as z.ZodType);
+      expect(description, name).toMatch(/\w{3}/);
+      expect(expects, name).toMatch(/\w{3}/);
+    }
+});
+
+const file = path.join(root, "dist/index.d.ts");
+const program = ts.createProgram([file], { skipLibCheck: true, module: ts.ModuleKind.NodeNext, strict: true });
+const checker = program.getTypeChecker();
+const documentation = (symbol: ts.Symbol) => ts.displayPartsToString(symbol.getDocumentationComment(checker)).trim();
+
+/** Everything that the package exports, and the public members that are declared in it. */
+function published(): { name: string; symbol: ts.Symbol }[] {
+  const source = program.getSourceFile(file)!;
+  const found: { name: string; symbol: ts.Symbol }[] = [];
+  for (const exported of checker.getExportsOfModule(checker.getSymbolAtLocation(source)!)) {
+    const symbol = exported.flags & ts.SymbolFlags.Alias ? checker.getAliasedSymbol(exported) : exported;
+    found.push({ name: symbol.name, symbol });
+    const members = (name: string, all: Iterable<ts.TypeElement | ts.ClassElement>) => {
+      for (const member of all) {
+        const own = member.name && checker.getSymbolAtLocation(member.name);
+        if (!own || ts.isPrivateIdentifier(member.name)) continue;
+        found.push({ name: `${name}.${own.name}`, symbol: own });
+        const type = ts.isPropertySignature(member) ? member.type : undefined;
+        if (type && ts.isTypeLiteralNode(type) && own.name !== "nativeSize")
+          members(`${name}.${own.name}`, type.members);
+      }
+    };
+    for (const declaration of symbol.declarations ?? [])
+      if (ts.isInterfaceDeclaration(declaration) || ts.isClassDeclaration(declaration))
+        members(symbol.name, declaration.members);
+  }
+  return found;
+}
+
+describe("dist/index.d.ts", () => {
+  it("has a comment for everything that it exports, and for every member of it", () => {
+    const all = published();
+    expect(all.length).toBeGreaterThan(200);
+    expect(all.filter(({ symbol }) => documentation(symbol).length < 5).map(({ name }) => name)).toEqual([]);
+  });
+
+  it("says for every option what happens without it", () => {
+    for (const options of ["LoadOptions", "GenerateOptions", "ProfileOptions", "CompileEnginesOptions"]) {
+      const members = published().filter(({ name }) => name.startsWith(`${options}.`));
+      expect(members.length).toBeGreaterThan(5);
+      // Absent, these do nothing.
+      const plain = ["signal", "onProgress", "onStep", "prompt", "tensorrtFolder", "variant", "cache", "maxSequenceLength", "pinBatch"]; // biome-ignore format: one line
+      for (const { name, symbol } of members)
+        if (!plain.includes(name.split(".").at(-1)!))
+          expect(documentation(symbol), name).toMatch(/Default: |As the option/);
+    }
+  });
+
+  it("explains in an editor's hover where an option comes from", () => {
+    const of = (name: string) => documentation(published().find((each) => each.name === name)!.symbol);
+    expect(of("GenerateOptions.sampler")).toContain("2409.18128");
+    expect(of("GenerateOptions.grid")).toContain("Esser");
+    expect(of("GenerateOptions.guidanceScale")).toContain("u + g·(c − u)");
+    expect(of("Timings.total")).toBeTruthy();
+  });
+});

@@ -1,0 +1,156 @@
+// A new network, a block letter, a sampler and a runtime are a row each: this test adds one of each to the tables, before
+// anything else of the package is loaded, and touches no file of lib/. What is drawn with all four is compared with
+// diffusers' result for the same noise.
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import type { FlowTurbo, StepEvent } from "../lib/index.js";
+import type { Network } from "../lib/networks/index.js";
+import type { Launch } from "../lib/program/program.js";
+import type { RuntimeRow } from "../lib/runtimes/runtime.js";
+import type { Block, BlockRow, SamplerRow } from "../lib/schedule/index.js";
+import { fixture, readAll, relativeError, root } from "./support/fixtures.js";
+
+const { GraphBuilder, cpuEmitOptions } = await import("../lib/onnx/index.js");
+const { networks } = await import("../lib/networks/index.js");
+const { blockTable, samplers, planSteps } = await import("../lib/schedule/index.js");
+const { runtimes } = await import("../lib/runtimes/index.js");
+const { OnnxRuntime } = await import("../lib/runtimes/onnxruntime/onnxruntime.js");
+
+/** A text encoder of its own emit: zeros, which the checkpoint without T5 has in that place anyway. */
+networks.toy_text = {
+  ...{ part: null, role: "text", variants: [] },
+  text: { tokenizer: "tokenizer2", joins: "tokens" },
+  emit: (name, { transformer }) => {
+    const g = new GraphBuilder(name);
+    const ids = g.input("ids", "int64", ["rows", "tokens"]);
+    const column = g.op("Unsqueeze", [g.cast(ids, "float32"), g.ints([2])]);
+    const width = transformer.config.jointAttentionDim;
+    const zeros = g.tensor([1, 1, width], new Float32Array(width), "float32");
+    g.output("hidden", g.op("Mul", [column, zeros]), ["rows", "tokens", width]);
+    return g.build();
+  },
+} satisfies Network;
+
+/** A letter: Adams and Bashforth's method of second order for steps of any length; Euler's where there is no step before. */
+blockTable.A = {
+  name: "Adams–Bashforth",
+  needsVelocity: false,
+  evaluations: ({ from, h, before }) => {
+    const ratio = before === null ? 0 : h / (2 * before);
+    return [{ type: "predict", sigma: from, aIn: 0, aOld: -h * ratio, aNew: h * (1 + ratio), keepsVelocity: true }];
+  },
+} satisfies BlockRow;
+/** And Euler's under another name. */
+blockTable.Z = { ...blockTable.E!, name: "toy" };
+
+samplers.toy = {
+  ...{ steps: 6, grid: "diffusers", takesBlocks: false },
+  blocks: (steps) => new Array<Block>(steps).fill("Z" as Block),
+} satisfies SamplerRow;
+
+/** A runtime: ONNX Runtime's, watched. */
+const launched: string[] = [];
+const capabilities = { preemption: false, capture: false, anyShape: true };
+class ToyRuntime extends OnnxRuntime {
+  override readonly name = "toy" as never;
+  override readonly capabilities = capabilities as never;
+  constructor() {
+    super({ weights: "folded", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
+  }
+  override open() {
+    const workspace = super.open();
+    const submit = workspace.submit.bind(workspace);
+    workspace.submit = (program, options) => {
+      launched.push(...program.instructions.flatMap((each) => (each.op === "launch" ? [(each as Launch).graph] : [])));
+      return submit(program, options);
+    };
+    return workspace;
+  }
+}
+const toy = {
+  ...{ name: "toy", runsOn: "a test", capabilities },
+  find: async () => null,
+  open: async () => {
+    const runtime = new ToyRuntime();
+    await runtime.start();
+    return { runtime, settings: { version: "1" }, device: null, emitOptions: () => cpuEmitOptions };
+  },
+  examine: async () => ({ name: "toy", available: true, version: "1", reason: null, remedy: null }),
+} satisfies RuntimeRow;
+runtimes.toy = toy;
+
+describe("rows that a test has added", () => {
+  let model: FlowTurbo;
+  beforeAll(async () => {
+    const { FlowTurbo } = await import("../lib/index.js");
+    model = await FlowTurbo.load(fixture("sd3", "model"), { runtime: "toy" as never, measureCosts: false });
+  });
+  afterAll(() => model?.dispose());
+
+  it("draw together what diffusers draws", async () => {
+    const reference = await readAll(fixture("sd3", "euler_64.safetensors"));
+    const blocks: string[] = [];
+    const result = await model.generate({
+      ...{ prompt: "a red circle above a small blue square", negativePrompt: "blurry, low quality" },
+      ...{ sampler: "toy" as never, width: 64, height: 64, maxSequenceLength: 32, noise: reference.noise! },
+      onStep: ({ block }: StepEvent) => blocks.push(block),
+    });
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(1e-5);
+    expect(relativeError(result.pixels, reference.image!)).toBeLessThan(1e-5);
+    expect([model.runtime.name, result.blocks, result.images[0]!.parameters.sampler]).toEqual(["toy", "Z6", "toy"]);
+    expect(blocks).toEqual([..."ZZZZZZ"]);
+    expect(new Set(launched)).toEqual(new Set(["clip_l", "clip_g", "toy_text", "predict.guidance", "vae_decoder"]));
+  });
+
+  it("draw with a letter in a schedule, alone and beside others", async () => {
+    const draw = async (blocks: string) =>
+      (await model.generate({ prompt: "x", seed: 1, width: 64, height: 64, blocks, guidanceScale: 1 })).latents;
+    expect(relativeError(await draw("Z3"), await draw("E3"))).toBe(0);
+    expect(relativeError(await draw("A3"), await draw("E3"))).toBeGreaterThan(1e-3);
+    await expect(draw("Q3")).rejects.toThrow(/A Adams–Bashforth, Z toy, each with an optional count/);
+  });
+
+  it("a letter's launches integrate at the order of its method", () => {
+    // v = dx/dσ = x, from σ = 1 to 0: x is divided by e.
+    const error = (n: number) => {
+      let [x, velocity] = [1, 0];
+      const sigmas = Array.from({ length: n + 1 }, (_, i) => (1 - i / n) ** 1.5);
+      for (const { aIn, aOld, aNew, keepsVelocity } of planSteps(new Array<Block>(n).fill("A" as Block), sigmas)) {
+        const next = x + aIn * velocity;
+        x += aOld * velocity + aNew * next;
+        if (keepsVelocity) velocity = next;
+      }
+      return Math.abs(x - Math.exp(-1));
+    };
+    expect(Math.log2(error(100) / error(200))).toBeGreaterThan(1.8);
+    expect(Math.log2(error(100) / error(200))).toBeLessThan(2.2);
+  });
+
+  it("are in option values, flags, lists of runtimes, required engines and memory", async () => {
+    const { generateSchema, loadSchema, optionMeta } = await import("../lib/options.js");
+    expect(optionMeta(generateSchema.shape.sampler).description).toBe(
+      "flowturbo, euler, heun, toy (default: flowturbo)",
+    );
+    expect(optionMeta(generateSchema.shape.steps).description).toContain("6 for toy");
+    expect(generateSchema.shape.sampler.safeParse("toy").success).toBe(true);
+    expect(optionMeta(loadSchema.shape.runtime).description).toContain("toy (a test)");
+    expect(optionMeta(loadSchema.shape.runtime).expects).toBe(
+      '"auto", "tensorrt", "tensorrt-rtx", "onnxruntime" or "toy"',
+    );
+
+    const { GraphLibrary } = await import("../lib/networks/library.js");
+    const { openCheckpoint } = await import("../lib/checkpoint/index.js");
+    const { requiredEngines } = await import("../lib/generation/engines.js");
+    const { deviceMemoryNeeded } = await import("../lib/generation/device-memory.js");
+    const graphs = new GraphLibrary(await openCheckpoint(fixture("sd3", "model")));
+    const engines = requiredEngines(graphs, { batches: [2], guidance: "on", maxSequenceLength: 32 });
+    expect(engines.find(({ graph }) => graph === "toy_text")!.profiles.map(({ inputs }) => inputs)).toEqual([
+      { ids: [1, 32] },
+      { ids: [2, 32] },
+    ]);
+    expect(graphs.essential.map(({ graph }) => graph.name)).toContain("toy_text");
+    expect(deviceMemoryNeeded(graphs).encode).toBeGreaterThan(0);
+
+    const { runtimeNames } = await import("../lib/runtimes/index.js");
+    expect(runtimeNames()).toContain("toy");
+  });
+});
