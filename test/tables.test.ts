@@ -68,7 +68,6 @@ class ToyRuntime extends OnnxRuntime {
 }
 const toy = {
   ...{ name: "toy", runsOn: "a test", capabilities },
-  find: async () => null,
   open: async () => {
     const runtime = new ToyRuntime();
     await runtime.start();

@@ -198,8 +198,9 @@ async function verify(bundle: Bundle, kind: TensorRtKind, rounds: number): Promi
   }
 
   // 2. Every case, launch by launch and as one CUDA graph.
-  const { runtime, device } = await openTensorRt({ ...options, files });
-  const { runtime: capturing } = await openTensorRt({ ...options, files, capture: true });
+  const settings = { tensorrtFolder: options.folder, cache: options.cache };
+  const { runtime, device } = await openTensorRt(kind, settings, files);
+  const { runtime: capturing } = await openTensorRt(kind, { ...settings, capture: true }, files);
   try {
     for (const graph of graphs.values()) for (const each of [runtime, capturing]) each.add(graph);
     const findings = [];

@@ -136,8 +136,7 @@ export class Direct {
       this.#known.add(instruction.graph);
     }
     return this.#executor.run(program, {
-      aborted: () => false,
-      preempted: () => false,
+      asked: new Set(),
       launched: ({ milliseconds }) => {
         const [first] = program.instructions;
         if (first?.op !== "launch" || first.label.kind !== "step") return;

@@ -9,6 +9,11 @@ import type { CompilableGraph, OpenedRuntime } from "./runtime.js";
 /** Dimensions of every input of a graph. */
 export type ProfileShapes = Readonly<Record<string, readonly number[]>>;
 
+/** The same text for the same shapes, whatever the order of the inputs. */
+export function profileKey(shapes: ProfileShapes): string {
+  return JSON.stringify(Object.entries(shapes).sort(([a], [b]) => (a < b ? -1 : 1)));
+}
+
 export interface EngineRequest {
   readonly graph: CompilableGraph;
   readonly profiles: readonly ProfileShapes[];
@@ -31,7 +36,7 @@ export interface CompiledEngine {
   readonly cached: boolean;
   /** Why a plan in the cache was not used but built again; null if there was none, or it was used. */
   readonly rebuilt: string | null;
-  /** The library's own words. */
+  /** What the library logged as warnings. */
   readonly warnings: readonly string[];
 }
 
@@ -97,8 +102,6 @@ export interface OpenedBuilder {
 export interface BuilderRow {
   /** Whether engines can be built for other GPUs than the present one. */
   readonly takesTargets: boolean;
-  /** @returns null if engines can be built here, otherwise why not */
-  find(settings: BuilderSettings): Promise<string | null>;
-  /** @throws RuntimeUnavailableError, OptionError for targets that it does not know, CacheError */
+  /** @throws RuntimeUnavailableError if engines cannot be built here, OptionError for wrong targets, CacheError */
   open(settings: BuilderSettings): Promise<OpenedBuilder>;
 }

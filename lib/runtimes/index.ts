@@ -54,12 +54,6 @@ export async function openRuntime(
   const passedOver: { name: string; reason: string }[] = [];
   const rows = wanted === "auto" ? Object.values(runtimes) : [runtimes[wanted]!];
   for (const [index, row] of rows.entries()) {
-    const isLast = index === rows.length - 1;
-    const reason = isLast ? null : await row.find(settings);
-    if (reason !== null) {
-      passedOver.push({ name: row.name, reason });
-      continue;
-    }
     let opened: OpenedRuntime | null = null;
     try {
       opened = await row.open(settings, weights);
@@ -67,7 +61,7 @@ export async function openRuntime(
       return { ...opened, choice: { name: row.name, passedOver } };
     } catch (error) {
       await opened?.runtime.dispose();
-      if (isLast || !(error instanceof FlowTurboError)) throw error;
+      if (index === rows.length - 1 || !(error instanceof FlowTurboError)) throw error;
       passedOver.push({ name: row.name, reason: error.message });
     }
   }
@@ -88,11 +82,13 @@ export async function openBuilder(
   const names = all.filter((name) => wanted !== "auto" || !named || runtimes[name]!.builder!.takesTargets);
   const reasons: string[] = [];
   for (const name of names) {
-    const builder = runtimes[name]!.builder!;
-    // The only one says itself what it lacks.
-    const reason = names.length === 1 ? null : await builder.find(settings);
-    if (reason === null) return { ...(await builder.open(settings)), name };
-    reasons.push(reason);
+    try {
+      return { ...(await runtimes[name]!.builder!.open(settings)), name };
+    } catch (error) {
+      // The only one says itself what it lacks.
+      if (names.length === 1 || !(error instanceof RuntimeUnavailableError)) throw error;
+      reasons.push(error.message);
+    }
   }
   throw new RuntimeUnavailableError("auto", reasons.join(" "));
 }

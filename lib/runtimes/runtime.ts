@@ -190,9 +190,7 @@ export interface RuntimeRow {
   /** For help texts: what it runs on. */
   readonly runsOn: string;
   readonly capabilities: Capabilities;
-  /** @returns null if it can be used here, otherwise why not. Quick where it cannot. */
-  find(settings: RuntimeSettings): Promise<string | null>;
-  /** @throws RuntimeUnavailableError and whatever opening the runtime throws */
+  /** Quick where it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */
   examine(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;

@@ -216,7 +216,7 @@ describeAddons("the executor", () => {
         const runtime = start();
         await check(runtime);
         const { engines } = simulated.counts();
-        await runtime.unload(["predict", "refine"]);
+        await runtime.unload(["predict.guidance", "refine.guidance"]);
         await vi.waitFor(() => expect(simulated.counts().engines).toBe(engines - 2));
         await check(runtime);
       });

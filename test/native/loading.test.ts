@@ -12,21 +12,23 @@ import {
   QueueFullError,
 } from "../../lib/errors.js";
 import { embeddedModel, FlowTurbo } from "../../lib/flowturbo.js";
+import { graphKey } from "../../lib/networks/index.js";
+import type { EngineSource } from "../../lib/runtimes/tensorrt/engines.js";
 import type * as Opening from "../../lib/runtimes/tensorrt/open.js";
 import type { ClosedForm } from "../runtimes/models.js";
 import { samplingForms } from "../support/sampling.js";
 import { leftOver, SimulatedEngines, simulated, simulatedFolder } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
-const { engines } = vi.hoisted(() => ({ engines: { source: null as Opening.CachedEngines | null } }));
+const { engines } = vi.hoisted(() => ({ engines: { source: null as EngineSource | null } }));
 vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
   const { TensorRtRuntime } = await import("../../lib/runtimes/tensorrt/runtime.js");
   const { loadAddon } = await import("../support/addon.js");
   const { flavours } = await import("../../lib/runtimes/tensorrt/flavours.js");
   const real = await original<typeof Opening>();
-  const openTensorRt: typeof Opening.openTensorRt = async (options) => {
-    if (!engines.source) return real.openTensorRt(options);
-    const { kind, folder, capture, logger } = options;
+  const openTensorRt: typeof Opening.openTensorRt = async (kind, options, files) => {
+    if (!engines.source) return real.openTensorRt(kind, options, files);
+    const { tensorrtFolder: folder, capture, logger } = options;
     const runtime = new TensorRtRuntime({
       ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
       library: path.join(folder!, flavours[kind].library),
@@ -76,7 +78,10 @@ async function formsOf(folder: string): Promise<(name: string) => ClosedForm | u
   };
   const guided: Record<string, ClosedForm> = { ...samplingForms(true, vae.config.factor), preview: preview(true) };
   const unguided: Record<string, ClosedForm> = { ...samplingForms(false, vae.config.factor), preview: preview(false) };
-  return (name) => forms[name] ?? guided[name] ?? unguided[name.replace("_unguided", "")];
+  return (name) => {
+    const { network, guidance } = graphKey(name);
+    return forms[network] ?? (guidance ? guided : unguided)[network];
+  };
 }
 
 describeAddons("a model on the simulated device", () => {
@@ -85,7 +90,7 @@ describeAddons("a model on the simulated device", () => {
     const load = async (options: Parameters<typeof FlowTurbo.load>[1] = {}) => {
       const formOf = await formsOf(embeddedModel);
       const source = new SimulatedEngines(temporaryFolder(), ({ name }) => formOf(name));
-      engines.source = source as unknown as Opening.CachedEngines;
+      engines.source = source;
       const model = await FlowTurbo.load(embeddedModel, { runtime: kind, tensorrtFolder, ...options });
       return { model, source };
     };
@@ -111,7 +116,7 @@ describeAddons("a model on the simulated device", () => {
         expect(second.latents.data).toEqual(both.latents.data.subarray(half));
         // Engines grow by the batches that are drawn, and keep those that they had.
         const batches = source.requests
-          .filter(({ graph }) => graph === "predict")
+          .filter(({ graph }) => graph === "predict.guidance")
           .map(({ profiles }) => profiles.length);
         expect(batches).toEqual([1, 2]);
       } finally {
@@ -194,7 +199,7 @@ describeAddons("a model on the simulated device", () => {
           // Two texts by three encoders; H and R are two launches each, and each picture is decoded.
           expect(launches).toEqual({ count: 90, rows: 90, padding: 0, restarted: 0 });
           expect(rowsPerLaunch).toEqual({ 1: 90 });
-          expect(milliseconds.launches.predict!.count).toBe(48);
+          expect(milliseconds.launches["predict.guidance"]!.count).toBe(48);
         });
         process.off("warning", note);
         expect(warnings).toEqual([]);

@@ -30,7 +30,7 @@ describe("within a limit", () => {
     expect(resolveWeights("auto", 1e6 / 6)).toBe("folded");
     expect(resolveWeights("auto", 1e6 / 6 + 1)).toBe("lazy");
     const memory = new BuildMemory();
-    expect(memory.fits(graph(4))).toBe(false);
+    expect(memory.refusal(graph(4))).toBeInstanceOf(MemoryError);
     const error = await rejection(memory.enter(graph(4), undefined));
     expect(error).toBeInstanceOf(MemoryError);
     expect(error.available).toBe(1e6);

@@ -7,7 +7,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { examineOnnxRuntime } from "../../lib/runtimes/onnxruntime/probe.js";
+import { examineOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";

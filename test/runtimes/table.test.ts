@@ -29,7 +29,6 @@ function fake(name: string, change: Partial<RuntimeRow> = {}) {
   } as unknown as Runtime;
   const row: RuntimeRow = {
     ...{ name, runsOn: "nothing", capabilities },
-    find: async () => null,
     async open(): Promise<OpenedRuntime> {
       events.push("opened");
       return { runtime, settings: { version: "7" }, device: null, emitOptions: () => cpuEmitOptions };
@@ -39,6 +38,10 @@ function fake(name: string, change: Partial<RuntimeRow> = {}) {
   };
   return { row, runtime, events };
 }
+/** For a row that cannot be used here. */
+const lacking = (name: string, reason: string) => ({
+  open: () => Promise.reject(new RuntimeUnavailableError(name, reason)),
+});
 const rejection = (promise: Promise<unknown>) =>
   promise.then(
     () => null,
@@ -87,10 +90,8 @@ describe("a runtime that is added", () => {
 
 describe("auto", () => {
   it("passes over what cannot be found, opened or used, each with its reason, and keeps nothing open", async () => {
-    const missing = fake("missing", { find: async () => "there is none" });
-    const broken = fake("broken", {
-      open: () => Promise.reject(new RuntimeUnavailableError("broken", "it does not open")),
-    });
+    const missing = fake("missing", lacking("missing", "there is none"));
+    const broken = fake("broken", lacking("broken", "it does not open"));
     const small = fake("small");
     const last = fake("last");
     table(missing.row, broken.row, small.row, last.row);
@@ -111,8 +112,8 @@ describe("auto", () => {
 
   it("throws the error of the last row, and any error that is a defect", async () => {
     const reason = new RuntimeUnavailableError("last", "nothing here can run");
-    const last = fake("last", { find: async () => "not asked", open: () => Promise.reject(reason) });
-    table(fake("missing", { find: async () => "there is none" }).row, last.row);
+    const last = fake("last", { open: () => Promise.reject(reason) });
+    table(fake("missing", lacking("missing", "there is none")).row, last.row);
     expect(await rejection(openRuntime("auto", settings, weights))).toBe(reason);
     const defect = new TypeError("a defect");
     table(fake("broken", { open: () => Promise.reject(defect) }).row, fake("good").row);
@@ -137,7 +138,6 @@ describe("a builder", () => {
     const compiler = { version: "1", folder: name } as EngineBuilder;
     const builder: BuilderRow = {
       takesTargets: true,
-      find: async () => null,
       async open(given) {
         opened.push(given);
         return { compiler, emitOptions: () => cpuEmitOptions };
@@ -162,16 +162,20 @@ describe("a builder", () => {
     expect((await openBuilder("auto", {})).name).toBe("here");
     expect((await openBuilder("auto", { targets: [] })).name).toBe("here");
     expect((await openBuilder("auto", { targets: [89] })).name).toBe("elsewhere");
-    table(building("lacking", { find: async () => "no library" }).row, elsewhere.row);
+    table(building("lacking", lacking("lacking", "no library")).row, elsewhere.row);
     expect((await openBuilder("auto", {})).name).toBe("elsewhere");
   });
 
   it("that is the only one left says itself what it lacks; several say so together", async () => {
-    const reason = new RuntimeUnavailableError("one", "no library of one");
-    const one = building("one", { find: async () => "one lacks a library.", open: () => Promise.reject(reason) });
-    const two = building("two", { find: async () => "two lacks a GPU.", takesTargets: false });
+    const reason = new RuntimeUnavailableError("one", "one lacks a library.");
+    const one = building("one", { open: () => Promise.reject(reason) });
+    const two = building("two", { ...lacking("two", "two lacks a GPU."), takesTargets: false });
     table(one.row, two.row);
     expect(await rejection(openBuilder("auto", { targets: [89] }))).toBe(reason);
+    const wrong = new OptionError("targets", "no such target");
+    table(building("three", { open: () => Promise.reject(wrong) }).row, one.row);
+    expect(await rejection(openBuilder("auto", {}))).toBe(wrong);
+    table(one.row, two.row);
     const error = await rejection(openBuilder("auto", {}));
     expect(error).toBeInstanceOf(RuntimeUnavailableError);
     expect(error).toMatchObject({ runtime: "auto", message: "one lacks a library. two lacks a GPU." });

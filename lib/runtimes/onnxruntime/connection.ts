@@ -11,8 +11,6 @@ import { pack } from "./packing.js";
 import { type Ending, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost } from "./protocol.js";
 
-export type Outcome = { readonly results: Record<string, Tensor> } | { readonly error: unknown };
-
 export const installRemedy =
   "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
 
@@ -20,45 +18,42 @@ export class HostConnection {
   readonly process: HostProcess;
   /** Resolves with ONNX Runtime's version. */
   readonly ready: Promise<string>;
+  /** Resolves when the child has ended, with the reason: that of `ready` if it never was ready. */
+  readonly ended: Promise<Error>;
   /** Names of the graphs that it has received. */
   readonly known = new Set<string>();
   #runs = 0;
   /** Of the runs under way. */
-  readonly #listeners = new Map<number, { receive(message: FromHost): void; settle(outcome: Outcome): void }>();
-  /** The outcome of runs that find the child ended. */
-  #end: Outcome | null = null;
+  readonly #listeners = new Map<number, { receive(message: FromHost): void; reject(error: Error): void }>();
+  /** Why runs fail that find the child ended. */
+  #end: Error | null = null;
   /** Messages for when the child is ready. */
   #outbox: ToHost[] | null = [];
 
   constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
-    let start: (message: FromHost) => void = () => {};
-    this.process = new HostProcess(file, settings, (message) => {
-      if (message.type === "ready" || message.type === "broken") start(message);
-      else this.#listeners.get(message.id)?.receive(message);
-    });
+    let ready: { resolve(version: string): void; reject(error: Error): void };
     this.ready = new Promise((resolve, reject) => {
-      start = (message) => {
-        if (message.type === "ready") {
-          const waiting = this.#outbox!;
-          this.#outbox = null;
-          for (const message of waiting) this.process.send(message);
-          resolve(message.version);
-        }
-        if (message.type !== "broken") return;
-        reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
-        void this.process.kill();
-      };
-      void this.process.ended.then((ending) => reject(diedError(ending)));
+      ready = { resolve, reject };
     });
+    this.process = new HostProcess(file, settings, (message) => {
+      if (message.type === "ready") {
+        for (const waiting of this.#outbox!) this.process.send(waiting);
+        this.#outbox = null;
+        ready.resolve(message.version);
+      } else if (message.type === "broken") {
+        ready.reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        void this.process.kill();
+      } else this.#listeners.get(message.id)?.receive(message);
+    });
+    void this.process.ended.then((ending) => ready.reject(diedError(ending)));
     // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
     this.ready.catch(() => {});
-    void this.process.ended.then(async (ending) => {
-      // A child that never was ready ended for the reason that `ready` gives.
-      this.#end = await this.ready.then(
-        () => ({ error: diedError(ending) }),
-        (error) => ({ error }),
-      );
-      for (const { settle } of this.#listeners.values()) settle(this.#end);
+    this.ended = this.process.ended
+      .then((ending) => this.ready.then(() => diedError(ending)))
+      .catch((error: Error) => error);
+    void this.ended.then((error) => {
+      this.#end = error;
+      for (const { reject } of this.#listeners.values()) reject(error);
     });
   }
 
@@ -76,20 +71,16 @@ export class HostConnection {
     workspace: number | undefined,
   ) {
     const id = this.#runs++;
-    const outcome = new Promise<Outcome>((resolve) => {
-      const settle = (outcome: Outcome) => {
-        this.#listeners.delete(id);
-        resolve(outcome);
-      };
+    const outcome = new Promise<Record<string, Tensor>>((resolve, reject) => {
       const receive = (message: FromHost) => {
         if (message.type === "launched" || message.type === "done")
           for (const report of message.reports) onLaunch(report);
-        if (message.type === "done") settle({ results: message.results });
-        if (message.type === "failed") settle({ error: errorOf(message.failure) });
+        if (message.type === "done") resolve(message.results);
+        if (message.type === "failed") reject(errorOf(message.failure));
       };
-      this.#listeners.set(id, { receive, settle });
-      if (this.#end) settle(this.#end);
-    });
+      this.#listeners.set(id, { receive, reject });
+      if (this.#end) reject(this.#end);
+    }).finally(() => this.#listeners.delete(id));
     this.send({ type: "run", id, graphs, program: pack(program), workspace });
     for (const { name } of graphs) this.known.add(name);
     return {
@@ -106,7 +97,7 @@ function errorOf(failure: Failure): Error {
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }
 
-export function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
+function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
   const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
   const hint =
     signal === "SIGKILL"

@@ -21,11 +21,11 @@ export class RunFailure extends Error {
   }
 }
 
-/** What a run reports and asks while it is under way. */
+/** What a run reports, and looks at before each launch. */
 export interface RunHooks {
   launched(report: FinishedLaunch): void;
-  aborted(): boolean;
-  preempted(): boolean;
+  /** What has been asked of it so far. */
+  readonly asked: ReadonlySet<"abort" | "preempt">;
 }
 
 export class Executor {
@@ -58,9 +58,10 @@ export class Executor {
    * @param workspace where the program finds values of earlier programs and leaves its own
    * @throws RunFailure
    */
-  async run(program: Program, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
-    const values = this.#values(workspace);
-    if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
+  async run(program: Program, { launched, asked }: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+    const values = (workspace !== undefined && this.#workspaces.get(workspace)) || new Map<string, ort.Tensor>();
+    if (workspace !== undefined) this.#workspaces.set(workspace, values);
+    if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
     for (const [name, constant] of Object.entries(program.constants))
       values.set(name, this.#tensor(await this.#constants.tensor(name, constant)));
     let launches = 0;
@@ -70,15 +71,15 @@ export class Executor {
         continue;
       }
       await setImmediate();
-      if (hooks.aborted()) throw new RunFailure({ kind: "aborted" });
-      if (hooks.preempted()) {
+      if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
+      if (asked.has("preempt")) {
         const written = program.results.filter((name) => values.has(name));
         throw new RunFailure({ kind: "preempted", launches, results: read(program, written, values) });
       }
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;
-      hooks.launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
+      launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
     }
     return read(program, program.results, values);
   }
@@ -86,14 +87,6 @@ export class Executor {
   free(workspace: number, names: readonly string[] | "all"): void {
     if (names === "all") this.#workspaces.delete(workspace);
     else for (const name of names) this.#workspaces.get(workspace)?.delete(name);
-  }
-
-  #values(workspace: number | undefined): Map<string, ort.Tensor> {
-    const known = workspace === undefined ? undefined : this.#workspaces.get(workspace);
-    if (known) return known;
-    const values = new Map<string, ort.Tensor>();
-    if (workspace !== undefined) this.#workspaces.set(workspace, values);
-    return values;
   }
 
   async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {
@@ -108,10 +101,10 @@ export class Executor {
     for (const [output, name] of Object.entries(launch.outputs)) {
       const value = results[output]!;
       const { dtype, shape } = program.registers[name]!;
-      if (value.type !== dtype || !sameShape(value.dims, shape))
-        throw failure(
-          `${where} gave ${value.type} [${value.dims}] as "${output}", but the register "${name}" is ${dtype} [${shape}].`,
-        );
+      const given = `${value.type} [${value.dims}]`;
+      const wanted = `${dtype} [${shape}]`;
+      if (given !== wanted)
+        throw failure(`${where} gave ${given} as "${output}", but the register "${name}" is ${wanted}.`);
       values.set(name, value);
     }
     for (const name of launch.mustBeFinite ?? [])
@@ -161,7 +154,7 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
     executionMode: "sequential",
     ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
     interOpNumThreads: 1,
-    // Patterns plan one block for all values of a run and keep it for every size seen: a third of a gigabyte more
+    // Memory patterns reserve one block for all values of a run and keep it for every size seen: a third of a gigabyte more
     // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time. Spinning stays on during a run, as it is by
     // default: steps of small pictures take up to 1.25 times as long without it (bench:trials).
     enableMemPattern: false,
@@ -178,10 +171,6 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
       ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
     },
   };
-}
-
-function sameShape(a: readonly number[], b: readonly number[]): boolean {
-  return a.length === b.length && a.every((size, index) => size === b[index]);
 }
 
 /** A value, which a program that was checked can only lack where an earlier submission to the workspace failed. */

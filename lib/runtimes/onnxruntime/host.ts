@@ -71,15 +71,11 @@ async function run(
   };
   try {
     for (const graph of graphs) executor.add(graph);
-    const hooks = {
-      launched: (report: FinishedLaunch) => {
-        reports.push(report);
-        if (performance.now() - reported >= reportInterval) flush();
-      },
-      aborted: () => asked.has("abort"),
-      preempted: () => asked.has("preempt"),
+    const launched = (report: FinishedLaunch) => {
+      reports.push(report);
+      if (performance.now() - reported >= reportInterval) flush();
     };
-    const results = await executor.run(unpack(program), hooks, workspace);
+    const results = await executor.run(unpack(program), { launched, asked }, workspace);
     send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =

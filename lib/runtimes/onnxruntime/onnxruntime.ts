@@ -1,7 +1,7 @@
 /**
  * ONNX Runtime on the CPU, the runtime that is always there. Graphs run in a child process (see process.ts), started
  * early so that loading the library overlaps with the work of the caller. This file keeps the graphs (their bytes are
- * small, weights are external), one queue of programs, and the rule that an idle child never keeps a script alive.
+ * small, weights are external), the order of programs, and the rule that an idle child never keeps a script alive.
  */
 
 import { parse } from "node:path";
@@ -13,7 +13,7 @@ import type { Program } from "../../program/program.js";
 import { validateProgram } from "../../program/validate.js";
 import type { Capabilities, CompilableGraph, RunOptions, Runtime, SubmissionOptions, Workspace } from "../runtime.js";
 import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
-import { diedError, HostConnection, type Outcome } from "./connection.js";
+import { HostConnection } from "./connection.js";
 import type { FinishedLaunch, SentGraph, Widening } from "./protocol.js";
 
 export interface OnnxRuntimeOptions {
@@ -26,13 +26,6 @@ export interface OnnxRuntimeOptions {
   readonly logger?: Logger | undefined;
 }
 
-/** A program that waits or runs. */
-interface Run {
-  readonly program: Program;
-  readonly options: RunOptions;
-  settle(outcome: Outcome): void;
-}
-
 export const capabilities: Capabilities = { preemption: true, capture: false, anyShape: true };
 
 export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
@@ -40,11 +33,12 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly capabilities = capabilities;
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
-  readonly #queue: Run[] = [];
   #host: HostConnection | null = null;
   /** Starts, runs and disposals under way, which must keep the event loop alive. */
   #busy = 0;
-  #working: Promise<void> | null = null;
+  /** Programs that wait or run, and what ends with the last of them. */
+  #runs = 0;
+  #turn: Promise<unknown> = Promise.resolve();
   #disposed: Promise<void> | null = null;
   #workspaces = 0;
   /** Submissions to workspaces under way. */
@@ -84,7 +78,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   }
 
   /**
-   * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's words),
+   * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's message),
    *   NotFiniteError, RuntimeDiedError, DisposedError, or `signal.reason`
    */
   async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
@@ -92,27 +86,22 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    const queued = () =>
-      new Promise<Record<string, Tensor>>((resolve, reject) => {
-        const run: Run = {
-          program,
-          options,
-          settle(outcome) {
-            stopFollowing();
-            if ("results" in outcome) resolve(outcome.results);
-            else reject(outcome.error);
-          },
-        };
-        const stopFollowing = onAbort(signal, () => {
-          const position = this.#queue.indexOf(run);
-          if (position < 0) return;
-          this.#queue.splice(position, 1);
-          run.settle({ error: signal?.reason });
-        });
-        this.#queue.push(run);
-        this.#working ??= this.#work();
-      });
-    return options.background ? queued() : this.#keepingAlive(queued);
+    // A program that waits fails with the child that it was given to.
+    const host = this.#launchHost();
+    const before = this.#turn;
+    const isFirst = this.#runs++ === 0;
+    const begin = async () => {
+      // Disposal waits for the program in flight only.
+      if (!isFirst) this.throwIfDisposed();
+      await untilAborted(host.ready, signal);
+      // A submission that may be preempted can be long: an ordinary program does not wait for it.
+      for (const preempt of this.#preemptions) preempt();
+      return this.#send(host, program, options);
+    };
+    const outcome = before.then(begin).finally(() => this.#runs--);
+    this.#turn = outcome.catch(() => {});
+    const settled = () => untilAborted(before, signal).then(() => outcome);
+    return options.background ? settled() : this.#keepingAlive(settled);
   }
 
   /** Submissions are sent as soon as they are submitted; ordinary programs run between them. */
@@ -120,27 +109,24 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     this.throwIfDisposed();
     const id = this.#workspaces++;
     const host = this.#launchHost();
-    return new HostWorkspace(this, host, id, async (program, options) => {
+    return new HostWorkspace(this, host, id, (program, options) => {
       const outcome = this.#keepingAlive(() => this.#send(host, program, options, id));
       this.#submissions.add(outcome);
-      const settled = await outcome.finally(() => this.#submissions.delete(outcome));
-      if ("results" in settled) return settled.results;
-      throw settled.error;
+      return outcome.finally(() => this.#submissions.delete(outcome));
     });
   }
 
   /** After the programs given so far. */
   async unload(graphs: readonly string[]): Promise<void> {
     // What is under way may be a background program, which alone would let the process end.
-    await this.#keepingAlive(async () => this.#working);
+    await this.#keepingAlive(async () => this.#turn);
     this.#host?.process.send({ type: "unload", graphs });
   }
 
   dispose(): Promise<void> {
     this.#disposed ??= this.#keepingAlive(async () => {
-      for (const run of this.#queue.splice(0)) run.settle({ error: new DisposedError("This runtime") });
-      await this.#working;
-      await Promise.all(this.#submissions);
+      await this.#turn;
+      await Promise.allSettled(this.#submissions);
       await this.#host?.process.kill();
       this.#host = null;
       this.#graphs.clear();
@@ -152,31 +138,13 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     await this.dispose();
   }
 
-  /** One program after another until the queue is empty. */
-  async #work(): Promise<void> {
-    for (let run = this.#queue.shift(); run; run = this.#queue.shift()) run.settle(await this.#execute(run));
-    this.#working = null;
-  }
-
-  async #execute({ program, options }: Run): Promise<Outcome> {
-    try {
-      const host = this.#launchHost();
-      await untilAborted(host.ready, options.signal);
-      // A submission that may be preempted can be long: an ordinary program does not wait for it.
-      for (const preempt of this.#preemptions) preempt();
-      return await this.#send(host, program, options);
-    } catch (error) {
-      return { error: options.signal?.aborted ? options.signal.reason : error };
-    }
-  }
-
-  /** Sends a program at once, behind those that were sent before. Never rejects. */
+  /** Sends a program at once, behind those that were sent before. */
   async #send(
     host: HostConnection,
     program: Program,
     options: SubmissionOptions,
     workspace?: number,
-  ): Promise<Outcome> {
+  ): Promise<Record<string, Tensor>> {
     const { signal, onLaunch, preempt } = options;
     const cleanUp: (() => void)[] = [];
     try {
@@ -198,12 +166,12 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
         this.#preemptions.add(run.preempt);
         cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
       }
-      if (signal) cleanUp.push(onAbort(signal, run.abort));
-      const outcome = await run.outcome;
-      // The caller's own reasons come first, whatever the child made of its last launch.
-      if (thrown) return thrown;
-      if (signal?.aborted) return { error: signal.reason };
-      return outcome;
+      cleanUp.push(onAbort(signal, run.abort));
+      return await run.outcome.finally(() => {
+        // The caller's own reasons come first, whatever the child made of its last launch.
+        if (thrown) throw thrown.error;
+        signal?.throwIfAborted();
+      });
     } finally {
       for (const each of cleanUp) each();
     }
@@ -219,16 +187,9 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
       (version) => logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`),
       () => {},
     );
-    void host.process.ended.then(async (ending) => {
+    void host.ended.then((error) => {
       this.#host = null;
-      if (this.#disposed) return;
-      const waiting = this.#queue.splice(0);
-      const error = await host.ready.then(
-        () => diedError(ending),
-        (reason: Error) => reason,
-      );
-      logger?.warn?.(error.message);
-      for (const run of waiting) run.settle({ error });
+      if (!this.#disposed) logger?.warn?.(error.message);
     });
     return host;
   }
@@ -245,34 +206,26 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
 /** A workspace in the child: lost with it. */
 class HostWorkspace extends NamedWorkspace {
-  readonly #host: HostConnection;
-  readonly #id: number;
-  #lost = false;
+  lost = false;
 
   constructor(
     owner: WorkspaceOwner,
-    host: HostConnection,
-    id: number,
+    private readonly host: HostConnection,
+    private readonly id: number,
     protected readonly run: (program: Program, options: SubmissionOptions) => Promise<Record<string, Tensor>>,
   ) {
     super(owner, "process");
-    this.#host = host;
-    this.#id = id;
     void host.process.ended.then(() => {
-      this.#lost = true;
+      this.lost = true;
     });
-  }
-
-  get lost(): boolean {
-    return this.#lost;
   }
 
   close(): void {
     this.release("all");
-    this.#lost = true;
+    this.lost = true;
   }
 
   protected release(names: readonly string[] | "all"): void {
-    if (!this.#lost) this.#host.send({ type: "free", workspace: this.#id, names });
+    if (!this.lost) this.host.send({ type: "free", workspace: this.id, names });
   }
 }

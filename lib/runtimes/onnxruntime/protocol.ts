@@ -5,6 +5,7 @@
  */
 
 import type { Tensor } from "../../common/tensor.js";
+import type { LaunchReport } from "../runtime.js";
 import type { PackedProgram } from "./packing.js";
 
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
@@ -52,12 +53,8 @@ export type Failure =
   /** Preempted, after so many launches, with the results that there are. */
   | { readonly kind: "preempted"; readonly launches: number; readonly results: Record<string, Tensor> };
 
-/** A finished launch: its index among the program's launches, how long it took, and the values that it reports. */
-export interface FinishedLaunch {
-  readonly index: number;
-  readonly milliseconds: number;
-  readonly values: Readonly<Record<string, Tensor>>;
-}
+/** A finished launch: the parent knows the launch by its index. */
+export type FinishedLaunch = Omit<LaunchReport, "launch">;
 
 export type FromHost =
   /** ONNX Runtime has loaded. */

@@ -1,16 +1,16 @@
 /** ONNX Runtime in the table of runtimes. */
 
 import { cpuEmitOptions } from "../../onnx/index.js";
-import type { RuntimeRow } from "../runtime.js";
+import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
+import { installRemedy } from "./connection.js";
+import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
-import { examineOnnxRuntime } from "./probe.js";
 import { resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
   capabilities,
-  find: async () => null,
   async open({ threads, weights, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit);
     const runtime = new OnnxRuntime({ weights: widening, threads, logger });
@@ -25,3 +25,17 @@ export const onnxruntime: RuntimeRow = {
   },
   examine: () => examineOnnxRuntime(),
 };
+
+/**
+ * Only a child process that loads it can tell whether ONNX Runtime can be used here. Never rejects.
+ * @param host the built host.ts; default: beside this bundle
+ */
+export async function examineOnnxRuntime(host?: URL): Promise<RuntimeFinding> {
+  await using runtime = new OnnxRuntime({ weights: "lazy", host });
+  const found = { name: runtime.name, version: null, reason: null, remedy: null };
+  try {
+    return { ...found, available: true, ...(await runtime.start()) };
+  } catch (error) {
+    return { ...found, available: false, reason: messageOf(error), remedy: installRemedy };
+  }
+}

@@ -1,5 +1,5 @@
 /**
- * The whole native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
+ * The native boundary: every function of the addon (native/binding) once, marked [sync] or [async], and the only
  * place that loads a .node file. There is one addon for each library (see flavours.ts), all from one list of sources,
  * since the headers of TensorRT 11 and TensorRT-RTX are not compatible with each other. Loading one opens none of NVIDIA's
  * libraries, so it works on every machine that the addon was compiled for.
@@ -9,6 +9,7 @@ import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
+import type { Problem } from "../runtime.js";
 
 /** Major, minor, patch, build. */
 export type Version = readonly [number, number, number, number];
@@ -62,7 +63,7 @@ export interface NativeBuildRequest {
 }
 
 export interface NativeBuildProgress {
-  /** In the library's words. */
+  /** As the library names it. */
   readonly phase: string;
   /** Never decreases; `total` is constant. */
   readonly done: number;
@@ -268,7 +269,7 @@ export interface Addon {
    */
   openExecutor(library: string, parser: string, ordinal: number): NativeTask<NativeExecutor>;
   /**
-   * [sync] Locks a file among processes and threads, creating it; null while somebody else holds it. The kernel releases
+   * [sync] Locks a file among processes and threads, creating it; null while another holds it. The kernel releases
    * the lock of a process that dies. @returns a function that releases it and removes the file
    */
   tryLock(file: string): (() => void) | null;
@@ -276,38 +277,32 @@ export interface Addon {
 
 const require = createRequire(import.meta.url);
 
-/** Why there is no addon, and what to do about it. */
-export interface AddonProblem {
-  readonly cause: string;
-  readonly remedy: string;
-}
-
 /** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
-export function findAddon(kind: string): Addon | AddonProblem {
+export function findAddon(kind: string): Addon | Problem {
+  const problem = (cause: string, remedy: string): Problem => ({ prevents: "building", cause, remedy });
   if (process.platform !== "linux" || process.arch !== "x64")
-    return {
-      cause: `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
-      remedy: 'Use the runtime "onnxruntime", which needs nothing.',
-    };
+    return problem(
+      `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
+      'Use the runtime "onnxruntime", which needs nothing.',
+    );
   const find = require("node-gyp-build") as { path(folder: string): string };
   let file: string;
   try {
     // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
     file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
   } catch {
-    return {
-      cause: `This installation of flowturbo has no native addon for ${kind}.`,
-      remedy:
-        "Install the published package, which brings one for linux-x64 with glibc, or run `npm run build:native` in a clone.",
-    };
+    return problem(
+      `This installation of flowturbo has no native addon for ${kind}.`,
+      "Install the published package, which brings one for linux-x64 with glibc, or run `npm run build:native` in a clone.",
+    );
   }
   try {
     return require(file) as Addon;
   } catch (error) {
-    return {
-      cause: `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
-      remedy: "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
-    };
+    return problem(
+      `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
+      "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
+    );
   }
 }
 

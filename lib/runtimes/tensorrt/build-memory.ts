@@ -31,17 +31,12 @@ export class BuildMemory {
     this.#gate = new Gate({ capacity: this.#available });
   }
 
-  /** Whether the build of a graph fits where it is alone. */
-  fits(graph: CompilableGraph): boolean {
-    return memoryNeeded(graph) <= this.#available();
-  }
-
-  /** @throws MemoryError for a build that does not fit even alone, with both numbers */
-  check(graph: CompilableGraph): void {
+  /** Why the build of a graph is refused, with both numbers; null if it fits where it is alone. */
+  refusal(graph: CompilableGraph): MemoryError | null {
     const needed = memoryNeeded(graph);
     const available = this.#available();
-    if (needed <= available) return;
-    throw new MemoryError(
+    if (needed <= available) return null;
+    return new MemoryError(
       `Building the engine of ${graph.name} takes about ${gigabytes(needed)} GB of memory, but ${gigabytes(available)} GB are available. ` +
         "Free some, build on a larger machine and copy the cache, or raise the limit (memory) if you know better.",
       needed,
@@ -52,17 +47,14 @@ export class BuildMemory {
   /**
    * Waits until a build fits beside those under way.
    * @returns a function to be called at its end
-   * @throws MemoryError as `check` does; `signal.reason`
+   * @throws MemoryError if it does not fit even alone; `signal.reason`
    */
   async enter(graph: CompilableGraph, signal: AbortSignal | undefined): Promise<() => void> {
     const leave = await this.#gate.enter(undefined, memoryNeeded(graph), signal);
-    try {
-      // The gate lets anything in that is alone.
-      this.check(graph);
-      return leave;
-    } catch (error) {
-      leave();
-      throw error;
-    }
+    // The gate lets anything in that is alone.
+    const refusal = this.refusal(graph);
+    if (!refusal) return leave;
+    leave();
+    throw refusal;
   }
 }

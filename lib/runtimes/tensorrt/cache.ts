@@ -27,7 +27,7 @@ const manifestSchema = z.strictObject({
   format: z.literal(1),
   key: z.string(),
   /** The key of everything but the profiles: engines that differ in nothing else have it in common. */
-  family: z.string().optional(),
+  family: z.string(),
   graph: z.string(),
   runtime: z.enum(tensorRtKinds),
   version: z.string(),
@@ -37,7 +37,7 @@ const manifestSchema = z.strictObject({
     z.strictObject({ gpu: z.string(), sm: z.int(), driver: z.int() }),
   ]),
   /** Dimensions of every input, in the order of the engine's profiles. */
-  profiles: z.array(z.record(z.string(), z.array(z.int()))),
+  profiles: z.array(z.record(z.string(), z.array(z.int()).readonly())),
   bytes: z.int(),
   sha256: z.string(),
   /** Seconds that the build took. */
@@ -53,21 +53,18 @@ export interface CachedEngine {
   readonly manifest: Manifest;
 }
 
-export type Lookup =
-  | { readonly state: "found"; readonly engine: CachedEngine }
-  | { readonly state: "absent" }
-  /** Something lies there that must not be used. */
-  | { readonly state: "damaged"; readonly reason: string };
-
-/** One line of `flowturbo cache list` and `verify`. */
-export interface CacheItem {
+/** What lies in the cache under an engine's name. */
+export type CacheItem = {
   readonly name: string;
-  readonly manifest: Manifest | null;
+  /** File of the plan. */
+  readonly plan: string;
   /** Bytes of the plan on disk. */
   readonly bytes: number;
-  /** Null for a sound plan (in a list: one that was not looked into). */
-  readonly damage: string | null;
-}
+} & (
+  | { readonly manifest: Manifest; readonly damage: null }
+  /** Something that must not be used, and why. */
+  | { readonly manifest: Manifest | null; readonly damage: string }
+);
 
 /** Where a cache keeps its engines. */
 export function enginesFolder(cache: string = defaultCacheFolder()): string {
@@ -93,78 +90,34 @@ export class EngineCache {
    * @throws CacheError if it is not this user's, open to others, or cannot be written to
    */
   static async open(folder: string = defaultCacheFolder()): Promise<EngineCache> {
-    const base = path.resolve(folder);
     const engines = enginesFolder(folder);
-    try {
-      await makeFolders(engines, [], 0o700);
-    } catch (cause) {
-      throw new CacheError(
-        engines,
-        `Cannot create the cache of engines ${engines}: ${(cause as Error).message}. Name another folder (--cache, or the option cache).`,
-        { cause },
-      );
-    }
-    await checkFolder(base, false);
+    const cannot = (what: string) => (cause: Error) => {
+      const message = `Cannot ${what} the cache of engines ${engines}: ${cause.message}. Make it writable, or name another folder (--cache, or the option cache).`;
+      throw new CacheError(engines, message, { cause });
+    };
+    await makeFolders(engines, [], 0o700).catch(cannot("create"));
+    await checkFolder(path.resolve(folder), false);
     await checkFolder(engines, true);
     const probe = path.join(engines, `.probe-${randomBytes(6).toString("hex")}.tmp`);
-    try {
-      await writeFile(probe, "", { flag: "wx", mode: 0o600 });
-      await rm(probe, { force: true });
-    } catch (cause) {
-      throw new CacheError(
-        engines,
-        `Cannot write to the cache of engines ${engines}: ${(cause as Error).message}. Make it writable, or name another folder.`,
-        { cause },
-      );
-    }
+    await writeFile(probe, "", { flag: "wx", mode: 0o600 }).catch(cannot("write to"));
+    await rm(probe, { force: true }).catch(cannot("write to"));
     return new EngineCache(engines);
   }
 
   /** Opens a cache for reading if there is one. */
   static async openExisting(folder: string = defaultCacheFolder()): Promise<EngineCache | null> {
-    const engines = enginesFolder(folder);
-    const exists = await lstat(engines).then(
-      () => true,
-      () => false,
-    );
-    return exists ? EngineCache.open(folder) : null;
+    const stats = await lstat(enginesFolder(folder)).catch(() => null);
+    return stats && EngineCache.open(folder);
   }
 
   /** Looks for an engine and verifies its plan to the last byte. @throws `signal.reason` after an abort */
-  async find(graph: string, key: string, signal?: AbortSignal): Promise<Lookup> {
-    const name = nameOf(graph, key);
-    if (!(await this.has(graph, key))) return { state: "absent" };
-    try {
-      const manifest = await this.#readManifest(name);
-      if (manifest.key !== key) throw new Damage("its description belongs to another engine");
-      await this.#verifyPlan(name, manifest, signal);
-      return { state: "found", engine: { plan: this.#path(name, "plan"), manifest } };
-    } catch (error) {
-      if (!(error instanceof Damage)) throw error;
-      return { state: "damaged", reason: error.message };
-    }
-  }
-
-  /** Descriptions of a graph's engines, those with the fewest profiles first; their plans are not looked into. */
-  async ofGraph(graph: string, wanted: (manifest: Manifest) => boolean): Promise<Manifest[]> {
-    const members: Manifest[] = [];
-    for (const entry of await readdir(this.folder)) {
-      if (!entry.startsWith(`${graph}-`) || !entry.endsWith(".plan")) continue;
-      const manifest = await this.#readManifest(entry.slice(0, -".plan".length)).catch((error) => {
-        if (error instanceof Damage) return null;
-        throw error;
-      });
-      if (manifest?.graph === graph && wanted(manifest)) members.push(manifest);
-    }
-    return members.sort((a, b) => a.profiles.length - b.profiles.length);
+  find(graph: string, key: string, signal?: AbortSignal): Promise<CacheItem | null> {
+    return this.#examine(nameOf(graph, key), true, signal);
   }
 
   /** Whether there is a plan, sound or not. */
-  has(graph: string, key: string): Promise<boolean> {
-    return lstat(this.#path(nameOf(graph, key), "plan")).then(
-      () => true,
-      () => false,
-    );
+  async has(graph: string, key: string): Promise<boolean> {
+    return (await this.#examine(nameOf(graph, key), false)) !== null;
   }
 
   /** Waits until no other process or thread builds this engine. @throws `signal.reason`, CacheError */
@@ -221,55 +174,51 @@ export class EngineCache {
     }
   }
 
-  /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
-  async sweep(addon: Addon): Promise<void> {
-    for (const entry of await readdir(this.folder)) {
-      const file = path.join(this.folder, entry);
-      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|[0-9a-f]{12}\.tmp)/);
-      // Taking a lock and releasing it removes it.
-      const release = match && addon.tryLock(this.#path(match[1]!, "lock"));
-      if (release && match[2] !== "lock") await rm(file, { force: true });
-      release?.();
-      if (entry.match(/^(\.probe-|weights\.json\.).*\.tmp$/)) await rm(file, { force: true });
-    }
-  }
-
-  /** All engines, by name. With `verify` every plan is read to the last byte. */
-  async list(options: { verify?: boolean; signal?: AbortSignal | undefined } = {}): Promise<CacheItem[]> {
+  /** All engines, or those of a graph, by name. With `verify` every plan is read to the last byte. */
+  async list({
+    graph,
+    verify = false,
+    signal,
+  }: {
+    graph?: string;
+    verify?: boolean;
+    signal?: AbortSignal;
+  } = {}): Promise<CacheItem[]> {
     const items: CacheItem[] = [];
     for (const entry of (await readdir(this.folder)).sort()) {
-      if (!entry.endsWith(".plan")) continue;
-      const name = entry.slice(0, -".plan".length);
-      const bytes = await lstat(path.join(this.folder, entry)).then((stats) => stats.size);
-      let manifest: Manifest | null = null;
-      let damage: string | null = null;
-      try {
-        manifest = await this.#readManifest(name);
-        if (nameOf(manifest.graph, manifest.key) !== name)
-          throw new Damage("its description belongs to another engine");
-        if (options.verify) await this.#verifyPlan(name, manifest, options.signal);
-      } catch (error) {
-        if (!(error instanceof Damage)) throw error;
-        damage = error.message;
-      }
-      items.push({ name, manifest, bytes, damage });
+      const name = entry.match(/^(.+)\.plan$/)?.[1];
+      if (name === undefined || (graph !== undefined && !name.startsWith(`${graph}-`))) continue;
+      const item = await this.#examine(name, verify, signal);
+      if (item) items.push(item);
     }
     return items;
   }
 
-  /** Removes everything but what is being built. @returns number of engines and bytes freed */
-  async clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
+  /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
+  async sweep(addon: Addon): Promise<void> {
+    await this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|[0-9a-f]{12}\.tmp.*)$|^(\.probe-|weights\.json\.).*\.tmp$/);
+  }
+
+  /**
+   * Removes everything but what is being built.
+   * @param addon for its locks; null where nothing can be built
+   * @returns number of engines and bytes freed
+   */
+  clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
+    return this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|.*(plan|json|tmp))$|^weights\.json$/);
+  }
+
+  async #remove(addon: Addon | null, which: RegExp): Promise<{ engines: number; bytes: number }> {
     let engines = 0;
     let bytes = 0;
     for (const entry of await readdir(this.folder)) {
-      const match = entry.match(/^(.+-[0-9a-f]{32})\.(lock$|.*(plan|json|tmp)$)/);
-      if (!match && entry !== "weights.json") continue;
-      const lock = match ? this.#path(match[1]!, "lock") : null;
-      const release = lock && addon ? addon.tryLock(lock) : () => undefined;
+      if (!which.test(entry)) continue;
+      const name = entry.match(/^(.+-[0-9a-f]{32})\./)?.[1];
+      const release = name && addon ? addon.tryLock(this.#path(name, "lock")) : () => undefined;
       if (!release) continue;
       const file = path.join(this.folder, entry);
-      // Releasing a lock removes it; this package makes no folders here.
-      const stats = match?.[2] === "lock" ? null : await lstat(file);
+      // Releasing a lock removes it. What has gone meanwhile is no failure; this package makes no folders here.
+      const stats = entry.endsWith(".lock") ? null : await lstat(file).catch(() => null);
       if (stats && !stats.isDirectory()) {
         await rm(file, { force: true });
         bytes += stats.size;
@@ -278,6 +227,24 @@ export class EngineCache {
       release();
     }
     return { engines, bytes };
+  }
+
+  /** @returns null where there is no plan of that name */
+  async #examine(name: string, verify: boolean, signal?: AbortSignal): Promise<CacheItem | null> {
+    const plan = this.#path(name, "plan");
+    const stats = await lstat(plan).catch(() => null);
+    if (!stats) return null;
+    const item = { name, plan, bytes: stats.size };
+    let manifest: Manifest | null = null;
+    try {
+      manifest = await this.#readManifest(name);
+      if (nameOf(manifest.graph, manifest.key) !== name) throw new Damage("its description belongs to another engine");
+      if (verify) await this.#verifyPlan(name, manifest, signal);
+      return { ...item, manifest, damage: null };
+    } catch (error) {
+      if (!(error instanceof Damage)) throw error;
+      return { ...item, manifest, damage: error.message };
+    }
   }
 
   async #readManifest(name: string): Promise<Manifest> {

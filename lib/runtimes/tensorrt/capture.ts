@@ -4,6 +4,7 @@
  */
 
 import type { Logger } from "../../common/logger.js";
+import type { Program } from "../../program/program.js";
 import type { NativeExecutor, NativeRegisters, NativeSubmission } from "./addon.js";
 
 /** Programs whose CUDA graphs are kept. */
@@ -33,16 +34,19 @@ export class CapturedPrograms {
    * Registers for a program: the same for the same instructions, and with them the CUDA graph.
    * @returns also a function to be called at the end of the run
    */
-  use(executor: NativeExecutor, submission: NativeSubmission, bytes: number, graphs: ReadonlySet<string>) {
+  use(executor: NativeExecutor, submission: NativeSubmission, bytes: number, program: Program) {
     const key = JSON.stringify([submission.constants.length, submission.instructions, submission.results]);
-    const program = this.#programs.get(key) ?? { registers: executor.registers(bytes), graphs };
+    const captured = this.#programs.get(key) ?? {
+      registers: executor.registers(bytes),
+      graphs: new Set(program.instructions.flatMap((each) => (each.op === "launch" ? each.graph : []))),
+    };
     this.#programs.delete(key);
-    this.#programs.set(key, program);
+    this.#programs.set(key, captured);
     if (this.#programs.size > keptPrograms) this.#forget(this.#programs.keys().next().value!);
     const done = (failed: boolean) => {
-      if (failed && this.#programs.get(key) === program) this.#forget(key);
+      if (failed && this.#programs.get(key) === captured) this.#forget(key);
     };
-    return { registers: program.registers, done };
+    return { registers: captured.registers, done };
   }
 
   /** Frees the programs that launch a graph: they would keep its engine on the device. */

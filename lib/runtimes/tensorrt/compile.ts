@@ -1,19 +1,19 @@
 /**
  * Graphs to engines: one engine a graph, with one optimisation profile for each set of input shapes, taken from the
  * cache where it holds the very same. What the same is, is the key: the library and its version, the device, the
- * graph, the weights by content, the flags by name, the profiles, and this package's own recipe.
+ * graph, the weights by content, the profiles, and this package's own recipe.
  */
 
 import { onAbort, untilAborted } from "../../common/abort.js";
-import { OptionError } from "../../errors.js";
-import type {
-  BuilderSettings,
-  CompileCallOptions,
-  CompiledEngine,
-  CompileProgress,
-  EngineBuilder,
-  EngineRequest,
-  ProfileShapes,
+import {
+  type BuilderSettings,
+  type CompileCallOptions,
+  type CompiledEngine,
+  type CompileProgress,
+  type EngineBuilder,
+  type EngineRequest,
+  type ProfileShapes,
+  profileKey,
 } from "../builder.js";
 import type { CompilableGraph } from "../runtime.js";
 import { type Addon, type NativeBuildResult, type NativeError, versionText } from "./addon.js";
@@ -21,62 +21,46 @@ import { BuildMemory } from "./build-memory.js";
 import { type CachedEngine, EngineCache, keyOf, type Manifest } from "./cache.js";
 import { explainBuild } from "./complaints.js";
 import type { FileDigest } from "./digests.js";
-import { type EngineDevice, flavourOf, type TensorRtKind } from "./flavours.js";
-import { type Library, requireLibrary } from "./libraries.js";
+import { type EngineDevice, flavours, type TensorRtKind } from "./flavours.js";
+import { type Installation, type Library, requireTensorRt } from "./libraries.js";
 
 /** Counts up whenever the same inputs would be built into another engine by this file or by native/core. */
 const recipe = 1;
-
-export interface CompilerOptions extends BuilderSettings {
-  readonly kind: TensorRtKind;
-  /** Names of nvinfer1::BuilderFlag. */
-  readonly flags?: readonly string[] | undefined;
-}
 
 /** Share of an engine's progress that its weights' digests and its build take. */
 const total = 1000;
 const weightsShare = 50;
 
 export class EngineCompiler implements EngineBuilder {
-  readonly kind: TensorRtKind;
   readonly library: Library;
   readonly cache: EngineCache;
   readonly device: EngineDevice;
   readonly #addon: Addon;
-  readonly #flags: readonly string[];
   readonly #memory: BuildMemory;
 
-  private constructor(
-    addon: Addon,
-    library: Library,
-    cache: EngineCache,
-    device: EngineDevice,
-    options: CompilerOptions,
-  ) {
-    this.kind = options.kind;
+  private constructor({ addon, library }: Installation, cache: EngineCache, device: EngineDevice, memory?: number) {
     this.library = library;
     this.cache = cache;
     this.device = device;
     this.#addon = addon;
-    this.#flags = [...(options.flags ?? [])].sort();
-    this.#memory = new BuildMemory(options.memory);
+    this.#memory = new BuildMemory(memory);
   }
 
   /**
+   * @param installation what to build with; default: what is found on this machine
    * @throws RuntimeUnavailableError if the library is missing, or there is no GPU to build for; OptionError for a wrong
-   *   target or flag; CacheError if the cache cannot be used
+   *   target; CacheError if the cache cannot be used
    */
-  static async open(options: CompilerOptions): Promise<EngineCompiler> {
-    const { kind } = options;
-    const { addon, library, cuda } = await requireLibrary(kind, options);
-    const device = flavourOf(kind).deviceOf(options.targets ?? [], cuda);
-    const { flags } = addon.describe();
-    for (const flag of options.flags ?? [])
-      if (!flags.includes(flag))
-        throw new OptionError("flags", `Expected one of ${flags.join(", ")} for flags but received "${flag}".`);
+  static async open(
+    options: BuilderSettings & { readonly kind: TensorRtKind },
+    installation?: Installation,
+  ): Promise<EngineCompiler> {
+    const { kind, targets = [], memory } = options;
+    const found = installation ?? (await requireTensorRt(kind, "building", options));
+    const device = flavours[kind].deviceOf(targets, found.cuda);
     const cache = await EngineCache.open(options.cache);
-    await cache.sweep(addon);
-    return new EngineCompiler(addon, library, cache, device, options);
+    await cache.sweep(found.addon);
+    return new EngineCompiler(found, cache, device, memory);
   }
 
   get version(): string {
@@ -105,43 +89,17 @@ export class EngineCompiler implements EngineBuilder {
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
     const family = this.#family(graph, files);
-    const key = keyIn(family, profiles);
+    const keys = { key: keyIn(family, profiles), family };
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
-    const found = (engine: CachedEngine): CompiledEngine => {
-      report("done", "Found in the cache", total);
-      return compiled(engine, secondsSince(start));
-    };
-    const early = await this.cache.find(graph.name, key, signal);
-    if (early.state === "found") return found(early.engine);
-
-    // 3. The lock, then memory: what another process takes for this very engine must not count against it.
-    report("waiting", "Waiting for memory, or for another process that builds it", weightsShare);
-    const unlock = await this.cache.lock(this.#addon, graph.name, key, signal);
-    let freeMemory: (() => void) | undefined;
-    const leave = () => {
-      freeMemory?.();
-      unlock();
-    };
-    let damage: string | null = null;
-    try {
-      const lookup = await this.cache.find(graph.name, key, signal);
-      if (lookup.state === "found") {
-        leave();
-        return found(lookup.engine);
-      }
-      if (lookup.state === "damaged") damage = lookup.reason;
-      freeMemory = await this.#memory.enter(graph, signal);
-    } catch (error) {
-      leave();
-      throw error;
-    }
-
-    // 4. The build. Its thread may go on for a while after an abort; lock and memory are held until it ends.
-    const built = this.#build(request, { key, family: keyOf(family) }, files, options, report).finally(leave);
-    const { engine, warnings } = await untilAborted(built, signal);
-    report("done", "Built", total);
-    return { ...compiled(engine, engine.manifest.seconds), cached: false, rebuilt: damage, warnings };
+    const early = await this.cache.find(graph.name, keys.key, signal);
+    const engine =
+      early?.damage === null
+        ? compiled(early, secondsSince(start))
+        : // The thread of a build may go on for a while after an abort; lock and memory are held until it ends.
+          await untilAborted(this.#findOrBuild(request, keys, files, options, report), signal);
+    report("done", engine.cached ? "Found in the cache" : "Built", total);
+    return engine;
   }
 
   /**
@@ -151,41 +109,39 @@ export class EngineCompiler implements EngineBuilder {
   async find({ graph, profiles }: EngineRequest, options: CompileCallOptions): Promise<CompiledEngine> {
     const start = performance.now();
     const files = await this.#digests(graph, options);
-    const wanted = profiles.map(profileText);
     // An engine that was built for several GPUs is right for each of them.
     const serves = ({ device, family }: Manifest) =>
-      family === keyOf(this.#family(graph, files, device)) &&
+      family === this.#family(graph, files, device) &&
       ("targets" in device && "targets" in this.device
         ? this.device.targets.every((sm) => device.targets.includes(sm))
-        : family === keyOf(this.#family(graph, files)));
-    for (const manifest of await this.cache.ofGraph(graph.name, serves)) {
-      const has = new Set(manifest.profiles.map(profileText));
-      if (!wanted.every((profile) => has.has(profile))) continue;
-      const lookup = await this.cache.find(graph.name, manifest.key, options.signal);
-      if (lookup.state === "found") return compiled(lookup.engine, secondsSince(start));
+        : family === this.#family(graph, files));
+    const serving = (await this.cache.list({ graph: graph.name }))
+      .flatMap(({ manifest }) => (manifest && serves(manifest) ? [manifest] : []))
+      .sort((a, b) => a.profiles.length - b.profiles.length);
+    for (const manifest of serving) {
+      const has = new Set(manifest.profiles.map(profileKey));
+      if (!profiles.every((profile) => has.has(profileKey(profile)))) continue;
+      const found = await this.cache.find(graph.name, manifest.key, options.signal);
+      if (found?.damage === null) return compiled(found, secondsSince(start));
     }
     return this.compile({ graph, profiles }, options);
   }
 
   async checkMemory(requests: readonly EngineRequest[], options: CompileCallOptions): Promise<void> {
     for (const { graph, profiles } of requests) {
-      if (this.#memory.fits(graph)) continue;
+      const refusal = this.#memory.refusal(graph);
+      if (!refusal) continue;
       const family = this.#family(graph, await this.#digests(graph, options));
-      const key = keyIn(family, profiles);
-      if (!(await this.cache.has(graph.name, key))) this.#memory.check(graph);
+      if (!(await this.cache.has(graph.name, keyIn(family, profiles)))) throw refusal;
     }
   }
 
-  /** What an engine is, but for its profiles. */
-  #family(
-    graph: CompilableGraph,
-    files: ReadonlyMap<string, FileDigest>,
-    device: EngineDevice = this.device,
-  ): readonly unknown[] {
+  /** The key of everything but the profiles. */
+  #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>, device: EngineDevice = this.device): string {
     const externals = [...graph.externals.values()];
-    return [
+    return keyOf([
       ["recipe", recipe],
-      ["runtime", this.kind],
+      ["runtime", this.library.kind],
       ["version", this.version],
       ["platform", `${process.platform}-${process.arch}`],
       ["device", device],
@@ -195,13 +151,40 @@ export class EngineCompiler implements EngineBuilder {
         externals.map(({ name, file }) => [name, files.get(file)!.sha256]),
         externals.map(({ offset }) => offset),
       ],
-      ["flags", this.#flags],
-    ];
+    ]);
+  }
+
+  /** Under the engine's lock: another process may have built it meanwhile. */
+  async #findOrBuild(
+    request: EngineRequest,
+    keys: Pick<Manifest, "key" | "family">,
+    files: ReadonlyMap<string, FileDigest>,
+    options: CompileCallOptions,
+    report: Report,
+  ): Promise<CompiledEngine> {
+    const { graph } = request;
+    const { signal } = options;
+    const start = performance.now();
+    report("waiting", "Waiting for memory, or for another process that builds it", weightsShare);
+    // The lock comes before memory: what another process takes for this very engine must not count against it.
+    const unlock = await this.cache.lock(this.#addon, graph.name, keys.key, signal);
+    let freeMemory: (() => void) | undefined;
+    try {
+      const present = await this.cache.find(graph.name, keys.key, signal);
+      if (present?.damage === null) return compiled(present, secondsSince(start));
+      freeMemory = await this.#memory.enter(graph, signal);
+      const { engine, warnings } = await this.#build(request, keys, files, options, report);
+      const { seconds } = engine.manifest;
+      return { ...compiled(engine, seconds), cached: false, rebuilt: present?.damage ?? null, warnings };
+    } finally {
+      freeMemory?.();
+      unlock();
+    }
   }
 
   async #build(
     { graph, profiles }: EngineRequest,
-    keys: { readonly key: string; readonly family: string },
+    keys: Pick<Manifest, "key" | "family">,
     files: ReadonlyMap<string, FileDigest>,
     { signal, logFile }: CompileCallOptions,
     report: Report,
@@ -220,7 +203,7 @@ export class EngineCompiler implements EngineBuilder {
           Object.entries(profile).map(([input, dimensions]) => ({ input, dimensions })),
         ),
         targets: "targets" in this.device ? this.targets : [],
-        flags: this.#flags,
+        flags: [],
         optimizationLevel: -1,
         workspaceBytes: 0,
         planPath: temporary,
@@ -239,8 +222,8 @@ export class EngineCompiler implements EngineBuilder {
       stopFollowing();
     }
     const engine = await this.cache.keep(temporary, {
-      ...{ ...keys, graph: graph.name, runtime: this.kind, version: this.version },
-      ...{ device: this.device, profiles: profiles.map((profile) => mapValues(profile, (sizes) => [...sizes])) },
+      ...{ ...keys, graph: graph.name, runtime: this.library.kind, version: this.version },
+      ...{ device: this.device, profiles: [...profiles] },
       ...{ seconds: secondsSince(start), created: new Date().toISOString() },
     });
     return { engine, warnings: built.warnings };
@@ -278,16 +261,8 @@ function secondsSince(start: number): number {
   return (performance.now() - start) / 1000;
 }
 
-function keyIn(family: readonly unknown[], profiles: readonly ProfileShapes[]): string {
-  return keyOf([...family, ["profiles", profiles.map(sortedEntries)]]);
-}
-
-function sortedEntries(profile: ProfileShapes) {
-  return Object.entries(profile).sort(([a], [b]) => (a < b ? -1 : 1));
-}
-
-function profileText(profile: ProfileShapes): string {
-  return JSON.stringify(sortedEntries(profile));
+function keyIn(family: string, profiles: readonly ProfileShapes[]): string {
+  return keyOf([family, profiles.map(profileKey)]);
 }
 
 function weightsOf(graph: CompilableGraph, digests: ReadonlyMap<string, FileDigest>) {
@@ -322,8 +297,4 @@ function reporter(graph: string, onProgress: CompileCallOptions["onProgress"]): 
       });
     }
   };
-}
-
-function mapValues<A, B>(record: Readonly<Record<string, A>>, map: (value: A) => B): Record<string, B> {
-  return Object.fromEntries(Object.entries(record).map(([key, value]) => [key, map(value)]));
 }

@@ -32,7 +32,7 @@ interface ReadOptions {
   readonly onBytes?: ((bytes: number) => void) | undefined;
 }
 
-/** A file that is being read, for everybody who asks for it meanwhile. */
+/** A file that is being read, shared by all that ask for it meanwhile. */
 interface Reading {
   readonly task: SharedTask<FileDigest>;
   readonly listeners: Set<(bytes: number) => void>;

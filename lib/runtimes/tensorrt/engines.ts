@@ -8,7 +8,7 @@ import { gigabytes } from "../../common/memory.js";
 import type { Tensor } from "../../common/tensor.js";
 import { MemoryError, RuntimeError } from "../../errors.js";
 import type { Launch, Program } from "../../program/program.js";
-import type { ProfileShapes } from "../builder.js";
+import { type ProfileShapes, profileKey } from "../builder.js";
 import type { CompilableGraph } from "../runtime.js";
 import type { NativeEngine, NativeError, NativeExecutor } from "./addon.js";
 import type { SharedDevice } from "./device.js";
@@ -83,7 +83,7 @@ export class LoadedEngines {
     for (const graph of graphs) {
       const needed = new Map<string, ProfileShapes>();
       for (const launch of launches)
-        if (launch.graph === graph) needed.set(shapesKey(shapesOf(launch)), shapesOf(launch));
+        if (launch.graph === graph) needed.set(profileKey(shapesOf(launch)), shapesOf(launch));
       const engine = await this.#engine(executor, graph, [...needed.values()], graphs, signal);
       for (const key of needed.keys()) {
         const profile = engine.profiles.get(key);
@@ -98,10 +98,11 @@ export class LoadedEngines {
     return (launch) => {
       const { native, profiles, prepared } = engines.get(launch.graph)!;
       const shapes = shapesOf(launch);
-      const profile = profiles.get(shapesKey(shapes));
+      const profile = profiles.get(profileKey(shapes));
+      const inputs = Object.entries(shapes).map(([name, shape]) => `${name} [${shape}]`);
       if (profile === undefined)
         throw new RuntimeError(
-          `The graph "${launch.graph}" (${launch.label.name}) failed: its engine has no profile for the inputs ${describe(shapes)}.`,
+          `The graph "${launch.graph}" (${launch.label.name}) failed: its engine has no profile for the inputs ${inputs.join(", ")}.`,
         );
       return { engine: native, profile, shapes: prepared.get(profile)! };
     };
@@ -150,7 +151,7 @@ export class LoadedEngines {
     signal: AbortSignal | undefined,
   ): Promise<LoadedEngine> {
     const present = this.#engines.get(name);
-    if (present && needed.every((shapes) => present.profiles.has(shapesKey(shapes)))) return present;
+    if (present && needed.every((shapes) => present.profiles.has(profileKey(shapes)))) return present;
     const { source, graphs, closing, logger } = this.#options;
     const stop = signal ? AbortSignal.any([signal, closing]) : closing;
     const { plan, identity } = await source.engineFor(graphs.get(name)!, needed, present?.shapes ?? [], stop);
@@ -159,7 +160,7 @@ export class LoadedEngines {
     this.release(name);
     const load = () => this.#explained(executor.load(plan, identity).promise, executor, name);
     const native = await load().catch((error) => {
-      // What this program does not launch may go; it comes back from the cache when it is launched again.
+      // What this program does not launch may be released: it is loaded again from the cache at its next launch.
       const others = [...this.#engines.keys()].filter((other) => !using.has(other));
       if (!(error instanceof MemoryError) || others.length === 0) throw error;
       logger?.warn?.(`To make room for ${name} on the GPU, these engines are released: ${others.join(", ")}.`);
@@ -171,7 +172,7 @@ export class LoadedEngines {
         native.tensors.flatMap(({ name: tensor, input }, index) => (input ? [[tensor, dimensions[index]!]] : [])),
       ),
     );
-    const profiles = new Map(shapes.map((profile, index) => [shapesKey(profile), index]));
+    const profiles = new Map(shapes.map((profile, index) => [profileKey(profile), index]));
     const loaded: LoadedEngine = { native, shapes, profiles, prepared: new Map() };
     this.#engines.set(name, loaded);
     return loaded;
@@ -184,14 +185,4 @@ export class LoadedEngines {
       throw explainEngine(error, graph);
     });
   }
-}
-
-function shapesKey(shapes: ProfileShapes): string {
-  return describe(Object.fromEntries(Object.entries(shapes).sort(([a], [b]) => (a < b ? -1 : 1))));
-}
-
-function describe(shapes: ProfileShapes): string {
-  return Object.entries(shapes)
-    .map(([name, shape]) => `${name} [${shape}]`)
-    .join(", ");
 }

@@ -6,6 +6,8 @@
 import { OptionError, RuntimeUnavailableError } from "../../errors.js";
 import { type Cuda, smOf, smText } from "./addon.js";
 
+export type TensorRtKind = "tensorrt" | "tensorrt-rtx";
+
 /** What an engine is built for: SM numbers, or the very GPU that it was built on. */
 export type EngineDevice = { targets: number[] } | { gpu: string; sm: number; driver: number };
 
@@ -36,7 +38,7 @@ const targetExamples = "8.6 is an RTX 3090, 8.9 an RTX 4090, 12.0 an RTX 5090";
 const fullInstall = "`pip install tensorrt-cu13`, NVIDIA's apt packages, or NVIDIA's archive";
 
 /** In order of preference: TensorRT covers every GPU, and times its kernels on the very one. */
-export const flavours = {
+export const flavours: Readonly<Record<TensorRtKind, Flavour>> = {
   tensorrt: {
     title: "TensorRT 11",
     library: "libnvinfer.so.11",
@@ -55,10 +57,10 @@ export const flavours = {
           "Expected no targets for the runtime tensorrt, which builds for the present GPU only. Use tensorrt-rtx to build for others.",
         );
       const gpu = cuda?.devices[0];
-      if (!gpu || !cuda)
+      if (!gpu || !flavours.tensorrt.supports(smOf(gpu)))
         throw new RuntimeUnavailableError(
           "tensorrt",
-          "TensorRT 11 builds engines on the GPU that will run them, and this machine has none. Use tensorrt-rtx with targets to build ahead of time.",
+          `TensorRT 11 builds engines on the GPU that will run them, and this machine has none of ${flavours.tensorrt.supported}. Use tensorrt-rtx with targets to build ahead of time.`,
         );
       return { gpu: gpu.name, sm: smOf(gpu), driver: cuda.driverVersion };
     },
@@ -91,10 +93,6 @@ export const flavours = {
       return { targets: [...new Set(wanted)].sort((a, b) => a - b) };
     },
   },
-} as const satisfies Record<string, Flavour>;
+};
 
-export type TensorRtKind = keyof typeof flavours;
 export const tensorRtKinds = Object.keys(flavours) as TensorRtKind[];
-
-/** The row of a library, by the interface that all rows have. */
-export const flavourOf = (kind: TensorRtKind): Flavour => flavours[kind];

@@ -1,6 +1,6 @@
 /**
  * A program's names → places in memory: registers and constants each become one block on the device, uploaded and
- * downloaded whole, and every operand an offset. Here is also the last check before the first launch: an engine knows the
+ * downloaded at once, and every operand an offset. Here is also the last check before the first launch: an engine knows the
  * names, types and shapes of its tensors, and a program that does not match them is refused by name.
  */
 
@@ -164,11 +164,6 @@ function layOutCopy(
 /** Names that an instruction reads. */
 export function operandsOf(instruction: Program["instructions"][number]): string[] {
   return instruction.op === "launch" ? Object.values(instruction.inputs) : [instruction.from];
-}
-
-/** The launches of a program, by their number, and its results. */
-export function launchesOf({ instructions, results }: Pick<Program, "instructions" | "results">) {
-  return { launches: instructions.filter((instruction) => instruction.op === "launch"), results };
 }
 
 /** Bytes from the device as the tensor that a register holds. */

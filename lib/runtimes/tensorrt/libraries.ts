@@ -1,7 +1,7 @@
 /**
  * Finds TensorRT's libraries on this machine, and says in full why one cannot be used. NVIDIA's libraries cannot come
  * with this package, so the places where people put them are tried in a fixed order, and each is reported with the
- * loader's own message: most of the trouble that people have is one of these lines.
+ * loader's own message: in most cases one of these lines names the cause.
  */
 
 import { execFile } from "node:child_process";
@@ -20,7 +20,7 @@ import {
   type Version,
   versionText,
 } from "./addon.js";
-import { flavourOf, type TensorRtKind } from "./flavours.js";
+import { flavours, type TensorRtKind } from "./flavours.js";
 
 /** A library that was opened and has a version that this package can speak to. */
 export interface Library {
@@ -55,17 +55,13 @@ export interface FindOptions {
 
 /** Looks for one of the libraries and examines the GPUs. Never throws: what is missing is in `problems`. */
 export async function examineTensorRt(kind: TensorRtKind, options: FindOptions = {}): Promise<TensorRtReport> {
-  const flavour = flavourOf(kind);
+  const flavour = flavours[kind];
+  const nothing = { kind, addon: null, library: null, places: [], cuda: null };
   const addon = findAddon(kind);
-  if (!("describe" in addon)) {
-    const { cause, remedy } = addon;
-    const nothing = { kind, addon: null, library: null, places: [], cuda: null };
-    return { ...nothing, problems: [{ prevents: "building", cause, remedy }] };
-  }
+  if (!("describe" in addon)) return { ...nothing, problems: [addon] };
   const cuda = await examineCuda(addon);
-  if (options.gpuFirst && "cause" in cuda)
-    return { kind, addon, library: null, places: [], cuda: null, problems: [cuda] };
-  const { library, places } = await findLibrary(addon, kind, options);
+  if (options.gpuFirst && "cause" in cuda) return { ...nothing, addon, problems: [cuda] };
+  const { library, places } = await findLibrary(addon, kind, options.folder);
   const problems: Problem[] = [];
   if (!library) problems.push(libraryProblem(addon, kind, places));
   if ("cause" in cuda) problems.push(cuda);
@@ -80,79 +76,76 @@ export async function examineTensorRt(kind: TensorRtKind, options: FindOptions =
   return { kind, addon, library, places, cuda: "cause" in cuda ? null : cuda, problems };
 }
 
+/** What it takes to call a library. */
+export interface Installation {
+  readonly addon: Addon;
+  readonly library: Library;
+  readonly cuda: Cuda | null;
+}
+
 /**
- * The addon and the library for building engines.
+ * The addon and a library that can be used for that.
  * @throws RuntimeUnavailableError with every place that was tried
  */
-export async function requireLibrary(
+export async function requireTensorRt(
   kind: TensorRtKind,
-  options: FindOptions = {},
-): Promise<{ addon: Addon; library: Library; cuda: Cuda | null }> {
+  purpose: Problem["prevents"],
+  options: FindOptions,
+): Promise<Installation> {
   const report = await examineTensorRt(kind, options);
-  const { addon, library, cuda } = report;
-  if (!addon || !library) throw new RuntimeUnavailableError(kind, diagnosis(report, "building"));
+  const { addon, library, cuda, problems } = report;
+  if (!addon || !library || (purpose === "running" && problems.length > 0))
+    throw new RuntimeUnavailableError(kind, diagnosis(report, purpose));
   return { addon, library, cuda };
 }
 
-/** The report in words: causes with their remedies, and the places that were tried. */
-export function diagnosis(report: TensorRtReport, prevents: "building" | "running"): string {
-  const { title } = flavourOf(report.kind);
-  const causes = report.problems.filter((problem) => prevents === "running" || problem.prevents === "building");
+/** The report as text: causes with their remedies, and the places that were tried. */
+export function diagnosis(report: TensorRtReport, purpose: Problem["prevents"]): string {
+  const { title } = flavours[report.kind];
+  const causes = report.problems.filter(({ prevents }) => purpose === "running" || prevents === "building");
   const lines = causes.map(({ cause, remedy }) => `${cause} ${remedy}`);
   const failed = report.places.filter((place) => place.error !== null);
   if (!report.library && failed.length > 0)
     lines.push(`Places tried: ${failed.map(({ place, error }) => `${place} (${error})`).join("; ")}.`);
-  return `${title} cannot be used for ${prevents === "building" ? "building engines" : "running"} here. ${lines.join(" ")}`;
+  return `${title} cannot be used for ${purpose === "building" ? "building engines" : "running"} here. ${lines.join(" ")}`;
 }
 
 async function findLibrary(
   addon: Addon,
   kind: TensorRtKind,
-  options: FindOptions,
+  option: string | undefined,
 ): Promise<{ library: Library | null; places: PlaceTried[] }> {
-  const flavour = flavourOf(kind);
+  const flavour = flavours[kind];
   const places: PlaceTried[] = [];
-  const attempt = async (
-    source: PlaceTried["source"],
-    place: string,
-    library: string,
-    parser: string,
-  ): Promise<Library | null> => {
+  const folders = async function* (): AsyncGenerator<[PlaceTried["source"], string]> {
+    if (option !== undefined) yield ["option", path.resolve(option)];
+    const variable = process.env[flavour.variable];
+    if (variable) yield ["environment", path.resolve(variable)];
+    else places.push({ source: "environment", place: flavour.variable, error: "not set" });
+    try {
+      for (const folder of await pythonFolders(flavour.module)) yield ["pip", folder];
+    } catch (error) {
+      places.push({ source: "pip", place: `python3's package ${flavour.module}`, error: (error as Error).message });
+    }
+    // No folder: the loader looks for the names.
+    yield ["loader", ""];
+  };
+  for await (const [source, folder] of folders()) {
+    // NVIDIA's archives keep the libraries in lib/.
+    const lib = path.join(folder, "lib");
+    const isIn = (place: string) => existsSync(path.join(place, flavour.library));
+    const found = folder !== "" && !isIn(folder) && isIn(lib) ? lib : folder;
+    const place = found || `the loader's path (${flavour.library})`;
+    const [library, parser] = [path.join(found, flavour.library), path.join(found, flavour.parser)];
     try {
       const opened = await addon.open(library, parser).promise;
       places.push({ source, place, error: null });
-      return { kind, version: opened.version, library, parser, file: opened.library };
+      return { library: { kind, version: opened.version, library, parser, file: opened.library }, places };
     } catch (error) {
       places.push({ source, place, error: (error as NativeError).message });
-      return null;
     }
-  };
-  const attemptFolder = (source: PlaceTried["source"], folder: string) => {
-    // NVIDIA's archives keep the libraries in lib/.
-    const inside = existsSync(path.join(folder, flavour.library)) ? folder : path.join(folder, "lib");
-    const found = existsSync(path.join(inside, flavour.library)) ? inside : folder;
-    return attempt(source, found, path.join(found, flavour.library), path.join(found, flavour.parser));
-  };
-
-  if (options.folder !== undefined) {
-    const library = await attemptFolder("option", path.resolve(options.folder));
-    if (library) return { library, places };
   }
-  const variable = process.env[flavour.variable];
-  if (variable) {
-    const library = await attemptFolder("environment", path.resolve(variable));
-    if (library) return { library, places };
-  } else places.push({ source: "environment", place: flavour.variable, error: "not set" });
-  try {
-    for (const folder of await pythonFolders(flavour.module)) {
-      const library = await attemptFolder("pip", folder);
-      if (library) return { library, places };
-    }
-  } catch (error) {
-    places.push({ source: "pip", place: `python3's package ${flavour.module}`, error: (error as Error).message });
-  }
-  const library = await attempt("loader", `the loader's path (${flavour.library})`, flavour.library, flavour.parser);
-  return { library, places };
+  return { library: null, places };
 }
 
 /** Without the working folder in the search path: a folder of that name there must not be loaded as native code. */
@@ -163,7 +156,7 @@ spec = importlib.util.find_spec(sys.argv[1])
 print(json.dumps(list(spec.submodule_search_locations or []) if spec else []))
 `;
 
-/** Folders of a package of the python3 on PATH. @throws Error in words */
+/** Folders of a package of the python3 on PATH. @throws Error with the reason */
 async function pythonFolders(module: string): Promise<string[]> {
   let output: string;
   try {
@@ -179,7 +172,7 @@ async function pythonFolders(module: string): Promise<string[]> {
 
 function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly PlaceTried[]): Problem {
   const { floor, ceiling } = addon.describe();
-  const { title, install, variable, library, parser } = flavourOf(kind);
+  const { title, install, variable, library, parser } = flavours[kind];
   const needed = `version ${versionText(floor)} or later, below ${versionText(ceiling)}`;
   const refused = places.find(({ error }) => error?.includes("needed is"));
   if (refused) return { prevents: "building", cause: `${refused.error}.`, remedy: `Install ${needed}: ${install}.` };

@@ -5,8 +5,8 @@ import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
 import type { RuntimeRow } from "../runtime.js";
 import { smOf, smText, versionText } from "./addon.js";
 import { EngineCompiler } from "./compile.js";
-import { flavourOf, type TensorRtKind } from "./flavours.js";
-import { diagnosis, examineTensorRt, type TensorRtReport } from "./libraries.js";
+import { flavours, type TensorRtKind } from "./flavours.js";
+import { examineTensorRt } from "./libraries.js";
 import { openTensorRt } from "./open.js";
 import { capabilities } from "./runtime.js";
 
@@ -32,33 +32,26 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
   };
 }
 
-/** Whether engines can be built: for named targets the library suffices, otherwise a GPU is needed as well. */
-const builds = ({ kind, library, problems }: TensorRtReport) =>
-  library !== null && (flavourOf(kind).takesTargets || problems.length === 0);
-
 export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
   name: kind,
-  runsOn: `an NVIDIA GPU with ${flavourOf(kind).title}`,
+  runsOn: `an NVIDIA GPU with ${flavours[kind].title}`,
   capabilities,
-  async find({ tensorrtFolder: folder }) {
-    const report = await examineTensorRt(kind, { folder, gpuFirst: true });
-    return report.problems.length === 0 ? null : diagnosis(report, "running");
-  },
-  async open({ tensorrtFolder: folder, cache, capture, logger }, { files }) {
-    const { runtime, device, version } = await openTensorRt({ kind, folder, cache, files, capture, logger });
+  async open(options, { files }) {
+    const { runtime, device, version } = await openTensorRt(kind, options, files);
     const settings = { version, gpu: device.name };
     return { runtime, settings, device, emitOptions: tensorRtEmitOptions([smOf(device)]) };
   },
   async examine({ tensorrtFolder: folder }) {
-    const report = await examineTensorRt(kind, { folder });
-    const { library, places, problems, cuda } = report;
+    const { library, places, problems, cuda } = await examineTensorRt(kind, { folder });
+    // For named targets the library suffices, otherwise a GPU is needed as well.
+    const builds = library !== null && (flavours[kind].takesTargets || problems.length === 0);
     return {
       name: kind,
       available: problems.length === 0,
       version: library && versionText(library.version),
       reason: problems.map(({ cause }) => cause).join(" ") || null,
       remedy: problems.map(({ remedy }) => remedy).join(" ") || null,
-      engines: { builds: builds(report), library: library?.file ?? null, places, problems },
+      engines: { builds, library: library?.file ?? null, places, problems },
       hardware: cuda && {
         driver: `${Math.floor(cuda.driverVersion / 1000)}.${Math.floor((cuda.driverVersion % 1000) / 10)}`,
         gpus: cuda.devices.map((gpu) => ({ name: gpu.name, memoryBytes: gpu.memoryBytes, sm: smText(smOf(gpu)) })),
@@ -66,11 +59,7 @@ export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
     };
   },
   builder: {
-    takesTargets: flavourOf(kind).takesTargets,
-    async find({ folder }) {
-      const report = await examineTensorRt(kind, { folder });
-      return builds(report) ? null : diagnosis(report, "building");
-    },
+    takesTargets: flavours[kind].takesTargets,
     async open(settings) {
       const compiler = await EngineCompiler.open({ ...settings, kind });
       return { compiler, emitOptions: tensorRtEmitOptions(compiler.targets) };

@@ -6,7 +6,7 @@
 import { onAbort } from "../../common/abort.js";
 import type { Tensor } from "../../common/tensor.js";
 import { DeviceLostError, RuntimeError } from "../../errors.js";
-import type { Launch } from "../../program/program.js";
+import type { Launch, Program } from "../../program/program.js";
 import type { LaunchReport, RunOptions } from "../runtime.js";
 import type {
   NativeError,
@@ -23,8 +23,6 @@ import { type ProfiledEngine, type RegisterLayout, tensorOf } from "./layout.js"
 /** A program, or a submission to a workspace, that waits or runs. */
 export interface Run {
   readonly options: RunOptions;
-  /** Whether disposal waits for it. */
-  begun: boolean;
   native: NativeRun | null;
   /** Why it was stopped, where that was this side's doing. */
   stopped: { readonly reason: unknown } | null;
@@ -36,9 +34,8 @@ export interface PreparedRun {
   readonly registers: NativeRegisters;
   readonly layout: RegisterLayout;
   readonly submission: NativeSubmission;
-  readonly launches: readonly Launch[];
+  readonly program: Program;
   readonly engineOf: (launch: Launch) => ProfiledEngine;
-  readonly results: readonly string[];
   /** The operand in one of the submission's other registers. */
   readonly nameOf?: (block: number) => string;
   /** Called when it has ended. */
@@ -55,7 +52,8 @@ export async function submit(
   before: Promise<unknown>,
 ): Promise<Record<string, Tensor>> {
   const { signal, onLaunch } = run.options;
-  const { executor, registers, layout, submission, launches, engineOf, results } = prepared;
+  const { executor, registers, layout, submission, program, engineOf } = prepared;
+  const launches = program.instructions.filter((instruction) => instruction.op === "launch");
   if (device.executor !== executor) throw lostBefore();
   const read = (names: readonly string[], values: readonly Uint8Array[]) =>
     Object.fromEntries(names.map((name, index) => [name, tensorOf(layout.registers[name]!, values[index]!)]));
@@ -94,7 +92,7 @@ export async function submit(
     if (run.stopped) throw run.stopped.reason;
     signal?.throwIfAborted();
     failed = false;
-    return read(results, outcome.results);
+    return read(program.results, outcome.results);
   } catch (error) {
     if (run.stopped) throw run.stopped.reason;
     if (signal?.aborted) throw signal.reason;

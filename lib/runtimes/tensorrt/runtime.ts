@@ -17,7 +17,7 @@ import { CapturedPrograms } from "./capture.js";
 import { type DeviceOptions, SharedDevice } from "./device.js";
 import { type EngineSource, LoadedEngines } from "./engines.js";
 import type { TensorRtKind } from "./flavours.js";
-import { launchesOf, layOutRegisters, layOutSubmission } from "./layout.js";
+import { layOutRegisters, layOutSubmission } from "./layout.js";
 import { lostBefore, type PreparedRun, type Run, submit } from "./run.js";
 import { type DeviceOwner, DeviceWorkspace } from "./workspace.js";
 
@@ -42,10 +42,9 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
   readonly #runs = new Set<Run>();
   readonly #workspaces = new Set<Workspace>();
   readonly #closing = new AbortController();
-  readonly #whenIdle: (() => void)[] = [];
   /** Ends when everything before has been submitted. */
   #turn: Promise<unknown> = Promise.resolve();
-  /** Ends with the program submitted last. */
+  /** Ends when everything that has been submitted has ended. */
   #last: Promise<unknown> = Promise.resolve();
   #disposed: Promise<void> | null = null;
 
@@ -135,8 +134,8 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
       this.#closing.abort(reason);
       // What has not begun is withdrawn; what runs may end.
       for (const run of this.#runs) if (run.native?.withdraw()) run.stopped ??= { reason };
-      while (this.#runs.size > 0) await new Promise<void>((resolve) => this.#whenIdle.push(resolve));
       await this.#turn;
+      await this.#last;
       await this.device.close();
       this.#graphs.clear();
     })();
@@ -157,11 +156,12 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
     missed: () => void = () => undefined,
   ): Promise<Record<string, Tensor>> {
     const { signal } = options;
-    const run: Run = { options, begun: this.#runs.size === 0, native: null, stopped: null };
+    const run: Run = { options, native: null, stopped: null };
+    // Disposal waits for what has begun.
+    const isFirst = this.#runs.size === 0;
     this.#runs.add(run);
     const begin = async () => {
-      if (!run.begun) this.#closing.signal.throwIfAborted();
-      run.begun = true;
+      if (!isFirst) this.#closing.signal.throwIfAborted();
       signal?.throwIfAborted();
       const prepared = await prepare(signal).catch((error) => {
         // Another runtime has noticed that the device is lost, and closed it for this one too.
@@ -171,7 +171,7 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
       if (signal?.aborted) prepared.done?.(true);
       signal?.throwIfAborted();
       const outcome = submit(run, prepared, this.device, this.#last);
-      this.#last = outcome.catch(() => undefined);
+      this.#last = Promise.allSettled([this.#last, outcome]).then(() => undefined);
       return { outcome };
     };
     const submitted = this.#turn.then(() =>
@@ -181,13 +181,9 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
       }),
     );
     this.#turn = submitted.catch(() => undefined);
-    const outcome = submitted.then(({ outcome }) => outcome);
-    void outcome
-      .catch(() => undefined)
-      .then(() => {
-        this.#runs.delete(run);
-        if (this.#runs.size === 0) for (const resolve of this.#whenIdle.splice(0)) resolve();
-      });
+    const outcome = submitted.then(({ outcome }) => outcome).finally(() => this.#runs.delete(run));
+    // The caller may be answered before, by an abort.
+    outcome.catch(() => undefined);
     // An abort that comes before the submission is answered at once, however far the preparation is.
     return untilAborted(submitted, signal).then(() => outcome);
   }
@@ -206,13 +202,12 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
     const engineOf = await this.engines.ready(executor, program, constants, signal);
     const layout = layOutRegisters(program.registers, program.results);
     const submission = layOutSubmission(program, layout, constants, engineOf, this.#capture);
-    const parts = { executor, layout, submission, engineOf, ...launchesOf(program) };
+    const parts = { executor, layout, submission, engineOf, program };
     if (!this.#capture) {
       const registers = executor.registers(layout.bytes);
       return { ...parts, registers, done: () => registers.release() };
     }
-    const graphs = new Set(parts.launches.map(({ graph }) => graph));
-    const { registers, done } = this.#captured.use(executor, submission, layout.bytes, graphs);
+    const { registers, done } = this.#captured.use(executor, submission, layout.bytes, program);
     return { ...parts, registers, done, notCaptured: (reason) => this.#captured.warn(reason) };
   }
 }

@@ -11,7 +11,7 @@ import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
 import type { NativeExecutor, NativeRegisters } from "./addon.js";
 import type { SharedDevice } from "./device.js";
 import type { LoadedEngines } from "./engines.js";
-import { bytesOf, launchesOf, layOutApart, layOutSubmission, operandsOf } from "./layout.js";
+import { bytesOf, layOutApart, layOutSubmission, operandsOf } from "./layout.js";
 import { lostBefore, type PreparedRun, withoutValue } from "./run.js";
 
 /** Device memory from its first use until it has been freed and no submission uses it any more. */
@@ -115,7 +115,7 @@ export class DeviceWorkspace extends NamedWorkspace {
       const [empty, ...others] = all.map((memory) => memory.on(executor));
       for (const memory of written) memory.missing = false;
       return {
-        ...{ executor, registers: empty!, layout, engineOf, ...launchesOf(program) },
+        ...{ executor, registers: empty!, layout, engineOf, program },
         submission: { ...submission, others: others.map(({ id }) => id) },
         nameOf: (block: number) => used[block - 1]?.[0] ?? "",
       };
