@@ -73,7 +73,7 @@ const toy = {
     await runtime.start();
     return { runtime, settings: { version: "1" }, device: null, emitOptions: () => cpuEmitOptions };
   },
-  examine: async () => ({ name: "toy", available: true, version: "1", reason: null, remedy: null }),
+  find: async () => ({ name: "toy", available: true, version: "1", reason: null, remedy: null }),
 } satisfies RuntimeRow;
 runtimes.toy = toy;
 

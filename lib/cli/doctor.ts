@@ -21,7 +21,7 @@ export function doctorCommand(command: Command): void {
 }
 
 async function examine(tensorrtFolder: string | undefined) {
-  const findings = await Promise.all(Object.values(runtimes).map((row) => row.examine({ tensorrtFolder })));
+  const findings = await Promise.all(Object.values(runtimes).map((row) => row.find({ tensorrtFolder })));
   const hardware = findings.find((finding) => finding.hardware)?.hardware;
   // Those that need many lines come last.
   findings.sort((a, b) => Number("engines" in a) - Number("engines" in b));

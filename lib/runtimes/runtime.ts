@@ -193,7 +193,7 @@ export interface RuntimeRow {
   /** Quick where it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */
-  examine(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;
+  find(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;
   /** Of a runtime whose graphs are built into engines first. */
   readonly builder?: BuilderRow;
 }

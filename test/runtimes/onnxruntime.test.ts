@@ -7,7 +7,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { examineOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
+import { findOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";
@@ -101,7 +101,7 @@ describe("a failure", () => {
         expect(error).not.toBeInstanceOf(RuntimeDiedError);
         expect(error.message).toMatch(/cannot be loaded: .*npm install onnxruntime-node/s);
       }
-      const finding = await examineOnnxRuntime(pathToFileURL(copy));
+      const finding = await findOnnxRuntime(pathToFileURL(copy));
       expect(finding.available).toBe(false);
       expect(finding.remedy).toContain("ONNXRUNTIME_NODE_INSTALL=skip");
     } finally {
@@ -175,7 +175,7 @@ it("the probe finds the version", async () => {
     readFileSync(path.resolve(import.meta.dirname, "../../node_modules/onnxruntime-node/package.json"), "utf8"),
   ) as { version: string };
   const finding = { name: "onnxruntime", available: true, version, reason: null, remedy: null };
-  expect(await examineOnnxRuntime(bundles.host)).toEqual(finding);
+  expect(await findOnnxRuntime(bundles.host)).toEqual(finding);
 });
 
 describe("resolveWeights", () => {

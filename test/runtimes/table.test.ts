@@ -1,4 +1,4 @@
-// A runtime is a row in the table: a test adds one, and it is found, opened, listed and examined like the others.
+// A runtime is a row in the table: a test adds one, and it is found, opened and listed like the others.
 import { afterEach, describe, expect, it } from "vitest";
 import { OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
@@ -33,7 +33,7 @@ function fake(name: string, change: Partial<RuntimeRow> = {}) {
       events.push("opened");
       return { runtime, settings: { version: "7" }, device: null, emitOptions: () => cpuEmitOptions };
     },
-    examine: async () => ({ name, available: true, version: "7", reason: null, remedy: null }),
+    find: async () => ({ name, available: true, version: "7", reason: null, remedy: null }),
     ...change,
   };
   return { row, runtime, events };
@@ -64,7 +64,7 @@ describe("a runtime that is added", () => {
     const opened = await openRuntime("fake", settings, weights);
     expect(opened.runtime).toBe(runtime);
     expect(opened).toMatchObject({ settings: { version: "7" }, choice: { name: "fake", passedOver: [] } });
-    expect(await runtimes.fake.examine({})).toMatchObject({ name: "fake", available: true });
+    expect(await runtimes.fake.find({})).toMatchObject({ name: "fake", available: true });
   });
 
   it("is found by auto before those behind it", async () => {

@@ -23,14 +23,14 @@ export const onnxruntime: RuntimeRow = {
       throw error;
     }
   },
-  examine: () => examineOnnxRuntime(),
+  find: () => findOnnxRuntime(),
 };
 
 /**
  * Only a child process that loads it can tell whether ONNX Runtime can be used here. Never rejects.
  * @param host the built host.ts; default: beside this bundle
  */
-export async function examineOnnxRuntime(host?: URL): Promise<RuntimeFinding> {
+export async function findOnnxRuntime(host?: URL): Promise<RuntimeFinding> {
   await using runtime = new OnnxRuntime({ weights: "lazy", host });
   const found = { name: runtime.name, version: null, reason: null, remedy: null };
   try {

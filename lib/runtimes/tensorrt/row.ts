@@ -41,7 +41,7 @@ export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
     const settings = { version, gpu: device.name };
     return { runtime, settings, device, emitOptions: tensorRtEmitOptions([smOf(device)]) };
   },
-  async examine({ tensorrtFolder: folder }) {
+  async find({ tensorrtFolder: folder }) {
     const { library, places, problems, cuda } = await examineTensorRt(kind, { folder });
     // For named targets the library suffices, otherwise a GPU is needed as well.
     const builds = library !== null && (flavours[kind].takesTargets || problems.length === 0);
