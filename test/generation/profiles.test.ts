@@ -1,7 +1,10 @@
 // Engines have fixed shapes: whatever a picture's program launches must be among the profiles that are required for its
 // size and batch. Programs are recorded by a runtime that answers zeros.
-import { expect, it, vi } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { describe, expect, it, vi } from "vitest";
+import { openCheckpoint, writeSafetensors } from "../../lib/checkpoint/index.js";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { OptionError } from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/flowturbo.js";
@@ -10,7 +13,7 @@ import type { GenerateOptions } from "../../lib/model.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { type Constant, type Program, type Register, shapeOf } from "../../lib/program/program.js";
 import type { RunOptions } from "../../lib/runtimes/runtime.js";
-import { fixture, fixtureNames } from "../support/fixtures.js";
+import { fixture, fixtureNames, readAll } from "../support/fixtures.js";
 
 const programs = vi.hoisted(() => [] as unknown[]) as Program[];
 
@@ -147,4 +150,64 @@ it("refuses stages of one size", async () => {
   const checkpoint = await openCheckpoint(fixture("medium", "model"));
   const needs: EngineNeeds = { sizes: [small], batches: [1], guidance: "on", features: ["stages"] };
   expect(() => requiredEngines(new GraphLibrary(checkpoint), needs)).toThrow(OptionError);
+});
+
+describe("no profile is built that is never launched", () => {
+  const batchesOf = (engines: ReturnType<typeof requiredEngines>, graph: string, { width, height } = large) =>
+    engines
+      .find((engine) => engine.graph === graph)
+      ?.profiles.filter((profile) => profile.width === width && profile.height === height)
+      .map(({ batch }) => batch);
+
+  it("of the autoencoder: batches within its limit of rows, or the limit itself where there are none", async () => {
+    const graphs = new GraphLibrary(await openCheckpoint(fixture("medium", "model")));
+    const engines = (batches: number[]) =>
+      requiredEngines(graphs, { sizes: [small, large], batches, guidance: "on", features: ["stages", "editing"] });
+    for (const graph of ["vae_decoder", "upscale"]) {
+      expect(batchesOf(engines([1, 4, 10]), graph)).toEqual([1, 4]);
+      expect(batchesOf(engines([10]), graph)).toEqual([7]);
+      expect(batchesOf(engines([8, 2, 9]), graph)).toEqual([2]);
+    }
+    expect(batchesOf(engines([1, 10]), "vae_decoder", small)).toEqual([1, 10]);
+    expect(batchesOf(engines([4, 10]), "predict.guidance")).toEqual([4, 10]);
+    expect(batchesOf(engines([4, 10]), "vae_encoder")).toEqual([1]);
+  });
+
+  it("of the refiner at a size beyond its own table of positions, which generate refuses", async () => {
+    const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-profiles-"));
+    try {
+      cpSync(fixture("medium", "model"), folder, { recursive: true });
+      const config = path.join(folder, "refiner/config.json");
+      writeFileSync(
+        config,
+        readFileSync(config, "utf8").replace('"pos_embed_max_size": 24', '"pos_embed_max_size": 4'),
+      );
+      const file = path.join(folder, "refiner/diffusion_pytorch_model.safetensors");
+      const tensors = await readAll(file);
+      const table = float32([1, 16, 64], tensors["pos_embed.pos_embed"]!.data.slice(0, 1024));
+      await writeSafetensors(file, { ...tensors, "pos_embed.pos_embed": table });
+
+      const graphs = new GraphLibrary(await openCheckpoint(folder));
+      const within = requiredEngines(graphs, { sizes: [small, wide], batches: [1], guidance: "both" });
+      for (const graph of ["refine", "refine.guidance"]) {
+        expect(batchesOf(within, graph, small)).toEqual([1]);
+        expect(batchesOf(within, graph, wide)).toEqual([]);
+      }
+      expect(batchesOf(within, "predict.guidance", wide)).toEqual([1]);
+      const beyond = requiredEngines(graphs, { sizes: [wide], batches: [1], guidance: "on" });
+      expect(beyond.map(({ graph }) => graph)).not.toContain("refine.guidance");
+
+      // The same rule where pictures are drawn and launches measured.
+      await using model = await FlowTurbo.load(folder, { measureCosts: false });
+      const refused = model.generate({ prompt: "x", ...wide, blocks: "H1R1" });
+      await expect(refused).rejects.toThrow(/refiner's table of positions has 4 × 4/);
+      programs.length = 0;
+      await model.profile({ sizes: [wide], batches: [1], rounds: 1 });
+      const measured = new Set(launches().map(({ graph }) => graph));
+      expect(measured).toContain("predict.guidance");
+      expect(measured).not.toContain("refine.guidance");
+    } finally {
+      rmSync(folder, { recursive: true, force: true });
+    }
+  });
 });
