@@ -226,9 +226,8 @@ export class FlowTurbo implements ImageModel {
       ...{ pin: pinBatch, signal },
     };
     const prepared = candidates.map((candidate) => this.#model.templates.prepare(request, candidate, edit));
-    return this.#service.serve(terms, prepared, (admitted) =>
-      draw(this.#model, request, prepared[admitted.candidate]!, admitted, start),
-    );
+    const admitted = await this.#service.admit(terms, prepared);
+    return admitted.complete(draw(this.#model, request, prepared[admitted.candidate]!, admitted, start));
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {

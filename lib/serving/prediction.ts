@@ -43,7 +43,7 @@ export interface Terms {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** A request that has been accepted, as far as others have to wait for it. */
+/** A request that has been accepted, until it ends. */
 export interface Accepted {
   readonly priority: Priority;
   /** Moment that was promised. */
@@ -53,6 +53,10 @@ export interface Accepted {
   /** Its launches in units of their cost for one row, and how many of them are done. */
   weight: number;
   done: number;
+  /** Milliseconds of the launches that it was a part of. */
+  launchedMs: number;
+  /** Whether it has been the only one all the time, and nothing had to be compiled. */
+  undisturbed: boolean;
 }
 
 export class Predictor {

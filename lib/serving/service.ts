@@ -26,14 +26,8 @@ export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptio
 export interface Admitted extends Choice {
   readonly queuedMs: number;
   run(job: Pick<Job, "rows" | "onLaunch">): Promise<Record<string, Tensor>[]>;
-}
-
-/** A request under way. */
-interface Request extends Accepted {
-  /** Milliseconds of its launches. */
-  launched: number;
-  /** Whether it has been the only one all the time, and nothing had to be compiled. */
-  undisturbed: boolean;
+  /** Ends the request with its work. @returns what the work results in */
+  complete<T>(work: Promise<T>): Promise<T>;
 }
 
 export class Service {
@@ -43,7 +37,7 @@ export class Service {
   readonly #stats = new StatsRecorder();
   readonly #admission: Gate<Priority>;
   readonly #dispatcher: Dispatcher;
-  readonly #requests = new Set<Request>();
+  readonly #accepted = new Set<Accepted>();
   readonly #predictor: Predictor;
   readonly #calibration: Calibration;
   #sequence = 0;
@@ -59,7 +53,7 @@ export class Service {
     // Few pictures are in flight at a time, so that memory is bounded and a request of high priority need not wait for all
     // that came before.
     this.#admission = new Gate({ limit: maxQueue, capacity: 2 * batches.at(-1)!, compare: byPriority });
-    this.#predictor = new Predictor(this.costs, this.#batches, this.#requests);
+    this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted);
     const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats };
     this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
     this.#dispatcher = new Dispatcher(runtime, shared);
@@ -74,16 +68,12 @@ export class Service {
   }
 
   /**
-   * Admits a request, then draws it.
+   * Waits until a request may work.
    * @param candidates the richest first; without a time limit the first is taken
-   * @param draw gets the candidate that was chosen
-   * @throws QueueFullError or DeadlineError before any work; what `draw` throws; `signal.reason`
+   * @returns the candidate that was chosen, and what runs its programs; `complete` must follow
+   * @throws QueueFullError or DeadlineError before any work; `signal.reason`
    */
-  async serve<T>(
-    terms: Terms,
-    candidates: readonly CandidateWork[],
-    draw: (admitted: Admitted) => Promise<T>,
-  ): Promise<T> {
+  async admit(terms: Terms, candidates: readonly CandidateWork[]): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
     this.#refuseIfFull(pictures);
     if (deadlineMs !== null) {
@@ -99,41 +89,42 @@ export class Service {
     this.#calibration.remember(candidates);
 
     const candidate = candidates[chosen.candidate]!;
-    const request: Request = {
-      ...{ priority, promised, done: 0, launched: 0 },
+    const accepted: Accepted = {
+      ...{ priority, promised, done: 0, launchedMs: 0 },
       ...this.#predictor.workOf(candidate, terms),
-      undisturbed: this.#requests.size === 0 && this.#calibration.isWarm(candidate),
+      undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
     };
-    for (const other of this.#requests) other.undisturbed = false;
-    this.#requests.add(request);
+    for (const other of this.#accepted) other.undisturbed = false;
+    this.#accepted.add(accepted);
     this.#stats.requests.accepted++;
-    let leave = () => {};
-    let ending: Ending = "failed";
-    try {
-      leave = await this.#admission.enter(priority, pictures, signal);
-      const queuedMs = performance.now() - arrival;
-      this.#stats.queued.add(queuedMs);
-      const result = await draw({
-        ...this.#predictor.chooseAgain(request, chosen, terms, candidates),
-        queuedMs,
-        run: (job) => this.#run(job, request, terms),
-      });
-      ending = "completed";
-      const total = performance.now() - arrival;
-      if (request.undisturbed) this.#calibration.observeHost(terms, total - queuedMs - request.launched);
-      return result;
-    } catch (error) {
-      if (signal?.aborted && error === signal.reason) ending = "aborted";
+    const entering = this.#admission.enter(priority, pictures, signal);
+    const leave = await entering.catch((error) => {
+      this.#end(accepted, terms, signal?.aborted && error === signal.reason ? "aborted" : "failed");
       throw error;
-    } finally {
-      const now = performance.now();
-      const isLate = promised !== null && now > promised;
-      this.#stats.ended(ending, now - arrival, isLate);
-      if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate);
-      this.#requests.delete(request);
-      leave();
-      if (this.#requests.size === 0) this.#calibration.rest();
-    }
+    });
+    const queuedMs = performance.now() - arrival;
+    this.#stats.queued.add(queuedMs);
+    return {
+      ...this.#predictor.chooseAgain(accepted, chosen, terms, candidates),
+      queuedMs,
+      run: (job) => this.#run(job, accepted, terms),
+      complete: async (work) => {
+        let ending: Ending = "failed";
+        try {
+          const result = await work;
+          ending = "completed";
+          const total = performance.now() - arrival;
+          if (accepted.undisturbed) this.#calibration.observeHost(terms, total - queuedMs - accepted.launchedMs);
+          return result;
+        } catch (error) {
+          if (signal?.aborted && error === signal.reason) ending = "aborted";
+          throw error;
+        } finally {
+          this.#end(accepted, terms, ending);
+          leave();
+        }
+      },
+    };
   }
 
   /**
@@ -187,13 +178,23 @@ export class Service {
     throw error;
   }
 
-  #run({ rows, onLaunch }: Pick<Job, "rows" | "onLaunch">, request: Request, { pin, signal }: Terms) {
+  #end(accepted: Accepted, { arrival }: Terms, ending: Ending): void {
+    const now = performance.now();
+    const { promised } = accepted;
+    const isLate = promised !== null && now > promised;
+    this.#stats.ended(ending, now - arrival, isLate);
+    if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate);
+    this.#accepted.delete(accepted);
+    if (this.#accepted.size === 0) this.#calibration.rest();
+  }
+
+  #run({ rows, onLaunch }: Pick<Job, "rows" | "onLaunch">, accepted: Accepted, { pin, signal }: Terms) {
     return this.#dispatcher.run({
-      ...{ rows, priority: request.priority, pin, signal },
+      ...{ rows, priority: accepted.priority, pin, signal },
       onLaunch: (row, report, first) => {
         const { graph, sharing } = report.launch;
-        request.done += this.costs.relative(graph, sharing!.size, 1);
-        if (first) request.launched += report.milliseconds;
+        accepted.done += this.costs.relative(graph, sharing!.size, 1);
+        if (first) accepted.launchedMs += report.milliseconds;
         this.#calibration.launched(report);
         onLaunch?.(row, report, first);
       },

@@ -73,10 +73,12 @@ function ask(
   const candidates = ladder.map(
     (blocks): CandidateWork => ({ text: blocks, demands: [{ program: programOf(blocks), rows: pictures }] }),
   );
-  return service.serve(terms, candidates, async (admitted) => {
+  return service.admit(terms, candidates).then((admitted) => {
     const rows = Array.from({ length: pictures }, (_, seed) => programOf(ladder[admitted.candidate]!, seed));
-    await admitted.run({ rows });
-    return { blocks: ladder[admitted.candidate]!, ...admitted, actualMs: clock - terms.arrival };
+    const drawn = admitted.run({ rows }).then(() => {
+      return { blocks: ladder[admitted.candidate]!, ...admitted, actualMs: clock - terms.arrival };
+    });
+    return admitted.complete(drawn);
   });
 }
 
