@@ -31,12 +31,13 @@ async function build() {
       `dist/cli.js is missing and could not be built:\n${error?.message ?? stdout + stderr}\nRun \`npm ci\` and \`npm run build\`.`,
     );
   }
-  // Another command may have built it meanwhile.
-  if (!existsSync(cli)) {
-    rmSync(folder("dist"), { recursive: true, force: true });
+  try {
     renameSync(output, folder("dist"));
+  } catch (cause) {
+    // Another command may have built it meanwhile. Otherwise dist/ holds parts of an old build.
+    rmSync(output, { recursive: true, force: true });
+    if (!existsSync(cli)) fail(`dist/ is in the way (${cause.message}). Remove it, or run \`npm run build\`.`);
   }
-  rmSync(output, { recursive: true, force: true });
 }
 
 function fail(message) {

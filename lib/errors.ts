@@ -144,7 +144,10 @@ export class OutputError extends FlowTurboError {
   }
 }
 
-/** No schedule would be done within the time limit; nothing was drawn. */
+/**
+ * No schedule would be done within the time limit; nothing was drawn. The same call may succeed later only where
+ * `retryAfterMs` is not null.
+ */
 export class DeadlineError extends FlowTurboError {
   /** The limit, in milliseconds from the call. */
   readonly deadlineMs: number;
@@ -205,7 +208,7 @@ const rows = {
   ERR_FLOWTURBO_RUNTIME_DIED: { type: RuntimeDiedError, status: 503, retryable: true },
   ERR_FLOWTURBO_RUNTIME_UNAVAILABLE: { type: RuntimeUnavailableError, status: 503, retryable: false },
   ERR_FLOWTURBO_COMPILE: { type: CompileError, status: 500, retryable: false },
-  ERR_FLOWTURBO_MEMORY: { type: MemoryError, status: 503, retryable: true },
+  ERR_FLOWTURBO_MEMORY: { type: MemoryError, status: 503, retryable: false },
   ERR_FLOWTURBO_CACHE: { type: CacheError, status: 500, retryable: false },
   ERR_FLOWTURBO_NOT_FINITE: { type: NotFiniteError, status: 500, retryable: false },
   ERR_FLOWTURBO_LAUNCH: { type: LaunchError, status: 500, retryable: true },

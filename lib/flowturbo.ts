@@ -14,7 +14,7 @@ import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import { pinnedWithCapture, type Request, settleRequest, usesRefiner } from "./generation/request.js";
-import { checkSizes, nativeSize, refinerFits } from "./generation/sizes.js";
+import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import type {
@@ -27,14 +27,14 @@ import type {
   ProfileOptions,
   Size,
 } from "./model.js";
-import { weightedParts } from "./networks/index.js";
+import { networks } from "./networks/index.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
 import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
 import type { Program } from "./program/program.js";
 import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime } from "./runtimes/runtime.js";
-import { type Block, defaultLadder, parseBlocks } from "./schedule/index.js";
+import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import type { Terms } from "./serving/prediction.js";
 import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
@@ -92,18 +92,20 @@ export class FlowTurbo implements ImageModel {
     const checkpoint = await openCheckpoint(folder, { variant, signal });
     const ladder = ladderOf(checkpoint);
 
-    // 2. The runtime; 3. the graphs as it wants them, which checks every weight's name, type and shape.
-    report("runtime", 1);
-    let graphs = new GraphLibrary(checkpoint);
-    const opened = await openRuntime(checked.runtime, checked, weightsOf(graphs), (candidate) => {
-      graphs = new GraphLibrary(checkpoint, candidate.emitOptions);
-      if (candidate.device) checkDeviceMemory(graphs, candidate.device);
+    // 2. The graphs, which checks every weight's name, type and shape; 3. a runtime, which may want them otherwise.
+    report("graphs", 1);
+    const emitted = new GraphLibrary(checkpoint);
+    let graphs = emitted;
+    report("runtime", 2);
+    const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
+    const opened = await openRuntime(checked.runtime, checked, weights, ({ emitOptions, device }) => {
+      graphs = emitted.emittedAs(emitOptions);
+      if (device) checkDeviceMemory(graphs, device);
     });
     const { runtime } = opened;
     try {
-      report("graphs", 2);
       const subject = costSubject(graphs, opened);
-      report("graphs", 3);
+      report("runtime", 3);
 
       // 4. What launches cost, if it has been measured before.
       const store = new CostStore(costKey(subject), checked.cache);
@@ -225,7 +227,9 @@ export class FlowTurbo implements ImageModel {
       ...{ priority, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
-    const prepared = candidates.map((candidate) => this.#model.templates.prepare(request, candidate, edit));
+    const { text, templates } = this.#model;
+    const prompts = text.prepare([...request.prompts, ...request.negativePrompts], request.sequenceLength, pinBatch);
+    const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
     const admitted = await this.#service.admit(terms, prepared);
     return admitted.complete(draw(this.#model, request, prepared[admitted.candidate]!, admitted, start));
   }
@@ -234,7 +238,8 @@ export class FlowTurbo implements ImageModel {
     const { signal, onProgress, rounds, batches, maxSequenceLength } = options;
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance).map((guidance): GenerateOptions => {
-        const blocks = refinerFits(this.#model.checkpoint, size) ? "H1R1" : "H1";
+        const { checkpoint } = this.#model;
+        const blocks = blocksForEach((type) => fitsPositions(checkpoint, networks[type]!.part, size));
         return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
       }),
     );
@@ -273,18 +278,19 @@ export class FlowTurbo implements ImageModel {
 
   /** The preview's map. Its fit belongs to all callers that wait for it, and goes on while one of them does. */
   async #latentColours(signal: AbortSignal | undefined): Promise<LatentColours> {
-    if (!this.#colours || this.#colours.abandoned)
-      this.#colours = new SharedTask((own) =>
-        fitLatentColours(this.#model.checkpoint.vae.config, (program) => this.#run(program, own)),
+    signal?.throwIfAborted();
+    if (!this.#colours || this.#colours.abandoned) {
+      const { config } = this.#model.checkpoint.vae;
+      const task = new SharedTask((own) =>
+        fitLatentColours(config, (program) => this.#run(program, own)).catch((error) => {
+          // The next call tries again.
+          if (this.#colours === task) this.#colours = null;
+          throw error;
+        }),
       );
-    const task = this.#colours;
-    try {
-      return await task.join(signal);
-    } catch (error) {
-      // The next call tries again.
-      if (this.#colours === task && !signal?.aborted) this.#colours = null;
-      throw error;
+      this.#colours = task;
     }
+    return this.#colours.join(signal);
   }
 
   /** A graph, which the runtime is told of when it is first needed. */
@@ -300,12 +306,6 @@ export class FlowTurbo implements ImageModel {
     for (const instruction of program.instructions) if (instruction.op === "launch") this.#graph(instruction.graph);
     return this.#model.runtime.run(program, { signal });
   }
-}
-
-function weightsOf({ files, checkpoint }: GraphLibrary) {
-  const parts = weightedParts(checkpoint).map(({ weights }) => weights);
-  const bytes = (dtype: string) => parts.reduce((sum, { bytesByDType }) => sum + (bytesByDType[dtype] ?? 0), 0);
-  return { files, bytesOf16Bit: bytes("F16") + bytes("BF16") };
 }
 
 /**

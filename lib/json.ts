@@ -6,9 +6,10 @@
 
 import { readFile } from "node:fs/promises";
 import { z } from "zod";
+import { elementCount } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
-import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
+import type { GenerateOptions, GenerateResult, Picture, PictureSource, RgbPicture } from "./model.js";
 import { checkOptions, generateSchema, tensor } from "./options.js";
 
 /** A value that JSON can hold. */
@@ -23,27 +24,37 @@ const bytes = z.codec(
   },
 );
 const side = z.int().positive();
+/** Float32 values in little-endian order, as in .safetensors files. */
 const tensorJson = z.codec(
-  z.strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: z.base64() }),
+  z
+    .strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: bytes })
+    .refine(({ shape, data }) => data.length === 4 * elementCount(shape), "the data does not have the shape's values"),
   tensor,
   {
-    // Float32 values in little-endian order, as in .safetensors files.
-    decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(z.decode(bytes, data).buffer) }),
+    decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(data.buffer) }),
     encode: ({ dtype, shape, data }) => ({
       ...{ dtype, shape: [...shape] },
-      data: z.encode(bytes, new Uint8Array(data.buffer, data.byteOffset, data.byteLength)),
+      data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
     }),
   },
 );
 const rgb = { width: side, height: side, data: bytes };
-const source = z.union([
-  z.strictObject({ file: bytes }),
-  z.strictObject(rgb).refine(({ width, height, data }) => data.length === 3 * width * height),
-]);
-const picture = z.codec(z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }), z.custom<Picture>(), {
-  decode: ({ width, height, data, parameters }) => new Image(width, height, data, parameters),
-  encode: ({ width, height, data, parameters }) => ({ width, height, data, parameters: parameters as never }),
-});
+const isRgb = ({ width, height, data }: RgbPicture) => data.length === 3 * width * height;
+const notRgb = "the data does not have 3 bytes for each pixel";
+const source = z.union([z.strictObject({ file: bytes }), z.strictObject(rgb).refine(isRgb, notRgb)]);
+const picture = z.codec(
+  z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }).refine(isRgb, notRgb),
+  z.custom<Picture>(),
+  {
+    decode: ({ width, height, data, parameters }) => new Image(width, height, data, parameters),
+    encode: ({ width, height, data, parameters }) => ({
+      width,
+      height,
+      data,
+      parameters: defined(parameters) as never,
+    }),
+  },
+);
 
 const { signal: _, onStep: __, ...plain } = generateSchema.shape;
 const requestSchema = z.strictObject({
@@ -118,9 +129,17 @@ async function sourceOf(option: string, picture: PictureSource): Promise<z.outpu
   return { file };
 }
 
-/** Properties that are undefined have no JSON form, and mean the same as absent ones. */
 function encoded(schema: z.ZodType, value: unknown): Json {
-  return JSON.parse(JSON.stringify(z.encode(schema, value))) as Json;
+  return defined(z.encode(schema, value)) as Json;
+}
+
+/** Without properties that are undefined: they have no JSON form, and mean the same as absent ones. */
+function defined(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(defined);
+  if (typeof value !== "object" || value === null) return value;
+  return Object.fromEntries(
+    Object.entries(value).flatMap(([key, each]) => (each === undefined ? [] : [[key, defined(each)]])),
+  );
 }
 
 function decoded<T extends z.ZodType>(schema: T, json: unknown, what: string): z.output<T> {

@@ -1,6 +1,6 @@
 /**
  * What a model offers to those who call it: the interface, its options, events and results. Servers, queues and remote
- * models see only this file; `FlowTurbo` implements it. Everything here but signals and callbacks has a JSON form (json.ts).
+ * models see only this file; `FlowTurbo` implements it. Requests and results have a JSON form (json.ts).
  */
 
 import type { Logger } from "./common/logger.js";
@@ -68,8 +68,8 @@ export type PictureSource = string | Uint8Array | RgbPicture;
 
 /** Sent while a model loads. */
 export interface LoadProgress {
-  /** `checkpoint`: configs, headers and tokenizers are read; `runtime`: a runtime starts; `graphs`: networks are emitted. */
-  readonly phase: "checkpoint" | "runtime" | "graphs";
+  /** `checkpoint`: configs, headers and tokenizers are read; `graphs`: networks are emitted; `runtime`: a runtime starts. */
+  readonly phase: "checkpoint" | "graphs" | "runtime";
   /** Phases that are done. */
   readonly done: number;
   /** Phases that there are. */
@@ -89,7 +89,7 @@ export interface LoadOptions {
   cache?: string | undefined;
   /**
    * On a GPU: each picture is a program of its own, replayed as one CUDA graph from its second run on. That is the least
-   * latency for one picture at a time, but launches are not shared (`pinBatch` is refused), and the steps of a picture are
+   * latency for one picture at a time, but launches are not shared (a `pinBatch` above 1 is refused), and the steps of a picture are
    * reported together. Ignored on the CPU. Default: false.
    */
   capture?: boolean | undefined;
@@ -97,7 +97,7 @@ export interface LoadOptions {
   keepTextEncoders?: boolean | undefined;
   /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
-  /** Threads of the CPU runtime, 1 to 1024. Default: one for each core. */
+  /** Threads of the CPU runtime, 1 to 1024. Default: one for each physical core. */
   threads?: number | undefined;
   /**
    * How the CPU runtime computes with 16-bit weights: `"lazy"` widens them at each use, `"folded"` once at load (faster,
@@ -115,7 +115,7 @@ export interface LoadOptions {
   maxWaitMs?: number | undefined;
   /** Pads every launch to so many pictures, 1 to 256, so that no bit of a picture depends on what else is drawn. Default: no padding. */
   pinBatch?: number | undefined;
-  /** Requests that may wait; more are refused with a QueueFullError. Default: 64. */
+  /** Requests that may wait, 0 to 1000000; more are refused with a QueueFullError. Default: 64. */
   maxQueue?: number | undefined;
   /**
    * Whether costs that are not known are measured in the background, while no request is under way. Where each batch
@@ -179,7 +179,7 @@ export interface GenerateOptions {
    */
   guidanceScale?: number | undefined;
   /**
-   * Seed of the first picture, a whole number from 0; picture k uses seed + k, from a generator of its own, so that it can
+   * Seed of the first picture, a whole number from 0 to 2⁵³ − 4097; picture k uses seed + k, from a generator of its own, so that it can
    * be drawn again alone. The noise is that of torch's CPU generator. Default: random.
    */
   seed?: number | undefined;
@@ -205,10 +205,10 @@ export interface GenerateOptions {
   preview?: "fast" | "decoded" | undefined;
   /** Starting noise [B, C, h, w] in place of a seed, with h and w in latents; one tensor, or one for each stage. Default: drawn from the seed. */
   noise?: FloatTensor | readonly FloatTensor[] | undefined;
-  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256. */
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /**
-   * Milliseconds from the call to the pictures. The first schedule of the ladder that fits is taken, by measured costs; if
+   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. The first schedule of the ladder that fits is taken, by measured costs; if
    * none does the call rejects with a DeadlineError before any work. Default: no limit.
    */
   deadlineMs?: number | undefined;
@@ -216,7 +216,7 @@ export interface GenerateOptions {
   ladder?: readonly string[] | undefined;
   /** Who goes first, −100 to 100: higher numbers, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
   priority?: number | undefined;
-  /** As the option of `load`, for this call. */
+  /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */
   pinBatch?: number | undefined;
   /** Aborts between steps: the call rejects with `signal.reason`. One signal may serve any number of calls. */
   signal?: AbortSignal | undefined;
@@ -253,7 +253,7 @@ export interface Timings {
   readonly load: number;
   /** Waiting to be let in. */
   readonly queue: number;
-  /** Tokenising and encoding the prompts; near 0 when all were cached. */
+  /** Encoding the prompts; near 0 when all were cached. */
   readonly encode: number;
   /** Each block of the schedule, over all stages. */
   readonly steps: readonly number[];
@@ -357,11 +357,11 @@ export interface ProfileOptions {
   sizes?: readonly Size[] | undefined;
   /** Numbers of pictures in a launch, 1 to 256 each. Default: 1, 2, 4, 8. */
   batches?: readonly number[] | undefined;
-  /** Steps with classifier-free guidance, without, or both; a number is a guidance scale, which says whether there is guidance. Default: `"on"`. */
+  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
   guidance?: "on" | "off" | "both" | number | undefined;
   /** Timed runs of each launch, 1 to 1000. Default: 9. */
   rounds?: number | undefined;
-  /** As the option of `generate`. */
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /** Aborts measuring: the call rejects with `signal.reason`. */
   signal?: AbortSignal | undefined;
@@ -391,9 +391,9 @@ export interface EngineProgress {
 export interface CompileEnginesOptions {
   /** Library to build with. Default: `"auto"`, the first that can build here. */
   runtime?: "auto" | BuilderName | undefined;
-  /** As the option of `load`. */
+  /** Folder with the library. Default: looked for in the environment, in Python's packages and on the loader's path. */
   tensorrtFolder?: string | undefined;
-  /** As the option of `load`. */
+  /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
   /** Sizes of pictures. Default: the model's native size. */
   sizes?: readonly Size[] | undefined;
@@ -401,17 +401,17 @@ export interface CompileEnginesOptions {
   batches?: readonly number[] | undefined;
   /** Compute capabilities to build for, such as `"8.9"`; TensorRT-RTX only. Default: that of the present GPU. */
   targets?: readonly string[] | undefined;
-  /** As the option of `profile`. Default: `"on"`. */
+  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
   guidance?: "on" | "off" | "both" | number | undefined;
   /** Also what only some pictures need: stages, editing, previews. Default: none. */
   features?: readonly Feature[] | undefined;
-  /** As the option of `generate`. */
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
-  /** As the option of `load`. */
+  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
   cache?: string | undefined;
   /** Engines that are built at the same time, 1 to 64. Default: 1. */
   jobs?: number | undefined;
-  /** Bytes of memory that builds may take. Default: what is available. */
+  /** Bytes of memory that builds may take, above 0. Default: what is available. */
   memory?: number | undefined;
   /** Aborts compiling: the call rejects with `signal.reason`; nothing partial stays. */
   signal?: AbortSignal | undefined;

@@ -17,6 +17,7 @@ import {
   type SamplerName,
   type SamplerRow,
   samplers,
+  samplersWithBlocks,
   sigmaGrids,
 } from "./schedule/index.js";
 
@@ -116,6 +117,7 @@ const variant = optional(
   "--variant <name>",
 );
 
+const withTargets = builderNames().filter((name) => runtimes[name]!.builder!.takesTargets);
 const samplerNames = Object.keys(samplers) as SamplerName[];
 const bySampler = (value: (row: SamplerRow) => string | number) =>
   samplerNames.map((name) => `${value(samplers[name]!)} for ${name}`).join(", ");
@@ -144,7 +146,11 @@ export const loadSchema = z.strictObject({
     "--no-keep-text-encoders",
   ),
   variant,
-  threads: optional(integer(1, 1024), "threads of the CPU runtime (default: one for each core)", "--threads <n>"),
+  threads: optional(
+    integer(1, 1024),
+    "threads of the CPU runtime (default: one for each physical core)",
+    "--threads <n>",
+  ),
   weights: defaulted(
     oneOf(["auto", "lazy", "folded"]),
     "auto",
@@ -201,7 +207,7 @@ export const generateSchema = z.strictObject({
   steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
   blocks: optional(
     schedule,
-    "schedule of the flowturbo sampler, such as H1P5R3 or HPPPPPRRR, in place of --steps",
+    `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of --steps`,
     "--blocks <schedule>",
   ),
   grid: optional(
@@ -239,7 +245,7 @@ export const generateSchema = z.strictObject({
   ),
   strength: optional(
     kind(z.number().gt(0).max(1), "a number above 0 and up to 1"),
-    "part of the schedule that runs on --image: 1 forgets it (default: 0.6)",
+    "part of the schedule that runs on --image; 1 starts from noise alone (default: 0.6)",
     "--strength <part>",
   ),
   keepOriginal: defaulted(
@@ -320,7 +326,7 @@ export const compileSchema = z.strictObject({
       .transform((targets) => targets.map((target) => Math.round(Number(target) * 10)))
       .optional(),
     kind(z.unknown(), 'compute capabilities such as "8.9"'),
-    "compute capabilities to build for with tensorrt-rtx, such as 8.6,8.9,12.0 (default: the present GPU)",
+    `compute capabilities to build for with ${withTargets.join(" or ")}, such as 8.6,8.9,12.0 (default: the present GPU)`,
     "--targets <list>",
   ),
   guidance,

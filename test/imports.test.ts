@@ -8,7 +8,7 @@ const lib = path.resolve(import.meta.dirname, "../lib");
 /** Each room, and the rooms that it may import from besides itself; `common` and `errors` are open to all. */
 const rooms: Record<string, string[]> = {
   cli: ["flowturbo", "generation", "options", "model", "checkpoint", "runtimes", "schedule"],
-  index: ["flowturbo", "json", "generation", "model", "serving"],
+  index: ["flowturbo", "json", "generation", "model", "serving", "networks", "runtimes", "schedule"],
   flowturbo: ["generation", "options", "model", "serving", "networks", "runtimes", "checkpoint", "program", "schedule", "onnx"], // biome-ignore format: one line
   json: ["generation", "options", "model"],
   generation: ["options", "model", "serving", "networks", "runtimes", "checkpoint", "program", "schedule", "onnx"],

@@ -92,6 +92,7 @@ describe("a request", () => {
       [{ prompt: "x", image: { file: "!" } }, /wrong at image/],
       [{ prompt: "x", image: { width: 2, height: 2, data: "AAAA" } }, /wrong at image/],
       [{ prompt: "x", onStep: "run me" }, /wrong.*onStep/],
+      [{ prompt: "x", noise: { dtype: "float32", shape: [1], data: "AAAA" } }, /wrong at noise/],
       ["text", /request is wrong/],
     ] as const)
       expect(() => requestFromJson(json)).toThrow(expect.objectContaining({ message: expect.stringMatching(message) }));
@@ -101,11 +102,47 @@ describe("a request", () => {
 
 it("a result comes back as it was, with pictures that can be encoded", async () => {
   await using model = await FlowTurbo.load(undefined, { measureCosts: false });
-  for (const extra of [{}, { deadlineMs: 60_000 }] satisfies Partial<GenerateOptions>[]) {
-    const result = await model.generate({ prompt: "a red circle", count: 2, seed: 3, blocks: "H1P1", ...extra });
+  const small = { width: 32, height: 32 };
+  const image = { ...small, data: new Uint8Array(3 * 32 * 32).fill(100) };
+  const mask = { ...small, data: Uint8Array.from({ length: 3 * 32 * 32 }, (_, i) => (i % 2 ? 255 : 0)) };
+  const kinds: Partial<GenerateOptions>[] = [
+    { blocks: "H1P1" },
+    { blocks: "H1", deadlineMs: 60_000 },
+    {
+      stages: [
+        { ...small, blocks: "H1", sigma: undefined },
+        { width: 64, height: 64, blocks: "E1", sigma: 0.5 },
+      ],
+    },
+    { ...small, steps: 2, image, strength: 0.5 },
+    { ...small, steps: 2, image, mask, keepOriginal: false },
+    { ...small, blocks: "H1", guidanceScale: 1, noise: float32([2, 3, 8, 8], new Float32Array(384).fill(0.5)) },
+  ];
+  for (const kind of kinds) {
+    const result = await model.generate({ prompt: "a red circle", count: 2, seed: 3, ...kind });
     const back = resultFromJson(sent(resultToJson(result)));
     expect(back).toEqual(result);
     expect(await back.images[1]!.toPNG()).toEqual(await result.images[1]!.toPNG());
   }
-  expect(() => resultFromJson({ images: [] })).toThrow(/result is wrong at latents/);
+  const json = sent(resultToJson(await model.generate({ prompt: "x", ...small, blocks: "H1" }))) as Wrong;
+  for (const [spoil, message] of [
+    [(wrong: Wrong) => delete wrong.latents, /result is wrong at latents/],
+    [(wrong: Wrong) => Object.assign(wrong.latents!, { data: "AAAA" }), /wrong at latents: the data does not have/],
+    [(wrong: Wrong) => Object.assign(wrong.pixels!, { data: "AAA=" }), /wrong at pixels: the data does not have/],
+    [
+      (wrong: Wrong) => Object.assign(wrong.images[0]!, { data: "AAAA" }),
+      /wrong at images\.0: the data does not have 3/,
+    ],
+  ] as const) {
+    const wrong = structuredClone(json);
+    spoil(wrong);
+    expect(() => resultFromJson(wrong)).toThrow(OptionError);
+    expect(() => resultFromJson(wrong)).toThrow(message);
+  }
 });
+
+interface Wrong {
+  latents?: object;
+  pixels?: object;
+  images: object[];
+}

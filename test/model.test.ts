@@ -7,6 +7,7 @@ import type { z } from "zod";
 import type { CompileEnginesOptions, GenerateOptions, ImageModel, LoadOptions, ProfileOptions } from "../lib/index.js";
 import { FlowTurbo } from "../lib/index.js";
 import { compileSchema, generateSchema, loadSchema, optionMeta, profileSchema } from "../lib/options.js";
+import { blockTable, samplers, sigmaGrids } from "../lib/schedule/index.js";
 import { root } from "./support/fixtures.js";
 
 it("the interfaces of the options are what the schemas take", () => {
@@ -33,34 +34,37 @@ const program = ts.createProgram([file], { skipLibCheck: true, module: ts.Module
 const checker = program.getTypeChecker();
 const documentation = (symbol: ts.Symbol) => ts.displayPartsToString(symbol.getDocumentationComment(checker)).trim();
 
-/** Everything that the package exports, and the public members that are declared in it. */
+/** Everything that is declared there, what the package exports and what that refers to, with all members. */
 function published(): { name: string; symbol: ts.Symbol }[] {
-  const source = program.getSourceFile(file)!;
   const found: { name: string; symbol: ts.Symbol }[] = [];
-  for (const exported of checker.getExportsOfModule(checker.getSymbolAtLocation(source)!)) {
-    const symbol = exported.flags & ts.SymbolFlags.Alias ? checker.getAliasedSymbol(exported) : exported;
+  const members = (name: string, all: Iterable<ts.TypeElement | ts.ClassElement>) => {
+    for (const member of all) {
+      const own = member.name && checker.getSymbolAtLocation(member.name);
+      if (!own || ts.isPrivateIdentifier(member.name)) continue;
+      found.push({ name: `${name}.${own.name}`, symbol: own });
+      const type = ts.isPropertySignature(member) ? member.type : undefined;
+      if (type && ts.isTypeLiteralNode(type) && own.name !== "nativeSize") members(`${name}.${own.name}`, type.members);
+    }
+  };
+  for (const statement of program.getSourceFile(file)!.statements) {
+    const isNamed =
+      ts.isInterfaceDeclaration(statement) ||
+      ts.isClassDeclaration(statement) ||
+      ts.isTypeAliasDeclaration(statement) ||
+      ts.isFunctionDeclaration(statement);
+    if (!isNamed) continue;
+    const symbol = checker.getSymbolAtLocation(statement.name!)!;
     found.push({ name: symbol.name, symbol });
-    const members = (name: string, all: Iterable<ts.TypeElement | ts.ClassElement>) => {
-      for (const member of all) {
-        const own = member.name && checker.getSymbolAtLocation(member.name);
-        if (!own || ts.isPrivateIdentifier(member.name)) continue;
-        found.push({ name: `${name}.${own.name}`, symbol: own });
-        const type = ts.isPropertySignature(member) ? member.type : undefined;
-        if (type && ts.isTypeLiteralNode(type) && own.name !== "nativeSize")
-          members(`${name}.${own.name}`, type.members);
-      }
-    };
-    for (const declaration of symbol.declarations ?? [])
-      if (ts.isInterfaceDeclaration(declaration) || ts.isClassDeclaration(declaration))
-        members(symbol.name, declaration.members);
+    if (ts.isInterfaceDeclaration(statement) || ts.isClassDeclaration(statement))
+      members(symbol.name, statement.members);
   }
   return found;
 }
 
 describe("dist/index.d.ts", () => {
-  it("has a comment for everything that it exports, and for every member of it", () => {
+  it("has a comment for everything that it declares, and for every member of it", () => {
     const all = published();
-    expect(all.length).toBeGreaterThan(200);
+    expect(all.length).toBeGreaterThan(250);
     expect(all.filter(({ symbol }) => documentation(symbol).length < 5).map(({ name }) => name)).toEqual([]);
   });
 
@@ -69,11 +73,33 @@ describe("dist/index.d.ts", () => {
       const members = published().filter(({ name }) => name.startsWith(`${options}.`));
       expect(members.length).toBeGreaterThan(5);
       // Absent, these do nothing.
-      const plain = ["signal", "onProgress", "onStep", "prompt", "tensorrtFolder", "variant", "cache", "maxSequenceLength", "pinBatch"]; // biome-ignore format: one line
+      const plain = ["signal", "onProgress", "onStep", "prompt"];
       for (const { name, symbol } of members)
-        if (!plain.includes(name.split(".").at(-1)!))
-          expect(documentation(symbol), name).toMatch(/Default: |As the option/);
+        if (!plain.includes(name.split(".").at(-1)!)) expect(documentation(symbol), name).toMatch(/Default: /);
     }
+  });
+
+  it("names every row of the tables, and the bounds that the schemas check", () => {
+    const of = (name: string) => documentation(published().find((each) => each.name === name)!.symbol);
+    const { sampler, steps, grid, blocks } = {
+      ...{ sampler: of("GenerateOptions.sampler"), steps: of("GenerateOptions.steps") },
+      ...{ grid: of("GenerateOptions.grid"), blocks: of("GenerateOptions.blocks") },
+    };
+    for (const [name, row] of Object.entries(samplers)) {
+      expect(sampler).toContain(`"${name}"`);
+      expect(steps).toContain(String(row.steps));
+    }
+    for (const name of Object.keys(sigmaGrids)) expect(grid).toContain(`"${name}"`);
+    for (const [letter, { name }] of Object.entries(blockTable)) expect(blocks).toContain(`\`${letter}\` ${name}`);
+
+    const schemas = { LoadOptions: loadSchema, GenerateOptions: generateSchema, ProfileOptions: profileSchema, CompileEnginesOptions: compileSchema }; // biome-ignore format: one line
+    for (const [options, schema] of Object.entries(schemas))
+      for (const [name, field] of Object.entries(schema.shape)) {
+        // "a whole number from 1 to 1024" → both, in the comment.
+        const bounds = optionMeta(field as z.ZodType).expects.match(/from (-?\d+) to (\d+)/);
+        const text = of(`${options}.${name}`).replace("−", "-");
+        for (const bound of bounds?.slice(1) ?? []) expect(text, `${options}.${name}`).toContain(bound);
+      }
   });
 
   it("explains in an editor's hover where an option comes from", () => {

@@ -93,7 +93,7 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
 
   const encoder = new PromptEncoder(graphs);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
-  const encoded = await encoder.encode(texts, encoder.defaultSequenceLength, async (programs) => {
+  const encoded = await encoder.encode(encoder.prepare(texts, encoder.defaultSequenceLength), async (programs) => {
     const results: Record<string, Tensor>[] = [];
     for (const [index, program] of programs.entries()) {
       cases.push({ name: `text "${texts[index]}", all encoders`, kind: "texts", program });

@@ -61,8 +61,9 @@ export class Direct {
 
   async condition(captions: readonly string[]): Promise<Condition> {
     const texts = [...captions.map(() => ""), ...captions];
-    const encoded = await this.#prompts.encode(texts, this.#prompts.defaultSequenceLength, (programs) =>
-      Promise.all(programs.map((program) => this.#run(program))),
+    const encoded = await this.#prompts.encode(
+      this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength),
+      (programs) => Promise.all(programs.map((program) => this.#run(program))),
     );
     return this.#prompts.stack(encoded);
   }

@@ -96,6 +96,13 @@ const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]
   refiner: network("refiner", null, readTransformerConfig),
 };
 
+/** Each text encoder with its tokenizer. */
+const textParts = [
+  ["textEncoder", "tokenizer"],
+  ["textEncoder2", "tokenizer2"],
+  ["textEncoder3", "tokenizer3"],
+] as const;
+
 function network<Config>(
   name: string,
   classes: readonly string[] | null,
@@ -190,8 +197,8 @@ function readModelIndex(file: string, json: Json): Set<string> {
       );
     present.add(part);
   }
-  for (const suffix of ["", "_2", "_3"]) {
-    const pair = [`text_encoder${suffix}`, `tokenizer${suffix}`];
+  for (const keys of textParts) {
+    const pair = keys.map((key) => partRows[key].name);
     const has = pair.find((part) => present.has(part));
     const lacks = pair.find((part) => !present.has(part));
     if (has && lacks)
@@ -243,9 +250,9 @@ function singleFile(file: string): string {
 }
 
 function checkVariant(checkpoint: Checkpoint, variant: string | undefined): void {
-  const { folder, transformer, refiner, textEncoder, textEncoder2, textEncoder3, vae } = checkpoint;
-  const parts = [transformer, refiner, textEncoder, textEncoder2, textEncoder3, vae];
-  const weights = parts.flatMap((part) => (part ? [part.weights] : []));
+  const { folder } = checkpoint;
+  const parts = Object.keys(partRows).map((key) => checkpoint[key as PartKey]);
+  const weights = parts.flatMap((part) => (part && "weights" in part ? [part.weights] : []));
   if (variant === undefined || weights.some((part) => part.variant !== null)) return;
   const found = [...new Set(weights.flatMap((part) => part.variantsFound))].sort();
   throw new CheckpointError(
@@ -298,11 +305,9 @@ function checkThatPartsFit(checkpoint: Checkpoint): void {
     );
 
   // Ids and positions beyond the encoders' tables would otherwise stop a run in the middle.
-  for (const [part, tokenizer, encoder] of [
-    ["text_encoder", checkpoint.tokenizer, textEncoder],
-    ["text_encoder_2", checkpoint.tokenizer2, textEncoder2],
-    ["text_encoder_3", checkpoint.tokenizer3, textEncoder3],
-  ] as const) {
+  for (const [encoderKey, tokenizerKey] of textParts) {
+    const { [encoderKey]: encoder, [tokenizerKey]: tokenizer } = checkpoint;
+    const part = partRows[encoderKey].name;
     if (!tokenizer || !encoder) continue;
     const { vocabSize } = encoder.config;
     const largestId = tokenizer.vocabSize - 1;

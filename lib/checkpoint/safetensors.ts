@@ -118,8 +118,11 @@ export async function writeSafetensors(file: string, tensors: Readonly<Record<st
   start.writeBigUInt64LE(BigInt(headerBytes));
   json.copy(start, 8);
 
-  const data = Object.values(tensors).map((tensor) => littleEndian(tensor.data));
-  await writeFileAtomic(file, Buffer.concat([start, ...data])).catch((cause: Error) => {
+  function* chunks() {
+    yield start;
+    for (const { data } of Object.values(tensors)) yield littleEndian(data);
+  }
+  await writeFileAtomic(file, chunks()).catch((cause: Error) => {
     throw new OutputError(file, `Cannot write ${file}: ${cause.message}`, { cause });
   });
 }

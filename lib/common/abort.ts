@@ -21,7 +21,15 @@ export function onAbort(signal: AbortSignal | undefined, act: () => void): () =>
     const acts = new Set<() => void>();
     const notify = () => {
       followers.delete(signal);
-      for (const each of acts) each();
+      for (const each of acts)
+        try {
+          each();
+        } catch (error) {
+          // As from a listener of its own: the others are called all the same.
+          queueMicrotask(() => {
+            throw error;
+          });
+        }
     };
     followed = { acts, notify };
     followers.set(signal, followed);

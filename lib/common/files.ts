@@ -24,7 +24,11 @@ export function defaultCacheFolder(): string {
  * Writes a file under a temporary name in its folder, then renames it.
  * @throws the file system's error; nothing is left behind
  */
-export async function writeFileAtomic(file: string, data: string | Uint8Array, mode?: number): Promise<void> {
+export async function writeFileAtomic(
+  file: string,
+  data: string | Uint8Array | Iterable<Uint8Array>,
+  mode?: number,
+): Promise<void> {
   const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
   try {
     await writeFile(temporary, data, { flag: "wx", mode });

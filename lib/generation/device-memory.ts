@@ -1,6 +1,6 @@
 /**
  * What a checkpoint takes on a GPU, estimated before anything is built: the engines of one program are there together,
- * and each holds its weights in the type that they are stored in. Scratch memory comes on top; the runtime knows it
+ * and each holds its weights in the type that they are stored in. Scratch memory is needed besides; the runtime knows it
  * once the engines are loaded, and refuses then, with numbers, what this could not see.
  */
 
@@ -24,10 +24,10 @@ export function checkDeviceMemory(
   const { encode, draw } = deviceMemoryNeeded(graphs);
   const needed = Math.max(encode, draw);
   if (needed <= available) return;
-  const what = encode > draw ? "text encoders" : "transformer, refiner and autoencoder";
+  const what = encode > draw ? "text encoders" : "networks that draw";
   throw new MemoryError(
     `The ${what} of this model take ${gigabytes(needed)} GB of GPU memory for their weights alone, but ${name} has ${gigabytes(available)} GB. ` +
-      "Use a smaller checkpoint, a larger GPU, or the runtime onnxruntime.",
+      "Use a smaller checkpoint, a larger GPU, or the CPU.",
     needed,
     available,
   );

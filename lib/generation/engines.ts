@@ -6,7 +6,7 @@
 import { openCheckpoint } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
-import { type Feature, graphName, type Network, networksOf } from "../networks/index.js";
+import { type Feature, graphName, keysOf, type Network, networksOf } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
@@ -14,7 +14,7 @@ import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
 import { openBuilder } from "../runtimes/index.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
-import { checkSizes, latentShapeOf, nativeSize, refinerFits } from "./sizes.js";
+import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
 
 /** One set of input shapes that an engine runs on. */
@@ -136,14 +136,14 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const [, contextTokens] = text.shapes(sequenceLength, false).contextShape;
 
   /** Sizes of pictures that a network is launched for, and those that it starts from where it goes from one to another. */
-  const sizesFor = ({ features: by, part }: Network, graph: OnnxGraph): { size: Size; before: Size }[] => {
+  const sizesFor = ({ features: by, role, part }: Network, graph: OnnxGraph): { size: Size; before: Size }[] => {
     const all = by
       ? Object.entries(by).flatMap(([name, { side }]) => {
           if (!features.has(name)) return [];
           return side === undefined ? sizes : [{ width: side * factor, height: side * factor }];
         })
       : sizes;
-    const fitting = distinct(all).filter((size) => part !== "refiner" || refinerFits(checkpoint, size));
+    const fitting = distinct(all).filter((size) => role !== "step" || fitsPositions(checkpoint, part, size));
     const risesIn = [...graph.inputs.values()].flat().includes("next_height");
     if (!risesIn) return fitting.map((size) => ({ size, before: size }));
     return fitting.flatMap((size) =>
@@ -175,14 +175,12 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
 
   const engines = networksOf(checkpoint)
     .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
-    .flatMap(({ name, row }) => {
-      const modes = row.variants.includes("guidance") ? guidanceModes(needs.guidance) : [false];
-      return modes.map((guidance): RequiredEngine => {
-        const graph = graphs.get(graphName({ network: name, guidance }));
-        const stepType = row.role === "step" ? name : null;
-        return { graph: graph.name, stepType, profiles: profilesOf(row, graph) };
-      });
-    })
+    .flatMap(({ name, row }) =>
+      keysOf(name, { guidance: guidanceModes(needs.guidance) }).map((key): RequiredEngine => {
+        const graph = graphs.get(graphName(key));
+        return { graph: graph.name, stepType: row.role === "step" ? name : null, profiles: profilesOf(row, graph) };
+      }),
+    )
     .filter(({ profiles }) => profiles.length > 0);
   if (features.has("stages") && !sizes.some((size) => sizes.some((small) => isBelow(small, size))))
     throw new OptionError("sizes", "Stages run from a smaller size to a larger one; name both in sizes.");

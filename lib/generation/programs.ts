@@ -9,7 +9,7 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import { type GraphKey, graphName, networks } from "../networks/index.js";
+import { graphName, keysOf, networks } from "../networks/index.js";
 import { Pair, ProgramBuilder } from "../program/builder.js";
 import type { Constant, LaunchLabel, Program } from "../program/program.js";
 import type { Schedule, StepLaunch, StepType } from "../schedule/index.js";
@@ -128,7 +128,6 @@ class TemplateWriter {
   readonly builder = new ProgramBuilder();
   readonly #kind: SamplingKind;
   readonly #rows: number;
-  readonly #guidance: boolean;
   /** Blocks of the stages before the present one, and of all. */
   #blocksBefore = 0;
   readonly #blocks: number;
@@ -136,7 +135,6 @@ class TemplateWriter {
   constructor(kind: SamplingKind) {
     this.#kind = kind;
     this.#rows = kind.stages[0]!.latentShape[0];
-    this.#guidance = kind.guidanceScale !== null;
     this.#blocks = kind.stages.reduce((sum, { schedule }) => sum + schedule.blocks.length, 0);
     this.builder.slot("context", kind.contextShape);
     this.builder.slot("pooled", kind.pooledShape);
@@ -186,7 +184,7 @@ class TemplateWriter {
     const image = this.builder.register(register, [this.#rows, this.#kind.imageChannels, height, width]);
     const isPreview = label.kind === "preview";
     this.builder.launch({
-      graph: graphName({ network: "vae_decoder" }),
+      graph: this.#graph("vae_decoder"),
       inputs: { latents },
       outputs: { image },
       mustBeFinite: [image],
@@ -237,7 +235,7 @@ class TemplateWriter {
 
   #scaleNoise(stage: SamplingStage, name: string, noise: string, x: string, sigma: number): string {
     this.builder.launch({
-      graph: graphName({ network: "scale_noise" }),
+      graph: this.#graph("scale_noise"),
       inputs: { latents: `${name}.init`, noise, sigma: this.builder.perRow(sigma, this.#rows) },
       outputs: { x },
       sharing: { size: this.#size(stage) },
@@ -250,7 +248,7 @@ class TemplateWriter {
     const [before, stage] = [this.#kind.stages[index - 1]!, this.#kind.stages[index]!];
     const [height, width] = this.#pixels(stage);
     this.builder.launch({
-      graph: graphName({ network: "upscale" }),
+      graph: this.#graph("upscale"),
       inputs: { latents, noise, sigma: this.builder.perRow(sigma, this.#rows) },
       outputs: { x },
       mustBeFinite: [x],
@@ -303,9 +301,9 @@ class TemplateWriter {
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
   }
 
+  /** The network's graph, in the variants that the pictures ask for. */
   #graph(network: string): string {
-    const key: GraphKey = { network, guidance: this.#guidance };
-    return graphName(key);
+    return graphName(keysOf(network, { guidance: [this.#kind.guidanceScale !== null] })[0]!);
   }
 
   /** Height and width of a stage in pixels. */

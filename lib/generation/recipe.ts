@@ -39,15 +39,14 @@ export async function draw(
   admitted: Admitted,
   start: number,
 ): Promise<GenerateResult> {
-  const { prompts, negativePrompts, count, pictures, pinBatch, sequenceLength, signal } = request;
+  const { prompts, count, pictures, signal } = request;
   const { stages, template } = candidate;
   const progress = new ProgressReporter(stages, pictures, request);
   const run = (rows: readonly Program[]) => admitted.run({ rows, onLaunch: progress.observe.bind(progress) });
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const all = [...prompts, ...negativePrompts];
-  const encoded = await model.text.encode(all, sequenceLength, (rows) => admitted.run({ rows }), pinBatch);
+  const encoded = await model.text.encode(candidate.prompts, (rows) => admitted.run({ rows }));
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
   const conditions = prompts.map((_, index) => {
@@ -68,7 +67,8 @@ export async function draw(
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
   const noises = (request.noises ?? noiseOf(request.seeds, shapes)).slice(-stages.length);
-  const colours = request.preview && (await model.colours(signal));
+  const hasPreviews = request.preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
+  const colours = hasPreviews ? await model.colours(signal) : undefined;
   const programs = Array.from({ length: pictures }, (_, row) => {
     const values = noises.map((noise, index) => {
       return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index] };

@@ -12,11 +12,13 @@ import { checkOptions, generateSchema, type ResolvedGenerateOptions } from "../o
 import {
   type Block,
   blockTable,
+  countEvaluations,
   defaultSampler,
   formatBlocks,
   parseBlocks,
   type Schedule,
   samplers,
+  samplersWithBlocks,
   scheduleOf,
   sigmaGrids,
   skippedBlocks,
@@ -162,7 +164,7 @@ function candidatesOf(
   for (const [name, value] of Object.entries(fixed))
     if (ladder !== undefined && value !== undefined)
       throw new OptionError("ladder", `The ladder says what may be run; leave out ${name} or ladder.`);
-  const given = blocks === undefined ? null : blocksOf(blocks, model.checkpoint);
+  const given = blocks === undefined || stages ? null : blocksOf(blocks, model.checkpoint);
   const isFixed = Object.values(fixed).some((value) => value !== undefined);
   if (deadlineMs === undefined || isFixed) return [candidateOf(options, model, pictures, given)];
   const candidates = new Map<string, Candidate>();
@@ -199,20 +201,22 @@ function blocksOf(text: string, { refiner, folder }: Checkpoint): Block[] {
   if (!refiner && usesRefiner(blocks))
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" need a velocity refiner, but ${folder} has no refiner/ folder. Use P in place of R, or train a refiner.`,
+      `The blocks "${text}" need a velocity refiner, but ${folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
     );
   return blocks;
 }
 
-/** Whether some block evaluates the refiner. Which noise levels does not matter. */
+/** Whether some block evaluates the refiner. */
 export function usesRefiner(blocks: readonly Block[]): boolean {
-  const sigmas = Array.from({ length: blocks.length + 1 }, (_, index) => 1 - index / blocks.length);
-  return scheduleOf(blocks, sigmas).evaluations.refiner > 0;
+  return countEvaluations(blocks).refiner > 0;
 }
 
 /** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
 function firstStage(
-  options: Pick<ResolvedGenerateOptions, "width" | "height" | "sampler" | "steps" | "grid" | "image" | "strength">,
+  options: Pick<
+    ResolvedGenerateOptions,
+    "width" | "height" | "sampler" | "steps" | "blocks" | "grid" | "image" | "strength"
+  >,
   { checkpoint }: ModelFacts,
   pictures: number,
   blocks: readonly Block[] | null,
@@ -222,16 +226,14 @@ function firstStage(
   checkSize(checkpoint, size, false);
   const { steps, sampler = defaultSampler, strength = defaultStrength } = options;
   const row = samplers[sampler]!;
+  const text = options.blocks ?? formatBlocks(blocks ?? []);
   if (blocks && !row.takesBlocks)
     throw new OptionError(
       "blocks",
-      `Blocks belong to the sampler ${defaultSampler}; leave out blocks or sampler "${sampler}".`,
+      `Blocks belong to the sampler ${samplersWithBlocks().join(" or ")}; leave out blocks or sampler "${sampler}".`,
     );
   if (blocks && steps !== undefined && steps !== blocks.length)
-    throw new OptionError(
-      "steps",
-      `The blocks "${formatBlocks(blocks)}" are ${blocks.length} steps; leave out steps (${steps}).`,
-    );
+    throw new OptionError("steps", `The blocks "${text}" are ${blocks.length} steps; leave out steps (${steps}).`);
   const count = blocks?.length ?? steps ?? row.steps;
   const skipped = options.image === undefined ? 0 : skippedBlocks(count, strength);
   // Given blocks are cut; a default schedule is made anew for what is left, so that it starts with H.
@@ -239,7 +241,7 @@ function firstStage(
   if (blocks && blockTable[run[0]!]!.needsVelocity)
     throw new OptionError(
       "strength",
-      `Strength ${strength} leaves only the refiner blocks of "${formatBlocks(blocks)}", and they need a velocity to refine. Give a larger strength.`,
+      `Strength ${strength} leaves only the last blocks of "${text}", which need the velocity of a block before them. Give a larger strength.`,
     );
   checkSize(checkpoint, size, usesRefiner(run));
   const sigmas = sigmaGrids[options.grid ?? row.grid]!(count, checkpoint.scheduler).slice(skipped);

@@ -1,7 +1,7 @@
 /** What a call of `generate` results in, put together from the results of its pictures' programs. */
 
 import type { Tensor } from "../common/tensor.js";
-import type { GenerateResult, Timings } from "../model.js";
+import type { GenerateResult, Size, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
 import { keepOriginal } from "./edit.js";
 import { Image, toRgb } from "./image.js";
@@ -24,10 +24,7 @@ export function resultOf(
   const images = results.map((_, row) => {
     const rgb = toRgb(pixels, row);
     if (kept?.mask) keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
-    return new Image(width, height, rgb, {
-      ...parametersOf(request, row, blocks),
-      ...{ width, height, model: model.name },
-    });
+    return new Image(width, height, rgb, parametersOf(model.name, request, { width, height }, row, blocks));
   });
   const { deadlineMs } = request;
   return {
@@ -50,18 +47,26 @@ export function resultOf(
 }
 
 /** What a picture's file says about how it was made: enough to draw it again. */
-function parametersOf(request: Request, row: number, blocks: string): Record<string, unknown> {
+function parametersOf(
+  model: string,
+  request: Request,
+  size: Size,
+  row: number,
+  blocks: string,
+): Record<string, unknown> {
   const { prompts, negativePrompts, guidanceScale, seeds, sampler, grid, stages, edit, sequenceLength } = request;
   const index = Math.floor(row / request.count);
   return {
     prompt: prompts[index],
     ...(guidanceScale !== null && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
+    ...size,
     ...{ sampler, blocks, grid },
     ...(stages && { stages }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     guidanceScale: guidanceScale ?? 1,
     maxSequenceLength: sequenceLength,
+    model,
     software: "flowturbo",
   };
 }

@@ -52,12 +52,12 @@ export function checkSize(checkpoint: Checkpoint, size: Size, usesRefiner: boole
   }
 }
 
-/** Whether a checkpoint has a refiner that can run on a size which the model can draw. */
-export function refinerFits(checkpoint: Checkpoint, size: Size): boolean {
-  if (!checkpoint.refiner) return false;
-  const most = checkpoint.refiner.config.posEmbedMaxSize;
+/** Whether a checkpoint has a part whose table of positions is large enough for a size which the model can draw. */
+export function fitsPositions(checkpoint: Checkpoint, part: keyof Checkpoint | null, size: Size): boolean {
+  const config = part && (checkpoint[part] as Partial<Checkpoint["transformer"]> | null)?.config;
+  if (!config) return false;
   const [, , height, width] = latentShapeOf(checkpoint, 1, size);
-  return Math.max(height, width) <= most * checkpoint.refiner.config.patchSize;
+  return Math.max(height, width) <= config.posEmbedMaxSize * config.patchSize;
 }
 
 /** @throws OptionError for `sizes` if the model cannot draw one of them */

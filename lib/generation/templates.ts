@@ -6,7 +6,7 @@
 import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import type { FloatTensor } from "../common/tensor.js";
-import { mmditWidth, positionTable } from "../networks/index.js";
+import { mmditWidth, networksOf, positionTable } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork } from "../serving/prediction.js";
@@ -19,10 +19,11 @@ import {
   samplingTemplate,
 } from "./programs.js";
 import type { Candidate, Request, RequestStage } from "./request.js";
-import type { PromptEncoder } from "./text.js";
+import type { PreparedPrompts, PromptEncoder } from "./text.js";
 
 /** A candidate with the programs that draw it: costs are predicted from them, and the recipe binds values to them. */
 export interface PreparedCandidate extends CandidateWork {
+  readonly prompts: PreparedPrompts;
   /** Sizes that are run. */
   readonly stages: readonly RequestStage[];
   /** For each stage the program that encodes its original, or null where it needs none. */
@@ -47,8 +48,12 @@ export class Templates {
   }
 
   /** A candidate's programs. Where the mask is empty only the last stage is run, without any block. */
-  prepare(request: Request, { text, stages: all }: Candidate, edit: Edit | null): PreparedCandidate {
-    const { prompts, negativePrompts, sequenceLength, pinBatch, pictures } = request;
+  prepare(
+    request: Request,
+    { text, stages: all }: Candidate,
+    prompts: PreparedPrompts,
+    edit: Edit | null,
+  ): PreparedCandidate {
     const kept = request.edit?.keepOriginal ? edit?.at(-1) : undefined;
     const warnings: string[] = [];
     let [stages, used] = [all, edit];
@@ -64,14 +69,14 @@ export class Templates {
       return original ? encoderProgram(original.pixels, latentShape, factor) : null;
     });
     const template = this.sampling(request, stages, used);
-    const missing = this.#text.missing([...prompts, ...negativePrompts], sequenceLength, pinBatch);
+    const [encoder] = prompts.programs.values();
     const demands = [
-      ...(missing > 0 ? [{ program: this.#text.program("", sequenceLength).program, rows: missing }] : []),
+      ...(encoder ? [{ program: encoder.program, rows: prompts.programs.size }] : []),
       ...encoders.flatMap((program) => (program ? [{ program, rows: 1 }] : [])),
-      { program: template.program, rows: pictures },
+      { program: template.program, rows: request.pictures },
     ];
     const masks = stages.map((_, index) => used?.[index]?.mask?.latents);
-    return { text, demands, stages, encoders, masks, kept, template, warnings };
+    return { text, demands, prompts, stages, encoders, masks, kept, template, warnings };
   }
 
   /** The template of one picture. */
@@ -109,15 +114,15 @@ function originalOf(edit: Edit | null, index: number): Edit[number] | undefined 
   return stage && (index === 0 || stage.mask) ? stage : undefined;
 }
 
-/** Positions for a latent, for each step type. */
-export function positionsOf(
-  { transformer, refiner }: Checkpoint,
-  latentShape: LatentShape,
-): SamplingStage["positions"] {
-  return {
-    predict: positionCrop(transformer, latentShape),
-    ...(refiner && { refine: positionCrop(refiner, latentShape) }),
-  };
+/** Positions for a latent, for each step type that the checkpoint has a network for. */
+export function positionsOf(checkpoint: Checkpoint, latentShape: LatentShape): SamplingStage["positions"] {
+  const networks = networksOf(checkpoint).filter(({ row }) => row.role === "step");
+  return Object.fromEntries(
+    networks.map(({ name, row }) => [
+      name,
+      positionCrop(checkpoint[row.part!] as Checkpoint["transformer"], latentShape),
+    ]),
+  );
 }
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */

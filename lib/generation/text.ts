@@ -24,6 +24,20 @@ export interface EncodedPrompt {
   readonly warnings: readonly string[];
 }
 
+/** The program that encodes a prompt, with a message for each tokenizer that had to cut it. */
+export interface EncoderProgram {
+  readonly program: Program;
+  readonly warnings: readonly string[];
+}
+
+/** Prompts of a request, with programs for those that the cache lacks. */
+export interface PreparedPrompts {
+  readonly prompts: readonly string[];
+  readonly sequenceLength: number;
+  readonly pin: number | null;
+  readonly programs: ReadonlyMap<string, EncoderProgram>;
+}
+
 /** A text condition: [R, T, joint] and [R, pooled]. */
 export interface Condition {
   readonly context: FloatTensor;
@@ -87,36 +101,36 @@ export class PromptEncoder {
     };
   }
 
-  /** How many of the prompts are not in the cache. @param pin batch that all launches are padded to */
-  missing(prompts: readonly string[], sequenceLength: number, pin: number | null = null): number {
-    return [...new Set(prompts)].filter((prompt) => !this.#cache.has(keyOf(prompt, sequenceLength, pin))).length;
-  }
-
   /**
-   * Encodes the prompts that the cache does not hold, each by a program of its own, and returns all, in order.
+   * Tokenises the prompts that the cache lacks, and makes the programs that encode them.
    * @param pin batch that all launches are padded to
    */
+  prepare(prompts: readonly string[], sequenceLength: number, pin: number | null = null): PreparedPrompts {
+    const programs = new Map<string, EncoderProgram>();
+    for (const prompt of prompts)
+      if (!programs.has(prompt) && !this.#cache.has(keyOf(prompt, sequenceLength, pin)))
+        programs.set(prompt, this.program(prompt, sequenceLength));
+    return { prompts, sequenceLength, pin, programs };
+  }
+
+  /** Runs the programs of prompts that the cache still lacks, and returns all, in order. */
   async encode(
-    prompts: readonly string[],
-    sequenceLength: number,
+    { prompts, sequenceLength, pin, programs }: PreparedPrompts,
     run: RunEncoders,
-    pin: number | null = null,
   ): Promise<EncodedPrompt[]> {
     const found = new Map<string, EncodedPrompt>();
-    const missing: string[] = [];
+    const missing: (readonly [string, EncoderProgram])[] = [];
     for (const prompt of new Set(prompts)) {
       const known = this.#cache.get(keyOf(prompt, sequenceLength, pin));
       if (known) found.set(prompt, known);
-      else missing.push(prompt);
+      // It may have left the cache since.
+      else missing.push([prompt, programs.get(prompt) ?? this.program(prompt, sequenceLength)]);
     }
-    if (missing.length > 0) {
-      const encoding = missing.map((prompt) => this.program(prompt, sequenceLength));
-      const results = await run(encoding.map(({ program }) => program));
-      for (const [index, prompt] of missing.entries()) {
-        const encoded = this.#assemble(results[index]!, encoding[index]!.warnings, sequenceLength);
-        found.set(prompt, encoded);
-        this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
-      }
+    const results = missing.length > 0 ? await run(missing.map(([, { program }]) => program)) : [];
+    for (const [index, [prompt, { warnings }]] of missing.entries()) {
+      const encoded = this.#assemble(results[index]!, warnings, sequenceLength);
+      found.set(prompt, encoded);
+      this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
     }
     return prompts.map((prompt) => found.get(prompt)!);
   }
@@ -134,7 +148,7 @@ export class PromptEncoder {
   }
 
   /** The program that encodes one prompt. Its results are named `<graph>.<output>`. */
-  program(prompt: string, sequenceLength: number): { readonly program: Program; readonly warnings: readonly string[] } {
+  program(prompt: string, sequenceLength: number): EncoderProgram {
     const builder = new ProgramBuilder();
     const warnings: string[] = [];
     const results: string[] = [];

@@ -138,21 +138,41 @@ export function featureNames(): Feature[] {
   return [...new Set(Object.values(networks).flatMap(({ features }) => Object.keys(features ?? {}) as Feature[]))];
 }
 
-/** A key as a name: "predict.guidance", or "predict" without. Programs, costs, engines and reports name graphs so. */
+/** For each variant its values that are wanted. */
+export type VariantValues = { readonly [Name in keyof Variants]-?: readonly NonNullable<Variants[Name]>[] };
+
+/** The keys of a network for every combination of the variants that it comes in. */
+export function keysOf(network: string, values: VariantValues): GraphKey[] {
+  return networks[network]!.variants.reduce<GraphKey[]>(
+    (keys, name) => keys.flatMap((key) => values[name].map((value) => ({ ...key, [name]: value }))),
+    [{ network }],
+  );
+}
+
+/**
+ * A key as a name: "predict.guidance", or "predict" without. Programs, costs, engines and reports name graphs so.
+ * @throws RangeError for a network that is not in the table, or a variant that it does not come in
+ */
 export function graphName({ network, ...variants }: GraphKey): string {
+  const row = Object.hasOwn(networks, network) ? networks[network] : undefined;
+  if (!row) throw new RangeError(`There is no network "${network}".`);
   const present = Object.entries(variants).filter(([, value]) => value !== undefined && value !== false);
+  for (const [name] of present)
+    if (!(row.variants as readonly string[]).includes(name))
+      throw new RangeError(`The network ${network} has no variant "${name}".`);
   return [network, ...present.map(([name, value]) => (value === true ? name : `${name}-${value}`)).sort()].join(".");
 }
 
-/** The key of a name. @throws RangeError for a name of no network */
+/** The key of a name. @throws RangeError for a name that `graphName` does not give */
 export function graphKey(name: string): GraphKey {
   const [network, ...present] = name.split(".") as [string, ...string[]];
-  if (!Object.hasOwn(networks, network)) throw new RangeError(`There is no network "${network}".`);
   const variants = present.map((each): [string, boolean | string] => {
     const dash = each.indexOf("-");
     return dash < 0 ? [each, true] : [each.slice(0, dash), each.slice(dash + 1)];
   });
-  return { network, ...Object.fromEntries(variants) };
+  const key = { network, ...Object.fromEntries(variants) };
+  if (graphName(key) !== name) throw new RangeError(`"${name}" is no name of a graph.`);
+  return key;
 }
 
 /** The networks that a checkpoint has weights for, in the order of the table. */

@@ -4,17 +4,34 @@ import type { Checkpoint, Part } from "../checkpoint/index.js";
 import type { FileVersion } from "../common/files.js";
 import type { StoredDType } from "../common/tensor.js";
 import { cpuEmitOptions, type EmitOptions, type EmittedNetwork, type OnnxGraph } from "../onnx/index.js";
-import { graphKey, graphName, type Network, networks, networksOf, weightedParts } from "./index.js";
+import { graphKey, graphName, keysOf, type Network, networks, networksOf, weightedParts } from "./index.js";
 
 export class GraphLibrary {
   readonly checkpoint: Checkpoint;
   readonly #options: (network: EmittedNetwork) => EmitOptions;
-  readonly #graphs = new Map<string, OnnxGraph>();
+  /** By name and options: a graph that two runtimes want alike is emitted once. */
+  readonly #graphs: Map<string, OnnxGraph>;
 
   /** @param options how to emit each network; default: as ONNX Runtime on the CPU wants them */
-  constructor(checkpoint: Checkpoint, options: (network: EmittedNetwork) => EmitOptions = () => cpuEmitOptions) {
+  constructor(
+    checkpoint: Checkpoint,
+    options: (network: EmittedNetwork) => EmitOptions = () => cpuEmitOptions,
+    graphs = new Map<string, OnnxGraph>(),
+  ) {
     this.checkpoint = checkpoint;
     this.#options = options;
+    this.#graphs = graphs;
+  }
+
+  /** The graphs of the same checkpoint as another runtime wants them. */
+  emittedAs(options: (network: EmittedNetwork) => EmitOptions): GraphLibrary {
+    return new GraphLibrary(this.checkpoint, options, this.#graphs);
+  }
+
+  /** Bytes of 16-bit weights among the essential graphs: what widening them once would double. */
+  get bytesOf16Bit(): number {
+    const weights = this.essential.flatMap(({ graph }) => [...graph.externals.values()]);
+    return weights.reduce((sum, { dtype, length }) => sum + (dtype === "F32" ? 0 : length), 0);
   }
 
   /** The weights' files, as they were when the checkpoint was opened. */
@@ -26,10 +43,9 @@ export class GraphLibrary {
   get essential(): { readonly graph: OnnxGraph; readonly role: Network["role"] }[] {
     return networksOf(this.checkpoint)
       .filter(({ row }) => !row.features)
-      .map(({ name, row: { variants, role } }) => {
-        const guidance = variants.includes("guidance");
-        return { graph: this.get(graphName({ network: name, guidance })), role };
-      });
+      .flatMap(({ name, row: { role } }) =>
+        keysOf(name, { guidance: [true] }).map((key) => ({ graph: this.get(graphName(key)), role })),
+      );
   }
 
   /**
@@ -37,10 +53,13 @@ export class GraphLibrary {
    *   of no network, or of one that the checkpoint has no weights for
    */
   get(name: string): OnnxGraph {
-    let graph = this.#graphs.get(name);
+    const options = this.optionsOf(name);
+    const key = JSON.stringify([name, options]);
+    let graph = this.#graphs.get(key);
     if (!graph) {
-      graph = this.#emit(name);
-      this.#graphs.set(name, graph);
+      const { network, ...variants } = graphKey(name);
+      graph = networks[network]!.emit(name, this.checkpoint, options, variants);
+      this.#graphs.set(key, graph);
     }
     return graph;
   }
@@ -52,12 +71,6 @@ export class GraphLibrary {
     const weights = part && this.checkpoint[part]?.weights;
     if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
     return this.#options({ name: network, dtype: weights ? prevailingDType(weights) : null, overflowsInFloat16 });
-  }
-
-  #emit(name: string): OnnxGraph {
-    const options = this.optionsOf(name);
-    const { network, ...variants } = graphKey(name);
-    return networks[network]!.emit(name, this.checkpoint, options, variants);
   }
 }
 

@@ -19,18 +19,19 @@ export interface EngineRequest {
   readonly profiles: readonly ProfileShapes[];
 }
 
+/** A graph that was compiled for a device. */
 export interface CompiledEngine {
   /** Name of its graph. */
   readonly graph: string;
   /** File of the verified plan. */
   readonly plan: string;
-  /** Of the plan. */
+  /** Size of the plan, in bytes. */
   readonly bytes: number;
-  /** Of the plan, in hexadecimal. */
+  /** SHA-256 of the plan, in hexadecimal. */
   readonly sha256: string;
   /** What it runs on. */
   readonly profiles: readonly ProfileShapes[];
-  /** Of the build, or of finding and verifying a cached plan. */
+  /** Seconds that the build took, or finding and verifying a cached plan. */
   readonly seconds: number;
   /** Whether the cache held it. */
   readonly cached: boolean;

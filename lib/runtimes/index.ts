@@ -10,17 +10,16 @@ import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from ".
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
-const rows = {
-  ...(Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])) as Record<TensorRtKind, RuntimeRow>),
-  onnxruntime,
-};
-
-export type RuntimeName = keyof typeof rows;
+/** Name of a runtime: see the option `runtime` of `FlowTurbo.load`. */
+export type RuntimeName = TensorRtKind | "onnxruntime";
 /** Runtimes that engines are built for. */
 export type BuilderName = TensorRtKind;
 
 /** The table of runtimes by name. */
-export const runtimes: Record<string, RuntimeRow> = rows;
+export const runtimes: Record<string, RuntimeRow> = {
+  ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
+  onnxruntime,
+};
 
 /** Names of the runtimes that there are when it is called, in the order of the table. */
 export function runtimeNames(): RuntimeName[] {

@@ -122,8 +122,8 @@ export interface RuntimeSettings {
 export interface ModelWeights {
   /** Files of the weights as they were when the checkpoint was opened. */
   readonly files: readonly FileVersion[];
-  /** Bytes of them that are float16 or bfloat16. */
-  readonly bytesOf16Bit: number;
+  /** Bytes of weights in use that are float16 or bfloat16. */
+  readonly bytesOf16Bit: () => number;
 }
 
 export interface OpenedRuntime {

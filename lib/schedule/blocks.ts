@@ -6,6 +6,7 @@
  * `HPPPPPRRR` are the same.
  */
 
+import { table } from "../common/table.js";
 import { OptionError } from "../errors.js";
 
 /** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
@@ -17,11 +18,15 @@ export type StepType = "predict" | "refine";
  *   v' = network(x + a_in·v, σ)      x' = x + a_old·v + a_new·v'
  */
 export interface Evaluation {
+  /** The network that is evaluated. */
   readonly type: StepType;
   /** Noise level at which the network is evaluated. */
   readonly sigma: number;
+  /** Weight of v in the point of evaluation. */
   readonly aIn: number;
+  /** Weight of v in the update. */
   readonly aOld: number;
+  /** Weight of v' in the update. */
   readonly aNew: number;
   /** Whether v' replaces v for the launches that follow. */
   readonly keepsVelocity: boolean;
@@ -29,8 +34,9 @@ export interface Evaluation {
 
 /** What a block knows of its place in a schedule. */
 export interface BlockPlace {
-  /** Noise levels at its start and end. */
+  /** Noise level at its start. */
   readonly from: number;
+  /** Noise level at its end. */
   readonly to: number;
   /** `to - from`; negative. */
   readonly h: number;
@@ -38,10 +44,13 @@ export interface BlockPlace {
   readonly before: number | null;
 }
 
+/** A row of the table of blocks. */
 export interface BlockRow {
+  /** What the block is called. */
   readonly name: string;
   /** Whether a velocity from a block before it is needed: then it cannot be the first. */
   readonly needsVelocity: boolean;
+  /** Its evaluations, in order. */
   readonly evaluations: (place: BlockPlace) => readonly Evaluation[];
 }
 
@@ -60,7 +69,7 @@ const correct = (type: StepType, { to, h }: BlockPlace): Evaluation => ({
 
 const heun = (place: BlockPlace) => [evaluate("predict", place), correct("predict", place)];
 
-const rows = {
+const rows = table<BlockRow>()({
   E: {
     name: "Euler",
     needsVelocity: false,
@@ -78,8 +87,9 @@ const rows = {
     needsVelocity: true,
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
   },
-} satisfies Record<string, BlockRow>;
+});
 
+/** Letter of a block: see the option `blocks`. */
 export type Block = keyof typeof rows;
 
 /** The table of blocks by letter. */
@@ -112,6 +122,21 @@ export function parseBlocks(text: string): Block[] {
       `The blocks "${text}" start with ${first} (${blockTable[first]!.name}), which needs the velocity of a block before it. Start with H, for example "H1${compact}".`,
     );
   return blocks;
+}
+
+/** The shortest list of blocks, in the order of the table, that launches every step type which is wanted. */
+export function blocksForEach(isWanted: (type: StepType) => boolean): string {
+  const launched = new Set<StepType>();
+  const place: BlockPlace = { from: 1, to: 0, h: -1, before: -1 };
+  return Object.entries(blockTable)
+    .filter(([, { evaluations }]) => {
+      const types = evaluations(place).map(({ type }) => type);
+      if (!types.every(isWanted) || types.every((type) => launched.has(type))) return false;
+      for (const type of types) launched.add(type);
+      return true;
+    })
+    .map(([letter]) => letter)
+    .join("");
 }
 
 /** The short spelling, `H1P5R3`. */

@@ -1,7 +1,29 @@
 /** Schedules: blocks, noise levels, samplers. Pure: no network, no program. */
-export { type Block, type BlockRow, blockTable, formatBlocks, parseBlocks, type StepType } from "./blocks.js";
-export { defaultLadder, defaultSampler, type SamplerName, type SamplerRow, samplers } from "./samplers.js";
-export { type Evaluations, planSteps, type Schedule, type StepLaunch, scheduleOf } from "./schedule.js";
+export {
+  type Block,
+  type BlockRow,
+  blocksForEach,
+  blockTable,
+  formatBlocks,
+  parseBlocks,
+  type StepType,
+} from "./blocks.js";
+export {
+  defaultLadder,
+  defaultSampler,
+  type SamplerName,
+  type SamplerRow,
+  samplers,
+  samplersWithBlocks,
+} from "./samplers.js";
+export {
+  countEvaluations,
+  type Evaluations,
+  planSteps,
+  type Schedule,
+  type StepLaunch,
+  scheduleOf,
+} from "./schedule.js";
 export {
   diffusersSigmas,
   type GridName,

@@ -3,9 +3,10 @@
  * texts and defaults follow from this table.
  */
 
+import { table } from "../common/table.js";
 import type { Block } from "./blocks.js";
-import { scheduleOf } from "./schedule.js";
-import { type GridName, shiftedSigmas } from "./sigmas.js";
+import { countEvaluations } from "./schedule.js";
+import type { GridName } from "./sigmas.js";
 
 export interface SamplerRow {
   /** Number of blocks where none is given. */
@@ -20,7 +21,7 @@ export interface SamplerRow {
 
 const repeat = (block: Block, times: number) => new Array<Block>(times).fill(block);
 
-const rows = {
+const rows = table<SamplerRow>()({
   /**
    * One Heun block, since the pseudo corrector needs a velocity to start from; pseudo corrector blocks; and where there
    * is a refiner, refiner blocks for the last fifth, as in the paper (more without P between collapses, table 4).
@@ -36,14 +37,20 @@ const rows = {
   },
   euler: { steps: 28, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("E", steps) },
   heun: { steps: 28, grid: "shifted", takesBlocks: false, blocks: (steps) => repeat("H", steps) },
-} satisfies Record<string, SamplerRow>;
+});
 
+/** Name of a sampler: see the option `sampler`. */
 export type SamplerName = keyof typeof rows;
 
 /** The table of samplers by name. */
 export const samplers: Record<string, SamplerRow> = rows;
 
 export const defaultSampler = "flowturbo" satisfies SamplerName;
+
+/** Samplers that blocks may be given for. */
+export function samplersWithBlocks(): string[] {
+  return Object.keys(samplers).filter((name) => samplers[name]!.takesBlocks);
+}
 
 /** Steps of the default ladder. */
 const ladderSteps = [28, 20, 14, 10, 8, 6, 5, 4, 3, 2, 1];
@@ -54,8 +61,7 @@ const ladderSteps = [28, 20, 14, 10, 8, 6, 5, 4, 3, 2, 1];
  */
 export function defaultLadder(hasRefiner: boolean): Block[][] {
   const cost = (blocks: readonly Block[]) => {
-    // Which noise levels does not matter: evaluations are counted.
-    const { predictor, refiner } = scheduleOf(blocks, shiftedSigmas(blocks.length, { shift: 1 })).evaluations;
+    const { predictor, refiner } = countEvaluations(blocks);
     return predictor * 1e6 + refiner;
   };
   const ladder = ladderSteps.map((steps) => samplers[defaultSampler]!.blocks(steps, hasRefiner));

@@ -3,7 +3,7 @@
  * that asks what will run, what it costs or what it is called reads it from here.
  */
 
-import { type Block, blockTable, type Evaluation, formatBlocks } from "./blocks.js";
+import { type Block, blockTable, type Evaluation, formatBlocks, type StepType } from "./blocks.js";
 
 /** One launch of a fused step. */
 export interface StepLaunch extends Evaluation {
@@ -51,9 +51,22 @@ export function planSteps(blocks: readonly Block[], sigmas: readonly number[]): 
   });
 }
 
+/** Evaluations of a block list. They do not depend on the noise levels. */
+export function countEvaluations(blocks: readonly Block[]): Evaluations {
+  return evaluationsOf(
+    planSteps(
+      blocks,
+      Array.from({ length: blocks.length + 1 }, (_, index) => -index),
+    ),
+  );
+}
+
+function evaluationsOf(launches: readonly StepLaunch[]): Evaluations {
+  const count = (type: StepType) => launches.filter((launch) => launch.type === type).length;
+  return { predictor: count("predict"), refiner: count("refine") };
+}
+
 export function scheduleOf(blocks: readonly Block[], sigmas: readonly number[]): Schedule {
   const launches = planSteps(blocks, sigmas);
-  const predictor = launches.filter(({ type }) => type === "predict").length;
-  const evaluations = { predictor, refiner: launches.length - predictor };
-  return { blocks, text: formatBlocks(blocks), sigmas, launches, evaluations };
+  return { blocks, text: formatBlocks(blocks), sigmas, launches, evaluations: evaluationsOf(launches) };
 }

@@ -3,6 +3,8 @@
  * use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at, for exact parity.
  */
 
+import { table } from "../common/table.js";
+
 /** What noise levels depend on: values of the checkpoint's scheduler. */
 export interface SigmaSettings {
   /** Shift towards noise, 3 for SD3. */
@@ -34,12 +36,16 @@ export function diffusersSigmas(blocks: number, { shift, numTrainTimesteps }: Si
   return [...points, 0];
 }
 
-const rows = { shifted: shiftedSigmas, diffusers: diffusersSigmas };
+/** Noise levels for a number of blocks. */
+type Grid = (blocks: number, settings: SigmaSettings) => number[];
 
+const rows = table<Grid>()({ shifted: shiftedSigmas, diffusers: diffusersSigmas });
+
+/** Name of a spacing of noise levels: see the option `grid`. */
 export type GridName = keyof typeof rows;
 
 /** The table of spacings, by the values of the option `grid`. */
-export const sigmaGrids: Readonly<Record<string, (blocks: number, settings: SigmaSettings) => number[]>> = rows;
+export const sigmaGrids: Record<string, Grid> = rows;
 
 /**
  * The noise levels of a stage that starts from a re-noised picture: as `shiftedSigmas`, but from `sigma` instead of 1.

@@ -3,7 +3,7 @@
  * requests; what is not in launches is known from finished requests.
  */
 
-import { SharedTask } from "../common/abort.js";
+import { onAbort, SharedTask } from "../common/abort.js";
 import type { Program } from "../program/program.js";
 import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
 import { type CostEntry, type CostTable, entryOf, hostGraph } from "./costs.js";
@@ -181,7 +181,17 @@ export class Calibration {
       for (const key of missing.keys()) this.#measuring.set(key, task);
       tasks.add(task);
     }
-    await Promise.all([...tasks].map((task) => task.join(signal)));
+    // After a failure the caller waits for none of the others.
+    const own = new AbortController();
+    const stop = onAbort(signal, () => own.abort(signal?.reason));
+    try {
+      await Promise.all([...tasks].map((task) => task.join(own.signal)));
+    } catch (error) {
+      own.abort(error);
+      throw error;
+    } finally {
+      stop();
+    }
   }
 
   async #measure(subjects: readonly Subject[], options: MeasureOptions): Promise<CostEntry[]> {
@@ -196,10 +206,11 @@ export class Calibration {
     const { signal } = this.#closing;
     for (const [key, kind] of this.#unmeasured) {
       const row = this.#seen.get(key) ?? 0;
-      const subjects = this.#unknownOf(kind).filter(
-        ({ batch }) => !this.#measuring.has(`${key} x ${batch}`) && row * batch <= backgroundLimit,
-      );
-      this.#unmeasured.delete(key);
+      const unknown = this.#unknownOf(kind);
+      const idle = unknown.filter(({ batch }) => !this.#measuring.has(`${key} x ${batch}`));
+      const subjects = idle.filter(({ batch }) => row * batch <= backgroundLimit);
+      // What is being measured for a caller may still be given up.
+      if (idle.length === unknown.length) this.#unmeasured.delete(key);
       const options = { rounds: backgroundRounds, background: true, signal, turn: this.#untilIdle };
       for (const entry of await this.#measure(subjects, options)) this.#costs.set(entry);
     }

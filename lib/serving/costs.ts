@@ -16,7 +16,7 @@ export interface CostEntry {
   readonly batch: number;
   /** What the graph runs on besides rows: "64x64" for a picture in pixels, "77 tokens" for a text. */
   readonly size: string;
-  /** Median. */
+  /** Median of the runs, in milliseconds. */
   readonly milliseconds: number;
   /** Lower quartile, in milliseconds. */
   readonly low: number;

@@ -414,7 +414,7 @@ describe("bad input", () => {
       "strength that leaves only R",
       () => ({ image: image(), strength: 0.2, blocks: "H1P7R2" }),
       "strength",
-      /only the refiner blocks/,
+      /only the last blocks/,
     ],
     [
       "a picture that is not there",

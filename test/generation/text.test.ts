@@ -23,15 +23,10 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   afterAll(() => runtime.dispose());
 
   const encode = (texts: string[], pin: number | null = null) =>
-    encoder.encode(
-      texts,
-      32,
-      (all) => {
-        programs += all.length;
-        return Promise.all(all.map((program) => runtime.run(program)));
-      },
-      pin,
-    );
+    encoder.encode(encoder.prepare(texts, 32, pin), (all) => {
+      programs += all.length;
+      return Promise.all(all.map((program) => runtime.run(program)));
+    });
 
   it("gives transformers' embeddings", async () => {
     const expected = await readAll(fixture(name, "embeds.safetensors"));
@@ -55,9 +50,17 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   it("encodes anew for launches that are pinned to another batch", async () => {
     await encode(["pinned or not"]);
     const before = programs;
-    expect(encoder.missing(["pinned or not"], 32, 4)).toBe(1);
+    expect([...encoder.prepare(["pinned or not", "pinned or not"], 32, 4).programs.keys()]).toEqual(["pinned or not"]);
     for (const pin of [4, 4, 2, null]) await encode(["pinned or not"], pin);
     expect(programs).toBe(before + 2);
+  });
+
+  it("asks the cache again when its turn comes: another request may have encoded the same meanwhile", async () => {
+    const waiting = encoder.prepare(["the same for two", prompts[0]!], 32);
+    expect(waiting.programs.size).toBe(1);
+    const [first] = await encode(["the same for two"]);
+    const [second] = await encoder.encode(waiting, () => Promise.reject(new Error("nothing is left to run")));
+    expect(second).toBe(first);
   });
 
   it("says what it had to cut", async () => {

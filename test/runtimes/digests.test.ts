@@ -103,19 +103,25 @@ describe("the memory of digests", () => {
     return { version: { ...version, mtimeMs: statSync(version.file).mtimeMs }, ...rest };
   };
 
-  it("keeps all of several that end at the same time, and leaves no temporary file", async () => {
+  const kept = (folder: string) =>
+    readdirSync(path.join(folder, "weights")).map(
+      (name) => JSON.parse(readFileSync(path.join(folder, "weights", name), "utf8")).sha256 as string,
+    );
+
+  it("keeps all that end at the same time, of several memories as of several processes; leaves no other file", async () => {
     const own = mkdtempSync(path.join(folder, "memory-"));
     const files = await Promise.all(["a", "b", "c", "d"].map(settled));
-    const memory = new DigestMemory(own);
-    const late = new DigestMemory(own);
-    await late.digest(files[0]!.version);
-    await Promise.all(files.slice(0, 3).map(({ version }) => memory.digest(version)));
-    // One that has read the file before the others wrote it keeps what they wrote.
-    await late.digest(files[3]!.version);
-    expect(readdirSync(own)).toEqual(["weights.json"]);
-    expect(statSync(path.join(own, "weights.json")).mode & 0o777).toBe(0o600);
-    const kept = JSON.parse(readFileSync(path.join(own, "weights.json"), "utf8"));
-    expect(Object.values(kept).sort()).toEqual(files.map(({ sha256 }) => sha256).sort());
+    // What they have in common is the folder: nothing in memory.
+    const memories = files.map(() => new DigestMemory(own));
+    await Promise.all(
+      memories.map((memory, index) =>
+        Promise.all([files[index]!, files[(index + 1) % 4]!].map(({ version }) => memory.digest(version))),
+      ),
+    );
+    expect(readdirSync(own)).toEqual(["weights"]);
+    expect(kept(own).sort()).toEqual(files.map(({ sha256 }) => sha256).sort());
+    for (const name of readdirSync(path.join(own, "weights")))
+      expect(statSync(path.join(own, "weights", name)).mode & 0o777).toBe(0o600);
     // Another one reads them from there, and not the files.
     let reports = 0;
     const again = new DigestMemory(own);
@@ -124,11 +130,16 @@ describe("the memory of digests", () => {
     expect(reports).toBe(0);
   });
 
-  it("starts anew where its file is damaged", async () => {
-    const own = mkdtempSync(path.join(folder, "damaged-"));
-    writeFileSync(path.join(own, "weights.json"), "{");
-    const { version, sha256 } = await settled("e");
-    expect((await new DigestMemory(own).digest(version)).sha256).toBe(sha256);
-    expect(Object.values(JSON.parse(readFileSync(path.join(own, "weights.json"), "utf8")))).toEqual([sha256]);
-  });
+  it.each(["{", '{"identity":"another","sha256":"0"}', "null"])(
+    "reads a file again whose memory is %s",
+    async (text) => {
+      const own = mkdtempSync(path.join(folder, "damaged-"));
+      const { version, sha256 } = await settled("e");
+      await new DigestMemory(own).digest(version);
+      const [name] = readdirSync(path.join(own, "weights"));
+      writeFileSync(path.join(own, "weights", name!), text);
+      expect((await new DigestMemory(own).digest(version)).sha256).toBe(sha256);
+      expect(kept(own)).toEqual([sha256]);
+    },
+  );
 });

@@ -17,7 +17,7 @@ const restore = () => table(...Object.values(rows));
 afterEach(restore);
 
 const settings: RuntimeSettings = { weights: "auto", capture: false };
-const weights: ModelWeights = { files: [], bytesOf16Bit: 0 };
+const weights: ModelWeights = { files: [], bytesOf16Bit: () => 0 };
 const capabilities = { preemption: true, capture: true, anyShape: true };
 
 /** A runtime that runs nothing, and counts what has been disposed of. */

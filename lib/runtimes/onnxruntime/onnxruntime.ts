@@ -91,6 +91,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const before = this.#turn;
     const isFirst = this.#runs++ === 0;
     const begin = async () => {
+      signal?.throwIfAborted();
       // Disposal waits for the program in flight only.
       if (!isFirst) this.throwIfDisposed();
       await untilAborted(host.ready, signal);

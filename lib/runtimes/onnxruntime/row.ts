@@ -12,7 +12,7 @@ export const onnxruntime: RuntimeRow = {
   runsOn: "the CPU",
   capabilities,
   async open({ threads, weights, logger }, { bytesOf16Bit }) {
-    const widening = resolveWeights(weights, bytesOf16Bit);
+    const widening = resolveWeights(weights, bytesOf16Bit());
     const runtime = new OnnxRuntime({ weights: widening, threads, logger });
     try {
       const { version } = await runtime.start();

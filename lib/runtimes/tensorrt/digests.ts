@@ -9,7 +9,7 @@ import { createHash } from "node:crypto";
 import { type FileHandle, open, readFile } from "node:fs/promises";
 import path from "node:path";
 import { SharedTask } from "../../common/abort.js";
-import { type FileVersion, writeFileAtomic } from "../../common/files.js";
+import { type FileVersion, makeFolders, writeFileAtomic } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
 /** "device:inode:size:mtime:ctime", times in nanoseconds; the addon makes the same string (native/core/files.cpp). */
@@ -39,15 +39,12 @@ interface Reading {
 }
 
 export class DigestMemory {
-  readonly #file: string;
-  #known: Promise<Map<string, string>> | undefined;
+  readonly #folder: string;
   readonly #underWay = new Map<string, Reading>();
-  /** Ends when everything before has been written. Never rejects. */
-  #writing: Promise<void> = Promise.resolve();
 
   /** @param folder a folder that only this user can write to */
   constructor(folder: string) {
-    this.#file = path.join(folder, "weights.json");
+    this.#folder = path.join(folder, "weights");
   }
 
   /**
@@ -93,38 +90,35 @@ export class DigestMemory {
     const stats = await handle.stat();
     if (stats.size !== version.size || stats.mtimeMs !== version.mtimeMs) throw changed();
     const identity = await fileIdentity(handle);
-    const known = (await this.#load()).get(identity);
+    const known = await this.#known(identity);
     if (known) return { identity, sha256: known };
 
     const sha256 = await hashFile(handle, { signal, onBytes });
     if ((await fileIdentity(handle)) !== identity) throw changed();
     const { ctimeNs } = await handle.stat({ bigint: true });
-    if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember(identity, sha256);
+    if (BigInt(Date.now()) * 1_000_000n - ctimeNs > settledNanoseconds) await this.#remember({ identity, sha256 });
     return { identity, sha256 };
   }
 
-  #load(): Promise<Map<string, string>> {
-    this.#known ??= this.#stored();
-    return this.#known;
+  /** One file for each digest: processes that remember at the same time do not touch each other's. */
+  #fileOf(identity: string): string {
+    return path.join(this.#folder, `${createHash("sha256").update(identity).digest("hex").slice(0, 32)}.json`);
   }
 
-  #stored(): Promise<Map<string, string>> {
-    return readFile(this.#file, "utf8")
-      .then((text) => new Map(Object.entries(JSON.parse(text) as Record<string, string>)))
-      .catch(() => new Map<string, string>());
+  async #known(identity: string): Promise<string | null> {
+    try {
+      const kept = JSON.parse(await readFile(this.#fileOf(identity), "utf8")) as Partial<FileDigest>;
+      return kept.identity === identity && /^[0-9a-f]{64}$/.test(kept.sha256 ?? "") ? kept.sha256! : null;
+    } catch {
+      return null;
+    }
   }
 
-  /** A memory that cannot be written costs time, not correctness. */
-  #remember(identity: string, sha256: string): Promise<void> {
-    // One after another, each with all that is known by then, from other models and processes too.
-    this.#writing = this.#writing.then(async () => {
-      const known = await this.#load();
-      known.set(identity, sha256);
-      for (const [other, digest] of await this.#stored()) known.set(other, digest);
-      const text = JSON.stringify(Object.fromEntries(known), null, 1);
-      await writeFileAtomic(this.#file, text, 0o600).catch(() => undefined);
-    });
-    return this.#writing;
+  /** A digest that cannot be written costs time, not correctness. */
+  async #remember(digest: FileDigest): Promise<void> {
+    await makeFolders(this.#folder, [], 0o700)
+      .then(() => writeFileAtomic(this.#fileOf(digest.identity), JSON.stringify(digest), 0o600))
+      .catch(() => undefined);
   }
 }
 

@@ -6,6 +6,7 @@
 import { OptionError, RuntimeUnavailableError } from "../../errors.js";
 import { type Cuda, smOf, smText } from "./addon.js";
 
+/** A library of TensorRT. */
 export type TensorRtKind = "tensorrt" | "tensorrt-rtx";
 
 /** What an engine is built for: SM numbers, or the very GPU that it was built on. */
