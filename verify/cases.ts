@@ -93,14 +93,14 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
 
   const encoder = new PromptEncoder(graphs);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
-  const encoded = await encoder.encode(encoder.prepare(texts, encoder.defaultSequenceLength), async (programs) => {
-    const results: Record<string, Tensor>[] = [];
-    for (const [index, program] of programs.entries()) {
-      cases.push({ name: `text "${texts[index]}", all encoders`, kind: "texts", program });
-      results.push(await run(program));
-    }
-    return results;
-  });
+  const prepared = encoder.prepare(texts, encoder.defaultSequenceLength);
+  const pending = encoder.pending(prepared);
+  const results: Record<string, Tensor>[] = [];
+  for (const [text, { program }] of pending.missing) {
+    cases.push({ name: `text "${text}", all encoders`, kind: "texts", program });
+    results.push(await run(program));
+  }
+  const encoded = encoder.encoded(prepared, pending, results);
   const schedules = schedulesOf(checkpoint, options);
   for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);

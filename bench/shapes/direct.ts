@@ -61,11 +61,10 @@ export class Direct {
 
   async condition(captions: readonly string[]): Promise<Condition> {
     const texts = [...captions.map(() => ""), ...captions];
-    const encoded = await this.#prompts.encode(
-      this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength),
-      (programs) => Promise.all(programs.map((program) => this.#run(program))),
-    );
-    return this.#prompts.stack(encoded);
+    const prepared = this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength);
+    const pending = this.#prompts.pending(prepared);
+    const results = await Promise.all([...pending.missing.values()].map(({ program }) => this.#run(program)));
+    return this.#prompts.stack(this.#prompts.encoded(prepared, pending, results));
   }
 
   /** The guided velocity; x holds `rows` latents of `size` px. */

@@ -46,7 +46,10 @@ export async function draw(
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const encoded = await model.text.encode(candidate.prompts, (rows) => admitted.run({ rows }));
+  const pending = model.text.pending(candidate.prompts);
+  const encoders = [...pending.missing.values()].map(({ program }) => program);
+  const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
+  const encoded = model.text.encoded(candidate.prompts, pending, texts);
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
   const conditions = prompts.map((_, index) => {

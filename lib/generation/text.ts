@@ -38,14 +38,17 @@ export interface PreparedPrompts {
   readonly programs: ReadonlyMap<string, EncoderProgram>;
 }
 
+/** What a request takes from the cache, and the programs of the rest: one for each prompt, they may share launches. */
+export interface PendingPrompts {
+  readonly known: ReadonlyMap<string, EncodedPrompt>;
+  readonly missing: ReadonlyMap<string, EncoderProgram>;
+}
+
 /** A text condition: [R, T, joint] and [R, pooled]. */
 export interface Condition {
   readonly context: FloatTensor;
   readonly pooled: FloatTensor;
 }
-
-/** Runs programs over the text encoders' graphs, one for each prompt; they may share launches. */
-export type RunEncoders = (programs: readonly Program[]) => Promise<Record<string, Tensor>[]>;
 
 /** Memory that cached conditions may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
 const cacheBytes = 128 * 2 ** 20;
@@ -113,26 +116,32 @@ export class PromptEncoder {
     return { prompts, sequenceLength, pin, programs };
   }
 
-  /** Runs the programs of prompts that the cache still lacks, and returns all, in order. */
-  async encode(
-    { prompts, sequenceLength, pin, programs }: PreparedPrompts,
-    run: RunEncoders,
-  ): Promise<EncodedPrompt[]> {
-    const found = new Map<string, EncodedPrompt>();
-    const missing: (readonly [string, EncoderProgram])[] = [];
-    for (const prompt of new Set(prompts)) {
-      const known = this.#cache.get(keyOf(prompt, sequenceLength, pin));
-      if (known) found.set(prompt, known);
-      // It may have left the cache since.
-      else missing.push([prompt, programs.get(prompt) ?? this.program(prompt, sequenceLength)]);
+  /** Which of the prompts the cache holds by now, and which are to be encoded: other requests may have encoded some. */
+  pending({ prompts, sequenceLength, pin, programs }: PreparedPrompts): PendingPrompts {
+    const known = new Map<string, EncodedPrompt>();
+    const missing = new Map<string, EncoderProgram>();
+    for (const prompt of prompts) {
+      const encoded = this.#cache.get(keyOf(prompt, sequenceLength, pin));
+      if (encoded) known.set(prompt, encoded);
+      // One that was in the cache when the request was prepared may have left it since.
+      else missing.set(prompt, programs.get(prompt) ?? this.program(prompt, sequenceLength));
     }
-    const results = missing.length > 0 ? await run(missing.map(([, { program }]) => program)) : [];
-    for (const [index, [prompt, { warnings }]] of missing.entries()) {
+    return { known, missing };
+  }
+
+  /** All prompts of a request, in order. @param results of the missing prompts' programs */
+  encoded(
+    { prompts, sequenceLength, pin }: PreparedPrompts,
+    { known, missing }: PendingPrompts,
+    results: readonly Record<string, Tensor>[],
+  ): EncodedPrompt[] {
+    const all = new Map(known);
+    for (const [index, [prompt, { warnings }]] of [...missing].entries()) {
       const encoded = this.#assemble(results[index]!, warnings, sequenceLength);
-      found.set(prompt, encoded);
+      all.set(prompt, encoded);
       this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
     }
-    return prompts.map((prompt) => found.get(prompt)!);
+    return prompts.map((prompt) => all.get(prompt)!);
   }
 
   /** The conditions of several prompts as one, row after row. */

@@ -7,6 +7,11 @@ import { documents, read } from "./documents.js";
 
 const text = read("ARCHITECTURE.md");
 const section = (heading: string) => text.match(new RegExp(`^## ${heading}\n([\\s\\S]*?)(?=^## )`, "m"))![1]!;
+const stepsOf = (walk: string) =>
+  [...walk.matchAll(/^\| `([\w/.-]+)` \| `(#?\w+)` \| (\w+) \|$/gm)].map(([, file, name, value]) => {
+    return { file: file!, name: name!, value: value! };
+  });
+const singular = (name: string) => name.replace(/s$/, "");
 const codeBlocks = (markdown: string) => [...markdown.matchAll(/^```\n([\s\S]*?)^```/gm)].map(([, code]) => code!);
 
 const ignored = new Set(["node_modules", ".git", ".cache", "dist", "build", "site"]);
@@ -62,29 +67,32 @@ describe("the walk of", () => {
   const walks = section("Walks")
     .split(/^### /m)
     .slice(1)
-    .map((walk) => ({
-      option: walk.match(/^`(\w+)`/)![1]!,
-      steps: [...walk.matchAll(/^\| `([\w/.-]+)` \| `(#?\w+)` \| (\w+) \|$/gm)].map(([, file, name, value]) => {
-        return { file: file!, name: name!, value: value!.replace(/s$/, "") };
-      }),
-    }));
+    .map((walk) => ({ option: walk.match(/^`?(\w+)`?$/m)![1]!, steps: stepsOf(walk) }));
+  const [programs, ...options] = walks;
 
-  it("five options", () => {
-    expect(walks.map(({ option }) => option)).toEqual(["prompt", "blocks", "image", "signal", "deadlineMs"]);
+  it("programs, and of five options", () => {
+    expect(programs!.option).toBe("Programs");
+    expect(options.map(({ option }) => option)).toEqual(["prompt", "blocks", "image", "signal", "deadlineMs"]);
   });
 
-  it.each(walks)("$option enters no file twice, and changes its name at most twice", ({ option, steps }) => {
+  it.each(options)("$option enters no file twice, and changes its name at most twice", ({ option, steps }) => {
     expect(steps.length).toBeGreaterThan(5);
-    expect(new Set(steps.map(({ file }) => file)).size).toBe(steps.length);
-    expect(steps[0]).toMatchObject({ file: "flowturbo.ts", name: "generate", value: option.replace(/s$/, "") });
-    const changes = steps.filter(({ value }, index) => index > 0 && value !== steps[index - 1]!.value);
-    expect(changes.length).toBeLessThanOrEqual(2);
+    // One that ends in a program goes on as programs do.
+    const all = steps.at(-1)!.file === "program/builder.ts" ? [...steps, ...programs!.steps] : steps;
+    expect(new Set(all.map(({ file }) => file)).size).toBe(all.length);
+    expect(steps[0]).toEqual({ file: "flowturbo.ts", name: "generate", value: option });
+    const names = steps.map(({ value }) => singular(value));
+    expect(names.filter((name, index) => index > 0 && name !== names[index - 1]).length).toBeLessThanOrEqual(2);
   });
 
-  it.each(walks)("$option names functions that exist", ({ steps }) => {
-    for (const { file, name } of steps) {
+  it.each(walks)("$option names functions that exist, in files that know the value by that name", ({ steps }) => {
+    for (const { file, name, value } of steps) {
       const source = readFileSync(path.join(root, "lib", file), "utf8");
-      expect(source, `${file} has no ${name}`).toMatch(new RegExp(`(?:^|\\s)${name}(?:<.+>)?\\(`, "m"));
+      expect(source, `${file} has no ${name}`).toMatch(new RegExp(`^ *(?:[a-z]+ )*${name}(?:<.+>)?\\(`, "m"));
+      // The first takes the options as a whole.
+      if (name === "generate") continue;
+      const code = source.replace(/\/\*[\s\S]*?\*\/|\/\/.*/g, "");
+      expect(code, `${file} has no ${value}`).toMatch(new RegExp(`\\b${value}\\b`));
     }
   });
 });

@@ -6,7 +6,7 @@
 import { setImmediate } from "node:timers/promises";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
-import { graphName } from "../../lib/networks/index.js";
+import { graphName, keysOf } from "../../lib/networks/index.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { type Operand, validateProgram } from "../../lib/program/validate.js";
 import {
@@ -51,14 +51,13 @@ const networks: Record<string, { inputs: Record<string, string | number>; output
   vae_decoder: { inputs: { latents: "rows" }, outputs: { image: "rows" } },
 };
 
-/** Each with guidance and without: the names differ, so that rows of both never share a launch. */
+/** Where a network comes with guidance, both: the names differ, so that rows of both never share a launch. */
 const graphs = Object.fromEntries(
   Object.entries(networks).flatMap(([network, graph]) => {
     const { guidance: _, ...inputs } = graph.inputs;
-    return [
-      [graphName({ network, guidance: true }), graph],
-      [network, { ...graph, inputs }],
-    ];
+    return keysOf(network, { guidance: [true, false] }).map((key) => {
+      return [graphName(key), key.guidance ? graph : { ...graph, inputs }];
+    });
   }),
 );
 
