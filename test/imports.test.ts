@@ -1,4 +1,4 @@
-// The house rule: imports point down. Rooms may be entered only from the rooms listed for them.
+// Imports point down: no cycles, and whoever changes a file knows who may depend on it. Rooms may be entered only from the rooms listed for them.
 import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";

@@ -23,7 +23,7 @@ beforeAll(() => {
 });
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** A file of a few pieces of what is read at a time. */
+/** A file several times as long as what is read at a time. */
 function weights(name: string, megabytes = 12): { version: FileVersion; sha256: string } {
   const file = path.join(folder, name);
   const bytes = Buffer.alloc(megabytes * 2 ** 20, name);
