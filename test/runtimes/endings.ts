@@ -18,11 +18,11 @@ async function begin(): Promise<void> {
   const runtime = new OnnxRuntime({ weights: "lazy", threads: 1 });
   runtime.add(slowGraph("slow", 2048, 300));
   runtime.add(slowGraph("quick", 2048, 1));
-  // The slow launch comes second in its program: when the child has reported the first, it compiles the graph, in a few
-  // milliseconds, and begins.
-  const slow = slowProgram("slow", 2048, 1);
-  const instructions = [...slowProgram("quick", 2048, 1).instructions, ...slow.instructions];
-  await new Promise<void>((begun) => void runtime.run({ ...slow, instructions }, { onLaunch: () => begun() }));
+  const workspace = runtime.open();
+  const quick = workspace.submit(slowProgram("quick", 2048, 1));
+  void workspace.submit({ ...slowProgram("slow", 2048, 1), constants: {} });
+  // The child has both, and goes on with the second: it compiles the graph, in a few milliseconds, and launches it.
+  await quick;
 }
 
 /** Resolves when the test has found the child. */
