@@ -43,17 +43,17 @@ describe("a digest that several ask for", () => {
     const memory = new DigestMemory(folder);
     const controller = new AbortController();
     const reason = new Error("only mine");
-    const heard: number[] = [];
+    const reported: number[] = [];
     const first = rejection(
       memory.digest(version, { signal: controller.signal, onBytes: () => controller.abort(reason) }),
     );
-    const second = memory.digest(version, { onBytes: (bytes) => heard.push(bytes) });
+    const second = memory.digest(version, { onBytes: (bytes) => reported.push(bytes) });
     const third = memory.digest(version, { signal: new AbortController().signal });
     expect(await first).toBe(reason);
     expect((await second).sha256).toBe(sha256);
     expect((await third).sha256).toBe(sha256);
     // All of them are told how far it is.
-    expect(heard.at(-1)).toBe(version.size);
+    expect(reported.at(-1)).toBe(version.size);
   });
 
   it("is read once", async () => {
