@@ -12,6 +12,7 @@ import { execFileSync } from "node:child_process";
 import { mkdirSync, readFileSync, rmSync } from "node:fs";
 import path from "node:path";
 import { openWeights, readTransformerConfig } from "../lib/checkpoint/index.js";
+import { gigabytes } from "../lib/common/memory.js";
 import { mmditWidth } from "../lib/networks/index.js";
 import { emitStep } from "../lib/networks/step.js";
 import { EngineCompiler } from "../lib/runtimes/tensorrt/compile.js";
@@ -82,8 +83,7 @@ const child = process.argv[2];
 if (child !== undefined) {
   console.log(JSON.stringify(await build(folder, child.split(",").map(Number))));
 } else {
-  const gigabytes = (value: number) => `${(value / 1e9).toFixed(2)} GB`;
-  console.log(`transformer: ${gigabytes(bytes)} of bfloat16`);
+  console.log(`transformer: ${gigabytes(bytes)} GB of bfloat16`);
   const builds: Build[] = [];
   for (const batches of ["1", "1,2"]) {
     const script = path.join(root, "bench/build.ts");
@@ -99,8 +99,8 @@ if (child !== undefined) {
     const result = JSON.parse(output) as Build;
     builds.push(result);
     console.log(
-      `batches ${batches}: ${result.seconds.toFixed(0)} s, plan ${gigabytes(result.planBytes)}, peak ${gigabytes(result.peakBytes)} ` +
-        `(${gigabytes(result.peakAnonymousBytes)} anonymous), ${result.fusedAttentions} of ${result.attentions} attentions fused`,
+      `batches ${batches}: ${result.seconds.toFixed(0)} s, plan ${gigabytes(result.planBytes)} GB, peak ${gigabytes(result.peakBytes)} GB ` +
+        `(${gigabytes(result.peakAnonymousBytes)} GB anonymous), ${result.fusedAttentions} of ${result.attentions} attentions fused`,
     );
   }
   const ratio = builds[1]!.planBytes / builds[0]!.planBytes;
@@ -108,14 +108,14 @@ if (child !== undefined) {
   const page = [
     "# The engine of SD3.5-medium's predictor at full width",
     "",
-    `24 layers, ${gigabytes(bytes)} of random bfloat16 weights, 1024 × 1024, guided, for targets 8.6, 8.9 and 12.0, built without a GPU by TensorRT-RTX ${builds[0]!.version}. Bar: two profiles at most 1.10 × the plan of one. \`npm run bench:build\` (15 GB of memory and of disk).`,
+    `24 layers, ${gigabytes(bytes)} GB of random bfloat16 weights, 1024 × 1024, guided, for targets 8.6, 8.9 and 12.0, built without a GPU by TensorRT-RTX ${builds[0]!.version}. Bar: two profiles at most 1.10 × the plan of one. \`npm run bench:build\` (15 GB of memory and of disk).`,
     "",
     table([
       ["batches", "build, s", "plan", "peak", "of it anonymous", "attentions fused"],
       ...builds.map((one) => [
         one.batches.join(", "),
         one.seconds.toFixed(0),
-        ...[one.planBytes, one.peakBytes, one.peakAnonymousBytes].map(gigabytes),
+        ...[one.planBytes, one.peakBytes, one.peakAnonymousBytes].map((value) => `${gigabytes(value)} GB`),
         `${one.fusedAttentions} of ${one.attentions}`,
       ]),
     ]),

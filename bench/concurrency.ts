@@ -189,7 +189,7 @@ const closedRows = callerCounts.map((callers) => {
 // ── Open loop ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const aloneMs = closedRows.find(({ callers }) => callers === 1)!.p50.median;
-/** Several times what the usual request takes alone: room for some company. */
+/** Several times what the usual request takes alone: room for some others at the same time. */
 const deadlineMs = Math.round(6 * aloneMs);
 
 /** Requests a second with more callers than can be served at once, now. */

@@ -8,12 +8,12 @@
 
 import { spawn } from "node:child_process";
 import path from "node:path";
+import { gigabytes } from "../lib/common/memory.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import { machineLine, report, residentBytes, root, table } from "./support.js";
 
 const { folder, bytes } = await randomCheckpoint(6);
-const gigabytes = (value: number) => `${(value / 1e9).toFixed(2)} GB`;
-console.log(`transformer: ${gigabytes(bytes)} of bfloat16`);
+console.log(`transformer: ${gigabytes(bytes)} GB of bfloat16`);
 
 const results: Record<string, { peakBytes: number; ratio: number; milliseconds: unknown }> = {};
 for (const weights of ["lazy", "folded"]) {
@@ -35,17 +35,21 @@ for (const weights of ["lazy", "folded"]) {
   if (code !== 0) throw new Error(`flowturbo generate ended with code ${code}`);
   const ratio = peak / bytes;
   const { milliseconds } = JSON.parse(stdout) as { milliseconds: Record<string, unknown> };
-  console.log(`${weights}: peak ${gigabytes(peak)}, ${ratio.toFixed(2)} × the file`);
+  console.log(`${weights}: peak ${gigabytes(peak)} GB, ${ratio.toFixed(2)} × the file`);
   results[weights] = { peakBytes: peak, ratio, milliseconds };
 }
 const page = [
   "# Peak memory with 16-bit weights",
   "",
-  `One 256 × 256 Euler step of a model with ${gigabytes(bytes)} of bfloat16 transformer weights; resident sizes of all processes together. Bar for \`lazy\`: 2.2 × the file. \`npm run bench:memory\`.`,
+  `One 256 × 256 Euler step of a model with ${gigabytes(bytes)} GB of bfloat16 transformer weights; resident sizes of all processes together. Bar for \`lazy\`: 2.2 × the file. \`npm run bench:memory\`.`,
   "",
   table([
     ["weights", "peak", "× the file"],
-    ...Object.entries(results).map(([name, { peakBytes, ratio }]) => [name, gigabytes(peakBytes), ratio.toFixed(2)]),
+    ...Object.entries(results).map(([name, { peakBytes, ratio }]) => [
+      name,
+      `${gigabytes(peakBytes)} GB`,
+      ratio.toFixed(2),
+    ]),
   ]),
   "",
   machineLine(),

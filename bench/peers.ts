@@ -15,6 +15,7 @@ import os from "node:os";
 import path from "node:path";
 import { parseArgs, promisify } from "node:util";
 import { embeddedModel, FlowTurbo, type GenerateOptions } from "flowturbo";
+import { gigabytes } from "../lib/common/memory.js";
 import { open } from "./peers/onnxruntime.mjs";
 import { Pipeline, peerPython, reason } from "./peers/python.js";
 import { bars } from "./plot.js";
@@ -311,7 +312,7 @@ async function fromProcessStart(subject: Subject, folder: string): Promise<Start
     ...{ name, time: spread(values), ratio: ratios(values, times[equal]!), peak: spread(peaks[name]!) },
   }));
   for (const { name, time, ratio, peak } of rows)
-    console.log(`${name}: ${format(ratio)} ×, ${format(time, 0)} ms, ${(peak.median / 1e9).toFixed(2)} GB`);
+    console.log(`${name}: ${format(ratio)} ×, ${format(time, 0)} ms, ${gigabytes(peak.median)} GB`);
   return rows;
 }
 
@@ -353,7 +354,7 @@ function page(): string {
           ["contender", "ratio", "ms", "peak memory, GB"],
           ...start.map(({ name, time, ratio, peak }) => [
             ...[name, times(ratio), time.median.toFixed(0)],
-            (peak.median / 1e9).toFixed(2),
+            gigabytes(peak.median),
           ]),
         ]),
         "",

@@ -5,6 +5,7 @@
 
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
+import { gigabytes } from "../lib/common/memory.js";
 
 const root = path.resolve(import.meta.dirname, "..");
 const results = path.join(root, "bench/results");
@@ -70,7 +71,7 @@ export function figures({ peers, quality, gpu }: Results): string {
         }),
         ...started.map(({ start }) => {
           const found = of(start, name);
-          return cell(found && (found.peak.median / 1e9).toFixed(2));
+          return cell(found && gigabytes(found.peak.median));
         }),
       ]),
     ];

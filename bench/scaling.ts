@@ -10,6 +10,7 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { parseArgs } from "node:util";
+import { gigabytes } from "../lib/common/memory.js";
 import { svg } from "./plot.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import {
@@ -83,7 +84,7 @@ async function measure({ point, ...found }: Measured): Promise<void> {
   found.process.push(milliseconds);
   found.peak.push(peak);
   console.log(
-    `${point.layers} layers, ${point.size}², ${point.batch} pictures, ${point.steps} steps: sampling ${(sampling / 1000).toFixed(2)} s, peak ${(peak / 1e9).toFixed(2)} GB`,
+    `${point.layers} layers, ${point.size}², ${point.batch} pictures, ${point.steps} steps: sampling ${(sampling / 1000).toFixed(2)} s, peak ${gigabytes(peak)} GB`,
   );
 }
 

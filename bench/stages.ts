@@ -47,7 +47,7 @@ interface Row {
   readonly group: string;
   readonly score: Score;
   readonly milliseconds: Spread;
-  readonly joinMilliseconds: Spread;
+  readonly upscaleMilliseconds: Spread;
   /** Sampling time over that of the reference in the same round. */
   readonly ratio: Spread;
 }
@@ -91,7 +91,7 @@ async function measure(coarse: number, fine: number, captions: number): Promise<
   const reference = contenders.find(({ name }) => name === referenceName)!;
   const scenes = drawScenes(6_000_011, captions);
   const lists = () => new Map<Contender, number[]>(contenders.map((contender) => [contender, []]));
-  const [times, joins] = [lists(), lists()];
+  const [times, upscales] = [lists(), lists()];
   const verdicts = new Map<Contender, Verdict[]>(contenders.map((contender) => [contender, []]));
   for (let start = -batch; start < captions; start += batch) {
     const part = scenes.slice(Math.max(0, start), Math.max(0, start) + batch);
@@ -101,7 +101,7 @@ async function measure(coarse: number, fine: number, captions: number): Promise<
       if (start < 0) continue; // The first round warms up.
       const { steps, upscale } = result.timings;
       times.get(contender)!.push(steps.reduce((sum, step) => sum + step, upscale) / part.length);
-      joins.get(contender)!.push(upscale / part.length);
+      upscales.get(contender)!.push(upscale / part.length);
       verdicts.get(contender)!.push(...judged(result, part));
     }
     if (process.stderr.isTTY)
@@ -113,7 +113,7 @@ async function measure(coarse: number, fine: number, captions: number): Promise<
       group: contender.group,
       score: score(verdicts.get(contender)!),
       milliseconds: spread(times.get(contender)!),
-      joinMilliseconds: spread(joins.get(contender)!),
+      upscaleMilliseconds: spread(upscales.get(contender)!),
       ratio: spread(times.get(contender)!.map((time, round) => time / times.get(reference)![round]!)),
     }),
   );
@@ -122,12 +122,12 @@ async function measure(coarse: number, fine: number, captions: number): Promise<
 
 function tableOf({ fine, rows }: Level): string {
   return [
-    `| sampling | time / ${referenceName} at ${fine} px | of it the join | ground | colours | shapes | relations |`,
+    `| sampling | time / ${referenceName} at ${fine} px | of it the upscale | ground | colours | shapes | relations |`,
     "|---|---|---|---|---|---|---|",
-    ...rows.map(({ name, ratio, joinMilliseconds, milliseconds, score: s }) => {
-      const join = joinMilliseconds.median / milliseconds.median;
+    ...rows.map(({ name, ratio, upscaleMilliseconds, milliseconds, score: s }) => {
+      const share = upscaleMilliseconds.median / milliseconds.median;
       const shares = [s.ground, s.colours, s.shapes, s.relation].map((share) => share.toFixed(3)).join(" | ");
-      return `| ${name} | ${format(ratio)} | ${join > 0 ? `${(100 * join).toFixed(0)} %` : ""} | ${shares} |`;
+      return `| ${name} | ${format(ratio)} | ${share > 0 ? `${(100 * share).toFixed(0)} %` : ""} | ${shares} |`;
     }),
   ].join("\n");
 }
@@ -192,9 +192,9 @@ const levels = [
 await model.dispose();
 
 const shares = levels.flatMap(({ rows }) =>
-  rows.filter(isTwo).map((row) => row.joinMilliseconds.median / row.milliseconds.median),
+  rows.filter(isTwo).map((row) => row.upscaleMilliseconds.median / row.milliseconds.median),
 );
-const joinShare = `${(100 * Math.min(...shares)).toFixed(0)} to ${(100 * Math.max(...shares)).toFixed(0)} %`;
+const upscaleShare = `${(100 * Math.min(...shares)).toFixed(0)} to ${(100 * Math.max(...shares)).toFixed(0)} %`;
 const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
 const folder = path.join(root, "bench/results");
 await report("stages", { batch, guidanceScale, native, levels });
@@ -205,7 +205,7 @@ await writeFile(
 
 \`npm run bench:stages -- --captions ${values.captions} --larger ${values.larger} --batch ${batch} --guidance ${guidanceScale}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.
 
-The embedded model in one stage, and in two, half the size first. Times are sampling with the join, without text encoders and
+The embedded model in one stage, and in two, half the size first. Times are sampling with the upscale, without text encoders and
 the last decoding, as ratios within one round (median, least to greatest); shares are of pictures that the detector finds right.
 ${levels
   .map(
@@ -220,7 +220,7 @@ ${findingsOf(level)}
 `,
   )
   .join("")}
-Two stages save steps at the larger size and pay for the join (decoding, enlarging, encoding): ${joinShare} of the sampling time
+Two stages save steps at the larger size and pay for the upscale (decoding, enlarging, encoding): ${upscaleShare} of the sampling time
 here. They pay where the coarse stage has settled what the picture shows and the fine one only draws it sharper; a high σ_j gives
 the fine stage more to decide again, in fewer steps than a single stage has. The model has learnt ${native} and ${2 * native} px; ${4 * native} px are
 beyond what it has seen, so that there the coarse stage also brings what a single one cannot draw.

@@ -11,6 +11,8 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 export const root = dirname(dirname(fileURLToPath(import.meta.url)));
+/** The libraries that have an addon each, by the names of their folders. */
+export const libraries = ["tensorrt", "tensorrt-rtx"];
 const crate = "trtx-sys";
 const version = "0.9.1";
 const sha256 = "5480ee056292951daa1bc74532162d6cb75190f091e45d7d97c0c356916ae171";

@@ -10,7 +10,7 @@ import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 import { parseArgs } from "node:util";
-import { fail, lacking, root } from "./headers.mjs";
+import { fail, lacking, libraries, root } from "./headers.mjs";
 
 const { values } = parseArgs({ options: { pack: { type: "boolean" } } });
 const prebuildify = createRequire(import.meta.url).resolve("prebuildify/bin.js");
@@ -34,7 +34,7 @@ mkdirSync(path.join(headers, "include/node"), { recursive: true });
 for (const name of ["common.gypi", "config.gypi"])
   writeFileSync(path.join(headers, "include/node", name), '{ "target_defaults": {}, "variables": {} }\n');
 
-for (const kind of ["tensorrt", "tensorrt-rtx"]) {
+for (const kind of libraries) {
   const out = path.join(root, "native", kind);
   rmSync(path.join(out, "prebuilds"), { recursive: true, force: true });
   rmSync(path.join(root, "build"), { recursive: true, force: true });

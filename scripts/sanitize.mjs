@@ -14,7 +14,7 @@
 import { execFileSync, spawnSync } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
-import { fail, root } from "./headers.mjs";
+import { fail, libraries, root } from "./headers.mjs";
 
 const run = (command, args, env = {}) =>
   spawnSync(command, args, { cwd: root, stdio: "inherit", env: { ...process.env, ...env } }).status;
@@ -24,7 +24,7 @@ const build = (sanitize) => {
     fail(`The addons could not be built with ${sanitize} sanitizers.`);
 };
 const executor = (sanitize, env) => {
-  for (const kind of ["tensorrt", "tensorrt-rtx"]) {
+  for (const kind of libraries) {
     console.log(`The executor for ${kind}, -fsanitize=${sanitize}:`);
     if (run(path.join(folderOf(sanitize), "simulated", kind, "executor_test"), [], env) !== 0)
       fail(`The executor's test for ${kind} failed with ${sanitize} sanitizers.`);
@@ -43,7 +43,8 @@ const chosen = process.argv.slice(2);
 if (chosen.length === 0) {
   const names = [
     ...[["an addon"], ["finding the libraries"], ["one engine"], ["a cache folder"], ["flowturbo compile", "process.exit"]],
-    ...[["whole programs"], ["on the simulated device"], ["the executor"], ["a process with a program"], ["without a GPU"]],
+    ...[["programs of a schedule"], ["on the simulated device"], ["the executor"], ["a process with a program"]],
+    ["without a GPU"],
   ];
   // A name that no test has any more would silently select nothing.
   const folder = path.join(root, "test/native");

@@ -1,4 +1,4 @@
-// The house rule: imports point down. Rooms may be entered only from the rooms listed for them.
+// Imports between the rooms of lib/ point down: a room is imported only by the rooms that this file lists for it.
 import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";

@@ -20,6 +20,7 @@ import { mkdir, readFile, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
+import { gigabytes } from "../lib/common/memory.js";
 import type { Tensor } from "../lib/common/tensor.js";
 import { OptionError } from "../lib/errors.js";
 import { embeddedModel } from "../lib/flowturbo.js";
@@ -74,7 +75,7 @@ function parsed() {
 async function main(): Promise<number> {
   const kinds = flags.runtime === undefined ? tensorRtKinds : tensorRtKinds.filter((kind) => kind === flags.runtime);
   const rounds = Number(flags.rounds);
-  if (kinds.length === 0) return wrong(`--runtime is tensorrt or tensorrt-rtx, not ${flags.runtime}.`);
+  if (kinds.length === 0) return wrong(`--runtime is ${tensorRtKinds.join(" or ")}, not ${flags.runtime}.`);
   if (!Number.isInteger(rounds) || rounds < 1) return wrong(`--rounds is a whole number, not ${flags.rounds}.`);
   if (flags.check !== undefined && (flags.bundle !== undefined || positionals.length > 0))
     return wrong("--check takes everything from the bundle; leave out the checkpoint and --bundle.");
@@ -95,7 +96,7 @@ async function main(): Promise<number> {
   if (typeof bundle === "number") return bundle;
   if (flags.bundle !== undefined) {
     const { bytes } = await writeBundle(flags.bundle, bundle.origin, bundle.graphs, bundle.compute, bundle.cases);
-    say(`${flags.bundle}: ${bundle.cases.length} cases, ${bundle.graphs.size} graphs, ${(bytes / 1e9).toFixed(2)} GB.`);
+    say(`${flags.bundle}: ${bundle.cases.length} cases, ${bundle.graphs.size} graphs, ${gigabytes(bytes)} GB.`);
     say("Check it on another machine with `npm run verify:gpu -- --check <folder>`.");
   }
   if (!usable) return noGpu(reports);

@@ -1,5 +1,6 @@
 /** The findings as one JSON object, and the same for people. */
 
+import { gigabytes } from "../lib/common/memory.js";
 import type { Origin } from "./bundle.js";
 import type { Finding } from "./check.js";
 
@@ -31,7 +32,6 @@ export interface Report {
 
 export function markdown({ passed, machine, origin, rounds, engines, findings, lifecycle }: Report): string {
   const mark = (good: boolean) => (good ? "ok" : "**failed**");
-  const gigabytes = (bytes: number) => (bytes / 1e9).toFixed(2);
   const ms = (value: number) => (Number.isFinite(value) ? value.toFixed(2) : "-");
   const error = (value: number) => value.toExponential(1);
   const rows = (header: readonly string[], lines: readonly (readonly string[])[]) =>

@@ -1,5 +1,5 @@
 /**
- * Samplers that flowturbo does not offer, for comparison, as functions of a guided velocity: Euler on any grid,
+ * Samplers that flowturbo does not offer, for comparison, as functions of a guided velocity: Euler on any sigmas,
  * DPM-Solver++(2M) in its form for flow models, and schedules whose R blocks merely reuse the last velocity.
  */
 
@@ -14,9 +14,10 @@ function combined(x: Values, ...terms: readonly (readonly [number, Values])[]): 
   return sum;
 }
 
-export async function euler(velocity: Velocity, noise: Values, grid: readonly number[]): Promise<Values> {
+export async function euler(velocity: Velocity, noise: Values, sigmas: readonly number[]): Promise<Values> {
   let x = noise;
-  for (let i = 0; i + 1 < grid.length; i++) x = combined(x, [grid[i + 1]! - grid[i]!, await velocity(x, grid[i]!)]);
+  for (let i = 0; i + 1 < sigmas.length; i++)
+    x = combined(x, [sigmas[i + 1]! - sigmas[i]!, await velocity(x, sigmas[i]!)]);
   return x;
 }
 
@@ -26,16 +27,16 @@ export async function euler(velocity: Velocity, noise: Values, grid: readonly nu
  * that touch σ = 1, where λ is infinite; as in diffusers'
  * DPMSolverMultistepScheduler (`use_flow_sigmas`, `lower_order_final`).
  */
-export async function dpmSolver2M(velocity: Velocity, noise: Values, grid: readonly number[]): Promise<Values> {
+export async function dpmSolver2M(velocity: Velocity, noise: Values, sigmas: readonly number[]): Promise<Values> {
   const lambda = (sigma: number) => Math.log((1 - sigma) / sigma);
   let x = noise;
   let before: Values | null = null;
-  for (let i = 0; i + 1 < grid.length; i++) {
-    const [from, to] = [grid[i]!, grid[i + 1]!];
+  for (let i = 0; i + 1 < sigmas.length; i++) {
+    const [from, to] = [sigmas[i]!, sigmas[i + 1]!];
     const estimate = combined(x, [-from, await velocity(x, from)]);
     let target = estimate;
-    if (before && grid[i - 1]! < 1 && to > 0) {
-      const ratio = (lambda(from) - lambda(grid[i - 1]!)) / (lambda(to) - lambda(from));
+    if (before && sigmas[i - 1]! < 1 && to > 0) {
+      const ratio = (lambda(from) - lambda(sigmas[i - 1]!)) / (lambda(to) - lambda(from));
       target = combined(estimate, [1 / (2 * ratio), estimate], [-1 / (2 * ratio), before]);
     }
     x = combined(x, [to / from - 1, x], [1 - to / from, target]);
@@ -49,18 +50,18 @@ export async function reusing(
   velocity: Velocity,
   noise: Values,
   blocks: string,
-  grid: readonly number[],
+  sigmas: readonly number[],
 ): Promise<Values> {
   let x = noise;
   let cache: Values | null = null;
   for (const [i, block] of [...blocks].entries()) {
-    const h = grid[i + 1]! - grid[i]!;
+    const h = sigmas[i + 1]! - sigmas[i]!;
     if (block === "R") {
       x = combined(x, [h, cache!]);
       continue;
     }
-    const first: Values = block === "P" && cache ? cache : await velocity(x, grid[i]!);
-    const second = await velocity(combined(x, [h, first]), grid[i + 1]!);
+    const first: Values = block === "P" && cache ? cache : await velocity(x, sigmas[i]!);
+    const second = await velocity(combined(x, [h, first]), sigmas[i + 1]!);
     x = combined(x, [h / 2, first], [h / 2, second]);
     cache = second;
   }

@@ -1,7 +1,7 @@
 /**
  * The procedural world that the shapes model draws: scenes, their captions, exact renders. Coordinates are parts of the
- * picture's side, y grows downwards, so that one scene renders at any size. A twin of
- * training/flowturbo_training/world.py; scenes differ, since the generators of random numbers do.
+ * picture's side, y grows downwards, so that one scene renders at any size. The same as
+ * training/flowturbo_training/world.py in TypeScript; scenes differ, since the generators of random numbers do.
  */
 
 export type Rgb = readonly [number, number, number];

@@ -4,7 +4,7 @@ import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "no
 import path from "node:path";
 import { stripVTControlCharacters } from "node:util";
 import sharp from "sharp";
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, vi } from "vitest";
 import { writeSafetensors } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
@@ -324,12 +324,14 @@ describe("ending", () => {
     ["SIGINT", 130],
     ["SIGTERM", 143],
   ] as const)("%s stops within a step and exits with %i", async (signal, expected) => {
-    const folder = temporaryFolder();
+    const [folder, other] = [temporaryFolder(), temporaryFolder()];
+    const preview = path.join(other, "now.png");
     const { child, finished } = start(
-      ["generate", "a blue square", "--steps", "1000", "--width", "256", "--height", "256"],
+      ["generate", "a blue square", "--steps", "1000", "--width", "256", "--height", "256", "--preview", preview],
       folder,
     );
-    await new Promise((resolve) => setTimeout(resolve, 3000));
+    // The first preview comes with the first step.
+    await vi.waitFor(() => expect(existsSync(preview)).toBe(true), { interval: 20, timeout: 50_000 });
     child.kill(signal);
     const sent = performance.now();
     const { code, stdout } = await finished;

@@ -77,7 +77,7 @@ describe("pictures", () => {
     expect(grey / 4096).toBeGreaterThan(0.3);
   });
 
-  it("are deterministic, bit for bit, and do not depend on their company", async () => {
+  it("are deterministic, bit for bit, and do not depend on what is drawn with them", async () => {
     const options = { prompt: ["a red circle", "a large blue square"], seed: 40, count: 2, steps: 5 };
     const [first, second] = [await model.generate(options), await model.generate(options)];
     expect(first.seeds).toEqual([40, 41, 42, 43]);
@@ -105,19 +105,19 @@ describe("pictures", () => {
     const order: number[] = [];
     const results = await Promise.all(
       [0, 1, 2, 3].map(async (index) => {
-        const urgent = index === 3;
+        const isFirst = index === 3;
         const result = await model.generate({
           prompt: `a small circle ${index}`,
           seed: index,
-          steps: urgent ? 1 : 12,
-          priority: urgent ? 1 : 0,
+          steps: isFirst ? 1 : 12,
+          priority: isFirst ? 1 : 0,
         });
         order.push(index);
         return result;
       }),
     );
     expect(results.map(({ seeds }) => seeds)).toEqual([[0], [1], [2], [3]]);
-    // Neither by arrival nor one after another: what is urgent and short does not wait for what came before.
+    // Neither by arrival nor one after another: what has a high priority and is short does not wait for what came before.
     expect(order[0]).toBe(3);
   });
 

@@ -48,10 +48,10 @@ vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => ({
       const constants: Record<string, Constant> = {};
       return {
         lost: false,
-        submit: (piece: Program, options: RunOptions) => {
-          Object.assign(registers, piece.registers);
-          Object.assign(constants, piece.constants);
-          return this.run({ ...piece, registers: { ...registers }, constants: { ...constants } }, options);
+        submit: (submission: Program, options: RunOptions) => {
+          Object.assign(registers, submission.registers);
+          Object.assign(constants, submission.constants);
+          return this.run({ ...submission, registers: { ...registers }, constants: { ...constants } }, options);
         },
         free() {},
         close() {},
@@ -77,7 +77,7 @@ function launches(): { graph: string; inputs: Record<string, readonly number[]> 
 
 const small = { width: 64, height: 64 };
 const wide = { width: 128, height: 96 };
-/** So large that the autoencoder takes its pictures in pieces. */
+/** So large that the autoencoder takes its pictures in several launches. */
 const large = { width: 384, height: 384 };
 const image = { ...small, data: new Uint8Array(64 * 64 * 3) };
 const mask = { ...small, data: new Uint8Array(64 * 64 * 3).fill(255) };
@@ -89,10 +89,14 @@ const stages = [
 const cases: [string, Omit<GenerateOptions, "prompt">, EngineNeeds][] = [
   ["one picture", small, { sizes: [small], batches: [1], guidance: "on" }],
   ["four without guidance", { ...wide, count: 4, guidanceScale: 1 }, { sizes: [wide], batches: [4], guidance: "off" }],
-  ["a batch in pieces", { ...large, count: 10 }, { sizes: [large], batches: [10], guidance: "on" }],
+  [
+    "a batch that is decoded in several launches",
+    { ...large, count: 10 },
+    { sizes: [large], batches: [10], guidance: "on" },
+  ],
   ["stages", { stages, count: 2 }, { sizes: [small, wide], batches: [2], guidance: "on", features: ["stages"] }],
   [
-    "stages in pieces",
+    "stages that are decoded in several launches",
     { stages: [stages[0]!, { ...large, blocks: "HP" }], count: 9 },
     { sizes: [large, small], batches: [9], guidance: "on", features: ["stages"] },
   ],

@@ -1,13 +1,12 @@
-// Serving on the embedded model: company, deadlines, the queue, costs. What the numbers are depends on the machine; that they
+// Serving on the embedded model: requests together, deadlines, the queue, costs. What the numbers are depends on the machine; that they
 // are consistent with each other does not.
 import { execFile } from "node:child_process";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
-import { setTimeout } from "node:timers/promises";
 import { promisify } from "node:util";
 import { DeadlineError, FlowTurbo, type GenerateOptions, OptionError, QueueFullError } from "flowturbo";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { relativeError, root } from "../support/fixtures.js";
 
 let cache: string;
@@ -22,6 +21,8 @@ afterAll(async () => {
 });
 
 const small = { width: 32, height: 32 };
+/** Often enough to see a state that lasts for a few launches. */
+const polling = { interval: 1, timeout: 50_000 };
 const mixed: GenerateOptions[] = [
   { prompt: "a red circle", ...small, blocks: "H1P4R2", seed: 1 },
   { prompt: "a blue square", ...small, blocks: "H1P2", seed: 2, guidanceScale: 8 },
@@ -31,8 +32,8 @@ const mixed: GenerateOptions[] = [
   { prompt: "a triangle", ...small, blocks: "H1P3", seed: 6, guidanceScale: 1 },
 ];
 
-describe("company", () => {
-  it("makes no difference beyond rounding, whatever the schedules, sizes and guidance", async () => {
+describe("requests at the same time", () => {
+  it("change nothing beyond rounding, whatever the schedules, sizes and guidance", async () => {
     const alone = [];
     for (const request of mixed) alone.push(await model.generate(request));
     const before = model.stats();
@@ -45,12 +46,12 @@ describe("company", () => {
     }
     const after = model.stats();
     const launches = after.launches.count - before.launches.count;
-    // There was company: fewer launches than rows.
+    // Launches were shared: there were fewer than rows.
     expect(after.launches.rows - before.launches.rows).toBeGreaterThan(launches);
     expect(after.requests.completed - before.requests.completed).toBe(mixed.length);
   });
 
-  it("makes no difference in any bit with pinBatch, in any place of any batch", async () => {
+  it("change nothing in any bit with pinBatch, in any place of any batch", async () => {
     await using pinned = await FlowTurbo.load(undefined, { cache, pinBatch: 4, measureCosts: false });
     const alone = [];
     for (const request of mixed) alone.push(await pinned.generate(request));
@@ -67,7 +68,7 @@ describe("company", () => {
     expect(Math.max(...Object.keys(rowsPerLaunch).map(Number))).toBeGreaterThan(1);
   });
 
-  it("is left by an abort, and the others do not notice", async () => {
+  it("do not notice that one of them is aborted", async () => {
     const controller = new AbortController();
     const reason = new Error("enough");
     const others = mixed.slice(1, 4);
@@ -136,7 +137,7 @@ describe("costs", () => {
     const fresh = await FlowTurbo.load(undefined, { cache: folder, maxBatch: 2 });
     expect(fresh.costs.entries).toEqual([]);
     await fresh.generate({ prompt: "a red circle", width: 16, height: 16, blocks: "H1R1", seed: 1 });
-    for (let turn = 0; turn < 200 && !existsSync(fresh.costs.folder); turn++) await setTimeout(100);
+    await vi.waitFor(() => expect(readdirSync(fresh.costs.folder)).toHaveLength(1), { timeout: 50_000 });
     const known = fresh.costs.entries.map(({ graph, size, batch }) => `${graph} ${size} ${batch}`);
     for (const entry of [
       "predict.guidance 16x16 1",
@@ -151,17 +152,20 @@ describe("costs", () => {
   it("in the background do not end a script that awaits dispose() meanwhile", async () => {
     // As a script of its own, since a test runner keeps the event loop alive by itself.
     const script = `
+      import { existsSync } from "node:fs";
       import { setTimeout } from "node:timers/promises";
       import { FlowTurbo } from "flowturbo";
       const model = await FlowTurbo.load(undefined, { cache: ${JSON.stringify(path.join(cache, "ended"))} });
       await model.generate({ prompt: "a red circle", width: 256, height: 256, blocks: "H1", seed: 1 });
-      await setTimeout(700);
+      // The first cost that is known has been measured; the table is stored after the last.
+      while (model.costs.entries.length === 0) await setTimeout(10);
+      console.log(existsSync(model.costs.folder) ? "measured" : "measuring");
       await model.dispose();
       console.log("disposed");`;
     const { stdout } = await promisify(execFile)(process.execPath, ["--input-type=module", "-e", script], {
       cwd: root,
     });
-    expect(stdout).toBe("disposed\n");
+    expect(stdout).toBe("measuring\ndisposed\n");
   });
 
   it.each([
@@ -186,7 +190,7 @@ describe("a deadline", () => {
     );
     expect(generous.deadline!.actualMs).toBeCloseTo(generous.timings.total, 6);
     expect(generous.deadline!.predictedMs).toBeGreaterThan(0);
-    // Between the first rung and the last: something in between.
+    // For a time limit between the first candidate and the last: the one in between.
     const ladder = ["H1P21R6", "H1P2R1", "H1"];
     const predicted = async (blocks: string) =>
       (await model.generate({ prompt, ...small, deadlineMs: 60_000, blocks })).deadline!.predictedMs;
@@ -231,8 +235,10 @@ describe("a deadline", () => {
     expect(refused.length).toBeLessThan(30);
     for (const error of refused) {
       expect(error).toBeInstanceOf(DeadlineError);
-      expect((error as DeadlineError).retryAfterMs).toBeGreaterThan(0);
-      expect((error as DeadlineError).bestMs).toBeGreaterThan(deadlineMs);
+      const { bestMs, message, retryAfterMs } = error as DeadlineError;
+      expect(retryAfterMs).toBeGreaterThan(0);
+      // Where this process had to wait for others of the machine, the time may have passed before the choice.
+      if (!/\d+ ms went into measuring/.test(message)) expect(bestMs).toBeGreaterThan(deadlineMs);
     }
   });
 
@@ -255,8 +261,8 @@ describe("the queue", () => {
     const work = Promise.allSettled(
       Array.from({ length: 6 }, (_, seed) => narrow.generate({ prompt: "x", ...small, blocks: "H1P6", seed })),
     );
-    await setTimeout(20);
-    expect(narrow.stats()).toMatchObject({ queue: { waiting: 2, limit: 2 }, running: { requests: 2, pictures: 2 } });
+    const full = { queue: { waiting: 2, limit: 2 }, running: { requests: 2, pictures: 2 } };
+    await vi.waitFor(() => expect(narrow.stats()).toMatchObject(full), polling);
     const settled = await work;
     expect(settled.map(({ status }) => status === "fulfilled")).toEqual([true, true, true, true, false, false]);
     const error = (settled[5] as PromiseRejectedResult).reason as QueueFullError;
@@ -276,8 +282,7 @@ describe("the queue", () => {
     const first = [0, 1].map((seed) => narrow.generate({ prompt: "x", ...small, blocks: "H1P4", seed }));
     const waiting = narrow.generate({ prompt: "x", ...small, signal: controller.signal });
     const last = narrow.generate({ prompt: "x", ...small, blocks: "H1", seed: 3 });
-    await setTimeout(10);
-    expect(narrow.stats().queue.waiting).toBe(2);
+    await vi.waitFor(() => expect(narrow.stats().queue.waiting).toBe(2), polling);
     controller.abort(new Error("left"));
     await expect(waiting).rejects.toThrow("left");
     expect((await Promise.all([...first, last])).map(({ images }) => images.length)).toEqual([1, 1, 1]);

@@ -443,15 +443,15 @@ describe("bad input", () => {
       "stages",
       /at most 256 for stages\[1\]\.width/,
     ],
-    ["a join from nothing", () => ({ stages: [{ ...two[0], sigma: 0.5 }] }), "stages", /first stage/],
+    ["an upscale from nothing", () => ({ stages: [{ ...two[0], sigma: 0.5 }] }), "stages", /first stage/],
     [
-      "a join at full noise",
+      "an upscale at full noise",
       () => ({ stages: [two[0], { ...two[1], sigma: 1 }] }),
       "stages",
       /between 0 and 1 for stages\[1\]\.sigma but received 1\./,
     ],
     [
-      "a join without noise",
+      "an upscale without noise",
       () => ({ stages: [two[0], { ...two[1], sigma: 0 }] }),
       "stages",
       /stages\[1\]\.sigma but received 0\./,

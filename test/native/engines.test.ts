@@ -146,7 +146,7 @@ describeEngines("the engines of a fixture", () => {
     240_000,
   );
 
-  it("with both kinds of guidance; decoding in pieces; one profile for equal shapes", async () => {
+  it("with both kinds of guidance; decoding in several launches; one profile for equal shapes", async () => {
     const graphs = new GraphLibrary(await openCheckpoint(model("medium")));
     const required = requiredEngines(graphs, {
       batches: [4, 2, 2],

@@ -23,7 +23,7 @@ beforeAll(() => {
 });
 afterAll(() => rmSync(folder, { recursive: true }));
 
-/** A file of a few pieces of what is read at a time. */
+/** A file several times as long as what is read at a time. */
 function weights(name: string, megabytes = 12): { version: FileVersion; sha256: string } {
   const file = path.join(folder, name);
   const bytes = Buffer.alloc(megabytes * 2 ** 20, name);
@@ -43,17 +43,17 @@ describe("a digest that several ask for", () => {
     const memory = new DigestMemory(folder);
     const controller = new AbortController();
     const reason = new Error("only mine");
-    const heard: number[] = [];
+    const reported: number[] = [];
     const first = rejection(
       memory.digest(version, { signal: controller.signal, onBytes: () => controller.abort(reason) }),
     );
-    const second = memory.digest(version, { onBytes: (bytes) => heard.push(bytes) });
+    const second = memory.digest(version, { onBytes: (bytes) => reported.push(bytes) });
     const third = memory.digest(version, { signal: new AbortController().signal });
     expect(await first).toBe(reason);
     expect((await second).sha256).toBe(sha256);
     expect((await third).sha256).toBe(sha256);
     // All of them are told how far it is.
-    expect(heard.at(-1)).toBe(version.size);
+    expect(reported.at(-1)).toBe(version.size);
   });
 
   it("is read once", async () => {

@@ -18,11 +18,11 @@ async function begin(): Promise<void> {
   const runtime = new OnnxRuntime({ weights: "lazy", threads: 1 });
   runtime.add(slowGraph("slow", 2048, 300));
   runtime.add(slowGraph("quick", 2048, 1));
-  // All that can be done before has been done: the child is there and warm.
-  await runtime.run(slowProgram("quick", 2048, 1));
-  void runtime.run(slowProgram("slow", 2048, 1));
-  // The child says nothing when a launch begins; compiling the graph takes a few milliseconds.
-  await setTimeout(500);
+  const workspace = runtime.open();
+  const quick = workspace.submit(slowProgram("quick", 2048, 1));
+  void workspace.submit({ ...slowProgram("slow", 2048, 1), constants: {} });
+  // The child has both, and goes on with the second: it compiles the graph, in a few milliseconds, and launches it.
+  await quick;
 }
 
 /** Resolves when the test has found the child. */

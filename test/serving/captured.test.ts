@@ -27,7 +27,7 @@ function open() {
 describe("captured programs", () => {
   it("run two at a time, those of the highest priority first", async () => {
     const { programs, begun, run, end } = open();
-    const all = [run("a"), run("b"), run("late"), run("urgent", { level: 1 }), run("due", { due: 0 })];
+    const all = [run("a"), run("b"), run("late"), run("high", { level: 1 }), run("due", { due: 0 })];
     await setImmediate();
     expect(begun).toEqual(["a", "b"]);
     expect(programs.size).toBe(5);
@@ -35,13 +35,13 @@ describe("captured programs", () => {
     const ended = programs.idle().then(() => {
       idle = true;
     });
-    for (const name of ["b", "a", "due", "urgent", "late"]) {
+    for (const name of ["b", "a", "due", "high", "late"]) {
       expect(idle).toBe(false);
       while (!begun.includes(name)) await setImmediate();
       end(name).resolve(name);
     }
-    expect(await Promise.all(all)).toEqual(["a", "b", "late", "urgent", "due"]);
-    expect(begun).toEqual(["a", "b", "urgent", "due", "late"]);
+    expect(await Promise.all(all)).toEqual(["a", "b", "late", "high", "due"]);
+    expect(begun).toEqual(["a", "b", "high", "due", "late"]);
     await ended;
     expect(programs.size).toBe(0);
     await programs.idle();

@@ -157,9 +157,9 @@ describe("jobs at the same time", () => {
     const { dispatcher, runtime, stats, table } = open({ captured: true });
     runtime.cost = () => 7;
     const programs = mixed.map(rowsOf);
-    const heard = vi.fn();
+    const reported = vi.fn();
     const run = () =>
-      Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority(), onLaunch: heard })));
+      Promise.all(programs.map((rows) => dispatcher.run({ rows, priority: priority(), onLaunch: reported })));
     for (const [index, results] of (await run()).entries()) expectEqual(results, programs[index]!);
     for (let round = 0; round < 5; round++) await run();
     const count = 6 * programs.flat().reduce((sum, { instructions }) => sum + instructions.length, 0);
@@ -167,7 +167,7 @@ describe("jobs at the same time", () => {
     expect(launches).toEqual({ count, rows: count, padding: 0, restarted: 0 });
     expect(rowsPerLaunch).toEqual({ 1: count });
     expect(milliseconds.launches["predict.guidance"]!.sum).toBe(7 * milliseconds.launches["predict.guidance"]!.count);
-    expect(heard).toHaveBeenCalledTimes(count);
+    expect(reported).toHaveBeenCalledTimes(count);
     // What has not been measured gets an entry.
     expect(table.get("inpaint_blend.guidance", "8x8", 1)!.milliseconds / table.drift).toBeGreaterThan(0);
   });
@@ -248,18 +248,18 @@ describe("a lone job", () => {
     const { dispatcher, runtime, rowsPerLaunch } = open();
     const [long, late] = [request({ blocks: "H1P8", seeds: [1] }), request({ blocks: "H1P4", seeds: [2] })].map(rowsOf);
     let newcomer: Promise<Record<string, Tensor>[]> | null = null;
-    const heard: number[] = [];
+    const reported: number[] = [];
     const first = dispatcher.run({
       rows: long!,
       priority: priority(),
       onLaunch: (_, { index }) => {
-        heard.push(index);
+        reported.push(index);
         if (index === 2) newcomer = dispatcher.run({ rows: late!, priority: priority() });
       },
     });
     expectEqual(await first, long!);
     expectEqual(await newcomer!, late!);
-    expect(heard).toEqual([...long![0]!.instructions.keys()]);
+    expect(reported).toEqual([...long![0]!.instructions.keys()]);
     expect(runtime.preemptions).toBe(1);
     expect(runtime.launches).toBeLessThan(long![0]!.instructions.length + late![0]!.instructions.length);
     expect(rowsPerLaunch()[2]).toBeGreaterThan(2);
@@ -370,7 +370,7 @@ describe("failures", () => {
                 for (let turn = 0; turn < abortAfter; turn++) await setImmediate();
                 controller.abort(new Error("aborted"));
               })();
-            const heard = rows.map(() => 0);
+            const reported = rows.map(() => 0);
             let settled = 0;
             const job = dispatcher.run({
               rows,
@@ -379,14 +379,14 @@ describe("failures", () => {
               signal: controller.signal,
               onLaunch: (row, { index }) => {
                 expect(settled).toBe(0);
-                expect(index).toBe(heard[row]!++);
+                expect(index).toBe(reported[row]!++);
               },
             });
             try {
               const results = await job;
               settled++;
               expectEqual(results, rows);
-              expect(heard).toEqual(rows.map(({ instructions }) => instructions.length));
+              expect(reported).toEqual(rows.map(({ instructions }) => instructions.length));
               delivered++;
             } catch (error) {
               settled++;
