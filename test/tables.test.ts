@@ -4,28 +4,35 @@
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { FlowTurbo, StepEvent } from "../lib/index.js";
 import type { Network } from "../lib/networks/index.js";
-import type { Launch } from "../lib/program/program.js";
-import type { RuntimeRow } from "../lib/runtimes/runtime.js";
+import type { Program } from "../lib/program/program.js";
+import type { CompilableGraph, RunOptions, Runtime, RuntimeRow, Workspace } from "../lib/runtimes/runtime.js";
 import type { Block, BlockRow, SamplerRow } from "../lib/schedule/index.js";
 import { fixture, readAll, relativeError, root } from "./support/fixtures.js";
 
 const { GraphBuilder, cpuEmitOptions } = await import("../lib/onnx/index.js");
 const { networks } = await import("../lib/networks/index.js");
+const { Layers } = await import("../lib/networks/layers.js");
 const { blockTable, samplers, planSteps } = await import("../lib/schedule/index.js");
 const { runtimes } = await import("../lib/runtimes/index.js");
 const { OnnxRuntime } = await import("../lib/runtimes/onnxruntime/onnxruntime.js");
 
-/** A text encoder of its own emit: zeros, which the checkpoint without T5 has in that place anyway. */
+/**
+ * A text encoder of its own emit, with weights of a part: sums of the tokens' embeddings times 0, since the checkpoint
+ * without T5 has zeros in that place.
+ */
 networks.toy_text = {
-  ...{ part: null, role: "text", variants: [] },
+  ...{ part: "textEncoder2", role: "text", variants: [] },
   text: { tokenizer: "tokenizer2", joins: "tokens" },
-  emit: (name, { transformer }) => {
+  emit: (name, { transformer, textEncoder2 }, options) => {
+    const { weights, config } = textEncoder2!;
     const g = new GraphBuilder(name);
     const ids = g.input("ids", "int64", ["rows", "tokens"]);
-    const column = g.op("Unsqueeze", [g.cast(ids, "float32"), g.ints([2])]);
+    const layers = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
+    const table = layers.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, config.hiddenSize]);
+    const tokens = g.cast(g.op("Gather", [table, ids]), "float32");
     const width = transformer.config.jointAttentionDim;
-    const zeros = g.tensor([1, 1, width], new Float32Array(width), "float32");
-    g.output("hidden", g.op("Mul", [column, zeros]), ["rows", "tokens", width]);
+    const zeros = g.tensor([config.hiddenSize, width], new Float32Array(config.hiddenSize * width), "float32");
+    g.output("hidden", g.op("MatMul", [tokens, zeros]), ["rows", "tokens", width]);
     return g.build();
   },
 } satisfies Network;
@@ -47,30 +54,45 @@ samplers.toy = {
   blocks: (steps) => new Array<Block>(steps).fill("Z" as Block),
 } satisfies SamplerRow;
 
-/** A runtime: ONNX Runtime's, watched. */
+/** A runtime: one that has another one do the work, and watches it. */
 const launched: string[] = [];
 const capabilities = { preemption: false, capture: false, anyShape: true };
-class ToyRuntime extends OnnxRuntime {
-  override readonly name = "toy" as never;
-  override readonly capabilities = capabilities as never;
-  constructor() {
-    super({ weights: "folded", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
+class ToyRuntime implements Runtime {
+  readonly name = "toy";
+  readonly capabilities = capabilities;
+  readonly inner = new OnnxRuntime({ weights: "folded", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
+  add(graph: CompilableGraph) {
+    this.inner.add(graph);
   }
-  override open() {
-    const workspace = super.open();
-    const submit = workspace.submit.bind(workspace);
-    workspace.submit = (program, options) => {
-      launched.push(...program.instructions.flatMap((each) => (each.op === "launch" ? [(each as Launch).graph] : [])));
-      return submit(program, options);
+  has(name: string) {
+    return this.inner.has(name);
+  }
+  run(program: Program, options?: RunOptions) {
+    return this.inner.run(program, options);
+  }
+  open(): Workspace {
+    const workspace = this.inner.open();
+    return {
+      get lost() {
+        return workspace.lost;
+      },
+      submit: (program, options) => {
+        launched.push(...program.instructions.flatMap((each) => (each.op === "launch" ? [each.graph] : [])));
+        return workspace.submit(program, options);
+      },
+      free: (names) => workspace.free(names),
+      close: () => workspace.close(),
     };
-    return workspace;
+  }
+  dispose() {
+    return this.inner.dispose();
   }
 }
 const toy = {
   ...{ name: "toy", runsOn: "a test", capabilities },
   open: async () => {
     const runtime = new ToyRuntime();
-    await runtime.start();
+    await runtime.inner.start();
     return { runtime, settings: { version: "1" }, device: null, emitOptions: () => cpuEmitOptions };
   },
   find: async () => ({ name: "toy", available: true, version: "1", reason: null, remedy: null }),
@@ -148,6 +170,15 @@ describe("rows that a test has added", () => {
     ]);
     expect(graphs.essential.map(({ graph }) => graph.name)).toContain("toy_text");
     expect(deviceMemoryNeeded(graphs).encode).toBeGreaterThan(0);
+
+    const { Command } = await import("commander");
+    const { addModelFlags } = await import("../lib/cli/flags.js");
+    const command = new Command();
+    addModelFlags(command, loadSchema, generateSchema);
+    // Lines of any width.
+    const help = command.helpInformation().replace(/\s+/g, " ");
+    expect(help).toContain("--sampler <name> flowturbo, euler, heun, toy (default: flowturbo)");
+    expect(help).toMatch(/--runtime <name> .*toy \(a test\)/);
 
     const { runtimeNames } = await import("../lib/runtimes/index.js");
     expect(runtimeNames()).toContain("toy");

@@ -36,6 +36,25 @@ describe("onAbort", () => {
     expect(getEventListeners(other, "abort")).toHaveLength(0);
   });
 
+  it("calls all that follow, whatever one of them throws, which is an uncaught error as from a listener", async () => {
+    const before = process.listeners("uncaughtException");
+    process.removeAllListeners("uncaughtException");
+    const uncaught = new Promise((resolve) => process.once("uncaughtException", resolve));
+    try {
+      const controller = new AbortController();
+      let acts = 0;
+      onAbort(controller.signal, () => {
+        throw new Error("a follower's own");
+      });
+      onAbort(controller.signal, () => acts++);
+      controller.abort();
+      expect(acts).toBe(1);
+      expect(await uncaught).toMatchObject({ message: "a follower's own" });
+    } finally {
+      for (const listener of before) process.on("uncaughtException", listener);
+    }
+  });
+
   it("acts at once on a signal that has aborted, and does nothing without one", () => {
     let acts = 0;
     onAbort(AbortSignal.abort(), () => acts++)();

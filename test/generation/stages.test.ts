@@ -143,6 +143,18 @@ describe("inpainting with any schedule", () => {
           }
   });
 
+  it.each(["fast", "decoded"] as const)("a black mask is the original, also with %s previews", async (preview) => {
+    const image = await drawn("a large red square", 1);
+    const steps: StepEvent[] = [];
+    const result = await shapes.generate({
+      ...{ prompt: "a large blue circle", image, mask: blackMask(), seed: 5, preview },
+      onStep: (step) => steps.push(step),
+    });
+    expect(result.images[0]!.data).toEqual(new Uint8Array(await sharp(image).raw().toBuffer()));
+    expect(result.warnings).toEqual([expect.stringMatching(/black everywhere/)]);
+    expect(steps).toEqual([]);
+  });
+
   it("paints where the mask is white, by grey or by alpha", async () => {
     const image = await drawn("a large red square", 1);
     const grey = await maskOf(0, 0, 32, 64);
