@@ -111,7 +111,7 @@ export interface LoadOptions {
    * `maxBatch`. Default: 1, 2, 4, … up to `maxBatch`.
    */
   batches?: readonly number[] | undefined;
-  /** Milliseconds that a launch which leaves the device half empty may be held back for others to share it; 0 to 60000. Default: 20. */
+  /** Milliseconds that a launch that does not fill the device may be held back for others to share it; 0 to 60000. Default: 20. */
   maxWaitMs?: number | undefined;
   /** Pads every launch to so many pictures, 1 to 256, so that no bit of a picture depends on what else is drawn. Default: no padding. */
   pinBatch?: number | undefined;

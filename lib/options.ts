@@ -170,7 +170,7 @@ export const loadSchema = z.strictObject({
   maxWaitMs: defaulted(
     kind(z.number().min(0).max(60_000), "a number of milliseconds from 0 to 60000"),
     20,
-    "how long a launch that leaves the device half empty may be held back for others to share it",
+    "how long a launch that does not fill the device may be held back for others to share it",
   ),
   pinBatch: optional(
     integer(1, 256),

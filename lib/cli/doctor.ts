@@ -2,6 +2,7 @@
 
 import { availableParallelism, totalmem } from "node:os";
 import type { Command } from "commander";
+import { gigabytes } from "../common/memory.js";
 import { embeddedModel } from "../flowturbo.js";
 import { runtimes } from "../runtimes/index.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
@@ -40,13 +41,12 @@ async function examine(tensorrtFolder: string | undefined) {
 }
 
 function render(report: Awaited<ReturnType<typeof examine>>): string {
-  const gigabytes = (bytes: number) => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
   const lines = [
-    `flowturbo ${report.flowturbo}, Node ${report.node}, ${report.platform}, ${report.cores} cores, ${gigabytes(report.memoryBytes)}`,
+    `flowturbo ${report.flowturbo}, Node ${report.node}, ${report.platform}, ${report.cores} cores, ${gigabytes(report.memoryBytes)} GB`,
     `embedded model: ${report.embeddedModel}`,
     `engines: ${report.engineCache}`,
     ...(report.driver ? [`NVIDIA driver: CUDA ${report.driver}`] : []),
-    ...report.gpus.map((gpu) => `GPU: ${gpu.name}, ${gigabytes(gpu.memoryBytes)}, SM ${gpu.sm}`),
+    ...report.gpus.map((gpu) => `GPU: ${gpu.name}, ${gigabytes(gpu.memoryBytes)} GB, SM ${gpu.sm}`),
     "runtimes:",
   ];
   const advised = new Set<string>();

@@ -1,7 +1,7 @@
 /**
  * Lets work in while it fits a capacity; the rest waits in order. Admission of requests, captured programs and engine
  * builds differ only in their weights and their order. No smaller entry goes before the first one that waits, so that
- * large entries do not starve.
+ * large entries have their turn.
  */
 
 import { onAbort } from "./abort.js";

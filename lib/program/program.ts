@@ -60,7 +60,7 @@ export interface Sharing {
   readonly size: string;
   /** At most this many rows at once; default: any number. */
   readonly maxRows?: number;
-  /** Whether such launches may be held back for others to share them: alone they leave a device half empty. */
+  /** Whether such launches may be held back for others to share them: alone they do not fill a device. */
   readonly deferrable?: boolean;
 }
 

@@ -28,7 +28,7 @@ export interface MeasureOptions {
 }
 
 /** Measuring one subject takes about this long at most: slow launches are run less often. */
-const patience = 10_000;
+const longestMs = 10_000;
 
 /**
  * Runs all subjects in turn, round by round, every other round backwards: a disturbance of the machine then changes the
@@ -51,7 +51,7 @@ export async function measure(
     for (const at of order) {
       onProgress?.(done++, subjects.length * (rounds + 1));
       const spent = times[at]!.reduce((sum, time) => sum + time, 0);
-      if (round > 0 && spent + times[at]![0]! > patience) continue;
+      if (round > 0 && spent + times[at]![0]! > longestMs) continue;
       await turn?.();
       // Other work on the event loop goes between two launches.
       await setImmediate();

@@ -307,10 +307,10 @@ export class Scheduler {
     const { priority } = first.state.job;
     if (priority.due !== null && priority.due - now < 2 * (first.state.left?.[first.next] ?? 0)) return false;
     // The row that has waited longest decides.
-    const patience = this.#options.maxWaitMs - (now - Math.min(...group.map(({ since }) => since)));
-    if (patience <= 0) return false;
+    const leftMs = this.#options.maxWaitMs - (now - Math.min(...group.map(({ since }) => since)));
+    if (leftMs <= 0) return false;
     const key = groupOf(first);
-    return waiting.some((row) => !group.includes(row) && this.#timeUntil(row, key, patience) <= patience);
+    return waiting.some((row) => !group.includes(row) && this.#timeUntil(row, key, leftMs) <= leftMs);
   }
 
   /** Milliseconds until a row makes a launch of this group, if it runs alone; infinite where costs are not known. */

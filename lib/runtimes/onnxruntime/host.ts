@@ -16,8 +16,8 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
 /**
- * Milliseconds between two messages about finished launches. Each wakes the parent, which takes a core from the graph
- * that runs: at steps of 5 to 25 ms on two cores, a message for each costs several percent, and one each tenth of a second
+ * Milliseconds between two messages about finished launches. The parent handles each, on a core that the graph
+ * would use: at steps of 5 to 25 ms on two cores, a message for each costs several percent, and one each tenth of a second
  * still one.
  */
 const reportInterval = 200;

@@ -22,7 +22,7 @@ import {
 } from "./addon.js";
 import { flavours, type TensorRtKind } from "./flavours.js";
 
-/** A library that was opened and has a version that this package can speak to. */
+/** A library that was opened and has a version that this package works with. */
 export interface Library {
   readonly kind: TensorRtKind;
   readonly version: Version;
