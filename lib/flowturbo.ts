@@ -92,7 +92,7 @@ export class FlowTurbo implements ImageModel {
     const checkpoint = await openCheckpoint(folder, { variant, signal });
     const ladder = ladderOf(checkpoint);
 
-    // 2. The graphs, which checks every weight's name, type and shape; 3. a runtime, which may want them otherwise.
+    // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.
     report("graphs", 1);
     const emitted = new GraphLibrary(checkpoint);
     let graphs = emitted;

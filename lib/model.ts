@@ -68,7 +68,7 @@ export type PictureSource = string | Uint8Array | RgbPicture;
 
 /** Sent while a model loads. */
 export interface LoadProgress {
-  /** `checkpoint`: configs, headers and tokenizers are read; `graphs`: networks are emitted; `runtime`: a runtime starts. */
+  /** `checkpoint`: configs, headers and tokenizers are read; `graphs`: the graphs are listed; `runtime`: a runtime starts, and graphs are emitted for it. */
   readonly phase: "checkpoint" | "graphs" | "runtime";
   /** Phases that are done. */
   readonly done: number;
@@ -149,7 +149,7 @@ export interface Stage {
 export interface GenerateOptions {
   /** What to draw: a string, or several for one batch. */
   prompt: string | readonly string[];
-  /** What to keep away from: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
+  /** What the pictures should not show: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
   negativePrompt?: string | readonly string[] | undefined;
   /** Pixels, a multiple of the autoencoder's factor and the patch size (16 for SD3). Default: the model's native width. */
   width?: number | undefined;
@@ -214,7 +214,7 @@ export interface GenerateOptions {
   deadlineMs?: number | undefined;
   /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
   ladder?: readonly string[] | undefined;
-  /** Who goes first, −100 to 100: higher numbers, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
+  /** Order of requests, −100 to 100: higher numbers first, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
   priority?: number | undefined;
   /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */
   pinBatch?: number | undefined;

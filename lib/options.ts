@@ -198,7 +198,7 @@ export const generateSchema = z.strictObject({
   prompt: required(texts("a string or a non-empty array of strings"), "what to draw; several prompts form one batch"),
   negativePrompt: optional(
     texts("a string, or an array of as many strings as there are prompts"),
-    "what to keep away from (default: nothing)",
+    "what the pictures should not show (default: nothing)",
     "--negative <text>",
   ),
   width: optional(pixels, "width of a picture (default: the model's native size)", "--width <pixels>"),
@@ -284,7 +284,7 @@ export const generateSchema = z.strictObject({
   priority: defaulted(
     integer(-100, 100),
     0,
-    "who goes first: higher numbers, then earlier deadlines; waiting raises it",
+    "order of requests: higher numbers first, then earlier deadlines; waiting raises it",
   ),
   pinBatch: optional(integer(1, 256), "as the option of load(), for this call"),
   signal: optional(abortSignal, "aborts between steps"),

@@ -1,7 +1,7 @@
 /**
  * A Stable Diffusion 3 or 3.5 checkpoint folder in the diffusers layout, opened: every config read and checked, every
  * weight located, none read. Whatever would only crash later (a part of another model, widths that do not fit
- * together) is said here, with the part and the remedy, since here a person can still act on it.
+ * together) is refused here, with the part and the remedy, before any work.
  */
 
 import { readdir } from "node:fs/promises";

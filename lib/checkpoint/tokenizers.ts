@@ -147,7 +147,7 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
       throw new CheckpointError(file, `${file} lacks the ${name} "${token}". Download the tokenizer's files again.`);
     return id;
   };
-  // Whoever converted the file, transformers 5 keeps of it the vocabulary, the character map and the end token, and
+  // Of a file of any converter transformers 5 keeps only the vocabulary, the character map and the end token, and
   // splits at white space in its own way: two converters' files must not give two pictures.
   const normalizer = findPrecompiled(json.normalizer);
   const added = new Map(jsonAdded.map((token) => [token.content as string, token]));

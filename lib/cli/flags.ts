@@ -46,7 +46,7 @@ export function readFlags(schema: z.ZodObject, given: object): Record<string, un
 
 /**
  * The first reading of a flag's text that a field takes: as it is, as a number, as a list of either, as a list of sizes.
- * Without one, the schema is left to complain about what was given.
+ * Without one, the schema refuses what was given.
  */
 function readText(field: z.ZodType, text: string): unknown {
   const items = text.split(",").map((item) => item.trim());
@@ -54,7 +54,7 @@ function readText(field: z.ZodType, text: string): unknown {
   return readings.find((reading) => field.safeParse(reading).success) ?? number(text);
 }
 
-/** A text that is no number stays one. */
+/** A text that is not a number is returned as text. */
 function number(text: string): number | string {
   return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : text;
 }

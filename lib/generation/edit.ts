@@ -93,7 +93,7 @@ export async function maskAt(
   height: number,
   factor: number,
 ): Promise<Mask> {
-  // To the pixel: a mask may be a smaller copy.
+  // Ratios are compared to one pixel: a mask may be a smaller copy.
   const isAlike =
     Math.abs(mask.width * picture.height - mask.height * picture.width) <= Math.max(picture.width, picture.height);
   const box = isAlike ? coveringBox(mask, width, height) : { left: 0, top: 0, width: mask.width, height: mask.height };

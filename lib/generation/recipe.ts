@@ -1,6 +1,6 @@
 /**
- * The recipe: a request that has been let in → its pictures, in four steps. All arithmetic is in launches; what is here
- * says which programs run, with which values, and what becomes of their results.
+ * The recipe: a request that has been let in → its pictures, in four steps. Networks and the arithmetic between them are in launches; what is
+ * here says which programs run, with which values, and what becomes of their results.
  */
 
 import type { Logger } from "../common/logger.js";

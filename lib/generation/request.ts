@@ -174,7 +174,7 @@ function candidatesOf(
       const candidate = candidateOf(options, model, pictures, each);
       if (!candidates.has(candidate.text)) candidates.set(candidate.text, candidate);
     } catch (error) {
-      // What a short schedule leaves of itself at some strength may be no schedule; others will do.
+      // At some strengths what is left of a short schedule is not valid; others may be.
       if (ladder !== undefined || !(error instanceof OptionError)) throw error;
       refused = error;
     }

@@ -1,8 +1,8 @@
 /**
  * Pictures to another size, exactly as Pillow's `resize` does it, which diffusers prepares originals and masks with: Lanczos
- * with three lobes, widened when it reduces, in fixed-point numbers, rows first and then columns. By hand, since sharp
- * enlarges by another interpolation than it reduces by, and a mask is cut at one half: a grey level is then a latent. It
- * gives way to the event loop every few milliseconds.
+ * with three lobes, widened when it reduces, in fixed-point numbers, rows first and then columns. Not with sharp,
+ * which enlarges and reduces in different ways: a mask is cut at one half, so that one grey level can change a latent. The
+ * event loop gets a turn every few milliseconds.
  */
 
 /** 8-bit values, row-major, `channels` a pixel. */

@@ -76,7 +76,7 @@ export class GraphBuilder {
     this.name = name;
   }
 
-  /** Names the nodes that `build` adds, so that a runtime's complaint says which layer it means. */
+  /** Names the nodes that `build` adds, so that a runtime's error names the layer. */
   scoped<T>(scope: string, build: () => T): T {
     const outer = this.#scope;
     this.#scope = outer ? `${outer}.${scope}` : scope;

@@ -1,6 +1,6 @@
 /**
- * Checks a program before a runtime touches it. A planner's slip (a register read before it is written, rows out of
- * range) would otherwise surface as a wrong picture, or as a complaint of a library that knows none of the names.
+ * Checks a program before a runtime runs it. An error in it (a register read before it is written, rows out of range)
+ * would otherwise show as a wrong picture, or as an error of a library that does not have the names.
  */
 
 import { bytesPerElement, elementCount } from "../common/tensor.js";

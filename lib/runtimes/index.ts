@@ -84,7 +84,7 @@ export async function openBuilder(
     try {
       return { ...(await runtimes[name]!.builder!.open(settings)), name };
     } catch (error) {
-      // The only one says itself what it lacks.
+      // With one builder, its own error says what is missing.
       if (names.length === 1 || !(error instanceof RuntimeUnavailableError)) throw error;
       reasons.push(error.message);
     }

@@ -190,7 +190,7 @@ export interface RuntimeRow {
   /** For help texts: what it runs on. */
   readonly runsOn: string;
   readonly capabilities: Capabilities;
-  /** Quick where it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
+  /** Fails quickly if it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */
   find(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;

@@ -1,6 +1,6 @@
 /**
  * The blocks that a schedule is made of, one row a letter: what it is called, and the launches that it takes. A new
- * linear multistep method is one more row: graphs, runtimes and serving know no letters.
+ * linear multistep method is one more row: graphs, runtimes and serving do not use the letters.
  *
  * A schedule is written as one letter a block, from noise to image, each optionally followed by a count: `H1P5R3` and
  * `HPPPPPRRR` are the same.

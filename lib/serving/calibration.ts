@@ -81,7 +81,7 @@ export class Calibration {
     times.push(milliseconds);
     if (times.length > hostObservationsKept) times.shift();
     this.#hostTimes.set(key, times);
-    // One time is better than none, but not than the many that a stored entry is made of.
+    // A single time is used if there is no entry; it does not replace an entry made of many.
     const isBetter = times.length >= hostObservationsNeeded || !this.#costs.get(hostGraph, size, pictures);
     if (isBetter) this.#costs.set(entryOf(hostGraph, pictures, size, times));
   }
@@ -97,7 +97,7 @@ export class Calibration {
       for (const kind of launchKinds(program)) {
         const { key, graph, size, maxRows } = kind;
         const batches = launchBatches(this.#options.batches, maxRows, pin);
-        // Of one picture the cost of larger batches does not matter; of several, two points make a line.
+        // One picture needs the smallest batch only; for several, two batches give a line.
         const largest = batches.findLast((batch) => batch <= rows) ?? batches[0]!;
         for (const batch of new Set([batches[0]!, largest]))
           if (!this.#costs.get(graph, size, batch)) unknown.set(`${key} x ${batch}`, { ...kind, batch });

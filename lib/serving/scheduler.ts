@@ -29,7 +29,7 @@ export interface ScheduledJob {
 /** A row's place in a launch. */
 export interface AssignedRow {
   readonly job: number;
-  /** How often the job has been started. */
+  /** How often the job has been started again. */
   readonly attempt: number;
   readonly row: number;
   /** Index among the row's launches. */
@@ -303,7 +303,7 @@ export class Scheduler {
     const [first] = group as [Row];
     const launch = first.launches[first.next]!;
     if (!launch.deferrable || first.state.isolated || group.length >= Math.max(...this.#batchesOf(first))) return false;
-    // With a time limit only where there is plenty of time.
+    // With a time limit only while more than twice the time of its remaining work is left.
     const { priority } = first.state.job;
     if (priority.due !== null && priority.due - now < 2 * (first.state.left?.[first.next] ?? 0)) return false;
     // The row that has waited longest decides.
@@ -378,7 +378,7 @@ export class Scheduler {
       if (due === null || withIt <= without) continue;
       // A job that will be late by more than that in any case does not slow down others.
       const latest = due + latePart * (due - arrival);
-      // With time for one more such launch: a launch that has begun is not interrupted for a job that arrives.
+      // Time is left for one more such launch: one that has begun is not interrupted for a new job.
       if (start + withIt + shared > due && start + without <= latest) return true;
     }
     return false;

@@ -89,7 +89,7 @@ export class CostStore {
       for (const entry of entries) {
         const launch = launchOf(entry);
         const known = this.#known.get(launch);
-        // Later than what it replaces, whatever the clocks say.
+        // Later than what it replaces, even if the clock went back.
         const at = Math.max(now, (merged.get(launch)?.at ?? 0) + 1);
         const own = known && textOf(known) === textOf(entry) ? known : { ...entry, at };
         this.#known.set(launch, own);

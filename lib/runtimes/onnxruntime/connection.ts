@@ -25,7 +25,7 @@ export class HostConnection {
   #runs = 0;
   /** Of the runs under way. */
   readonly #listeners = new Map<number, { receive(message: FromHost): void; reject(error: Error): void }>();
-  /** Why runs fail that find the child ended. */
+  /** The error of runs that begin after the child has ended. */
   #end: Error | null = null;
   /** Messages for when the child is ready. */
   #outbox: ToHost[] | null = [];

@@ -36,8 +36,9 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   #host: HostConnection | null = null;
   /** Starts, runs and disposals under way, which must keep the event loop alive. */
   #busy = 0;
-  /** Programs that wait or run, and what ends with the last of them. */
+  /** Programs that wait or run. */
   #runs = 0;
+  /** Ends with the last of them. */
   #turn: Promise<unknown> = Promise.resolve();
   #disposed: Promise<void> | null = null;
   #workspaces = 0;

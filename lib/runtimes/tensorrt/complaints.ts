@@ -1,6 +1,6 @@
 /**
  * The addon's errors of building an engine as this package's, with a remedy. The parser of TensorRT names the node that it
- * refused by index only, so its complaints are written out with the operator and the tensors.
+ * refused by index only, so its messages are written out with the operator and the tensors.
  */
 
 import { CacheError, CheckpointError, CompileError, type FlowTurboError } from "../../errors.js";

@@ -67,7 +67,7 @@ export function layOutSubmission(
   engineOf: (launch: Launch) => ProfiledEngine,
   capture: boolean,
 ): NativeSubmission {
-  // 1. The constants that are used, one block. Where registers lie apart, constants are kept in some, too.
+  // 1. The constants that are used, one block. Where registers lie apart, some constants are copied to places of their own.
   const used = new Set(program.instructions.flatMap(operandsOf));
   const keeps: NativeInstruction[] = [];
   const constantOffsets = new Map<string, number>();

@@ -89,7 +89,7 @@ export class DeviceWorkspace extends NamedWorkspace {
   protected run(program: Program, options: SubmissionOptions, left: Kept, kept: Kept): Promise<Record<string, Tensor>> {
     const { device, engines } = this.#owner;
     const read = new Set(program.instructions.flatMap(operandsOf));
-    // Names mean what they mean now: they may be freed, and given again, before the submission has its turn.
+    // Names are resolved now: they may be freed, and given again, before the submission has its turn.
     const names = new Set([...left.keys(), ...read, ...program.results]);
     const operands = Object.fromEntries([...names].map((name) => [name, kept.get(name)!]));
     const used = Object.entries(operands).map(([name, operand]) => {
