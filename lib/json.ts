@@ -44,7 +44,7 @@ const notRgb = "the data does not have 3 bytes for each pixel";
 const source = z.union([z.strictObject({ file: bytes }), z.strictObject(rgb).refine(isRgb, notRgb)]);
 const picture = z.codec(
   z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }).refine(isRgb, notRgb),
-  z.custom<Picture>(),
+  z.custom<Picture>((value) => typeof value === "object" && value !== null),
   {
     decode: ({ width, height, data, parameters }) => new Image(width, height, data, parameters),
     encode: ({ width, height, data, parameters }) => ({
@@ -93,14 +93,13 @@ const resultSchema = z.strictObject({
  * A request as JSON, with defaults filled in. Pictures that are given by a path are read.
  * @throws OptionError for options that are wrong, or a picture that cannot be read
  */
-export async function requestToJson({ signal, onStep, ...options }: GenerateOptions): Promise<Json> {
-  const checked = checkOptions(generateSchema, options, "requestToJson()");
-  const { image, mask } = checked;
-  return encoded(requestSchema, {
-    ...checked,
+export async function requestToJson(options: GenerateOptions): Promise<Json> {
+  const { signal, onStep, image, mask, ...rest } = checkOptions(generateSchema, options, "requestToJson()");
+  const pictures = {
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
-  });
+  };
+  return encoded(requestSchema, { ...rest, ...pictures }, "request");
 }
 
 /** The options of a request from its JSON. @throws OptionError that names the option which is wrong */
@@ -110,9 +109,9 @@ export function requestFromJson(json: unknown): GenerateOptions {
   return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
 }
 
-/** A result as JSON. */
+/** A result as JSON. @throws OptionError that names the field which is wrong */
 export function resultToJson(result: GenerateResult): Json {
-  return encoded(resultSchema, result);
+  return encoded(resultSchema, result, "result");
 }
 
 /** A result from its JSON; its pictures can be encoded. @throws OptionError that names the field which is wrong */
@@ -122,15 +121,20 @@ export function resultFromJson(json: unknown): GenerateResult {
 
 async function sourceOf(option: string, picture: PictureSource): Promise<z.output<typeof source>> {
   if (picture instanceof Uint8Array) return { file: picture };
-  if (typeof picture !== "string") return picture;
+  if (typeof picture !== "string") {
+    const { width, height, data } = picture;
+    return { width, height, data };
+  }
   const file = await readFile(picture).catch((cause: Error) => {
     throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, { cause });
   });
   return { file };
 }
 
-function encoded(schema: z.ZodType, value: unknown): Json {
-  return defined(z.encode(schema, value)) as Json;
+function encoded(schema: z.ZodType, value: unknown, what: string): Json {
+  const { success, data, error } = z.safeEncode(schema, value);
+  if (success) return defined(data) as Json;
+  throw refused(error, what, `This ${what} has no JSON form`);
 }
 
 /** Without properties that are undefined: they have no JSON form, and mean the same as absent ones. */
@@ -145,10 +149,11 @@ function defined(value: unknown): unknown {
 function decoded<T extends z.ZodType>(schema: T, json: unknown, what: string): z.output<T> {
   const { success, data, error } = z.safeDecode(schema, json as z.input<T>);
   if (success) return data;
+  throw refused(error, what, `The JSON of this ${what} is wrong`);
+}
+
+function refused(error: z.ZodError, what: string, why: string): OptionError {
   const { path, message } = error.issues[0]!;
   const field = path.join(".");
-  throw new OptionError(
-    String(path[0] ?? what),
-    `The JSON of this ${what} is wrong${field && ` at ${field}`}: ${message}.`,
-  );
+  return new OptionError(String(path[0] ?? what), `${why}${field && ` at ${field}`}: ${message}.`);
 }

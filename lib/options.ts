@@ -6,7 +6,7 @@
 
 import { z } from "zod";
 import type { Logger } from "./common/logger.js";
-import type { FloatTensor } from "./common/tensor.js";
+import { elementCount, type FloatTensor } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
 import type { EngineProgress, LoadProgress, PictureSource, ProfileProgress, RgbPicture, StepEvent } from "./model.js";
 import { type Feature, featureNames } from "./networks/index.js";
@@ -73,8 +73,9 @@ const abortSignal = kind(
 );
 /** A float32 tensor in memory. */
 export const tensor = z.custom<FloatTensor>((value) => {
-  const tensor = value as Partial<FloatTensor> | null;
-  return typeof tensor === "object" && tensor?.data instanceof Float32Array && Array.isArray(tensor.shape);
+  const { dtype, shape, data } = (value ?? {}) as Partial<FloatTensor>;
+  if (dtype !== "float32" || !(data instanceof Float32Array) || !Array.isArray(shape)) return false;
+  return shape.every((side) => Number.isInteger(side) && side >= 0) && data.length === elementCount(shape);
 });
 const picture = kind(
   z.custom<PictureSource>((value) => {

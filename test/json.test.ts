@@ -84,6 +84,30 @@ describe("a request", () => {
     await expect(absent).rejects.toThrow(/picture for mask cannot be read.*absent\.png/);
   });
 
+  it("takes a picture of a result, and any other object with its three fields", async () => {
+    const data = new Uint8Array(12).fill(7);
+    const own = { width: 2, height: 2, data, label: "mine" };
+    for (const picture of [new Image(2, 2, data, { prompt: "x" }), own]) {
+      const back = requestFromJson(sent(await requestToJson({ prompt: "x", image: picture, mask: picture })));
+      expect([back.image, back.mask]).toEqual([0, 0].map(() => ({ width: 2, height: 2, data })));
+    }
+  });
+
+  it("that cannot be written is refused by the name of the option", async () => {
+    const values = new Float32Array(4);
+    for (const [noise, shape] of [
+      ["without a dtype", { shape: [4], data: values }],
+      ["of another shape", { dtype: "float32", shape: [5], data: values }],
+      ["of half a row", { dtype: "float32", shape: [2.5], data: values }],
+    ] as const)
+      await expect(requestToJson({ prompt: "x", noise: shape as never }), noise).rejects.toMatchObject({
+        code: "ERR_FLOWTURBO_OPTION",
+        option: "noise",
+      });
+    for (const nothing of [undefined, null, 7])
+      await expect(requestToJson(nothing as never)).rejects.toBeInstanceOf(OptionError);
+  });
+
   it("that is wrong is refused by the name of the option", async () => {
     await expect(requestToJson({ prompt: "x", steps: 0 })).rejects.toThrow(/whole number from 1 to 1000 for steps/);
     for (const [json, message] of [
@@ -98,6 +122,13 @@ describe("a request", () => {
       expect(() => requestFromJson(json)).toThrow(expect.objectContaining({ message: expect.stringMatching(message) }));
     expect(() => requestFromJson({})).toThrow(OptionError);
   });
+});
+
+it("a result that cannot be written is refused by the name of the field", () => {
+  for (const result of [{}, null, undefined, { images: [null] }])
+    expect(() => resultToJson(result as never)).toThrow(OptionError);
+  const image = new Image(1, 1, new Uint8Array(3), { strength: Number.NaN });
+  expect(() => resultToJson({ images: [image] } as never)).toThrow(/result has no JSON form at images\.0\.parameters/);
 });
 
 it("a result comes back as it was, with pictures that can be encoded", async () => {

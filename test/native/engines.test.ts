@@ -41,7 +41,7 @@ const rejection = (promise: Promise<unknown>) =>
   );
 /** Whatever a build may leave in a cache besides plans, their descriptions and the memory of digests. */
 const leftovers = (cache: string) =>
-  readdirSync(path.join(cache, "engines")).filter((name) => !/(\.plan|\.json|^weights)$/.test(name));
+  readdirSync(path.join(cache, "engines")).filter((name) => !/\.(plan|json)$/.test(name));
 
 const everything: CompileEnginesOptions = {
   runtime: "tensorrt-rtx",

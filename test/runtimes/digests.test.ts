@@ -56,6 +56,23 @@ describe("a digest that several ask for", () => {
     expect(reported.at(-1)).toBe(version.size);
   });
 
+  it("is not lost for the others when the listener of one throws, which ends its own call", async () => {
+    const { version, sha256 } = weights("listener");
+    const memory = new DigestMemory(folder);
+    const own = new Error("a listener's own");
+    let reports = 0;
+    const onBytes = () => {
+      reports++;
+      throw own;
+    };
+    const first = rejection(memory.digest(version, { onBytes }));
+    const second = memory.digest(version);
+    expect(await first).toBe(own);
+    expect((await second).sha256).toBe(sha256);
+    expect(reports).toBe(1);
+    expect(await rejection(memory.digest(version, { onBytes }))).toBe(own);
+  });
+
   it("is read once", async () => {
     const { version, sha256 } = weights("once");
     const memory = new DigestMemory(folder);
@@ -104,9 +121,7 @@ describe("the memory of digests", () => {
   };
 
   const kept = (folder: string) =>
-    readdirSync(path.join(folder, "weights")).map(
-      (name) => JSON.parse(readFileSync(path.join(folder, "weights", name), "utf8")).sha256 as string,
-    );
+    readdirSync(folder).map((name) => JSON.parse(readFileSync(path.join(folder, name), "utf8")).sha256 as string);
 
   it("keeps all that end at the same time, of several memories as of several processes; leaves no other file", async () => {
     const own = mkdtempSync(path.join(folder, "memory-"));
@@ -118,10 +133,9 @@ describe("the memory of digests", () => {
         Promise.all([files[index]!, files[(index + 1) % 4]!].map(({ version }) => memory.digest(version))),
       ),
     );
-    expect(readdirSync(own)).toEqual(["weights"]);
+    for (const name of readdirSync(own)) expect(name).toMatch(/^digest-[0-9a-f]{32}\.json$/);
     expect(kept(own).sort()).toEqual(files.map(({ sha256 }) => sha256).sort());
-    for (const name of readdirSync(path.join(own, "weights")))
-      expect(statSync(path.join(own, "weights", name)).mode & 0o777).toBe(0o600);
+    for (const name of readdirSync(own)) expect(statSync(path.join(own, name)).mode & 0o777).toBe(0o600);
     // Another one reads them from there, and not the files.
     let reports = 0;
     const again = new DigestMemory(own);
@@ -136,8 +150,8 @@ describe("the memory of digests", () => {
       const own = mkdtempSync(path.join(folder, "damaged-"));
       const { version, sha256 } = await settled("e");
       await new DigestMemory(own).digest(version);
-      const [name] = readdirSync(path.join(own, "weights"));
-      writeFileSync(path.join(own, "weights", name!), text);
+      const [name] = readdirSync(own);
+      writeFileSync(path.join(own, name!), text);
       expect((await new DigestMemory(own).digest(version)).sha256).toBe(sha256);
       expect(kept(own)).toEqual([sha256]);
     },

@@ -196,7 +196,7 @@ export class EngineCache {
 
   /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
   async sweep(addon: Addon): Promise<void> {
-    await this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|[0-9a-f]{12}\.tmp.*)$|^(\.probe-|weights\.json\.).*\.tmp$/);
+    await this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|[0-9a-f]{12}\.tmp.*)$|^(\.probe-|digest-).*\.tmp$/);
   }
 
   /**
@@ -205,7 +205,7 @@ export class EngineCache {
    * @returns number of engines and bytes freed
    */
   clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
-    return this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|.*(plan|json|tmp))$|^weights\.json$/);
+    return this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|.*(plan|json|tmp))$/);
   }
 
   async #remove(addon: Addon | null, which: RegExp): Promise<{ engines: number; bytes: number }> {

@@ -8,8 +8,8 @@
 import { createHash } from "node:crypto";
 import { type FileHandle, open, readFile } from "node:fs/promises";
 import path from "node:path";
-import { SharedTask } from "../../common/abort.js";
-import { type FileVersion, makeFolders, writeFileAtomic } from "../../common/files.js";
+import { onAbort, SharedTask } from "../../common/abort.js";
+import { type FileVersion, writeFileAtomic } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
 /** "device:inode:size:mtime:ctime", times in nanoseconds; the addon makes the same string (native/core/files.cpp). */
@@ -44,7 +44,7 @@ export class DigestMemory {
 
   /** @param folder a folder that only this user can write to */
   constructor(folder: string) {
-    this.#folder = path.join(folder, "weights");
+    this.#folder = folder;
   }
 
   /**
@@ -60,10 +60,22 @@ export class DigestMemory {
       this.#underWay.set(key, reading);
     }
     const { task, listeners } = reading;
-    // An object of its own: callers may share a function.
-    const listener = (bytes: number) => onBytes(bytes);
+    // A listener that throws ends its own call: others wait for the same file.
+    const failed = new AbortController();
+    const listener = (bytes: number) => {
+      try {
+        onBytes(bytes);
+      } catch (error) {
+        listeners.delete(listener);
+        failed.abort(error);
+      }
+    };
     listeners.add(listener);
-    return task.join(signal).finally(() => listeners.delete(listener));
+    const stop = onAbort(signal, () => failed.abort(signal!.reason));
+    return task.join(failed.signal).finally(() => {
+      listeners.delete(listener);
+      stop();
+    });
   }
 
   #read(key: string, version: FileVersion): Reading {
@@ -102,7 +114,8 @@ export class DigestMemory {
 
   /** One file for each digest: processes that remember at the same time do not touch each other's. */
   #fileOf(identity: string): string {
-    return path.join(this.#folder, `${createHash("sha256").update(identity).digest("hex").slice(0, 32)}.json`);
+    const name = createHash("sha256").update(identity).digest("hex").slice(0, 32);
+    return path.join(this.#folder, `digest-${name}.json`);
   }
 
   async #known(identity: string): Promise<string | null> {
@@ -116,9 +129,7 @@ export class DigestMemory {
 
   /** A digest that cannot be written costs time, not correctness. */
   async #remember(digest: FileDigest): Promise<void> {
-    await makeFolders(this.#folder, [], 0o700)
-      .then(() => writeFileAtomic(this.#fileOf(digest.identity), JSON.stringify(digest), 0o600))
-      .catch(() => undefined);
+    await writeFileAtomic(this.#fileOf(digest.identity), JSON.stringify(digest), 0o600).catch(() => undefined);
   }
 }
 
