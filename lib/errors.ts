@@ -70,9 +70,9 @@ export class RuntimeUnavailableError extends RuntimeError {
 
 /** A graph could not be compiled. */
 export class CompileError extends RuntimeError {
-  /** Its name. */
+  /** Name of the graph whose engine could not be built. */
   readonly graph: string;
-  /** The compiler's own words, line by line. */
+  /** Messages of the compiler, one for each line. */
   readonly details: readonly string[];
   constructor(graph: string, message: string, details: readonly string[] = [], options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_COMPILE" });
@@ -83,9 +83,9 @@ export class CompileError extends RuntimeError {
 
 /** Work was refused before it began, since it would not fit into memory. */
 export class MemoryError extends RuntimeError {
-  /** Bytes. */
+  /** Bytes that it would take, of GPU memory or of this machine's; the message says which. */
   readonly needed: number;
-  /** Bytes. */
+  /** Bytes of that memory that there are, or that are free. */
   readonly available: number;
   constructor(message: string, needed: number, available: number) {
     super(message, { code: "ERR_FLOWTURBO_MEMORY" });
@@ -118,7 +118,7 @@ export class NotFiniteError extends RuntimeError {
 export class LaunchError extends RuntimeError {
   /** Name of the graph that was launched; null if it is not known. */
   readonly graph: string | null;
-  /** TensorRT's own words. */
+  /** Messages of TensorRT. */
   readonly details: readonly string[];
   constructor(graph: string | null, message: string, details: readonly string[] = [], options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_LAUNCH" });
@@ -197,7 +197,10 @@ export interface ErrorRow {
   ) => FlowTurboError;
   /** HTTP status that a server answers with. */
   readonly status: number;
-  /** Whether the same call may succeed later, without any change. */
+  /**
+   * Whether the same call may succeed later, without any change. After a DeadlineError it may only where `retryAfterMs` is
+   * not null.
+   */
   readonly retryable: boolean;
 }
 

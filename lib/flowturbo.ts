@@ -13,7 +13,7 @@ import { readEdit } from "./generation/edit.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
-import { pinnedWithCapture, type Request, settleRequest, usesRefiner } from "./generation/request.js";
+import { canRun, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
 import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
@@ -27,7 +27,6 @@ import type {
   ProfileOptions,
   Size,
 } from "./model.js";
-import { networks } from "./networks/index.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
 import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
@@ -239,7 +238,7 @@ export class FlowTurbo implements ImageModel {
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
-        const blocks = blocksForEach((type) => fitsPositions(checkpoint, networks[type]!.part, size));
+        const blocks = blocksForEach((type) => fitsPositions(checkpoint, type, size));
         return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
       }),
     );
@@ -254,7 +253,7 @@ export class FlowTurbo implements ImageModel {
       ];
     });
     const report = (done: number, total: number) => onProgress?.({ done, total });
-    await this.#service.profile(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
+    await this.#service.measure(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
     // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
@@ -326,8 +325,8 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
  * The checkpoint's own ladder, as far as it can be run; without one the usual.
  * @throws CheckpointError for an entry that is no schedule
  */
-function ladderOf({ folder, ladder, refiner }: Checkpoint): readonly (readonly Block[])[] {
-  const hasRefiner = refiner !== null;
+function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] {
+  const { folder, ladder, refiner } = checkpoint;
   const own = (ladder ?? []).map((text) => {
     try {
       return parseBlocks(text);
@@ -341,6 +340,6 @@ function ladderOf({ folder, ladder, refiner }: Checkpoint): readonly (readonly B
       );
     }
   });
-  const usable = own.filter((blocks) => hasRefiner || !usesRefiner(blocks));
-  return usable.length > 0 ? usable : defaultLadder(hasRefiner);
+  const usable = own.filter((blocks) => canRun(checkpoint, blocks));
+  return usable.length > 0 ? usable : defaultLadder(refiner !== null);
 }

@@ -1,6 +1,7 @@
 /**
- * What a model offers to those who call it: the interface, its options, events and results. Servers, queues and remote
- * models see only this file; `FlowTurbo` implements it. Requests and results have a JSON form (json.ts).
+ * What a model offers to those who call it: the interface, its options, events and results. `FlowTurbo`
+ * implements it. Servers, queues and remote models see this file, errors.ts, and the JSON form of requests and results
+ * (json.ts).
  */
 
 import type { Logger } from "./common/logger.js";
@@ -381,9 +382,9 @@ export interface EngineProgress {
   readonly phase: "weights" | "waiting" | "building" | "done";
   /** What the library says that it does. */
   readonly detail: string;
-  /** Progress of this engine; never decreases. */
+  /** Progress of this engine in steps, from 0 to `total`; never decreases. */
   readonly done: number;
-  /** What `done` will be in the end; constant. */
+  /** Steps of an engine; constant. */
   readonly total: number;
 }
 

@@ -168,6 +168,13 @@ describe("rows that a test has added", () => {
       { ids: [1, 32] },
       { ids: [2, 32] },
     ]);
+    // One that joins along the channels always has as many tokens as its tokenizer.
+    networks.toy_words = { ...networks.toy_text!, text: { tokenizer: "tokenizer", joins: "channels" } };
+    const [words] = requiredEngines(graphs, { batches: [1], guidance: "on", maxSequenceLength: 32 }).filter(
+      ({ graph }) => graph === "toy_words",
+    );
+    delete networks.toy_words;
+    expect(words!.profiles.map(({ inputs }) => inputs)).toEqual([{ ids: [1, 77] }]);
     expect(graphs.essential.map(({ graph }) => graph.name)).toContain("toy_text");
     expect(deviceMemoryNeeded(graphs).encode).toBeGreaterThan(0);
 

@@ -20,7 +20,7 @@ import {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
-import { isFolder, type Json, readJsonObject, readOptionalJson } from "./files.js";
+import { isFolder, type JsonObject, readJsonObject, readOptionalJson } from "./files.js";
 import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { openWeights, type Weights } from "./weights.js";
 
@@ -171,7 +171,7 @@ async function readLadder(file: string): Promise<readonly string[] | null> {
 }
 
 /** The names of the parts that are not null. */
-function readModelIndex(file: string, json: Json): Set<string> {
+function readModelIndex(file: string, json: JsonObject): Set<string> {
   const refuse = (message: string): never => {
     throw new CheckpointError(file, message);
   };

@@ -8,7 +8,7 @@
 
 import { z } from "zod";
 import { CheckpointError } from "../errors.js";
-import { isRecord, type Json, readJsonObject } from "./files.js";
+import { isRecord, type JsonObject, readJsonObject } from "./files.js";
 
 /** Classes for each part, as model_index.json and config.json name them. */
 export const knownClasses = {
@@ -216,13 +216,17 @@ export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Sc
 export const readVaeConfig = (file: string): Promise<VaeConfig> => read(file, vaeSchema);
 export const readSchedulerConfig = (file: string): Promise<SchedulerConfig> => read(file, schedulerSchema);
 
-async function read<T>(file: string, schema: z.ZodType<T>, prepare: (json: Json) => Json = (json) => json): Promise<T> {
+async function read<T>(
+  file: string,
+  schema: z.ZodType<T>,
+  prepare: (json: JsonObject) => JsonObject = (json) => json,
+): Promise<T> {
   const json = prepare(await readJsonObject(file));
   const parsed = schema.safeParse(json);
   if (parsed.success) return parsed.data;
   const issue = parsed.error.issues[0]!;
   const key = issue.path.join(".");
-  const value = issue.path.reduce<unknown>((at, step) => (at as Json | undefined)?.[step as string], json);
+  const value = issue.path.reduce<unknown>((at, step) => (at as JsonObject | undefined)?.[step as string], json);
   throw new CheckpointError(
     file,
     `${file}: the key "${key}" (${JSON.stringify(value) ?? "absent"}) cannot be used: ${issue.message}. ` +
@@ -231,4 +235,4 @@ async function read<T>(file: string, schema: z.ZodType<T>, prepare: (json: Json)
 }
 
 /** The text model of a whole CLIP or T5 model is nested in its config. */
-const unwrapText = (json: Json): Json => (isRecord(json.text_config) ? json.text_config : json);
+const unwrapText = (json: JsonObject): JsonObject => (isRecord(json.text_config) ? json.text_config : json);

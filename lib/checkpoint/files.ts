@@ -4,9 +4,9 @@ import { readFile, stat } from "node:fs/promises";
 import { CheckpointError } from "../errors.js";
 
 /** An object of a JSON file, unchecked. */
-export type Json = Record<string, unknown>;
+export type JsonObject = Record<string, unknown>;
 
-export function isRecord(value: unknown): value is Json {
+export function isRecord(value: unknown): value is JsonObject {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
@@ -20,7 +20,7 @@ export async function readText(file: string): Promise<string> {
 }
 
 /** @throws CheckpointError if the file is missing, cannot be read, is not JSON or holds something else than an object */
-export async function readJsonObject(file: string): Promise<Json> {
+export async function readJsonObject(file: string): Promise<JsonObject> {
   const text = await readText(file);
   let json: unknown;
   try {
@@ -34,7 +34,7 @@ export async function readJsonObject(file: string): Promise<Json> {
 }
 
 /** @throws CheckpointError for a file that is there and cannot be used. @returns undefined without the file */
-export async function readOptionalJson(file: string): Promise<Json | undefined> {
+export async function readOptionalJson(file: string): Promise<JsonObject | undefined> {
   return (await exists(file)) ? readJsonObject(file) : undefined;
 }
 

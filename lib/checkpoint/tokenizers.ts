@@ -8,7 +8,7 @@
 import { join } from "node:path";
 import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
 import { CheckpointError } from "../errors.js";
-import { exists, isRecord, type Json, readJsonObject, readOptionalJson, readText } from "./files.js";
+import { exists, isRecord, type JsonObject, readJsonObject, readOptionalJson, readText } from "./files.js";
 
 /** The tokens of one text. */
 export interface Tokens {
@@ -129,7 +129,7 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
         "Python: transformers.T5TokenizerFast.from_pretrained(folder).save_pretrained(folder).",
     );
   const [names, json] = await Promise.all([readSpecialTokens(folder), readJsonObject(file)]);
-  const model = json.model as Json | undefined;
+  const model = json.model as JsonObject | undefined;
   const vocab = model?.vocab;
   if (
     model?.type !== "Unigram" ||
@@ -190,7 +190,7 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
 function tokenizer(
   file: string,
   description: object,
-  config: Json,
+  config: JsonObject,
   pad: number,
   vocabulary: Iterable<number>,
   maxLength: number,
@@ -319,7 +319,7 @@ function checkMerges(file: string, merges: readonly unknown[]): [string, string]
 }
 
 /** SentencePiece's character map, wherever a converter put it. */
-function findPrecompiled(normalizer: unknown): Json | null {
+function findPrecompiled(normalizer: unknown): JsonObject | null {
   if (!isRecord(normalizer)) return null;
   if (normalizer.type === "Precompiled") return normalizer;
   const parts = Array.isArray(normalizer.normalizers) ? normalizer.normalizers : [];

@@ -1,17 +1,18 @@
 /** `flowturbo cache`: what lies in the cache of engines, whether it is sound, and how to clear it. */
 
 import type { Command } from "commander";
+import { loadSchema } from "../options.js";
 import { findAddon, smText } from "../runtimes/tensorrt/addon.js";
 import { type CacheItem, EngineCache, enginesFolder } from "../runtimes/tensorrt/cache.js";
 import { tensorRtKinds } from "../runtimes/tensorrt/flavours.js";
-import { addJsonFlag, type CommonFlags } from "./flags.js";
+import { addFlags, addJsonFlag, type CommonFlags } from "./flags.js";
 import { megabytes, print } from "./print.js";
 
 export function cacheCommand(command: Command, signal: AbortSignal): void {
   command.description("List, verify or clear the cache of engines.");
   const add = (name: string, description: string, action: (flags: CommonFlags) => Promise<void>) => {
     const added = command.command(name).exitOverride().description(description);
-    added.option("--cache <folder>", "folder of the cache (default: flowturbo in the user's cache folder)");
+    addFlags(added, loadSchema.pick({ cache: true }));
     addJsonFlag(added).action(action);
   };
   add("list", "List the engines.", (flags) => list(flags, false, signal));

@@ -4,16 +4,17 @@ import { availableParallelism, totalmem } from "node:os";
 import type { Command } from "commander";
 import { gigabytes } from "../common/memory.js";
 import { embeddedModel } from "../flowturbo.js";
+import { loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
-import { addJsonFlag } from "./flags.js";
+import { addFlags, addJsonFlag } from "./flags.js";
 import { print } from "./print.js";
 import { packageVersion } from "./version.js";
 
 export function doctorCommand(command: Command): void {
+  addFlags(command, loadSchema.pick({ tensorrtFolder: true }));
   addJsonFlag(command)
     .description("Say which runtimes were found, and why one is missing.")
-    .option("--tensorrt-dir <folder>", "look for TensorRT's libraries here first")
     .action(async (flags: { json?: boolean; tensorrtDir?: string }) => {
       const report = await examine(flags.tensorrtDir);
       print(flags.json, report, render(report));

@@ -17,6 +17,11 @@ export interface CommonFlags {
 /** Adds `--model`, and the flag of every field that has one. */
 export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   command.option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)");
+  addFlags(command, ...schemas);
+}
+
+/** Adds the flag of every field that has one. */
+export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
     const { flag, description } = optionMeta(field);
     if (!flag) continue;

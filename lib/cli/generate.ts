@@ -12,7 +12,7 @@ import { formatOf, resized } from "../generation/image.js";
 import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
 import { checkOptions, generateSchema, loadSchema } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
-import { addModelFlags, type CommonFlags, readFlags } from "./flags.js";
+import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
 import { print, rounded } from "./print.js";
 import type { Progress } from "./progress.js";
@@ -31,6 +31,7 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
     .description("Draw a picture for each prompt.")
     .argument("<prompt...>", "what to draw; several prompts form one batch");
   addModelFlags(command, loadSchema, generateSchema);
+  addJsonFlag(command);
   command
     .option(
       "--out <file>",
@@ -45,7 +46,6 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
     .option("--preview <file>", "rewrite this file after each step with the first picture as it is then")
     .option("--noise <file>", "start from `noise` [B,C,h,w] of a .safetensors file (later stages: `noise_2`, …)")
     .option("--save-latents <file>", "write `latents` and decoded `image` to a .safetensors file")
-    .option("--json", "print one JSON object instead of file names")
     .addHelpText(
       "after",
       `

@@ -6,7 +6,15 @@
 import { openCheckpoint } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
-import { type Feature, graphName, keysOf, type Network, networksOf } from "../networks/index.js";
+import {
+  type Feature,
+  graphName,
+  keysOf,
+  type Network,
+  networksOf,
+  textEncodersOf,
+  tokensOf,
+} from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
@@ -71,7 +79,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const graphs = new GraphLibrary(checkpoint, emitOptions);
   const { files } = graphs;
 
-  // 3. Memory: what cannot be built here is refused before hours go into the rest.
+  // 3. Memory: what cannot be built here is refused before the rest is built.
   const requests = required.map(({ graph, profiles }) => {
     return { graph: graphs.get(graph), profiles: profiles.map(({ inputs }) => inputs) };
   });
@@ -136,22 +144,30 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const [, contextTokens] = text.shapes(sequenceLength, false).contextShape;
 
   /** Sizes of pictures that a network is launched for, and those that it starts from where it goes from one to another. */
-  const sizesFor = ({ features: by, role, part }: Network, graph: OnnxGraph): { size: Size; before: Size }[] => {
+  const sizesFor = (
+    name: string,
+    { features: by, role }: Network,
+    graph: OnnxGraph,
+  ): { size: Size; before: Size }[] => {
     const all = by
-      ? Object.entries(by).flatMap(([name, { side }]) => {
-          if (!features.has(name)) return [];
+      ? Object.entries(by).flatMap(([feature, { side }]) => {
+          if (!features.has(feature)) return [];
           return side === undefined ? sizes : [{ width: side * factor, height: side * factor }];
         })
       : sizes;
-    const fitting = distinct(all).filter((size) => role !== "step" || fitsPositions(checkpoint, part, size));
+    const fitting = distinct(all).filter((size) => role !== "step" || fitsPositions(checkpoint, name, size));
     const risesIn = [...graph.inputs.values()].flat().includes("next_height");
     if (!risesIn) return fitting.map((size) => ({ size, before: size }));
-    return fitting.flatMap((size) =>
+    const pairs = fitting.flatMap((size) =>
       fitting.filter((small) => isBelow(small, size)).map((before) => ({ size, before })),
     );
+    if (pairs.length === 0)
+      throw new OptionError("sizes", "Stages run from a smaller size to a larger one; name both in sizes.");
+    return pairs;
   };
 
-  const profilesOf = (row: Network, graph: OnnxGraph): EngineProfile[] => {
+  const profilesOf = (name: string, row: Network, graph: OnnxGraph): EngineProfile[] => {
+    const encoder = textEncodersOf(checkpoint).find((each) => each.name === name);
     const inputs = (rows: number, size: Size, before: Size): ProfileShapes => {
       const [, , height, width] = latentShapeOf(checkpoint, rows, before);
       const [, , nextHeight, nextWidth] = latentShapeOf(checkpoint, rows, size);
@@ -159,14 +175,14 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
       const numbers = {
         ...{ rows, network_rows: 2 * rows, height, width, next_height: nextHeight, next_width: nextWidth },
         ...{ image_height: size.height, image_width: size.width, patches: (height / patchSize) * (width / patchSize) },
-        tokens: row.role === "text" ? sequenceLength : contextTokens,
+        tokens: encoder ? tokensOf(encoder, sequenceLength) : contextTokens,
       };
       return Object.fromEntries([...graph.inputs].map(([name, shape]) => [name, shapeWith(shape, numbers)]));
     };
     // Any number of texts can be encoded in rows of 1 where no profile has that number.
-    if (row.role === "text")
+    if (encoder)
       return [...new Set([1, ...batches])].map((batch) => ({ batch, inputs: inputs(batch, sizes[0]!, sizes[0]!) }));
-    return sizesFor(row, graph).flatMap(({ size, before }) => {
+    return sizesFor(name, row, graph).flatMap(({ size, before }) => {
       const { width, height } = size;
       const rows = launchBatches(batches, row.maxRows?.(width, height) ?? Number.POSITIVE_INFINITY, null);
       return rows.map((batch) => ({ batch, width, height, inputs: inputs(batch, size, before) }));
@@ -178,12 +194,14 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
     .flatMap(({ name, row }) =>
       keysOf(name, { guidance: guidanceModes(needs.guidance) }).map((key): RequiredEngine => {
         const graph = graphs.get(graphName(key));
-        return { graph: graph.name, stepType: row.role === "step" ? name : null, profiles: profilesOf(row, graph) };
+        return {
+          graph: graph.name,
+          stepType: row.role === "step" ? name : null,
+          profiles: profilesOf(name, row, graph),
+        };
       }),
     )
     .filter(({ profiles }) => profiles.length > 0);
-  if (features.has("stages") && !sizes.some((size) => sizes.some((small) => isBelow(small, size))))
-    throw new OptionError("sizes", "Stages run from a smaller size to a larger one; name both in sizes.");
   return engines;
 }
 

@@ -22,13 +22,16 @@ export function formatOf(file: string): ImageFormat {
 
 /** One picture, 8-bit RGB. */
 export class Image implements Picture {
+  /** Pixels. */
   readonly width: number;
+  /** Pixels. */
   readonly height: number;
   /** Row-major RGB, 3 bytes a pixel. */
   readonly data: Uint8Array;
-  /** How it was made; written into PNG files as text. */
+  /** How it was made; written into encoded files as text. */
   readonly parameters: Readonly<Record<string, unknown>>;
 
+  /** @param data row-major RGB, 3 bytes a pixel */
   constructor(width: number, height: number, data: Uint8Array, parameters: Record<string, unknown> = {}) {
     this.width = width;
     this.height = height;
@@ -48,6 +51,7 @@ export class Image implements Picture {
       : described.webp({ quality: 95 }).toBuffer();
   }
 
+  /** As `encode("png")`. */
   toPNG(): Promise<Buffer> {
     return this.encode("png");
   }

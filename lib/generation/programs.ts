@@ -10,8 +10,8 @@
 import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
 import { graphName, keysOf, networks } from "../networks/index.js";
-import { Pair, ProgramBuilder } from "../program/builder.js";
-import type { Constant, LaunchLabel, Program } from "../program/program.js";
+import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
+import type { Constant, LaunchLabel, Program, Sharing } from "../program/program.js";
 import type { Schedule, StepLaunch, StepType } from "../schedule/index.js";
 
 /** [B, C, h, w] */
@@ -42,7 +42,7 @@ export interface SamplingKind {
   readonly imageChannels: number;
   /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
   readonly textSize?: string | undefined;
-  /** After each block, the picture that the run is heading for: by a linear map to colours, or decoded. */
+  /** After each block, the picture as it would end from there: by a linear map to colours, or decoded. */
   readonly preview?: "fast" | "decoded" | undefined;
 }
 
@@ -101,7 +101,7 @@ export function encoderProgram(
     inputs: { image: image === "slot" ? builder.slot("image", shape) : builder.value("image", image) },
     outputs: { latents },
     mustBeFinite: [latents],
-    sharing: { size: sizeText(pixels), maxRows: networks.vae_encoder!.maxRows!(pixels[1], pixels[0]) },
+    sharing: { size: sizeText(pixels), ...sharingOf("vae_encoder", pixels) },
     label: { kind: "edit", name: "encoder of a picture" },
   });
   return builder.build([latents]);
@@ -109,6 +109,12 @@ export function encoderProgram(
 
 function stageName(index: number): string {
   return `stage${index + 1}`;
+}
+
+/** How launches of a network may be shared, by its row, for pictures of a size in pixels. */
+function sharingOf(network: string, [height, width]: readonly [number, number]): Partial<Sharing> {
+  const { maxRows, deferrable } = networks[network]!;
+  return { ...(maxRows && { maxRows: maxRows(width, height) }), ...(deferrable && { deferrable }) };
 }
 
 /** A size as tables of costs name it. */
@@ -154,11 +160,11 @@ class TemplateWriter {
     const noise = builder.slot(`${name}.noise`, stage.latentShape);
     if (stage.hasInit) builder.slot(`${name}.init`, [1, ...area]);
     if (stage.hasMask) builder.slot(`${name}.mask`, [1, 1, area[1], area[2]]);
-    const x = new Pair(builder, `${name}.x`, stage.latentShape, noise);
+    const x = new DoubleBuffer(builder, `${name}.x`, stage.latentShape, noise);
     // Zeros stand in for the velocity where none exists yet; its coefficients are 0.
     const velocityShape = [this.#kind.contextShape[0], ...area];
     const none = builder.value(`${name}.zeros`, zeros(velocityShape));
-    const velocity = new Pair(builder, `${name}.velocity`, velocityShape, none);
+    const velocity = new DoubleBuffer(builder, `${name}.velocity`, velocityShape, none);
 
     // 1. Where the stage starts: the upscaled picture of the stage before, init latents with noise, or noise.
     if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
@@ -190,8 +196,7 @@ class TemplateWriter {
       mustBeFinite: [image],
       ...(isPreview && { reported: [image] }),
       sharing: {
-        size: this.#size(stage),
-        maxRows: networks.vae_decoder!.maxRows!(width, height),
+        ...{ size: this.#size(stage), ...sharingOf("vae_decoder", [height, width]) },
         ...(isPreview && { deferrable: true }),
       },
       label: { ...label, last: true },
@@ -199,7 +204,7 @@ class TemplateWriter {
     return image;
   }
 
-  #step(index: number, name: string, step: StepLaunch, x: Pair, velocity: Pair): void {
+  #step(index: number, name: string, step: StepLaunch, x: DoubleBuffer, velocity: DoubleBuffer): void {
     const { builder } = this;
     const { stages, guidanceScale, textSize } = this.#kind;
     const stage = stages[index]!;
@@ -221,7 +226,8 @@ class TemplateWriter {
       mustBeFinite: [nextX],
       sharing: {
         size: `${this.#size(stage)}${textSize ?? ""}`,
-        deferrable: step.type === "refine" || index < stages.length - 1,
+        ...sharingOf(step.type, this.#pixels(stage)),
+        ...(index < stages.length - 1 && { deferrable: true }),
       },
       label: {
         kind: "step",
@@ -238,7 +244,7 @@ class TemplateWriter {
       graph: this.#graph("scale_noise"),
       inputs: { latents: `${name}.init`, noise, sigma: this.builder.perRow(sigma, this.#rows) },
       outputs: { x },
-      sharing: { size: this.#size(stage) },
+      sharing: { size: this.#size(stage), ...sharingOf("scale_noise", this.#pixels(stage)) },
       label: { kind: "edit", name: `init latents with noise of sigma ${sigma.toFixed(4)}` },
     });
     return x;
@@ -246,7 +252,6 @@ class TemplateWriter {
 
   #upscale(index: number, latents: string, noise: string, x: string, sigma: number): string {
     const [before, stage] = [this.#kind.stages[index - 1]!, this.#kind.stages[index]!];
-    const [height, width] = this.#pixels(stage);
     this.builder.launch({
       graph: this.#graph("upscale"),
       inputs: { latents, noise, sigma: this.builder.perRow(sigma, this.#rows) },
@@ -254,14 +259,21 @@ class TemplateWriter {
       mustBeFinite: [x],
       sharing: {
         size: `${this.#size(before)}-${this.#size(stage)}`,
-        ...{ maxRows: networks.upscale!.maxRows!(width, height), deferrable: true },
+        ...sharingOf("upscale", this.#pixels(stage)),
       },
       label: { kind: "upscale", name: `upscaling from stage ${index} to stage ${index + 1}` },
     });
     return x;
   }
 
-  #blend(stage: SamplingStage, name: string, noise: string, x: Pair, velocity: Pair, sigma: number): void {
+  #blend(
+    stage: SamplingStage,
+    name: string,
+    noise: string,
+    x: DoubleBuffer,
+    velocity: DoubleBuffer,
+    sigma: number,
+  ): void {
     const [nextX, nextVelocity] = [x.next(), velocity.next()];
     this.builder.launch({
       graph: this.#graph("inpaint_blend"),
@@ -270,14 +282,21 @@ class TemplateWriter {
         sigma: this.builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
-      sharing: { size: this.#size(stage) },
+      sharing: { size: this.#size(stage), ...sharingOf("inpaint_blend", this.#pixels(stage)) },
       label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
     });
     x.at = nextX;
     velocity.at = nextVelocity;
   }
 
-  #preview(index: number, name: string, stageBlock: number, x: Pair, velocity: Pair, sigma: number): void {
+  #preview(
+    index: number,
+    name: string,
+    stageBlock: number,
+    x: DoubleBuffer,
+    velocity: DoubleBuffer,
+    sigma: number,
+  ): void {
     const { builder } = this;
     const { guidanceScale, preview, stages } = this.#kind;
     const isDecoded = preview === "decoded";
@@ -294,7 +313,7 @@ class TemplateWriter {
       },
       outputs: { latents, image },
       ...(!isDecoded && { reported: [image] }),
-      sharing: { size: this.#size(stages[index]!) },
+      sharing: { size: this.#size(stages[index]!), ...sharingOf("preview", this.#pixels(stages[index]!)) },
       label: { kind: "preview", name: `preview after block ${block + 1}`, block, last: !isDecoded },
     });
     if (isDecoded)

@@ -1,6 +1,6 @@
 /**
  * Options of `generate` × a model → a settled request: everything about it that is known before any work. Every refusal
- * that needs the model is here. Pure, but for a seed that is drawn where none is given.
+ * of generate() that needs the model, and no file, is here. Pure, but for a seed that is drawn where none is given.
  */
 
 import { randomInt } from "node:crypto";
@@ -8,11 +8,11 @@ import type { Checkpoint } from "../checkpoint/index.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size } from "../model.js";
+import { networks } from "../networks/index.js";
 import { checkOptions, generateSchema, type ResolvedGenerateOptions } from "../options.js";
 import {
   type Block,
   blockTable,
-  countEvaluations,
   defaultSampler,
   formatBlocks,
   parseBlocks,
@@ -22,6 +22,7 @@ import {
   scheduleOf,
   sigmaGrids,
   skippedBlocks,
+  stepTypesOf,
   upscaleSigmas,
 } from "../schedule/index.js";
 import type { LatentShape } from "./programs.js";
@@ -196,19 +197,19 @@ function candidateOf(
 }
 
 /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
-function blocksOf(text: string, { refiner, folder }: Checkpoint): Block[] {
+function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
   const blocks = parseBlocks(text);
-  if (!refiner && usesRefiner(blocks))
+  if (!canRun(checkpoint, blocks))
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" need a velocity refiner, but ${folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
+      `The blocks "${text}" need a velocity refiner, but ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
     );
   return blocks;
 }
 
-/** Whether some block evaluates the refiner. */
-export function usesRefiner(blocks: readonly Block[]): boolean {
-  return countEvaluations(blocks).refiner > 0;
+/** Whether a checkpoint has all networks that blocks evaluate. */
+export function canRun(checkpoint: Checkpoint, blocks: readonly Block[]): boolean {
+  return stepTypesOf(blocks).every((type) => checkpoint[networks[type]!.part!] !== null);
 }
 
 /** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
@@ -223,7 +224,7 @@ function firstStage(
 ): RequestStage {
   const native = nativeSize(checkpoint);
   const size = { width: options.width ?? native.width, height: options.height ?? native.height };
-  checkSize(checkpoint, size, false);
+  checkSize(checkpoint, size, []);
   const { steps, sampler = defaultSampler, strength = defaultStrength } = options;
   const row = samplers[sampler]!;
   const text = options.blocks ?? formatBlocks(blocks ?? []);
@@ -236,14 +237,14 @@ function firstStage(
     throw new OptionError("steps", `The blocks "${text}" are ${blocks.length} steps; leave out steps (${steps}).`);
   const count = blocks?.length ?? steps ?? row.steps;
   const skipped = options.image === undefined ? 0 : skippedBlocks(count, strength);
-  // Given blocks are cut; a default schedule is made anew for what is left, so that it starts with H.
+  // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
   const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, checkpoint.refiner !== null);
   if (blocks && blockTable[run[0]!]!.needsVelocity)
     throw new OptionError(
       "strength",
       `Strength ${strength} leaves only the last blocks of "${text}", which need the velocity of a block before them. Give a larger strength.`,
     );
-  checkSize(checkpoint, size, usesRefiner(run));
+  checkSize(checkpoint, size, stepTypesOf(run));
   const sigmas = sigmaGrids[options.grid ?? row.grid]!(count, checkpoint.scheduler).slice(skipped);
   return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule: scheduleOf(run, sigmas) };
 }
@@ -266,7 +267,7 @@ function risingStages(
     const refuse = (message: string): never => {
       throw new OptionError("stages", message);
     };
-    checkSize(checkpoint, stage, false, named);
+    checkSize(checkpoint, stage, [], named);
     if (before && (stage.width < before.width || stage.height < before.height))
       refuse(
         `Expected rising sizes for stages but stage ${index + 1} is ${stage.width} × ${stage.height} after ${before.width} × ${before.height}.`,
@@ -280,7 +281,7 @@ function risingStages(
     if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
       refuse(`Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`);
     const all = stageBlocks(stage.blocks, `${named.prefix}blocks`, checkpoint);
-    checkSize(checkpoint, stage, usesRefiner(all), named);
+    checkSize(checkpoint, stage, stepTypesOf(all), named);
     if (!before) return firstStage({ ...stage, image, strength }, model, pictures, all);
     const sigmas = upscaleSigmas(all.length, checkpoint.scheduler, stage.sigma ?? defaultUpscaleSigma);
     const { width, height } = stage;

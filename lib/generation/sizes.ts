@@ -3,6 +3,8 @@
 import type { Checkpoint } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type { Size } from "../model.js";
+import { networks } from "../networks/index.js";
+import type { StepType } from "../schedule/index.js";
 import type { LatentShape } from "./programs.js";
 
 /** The size that a model was trained for, in pixels. */
@@ -24,16 +26,27 @@ interface SizeName {
 }
 
 /**
- * @param usesRefiner whether blocks of the refiner are to run on it: the refiner has a table of positions of its own
+ * The longest side, in pixels, that a part of the checkpoint has positions for; null for one that is absent, or has no
+ * positions.
+ */
+function longestSide({ vae, ...parts }: Checkpoint, part: keyof Checkpoint | null): number | null {
+  const config = part && (parts as Partial<Record<string, Partial<Checkpoint["transformer"]> | null>>)[part]?.config;
+  return config ? vae.config.factor * config.patchSize * config.posEmbedMaxSize : null;
+}
+
+/**
+ * @param types the step networks that are to run on it: the refiner has a table of positions of its own
  * @throws OptionError if the model cannot draw that size
  */
-export function checkSize(checkpoint: Checkpoint, size: Size, usesRefiner: boolean, name: SizeName = {}): void {
-  const { transformer, refiner, vae } = checkpoint;
+export function checkSize(checkpoint: Checkpoint, size: Size, types: readonly StepType[], name: SizeName = {}): void {
+  const { transformer, vae } = checkpoint;
   const multiple = vae.config.factor * transformer.config.patchSize;
-  const tables = [{ owner: "model", side: transformer.config.posEmbedMaxSize }];
-  if (refiner && usesRefiner) tables.push({ owner: "refiner", side: refiner.config.posEmbedMaxSize });
-  const { owner, side } = tables.reduce((a, b) => (b.side < a.side ? b : a));
-  const most = multiple * side;
+  const parts = ["transformer" as const, ...types.map((type) => networks[type]!.part)];
+  const limits = parts.map((part) => {
+    return { owner: part === "transformer" ? "model" : part, most: longestSide(checkpoint, part) ?? 0 };
+  });
+  const { owner, most } = limits.reduce((a, b) => (b.most < a.most ? b : a));
+  const side = most / multiple;
   for (const axis of ["width", "height"] as const) {
     const pixels = size[axis];
     const { option = axis, prefix = "" } = name;
@@ -52,19 +65,17 @@ export function checkSize(checkpoint: Checkpoint, size: Size, usesRefiner: boole
   }
 }
 
-/** Whether a checkpoint has a part whose table of positions is large enough for a size which the model can draw. */
-export function fitsPositions(checkpoint: Checkpoint, part: keyof Checkpoint | null, size: Size): boolean {
-  const config = part && (checkpoint[part] as Partial<Checkpoint["transformer"]> | null)?.config;
-  if (!config) return false;
-  const [, , height, width] = latentShapeOf(checkpoint, 1, size);
-  return Math.max(height, width) <= config.posEmbedMaxSize * config.patchSize;
+/** Whether a checkpoint has a step network, with positions for a size which the model can draw. */
+export function fitsPositions(checkpoint: Checkpoint, type: string, { width, height }: Size): boolean {
+  const most = longestSide(checkpoint, networks[type]!.part);
+  return most !== null && Math.max(width, height) <= most;
 }
 
 /** @throws OptionError for `sizes` if the model cannot draw one of them */
 export function checkSizes(checkpoint: Checkpoint, sizes: readonly Size[]): void {
   for (const size of sizes)
     try {
-      checkSize(checkpoint, size, false);
+      checkSize(checkpoint, size, []);
     } catch (error) {
       const reason = (error as Error).message;
       throw new OptionError("sizes", `The size ${size.width}x${size.height} cannot be drawn. ${reason}`);

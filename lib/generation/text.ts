@@ -1,7 +1,7 @@
 /**
  * Prompts to the condition that the transformer reads. Each prompt is encoded once and kept in a bounded cache, alone:
  * whether it was a prompt or a negative prompt, and beside which others, does not matter. Launches that are pinned to a
- * batch promise the same bits whatever came before, and so have entries of their own.
+ * batch have entries of their own: their bits must not depend on what came before.
  *
  *   context [T_clip + T_t5, joint]  CLIP-L ⊕ CLIP-G along the channels, zero-padded to `joint`, then T5 along the tokens
  *   pooled  [pooled]                CLIP-L ⊕ CLIP-G projections
@@ -9,7 +9,7 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
-import { type TextRole, textEncodersOf } from "../networks/index.js";
+import { type TextEncoder, type TextRole, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
 import { ProgramBuilder } from "../program/builder.js";
@@ -55,7 +55,7 @@ const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
   readonly #graphs: GraphLibrary;
-  readonly #encoders: ReturnType<typeof textEncodersOf>;
+  readonly #encoders: readonly TextEncoder[];
   readonly #cache = new LruCache<EncodedPrompt>(
     cacheBytes,
     ({ context, pooled }) => context.byteLength + pooled.byteLength,
@@ -161,8 +161,9 @@ export class PromptEncoder {
     const builder = new ProgramBuilder();
     const warnings: string[] = [];
     const results: string[] = [];
-    for (const { name: graph, text, tokenizer } of this.#encoders) {
-      const tokens = text.joins === "tokens" ? sequenceLength : tokenizer.maxLength;
+    for (const encoder of this.#encoders) {
+      const { name: graph, text, tokenizer } = encoder;
+      const tokens = tokensOf(encoder, sequenceLength);
       const { ids, truncated, dropped } = tokenizer.encode(prompt, tokens);
       if (truncated)
         warnings.push(

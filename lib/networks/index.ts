@@ -58,7 +58,9 @@ export interface Network {
   readonly features?: Readonly<Partial<Record<Feature, { readonly side?: number }>>>;
   /** Whether it must not be computed in float16, which it was not trained in. */
   readonly overflowsInFloat16?: boolean;
-  /** Rows of one launch at most, for pictures of a size in pixels; absent for any number. */
+  /** Whether launches may be held back for others to share them: alone they do not fill a device. */
+  readonly deferrable?: boolean;
+  /** Rows of one launch at most, for pictures of a size in pixels; absent for any number. Not for text encoders. */
   readonly maxRows?: (width: number, height: number) => number;
   readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => OnnxGraph;
 }
@@ -104,7 +106,7 @@ export const networks: Record<string, Network> = {
     emit: (name, { textEncoder3 }, options) => emitT5(name, textEncoder3!, options),
   },
   predict: step("transformer", "predict"),
-  refine: step("refiner", "refine"),
+  refine: { ...step("refiner", "refine"), deferrable: true },
   vae_decoder: {
     ...{ part: "vae", role: "image", variants: [], maxRows: autoencoderRows },
     emit: (name, { vae }, options) => emitVaeDecoder(name, vae, options),
@@ -117,6 +119,7 @@ export const networks: Record<string, Network> = {
   },
   upscale: {
     ...{ part: "vae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
+    deferrable: true,
     emit: (name, { vae }, options) => emitUpscale(name, vae, options),
   },
   scale_noise: {
@@ -182,14 +185,24 @@ export function networksOf(checkpoint: Checkpoint): { readonly name: string; rea
     .map(([name, row]) => ({ name, row }));
 }
 
-/** The text encoders of a checkpoint, with their tokenizers. */
-export function textEncodersOf(
-  checkpoint: Checkpoint,
-): { readonly name: string; readonly text: TextRole; readonly tokenizer: Tokenizer }[] {
+/** A text encoder that a checkpoint has, with its tokenizer. */
+export interface TextEncoder {
+  readonly name: string;
+  readonly text: TextRole;
+  readonly tokenizer: Tokenizer;
+}
+
+/** The text encoders of a checkpoint. */
+export function textEncodersOf(checkpoint: Checkpoint): TextEncoder[] {
   return networksOf(checkpoint).flatMap(({ name, row: { text } }) => {
     const tokenizer = text && checkpoint[text.tokenizer];
     return text && tokenizer ? [{ name, text, tokenizer }] : [];
   });
+}
+
+/** Tokens of a text encoder's launches, where `sequenceLength` are asked for. */
+export function tokensOf({ text, tokenizer }: TextEncoder, sequenceLength: number): number {
+  return text.joins === "tokens" ? sequenceLength : tokenizer.maxLength;
 }
 
 /** The parts of a checkpoint that have weights, each once. */

@@ -47,7 +47,7 @@ export class ProgramBuilder {
 }
 
 /** Two registers that take turns, since nothing is written in place; `at` is the one that holds the present value. */
-export class Pair {
+export class DoubleBuffer {
   constructor(
     readonly builder: ProgramBuilder,
     readonly name: string,

@@ -1,7 +1,7 @@
 /**
  * A program: a list of launches of compiled graphs over named tensors. It is all that a runtime needs to know: an
  * Euler run, a two-stage H1P5R3 run and an inpainting run are the same kind of list. Registers are written at most
- * once per launch and never in place (they are double-buffered), constants go up once for the whole program, and
+ * once per launch and never in place (they are double-buffered), constants are uploaded once for the whole program, and
  * every schedule is known by index before the first launch, never decided by data.
  */
 

@@ -3,7 +3,7 @@
  * `flowturbo doctor`) follows from it; the rest of the package asks for capabilities and compares no names.
  */
 
-import { FlowTurboError, RuntimeUnavailableError } from "../errors.js";
+import { CheckpointError, FlowTurboError, RuntimeUnavailableError } from "../errors.js";
 import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
@@ -35,14 +35,19 @@ export function builderNames(): BuilderName[] {
 export interface RuntimeChoice {
   /** Its name in the table of runtimes. */
   readonly name: string;
-  /** With `runtime: "auto"`: those that come before it, each with the reason and a remedy. */
-  readonly passedOver: readonly { readonly name: string; readonly reason: string }[];
+  /** With `runtime: "auto"`: those that come before it, in their order. */
+  readonly passedOver: readonly {
+    /** Its name in the table of runtimes. */
+    readonly name: string;
+    /** Why it could not be used, and what to do about it. */
+    readonly reason: string;
+  }[];
 }
 
 /**
  * Opens the runtime of that name; with "auto" the first one that can be used here.
  * @param check refuses a runtime that has been opened; with "auto" the next one is tried
- * @throws what opening it, or with "auto" the last one, throws
+ * @throws what opening it, or with "auto" the last one, throws; a CheckpointError at once
  */
 export async function openRuntime(
   wanted: string,
@@ -60,7 +65,9 @@ export async function openRuntime(
       return { ...opened, choice: { name: row.name, passedOver } };
     } catch (error) {
       await opened?.runtime.dispose();
-      if (index === rows.length - 1 || !(error instanceof FlowTurboError)) throw error;
+      // No other runtime makes up for a fault of the checkpoint.
+      const isOwn = error instanceof FlowTurboError && !(error instanceof CheckpointError);
+      if (index === rows.length - 1 || !isOwn) throw error;
       passedOver.push({ name: row.name, reason: error.message });
     }
   }

@@ -23,6 +23,7 @@ export {
   type Schedule,
   type StepLaunch,
   scheduleOf,
+  stepTypesOf,
 } from "./schedule.js";
 export {
   diffusersSigmas,

@@ -61,6 +61,12 @@ export function countEvaluations(blocks: readonly Block[]): Evaluations {
   );
 }
 
+/** The networks that a block list evaluates. */
+export function stepTypesOf(blocks: readonly Block[]): StepType[] {
+  const sigmas = Array.from({ length: blocks.length + 1 }, (_, index) => -index);
+  return [...new Set(planSteps(blocks, sigmas).map(({ type }) => type))];
+}
+
 function evaluationsOf(launches: readonly StepLaunch[]): Evaluations {
   const count = (type: StepType) => launches.filter((launch) => launch.type === type).length;
   return { predictor: count("predict"), refiner: count("refine") };

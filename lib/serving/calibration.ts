@@ -114,7 +114,7 @@ export class Calibration {
   }
 
   /** Measures the launches of row programs at the batches given, puts them into the table and stores it. */
-  async profile(
+  async measure(
     programs: readonly Program[],
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,

@@ -8,10 +8,10 @@ import { Gate } from "../common/gate.js";
 import { DeviceLostError } from "../errors.js";
 import { byPriority, type Priority } from "./priority.js";
 
-/** Programs that the runtime has at a time. */
-const ahead = 2;
+/** Programs, or submissions, that the runtime has at a time. */
+export const ahead = 2;
 
-export class CapturedPrograms {
+export class CapturedQueue {
   readonly #gate = new Gate<Priority>({ capacity: ahead, compare: byPriority });
   readonly #running = new Set<{ lostByAnother: boolean }>();
 

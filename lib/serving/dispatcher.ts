@@ -1,6 +1,6 @@
 /**
  * Runs jobs on a runtime, several at a time, as the scheduler decides. One submission runs while the next one waits in the
- * runtime, so that the device never waits for JavaScript; a third would only make newcomers wait longer. The only job may
+ * runtime, so that the device never waits for JavaScript; a third would only make new jobs wait longer. The only job may
  * be one submission, which is preempted when another job starts.
  */
 
@@ -8,16 +8,13 @@ import { onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
 import type { Program } from "../program/program.js";
 import { type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
-import { CapturedPrograms } from "./captured.js";
+import { ahead, CapturedQueue } from "./captured.js";
 import type { CostTable } from "./costs.js";
 import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
 import type { Priority } from "./priority.js";
 import { type GraphShapes, type RowProgram, rowProgram } from "./rows.js";
 import { Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
-
-/** Submissions that the runtime has at a time: one that runs and one that is next. */
-const ahead = 2;
 
 export interface Job {
   /** A program for each row; see rows.ts. */
@@ -71,7 +68,7 @@ export class Dispatcher {
   readonly #options: DispatcherOptions;
   readonly #scheduler: Scheduler;
   readonly #gatherer: Gatherer;
-  readonly #captured = new CapturedPrograms();
+  readonly #captured = new CapturedQueue();
   readonly #active = new Map<number, Active>();
   readonly #submitted = new Map<number, Submitted>();
   /** Launches, as graph, size and batch, that this workspace has made: the first of each is slower. */

@@ -1,7 +1,7 @@
 /**
  * What a request costs, when it would be done beside the others, and which of its candidates is drawn.
  *
- * A time limit is a promise. It is given only if, by the costs and with all requests run by priority, the newcomer is done
+ * A time limit is a promise. It is given only if, by the costs and with all requests run by priority, the new request is done
  * in time and no request that has been promised a time becomes late through it.
  */
 
@@ -72,7 +72,7 @@ export class Predictor {
     this.#accepted = accepted;
   }
 
-  /** The candidate for a newcomer: without a time limit the first, otherwise the first that fits. */
+  /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
   choose(priority: Priority, terms: Terms, candidates: readonly CandidateWork[]): Choice | DeadlineError {
     const { deadlineMs, arrival } = terms;
     const now = performance.now();
@@ -147,21 +147,21 @@ export class Predictor {
   }
 
   /**
-   * When a newcomer would be done, in milliseconds from now, if all requests run one after another, by priority.
-   * @returns `own` for the newcomer, `all` for when every request is done, and whether none becomes late through it
+   * When a new request would be done, in milliseconds from now, if all requests run one after another, by priority.
+   * @returns `own` for the new request, `all` for when every request is done, and whether none becomes late through it
    */
   #finish(priority: Priority, own: number, now: number, others: Iterable<Accepted> = this.#accepted) {
     const queue = Array.from(others, (other) => ({ ...other, milliseconds: leftOf(other), isNew: false }));
-    const newcomer = { priority, promised: null, milliseconds: own, isNew: true };
+    const added = { priority, promised: null, milliseconds: own, isNew: true };
     let at = 0;
     let done = 0;
     let isHarmless = true;
-    for (const { priority, promised, milliseconds, isNew } of [...queue, newcomer].sort((a, b) =>
+    for (const { priority, promised, milliseconds, isNew } of [...queue, added].sort((a, b) =>
       comparePriorities(a.priority, b.priority, now),
     )) {
       at += milliseconds;
       if (isNew) done = at;
-      // It would end after its due moment, and in time without the newcomer. One that is late in any case does not count.
+      // It would end after its due moment, and in time without the new request. One that is late in any case does not count.
       else if (done > 0 && promised !== null && now + at > priority.due! && now + at - own <= promised)
         isHarmless = false;
     }

@@ -67,7 +67,7 @@ export interface SchedulerOptions {
 /**
  * A submission takes at least this long, so that the overhead of submitting stays small: about half a millisecond of a
  * core, where a step of a small picture takes eight. The only job delays no other by longer submissions. Where they can be
- * preempted, all of it is one, and a newcomer waits for one launch; otherwise a newcomer waits for at most two of them.
+ * preempted, all of it is one, and a new job waits for one launch; otherwise it waits for at most two of them.
  */
 const submissionMilliseconds = { preemptible: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
 

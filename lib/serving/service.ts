@@ -131,12 +131,12 @@ export class Service {
    * Measures the launches of row programs at the batches given, puts them into the table and stores it.
    * @throws what the runtime or the file system throws, or `signal.reason`
    */
-  profile(
+  measure(
     programs: readonly Program[],
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    return this.#calibration.profile(programs, this.#options.captured ? this.#batches : batches, options);
+    return this.#calibration.measure(programs, this.#options.captured ? this.#batches : batches, options);
   }
 
   /** Keeps the table for later, if it has changed. @throws the file system's error */

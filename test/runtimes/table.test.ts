@@ -1,6 +1,6 @@
 // A runtime is a row in the table: a test adds one, and it is found, opened and listed like the others.
 import { afterEach, describe, expect, it } from "vitest";
-import { OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
+import { CheckpointError, OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import type { BuilderRow, BuilderSettings, EngineBuilder } from "../../lib/runtimes/builder.js";
 import { builderNames, openBuilder, openRuntime, runtimeNames, runtimes } from "../../lib/runtimes/index.js";
@@ -118,6 +118,15 @@ describe("auto", () => {
     const defect = new TypeError("a defect");
     table(fake("broken", { open: () => Promise.reject(defect) }).row, fake("good").row);
     expect(await rejection(openRuntime("auto", settings, weights))).toBe(defect);
+    // The fault of a checkpoint is the same with any runtime.
+    const [first, second] = [fake("first"), fake("second")];
+    table(first.row, second.row);
+    const damaged = new CheckpointError("model.safetensors", "a weight is missing");
+    const check = () => {
+      throw damaged;
+    };
+    expect(await rejection(openRuntime("auto", settings, weights, check))).toBe(damaged);
+    expect([first.events, second.events]).toEqual([["opened", "disposed"], []]);
   });
 
   it("refuses the last one too where the check does", async () => {

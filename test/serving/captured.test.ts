@@ -2,7 +2,7 @@
 import { setImmediate } from "node:timers/promises";
 import { describe, expect, it } from "vitest";
 import { DeviceLostError } from "../../lib/errors.js";
-import { CapturedPrograms } from "../../lib/serving/captured.js";
+import { CapturedQueue } from "../../lib/serving/captured.js";
 import type { Priority } from "../../lib/serving/priority.js";
 
 let sequence = 0;
@@ -13,7 +13,7 @@ const priority = (extra: Partial<Priority> = {}): Priority => ({
 
 /** Programs that end when they are told to. */
 function open() {
-  const programs = new CapturedPrograms();
+  const programs = new CapturedQueue();
   const begun: string[] = [];
   const ends = new Map<string, { resolve(value: string): void; reject(error: unknown): void }>();
   const run = (name: string, extra: Partial<Priority> = {}, signal = new AbortController().signal) =>

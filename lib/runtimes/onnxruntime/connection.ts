@@ -8,7 +8,7 @@ import { NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js"
 import type { Program } from "../../program/program.js";
 import { Preempted } from "../runtime.js";
 import { pack } from "./packing.js";
-import { type Ending, HostProcess } from "./process.js";
+import { type HostEnd, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost } from "./protocol.js";
 
 export const installRemedy =
@@ -97,7 +97,7 @@ function errorOf(failure: Failure): Error {
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }
 
-function diedError({ exitCode, signal, stderr }: Ending): RuntimeDiedError {
+function diedError({ exitCode, signal, stderr }: HostEnd): RuntimeDiedError {
   const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
   const hint =
     signal === "SIGKILL"

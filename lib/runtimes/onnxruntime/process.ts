@@ -9,7 +9,7 @@ import { fileURLToPath } from "node:url";
 import type { FromHost, HostSettings, ToHost } from "./protocol.js";
 
 /** How a child ended. */
-export interface Ending {
+export interface HostEnd {
   readonly exitCode: number | null;
   readonly signal: string | null;
   /** Last lines that it wrote to its standard error. */
@@ -26,7 +26,7 @@ function killAll(): void {
 }
 
 export class HostProcess {
-  readonly ended: Promise<Ending>;
+  readonly ended: Promise<HostEnd>;
   readonly #child: ChildProcess;
   #stderr = "";
 
@@ -68,7 +68,7 @@ export class HostProcess {
   }
 
   /** Ends the child at once; everything that it holds goes with it. Resolves when it has ended. */
-  kill(): Promise<Ending> {
+  kill(): Promise<HostEnd> {
     this.#child.kill("SIGKILL");
     return this.ended;
   }

@@ -1,7 +1,7 @@
 /**
  * Graphs to engines: one engine a graph, with one optimisation profile for each set of input shapes, taken from the
  * cache where it holds the very same. What the same is, is the key: the library and its version, the device, the
- * graph, the weights by content, the profiles, and this package's own recipe.
+ * graph, the weights by content, the profiles, and this package's own revision.
  */
 
 import { onAbort, untilAborted } from "../../common/abort.js";
@@ -25,7 +25,7 @@ import { type EngineDevice, flavours, type TensorRtKind } from "./flavours.js";
 import { type Installation, type Library, requireTensorRt } from "./libraries.js";
 
 /** Counts up whenever the same inputs would be built into another engine by this file or by native/core. */
-const recipe = 1;
+const revision = 1;
 
 /** Share of an engine's progress that its weights' digests and its build take. */
 const total = 1000;
@@ -140,7 +140,7 @@ export class EngineCompiler implements EngineBuilder {
   #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>, device: EngineDevice = this.device): string {
     const externals = [...graph.externals.values()];
     return keyOf([
-      ["recipe", recipe],
+      ["revision", revision],
       ["runtime", this.library.kind],
       ["version", this.version],
       ["platform", `${process.platform}-${process.arch}`],
