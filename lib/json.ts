@@ -25,11 +25,12 @@ const bytes = z.codec(
 );
 const side = z.int().positive();
 /** Float32 values in little-endian order, as in .safetensors files. */
+const notShaped = "the data does not have the shape's values";
 const tensorJson = z.codec(
   z
     .strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: bytes })
-    .refine(({ shape, data }) => data.length === 4 * elementCount(shape), "the data does not have the shape's values"),
-  tensor,
+    .refine(({ shape, data }) => data.length === 4 * elementCount(shape), notShaped),
+  tensor.refine(({ shape, data }) => data.length === elementCount(shape), notShaped),
   {
     decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(data.buffer) }),
     encode: ({ dtype, shape, data }) => ({

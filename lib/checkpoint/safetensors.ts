@@ -199,7 +199,7 @@ function parseEntry(file: string, name: string, value: unknown, dataStart: numbe
   if (end > size - dataStart)
     return fail(`its data end at ${end}, outside the file, which holds ${size - dataStart} bytes of data`);
   const elements = elementCount(shape);
-  if (!Number.isSafeInteger(elements)) return fail(`its shape [${shape}] is too large`);
+  if (!Number.isSafeInteger(elements)) return fail(`its shape [${shape}] is absurd`);
   const bytes = knownBytes.get(dtype);
   if (bytes !== undefined && bytes * elements !== end - begin)
     return fail(`${dtype} [${shape}] takes ${bytes * elements} bytes, but its data_offsets span ${end - begin}`);
