@@ -43,7 +43,10 @@ export function checkSize(checkpoint: Checkpoint, size: Size, types: readonly St
   const multiple = vae.config.factor * transformer.config.patchSize;
   const parts = ["transformer" as const, ...types.map((type) => networks[type]!.part)];
   const limits = parts.map((part) => {
-    return { owner: part === "transformer" ? "model" : part, most: longestSide(checkpoint, part) ?? 0 };
+    return {
+      owner: part === "transformer" ? "model" : part,
+      most: longestSide(checkpoint, part) ?? Number.POSITIVE_INFINITY,
+    };
   });
   const { owner, most } = limits.reduce((a, b) => (b.most < a.most ? b : a));
   const side = most / multiple;
