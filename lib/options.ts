@@ -347,7 +347,6 @@ export const compileSchema = z.strictObject({
   onProgress: optional(callback<(progress: EngineProgress) => void>(), "called as compiling proceeds"),
 });
 
-export type ResolvedLoadOptions = z.output<typeof loadSchema>;
 export type ResolvedGenerateOptions = z.output<typeof generateSchema>;
 
 /** Whether steps run with guidance: which of the two, for the option `guidance` of measuring and compiling. */

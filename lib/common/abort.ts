@@ -46,6 +46,15 @@ export function onAbort(signal: AbortSignal | undefined, act: () => void): () =>
   };
 }
 
+/** A controller that also aborts when `signal` does, with its reason, until `unfollow` is called. */
+export function following(signal: AbortSignal | undefined): {
+  readonly controller: AbortController;
+  readonly unfollow: () => void;
+} {
+  const controller = new AbortController();
+  return { controller, unfollow: onAbort(signal, () => controller.abort(signal!.reason)) };
+}
+
 /** Settles as `work` does, or rejects with `signal.reason` as soon as the signal aborts. The work itself goes on. */
 export function untilAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return work;

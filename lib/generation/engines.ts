@@ -141,6 +141,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const batches = [...new Set(needs.batches)].sort((a, b) => a - b);
   const features = new Set<string>(needs.features);
   const { factor } = checkpoint.vae.config;
+  const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
   const [, contextTokens] = text.shapes(sequenceLength, false).contextShape;
 
   /** Sizes of pictures that a network is launched for, and those that it starts from where it goes from one to another. */
@@ -167,7 +168,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   };
 
   const profilesOf = (name: string, row: Network, graph: OnnxGraph): EngineProfile[] => {
-    const encoder = textEncodersOf(checkpoint).find((each) => each.name === name);
+    const encoder = encoders.get(name);
     const inputs = (rows: number, size: Size, before: Size): ProfileShapes => {
       const [, , height, width] = latentShapeOf(checkpoint, rows, before);
       const [, , nextHeight, nextWidth] = latentShapeOf(checkpoint, rows, size);
@@ -189,7 +190,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
     });
   };
 
-  const engines = networksOf(checkpoint)
+  return networksOf(checkpoint)
     .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
     .flatMap(({ name, row }) =>
       keysOf(name, { guidance: guidanceModes(needs.guidance) }).map((key): RequiredEngine => {
@@ -202,7 +203,6 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
       }),
     )
     .filter(({ profiles }) => profiles.length > 0);
-  return engines;
 }
 
 /** Whether a stage of one size may come before a stage of another. */

@@ -51,20 +51,20 @@ export function planSteps(blocks: readonly Block[], sigmas: readonly number[]): 
   });
 }
 
+/** The launches of a block list, where the noise levels do not matter. */
+function launchesOf(blocks: readonly Block[]): StepLaunch[] {
+  const sigmas = Array.from({ length: blocks.length + 1 }, (_, index) => -index);
+  return planSteps(blocks, sigmas);
+}
+
 /** Evaluations of a block list. They do not depend on the noise levels. */
 export function countEvaluations(blocks: readonly Block[]): Evaluations {
-  return evaluationsOf(
-    planSteps(
-      blocks,
-      Array.from({ length: blocks.length + 1 }, (_, index) => -index),
-    ),
-  );
+  return evaluationsOf(launchesOf(blocks));
 }
 
 /** The networks that a block list evaluates. */
 export function stepTypesOf(blocks: readonly Block[]): StepType[] {
-  const sigmas = Array.from({ length: blocks.length + 1 }, (_, index) => -index);
-  return [...new Set(planSteps(blocks, sigmas).map(({ type }) => type))];
+  return [...new Set(launchesOf(blocks).map(({ type }) => type))];
 }
 
 function evaluationsOf(launches: readonly StepLaunch[]): Evaluations {

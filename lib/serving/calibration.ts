@@ -3,7 +3,7 @@
  * requests; what is not in launches is known from finished requests.
  */
 
-import { onAbort, SharedTask } from "../common/abort.js";
+import { following, SharedTask } from "../common/abort.js";
 import type { Program } from "../program/program.js";
 import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
 import { type CostEntry, type CostTable, entryOf, hostGraph } from "./costs.js";
@@ -182,15 +182,14 @@ export class Calibration {
       tasks.add(task);
     }
     // After a failure the caller waits for none of the others.
-    const own = new AbortController();
-    const stop = onAbort(signal, () => own.abort(signal?.reason));
+    const { controller, unfollow } = following(signal);
     try {
-      await Promise.all([...tasks].map((task) => task.join(own.signal)));
+      await Promise.all([...tasks].map((task) => task.join(controller.signal)));
     } catch (error) {
-      own.abort(error);
+      controller.abort(error);
       throw error;
     } finally {
-      stop();
+      unfollow();
     }
   }
 

@@ -4,7 +4,7 @@
  * be one submission, which is preempted when another job starts.
  */
 
-import { onAbort } from "../common/abort.js";
+import { following, onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
 import type { Program } from "../program/program.js";
 import { type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
@@ -128,8 +128,7 @@ export class Dispatcher {
 
   /** Each row as a program of its own. One that fails ends the job's others. */
   async #runCaptured({ priority, signal, onLaunch }: Job, rows: readonly RowProgram[]) {
-    const controller = new AbortController();
-    const unfollow = onAbort(signal, () => controller.abort(signal!.reason));
+    const { controller, unfollow } = following(signal);
     const runs = rows.map(({ program, specs }, row) =>
       this.#captured.run(priority, controller.signal, (restarts) => {
         if (restarts > 0) this.#options.stats.launches.restarted++;

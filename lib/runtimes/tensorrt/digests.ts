@@ -8,7 +8,7 @@
 import { createHash } from "node:crypto";
 import { type FileHandle, open, readFile } from "node:fs/promises";
 import path from "node:path";
-import { onAbort, SharedTask } from "../../common/abort.js";
+import { following, SharedTask } from "../../common/abort.js";
 import { type FileVersion, writeFileAtomic } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
 
@@ -61,20 +61,19 @@ export class DigestMemory {
     }
     const { task, listeners } = reading;
     // A listener that throws ends its own call: others wait for the same file.
-    const failed = new AbortController();
+    const { controller, unfollow } = following(signal);
     const listener = (bytes: number) => {
       try {
         onBytes(bytes);
       } catch (error) {
         listeners.delete(listener);
-        failed.abort(error);
+        controller.abort(error);
       }
     };
     listeners.add(listener);
-    const stop = onAbort(signal, () => failed.abort(signal!.reason));
-    return task.join(failed.signal).finally(() => {
+    return task.join(controller.signal).finally(() => {
       listeners.delete(listener);
-      stop();
+      unfollow();
     });
   }
 
