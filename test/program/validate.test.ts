@@ -4,7 +4,7 @@ import { float32, int64 } from "../../lib/common/tensor.js";
 import { RuntimeError } from "../../lib/errors.js";
 import type { CopyRows, Program, StoredConstant } from "../../lib/program/program.js";
 import { allFinite, validateProgram } from "../../lib/program/validate.js";
-import { launch, program } from "./models.js";
+import { launch, program } from "../runtimes/models.js";
 
 const check = (work: Program) => validateProgram(work, (name) => name === "graph");
 const copy: CopyRows = { op: "copy", from: "x", fromRow: 0, to: "b", toRow: 0, rows: 2 };
