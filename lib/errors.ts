@@ -42,16 +42,19 @@ export class RuntimeError extends FlowTurboError {
   }
 }
 
-/** The process that runs the graphs ended by itself (killed, out of memory). The next call starts a fresh one. */
+/** The process that runs the graphs ended by itself (killed, out of memory), or hung and was replaced. The next call starts a fresh one. */
 export class RuntimeDiedError extends RuntimeError {
   /** Exit code of the process; null if a signal ended it. */
   readonly exitCode: number | null;
   /** Signal that ended it, such as "SIGKILL", or null. */
   readonly signal: string | null;
-  constructor(message: string, exitCode: number | null, signal: string | null) {
+  /** Whether the work of this call may be the cause: the process ended, by itself, while it worked on it. */
+  readonly duringWork: boolean;
+  constructor(message: string, exitCode: number | null, signal: string | null, duringWork = false) {
     super(message, { code: "ERR_FLOWTURBO_RUNTIME_DIED" });
     this.exitCode = exitCode;
     this.signal = signal;
+    this.duringWork = duringWork;
   }
 }
 
@@ -169,6 +172,19 @@ export class DeadlineError extends FlowTurboError {
   }
 }
 
+/** The call took longer than its option `timeoutMs`; its work was stopped. */
+export class TimeoutError extends FlowTurboError {
+  /** The limit, in milliseconds from the call. */
+  readonly timeoutMs: number;
+  constructor(timeoutMs: number) {
+    super(
+      "ERR_FLOWTURBO_TIMEOUT",
+      `The call was not done within its timeoutMs of ${timeoutMs} ms, and was stopped. Allow more time, or use deadlineMs, which chooses a schedule that fits.`,
+    );
+    this.timeoutMs = timeoutMs;
+  }
+}
+
 /** As many requests wait as may. */
 export class QueueFullError extends FlowTurboError {
   /** When one of them is expected to have left the queue, in milliseconds from now. */
@@ -218,6 +234,7 @@ const rows = {
   ERR_FLOWTURBO_DEVICE_LOST: { type: DeviceLostError, status: 503, retryable: true },
   ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false },
   ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true },
+  ERR_FLOWTURBO_TIMEOUT: { type: TimeoutError, status: 504, retryable: true },
   ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true },
   ERR_FLOWTURBO_DISPOSED: { type: DisposedError, status: 503, retryable: false },
 } as const satisfies Record<string, ErrorRow>;

@@ -1,13 +1,14 @@
 /** A loaded model: a checkpoint, the graphs emitted for it, a runtime that runs them, and a service that many callers share. */
 
 import { createHash } from "node:crypto";
+import type { EventEmitter } from "node:events";
 import os from "node:os";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 import type { z } from "zod";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
-import { SharedTask, untilAborted } from "./common/abort.js";
-import { CheckpointError, DisposedError, OptionError } from "./errors.js";
+import { following, SharedTask, untilAborted } from "./common/abort.js";
+import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { checkDeviceMemory } from "./generation/device-memory.js";
 import { readEdit } from "./generation/edit.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
@@ -35,6 +36,7 @@ import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
+import { type Health, HealthMonitor, type ModelEvents } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
 import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
@@ -63,6 +65,7 @@ export class FlowTurbo implements ImageModel {
   readonly #graphs: GraphLibrary;
   readonly #service: Service;
   readonly #store: CostStore;
+  readonly #events: HealthMonitor["events"];
   readonly #calls = new Set<Promise<unknown>>();
   #colours: SharedTask<LatentColours> | null = null;
   #disposed: Promise<void> | null = null;
@@ -97,7 +100,9 @@ export class FlowTurbo implements ImageModel {
     let graphs = emitted;
     report("runtime", 2);
     const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
-    const opened = await openRuntime(checked.runtime, checked, weights, ({ emitOptions, device }) => {
+    const monitor = new HealthMonitor();
+    const settings = { ...checked, listener: monitor };
+    const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
       graphs = emitted.emittedAs(emitOptions);
       if (device) checkDeviceMemory(graphs, device);
     });
@@ -120,7 +125,8 @@ export class FlowTurbo implements ImageModel {
           loadMilliseconds: performance.now() - start,
         },
         {
-          ...{ store, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
+          ...{ store, monitor, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
+          watchdogMs: checked.watchdogMs,
           about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
           // No engine is built only to be measured; batches that were named have one.
@@ -138,7 +144,7 @@ export class FlowTurbo implements ImageModel {
     { runtime, choice }: OpenedRuntime & { readonly choice: RuntimeChoice },
     known: readonly CostEntry[],
     model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours">,
-    serving: Omit<ServiceOptions, "graph" | "onError" | "captured">,
+    serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
   ) {
     const { checkpoint } = graphs;
     this.name = path.basename(checkpoint.folder);
@@ -149,6 +155,7 @@ export class FlowTurbo implements ImageModel {
     this.#graphs = graphs;
     this.#model = { ...model, name: this.name, checkpoint, runtime, colours: (signal) => this.#latentColours(signal) };
     this.#store = serving.store;
+    this.#events = serving.monitor.events;
     this.#service = new Service(runtime, known, {
       ...{ ...serving, captured: model.captured, graph: (name) => this.#graph(name) },
       onError: (error) => model.logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
@@ -159,23 +166,46 @@ export class FlowTurbo implements ImageModel {
    * Draws `count` pictures for each prompt, split over launches as costs least.
    * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
-   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended; DisposedError; `signal.reason`
-   *   after an abort
+   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
+   *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
    */
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const start = performance.now();
     if (this.#disposed) throw new DisposedError("This model");
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
-    return untilAborted(
-      this.#tracked(() => this.#serve(request, start)),
-      request.signal,
-    );
+    if (request.timeoutMs === undefined) return this.#answer(request, start);
+    const { timeoutMs } = request;
+    const { controller, unfollow } = following(request.signal);
+    const timer = setTimeout(() => controller.abort(new TimeoutError(timeoutMs)), timeoutMs);
+    try {
+      return await this.#answer({ ...request, signal: controller.signal }, start);
+    } finally {
+      clearTimeout(timer);
+      unfollow();
+    }
   }
 
   /** Counters and histograms of all calls. */
   stats(): Stats {
     return this.#service.stats();
+  }
+
+  /** Whether calls are answered, and what is wrong if something is: for the probes of an orchestrator. */
+  health(): Health {
+    return this.#service.health(this.#disposed !== null);
+  }
+
+  /** Listens to what befalls the runtime: see `ImageModel.on`. */
+  on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
+    (this.#events as EventEmitter).on(name, listener);
+    return this;
+  }
+
+  /** Undoes one `on` with the same name and listener. */
+  off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
+    (this.#events as EventEmitter).off(name, listener);
+    return this;
   }
 
   /** What launches cost on this machine, measured by `profile()`, in the background, or while drawing. */
@@ -214,6 +244,14 @@ export class FlowTurbo implements ImageModel {
   /** As `dispose`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
+  }
+
+  /** Draws, and rejects as soon as the request's signal aborts. */
+  #answer(request: Request, start: number): Promise<GenerateResult> {
+    return untilAborted(
+      this.#tracked(() => this.#serve(request, start)),
+      request.signal,
+    );
   }
 
   async #serve(request: Request, start: number): Promise<GenerateResult> {

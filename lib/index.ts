@@ -21,6 +21,7 @@ export {
   RuntimeDiedError,
   RuntimeError,
   RuntimeUnavailableError,
+  TimeoutError,
 } from "./errors.js";
 export { embeddedModel, FlowTurbo } from "./flowturbo.js";
 export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./generation/engines.js";
@@ -53,4 +54,6 @@ export type { Feature } from "./networks/index.js";
 export type { BuilderName, RuntimeName } from "./runtimes/index.js";
 export type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
 export type { CostEntry } from "./serving/costs.js";
+export type { Health, HealthError, ModelEvents } from "./serving/health.js";
 export type { Histogram, Stats } from "./serving/stats.js";
+export type { SlowLaunch } from "./serving/watch.js";

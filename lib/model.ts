@@ -10,6 +10,7 @@ import type { Feature } from "./networks/index.js";
 import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
 import type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
+import type { Health, ModelEvents } from "./serving/health.js";
 import type { Stats } from "./serving/stats.js";
 
 /** A text-to-image model that serves many callers at once. */
@@ -26,12 +27,21 @@ export interface ImageModel extends AsyncDisposable {
    * Draws `count` pictures for each prompt. Calls made at the same time share launches and are answered when they are done.
    * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
-   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended; DisposedError; `signal.reason`
-   *   after an abort
+   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
+   *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
    */
   generate(options: GenerateOptions): Promise<GenerateResult>;
   /** Counters and histograms of all calls since the model was loaded. */
   stats(): Stats;
+  /** Whether calls are answered, and what is wrong if something is: for the probes of an orchestrator. */
+  health(): Health;
+  /**
+   * Calls `listener` whenever the runtime is lost (`"lost"`), works again after that (`"restart"`), or a launch takes far
+   * longer than it costs (`"slow"`). An error that it throws is an uncaught exception, as from a timer.
+   */
+  on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
+  /** Undoes one `on` with the same name and listener. */
+  off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
   /** Waits for calls under way, then frees everything. Safe to call twice. */
   dispose(): Promise<void>;
 }
@@ -118,6 +128,13 @@ export interface LoadOptions {
   pinBatch?: number | undefined;
   /** Requests that may wait, 0 to 1000000; more are refused with a QueueFullError. Default: 64. */
   maxQueue?: number | undefined;
+  /**
+   * Milliseconds, 1000 to 600000, that the runtime's process may give no sign of life while it owes an answer, until it is
+   * replaced; requests that waited for it start again. Also the least time after which a launch counts as slow, which is
+   * ten times its cost; one that takes five times as long is taken for hung: the process is replaced, and its request
+   * fails with a RuntimeDiedError. A GPU cannot be replaced: there a slow launch is only reported. Default: 10000.
+   */
+  watchdogMs?: number | undefined;
   /**
    * Whether costs that are not known are measured in the background, while no request is under way. Where each batch
    * needs an engine, only if `batches` are named. Default: true.
@@ -210,9 +227,17 @@ export interface GenerateOptions {
   maxSequenceLength?: number | undefined;
   /**
    * Milliseconds from the call to the pictures, above 0 and up to 2³¹. The first schedule of the ladder that fits is taken, by measured costs; if
-   * none does the call rejects with a DeadlineError before any work. Default: no limit.
+   * none does the call rejects with a DeadlineError before any work. Once accepted, a request is drawn to its end: new ones
+   * are accepted only as far as they do not make it late, and a shorter schedule is taken if its turn comes late. If the
+   * machine is slower than it was measured, the pictures still come, late (`stats().requests.late`). Use `timeoutMs` to
+   * end a call in any case. Default: no limit.
    */
   deadlineMs?: number | undefined;
+  /**
+   * Milliseconds from the call, above 0 and below 2³¹, after which it is stopped between two steps and rejects with a
+   * TimeoutError at once, whatever it waits for. Default: no limit.
+   */
+  timeoutMs?: number | undefined;
   /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
   ladder?: readonly string[] | undefined;
   /** Order of requests, −100 to 100: higher numbers first, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */

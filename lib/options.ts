@@ -182,6 +182,11 @@ export const loadSchema = z.strictObject({
     64,
     "requests that may wait; more are refused",
   ),
+  watchdogMs: defaulted(
+    kind(z.number().min(1000).max(600_000), "a number of milliseconds from 1000 to 600000"),
+    10_000,
+    "how long the runtime's process may give no sign of life until it is replaced",
+  ),
   measureCosts: defaulted(boolean, true, "measures unknown costs in the background, while no request is under way"),
   logger: optional(
     kind(
@@ -276,6 +281,17 @@ export const generateSchema = z.strictObject({
     ),
     "milliseconds from the call to the pictures; takes the richest schedule that fits, or refuses",
     "--deadline <ms>",
+  ),
+  timeoutMs: optional(
+    kind(
+      z
+        .number()
+        .gt(0)
+        .max(2 ** 31 - 1),
+      "a positive number of milliseconds",
+    ),
+    "milliseconds from the call after which it is stopped and fails, whatever it does then",
+    "--timeout <ms>",
   ),
   ladder: optional(
     kind(z.array(text).min(1).max(64).readonly(), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),

@@ -55,6 +55,7 @@ const options = fc.record(
     noise: fc.oneof(tensor, fc.array(tensor, { minLength: 1, maxLength: 3 })),
     maxSequenceLength: fc.integer({ min: 1, max: 512 }),
     deadlineMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
+    timeoutMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
     ladder: fc.array(fc.constantFrom("H1", "H1P2"), { minLength: 1, maxLength: 4 }),
     priority: fc.integer({ min: -100, max: 100 }),
     pinBatch: fc.integer({ min: 1, max: 256 }),

@@ -7,6 +7,7 @@
 import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
 import type { Tensor } from "../common/tensor.js";
+import { RuntimeDiedError } from "../errors.js";
 import type { EmitOptions, EmittedNetwork, OnnxGraph } from "../onnx/index.js";
 import type { Launch, Program } from "../program/program.js";
 import type { BuilderRow } from "./builder.js";
@@ -72,6 +73,14 @@ export class Preempted extends Error {
 }
 
 /**
+ * Whether an error says that a runtime's process was killed through no fault of the work that failed with it: that work
+ * may simply be done again. A process that ends by itself before it works would do so again.
+ */
+export function isBlameless(error: unknown): boolean {
+  return error instanceof RuntimeDiedError && error.signal !== null && !error.duringWork;
+}
+
+/**
  * Registers that outlive programs, so that a scheduler can submit a run part by part, ahead of the device, and gather
  * rows of several runs into one launch. A submission is a program whose instructions may also read what earlier ones have
  * written or uploaded; everything stays until it is freed by name.
@@ -91,6 +100,16 @@ export interface Workspace {
   close(): void;
 }
 
+/** What befalls a runtime, told as it happens. */
+export interface RuntimeListener {
+  /** What it ran on (a process, a device) is gone, with the work that was there. */
+  lost(error: Error): void;
+  /** It runs again after a loss. */
+  restarted(): void;
+  /** It owes an answer and has given no sign of life for so many milliseconds; null when it does again. */
+  silent(milliseconds: number | null): void;
+}
+
 export interface Runtime {
   /** As in the table of runtimes. */
   readonly name: string;
@@ -101,6 +120,11 @@ export interface Runtime {
   /** Runs a program; programs given at the same time run one after another, in order. */
   run(program: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
   open(): Workspace;
+  /**
+   * Gives up what it runs on, where that can be replaced: runs under way reject as if it had ended, later ones begin anew.
+   * @param why completes a sentence about it, such as "has worked on one launch for 90 s"
+   */
+  giveUp?(why: string): void;
   /** Frees the memory that graphs take, until their next launch; after the programs given so far. */
   unload?(graphs: readonly string[]): Promise<void>;
   /** Waits for the run in flight to stop, then frees everything. Later calls reject with a DisposedError. */
@@ -115,6 +139,9 @@ export interface RuntimeSettings {
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
   readonly capture: boolean;
+  /** Milliseconds without a sign of life after which a runtime's process is replaced; default: 10 000. */
+  readonly watchdogMs?: number | undefined;
+  readonly listener?: RuntimeListener | undefined;
   readonly logger?: Logger | undefined;
 }
 

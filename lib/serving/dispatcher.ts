@@ -7,7 +7,7 @@
 import { following, onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
 import type { Program } from "../program/program.js";
-import { type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
+import { isBlameless, type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
 import { ahead, CapturedQueue } from "./captured.js";
 import type { CostTable } from "./costs.js";
 import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
@@ -15,6 +15,7 @@ import type { Priority } from "./priority.js";
 import { type GraphShapes, type RowProgram, rowProgram } from "./rows.js";
 import { Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
+import { LaunchWatch, type SlowLaunch } from "./watch.js";
 
 export interface Job {
   /** A program for each row; see rows.ts. */
@@ -37,6 +38,10 @@ export interface DispatcherOptions extends Omit<SchedulerOptions, "preemption"> 
   readonly graph: (name: string) => GraphShapes;
   readonly costs: CostTable;
   readonly stats: StatsRecorder;
+  /** A launch that takes longer than this, and than many times its cost, is slow; one that takes far longer has hung. */
+  readonly watchdogMs: number;
+  /** Told once of each launch that is slow. */
+  readonly onSlow?: ((launch: SlowLaunch) => void) | undefined;
 }
 
 /** A job under way. */
@@ -69,6 +74,7 @@ export class Dispatcher {
   readonly #scheduler: Scheduler;
   readonly #gatherer: Gatherer;
   readonly #captured = new CapturedQueue();
+  readonly #watch: LaunchWatch;
   readonly #active = new Map<number, Active>();
   readonly #submitted = new Map<number, Submitted>();
   /** Launches, as graph, size and batch, that this workspace has made: the first of each is slower. */
@@ -84,6 +90,20 @@ export class Dispatcher {
     this.#options = options;
     this.#scheduler = new Scheduler({ ...options, preemption: runtime.capabilities.preemption });
     this.#gatherer = new Gatherer(options.graph);
+    this.#watch = new LaunchWatch({
+      watchdogMs: options.watchdogMs,
+      // The first launch of a kind is slower by an unknown time: it may compile the graph.
+      costOf: ({ graph, size, batch }) =>
+        this.#warm.has(`${graph}@${size} x ${batch}`) ? options.costs.estimate(graph, size, batch) : null,
+      onSlow: (launch) => options.onSlow?.(launch),
+      onHung: ({ graph, milliseconds }) =>
+        runtime.giveUp?.(`has worked on one launch of "${graph}" for ${Math.round(milliseconds / 1000)} s`),
+    });
+  }
+
+  /** The launch that runs now; null if none does. */
+  get running(): SlowLaunch | null {
+    return this.#watch.running;
   }
 
   /** Jobs, submissions and constants that are held for jobs under way: 0 when there are none. */
@@ -171,6 +191,12 @@ export class Dispatcher {
 
   /** Assigns and submits until the runtime has enough. */
   #submit(): void {
+    if (this.#workspace?.lost) {
+      // Submissions in flight fail by themselves, and with them it is known whose they were.
+      if (this.#submitted.size > 0) return;
+      this.#forgetWorkspace();
+      this.#restart(this.#scheduler.lost(performance.now()));
+    }
     const { toPreempt } = this.#scheduler;
     if (toPreempt !== null) this.#submitted.get(toPreempt)!.preempt!.abort();
     while (this.#scheduler.inFlight < ahead) {
@@ -192,6 +218,7 @@ export class Dispatcher {
       const controller = new AbortController();
       const preempt = submission.preemptible ? new AbortController() : null;
       this.#submitted.set(submission.id, { controller, preempt, uploads });
+      this.#watch.submitted(submission.id, submission.launches);
       const run = workspace.submit(gathered.program, {
         signal: controller.signal,
         preempt: preempt?.signal,
@@ -202,7 +229,7 @@ export class Dispatcher {
         (results) => ({ results, launches: submission.launches.length }),
         (error: unknown) => (error instanceof Preempted ? error : Promise.reject(error)),
       );
-      this.#submitted.delete(submission.id);
+      this.#over(submission);
       // Its workspace has been lost and replaced meanwhile.
       if (workspace !== this.#workspace) return;
       for (const { rows } of submission.launches.slice(0, launches))
@@ -216,7 +243,7 @@ export class Dispatcher {
         active.resolve(active.results as Record<string, Tensor>[]);
       }
     } catch (error) {
-      this.#submitted.delete(submission.id);
+      this.#over(submission);
       this.#fail(submission, workspace, uploads, error);
     } finally {
       this.#submit();
@@ -227,14 +254,28 @@ export class Dispatcher {
     // Its workspace has been lost and replaced before: its jobs have been started again.
     if (workspace !== this.#workspace) return;
     const lost = workspace === null || workspace.lost;
-    const { rejected, restarted } = this.#scheduler.failed(submission.id, lost, performance.now());
-    if (lost) {
-      this.#workspace = null;
-      this.#gatherer.reset();
-      this.#warm.clear();
-    } else this.#free(this.#gatherer.forget(uploads));
+    const failure = { lost, blameless: lost && isBlameless(error) };
+    const { rejected, restarted } = this.#scheduler.failed(submission.id, failure, performance.now());
+    if (lost) this.#forgetWorkspace();
+    else this.#free(this.#gatherer.forget(uploads));
     for (const id of rejected) this.#end(id)?.reject(error);
-    for (const id of restarted) {
+    this.#restart(restarted);
+  }
+
+  #over({ id }: Submission): void {
+    this.#submitted.delete(id);
+    this.#watch.over(id);
+  }
+
+  #forgetWorkspace(): void {
+    this.#workspace = null;
+    this.#gatherer.reset();
+    this.#warm.clear();
+  }
+
+  /** Gives jobs that start again new registers. */
+  #restart(ids: readonly number[]): void {
+    for (const id of ids) {
       const active = this.#active.get(id)!;
       this.#free(this.#gatherer.release(active.lanes));
       active.attempt++;
@@ -246,6 +287,7 @@ export class Dispatcher {
 
   #report(submission: Submission, gathered: Gathered, report: LaunchReport): void {
     const { milliseconds } = report;
+    this.#watch.made(submission.id, report.index + 1);
     const { batch, rows, ...kind } = submission.launches[report.index]!;
     this.#launched(kind, rows.length, batch, milliseconds);
     const seen = new Set<number>();

@@ -10,6 +10,7 @@
  * A failure reaches only the job that caused it. A submission of one job fails that job. A submission of several does not
  * say which one is at fault: each of them starts again, from now on in submissions of its own. Submissions that were
  * assigned after the one that failed, and read what it should have written, cannot run; their jobs start again, too.
+ * Where a failure is nobody's fault (a process that was killed before it worked on the submission), no job fails by it.
  */
 
 import type { CostTable } from "./costs.js";
@@ -81,6 +82,9 @@ const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 /** Rows of a group that are split. More of them do not change the first batch, which is all that is assigned. */
 const rowsAhead = { least: 64, batches: 4 } as const;
 
+/** How often a job starts again after failures that were nobody's fault: what fails again and again ends all the same. */
+const blamelessRestarts = 3;
+
 /** No other job is slowed down for one that would be late by more than this part of its time limit. */
 const latePart = 0.25;
 
@@ -103,6 +107,8 @@ interface JobState {
   /** For each launch, milliseconds from it to the end, if the job has the device to itself; null if not known. */
   readonly left: readonly number[] | null;
   attempt: number;
+  /** How often that was after a failure of its own that was not its fault. */
+  blameless: number;
   /** Whether its submissions hold no other job. */
   isolated: boolean;
 }
@@ -136,7 +142,7 @@ export class Scheduler {
     if (this.#jobs.has(job.id)) throw new RangeError(`There is a job ${job.id} already.`);
     if (job.rows.length === 0 || job.rows.some((launches) => launches.length === 0))
       throw new RangeError("A job needs rows with launches.");
-    const state: JobState = { job, rows: [], left: this.#left(job), attempt: 0, isolated: false };
+    const state: JobState = { job, rows: [], left: this.#left(job), attempt: 0, blameless: 0, isolated: false };
     for (const [index, launches] of job.rows.entries())
       state.rows.push({ state, index, launches, next: 0, since: now, done: 0 });
     this.#jobs.set(job.id, state);
@@ -226,15 +232,21 @@ export class Scheduler {
   /**
    * A submission has failed.
    * @param lost whether all registers are gone with it: every job starts again, and no submission in flight counts
+   * @param blameless whether its launches cannot be the cause
    * @returns the jobs that caused it, which are over, and those that start again from their first launch
    */
-  failed(id: number, lost: boolean, now: number): { rejected: number[]; restarted: number[] } {
+  failed(
+    id: number,
+    { lost, blameless = false }: { readonly lost: boolean; readonly blameless?: boolean },
+    now: number,
+  ): { rejected: number[]; restarted: number[] } {
     const submission = this.#take(id);
     const involved = [...this.#jobsOf(submission)];
-    const rejected = involved.length === 1 ? [involved[0]!.job.id] : [];
+    const isExcused = blameless && involved.every((state) => state.blameless++ < blamelessRestarts);
+    const rejected = involved.length === 1 && !isExcused ? [involved[0]!.job.id] : [];
     const again = new Set(rejected.length > 0 ? [] : involved);
     for (const job of rejected) this.#jobs.delete(job);
-    for (const state of again) state.isolated = true;
+    if (!isExcused) for (const state of again) state.isolated = true;
     // Jobs with later submissions that read what this one, or another of those, should have written. They start again at
     // once, before anything else is assigned: otherwise each of them could fail later submissions, again and again.
     const missing = new Set(membersOf(submission));
@@ -248,11 +260,16 @@ export class Scheduler {
       this.#inFlight.clear();
       for (const state of this.#jobs.values()) again.add(state);
     }
-    for (const state of again) {
-      state.attempt++;
-      for (const row of state.rows) Object.assign(row, { next: 0, done: 0, since: now });
-    }
-    return { rejected, restarted: [...again].map(({ job }) => job.id) };
+    return { rejected, restarted: restart(again, now) };
+  }
+
+  /**
+   * All registers are gone while no submission is in flight.
+   * @returns the jobs that start again: those that had begun
+   */
+  lost(now: number): number[] {
+    const begun = [...this.#jobs.values()].filter(({ rows }) => rows.some(({ next }) => next > 0));
+    return restart(begun, now);
   }
 
   #take(id: number): Submission {
@@ -397,6 +414,15 @@ export class Scheduler {
     // Sharing is worth a loss, padding is not.
     return shared > rows ? cheapest() : shared;
   }
+}
+
+/** @returns their ids */
+function restart(states: Iterable<JobState>, now: number): number[] {
+  return Array.from(states, (state) => {
+    state.attempt++;
+    for (const row of state.rows) Object.assign(row, { next: 0, done: 0, since: now });
+    return state.job.id;
+  });
 }
 
 /** Milliseconds that a job still needs, now and after its next launches. */

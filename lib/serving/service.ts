@@ -5,21 +5,24 @@
 
 import { Gate } from "../common/gate.js";
 import type { Tensor } from "../common/tensor.js";
-import { DeadlineError, QueueFullError } from "../errors.js";
+import { DeadlineError, QueueFullError, RuntimeError, TimeoutError } from "../errors.js";
 import type { Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import { Calibration, type CalibrationOptions } from "./calibration.js";
 import { type CostEntry, CostTable } from "./costs.js";
 import type { Choice } from "./deadline.js";
 import { Dispatcher, type DispatcherOptions, type Job } from "./dispatcher.js";
+import { type Health, HealthMonitor } from "./health.js";
 import type { MeasureOptions } from "./measure.js";
 import { type Accepted, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
-import { type Ending, type Stats, StatsRecorder } from "./stats.js";
+import { type Ending, type Refusal, type Stats, StatsRecorder } from "./stats.js";
 
-export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats"> {
+export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats" | "onSlow"> {
   /** Requests that may wait to be admitted. */
   readonly maxQueue: number;
+  /** Hears what befalls the runtime; default: one that does not. */
+  readonly monitor?: HealthMonitor;
 }
 
 /** A request that has been admitted. */
@@ -35,6 +38,7 @@ export class Service {
   readonly #options: ServiceOptions;
   readonly #batches: readonly number[];
   readonly #stats = new StatsRecorder();
+  readonly #monitor: HealthMonitor;
   readonly #admission: Gate<Priority>;
   readonly #dispatcher: Dispatcher;
   readonly #accepted = new Set<Accepted>();
@@ -46,7 +50,8 @@ export class Service {
   constructor(runtime: Runtime, known: readonly CostEntry[], options: ServiceOptions) {
     this.#options = options;
     this.costs = new CostTable(known);
-    const { maxQueue, captured } = options;
+    const { maxQueue, captured, monitor = new HealthMonitor() } = options;
+    this.#monitor = monitor;
     const batches = [...new Set(options.batches)].sort((a, b) => a - b);
     // Captured programs have one row.
     this.#batches = captured ? [1] : batches;
@@ -54,7 +59,8 @@ export class Service {
     // that came before.
     this.#admission = new Gate({ limit: maxQueue, capacity: 2 * batches.at(-1)!, compare: byPriority });
     this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted);
-    const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats };
+    const onSlow = monitor.slow.bind(monitor);
+    const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats, onSlow };
     this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
     this.#dispatcher = new Dispatcher(runtime, shared);
   }
@@ -64,7 +70,13 @@ export class Service {
     return this.#stats.snapshot({
       queue: { waiting, limit: this.#options.maxQueue },
       running: { requests: inside.entries, pictures: inside.weight },
+      runtime: this.#monitor.counters,
     });
+  }
+
+  /** Whether calls are answered. */
+  health(isDisposed: boolean): Health {
+    return this.#monitor.report(this.#dispatcher.running, isDisposed);
   }
 
   /**
@@ -77,7 +89,10 @@ export class Service {
     const { arrival, pictures, signal, deadlineMs } = terms;
     this.#refuseIfFull(pictures);
     if (deadlineMs !== null) {
-      await this.#calibration.learn(candidates, terms);
+      await this.#calibration.learn(candidates, terms).catch((error) => {
+        this.#note(error);
+        throw error;
+      });
       signal?.throwIfAborted();
       this.#refuseIfFull(pictures);
     }
@@ -85,7 +100,7 @@ export class Service {
     const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value;
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
     const chosen = this.#predictor.choose(priority, terms, candidates);
-    if (chosen instanceof DeadlineError) this.#refuse(chosen);
+    if (chosen instanceof DeadlineError) this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
     this.#calibration.remember(candidates);
 
     const candidate = candidates[chosen.candidate]!;
@@ -99,7 +114,7 @@ export class Service {
     this.#stats.requests.accepted++;
     const entering = this.#admission.enter(priority, pictures, signal);
     const leave = await entering.catch((error) => {
-      this.#end(accepted, terms, signal?.aborted && error === signal.reason ? "aborted" : "failed");
+      this.#end(accepted, terms, this.#endingOf(error, signal));
       throw error;
     });
     const queuedMs = performance.now() - arrival;
@@ -117,7 +132,7 @@ export class Service {
           if (accepted.undisturbed) this.#calibration.observeHost(terms, total - queuedMs - accepted.launchedMs);
           return result;
         } catch (error) {
-          if (signal?.aborted && error === signal.reason) ending = "aborted";
+          ending = this.#endingOf(error, signal);
           throw error;
         } finally {
           this.#end(accepted, terms, ending);
@@ -170,12 +185,24 @@ export class Service {
         waiting,
         retryAfterMs,
       ),
+      "queueFull",
     );
   }
 
-  #refuse(error: Error): never {
-    this.#stats.requests.refused++;
+  #refuse(error: Error, why: Refusal): never {
+    this.#stats.requests.refused[why]++;
     throw error;
+  }
+
+  #endingOf(error: unknown, signal: AbortSignal | undefined): Ending {
+    if (signal?.aborted && error === signal.reason) return error instanceof TimeoutError ? "timedOut" : "aborted";
+    this.#note(error);
+    return "failed";
+  }
+
+  /** Remembers a failure that was not the caller's. */
+  #note(error: unknown): void {
+    if (error instanceof RuntimeError) this.#monitor.failed(error);
   }
 
   #end(accepted: Accepted, { arrival }: Terms, ending: Ending): void {

@@ -34,14 +34,23 @@ export interface Stats {
   readonly requests: {
     /** Those that were not refused. */
     readonly accepted: number;
-    /** Refused because the queue was full, or because no schedule fitted the time limit. */
-    readonly refused: number;
+    /** Refused before any work, by reason. */
+    readonly refused: {
+      /** As many requests waited as may. */
+      readonly queueFull: number;
+      /** No schedule fitted the time limit beside the requests of others. */
+      readonly deadline: number;
+      /** No schedule fits the time limit, whatever else is drawn. */
+      readonly impossible: number;
+    };
     /** Ended with pictures. */
     readonly completed: number;
     /** Ended by an error. */
     readonly failed: number;
     /** Ended by their signal. */
     readonly aborted: number;
+    /** Ended by their `timeoutMs`. */
+    readonly timedOut: number;
     /** Of the completed ones with a time limit: those that were late. */
     readonly late: number;
   };
@@ -55,6 +64,13 @@ export interface Stats {
     readonly padding: number;
     /** Rows that started again because a launch that they shared had failed. */
     readonly restarted: number;
+  };
+  /** What the model runs on: a process, or a device. */
+  readonly runtime: {
+    /** How often it was lost and started again. */
+    readonly restarts: number;
+    /** Launches that took far longer than they cost. */
+    readonly slowLaunches: number;
   };
   /** How many launches had 1, 2, … rows. */
   readonly rowsPerLaunch: Readonly<Record<string, number>>;
@@ -86,10 +102,17 @@ class Recorder implements Histogram {
   }
 }
 
-export type Ending = "completed" | "failed" | "aborted";
+export type Ending = "completed" | "failed" | "aborted" | "timedOut";
+
+/** Why a request was refused. */
+export type Refusal = keyof Stats["requests"]["refused"];
 
 export class StatsRecorder {
-  readonly requests = { accepted: 0, refused: 0, completed: 0, failed: 0, aborted: 0, late: 0 };
+  readonly requests = {
+    accepted: 0,
+    refused: { queueFull: 0, deadline: 0, impossible: 0 },
+    ...{ completed: 0, failed: 0, aborted: 0, timedOut: 0, late: 0 },
+  };
   readonly launches = { count: 0, rows: 0, padding: 0, restarted: 0 };
   readonly queued = new Recorder();
   readonly #rowsPerLaunch: Record<string, number> = {};
@@ -113,7 +136,7 @@ export class StatsRecorder {
   }
 
   /** A copy of everything, with what is under way. */
-  snapshot(now: Pick<Stats, "queue" | "running">): Stats {
+  snapshot(now: Pick<Stats, "queue" | "running" | "runtime">): Stats {
     const { requests, launches, queued } = this;
     // Keys that are integers come in rising order.
     const rowsPerLaunch = this.#rowsPerLaunch;

@@ -175,13 +175,22 @@ describeAddons("the executor", () => {
     });
 
     it("comes back from a lost device though another runtime, idle, was on it too", async () => {
-      const [one, idle] = [start(), start()];
+      const told: string[] = [];
+      const listenerOf = (name: string) => ({
+        lost: (error: Error) => told.push(`${name} lost by ${error.constructor.name}`),
+        restarted: () => told.push(`${name} restarted`),
+        silent: () => told.push("silent"),
+      });
+      const [one, idle] = [start({ listener: listenerOf("one") }), start({ listener: listenerOf("idle") })];
       await check(one);
       await check(idle);
       simulated.failKernel(1, 719);
       expect(await rejection(one.run(sampling.program))).toBeInstanceOf(DeviceLostError);
+      expect(told).toEqual(["one lost by DeviceLostError", "idle lost by DeviceLostError"]);
       await check(one);
+      expect(told.slice(2)).toEqual(["one restarted"]);
       await check(idle);
+      expect(told.slice(3)).toEqual(["idle restarted"]);
     });
 
     it("waits for its run when it is disposed of, and frees everything", async () => {

@@ -1,5 +1,5 @@
 // Programs through the child process: results, order, aborts, failures, and what happens when the child dies.
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
@@ -9,6 +9,8 @@ import { GraphBuilder } from "../../lib/onnx/index.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { findOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
+import { isBlameless } from "../../lib/runtimes/runtime.js";
+import { hosts } from "../support/hosts.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";
 import { launch, program, slowGraph, slowProgram } from "./models.js";
@@ -31,23 +33,6 @@ afterEach(async () => {
 });
 
 describeRuntime(open);
-
-/** Children of this process, by /proc; Linux only. */
-function hosts(): number[] {
-  return readdirSync("/proc")
-    .filter((name) => /^\d+$/.test(name))
-    .map(Number)
-    .filter((pid) => {
-      try {
-        const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-        const [state, parent] = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-        return Number(parent) === process.pid && state !== "Z" && command(pid).includes("onnxruntime-host");
-      } catch {
-        return false;
-      }
-    });
-}
-const command = (pid: number) => readFileSync(`/proc/${pid}/cmdline`, "utf8");
 
 describe("values in files", () => {
   const { store, numbers } = storedTensors();
@@ -118,7 +103,7 @@ describe("a failure", () => {
 });
 
 describe.skipIf(process.platform !== "linux")("a child that dies", () => {
-  it("rejects the calls in flight and in the queue; the next call has a fresh one", async () => {
+  it("rejects the call in flight; one in the queue and the next have a fresh one", async () => {
     const notes: string[] = [];
     const runtime = open({ logger: { warn: (message) => notes.push(message) } });
     await runtime.start();
@@ -128,12 +113,13 @@ describe.skipIf(process.platform !== "linux")("a child that dies", () => {
       kill = () => true;
     };
     const running = runtime.run(slowProgram("slow", 512, 1000), { onLaunch }).catch((reason) => reason);
-    const queued = runtime.run(program([1], [double("x", "a")], [])).catch((reason) => reason);
-    for (const error of await Promise.all([running, queued])) {
-      expect(error).toBeInstanceOf(RuntimeDiedError);
-      expect(error).toMatchObject({ code: "ERR_FLOWTURBO_RUNTIME_DIED", signal: "SIGKILL", exitCode: null });
-      expect(error.message).toContain("out of memory");
-    }
+    const queued = runtime.run(program([1], [double("x", "a")], ["a"]));
+    const error = await running;
+    expect(error).toBeInstanceOf(RuntimeDiedError);
+    const expected = { code: "ERR_FLOWTURBO_RUNTIME_DIED", signal: "SIGKILL", exitCode: null, duringWork: true };
+    expect(error).toMatchObject(expected);
+    expect(error.message).toContain("out of memory");
+    expect(values((await queued).a)).toEqual([2]);
     expect(notes).toHaveLength(1);
     expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
   });
@@ -148,6 +134,103 @@ describe.skipIf(process.platform !== "linux")("a child that dies", () => {
     process.kill(hosts()[0]!, "SIGKILL");
     await noticed;
     expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
+  });
+});
+
+describe.skipIf(process.platform !== "linux")("the moment of a kill", () => {
+  const told: string[] = [];
+  const listener = {
+    lost: () => told.push("lost"),
+    restarted: () => told.push("restarted"),
+    silent: (milliseconds: number | null) => told.push(milliseconds === null ? "heard" : "silent"),
+  };
+  const work = (runtime: OnnxRuntime) => runtime.run(program([1], [double("x", "a")], ["a"]));
+  const kill = () => {
+    for (const pid of hosts()) process.kill(pid, "SIGKILL");
+  };
+  const pause = (milliseconds: number) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+  it("does not matter to the next call: during the start, idle, noticed or not, several times in a row", async () => {
+    told.length = 0;
+    const runtime = open({ listener });
+    // During the start, before and after the child has begun to load the library.
+    for (const wait of [0, 30, 100]) {
+      const starting = runtime.start();
+      await pause(wait);
+      kill();
+      await starting;
+      expect(values((await work(runtime)).a)).toEqual([2]);
+    }
+    // Idle: the end is noticed at once, soon, or long before the call.
+    for (const wait of [0, 1, 20, 200]) {
+      kill();
+      if (wait > 0) await pause(wait);
+      expect(values((await work(runtime)).a)).toEqual([2]);
+    }
+    // Twice in a row: again while the fresh one starts for the call.
+    kill();
+    const call = work(runtime);
+    await pause(20);
+    kill();
+    expect(values((await call).a)).toEqual([2]);
+    const restarts = told.filter((what) => what === "restarted").length;
+    expect(restarts).toBeGreaterThanOrEqual(5);
+    expect(told.filter((what) => what === "lost").length).toBeGreaterThanOrEqual(restarts);
+  });
+
+  it("does not matter to a program that waits in a workspace behind nothing", async () => {
+    const runtime = open();
+    await runtime.start();
+    const workspace = runtime.open();
+    kill();
+    // Sent to a process that has ended, which is not noticed yet: nobody is at fault.
+    const error = await workspace.submit(program([1], [double("x", "a")], ["a"])).catch((reason) => reason);
+    expect(error).toBeInstanceOf(RuntimeDiedError);
+    expect(isBlameless(error)).toBe(true);
+    expect(workspace.lost).toBe(true);
+    expect(values((await runtime.open().submit(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
+  });
+
+  it("is chosen here where a child has stopped: what waits for it starts again", async () => {
+    told.length = 0;
+    const runtime = open({ listener, watchdogMs: 1000 });
+    await work(runtime);
+    const [pid] = hosts();
+    process.kill(pid!, "SIGSTOP");
+    const results = await Promise.all([work(runtime), work(runtime)]);
+    for (const { a } of results) expect(values(a)).toEqual([2]);
+    expect(hosts()).not.toContain(pid);
+    expect(told.filter((what) => what !== "silent")).toEqual(["lost", "restarted"]);
+    expect(told).toContain("silent");
+  });
+
+  it("leaves a child alone that works long, or that goes on in time", async () => {
+    told.length = 0;
+    const runtime = open({ listener, watchdogMs: 1000 });
+    await work(runtime);
+    const before = hosts();
+    // Some seconds in launches that each take long.
+    await runtime.run(slowProgram("slow", 512, 100));
+    process.kill(before[0]!, "SIGSTOP");
+    const call = work(runtime);
+    setTimeout(() => process.kill(before[0]!, "SIGCONT"), 600);
+    expect(values((await call).a)).toEqual([2]);
+    expect(hosts()).toEqual(before);
+    expect(told.filter((what) => what !== "silent" && what !== "heard")).toEqual([]);
+  });
+
+  it("that a caller gives up is an error of the program that ran", async () => {
+    const runtime = open();
+    const call = runtime.run(slowProgram("slow", 512, 1000), {
+      onLaunch: () => runtime.giveUp("has worked on one launch for 90 s"),
+    });
+    const error = await call.catch((reason) => reason);
+    expect(error).toBeInstanceOf(RuntimeDiedError);
+    expect(error).toMatchObject({ duringWork: true });
+    expect(error.message).toBe(
+      "The process that runs ONNX Runtime has worked on one launch for 90 s, and was replaced.",
+    );
+    expect(values((await work(runtime)).a)).toEqual([2]);
   });
 });
 

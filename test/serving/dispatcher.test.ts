@@ -8,6 +8,7 @@ import type { Launch, Program } from "../../lib/program/program.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { Dispatcher } from "../../lib/serving/dispatcher.js";
 import { StatsRecorder } from "../../lib/serving/stats.js";
+import type { SlowLaunch } from "../../lib/serving/watch.js";
 import { conditionOf, numbers, programOf } from "./programs.js";
 import { alone, type Fate, graphNames, SimulatedRuntime, shapesOf } from "./simulated.js";
 
@@ -34,7 +35,11 @@ function rowsOf({ seeds, guided, ...request }: Request): Program[] {
 }
 
 /** What is under way at the end. */
-const nothing = { queue: { waiting: 0, limit: 0 }, running: { requests: 0, pictures: 0 } };
+const nothing = {
+  queue: { waiting: 0, limit: 0 },
+  running: { requests: 0, pictures: 0 },
+  runtime: { restarts: 0, slowLaunches: 0 },
+};
 
 const costs = (graphs: readonly string[]) =>
   new CostTable(
@@ -50,6 +55,8 @@ function open(
     maxWaitMs?: number;
     captured?: boolean;
     preemption?: boolean;
+    watchdogMs?: number;
+    onSlow?: (launch: SlowLaunch) => void;
     /** Graphs whose costs are known. */
     known?: readonly string[];
   } = {},
@@ -65,6 +72,8 @@ function open(
     graph: shapesOf,
     costs: table,
     stats,
+    watchdogMs: extra.watchdogMs ?? 10_000,
+    onSlow: extra.onSlow,
   });
   return {
     runtime,
@@ -340,7 +349,7 @@ describe("failures", () => {
       abortAfter: fc.option(fc.nat(40), { freq: 1 }),
       level: fc.integer({ min: -1, max: 1 }),
     });
-    const fates = fc.array(fc.constantFrom<Fate>(...new Array<Fate>(60).fill("ok"), "fails", "dies"), {
+    const fates = fc.array(fc.constantFrom<Fate>(...new Array<Fate>(60).fill("ok"), "fails", "dies", "killed"), {
       maxLength: 60,
     });
     const settings = fc.record({
@@ -356,9 +365,16 @@ describe("failures", () => {
       fc.asyncProperty(
         fc.array(arbitraryJob, { minLength: 1, maxLength: 8, size: "max" }),
         fates,
+        // Turns at which everything is lost at once, whatever is under way or not.
+        fc.array(fc.nat(60), { maxLength: 2 }),
         settings,
-        async (jobs, list, { pin, ...extra }) => {
+        async (jobs, list, kills, { pin, ...extra }) => {
           const { dispatcher, runtime } = open(extra);
+          for (const turns of kills)
+            void (async () => {
+              for (let turn = 0; turn < turns; turn++) await setImmediate();
+              runtime.kill();
+            })();
           const queue = [...list];
           runtime.fate = () => queue.shift() ?? "ok";
           const work = async ({ request, delay, abortAfter, level }: (typeof jobs)[number]) => {
@@ -406,6 +422,43 @@ describe("failures", () => {
     );
     expect(preemptions).toBeGreaterThan(15);
     expect(delivered).toBeGreaterThan(200);
+  });
+});
+
+describe("a runtime that is lost", () => {
+  it("between two submissions, or while idle, fails no job", async () => {
+    // Without preemption each launch of a job of unknown cost is a submission of its own.
+    const { dispatcher, runtime, stats } = open({ preemption: false, known: [] });
+    const rows = rowsOf(request({ blocks: "H1P4", seeds: [1, 2] }));
+    const launches = rows[0]!.instructions.length;
+    for (let after = 1; after < launches; after++) {
+      let reports = 0;
+      const job = dispatcher.run({
+        rows,
+        priority: priority(),
+        onLaunch: (_row, _report, first) => {
+          if (first && ++reports === after) queueMicrotask(() => runtime.kill());
+        },
+      });
+      expectEqual(await job, rows);
+      runtime.kill();
+    }
+    expect(stats.snapshot(nothing).launches.restarted).toBeGreaterThan(0);
+    expectEqual(await dispatcher.run({ rows, priority: priority() }), rows);
+  });
+
+  it("again and again fails the job in the end, with the error of the loss", async () => {
+    const { dispatcher, runtime } = open();
+    const rows = rowsOf(request());
+    let kills = 0;
+    runtime.fate = () => {
+      kills++;
+      return "killed";
+    };
+    await expect(dispatcher.run({ rows, priority: priority() })).rejects.toThrow("The simulated process died.");
+    expect(kills).toBe(4);
+    runtime.fate = () => "ok";
+    expectEqual(await dispatcher.run({ rows, priority: priority() }), rows);
   });
 });
 

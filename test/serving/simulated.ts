@@ -166,8 +166,8 @@ export function alone(program: Program): Record<string, Tensor> {
   return interpreter.results(program);
 }
 
-/** "ok", or how a launch fails: by itself, or with everything that the runtime holds. */
-export type Fate = "ok" | "fails" | "dies";
+/** "ok", or how a launch fails: by itself, with everything that the runtime holds, or by a kill that was not its fault. */
+export type Fate = "ok" | "fails" | "dies" | "killed";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
@@ -185,6 +185,7 @@ export class SimulatedRuntime implements Runtime {
   /** Submissions that were preempted. */
   preemptions = 0;
   #turn: Promise<unknown> = Promise.resolve();
+  readonly #lose = new Set<() => void>();
 
   constructor({ preemption = true }: { preemption?: boolean | undefined } = {}) {
     this.capabilities = { preemption, capture: true, anyShape: true };
@@ -216,9 +217,12 @@ export class SimulatedRuntime implements Runtime {
     const lose = () => {
       lost = true;
       this.workspaces.delete(interpreter);
+      this.#lose.delete(lose);
     };
     this.workspaces.add(interpreter);
-    const died = () => new RuntimeDiedError("The simulated process died.", null, "SIGKILL");
+    this.#lose.add(lose);
+    const died = (duringWork = false) =>
+      new RuntimeDiedError("The simulated process died.", null, "SIGKILL", duringWork);
     const work = async (program: Program, { signal, preempt, onLaunch }: SubmissionOptions) => {
       if (lost) throw died();
       signal?.throwIfAborted();
@@ -234,9 +238,9 @@ export class SimulatedRuntime implements Runtime {
           throw new Preempted(index, interpreter.results({ ...program, results: written }));
         }
         const fate = instruction.op === "launch" ? this.fate(instruction) : "ok";
-        if (fate === "dies") {
+        if (fate === "dies" || fate === "killed") {
           lose();
-          throw died();
+          throw died(fate === "dies");
         }
         if (fate === "fails") throw new RuntimeError(`The launch of "${(instruction as Launch).graph}" failed.`);
         const launch = interpreter.run(program, at);
@@ -252,6 +256,7 @@ export class SimulatedRuntime implements Runtime {
         return lost;
       },
       submit: async (program, options = {}) => {
+        if (lost) throw new RuntimeError("This workspace is gone.");
         for (const [name, operand] of validateProgram(program, (name) => this.has(name), kept)) kept.set(name, operand);
         this.mostSubmissions = Math.max(this.mostSubmissions, ++this.submissions);
         const done = this.#turn.then(() => work(program, options));
@@ -270,6 +275,11 @@ export class SimulatedRuntime implements Runtime {
       },
       close: lose,
     };
+  }
+
+  /** Everything that it holds is gone, as when its process is killed between two submissions. */
+  kill(): void {
+    for (const lose of [...this.#lose]) lose();
   }
 
   async dispose(): Promise<void> {

@@ -1,6 +1,7 @@
 /**
  * The messages between the runtime and one child process: what the child has received, which runs are under way in it,
- * and the error of each run where the child fails or ends.
+ * and the error of each run where the child fails or ends. A child that owes an answer is watched: one that gives no sign
+ * of life for too long (stopped, or swapped out for good) is ended, so that no call waits for ever.
  */
 
 import type { Tensor } from "../../common/tensor.js";
@@ -9,10 +10,33 @@ import type { Program } from "../../program/program.js";
 import { Preempted } from "../runtime.js";
 import { pack } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
-import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost } from "./protocol.js";
+import type { Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
 
 export const installRemedy =
   "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
+
+/** How a child that owes an answer is watched. */
+export interface WatchSettings {
+  /** Milliseconds without a sign of life after which it is ended; while it starts, three times as long, and at least 30 s. */
+  readonly silentMs: number;
+  /** Told while it gives no sign of life, with the milliseconds since the last; null when it does again. */
+  onSilence?(milliseconds: number | null): void;
+}
+
+/** A child is asked for signs of life so often within the time after which it is ended. */
+const pingsWithin = 10;
+/** Answers that are missing before that is told. */
+const missingAnswers = 3;
+/** A child that starts may have to read its files from a slow disk before it answers. */
+const leastStartMs = 30_000;
+
+/** A run under way. */
+interface PendingRun {
+  /** Whether the child works on it: then it may be what ends the child. */
+  begun: boolean;
+  receive(message: FromHost): void;
+  reject(error: Error): void;
+}
 
 export class HostConnection {
   readonly process: HostProcess;
@@ -22,20 +46,31 @@ export class HostConnection {
   readonly ended: Promise<Error>;
   /** Names of the graphs that it has received. */
   readonly known = new Set<string>();
-  #runs = 0;
-  /** Of the runs under way. */
-  readonly #listeners = new Map<number, { receive(message: FromHost): void; reject(error: Error): void }>();
+  readonly #watch: WatchSettings;
+  #isOver = false;
+  #ids = 0;
+  /** In the order in which they were sent. */
+  readonly #runs = new Map<number, PendingRun>();
   /** The error of runs that begin after the child has ended. */
   #end: Error | null = null;
+  /** Why it was ended from here, and whether its work may be the cause. */
+  #givenUp: { readonly why: string; readonly duringWork: boolean } | null = null;
   /** Messages for when the child is ready. */
   #outbox: ToHost[] | null = [];
+  #timer: NodeJS.Timeout | undefined;
+  /** Moments of the last sign of life, and of the last look at it. */
+  #heard = 0;
+  #looked = 0;
+  #isSilent = false;
 
-  constructor(file: URL, settings: ConstructorParameters<typeof HostProcess>[1]) {
+  constructor(file: URL, settings: HostSettings, watch: WatchSettings) {
+    this.#watch = watch;
     let ready: { resolve(version: string): void; reject(error: Error): void };
     this.ready = new Promise((resolve, reject) => {
       ready = { resolve, reject };
     });
     this.process = new HostProcess(file, settings, (message) => {
+      this.#hear();
       if (message.type === "ready") {
         for (const waiting of this.#outbox!) this.process.send(waiting);
         this.#outbox = null;
@@ -43,18 +78,29 @@ export class HostConnection {
       } else if (message.type === "broken") {
         ready.reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
         void this.process.kill();
-      } else this.#listeners.get(message.id)?.receive(message);
+      } else this.#runs.get(message.id)?.receive(message);
     });
-    void this.process.ended.then((ending) => ready.reject(diedError(ending)));
+    void this.process.ended.then((ending) => {
+      // Before anybody is told: who tries again needs another child.
+      this.#isOver = true;
+      clearInterval(this.#timer);
+      ready.reject(this.#diedError(ending, false));
+    });
     // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
     this.ready.catch(() => {});
     this.ended = this.process.ended
-      .then((ending) => this.ready.then(() => diedError(ending)))
+      .then((ending) => this.ready.then(() => this.#diedError(ending, false)))
       .catch((error: Error) => error);
-    void this.ended.then((error) => {
+    void Promise.all([this.process.ended, this.ended]).then(([ending, error]) => {
       this.#end = error;
-      for (const { reject } of this.#listeners.values()) reject(error);
+      for (const { begun, reject } of this.#runs.values()) reject(begun ? this.#diedError(ending, true) : error);
     });
+    this.#expect();
+  }
+
+  /** Whether the child has ended. */
+  get isOver(): boolean {
+    return this.#isOver;
   }
 
   /** Sends a message, in order, now or when the child is ready. */
@@ -70,24 +116,104 @@ export class HostConnection {
     onLaunch: (report: FinishedLaunch) => void,
     workspace: number | undefined,
   ) {
-    const id = this.#runs++;
+    const id = this.#ids++;
     const outcome = new Promise<Record<string, Tensor>>((resolve, reject) => {
-      const receive = (message: FromHost) => {
-        if (message.type === "launched" || message.type === "done")
-          for (const report of message.reports) onLaunch(report);
-        if (message.type === "done") resolve(message.results);
-        if (message.type === "failed") reject(errorOf(message.failure));
+      const run: PendingRun = {
+        begun: false,
+        reject,
+        receive: (message) => {
+          run.begun = true;
+          if (message.type === "launched" || message.type === "done")
+            for (const report of message.reports) onLaunch(report);
+          if (message.type !== "done" && message.type !== "failed") return;
+          this.#runs.delete(id);
+          // The child goes on with the next one at once.
+          const [next] = this.#runs.values();
+          if (next) next.begun = true;
+          if (message.type === "done") resolve(message.results);
+          else reject(errorOf(message.failure));
+        },
       };
-      this.#listeners.set(id, { receive, reject });
+      this.#runs.set(id, run);
       if (this.#end) reject(this.#end);
-    }).finally(() => this.#listeners.delete(id));
+    });
     this.send({ type: "run", id, graphs, program: pack(program), workspace });
     for (const { name } of graphs) this.known.add(name);
+    this.#expect();
     return {
       outcome,
       abort: () => this.send({ type: "abort", id }),
       preempt: () => this.send({ type: "preempt", id }),
     };
+  }
+
+  /**
+   * Ends the child.
+   * @param why completes "The process that runs ONNX Runtime …"
+   * @param duringWork whether what it works on may be the cause
+   */
+  giveUp(why: string, duringWork: boolean): void {
+    this.#givenUp ??= { why, duringWork };
+    void this.process.kill();
+  }
+
+  /** An answer is expected from now on. */
+  #expect(): void {
+    if (this.#timer || this.#isOver) return;
+    const pause = this.#watch.silentMs / pingsWithin;
+    this.#heard = performance.now();
+    this.#looked = this.#heard;
+    this.#timer = setInterval(() => this.#look(pause), pause);
+    this.#timer.unref();
+  }
+
+  #look(pause: number): void {
+    const now = performance.now();
+    // This process was stopped or busy: what the child has said meanwhile is still to be read.
+    if (now - this.#looked > 2 * pause) this.#heard = now;
+    this.#looked = now;
+    const isStarting = this.#outbox !== null;
+    if (!isStarting && this.#runs.size === 0) {
+      this.#hear();
+      clearInterval(this.#timer);
+      this.#timer = undefined;
+      return;
+    }
+    const { silentMs, onSilence } = this.#watch;
+    const silent = now - this.#heard;
+    const seconds = Math.round(silent / 1000);
+    if (silent > (isStarting ? Math.max(leastStartMs, 3 * silentMs) : silentMs))
+      this.giveUp(`gave no sign of life for ${seconds} s, and was replaced`, false);
+    else if (!isStarting && silent > missingAnswers * pause) {
+      this.#isSilent = true;
+      onSilence?.(silent);
+    }
+    this.process.ping(() => this.#hear());
+  }
+
+  #hear(): void {
+    this.#heard = performance.now();
+    if (this.#isSilent) this.#watch.onSilence?.(null);
+    this.#isSilent = false;
+  }
+
+  #diedError({ exitCode, signal, stderr }: HostEnd, begun: boolean): RuntimeDiedError {
+    const what = "The process that runs ONNX Runtime";
+    if (this.#givenUp) {
+      const { why, duringWork } = this.#givenUp;
+      return new RuntimeDiedError(`${what} ${why}.`, exitCode, signal, begun && duringWork);
+    }
+    const how = signal
+      ? `was ended by ${signal}`
+      : exitCode === null
+        ? "could not start"
+        : `ended with code ${exitCode}`;
+    const hint =
+      signal === "SIGKILL"
+        ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
+        : "";
+    const output = stderr ? ` It wrote: ${stderr}` : "";
+    return new RuntimeDiedError(`${what} ${how}.${hint}${output}`, exitCode, signal, begun);
   }
 }
 
@@ -95,14 +221,4 @@ function errorOf(failure: Failure): Error {
   if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
   if (failure.kind === "preempted") return new Preempted(failure.launches, failure.results);
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
-}
-
-function diedError({ exitCode, signal, stderr }: HostEnd): RuntimeDiedError {
-  const how = signal ? `was ended by ${signal}` : exitCode === null ? "could not start" : `ended with code ${exitCode}`;
-  const hint =
-    signal === "SIGKILL"
-      ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
-      : "";
-  const output = stderr ? ` It wrote: ${stderr}` : "";
-  return new RuntimeDiedError(`The process that runs ONNX Runtime ${how}.${hint}${output}`, exitCode, signal);
 }

@@ -2,7 +2,8 @@
  * Entry of the child process that runs the graphs. It follows the messages of its channel, and must never outlive its
  * parent, even in the middle of a `session.run` of many seconds, when this thread receives nothing. So a second thread
  * holds the read end of a pipe (stdin) whose write end only the parent has; when that closes, however the parent ended,
- * the thread kills the process.
+ * the thread kills the process. It also answers each byte on that pipe with one on stdout: a sign of life that does not
+ * depend on how long a launch takes.
  */
 
 import { Worker } from "node:worker_threads";
@@ -49,6 +50,7 @@ if (library) {
       turn = turn.then(() => executor.unload(message.graphs));
     } else {
       const asked = new Set<"abort" | "preempt">();
+      if (pending.size === 0) send({ type: "began", id: message.id });
       pending.set(message.id, asked);
       turn = turn.then(() => run(executor, message, asked));
     }
@@ -95,8 +97,11 @@ function send(message: FromHost): void {
 function watchParent(): Promise<unknown> {
   const code = `
     const { parentPort } = require("node:worker_threads");
+    const { writeSync } = require("node:fs");
     const kill = () => process.kill(process.pid, "SIGKILL");
-    new (require("node:net").Socket)({ fd: 0 }).on("error", kill).on("close", kill).resume();
+    // An answer that cannot be written now is not needed: the parent has not read those before.
+    const answer = () => { try { writeSync(1, "."); } catch {} };
+    new (require("node:net").Socket)({ fd: 0 }).on("data", answer).on("error", kill).on("close", kill);
     parentPort.postMessage("watching");`;
   const thread = new Worker(code, { eval: true });
   return new Promise((resolve) => thread.once("message", resolve));

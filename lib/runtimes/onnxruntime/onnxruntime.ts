@@ -11,7 +11,16 @@ import type { Tensor } from "../../common/tensor.js";
 import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { validateProgram } from "../../program/validate.js";
-import type { Capabilities, CompilableGraph, RunOptions, Runtime, SubmissionOptions, Workspace } from "../runtime.js";
+import {
+  type Capabilities,
+  type CompilableGraph,
+  isBlameless,
+  type RunOptions,
+  type Runtime,
+  type RuntimeListener,
+  type SubmissionOptions,
+  type Workspace,
+} from "../runtime.js";
 import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
 import { HostConnection } from "./connection.js";
 import type { FinishedLaunch, SentGraph, Widening } from "./protocol.js";
@@ -23,8 +32,16 @@ export interface OnnxRuntimeOptions {
   readonly weights: Widening;
   /** The built host.ts; default: beside this bundle. */
   readonly host?: URL | undefined;
+  /** Milliseconds without a sign of life after which a child that owes an answer is replaced; default: 10 000. */
+  readonly watchdogMs?: number | undefined;
+  readonly listener?: RuntimeListener | undefined;
   readonly logger?: Logger | undefined;
 }
+
+const defaultWatchdogMs = 10_000;
+
+/** How often in a row a child may be killed before it works on a program until that program fails. */
+const killsSurvived = 3;
 
 export const capabilities: Capabilities = { preemption: true, capture: false, anyShape: true };
 
@@ -34,6 +51,8 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
   #host: HostConnection | null = null;
+  /** Whether a child has ended and no other one has become ready since. */
+  #isLost = false;
   /** Starts, runs and disposals under way, which must keep the event loop alive. */
   #busy = 0;
   /** Programs that wait or run. */
@@ -59,7 +78,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
    */
   async start(): Promise<{ readonly version: string }> {
     this.throwIfDisposed();
-    return this.#keepingAlive(async () => ({ version: await this.#launchHost().ready }));
+    return this.#keepingAlive(async () => ({ version: await this.#surviving((host) => host.ready) }));
   }
 
   add(graph: CompilableGraph): void {
@@ -87,18 +106,19 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    // A program that waits fails with the child that it was given to.
-    const host = this.#launchHost();
+    this.#launchHost();
     const before = this.#turn;
     const isFirst = this.#runs++ === 0;
     const begin = async () => {
       signal?.throwIfAborted();
       // Disposal waits for the program in flight only.
       if (!isFirst) this.throwIfDisposed();
-      await untilAborted(host.ready, signal);
-      // A submission that may be preempted can be long: an ordinary program does not wait for it.
-      for (const preempt of this.#preemptions) preempt();
-      return this.#send(host, program, options);
+      return this.#surviving(async (host) => {
+        await untilAborted(host.ready, signal);
+        // A submission that may be preempted can be long: an ordinary program does not wait for it.
+        for (const preempt of this.#preemptions) preempt();
+        return this.#send(host, program, options);
+      });
     };
     const outcome = before.then(begin).finally(() => this.#runs--);
     this.#turn = outcome.catch(() => {});
@@ -116,6 +136,10 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
       this.#submissions.add(outcome);
       return outcome.finally(() => this.#submissions.delete(outcome));
     });
+  }
+
+  giveUp(why: string): void {
+    this.#host?.giveUp(`${why}, and was replaced`, true);
   }
 
   /** After the programs given so far. */
@@ -179,19 +203,38 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     }
   }
 
+  /** Does what a child is needed for, again with a fresh one where it was killed before it worked on that. */
+  async #surviving<T>(work: (host: HostConnection) => Promise<T>): Promise<T> {
+    for (let kills = 1; ; kills++)
+      try {
+        return await work(this.#launchHost());
+      } catch (error) {
+        if (!isBlameless(error) || kills > killsSurvived || this.#disposed) throw error;
+      }
+  }
+
   #launchHost(): HostConnection {
-    if (this.#host) return this.#host;
-    const { threads, weights, logger, host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
-    const host = new HostConnection(file, { threads, weights });
+    if (this.#host && !this.#host.isOver) return this.#host;
+    const { threads, weights, logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
+    const { host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
+    const onSilence = (milliseconds: number | null) => listener?.silent(milliseconds);
+    const host = new HostConnection(file, { threads, weights }, { silentMs, onSilence });
     this.#host = host;
     host.process.keepsAlive = this.#busy > 0;
     host.ready.then(
-      (version) => logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`),
+      (version) => {
+        logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`);
+        if (this.#isLost) listener?.restarted();
+        this.#isLost = false;
+      },
       () => {},
     );
     void host.ended.then((error) => {
-      this.#host = null;
-      if (!this.#disposed) logger?.warn?.(error.message);
+      if (this.#host === host) this.#host = null;
+      if (this.#disposed) return;
+      this.#isLost = true;
+      logger?.warn?.(error.message);
+      listener?.lost(error);
     });
     return host;
   }

@@ -30,13 +30,15 @@ export class HostProcess {
   readonly #child: ChildProcess;
   #stderr = "";
 
+  #answered = () => {};
+
   constructor(host: URL, settings: HostSettings, onMessage: (message: FromHost) => void) {
     const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
       serialization: "advanced",
       // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
       execArgv: [],
-      // host.ts watches stdin: its end is the end of this process.
-      stdio: ["pipe", "ignore", "pipe", "ipc"],
+      // host.ts watches stdin, whose end is the end of that process, and answers on stdout.
+      stdio: ["pipe", "pipe", "pipe", "ipc"],
     });
     this.#child = child;
     this.ended = new Promise((resolve) => {
@@ -56,6 +58,7 @@ export class HostProcess {
     if (alive.size === 0) process.on("exit", killAll);
     alive.add(child);
     child.stdin?.on("error", () => {});
+    child.stdout?.on("data", () => this.#answered());
     child.stderr?.setEncoding("utf8").on("data", (text: string) => {
       this.#stderr = (this.#stderr + text).slice(-keptStderr);
     });
@@ -67,6 +70,12 @@ export class HostProcess {
     if (this.#child.connected) this.#child.send(message, () => {});
   }
 
+  /** Asks for a sign of life. `onAnswer` is called at each, also to those that were asked for before. */
+  ping(onAnswer: () => void): void {
+    this.#answered = onAnswer;
+    if (this.#child.stdin?.writable) this.#child.stdin.write(".");
+  }
+
   /** Ends the child at once; everything that it holds goes with it. Resolves when it has ended. */
   kill(): Promise<HostEnd> {
     this.#child.kill("SIGKILL");
@@ -76,10 +85,10 @@ export class HostProcess {
   /** Whether this child keeps the parent's event loop alive. */
   set keepsAlive(value: boolean) {
     const method = value ? "ref" : "unref";
-    const { channel, stdin, stderr } = this.#child;
+    const { channel, stdin, stdout, stderr } = this.#child;
     this.#child[method]();
     channel?.[method]();
     // Sockets here, typed as plain streams.
-    for (const stream of [stdin, stderr] as ({ ref?(): void; unref?(): void } | null)[]) stream?.[method]?.();
+    for (const stream of [stdin, stdout, stderr] as ({ ref?(): void; unref?(): void } | null)[]) stream?.[method]?.();
   }
 }

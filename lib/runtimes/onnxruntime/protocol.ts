@@ -61,6 +61,8 @@ export type FromHost =
   | { readonly type: "ready"; readonly version: string }
   /** ONNX Runtime cannot be loaded here. */
   | { readonly type: "broken"; readonly message: string }
+  /** A run that did not have to wait for another has begun. */
+  | { readonly type: "began"; readonly id: number }
   /** Launches have finished, in order. */
   | { readonly type: "launched"; readonly id: number; readonly reports: readonly FinishedLaunch[] }
   /** With the launches that were not reported before. */

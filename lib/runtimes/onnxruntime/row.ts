@@ -11,9 +11,9 @@ export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
   capabilities,
-  async open({ threads, weights, logger }, { bytesOf16Bit }) {
+  async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
-    const runtime = new OnnxRuntime({ weights: widening, threads, logger });
+    const runtime = new OnnxRuntime({ weights: widening, threads, watchdogMs, listener, logger });
     try {
       const { version } = await runtime.start();
       const settings = { version, threads: threads ?? null, weights: widening };

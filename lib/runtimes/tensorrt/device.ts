@@ -5,6 +5,7 @@
  */
 
 import { setTimeout } from "node:timers/promises";
+import type { RuntimeListener } from "../runtime.js";
 import type { Addon, NativeError, NativeExecutor } from "./addon.js";
 import { explainDevice } from "./failures.js";
 import type { TensorRtKind } from "./flavours.js";
@@ -15,6 +16,8 @@ export interface DeviceOptions {
   /** Files, or names for the loader. */
   readonly library: string;
   readonly parser: string;
+  /** Hears of losses, and of opening the device again. */
+  readonly listener?: RuntimeListener | undefined;
 }
 
 /** Milliseconds that are waited at most, doubling from 1, between attempts to open a device that was lost. */
@@ -29,6 +32,8 @@ export class SharedDevice {
   readonly #release: () => void;
   #opening: Promise<NativeExecutor> | null = null;
   #executor: NativeExecutor | null = null;
+  /** Whether it was lost and has not been opened again. */
+  #isLost = false;
 
   /** @param release releases everything that is on the device, when it is given up */
   constructor(options: DeviceOptions, release: () => void) {
@@ -63,6 +68,8 @@ export class SharedDevice {
         (executor) => {
           this.#executor = executor;
           SharedDevice.#open.add(this);
+          if (this.#isLost) this.#options.listener?.restarted();
+          this.#isLost = false;
           return executor;
         },
         (error: NativeError) => {
@@ -76,7 +83,11 @@ export class SharedDevice {
   /** To be called with every error of an executor: if the device is lost, all give it up. */
   note(error: NativeError, executor: NativeExecutor): void {
     if (error.code !== "DEVICE_LOST" || this.#executor !== executor) return;
-    for (const device of [...SharedDevice.#open]) void device.#giveUp();
+    for (const device of [...SharedDevice.#open]) {
+      device.#isLost = true;
+      device.#options.listener?.lost(explainDevice(error, device.#options.kind));
+      void device.#giveUp();
+    }
     SharedDevice.#closings = SharedDevice.#closings.then(() => true);
   }
 

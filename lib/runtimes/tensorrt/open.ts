@@ -23,7 +23,7 @@ import { TensorRtRuntime } from "./runtime.js";
  */
 export async function openTensorRt(
   kind: TensorRtKind,
-  { tensorrtFolder: folder, cache, capture, logger }: Partial<RuntimeSettings>,
+  { tensorrtFolder: folder, cache, capture, listener, logger }: Partial<RuntimeSettings>,
   files: readonly FileVersion[],
 ) {
   const installation = await requireTensorRt(kind, "running", { folder, gpuFirst: true });
@@ -32,7 +32,7 @@ export async function openTensorRt(
     addon,
     library: { library, parser, version },
   } = installation;
-  const runtime = new TensorRtRuntime({ kind, addon, library, parser, engines, capture, logger });
+  const runtime = new TensorRtRuntime({ kind, addon, library, parser, engines, capture, listener, logger });
   try {
     const { device } = await runtime.start();
     return { runtime, device, version: versionText(version) };

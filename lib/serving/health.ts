@@ -1,0 +1,151 @@
+/**
+ * The health of a model at work, for probes of orchestrators and for people: whether calls are answered, and what is
+ * wrong though they are. It hears what befalls the runtime, and tells those who listen.
+ */
+
+import { EventEmitter } from "node:events";
+import type { RuntimeListener } from "../runtimes/runtime.js";
+import type { SlowLaunch } from "./watch.js";
+
+/** What a model tells those who listen to it, by name. */
+export interface ModelEvents {
+  /** The runtime's process or device is gone. Work that was not at fault starts again. */
+  lost: [
+    event: {
+      /** Why. */
+      readonly error: Error;
+    },
+  ];
+  /** The runtime works again after that. */
+  restart: [
+    event: {
+      /** How often it has been started again since the model was loaded. */
+      readonly restarts: number;
+      /** What it was lost by. */
+      readonly error: Error;
+    },
+  ];
+  /** A launch takes far longer than it costs. Sent once for each such launch, while it runs. */
+  slow: [launch: SlowLaunch];
+}
+
+/** The last error of a model that was not a caller's. */
+export interface HealthError {
+  /** Its code, such as "ERR_FLOWTURBO_RUNTIME_DIED"; null if it has none. */
+  readonly code: string | null;
+  /** For people. It may hold paths of this machine. */
+  readonly message: string;
+  /** When it came, as `Date.now()` gives it. */
+  readonly at: number;
+}
+
+/** Whether a model works. */
+export interface Health {
+  /** Whether a call that is made now would be worked on: the model is not disposed, and its runtime could be started when it was last tried. */
+  readonly ready: boolean;
+  /** Whether something is wrong though calls are taken; `reasons` say what. */
+  readonly degraded: boolean;
+  /** What is wrong, in sentences; empty if nothing is. */
+  readonly reasons: readonly string[];
+  /** How often the runtime's process or device was started again since the model was loaded. */
+  readonly restarts: number;
+  /** The last loss of the runtime, or the last call that failed through no fault of its caller; null if there was none. */
+  readonly lastError: HealthError | null;
+  /** The launch that runs now; null if none does. */
+  readonly oldestLaunch: SlowLaunch | null;
+}
+
+/** A restart makes a model degraded for so many milliseconds. */
+const restartShows = 60_000;
+
+export class HealthMonitor implements RuntimeListener {
+  readonly events = new EventEmitter<ModelEvents>();
+  #restarts = 0;
+  #slowLaunches = 0;
+  #restartedAt = Number.NEGATIVE_INFINITY;
+  /** What the runtime was lost by, until it runs again. */
+  #lost: Error | null = null;
+  /** Whether it could not be started since. */
+  #isDown = false;
+  #silentMs: number | null = null;
+  #slow: SlowLaunch | null = null;
+  #lastError: HealthError | null = null;
+
+  /** For the statistics. */
+  get counters(): { readonly restarts: number; readonly slowLaunches: number } {
+    return { restarts: this.#restarts, slowLaunches: this.#slowLaunches };
+  }
+
+  lost(error: Error): void {
+    // Lost again before it ran again: it cannot be started.
+    this.#isDown = this.#lost !== null;
+    this.#lost = error;
+    this.#silentMs = null;
+    this.failed(error);
+    this.#tell("lost", { error });
+  }
+
+  restarted(): void {
+    const error = this.#lost ?? new Error("The runtime was lost.");
+    this.#restarts++;
+    this.#restartedAt = performance.now();
+    this.#lost = null;
+    this.#isDown = false;
+    this.#tell("restart", { restarts: this.#restarts, error });
+  }
+
+  silent(milliseconds: number | null): void {
+    this.#silentMs = milliseconds;
+  }
+
+  slow(launch: SlowLaunch): void {
+    this.#slow = launch;
+    this.#slowLaunches++;
+    this.#tell("slow", launch);
+  }
+
+  /** A call has failed, or the runtime was lost. */
+  failed(error: unknown): void {
+    const { code, message } = error as { code?: unknown; message?: unknown };
+    this.#lastError = {
+      code: typeof code === "string" ? code : null,
+      message: typeof message === "string" ? message : String(error),
+      at: Date.now(),
+    };
+  }
+
+  /** @param running the launch that runs now */
+  report(running: SlowLaunch | null, isDisposed: boolean): Health {
+    const seconds = (milliseconds: number) => `${Math.round(milliseconds / 1000)} s`;
+    const reasons: string[] = [];
+    if (isDisposed) reasons.push("The model has been disposed.");
+    if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
+    else if (this.#lost) reasons.push(`The runtime was lost; the next call starts it again: ${this.#lost.message}`);
+    else if (performance.now() - this.#restartedAt < restartShows)
+      reasons.push(`The runtime was started again ${seconds(performance.now() - this.#restartedAt)} ago.`);
+    if (this.#silentMs !== null) reasons.push(`The runtime has not answered for ${seconds(this.#silentMs)}.`);
+    const isSlow =
+      this.#slow !== null &&
+      running !== null &&
+      running.graph === this.#slow.graph &&
+      running.milliseconds >= this.#slow.milliseconds;
+    if (isSlow)
+      reasons.push(
+        `A launch of "${running.graph}" runs for ${seconds(running.milliseconds)}; it usually takes ${Math.round(running.usualMs ?? 0)} ms.`,
+      );
+    return {
+      ready: !isDisposed && !this.#isDown,
+      degraded: reasons.length > 0,
+      reasons,
+      restarts: this.#restarts,
+      lastError: this.#lastError,
+      oldestLaunch: running,
+    };
+  }
+
+  /** An error of a listener must not end what the runtime or a request is doing: it is thrown by itself, as from a timer. */
+  #tell<Name extends keyof ModelEvents>(name: Name, event: ModelEvents[Name][0]): void {
+    if (this.events.listenerCount(name) === 0) return;
+    queueMicrotask(() => (this.events as EventEmitter).emit(name, event));
+  }
+}
