@@ -44,6 +44,8 @@ export interface LaunchReport {
 export interface RunOptions {
   /** Aborting stops the program before its next launch; the run rejects with `signal.reason`. */
   readonly signal?: AbortSignal | undefined;
+  /** Called when the runtime begins with the program, once those before have ended. */
+  readonly onBegin?: (() => void) | undefined;
   /** Called after each launch, in order. An error it throws stops the program and rejects the run. */
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
   /** Whether the process may end while this runs: for work that nobody waits for. */

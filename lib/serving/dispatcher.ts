@@ -222,6 +222,7 @@ export class Dispatcher {
       const run = workspace.submit(gathered.program, {
         signal: controller.signal,
         preempt: preempt?.signal,
+        onBegin: () => this.#watch.begun(submission.id),
         onLaunch: (report) => this.#report(submission, gathered, report),
       });
       workspace.free(gathered.temporaries);

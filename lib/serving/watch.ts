@@ -14,7 +14,7 @@ export interface SlowLaunch {
   readonly size: string;
   /** Rows, padding included. */
   readonly batch: number;
-  /** Milliseconds since the launch before it was reported, or since it could begin. */
+  /** Milliseconds since the launch before it was reported, or since the runtime began with it. */
   readonly milliseconds: number;
   /** What it usually takes, in milliseconds; null if that is not known. */
   readonly usualMs: number | null;
@@ -40,6 +40,8 @@ const looksWithin = 5;
 
 interface Watched {
   readonly launches: readonly AssignedLaunch[];
+  /** Whether the runtime has begun with it: before, it may do other work than submissions. */
+  begun: boolean;
   /** Launches that have been reported. */
   made: number;
   told: "nothing" | "slow" | "hung";
@@ -60,7 +62,7 @@ export class LaunchWatch {
   /** The launch that runs now, as far as it has been reported; null if none does. */
   get running(): SlowLaunch | null {
     const [first] = this.#submissions.values();
-    const launch = first?.launches[first.made];
+    const launch = first?.begun && first.launches[first.made];
     if (!launch) return null;
     const { graph, size, batch } = launch;
     const usualMs = this.#options.costOf(launch);
@@ -69,17 +71,25 @@ export class LaunchWatch {
 
   /** A submission runs after those before. */
   submitted(id: number, launches: readonly AssignedLaunch[]): void {
-    if (this.#submissions.size === 0) this.#since = performance.now();
-    this.#submissions.set(id, { launches, made: 0, told: "nothing" });
+    this.#submissions.set(id, { launches, begun: false, made: 0, told: "nothing" });
     if (this.#timer) return;
     this.#timer = setInterval(() => this.#look(), this.#options.watchdogMs / looksWithin);
     this.#timer.unref();
+  }
+
+  /** The runtime begins with a submission. */
+  begun(id: number): void {
+    const watched = this.#submissions.get(id);
+    if (!watched) return;
+    watched.begun = true;
+    this.#since = performance.now();
   }
 
   /** So many launches of a submission have been made. */
   made(id: number, launches: number): void {
     const watched = this.#submissions.get(id);
     if (!watched) return;
+    watched.begun = true;
     watched.made = launches;
     watched.told = "nothing";
     this.#since = performance.now();
@@ -87,8 +97,7 @@ export class LaunchWatch {
 
   /** A submission has ended; unknown ones are ignored. */
   over(id: number): void {
-    if (!this.#submissions.delete(id)) return;
-    this.#since = performance.now();
+    this.#submissions.delete(id);
     if (this.#submissions.size > 0) return;
     clearInterval(this.#timer);
     this.#timer = undefined;

@@ -1,7 +1,7 @@
 // A model whose runtime dies or hangs at any moment: the next call works, and people can see what happened.
 import { setTimeout as pause } from "node:timers/promises";
 import { FlowTurbo, RuntimeDiedError, TimeoutError } from "flowturbo";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { hosts } from "../support/hosts.js";
 
 const prompt = "a red circle above a blue square";
@@ -94,9 +94,22 @@ describe.skipIf(process.platform !== "linux")("the runtime of a model", () => {
     await pause(600);
     expect(model.health()).toMatchObject({ ready: true, degraded: true });
     expect(model.health().reasons.join()).toMatch(/has not answered/);
-    expect(model.health().oldestLaunch!.milliseconds).toBeGreaterThan(100);
+    // Nothing of the call has begun.
+    expect(model.health().oldestLaunch).toBeNull();
     await expectPicture(idle);
-    const busy = model.generate({ ...options, blocks: "H1P40", onStep: ({ step }) => void (step === 2 && signalAll("SIGSTOP")) }); // biome-ignore format: one line
+    let hasStopped = false;
+    const busy = model.generate({
+      ...options,
+      blocks: "H1P40",
+      onStep: () => {
+        if (!hasStopped) signalAll("SIGSTOP");
+        hasStopped = true;
+      },
+    });
+    await vi.waitFor(() => expect(hasStopped).toBe(true), { timeout: 20_000 });
+    await pause(500);
+    expect(model.health().oldestLaunch!.graph).toBe("predict.guidance");
+    expect(model.health().oldestLaunch!.milliseconds).toBeGreaterThan(100);
     expect((await busy).images).toHaveLength(1);
     expect(model.health().lastError!.message).toMatch(/gave no sign of life for \d+ s, and was replaced/);
     await expectPicture(model.generate(options));

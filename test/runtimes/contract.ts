@@ -88,6 +88,30 @@ export function describeRuntime(open: () => Runtime): void {
       expect(reports.every(({ milliseconds }) => milliseconds > 0)).toBe(true);
     });
 
+    it("begins once, after those before have ended, and before its first launch is reported", async () => {
+      const runtime = open();
+      const told: string[] = [];
+      const work = program([1], [double("x", "a"), double("a", "b")], ["b"]);
+      const runs = ["one", "two", "three"].map((name) =>
+        runtime
+          .run(work, {
+            onBegin: () => told.push(`${name} begins`),
+            onLaunch: ({ index }) => told.push(`${name} ${index}`),
+          })
+          .then(() => told.push(`${name} ends`)),
+      );
+      await Promise.all(runs);
+      for (const name of ["one", "two", "three"])
+        expect(told.filter((text) => text.startsWith(name))).toEqual([
+          `${name} begins`,
+          `${name} 0`,
+          `${name} 1`,
+          `${name} ends`,
+        ]);
+      expect(told.filter((text) => text.endsWith("begins"))).toEqual(["one begins", "two begins", "three begins"]);
+      expect(told.indexOf("two begins")).toBeGreaterThan(told.indexOf("one 1"));
+    });
+
     it("carries 64-bit integers there and back, in rows too", async () => {
       const runtime = open();
       runtime.add(negateGraph("negate"));

@@ -2,7 +2,7 @@
 import { getEventListeners } from "node:events";
 import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
-import { describe, expect, it, vi } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Tensor } from "../../lib/common/tensor.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
@@ -459,6 +459,57 @@ describe("a runtime that is lost", () => {
     expect(kills).toBe(4);
     runtime.fate = () => "ok";
     expectEqual(await dispatcher.run({ rows, priority: priority() }), rows);
+  });
+});
+
+describe("a launch that hangs", () => {
+  beforeEach(() => {
+    vi.useFakeTimers({ toFake: ["setInterval", "clearInterval", "performance"] });
+  });
+  afterEach(() => {
+    vi.useRealTimers();
+  });
+
+  it("is reported, then given up: its own job fails, and others start again", async () => {
+    const slow: SlowLaunch[] = [];
+    const { dispatcher, runtime, table } = open({ watchdogMs: 1000, onSlow: (launch) => slow.push(launch) });
+    const rows = rowsOf(request());
+    expect(dispatcher.running).toBeNull();
+    await dispatcher.run({ rows, priority: priority() });
+    let launches = 0;
+    runtime.fate = () => (++launches === 3 ? "hangs" : "ok");
+    const bad = dispatcher.run({ rows, priority: priority() });
+    bad.catch(() => {});
+    await vi.waitFor(() => expect(launches).toBe(3));
+    const other = dispatcher.run({ rows: rowsOf(request({ side: 8, seeds: [7] })), priority: priority() });
+    vi.advanceTimersByTime(1300);
+    const usualMs = table.estimate("predict.guidance", "8x8", 1);
+    expect(slow).toMatchObject([{ graph: "predict.guidance", size: "8x8", batch: 1, usualMs }]);
+    expect(dispatcher.running!.milliseconds).toBeGreaterThan(1000);
+    expect(runtime.givenUp).toEqual([]);
+    vi.advanceTimersByTime(5000);
+    expect(runtime.givenUp).toEqual([
+      expect.stringMatching(/^has worked on one launch of "predict.guidance" for \d+ s$/),
+    ]);
+    await expect(bad).rejects.toThrow("The simulated process died.");
+    expectEqual(await other, rowsOf(request({ side: 8, seeds: [7] })));
+    await dispatcher.idle();
+    expect(dispatcher.held).toBe(0);
+    expect(vi.getTimerCount()).toBe(0);
+  });
+
+  it("may take as long as it likes where it is the first of its kind, which compiles the graph", async () => {
+    const { dispatcher, runtime } = open({ watchdogMs: 1000 });
+    runtime.fate = () => "hangs";
+    const job = dispatcher.run({ rows: rowsOf(request()), priority: priority() });
+    job.catch(() => {});
+    await vi.waitFor(() => expect(dispatcher.running).not.toBeNull());
+    vi.advanceTimersByTime(3_600_000);
+    expect(runtime.givenUp).toEqual([]);
+    expect(dispatcher.running!.usualMs).toBeNull();
+    expect(dispatcher.running!.milliseconds).toBeGreaterThanOrEqual(3_600_000);
+    runtime.giveUp("enough");
+    await expect(job).rejects.toThrow("The simulated process died.");
   });
 });
 

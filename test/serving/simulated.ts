@@ -166,8 +166,8 @@ export function alone(program: Program): Record<string, Tensor> {
   return interpreter.results(program);
 }
 
-/** "ok", or how a launch fails: by itself, with everything that the runtime holds, or by a kill that was not its fault. */
-export type Fate = "ok" | "fails" | "dies" | "killed";
+/** "ok", or how a launch fails: by itself, with everything that the runtime holds, by a kill that was not its fault, or never, until it is given up. */
+export type Fate = "ok" | "fails" | "dies" | "killed" | "hangs";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
@@ -186,6 +186,7 @@ export class SimulatedRuntime implements Runtime {
   preemptions = 0;
   #turn: Promise<unknown> = Promise.resolve();
   readonly #lose = new Set<() => void>();
+  #hanging: (() => void)[] = [];
 
   constructor({ preemption = true }: { preemption?: boolean | undefined } = {}) {
     this.capabilities = { preemption, capture: true, anyShape: true };
@@ -223,9 +224,10 @@ export class SimulatedRuntime implements Runtime {
     this.#lose.add(lose);
     const died = (duringWork = false) =>
       new RuntimeDiedError("The simulated process died.", null, "SIGKILL", duringWork);
-    const work = async (program: Program, { signal, preempt, onLaunch }: SubmissionOptions) => {
+    const work = async (program: Program, { signal, preempt, onBegin, onLaunch }: SubmissionOptions) => {
       if (lost) throw died();
       signal?.throwIfAborted();
+      onBegin?.();
       interpreter.begin(program);
       let index = 0;
       for (const at of program.instructions.keys()) {
@@ -238,9 +240,10 @@ export class SimulatedRuntime implements Runtime {
           throw new Preempted(index, interpreter.results({ ...program, results: written }));
         }
         const fate = instruction.op === "launch" ? this.fate(instruction) : "ok";
-        if (fate === "dies" || fate === "killed") {
+        if (fate === "hangs") await new Promise<void>((resolve) => this.#hanging.push(resolve));
+        if (fate === "hangs" || fate === "killed") {
           lose();
-          throw died(fate === "dies");
+          throw died(fate !== "killed");
         }
         if (fate === "fails") throw new RuntimeError(`The launch of "${(instruction as Launch).graph}" failed.`);
         const launch = interpreter.run(program, at);
@@ -275,6 +278,13 @@ export class SimulatedRuntime implements Runtime {
       },
       close: lose,
     };
+  }
+
+  /** Why launches that hang were given up. */
+  readonly givenUp: string[] = [];
+  giveUp(why: string): void {
+    this.givenUp.push(why);
+    for (const resolve of this.#hanging.splice(0)) resolve();
   }
 
   /** Everything that it holds is gone, as when its process is killed between two submissions. */

@@ -33,7 +33,8 @@ const leastStartMs = 30_000;
 /** A run under way. */
 interface PendingRun {
   /** Whether the child works on it: then it may be what ends the child. */
-  begun: boolean;
+  readonly begun: boolean;
+  begin(): void;
   receive(message: FromHost): void;
   reject(error: Error): void;
 }
@@ -113,23 +114,31 @@ export class HostConnection {
   run(
     graphs: readonly SentGraph[],
     program: Program,
-    onLaunch: (report: FinishedLaunch) => void,
+    { onBegin, onLaunch }: { onBegin?: (() => void) | undefined; onLaunch(report: FinishedLaunch): void },
     workspace: number | undefined,
   ) {
     const id = this.#ids++;
     const outcome = new Promise<Record<string, Tensor>>((resolve, reject) => {
+      let begun = false;
       const run: PendingRun = {
-        begun: false,
+        get begun() {
+          return begun;
+        },
+        begin() {
+          if (begun) return;
+          begun = true;
+          onBegin?.();
+        },
         reject,
         receive: (message) => {
-          run.begun = true;
+          run.begin();
           if (message.type === "launched" || message.type === "done")
             for (const report of message.reports) onLaunch(report);
           if (message.type !== "done" && message.type !== "failed") return;
           this.#runs.delete(id);
           // The child goes on with the next one at once.
           const [next] = this.#runs.values();
-          if (next) next.begun = true;
+          next?.begin();
           if (message.type === "done") resolve(message.results);
           else reject(errorOf(message.failure));
         },

@@ -171,14 +171,14 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     options: SubmissionOptions,
     workspace?: number,
   ): Promise<Record<string, Tensor>> {
-    const { signal, onLaunch, preempt } = options;
+    const { signal, onBegin, onLaunch, preempt } = options;
     const cleanUp: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
       const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
       const graphs = [...names].map((name) => this.#graphs.get(name)!);
       let thrown: { error: unknown } | null = null;
-      const report = ({ index, milliseconds, values }: FinishedLaunch) => {
+      const launched = ({ index, milliseconds, values }: FinishedLaunch) => {
         if (thrown || signal?.aborted) return;
         try {
           onLaunch?.({ launch: launches[index]!, index, milliseconds, values });
@@ -187,7 +187,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
           run.abort();
         }
       };
-      const run = host.run(graphs, program, report, workspace);
+      const run = host.run(graphs, program, { onBegin, onLaunch: launched }, workspace);
       if (preempt) {
         this.#preemptions.add(run.preempt);
         cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));

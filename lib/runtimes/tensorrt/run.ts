@@ -51,7 +51,7 @@ export async function submit(
   device: SharedDevice,
   before: Promise<unknown>,
 ): Promise<Record<string, Tensor>> {
-  const { signal, onLaunch } = run.options;
+  const { signal, onBegin, onLaunch } = run.options;
   const { executor, registers, layout, submission, program, engineOf } = prepared;
   const launches = program.instructions.filter((instruction) => instruction.op === "launch");
   if (device.executor !== executor) throw lostBefore();
@@ -81,6 +81,7 @@ export async function submit(
   const follow = before.then(() => {
     const waiting = early ?? [];
     early = null;
+    onBegin?.();
     receive(waiting);
   });
   const stopFollowing = onAbort(signal, native.cancel);
