@@ -36,7 +36,7 @@ import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
-import { type Health, HealthMonitor, type ModelEvents } from "./serving/health.js";
+import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
 import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
@@ -101,6 +101,7 @@ export class FlowTurbo implements ImageModel {
     report("runtime", 2);
     const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
     const monitor = new HealthMonitor();
+    monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
     const settings = { ...checked, listener: monitor };
     const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
       graphs = emitted.emittedAs(emitOptions);

@@ -55,6 +55,15 @@ export interface Health {
   readonly oldestLaunch: SlowLaunch | null;
 }
 
+/** For people. */
+export function slowText({ graph, milliseconds, usualMs }: SlowLaunch): string {
+  return `A launch of "${graph}" runs for ${seconds(milliseconds)}; it usually takes ${Math.round(usualMs ?? 0)} ms.`;
+}
+
+function seconds(milliseconds: number): string {
+  return `${Math.round(milliseconds / 1000)} s`;
+}
+
 /** A restart makes a model degraded for so many milliseconds. */
 const restartShows = 60_000;
 
@@ -116,7 +125,6 @@ export class HealthMonitor implements RuntimeListener {
 
   /** @param running the launch that runs now */
   report(running: SlowLaunch | null, isDisposed: boolean): Health {
-    const seconds = (milliseconds: number) => `${Math.round(milliseconds / 1000)} s`;
     const reasons: string[] = [];
     if (isDisposed) reasons.push("The model has been disposed.");
     if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
@@ -129,10 +137,7 @@ export class HealthMonitor implements RuntimeListener {
       running !== null &&
       running.graph === this.#slow.graph &&
       running.milliseconds >= this.#slow.milliseconds;
-    if (isSlow)
-      reasons.push(
-        `A launch of "${running.graph}" runs for ${seconds(running.milliseconds)}; it usually takes ${Math.round(running.usualMs ?? 0)} ms.`,
-      );
+    if (isSlow) reasons.push(slowText(running));
     return {
       ready: !isDisposed && !this.#isDown,
       degraded: reasons.length > 0,
