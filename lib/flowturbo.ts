@@ -7,14 +7,16 @@ import path from "node:path";
 import { fileURLToPath } from "node:url";
 import type { z } from "zod";
 import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
-import { following, SharedTask, untilAborted } from "./common/abort.js";
+import { SharedTask } from "./common/abort.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { checkDeviceMemory } from "./generation/device-memory.js";
 import { readEdit } from "./generation/edit.js";
+import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import { canRun, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
+import { blocksOf } from "./generation/result.js";
 import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
@@ -175,15 +177,17 @@ export class FlowTurbo implements ImageModel {
     if (this.#disposed) throw new DisposedError("This model");
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
-    if (request.timeoutMs === undefined) return this.#answer(request, start);
     const { timeoutMs } = request;
-    const { controller, unfollow } = following(request.signal);
-    const timer = setTimeout(() => controller.abort(new TimeoutError(timeoutMs)), timeoutMs);
+    const events = new RequestEvents(request);
+    const timer =
+      timeoutMs === undefined ? undefined : setTimeout(() => events.abort(new TimeoutError(timeoutMs)), timeoutMs);
     try {
-      return await this.#answer({ ...request, signal: controller.signal }, start);
+      // dispose() waits for the work, and not for handlers: one of them may be waiting for dispose().
+      return await events.around(
+        this.#tracked(() => this.#serve({ ...request, signal: events.signal }, events, start)),
+      );
     } finally {
       clearTimeout(timer);
-      unfollow();
     }
   }
 
@@ -232,7 +236,7 @@ export class FlowTurbo implements ImageModel {
     return this.#tracked(() => this.#measure(sizes, checked));
   }
 
-  /** Waits for calls under way, then frees everything. Safe to call twice. */
+  /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
     this.#disposed ??= (async () => {
       await Promise.all(this.#calls);
@@ -247,15 +251,7 @@ export class FlowTurbo implements ImageModel {
     return this.dispose();
   }
 
-  /** Draws, and rejects as soon as the request's signal aborts. */
-  #answer(request: Request, start: number): Promise<GenerateResult> {
-    return untilAborted(
-      this.#tracked(() => this.#serve(request, start)),
-      request.signal,
-    );
-  }
-
-  async #serve(request: Request, start: number): Promise<GenerateResult> {
+  async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
     const { candidates, pinBatch, signal, priority, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
     const edit = request.edit && (await readEdit(request.edit, stages, this.#model.checkpoint.vae.config.factor));
@@ -268,8 +264,13 @@ export class FlowTurbo implements ImageModel {
     const { text, templates } = this.#model;
     const prompts = text.prepare([...request.prompts, ...request.negativePrompts], request.sequenceLength, pinBatch);
     const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
-    const admitted = await this.#service.admit(terms, prepared);
-    return admitted.complete(draw(this.#model, request, prepared[admitted.candidate]!, admitted, start));
+    const admitted = await this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
+      const blocks = blocksOf(prepared[candidate]!.stages);
+      events?.send("onAccept", { predictedMs, place, blocks, seeds: request.seeds });
+    });
+    const candidate = prepared[admitted.candidate]!;
+    events?.send("onStart", { queuedMs: admitted.queuedMs, blocks: blocksOf(candidate.stages) });
+    return admitted.complete(draw(this.#model, request, candidate, admitted, events, start));
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
@@ -297,7 +298,7 @@ export class FlowTurbo implements ImageModel {
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
         for (let round = 0; round < 5; round++)
-          await this.#serve(settleRequest({ ...request, count }, this.#model), performance.now());
+          await this.#serve(settleRequest({ ...request, count }, this.#model), null, performance.now());
     await this.#service.store();
     return this.costs;
   }

@@ -28,12 +28,14 @@ export { type CompileReport, compileEngines, type Engine, type EngineProfile } f
 export { Image } from "./generation/image.js";
 export { type Json, requestFromJson, requestToJson, resultFromJson, resultToJson } from "./json.js";
 export type {
+  AcceptEvent,
   CompileEnginesOptions,
   Costs,
   DeadlineResult,
   EngineProgress,
   GenerateOptions,
   GenerateResult,
+  HandlerOptions,
   ImageFormat,
   ImageModel,
   LoadOptions,
@@ -47,6 +49,7 @@ export type {
   Size,
   Stage,
   StageResult,
+  StartEvent,
   StepEvent,
   Timings,
 } from "./model.js";

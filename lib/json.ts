@@ -57,7 +57,7 @@ const picture = z.codec(
   },
 );
 
-const { signal: _, onStep: __, ...plain } = generateSchema.shape;
+const { signal: _, onAccept: __, onStart: ___, onStep: ____, ...plain } = generateSchema.shape;
 const requestSchema = z.strictObject({
   ...plain,
   image: source.optional(),
@@ -68,8 +68,8 @@ const requestSchema = z.strictObject({
 const numbers = z.array(z.number());
 const resultSchema = z.strictObject({
   images: z.array(picture),
-  latents: tensorJson,
-  pixels: tensorJson,
+  latents: tensorJson.nullable(),
+  pixels: tensorJson.nullable(),
   seeds: numbers,
   width: side,
   height: side,
@@ -95,7 +95,8 @@ const resultSchema = z.strictObject({
  * @throws OptionError for options that are wrong, or a picture that cannot be read
  */
 export async function requestToJson(options: GenerateOptions): Promise<Json> {
-  const { signal, onStep, image, mask, ...rest } = checkOptions(generateSchema, options, "requestToJson()");
+  const checked = checkOptions(generateSchema, options, "requestToJson()");
+  const { signal, onAccept, onStart, onStep, image, mask, ...rest } = checked;
   const pictures = {
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),

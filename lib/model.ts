@@ -42,7 +42,7 @@ export interface ImageModel extends AsyncDisposable {
   on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
   /** Undoes one `on` with the same name and listener. */
   off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
-  /** Waits for calls under way, then frees everything. Safe to call twice. */
+  /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void>;
 }
 
@@ -244,10 +244,56 @@ export interface GenerateOptions {
   priority?: number | undefined;
   /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */
   pinBatch?: number | undefined;
+  /** Values that the result holds besides the pictures; they are copied only if they are asked for. Default: none. */
+  include?: readonly ("latents" | "pixels")[] | undefined;
   /** Aborts between steps: the call rejects with `signal.reason`. One signal may serve any number of calls. */
   signal?: AbortSignal | undefined;
-  /** Called after each block, in order; of blocks shorter than 200 ms for several at a time. An error it throws rejects the call. */
-  onStep?: ((event: StepEvent) => void) | undefined;
+  /**
+   * Called once, when the request has been accepted: a request that is refused has no events. Handlers are called one
+   * at a time, in the order of the events. If one returns a promise, the next event waits for it, drawing does not, and
+   * the call resolves after the last of them. An error that a handler throws, or a promise that it rejects, ends the call
+   * with that error.
+   */
+  onAccept?: ((event: AcceptEvent, options: HandlerOptions) => unknown) | undefined;
+  /** Called once, when the request's turn has come; as `onAccept`. */
+  onStart?: ((event: StartEvent, options: HandlerOptions) => unknown) | undefined;
+  /**
+   * Called after each block, in order; as `onAccept`. No event is left out, but one that is overtaken while it waits
+   * for a promise loses its `previews`.
+   */
+  onStep?: ((event: StepEvent, options: HandlerOptions) => unknown) | undefined;
+  /**
+   * When step events come: `"each"` as soon as the block is done, which takes a few percent of the speed of steps of a few
+   * milliseconds; `"bunched"` those of 200 ms together, or earlier where launches are shared. A launch that is shared
+   * is reported at once if one of its requests asks for it. Default: `"each"` with `preview`, otherwise `"bunched"`.
+   */
+  reports?: "each" | "bunched" | undefined;
+}
+
+/** What the handlers of events get besides the event. */
+export interface HandlerOptions {
+  /** Aborts when nobody waits for the handler any more, with what the call rejects with. */
+  readonly signal: AbortSignal;
+}
+
+/** Sent when a request has been accepted: it will be drawn when its turn has come. */
+export interface AcceptEvent {
+  /** Milliseconds from the call to the pictures, as far as they can be predicted beside the other requests; null where costs are not known yet. */
+  readonly predictedMs: number | null;
+  /** Its place in the queue: 0 starts at once, 1 is the next of those that wait. Requests that go first may come later. */
+  readonly place: number;
+  /** The schedule, as `GenerateResult.blocks`; with a time limit a shorter one may be drawn in the end. */
+  readonly blocks: string;
+  /** Seed of each picture; empty if the noise was given. */
+  readonly seeds: readonly number[];
+}
+
+/** Sent when a request's turn has come. */
+export interface StartEvent {
+  /** Milliseconds from the call until now. */
+  readonly queuedMs: number;
+  /** The schedule that is drawn, as `GenerateResult.blocks`. */
+  readonly blocks: string;
 }
 
 /** Sent after each finished block of a schedule. */
@@ -268,7 +314,7 @@ export interface StepEvent {
   readonly milliseconds: number;
   /**
    * If the option `preview` asks for them: each picture as the run sees it now, the estimate x − σ·v. Those of `"fast"`
-   * have one pixel for each latent. Otherwise empty.
+   * have one pixel for each latent. Otherwise empty, and where a later event came before the handler had time for this one.
    */
   readonly previews: readonly Picture[];
 }
@@ -335,10 +381,10 @@ export interface StageResult {
 export interface GenerateResult {
   /** The pictures, B of them. */
   readonly images: readonly Picture[];
-  /** Final latents, [B, C, H/f, W/f], as the transformer sees them. */
-  readonly latents: FloatTensor;
-  /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped. */
-  readonly pixels: FloatTensor;
+  /** Final latents, [B, C, H/f, W/f], as the transformer sees them; null unless `include` asks for them. */
+  readonly latents: FloatTensor | null;
+  /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped; null unless `include` asks for them. */
+  readonly pixels: FloatTensor | null;
   /** Seed of each picture; empty if the noise was given. */
   readonly seeds: readonly number[];
   /** Pixels. */

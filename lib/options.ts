@@ -8,7 +8,17 @@ import { z } from "zod";
 import type { Logger } from "./common/logger.js";
 import type { FloatTensor } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
-import type { EngineProgress, LoadProgress, PictureSource, ProfileProgress, RgbPicture, StepEvent } from "./model.js";
+import type {
+  AcceptEvent,
+  EngineProgress,
+  HandlerOptions,
+  LoadProgress,
+  PictureSource,
+  ProfileProgress,
+  RgbPicture,
+  StartEvent,
+  StepEvent,
+} from "./model.js";
 import { type Feature, featureNames } from "./networks/index.js";
 import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtimes } from "./runtimes/index.js";
 import {
@@ -67,6 +77,7 @@ const callback = <T>() =>
     z.custom<T>((value) => typeof value === "function"),
     "a function",
   );
+const handler = <Event>() => callback<(event: Event, options: HandlerOptions) => unknown>();
 const abortSignal = kind(
   z.custom<AbortSignal>((value) => value instanceof AbortSignal),
   "an AbortSignal",
@@ -303,10 +314,17 @@ export const generateSchema = z.strictObject({
     "order of requests: higher numbers first, then earlier deadlines; waiting raises it",
   ),
   pinBatch: optional(integer(1, 256), "as the option of load(), for this call"),
+  include: optional(
+    kind(z.array(z.enum(["latents", "pixels"])).readonly(), 'an array of "latents" and "pixels"'),
+    "values that the result holds besides the pictures: latents, pixels (default: none)",
+  ),
   signal: optional(abortSignal, "aborts between steps"),
-  onStep: optional(
-    callback<(event: StepEvent) => void>(),
-    "called after each step, in order; of steps shorter than 200 ms several at a time",
+  onAccept: optional(handler<AcceptEvent>(), "called when the request has been accepted"),
+  onStart: optional(handler<StartEvent>(), "called when the request's turn has come"),
+  onStep: optional(handler<StepEvent>(), "called after each step, in order"),
+  reports: optional(
+    oneOf(["each", "bunched"]),
+    "when step events come: each as soon as its step is done, or those of 200 ms bunched (default: each with preview, otherwise bunched)",
   ),
 });
 

@@ -59,7 +59,9 @@ const options = fc.record(
     ladder: fc.array(fc.constantFrom("H1", "H1P2"), { minLength: 1, maxLength: 4 }),
     priority: fc.integer({ min: -100, max: 100 }),
     pinBatch: fc.integer({ min: 1, max: 256 }),
-  } satisfies Record<Exclude<keyof GenerateOptions, "signal" | "onStep">, unknown>,
+    include: fc.uniqueArray(fc.constantFrom("latents" as const, "pixels" as const)),
+    reports: fc.constantFrom("each" as const, "bunched" as const),
+  } satisfies Record<Exclude<keyof GenerateOptions, "signal" | "onAccept" | "onStart" | "onStep">, unknown>,
   { requiredKeys: ["prompt"] },
 );
 
@@ -67,7 +69,8 @@ describe("a request", () => {
   it("comes back as it was, whatever options it has", async () => {
     await fc.assert(
       fc.asyncProperty(options, async (request) => {
-        const json = sent(await requestToJson({ ...request, signal: new AbortController().signal, onStep: () => {} }));
+        const handlers = { onAccept: () => {}, onStart: () => {}, onStep: () => {} };
+        const json = sent(await requestToJson({ ...request, ...handlers, signal: new AbortController().signal }));
         const back = requestFromJson(json);
         expect(checked(back)).toEqual(checked(request));
       }),
@@ -138,7 +141,8 @@ it("a result comes back as it was, with pictures that can be encoded", async () 
   const image = { ...small, data: new Uint8Array(3 * 32 * 32).fill(100) };
   const mask = { ...small, data: Uint8Array.from({ length: 3 * 32 * 32 }, (_, i) => (i % 2 ? 255 : 0)) };
   const kinds: Partial<GenerateOptions>[] = [
-    { blocks: "H1P1" },
+    { blocks: "H1P1", include: [] },
+    { blocks: "H1P1", include: ["latents"] },
     { blocks: "H1", deadlineMs: 60_000 },
     {
       stages: [
@@ -150,13 +154,14 @@ it("a result comes back as it was, with pictures that can be encoded", async () 
     { ...small, steps: 2, image, mask, keepOriginal: false },
     { ...small, blocks: "H1", guidanceScale: 1, noise: float32([2, 3, 8, 8], new Float32Array(384).fill(0.5)) },
   ];
+  const include = ["latents", "pixels"] as const;
   for (const kind of kinds) {
-    const result = await model.generate({ prompt: "a red circle", count: 2, seed: 3, ...kind });
+    const result = await model.generate({ prompt: "a red circle", count: 2, seed: 3, include, ...kind });
     const back = resultFromJson(sent(resultToJson(result)));
     expect(back).toEqual(result);
     expect(await back.images[1]!.toPNG()).toEqual(await result.images[1]!.toPNG());
   }
-  const json = sent(resultToJson(await model.generate({ prompt: "x", ...small, blocks: "H1" }))) as Wrong;
+  const json = sent(resultToJson(await model.generate({ prompt: "x", ...small, blocks: "H1", include }))) as Wrong;
   for (const [spoil, message] of [
     [(wrong: Wrong) => delete wrong.latents, /result is wrong at latents/],
     [(wrong: Wrong) => Object.assign(wrong.latents!, { data: "AAAA" }), /wrong at latents: the data does not have/],

@@ -73,7 +73,7 @@ describe("dist/index.d.ts", () => {
       const members = published().filter(({ name }) => name.startsWith(`${options}.`));
       expect(members.length).toBeGreaterThan(5);
       // Absent, these do nothing.
-      const plain = ["signal", "onProgress", "onStep", "prompt"];
+      const plain = ["signal", "onProgress", "onAccept", "onStart", "onStep", "prompt"];
       for (const { name, symbol } of members)
         if (!plain.includes(name.split(".").at(-1)!)) expect(documentation(symbol), name).toMatch(/Default: /);
     }

@@ -8,6 +8,7 @@ import type { Program } from "../lib/program/program.js";
 import type { CompilableGraph, RunOptions, Runtime, RuntimeRow, Workspace } from "../lib/runtimes/runtime.js";
 import type { Block, BlockRow, SamplerRow } from "../lib/schedule/index.js";
 import { fixture, readAll, relativeError, root } from "./support/fixtures.js";
+import { withValues } from "./support/with-values.js";
 
 const { GraphBuilder, cpuEmitOptions } = await import("../lib/onnx/index.js");
 const { networks } = await import("../lib/networks/index.js");
@@ -110,7 +111,7 @@ describe("rows that a test has added", () => {
   it("draw together what diffusers draws", async () => {
     const reference = await readAll(fixture("sd3", "euler_64.safetensors"));
     const blocks: string[] = [];
-    const result = await model.generate({
+    const result = await withValues(model, {
       ...{ prompt: "a red circle above a small blue square", negativePrompt: "blurry, low quality" },
       ...{ sampler: "toy" as never, width: 64, height: 64, maxSequenceLength: 32, noise: reference.noise! },
       onStep: ({ block }: StepEvent) => blocks.push(block),
@@ -124,7 +125,7 @@ describe("rows that a test has added", () => {
 
   it("draw with a letter in a schedule, alone and beside others", async () => {
     const draw = async (blocks: string) =>
-      (await model.generate({ prompt: "x", seed: 1, width: 64, height: 64, blocks, guidanceScale: 1 })).latents;
+      (await withValues(model, { prompt: "x", seed: 1, width: 64, height: 64, blocks, guidanceScale: 1 })).latents;
     expect(relativeError(await draw("Z3"), await draw("E3"))).toBe(0);
     expect(relativeError(await draw("A3"), await draw("E3"))).toBeGreaterThan(1e-3);
     await expect(draw("Q3")).rejects.toThrow(/A Adams–Bashforth, Z toy, each with an optional count/);

@@ -196,6 +196,8 @@ function schedule(
     guidanceScale: guided ? 4 : null,
     vaeFactor: vae.config.factor,
     imageChannels: vae.config.outChannels,
+    // Compared, as the pictures are.
+    keepsLatents: true,
   });
   return bind(program, slotValues({ stages: stages.map(({ values }) => values), ...condition }));
 }

@@ -86,10 +86,12 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
 
   // 2. Load, draw, write.
   const report = await withModel(flags, loadOptions, async (model, progress) => {
-    const { result, warnings } = await draw(model, checked, flags.preview, progress);
+    const include = flags.saveLatents === undefined ? [] : (["latents", "pixels"] as const);
+    const { result, warnings } = await draw(model, { ...checked, include }, flags.preview, progress);
     progress.show("writing");
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
-    if (flags.saveLatents) await writeSafetensors(flags.saveLatents, { latents: result.latents, image: result.pixels });
+    if (flags.saveLatents)
+      await writeSafetensors(flags.saveLatents, { latents: result.latents!, image: result.pixels! });
     return { ...summary(files, result, model), warnings };
   }).catch(async (error) => {
     await undoOutputs();
@@ -103,7 +105,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
 
 /** Draws, and rewrites the preview's file on the way: it is written, or given up, when this returns. */
 async function draw(model: FlowTurbo, options: GenerateOptions, preview: string | undefined, progress: Progress) {
-  let previewed: Promise<unknown> = Promise.resolve();
+  let writing: Promise<unknown> | undefined;
   // A preview that cannot be written is no reason to lose the picture.
   const lost = new Set<string>();
   progress.show("encoding the prompt");
@@ -112,13 +114,14 @@ async function draw(model: FlowTurbo, options: GenerateOptions, preview: string 
     onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [picture] }) => {
       const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
       progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);
-      if (picture)
-        previewed = previewed
-          .then(() => writePreview(preview!, picture))
-          .catch(() => lost.add(`Previews could not be written to ${preview}.`));
+      if (!picture) return;
+      writing = writePreview(preview!, picture).catch(() => lost.add(`Previews could not be written to ${preview}.`));
+      // The next event waits for the file; previews that are overtaken meanwhile are not written.
+      return writing;
     },
   });
-  const result = await drawing.finally(() => previewed);
+  // After an abort, too, the file is whole.
+  const result = await drawing.finally(() => writing);
   return { result, warnings: [...result.warnings, ...lost] };
 }
 

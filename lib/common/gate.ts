@@ -49,6 +49,13 @@ export class Gate<Order = void> {
     return mustWait && this.#waiting.size >= (this.#options.limit ?? Number.POSITIVE_INFINITY);
   }
 
+  /** The place that an entry would have if it came now: 0 goes in at once, 1 is the first of those that wait. */
+  placeOf(order: Order, weight = 1): number {
+    const { compare = () => 0 } = this.#options;
+    const before = [...this.#waiting].filter((entry) => !entry.signal?.aborted && compare(entry.order, order) <= 0);
+    return before.length === 0 && this.#fits(weight) ? 0 : before.length + 1;
+  }
+
   /**
    * Resolves when the entry is inside, with the function that lets it leave; more calls of that do nothing. An entry that
    * weighs more than the capacity goes in when nothing else is inside.

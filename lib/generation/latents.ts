@@ -23,10 +23,11 @@ export function rowOf(tensor: FloatTensor, row: number): FloatTensor {
   return float32([1, ...rest], tensor.data.subarray(row * size, (row + 1) * size));
 }
 
-/** Tensors of one row as one tensor. */
+/** Tensors of one row as one tensor. It holds no memory but its own: what a process sends is one buffer for all values of a message. */
 export function stacked(rows: readonly Tensor[]): FloatTensor {
-  const [, ...rest] = rows[0]!.shape;
-  if (rows.length === 1) return rows[0] as FloatTensor;
+  const [first] = rows as [FloatTensor];
+  const [, ...rest] = first.shape;
+  if (rows.length === 1 && first.data.byteLength === first.data.buffer.byteLength) return first;
   const size = elementCount(rest);
   const data = new Float32Array(rows.length * size);
   for (const [row, tensor] of rows.entries()) data.set((tensor as FloatTensor).data, row * size);

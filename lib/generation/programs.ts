@@ -44,6 +44,8 @@ export interface SamplingKind {
   readonly textSize?: string | undefined;
   /** After each block, the picture as it would end from there: by a linear map to colours, or decoded. */
   readonly preview?: "fast" | "decoded" | undefined;
+  /** Whether the final latents are a result besides the picture: every result is copied on its way here. */
+  readonly keepsLatents: boolean;
 }
 
 /** What differs between them. */
@@ -64,8 +66,9 @@ export interface SamplingValues {
 
 export interface SamplingTemplate {
   readonly program: Program;
-  /** Names of the results: final latents [B, C, h, w] and decoded picture [B, 3, H, W]. */
+  /** Final latents [B, C, h, w], a result only if the kind keeps them. */
   readonly latents: string;
+  /** Decoded picture [B, 3, H, W], a result. */
   readonly image: string;
 }
 
@@ -83,7 +86,7 @@ export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
   let latents = "";
   for (const index of kind.stages.keys()) latents = writer.stage(index, latents);
   const image = writer.decode(latents, kind.stages.length - 1, "image", { kind: "decode", name: "decoder" });
-  return { program: writer.builder.build([latents, image]), latents, image };
+  return { program: writer.builder.build([...(kind.keepsLatents ? [latents] : []), image]), latents, image };
 }
 
 /** The program that encodes a picture, [1, 3, H, W]; its result is "latents", [1, C, h, w]. */

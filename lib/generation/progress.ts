@@ -4,6 +4,7 @@
  */
 
 import type { FloatTensor } from "../common/tensor.js";
+import type { StepEvent } from "../model.js";
 import type { LaunchLabel } from "../program/program.js";
 import type { LaunchReport } from "../runtimes/runtime.js";
 import type { Block, Schedule } from "../schedule/index.js";
@@ -26,21 +27,24 @@ export class ProgressReporter {
   readonly #blocks: readonly { stage: number; block: Block; sigma: number }[];
   readonly #stages: number;
   readonly #rows: number;
-  readonly #options: Pick<Request, "preview" | "onStep">;
+  readonly #preview: Request["preview"];
+  readonly #onStep: (event: StepEvent) => void;
   /** For each block: rows that have done it, and their previews. */
   readonly #done = new Map<number, { rows: number; readonly previews: Image[][] }>();
 
   constructor(
     stages: readonly { readonly schedule: Schedule }[],
     rows: number,
-    options: Pick<Request, "preview" | "onStep">,
+    preview: Request["preview"],
+    onStep: (event: StepEvent) => void,
   ) {
     this.#blocks = stages.flatMap(({ schedule: { blocks, sigmas } }, stage) =>
       blocks.map((block, index) => ({ stage, block, sigma: sigmas[index + 1]! })),
     );
     this.#stages = stages.length;
     this.#rows = rows;
-    this.#options = options;
+    this.#preview = preview;
+    this.#onStep = onStep;
   }
 
   /** @param first whether no other row of this request has reported the same launch */
@@ -55,10 +59,10 @@ export class ProgressReporter {
     this.#done.set(step, done);
     for (const value of Object.values(values) as FloatTensor[])
       done.previews[row] = [new Image(value.shape[3]!, value.shape[2]!, toRgb(value, 0))];
-    if (!label.last || label.kind !== (this.#options.preview ? "preview" : "step")) return;
+    if (!label.last || label.kind !== (this.#preview ? "preview" : "step")) return;
     if (++done.rows < this.#rows) return;
     this.#done.delete(step);
-    this.#options.onStep?.({
+    this.#onStep({
       step,
       steps: this.#blocks.length,
       ...this.#blocks[step]!,

@@ -9,6 +9,7 @@ import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import type { Admitted } from "../serving/service.js";
+import type { RequestEvents } from "./events.js";
 import { noiseOf, rowOf } from "./latents.js";
 import type { LatentColours } from "./preview.js";
 import { slotValues } from "./programs.js";
@@ -31,18 +32,22 @@ export interface LoadedModel extends ModelFacts {
   readonly colours: (signal: AbortSignal | undefined) => Promise<LatentColours>;
 }
 
-/** @param start moment of the call */
+/**
+ * @param events where step events go; null for none
+ * @param start moment of the call
+ */
 export async function draw(
   model: LoadedModel,
   request: Request,
   candidate: PreparedCandidate,
   admitted: Admitted,
+  events: RequestEvents | null,
   start: number,
 ): Promise<GenerateResult> {
-  const { prompts, count, pictures, signal } = request;
+  const { prompts, count, pictures, preview, reports, signal } = request;
   const { stages, template } = candidate;
-  const progress = new ProgressReporter(stages, pictures, request);
-  const run = (rows: readonly Program[]) => admitted.run({ rows, onLaunch: progress.observe.bind(progress) });
+  const progress = new ProgressReporter(stages, pictures, preview, (event) => events?.send("onStep", event));
+  const run = (rows: readonly Program[]) => admitted.run({ rows, reports, onLaunch: progress.observe.bind(progress) });
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
@@ -70,7 +75,7 @@ export async function draw(
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
   const noises = (request.noises ?? noiseOf(request.seeds, shapes)).slice(-stages.length);
-  const hasPreviews = request.preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
+  const hasPreviews = preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
   const colours = hasPreviews ? await model.colours(signal) : undefined;
   const programs = Array.from({ length: pictures }, (_, row) => {
     const values = noises.map((noise, index) => {

@@ -62,9 +62,21 @@ export interface EditRequest {
   readonly keepOriginal: boolean;
 }
 
-type Kept = "count" | "preview" | "deadlineMs" | "timeoutMs" | "priority" | "signal" | "onStep";
+type Kept =
+  | "count"
+  | "preview"
+  | "deadlineMs"
+  | "timeoutMs"
+  | "priority"
+  | "signal"
+  | "onAccept"
+  | "onStart"
+  | "onStep";
 
 export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
+  /** What the result holds besides the pictures. */
+  readonly include: NonNullable<GenerateOptions["include"]>;
+  readonly reports: NonNullable<GenerateOptions["reports"]>;
   readonly prompts: readonly string[];
   /** One for each prompt; none without guidance. */
   readonly negativePrompts: readonly string[];
@@ -103,7 +115,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, deadlineMs, timeoutMs, priority, signal, onStep, guidanceScale, stages } = options;
+  const { count, preview, deadlineMs, timeoutMs, priority, guidanceScale, stages, include = [] } = options;
+  const { signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
   const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
@@ -125,20 +138,10 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{
-      count,
-      preview,
-      deadlineMs,
-      timeoutMs,
-      priority,
-      signal,
-      onStep,
-      prompts,
-      pictures,
-      candidates,
-      sequenceLength,
-    },
-    ...{ seeds, noises, sampler, stages },
+    ...{ count, preview, deadlineMs, timeoutMs, priority },
+    ...{ prompts, pictures, candidates, sequenceLength },
+    ...{ seeds, noises, sampler, stages, include },
+    ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
     negativePrompts: guidanceScale > 1 ? negativePrompts : [],
     guidanceScale: guidanceScale > 1 ? guidanceScale : null,
     edit:

@@ -1,6 +1,6 @@
 /** What a call of `generate` results in, put together from the results of its pictures' programs. */
 
-import type { Tensor } from "../common/tensor.js";
+import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Size, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
 import { keepOriginal } from "./edit.js";
@@ -19,17 +19,18 @@ export function resultOf(
   timings: Timings,
 ): GenerateResult {
   const { width, height } = stages.at(-1)!;
-  const pixels = stacked(results.map((result) => result[template.image]!));
-  const blocks = stages.map(({ schedule }) => schedule.text).join(" ");
-  const images = results.map((_, row) => {
-    const rgb = toRgb(pixels, row);
+  const blocks = blocksOf(stages);
+  const images = results.map((result, row) => {
+    const rgb = toRgb(result[template.image] as FloatTensor, 0);
     if (kept?.mask) keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     return new Image(width, height, rgb, parametersOf(model.name, request, { width, height }, row, blocks));
   });
-  const { deadlineMs } = request;
+  const { deadlineMs, include } = request;
+  const valuesOf = (name: string) => stacked(results.map((result) => result[name]!));
   return {
-    ...{ images, pixels, width, height, blocks, timings, warnings, seeds: request.seeds },
-    latents: stacked(results.map((result) => result[template.latents]!)),
+    ...{ images, width, height, blocks, timings, warnings, seeds: request.seeds },
+    latents: include.includes("latents") ? valuesOf(template.latents) : null,
+    pixels: include.includes("pixels") ? valuesOf(template.image) : null,
     sigmas: stages.flatMap(({ schedule }) => schedule.sigmas),
     stages: stages.map(({ width, height, schedule: { text, sigmas } }) => ({ width, height, blocks: text, sigmas })),
     evaluations: {
@@ -44,6 +45,11 @@ export function resultOf(
             ...{ predictedMs: admitted.predictedMs!, actualMs: timings.total },
           },
   };
+}
+
+/** The schedules of all stages, as results and events name them. */
+export function blocksOf(stages: PreparedCandidate["stages"]): string {
+  return stages.map(({ schedule }) => schedule.text).join(" ");
 }
 
 /** What a picture's file says about how it was made: enough to draw it again. */

@@ -48,6 +48,11 @@ export interface RunOptions {
   readonly onBegin?: (() => void) | undefined;
   /** Called after each launch, in order. An error it throws stops the program and rejects the run. */
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
+  /**
+   * Whether reports are wanted as soon as each launch is done, or may come several at a time, where that costs less.
+   * Default: bunched.
+   */
+  readonly reports?: "each" | "bunched" | undefined;
   /** Whether the process may end while this runs: for work that nobody waits for. */
   readonly background?: boolean | undefined;
 }

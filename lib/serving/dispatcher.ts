@@ -7,7 +7,14 @@
 import { following, onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
 import type { Program } from "../program/program.js";
-import { isBlameless, type LaunchReport, Preempted, type Runtime, type Workspace } from "../runtimes/runtime.js";
+import {
+  isBlameless,
+  type LaunchReport,
+  Preempted,
+  type RunOptions,
+  type Runtime,
+  type Workspace,
+} from "../runtimes/runtime.js";
 import { ahead, CapturedQueue } from "./captured.js";
 import type { CostTable } from "./costs.js";
 import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
@@ -24,6 +31,8 @@ export interface Job {
   /** Every launch is padded to this batch, as far as the launch allows; default: null, for none. */
   readonly pin?: number | null;
   readonly signal?: AbortSignal | undefined;
+  /** As `RunOptions.reports`, for every launch that has a row of the job. */
+  readonly reports?: RunOptions["reports"];
   /**
    * Called for each row of each launch, once, in the order of a row's launches. `first` is true for one row of the job in
    * each launch; `milliseconds` are those of the launch, all rows together. An error it throws rejects the job.
@@ -220,6 +229,7 @@ export class Dispatcher {
       this.#submitted.set(submission.id, { controller, preempt, uploads });
       this.#watch.submitted(submission.id, submission.launches);
       const run = workspace.submit(gathered.program, {
+        reports: this.#isWatched(submission) ? "each" : "bunched",
         signal: controller.signal,
         preempt: preempt?.signal,
         onBegin: () => this.#watch.begun(submission.id),
@@ -249,6 +259,11 @@ export class Dispatcher {
     } finally {
       this.#submit();
     }
+  }
+
+  /** Whether a job in it asks for reports as soon as there are any. */
+  #isWatched({ launches }: Submission): boolean {
+    return launches.some(({ rows }) => rows.some(({ job }) => this.#active.get(job)?.job.reports === "each"));
   }
 
   #fail(submission: Submission, workspace: Workspace | null, uploads: readonly string[], error: unknown): void {

@@ -28,7 +28,7 @@ export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptio
 /** A request that has been admitted. */
 export interface Admitted extends Choice {
   readonly queuedMs: number;
-  run(job: Pick<Job, "rows" | "onLaunch">): Promise<Record<string, Tensor>[]>;
+  run(job: Pick<Job, "rows" | "reports" | "onLaunch">): Promise<Record<string, Tensor>[]>;
   /** Ends the request with its work. @returns what the work results in */
   complete<T>(work: Promise<T>): Promise<T>;
 }
@@ -82,10 +82,15 @@ export class Service {
   /**
    * Waits until a request may work.
    * @param candidates the richest first; without a time limit the first is taken
+   * @param onAccept called when the request has been accepted, with its place in the queue; must not throw
    * @returns the candidate that was chosen, and what runs its programs; `complete` must follow
    * @throws QueueFullError or DeadlineError before any work; `signal.reason`
    */
-  async admit(terms: Terms, candidates: readonly CandidateWork[]): Promise<Admitted> {
+  async admit(
+    terms: Terms,
+    candidates: readonly CandidateWork[],
+    onAccept?: (accepted: Choice & { readonly place: number }) => void,
+  ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
     this.#refuseIfFull(pictures);
     if (deadlineMs !== null) {
@@ -112,6 +117,7 @@ export class Service {
     for (const other of this.#accepted) other.undisturbed = false;
     this.#accepted.add(accepted);
     this.#stats.requests.accepted++;
+    onAccept?.({ ...chosen, place: this.#admission.placeOf(priority, pictures) });
     const entering = this.#admission.enter(priority, pictures, signal);
     const leave = await entering.catch((error) => {
       this.#end(accepted, terms, this.#endingOf(error, signal));
@@ -215,9 +221,13 @@ export class Service {
     if (this.#accepted.size === 0) this.#calibration.rest();
   }
 
-  #run({ rows, onLaunch }: Pick<Job, "rows" | "onLaunch">, accepted: Accepted, { pin, signal }: Terms) {
+  #run(
+    { rows, reports, onLaunch }: Pick<Job, "rows" | "reports" | "onLaunch">,
+    accepted: Accepted,
+    { pin, signal }: Terms,
+  ) {
     return this.#dispatcher.run({
-      ...{ rows, priority: accepted.priority, pin, signal },
+      ...{ rows, reports, priority: accepted.priority, pin, signal },
       onLaunch: (row, report, first) => {
         const { graph, sharing } = report.launch;
         accepted.done += this.costs.relative(graph, sharing!.size, 1);

@@ -47,7 +47,7 @@ export interface Stats {
     readonly completed: number;
     /** Ended by an error. */
     readonly failed: number;
-    /** Ended by their signal. */
+    /** Ended by their signal, or by an error of a handler of events. */
     readonly aborted: number;
     /** Ended by their `timeoutMs`. */
     readonly timedOut: number;

@@ -33,6 +33,24 @@ describe("Gate", () => {
     expect(gate.inside).toEqual({ entries: 0, weight: 0 });
   });
 
+  it("says which place an entry would have: 0 goes in at once", async () => {
+    const gate = new Gate<number>({ capacity: 4, compare: rising });
+    expect([gate.placeOf(0), gate.placeOf(9, 9)]).toEqual([0, 0]);
+    const leave = await gate.enter(0, 3);
+    expect([gate.placeOf(5), gate.placeOf(5, 2)]).toEqual([0, 1]);
+    const controller = new AbortController();
+    const waiting = [gate.enter(2, 2), gate.enter(4, 2, controller.signal)];
+    // Before both, between them, and behind; of equals the earlier one goes first. A small one fits before both.
+    expect([1, 2, 3, 4, 5].map((order) => gate.placeOf(order, 2))).toEqual([1, 2, 2, 3, 3]);
+    expect(gate.placeOf(1, 1)).toBe(0);
+    controller.abort("left");
+    await expect(waiting[1]).rejects.toBe("left");
+    expect(gate.placeOf(5, 2)).toBe(2);
+    leave();
+    (await waiting[0]!)();
+    expect(gate.placeOf(5, 2)).toBe(0);
+  });
+
   it("lets a large entry in alone, and no smaller one goes before it", async () => {
     const gate = new Gate({ capacity: 4 });
     const first = await gate.enter(undefined, 3);

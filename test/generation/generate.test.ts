@@ -18,6 +18,7 @@ import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { writeSafetensors } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
 import { fixture, readAll, relativeError, root } from "../support/fixtures.js";
+import { withValues } from "../support/with-values.js";
 
 let model: FlowTurbo;
 let folder: string;
@@ -79,11 +80,11 @@ describe("pictures", () => {
 
   it("are deterministic, bit for bit, and do not depend on what is drawn with them", async () => {
     const options = { prompt: ["a red circle", "a large blue square"], seed: 40, count: 2, steps: 5 };
-    const [first, second] = [await model.generate(options), await model.generate(options)];
+    const [first, second] = [await withValues(model, options), await withValues(model, options)];
     expect(first.seeds).toEqual([40, 41, 42, 43]);
     expect(first.latents.data).toEqual(second.latents.data);
     expect((await first.images[3]!.toPNG()).equals(await second.images[3]!.toPNG())).toBe(true);
-    const alone = await model.generate({ prompt: "a large blue square", seed: 42, steps: 5 });
+    const alone = await withValues(model, { prompt: "a large blue square", seed: 42, steps: 5 });
     const size = alone.latents.data.length;
     const row = { ...alone.latents, data: first.latents.data.slice(2 * size, 3 * size) };
     expect(relativeError(row, alone.latents)).toBeLessThan(1e-5);
@@ -91,13 +92,13 @@ describe("pictures", () => {
 
   it("take unequal negative prompts, and guidance off ignores them", async () => {
     const base = { prompt: ["a red circle", "a blue square"], seed: 1, steps: 2 };
-    const both = await model.generate({ ...base, negativePrompt: ["a star", "a cross"] });
-    const one = await model.generate({ ...base, negativePrompt: "a star" });
+    const both = await withValues(model, { ...base, negativePrompt: ["a star", "a cross"] });
+    const one = await withValues(model, { ...base, negativePrompt: "a star" });
     const size = both.latents.data.length / 2;
     expect(both.latents.data.slice(0, size)).toEqual(one.latents.data.slice(0, size));
     expect(both.latents.data.slice(size)).not.toEqual(one.latents.data.slice(size));
-    const off = await model.generate({ ...base, guidanceScale: 1, negativePrompt: "a star" });
-    const zero = await model.generate({ ...base, guidanceScale: 0 });
+    const off = await withValues(model, { ...base, guidanceScale: 1, negativePrompt: "a star" });
+    const zero = await withValues(model, { ...base, guidanceScale: 0 });
     expect(off.latents.data).toEqual(zero.latents.data);
   });
 

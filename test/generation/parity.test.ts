@@ -2,6 +2,7 @@
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
+import { withValues } from "../support/with-values.js";
 
 const prompts = ["a red circle above a small blue square", "the photo of a café, 3 dogs & a cat's bowl!"];
 
@@ -30,7 +31,7 @@ describe.each(fixtureNames)("%s", (name) => {
   it.each(Object.entries(runs))("%s", async (file, options) => {
     const reference = await readAll(fixture(name, `${file}.safetensors`));
     const noise = reference.noise!;
-    const result = await model.generate({
+    const result = await withValues(model, {
       prompt: prompts.slice(0, noise.shape[0]),
       negativePrompt: "blurry, low quality",
       width: 64,
@@ -48,7 +49,7 @@ describe.each(fixtureNames)("%s", (name) => {
 it("draws the embedded model's reference pictures", async () => {
   const reference = await readAll(fixture("shapes/reference.safetensors"));
   await using model = await FlowTurbo.load();
-  const result = await model.generate({
+  const result = await withValues(model, {
     prompt: [
       "a large red square",
       "a large purple circle",

@@ -22,7 +22,7 @@ function kindOf(what: What): SamplingKind {
   return {
     stages: what === "of two stages" ? [stage(4), stage(8)] : [stage(4)],
     ...{ contextShape: [2, 3, 5], pooledShape: [2, 6], guidanceScale: 4.5, vaeFactor: 2, imageChannels: 3 },
-    preview: what === "previewed" ? "fast" : undefined,
+    ...{ preview: what === "previewed" ? "fast" : undefined, keepsLatents: true },
   };
 }
 

@@ -8,6 +8,7 @@ import { promisify } from "node:util";
 import { DeadlineError, FlowTurbo, type GenerateOptions, OptionError, QueueFullError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { relativeError, root } from "../support/fixtures.js";
+import { withValues } from "../support/with-values.js";
 
 let cache: string;
 let model: FlowTurbo;
@@ -35,9 +36,9 @@ const mixed: GenerateOptions[] = [
 describe("requests at the same time", () => {
   it("change nothing beyond rounding, whatever the schedules, sizes and guidance", async () => {
     const alone = [];
-    for (const request of mixed) alone.push(await model.generate(request));
+    for (const request of mixed) alone.push(await withValues(model, request));
     const before = model.stats();
-    const together = await Promise.all(mixed.map((request) => model.generate(request)));
+    const together = await Promise.all(mixed.map((request) => withValues(model, request)));
     for (const [index, result] of together.entries()) {
       expect(relativeError(result.latents, alone[index]!.latents)).toBeLessThan(1e-5);
       expect(relativeError(result.pixels, alone[index]!.pixels)).toBeLessThan(1e-5);
@@ -54,9 +55,9 @@ describe("requests at the same time", () => {
   it("change nothing in any bit with pinBatch, in any place of any batch", async () => {
     await using pinned = await FlowTurbo.load(undefined, { cache, pinBatch: 4, measureCosts: false });
     const alone = [];
-    for (const request of mixed) alone.push(await pinned.generate(request));
+    for (const request of mixed) alone.push(await withValues(pinned, request));
     for (const order of [mixed, [...mixed].reverse()]) {
-      const together = await Promise.all(order.map((request) => pinned.generate(request)));
+      const together = await Promise.all(order.map((request) => withValues(pinned, request)));
       for (const [index, request] of order.entries()) {
         const reference = alone[mixed.indexOf(request)]!;
         expect(together[index]!.latents.data).toEqual(reference.latents.data);
@@ -72,13 +73,13 @@ describe("requests at the same time", () => {
     const controller = new AbortController();
     const reason = new Error("enough");
     const others = mixed.slice(1, 4);
-    const expected = await Promise.all(others.map((request) => model.generate(request)));
-    const aborted = model.generate({
+    const expected = await Promise.all(others.map((request) => withValues(model, request)));
+    const aborted = withValues(model, {
       ...mixed[0]!,
       signal: controller.signal,
       onStep: ({ step }) => step === 1 && controller.abort(reason),
     });
-    const results = others.map((request) => model.generate(request));
+    const results = others.map((request) => withValues(model, request));
     await expect(aborted).rejects.toBe(reason);
     for (const [index, result] of (await Promise.all(results)).entries())
       expect(relativeError(result.latents, expected[index]!.latents)).toBeLessThan(1e-5);
@@ -269,7 +270,7 @@ describe("the queue", () => {
     expect(error).toBeInstanceOf(QueueFullError);
     expect(error).toMatchObject({ code: "ERR_FLOWTURBO_QUEUE_FULL", waiting: 2 });
     expect(error.retryAfterMs).toBeGreaterThan(0);
-    expect(narrow.stats().requests).toMatchObject({ accepted: 5, refused: 2, completed: 5 });
+    expect(narrow.stats().requests).toMatchObject({ accepted: 5, refused: { queueFull: 2 }, completed: 5 });
     const { queued, total, launches } = narrow.stats().milliseconds;
     expect([queued.count, total.count]).toEqual([5, 5]);
     expect(launches["predict.guidance"]!.count).toBeGreaterThan(5 * 2);

@@ -7,6 +7,7 @@ import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { FloatTensor } from "../../lib/common/tensor.js";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
+import { withValues } from "../support/with-values.js";
 
 const prompt = "a red circle above a small blue square";
 const negativePrompt = "blurry, low quality";
@@ -34,7 +35,7 @@ describe.each(fixtureNames)("%s", (name) => {
 
   it("two stages", async () => {
     const reference = await readAll(fixture(name, "stages.safetensors"));
-    const result = await model.generate({
+    const result = await withValues(model, {
       ...base,
       stages: [
         { width: 64, height: 64, blocks: "HPPR" },
@@ -50,7 +51,7 @@ describe.each(fixtureNames)("%s", (name) => {
 
   it("image to image", async () => {
     const reference = await readAll(fixture(name, "img2img.safetensors"));
-    const result = await model.generate({ ...edit, image: fixture(name, "init.png"), noise: reference.noise! });
+    const result = await withValues(model, { ...edit, image: fixture(name, "init.png"), noise: reference.noise! });
     expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
   });
@@ -60,13 +61,13 @@ describe.each(fixtureNames)("%s", (name) => {
     const reference = await readAll(fixture(name, "turbo_inpaint.safetensors"));
     const size = { width: 64, height: 64 };
     const noise = reference.noise!;
-    const result = await model.generate({ ...turbo(), ...size, blocks: "H1P3R2", strength: 0.9, noise });
+    const result = await withValues(model, { ...turbo(), ...size, blocks: "H1P3R2", strength: 0.9, noise });
     expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
   });
 
   it("inpainting in two stages", async () => {
     const reference = await readAll(fixture(name, "stages_inpaint.safetensors"));
-    const result = await model.generate({
+    const result = await withValues(model, {
       ...turbo(),
       strength: 1,
       stages: [
@@ -81,7 +82,12 @@ describe.each(fixtureNames)("%s", (name) => {
   it("inpainting", async () => {
     const reference = await readAll(fixture(name, "inpaint.safetensors"));
     const image = fixture(name, "init.png");
-    const result = await model.generate({ ...edit, image, mask: fixture(name, "mask.png"), noise: reference.noise! });
+    const result = await withValues(model, {
+      ...edit,
+      image,
+      mask: fixture(name, "mask.png"),
+      noise: reference.noise!,
+    });
     expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
     // The kept part is the original, pixel for pixel.
@@ -92,7 +98,7 @@ describe.each(fixtureNames)("%s", (name) => {
     expect(kept.length).toBeGreaterThan(1000);
     for (const i of kept) for (let c = 0; c < 3; c++) expect(data[3 * i + c]).toBe(original[3 * i + c]);
     // Without keepOriginal it comes through the autoencoder, which leaves its marks.
-    const through = await model.generate({
+    const through = await withValues(model, {
       ...edit,
       image,
       mask: fixture(name, "mask.png"),
@@ -119,7 +125,7 @@ describe("inpainting with any schedule", () => {
   it.each(["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6"])("%s keeps the known latents", async (blocks) => {
     const image = await drawn("a large red square", 1);
     const mask = await maskOf(16, 16, 24, 32);
-    const result = await shapes.generate({
+    const result = await withValues(shapes, {
       prompt: "a large blue circle",
       image,
       mask,
@@ -129,9 +135,13 @@ describe("inpainting with any schedule", () => {
       count: 2,
     });
     // The encoder alone: nothing to paint returns the original's latents.
-    const { latents } = await shapes
-      .generate({ prompt: "", image, mask: await maskOf(0, 0, 1, 1, 64), seed: 5, strength: 1 })
-      .then(() => shapes.generate({ prompt: "", image, mask: blackMask(), seed: 5 }));
+    const { latents } = await withValues(shapes, {
+      prompt: "",
+      image,
+      mask: await maskOf(0, 0, 1, 1, 64),
+      seed: 5,
+      strength: 1,
+    }).then(() => withValues(shapes, { prompt: "", image, mask: blackMask(), seed: 5 }));
     const channels = latents.shape[1]!;
     for (let row = 0; row < 2; row++)
       for (let c = 0; c < channels; c++)
@@ -172,8 +182,8 @@ describe("inpainting with any schedule", () => {
       .toBuffer();
     const options = { prompt: "a large blue circle", image, strength: 1, seed: 3, steps: 4 };
     const [a, b] = [
-      await shapes.generate({ ...options, mask: grey }),
-      await shapes.generate({ ...options, mask: alpha }),
+      await withValues(shapes, { ...options, mask: grey }),
+      await withValues(shapes, { ...options, mask: alpha }),
     ];
     expect(a.latents.data).toEqual(b.latents.data);
     const original = await sharp(image).raw().toBuffer();
@@ -263,11 +273,11 @@ describe("originals", () => {
   });
 
   it("may be paths, encoded bytes or pictures drawn before", async () => {
-    const { images } = await shapes.generate({ prompt: "a large red square", seed: 1 });
+    const { images } = await withValues(shapes, { prompt: "a large red square", seed: 1 });
     const file = path.join(folder, "original.png");
     await images[0]!.toFile(file);
     const run = (image: GenerateOptions["image"]) =>
-      shapes.generate({ prompt: "a large blue square", image, strength: 0.5, seed: 2, steps: 4 });
+      withValues(shapes, { prompt: "a large blue square", image, strength: 0.5, seed: 2, steps: 4 });
     const [a, b, c] = [await run(file), await run(await images[0]!.toPNG()), await run(images[0])];
     expect(a.latents.data).toEqual(b.latents.data);
     expect(a.latents.data).toEqual(c.latents.data);
@@ -293,7 +303,7 @@ describe("stages", () => {
       { width: 64, height: 48, blocks: "H1R1" },
       { width: 64, height: 64, blocks: "H1", sigma: 0.3 },
     ];
-    const batch = await shapes.generate({
+    const batch = await withValues(shapes, {
       prompt: "a red circle",
       stages,
       seed: 7,
@@ -311,7 +321,7 @@ describe("stages", () => {
     expect(batch.timings.steps).toHaveLength(5);
     expect(batch.timings.upscale).toBeGreaterThan(0);
     expect(batch.stages[2]!.sigmas[0]).toBe(0.3);
-    const alone = await shapes.generate({ prompt: "a red circle", stages, seed: 8 });
+    const alone = await withValues(shapes, { prompt: "a red circle", stages, seed: 8 });
     const row = { ...alone.latents, data: batch.latents.data.slice(alone.latents.data.length) } as FloatTensor;
     expect(relativeError(row, alone.latents)).toBeLessThan(1e-5);
   });
@@ -322,8 +332,8 @@ describe("stages", () => {
       { width: 32, height: 32, blocks: "H1" },
       { width: 256, height: 256, blocks: "E1" },
     ];
-    const many = await shapes.generate({ prompt: "a red circle", stages, seed: 0, count: 18 });
-    const one = await shapes.generate({ prompt: "a red circle", stages, seed: 17 });
+    const many = await withValues(shapes, { prompt: "a red circle", stages, seed: 0, count: 18 });
+    const one = await withValues(shapes, { prompt: "a red circle", stages, seed: 17 });
     const row = { ...one.pixels, data: many.pixels.data.slice(17 * one.pixels.data.length) } as FloatTensor;
     expect(relativeError(row, one.pixels)).toBeLessThan(1e-5);
   }, 180_000);
@@ -340,7 +350,7 @@ describe("stages", () => {
 
   it("take part in editing: the mask holds at every size", async () => {
     const image = await drawn("a large red square", 1);
-    const result = await shapes.generate({
+    const result = await withValues(shapes, {
       prompt: "a large blue circle",
       image,
       mask: await maskOf(0, 0, 32, 64),
@@ -351,7 +361,7 @@ describe("stages", () => {
       ],
       seed: 2,
     });
-    const known = await shapes.generate({ prompt: "x", image, mask: blackMask(), seed: 1 });
+    const known = await withValues(shapes, { prompt: "x", image, mask: blackMask(), seed: 1 });
     for (let c = 0; c < known.latents.shape[1]!; c++)
       for (let y = 0; y < 16; y++)
         for (let x = 8; x < 16; x++) {
@@ -406,7 +416,10 @@ describe("previews", () => {
 
   it("change nothing", async () => {
     const options = { prompt: "a red circle", seed: 3, steps: 4 };
-    const [plain, watched] = [await shapes.generate(options), await shapes.generate({ ...options, preview: "fast" })];
+    const [plain, watched] = [
+      await withValues(shapes, options),
+      await withValues(shapes, { ...options, preview: "fast" }),
+    ];
     expect(watched.latents.data).toEqual(plain.latents.data);
   });
 });

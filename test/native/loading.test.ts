@@ -18,6 +18,7 @@ import type * as Opening from "../../lib/runtimes/tensorrt/open.js";
 import type { ClosedForm } from "../runtimes/models.js";
 import { samplingForms } from "../support/sampling.js";
 import { leftOver, SimulatedEngines, simulated, simulatedFolder } from "../support/simulated.js";
+import { withValues } from "../support/with-values.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
 const { engines } = vi.hoisted(() => ({ engines: { source: null as EngineSource | null } }));
@@ -107,11 +108,11 @@ describeAddons("a model on the simulated device", () => {
         expect(model.runtime).toEqual({ name: kind, passedOver: [] });
         const steps: string[] = [];
         const options = { blocks: "H1P2R1", guidanceScale: 4, prompt: ["a red circle", "a blue square"] };
-        const both = await model.generate({ ...options, seed: 7, onStep: ({ block }) => void steps.push(block) });
+        const both = await withValues(model, { ...options, seed: 7, onStep: ({ block }) => void steps.push(block) });
         expect(steps).toEqual(["H", "P", "P", "R"]);
         expect(both.timings.steps).toHaveLength(4);
         expect(new Set(both.latents.data).size).toBeGreaterThan(100);
-        const second = await model.generate({ ...options, prompt: "a blue square", seed: 8 });
+        const second = await withValues(model, { ...options, prompt: "a blue square", seed: 8 });
         const half = both.latents.data.length / 2;
         expect(second.latents.data).toEqual(both.latents.data.subarray(half));
         // Engines grow by the batches that are drawn, and keep those that they had.
@@ -141,7 +142,7 @@ describeAddons("a model on the simulated device", () => {
       };
       const plainly = async (request: Parameters<FlowTurbo["generate"]>[0]) => {
         const { model } = await load();
-        const result = await model.generate(request);
+        const result = await withValues(model, request);
         await model.dispose();
         return result;
       };
@@ -151,10 +152,10 @@ describeAddons("a model on the simulated device", () => {
         const [one, four] = [await plainly(options), await plainly(several)];
         await use(capture, async (model, source) => {
           for (let run = 0; run < 3; run++)
-            expect((await model.generate(options)).pixels.data).toEqual(one.pixels.data);
+            expect((await withValues(model, options)).pixels.data).toEqual(one.pixels.data);
           expect(simulated.counts().graphLaunches).toBeGreaterThan(1);
           const before = simulated.counts().graphLaunches;
-          const both = await Promise.all([model.generate(several), model.generate(options)]);
+          const both = await Promise.all([withValues(model, several), withValues(model, options)]);
           expect(both.map(({ pixels }) => pixels.data)).toEqual([four.pixels.data, one.pixels.data]);
           // Five pictures, and the text that was not known.
           expect(simulated.counts().graphLaunches).toBe(before + 6);
@@ -182,7 +183,7 @@ describeAddons("a model on the simulated device", () => {
         await use(capture, async (model) => {
           for (let run = 0; run < 2; run++)
             for (const [index, request] of requests.entries())
-              expect((await model.generate(request)).pixels.data).toEqual(expected[index]!.pixels.data);
+              expect((await withValues(model, request)).pixels.data).toEqual(expected[index]!.pixels.data);
           // One text; of each pair of edited pictures the second, since the engines grew in between; original and stages.
           expect(simulated.counts().graphLaunches).toBe(5);
         });
@@ -228,14 +229,14 @@ describeAddons("a model on the simulated device", () => {
       it("stops for an abort, between launches or after the graph that runs, and nobody else notices", async () => {
         const expected = await plainly(options);
         await use(capture, async (model) => {
-          await model.generate({ ...options, blocks: "E1" });
+          await withValues(model, { ...options, blocks: "E1" });
           // The first run goes launch by launch, the second as one graph.
           for (const captured of [false, true]) {
             const before = simulated.counts();
             simulated.hold();
             const controller = new AbortController();
-            const aborted = rejection(model.generate({ ...options, count: 3, signal: controller.signal }));
-            const other = model.generate(options);
+            const aborted = rejection(withValues(model, { ...options, count: 3, signal: controller.signal }));
+            const other = withValues(model, options);
             await vi.waitFor(() => expect(simulated.counts().uploads).toBeGreaterThan(before.uploads));
             controller.abort("enough");
             expect(await aborted).toBe("enough");
@@ -245,7 +246,7 @@ describeAddons("a model on the simulated device", () => {
             expect(simulated.counts().kernels - before.kernels).toBeLessThanOrEqual(captured ? 14 : 9);
           }
           expect(model.stats().requests).toMatchObject({ completed: 3, aborted: 2 });
-          expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);
+          expect((await withValues(model, options)).pixels.data).toEqual(expected.pixels.data);
         });
       });
 
@@ -264,24 +265,24 @@ describeAddons("a model on the simulated device", () => {
 
       it("names the step whose values overflow, in a graph too", async () => {
         await use(capture, async (model) => {
-          const { latents } = await model.generate(options);
+          const { latents } = await withValues(model, options);
           const noise = { ...latents, data: new Float32Array(latents.data.length).fill(3e38) };
-          await model.generate(options);
+          await withValues(model, options);
           const before = simulated.counts().graphLaunches;
-          const error = await rejection(model.generate({ ...options, seed: undefined, noise }));
+          const error = await rejection(withValues(model, { ...options, seed: undefined, noise }));
           expect(simulated.counts().graphLaunches).toBe(before + 1);
           expect(error).toBeInstanceOf(NotFiniteError);
           expect(error.message).toMatch(/holds NaN or an infinity after block \d of 4/);
-          await model.generate(options);
+          await withValues(model, options);
         });
       });
 
       it("starts again for those behind a program under which the GPU was lost", async () => {
         const expected = await plainly(options);
         await use(capture, async (model) => {
-          await model.generate(options);
+          await withValues(model, options);
           simulated.hold();
-          const results = [rejection(model.generate(options)), model.generate(options)] as const;
+          const results = [rejection(withValues(model, options)), withValues(model, options)] as const;
           await vi.waitFor(() => expect(model.stats().running.requests).toBe(2));
           simulated.failKernel(2, 700);
           simulated.let(-1);
@@ -333,14 +334,14 @@ describeAddons("a model on the simulated device", () => {
     it("releases the text encoders after use with keepTextEncoders: false", async () => {
       const kept = await load();
       const options = { prompt: "a red circle", blocks: "E2", seed: 3 };
-      const expected = await kept.model.generate(options);
+      const expected = await withValues(kept.model, options);
       const { engines: all } = simulated.counts();
       await kept.model.dispose();
       const { model, source } = await load({ keepTextEncoders: false });
-      expect((await model.generate(options)).pixels.data).toEqual(expected.pixels.data);
+      expect((await withValues(model, options)).pixels.data).toEqual(expected.pixels.data);
       await vi.waitFor(() => expect(simulated.counts().engines).toBe(all - 3));
       // A new prompt brings them back, for as long as it takes.
-      await model.generate({ ...options, prompt: "a green triangle" });
+      await withValues(model, { ...options, prompt: "a green triangle" });
       await vi.waitFor(() => expect(simulated.counts().engines).toBe(all - 3));
       expect(source.requests.filter(({ graph }) => graph === "t5")).toHaveLength(2);
       await model.dispose();

@@ -4,12 +4,14 @@ import { tmpdir } from "node:os";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { elementCount, float32 } from "../../lib/common/tensor.js";
 import { DisposedError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
+import type { Program } from "../../lib/program/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { findOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
-import { isBlameless } from "../../lib/runtimes/runtime.js";
+import { isBlameless, type Preempted } from "../../lib/runtimes/runtime.js";
 import { hosts } from "../support/hosts.js";
 import { type Bundles, bundle } from "./build.js";
 import { addGraphs, describeRuntime, double, storedTensors, values } from "./contract.js";
@@ -231,6 +233,37 @@ describe.skipIf(process.platform !== "linux")("the moment of a kill", () => {
       "The process that runs ONNX Runtime has worked on one launch for 90 s, and was replaced.",
     );
     expect(values((await work(runtime)).a)).toEqual([2]);
+  });
+});
+
+describe("reports of launches", () => {
+  it("come at once if each is asked for, and bring values that are larger than the channel's buffer", async () => {
+    const large = { dtype: "float32", shape: [1 << 21] } as const;
+    const small = { dtype: "float32", shape: [128, 128] } as const;
+    const zeros = ({ shape }: { shape: readonly number[] }) =>
+      ({ kind: "value", tensor: float32(shape, new Float32Array(elementCount(shape))) }) as const;
+    const work: Program = {
+      registers: { large, small },
+      constants: { x: zeros(large), y: zeros(small) },
+      instructions: [
+        launch("double", "x", "large", { reported: ["large"] }),
+        ...Array.from({ length: 2000 }, () => launch("short", "y", "small")),
+      ],
+      results: [],
+    };
+    // How many launches were made until the parent, told of the first one, had stopped the rest. What other processes
+    // of this machine do can only make that more: the least of a few trials counts.
+    const made: number[] = [];
+    while (made.length < 3) {
+      const runtime = open();
+      runtime.add(slowGraph("short", 128, 1));
+      const preempt = new AbortController();
+      const options = { reports: "each", preempt: preempt.signal, onLaunch: () => preempt.abort() } as const;
+      const outcome = runtime.open().submit(work, options);
+      made.push(await outcome.then(() => 2001, ({ launches }: Preempted) => launches)); // biome-ignore format: one line
+    }
+    // Some 20; where the channel is served only between launches, hundreds.
+    expect(Math.min(...made)).toBeLessThan(200);
   });
 });
 

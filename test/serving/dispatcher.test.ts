@@ -211,6 +211,31 @@ describe("jobs at the same time", () => {
     expect(firsts).toBeLessThan(2 * programs[0]![0]!.instructions.length);
   });
 
+  it("are reported launch by launch in the submissions that a watched job has a part in, and in no others", async () => {
+    const { dispatcher, runtime } = open();
+    const seen = { each: 0, bunched: 0 };
+    const opened = runtime.open.bind(runtime);
+    // The first job's rows have registers of their own, which are named by it; of the others one shares its launches.
+    const watched = "job 0.";
+    runtime.open = () => {
+      const workspace = opened();
+      const submit: typeof workspace.submit = (program, options) => {
+        const isPart = Object.keys(program.registers).some((name) => name.startsWith(watched));
+        expect(options?.reports).toBe(isPart ? "each" : "bunched");
+        seen[options!.reports!]++;
+        return workspace.submit(program, options);
+      };
+      return { ...workspace, submit, get lost() { return workspace.lost; } }; // biome-ignore format: one line
+    };
+    const rows = [request({ blocks: "H1P2", seeds: [1] }), request({ seeds: [2] }), request({ side: 8, seeds: [3] })];
+    const jobs = rows.map((each, index) =>
+      dispatcher.run({ rows: rowsOf(each), priority: priority(), ...(index === 0 && { reports: "each" as const }) }),
+    );
+    await Promise.all(jobs);
+    expect(seen.each).toBeGreaterThan(1);
+    expect(seen.bunched).toBeGreaterThan(1);
+  });
+
   it("end early where they are aborted or their listener throws, and nowhere else", async () => {
     const { dispatcher, runtime } = open();
     const controller = new AbortController();
@@ -307,9 +332,9 @@ describe("failures", () => {
       return badLaunches.has(launch) ? "fails" : "ok";
     };
     const badLaunches = new Set<Launch>();
-    const open_ = runtime.open.bind(runtime);
+    const opened = runtime.open.bind(runtime);
     runtime.open = () => {
-      const workspace = open_();
+      const workspace = opened();
       const { submit } = workspace;
       return Object.assign(Object.create(workspace), {
         submit: (program: Program, options: object) => {

@@ -62,7 +62,7 @@ export function programOf(
     };
   });
   const { program } = samplingTemplate({
-    ...{ stages, guidanceScale, vaeFactor: 2, imageChannels: 3 },
+    ...{ stages, guidanceScale, vaeFactor: 2, imageChannels: 3, keepsLatents: true },
     contextShape: condition.context.shape as [number, number, number],
     pooledShape: condition.pooled.shape as [number, number],
     ...(extra === "preview" && { preview: "fast" }),

@@ -18,6 +18,7 @@ import type { OnnxRuntimeOptions } from "../../lib/runtimes/onnxruntime/onnxrunt
 import type { Workspace } from "../../lib/runtimes/runtime.js";
 import { type Bundles, bundle } from "../runtimes/build.js";
 import { relativeError } from "../support/fixtures.js";
+import { withValues } from "../support/with-values.js";
 
 const requests = Number(process.env.SOAK_REQUESTS ?? 60);
 const callers = 12;
@@ -153,7 +154,7 @@ const kinds: GenerateOptions[] = [
 it(`${requests} mixed requests with aborts and failures`, { timeout: 3_600_000 }, async () => {
   const model = await FlowTurbo.load(undefined, { cache, maxQueue: 10 * callers, measureCosts: false });
   const references: { latents: FloatTensor; pixels: FloatTensor }[] = [];
-  for (const kind of kinds) references.push(await model.generate(kind));
+  for (const kind of kinds) references.push(await withValues(model, kind));
 
   let state = 20240917;
   const random = () => {
@@ -190,7 +191,7 @@ it(`${requests} mixed requests with aborts and failures`, { timeout: 3_600_000 }
       const controller = new AbortController();
       if (random() < share.aborted) void setTimeout(random() * 300).then(() => controller.abort(aborted));
       let settled = 0;
-      const call = model.generate({
+      const call = withValues(model, {
         ...kinds[kind]!,
         priority: Math.floor(random() * 3),
         signal: controller.signal,
@@ -236,7 +237,7 @@ it(`${requests} mixed requests with aborts and failures`, { timeout: 3_600_000 }
   expect(Math.max(...Object.keys(rowsPerLaunch).map(Number))).toBeGreaterThan(1);
   expect(counts.completed).toBeGreaterThan(0.7 * requests);
   injected.decide = () => "ok";
-  await model.generate(kinds[0]!);
+  await withValues(model, kinds[0]!);
   // Between requests the runtime holds nothing.
   expect([...injected.kept]).toEqual([]);
   const megabytes = (key: "heap" | "resident" | "hostBytes") => memory.map((at) => Math.round(at[key] / 1e6));

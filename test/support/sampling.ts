@@ -174,7 +174,7 @@ export function requestOf({ stages, guided = true, inpainted = false }: Case, ba
 /** The program that draws them: the product's template, with the values bound. */
 export function samplingProgram({ stages, context, pooled, guidanceScale }: Sampling): SamplingTemplate {
   const template = samplingTemplate({
-    ...{ stages, guidanceScale, vaeFactor: factor, imageChannels: 3 },
+    ...{ stages, guidanceScale, vaeFactor: factor, imageChannels: 3, keepsLatents: true },
     contextShape: context.shape as [number, number, number],
     pooledShape: pooled.shape as [number, number],
   });

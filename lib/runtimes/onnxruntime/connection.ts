@@ -7,7 +7,7 @@
 import type { Tensor } from "../../common/tensor.js";
 import { NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
-import { Preempted } from "../runtime.js";
+import { Preempted, type RunOptions } from "../runtime.js";
 import { pack } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
@@ -114,7 +114,11 @@ export class HostConnection {
   run(
     graphs: readonly SentGraph[],
     program: Program,
-    { onBegin, onLaunch }: { onBegin?: (() => void) | undefined; onLaunch(report: FinishedLaunch): void },
+    {
+      onBegin,
+      onLaunch,
+      reports,
+    }: Pick<RunOptions, "onBegin" | "reports"> & { onLaunch(report: FinishedLaunch): void },
     workspace: number | undefined,
   ) {
     const id = this.#ids++;
@@ -146,7 +150,7 @@ export class HostConnection {
       this.#runs.set(id, run);
       if (this.#end) reject(this.#end);
     });
-    this.send({ type: "run", id, graphs, program: pack(program), workspace });
+    this.send({ type: "run", id, graphs, program: pack(program), reports, workspace });
     for (const { name } of graphs) this.known.add(name);
     this.#expect();
     return {

@@ -23,7 +23,8 @@ export class RunFailure extends Error {
 
 /** What a run reports, and looks at before each launch. */
 export interface RunHooks {
-  launched(report: FinishedLaunch): void;
+  /** The next launch waits for what it returns. */
+  launched(report: FinishedLaunch): void | Promise<void>;
   /** What has been asked of it so far. */
   readonly asked: ReadonlySet<"abort" | "preempt">;
 }
@@ -79,7 +80,7 @@ export class Executor {
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;
-      launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
+      await launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
     }
     return read(program, program.results, values);
   }

@@ -6,6 +6,7 @@
  * depend on how long a launch takes.
  */
 
+import { setTimeout } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
 import { Executor, messageOf, RunFailure } from "./executor.js";
@@ -17,7 +18,7 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
 /**
- * Milliseconds between two messages about finished launches. The parent handles each, on a core that the graph
+ * Milliseconds between two messages about finished launches, where nobody watches each. The parent handles each message, on a core that the graph
  * would use: at steps of 5 to 25 ms on two cores, a message for each costs several percent, and one each tenth of a second
  * still one.
  */
@@ -32,7 +33,7 @@ const [library] = await Promise.all([
     // A CommonJS module: its exports are on `default`.
     (module) => module.default as unknown as typeof ort,
     (error) => {
-      send({ type: "broken", message: messageOf(error) });
+      void send({ type: "broken", message: messageOf(error) });
       return null;
     },
   ),
@@ -55,7 +56,7 @@ if (library) {
       turn = turn.then(() => run(executor, message, asked));
     }
   });
-  send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
+  void send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
 }
 
 async function run(
@@ -64,34 +65,54 @@ async function run(
   asked: ReadonlySet<"abort" | "preempt">,
 ): Promise<void> {
   const { id, graphs, program, workspace } = message;
+  const isWatched = message.reports === "each";
   let reports: FinishedLaunch[] = [];
   let reported = performance.now();
   const flush = () => {
-    if (reports.length > 0) send({ type: "launched", id, reports });
+    const sent = reports.length > 0 ? send({ type: "launched", id, reports }) : undefined;
     reports = [];
     reported = performance.now();
+    return sent;
   };
   try {
     for (const graph of graphs) executor.add(graph);
-    const launched = (report: FinishedLaunch) => {
+    const launched = async (report: FinishedLaunch) => {
       reports.push(report);
-      if (performance.now() - reported >= reportInterval) flush();
+      if (!isWatched) {
+        if (performance.now() - reported >= reportInterval) void flush();
+        return;
+      }
+      // The channel takes some hundred kilobytes at a time, and the rest of a picture only while this thread waits. It waits
+      // no longer than the launch took: a parent that is busy must not stop the graphs.
+      const patience = new AbortController();
+      const over = setTimeout(report.milliseconds, undefined, { signal: patience.signal }).catch(() => {});
+      await Promise.race([flush(), over]);
+      patience.abort();
     };
     const results = await executor.run(unpack(program), { launched, asked }, workspace);
-    send({ type: "done", id, reports, results });
+    void send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =
       error instanceof RunFailure ? error.failure : ({ kind: "runtime", message: messageOf(error) } as const);
-    flush();
-    send({ type: "failed", id, failure });
+    void flush();
+    void send({ type: "failed", id, failure });
   } finally {
     pending.delete(id);
   }
 }
 
-/** A channel that has closed is no error here: the watching thread ends this process at that moment. */
-function send(message: FromHost): void {
-  if (process.connected) process.send!(message, undefined, undefined, () => {});
+/**
+ * Resolves when the message has been written. A channel that has closed is no error here: the watching thread ends this
+ * process at that moment.
+ */
+function send(message: FromHost): Promise<void> {
+  let written = () => {};
+  const sent = new Promise<void>((resolve) => {
+    written = resolve;
+  });
+  // What cannot be sent at all is thrown here, to whoever sends it.
+  if (process.connected) process.send!(message, undefined, undefined, () => written());
+  return sent;
 }
 
 function watchParent(): Promise<unknown> {

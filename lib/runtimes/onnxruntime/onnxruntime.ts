@@ -171,7 +171,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     options: SubmissionOptions,
     workspace?: number,
   ): Promise<Record<string, Tensor>> {
-    const { signal, onBegin, onLaunch, preempt } = options;
+    const { signal, onBegin, onLaunch, preempt, reports } = options;
     const cleanUp: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
@@ -187,7 +187,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
           run.abort();
         }
       };
-      const run = host.run(graphs, program, { onBegin, onLaunch: launched }, workspace);
+      const run = host.run(graphs, program, { onBegin, onLaunch: launched, reports }, workspace);
       if (preempt) {
         this.#preemptions.add(run.preempt);
         cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));

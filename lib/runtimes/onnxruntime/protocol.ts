@@ -5,7 +5,7 @@
  */
 
 import type { Tensor } from "../../common/tensor.js";
-import type { LaunchReport } from "../runtime.js";
+import type { LaunchReport, RunOptions } from "../runtime.js";
 import type { PackedProgram } from "./packing.js";
 
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
@@ -33,6 +33,8 @@ export type ToHost =
       /** Those of the program that this child has not seen yet. */
       readonly graphs: readonly SentGraph[];
       readonly program: PackedProgram;
+      /** Whether each launch is reported as soon as it is done, or those of an interval together. Default: bunched. */
+      readonly reports?: RunOptions["reports"];
       /** Keeps the values of this program, and those of the programs before in the same workspace. */
       readonly workspace?: number | undefined;
     }
