@@ -1,4 +1,5 @@
 // A model whose runtime dies or hangs at any moment: the next call works, and people can see what happened.
+import { getEventListeners } from "node:events";
 import { setTimeout as pause } from "node:timers/promises";
 import { FlowTurbo, RuntimeDiedError, TimeoutError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
@@ -130,14 +131,19 @@ describe.skipIf(process.platform !== "linux")("the runtime of a model", () => {
   });
 
   it("keeps nothing of a call that was in time: no timer, and no listener on its signal", async () => {
+    const set = vi.spyOn(globalThis, "setTimeout");
     const { signal } = new AbortController();
-    await expectPicture(model.generate({ ...options, signal, timeoutMs: 60_000 }));
+    await expectPicture(model.generate({ ...options, signal, timeoutMs: 61_234 }));
+    expect(getEventListeners(signal, "abort")).toEqual([]);
     const reason = new Error("enough");
     const controller = new AbortController();
-    const call = model.generate({ ...options, blocks: "H1P200", signal: controller.signal, timeoutMs: 60_000 });
+    const call = model.generate({ ...options, blocks: "H1P200", signal: controller.signal, timeoutMs: 61_234 });
     setTimeout(() => controller.abort(reason), 50);
     await expect(call).rejects.toBe(reason);
-    expect(process.getActiveResourcesInfo().filter((name) => name === "Timeout")).toHaveLength(0);
+    const timers = set.mock.results.filter((_, index) => set.mock.calls[index]![1] === 61_234);
+    expect(timers).toHaveLength(2);
+    for (const { value } of timers) expect(value).toHaveProperty("_destroyed", true);
+    set.mockRestore();
   });
 });
 
