@@ -10,7 +10,7 @@ import { elementCount } from "./common/tensor.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource, RgbPicture } from "./model.js";
-import { checkOptions, generateSchema, tensor } from "./options.js";
+import { checkOptions, generateSchema, refusePaths, tensor } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -57,7 +57,7 @@ const picture = z.codec(
   },
 );
 
-const { signal: _, onStep: __, ...plain } = generateSchema.shape;
+const { signal: _, onStep: __, allowPaths: ___, ...plain } = generateSchema.shape;
 const requestSchema = z.strictObject({
   ...plain,
   image: source.optional(),
@@ -91,11 +91,13 @@ const resultSchema = z.strictObject({
 });
 
 /**
- * A request as JSON, with defaults filled in. Pictures that are given by a path are read.
+ * A request as JSON, with defaults filled in. Pictures that are given by a path are read, unless `allowPaths` is false.
  * @throws OptionError for options that are wrong, or a picture that cannot be read
  */
 export async function requestToJson(options: GenerateOptions): Promise<Json> {
-  const { signal, onStep, image, mask, ...rest } = checkOptions(generateSchema, options, "requestToJson()");
+  const checked = checkOptions(generateSchema, options, "requestToJson()");
+  refusePaths(checked);
+  const { signal, onStep, allowPaths, image, mask, ...rest } = checked;
   const pictures = {
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
@@ -103,7 +105,7 @@ export async function requestToJson(options: GenerateOptions): Promise<Json> {
   return encoded(requestSchema, { ...rest, ...pictures }, "request");
 }
 
-/** The options of a request from its JSON. @throws OptionError that names the option which is wrong */
+/** The options of a request from its JSON, which names no file. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
   const { image, mask, ...options } = decoded(requestSchema, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
@@ -127,7 +129,10 @@ async function sourceOf(option: string, picture: PictureSource): Promise<z.outpu
     return { width, height, data };
   }
   const file = await readFile(picture).catch((cause: Error) => {
-    throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, { cause });
+    throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, {
+      cause,
+      publicMessage: `The picture for ${option} cannot be read. Give its bytes.`,
+    });
   });
   return { file };
 }

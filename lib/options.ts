@@ -182,6 +182,11 @@ export const loadSchema = z.strictObject({
     64,
     "requests that may wait; more are refused",
   ),
+  allowPaths: defaulted(
+    boolean,
+    true,
+    "whether requests may name pictures by the path of a file of this machine; false refuses them whatever a request says",
+  ),
   measureCosts: defaulted(boolean, true, "measures unknown costs in the background, while no request is under way"),
   logger: optional(
     kind(
@@ -258,6 +263,12 @@ export const generateSchema = z.strictObject({
     oneOf(["fast", "decoded"]),
     "what each step event shows: fast (a linear map of the latents), decoded (the full decoder)",
   ),
+  metadata: defaulted(
+    kind(z.union([z.enum(["full", "parameters"]), z.literal(false)]), '"full", "parameters" or false'),
+    "full",
+    "what the pictures' files say about themselves: full, parameters (enough to draw them again) or false",
+    "--metadata <mode>",
+  ),
   noise: optional(
     kind(
       z.union([tensor, z.array(tensor).min(1).readonly()]),
@@ -287,6 +298,11 @@ export const generateSchema = z.strictObject({
     "order of requests: higher numbers first, then earlier deadlines; waiting raises it",
   ),
   pinBatch: optional(integer(1, 256), "as the option of load(), for this call"),
+  allowPaths: defaulted(
+    boolean,
+    true,
+    "whether image and mask may be the paths of files of this machine, where load() allows it",
+  ),
   signal: optional(abortSignal, "aborts between steps"),
   onStep: optional(
     callback<(event: StepEvent) => void>(),
@@ -372,6 +388,16 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
   const expects = field ? optionMeta(field).expects : "an object of options";
   const received = (input as Record<string, unknown> | null | undefined)?.[option];
   throw new OptionError(option, `Expected ${expects} for ${option} but received ${show(field ? received : input)}.`);
+}
+
+/** @throws OptionError for a picture that is given by a path where `allowPaths` is false; no file is looked at */
+export function refusePaths(options: Pick<ResolvedGenerateOptions, "image" | "mask" | "allowPaths">): void {
+  for (const option of ["image", "mask"] as const)
+    if (!options.allowPaths && typeof options[option] === "string")
+      throw new OptionError(
+        option,
+        `Expected an encoded picture, or { width, height, data }, for ${option} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
+      );
 }
 
 /** What a field of a schema says about itself. */

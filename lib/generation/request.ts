@@ -6,10 +6,10 @@
 import { randomInt } from "node:crypto";
 import type { Checkpoint } from "../checkpoint/index.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
-import { OptionError } from "../errors.js";
+import { OptionError, publicMessage } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size } from "../model.js";
 import { networks } from "../networks/index.js";
-import { checkOptions, generateSchema, type ResolvedGenerateOptions } from "../options.js";
+import { checkOptions, generateSchema, type ResolvedGenerateOptions, refusePaths } from "../options.js";
 import {
   type Block,
   blockTable,
@@ -38,6 +38,8 @@ export interface ModelFacts {
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
   readonly pinBatch: number | null;
+  /** Whether requests may name pictures by the path of a file. */
+  readonly allowPaths: boolean;
 }
 
 /** One size of a request. */
@@ -62,7 +64,7 @@ export interface EditRequest {
   readonly keepOriginal: boolean;
 }
 
-type Kept = "count" | "preview" | "deadlineMs" | "priority" | "signal" | "onStep";
+type Kept = "count" | "preview" | "metadata" | "deadlineMs" | "priority" | "signal" | "onStep";
 
 export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly prompts: readonly string[];
@@ -103,7 +105,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
+  const { count, preview, metadata, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
+  refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
   const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
@@ -125,7 +128,19 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, deadlineMs, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
+    ...{
+      count,
+      preview,
+      metadata,
+      deadlineMs,
+      priority,
+      signal,
+      onStep,
+      prompts,
+      pictures,
+      candidates,
+      sequenceLength,
+    },
     ...{ seeds, noises, sampler, stages },
     negativePrompts: guidanceScale > 1 ? negativePrompts : [],
     guidanceScale: guidanceScale > 1 ? guidanceScale : null,
@@ -199,11 +214,14 @@ function candidateOf(
 /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
 function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
   const blocks = parseBlocks(text);
-  if (!canRun(checkpoint, blocks))
+  if (!canRun(checkpoint, blocks)) {
+    const needs = `The blocks "${text}" need a velocity refiner, but`;
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" need a velocity refiner, but ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
+      `${needs} ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
+      { publicMessage: `${needs} this model has none. Use other blocks, such as P.` },
     );
+  }
   return blocks;
 }
 
@@ -294,7 +312,9 @@ function stageBlocks(text: string, name: string, checkpoint: Checkpoint): Block[
   try {
     return blocksOf(text, checkpoint);
   } catch (error) {
-    throw new OptionError("stages", `${name}: ${(error as Error).message}`);
+    throw new OptionError("stages", `${name}: ${(error as Error).message}`, {
+      publicMessage: `${name}: ${publicMessage(error)}`,
+    });
   }
 }
 
