@@ -25,8 +25,9 @@ import {
 export interface OptionMeta {
   /** Flag of the command line, in commander's notation; none for what only code can pass. */
   readonly flag?: string;
-  /** Help text. */
   readonly description: string;
+  /** Help text of the flag, where it says something else: of one that turns the option off. Default: the description. */
+  readonly help?: string;
   /** Completes "Expected … for <option>". */
   readonly expects: string;
 }
@@ -34,8 +35,13 @@ export interface OptionMeta {
 /** A kind of value, with the words for it. */
 const kind = <T extends z.ZodType>(schema: T, expects: string): T => schema.meta({ expects });
 
-const described = <T extends z.ZodType>(schema: T, inner: z.ZodType, description: string, flag?: string): T =>
-  schema.meta({ ...inner.meta(), description, ...(flag && { flag }) });
+const described = <T extends z.ZodType>(
+  schema: T,
+  inner: z.ZodType,
+  description: string,
+  flag?: string,
+  help?: string,
+): T => schema.meta({ ...inner.meta(), description, ...(flag && { flag }), ...(help && { help }) });
 
 const required = <T extends z.ZodType>(inner: T, description: string, flag?: string) =>
   described(inner, inner, description, flag);
@@ -43,12 +49,19 @@ const required = <T extends z.ZodType>(inner: T, description: string, flag?: str
 const optional = <T extends z.ZodType>(inner: T, description: string, flag?: string) =>
   described(inner.optional(), inner, description, flag);
 
-const defaulted = <T extends z.ZodType>(inner: T, value: z.output<T>, description: string, flag?: string) =>
+const defaulted = <T extends z.ZodType>(
+  inner: T,
+  value: z.output<T>,
+  description: string,
+  flag?: string,
+  help?: string,
+) =>
   described(
     inner.default(() => value as never),
     inner,
     description,
     flag,
+    help,
   );
 
 const integer = (minimum: number, maximum: number, expects = `a whole number from ${minimum} to ${maximum}`) =>
@@ -142,8 +155,9 @@ export const loadSchema = z.strictObject({
   keepTextEncoders: defaulted(
     boolean,
     true,
-    "free the text encoders' memory after each use; they are loaded again for new prompts",
+    "whether text encoders stay in memory; otherwise it is freed after each use, and new prompts load them again",
     "--no-keep-text-encoders",
+    "free the text encoders' memory after each use; they are loaded again for new prompts",
   ),
   variant,
   threads: optional(
@@ -212,7 +226,7 @@ export const generateSchema = z.strictObject({
   steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
   blocks: optional(
     schedule,
-    `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of --steps`,
+    `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of steps`,
     "--blocks <schedule>",
   ),
   grid: optional(
@@ -245,19 +259,20 @@ export const generateSchema = z.strictObject({
   image: optional(picture, "picture to start from", "--image <file>"),
   mask: optional(
     picture,
-    "where to paint: white (or opaque) parts are drawn anew, the rest of --image is kept",
+    "where to paint: white (or opaque) parts are drawn anew, the rest of image is kept",
     "--mask <file>",
   ),
   strength: optional(
     kind(z.number().gt(0).max(1), "a number above 0 and up to 1"),
-    "part of the schedule that runs on --image; 1 starts from noise alone (default: 0.6)",
+    "part of the schedule that runs on image; 1 starts from noise alone (default: 0.6)",
     "--strength <part>",
   ),
   keepOriginal: defaulted(
     boolean,
     true,
-    "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
+    "with mask: whether the kept part is the original pixel for pixel; otherwise it goes through the autoencoder",
     "--no-keep-original",
+    "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
   ),
   preview: optional(
     oneOf(["fast", "decoded"]),
@@ -297,7 +312,10 @@ export const generateSchema = z.strictObject({
     0,
     "order of requests: higher numbers first, then earlier deadlines; waiting raises it",
   ),
-  pinBatch: optional(integer(1, 256), "as the option of load(), for this call"),
+  pinBatch: optional(
+    integer(1, 256),
+    "pads every launch of this request to so many pictures (default: the option of load())",
+  ),
   allowPaths: defaulted(
     boolean,
     true,

@@ -23,9 +23,9 @@ export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject
 /** Adds the flag of every field that has one. */
 export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
-    const { flag, description } = optionMeta(field);
+    const { flag, description, help = description } = optionMeta(field);
     if (!flag) continue;
-    const option = new Option(flag, description);
+    const option = new Option(flag, help);
     const preset = field.safeParse(undefined);
     // Flags that turn something off have no default to show.
     if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
