@@ -68,7 +68,7 @@ await model.generate({ prompt: "", steps: 1 });
 
 const routes = new Map([
   ["/generate", { GET: draw, POST: draw }],
-  ["/health", { GET: health }],
+  ["/health", { GET: health, HEAD: health }],
   ["/stats", { GET: () => json(200, model.stats()) }],
 ]);
 

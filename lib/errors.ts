@@ -31,7 +31,9 @@ export class FlowTurboError extends Error {
    * a hint whether a file exists.
    */
   get publicMessage(): string {
-    return this.#publicMessage ?? rows[this.code].sentence ?? this.message;
+    const row: ErrorRow | undefined = rows[this.code];
+    // A code that a user of this class made up says nothing of the message.
+    return this.#publicMessage ?? (row ? (row.sentence ?? this.message) : internal);
   }
 }
 
@@ -226,6 +228,9 @@ export interface ErrorRow {
   readonly sentence: string | null;
 }
 
+/** What clients are told of an error that is not of this package. */
+const internal = "Internal error.";
+
 const rows = {
   ERR_FLOWTURBO_OPTION: { type: OptionError, status: 400, retryable: false, sentence: null },
   ERR_FLOWTURBO_CHECKPOINT: {
@@ -305,5 +310,5 @@ export const errorTable: Readonly<Record<FlowTurboErrorCode, ErrorRow>> = rows;
  * all others.
  */
 export function publicMessage(error: unknown): string {
-  return error instanceof FlowTurboError ? error.publicMessage : "Internal error.";
+  return error instanceof FlowTurboError ? error.publicMessage : internal;
 }

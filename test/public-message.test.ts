@@ -295,6 +295,7 @@ describe("publicMessage", () => {
   it("has one sentence for whatever else is thrown", () => {
     for (const thrown of [new Error(folder), new TypeError(folder), folder, null, undefined, { publicMessage: folder }])
       expect(publicMessage(thrown)).toBe("Internal error.");
+    expect(publicMessage(new FlowTurboError("ERR_OTHER" as never, folder))).toBe("Internal error.");
   });
 
   it("every code of the server's side has a sentence", () => {

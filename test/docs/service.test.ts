@@ -213,6 +213,7 @@ describe("answers", () => {
 
   it("health and statistics, by HEAD or GET on a connection that is kept", async () => {
     expect(await (await fetch(`${service.url}/health`)).json()).toEqual({ status: "ready", model: "shapes" });
+    expect((await fetch(`${service.url}/health`, { method: "HEAD" })).status).toBe(200);
     const kept = connect(service);
     for (const count of [1, 2]) {
       kept.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n");

@@ -73,14 +73,14 @@ async function run(
     calls: existsSync(trace)
       ? readFileSync(trace, "utf8")
           .split("\n")
-          .filter((line) => /AF_INET|htons\(/.test(line))
+          .filter((line) => /AF_INET|htons\(|systemd\.Resolve/.test(line))
       : [],
   };
 }
 
 describe("drawing a picture", () => {
   it("leaves no file of ONNX Runtime's telemetry", async () => {
-    expect((await run(draw(0), undefined, {})).files).toEqual([]);
+    expect((await run(draw(0), undefined, {})).files.filter((file) => /Microsoft|onnxruntime/i.test(file))).toEqual([]);
   });
 
   const offlineOnly = skipped(lacksOffline);
@@ -97,7 +97,7 @@ describe("drawing a picture", () => {
     const wrap = { trace: true, offline: true };
     const [ours, control] = await Promise.all([run(draw(waitMs), undefined, wrap), run(bare(waitMs), undefined, wrap)]);
     expect(ours.calls).toEqual([]);
-    expect(control.calls.join("\n")).toMatch(/htons\(53\)/);
+    expect(control.calls.join("\n")).toMatch(/htons\(53\)|systemd\.Resolve/);
   });
 });
 
