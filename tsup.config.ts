@@ -1,16 +1,32 @@
-import { defineConfig } from "tsup";
+import { pathToFileURL } from "node:url";
+import { defineConfig, type Options } from "tsup";
+import { tsImport } from "tsx/esm/api";
 
-// Three entry points, flat in dist/: the library, the command line and the process that runs the graphs. They find
-// each other by relative URL, so none may move into a subfolder.
+// schema.ts runs now, and its values are what is published: who imports them loads no zod and none of the tables.
+const values: NonNullable<Options["esbuildPlugins"]>[number] = {
+  name: "values of lib/schema.ts",
+  setup(build) {
+    build.onLoad({ filter: /[\\/]lib[\\/]schema\.ts$/ }, async ({ path }) => {
+      const exported: Record<string, unknown> = await tsImport(pathToFileURL(path).href, import.meta.url);
+      const lines = Object.entries(exported).map(([name, value]) => `export const ${name} = ${JSON.stringify(value)};`);
+      return { contents: lines.join("\n"), loader: "js" };
+    });
+  },
+};
+
+// Four entry points, flat in dist/: the library, its JSON Schemas, the command line and the process that runs the graphs.
+// They find each other by relative URL, so none may move into a subfolder.
 export default defineConfig({
   entry: {
     index: "lib/index.ts",
+    schema: "lib/schema.ts",
     cli: "lib/cli/main.ts",
     "onnxruntime-host": "lib/runtimes/onnxruntime/host.ts",
   },
   format: "esm",
   target: "node20",
-  dts: { entry: { index: "lib/index.ts" } },
+  dts: { entry: { index: "lib/index.ts", schema: "lib/schema.ts" } },
+  esbuildPlugins: [values],
   clean: true,
   splitting: true,
   sourcemap: false,

@@ -11,6 +11,7 @@
  *   npx tsx bench/overhead.ts [rounds]
  */
 
+import "./telemetry.js";
 import { FlowTurbo } from "flowturbo";
 import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";

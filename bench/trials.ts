@@ -8,6 +8,7 @@
  *   npm run bench:trials -- [--rounds 7] [--only shapes|width] [--trial vae]
  */
 
+import "./telemetry.js";
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";

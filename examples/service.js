@@ -1,43 +1,215 @@
-// A minimal service: GET /?prompt=a+large+red+square answers with a PNG, &deadline=2000 within two seconds. One model,
-// loaded once, whose callers share launches; a client that closes its connection aborts its call. The table of errors has
-// the HTTP status of each: 400 for a wrong option, 429 for a full queue, 503 for a deadline that cannot be met. GET /stats
-// has the counters.
+// A service in one file, to be copied: one model, loaded once, whose callers share launches.
 //
-//   node examples/service.js [port] [checkpoint folder]
+//   node examples/service.js [--host 127.0.0.1] [--port 8080] [--model <checkpoint folder>] [--drain <seconds>]
+//
+//   GET /generate?prompt=a+large+red+square&steps=4   a PNG; the parameters are those of `clientOptions` below
+//   POST /generate                                    the same from a JSON body, as requestFromJson() takes it (see
+//                                                     flowturbo/schema): pictures to edit are bytes in base64
+//   GET /health                                       200 while it takes requests, 503 once it ends or cannot draw
+//   GET /stats                                        counters and histograms
+//
+// Errors are JSON, { code, message }, with the status of the table of errors: 400 for a wrong option, 429 for a full
+// queue, 503 for a time limit that cannot be met now; Retry-After where waiting helps. Messages hold nothing of the
+// server. A client that closes its connection aborts its call. SIGTERM and SIGINT end the service: it accepts nothing
+// more, and what is in flight has --drain seconds to finish. A second signal ends it at once.
+import { once } from "node:events";
 import { createServer } from "node:http";
-import { errorTable, FlowTurbo } from "flowturbo";
+import { setTimeout as sleep } from "node:timers/promises";
+import { parseArgs } from "node:util";
+import { errorTable, FlowTurbo, publicMessage, requestFromJson } from "flowturbo";
 
-const [port = "8080", folder] = process.argv.slice(2);
-const model = await FlowTurbo.load(folder, { logger: console, maxQueue: 16 });
+const { values: flags } = parseArgs({
+  options: {
+    // Other interfaces only on purpose: there is no authentication here.
+    host: { type: "string", default: "127.0.0.1" },
+    port: { type: "string", default: "8080" },
+    model: { type: "string" },
+    drain: { type: "string", default: "30" },
+  },
+});
+
+/** What clients may choose. Not how many pictures, nor their priority: one picture a request, the first come first. */
+const clientOptions = {
+  numbers: ["seed", "steps", "width", "height", "guidanceScale", "deadlineMs", "strength"],
+  texts: ["prompt", "negativePrompt", "sampler", "blocks"],
+  pictures: ["image", "mask"],
+};
+/** Bytes of a body: two pictures in base64. */
+const maxBody = 32e6;
+
+/** An answer that is no picture, for the client's eyes. */
+class Refusal extends Error {
+  constructor(status, message, headers = {}) {
+    super(message);
+    this.status = status;
+    this.headers = headers;
+  }
+}
+
+const ending = new AbortController();
+for (const [signal, code] of [
+  ["SIGTERM", 143],
+  ["SIGINT", 130],
+])
+  process.on(signal, () => (ending.signal.aborted ? process.exit(code) : ending.abort()));
+
+// Requests are served from the first one on as fast as later ones: one picture is drawn before the service listens.
+const model = await FlowTurbo.load(flags.model, {
+  logger: console,
+  maxQueue: 16,
+  // No string that a client sends is taken for a file of this machine.
+  allowPaths: false,
+  signal: ending.signal,
+}).catch((error) => {
+  if (ending.signal.aborted) process.exit(0);
+  throw error;
+});
+await model.generate({ prompt: "", steps: 1 });
+
+const routes = new Map([
+  ["/generate", { GET: draw, POST: draw }],
+  ["/health", { GET: health, HEAD: health }],
+  ["/stats", { GET: () => json(200, model.stats()) }],
+]);
+
+/** Requests that are not answered yet. */
+const open = new Set();
 
 const server = createServer(async (request, response) => {
-  const { pathname, searchParams: query } = new URL(request.url, "http://localhost");
-  if (pathname === "/stats") return response.end(`${JSON.stringify(model.stats())}\n`);
-  const gone = new AbortController();
-  response.on("close", () => gone.abort());
-  try {
-    const { images, seeds } = await model.generate({
-      prompt: query.get("prompt") ?? "a large red square",
-      ...(query.has("seed") && { seed: Number(query.get("seed")) }),
-      ...(query.has("steps") && { steps: Number(query.get("steps")) }),
-      ...(query.has("deadline") && { deadlineMs: Number(query.get("deadline")) }),
-      signal: gone.signal,
-    });
-    response.writeHead(200, { "content-type": "image/png", "x-seed": String(seeds[0]) });
-    response.end(await images[0].toPNG());
-  } catch (error) {
-    if (gone.signal.aborted) return;
-    const status = errorTable[error.code]?.status ?? 500;
-    const headers = { "content-type": "text/plain; charset=utf-8" };
-    if (error.retryAfterMs) headers["retry-after"] = Math.ceil(error.retryAfterMs / 1000);
-    response.writeHead(status, headers).end(`${error.message}\n`);
-  }
-});
-server.listen(Number(port), () => console.log(`listening on http://localhost:${server.address().port}`));
-
-for (const signal of ["SIGINT", "SIGTERM"])
-  process.once(signal, async () => {
-    server.close();
-    server.closeAllConnections();
-    await model.dispose();
+  const call = new AbortController();
+  // Also when the client has closed its connection: nobody wants the picture then.
+  const closed = new Promise((resolve) => response.once("close", resolve));
+  const entry = { call, closed };
+  open.add(entry);
+  void closed.then(() => {
+    open.delete(entry);
+    call.abort();
   });
+  const answer = await answerTo(request, call.signal).catch(toAnswer);
+  if (response.destroyed) return;
+  const { status, headers, body } = answer;
+  // A connection that is kept would outlive the service, and what is left of a body that was not read is no request.
+  const isLast = ending.signal.aborted || !request.complete;
+  response.writeHead(status, {
+    ...headers,
+    "content-length": Buffer.byteLength(body),
+    "cache-control": "no-store",
+    ...(isLast && { connection: "close" }),
+  });
+  response.end(body);
+});
+// A client that sends its request slower than that is cut off.
+server.requestTimeout = 30_000;
+
+async function answerTo(request, signal) {
+  const url = URL.canParse(request.url, "http://localhost") ? new URL(request.url, "http://localhost") : null;
+  if (!url) throw new Refusal(400, "The address is malformed.");
+  const methods = routes.get(url.pathname);
+  if (!methods) throw new Refusal(404, "There is nothing at this address.");
+  if (!Object.hasOwn(methods, request.method)) {
+    const allow = Object.keys(methods).join(", ");
+    throw new Refusal(405, `This address takes ${allow} only.`, { allow });
+  }
+  return methods[request.method](request, url, signal);
+}
+
+async function draw(request, url, signal) {
+  if (ending.signal.aborted) throw new Refusal(503, "The service is ending.");
+  const options = request.method === "POST" ? await bodyOptions(request) : queryOptions(url.searchParams);
+  const { images, seeds, blocks } = await model.generate({ ...options, metadata: "parameters", signal });
+  const headers = { "content-type": "image/png", "x-seed": String(seeds[0]), "x-blocks": blocks };
+  return { status: 200, headers, body: await images[0].toPNG() };
+}
+
+function queryOptions(query) {
+  const { numbers, texts } = clientOptions;
+  const options = {};
+  for (const name of new Set(query.keys())) {
+    const [value, ...others] = query.getAll(name);
+    if (others.length > 0) throw new Refusal(400, `The parameter ${name} is given more than once.`);
+    if (!numbers.includes(name) && !texts.includes(name))
+      throw new Refusal(400, `There is no parameter "${name}"; there are ${[...texts, ...numbers].join(", ")}.`);
+    // What is no number stays a text, which generate() refuses by name.
+    const isNumber = numbers.includes(name) && /^-?\d+(\.\d+)?$/.test(value);
+    options[name] = isNumber ? Number(value) : value;
+  }
+  return options;
+}
+
+async function bodyOptions(request) {
+  if (!/^application\/json\b/i.test(request.headers["content-type"] ?? ""))
+    throw new Refusal(415, "Expected a body of type application/json.");
+  const body = await bodyOf(request);
+  const options = requestFromJson(body);
+  const allowed = Object.values(clientOptions).flat();
+  for (const name of Object.keys(body))
+    if (!allowed.includes(name)) throw new Refusal(400, `Expected only ${allowed.join(", ")} but received ${name}.`);
+  if (typeof options.prompt !== "string") throw new Refusal(400, "Expected one prompt, as a string.");
+  return options;
+}
+
+async function bodyOf(request) {
+  const tooLarge = new Refusal(413, `Expected a body of at most ${maxBody} bytes.`);
+  if (Number(request.headers["content-length"]) > maxBody) throw tooLarge;
+  const chunks = [];
+  let bytes = 0;
+  // The stream must outlive this loop, since the answer goes over the same connection.
+  for await (const chunk of request.iterator({ destroyOnReturn: false })) {
+    bytes += chunk.length;
+    if (bytes > maxBody) throw tooLarge;
+    chunks.push(chunk);
+  }
+  try {
+    return JSON.parse(Buffer.concat(chunks).toString("utf8"));
+  } catch {
+    throw new Refusal(400, "The body is not JSON.");
+  }
+}
+
+function health() {
+  const { ready, degraded, restarts } = model.health();
+  const status = ending.signal.aborted ? "ending" : !ready ? "unavailable" : degraded ? "degraded" : "ready";
+  return json(ready && !ending.signal.aborted ? 200 : 503, { status, model: model.name, restarts });
+}
+
+function json(status, value, headers = {}) {
+  const body = `${JSON.stringify(value)}\n`;
+  return { status, headers: { "content-type": "application/json; charset=utf-8", ...headers }, body };
+}
+
+/** What a client is told of an error: never more than its public message. */
+function toAnswer(error) {
+  if (error instanceof Refusal) return json(error.status, { code: null, message: error.message }, error.headers);
+  // Only the end of the service aborts a call whose client is still there.
+  if (error?.name === "AbortError") return json(503, { code: null, message: "The service is ending." });
+  const status = errorTable[error?.code]?.status ?? 500;
+  const message = publicMessage(error);
+  // What the client is not told is for the log.
+  if (status >= 500 && message !== error?.message) console.error(error);
+  const wait = error?.retryAfterMs;
+  const headers = wait ? { "retry-after": String(Math.ceil(wait / 1000)) } : {};
+  return json(status, { code: errorTable[error?.code] ? error.code : null, message }, headers);
+}
+
+/** Ends the service: no new connections, some time for what is in flight, then an abort. */
+async function drain() {
+  // Also closes the connections that wait for a next request.
+  server.close();
+  const answered = () => Promise.all([...open].map(({ closed }) => closed));
+  const within = (ms) => Promise.race([answered(), sleep(ms, undefined, { ref: false })]);
+  await within(Number(flags.drain) * 1000);
+  for (const { call } of open) call.abort();
+  // Aborted calls are answered, too.
+  await within(1000);
+  server.closeAllConnections();
+  await model.dispose();
+}
+
+if (ending.signal.aborted) await model.dispose();
+else {
+  ending.signal.addEventListener("abort", drain);
+  server.listen(Number(flags.port), flags.host);
+  await once(server, "listening");
+  const { address, family, port } = server.address();
+  console.log(`listening on http://${family === "IPv6" ? `[${address}]` : address}:${port}`);
+}

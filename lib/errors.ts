@@ -2,16 +2,38 @@
  * Every error that this package throws on purpose, each with a stable `code`; the table at the end says what a server
  * makes of each. Messages name the thing that is wrong and the remedy; callers branch on `code` or on the class, never on
  * the text. An abort is not among them: an aborted call rejects with `signal.reason`, as the platform's own functions do.
+ *
+ * A message may name files and folders of this machine. `publicMessage` is the form for clients of a service: it names none,
+ * and does not tell whether one exists. An error of the caller's keeps its message there, so whoever throws one that
+ * names a path gives both forms; for any other error clients are told its row's sentence, whatever its message says.
  */
+
+/** What an error may be given besides its message. */
+export interface FlowTurboErrorOptions extends ErrorOptions {
+  /** The message without paths, for clients of a service. Default: the sentence of the code, or the message if the code has none. */
+  publicMessage?: string;
+}
 
 /** Base class: `instanceof FlowTurboError` holds for every error below. */
 export class FlowTurboError extends Error {
   /** Stable; see `errorTable`. */
   readonly code: FlowTurboErrorCode;
-  constructor(code: FlowTurboErrorCode, message: string, options?: ErrorOptions) {
+  readonly #publicMessage: string | undefined;
+  constructor(code: FlowTurboErrorCode, message: string, options?: FlowTurboErrorOptions) {
     super(message, options);
     this.name = new.target.name;
     this.code = code;
+    this.#publicMessage = options?.publicMessage;
+  }
+
+  /**
+   * The message for clients of a service: without any path of this machine, without what its libraries printed, and without
+   * a hint whether a file exists.
+   */
+  get publicMessage(): string {
+    const row: ErrorRow | undefined = rows[this.code];
+    // A code that a user of this class made up says nothing of the message.
+    return this.#publicMessage ?? (row ? (row.sentence ?? this.message) : internal);
   }
 }
 
@@ -19,7 +41,7 @@ export class FlowTurboError extends Error {
 export class OptionError extends FlowTurboError {
   /** Its name in the API. */
   readonly option: string;
-  constructor(option: string, message: string, options?: ErrorOptions) {
+  constructor(option: string, message: string, options?: FlowTurboErrorOptions) {
     super("ERR_FLOWTURBO_OPTION", message, options);
     this.option = option;
   }
@@ -218,25 +240,80 @@ export interface ErrorRow {
    * not null.
    */
   readonly retryable: boolean;
+  /** What clients of a service are told in place of the message, which may name paths; null where it names none. */
+  readonly sentence: string | null;
 }
 
+/** What clients are told of an error that is not of this package. */
+const internal = "Internal error.";
+
 const rows = {
-  ERR_FLOWTURBO_OPTION: { type: OptionError, status: 400, retryable: false },
-  ERR_FLOWTURBO_CHECKPOINT: { type: CheckpointError, status: 500, retryable: false },
-  ERR_FLOWTURBO_RUNTIME: { type: RuntimeError, status: 500, retryable: false },
-  ERR_FLOWTURBO_RUNTIME_DIED: { type: RuntimeDiedError, status: 503, retryable: true },
-  ERR_FLOWTURBO_RUNTIME_UNAVAILABLE: { type: RuntimeUnavailableError, status: 503, retryable: false },
-  ERR_FLOWTURBO_COMPILE: { type: CompileError, status: 500, retryable: false },
-  ERR_FLOWTURBO_MEMORY: { type: MemoryError, status: 503, retryable: false },
-  ERR_FLOWTURBO_CACHE: { type: CacheError, status: 500, retryable: false },
-  ERR_FLOWTURBO_NOT_FINITE: { type: NotFiniteError, status: 500, retryable: false },
-  ERR_FLOWTURBO_LAUNCH: { type: LaunchError, status: 500, retryable: true },
-  ERR_FLOWTURBO_DEVICE_LOST: { type: DeviceLostError, status: 503, retryable: true },
-  ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false },
-  ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true },
-  ERR_FLOWTURBO_TIMEOUT: { type: TimeoutError, status: 504, retryable: true },
-  ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true },
-  ERR_FLOWTURBO_DISPOSED: { type: DisposedError, status: 503, retryable: false },
+  ERR_FLOWTURBO_OPTION: { type: OptionError, status: 400, retryable: false, sentence: null },
+  ERR_FLOWTURBO_CHECKPOINT: {
+    type: CheckpointError,
+    status: 500,
+    retryable: false,
+    sentence: "The model's files cannot be used.",
+  },
+  ERR_FLOWTURBO_RUNTIME: { type: RuntimeError, status: 500, retryable: false, sentence: "The model could not be run." },
+  ERR_FLOWTURBO_RUNTIME_DIED: {
+    type: RuntimeDiedError,
+    status: 503,
+    retryable: true,
+    sentence: "The process that runs the model ended. Try again.",
+  },
+  ERR_FLOWTURBO_RUNTIME_UNAVAILABLE: {
+    type: RuntimeUnavailableError,
+    status: 503,
+    retryable: false,
+    sentence: "The model cannot be run on this machine.",
+  },
+  ERR_FLOWTURBO_COMPILE: {
+    type: CompileError,
+    status: 500,
+    retryable: false,
+    sentence: "The model could not be compiled.",
+  },
+  ERR_FLOWTURBO_MEMORY: {
+    type: MemoryError,
+    status: 503,
+    retryable: false,
+    sentence: "There is not enough memory for this.",
+  },
+  ERR_FLOWTURBO_CACHE: {
+    type: CacheError,
+    status: 500,
+    retryable: false,
+    sentence: "The cache of compiled models cannot be used.",
+  },
+  ERR_FLOWTURBO_NOT_FINITE: {
+    type: NotFiniteError,
+    status: 500,
+    retryable: false,
+    sentence: "The picture could not be computed: values of the network overflow.",
+  },
+  ERR_FLOWTURBO_LAUNCH: {
+    type: LaunchError,
+    status: 500,
+    retryable: true,
+    sentence: "A launch on the GPU failed. Try again.",
+  },
+  ERR_FLOWTURBO_DEVICE_LOST: {
+    type: DeviceLostError,
+    status: 503,
+    retryable: true,
+    sentence: "The GPU was lost. Try again.",
+  },
+  ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false, sentence: "A file could not be written." },
+  ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true, sentence: null },
+  ERR_FLOWTURBO_TIMEOUT: { type: TimeoutError, status: 504, retryable: true, sentence: null },
+  ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true, sentence: null },
+  ERR_FLOWTURBO_DISPOSED: {
+    type: DisposedError,
+    status: 503,
+    retryable: false,
+    sentence: "The model has been closed.",
+  },
 } as const satisfies Record<string, ErrorRow>;
 
 /** A stable name of what went wrong. */
@@ -244,3 +321,11 @@ export type FlowTurboErrorCode = keyof typeof rows;
 
 /** Errors by code. */
 export const errorTable: Readonly<Record<FlowTurboErrorCode, ErrorRow>> = rows;
+
+/**
+ * What a service may tell its clients of an error, whatever was thrown: `publicMessage` of an error of this package, and one sentence for
+ * all others.
+ */
+export function publicMessage(error: unknown): string {
+  return error instanceof FlowTurboError ? error.publicMessage : internal;
+}

@@ -6,7 +6,7 @@ import os from "node:os";
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 import type { z } from "zod";
-import { type Checkpoint, openCheckpoint } from "./checkpoint/index.js";
+import { type Checkpoint, checkpointName, openCheckpoint } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { checkDeviceMemory } from "./generation/device-memory.js";
@@ -52,7 +52,7 @@ export const embeddedModel = fileURLToPath(new URL("../models/shapes", import.me
  * is answered when it is done.
  */
 export class FlowTurbo implements ImageModel {
-  /** Name of the checkpoint's folder; "shapes" for the embedded model. */
+  /** Name of the checkpoint's folder, or of the repository whose snapshot it is; "shapes" for the embedded model. */
   readonly name: string;
   /** Folder of the checkpoint. */
   readonly folder: string;
@@ -124,6 +124,7 @@ export class FlowTurbo implements ImageModel {
         {
           ...{ ladder, text, logger, templates: new Templates(checkpoint, text) },
           ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
+          allowPaths: checked.allowPaths,
           captured: checked.capture && runtime.capabilities.capture,
           loadMilliseconds: performance.now() - start,
         },
@@ -150,7 +151,7 @@ export class FlowTurbo implements ImageModel {
     serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
   ) {
     const { checkpoint } = graphs;
-    this.name = path.basename(checkpoint.folder);
+    this.name = checkpointName(checkpoint.folder);
     this.folder = checkpoint.folder;
     this.runtime = choice;
     this.hasRefiner = checkpoint.refiner !== null;

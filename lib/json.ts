@@ -6,45 +6,17 @@
 
 import { readFile } from "node:fs/promises";
 import { z } from "zod";
-import { elementCount } from "./common/tensor.js";
+import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
-import type { GenerateOptions, GenerateResult, Picture, PictureSource, RgbPicture } from "./model.js";
-import { checkOptions, generateSchema, tensor } from "./options.js";
+import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
+import { checkOptions, generateSchema, refusePaths } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
-const bytes = z.codec(
-  z.base64(),
-  z.custom<Uint8Array>((value) => value instanceof Uint8Array),
-  {
-    decode: (text) => new Uint8Array(Buffer.from(text, "base64")),
-    encode: (data) => Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("base64"),
-  },
-);
-const side = z.int().positive();
-/** Float32 values in little-endian order, as in .safetensors files. */
-const notShaped = "the data does not have the shape's values";
-const tensorJson = z.codec(
-  z
-    .strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: bytes })
-    .refine(({ shape, data }) => data.length === 4 * elementCount(shape), notShaped),
-  tensor.refine(({ shape, data }) => data.length === elementCount(shape), notShaped),
-  {
-    decode: ({ dtype, shape, data }) => ({ dtype, shape, data: new Float32Array(data.buffer) }),
-    encode: ({ dtype, shape, data }) => ({
-      ...{ dtype, shape: [...shape] },
-      data: new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
-    }),
-  },
-);
-const rgb = { width: side, height: side, data: bytes };
-const isRgb = ({ width, height, data }: RgbPicture) => data.length === 3 * width * height;
-const notRgb = "the data does not have 3 bytes for each pixel";
-const source = z.union([z.strictObject({ file: bytes }), z.strictObject(rgb).refine(isRgb, notRgb)]);
 const picture = z.codec(
-  z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }).refine(isRgb, notRgb),
+  pictureJson,
   z.custom<Picture>((value) => typeof value === "object" && value !== null),
   {
     decode: ({ width, height, data, parameters }) => new Image(width, height, data, parameters),
@@ -56,57 +28,26 @@ const picture = z.codec(
     }),
   },
 );
-
-const { signal: _, onAccept: __, onStart: ___, onStep: ____, ...plain } = generateSchema.shape;
-const requestSchema = z.strictObject({
-  ...plain,
-  image: source.optional(),
-  mask: source.optional(),
-  noise: z.union([tensorJson, z.array(tensorJson)]).optional(),
-});
-
-const numbers = z.array(z.number());
-const resultSchema = z.strictObject({
-  images: z.array(picture),
-  latents: tensorJson.nullable(),
-  pixels: tensorJson.nullable(),
-  seeds: numbers,
-  width: side,
-  height: side,
-  blocks: z.string(),
-  sigmas: numbers,
-  stages: z.array(z.strictObject({ width: side, height: side, blocks: z.string(), sigmas: numbers })),
-  evaluations: z.strictObject({ predictor: z.number(), refiner: z.number() }),
-  timings: z.strictObject({
-    ...{ load: z.number(), queue: z.number(), encode: z.number(), steps: numbers },
-    ...{ upscale: z.number(), edit: z.number(), decode: z.number(), total: z.number() },
-  }),
-  deadline: z
-    .strictObject({
-      ...{ deadlineMs: z.number(), blocks: z.string(), reason: z.string() },
-      ...{ predictedMs: z.number(), actualMs: z.number() },
-    })
-    .nullable(),
-  warnings: z.array(z.string()),
-});
+const resultSchema = resultCodec(picture);
 
 /**
- * A request as JSON, with defaults filled in. Pictures that are given by a path are read.
+ * A request as JSON, with defaults filled in. Pictures that are given by a path are read, unless `allowPaths` is false.
  * @throws OptionError for options that are wrong, or a picture that cannot be read
  */
 export async function requestToJson(options: GenerateOptions): Promise<Json> {
   const checked = checkOptions(generateSchema, options, "requestToJson()");
-  const { signal, onAccept, onStart, onStep, image, mask, ...rest } = checked;
+  refusePaths(checked);
+  const { signal, onAccept, onStart, onStep, allowPaths, image, mask, ...rest } = checked;
   const pictures = {
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
   };
-  return encoded(requestSchema, { ...rest, ...pictures }, "request");
+  return encoded(requestCodec, { ...rest, ...pictures }, "request");
 }
 
-/** The options of a request from its JSON. @throws OptionError that names the option which is wrong */
+/** The options of a request from its JSON, which names no file. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
-  const { image, mask, ...options } = decoded(requestSchema, json, "request");
+  const { image, mask, ...options } = decoded(requestCodec, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
   return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
 }
@@ -128,7 +69,10 @@ async function sourceOf(option: string, picture: PictureSource): Promise<z.outpu
     return { width, height, data };
   }
   const file = await readFile(picture).catch((cause: Error) => {
-    throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, { cause });
+    throw new OptionError(option, `The picture for ${option} cannot be read: ${cause.message}`, {
+      cause,
+      publicMessage: `The picture for ${option} cannot be read. Give its bytes.`,
+    });
   });
   return { file };
 }

@@ -15,7 +15,10 @@ import type { Stats } from "./serving/stats.js";
 
 /** A text-to-image model that serves many callers at once. */
 export interface ImageModel extends AsyncDisposable {
-  /** For people and for APIs: the name of the checkpoint's folder; "shapes" for the embedded model. */
+  /**
+   * For people and for APIs: the name of the checkpoint's folder, without a path, or of the repository whose snapshot in a Hugging
+   * Face cache it is; "shapes" for the embedded model.
+   */
   readonly name: string;
   /** Size of a picture that the model was trained for, in pixels. */
   readonly nativeSize: { readonly width: number; readonly height: number };
@@ -61,9 +64,9 @@ export type ImageFormat = "png" | "jpeg" | "webp";
 
 /** A picture that can be encoded and written. */
 export interface Picture extends RgbPicture {
-  /** How it was made: enough to draw it again. Encoded files carry it as text. */
+  /** How it was made, as far as the option `metadata` says; encoded files carry it as text. */
   readonly parameters: Readonly<Record<string, unknown>>;
-  /** The encoded file, with the parameters as text (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
+  /** The encoded file, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
   encode(format: ImageFormat): Promise<Buffer>;
   /** As `encode("png")`. */
   toPNG(): Promise<Buffer>;
@@ -74,7 +77,10 @@ export interface Picture extends RgbPicture {
   toFile(file: string): Promise<void>;
 }
 
-/** A picture to read: the path of a file, an encoded file (PNG, JPEG, WebP, …), or 8-bit RGB values. */
+/**
+ * A picture to read: the path of a file, an encoded file (PNG, JPEG, WebP, …), or 8-bit RGB values. A service that passes on
+ * what its clients send refuses paths: `allowPaths`.
+ */
 export type PictureSource = string | Uint8Array | RgbPicture;
 
 /** Sent while a model loads. */
@@ -135,6 +141,11 @@ export interface LoadOptions {
    * fails with a RuntimeDiedError. A GPU cannot be replaced: there a slow launch is only reported. Default: 10000.
    */
   watchdogMs?: number | undefined;
+  /**
+   * Whether a request may name a picture (`image`, `mask`) by the path of a file of this machine. With `false` no request can,
+   * whatever its own `allowPaths` says: for services, whose clients could otherwise have any file of the server read. Default: true.
+   */
+  allowPaths?: boolean | undefined;
   /**
    * Whether costs that are not known are measured in the background, while no request is under way. Where each batch
    * needs an engine, only if `batches` are named. Default: true.
@@ -221,6 +232,12 @@ export interface GenerateOptions {
    * `"decoded"`, the full decoder, which costs a decode for each block. Default: nothing.
    */
   preview?: "fast" | "decoded" | undefined;
+  /**
+   * What the pictures' files say about themselves (`Picture.parameters`): `"parameters"`, what it takes to draw them again, such as
+   * prompts, seed, size and schedule; `"full"`, the names of model, software and runtime too; `false`, nothing. Never a path.
+   * Default: `"full"`.
+   */
+  metadata?: "full" | "parameters" | false | undefined;
   /** Starting noise [B, C, h, w] in place of a seed, with h and w in latents; one tensor, or one for each stage. Default: drawn from the seed. */
   noise?: FloatTensor | readonly FloatTensor[] | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
@@ -246,6 +263,11 @@ export interface GenerateOptions {
   pinBatch?: number | undefined;
   /** Values that the result holds besides the pictures; they are copied only if they are asked for. Default: none. */
   include?: readonly ("latents" | "pixels")[] | undefined;
+  /**
+   * Whether `image` and `mask` may be paths of files; `false` refuses a path with an OptionError before any file is looked at. Where
+   * the option of `load` is false, true does not help. Default: true.
+   */
+  allowPaths?: boolean | undefined;
   /** Aborts between steps: the call rejects with `signal.reason`. One signal may serve any number of calls. */
   signal?: AbortSignal | undefined;
   /**

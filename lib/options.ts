@@ -35,8 +35,9 @@ import {
 export interface OptionMeta {
   /** Flag of the command line, in commander's notation; none for what only code can pass. */
   readonly flag?: string;
-  /** Help text. */
   readonly description: string;
+  /** Help text of the flag, where it says something else: of one that turns the option off. Default: the description. */
+  readonly help?: string;
   /** Completes "Expected … for <option>". */
   readonly expects: string;
 }
@@ -44,8 +45,13 @@ export interface OptionMeta {
 /** A kind of value, with the words for it. */
 const kind = <T extends z.ZodType>(schema: T, expects: string): T => schema.meta({ expects });
 
-const described = <T extends z.ZodType>(schema: T, inner: z.ZodType, description: string, flag?: string): T =>
-  schema.meta({ ...inner.meta(), description, ...(flag && { flag }) });
+const described = <T extends z.ZodType>(
+  schema: T,
+  inner: z.ZodType,
+  description: string,
+  flag?: string,
+  help?: string,
+): T => schema.meta({ ...inner.meta(), description, ...(flag && { flag }), ...(help && { help }) });
 
 const required = <T extends z.ZodType>(inner: T, description: string, flag?: string) =>
   described(inner, inner, description, flag);
@@ -53,12 +59,19 @@ const required = <T extends z.ZodType>(inner: T, description: string, flag?: str
 const optional = <T extends z.ZodType>(inner: T, description: string, flag?: string) =>
   described(inner.optional(), inner, description, flag);
 
-const defaulted = <T extends z.ZodType>(inner: T, value: z.output<T>, description: string, flag?: string) =>
+const defaulted = <T extends z.ZodType>(
+  inner: T,
+  value: z.output<T>,
+  description: string,
+  flag?: string,
+  help?: string,
+) =>
   described(
     inner.default(() => value as never),
     inner,
     description,
     flag,
+    help,
   );
 
 const integer = (minimum: number, maximum: number, expects = `a whole number from ${minimum} to ${maximum}`) =>
@@ -153,8 +166,9 @@ export const loadSchema = z.strictObject({
   keepTextEncoders: defaulted(
     boolean,
     true,
-    "free the text encoders' memory after each use; they are loaded again for new prompts",
+    "whether text encoders stay in memory; otherwise it is freed after each use, and new prompts load them again",
     "--no-keep-text-encoders",
+    "free the text encoders' memory after each use; they are loaded again for new prompts",
   ),
   variant,
   threads: optional(
@@ -198,6 +212,11 @@ export const loadSchema = z.strictObject({
     10_000,
     "how long the runtime's process may give no sign of life until it is replaced",
   ),
+  allowPaths: defaulted(
+    boolean,
+    true,
+    "whether requests may name pictures by the path of a file of this machine; false refuses them whatever a request says",
+  ),
   measureCosts: defaulted(boolean, true, "measures unknown costs in the background, while no request is under way"),
   logger: optional(
     kind(
@@ -223,7 +242,7 @@ export const generateSchema = z.strictObject({
   steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
   blocks: optional(
     schedule,
-    `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of --steps`,
+    `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of steps`,
     "--blocks <schedule>",
   ),
   grid: optional(
@@ -256,23 +275,30 @@ export const generateSchema = z.strictObject({
   image: optional(picture, "picture to start from", "--image <file>"),
   mask: optional(
     picture,
-    "where to paint: white (or opaque) parts are drawn anew, the rest of --image is kept",
+    "where to paint: white (or opaque) parts are drawn anew, the rest of image is kept",
     "--mask <file>",
   ),
   strength: optional(
     kind(z.number().gt(0).max(1), "a number above 0 and up to 1"),
-    "part of the schedule that runs on --image; 1 starts from noise alone (default: 0.6)",
+    "part of the schedule that runs on image; 1 starts from noise alone (default: 0.6)",
     "--strength <part>",
   ),
   keepOriginal: defaulted(
     boolean,
     true,
-    "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
+    "with mask: whether the kept part is the original pixel for pixel; otherwise it goes through the autoencoder",
     "--no-keep-original",
+    "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
   ),
   preview: optional(
     oneOf(["fast", "decoded"]),
     "what each step event shows: fast (a linear map of the latents), decoded (the full decoder)",
+  ),
+  metadata: defaulted(
+    kind(z.union([z.enum(["full", "parameters"]), z.literal(false)]), '"full", "parameters" or false'),
+    "full",
+    "what the pictures' files say about themselves: full, parameters (enough to draw them again) or false",
+    "--metadata <mode>",
   ),
   noise: optional(
     kind(
@@ -313,10 +339,18 @@ export const generateSchema = z.strictObject({
     0,
     "order of requests: higher numbers first, then earlier deadlines; waiting raises it",
   ),
-  pinBatch: optional(integer(1, 256), "as the option of load(), for this call"),
+  pinBatch: optional(
+    integer(1, 256),
+    "pads every launch of this request to so many pictures (default: the option of load())",
+  ),
   include: optional(
     kind(z.array(z.enum(["latents", "pixels"])).readonly(), 'an array of "latents" and "pixels"'),
     "values that the result holds besides the pictures: latents, pixels (default: none)",
+  ),
+  allowPaths: defaulted(
+    boolean,
+    true,
+    "whether image and mask may be the paths of files of this machine, where load() allows it",
   ),
   signal: optional(abortSignal, "aborts between steps"),
   onAccept: optional(handler<AcceptEvent>(), "called when the request has been accepted"),
@@ -406,6 +440,16 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
   const expects = field ? optionMeta(field).expects : "an object of options";
   const received = (input as Record<string, unknown> | null | undefined)?.[option];
   throw new OptionError(option, `Expected ${expects} for ${option} but received ${show(field ? received : input)}.`);
+}
+
+/** @throws OptionError for a picture that is given by a path where `allowPaths` is false; no file is looked at */
+export function refusePaths(options: Pick<ResolvedGenerateOptions, "image" | "mask" | "allowPaths">): void {
+  for (const option of ["image", "mask"] as const)
+    if (!options.allowPaths && typeof options[option] === "string")
+      throw new OptionError(
+        option,
+        `Expected an encoded picture, or { width, height, data }, for ${option} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
+      );
 }
 
 /** What a field of a schema says about itself. */

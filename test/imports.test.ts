@@ -10,7 +10,9 @@ const rooms: Record<string, string[]> = {
   cli: ["flowturbo", "generation", "options", "model", "checkpoint", "runtimes", "schedule"],
   index: ["flowturbo", "json", "generation", "model", "serving", "networks", "runtimes", "schedule"],
   flowturbo: ["generation", "options", "model", "serving", "networks", "runtimes", "checkpoint", "program", "schedule", "onnx"], // biome-ignore format: one line
-  json: ["generation", "options", "model"],
+  json: ["codecs", "generation", "options", "model"],
+  schema: ["codecs"],
+  codecs: ["options", "model"],
   generation: ["options", "model", "serving", "networks", "runtimes", "checkpoint", "program", "schedule", "onnx"],
   options: ["model", "networks", "runtimes", "schedule"],
   model: ["serving", "networks", "runtimes", "schedule"],

@@ -29,7 +29,7 @@ const rgb = fc
   .uint8Array({ minLength: 12, maxLength: 12 })
   .map((data) => ({ width: 2, height: 2, data: new Uint8Array(data) }));
 const encoded = fc.uint8Array({ minLength: 1 }).map((data) => new Uint8Array(data));
-/** Every option but signal and callbacks; `satisfies` holds the list complete. */
+/** Every option but signal, callbacks and allowPaths; `satisfies` holds the list complete. */
 const options = fc.record(
   {
     prompt: fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 })),
@@ -52,6 +52,7 @@ const options = fc.record(
     strength: fc.constantFrom(0.25, 1),
     keepOriginal: fc.boolean(),
     preview: fc.constantFrom("fast" as const, "decoded" as const),
+    metadata: fc.constantFrom("full" as const, "parameters" as const, false as const),
     noise: fc.oneof(tensor, fc.array(tensor, { minLength: 1, maxLength: 3 })),
     maxSequenceLength: fc.integer({ min: 1, max: 512 }),
     deadlineMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
@@ -61,7 +62,10 @@ const options = fc.record(
     pinBatch: fc.integer({ min: 1, max: 256 }),
     include: fc.uniqueArray(fc.constantFrom("latents" as const, "pixels" as const)),
     reports: fc.constantFrom("each" as const, "bunched" as const),
-  } satisfies Record<Exclude<keyof GenerateOptions, "signal" | "onAccept" | "onStart" | "onStep">, unknown>,
+  } satisfies Record<
+    Exclude<keyof GenerateOptions, "signal" | "onAccept" | "onStart" | "onStep" | "allowPaths">,
+    unknown
+  >,
   { requiredKeys: ["prompt"] },
 );
 

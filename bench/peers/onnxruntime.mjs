@@ -9,8 +9,11 @@ import { readFileSync } from "node:fs";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
 import { Tokenizer } from "@huggingface/tokenizers";
-import * as ort from "onnxruntime-node";
 import sharp from "sharp";
+
+// Read when the library is loaded; bench/telemetry.ts says why. This file is run by node alone, which has no loader for that one.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+const ort = (await import("onnxruntime-node")).default;
 
 const json = (file) => JSON.parse(readFileSync(file, "utf8"));
 

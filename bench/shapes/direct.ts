@@ -3,6 +3,7 @@
  * same runtime as the public API, one launch at a time, with the state in JavaScript between launches.
  */
 
+import "../telemetry.js";
 import path from "node:path";
 import * as ort from "onnxruntime-node";
 import { type Checkpoint, openCheckpoint } from "../../lib/checkpoint/index.js";

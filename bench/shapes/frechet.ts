@@ -3,6 +3,7 @@
  * between Gaussians of the same means and covariances, |μ₁ − μ₂|² + tr(C₁ + C₂ − 2·(C₁·C₂)^½).
  */
 
+import "../telemetry.js";
 import path from "node:path";
 import * as ort from "onnxruntime-node";
 import type { Pixels } from "./world.js";

@@ -8,6 +8,7 @@ export {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
+export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
 export type { Tokenizer } from "./tokenizers.js";
 export { openWeights } from "./weights.js";

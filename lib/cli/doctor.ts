@@ -3,13 +3,13 @@
 import { availableParallelism, totalmem } from "node:os";
 import type { Command } from "commander";
 import { gigabytes } from "../common/memory.js";
+import { packageVersion } from "../common/package.js";
 import { embeddedModel } from "../flowturbo.js";
 import { loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
 import { addFlags, addJsonFlag } from "./flags.js";
 import { print } from "./print.js";
-import { packageVersion } from "./version.js";
 
 export function doctorCommand(command: Command): void {
   addFlags(command, loadSchema.pick({ tensorrtFolder: true }));
@@ -28,7 +28,7 @@ async function examine(tensorrtFolder: string | undefined) {
   // Those that need many lines come last.
   findings.sort((a, b) => Number("engines" in a) - Number("engines" in b));
   return {
-    flowturbo: packageVersion(),
+    flowturbo: packageVersion() ?? "of an unknown version",
     node: process.versions.node,
     platform: `${process.platform}-${process.arch}`,
     cores: availableParallelism(),

@@ -23,9 +23,9 @@ export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject
 /** Adds the flag of every field that has one. */
 export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
-    const { flag, description } = optionMeta(field);
+    const { flag, description, help = description } = optionMeta(field);
     if (!flag) continue;
-    const option = new Option(flag, description);
+    const option = new Option(flag, help);
     const preset = field.safeParse(undefined);
     // Flags that turn something off have no default to show.
     if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
@@ -50,12 +50,12 @@ export function readFlags(schema: z.ZodObject, given: object): Record<string, un
 }
 
 /**
- * The first reading of a flag's text that a field takes: as it is, as a number, as a list of either, as a list of sizes.
+ * The first reading of a flag's text that a field takes: as it is, as a number, as false, as a list of texts, numbers or sizes.
  * Without one, the schema refuses what was given.
  */
 function readText(field: z.ZodType, text: string): unknown {
   const items = text.split(",").map((item) => item.trim());
-  const readings = [text, number(text), items, items.map(number), items.map(size)];
+  const readings = [text, number(text), text === "false" ? false : text, items, items.map(number), items.map(size)];
   return readings.find((reading) => field.safeParse(reading).success) ?? number(text);
 }
 

@@ -5,6 +5,7 @@
  */
 
 import { Command, CommanderError } from "commander";
+import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
 import { compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
 import { cacheCommand } from "./cache.js";
@@ -13,7 +14,6 @@ import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
 import { profileCommand } from "./profile.js";
-import { packageVersion } from "./version.js";
 
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
 
@@ -30,7 +30,7 @@ async function main(): Promise<number> {
 
   const program = new Command("flowturbo")
     .description("Text-to-image with Stable Diffusion 3 and 3.5 checkpoints, accelerated by FlowTurbo.")
-    .version(packageVersion())
+    .version(packageVersion() ?? "unknown")
     .exitOverride();
   generateCommand(program.command("generate").exitOverride(), controller.signal);
   compileCommand(program.command("compile").exitOverride(), controller.signal);

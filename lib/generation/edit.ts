@@ -125,13 +125,20 @@ async function decoded(
   prepare: (open: () => Sharp) => Sharp | Promise<Sharp>,
 ): Promise<Raster> {
   if (typeof source !== "string" && !(source instanceof Uint8Array)) return { ...source, channels: 3 };
-  const name = typeof source === "string" ? `"${source}"` : "the given picture";
+  const isPath = typeof source === "string";
+  const name = isPath ? `"${source}"` : "the given picture";
+  // Of a file a client is told the same for each cause, so that it does not learn what is there.
+  const expected = `Expected a whole, still picture of at most ${maxPixels / 1e6} megapixels for ${option} but the given one cannot be used.`;
   try {
-    if (typeof source === "string") await access(source);
+    if (isPath) await access(source);
     const open = () => sharp(source, { limitInputPixels: maxPixels, failOn: "warning" });
     const { pages } = await open().metadata();
     if ((pages ?? 1) > 1)
-      throw new OptionError(option, `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`);
+      throw new OptionError(
+        option,
+        `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`,
+        isPath ? { publicMessage: expected } : {},
+      );
     const prepared = await prepare(() => open().autoOrient());
     const { data, info } = await prepared.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
     return { width: info.width, height: info.height, channels: info.channels, data: new Uint8Array(data) };
@@ -141,7 +148,7 @@ async function decoded(
     throw new OptionError(
       option,
       `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${detail}.`,
-      { cause },
+      { cause, publicMessage: expected },
     );
   }
 }

@@ -15,8 +15,10 @@ const formats: Record<string, ImageFormat> = { ".png": "png", ".jpg": "jpeg", ".
 /** The format that a file's name asks for. @throws OptionError for a name that asks for none of them */
 export function formatOf(file: string): ImageFormat {
   const format = formats[path.extname(file).toLowerCase()];
-  if (!format)
-    throw new OptionError("out", `Expected a file name ending in .png, .jpg, .jpeg or .webp but received "${file}".`);
+  if (!format) {
+    const expected = "Expected a file name ending in .png, .jpg, .jpeg or .webp";
+    throw new OptionError("out", `${expected} but received "${file}".`, { publicMessage: `${expected}.` });
+  }
   return format;
 }
 
@@ -28,7 +30,7 @@ export class Image implements Picture {
   readonly height: number;
   /** Row-major RGB, 3 bytes a pixel. */
   readonly data: Uint8Array;
-  /** How it was made; written into encoded files as text. */
+  /** How it was made; written into encoded files as text, if there is anything. */
   readonly parameters: Readonly<Record<string, unknown>>;
 
   /** @param data row-major RGB, 3 bytes a pixel */
@@ -39,13 +41,20 @@ export class Image implements Picture {
     this.parameters = parameters;
   }
 
-  /** Encoded, with the parameters as text (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
+  /** Encoded, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
   async encode(format: ImageFormat): Promise<Buffer> {
     const raw = { width: this.width, height: this.height, channels: 3 as const };
+    const { software } = this.parameters;
+    const isDescribed = Object.keys(this.parameters).length > 0;
     const text = JSON.stringify(this.parameters);
     const picture = sharp(this.data, { raw });
-    if (format === "png") return withText(await picture.png().toBuffer(), "parameters", text);
-    const described = picture.withExif({ IFD0: { ImageDescription: text, Software: "flowturbo" } });
+    if (format === "png") {
+      const png = await picture.png().toBuffer();
+      return isDescribed ? withText(png, "parameters", text) : png;
+    }
+    const named = typeof software === "string" && { Software: software };
+    const description = { ImageDescription: inAscii(text), ...named };
+    const described = isDescribed ? picture.withExif({ IFD0: description }) : picture;
     return format === "jpeg"
       ? described.jpeg({ quality: 95, chromaSubsampling: "4:4:4" }).toBuffer()
       : described.webp({ quality: 95 }).toBuffer();
@@ -88,6 +97,11 @@ export function toRgb(image: FloatTensor, row: number): Uint8Array {
     for (let i = 0, to = channel; i < plane; i++, to += 3) rgb[to] = (source[from + i]! / 2 + 0.5) * 255;
   }
   return new Uint8Array(rgb.buffer);
+}
+
+/** JSON with every other character escaped: EXIF texts are ASCII, and libvips would replace what is not by what looks alike. */
+function inAscii(json: string): string {
+  return json.replace(/[^\x20-\x7e]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
 /** Inserts an iTXt chunk behind the header chunk of a PNG (RFC 2083 with the 1.2 extensions; UTF-8, uncompressed). */

@@ -6,10 +6,10 @@
 import { randomInt } from "node:crypto";
 import type { Checkpoint } from "../checkpoint/index.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
-import { OptionError } from "../errors.js";
+import { OptionError, publicMessage } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size } from "../model.js";
 import { networks } from "../networks/index.js";
-import { checkOptions, generateSchema, type ResolvedGenerateOptions } from "../options.js";
+import { checkOptions, generateSchema, type ResolvedGenerateOptions, refusePaths } from "../options.js";
 import {
   type Block,
   blockTable,
@@ -38,6 +38,8 @@ export interface ModelFacts {
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
   readonly pinBatch: number | null;
+  /** Whether requests may name pictures by the path of a file. */
+  readonly allowPaths: boolean;
 }
 
 /** One size of a request. */
@@ -65,6 +67,7 @@ export interface EditRequest {
 type Kept =
   | "count"
   | "preview"
+  | "metadata"
   | "deadlineMs"
   | "timeoutMs"
   | "priority"
@@ -115,8 +118,9 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, deadlineMs, timeoutMs, priority, guidanceScale, stages, include = [] } = options;
+  const { count, preview, metadata, deadlineMs, timeoutMs, priority, guidanceScale, stages, include = [] } = options;
   const { signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
+  refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
   const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
@@ -138,7 +142,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, deadlineMs, timeoutMs, priority },
+    ...{ count, preview, metadata, deadlineMs, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages, include },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
@@ -214,11 +218,14 @@ function candidateOf(
 /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
 function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
   const blocks = parseBlocks(text);
-  if (!canRun(checkpoint, blocks))
+  if (!canRun(checkpoint, blocks)) {
+    const needs = `The blocks "${text}" need a velocity refiner, but`;
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" need a velocity refiner, but ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
+      `${needs} ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,
+      { publicMessage: `${needs} this model has none. Use other blocks, such as P.` },
     );
+  }
   return blocks;
 }
 
@@ -309,7 +316,9 @@ function stageBlocks(text: string, name: string, checkpoint: Checkpoint): Block[
   try {
     return blocksOf(text, checkpoint);
   } catch (error) {
-    throw new OptionError("stages", `${name}: ${(error as Error).message}`);
+    throw new OptionError("stages", `${name}: ${(error as Error).message}`, {
+      publicMessage: `${name}: ${publicMessage(error)}`,
+    });
   }
 }
 

@@ -1,5 +1,6 @@
 /** What a call of `generate` results in, put together from the results of its pictures' programs. */
 
+import { packageVersion } from "../common/package.js";
 import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Size, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
@@ -10,7 +11,7 @@ import type { Request } from "./request.js";
 import type { PreparedCandidate } from "./templates.js";
 
 export function resultOf(
-  model: { readonly name: string },
+  model: { readonly name: string; readonly runtime: { readonly name: string } },
   request: Request,
   { text, stages, kept, template }: PreparedCandidate,
   admitted: Admitted,
@@ -20,10 +21,14 @@ export function resultOf(
 ): GenerateResult {
   const { width, height } = stages.at(-1)!;
   const blocks = blocksOf(stages);
+  const origin = originOf(model);
   const images = results.map((result, row) => {
     const rgb = toRgb(result[template.image] as FloatTensor, 0);
     if (kept?.mask) keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
-    return new Image(width, height, rgb, parametersOf(model.name, request, { width, height }, row, blocks));
+    return new Image(width, height, rgb, {
+      ...(request.metadata && parametersOf(request, { width, height }, row, blocks)),
+      ...(request.metadata === "full" && origin),
+    });
   });
   const { deadlineMs, include } = request;
   const valuesOf = (name: string) => stacked(results.map((result) => result[name]!));
@@ -52,14 +57,8 @@ export function blocksOf(stages: PreparedCandidate["stages"]): string {
   return stages.map(({ schedule }) => schedule.text).join(" ");
 }
 
-/** What a picture's file says about how it was made: enough to draw it again. */
-function parametersOf(
-  model: string,
-  request: Request,
-  size: Size,
-  row: number,
-  blocks: string,
-): Record<string, unknown> {
+/** What it takes to draw a picture again on the same model. No path: originals and masks are not named. */
+function parametersOf(request: Request, size: Size, row: number, blocks: string): Record<string, unknown> {
   const { prompts, negativePrompts, guidanceScale, seeds, sampler, grid, stages, edit, sequenceLength } = request;
   const index = Math.floor(row / request.count);
   return {
@@ -70,9 +69,18 @@ function parametersOf(
     ...{ sampler, blocks, grid },
     ...(stages && { stages }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
+    ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
     guidanceScale: guidanceScale ?? 1,
     maxSequenceLength: sequenceLength,
-    model,
-    software: "flowturbo",
+  };
+}
+
+/** What drew it: names, and no path. */
+function originOf(model: { readonly name: string; readonly runtime: { readonly name: string } }) {
+  const version = packageVersion();
+  return {
+    model: model.name,
+    software: version === null ? "flowturbo" : `flowturbo ${version}`,
+    runtime: model.runtime.name,
   };
 }

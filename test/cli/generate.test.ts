@@ -24,6 +24,25 @@ describe("flowturbo generate", () => {
     expect(text).toContain('"seed":3');
   });
 
+  it("says in its files as much as --metadata asks for", async () => {
+    const folder = temporaryFolder();
+    const drawn = async (...flags: string[]) => {
+      const { code, stderr } = await run(
+        ["generate", "a red square", "--steps", "1", "--out", "a.png", ...flags],
+        folder,
+      );
+      return { code, stderr, text: code === 0 && readFileSync(path.join(folder, "a.png")).toString("latin1") };
+    };
+    expect((await drawn()).text).toMatch(/"prompt":.*"model":"shapes"/);
+    expect((await drawn("--metadata", "parameters")).text).toMatch(/"prompt":(?!.*"model")/);
+    expect((await drawn("--metadata", "false")).text).not.toMatch(/iTXt|prompt/);
+    const wrong = await drawn("--metadata", "some");
+    expect(wrong).toMatchObject({
+      code: 2,
+      stderr: expect.stringMatching(/--metadata: Expected "full", "parameters" or false/),
+    });
+  });
+
   const script = ["/usr/bin/script", "/bin/script"].find(existsSync);
   it.skipIf(!script)("shows a bar on a terminal, and none on one that has no width", () => {
     const folder = temporaryFolder();

@@ -33,6 +33,8 @@ describe("the package", () => {
       "bin/flowturbo.js",
       "dist/index.js",
       "dist/index.d.ts",
+      "dist/schema.js",
+      "dist/schema.d.ts",
       "dist/cli.js",
       "dist/onnxruntime-host.js",
       "LICENSE",
@@ -104,5 +106,11 @@ describe("the package", () => {
        await model.dispose();`,
     );
     expect(run("node", "index.js")).toBe("64 64\n");
+    writeFileSync(
+      path.join(app, "schema.js"),
+      `import { requestJsonSchema } from "flowturbo/schema";
+       console.log(requestJsonSchema.required, Object.keys(requestJsonSchema.properties).length > 20);`,
+    );
+    expect(run("node", "schema.js")).toBe("[ 'prompt' ] true\n");
   }, 180_000);
 });

@@ -5,10 +5,9 @@
  * libraries, so it works on every machine that the addon was compiled for.
  */
 
-import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
+import { packageRoot } from "../../common/package.js";
 import type { Problem } from "../runtime.js";
 
 /** Major, minor, patch, build. */
@@ -303,18 +302,6 @@ export function findAddon(kind: string): Addon | Problem {
       `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
       "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
     );
-  }
-}
-
-/** The folder with this package's package.json, from dist/ as from lib/. */
-function packageRoot(): string {
-  let folder = path.dirname(fileURLToPath(import.meta.url));
-  for (;;) {
-    const manifest = path.join(folder, "package.json");
-    if (existsSync(manifest) && JSON.parse(readFileSync(manifest, "utf8")).name === "flowturbo") return folder;
-    const parent = path.dirname(folder);
-    if (parent === folder) throw new RangeError("flowturbo's package.json was not found above its code.");
-    folder = parent;
   }
 }
 

@@ -1,0 +1,39 @@
+/**
+ * JSON Schemas (draft 2020-12) of requests and results, for other people's servers, clients and documents: `flowturbo/schema`. They
+ * are made of the same schemas that requestFromJson checks with. The build runs this file and publishes plain values, so that
+ * who imports them loads nothing else.
+ */
+
+import { z } from "zod";
+import { pictureJson, requestCodec, resultCodec } from "./codecs.js";
+
+/** A JSON Schema: a plain object, which JSON can hold. */
+export interface JsonSchema {
+  /** Its keywords. */
+  readonly [keyword: string]: unknown;
+}
+
+/**
+ * What `requestFromJson` takes: every option of `generate` but `signal`, `onStep` and `allowPaths`, with descriptions, ranges and defaults;
+ * pictures and noise as base64. What no JSON Schema can say is left to `requestFromJson`: that pixels and tensors have as
+ * many bytes as their size asks for. What depends on a model is left to `generate`.
+ */
+export const requestJsonSchema: JsonSchema = jsonSchema("A request of flowturbo", requestCodec);
+
+/** What `resultToJson` gives. */
+export const resultJsonSchema: JsonSchema = jsonSchema("A result of flowturbo", resultCodec(pictureJson));
+
+function jsonSchema(title: string, codec: z.ZodType): JsonSchema {
+  const { $schema, ...schema } = z.toJSONSchema(codec, {
+    target: "draft-2020-12",
+    // The side of the wire.
+    io: "input",
+    override({ jsonSchema }) {
+      // Words for the command line and for messages; that JavaScript must not change a list says nothing of JSON; and a
+      // format that no draft has: contentEncoding and the pattern say the same.
+      for (const keyword of ["expects", "flag", "help", "readOnly"]) delete jsonSchema[keyword];
+      if (jsonSchema.format === "base64") delete jsonSchema.format;
+    },
+  });
+  return { $schema, title, ...schema };
+}
