@@ -12,6 +12,7 @@ export {
   errorTable,
   FlowTurboError,
   type FlowTurboErrorCode,
+  InstallationError,
   LaunchError,
   MemoryError,
   NotFiniteError,

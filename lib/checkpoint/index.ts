@@ -9,5 +9,5 @@ export {
   type VaeConfig,
 } from "./configs.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
-export type { Tokenizer } from "./tokenizers.js";
+export { huggingFaceTokenizers, type Tokenizer } from "./tokenizers.js";
 export { openWeights } from "./weights.js";

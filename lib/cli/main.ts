@@ -5,6 +5,7 @@
  */
 
 import { Command, CommanderError } from "commander";
+import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
 import { compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
 import { cacheCommand } from "./cache.js";
@@ -13,7 +14,7 @@ import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
 import { profileCommand } from "./profile.js";
-import { packageVersion } from "./version.js";
+import { pruneCommand } from "./prune.js";
 
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
 
@@ -37,6 +38,7 @@ async function main(): Promise<number> {
   profileCommand(program.command("profile").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
+  pruneCommand(program.command("prune").exitOverride());
 
   try {
     await program.parseAsync();

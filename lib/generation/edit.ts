@@ -3,12 +3,13 @@
  */
 
 import { access } from "node:fs/promises";
-import sharp, { type Sharp } from "sharp";
+import type { Sharp } from "sharp";
 import { type FloatTensor, float32 } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
 import type { EditRequest } from "./request.js";
 import { coveringBox, type Raster, resampled } from "./resample.js";
+import { sharp } from "./sharp.js";
 
 /** An original, and a mask where there is one, for each stage of a request. */
 export type Edit = readonly { readonly original: Original; readonly mask: Mask | null }[];
@@ -126,9 +127,10 @@ async function decoded(
 ): Promise<Raster> {
   if (typeof source !== "string" && !(source instanceof Uint8Array)) return { ...source, channels: 3 };
   const name = typeof source === "string" ? `"${source}"` : "the given picture";
+  const read = await sharp.load();
   try {
     if (typeof source === "string") await access(source);
-    const open = () => sharp(source, { limitInputPixels: maxPixels, failOn: "warning" });
+    const open = () => read(source, { limitInputPixels: maxPixels, failOn: "warning" });
     const { pages } = await open().metadata();
     if ((pages ?? 1) > 1)
       throw new OptionError(option, `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`);

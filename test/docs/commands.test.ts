@@ -9,6 +9,7 @@ import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
+import { pruneCommand } from "../../lib/cli/prune.js";
 import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
@@ -49,6 +50,7 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   profileCommand(program.command("profile"), signal);
   cacheCommand(program.command("cache"), signal);
   doctorCommand(program.command("doctor"));
+  pruneCommand(program.command("prune"));
   const visit = (command: Command) => {
     command.exitOverride().configureOutput({ writeErr: () => {} });
     if (command.commands.length > 0) for (const child of command.commands) visit(child);

@@ -3,16 +3,15 @@
  * and the error of each run where the child fails or ends.
  */
 
+import { thisPlatform } from "../../common/platform.js";
 import type { Tensor } from "../../common/tensor.js";
-import { NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import { InstallationError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { Preempted } from "../runtime.js";
+import { whyBroken, whyUnsupported } from "./binaries.js";
 import { pack } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, SentGraph, ToHost } from "./protocol.js";
-
-export const installRemedy =
-  "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
 
 export class HostConnection {
   readonly process: HostProcess;
@@ -41,11 +40,20 @@ export class HostConnection {
         this.#outbox = null;
         ready.resolve(message.version);
       } else if (message.type === "broken") {
-        ready.reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        const { reason, remedy } = whyBroken(message.message, thisPlatform());
+        ready.reject(new InstallationError("onnxruntime-node", reason, remedy));
         void this.process.kill();
       } else this.#listeners.get(message.id)?.receive(message);
     });
-    void this.process.ended.then((ending) => ready.reject(diedError(ending)));
+    void this.process.ended.then((ending) => {
+      // Libraries for glibc can crash with musl, where they load at all.
+      const unsupported = this.#outbox && whyUnsupported(thisPlatform());
+      ready.reject(
+        unsupported
+          ? new InstallationError("onnxruntime-node", unsupported.reason, unsupported.remedy)
+          : diedError(ending),
+      );
+    });
     // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
     this.ready.catch(() => {});
     this.ended = this.process.ended

@@ -2,7 +2,8 @@
  * Entry of the child process that runs the graphs. It follows the messages of its channel, and must never outlive its
  * parent, even in the middle of a `session.run` of many seconds, when this thread receives nothing. So a second thread
  * holds the read end of a pipe (stdin) whose write end only the parent has; when that closes, however the parent ended,
- * the thread kills the process.
+ * the thread kills the process. Bun and Deno have no such thread's socket; there the channel's end, which this thread notices
+ * between two launches, does the same.
  */
 
 import { Worker } from "node:worker_threads";
@@ -13,6 +14,7 @@ import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.
 
 // Ctrl-C and a closed terminal signal all of the foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+process.once("disconnect", () => process.kill(process.pid, "SIGKILL"));
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
 /**

@@ -5,8 +5,10 @@
  */
 
 import { parse } from "node:path";
+import { pathToFileURL } from "node:url";
 import { onAbort, untilAborted } from "../../common/abort.js";
 import type { Logger } from "../../common/logger.js";
+import { packageFile } from "../../common/package.js";
 import type { Tensor } from "../../common/tensor.js";
 import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
@@ -21,7 +23,7 @@ export interface OnnxRuntimeOptions {
   readonly threads?: number | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening;
-  /** The built host.ts; default: beside this bundle. */
+  /** The built host.ts; default: the package's. */
   readonly host?: URL | undefined;
   readonly logger?: Logger | undefined;
 }
@@ -47,7 +49,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   /** Preempts those of them that may be. */
   readonly #preemptions = new Set<() => void>();
 
-  /** Starts the child; nothing waits for it until `start` or the first run. */
+  /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
     this.#options = options;
     this.#launchHost();
@@ -55,7 +57,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   /**
    * Resolves when ONNX Runtime has loaded, with its version.
-   * @throws RuntimeError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
+   * @throws InstallationError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
    */
   async start(): Promise<{ readonly version: string }> {
     this.throwIfDisposed();
@@ -181,7 +183,8 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   #launchHost(): HostConnection {
     if (this.#host) return this.#host;
-    const { threads, weights, logger, host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
+    const { threads, weights, logger } = this.#options;
+    const file = this.#options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
     const host = new HostConnection(file, { threads, weights });
     this.#host = host;
     host.process.keepsAlive = this.#busy > 0;

@@ -5,10 +5,9 @@
  * libraries, so it works on every machine that the addon was compiled for.
  */
 
-import { existsSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
+import { packagePath } from "../../common/package.js";
 import type { Problem } from "../runtime.js";
 
 /** Major, minor, patch, build. */
@@ -275,8 +274,6 @@ export interface Addon {
   tryLock(file: string): (() => void) | null;
 }
 
-const require = createRequire(import.meta.url);
-
 /** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
 export function findAddon(kind: string): Addon | Problem {
   const problem = (cause: string, remedy: string): Problem => ({ prevents: "building", cause, remedy });
@@ -285,11 +282,17 @@ export function findAddon(kind: string): Addon | Problem {
       `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
       'Use the runtime "onnxruntime", which needs nothing.',
     );
-  const find = require("node-gyp-build") as { path(folder: string): string };
+  const require = createRequire(packagePath("package.json"));
+  let find: { path(folder: string): string };
+  try {
+    find = require("node-gyp-build");
+  } catch {
+    return problem("The package node-gyp-build, which finds the addons, is missing.", "Run `npm install` again.");
+  }
   let file: string;
   try {
     // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
-    file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
+    file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? packagePath("native"), kind));
   } catch {
     return problem(
       `This installation of flowturbo has no native addon for ${kind}.`,
@@ -303,18 +306,6 @@ export function findAddon(kind: string): Addon | Problem {
       `The native addon ${file} cannot be loaded: ${(error as Error).message}.`,
       "It needs glibc 2.34 or later; on older systems run `npm run build:native` in a clone.",
     );
-  }
-}
-
-/** The folder with this package's package.json, from dist/ as from lib/. */
-function packageRoot(): string {
-  let folder = path.dirname(fileURLToPath(import.meta.url));
-  for (;;) {
-    const manifest = path.join(folder, "package.json");
-    if (existsSync(manifest) && JSON.parse(readFileSync(manifest, "utf8")).name === "flowturbo") return folder;
-    const parent = path.dirname(folder);
-    if (parent === folder) throw new RangeError("flowturbo's package.json was not found above its code.");
-    folder = parent;
   }
 }
 
