@@ -76,12 +76,18 @@ function manifest(): Manifest {
 
 function findPackage(start: string): { root: string; manifest: Manifest } | null {
   for (let folder = start; ; folder = path.dirname(folder)) {
-    const file = path.join(folder, "package.json");
-    if (existsSync(file)) {
-      const manifest = JSON.parse(readFileSync(file, "utf8")) as Manifest;
-      if (manifest.name === "flowturbo") return { root: folder, manifest };
-    }
+    const manifest = readManifest(path.join(folder, "package.json"));
+    if (manifest?.name === "flowturbo") return { root: folder, manifest };
     if (path.dirname(folder) === folder) return null;
+  }
+}
+
+/** Null for a file that is not there, or is no package's: above a bundle there may be any. */
+function readManifest(file: string): Manifest | null {
+  try {
+    return JSON.parse(readFileSync(file, "utf8"));
+  } catch {
+    return null;
   }
 }
 

@@ -121,7 +121,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(9);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(10);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
@@ -142,6 +142,8 @@ describe("the commands that are shown", () => {
 
   it("are the only flags and scripts that the text speaks of", () => {
     const known = new Set<string | undefined>(["help", "page", "ignore-scripts"]);
+    // Of npm and esbuild.
+    for (const flag of ["include", "external", "format"]) known.add(flag);
     const add = (command: Command): void => {
       for (const option of command.options) known.add(option.long!.slice(2));
       for (const child of command.commands) add(child);
