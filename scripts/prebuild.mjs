@@ -51,7 +51,7 @@ for (const kind of libraries) {
   mkdirSync(path.dirname(prebuilds), { recursive: true });
   renameSync(path.join(made, kind, "prebuilds"), prebuilds);
 }
-rmSync(path.join(root, "build"), { recursive: true, force: true });
+for (const folder of [made, path.join(root, "build")]) rmSync(folder, { recursive: true, force: true });
 
 /** Ends with the code; before `npm pack` it says what is packed in place of what could not be compiled. */
 function giveUp(code, message) {
