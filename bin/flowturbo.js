@@ -1,14 +1,31 @@
 #!/usr/bin/env node
 /**
- * The command that npm links. It runs dist/cli.js. The package always contains that file; a clone lacks it after
+ * The command that npm links. It runs dist/cli.js, or says in one sentence why it cannot: Node is too old, or a package that
+ * the command line itself needs is missing. The package always contains that file; a clone lacks it after
  * `npm ci --ignore-scripts`, since the script `prepare` did not run. So a clone builds it once, at the first command.
  */
 
-import { existsSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 
 const cli = new URL("../dist/cli.js", import.meta.url);
+checkNode();
 if (!existsSync(cli)) await build();
-await import(cli.href);
+await import(cli.href).catch((error) => {
+  // Its message has the package's name and who imports it.
+  if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
+  fail(`${error.message}. Run \`npm install\` again.`);
+});
+
+/** In syntax that old versions can read. Bun and Deno name a version that they resemble. */
+function checkNode() {
+  const { engines } = JSON.parse(readFileSync(new URL("../package.json", import.meta.url), "utf8"));
+  const floor = engines.node.replace(">=", "");
+  const [major, minor] = process.versions.node.split(".").map(Number);
+  const [least, leastMinor = 0] = floor.split(".").map(Number);
+  if (process.versions.bun || process.versions.deno || major > least || (major === least && minor >= leastMinor))
+    return;
+  fail(`flowturbo needs Node ${floor} or newer; this is Node ${process.versions.node}.`);
+}
 
 /** Builds dist/ in a folder of its own and renames it, so that no other command ever imports a part of a build. */
 async function build() {

@@ -47,6 +47,25 @@ export class OptionError extends FlowTurboError {
   }
 }
 
+/**
+ * The installation cannot draw: a package that this one needs is missing or has no binaries for this machine, Node is too
+ * old, or a bundler left files out. The message has the remedy.
+ */
+export class InstallationError extends FlowTurboError {
+  /** The package that is meant, such as "sharp"; "node" for Node itself. */
+  readonly package: string;
+  /** What is wrong. The message is this and the remedy. */
+  readonly reason: string;
+  /** What to do about it. */
+  readonly remedy: string;
+  constructor(name: string, reason: string, remedy: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_INSTALLATION", `${reason} ${remedy}`, options);
+    this.package = name;
+    this.reason = reason;
+    this.remedy = remedy;
+  }
+}
+
 /** The checkpoint folder is incomplete, damaged or of an unsupported kind. */
 export class CheckpointError extends FlowTurboError {
   /** The file or folder that is meant. */
@@ -249,6 +268,12 @@ const internal = "Internal error.";
 
 const rows = {
   ERR_FLOWTURBO_OPTION: { type: OptionError, status: 400, retryable: false, sentence: null },
+  ERR_FLOWTURBO_INSTALLATION: {
+    type: InstallationError,
+    status: 500,
+    retryable: false,
+    sentence: "The service is not installed completely.",
+  },
   ERR_FLOWTURBO_CHECKPOINT: {
     type: CheckpointError,
     status: 500,

@@ -4,10 +4,10 @@ import { createHash } from "node:crypto";
 import type { EventEmitter } from "node:events";
 import os from "node:os";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
 import type { z } from "zod";
 import { type Checkpoint, checkpointName, openCheckpoint } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
+import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { checkDeviceMemory } from "./generation/device-memory.js";
 import { readEdit } from "./generation/edit.js";
@@ -17,6 +17,7 @@ import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import { canRun, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
+import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
@@ -45,7 +46,7 @@ import type { Stats } from "./serving/stats.js";
 import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 
 /** Folder of the model that comes with the package. */
-export const embeddedModel = fileURLToPath(new URL("../models/shapes", import.meta.url));
+export const embeddedModel = packagePath("models/shapes");
 
 /**
  * A loaded model. Calls made at the same time are served side by side: their launches are shared where that pays, and each
@@ -76,7 +77,7 @@ export class FlowTurbo implements ImageModel {
    * Opens a checkpoint in the diffusers layout and starts a runtime for it. Weights are not read: the runtime maps them.
    * @param folder default: the embedded model
    * @throws CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
-   *   RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
+   *   InstallationError if a package or file that it needs is missing, RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
    *   `signal.reason` after an abort
    */
   static async load(folder: string = embeddedModel, options: LoadOptions = {}): Promise<FlowTurbo> {
@@ -91,9 +92,11 @@ export class FlowTurbo implements ImageModel {
       onProgress?.({ phase, done, total: 3 });
     };
 
-    // 1. The folder: configs, headers of the weights, tokenizers.
+    // 1. The folder: configs, headers of the weights, tokenizers. What the pictures need at the end is loaded meanwhile.
     report("checkpoint", 0);
-    const checkpoint = await openCheckpoint(folder, { variant, signal });
+    checkInstallation();
+    if (folder === embeddedModel) packageFile("models/shapes");
+    const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
     const ladder = ladderOf(checkpoint);
 
     // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.

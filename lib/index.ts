@@ -13,6 +13,7 @@ export {
   FlowTurboError,
   type FlowTurboErrorCode,
   type FlowTurboErrorOptions,
+  InstallationError,
   LaunchError,
   MemoryError,
   NotFiniteError,

@@ -25,6 +25,7 @@ it("every class but the base has one code, and every code one class", () => {
 it("an error has the code that the table has for its class", () => {
   const made: errors.FlowTurboError[] = [
     new errors.OptionError("o", "m"),
+    new errors.InstallationError("p", "r", "m"),
     new errors.CheckpointError("p", "m"),
     new errors.RuntimeError("m"),
     new errors.RuntimeDiedError("m", 1, null),

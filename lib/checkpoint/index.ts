@@ -10,5 +10,5 @@ export {
 } from "./configs.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
-export type { Tokenizer } from "./tokenizers.js";
+export { huggingFaceTokenizers, type Tokenizer } from "./tokenizers.js";
 export { openWeights } from "./weights.js";

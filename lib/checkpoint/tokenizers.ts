@@ -6,9 +6,18 @@
  */
 
 import { join } from "node:path";
-import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
+import type { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
+import { Dependency } from "../common/dependency.js";
 import { CheckpointError } from "../errors.js";
 import { exists, isRecord, type JsonObject, readJsonObject, readOptionalJson, readText } from "./files.js";
+
+/** The library of tokenizers, loaded with the first checkpoint. */
+export const huggingFaceTokenizers = new Dependency(
+  "@huggingface/tokenizers",
+  () => import("@huggingface/tokenizers"),
+  () => null,
+  () => "Run `npm install` again, or `npm install @huggingface/tokenizers`.",
+);
 
 /** The tokens of one text. */
 export interface Tokens {
@@ -187,17 +196,18 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
   return tokenizer(file, description, names.config, idOf("pad_token", "<pad>"), ids.values(), maxLength);
 }
 
-function tokenizer(
+async function tokenizer(
   file: string,
   description: object,
   config: JsonObject,
   pad: number,
   vocabulary: Iterable<number>,
   maxLength: number,
-): Tokenizer {
+): Promise<Tokenizer> {
+  const { Tokenizer } = await huggingFaceTokenizers.load();
   let inner: HuggingFaceTokenizer;
   try {
-    inner = new HuggingFaceTokenizer(description, config);
+    inner = new Tokenizer(description, config);
     inner.encode("a");
   } catch (cause) {
     throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });

@@ -1,10 +1,16 @@
-/** `flowturbo doctor`: which runtimes this machine has, and why one is missing. */
+/**
+ * `flowturbo doctor`: which runtimes this machine has, and why one is missing; and whether the packages that flowturbo needs
+ * can be loaded. It needs none of those itself.
+ */
 
 import { availableParallelism, totalmem } from "node:os";
 import type { Command } from "commander";
+import { huggingFaceTokenizers } from "../checkpoint/index.js";
 import { gigabytes } from "../common/memory.js";
 import { packageVersion } from "../common/package.js";
+import { platformText, thisPlatform } from "../common/platform.js";
 import { embeddedModel } from "../flowturbo.js";
+import { sharp } from "../generation/sharp.js";
 import { loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
@@ -14,23 +20,29 @@ import { print } from "./print.js";
 export function doctorCommand(command: Command): void {
   addFlags(command, loadSchema.pick({ tensorrtFolder: true }));
   addJsonFlag(command)
-    .description("Say which runtimes were found, and why one is missing.")
+    .description("Say which runtimes and packages were found, and why one is missing.")
     .action(async (flags: { json?: boolean; tensorrtDir?: string }) => {
       const report = await examine(flags.tensorrtDir);
       print(flags.json, report, render(report));
-      if (!report.runtimes.some((runtime) => runtime.available)) process.exitCode = 1;
+      const canDraw = report.runtimes.some(isAvailable) && report.packages.every(isAvailable);
+      if (!canDraw) process.exitCode = 1;
     });
 }
 
+const isAvailable = ({ available }: { readonly available: boolean }) => available;
+
 async function examine(tensorrtFolder: string | undefined) {
-  const findings = await Promise.all(Object.values(runtimes).map((row) => row.find({ tensorrtFolder })));
+  const [findings, packages] = await Promise.all([
+    Promise.all(Object.values(runtimes).map((row) => row.find({ tensorrtFolder }))),
+    Promise.all([sharp, huggingFaceTokenizers].map((dependency) => dependency.find())),
+  ]);
   const hardware = findings.find((finding) => finding.hardware)?.hardware;
   // Those that need many lines come last.
   findings.sort((a, b) => Number("engines" in a) - Number("engines" in b));
   return {
-    flowturbo: packageVersion() ?? "of an unknown version",
+    flowturbo: packageVersion(),
     node: process.versions.node,
-    platform: `${process.platform}-${process.arch}`,
+    platform: platformText(thisPlatform()),
     cores: availableParallelism(),
     memoryBytes: totalmem(),
     embeddedModel,
@@ -38,6 +50,7 @@ async function examine(tensorrtFolder: string | undefined) {
     gpus: hardware?.gpus ?? [],
     engineCache: enginesFolder(),
     runtimes: findings.map(({ engines, hardware, ...finding }) => ({ ...finding, ...engines })),
+    packages,
   };
 }
 
@@ -67,6 +80,11 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
       lines.push(
         `      ${error === null ? "found" : "tried"} ${source}: ${place}${error === null ? "" : ` (${error})`}`,
       );
+  }
+  lines.push("packages:");
+  for (const { name, available, version, reason, remedy } of report.packages) {
+    lines.push(`  ${available ? "✔" : "✘"} ${name}${version ? ` ${version}` : ""}${reason ? `: ${reason}` : ""}`);
+    if (remedy) lines.push(`      ${remedy}`);
   }
   return lines.join("\n");
 }

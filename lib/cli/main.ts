@@ -14,6 +14,7 @@ import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
 import { profileCommand } from "./profile.js";
+import { pruneCommand } from "./prune.js";
 
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
 
@@ -30,13 +31,14 @@ async function main(): Promise<number> {
 
   const program = new Command("flowturbo")
     .description("Text-to-image with Stable Diffusion 3 and 3.5 checkpoints, accelerated by FlowTurbo.")
-    .version(packageVersion() ?? "unknown")
+    .version(packageVersion())
     .exitOverride();
   generateCommand(program.command("generate").exitOverride(), controller.signal);
   compileCommand(program.command("compile").exitOverride(), controller.signal);
   profileCommand(program.command("profile").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
+  pruneCommand(program.command("prune").exitOverride());
 
   try {
     await program.parseAsync();

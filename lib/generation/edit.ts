@@ -3,12 +3,13 @@
  */
 
 import { access } from "node:fs/promises";
-import sharp, { type Sharp } from "sharp";
+import type { Sharp } from "sharp";
 import { type FloatTensor, float32 } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
 import type { EditRequest } from "./request.js";
 import { coveringBox, type Raster, resampled } from "./resample.js";
+import { sharp } from "./sharp.js";
 
 /** An original, and a mask where there is one, for each stage of a request. */
 export type Edit = readonly { readonly original: Original; readonly mask: Mask | null }[];
@@ -129,9 +130,10 @@ async function decoded(
   const name = isPath ? `"${source}"` : "the given picture";
   // Of a file a client is told the same for each cause, so that it does not learn what is there.
   const expected = `Expected a whole, still picture of at most ${maxPixels / 1e6} megapixels for ${option} but the given one cannot be used.`;
+  const read = await sharp.load();
   try {
     if (isPath) await access(source);
-    const open = () => sharp(source, { limitInputPixels: maxPixels, failOn: "warning" });
+    const open = () => read(source, { limitInputPixels: maxPixels, failOn: "warning" });
     const { pages } = await open().metadata();
     if ((pages ?? 1) > 1)
       throw new OptionError(

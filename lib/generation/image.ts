@@ -4,11 +4,11 @@
  */
 
 import path from "node:path";
-import sharp from "sharp";
 import { writeFileAtomic } from "../common/files.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
+import { sharp } from "./sharp.js";
 
 const formats: Record<string, ImageFormat> = { ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp" };
 
@@ -47,7 +47,7 @@ export class Image implements Picture {
     const { software } = this.parameters;
     const isDescribed = Object.keys(this.parameters).length > 0;
     const text = JSON.stringify(this.parameters);
-    const picture = sharp(this.data, { raw });
+    const picture = (await sharp.load())(this.data, { raw });
     if (format === "png") {
       const png = await picture.png().toBuffer();
       return isDescribed ? withText(png, "parameters", text) : png;
@@ -81,7 +81,8 @@ export class Image implements Picture {
 /** The same picture at another size, smoothly. */
 export async function resized(picture: RgbPicture, width: number, height: number): Promise<Image> {
   const raw = { width: picture.width, height: picture.height, channels: 3 as const };
-  const data = await sharp(picture.data, { raw }).resize(width, height, { fit: "fill" }).raw().toBuffer();
+  const open = await sharp.load();
+  const data = await open(picture.data, { raw }).resize(width, height, { fit: "fill" }).raw().toBuffer();
   return new Image(width, height, new Uint8Array(data));
 }
 

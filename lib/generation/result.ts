@@ -77,10 +77,5 @@ function parametersOf(request: Request, size: Size, row: number, blocks: string)
 
 /** What drew it: names, and no path. */
 function originOf(model: { readonly name: string; readonly runtime: { readonly name: string } }) {
-  const version = packageVersion();
-  return {
-    model: model.name,
-    software: version === null ? "flowturbo" : `flowturbo ${version}`,
-    runtime: model.runtime.name,
-  };
+  return { model: model.name, software: `flowturbo ${packageVersion()}`, runtime: model.runtime.name };
 }

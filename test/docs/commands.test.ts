@@ -9,6 +9,7 @@ import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
+import { pruneCommand } from "../../lib/cli/prune.js";
 import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
@@ -49,6 +50,7 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   profileCommand(program.command("profile"), signal);
   cacheCommand(program.command("cache"), signal);
   doctorCommand(program.command("doctor"));
+  pruneCommand(program.command("prune"));
   const visit = (command: Command) => {
     command.exitOverride().configureOutput({ writeErr: () => {} });
     if (command.commands.length > 0) for (const child of command.commands) visit(child);
@@ -119,7 +121,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(9);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(10);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
@@ -140,6 +142,8 @@ describe("the commands that are shown", () => {
 
   it("are the only flags and scripts that the text speaks of", () => {
     const known = new Set<string | undefined>(["help", "page", "ignore-scripts"]);
+    // Of npm and esbuild.
+    for (const flag of ["include", "external", "format"]) known.add(flag);
     const add = (command: Command): void => {
       for (const option of command.options) known.add(option.long!.slice(2));
       for (const child of command.commands) add(child);

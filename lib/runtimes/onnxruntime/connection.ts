@@ -4,16 +4,15 @@
  * of life for too long (stopped, or swapped out for good) is ended, so that no call waits for ever.
  */
 
+import { thisPlatform } from "../../common/platform.js";
 import type { Tensor } from "../../common/tensor.js";
-import { NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import { InstallationError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { Preempted, type RunOptions } from "../runtime.js";
+import { whyBroken, whyUnsupported } from "./binaries.js";
 import { pack } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
 import type { Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
-
-export const installRemedy =
-  "Run `npm install onnxruntime-node`; where its download of GPU libraries fails, set ONNXRUNTIME_NODE_INSTALL=skip for that command (the CPU needs none of them).";
 
 /** How a child that owes an answer is watched. */
 export interface WatchSettings {
@@ -29,6 +28,9 @@ const pingsWithin = 10;
 const missingAnswers = 3;
 /** A child that starts may have to read its files from a slow disk before it answers. */
 const leastStartMs = 30_000;
+
+/** Whether a child answers pings: see host.ts. */
+const givesSigns = !process.versions.bun && !process.versions.deno;
 
 /** A run under way. */
 interface PendingRun {
@@ -77,7 +79,8 @@ export class HostConnection {
         this.#outbox = null;
         ready.resolve(message.version);
       } else if (message.type === "broken") {
-        ready.reject(new RuntimeError(`onnxruntime-node cannot be loaded: ${message.message} ${installRemedy}`));
+        const { reason, remedy } = whyBroken(message.message, thisPlatform());
+        ready.reject(new InstallationError("onnxruntime-node", reason, remedy));
         void this.process.kill();
       } else this.#runs.get(message.id)?.receive(message);
     });
@@ -85,7 +88,13 @@ export class HostConnection {
       // Before anybody is told: who tries again needs another child.
       this.#isOver = true;
       clearInterval(this.#timer);
-      ready.reject(this.#diedError(ending, false));
+      // Libraries for glibc can crash with musl, where they load at all.
+      const unsupported = this.#outbox && whyUnsupported(thisPlatform());
+      ready.reject(
+        unsupported
+          ? new InstallationError("onnxruntime-node", unsupported.reason, unsupported.remedy)
+          : this.#diedError(ending, false),
+      );
     });
     // Each caller that waits for it gets the error; where nobody waits, a child that cannot start must not end the program.
     this.ready.catch(() => {});
@@ -172,7 +181,7 @@ export class HostConnection {
 
   /** An answer is expected from now on. */
   #expect(): void {
-    if (this.#timer || this.#isOver) return;
+    if (this.#timer || this.#isOver || !givesSigns) return;
     const pause = this.#watch.silentMs / pingsWithin;
     this.#heard = performance.now();
     this.#looked = this.#heard;

@@ -3,7 +3,8 @@
  * parent, even in the middle of a `session.run` of many seconds, when this thread receives nothing. So a second thread
  * holds the read end of a pipe (stdin) whose write end only the parent has; when that closes, however the parent ended,
  * the thread kills the process. It also answers each byte on that pipe with one on stdout: a sign of life that does not
- * depend on how long a launch takes.
+ * depend on how long a launch takes. Bun and Deno have no such thread's socket; there the channel's end, which the first
+ * thread notices between two launches, ends the process, and there are no such signs.
  */
 
 import { setTimeout } from "node:timers/promises";
@@ -15,6 +16,7 @@ import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.
 
 // Ctrl-C and a closed terminal signal all of the foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
+process.once("disconnect", () => process.kill(process.pid, "SIGKILL"));
 
 const settings = JSON.parse(process.argv[2]!) as HostSettings;
 /**

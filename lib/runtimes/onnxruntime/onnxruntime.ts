@@ -5,8 +5,10 @@
  */
 
 import { parse } from "node:path";
+import { pathToFileURL } from "node:url";
 import { onAbort, untilAborted } from "../../common/abort.js";
 import type { Logger } from "../../common/logger.js";
+import { packageFile } from "../../common/package.js";
 import type { Tensor } from "../../common/tensor.js";
 import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
@@ -30,7 +32,7 @@ export interface OnnxRuntimeOptions {
   readonly threads?: number | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening;
-  /** The built host.ts; default: beside this bundle. */
+  /** The built host.ts; default: the package's. */
   readonly host?: URL | undefined;
   /** Milliseconds without a sign of life after which a child that owes an answer is replaced; default: 10 000. */
   readonly watchdogMs?: number | undefined;
@@ -66,7 +68,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   /** Preempts those of them that may be. */
   readonly #preemptions = new Set<() => void>();
 
-  /** Starts the child; nothing waits for it until `start` or the first run. */
+  /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
     this.#options = options;
     this.#launchHost();
@@ -74,7 +76,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   /**
    * Resolves when ONNX Runtime has loaded, with its version.
-   * @throws RuntimeError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
+   * @throws InstallationError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
    */
   async start(): Promise<{ readonly version: string }> {
     this.throwIfDisposed();
@@ -216,7 +218,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   #launchHost(): HostConnection {
     if (this.#host && !this.#host.isOver) return this.#host;
     const { threads, weights, logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
-    const { host: file = new URL("./onnxruntime-host.js", import.meta.url) } = this.#options;
+    const file = this.#options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
     const onSilence = (milliseconds: number | null) => listener?.silent(milliseconds);
     const host = new HostConnection(file, { threads, weights }, { silentMs, onSilence });
     this.#host = host;

@@ -90,8 +90,8 @@ export class HostProcess {
     const method = value ? "ref" : "unref";
     const { channel, stdin, stdout, stderr } = this.#child;
     this.#child[method]();
-    channel?.[method]();
-    // Sockets here, typed as plain streams.
-    for (const stream of [stdin, stdout, stderr] as ({ ref?(): void; unref?(): void } | null)[]) stream?.[method]?.();
+    // Sockets here, typed as plain streams. Bun's channel has neither method: there the child alone counts.
+    for (const handle of [channel, stdin, stdout, stderr] as ({ ref?(): void; unref?(): void } | null | undefined)[])
+      handle?.[method]?.();
   }
 }

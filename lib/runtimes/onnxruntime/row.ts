@@ -1,8 +1,8 @@
 /** ONNX Runtime in the table of runtimes. */
 
+import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
-import { installRemedy } from "./connection.js";
 import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { resolveWeights } from "./weights.js";
@@ -31,11 +31,12 @@ export const onnxruntime: RuntimeRow = {
  * @param host the built host.ts; default: beside this bundle
  */
 export async function findOnnxRuntime(host?: URL): Promise<RuntimeFinding> {
-  await using runtime = new OnnxRuntime({ weights: "lazy", host });
-  const found = { name: runtime.name, version: null, reason: null, remedy: null };
+  const found = { name: onnxruntime.name, version: null, reason: null, remedy: null };
   try {
+    await using runtime = new OnnxRuntime({ weights: "lazy", host });
     return { ...found, available: true, ...(await runtime.start()) };
   } catch (error) {
-    return { ...found, available: false, reason: messageOf(error), remedy: installRemedy };
+    const { reason, remedy } = error instanceof InstallationError ? error : { reason: messageOf(error), remedy: null };
+    return { ...found, available: false, reason, remedy };
   }
 }

@@ -7,7 +7,7 @@
 
 import { createRequire } from "node:module";
 import path from "node:path";
-import { packageRoot } from "../../common/package.js";
+import { packagePath } from "../../common/package.js";
 import type { Problem } from "../runtime.js";
 
 /** Major, minor, patch, build. */
@@ -274,8 +274,6 @@ export interface Addon {
   tryLock(file: string): (() => void) | null;
 }
 
-const require = createRequire(import.meta.url);
-
 /** [sync] Loads the addon for one library: a prebuilt one, or the one that `npm run build:native` made. */
 export function findAddon(kind: string): Addon | Problem {
   const problem = (cause: string, remedy: string): Problem => ({ prevents: "building", cause, remedy });
@@ -284,11 +282,17 @@ export function findAddon(kind: string): Addon | Problem {
       `${kind} is supported on linux-x64 only; this is ${process.platform}-${process.arch}.`,
       'Use the runtime "onnxruntime", which needs nothing.',
     );
-  const find = require("node-gyp-build") as { path(folder: string): string };
+  const require = createRequire(packagePath("package.json"));
+  let find: { path(folder: string): string };
+  try {
+    find = require("node-gyp-build");
+  } catch {
+    return problem("The package node-gyp-build, which finds the addons, is missing.", "Run `npm install` again.");
+  }
   let file: string;
   try {
     // FLOWTURBO_ADDON_DIR holds addons compiled in another way, with sanitizers for instance.
-    file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? path.join(packageRoot(), "native"), kind));
+    file = find.path(path.join(process.env.FLOWTURBO_ADDON_DIR ?? packagePath("native"), kind));
   } catch {
     return problem(
       `This installation of flowturbo has no native addon for ${kind}.`,

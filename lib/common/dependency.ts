@@ -1,0 +1,59 @@
+/**
+ * Packages that this one loads when it first needs them and not when it is imported, so that `flowturbo doctor` runs
+ * where one is missing or broken, and says so.
+ */
+
+import { InstallationError } from "../errors.js";
+
+/** What `flowturbo doctor` says of a package that this one needs. */
+export interface DependencyFinding {
+  readonly name: string;
+  readonly available: boolean;
+  readonly version: string | null;
+  /** Why it cannot be used, and what to do about it. */
+  readonly reason: string | null;
+  readonly remedy: string | null;
+}
+
+/** A package that is loaded at its first use. */
+export class Dependency<T> {
+  #loading: Promise<T> | null = null;
+
+  /**
+   * @param open imports it
+   * @param versionOf what was imported
+   * @param remedy where it cannot be loaded
+   */
+  constructor(
+    readonly name: string,
+    private readonly open: () => Promise<T>,
+    private readonly versionOf: (loaded: T) => string | null,
+    private readonly remedy: () => string,
+  ) {}
+
+  /** @throws InstallationError if it cannot be loaded, with the reason and the remedy */
+  load(): Promise<T> {
+    this.#loading ??= this.open().catch((cause) => {
+      const reason = `${this.name} cannot be loaded: ${reasonOf(cause)}.`;
+      throw new InstallationError(this.name, reason, this.remedy(), { cause });
+    });
+    return this.#loading;
+  }
+
+  /** Never rejects. */
+  async find(): Promise<DependencyFinding> {
+    const found = { name: this.name, version: null, reason: null, remedy: null };
+    try {
+      return { ...found, available: true, version: this.versionOf(await this.load()) };
+    } catch (error) {
+      const { reason, remedy } = error as InstallationError;
+      return { ...found, available: false, reason, remedy };
+    }
+  }
+}
+
+/** The first line says what happened; sharp, for one, lets advice follow. */
+function reasonOf(error: unknown): string {
+  const text = error instanceof Error ? error.message : String(error);
+  return text.split("\n")[0]!.replace(/[\s:.]+$/, "");
+}
