@@ -5,6 +5,7 @@
 
 import type { Logger } from "../common/logger.js";
 import type { FloatTensor } from "../common/tensor.js";
+import { rest } from "../common/turns.js";
 import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
@@ -46,7 +47,7 @@ export async function draw(
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const pending = model.text.pending(candidate.prompts);
+  const pending = await model.text.pending(candidate.prompts);
   const encoders = [...pending.missing.values()].map(({ program }) => program);
   const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
   const encoded = model.text.encoded(candidate.prompts, pending, texts);
@@ -69,15 +70,18 @@ export async function draw(
 
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
-  const noises = (request.noises ?? noiseOf(request.seeds, shapes)).slice(-stages.length);
+  const noises = (request.noises ?? (await noiseOf(request.seeds, shapes))).slice(-stages.length);
   const hasPreviews = request.preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
   const colours = hasPreviews ? await model.colours(signal) : undefined;
-  const programs = Array.from({ length: pictures }, (_, row) => {
+  const programs: Program[] = [];
+  for (let row = 0; row < pictures; row++) {
     const values = noises.map((noise, index) => {
       return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index] };
     });
-    return bind(template.program, slotValues({ stages: values, ...conditions[Math.floor(row / count)]!, colours }));
-  });
+    const condition = conditions[Math.floor(row / count)]!;
+    programs.push(bind(template.program, slotValues({ stages: values, ...condition, colours })));
+    await rest();
+  }
   const results = await run(programs);
 
   // 4. Decode: the last launch of each program was the decoder; its pixels become pictures.

@@ -4,12 +4,12 @@ import type { Tensor } from "../common/tensor.js";
 import type { GenerateResult, Size, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
 import { keepOriginal } from "./edit.js";
-import { Image, toRgb } from "./image.js";
+import { Image, toRgbInSlices } from "./image.js";
 import { stacked } from "./latents.js";
 import type { Request } from "./request.js";
 import type { PreparedCandidate } from "./templates.js";
 
-export function resultOf(
+export async function resultOf(
   model: { readonly name: string },
   request: Request,
   { text, stages, kept, template }: PreparedCandidate,
@@ -17,19 +17,20 @@ export function resultOf(
   warnings: readonly string[],
   results: readonly Record<string, Tensor>[],
   timings: Timings,
-): GenerateResult {
+): Promise<GenerateResult> {
   const { width, height } = stages.at(-1)!;
-  const pixels = stacked(results.map((result) => result[template.image]!));
+  const pixels = await stacked(results.map((result) => result[template.image]!));
   const blocks = stages.map(({ schedule }) => schedule.text).join(" ");
-  const images = results.map((_, row) => {
-    const rgb = toRgb(pixels, row);
-    if (kept?.mask) keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
-    return new Image(width, height, rgb, parametersOf(model.name, request, { width, height }, row, blocks));
-  });
+  const images: Image[] = [];
+  for (let row = 0; row < results.length; row++) {
+    const rgb = await toRgbInSlices(pixels, row);
+    if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
+    images.push(new Image(width, height, rgb, parametersOf(model.name, request, { width, height }, row, blocks)));
+  }
   const { deadlineMs } = request;
   return {
     ...{ images, pixels, width, height, blocks, timings, warnings, seeds: request.seeds },
-    latents: stacked(results.map((result) => result[template.latents]!)),
+    latents: await stacked(results.map((result) => result[template.latents]!)),
     sigmas: stages.flatMap(({ schedule }) => schedule.sigmas),
     stages: stages.map(({ width, height, schedule: { text, sigmas } }) => ({ width, height, blocks: text, sigmas })),
     evaluations: {
