@@ -100,7 +100,7 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
     cases.push({ name: `text "${text}", all encoders`, kind: "texts", program });
     results.push(await run(program));
   }
-  const encoded = encoder.encoded(prepared, pending, results);
+  const encoded = await encoder.encoded(prepared, pending, results);
   const schedules = schedulesOf(checkpoint, options);
   for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);

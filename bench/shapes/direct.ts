@@ -64,7 +64,7 @@ export class Direct {
     const prepared = await this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength);
     const pending = await this.#prompts.pending(prepared);
     const results = await Promise.all([...pending.missing.values()].map(({ program }) => this.#run(program)));
-    return this.#prompts.stack(this.#prompts.encoded(prepared, pending, results));
+    return this.#prompts.stack(await this.#prompts.encoded(prepared, pending, results));
   }
 
   /** The guided velocity; x holds `rows` latents of `size` px. */

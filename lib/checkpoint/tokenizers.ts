@@ -7,7 +7,7 @@
 
 import { join } from "node:path";
 import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 import { CheckpointError } from "../errors.js";
 import { exists, isRecord, type JsonObject, readJsonObject, readOptionalJson, readText } from "./files.js";
 import { type Piece, piecesOf } from "./pieces.js";
@@ -255,7 +255,7 @@ function tokenizer(
       let more = false;
       let read = 0;
       for (const piece of pieces(text)) {
-        await rest();
+        if (isDue()) await rest();
         if (!piece) continue;
         // A few more than there is room for: they say what is dropped.
         more = found.length > room + shownTokens || (read >= bounds.perToken * length && found.length > room);

@@ -1,7 +1,8 @@
 /**
- * Long work on the event loop in short slices. Whatever a caller's input makes long (text, noise, pixels) asks `rest()`
- * every fraction of a millisecond, and waits where it gets a promise. The slice belongs to the event loop and not to one
- * piece of work: a hundred requests at once must not take a hundred slices between two turns.
+ * Long work on the event loop in short slices. Whatever a caller's input makes long (text, noise, pixels) asks before each
+ * small piece, `if (isDue()) await rest();`. The slice belongs to the event loop and not to one piece of work: a hundred
+ * requests at once must not take a hundred slices between two turns. For the same reason it is asked without a wait where
+ * there is time: those that waited would all have been told so before the first of them works.
  */
 
 import { setImmediate } from "node:timers";
@@ -14,18 +15,21 @@ let began: number | null = null;
 /** Ends when all that wait have had their turn. */
 let line: Promise<void> = Promise.resolve();
 
-/** What to wait for where the present slice is used up; undefined where there is time left. */
-export function rest(): Promise<void> | undefined {
+/** Whether the present slice is used up. */
+export function isDue(): boolean {
   const now = performance.now();
   if (began === null) {
     began = now;
     setImmediate(() => {
       began = null;
     });
-    return undefined;
   }
-  if (now - began < slice) return undefined;
-  // One after another: immediates that are set during a turn of the loop come in the next one.
+  return now - began >= slice;
+}
+
+/** Resolves in a later turn of the event loop; those that wait have one each, in the order in which they came. */
+export function rest(): Promise<void> {
+  // Immediates that are set during a turn come in the next one.
   line = line.then(() => new Promise<void>((resolve) => setImmediate(resolve)));
   return line;
 }

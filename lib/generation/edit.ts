@@ -5,7 +5,7 @@
 import { access } from "node:fs/promises";
 import sharp, { type Sharp } from "sharp";
 import { type FloatTensor, float32 } from "../common/tensor.js";
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
 import type { EditRequest } from "./request.js";
@@ -82,7 +82,7 @@ export async function originalAt(picture: Raster, width: number, height: number)
   for (let start = 0; start < plane; start += width) {
     for (let i = start; i < start + width; i++)
       for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
-    await rest();
+    if (isDue()) await rest();
   }
   return { rgb, pixels: float32([1, 3, height, width], data) };
 }
@@ -111,7 +111,7 @@ export async function maskAt(
   const pixels = new Uint8Array(width * height);
   for (let start = 0; start < pixels.length; start += width) {
     for (let i = start; i < start + width; i++) pixels[i] = grey(i) >= 128 ? 1 : 0;
-    await rest();
+    if (isDue()) await rest();
   }
   const [h, w] = [height / factor, width / factor];
   const latents = Float32Array.from(
@@ -128,7 +128,7 @@ export async function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: 
   for (let start = 0; start < mask.length; start += 4096) {
     for (let i = start; i < Math.min(start + 4096, mask.length); i++)
       if (mask[i] === 0) for (let k = 3 * i; k < 3 * i + 3; k++) rgb[k] = original[k]!;
-    await rest();
+    if (isDue()) await rest();
   }
 }
 

@@ -7,7 +7,7 @@ import path from "node:path";
 import sharp from "sharp";
 import { writeFileAtomic } from "../common/files.js";
 import type { FloatTensor } from "../common/tensor.js";
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
 
@@ -87,7 +87,7 @@ export function toRgb(image: FloatTensor, row: number): Uint8Array {
 /** As `toRgb`, in slices that leave the event loop free. */
 export async function toRgbInSlices(image: FloatTensor, row: number): Promise<Uint8Array> {
   const rgb = rgbOf(image);
-  for (const _ of lines(image, row, rgb)) await rest();
+  for (const _ of lines(image, row, rgb)) if (isDue()) await rest();
   return new Uint8Array(rgb.buffer);
 }
 

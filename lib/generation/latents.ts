@@ -1,7 +1,7 @@
 /** Tensors of several pictures, one row each: noise from seeds, rows taken out, results put together. */
 
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 import { NoiseGenerator } from "./noise.js";
 
 /** Noise of each shape, [B, C, h, w], for B pictures: each has one generator, which draws for one shape after another. */
@@ -35,7 +35,7 @@ export async function stacked(rows: readonly Tensor[]): Promise<FloatTensor> {
   const data = new Float32Array(rows.length * size);
   for (const [row, tensor] of rows.entries()) {
     data.set((tensor as FloatTensor).data, row * size);
-    await rest();
+    if (isDue()) await rest();
   }
   return float32([rows.length, ...shape], data);
 }

@@ -5,7 +5,7 @@
  * one from 53-bit uniforms. Equal to torch's up to the rounding of its vectorised logarithm and cosine (1e-6).
  */
 
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 
 const stateSize = 624;
 const shiftSize = 397;
@@ -66,7 +66,7 @@ export class NoiseGenerator {
 
   /** As `draw`, into `values`, in slices that leave the event loop free. */
   async fill(values: Float32Array): Promise<void> {
-    for (const _ of this.#fill(values)) await rest();
+    for (const _ of this.#fill(values)) if (isDue()) await rest();
   }
 
   /** Yields each time that some more values are drawn. */

@@ -5,7 +5,7 @@
 
 import type { Logger } from "../common/logger.js";
 import type { FloatTensor } from "../common/tensor.js";
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
@@ -17,7 +17,7 @@ import { ProgressReporter } from "./progress.js";
 import type { ModelFacts, Request } from "./request.js";
 import { resultOf } from "./result.js";
 import type { PreparedCandidate, Templates } from "./templates.js";
-import type { PromptEncoder } from "./text.js";
+import type { Condition, PromptEncoder } from "./text.js";
 
 /** What a loaded model draws with. */
 export interface LoadedModel extends ModelFacts {
@@ -50,13 +50,15 @@ export async function draw(
   const pending = await model.text.pending(candidate.prompts);
   const encoders = [...pending.missing.values()].map(({ program }) => program);
   const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
-  const encoded = model.text.encoded(candidate.prompts, pending, texts);
+  const encoded = await model.text.encoded(candidate.prompts, pending, texts);
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
-  const conditions = prompts.map((_, index) => {
+  const conditions: Condition[] = [];
+  for (let index = 0; index < prompts.length; index++) {
     const negative = encoded[prompts.length + index];
-    return model.text.stack(negative ? [negative, encoded[index]!] : [encoded[index]!]);
-  });
+    conditions.push(model.text.stack(negative ? [negative, encoded[index]!] : [encoded[index]!]));
+    if (isDue()) await rest();
+  }
   const encode = performance.now() - encodeStart;
   const warnings = [...new Set(encoded.flatMap((prompt) => prompt.warnings)), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
@@ -80,7 +82,7 @@ export async function draw(
     });
     const condition = conditions[Math.floor(row / count)]!;
     programs.push(bind(template.program, slotValues({ stages: values, ...condition, colours })));
-    await rest();
+    if (isDue()) await rest();
   }
   const results = await run(programs);
 

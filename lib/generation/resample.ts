@@ -5,7 +5,7 @@
  * slices that leave the event loop free.
  */
 
-import { rest } from "../common/turns.js";
+import { isDue, rest } from "../common/turns.js";
 
 /** 8-bit values, row-major, `channels` a pixel. */
 export interface Raster {
@@ -70,7 +70,7 @@ export async function resampled(raster: Raster, width: number, height: number, b
             count,
           );
       }
-      await rest();
+      if (isDue()) await rest();
     }
     data = narrow;
   }
@@ -83,7 +83,7 @@ export async function resampled(raster: Raster, width: number, height: number, b
     const [first, count] = [(down.first[y]! - top) * line, down.counts[y]!];
     for (let i = 0; i < line; i++)
       result[y * line + i] = weighed(data, first + i, line, down.weights, y * down.taps, count);
-    await rest();
+    if (isDue()) await rest();
   }
   return result;
 }

@@ -9,6 +9,7 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import { type TextEncoder, type TextRole, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
@@ -133,21 +134,23 @@ export class PromptEncoder {
       if (encoded) known.set(prompt, encoded);
       // One that was in the cache when the request was prepared may have left it since.
       else missing.set(prompt, programs.get(prompt) ?? (await this.program(prompt, sequenceLength)));
+      if (isDue()) await rest();
     }
     return { known, missing };
   }
 
   /** All prompts of a request, in order. @param results of the missing prompts' programs */
-  encoded(
+  async encoded(
     { prompts, sequenceLength, pin }: PreparedPrompts,
     { known, missing }: PendingPrompts,
     results: readonly Record<string, Tensor>[],
-  ): EncodedPrompt[] {
+  ): Promise<EncodedPrompt[]> {
     const all = new Map(known);
     for (const [index, [prompt, { warnings }]] of [...missing].entries()) {
       const encoded = this.#assemble(results[index]!, warnings, sequenceLength);
       all.set(prompt, encoded);
       this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
+      if (isDue()) await rest();
     }
     return prompts.map((prompt) => all.get(prompt)!);
   }

@@ -65,7 +65,7 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     const [first] = await encode(["the same for two"]);
     const pending = await encoder.pending(waiting);
     expect([...pending.missing.keys()]).toEqual([]);
-    expect(encoder.encoded(waiting, pending, [])[0]).toBe(first);
+    expect((await encoder.encoded(waiting, pending, []))[0]).toBe(first);
   });
 
   it("says what it had to cut", async () => {
