@@ -98,7 +98,10 @@ export interface LoadOptions {
   keepTextEncoders?: boolean | undefined;
   /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
-  /** Threads of the CPU runtime, 1 to 1024. Default: one for each physical core. */
+  /**
+   * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
+   * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
+   */
   threads?: number | undefined;
   /**
    * How the CPU runtime computes with 16-bit weights: `"lazy"` widens them at each use, `"folded"` once at load (faster,
