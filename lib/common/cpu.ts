@@ -22,8 +22,8 @@ export function processors(read: ReadText = readText): Processors {
 
 /**
  * Threads that compute at the same time without slowing each other down: one for each physical core, and no more than
- * the quota pays for in full. With a quota of 1.5 two threads are hardly faster than one, and the event loop stands still
- * with them: its delays have a 99th percentile of 30 ms instead of 15. Null if nothing is known.
+ * the quota pays for in full. With a quota of 1.5 two threads took 0.77 to 1.05 of the time of one, and the event loop
+ * stood still with them: its delays had a 99th percentile of 30 ms instead of 15. Null if nothing is known.
  */
 export function usableThreads({ cores, quota }: Processors): number | null {
   if (cores === null && quota === null) return null;
