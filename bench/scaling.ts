@@ -2,15 +2,17 @@
  * How time and memory grow: a model of SD3.5-medium's width with random weights, from one base point along one axis at a
  * time: steps, pictures a batch, size, layers. Every point is a process of its own, whose peak is the resident size of
  * all its processes; rounds go through all points in turn. A line through the medians of each axis gives the fixed cost
- * and the cost of one unit more, of sampling and of the whole process; size is counted in image tokens.
+ * and the cost of one unit more, of sampling and of the whole process; size is counted in image tokens. Threads under
+ * quotas and beside busy neighbours are a part of its own, with a page of its own (contention.ts).
  *
- *   npm run bench:scaling -- [--rounds 3] [--only steps,batch] [--small]   (--small: nothing that takes more than seconds)
+ *   npm run bench:scaling -- [--rounds 3] [--only steps,batch,threads] [--small]   (--small: nothing that takes more than seconds)
  */
 
 import { mkdirSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { gigabytes } from "../lib/common/memory.js";
+import { measureContention } from "./contention.js";
 import { svg } from "./plot.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import {
@@ -34,6 +36,9 @@ const { values: flags } = parseArgs({
   },
 });
 const rounds = Number(flags.rounds);
+const parts = flags.only?.split(",");
+if (parts?.includes("threads") ?? true) await measureContention(rounds);
+if (parts?.every((part) => part === "threads")) process.exit();
 
 interface Point {
   readonly layers: number;
@@ -52,7 +57,7 @@ type Axis = keyof typeof axes;
 const units: Record<Axis, string> = { steps: "step", batch: "picture", size: "1,000 image tokens", layers: "layer" };
 /** Latents have a side of size / 8, patches are 2 × 2. */
 const unit = (axis: Axis, value: number) => (axis === "size" ? (value / 16) ** 2 / 1000 : value);
-const chosen = (Object.keys(axes) as Axis[]).filter((axis) => flags.only?.split(",").includes(axis) ?? true);
+const chosen = (Object.keys(axes) as Axis[]).filter((axis) => parts?.includes(axis) ?? true);
 
 /** What each round measured, by point. */
 interface Measured {

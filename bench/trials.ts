@@ -169,6 +169,7 @@ function trialsOf(subject: Subject): Trial[] {
           .filter((threads) => threads >= 1 && threads !== cores)
           .map((threads) => step(threads === 1 ? "1 thread" : `${threads} threads`, { intraOpNumThreads: threads })),
         step("no spinning", { extra: spinning }),
+        step("spinning without a limit", { extra: { session: { intra_op: {} } } }),
         step("spinning between runs", { extra: { session: { force_spinning_stop: "0" } } }),
         step("parallel execution", { executionMode: "parallel", interOpNumThreads: cores }),
         step("memory pattern", { enableMemPattern: true }),

@@ -266,7 +266,8 @@ export class FlowTurbo implements ImageModel {
       ...{ pin: pinBatch, signal },
     };
     const { text, templates } = this.#model;
-    const prompts = text.prepare([...request.prompts, ...request.negativePrompts], request.sequenceLength, pinBatch);
+    const texts = [...request.prompts, ...request.negativePrompts];
+    const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
     const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
     const admitted = await this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
       const blocks = blocksOf(prepared[candidate]!.stages);
@@ -287,15 +288,16 @@ export class FlowTurbo implements ImageModel {
       }),
     );
     const { text, templates } = this.#model;
-    const programs = requests.flatMap((request) => {
+    const programs: Program[] = [];
+    for (const request of requests) {
       const settled = settleRequest(request, this.#model);
       const { stages } = settled.candidates[0];
-      return [
-        text.program("", settled.sequenceLength).program,
+      programs.push(
+        (await text.program("", settled.sequenceLength)).program,
         templates.sampling(settled, stages, null).program,
         encoderProgram("slot", stages[0]!.latentShape, this.#model.checkpoint.vae.config.factor),
-      ];
-    });
+      );
+    }
     const report = (done: number, total: number) => onProgress?.({ done, total });
     await this.#service.measure(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
     // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.

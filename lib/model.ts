@@ -114,7 +114,10 @@ export interface LoadOptions {
   keepTextEncoders?: boolean | undefined;
   /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
-  /** Threads of the CPU runtime, 1 to 1024. Default: one for each physical core. */
+  /**
+   * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
+   * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
+   */
   threads?: number | undefined;
   /**
    * How the CPU runtime computes with 16-bit weights: `"lazy"` widens them at each use, `"folded"` once at load (faster,
@@ -176,7 +179,10 @@ export interface Stage {
 
 /** Options of `ImageModel.generate`. */
 export interface GenerateOptions {
-  /** What to draw: a string, or several for one batch. */
+  /**
+   * What to draw: a string, or several for one batch. Text encoders read a few hundred tokens; a warning says what of a longer
+   * prompt they ignore. Of a word (what stands between white space) of more than 1024 characters the rest is ignored.
+   */
   prompt: string | readonly string[];
   /** What the pictures should not show: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
   negativePrompt?: string | readonly string[] | undefined;
@@ -212,7 +218,7 @@ export interface GenerateOptions {
    * be drawn again alone. The noise is that of torch's CPU generator. Default: random.
    */
   seed?: number | undefined;
-  /** Pictures for each prompt, 1 to 1024. Default: 1. */
+  /** Pictures for each prompt; at most 1024 pictures in one call. Default: 1. */
   count?: number | undefined;
   /** Sizes to run through from coarse to fine, in place of width, height, sampler, steps, blocks and grid. Default: one size. */
   stages?: readonly Stage[] | undefined;

@@ -173,7 +173,7 @@ export const loadSchema = z.strictObject({
   variant,
   threads: optional(
     integer(1, 1024),
-    "threads of the CPU runtime (default: one for each physical core)",
+    "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
     "--threads <n>",
   ),
   weights: defaulted(

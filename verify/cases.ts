@@ -93,14 +93,14 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
 
   const encoder = new PromptEncoder(graphs);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
-  const prepared = encoder.prepare(texts, encoder.defaultSequenceLength);
-  const pending = encoder.pending(prepared);
+  const prepared = await encoder.prepare(texts, encoder.defaultSequenceLength);
+  const pending = await encoder.pending(prepared);
   const results: Record<string, Tensor>[] = [];
   for (const [text, { program }] of pending.missing) {
     cases.push({ name: `text "${text}", all encoders`, kind: "texts", program });
     results.push(await run(program));
   }
-  const encoded = encoder.encoded(prepared, pending, results);
+  const encoded = await encoder.encoded(prepared, pending, results);
   const schedules = schedulesOf(checkpoint, options);
   for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
@@ -260,7 +260,7 @@ async function inputOf(
       const [rows, length] = shape as [number, number];
       const ids = new BigInt64Array(rows * length);
       for (let row = 0; row < rows; row++)
-        ids.set(encoder!.tokenizer.encode(prompts[row % prompts.length]!, length).ids, row * length);
+        ids.set((await encoder!.tokenizer.encode(prompts[row % prompts.length]!, length)).ids, row * length);
       return int64(shape, ids);
     }
     case "position_embedding":

@@ -62,10 +62,10 @@ export class Direct {
 
   async condition(captions: readonly string[]): Promise<Condition> {
     const texts = [...captions.map(() => ""), ...captions];
-    const prepared = this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength);
-    const pending = this.#prompts.pending(prepared);
+    const prepared = await this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength);
+    const pending = await this.#prompts.pending(prepared);
     const results = await Promise.all([...pending.missing.values()].map(({ program }) => this.#run(program)));
-    return this.#prompts.stack(this.#prompts.encoded(prepared, pending, results));
+    return this.#prompts.stack(await this.#prompts.encoded(prepared, pending, results));
   }
 
   /** The guided velocity; x holds `rows` latents of `size` px. */

@@ -90,9 +90,9 @@ const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]
   textEncoder: network("text_encoder", knownClasses.clip, readClipConfig),
   textEncoder2: network("text_encoder_2", knownClasses.clip, readClipConfig),
   textEncoder3: network("text_encoder_3", knownClasses.t5, readT5Config),
-  tokenizer: { name: "tokenizer", classes: clipTokenizers, open: openClipTokenizer },
-  tokenizer2: { name: "tokenizer_2", classes: clipTokenizers, open: openClipTokenizer },
-  tokenizer3: { name: "tokenizer_3", classes: t5Tokenizers, open: openT5Tokenizer },
+  tokenizer: { name: "tokenizer", classes: clipTokenizers, open: (folder) => openClipTokenizer(folder) },
+  tokenizer2: { name: "tokenizer_2", classes: clipTokenizers, open: (folder) => openClipTokenizer(folder) },
+  tokenizer3: { name: "tokenizer_3", classes: t5Tokenizers, open: (folder) => openT5Tokenizer(folder) },
   refiner: network("refiner", null, readTransformerConfig),
 };
 

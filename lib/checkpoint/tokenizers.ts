@@ -8,8 +8,10 @@
 import { join } from "node:path";
 import type { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
 import { Dependency } from "../common/dependency.js";
+import { isDue, rest } from "../common/turns.js";
 import { CheckpointError } from "../errors.js";
 import { exists, isRecord, type JsonObject, readJsonObject, readOptionalJson, readText } from "./files.js";
+import { type Piece, piecesOf } from "./pieces.js";
 
 /** The library of tokenizers, loaded with the first checkpoint. */
 export const huggingFaceTokenizers = new Dependency(
@@ -24,10 +26,13 @@ export interface Tokens {
   /** [length] ids, padded or truncated; the end token stays when the text is truncated. */
   readonly ids: BigInt64Array;
   readonly truncated: boolean;
-  /** Tokens of the whole text, start and end tokens included. */
-  readonly tokens: number;
-  /** The text that truncation cut off, as far as it can be told from its tokens ("" if none). */
+  /** The beginning of what truncation cut off, as far as it can be told from its tokens ("" if nothing was). */
   readonly dropped: string;
+  /**
+   * What the text has too much of, in words, where some of it was left out before the ids were complete: they may not be
+   * those of the whole text. See `Bounds`.
+   */
+  readonly unread: string | null;
 }
 
 export interface Tokenizer {
@@ -35,9 +40,30 @@ export interface Tokenizer {
   readonly maxLength: number;
   /** Largest id + 1: the embedding must have at least this many rows. */
   readonly vocabSize: number;
-  /** @throws RangeError if length is less than 2. */
-  encode(text: string, length: number): Tokens;
+  /**
+   * The ids of a text of any length, in slices that leave the event loop free.
+   * @throws RangeError if length is less than 2
+   */
+  encode(text: string, length: number): Promise<Tokens>;
 }
+
+/** How much of a text is tokenised. The ids are those of the whole text unless one of these is exceeded. */
+export interface Bounds {
+  /** UTF-16 code units of a word (what stands between white space): of a longer one the rest is left out. */
+  readonly word: number;
+  /** UTF-16 code units for each token that is wanted, white space not counted: what follows more of them is left out. */
+  readonly perToken: number;
+}
+
+/**
+ * The slowest words take some 3 ms (unknown characters in a row, for T5). Texts have 4 or 5 characters a token, and no
+ * token of CLIP or T5 has more than a few tens; more of them for a token are characters that are removed, or unknown ones
+ * in a row, which T5 takes for one token.
+ */
+export const usualBounds: Bounds = { word: 1024, perToken: 64 };
+
+/** Tokens that are decoded to say what was dropped. */
+const shownTokens = 64;
 
 /** What transformers assumes when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
 const clipMaxLength = 77;
@@ -48,7 +74,7 @@ const t5MaxLength = 512;
  *
  * @throws CheckpointError for a missing or damaged file, or a special token that the vocabulary lacks.
  */
-export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
+export async function openClipTokenizer(folder: string, bounds = usualBounds): Promise<Tokenizer> {
   const [names, { vocab, merges, file }] = await Promise.all([readSpecialTokens(folder), readClipVocabulary(folder)]);
   const end = names.token("eos_token") ?? plainToken("<|endoftext|>");
   const start = names.token("bos_token") ?? plainToken("<|startoftext|>");
@@ -121,7 +147,8 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
     },
   };
   const ids = [...Object.values(vocab), ...description.added_tokens.map(({ id }) => id)];
-  return tokenizer(file, description, names.config, idOf(pad), ids, names.maxLength(clipMaxLength));
+  const facts = { pad: idOf(pad), vocabulary: ids, maxLength: names.maxLength(clipMaxLength) };
+  return tokenizer(file, description, names.config, facts, isolated([...added.keys()], bounds));
 }
 
 /**
@@ -129,7 +156,7 @@ export async function openClipTokenizer(folder: string): Promise<Tokenizer> {
  *
  * @throws CheckpointError for a missing or damaged file; a spiece.model alone is not read.
  */
-export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
+export async function openT5Tokenizer(folder: string, bounds = usualBounds): Promise<Tokenizer> {
   const file = join(folder, "tokenizer.json");
   if (!(await exists(file)) && (await exists(join(folder, "spiece.model"))))
     throw new CheckpointError(
@@ -192,23 +219,32 @@ export async function openT5Tokenizer(folder: string): Promise<Tokenizer> {
     },
     decoder: { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
   };
-  const maxLength = names.maxLength(t5MaxLength);
-  return tokenizer(file, description, names.config, idOf("pad_token", "<pad>"), ids.values(), maxLength);
+  const facts = { pad: idOf("pad_token", "<pad>"), vocabulary: ids.values(), maxLength: names.maxLength(t5MaxLength) };
+  // Unknown characters in a row are one token, also those of two words where the sign of a word's beginning is unknown.
+  const words = ids.has("\u2581") ? [] : [" "];
+  return tokenizer(file, description, names.config, facts, isolated([...added.keys(), ...words], bounds));
+}
+
+/** The bounds where no token reaches from one word into the next; else all of the text is one word, of which more is read. */
+function isolated(tokens: readonly string[], bounds: Bounds): Bounds & { readonly isolated: boolean } {
+  const isolated = !tokens.some((token) => /\s/.test(token.normalize("NFKC")));
+  return { ...bounds, isolated };
 }
 
 async function tokenizer(
   file: string,
   description: object,
   config: JsonObject,
-  pad: number,
-  vocabulary: Iterable<number>,
-  maxLength: number,
+  { pad, vocabulary, maxLength }: { pad: number; vocabulary: Iterable<number>; maxLength: number },
+  bounds: Bounds & { readonly isolated: boolean },
 ): Promise<Tokenizer> {
   const { Tokenizer } = await huggingFaceTokenizers.load();
   let inner: HuggingFaceTokenizer;
+  let special: readonly number[];
   try {
     inner = new Tokenizer(description, config);
     inner.encode("a");
+    special = inner.encode("").ids;
   } catch (cause) {
     throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });
   }
@@ -218,19 +254,46 @@ async function tokenizer(
   return {
     maxLength,
     vocabSize: largest + 1,
-    encode(text, length) {
+    async encode(text, length) {
       if (!Number.isInteger(length) || length < 2)
         throw new RangeError(`Expected a length of at least 2 tokens but received ${length}.`);
-      const all: number[] = inner.encode(text).ids;
-      const truncated = all.length > length;
       // Both kinds end with exactly one special token, and truncation keeps it.
-      const kept: number[] = truncated ? [...all.slice(0, length - 1), all.at(-1)!] : all;
+      const [before, end] = [special.slice(0, -1), special.at(-1)!];
+      const room = length - special.length;
+      const found: number[] = [];
+      let unread: Tokens["unread"] = null;
+      let more = false;
+      let read = 0;
+      for (const piece of pieces(text)) {
+        if (isDue()) await rest();
+        if (!piece) continue;
+        // A few more than there is room for: they say what is dropped.
+        more = found.length > room + shownTokens || (read >= bounds.perToken * length && found.length > room);
+        if (more) break;
+        if (read >= bounds.perToken * length) {
+          unread = `more than ${bounds.perToken * length} characters for ${length} tokens`;
+          break;
+        }
+        for (const id of inner.encode(piece.text, { add_special_tokens: false }).ids) found.push(id);
+        read += piece.text.length;
+        if (piece.cut && found.length <= room) unread = `a word of more than ${piece.text.length} characters`;
+      }
+      const truncated = found.length > room;
       const ids = new BigInt64Array(length).fill(BigInt(pad));
-      ids.set(kept.map(BigInt));
-      const dropped = truncated ? inner.decode(all.slice(length - 1, -1)).trim() : "";
-      return { ids, truncated, tokens: all.length, dropped };
+      ids.set([...before, ...found.slice(0, room), end].map(BigInt));
+      return { ids, truncated, dropped: truncated ? beginning(found.slice(room), more) : "", unread };
     },
   };
+
+  function pieces(text: string): Iterable<Piece | null> {
+    if (bounds.isolated) return piecesOf(text, bounds.word);
+    return [{ text: text.slice(0, 4 * bounds.word), cut: text.length > 4 * bounds.word }];
+  }
+
+  function beginning(ids: readonly number[], more: boolean): string {
+    const text = inner.decode(ids.slice(0, shownTokens)).trim();
+    return more || ids.length > shownTokens ? `${text}...` : text;
+  }
 }
 
 interface AddedToken {

@@ -1,7 +1,7 @@
 /** A bounded cache: what has not been used for longest leaves first. */
 export class LruCache<Value extends object> {
   readonly #limit: number;
-  readonly #sizeOf: (value: Value) => number;
+  readonly #sizeOf: (value: Value, key: string) => number;
   readonly #entries = new Map<string, Value>();
   #size = 0;
 
@@ -9,7 +9,7 @@ export class LruCache<Value extends object> {
    * @param limit of all sizes together; the latest value is kept even if it alone is larger
    * @param sizeOf default: 1, so that the limit is a number of values
    */
-  constructor(limit: number, sizeOf: (value: Value) => number = () => 1) {
+  constructor(limit: number, sizeOf: (value: Value, key: string) => number = () => 1) {
     this.#limit = limit;
     this.#sizeOf = sizeOf;
   }
@@ -32,7 +32,7 @@ export class LruCache<Value extends object> {
   set(key: string, value: Value): Value {
     this.#drop(key);
     this.#entries.set(key, value);
-    this.#size += this.#sizeOf(value);
+    this.#size += this.#sizeOf(value, key);
     for (const oldest of this.#entries.keys()) {
       if (this.#size <= this.#limit || oldest === key) break;
       this.#drop(oldest);
@@ -44,6 +44,6 @@ export class LruCache<Value extends object> {
     const value = this.#entries.get(key);
     if (value === undefined) return;
     this.#entries.delete(key);
-    this.#size -= this.#sizeOf(value);
+    this.#size -= this.#sizeOf(value, key);
   }
 }

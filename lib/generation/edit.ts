@@ -5,6 +5,7 @@
 import { access } from "node:fs/promises";
 import type { Sharp } from "sharp";
 import { type FloatTensor, float32 } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
 import type { EditRequest } from "./request.js";
@@ -79,7 +80,11 @@ export async function originalAt(picture: Raster, width: number, height: number)
   const rgb = await resampled(picture, width, height, coveringBox(picture, width, height));
   const plane = width * height;
   const data = new Float32Array(3 * plane);
-  for (let i = 0; i < plane; i++) for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
+  for (let start = 0; start < plane; start += width) {
+    for (let i = start; i < start + width; i++)
+      for (let c = 0; c < 3; c++) data[c * plane + i] = rgb[3 * i + c]! / 127.5 - 1;
+    if (isDue()) await rest();
+  }
   return { rgb, pixels: float32([1, 3, height, width], data) };
 }
 
@@ -104,7 +109,11 @@ export async function maskAt(
       ? values[i]!
       : // As Pillow's "L".
         (values[3 * i]! * 19595 + values[3 * i + 1]! * 38470 + values[3 * i + 2]! * 7471 + 0x8000) >> 16;
-  const pixels = Uint8Array.from({ length: width * height }, (_, i) => (grey(i) >= 128 ? 1 : 0));
+  const pixels = new Uint8Array(width * height);
+  for (let start = 0; start < pixels.length; start += width) {
+    for (let i = start; i < start + width; i++) pixels[i] = grey(i) >= 128 ? 1 : 0;
+    if (isDue()) await rest();
+  }
   const [h, w] = [height / factor, width / factor];
   const latents = Float32Array.from(
     { length: h * w },
@@ -116,8 +125,12 @@ export async function maskAt(
 }
 
 /** Takes the pixels outside the mask from the original. */
-export function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: Uint8Array): void {
-  for (let i = 0; i < mask.length; i++) if (mask[i] === 0) rgb.set(original.subarray(3 * i, 3 * i + 3), 3 * i);
+export async function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: Uint8Array): Promise<void> {
+  for (let start = 0; start < mask.length; start += 4096) {
+    for (let i = start; i < Math.min(start + 4096, mask.length); i++)
+      if (mask[i] === 0) for (let k = 3 * i; k < 3 * i + 3; k++) rgb[k] = original[k]!;
+    if (isDue()) await rest();
+  }
 }
 
 async function decoded(
@@ -143,7 +156,7 @@ async function decoded(
       );
     const prepared = await prepare(() => open().autoOrient());
     const { data, info } = await prepared.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
-    return { width: info.width, height: info.height, channels: info.channels, data: new Uint8Array(data) };
+    return { width: info.width, height: info.height, channels: info.channels, data };
   } catch (cause) {
     if (cause instanceof OptionError) throw cause;
     const detail = (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");

@@ -6,6 +6,7 @@
 import path from "node:path";
 import { writeFileAtomic } from "../common/files.js";
 import type { FloatTensor } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
 import { sharp } from "./sharp.js";
@@ -88,16 +89,36 @@ export async function resized(picture: RgbPicture, width: number, height: number
 
 /** Row `row` of decoded values [B, 3, H, W], nominally in [-1, 1], as interleaved 8-bit RGB. */
 export function toRgb(image: FloatTensor, row: number): Uint8Array {
+  const rgb = rgbOf(image);
+  for (const _ of lines(image, row, rgb));
+  return new Uint8Array(rgb.buffer);
+}
+
+/** As `toRgb`, in slices that leave the event loop free. */
+export async function toRgbInSlices(image: FloatTensor, row: number): Promise<Uint8Array> {
+  const rgb = rgbOf(image);
+  for (const _ of lines(image, row, rgb)) if (isDue()) await rest();
+  return new Uint8Array(rgb.buffer);
+}
+
+/** A clamped array rounds half to even and clamps, as numpy's round and clip do for diffusers. */
+function rgbOf({ shape: [, , height, width] }: FloatTensor): Uint8ClampedArray<ArrayBuffer> {
+  return new Uint8ClampedArray(height! * width! * 3);
+}
+
+/** Yields after each line. */
+function* lines(image: FloatTensor, row: number, rgb: Uint8ClampedArray): Generator<void, void> {
   const [, channels, height, width] = image.shape as [number, number, number, number];
   const plane = height * width;
   const source = image.data.subarray(row * channels * plane, (row + 1) * channels * plane);
-  // A clamped array rounds half to even and clamps, as numpy's round and clip do for diffusers.
-  const rgb = new Uint8ClampedArray(plane * 3);
-  for (let channel = 0; channel < 3; channel++) {
-    const from = (channels === 1 ? 0 : channel) * plane;
-    for (let i = 0, to = channel; i < plane; i++, to += 3) rgb[to] = (source[from + i]! / 2 + 0.5) * 255;
+  for (let start = 0; start < plane; start += width) {
+    for (let channel = 0; channel < 3; channel++) {
+      const from = (channels === 1 ? 0 : channel) * plane;
+      for (let i = start, to = 3 * start + channel; i < start + width; i++, to += 3)
+        rgb[to] = (source[from + i]! / 2 + 0.5) * 255;
+    }
+    yield;
   }
-  return new Uint8Array(rgb.buffer);
 }
 
 /** JSON with every other character escaped: EXIF texts are ASCII, and libvips would replace what is not by what looks alike. */

@@ -1,16 +1,20 @@
 /** Tensors of several pictures, one row each: noise from seeds, rows taken out, results put together. */
 
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import { NoiseGenerator } from "./noise.js";
 
 /** Noise of each shape, [B, C, h, w], for B pictures: each has one generator, which draws for one shape after another. */
-export function noiseOf(seeds: readonly number[], shapes: readonly (readonly number[])[]): FloatTensor[] {
+export async function noiseOf(
+  seeds: readonly number[],
+  shapes: readonly (readonly number[])[],
+): Promise<FloatTensor[]> {
   const tensors = shapes.map((shape) => float32(shape, new Float32Array(elementCount(shape))));
   for (const [row, seed] of seeds.entries()) {
     const generator = new NoiseGenerator(seed);
     for (const { data } of tensors) {
       const size = data.length / seeds.length;
-      data.set(generator.draw(size), row * size);
+      await generator.fill(data.subarray(row * size, (row + 1) * size));
     }
   }
   return tensors;
@@ -24,12 +28,15 @@ export function rowOf(tensor: FloatTensor, row: number): FloatTensor {
 }
 
 /** Tensors of one row as one tensor. It holds no memory but its own: what a process sends is one buffer for all values of a message. */
-export function stacked(rows: readonly Tensor[]): FloatTensor {
+export async function stacked(rows: readonly Tensor[]): Promise<FloatTensor> {
   const [first] = rows as [FloatTensor];
-  const [, ...rest] = first.shape;
+  const [, ...shape] = first.shape;
   if (rows.length === 1 && first.data.byteLength === first.data.buffer.byteLength) return first;
-  const size = elementCount(rest);
+  const size = elementCount(shape);
   const data = new Float32Array(rows.length * size);
-  for (const [row, tensor] of rows.entries()) data.set((tensor as FloatTensor).data, row * size);
-  return float32([rows.length, ...rest], data);
+  for (const [row, tensor] of rows.entries()) {
+    data.set((tensor as FloatTensor).data, row * size);
+    if (isDue()) await rest();
+  }
+  return float32([rows.length, ...shape], data);
 }

@@ -5,6 +5,8 @@
  * one from 53-bit uniforms. Equal to torch's up to the rounding of its vectorised logarithm and cosine (1e-6).
  */
 
+import { isDue, rest } from "../common/turns.js";
+
 const stateSize = 624;
 const shiftSize = 397;
 
@@ -58,17 +60,31 @@ export class NoiseGenerator {
   /** The next `count` values. A generator that draws twice continues where it stopped. */
   draw(count: number): Float32Array {
     const values = new Float32Array(count);
-    if (count < 16) for (let i = 0; i < count; i++) values[i] = this.#single();
-    else {
-      for (let i = 0; i < count; i++) values[i] = this.#uniform24();
-      for (let start = 0; start + 16 <= count; start += 16) boxMuller(values, start);
-      if (count % 16 !== 0) {
-        // torch draws the last 16 again rather than leave a remainder.
-        for (let i = count - 16; i < count; i++) values[i] = this.#uniform24();
-        boxMuller(values, count - 16);
-      }
-    }
+    for (const _ of this.#fill(values));
     return values;
+  }
+
+  /** As `draw`, into `values`, in slices that leave the event loop free. */
+  async fill(values: Float32Array): Promise<void> {
+    for (const _ of this.#fill(values)) if (isDue()) await rest();
+  }
+
+  /** Yields each time that some more values are drawn. */
+  *#fill(values: Float32Array): Generator<void, void> {
+    const count = values.length;
+    if (count < 16) {
+      for (let i = 0; i < count; i++) values[i] = this.#single();
+      return;
+    }
+    for (let start = 0; start < count; start += 16) {
+      // torch draws the last 16 again rather than leave a remainder.
+      const isWhole = start + 16 <= count;
+      const end = isWhole ? start + 16 : count;
+      for (let i = start; i < end; i++) values[i] = this.#uniform24();
+      if (!isWhole) for (let i = count - 16; i < count; i++) values[i] = this.#uniform24();
+      boxMuller(values, isWhole ? start : count - 16);
+      if (start % 4096 === 0) yield;
+    }
   }
 
   #uniform24(): number {

@@ -32,7 +32,7 @@ export async function fitLatentColours(
     const results = await run(encoderProgram(rowOf(images, row), [1, channels, fitSide, fitSide], factor));
     latents.push(results.latents!);
   }
-  return regress(stacked(latents).data, patchColours(images.data, factor), channels);
+  return regress((await stacked(latents)).data, patchColours(images.data, factor), channels);
 }
 
 /** Pictures [n, 3, size, size] in [-1, 1]: a gradient between two colours under a few rectangles of others. */

@@ -5,6 +5,7 @@
 
 import type { Logger } from "../common/logger.js";
 import type { FloatTensor } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
@@ -17,7 +18,7 @@ import { ProgressReporter } from "./progress.js";
 import type { ModelFacts, Request } from "./request.js";
 import { resultOf } from "./result.js";
 import type { PreparedCandidate, Templates } from "./templates.js";
-import type { PromptEncoder } from "./text.js";
+import type { Condition, PromptEncoder } from "./text.js";
 
 /** What a loaded model draws with. */
 export interface LoadedModel extends ModelFacts {
@@ -51,16 +52,18 @@ export async function draw(
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const pending = model.text.pending(candidate.prompts);
+  const pending = await model.text.pending(candidate.prompts);
   const encoders = [...pending.missing.values()].map(({ program }) => program);
   const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
-  const encoded = model.text.encoded(candidate.prompts, pending, texts);
+  const encoded = await model.text.encoded(candidate.prompts, pending, texts);
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
-  const conditions = prompts.map((_, index) => {
+  const conditions: Condition[] = [];
+  for (let index = 0; index < prompts.length; index++) {
     const negative = encoded[prompts.length + index];
-    return model.text.stack(negative ? [negative, encoded[index]!] : [encoded[index]!]);
-  });
+    conditions.push(model.text.stack(negative ? [negative, encoded[index]!] : [encoded[index]!]));
+    if (isDue()) await rest();
+  }
   const encode = performance.now() - encodeStart;
   const warnings = [...new Set(encoded.flatMap((prompt) => prompt.warnings)), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
@@ -74,15 +77,18 @@ export async function draw(
 
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
-  const noises = (request.noises ?? noiseOf(request.seeds, shapes)).slice(-stages.length);
+  const noises = (request.noises ?? (await noiseOf(request.seeds, shapes))).slice(-stages.length);
   const hasPreviews = preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
   const colours = hasPreviews ? await model.colours(signal) : undefined;
-  const programs = Array.from({ length: pictures }, (_, row) => {
+  const programs: Program[] = [];
+  for (let row = 0; row < pictures; row++) {
     const values = noises.map((noise, index) => {
       return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index] };
     });
-    return bind(template.program, slotValues({ stages: values, ...conditions[Math.floor(row / count)]!, colours }));
-  });
+    const condition = conditions[Math.floor(row / count)]!;
+    programs.push(bind(template.program, slotValues({ stages: values, ...condition, colours })));
+    if (isDue()) await rest();
+  }
   const results = await run(programs);
 
   // 4. Decode: the last launch of each program was the decoder; its pixels become pictures.

@@ -10,6 +10,7 @@ import { OptionError, publicMessage } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size } from "../model.js";
 import { networks } from "../networks/index.js";
 import { checkOptions, generateSchema, type ResolvedGenerateOptions, refusePaths } from "../options.js";
+import { allFinite } from "../program/validate.js";
 import {
   type Block,
   blockTable,
@@ -102,6 +103,9 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly stages: GenerateOptions["stages"];
 }
 
+/** Of one call: what is done for each picture, on the event loop and in memory, has to end somewhere. */
+const maxPictures = 1024;
+
 /** Part of the schedule that runs on an original, as in diffusers' pipelines for SD3. */
 const defaultStrength = 0.6;
 
@@ -125,6 +129,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
   const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
   const pictures = prompts.length * count;
+  if (pictures > maxPictures)
+    throw new OptionError(
+      prompts.length > maxPictures ? "prompt" : "count",
+      `Expected at most ${maxPictures} pictures of one call but received ${prompts.length} prompts with ${count} each. Make several calls; they share launches.`,
+    );
   const candidates = candidatesOf(options, model, pictures);
 
   // What an edit needs.
@@ -337,8 +346,7 @@ function checkNoise(noises: readonly FloatTensor[], stages: readonly RequestStag
       );
     if (noise.data.length !== elementCount(latentShape))
       refuse(`The ${which} has ${noise.data.length} values, which its shape does not.`);
-    if (!noise.data.every(Number.isFinite))
-      refuse(`Expected finite values for ${which} but it holds NaN or an infinity.`);
+    if (!allFinite(noise.data)) refuse(`Expected finite values for ${which} but it holds NaN or an infinity.`);
   }
 }
 

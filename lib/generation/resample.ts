@@ -1,9 +1,11 @@
 /**
  * Pictures to another size, exactly as Pillow's `resize` does it, which diffusers prepares originals and masks with: Lanczos
  * with three lobes, widened when it reduces, in fixed-point numbers, rows first and then columns. Not with sharp,
- * which enlarges and reduces in different ways: a mask is cut at one half, so that one grey level can change a latent. The
- * event loop gets a turn every few milliseconds.
+ * which enlarges and reduces in different ways: a mask is cut at one half, so that one grey level can change a latent. In
+ * slices that leave the event loop free.
  */
+
+import { isDue, rest } from "../common/turns.js";
 
 /** 8-bit values, row-major, `channels` a pixel. */
 export interface Raster {
@@ -33,8 +35,6 @@ interface Weights {
 const lobes = 3;
 /** Bits after the point, of 32: 8 are the value's, 2 are for overshoot. */
 const precision = 22;
-/** Multiplications between two turns of the event loop. */
-const atOnce = 4_000_000;
 
 /** The greatest part of a raster, in its middle, that has the shape of width × height. */
 export function coveringBox(raster: Raster, width: number, height: number): Box {
@@ -47,13 +47,6 @@ export function coveringBox(raster: Raster, width: number, height: number): Box 
 export async function resampled(raster: Raster, width: number, height: number, box: Box): Promise<Uint8Array> {
   const { channels } = raster;
   let { data } = raster;
-  let done = 0;
-  const rest = async (multiplications: number) => {
-    done += multiplications;
-    if (done < atOnce) return;
-    done = 0;
-    await new Promise((resolve) => setImmediate(resolve));
-  };
 
   // 1. Along the rows that the second pass will read.
   const down = lanczos(raster.height, box.top, box.height, height);
@@ -77,7 +70,7 @@ export async function resampled(raster: Raster, width: number, height: number, b
             count,
           );
       }
-      await rest(width * channels * across.taps);
+      if (isDue()) await rest();
     }
     data = narrow;
   }
@@ -90,7 +83,7 @@ export async function resampled(raster: Raster, width: number, height: number, b
     const [first, count] = [(down.first[y]! - top) * line, down.counts[y]!];
     for (let i = 0; i < line; i++)
       result[y * line + i] = weighed(data, first + i, line, down.weights, y * down.taps, count);
-    await rest(line * down.taps);
+    if (isDue()) await rest();
   }
   return result;
 }

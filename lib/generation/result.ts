@@ -5,12 +5,12 @@ import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Size, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
 import { keepOriginal } from "./edit.js";
-import { Image, toRgb } from "./image.js";
+import { Image, toRgbInSlices } from "./image.js";
 import { stacked } from "./latents.js";
 import type { Request } from "./request.js";
 import type { PreparedCandidate } from "./templates.js";
 
-export function resultOf(
+export async function resultOf(
   model: { readonly name: string; readonly runtime: { readonly name: string } },
   request: Request,
   { text, stages, kept, template }: PreparedCandidate,
@@ -18,24 +18,26 @@ export function resultOf(
   warnings: readonly string[],
   results: readonly Record<string, Tensor>[],
   timings: Timings,
-): GenerateResult {
+): Promise<GenerateResult> {
   const { width, height } = stages.at(-1)!;
   const blocks = blocksOf(stages);
   const origin = originOf(model);
-  const images = results.map((result, row) => {
-    const rgb = toRgb(result[template.image] as FloatTensor, 0);
-    if (kept?.mask) keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
-    return new Image(width, height, rgb, {
+  const images: Image[] = [];
+  for (const [row, result] of results.entries()) {
+    const rgb = await toRgbInSlices(result[template.image] as FloatTensor, 0);
+    if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
+    const parameters = {
       ...(request.metadata && parametersOf(request, { width, height }, row, blocks)),
       ...(request.metadata === "full" && origin),
-    });
-  });
+    };
+    images.push(new Image(width, height, rgb, parameters));
+  }
   const { deadlineMs, include } = request;
   const valuesOf = (name: string) => stacked(results.map((result) => result[name]!));
   return {
     ...{ images, width, height, blocks, timings, warnings, seeds: request.seeds },
-    latents: include.includes("latents") ? valuesOf(template.latents) : null,
-    pixels: include.includes("pixels") ? valuesOf(template.image) : null,
+    latents: include.includes("latents") ? await valuesOf(template.latents) : null,
+    pixels: include.includes("pixels") ? await valuesOf(template.image) : null,
     sigmas: stages.flatMap(({ schedule }) => schedule.sigmas),
     stages: stages.map(({ width, height, schedule: { text, sigmas } }) => ({ width, height, blocks: text, sigmas })),
     evaluations: {

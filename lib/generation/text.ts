@@ -9,6 +9,7 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
+import { isDue, rest } from "../common/turns.js";
 import { type TextEncoder, type TextRole, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
@@ -58,7 +59,8 @@ export class PromptEncoder {
   readonly #encoders: readonly TextEncoder[];
   readonly #cache = new LruCache<EncodedPrompt>(
     cacheBytes,
-    ({ context, pooled }) => context.byteLength + pooled.byteLength,
+    // A prompt, which is the key, may be longer than what it is encoded to; two bytes a character at most.
+    ({ context, pooled }, key) => context.byteLength + pooled.byteLength + 2 * key.length,
   );
   /** Inputs by graph and sequence length: the same arrays for all texts, so that they may share launches. */
   readonly #constants = new Map<string, Readonly<Record<string, Tensor>>>();
@@ -108,38 +110,47 @@ export class PromptEncoder {
    * Tokenises the prompts that the cache lacks, and makes the programs that encode them.
    * @param pin batch that all launches are padded to
    */
-  prepare(prompts: readonly string[], sequenceLength: number, pin: number | null = null): PreparedPrompts {
+  async prepare(
+    prompts: readonly string[],
+    sequenceLength: number,
+    pin: number | null = null,
+    signal?: AbortSignal,
+  ): Promise<PreparedPrompts> {
     const programs = new Map<string, EncoderProgram>();
-    for (const prompt of prompts)
-      if (!programs.has(prompt) && !this.#cache.has(keyOf(prompt, sequenceLength, pin)))
-        programs.set(prompt, this.program(prompt, sequenceLength));
+    for (const prompt of prompts) {
+      if (programs.has(prompt) || this.#cache.has(keyOf(prompt, sequenceLength, pin))) continue;
+      programs.set(prompt, await this.program(prompt, sequenceLength));
+      signal?.throwIfAborted();
+    }
     return { prompts, sequenceLength, pin, programs };
   }
 
   /** Which of the prompts the cache holds by now, and which are to be encoded: other requests may have encoded some. */
-  pending({ prompts, sequenceLength, pin, programs }: PreparedPrompts): PendingPrompts {
+  async pending({ prompts, sequenceLength, pin, programs }: PreparedPrompts): Promise<PendingPrompts> {
     const known = new Map<string, EncodedPrompt>();
     const missing = new Map<string, EncoderProgram>();
     for (const prompt of prompts) {
       const encoded = this.#cache.get(keyOf(prompt, sequenceLength, pin));
       if (encoded) known.set(prompt, encoded);
       // One that was in the cache when the request was prepared may have left it since.
-      else missing.set(prompt, programs.get(prompt) ?? this.program(prompt, sequenceLength));
+      else missing.set(prompt, programs.get(prompt) ?? (await this.program(prompt, sequenceLength)));
+      if (isDue()) await rest();
     }
     return { known, missing };
   }
 
   /** All prompts of a request, in order. @param results of the missing prompts' programs */
-  encoded(
+  async encoded(
     { prompts, sequenceLength, pin }: PreparedPrompts,
     { known, missing }: PendingPrompts,
     results: readonly Record<string, Tensor>[],
-  ): EncodedPrompt[] {
+  ): Promise<EncodedPrompt[]> {
     const all = new Map(known);
     for (const [index, [prompt, { warnings }]] of [...missing].entries()) {
       const encoded = this.#assemble(results[index]!, warnings, sequenceLength);
       all.set(prompt, encoded);
       this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
+      if (isDue()) await rest();
     }
     return prompts.map((prompt) => all.get(prompt)!);
   }
@@ -157,18 +168,19 @@ export class PromptEncoder {
   }
 
   /** The program that encodes one prompt. Its results are named `<graph>.<output>`. */
-  program(prompt: string, sequenceLength: number): EncoderProgram {
+  async program(prompt: string, sequenceLength: number): Promise<EncoderProgram> {
     const builder = new ProgramBuilder();
     const warnings: string[] = [];
     const results: string[] = [];
     for (const encoder of this.#encoders) {
       const { name: graph, text, tokenizer } = encoder;
       const tokens = tokensOf(encoder, sequenceLength);
-      const { ids, truncated, dropped } = tokenizer.encode(prompt, tokens);
+      const { ids, truncated, dropped, unread } = await tokenizer.encode(prompt, tokens);
       if (truncated)
         warnings.push(
           `The prompt "${abridge(prompt)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${abridge(dropped)}".`,
         );
+      if (unread) warnings.push(`The prompt "${abridge(prompt)}" has ${unread}; ${graph} ignores the rest of it.`);
       const inputs: Record<string, string> = { ids: builder.value(`${graph}.ids`, int64([1, tokens], ids)) };
       for (const [input, tensor] of Object.entries(this.#constantsOf(graph, text, tokens)))
         inputs[input] = builder.value(`${graph}.${input}`, tensor);

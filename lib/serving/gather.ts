@@ -50,12 +50,13 @@ export class Gatherer {
   /** Forgets rows that are over. @returns names to free: their registers, and constants that no other row uses */
   release(lanes: readonly Lane[]): string[] {
     const names = lanes.flatMap((lane) => Object.keys(lane.row.program.registers).map((name) => ownName(lane, name)));
-    for (const [identity, { name, users }] of this.#uploads)
-      for (const lane of lanes)
-        if (users.delete(lane.name) && users.size === 0) {
-          this.#uploads.delete(identity);
-          names.push(name);
-        }
+    const over = new Set(lanes.map(({ name }) => name));
+    for (const [identity, { name, users }] of this.#uploads) {
+      for (const user of users) if (over.has(user)) users.delete(user);
+      if (users.size > 0) continue;
+      this.#uploads.delete(identity);
+      names.push(name);
+    }
     return names;
   }
 

@@ -51,7 +51,7 @@ export interface AssignedLaunch {
 export interface Submission {
   readonly id: number;
   readonly launches: readonly AssignedLaunch[];
-  /** Whether it holds all that is left of the only job, and is to be preempted when another job starts. */
+  /** Whether it holds only work of the only job, and is to be preempted when another job starts. */
   readonly preemptible: boolean;
 }
 
@@ -71,6 +71,12 @@ export interface SchedulerOptions {
  * preempted, all of it is one, and a new job waits for one launch; otherwise it waits for at most two of them.
  */
 const submissionMilliseconds = { preemptible: Number.POSITIVE_INFINITY, alone: 40, shared: 10 } as const;
+
+/**
+ * Rows that are looked at for one submission, launch by launch: it is put together in one turn of the event loop, at a
+ * microsecond or two for each. A job of one row has that many launches in a submission, one of a thousand rows four.
+ */
+const rowsLookedAt = 4096;
 
 /**
  * How much cheaper rows of several jobs must be together, as a part of their cost alone. Sharing delays the job that goes
@@ -190,7 +196,9 @@ export class Scheduler {
     const launches: AssignedLaunch[] = [];
     let alone: JobState | null = null;
     let milliseconds = 0;
-    while (milliseconds < least) {
+    let lookedAt = 0;
+    while (milliseconds < least && lookedAt < rowsLookedAt) {
+      for (const { rows } of this.#jobs.values()) lookedAt += rows.length;
       const rows = this.#choose(now, alone);
       if (!rows) break;
       const { state } = rows[0]!;
@@ -202,7 +210,7 @@ export class Scheduler {
       milliseconds += this.#cost(launch) ?? Number.POSITIVE_INFINITY;
     }
     if (launches.length === 0) return null;
-    // All that is left has been assigned where the loop has ended before the least time.
+    // Less than the least time: it is all that is left, or as much as one submission takes.
     const preemptible = isOnly && preemption && milliseconds < least;
     const submission = { id: this.#submissions++, launches, preemptible };
     this.#inFlight.set(submission.id, submission);

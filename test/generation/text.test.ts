@@ -23,8 +23,8 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   afterAll(() => runtime.dispose());
 
   const encode = async (texts: string[], pin: number | null = null) => {
-    const prepared = encoder.prepare(texts, 32, pin);
-    const pending = encoder.pending(prepared);
+    const prepared = await encoder.prepare(texts, 32, pin);
+    const pending = await encoder.pending(prepared);
     const missing = [...pending.missing.values()];
     programs += missing.length;
     const results = await Promise.all(missing.map(({ program }) => runtime.run(program)));
@@ -53,18 +53,19 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
   it("encodes anew for launches that are pinned to another batch", async () => {
     await encode(["pinned or not"]);
     const before = programs;
-    expect([...encoder.prepare(["pinned or not", "pinned or not"], 32, 4).programs.keys()]).toEqual(["pinned or not"]);
+    const { programs: anew } = await encoder.prepare(["pinned or not", "pinned or not"], 32, 4);
+    expect([...anew.keys()]).toEqual(["pinned or not"]);
     for (const pin of [4, 4, 2, null]) await encode(["pinned or not"], pin);
     expect(programs).toBe(before + 2);
   });
 
   it("asks the cache again when its turn comes: another request may have encoded the same meanwhile", async () => {
-    const waiting = encoder.prepare(["the same for two", prompts[0]!], 32);
+    const waiting = await encoder.prepare(["the same for two", prompts[0]!], 32);
     expect(waiting.programs.size).toBe(1);
     const [first] = await encode(["the same for two"]);
-    const pending = encoder.pending(waiting);
+    const pending = await encoder.pending(waiting);
     expect([...pending.missing.keys()]).toEqual([]);
-    expect(encoder.encoded(waiting, pending, [])[0]).toBe(first);
+    expect((await encoder.encoded(waiting, pending, []))[0]).toBe(first);
   });
 
   it("says what it had to cut", async () => {
@@ -72,5 +73,9 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     expect(short!.warnings).toEqual([]);
     expect(long!.warnings.length).toBe(name === "sd3" ? 2 : 3);
     expect(long!.warnings[0]).toMatch(/longer than the 77 tokens/);
+    // The text that was cut is quoted in short, however long it is.
+    const [endless] = await encode([`a ${"very ".repeat(1e5)}long`]);
+    expect(endless!.warnings).toHaveLength(long!.warnings.length);
+    for (const warning of endless!.warnings) expect(warning).toMatch(/^.{100,300}very very.*\.\.\."\.$/);
   });
 });

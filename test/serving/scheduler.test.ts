@@ -254,6 +254,21 @@ describe("preemptible submissions", () => {
     );
   });
 
+  it("are put together in one turn of the event loop, however many rows the job has", () => {
+    const work = scheduler(table, { preemption: true, batches: [1, 2] });
+    const rows = Array.from({ length: 1000 }, () => "predict@64 predict@64");
+    work.start(job(1, rows), 0);
+    const submissions = drain(work);
+    // Each launch looks at all rows.
+    for (const { launches, preemptible } of submissions) {
+      expect(launches.length * rows.length).toBeLessThan(6000);
+      expect(preemptible).toBe(true);
+    }
+    const assigned = submissions.flatMap(({ launches }) => launches.flatMap(({ rows }) => rows));
+    expect(new Set(assigned.map(({ row, launch }) => `${row} ${launch}`)).size).toBe(2000);
+    expect(assigned.length).toBe(2000);
+  });
+
   it("delay a newcomer until they are preempted, and then share launches as any", () => {
     const work = scheduler(table, { preemption: true });
     work.start(job(1, [twelve]), 0);

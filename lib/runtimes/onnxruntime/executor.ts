@@ -156,8 +156,7 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
     ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
     interOpNumThreads: 1,
     // Memory patterns reserve one block for all values of a run and keep it for every size seen: a third of a gigabyte more
-    // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time. Spinning stays on during a run, as it is by
-    // default: steps of small pictures take up to 1.25 times as long without it (bench:trials).
+    // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time.
     enableMemPattern: false,
     // Errors only: warnings would go to a stream that is not read.
     logSeverityLevel: 3,
@@ -167,6 +166,11 @@ export function sessionOptions(root: string, { threads, weights }: HostSettings)
         // Each session has threads of its own. Those that spun on after its run would take the cores from the next graph:
         // a decoder on two cores takes 26 ms behind a predictor that spins and 16 behind one that does not.
         force_spinning_stop: "1",
+        // Between two operators threads wait by spinning, by default for long. On a core that other programs want, too, that
+        // time is the thread's next turn: with one busy program a core, steps on two cores took 1.4 to 2.2 times as long as on
+        // one thread, and 0.7 to 1.4 times with this limit. Without any spinning small steps take up to 1.25 times as long
+        // where the cores are free (bench:trials). Results do not change.
+        intra_op: { spin_duration_us: "20" },
       },
       // The casts behind 16-bit weights would be folded into float32 copies of them.
       ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),

@@ -28,7 +28,7 @@ import { HostConnection } from "./connection.js";
 import type { FinishedLaunch, SentGraph, Widening } from "./protocol.js";
 
 export interface OnnxRuntimeOptions {
-  /** Threads of one operator; default: the physical cores. */
+  /** Threads of one operator; default: ONNX Runtime's, all physical cores. */
   readonly threads?: number | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening;

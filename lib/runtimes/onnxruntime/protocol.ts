@@ -13,7 +13,7 @@ export type Widening = "lazy" | "folded";
 
 /** The child's command line: one JSON argument, so that it can load ONNX Runtime before the first message. */
 export interface HostSettings {
-  /** Threads of one operator; undefined leaves the number to ONNX Runtime (the physical cores). */
+  /** Threads of one operator; undefined leaves the number to ONNX Runtime (all physical cores). */
   readonly threads?: number | undefined;
   readonly weights: Widening;
 }

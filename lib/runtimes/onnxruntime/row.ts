@@ -1,5 +1,6 @@
 /** ONNX Runtime in the table of runtimes. */
 
+import { processors, usableThreads } from "../../common/cpu.js";
 import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
@@ -13,10 +14,14 @@ export const onnxruntime: RuntimeRow = {
   capabilities,
   async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
-    const runtime = new OnnxRuntime({ weights: widening, threads, watchdogMs, listener, logger });
+    const available = processors();
+    const used = threads ?? usableThreads(available) ?? undefined;
+    if (threads === undefined && available.quota !== null)
+      logger?.debug?.(`Graphs run on ${used} threads: this process may use ${available.quota} processors.`);
+    const runtime = new OnnxRuntime({ weights: widening, threads: used, watchdogMs, listener, logger });
     try {
       const { version } = await runtime.start();
-      const settings = { version, threads: threads ?? null, weights: widening };
+      const settings = { version, threads: used ?? null, weights: widening };
       return { runtime, settings, device: null, emitOptions: () => cpuEmitOptions };
     } catch (error) {
       await runtime.dispose();
