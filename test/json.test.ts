@@ -56,6 +56,7 @@ const options = fc.record(
     maxSequenceLength: fc.integer({ min: 1, max: 512 }),
     deadlineMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
     ladder: fc.array(fc.constantFrom("H1", "H1P2"), { minLength: 1, maxLength: 4 }),
+    prefer: fc.constantFrom("admission", "quality"),
     priority: fc.integer({ min: -100, max: 100 }),
     pinBatch: fc.integer({ min: 1, max: 256 }),
   } satisfies Record<Exclude<keyof GenerateOptions, "signal" | "onStep">, unknown>,

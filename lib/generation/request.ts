@@ -62,7 +62,7 @@ export interface EditRequest {
   readonly keepOriginal: boolean;
 }
 
-type Kept = "count" | "preview" | "deadlineMs" | "priority" | "signal" | "onStep";
+type Kept = "count" | "preview" | "deadlineMs" | "prefer" | "priority" | "signal" | "onStep";
 
 export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly prompts: readonly string[];
@@ -103,7 +103,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, deadlineMs, priority, signal, onStep, guidanceScale, stages } = options;
+  const { count, preview, deadlineMs, prefer, priority, signal, onStep, guidanceScale, stages } = options;
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
   const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
@@ -125,7 +125,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, deadlineMs, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
+    ...{ count, preview, deadlineMs, prefer, priority, signal, onStep, prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages },
     negativePrompts: guidanceScale > 1 ? negativePrompts : [],
     guidanceScale: guidanceScale > 1 ? guidanceScale : null,

@@ -212,7 +212,12 @@ describe("a deadline", () => {
       (reason) => reason as DeadlineError,
     );
     expect(error).toBeInstanceOf(DeadlineError);
-    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE", deadlineMs: 1, blocks: "H1", retryAfterMs: null });
+    expect(error).toMatchObject({
+      code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE",
+      deadlineMs: 1,
+      blocks: "H1",
+      retryAfterMs: null,
+    });
     expect(error!.bestMs).toBeGreaterThan(1);
     expect(error!.message).toContain(`${error!.bestMs} ms`);
     expect(steps).toBe(0);
