@@ -56,6 +56,8 @@ export class Calibration {
   readonly #measuring = new Map<string, SharedTask<void>>();
   readonly #closing = new AbortController();
   #background: Promise<void> | null = null;
+  /** The latest reset that has been followed. */
+  #reset = 0;
   #timer: NodeJS.Timeout | undefined;
   #stored: number;
 
@@ -160,6 +162,7 @@ export class Calibration {
     if (version === this.#stored) return;
     await this.#options.store.write(entries, this.#options.about);
     this.#stored = version;
+    await this.#followReset();
   }
 
   /** Forgets all costs, here and on disk. @throws the file system's error */
@@ -168,6 +171,15 @@ export class Calibration {
     this.#hostTimes.clear();
     this.#again.clear();
     await this.#options.store.reset(this.#options.about);
+    this.#reset = await this.#options.store.lastReset();
+  }
+
+  /** Forgets what another process has reset. */
+  async #followReset(): Promise<void> {
+    const reset = await this.#options.store.lastReset();
+    // Once: what has been measured since stays, even if this machine's clock went back.
+    if (reset > this.#reset) this.#costs.forget(reset);
+    this.#reset = reset;
   }
 
   /** Measures, together with other callers who need the same. */
@@ -216,8 +228,7 @@ export class Calibration {
   /** Measures what has been asked for and is not in the table, between requests. */
   async #measureRest(): Promise<void> {
     const { signal } = this.#closing;
-    // Another process may have reset the table.
-    this.#costs.forget(await this.#options.store.lastReset());
+    await this.#followReset();
     for (const [key, kind] of this.#unmeasured) {
       const row = this.#seen.get(key) ?? 0;
       const unknown = this.#unknownOf(kind);

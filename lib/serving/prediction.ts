@@ -19,6 +19,9 @@ import { cheapestSplit, launchBatches } from "./split.js";
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
 
+/** Milliseconds that a forecast is used for. */
+const forecastAge = 20;
+
 /** Rows that all run the same program, but for values. */
 export interface Demand {
   readonly program: Program;
@@ -86,6 +89,7 @@ export class Predictor {
   readonly #maxWaitMs: number;
   readonly #arrivals = new Arrivals();
   readonly #retry: Retry;
+  #forecast: { readonly at: number; readonly size: number; readonly endings: Iterable<Ending> } | null = null;
 
   /**
    * @param accepted the requests that are not over: a set that its owner changes
@@ -157,13 +161,16 @@ export class Predictor {
   ) {
     const missing = best.milliseconds - elapsed - deadlineMs / this.margin.value;
     // One that harms nobody waits only for those that go before it.
-    const counts = (other: Accepted) => !best.isHarmless || comparePriorities(other.priority, priority, now) < 0;
-    return this.#retry.whenDone(this.#endings(now, counts), missing, best.own, now);
+    const endings = best.isHarmless
+      ? this.#endings(now, (other) => comparePriorities(other.priority, priority, now) < 0)
+      : this.#allEndings(now);
+    return this.#retry.whenDone(endings, missing, best.own, now);
   }
 
   /** Counts a request as load. A caller who asks again whenever it has its pictures is none: nobody waits for it. */
   #arrived({ priority }: Terms, leanest: number, now: number): void {
-    if (this.#accepted.size > 0) this.#arrivals.add(priority, leanest, now);
+    const work = Number.isFinite(leanest) ? leanest : unknownCost;
+    if (this.#accepted.size > 0) this.#arrivals.add(priority, work, now);
   }
 
   /**
@@ -210,11 +217,20 @@ export class Predictor {
       return limit + Math.max(fit, inside.requests === 0 ? 1 : 0);
     };
     const work = this.#millisecondsOf(candidates.at(-1)!, terms) ?? unknownCost;
-    return this.#retry.whenPlace(this.#endings(now), places, work, now);
+    return this.#retry.whenPlace(this.#allEndings(now), places, work, now);
+  }
+
+  /** Endings of all that is accepted. Many callers who are refused at about the same time have the same ones. */
+  #allEndings(now: number): Iterable<Ending> {
+    const last = this.#forecast;
+    if (last && last.size === this.#accepted.size && now - last.at < forecastAge) return last.endings;
+    const endings = remembering(this.#endings(now, () => true));
+    this.#forecast = { at: now, size: this.#accepted.size, endings };
+    return endings;
   }
 
   /** @param counts whose work counts as done */
-  #endings(now: number, counts: (other: Accepted) => boolean = () => true): Generator<Ending> {
+  #endings(now: number, counts: (other: Accepted) => boolean): Generator<Ending> {
     // Requests of one kind ask for the same splits again and again.
     const splits = new Map<string, ReturnType<Phase["split"]>>();
     const remembered = (phase: Phase): Phase => ({
@@ -306,4 +322,21 @@ function phasesLeft({ phases, done }: Accepted): Phase[] {
     passed -= part * weight;
     return part < 1 ? [{ ...phase, times: times * (1 - part) }] : [];
   });
+}
+
+/** The values of a generator, as often as they are asked for: each is made when it is first needed. */
+function remembering<T>(source: Generator<T>): Iterable<T> {
+  const values: T[] = [];
+  return {
+    *[Symbol.iterator]() {
+      for (let index = 0; ; index++) {
+        if (index === values.length) {
+          const { done, value } = source.next();
+          if (done) return;
+          values.push(value);
+        }
+        yield values[index]!;
+      }
+    },
+  };
 }

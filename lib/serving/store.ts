@@ -40,6 +40,9 @@ const fileSchema = z.object({
   ),
 });
 
+/** Moments less than these milliseconds apart do not say which of two processes has measured later. */
+const sameTime = 1000;
+
 const fileName = /^\d+-[0-9a-f]{12}\.json$/;
 
 /** What costs depend on. */
@@ -110,13 +113,20 @@ export class CostStore {
   write(entries: readonly CostEntry[], about: Readonly<Record<string, unknown>>): Promise<void> {
     return this.#inTurn(async () => {
       await makeFolders(this.folder, [], 0o700);
+      const knownReset = this.#reset;
       const { entries: merged, names } = await this.#load();
+      // Of a reset that this process knew before, it has nothing left from before: its clock may be behind.
+      const least = this.#reset === knownReset ? knownReset + 1 : 0;
       for (const entry of entries) {
         const launch = launchOf(entry);
         const known = this.#known.get(launch);
-        // Later than what it replaces, even if the clock went back.
-        const at = Math.max(entry.at, (merged.get(launch)?.at ?? 0) + 1);
-        const own = known && textOf(known) === textOf(entry) ? known : { ...entry, at };
+        const other = merged.get(launch)?.at ?? 0;
+        // Measured at about the same time: the one that is written later counts. Later than what this process knew, even if
+        // the clock went back.
+        const after = entry.at > other - sameTime ? other : (known?.at ?? 0);
+        const at = Math.max(entry.at, after + 1, least);
+        const isKnown = known && textOf(known) === textOf(entry) && entry.at <= known.at;
+        const own = isKnown ? known : { ...entry, at };
         if (own.at <= this.#reset) continue;
         this.#known.set(launch, own);
         mergeInto(merged, own);

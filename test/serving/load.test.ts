@@ -4,6 +4,9 @@ import { Arrivals } from "../../lib/serving/arrivals.js";
 import { entryOf } from "../../lib/serving/costs.js";
 import { type Asked, arrivals, capacityOf, elapse, milliseconds, simulate, sleep, virtualTime } from "./timed.js";
 
+/** Minutes of simulated time take seconds, on a busy machine more. */
+vi.setConfig({ testTimeout: 240_000 });
+
 beforeEach(virtualTime);
 afterEach(() => {
   vi.useRealTimers();
@@ -26,7 +29,7 @@ describe("a time limit that leaves the schedule open", () => {
     // Of the schedule that most pictures a second can be drawn with, and of one from the middle.
     for (const schedule of [leanest, ladder[3]!]) {
       const perSecond = 0.7 * (await capacityOf(open(), { ladder: [schedule] }));
-      const { accepted, refused, late, arrivals: count } = await arrivals(open(), { perSecond, seconds: 60 }, free);
+      const { accepted, refused, late, arrivals: count } = await arrivals(open(), { perSecond, seconds: 40 }, free);
       expect(late).toBe(0);
       expect(refused.length / count, schedule).toBeLessThan(0.02);
       expect(share(accepted.filter(({ blocks }) => blocks === leanest).length, accepted)).toBeGreaterThan(0.5);
@@ -36,7 +39,7 @@ describe("a time limit that leaves the schedule open", () => {
   it("at 1.3 of capacity draws as many pictures a second as the best fixed schedule, and nobody is late", async () => {
     for (const schedule of [leanest, ladder[3]!]) {
       const perSecond = 1.3 * (await capacityOf(open(), { ladder: [schedule] }));
-      const load = { perSecond, seconds: 40 };
+      const load = { perSecond, seconds: 20 };
       const fixed: number[] = [];
       for (const blocks of ladder)
         fixed.push((await arrivals(open(), load, { ladder: [blocks], deadlineMs })).perSecond);
@@ -50,7 +53,7 @@ describe("a time limit that leaves the schedule open", () => {
     const capacity = await capacityOf(open(), { ladder: [leanest] });
     const rich: number[] = [];
     for (const load of [0.05, 0.25, 0.7]) {
-      const { accepted } = await arrivals(open(), { perSecond: load * capacity, seconds: 60 }, free);
+      const { accepted } = await arrivals(open(), { perSecond: load * capacity, seconds: 30 }, free);
       rich.push(share(accepted.filter(({ blocks }) => ladder.indexOf(blocks) < 3).length, accepted));
     }
     expect(rich[0]).toBeGreaterThan(0.95);

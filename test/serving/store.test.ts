@@ -97,6 +97,15 @@ describe("several stores of one table", () => {
     );
   });
 
+  it("one that writes late what it has measured early does not replace what another has measured since", async () => {
+    const key = "f".repeat(64);
+    const early = { ...predict(1, 1), at: Date.now() - 60_000 };
+    const since = predict(1, 2);
+    await new CostStore(key, cache).write([since], {});
+    await new CostStore(key, cache).write([early, predict(2, 2)], {});
+    expect(timeless(await new CostStore(key, cache).read())).toEqual(timeless([since, predict(2, 2)]));
+  });
+
   it("hold at the end the latest entry of each launch, whatever the order of reads and writes", async () => {
     const stores = 3;
     const step = fc.record({
@@ -169,6 +178,10 @@ describe("several stores of one table", () => {
     expect(readdirSync(running.folder)).toHaveLength(1);
     await resetting.reset({});
     expect(await new CostStore(key, cache).read()).toEqual([]);
+    // On a clock that is behind the reset, what is measured after it counts all the same.
+    const behind = { ...predict(1, 5), at: 1 };
+    await resetting.write([behind], {});
+    expect(timeless(await new CostStore(key, cache).read())).toEqual(timeless([behind]));
   });
 
   it("in processes that write at the same time lose no entry", async () => {
