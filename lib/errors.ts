@@ -189,8 +189,9 @@ export class OutputError extends FlowTurboError {
 }
 
 /**
- * No schedule would be done within the time limit; nothing was drawn. The same call may succeed later only where
- * `retryAfterMs` is not null.
+ * No schedule would be done within the time limit; nothing was drawn. The code says whether that may change:
+ * `ERR_FLOWTURBO_DEADLINE` where only the requests of others prevent it, `ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE` where even alone no
+ * schedule would fit.
  */
 export class DeadlineError extends FlowTurboError {
   /** The limit, in milliseconds from the call. */
@@ -199,13 +200,16 @@ export class DeadlineError extends FlowTurboError {
   readonly bestMs: number;
   /** The schedule that would take `bestMs`. */
   readonly blocks: string;
-  /** If only the requests of others prevent it: when the same limit may be met, in milliseconds from now. Otherwise null. */
+  /**
+   * If only the requests of others prevent it: when there is expected to be room for this one, beside those who have been told so
+   * before, in milliseconds from now. Otherwise null.
+   */
   readonly retryAfterMs: number | null;
   constructor(
     message: string,
     found: { deadlineMs: number; bestMs: number; blocks: string; retryAfterMs: number | null },
   ) {
-    super("ERR_FLOWTURBO_DEADLINE", message);
+    super(found.retryAfterMs === null ? "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE" : "ERR_FLOWTURBO_DEADLINE", message);
     this.deadlineMs = found.deadlineMs;
     this.bestMs = found.bestMs;
     this.blocks = found.blocks;
@@ -228,7 +232,7 @@ export class TimeoutError extends FlowTurboError {
 
 /** As many requests wait as may. */
 export class QueueFullError extends FlowTurboError {
-  /** When one of them is expected to have left the queue, in milliseconds from now. */
+  /** When there is expected to be a place for this one, beside those who have been told so before, in milliseconds from now. */
   readonly retryAfterMs: number;
   /** Requests that wait. */
   readonly waiting: number;
@@ -254,10 +258,7 @@ export interface ErrorRow {
   ) => FlowTurboError;
   /** HTTP status that a server answers with. */
   readonly status: number;
-  /**
-   * Whether the same call may succeed later, without any change. After a DeadlineError it may only where `retryAfterMs` is
-   * not null.
-   */
+  /** Whether the same call may succeed later, without any change. */
   readonly retryable: boolean;
   /** What clients of a service are told in place of the message, which may name paths; null where it names none. */
   readonly sentence: string | null;
@@ -331,6 +332,7 @@ const rows = {
   },
   ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false, sentence: "A file could not be written." },
   ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true, sentence: null },
+  ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE: { type: DeadlineError, status: 422, retryable: false, sentence: null },
   ERR_FLOWTURBO_TIMEOUT: { type: TimeoutError, status: 504, retryable: true, sentence: null },
   ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true, sentence: null },
   ERR_FLOWTURBO_DISPOSED: {

@@ -225,6 +225,7 @@ export class FlowTurbo implements ImageModel {
       folder: this.#store.folder,
       drift: costs.drift,
       estimate: (graph, size, batch) => costs.estimate(graph, size, batch),
+      reset: () => this.#service.reset(),
     };
   }
 
@@ -256,13 +257,13 @@ export class FlowTurbo implements ImageModel {
   }
 
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
-    const { candidates, pinBatch, signal, priority, pictures, deadlineMs = null } = request;
+    const { candidates, pinBatch, signal, priority, prefer, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
     const edit = request.edit && (await readEdit(request.edit, stages, this.#model.checkpoint.vae.config.factor));
     signal?.throwIfAborted();
     const { width, height } = stages.at(-1)!;
     const terms: Terms = {
-      ...{ priority, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
+      ...{ priority, prefer, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
     const { text, templates } = this.#model;
@@ -299,6 +300,7 @@ export class FlowTurbo implements ImageModel {
       );
     }
     const report = (done: number, total: number) => onProgress?.({ done, total });
+    if (options.reset) await this.#service.reset();
     await this.#service.measure(programs, [...new Set(batches)], { rounds, signal, onProgress: report });
     // What is not in launches is known by drawing: first warm, then at the least and the greatest batch.
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))

@@ -249,11 +249,11 @@ export interface GenerateOptions {
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /**
-   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. The first schedule of the ladder that fits is taken, by measured costs; if
-   * none does the call rejects with a DeadlineError before any work. Once accepted, a request is drawn to its end: new ones
-   * are accepted only as far as they do not make it late, and a shorter schedule is taken if its turn comes late. If the
-   * machine is slower than it was measured, the pictures still come, late (`stats().requests.late`). Use `timeoutMs` to
-   * end a call in any case. Default: no limit.
+   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `blocks`, `steps` and `stages` leave the schedule open,
+   * one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before
+   * any work. Once accepted, a request is drawn to its end: new ones are accepted only as far as they do not make it late,
+   * and a shorter schedule is taken if its turn comes late. If the machine is slower than it was measured, the pictures
+   * still come, late (`stats().requests.late`). Use `timeoutMs` to end a call in any case. Default: no limit.
    */
   deadlineMs?: number | undefined;
   /**
@@ -263,6 +263,12 @@ export interface GenerateOptions {
   timeoutMs?: number | undefined;
   /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
   ladder?: readonly string[] | undefined;
+  /**
+   * With `deadlineMs`: what counts more. `"admission"`: the richest schedule of the ladder that leaves room, within the same limit, for
+   * the requests that are expected at the present load; on an idle model the richest that fits. `"quality"`: always the richest that
+   * fits, even if later requests are refused for it. Default: `"admission"`.
+   */
+  prefer?: "admission" | "quality" | undefined;
   /** Order of requests, −100 to 100: higher numbers first, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
   priority?: number | undefined;
   /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */
@@ -391,6 +397,11 @@ export interface Costs {
   readonly drift: number;
   /** Milliseconds of a launch now, by the nearest batches that are known; null if nothing is known about it. */
   estimate(graph: string, size: string, batch: number): number | null;
+  /**
+   * Forgets the table, here and on disk, for other processes too: they drop theirs when they next store it or are idle. What is
+   * needed is measured again. @throws the file system's error
+   */
+  reset(): Promise<void>;
 }
 
 /** One size of a run, as it was run. */
@@ -461,6 +472,8 @@ export interface ProfileOptions {
   guidance?: "on" | "off" | "both" | number | undefined;
   /** Timed runs of each launch, 1 to 1000. Default: 9. */
   rounds?: number | undefined;
+  /** Forgets the table before: also what was measured at other sizes and batches. Default: false. */
+  reset?: boolean | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /** Aborts measuring: the call rejects with `signal.reason`. */

@@ -334,6 +334,11 @@ export const generateSchema = z.strictObject({
     kind(z.array(text).min(1).max(64).readonly(), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),
     "schedules to choose from with deadlineMs, the richest first (default: the model's)",
   ),
+  prefer: defaulted(
+    oneOf(["admission", "quality"]),
+    "admission",
+    "with deadlineMs: a schedule that leaves room for the requests expected at the present load, or the richest that fits",
+  ),
   priority: defaulted(
     integer(-100, 100),
     0,
@@ -371,6 +376,12 @@ export const profileSchema = z.strictObject({
   batches: defaulted(integers(256), [1, 2, 4, 8], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   guidance,
   rounds: defaulted(integer(1, 1000), 9, "timed runs of each launch", "--rounds <n>"),
+  reset: defaulted(
+    boolean,
+    false,
+    "forget the table before, also what was measured at other sizes and batches",
+    "--reset",
+  ),
   maxSequenceLength: tokens,
   signal: optional(abortSignal, "aborts measuring"),
   onProgress: optional(callback<(progress: ProfileProgress) => void>(), "called as measuring proceeds"),

@@ -70,6 +70,7 @@ type Kept =
   | "preview"
   | "metadata"
   | "deadlineMs"
+  | "prefer"
   | "timeoutMs"
   | "priority"
   | "signal"
@@ -122,8 +123,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, metadata, deadlineMs, timeoutMs, priority, guidanceScale, stages, include = [] } = options;
-  const { signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
+  const { count, preview, metadata, deadlineMs, prefer, timeoutMs, priority, guidanceScale, stages } = options;
+  const { include = [], signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
@@ -151,7 +152,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, metadata, deadlineMs, timeoutMs, priority },
+    ...{ count, preview, metadata, deadlineMs, prefer, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages, include },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },

@@ -1,12 +1,13 @@
 /**
  * Keeps the table of costs complete, and stores it. What a promise needs is measured before it is given, the rest between
- * requests; what is not in launches is known from finished requests.
+ * requests; what is not in launches is known from finished requests. Entries that are not to be believed any more are
+ * measured again between requests, and stay in use until then.
  */
 
 import { following, SharedTask } from "../common/abort.js";
 import type { Program } from "../program/program.js";
 import type { LaunchReport, Runtime } from "../runtimes/runtime.js";
-import { type CostEntry, type CostTable, entryOf, hostGraph } from "./costs.js";
+import { type CostEntry, type CostTable, doubtOf, entryOf, hostGraph, spreadOf } from "./costs.js";
 import { type MeasureOptions, measure, type Subject } from "./measure.js";
 import type { CandidateWork, Terms } from "./prediction.js";
 import { type GraphShapes, kindOf, type LaunchKind, launchKinds } from "./rows.js";
@@ -21,6 +22,8 @@ const backgroundLimit = 2000;
 /** Milliseconds without requests after which that begins. */
 const backgroundDelay = 250;
 const backgroundRounds = 7;
+/** After which time an entry that was measured again, and is still in doubt, is tried once more; each time four times as long. */
+const doubtDelay = { first: 600_000, last: 24 * 3600_000 } as const;
 /** Timed runs of what a request with a time limit needs to know. */
 const promiseRounds = 3;
 
@@ -43,14 +46,18 @@ export class Calibration {
   readonly #options: CalibrationOptions;
   readonly #untilIdle: () => Promise<void>;
   readonly #hostTimes = new Map<string, number[]>();
-  /** Launches that have been asked for and whose costs are not all known. */
+  /** Launches that have been asked for and whose costs are not all known, or not to be believed. */
   readonly #unmeasured = new Map<string, LaunchKind>();
+  /** When a kind of launch may be measured again, and how often it was, by graph and size. */
+  readonly #again = new Map<string, { readonly from: number; readonly times: number }>();
   /** Milliseconds of a launch that has run here, by graph and size. Graphs that are missing have yet to be compiled. */
   readonly #seen = new Map<string, number>();
   /** What is being measured before promises, by graph, size and batch. */
   readonly #measuring = new Map<string, SharedTask<void>>();
   readonly #closing = new AbortController();
   #background: Promise<void> | null = null;
+  /** The latest reset that has been followed. */
+  #reset = 0;
   #timer: NodeJS.Timeout | undefined;
   #stored: number;
 
@@ -110,7 +117,7 @@ export class Calibration {
   /** Remembers what is to be measured in the background. */
   remember(candidates: readonly CandidateWork[]): void {
     for (const kind of candidates.flatMap(({ demands }) => demands.flatMap(({ program }) => launchKinds(program))))
-      if (this.#unknownOf(kind).length > 0) this.#unmeasured.set(kind.key, kind);
+      if (this.#unknownOf(kind).length > 0 || this.#isDoubtful(kind)) this.#unmeasured.set(kind.key, kind);
   }
 
   /** Measures the launches of row programs at the batches given, puts them into the table and stores it. */
@@ -155,6 +162,24 @@ export class Calibration {
     if (version === this.#stored) return;
     await this.#options.store.write(entries, this.#options.about);
     this.#stored = version;
+    await this.#followReset();
+  }
+
+  /** Forgets all costs, here and on disk. @throws the file system's error */
+  async reset(): Promise<void> {
+    this.#costs.forget();
+    this.#hostTimes.clear();
+    this.#again.clear();
+    await this.#options.store.reset(this.#options.about);
+    this.#reset = await this.#options.store.lastReset();
+  }
+
+  /** Forgets what another process has reset. */
+  async #followReset(): Promise<void> {
+    const reset = await this.#options.store.lastReset();
+    // Once: what has been measured since stays, even if this machine's clock went back.
+    if (reset > this.#reset) this.#costs.forget(reset);
+    this.#reset = reset;
   }
 
   /** Measures, together with other callers who need the same. */
@@ -203,6 +228,7 @@ export class Calibration {
   /** Measures what has been asked for and is not in the table, between requests. */
   async #measureRest(): Promise<void> {
     const { signal } = this.#closing;
+    await this.#followReset();
     for (const [key, kind] of this.#unmeasured) {
       const row = this.#seen.get(key) ?? 0;
       const unknown = this.#unknownOf(kind);
@@ -212,8 +238,46 @@ export class Calibration {
       if (idle.length === unknown.length) this.#unmeasured.delete(key);
       const options = { rounds: backgroundRounds, background: true, signal, turn: this.#untilIdle };
       for (const entry of await this.#measure(subjects, options)) this.#costs.set(entry);
+      if (this.#isDoubtful(kind)) await this.#measureAgain(kind, options);
     }
     await this.store();
+  }
+
+  /** Measures a kind at all batches together, so that their ratios are right, and believes it unless the old runs differed less. */
+  async #measureAgain(kind: LaunchKind, options: MeasureOptions): Promise<void> {
+    const { key, graph, size } = kind;
+    const known = this.#entriesOf(kind);
+    const [smallest] = known as [CostEntry];
+    const subjects = known
+      .filter(
+        ({ batch, milliseconds }) =>
+          Math.min(milliseconds, (smallest.milliseconds / smallest.batch) * batch) <= backgroundLimit,
+      )
+      .map(({ batch }) => ({ ...kind, batch }));
+    const { times } = this.#again.get(key) ?? { times: 0 };
+    const delay = Math.min(doubtDelay.last, doubtDelay.first * 4 ** times);
+    this.#again.set(key, { from: Date.now() + delay, times: times + 1 });
+    const measured = await this.#measure(subjects, options);
+    for (const entry of measured) {
+      const before = this.#costs.get(graph, size, entry.batch);
+      if (!before || doubtOf(before, known, Date.now()) !== "spread" || spreadOf(entry) < spreadOf(before))
+        this.#costs.set(entry);
+    }
+  }
+
+  /** Whether launches of a kind are to be measured again, now. */
+  #isDoubtful(kind: LaunchKind): boolean {
+    const now = Date.now();
+    if (now < (this.#again.get(kind.key)?.from ?? 0)) return false;
+    const entries = this.#entriesOf(kind);
+    return entries.some((entry) => doubtOf(entry, entries, now) !== null);
+  }
+
+  /** The entries of a kind at the batches that are launched. */
+  #entriesOf(kind: LaunchKind): CostEntry[] {
+    return subjectsOf(kind, this.#options.batches).flatMap(
+      ({ graph, size, batch }) => this.#costs.get(graph, size, batch) ?? [],
+    );
   }
 
   /** Launches of a kind at those batches whose cost is not known. */

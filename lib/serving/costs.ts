@@ -2,7 +2,8 @@
  * What launches cost: the table that every choice of this folder is based on. An entry is the median of measured runs of
  * one graph at one batch and size, with its quartiles. Two things are added while a model works: launches that have not
  * been measured enter the table when they have been observed often enough, and the drift of the machine (other programs,
- * a warmer processor) since the table was measured is followed, so that predictions stay right.
+ * a warmer processor) since the table was measured is followed, so that predictions stay right. An entry that launches
+ * contradict, in its ratio to the others, is replaced by them: it was measured while the machine was disturbed.
  */
 
 /** What is not in launches (noise, tokens, pixels to bytes, messages): an entry of the table like a graph. */
@@ -24,6 +25,8 @@ export interface CostEntry {
   readonly high: number;
   /** Number of runs that the entry is made of. */
   readonly runs: number;
+  /** When it was measured, in milliseconds since 1970. */
+  readonly at: number;
 }
 
 /** Part of a launch's cost at batch 1 that does not grow with rows, where only one batch has been measured. */
@@ -32,6 +35,14 @@ const fixedShare = 0.2;
 /** Observations of a launch that make an entry, and how many are kept. */
 const observationsNeeded = 5;
 const observationsKept = 25;
+
+/**
+ * Launches of all entries that are remembered to compare entries, how many of one entry are needed for that, and by which
+ * factor those must be off from all: more than what differs between launches alone and among others.
+ */
+const comparedLaunches = 200;
+const comparedOfEntry = 9;
+const contradiction = 1.3;
 
 /** Weight of one launch in the drift, and bounds of its ratio: one launch that was interrupted must not change much. */
 const driftWeight = 0.025;
@@ -42,6 +53,12 @@ const { compare } = new Intl.Collator("en", { numeric: true });
 export class CostTable {
   readonly #entries = new Map<string, Map<number, CostEntry>>();
   readonly #observed = new Map<string, number[]>();
+  /** The latest launches of known entries: how much slower each was than its entry says. */
+  #recent: { readonly entry: CostEntry; readonly ratio: number }[] = [];
+  /** Launches of known entries so far. */
+  #launches = 0;
+  /** Entries that launches contradict, and since which launch. */
+  #contradicted = new WeakMap<CostEntry, number>();
   #drift = 1;
   #version = 0;
 
@@ -67,6 +84,18 @@ export class CostTable {
     this.#entries.set(key, batches);
     this.#observed.delete(`${key} x ${entry.batch}`);
     this.#version++;
+  }
+
+  /** Forgets all entries that were measured up to a moment, in milliseconds since 1970; default: all. */
+  forget(until = Number.POSITIVE_INFINITY): void {
+    const kept = this.entries.filter(({ at }) => at > until);
+    if (kept.length === this.entries.length) return;
+    this.#entries.clear();
+    this.#observed.clear();
+    this.#recent = [];
+    this.#drift = 1;
+    this.#version++;
+    for (const entry of kept) this.set(entry);
   }
 
   get(graph: string, size: string, batch: number): CostEntry | undefined {
@@ -105,6 +134,7 @@ export class CostTable {
       const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
       // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
       this.#drift += driftWeight * (ratio - this.#drift);
+      this.#compare(known, milliseconds / known.milliseconds);
       return;
     }
     const key = `${keyOf(graph, size)} x ${batch}`;
@@ -114,13 +144,89 @@ export class CostTable {
     this.#observed.set(key, values);
     if (values.length >= observationsNeeded) this.set(entryOf(graph, batch, size, values));
   }
+
+  /**
+   * Replaces an entry whose launches are off by another factor than those of all, and stay so until all that is compared is
+   * new: when the whole machine changes, some entries meet the change before others.
+   */
+  #compare(entry: CostEntry, ratio: number): void {
+    this.#launches++;
+    this.#recent.push({ entry, ratio });
+    if (this.#recent.length > comparedLaunches) this.#recent.shift();
+    const own = this.#recent.filter((each) => each.entry === entry).map(({ ratio }) => ratio);
+    if (own.length < comparedOfEntry) return;
+    const usual = medianOf(this.#recent.map(({ ratio }) => ratio));
+    const off = medianOf(own) / usual;
+    if (off < contradiction && off > 1 / contradiction) {
+      this.#contradicted.delete(entry);
+      return;
+    }
+    const since = this.#contradicted.get(entry);
+    if (since === undefined) this.#contradicted.set(entry, this.#launches);
+    if (since === undefined || this.#launches - since < comparedLaunches) return;
+    const { graph, batch, size, milliseconds } = entry;
+    const values = own.map((ratio) => (ratio / usual) * milliseconds);
+    this.#contradicted.delete(entry);
+    this.#recent = this.#recent.filter((each) => each.entry !== entry);
+    this.set(entryOf(graph, batch, size, values));
+  }
+}
+
+/** Quartiles this far apart, as a part of the median, say that the machine was disturbed while an entry was measured. */
+const wideSpread = 0.4;
+/** Entries of the same machine become wrong with the system's updates. */
+const oldAge = 30 * 24 * 3600_000;
+/** An entry that no launch can contradict, since it is never chosen, is believed for so long. */
+const unchosenAge = 600_000;
+
+/** How far apart the quartiles are, as a part of the median. */
+export function spreadOf({ low, high, milliseconds }: CostEntry): number {
+  return (high - low) / milliseconds;
+}
+
+/**
+ * Why an entry should be measured again: its runs differed much, it is old, or by it a batch is never launched, so that no
+ * launch can contradict it. null for an entry that is believed.
+ * @param others the entries of the same graph and size
+ * @param now milliseconds since 1970
+ */
+export function doubtOf(
+  entry: CostEntry,
+  others: readonly CostEntry[],
+  now: number,
+): "spread" | "age" | "unchosen" | null {
+  if (spreadOf(entry) > wideSpread) return "spread";
+  const age = now - entry.at;
+  if (age > oldAge) return "age";
+  if (age < unchosenAge) return null;
+  const smaller = others.filter(({ batch }) => batch < entry.batch);
+  const isDear = smaller.some(
+    ({ batch, milliseconds }) => milliseconds * Math.ceil(entry.batch / batch) <= entry.milliseconds,
+  );
+  const isAboveLarger = others.some(
+    ({ batch, milliseconds }) => batch > entry.batch && milliseconds < entry.milliseconds,
+  );
+  return isDear || isAboveLarger ? "unchosen" : null;
 }
 
 /** An entry from measured milliseconds. */
-export function entryOf(graph: string, batch: number, size: string, values: readonly number[]): CostEntry {
+export function entryOf(
+  graph: string,
+  batch: number,
+  size: string,
+  values: readonly number[],
+  at = Date.now(),
+): CostEntry {
   const sorted = [...values].sort((a, b) => a - b);
   const [low, milliseconds, high] = [0.25, 0.5, 0.75].map((part) => quantile(sorted, part)) as [number, number, number];
-  return { graph, batch, size, milliseconds, low, high, runs: sorted.length };
+  return { graph, batch, size, milliseconds, low, high, runs: sorted.length, at };
+}
+
+function medianOf(values: readonly number[]): number {
+  return quantile(
+    [...values].sort((a, b) => a - b),
+    0.5,
+  );
 }
 
 /** @param sorted rising, at least one */

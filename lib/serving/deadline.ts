@@ -15,6 +15,8 @@ export interface PredictedCandidate {
   readonly text: string;
   /** From now to the pictures, waiting included. */
   readonly milliseconds: number;
+  /** What it takes of the device, alone. */
+  readonly own: number;
 }
 
 export interface Choice {
@@ -53,27 +55,35 @@ const marginStep = 0.15;
 const largestMargin = 2.5;
 
 /**
- * The first candidate that fits.
+ * The first candidate that fits and leaves room for others; where none leaves room, the cheapest that fits.
  * @param candidates the best first
  * @param deadlineMs the time limit, from the call
  * @param margin what a prediction has to leave free, as a factor
+ * @param room milliseconds of work that leave room for the requests to come; default: any
  * @returns null if none fits
  */
 export function chooseCandidate(
   candidates: readonly PredictedCandidate[],
   deadlineMs: number,
   margin = deadlineMargin,
+  room = Number.POSITIVE_INFINITY,
 ): Choice | null {
-  const candidate = candidates.findIndex(({ milliseconds }) => limitFor(milliseconds, margin) <= deadlineMs);
-  if (candidate < 0) return null;
+  const fitting = [...candidates.keys()].filter((at) => limitFor(candidates[at]!.milliseconds, margin) <= deadlineMs);
+  if (fitting.length === 0) return null;
+  const richest = fitting[0]!;
+  const candidate =
+    fitting.find((at) => candidates[at]!.own <= room) ??
+    fitting.reduce((a, b) => (candidates[b]!.own < candidates[a]!.own ? b : a));
   const { text, milliseconds } = candidates[candidate]!;
   const better = candidates[candidate - 1];
   const rank =
     candidates.length === 1
       ? "."
-      : better === undefined
-        ? `, and is the richest of ${candidates.length} schedules.`
-        : `, and is the richest of ${candidates.length} schedules that fits; ${better.text} would need ${limitFor(better.milliseconds, margin)} ms.`;
+      : candidate !== richest
+        ? `; ${candidates[richest]!.text} would fit too, but leave no room for the requests that are expected at the present load.`
+        : better === undefined
+          ? `, and is the richest of ${candidates.length} schedules.`
+          : `, and is the richest of ${candidates.length} schedules that fits; ${better.text} would need ${limitFor(better.milliseconds, margin)} ms.`;
   const reason = `${text} is predicted to take ${Math.round(milliseconds)} ms of ${Math.round(deadlineMs)} ms${rank}`;
   return { candidate, reason, predictedMs: milliseconds };
 }

@@ -7,14 +7,20 @@
 
 import { DeadlineError } from "../errors.js";
 import type { Program } from "../program/program.js";
+import { Arrivals } from "./arrivals.js";
 import { type CostTable, hostGraph } from "./costs.js";
-import { type Choice, chooseCandidate, limitFor, Margin } from "./deadline.js";
+import { type Choice, chooseCandidate, limitFor, Margin, type PredictedCandidate } from "./deadline.js";
+import { type Ending, forecast, type Phase } from "./forecast.js";
 import { comparePriorities, type Priority } from "./priority.js";
-import { launchKinds } from "./rows.js";
+import { Retry } from "./retry.js";
+import { type LaunchKind, launchKinds, launchPhases } from "./rows.js";
 import { cheapestSplit, launchBatches } from "./split.js";
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
+
+/** Milliseconds that a forecast is used for. */
+const forecastAge = 20;
 
 /** Rows that all run the same program, but for values. */
 export interface Demand {
@@ -29,12 +35,17 @@ export interface CandidateWork {
   readonly demands: readonly Demand[];
 }
 
+/** Whether requests leave room for those that come after them, or take the richest candidate that fits. */
+export type Preference = "admission" | "quality";
+
 /** What a request asks of the service. */
 export interface Terms {
   readonly priority: number;
   /** Moment of the call. */
   readonly arrival: number;
   readonly deadlineMs: number | null;
+  /** What counts more where a time limit leaves a choice of candidates. */
+  readonly prefer: Preference;
   readonly pictures: number;
   /** Of the finished pictures, such as "64x64". */
   readonly size: string;
@@ -43,9 +54,17 @@ export interface Terms {
   readonly signal?: AbortSignal | undefined;
 }
 
+/** Launches of a request, with their weight. */
+interface WeighedPhase extends Phase {
+  readonly weight: number;
+}
+
 /** A request that has been accepted, until it ends. */
 export interface Accepted {
   readonly priority: Priority;
+  readonly pictures: number;
+  /** Whether it has been let in. */
+  isInside: boolean;
   /** Moment that was promised. */
   readonly promised: number | null;
   /** Milliseconds that its work takes when it has the device to itself. */
@@ -53,6 +72,8 @@ export interface Accepted {
   /** Its launches in units of their cost for one row, and how many of them are done. */
   weight: number;
   done: number;
+  /** Its launches in order. */
+  phases: readonly WeighedPhase[];
   /** Milliseconds of the launches that it was a part of. */
   launchedMs: number;
   /** Whether it has been the only one all the time, and nothing had to be compiled. */
@@ -64,12 +85,29 @@ export class Predictor {
   readonly #costs: CostTable;
   readonly #batches: readonly number[];
   readonly #accepted: ReadonlySet<Accepted>;
+  readonly #capacity: number;
+  readonly #maxWaitMs: number;
+  readonly #arrivals = new Arrivals();
+  readonly #retry: Retry;
+  #forecast: { readonly at: number; readonly size: number; readonly endings: Iterable<Ending> } | null = null;
 
-  /** @param accepted the requests that are not over: a set that its owner changes */
-  constructor(costs: CostTable, batches: readonly number[], accepted: ReadonlySet<Accepted>) {
+  /**
+   * @param accepted the requests that are not over: a set that its owner changes
+   * @param options `capacity`: pictures that are let in at a time; `maxWaitMs`: how long a launch may be held back;
+   *   `random` spreads the times that refused callers are told, default: Math.random
+   */
+  constructor(
+    costs: CostTable,
+    batches: readonly number[],
+    accepted: ReadonlySet<Accepted>,
+    options: { capacity: number; maxWaitMs: number; random?: (() => number) | undefined },
+  ) {
     this.#costs = costs;
     this.#batches = batches;
     this.#accepted = accepted;
+    this.#capacity = options.capacity;
+    this.#maxWaitMs = options.maxWaitMs;
+    this.#retry = new Retry(options.random);
   }
 
   /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
@@ -79,6 +117,7 @@ export class Predictor {
     const elapsed = now - arrival;
     if (deadlineMs === null) {
       const own = this.#millisecondsOf(candidates[0]!, terms);
+      this.#arrived(terms, own ?? unknownCost, now);
       const predictedMs = own === null ? null : elapsed + this.#finish(priority, own, now).own;
       return { candidate: 0, reason: null, predictedMs };
     }
@@ -86,27 +125,64 @@ export class Predictor {
       const own = this.#millisecondsOf(candidate, terms) ?? Number.POSITIVE_INFINITY;
       const finish = this.#finish(priority, own, now);
       const milliseconds = finish.isHarmless ? finish.own : finish.all;
-      return { text: candidate.text, own, milliseconds: elapsed + milliseconds };
+      return { text: candidate.text, own, milliseconds: elapsed + milliseconds, isHarmless: finish.isHarmless };
     });
     const margin = this.margin.value;
-    const choice = chooseCandidate(predictions, deadlineMs, margin);
+    const leanest = Math.min(...predictions.map(({ own }) => own));
+    const room = this.#room(terms, now);
+    this.#arrived(terms, leanest, now);
+    const choice = chooseCandidate(predictions, deadlineMs, margin, room);
     if (choice) return choice;
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
     // For a call that is made now: what it took to measure is not needed again.
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
-    const aloneMs = limitFor(Math.min(...predictions.map(({ own }) => own)), margin);
+    const aloneMs = limitFor(leanest, margin);
+    const retryAfterMs = aloneMs <= deadlineMs ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
     const limit = `${Math.round(deadlineMs)} ms`;
-    const retryAfterMs = aloneMs <= deadlineMs ? Math.max(1, Math.ceil(bestMs - deadlineMs)) : null;
     const why =
       retryAfterMs === null
         ? ""
         : bestMs <= deadlineMs
-          ? `, but ${Math.round(elapsed)} ms went into measuring what it would take. Try again`
+          ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
           : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     return new DeadlineError(
       `No schedule of ${candidates.length === 1 ? "one" : candidates.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.text}${why}.`,
       { deadlineMs, bestMs, blocks: best.text, retryAfterMs },
     );
+  }
+
+  /** When a limit that others prevent can be met, in milliseconds from now. */
+  #limitAfter(
+    best: PredictedCandidate & { isHarmless: boolean },
+    elapsed: number,
+    priority: Priority,
+    deadlineMs: number,
+    now: number,
+  ) {
+    const missing = best.milliseconds - elapsed - deadlineMs / this.margin.value;
+    // One that harms nobody waits only for those that go before it.
+    const endings = best.isHarmless
+      ? this.#endings(now, (other) => comparePriorities(other.priority, priority, now) < 0)
+      : this.#allEndings(now);
+    return this.#retry.whenDone(endings, missing, best.own, now);
+  }
+
+  /** Counts a request as load. A caller who asks again whenever it has its pictures is none: nobody waits for it. */
+  #arrived({ priority }: Terms, leanest: number, now: number): void {
+    const work = Number.isFinite(leanest) ? leanest : unknownCost;
+    if (this.#accepted.size > 0) this.#arrivals.add(priority, work, now);
+  }
+
+  /**
+   * What a request with a limit may take without sending away others, in milliseconds: the limit, less what those of its
+   * level and above have still to do, and less what is expected to arrive meanwhile.
+   */
+  #room({ prefer, deadlineMs, priority, arrival }: Terms, now: number): number {
+    if (prefer === "quality" || deadlineMs === null) return Number.POSITIVE_INFINITY;
+    let taken = now - arrival + this.#arrivals.expected(priority, deadlineMs, now);
+    for (const other of this.#accepted)
+      if (other.promised !== null || other.priority.level >= priority) taken += leftOf(other);
+    return deadlineMs / this.margin.value - taken;
   }
 
   /** When its turn has come: a shorter schedule, if the wait has been longer than was expected. */
@@ -131,19 +207,70 @@ export class Predictor {
     };
   }
 
-  /** Milliseconds after which one of the accepted requests will have ended, as they share the device. */
-  get retryAfterMs(): number {
-    let milliseconds = 0;
-    for (const request of this.#accepted) milliseconds += leftOf(request);
-    return Math.max(1, Math.ceil(milliseconds / this.#accepted.size));
+  /** When there will be a place in a full queue of `limit` requests, in milliseconds from now. */
+  placeAfter(limit: number, terms: Terms, candidates: readonly CandidateWork[]): number {
+    const now = performance.now();
+    const { pictures } = terms;
+    const places = ({ waiting, inside }: Ending) => {
+      if (waiting > 0) return limit - waiting;
+      const fit = Math.floor((this.#capacity - inside.pictures) / pictures);
+      return limit + Math.max(fit, inside.requests === 0 ? 1 : 0);
+    };
+    const work = this.#millisecondsOf(candidates.at(-1)!, terms) ?? unknownCost;
+    return this.#retry.whenPlace(this.#allEndings(now), places, work, now);
   }
 
-  workOf(candidate: CandidateWork, terms: Terms): Pick<Accepted, "cost" | "weight"> {
+  /** Endings of all that is accepted. Many callers who are refused at about the same time have the same ones. */
+  #allEndings(now: number): Iterable<Ending> {
+    const last = this.#forecast;
+    if (last && last.size === this.#accepted.size && now - last.at < forecastAge) return last.endings;
+    const endings = remembering(this.#endings(now, () => true));
+    this.#forecast = { at: now, size: this.#accepted.size, endings };
+    return endings;
+  }
+
+  /** @param counts whose work counts as done */
+  #endings(now: number, counts: (other: Accepted) => boolean): Generator<Ending> {
+    // Requests of one kind ask for the same splits again and again.
+    const splits = new Map<string, ReturnType<Phase["split"]>>();
+    const remembered = (phase: Phase): Phase => ({
+      ...phase,
+      split: (rows) => {
+        const key = `${phase.key} x ${rows}`;
+        const known = splits.get(key) ?? phase.split(rows);
+        splits.set(key, known);
+        return known;
+      },
+    });
+    const requests = [...this.#accepted]
+      .sort((a, b) => comparePriorities(a.priority, b.priority, now))
+      .map((other) => {
+        const { pictures, isInside } = other;
+        return { pictures, isInside, phases: phasesLeft(other).map(remembered), counts: counts(other) };
+      });
+    return forecast(requests, this.#capacity, this.#maxWaitMs);
+  }
+
+  workOf(candidate: CandidateWork, terms: Terms): Pick<Accepted, "cost" | "weight" | "phases"> {
     let weight = 0;
+    const phases: WeighedPhase[] = [];
     for (const { program, rows } of candidate.demands)
-      for (const { graph, size, times } of launchKinds(program))
-        weight += times * rows * this.#costs.relative(graph, size, 1);
-    return { cost: this.#millisecondsOf(candidate, terms) ?? unknownCost, weight };
+      for (const { kind, times } of launchPhases(program)) {
+        const own = times * rows * this.#costs.relative(kind.graph, kind.size, 1);
+        weight += own;
+        phases.push({ ...this.#phase(kind, rows, times, terms), weight: own });
+      }
+    return { cost: this.#millisecondsOf(candidate, terms) ?? unknownCost, weight, phases };
+  }
+
+  #phase({ key, graph, size, maxRows, launch }: LaunchKind, rows: number, times: number, { pin }: Terms): Phase {
+    const batches = launchBatches(this.#batches, maxRows, pin);
+    const split = (rows: number) => {
+      const cost = (batch: number) => this.#costs.relative(graph, size, batch);
+      const { batches: chosen, milliseconds } = cheapestSplit(rows, batches, cost);
+      return { batch: chosen[0]!, milliseconds };
+    };
+    return { key: `${key} ${pin}`, rows, times, deferrable: launch.sharing!.deferrable ?? false, split };
   }
 
   /**
@@ -185,4 +312,31 @@ export class Predictor {
 /** Milliseconds that a request still needs. */
 function leftOf({ cost, weight, done }: Accepted): number {
   return cost * Math.max(0, 1 - done / weight);
+}
+
+/** The launches that it still has to make. */
+function phasesLeft({ phases, done }: Accepted): Phase[] {
+  let passed = done;
+  return phases.flatMap(({ weight, times, ...phase }) => {
+    const part = Math.min(1, passed / weight);
+    passed -= part * weight;
+    return part < 1 ? [{ ...phase, times: times * (1 - part) }] : [];
+  });
+}
+
+/** The values of a generator, as often as they are asked for: each is made when it is first needed. */
+function remembering<T>(source: Generator<T>): Iterable<T> {
+  const values: T[] = [];
+  return {
+    *[Symbol.iterator]() {
+      for (let index = 0; ; index++) {
+        if (index === values.length) {
+          const { done, value } = source.next();
+          if (done) return;
+          values.push(value);
+        }
+        yield values[index]!;
+      }
+    },
+  };
 }

@@ -51,6 +51,25 @@ export function kindOf({ graph, sharing }: Launch): string {
   return `${graph}@${sharing!.size}`;
 }
 
+const knownPhases = new WeakMap<Program, readonly { readonly kind: LaunchKind; readonly times: number }[]>();
+
+/** The launches of a program in order, those of one kind that follow each other together. */
+export function launchPhases(program: Program) {
+  const known = knownPhases.get(program);
+  if (known) return known;
+  const kinds = new Map(launchKinds(program).map((kind) => [kind.key, kind]));
+  const phases: { kind: LaunchKind; times: number }[] = [];
+  for (const launch of program.instructions) {
+    if (launch.op !== "launch" || !launch.sharing) continue;
+    const kind = kinds.get(kindOf(launch))!;
+    const last = phases.at(-1);
+    if (last?.kind === kind) last.times++;
+    else phases.push({ kind, times: 1 });
+  }
+  knownPhases.set(program, phases);
+  return phases;
+}
+
 const knownKinds = new WeakMap<Program, readonly LaunchKind[]>();
 
 export function launchKinds(program: Program): readonly LaunchKind[] {

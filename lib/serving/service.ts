@@ -23,6 +23,8 @@ export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptio
   readonly maxQueue: number;
   /** Hears what befalls the runtime; default: one that does not. */
   readonly monitor?: HealthMonitor;
+  /** Spreads the times that refused callers are told, from 0 to 1; default: Math.random. */
+  readonly random?: () => number;
 }
 
 /** A request that has been admitted. */
@@ -57,8 +59,9 @@ export class Service {
     this.#batches = captured ? [1] : batches;
     // Few pictures are in flight at a time, so that memory is bounded and a request of high priority need not wait for all
     // that came before.
-    this.#admission = new Gate({ limit: maxQueue, capacity: 2 * batches.at(-1)!, compare: byPriority });
-    this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted);
+    const capacity = 2 * batches.at(-1)!;
+    this.#admission = new Gate({ limit: maxQueue, capacity, compare: byPriority });
+    this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted, { ...options, capacity });
     const onSlow = monitor.slow.bind(monitor);
     const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats, onSlow };
     this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
@@ -92,14 +95,14 @@ export class Service {
     onAccept?: (accepted: Choice & { readonly place: number }) => void,
   ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
-    this.#refuseIfFull(pictures);
+    this.#refuseIfFull(terms, candidates);
     if (deadlineMs !== null) {
       await this.#calibration.learn(candidates, terms).catch((error) => {
         this.#note(error);
         throw error;
       });
       signal?.throwIfAborted();
-      this.#refuseIfFull(pictures);
+      this.#refuseIfFull(terms, candidates);
     }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
     const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value;
@@ -110,7 +113,7 @@ export class Service {
 
     const candidate = candidates[chosen.candidate]!;
     const accepted: Accepted = {
-      ...{ priority, promised, done: 0, launchedMs: 0 },
+      ...{ priority, promised, pictures, isInside: false, done: 0, launchedMs: 0 },
       ...this.#predictor.workOf(candidate, terms),
       undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
     };
@@ -123,6 +126,7 @@ export class Service {
       this.#end(accepted, terms, this.#endingOf(error, signal));
       throw error;
     });
+    accepted.isInside = true;
     const queuedMs = performance.now() - arrival;
     this.#stats.queued.add(queuedMs);
     return {
@@ -165,6 +169,11 @@ export class Service {
     return this.#calibration.store();
   }
 
+  /** Forgets all costs, here and on disk. @throws the file system's error */
+  reset(): Promise<void> {
+    return this.#calibration.reset();
+  }
+
   /** Waits until no request is under way. */
   async close(): Promise<void> {
     // A launch that is measured in the background keeps no process alive, but a caller who waits here for its end needs
@@ -181,10 +190,10 @@ export class Service {
     await this.store().catch((error) => this.#options.onError?.(error));
   }
 
-  #refuseIfFull(pictures: number): void {
-    if (!this.#admission.isFull(pictures)) return;
+  #refuseIfFull(terms: Terms, candidates: readonly CandidateWork[]): void {
+    if (!this.#admission.isFull(terms.pictures)) return;
     const { waiting } = this.#admission;
-    const { retryAfterMs } = this.#predictor;
+    const retryAfterMs = this.#predictor.placeAfter(this.#options.maxQueue, terms, candidates);
     this.#refuse(
       new QueueFullError(
         `${waiting} request${waiting === 1 ? " waits" : "s wait"}, which is as many as may; try again in ${retryAfterMs} ms.`,

@@ -35,7 +35,7 @@ function template(size: string): Program {
 }
 
 const terms = (signal?: AbortSignal): Terms => ({
-  ...{ priority: 0, arrival: 0, deadlineMs: 1000, pictures: 1, size: "4x4", pin: null, signal },
+  ...{ priority: 0, prefer: "admission", arrival: 0, deadlineMs: 1000, pictures: 1, size: "4x4", pin: null, signal },
 });
 const candidates = (...sizes: string[]) =>
   sizes.map((size) => ({ text: size, demands: [{ program: template(size), rows: 1 }] }));

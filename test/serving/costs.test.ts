@@ -1,7 +1,7 @@
 // The cost table: estimates between and beyond measured batches, drift, entries from observed launches.
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { CostTable, entryOf } from "../../lib/serving/costs.js";
+import { type CostEntry, CostTable, doubtOf, entryOf } from "../../lib/serving/costs.js";
 import { cheapestSplit } from "../../lib/serving/split.js";
 
 const entry = (batch: number, milliseconds: number, size = "64x64", graph = "predict") =>
@@ -9,7 +9,7 @@ const entry = (batch: number, milliseconds: number, size = "64x64", graph = "pre
 
 describe("entryOf", () => {
   it("has the median and the quartiles of its runs", () => {
-    expect(entryOf("predict", 2, "64x64", [5, 1, 4, 2, 3])).toEqual({
+    expect(entryOf("predict", 2, "64x64", [5, 1, 4, 2, 3], 7)).toEqual({
       graph: "predict",
       batch: 2,
       size: "64x64",
@@ -17,6 +17,7 @@ describe("entryOf", () => {
       low: 2,
       high: 4,
       runs: 5,
+      at: 7,
     });
     expect(entryOf("predict", 1, "64x64", [1, 2]).milliseconds).toBe(1.5);
     expect(entryOf("predict", 1, "64x64", [7]).low).toBe(7);
@@ -88,4 +89,86 @@ describe("CostTable", () => {
       "predict 128x128 1",
     ]);
   });
+});
+
+describe("launches that contradict an entry", () => {
+  /** Launches of each batch in turn, so much slower than in truth. */
+  function observe(table: CostTable, truth: Record<number, number>, slower: number, rounds: number) {
+    for (let round = 0; round < rounds; round++)
+      for (const [batch, milliseconds] of Object.entries(truth))
+        table.observe("predict", "64x64", Number(batch), milliseconds * slower * (round % 2 ? 1.02 : 0.98));
+  }
+  const truth = { 1: 10, 2: 14, 4: 22 };
+  const ratios = (table: CostTable) =>
+    [2, 4].map((batch) => table.estimate("predict", "64x64", batch)! / table.estimate("predict", "64x64", 1)!);
+
+  it("in its ratio to the others replace it", () => {
+    for (const poisoned of [1, 2, 4] as const)
+      for (const factor of [0.5, 2]) {
+        const entries = Object.entries(truth).map(([batch, time]) =>
+          entry(Number(batch), Number(batch) === poisoned ? factor * time : time),
+        );
+        const table = new CostTable(entries);
+        observe(table, truth, 1, 150);
+        expect(ratios(table)[0]! / 1.4).toBeCloseTo(1, 1);
+        expect(ratios(table)[1]! / 2.2).toBeCloseTo(1, 1);
+        expect(table.estimate("predict", "64x64", 1)!).toBeCloseTo(10, 0);
+      }
+  });
+
+  it("because the whole machine is slower only drift", () => {
+    const table = new CostTable(Object.entries(truth).map(([batch, time]) => entry(Number(batch), time)));
+    const { version } = table;
+    observe(table, truth, 1, 30);
+    observe(table, truth, 2.5, 150);
+    expect(table.version).toBe(version);
+    expect(table.drift).toBeCloseTo(2.5, 1);
+  });
+});
+
+describe("doubtOf", () => {
+  const now = Date.UTC(2026, 5, 1);
+  const minutes = (count: number) => now - 60_000 * count;
+  const at = (batch: number, milliseconds: number, when: number): CostEntry => ({
+    ...entry(batch, milliseconds),
+    at: when,
+  });
+  const doubts = (entries: CostEntry[]) => entries.map((each) => doubtOf(each, entries, now));
+
+  it("is about entries whose runs differed much, and old ones", () => {
+    const wide = entryOf("predict", 1, "64x64", [10, 12, 20, 24, 30], minutes(1));
+    expect(doubts([wide, at(2, 34, minutes(1))])).toEqual(["spread", null]);
+    expect(doubts([at(1, 10, minutes(60 * 24 * 29)), at(2, 14, minutes(60 * 24 * 31))])).toEqual([null, "age"]);
+  });
+
+  it("is about batches that would never be launched, unless they have just been measured", () => {
+    expect(doubts([1, 2, 4].map((batch) => at(batch, [0, 10, 14, 0, 22][batch]!, minutes(60))))).toEqual([
+      null,
+      null,
+      null,
+    ]);
+    // Two of 14 ms are cheaper than one of 30 ms.
+    expect(doubts([at(1, 10, minutes(60)), at(2, 14, minutes(60)), at(4, 30, minutes(60))])).toEqual([
+      null,
+      null,
+      "unchosen",
+    ]);
+    expect(doubts([at(1, 10, minutes(60)), at(2, 14, minutes(60)), at(4, 30, minutes(1))])).toEqual([null, null, null]);
+    // One row never takes longer than two.
+    expect(doubts([at(1, 20, minutes(60)), at(2, 14, minutes(60))])).toEqual(["unchosen", null]);
+  });
+});
+
+it("a table forgets what was measured up to a moment, and how the machine was", () => {
+  const table = new CostTable([entryOf("predict", 1, "64x64", [10], 100), entryOf("predict", 2, "64x64", [14], 200)]);
+  for (let i = 0; i < 500; i++) table.observe("predict", "64x64", 1, 20);
+  const { version } = table;
+  table.forget(50);
+  expect(table.version).toBe(version);
+  table.forget(100);
+  expect(table.entries.map(({ batch }) => batch)).toEqual([2]);
+  expect(table.drift).toBe(1);
+  expect(table.version).toBeGreaterThan(version);
+  table.forget();
+  expect(table.entries).toEqual([]);
 });

@@ -5,9 +5,9 @@ import { chooseCandidate, deadlineMargin, limitFor, Margin } from "../../lib/ser
 
 describe("chooseCandidate", () => {
   const candidates = [
-    { text: "H1P9", milliseconds: 300 },
-    { text: "H1P5", milliseconds: 200 },
-    { text: "H1P1", milliseconds: 100 },
+    { text: "H1P9", milliseconds: 300, own: 250 },
+    { text: "H1P5", milliseconds: 200, own: 150 },
+    { text: "H1P1", milliseconds: 100, own: 50 },
   ];
 
   it("takes the first that fits with a tenth to spare, and says why", () => {
@@ -27,12 +27,28 @@ describe("chooseCandidate", () => {
     expect(chooseCandidate([candidates[2]!], 200)!.reason).toBe("H1P1 is predicted to take 100 ms of 200 ms.");
   });
 
+  it("takes the richest that leaves room, where none does the cheapest that fits, and says that the load is why", () => {
+    expect(chooseCandidate(candidates, 1000, 1.1, 250)!.candidate).toBe(0);
+    expect(chooseCandidate(candidates, 1000, 1.1, 200)).toEqual({
+      candidate: 1,
+      predictedMs: 200,
+      reason:
+        "H1P5 is predicted to take 200 ms of 1000 ms; H1P9 would fit too, but leave no room for the requests that are expected at the present load.",
+    });
+    for (const room of [0, -1000]) expect(chooseCandidate(candidates, 1000, 1.1, room)!.candidate).toBe(2);
+    expect(chooseCandidate(candidates.slice(0, 2), 1000, 1.1, 0)!.candidate).toBe(1);
+    expect(chooseCandidate(candidates, 329, 1.1, 300)!.candidate).toBe(1);
+    // The last need not be the cheapest.
+    const cheap = { text: "H4", milliseconds: 90, own: 60 };
+    expect(chooseCandidate([...candidates, cheap], 1000, 1.1, 0)!.candidate).toBe(2);
+  });
+
   it("never takes one that does not fit, nor a later one than the first that does", () => {
     const times = fc.array(fc.double({ min: 0.1, max: 1e6, noNaN: true }), { minLength: 1, maxLength: 12 });
     fc.assert(
       fc.property(times, fc.double({ min: 0, max: 1e6, noNaN: true }), (milliseconds, limit) => {
         const choice = chooseCandidate(
-          milliseconds.map((time, index) => ({ text: `H${index + 1}`, milliseconds: time })),
+          milliseconds.map((time, index) => ({ text: `H${index + 1}`, milliseconds: time, own: time })),
           limit,
         );
         const fits = milliseconds.map((time) => limitFor(time) <= limit);
@@ -44,7 +60,9 @@ describe("chooseCandidate", () => {
   it("accepts the limit that it names", () => {
     fc.assert(
       fc.property(fc.double({ min: 0.1, max: 1e6, noNaN: true }), (milliseconds) => {
-        expect(chooseCandidate([{ text: "H1", milliseconds }], limitFor(milliseconds))).not.toBeNull();
+        expect(
+          chooseCandidate([{ text: "H1", milliseconds, own: milliseconds }], limitFor(milliseconds)),
+        ).not.toBeNull();
       }),
     );
   });

@@ -16,6 +16,9 @@ afterAll(() => rmSync(cache, { recursive: true, force: true }));
 const subject = { model: { layers: 4 }, runtime: { name: "onnxruntime" }, machine: { cpu: "x" } };
 const predict = (batch: number, milliseconds: number) => entryOf("predict", batch, "64x64", [milliseconds]);
 
+/** Without the moments of measuring. */
+const timeless = (entries: readonly CostEntry[]) => entries.map(({ at: _, ...entry }) => entry);
+
 describe("costKey", () => {
   it("depends on the model, the runtime and the machine, and on nothing else", () => {
     expect(costKey({ ...subject, path: "/elsewhere" } as typeof subject)).toBe(costKey(subject));
@@ -35,7 +38,7 @@ describe("CostStore", () => {
     const [a, b, c] = [predict(1, 1), predict(2, 2), predict(1, 3)];
     await Promise.all([store.write([a], { model: "m" }), store.write([b], { model: "m" })]);
     await store.write([c], { model: "m" });
-    expect(await new CostStore(costKey(subject), cache).read()).toEqual([c, b]);
+    expect(timeless(await new CostStore(costKey(subject), cache).read())).toEqual(timeless([c, b]));
     const files = readdirSync(store.folder);
     expect(files).toHaveLength(1);
     const content = JSON.parse(readFileSync(path.join(store.folder, files[0]!), "utf8"));
@@ -53,7 +56,7 @@ describe("CostStore", () => {
     writeFileSync(path.join(store.folder, "notes.txt"), "");
     expect(await store.read()).toEqual([]);
     await store.write([predict(1, 2)], {});
-    expect(await store.read()).toEqual([predict(1, 2)]);
+    expect(timeless(await store.read())).toEqual(timeless([predict(1, 2)]));
     expect(readdirSync(store.folder)).toEqual(expect.arrayContaining([...foreign, "notes.txt"]));
   });
 
@@ -62,7 +65,7 @@ describe("CostStore", () => {
     await store.write([predict(1, 1)], {});
     rmSync(store.folder, { recursive: true });
     await store.write([predict(1, 1), predict(2, 2)], {});
-    expect(await store.read()).toEqual([predict(1, 1), predict(2, 2)]);
+    expect(timeless(await store.read())).toEqual(timeless([predict(1, 1), predict(2, 2)]));
   });
 
   it("lies in $XDG_CACHE_HOME, if that is an absolute path", () => {
@@ -89,7 +92,18 @@ describe("several stores of one table", () => {
     // All that it knows, one of it measured again; and once more.
     await stale.write([table[0]!, predict(2, 20)], {});
     await stale.write([table[0]!, predict(2, 20), predict(4, 40)], {});
-    expect(await new CostStore(key, cache).read()).toEqual([predict(1, 10), predict(2, 20), predict(4, 40)]);
+    expect(timeless(await new CostStore(key, cache).read())).toEqual(
+      timeless([predict(1, 10), predict(2, 20), predict(4, 40)]),
+    );
+  });
+
+  it("one that writes late what it has measured early does not replace what another has measured since", async () => {
+    const key = "f".repeat(64);
+    const early = { ...predict(1, 1), at: Date.now() - 60_000 };
+    const since = predict(1, 2);
+    await new CostStore(key, cache).write([since], {});
+    await new CostStore(key, cache).write([early, predict(2, 2)], {});
+    expect(timeless(await new CostStore(key, cache).read())).toEqual(timeless([since, predict(2, 2)]));
   });
 
   it("hold at the end the latest entry of each launch, whatever the order of reads and writes", async () => {
@@ -135,6 +149,39 @@ describe("several stores of one table", () => {
       }),
       { numRuns: 60 },
     );
+  });
+
+  it("forget what was measured before a reset, whoever writes it later, and keep what is measured after", async () => {
+    const key = "e".repeat(64);
+    const [resetting, running, late] = [0, 1, 2].map(() => new CostStore(key, cache)) as [
+      CostStore,
+      CostStore,
+      CostStore,
+    ];
+    await resetting.write([predict(1, 1), predict(2, 2)], {});
+    const table = await running.read();
+    /** Measured before the reset, and written after it. */
+    const unwritten = predict(4, 4);
+    await late.read();
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(await running.lastReset()).toBe(0);
+    await resetting.reset({});
+    expect(await new CostStore(key, cache).read()).toEqual([]);
+    expect(await running.lastReset()).toBeGreaterThan(0);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    const fresh = predict(2, 20);
+    await running.write([table[0]!, fresh], {});
+    await late.write([unwritten], {});
+    expect(await late.lastReset()).toBe(await resetting.lastReset());
+    // A process that starts now, and the one that has reset.
+    for (const store of [new CostStore(key, cache), resetting]) expect(await store.read()).toEqual([fresh]);
+    expect(readdirSync(running.folder)).toHaveLength(1);
+    await resetting.reset({});
+    expect(await new CostStore(key, cache).read()).toEqual([]);
+    // On a clock that is behind the reset, what is measured after it counts all the same.
+    const behind = { ...predict(1, 5), at: 1 };
+    await resetting.write([behind], {});
+    expect(timeless(await new CostStore(key, cache).read())).toEqual(timeless([behind]));
   });
 
   it("in processes that write at the same time lose no entry", async () => {
