@@ -88,14 +88,19 @@ const server = createServer(async (request, response) => {
   const answer = await answerTo(request, call.signal).catch(toAnswer);
   if (response.destroyed) return;
   const { status, headers, body } = answer;
-  // A connection that is kept would outlive the service, and what is left of a body that was not read is no request.
-  const isLast = ending.signal.aborted || !request.complete;
   response.writeHead(status, {
     ...headers,
     "content-length": Buffer.byteLength(body),
     "cache-control": "no-store",
-    ...(isLast && { connection: "close" }),
+    // A connection that is kept would outlive the service.
+    ...(ending.signal.aborted && { connection: "close" }),
   });
+  if (!request.complete) {
+    // What is left of a body is no request. It is thrown away for a moment, since a connection that is closed while data
+    // comes in is reset, and the client may lose the answer.
+    request.resume();
+    response.once("finish", () => setTimeout(() => request.socket.destroy(), 500).unref());
+  }
   response.end(body);
 });
 // A client that sends its request slower than that is cut off.

@@ -152,7 +152,7 @@ const failures: Record<string, [code: string, fail: () => Promise<unknown> | unk
     () => ": ",
   ],
   "no onnxruntime-node": [
-    "RUNTIME",
+    "INSTALLATION",
     async () => {
       const { readFileSync } = await import("node:fs");
       await withHost(readFileSync(bundles.host, "utf8"), (runtime) => runtime.start());
@@ -209,7 +209,7 @@ const failures: Record<string, [code: string, fail: () => Promise<unknown> | unk
     () => writeSafetensors(at("no/such/a.safetensors"), { a: float32([1], new Float32Array(1)) }),
     () => at("no/such"),
   ],
-  "a limit that nothing meets": ["DEADLINE", generate({ deadlineMs: 0.001, steps: undefined })],
+  "a limit that nothing meets": ["DEADLINE_IMPOSSIBLE", generate({ deadlineMs: 0.001, steps: undefined })],
   "a full queue": [
     "QUEUE_FULL",
     async () => {
@@ -301,7 +301,7 @@ describe("publicMessage", () => {
   it("every code of the server's side has a sentence", () => {
     const plain = Object.entries(errorTable).filter(([, { sentence }]) => sentence === null);
     expect(plain.map(([code]) => code)).toEqual(
-      ["OPTION", "DEADLINE", "TIMEOUT", "QUEUE_FULL"].map((name) => `ERR_FLOWTURBO_${name}`),
+      ["OPTION", "DEADLINE", "DEADLINE_IMPOSSIBLE", "TIMEOUT", "QUEUE_FULL"].map((name) => `ERR_FLOWTURBO_${name}`),
     );
   });
 });

@@ -197,9 +197,10 @@ describe("answers", () => {
 
   it("a body that is too large before it has come, announced or not", async () => {
     const head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
-    expect(await raw(service, `${head}Content-Length: 99000000\r\n\r\n`)).toMatch(
-      /^HTTP\/1\.1 413 [\s\S]*connection: close/i,
-    );
+    const announced = connect(service);
+    announced.send(`${head}Content-Length: 99000000\r\n\r\n`);
+    await announced.closed;
+    expect(announced.received()).toMatch(/^HTTP\/1\.1 413 /);
     const chunked = connect(service);
     chunked.send(`${head}Transfer-Encoding: chunked\r\n\r\n`);
     const megabyte = `100000\r\n${"x".repeat(0x100000)}\r\n`;
@@ -208,6 +209,7 @@ describe("answers", () => {
       await new Promise((resolve) => chunked.socket.write(megabyte, resolve));
     await vi.waitFor(() => expect(chunked.received()).toMatch(/^HTTP\/1\.1 413 /));
     expect(sent).toBeLessThan(60);
+    await chunked.closed;
     expect((await fetch(`${service.url}/health`)).status).toBe(200);
   });
 
@@ -230,8 +232,8 @@ describe("answers", () => {
 
   it("a full queue with 429 and Retry-After, and a limit that nothing meets with the table's status", async () => {
     const limit = await fetch(`${service.url}/generate?prompt=x&deadlineMs=0.001`);
-    expect(await limit.json()).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE" });
-    expect([422, 503]).toContain(limit.status);
+    expect(await limit.json()).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE" });
+    expect(limit.status).toBe(422);
     const hangUp = new AbortController();
     const calls = Array.from({ length: 60 }, (_, seed) =>
       fetch(`${service.url}/generate?prompt=x&steps=900&seed=${seed}`, { signal: hangUp.signal }).catch(() => null),
@@ -273,7 +275,8 @@ describe("SIGTERM", () => {
     service.child.kill("SIGTERM");
     await idle.closed;
     const refused = await fetch(`${service.url}/health`).catch((error) => error.cause.code);
-    expect(refused).toBe("ECONNREFUSED");
+    // A connection of the pool may just have been closed.
+    expect(refused).toMatch(/^ECONN(REFUSED|RESET)$/);
     expect(busy.received()).toBe("");
     await busy.closed;
     const answer = busy.received();

@@ -256,7 +256,7 @@ describe("generate()", () => {
     const handlers = { onAccept: seen, onStart: seen, onStep: seen };
     await model.generate({ ...request, steps: 1 });
     await expect(model.generate({ ...request, steps: 2, deadlineMs: 0.001, ...handlers })).rejects.toMatchObject({
-      code: "ERR_FLOWTURBO_DEADLINE",
+      code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE",
     });
     await expect(model.generate({ ...request, steps: 0, ...handlers })).rejects.toMatchObject({ option: "steps" });
     expect(seen).not.toHaveBeenCalled();
