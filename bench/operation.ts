@@ -532,6 +532,8 @@ async function memory(): Promise<void> {
 
 // ── A quota of processor time ────────────────────────────────────────────────────────────────────────────────────────
 
+let groupsMade = 0;
+
 /** A group with so many cores' time, for cgroup v1 and v2; null where it cannot be made. */
 function quotaGroup(cores: number): { join(pid: number): void; remove(): void } | null {
   const period = 100_000;
@@ -539,7 +541,7 @@ function quotaGroup(cores: number): { join(pid: number): void; remove(): void } 
     ["/sys/fs/cgroup/cpu", (folder: string) => writeFileSync(`${folder}/cpu.cfs_quota_us`, String(cores * period))],
     ["/sys/fs/cgroup", (folder: string) => writeFileSync(`${folder}/cpu.max`, `${cores * period} ${period}`)],
   ] as const) {
-    const folder = `${base}/flowturbo-operation-${process.pid}`;
+    const folder = `${base}/flowturbo-operation-${process.pid}-${groupsMade++}`;
     try {
       if (!existsSync(`${base}/cgroup.procs`)) continue;
       mkdirSync(folder);

@@ -7,7 +7,7 @@
  * What a prediction has to leave free, as a factor. Predictions are medians: without it every second picture whose
  * prediction equals the limit would be late.
  */
-export const deadlineMargin = 1.1;
+export const deadlineMargin = 1.15;
 
 /** A candidate with the time that it is predicted to take. */
 export interface PredictedCandidate {
@@ -30,13 +30,13 @@ export interface Choice {
 
 /** The smallest limit that a prediction fits. */
 export function limitFor(milliseconds: number, margin = deadlineMargin): number {
-  // A product such as 100 · 1.1 is a little more than 110.
+  // A product such as 100 · 1.15 may be a little more than 115.
   return Math.ceil(milliseconds * margin - 1e-6);
 }
 
 /**
- * The margin that a machine needs for 95 % of its promises: at least the usual one, more after each that was broken, and a
- * little less after each that was kept, so that it stays where about one in forty is broken.
+ * The margin that a machine needs to keep its promises: at least the usual one, more after each that was broken, and a very
+ * little less after each that was kept, so that it stays where about one in four hundred is broken.
  */
 export class Margin {
   #value = deadlineMargin;
@@ -46,7 +46,7 @@ export class Margin {
   }
 
   observe(isLate: boolean): void {
-    const next = this.#value + (isLate ? marginStep : -marginStep / 39);
+    const next = this.#value + (isLate ? marginStep : -marginStep / 399);
     this.#value = Math.min(largestMargin, Math.max(deadlineMargin, next));
   }
 }
