@@ -9,7 +9,7 @@ import { DeadlineError, QueueFullError, RuntimeError, TimeoutError } from "../er
 import type { Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import { Calibration, type CalibrationOptions } from "./calibration.js";
-import { type CostEntry, CostTable } from "./costs.js";
+import { type CostEntry, CostTable, hostGraph } from "./costs.js";
 import type { Choice } from "./deadline.js";
 import { Dispatcher, type DispatcherOptions, type Job } from "./dispatcher.js";
 import { type Health, HealthMonitor } from "./health.js";
@@ -105,7 +105,9 @@ export class Service {
       this.#refuseIfFull(terms, candidates);
     }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
-    const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value;
+    // Launches have to be done somewhat before the pictures.
+    const host = this.costs.estimate(hostGraph, terms.size, pictures) ?? 0;
+    const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value - host;
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
     const chosen = this.#predictor.choose(priority, terms, candidates);
     if (chosen instanceof DeadlineError) this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
