@@ -150,7 +150,7 @@ export class FlowTurbo implements ImageModel {
     graphs: GraphLibrary,
     { runtime, choice }: OpenedRuntime & { readonly choice: RuntimeChoice },
     known: readonly CostEntry[],
-    model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours">,
+    model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours" | "unload">,
     serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
   ) {
     const { checkpoint } = graphs;
@@ -160,7 +160,14 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.nativeSize = nativeSize(checkpoint);
     this.#graphs = graphs;
-    this.#model = { ...model, name: this.name, checkpoint, runtime, colours: (signal) => this.#latentColours(signal) };
+    this.#model = {
+      ...{ ...model, name: this.name, checkpoint, runtime },
+      colours: (signal) => this.#latentColours(signal),
+      unload: async (names) => {
+        this.#service.forget(names);
+        await runtime.unload?.(names);
+      },
+    };
     this.#store = serving.store;
     this.#events = serving.monitor.events;
     this.#service = new Service(runtime, known, {

@@ -27,6 +27,8 @@ export interface LoadedModel extends ModelFacts {
   readonly text: PromptEncoder;
   readonly templates: Templates;
   readonly keepTextEncoders: boolean;
+  /** Frees the memory that graphs take, until their next launch. */
+  readonly unload: (graphs: readonly string[]) => Promise<void>;
   readonly loadMilliseconds: number;
   readonly logger: Logger;
   /** The preview's map, fitted on first use. */
@@ -57,7 +59,7 @@ export async function draw(
   const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
   const encoded = await model.text.encoded(candidate.prompts, pending, texts);
   // Before the engines of the steps need the memory.
-  if (!model.keepTextEncoders) await model.runtime.unload?.(model.text.graphs);
+  if (!model.keepTextEncoders) await model.unload(model.text.graphs);
   const conditions: Condition[] = [];
   for (let index = 0; index < prompts.length; index++) {
     const negative = encoded[prompts.length + index];

@@ -46,6 +46,10 @@ export interface RunOptions {
   readonly signal?: AbortSignal | undefined;
   /** Called when the runtime begins with the program, once those before have ended. */
   readonly onBegin?: (() => void) | undefined;
+  /**
+   * Called now and then with the index of the launch that runs, by a runtime that is asked for it: reports may come bunched.
+   */
+  readonly onProgress?: ((index: number) => void) | undefined;
   /** Called after each launch, in order. An error it throws stops the program and rejects the run. */
   readonly onLaunch?: ((report: LaunchReport) => void) | undefined;
   /**

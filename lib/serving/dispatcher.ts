@@ -101,9 +101,8 @@ export class Dispatcher {
     this.#gatherer = new Gatherer(options.graph);
     this.#watch = new LaunchWatch({
       watchdogMs: options.watchdogMs,
-      // The first launch of a kind is slower by an unknown time: it may compile the graph.
-      costOf: ({ graph, size, batch }) =>
-        this.#warm.has(`${graph}@${size} x ${batch}`) ? options.costs.estimate(graph, size, batch) : null,
+      costOf: ({ graph, size, batch }) => options.costs.estimate(graph, size, batch),
+      isWarm: ({ graph, size, batch }) => this.#warm.has(`${graph}@${size} x ${batch}`),
       onSlow: (launch) => options.onSlow?.(launch),
       onHung: ({ graph, milliseconds }) =>
         runtime.giveUp?.(`has worked on one launch of "${graph}" for ${Math.round(milliseconds / 1000)} s`),
@@ -113,6 +112,11 @@ export class Dispatcher {
   /** The launch that runs now; null if none does. */
   get running(): SlowLaunch | null {
     return this.#watch.running;
+  }
+
+  /** The runtime has freed what these graphs were compiled to: their next launches are slower. */
+  forget(graphs: readonly string[]): void {
+    for (const key of this.#warm) if (graphs.some((graph) => key.startsWith(`${graph}@`))) this.#warm.delete(key);
   }
 
   /** Jobs, submissions and constants that are held for jobs under way: 0 when there are none. */
@@ -233,6 +237,7 @@ export class Dispatcher {
         signal: controller.signal,
         preempt: preempt?.signal,
         onBegin: () => this.#watch.begun(submission.id),
+        onProgress: (launch) => this.#watch.at(submission.id, launch),
         onLaunch: (report) => this.#report(submission, gathered, report),
       });
       workspace.free(gathered.temporaries);
@@ -303,7 +308,7 @@ export class Dispatcher {
 
   #report(submission: Submission, gathered: Gathered, report: LaunchReport): void {
     const { milliseconds } = report;
-    this.#watch.made(submission.id, report.index + 1);
+    this.#watch.at(submission.id, report.index + 1);
     const { batch, rows, ...kind } = submission.launches[report.index]!;
     this.#launched(kind, rows.length, batch, milliseconds);
     const seen = new Set<number>();

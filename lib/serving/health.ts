@@ -57,7 +57,8 @@ export interface Health {
 
 /** For people. */
 export function slowText({ graph, milliseconds, usualMs }: SlowLaunch): string {
-  return `A launch of "${graph}" runs for ${seconds(milliseconds)}; it usually takes ${Math.round(usualMs ?? 0)} ms.`;
+  const usual = usualMs === null ? "what it usually takes is not known" : `it usually takes ${Math.round(usualMs)} ms`;
+  return `A launch of "${graph}" runs for ${seconds(milliseconds)}; ${usual}.`;
 }
 
 function seconds(milliseconds: number): string {
@@ -136,6 +137,8 @@ export class HealthMonitor implements RuntimeListener {
       this.#slow !== null &&
       running !== null &&
       running.graph === this.#slow.graph &&
+      running.size === this.#slow.size &&
+      running.batch === this.#slow.batch &&
       running.milliseconds >= this.#slow.milliseconds;
     if (isSlow) reasons.push(slowText(running));
     return {

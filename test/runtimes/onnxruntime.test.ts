@@ -3,7 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
 import { elementCount, float32 } from "../../lib/common/tensor.js";
 import { DisposedError, InstallationError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
@@ -218,6 +218,42 @@ describe.skipIf(process.platform !== "linux")("the moment of a kill", () => {
     expect(values((await call).a)).toEqual([2]);
     expect(hosts()).toEqual(before);
     expect(told.filter((what) => what !== "silent" && what !== "heard")).toEqual([]);
+  });
+
+  it("is told by the child while a long launch runs, though reports of short ones before it are held back", async () => {
+    const runtime = open({ watchdogMs: 1000 });
+    runtime.add(slowGraph("short", 512, 1));
+    runtime.add(slowGraph("long", 512, 400));
+    const work = slowProgram("short", 512, 2);
+    const long = { ...work.instructions[1]!, graph: "long" } as (typeof work.instructions)[number];
+    // Warm: nothing is compiled below.
+    await runtime.run({ ...work, instructions: [work.instructions[0]!, long] });
+    const seen: (number | string)[] = [];
+    await runtime.run(
+      { ...work, instructions: [work.instructions[0]!, work.instructions[1]!, long] },
+      { onProgress: (index) => seen.push(index), onLaunch: ({ index }) => seen.push(`made ${index}`) },
+    );
+    // The child is at the third launch before it has reported the first.
+    expect(seen.indexOf(2)).toBeGreaterThanOrEqual(0);
+    expect(seen.indexOf(2)).toBeLessThan(seen.indexOf("made 0"));
+  });
+
+  it("in the start again and again leaves a runtime that starts by itself, later and later", async () => {
+    told.length = 0;
+    const runtime = open({ listener });
+    await runtime.start();
+    kill();
+    await vi.waitFor(() => expect(told).toEqual(["lost"]));
+    const killer = setInterval(kill, 5);
+    try {
+      await expect(work(runtime)).rejects.toBeInstanceOf(RuntimeDiedError);
+      await vi.waitFor(() => expect(told.filter((what) => what === "lost").length).toBeGreaterThan(4), 20_000);
+    } finally {
+      clearInterval(killer);
+    }
+    // Nobody calls.
+    await vi.waitFor(() => expect(told.at(-1)).toBe("restarted"), { timeout: 20_000, interval: 50 });
+    expect(values((await work(runtime)).a)).toEqual([2]);
   });
 
   it("that a caller gives up is an error of the program that ran", async () => {

@@ -523,16 +523,15 @@ describe("a launch that hangs", () => {
     expect(vi.getTimerCount()).toBe(0);
   });
 
-  it("may take as long as it likes where it is the first of its kind, which compiles the graph", async () => {
+  it("has much more time where it is the first of its kind, which compiles the graph", async () => {
     const { dispatcher, runtime } = open({ watchdogMs: 1000 });
     runtime.fate = () => "hangs";
     const job = dispatcher.run({ rows: rowsOf(request()), priority: priority() });
     job.catch(() => {});
     await vi.waitFor(() => expect(dispatcher.running).not.toBeNull());
-    vi.advanceTimersByTime(3_600_000);
+    vi.advanceTimersByTime(200_000);
     expect(runtime.givenUp).toEqual([]);
-    expect(dispatcher.running!.usualMs).toBeNull();
-    expect(dispatcher.running!.milliseconds).toBeGreaterThanOrEqual(3_600_000);
+    expect(dispatcher.running!.milliseconds).toBeGreaterThanOrEqual(200_000);
     runtime.giveUp("enough");
     await expect(job).rejects.toThrow("The simulated process died.");
   });

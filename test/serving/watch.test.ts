@@ -11,12 +11,13 @@ afterEach(() => {
 });
 
 const launch = (graph: string): AssignedLaunch => ({ graph, size: "64x64", batch: 1, rows: [] });
-function open(costs: Record<string, number>) {
+function open(costs: Record<string, number>, isWarm = true) {
   const slow: SlowLaunch[] = [];
   const hung: SlowLaunch[] = [];
   const watch = new LaunchWatch({
     watchdogMs: 1000,
     costOf: ({ graph }) => costs[graph] ?? null,
+    isWarm: () => isWarm,
     onSlow: (launch) => slow.push(launch),
     onHung: (launch) => hung.push(launch),
   });
@@ -28,7 +29,7 @@ it("tells once that a launch is slow, and once that it hangs", () => {
   watch.submitted(1, [launch("predict"), launch("predict")]);
   watch.begun(1);
   vi.advanceTimersByTime(900);
-  watch.made(1, 1);
+  watch.at(1, 1);
   vi.advanceTimersByTime(1000);
   expect(slow).toEqual([]);
   vi.advanceTimersByTime(3000);
@@ -59,13 +60,51 @@ it("allows ten times the cost, and five times that, where that is more than the 
   expect(hung).toHaveLength(1);
 });
 
-it("says nothing of a launch whose cost is not known, and shows how long it runs", () => {
-  const { watch, slow, hung } = open({});
-  watch.submitted(1, [launch("unknown")]);
+it("gives the first launch of a kind sixty times as long, and one of unknown cost no end", () => {
+  for (const cost of [20, undefined]) {
+    const { watch, slow, hung } = open(cost ? { first: cost } : {}, false);
+    watch.submitted(1, [launch("first")]);
+    watch.begun(1);
+    vi.advanceTimersByTime(60_000);
+    expect(slow).toEqual([]);
+    vi.advanceTimersByTime(1000);
+    expect(slow).toMatchObject([{ graph: "first", usualMs: cost ?? null }]);
+    vi.advanceTimersByTime(238_000);
+    expect(hung).toEqual([]);
+    vi.advanceTimersByTime(3_600_000);
+    expect(hung).toHaveLength(cost ? 1 : 0);
+    expect(watch.running!.milliseconds).toBeCloseTo(3_899_000, -3);
+    watch.over(1);
+  }
+});
+
+it("counts no time in which nothing could look, and never tells both at once", () => {
+  const { watch, slow, hung } = open({ predict: 20 });
+  watch.submitted(1, [launch("predict")]);
   watch.begun(1);
-  vi.advanceTimersByTime(3_600_000);
+  vi.advanceTimersByTime(400);
+  // The process stops for an hour, and with it the runtime: one timer is due at the end, not thousands.
+  vi.setSystemTime(Date.now() + 3_600_000);
+  const now = performance.now();
+  vi.spyOn(performance, "now").mockImplementation(() => now + 3_600_000);
+  vi.advanceTimersByTime(200);
   expect([slow, hung]).toEqual([[], []]);
-  expect(watch.running).toEqual({ graph: "unknown", size: "64x64", batch: 1, milliseconds: 3_600_000, usualMs: null });
+  expect(watch.running!.milliseconds).toBeLessThan(1000);
+  vi.restoreAllMocks();
+});
+
+it("does not hold a short launch for a long one behind it that the runtime says it is at", () => {
+  const { watch, slow, hung } = open({ blend: 1, predict: 5600 });
+  watch.submitted(1, [launch("blend"), launch("predict"), launch("predict")]);
+  watch.begun(1);
+  // The first one's report is held back; the runtime says where it is.
+  watch.at(1, 1);
+  vi.advanceTimersByTime(50_000);
+  expect([slow, hung]).toEqual([[], []]);
+  expect(watch.running!.graph).toBe("predict");
+  // A report of the first that comes late changes nothing.
+  watch.at(1, 1);
+  expect(watch.running!.milliseconds).toBeGreaterThan(49_000);
 });
 
 it("times a submission from when the runtime begins with it, and each launch from the report before", () => {
@@ -83,16 +122,16 @@ it("times a submission from when the runtime begins with it, and each launch fro
   expect(watch.running).toBeNull();
   watch.begun(2);
   vi.advanceTimersByTime(900);
-  watch.made(2, 1);
+  watch.at(2, 1);
   vi.advanceTimersByTime(900);
   expect(watch.running).toMatchObject({ graph: "decode", milliseconds: 900 });
   expect(slow).toEqual([]);
   // All that it has was reported: it only has to end.
-  watch.made(2, 2);
+  watch.at(2, 2);
   expect(watch.running).toBeNull();
   vi.advanceTimersByTime(60_000);
   watch.begun(7);
-  watch.made(7, 1);
+  watch.at(7, 1);
   watch.over(7);
   watch.over(2);
   expect(slow).toEqual([]);

@@ -26,17 +26,25 @@ export interface WatchSettings {
 const pingsWithin = 10;
 /** Answers that are missing before that is told. */
 const missingAnswers = 3;
-/** A child that starts may have to read its files from a slow disk before it answers. */
+/** A child that starts may have to read its files from a slow disk before it answers, and before it is ready. */
 const leastStartMs = 30_000;
+const longestStartMs = 120_000;
 
 /** Whether a child answers pings: see host.ts. */
 const givesSigns = !process.versions.bun && !process.versions.deno;
+
+/** Who follows a run, and how it is reported. */
+interface RunFollower extends Pick<RunOptions, "onBegin" | "onProgress" | "reports"> {
+  onLaunch(report: FinishedLaunch): void;
+}
 
 /** A run under way. */
 interface PendingRun {
   /** Whether the child works on it: then it may be what ends the child. */
   readonly begun: boolean;
   begin(): void;
+  /** The child says which of its launches it works on. */
+  progress(index: number): void;
   receive(message: FromHost): void;
   reject(error: Error): void;
 }
@@ -61,9 +69,10 @@ export class HostConnection {
   /** Messages for when the child is ready. */
   #outbox: ToHost[] | null = [];
   #timer: NodeJS.Timeout | undefined;
-  /** Moments of the last sign of life, and of the last look at it. */
+  /** Moments of the last sign of life, of the last look at it, and of the start. */
   #heard = 0;
   #looked = 0;
+  #started = performance.now();
   #isSilent = false;
 
   constructor(file: URL, settings: HostSettings, watch: WatchSettings) {
@@ -108,6 +117,11 @@ export class HostConnection {
     this.#expect();
   }
 
+  /** Whether the child has ever been ready. */
+  get wasReady(): boolean {
+    return this.#outbox === null;
+  }
+
   /** Whether the child has ended. */
   get isOver(): boolean {
     return this.#isOver;
@@ -123,11 +137,7 @@ export class HostConnection {
   run(
     graphs: readonly SentGraph[],
     program: Program,
-    {
-      onBegin,
-      onLaunch,
-      reports,
-    }: Pick<RunOptions, "onBegin" | "reports"> & { onLaunch(report: FinishedLaunch): void },
+    { onBegin, onProgress, onLaunch, reports }: RunFollower,
     workspace: number | undefined,
   ) {
     const id = this.#ids++;
@@ -141,6 +151,10 @@ export class HostConnection {
           if (begun) return;
           begun = true;
           onBegin?.();
+        },
+        progress(index) {
+          run.begin();
+          onProgress?.(index);
         },
         reject,
         receive: (message) => {
@@ -192,7 +206,10 @@ export class HostConnection {
   #look(pause: number): void {
     const now = performance.now();
     // This process was stopped or busy: what the child has said meanwhile is still to be read.
-    if (now - this.#looked > 2 * pause) this.#heard = now;
+    if (now - this.#looked > 2 * pause) {
+      this.#heard = now;
+      this.#started += now - this.#looked;
+    }
     this.#looked = now;
     const isStarting = this.#outbox !== null;
     if (!isStarting && this.#runs.size === 0) {
@@ -204,13 +221,19 @@ export class HostConnection {
     const { silentMs, onSilence } = this.#watch;
     const silent = now - this.#heard;
     const seconds = Math.round(silent / 1000);
-    if (silent > (isStarting ? Math.max(leastStartMs, 3 * silentMs) : silentMs))
+    // A thread that answers does not say that the library loads.
+    if (isStarting && now - this.#started > longestStartMs) this.giveUp("did not become ready, and was ended", true);
+    else if (silent > (isStarting ? Math.max(leastStartMs, 3 * silentMs) : silentMs))
       this.giveUp(`gave no sign of life for ${seconds} s, and was replaced`, false);
     else if (!isStarting && silent > missingAnswers * pause) {
       this.#isSilent = true;
       onSilence?.(silent);
     }
-    this.process.ping(() => this.#hear());
+    this.process.ping((answer) => {
+      this.#hear();
+      const state = BigInt.asIntN(64, /^-?\d+$/.test(answer) ? BigInt(answer) : -1n);
+      if (state >= 0n) this.#runs.get(Number(state >> 16n))?.progress(Number(state & 0xffffn));
+    });
   }
 
   #hear(): void {
@@ -223,7 +246,7 @@ export class HostConnection {
     const what = "The process that runs ONNX Runtime";
     if (this.#givenUp) {
       const { why, duringWork } = this.#givenUp;
-      return new RuntimeDiedError(`${what} ${why}.`, exitCode, signal, begun && duringWork);
+      return new RuntimeDiedError(`${what} ${why}.`, exitCode, signal, (begun || !this.wasReady) && duringWork);
     }
     const how = signal
       ? `was ended by ${signal}`
@@ -235,7 +258,9 @@ export class HostConnection {
         ? ' The system may have run out of memory: try smaller pictures, a smaller batch or `weights: "lazy"`.'
         : "";
     const output = stderr ? ` It wrote: ${stderr}` : "";
-    return new RuntimeDiedError(`${what} ${how}.${hint}${output}`, exitCode, signal, begun);
+    // One that ends by itself while it starts would do so again: who started it is to be told.
+    const byItself = !this.wasReady && signal !== "SIGKILL" && signal !== "SIGTERM";
+    return new RuntimeDiedError(`${what} ${how}.${hint}${output}`, exitCode, signal, begun || byItself);
   }
 }
 

@@ -23,6 +23,8 @@ export class RunFailure extends Error {
 
 /** What a run reports, and looks at before each launch. */
 export interface RunHooks {
+  /** Called before each launch, with its index. */
+  launching?(index: number): void;
   /** The next launch waits for what it returns. */
   launched(report: FinishedLaunch): void | Promise<void>;
   /** What has been asked of it so far. */
@@ -59,7 +61,11 @@ export class Executor {
    * @param workspace where the program finds values of earlier programs and leaves its own
    * @throws RunFailure
    */
-  async run(program: Program, { launched, asked }: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+  async run(
+    program: Program,
+    { launching, launched, asked }: RunHooks,
+    workspace?: number,
+  ): Promise<Record<string, Tensor>> {
     const values = (workspace !== undefined && this.#workspaces.get(workspace)) || new Map<string, ort.Tensor>();
     if (workspace !== undefined) this.#workspaces.set(workspace, values);
     if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
@@ -77,6 +83,7 @@ export class Executor {
         const written = program.results.filter((name) => values.has(name));
         throw new RunFailure({ kind: "preempted", launches, results: read(program, written, values) });
       }
+      launching?.(launches);
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;

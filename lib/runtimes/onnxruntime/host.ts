@@ -2,8 +2,8 @@
  * Entry of the child process that runs the graphs. It follows the messages of its channel, and must never outlive its
  * parent, even in the middle of a `session.run` of many seconds, when this thread receives nothing. So a second thread
  * holds the read end of a pipe (stdin) whose write end only the parent has; when that closes, however the parent ended,
- * the thread kills the process. It also answers each byte on that pipe with one on stdout: a sign of life that does not
- * depend on how long a launch takes. Bun and Deno have no such thread's socket; there the channel's end, which the first
+ * the thread kills the process. It also answers each byte on that pipe with a line on stdout that names the launch which
+ * runs: a sign of life that does not depend on how long a launch takes. Bun and Deno have no such thread's socket; there the channel's end, which the first
  * thread notices between two launches, ends the process, and there are no such signs.
  */
 
@@ -29,6 +29,8 @@ const reportInterval = 200;
 /** Runs that wait or run, with what has been asked of them since. */
 const pending = new Map<number, Set<"abort" | "preempt">>();
 let turn: Promise<void> = Promise.resolve();
+/** What runs now, for the watching thread: run · 2^16 + launch in one value, so that both change at once; −1 for nothing. */
+const running = new BigInt64Array(new SharedArrayBuffer(8)).fill(-1n);
 
 const [library] = await Promise.all([
   import("onnxruntime-node").then(
@@ -91,7 +93,8 @@ async function run(
       await Promise.race([flush(), over]);
       patience.abort();
     };
-    const results = await executor.run(unpack(program), { launched, asked }, workspace);
+    const launching = (index: number) => Atomics.store(running, 0, (BigInt(id) << 16n) + BigInt(index));
+    const results = await executor.run(unpack(program), { launching, launched, asked }, workspace);
     void send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =
@@ -99,6 +102,7 @@ async function run(
     void flush();
     void send({ type: "failed", id, failure });
   } finally {
+    Atomics.store(running, 0, -1n);
     pending.delete(id);
   }
 }
@@ -119,13 +123,13 @@ function send(message: FromHost): Promise<void> {
 
 function watchParent(): Promise<unknown> {
   const code = `
-    const { parentPort } = require("node:worker_threads");
+    const { parentPort, workerData } = require("node:worker_threads");
     const { writeSync } = require("node:fs");
     const kill = () => process.kill(process.pid, "SIGKILL");
     // An answer that cannot be written now is not needed: the parent has not read those before.
-    const answer = () => { try { writeSync(1, "."); } catch {} };
+    const answer = () => { try { writeSync(1, Atomics.load(workerData, 0) + "\\n"); } catch {} };
     new (require("node:net").Socket)({ fd: 0 }).on("data", answer).on("error", kill).on("close", kill);
     parentPort.postMessage("watching");`;
-  const thread = new Worker(code, { eval: true });
+  const thread = new Worker(code, { eval: true, workerData: running });
   return new Promise((resolve) => thread.once("message", resolve));
 }

@@ -42,6 +42,10 @@ export interface OnnxRuntimeOptions {
 
 const defaultWatchdogMs = 10_000;
 
+/** Milliseconds until a child that could not be started is started again: doubled each time. */
+const firstPause = 1000;
+const longestPause = 60_000;
+
 /** How often in a row a child may be killed before it works on a program until that program fails. */
 const killsSurvived = 3;
 
@@ -55,6 +59,8 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   #host: HostConnection | null = null;
   /** Whether a child has ended and no other one has become ready since. */
   #isLost = false;
+  /** Children in a row that ended before they were ready. */
+  #failedStarts = 0;
   /** Starts, runs and disposals under way, which must keep the event loop alive. */
   #busy = 0;
   /** Programs that wait or run. */
@@ -148,7 +154,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   async unload(graphs: readonly string[]): Promise<void> {
     // What is under way may be a background program, which alone would let the process end.
     await this.#keepingAlive(async () => this.#turn);
-    this.#host?.process.send({ type: "unload", graphs });
+    this.#host?.send({ type: "unload", graphs });
   }
 
   dispose(): Promise<void> {
@@ -173,7 +179,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     options: SubmissionOptions,
     workspace?: number,
   ): Promise<Record<string, Tensor>> {
-    const { signal, onBegin, onLaunch, preempt, reports } = options;
+    const { signal, onBegin, onProgress, onLaunch, preempt, reports } = options;
     const cleanUp: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
@@ -189,7 +195,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
           run.abort();
         }
       };
-      const run = host.run(graphs, program, { onBegin, onLaunch: launched, reports }, workspace);
+      const run = host.run(graphs, program, { onBegin, onProgress, onLaunch: launched, reports }, workspace);
       if (preempt) {
         this.#preemptions.add(run.preempt);
         cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
@@ -228,6 +234,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
         logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`);
         if (this.#isLost) listener?.restarted();
         this.#isLost = false;
+        this.#failedStarts = 0;
       },
       () => {},
     );
@@ -237,8 +244,21 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
       this.#isLost = true;
       logger?.warn?.(error.message);
       listener?.lost(error);
+      if (!host.wasReady) this.#tryAgainLater();
     });
     return host;
+  }
+
+  /**
+   * Starts a child that could not be started, without a call: a service that is not ready gets none. Later and later; it
+   * keeps no process alive.
+   */
+  #tryAgainLater(): void {
+    const pause = Math.min(longestPause, firstPause * 2 ** this.#failedStarts++);
+    const timer = setTimeout(() => {
+      if (!this.#disposed && this.#isLost) this.#launchHost();
+    }, pause);
+    timer.unref();
   }
 
   async #keepingAlive<T>(work: () => Promise<T>): Promise<T> {

@@ -30,7 +30,7 @@ export class HostProcess {
   readonly #child: ChildProcess;
   #stderr = "";
 
-  #answered = () => {};
+  #answered: (answer: string) => void = () => {};
 
   constructor(host: URL, settings: HostSettings, onMessage: (message: FromHost) => void) {
     const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
@@ -61,7 +61,8 @@ export class HostProcess {
     if (alive.size === 0) process.on("exit", killAll);
     alive.add(child);
     child.stdin?.on("error", () => {});
-    child.stdout?.on("data", () => this.#answered());
+    // Of several answers at once the last counts.
+    child.stdout?.setEncoding("utf8").on("data", (text: string) => this.#answered(text.trim().split("\n").at(-1)!));
     child.stderr?.setEncoding("utf8").on("data", (text: string) => {
       this.#stderr = (this.#stderr + text).slice(-keptStderr);
     });
@@ -73,8 +74,8 @@ export class HostProcess {
     if (this.#child.connected) this.#child.send(message, () => {});
   }
 
-  /** Asks for a sign of life. `onAnswer` is called at each, also to those that were asked for before. */
-  ping(onAnswer: () => void): void {
+  /** Asks for a sign of life. `onAnswer` is called with each, also with those that were asked for before. */
+  ping(onAnswer: (answer: string) => void): void {
     this.#answered = onAnswer;
     if (this.#child.stdin?.writable) this.#child.stdin.write(".");
   }
