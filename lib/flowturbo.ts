@@ -7,15 +7,16 @@ import path from "node:path";
 import type { z } from "zod";
 import { type Checkpoint, checkpointName, openCheckpoint } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
+import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { checkDeviceMemory } from "./generation/device-memory.js";
-import { readEdit } from "./generation/edit.js";
+import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
-import { canRun, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
+import { canRun, type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
@@ -48,6 +49,9 @@ import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 /** Folder of the model that comes with the package. */
 export const embeddedModel = packagePath("models/shapes");
 
+/** Pictures to edit that are decoded at a time: each may take some 300 MB. */
+const decodedAtOnce = 2;
+
 /**
  * A loaded model. Calls made at the same time are served side by side: their launches are shared where that pays, and each
  * is answered when it is done.
@@ -68,6 +72,7 @@ export class FlowTurbo implements ImageModel {
   readonly #graphs: GraphLibrary;
   readonly #service: Service;
   readonly #store: CostStore;
+  readonly #decoding = new Gate({ capacity: decodedAtOnce });
   readonly #events: HealthMonitor["events"];
   readonly #calls = new Set<Promise<unknown>>();
   #colours: SharedTask<LatentColours> | null = null;
@@ -266,13 +271,13 @@ export class FlowTurbo implements ImageModel {
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
     const { candidates, pinBatch, signal, priority, prefer, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
-    const edit = request.edit && (await readEdit(request.edit, stages, this.#model.checkpoint.vae.config.factor));
-    signal?.throwIfAborted();
     const { width, height } = stages.at(-1)!;
     const terms: Terms = {
       ...{ priority, prefer, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
+    this.#service.refuseIfFull(terms);
+    const edit = request.edit && (await this.#readEdit(request.edit, stages, signal));
     const { text, templates } = this.#model;
     const texts = [...request.prompts, ...request.negativePrompts];
     const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
@@ -284,6 +289,17 @@ export class FlowTurbo implements ImageModel {
     const candidate = prepared[admitted.candidate]!;
     events?.send("onStart", { queuedMs: admitted.queuedMs, blocks: blocksOf(candidate.stages) });
     return admitted.complete(draw(this.#model, request, candidate, admitted, events, start));
+  }
+
+  /** Decoded pictures are large: few at a time, whatever number of requests bring some. */
+  async #readEdit(edit: EditRequest, stages: readonly Size[], signal: AbortSignal | undefined): Promise<Edit> {
+    const leave = await this.#decoding.enter(undefined, 1, signal);
+    try {
+      return await readEdit(edit, stages, this.#model.checkpoint.vae.config.factor);
+    } finally {
+      leave();
+      signal?.throwIfAborted();
+    }
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {

@@ -216,7 +216,8 @@ export class Predictor {
       const fit = Math.floor((this.#capacity - inside.pictures) / pictures);
       return limit + Math.max(fit, inside.requests === 0 ? 1 : 0);
     };
-    const work = this.#millisecondsOf(candidates.at(-1)!, terms) ?? unknownCost;
+    const last = candidates.at(-1);
+    const work = (last && this.#millisecondsOf(last, terms)) ?? unknownCost;
     return this.#retry.whenPlace(this.#allEndings(now), places, work, now);
   }
 

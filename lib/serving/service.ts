@@ -95,14 +95,14 @@ export class Service {
     onAccept?: (accepted: Choice & { readonly place: number }) => void,
   ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
-    this.#refuseIfFull(terms, candidates);
+    this.refuseIfFull(terms, candidates);
     if (deadlineMs !== null) {
       await this.#calibration.learn(candidates, terms).catch((error) => {
         this.#note(error);
         throw error;
       });
       signal?.throwIfAborted();
-      this.#refuseIfFull(terms, candidates);
+      this.refuseIfFull(terms, candidates);
     }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
     // Launches have to be done somewhat before the pictures.
@@ -197,7 +197,12 @@ export class Service {
     await this.store().catch((error) => this.#options.onError?.(error));
   }
 
-  #refuseIfFull(terms: Terms, candidates: readonly CandidateWork[]): void {
+  /**
+   * To be called before work that a request needs to be admitted: `admit` calls it, too.
+   * @param candidates as far as they are known
+   * @throws QueueFullError
+   */
+  refuseIfFull(terms: Terms, candidates: readonly CandidateWork[] = []): void {
     if (!this.#admission.isFull(terms.pictures)) return;
     const { waiting } = this.#admission;
     const retryAfterMs = this.#predictor.placeAfter(this.#options.maxQueue, terms, candidates);

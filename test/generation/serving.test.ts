@@ -301,6 +301,17 @@ describe("the queue", () => {
     expect(launches["predict.guidance"]!.counts).toHaveLength(launches["predict.guidance"]!.bounds.length + 1);
   });
 
+  it("that is full refuses an edit before its picture is decoded", async () => {
+    await using narrow = await FlowTurbo.load(undefined, { cache, maxBatch: 1, maxQueue: 0, measureCosts: false });
+    const first = [0, 1].map((seed) => narrow.generate({ prompt: "x", ...small, blocks: "H1P6", seed }));
+    await vi.waitFor(() => expect(narrow.stats().running.requests).toBe(2), polling);
+    const edit = { prompt: "x", ...small, blocks: "H1", image: new Uint8Array(8), strength: 1 };
+    await expect(narrow.generate(edit)).rejects.toBeInstanceOf(QueueFullError);
+    await Promise.all(first);
+    // No picture at all.
+    await expect(narrow.generate(edit)).rejects.toBeInstanceOf(OptionError);
+  });
+
   it("is left by those that are aborted while they wait", async () => {
     await using narrow = await FlowTurbo.load(undefined, { cache, maxBatch: 1, maxQueue: 8, measureCosts: false });
     const controller = new AbortController();
