@@ -55,6 +55,53 @@ describe("a platform without binaries", () => {
   });
 });
 
+/** Runs a module that finds another platform than there is. */
+function onPlatform(platform: { os: string; cpu: string; musl?: boolean }, code: string) {
+  const preload = `
+    import fs from "node:fs";
+    import { syncBuiltinESMExports } from "node:module";
+    const define = (name, value) => Object.defineProperty(process, name, { value });
+    define("platform", ${JSON.stringify(platform.os)});
+    define("arch", ${JSON.stringify(platform.cpu)});
+    const { readFileSync } = fs;
+    if (${platform.musl === true})
+      fs.readFileSync = (file, ...rest) =>
+        file === "/proc/self/maps" ? "7f00-7f01 r-xp 0 08:01 1 /lib/ld-musl-x86_64.so.1\\n" : readFileSync(file, ...rest);
+    syncBuiltinESMExports();`;
+  return spawnSync(
+    process.execPath,
+    [`--import=data:text/javascript,${encodeURIComponent(preload)}`, "--input-type=module", "--eval", code],
+    { cwd: root, encoding: "utf8" },
+  );
+}
+const loading = (options: object, folder?: string) => `
+  import { FlowTurbo } from ${JSON.stringify(path.join(root, "dist/index.js"))};
+  console.log("imported");
+  const model = await FlowTurbo.load(${folder ? JSON.stringify(folder) : "undefined"}, ${JSON.stringify(options)})
+    .catch((error) => console.log(error.code, error.package, error.message));
+  await model?.dispose();`;
+
+describe("a process on a platform without binaries", () => {
+  it.each([
+    ["an Intel Mac", { os: "darwin", cpu: "x64" }, "Intel Macs \\(darwin-x64\\)"],
+    ["Alpine", { os: "linux", cpu: "x64", musl: true }, "Linux with musl, such as Alpine"],
+    ["FreeBSD", { os: "freebsd", cpu: "x64" }, "freebsd-x64"],
+  ])("is told so on import, once, and by load() before anything else: %s", (_, platform, what) => {
+    for (const options of [{ runtime: "onnxruntime" }, {}])
+      for (const folder of [undefined, "/nowhere"]) {
+        const { stdout, stderr } = onPlatform(platform, loading(options, folder));
+        const named = `onnxruntime-node has no binaries for ${what}\\.`;
+        expect(stderr.match(new RegExp(`\\[FLOWTURBO_PLATFORM\\] FlowTurboWarning: ${named}`, "g"))).toHaveLength(1);
+        expect(stdout).toMatch(new RegExp(`^imported\nERR_FLOWTURBO_INSTALLATION onnxruntime-node ${named}`));
+      }
+  });
+
+  it("is none on this one", () => {
+    const { stdout, stderr } = onPlatform({ os: process.platform, cpu: process.arch }, loading({}));
+    expect([stdout, stderr]).toEqual(["imported\n", ""]);
+  });
+});
+
 describe("pruning", () => {
   let folder: string;
   const file = (...parts: string[]) => path.join(folder, ...parts);
@@ -96,6 +143,9 @@ describe("pruning", () => {
       { os: "darwin", cpu: "x64", libc: null },
     ])
       await expect(findPrunable(folder, platform)).rejects.toThrow(InstallationError);
+    // A folder from which the binary is gone, too.
+    rmSync(file("bin/napi-v6/linux/x64/onnxruntime_binding.node"));
+    await expect(findPrunable(folder, linux)).rejects.toThrow(/no binaries for linux-x64/);
     rmSync(file("bin/napi-v6/linux/x64"), { recursive: true });
     await expect(findPrunable(folder, linux)).rejects.toThrow(/no binaries for linux-x64/);
     rmSync(file("bin"), { recursive: true });
@@ -136,6 +186,15 @@ describe("pruning", () => {
     const shared = file("store/v11/links/@/onnxruntime-node/1.30.0/abc/node_modules/onnxruntime-node");
     cpSync(file("bin"), path.join(shared, "bin"), { recursive: true });
     await expect(findPrunable(shared, linux)).rejects.toThrow(/shared by all projects/);
+  });
+
+  it("says what it could not remove, and that it can be run again", async () => {
+    const found = await findPrunable(folder, linux);
+    // What is no file name fails in rm() alone.
+    const impossible = { ...found, paths: [...found.paths, `bin/napi-v6/${"x".repeat(300)}`] };
+    const failed = await prune(impossible).catch((error) => error);
+    expect(failed).toBeInstanceOf(InstallationError);
+    await prune(await findPrunable(folder, linux));
   });
 
   it("removes nothing where it may not write", () => {
