@@ -12,6 +12,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
+import { rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
@@ -190,11 +191,17 @@ describe("pruning", () => {
 
   it("says what it could not remove, and that it can be run again", async () => {
     const found = await findPrunable(folder, linux);
-    // What is no file name fails in rm() alone.
-    const impossible = { ...found, paths: [...found.paths, `bin/napi-v6/${"x".repeat(300)}`] };
-    const failed = await prune(impossible).catch((error) => error);
-    expect(failed).toBeInstanceOf(InstallationError);
-    await prune(await findPrunable(folder, linux));
+    const busy = Object.assign(new Error("EBUSY: busy"), { code: "EBUSY" });
+    const remove: typeof rm = (name, options) =>
+      String(name).endsWith("win32") ? Promise.reject(busy) : rm(name, options);
+    await expect(prune(found, remove)).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_INSTALLATION",
+      message: expect.stringMatching(/win32 cannot be removed \(EBUSY\); others may have been.*Run it again/),
+    });
+    const left = await findPrunable(folder, linux);
+    expect(left.paths).toEqual(["bin/napi-v6/win32"]);
+    await prune(left);
+    expect(await findPrunable(folder, linux)).toMatchObject({ paths: [] });
   });
 
   it("removes nothing where it may not write", () => {

@@ -79,10 +79,11 @@ export async function findPrunable(folder: string, platform: Platform): Promise<
 }
 
 /**
+ * @param remove for tests
  * @throws InstallationError, before anything is removed, if a folder may not be written; after a part was removed, if another
  *   cannot be: it can be run again
  */
-export async function prune({ folder, paths }: Prunable): Promise<void> {
+export async function prune({ folder, paths }: Prunable, remove: typeof rm = rm): Promise<void> {
   const all = await Promise.all(paths.map((name) => foldersWithin(path.join(folder, name))));
   for (const each of new Set([...paths.map((name) => path.dirname(path.join(folder, name))), ...all.flat()]))
     await access(each, constants.W_OK).catch((cause) => {
@@ -94,7 +95,7 @@ export async function prune({ folder, paths }: Prunable): Promise<void> {
     });
   for (const name of paths) {
     const file = path.join(folder, name);
-    await rm(file, { recursive: true, force: true }).catch((cause) => {
+    await remove(file, { recursive: true, force: true }).catch((cause) => {
       throw refusal(
         `${file} cannot be removed (${cause.code}); others may have been. The binaries of this platform are there.`,
         "Run it again where nothing uses those files.",
