@@ -10,7 +10,7 @@ import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
-import { checkOptions, generateSchema, refuseLongLists, refusePaths } from "./options.js";
+import { checkOptions, generateSchema, refuseOversized, refusePaths } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -47,7 +47,7 @@ export async function requestToJson(options: GenerateOptions): Promise<Json> {
 
 /** The options of a request from its JSON, which names no file. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
-  refuseLongLists(json);
+  refuseOversized(json);
   const { image, mask, ...options } = decoded(requestCodec, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
   return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };

@@ -37,6 +37,8 @@ import {
 const longestList = 1024;
 /** Dimensions of a tensor. */
 const longestShape = 16;
+/** Fields of an object; loggers may have some. */
+const mostFields = 1000;
 
 /** What a field says about itself beyond its type. */
 export interface OptionMeta {
@@ -442,7 +444,7 @@ export function guidanceModes(mode: "on" | "off" | "both" | number): readonly bo
  * @throws OptionError that names the first wrong option, what was expected and what was received
  */
 export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, subject: string): z.output<T> {
-  refuseLongLists(input);
+  refuseOversized(input);
   const result = schema.safeParse(input);
   if (result.success) return result.data;
   const issue = result.error.issues[0]!;
@@ -461,21 +463,29 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
 }
 
 /**
- * Looks at nothing but lengths. Schemas have an issue for each wrong entry, whatever their own limit says: a list of
- * millions would take seconds and gigabytes.
- * @throws OptionError for a list that no option takes
+ * Looks at nothing but lengths. Schemas have an issue for each wrong entry and field, whatever their own limit says: millions
+ * of them would take seconds and gigabytes.
+ * @throws OptionError for a list or an object that no option takes
  */
-export function refuseLongLists(input: unknown): void {
+export function refuseOversized(input: unknown): void {
   if (typeof input !== "object" || input === null || Array.isArray(input)) return;
+  const refuse = (option: string, length: number, most: number, what: string) => {
+    if (length > most) throw new OptionError(option, `Expected at most ${most} ${what} but received ${length}.`);
+  };
+  refuse("options", fieldsOf(input), mostFields, "options");
   for (const [option, value] of Object.entries(input)) {
-    const refuse = (entries: unknown, most: number, what: string) => {
-      if (Array.isArray(entries) && entries.length > most)
-        throw new OptionError(option, `Expected at most ${most} ${what} but received ${entries.length}.`);
-    };
-    refuse(value, longestList, `entries for ${option}`);
-    for (const each of Array.isArray(value) ? value : [value])
-      refuse(each?.shape, longestShape, `dimensions in a shape of ${option}`);
+    if (Array.isArray(value)) refuse(option, value.length, longestList, `entries for ${option}`);
+    for (const each of Array.isArray(value) ? value : [value]) {
+      refuse(option, fieldsOf(each), mostFields, `fields for ${option}`);
+      if (Array.isArray(each?.shape))
+        refuse(option, each.shape.length, longestShape, `dimensions in a shape of ${option}`);
+    }
   }
+}
+
+function fieldsOf(value: unknown): number {
+  if (typeof value !== "object" || value === null || Array.isArray(value) || ArrayBuffer.isView(value)) return 0;
+  return Object.keys(value).length;
 }
 
 /** @throws OptionError for a picture that is given by a path where `allowPaths` is false; no file is looked at */
@@ -503,7 +513,8 @@ function show(value: unknown): string {
     typeof value === "string"
       ? JSON.stringify(value.slice(0, longestShown))
       : inspect(value, {
-          depth: 2,
+          // Fields of fields may be any number.
+          depth: Array.isArray(value) ? 1 : 0,
           maxArrayLength: 20,
           maxStringLength: 80,
           breakLength: Infinity,

@@ -13,8 +13,8 @@ import { type Platform, platformText } from "../../common/platform.js";
 import { InstallationError } from "../../errors.js";
 import { whyUnsupported } from "./binaries.js";
 
-/** What Node loads; a folder without it is no installation. */
-const binding = "onnxruntime_binding.node";
+/** How the name of what Node loads begins; a folder without it is no installation. */
+const binding = "onnxruntime_binding.";
 
 /** What can be removed. */
 export interface Prunable {
@@ -64,8 +64,8 @@ export async function findPrunable(folder: string, platform: Platform): Promise<
         for (const processor of await entriesOf(folder, "bin", version, system.name))
           if (processor.name !== platform.cpu) paths.push(path.join("bin", version, system.name, processor.name));
           else
-            hasOwn ||= await access(path.join(folder, "bin", version, system.name, processor.name, binding)).then(
-              () => true,
+            hasOwn ||= await readdir(path.join(folder, "bin", version, system.name, processor.name)).then(
+              (names) => names.some((name) => name.startsWith(binding)),
               () => false,
             );
   if (!hasOwn)
