@@ -105,6 +105,7 @@ const server = createServer(limits, async (request, response) => {
   });
   open.add(entry);
   response.once("close", entry.close);
+  if (socket.destroyed) entry.close();
   void entry.closed.then(() => {
     open.delete(entry);
     call.abort();
