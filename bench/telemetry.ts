@@ -3,4 +3,4 @@
  * child process; a benchmark that loads ONNX Runtime into its own process imports this file first.
  */
 
-process.env.ORT_DISABLE_TELEMETRY ??= "1";
+process.env.ORT_DISABLE_TELEMETRY ||= "1";

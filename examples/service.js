@@ -18,15 +18,33 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { errorTable, FlowTurbo, publicMessage, requestFromJson } from "flowturbo";
 
-const { values: flags } = parseArgs({
-  options: {
+/** Ends with one sentence. */
+function fail(message, code) {
+  console.error(message);
+  process.exit(code);
+}
+
+function flagsOf() {
+  const options = {
     // Other interfaces only on purpose: there is no authentication here.
     host: { type: "string", default: "127.0.0.1" },
     port: { type: "string", default: "8080" },
     model: { type: "string" },
     drain: { type: "string", default: "30" },
-  },
-});
+  };
+  try {
+    const { host, port, model, drain } = parseArgs({ options }).values;
+    if (!/^\d+$/.test(port) || Number(port) > 65535)
+      throw new Error(`Expected a whole number from 0 to 65535 for --port but received "${port}".`);
+    if (!/^\d+(\.\d+)?$/.test(drain) || Number(drain) > 1e6)
+      throw new Error(`Expected a number of seconds from 0 to 1000000 for --drain but received "${drain}".`);
+    return { host, port: Number(port), model, drainMs: 1000 * Number(drain) };
+  } catch (error) {
+    return fail(error.message, 2);
+  }
+}
+
+const flags = flagsOf();
 
 /** What clients may choose. Not how many pictures, nor their priority: one picture a request, the first come first. */
 const clientOptions = {
@@ -75,18 +93,25 @@ const routes = new Map([
 /** Requests that are not answered yet. */
 const open = new Set();
 
-const server = createServer(async (request, response) => {
+// A client that sends its request slower than that is cut off. Both limits are given: Node takes the greater one for the
+// whole request, and its own for the head is a minute.
+const limits = { requestTimeout: 30_000, headersTimeout: 10_000, connectionsCheckingInterval: 5_000 };
+const server = createServer(limits, async (request, response) => {
+  const { socket } = request;
   const call = new AbortController();
-  // Also when the client has closed its connection: nobody wants the picture then.
-  const closed = new Promise((resolve) => response.once("close", resolve));
-  const entry = { call, closed };
+  const entry = { call, socket };
+  entry.closed = new Promise((resolve) => {
+    entry.close = resolve;
+  });
   open.add(entry);
-  void closed.then(() => {
+  response.once("close", entry.close);
+  if (socket.destroyed) entry.close();
+  void entry.closed.then(() => {
     open.delete(entry);
     call.abort();
   });
   const answer = await answerTo(request, call.signal).catch(toAnswer);
-  if (response.destroyed) return;
+  if (response.destroyed || socket.destroyed) return;
   const { status, headers, body } = answer;
   response.writeHead(status, {
     ...headers,
@@ -99,12 +124,17 @@ const server = createServer(async (request, response) => {
     // What is left of a body is no request. It is thrown away for a moment, since a connection that is closed while data
     // comes in is reset, and the client may lose the answer.
     request.resume();
-    response.once("finish", () => setTimeout(() => request.socket.destroy(), 500).unref());
+    response.once("finish", () => setTimeout(() => socket.destroy(), 500).unref());
   }
   response.end(body);
 });
-// A client that sends its request slower than that is cut off.
-server.requestTimeout = 30_000;
+// Nobody wants the pictures of a client that has closed its connection. The response alone does not tell: where requests are
+// sent without waiting for answers, only the first one's has the connection.
+server.on("connection", (socket) => {
+  socket.once("close", () => {
+    for (const entry of open) if (entry.socket === socket) entry.close();
+  });
+});
 
 async function answerTo(request, signal) {
   const url = URL.canParse(request.url, "http://localhost") ? new URL(request.url, "http://localhost") : null;
@@ -145,12 +175,18 @@ async function bodyOptions(request) {
   if (!/^application\/json\b/i.test(request.headers["content-type"] ?? ""))
     throw new Refusal(415, "Expected a body of type application/json.");
   const body = await bodyOf(request);
-  const options = requestFromJson(body);
-  const allowed = Object.values(clientOptions).flat();
+  if (typeof body !== "object" || body === null || Array.isArray(body))
+    throw new Refusal(400, "Expected an object of options.");
+  // Before anything reads the values: what clients may not choose costs nothing.
+  const { numbers, texts, pictures } = clientOptions;
+  const allowed = [...texts, ...numbers, ...pictures];
   for (const name of Object.keys(body))
-    if (!allowed.includes(name)) throw new Refusal(400, `Expected only ${allowed.join(", ")} but received ${name}.`);
-  if (typeof options.prompt !== "string") throw new Refusal(400, "Expected one prompt, as a string.");
-  return options;
+    if (!allowed.includes(name))
+      throw new Refusal(400, `Expected only ${allowed.join(", ")} but received ${name.slice(0, 40)}.`);
+  for (const name of texts)
+    if (body[name] !== undefined && typeof body[name] !== "string")
+      throw new Refusal(400, `Expected a string for ${name}.`);
+  return requestFromJson(body);
 }
 
 async function bodyOf(request) {
@@ -158,11 +194,16 @@ async function bodyOf(request) {
   if (Number(request.headers["content-length"]) > maxBody) throw tooLarge;
   const chunks = [];
   let bytes = 0;
-  // The stream must outlive this loop, since the answer goes over the same connection.
-  for await (const chunk of request.iterator({ destroyOnReturn: false })) {
-    bytes += chunk.length;
-    if (bytes > maxBody) throw tooLarge;
-    chunks.push(chunk);
+  try {
+    // The stream must outlive this loop, since the answer goes over the same connection.
+    for await (const chunk of request.iterator({ destroyOnReturn: false })) {
+      bytes += chunk.length;
+      if (bytes > maxBody) throw tooLarge;
+      chunks.push(chunk);
+    }
+  } catch (error) {
+    // A client that hangs up is no fault of the service.
+    throw error === tooLarge ? error : new Refusal(400, "The body broke off.");
   }
   try {
     return JSON.parse(Buffer.concat(chunks).toString("utf8"));
@@ -202,7 +243,7 @@ async function drain() {
   server.close();
   const answered = () => Promise.all([...open].map(({ closed }) => closed));
   const within = (ms) => Promise.race([answered(), sleep(ms, undefined, { ref: false })]);
-  await within(Number(flags.drain) * 1000);
+  await within(flags.drainMs);
   for (const { call } of open) call.abort();
   // Aborted calls are answered, too.
   await within(1000);
@@ -213,8 +254,11 @@ async function drain() {
 if (ending.signal.aborted) await model.dispose();
 else {
   ending.signal.addEventListener("abort", drain);
-  server.listen(Number(flags.port), flags.host);
-  await once(server, "listening");
+  server.listen(flags.port, flags.host);
+  await once(server, "listening").catch(({ code, message }) => {
+    const reason = code === "EADDRINUSE" ? "another program listens there; choose another --port" : message;
+    fail(`Cannot listen on ${flags.host}:${flags.port}: ${reason}.`, 1);
+  });
   const { address, family, port } = server.address();
   console.log(`listening on http://${family === "IPv6" ? `[${address}]` : address}:${port}`);
 }

@@ -36,7 +36,7 @@ import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
 import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
 import type { Program } from "./program/program.js";
-import { openRuntime, type RuntimeChoice } from "./runtimes/index.js";
+import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
@@ -51,6 +51,10 @@ export const embeddedModel = packagePath("models/shapes");
 
 /** Pictures to edit that are decoded at a time: each may take some 300 MB. */
 const decodedAtOnce = 2;
+
+// Said when this is imported: a service learns of it before its first request.
+const warning = platformWarning();
+if (warning !== null) process.emitWarning(warning, { type: "FlowTurboWarning", code: "FLOWTURBO_PLATFORM" });
 
 /**
  * A loaded model. Calls made at the same time are served side by side: their launches are shared where that pays, and each
@@ -82,7 +86,7 @@ export class FlowTurbo implements ImageModel {
    * Opens a checkpoint in the diffusers layout and starts a runtime for it. Weights are not read: the runtime maps them.
    * @param folder default: the embedded model
    * @throws CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
-   *   InstallationError if a package or file that it needs is missing, RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
+   *   InstallationError if a package or file that it needs is missing or has no binaries for this platform, RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
    *   `signal.reason` after an abort
    */
   static async load(folder: string = embeddedModel, options: LoadOptions = {}): Promise<FlowTurbo> {
@@ -100,6 +104,7 @@ export class FlowTurbo implements ImageModel {
     // 1. The folder: configs, headers of the weights, tokenizers. What the pictures need at the end is loaded meanwhile.
     report("checkpoint", 0);
     checkInstallation();
+    await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
     const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
     const ladder = ladderOf(checkpoint);

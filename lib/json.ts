@@ -10,7 +10,7 @@ import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
-import { checkOptions, generateSchema, refusePaths } from "./options.js";
+import { checkOptions, generateSchema, refuseOversized, refusePaths } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -47,6 +47,7 @@ export async function requestToJson(options: GenerateOptions): Promise<Json> {
 
 /** The options of a request from its JSON, which names no file. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
+  refuseOversized(json);
   const { image, mask, ...options } = decoded(requestCodec, json, "request");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
   return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
@@ -101,5 +102,7 @@ function decoded<T extends z.ZodType>(schema: T, json: unknown, what: string): z
 function refused(error: z.ZodError, what: string, why: string): OptionError {
   const { path, message } = error.issues[0]!;
   const field = path.join(".");
-  return new OptionError(String(path[0] ?? what), `${why}${field && ` at ${field}`}: ${message}.`);
+  // A message names every field that there is no place for.
+  const reason = message.length > 200 ? `${message.slice(0, 197)}...` : message;
+  return new OptionError(String(path[0] ?? what), `${why}${field && ` at ${field}`}: ${reason}.`);
 }

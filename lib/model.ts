@@ -201,7 +201,8 @@ export interface GenerateOptions {
   steps?: number | undefined;
   /**
    * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
-   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `P` pseudo corrector, `R` velocity refiner. Default: what the sampler makes.
+   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `P` pseudo corrector, `R` velocity refiner. At most 1000 blocks in 8192 characters.
+   * Default: what the sampler makes.
    */
   blocks?: string | undefined;
   /**

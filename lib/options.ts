@@ -4,6 +4,7 @@
  * samplers, runtimes and networks. What depends on a checkpoint (sizes, a refiner) is checked in generation/request.ts.
  */
 
+import { inspect } from "node:util";
 import { z } from "zod";
 import type { Logger } from "./common/logger.js";
 import type { FloatTensor } from "./common/tensor.js";
@@ -24,12 +25,20 @@ import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtime
 import {
   defaultSampler,
   type GridName,
+  longestSchedule,
   type SamplerName,
   type SamplerRow,
   samplers,
   samplersWithBlocks,
   sigmaGrids,
 } from "./schedule/index.js";
+
+/** Entries of the longest list that an option may be: as many as a call has pictures. */
+const longestList = 1024;
+/** Dimensions of a tensor. */
+const longestShape = 16;
+/** Fields of an object; loggers may have some. */
+const mostFields = 1000;
 
 /** What a field says about itself beyond its type. */
 export interface OptionMeta {
@@ -74,10 +83,14 @@ const defaulted = <T extends z.ZodType>(
     help,
   );
 
+/** A list that nothing here changes. Not zod's readonly(), which freezes what it is given even where that is no list. */
+const list = <T extends z.ZodType>(inner: T, least = 0, most = longestList) =>
+  z.array(inner).min(least).max(most) as unknown as z.ZodType<readonly z.output<T>[], readonly z.input<T>[]>;
+
 const integer = (minimum: number, maximum: number, expects = `a whole number from ${minimum} to ${maximum}`) =>
   kind(z.int().min(minimum).max(maximum), expects);
 const integers = (maximum: number) =>
-  kind(z.array(z.int().min(1).max(maximum)).min(1).readonly(), `a list of whole numbers from 1 to ${maximum}`);
+  kind(list(z.int().min(1).max(maximum), 1), `a list of whole numbers from 1 to ${maximum}`);
 const either = (values: readonly string[]) =>
   values.map((value, index) => `${index === 0 ? "" : index === values.length - 1 ? " or " : ", "}"${value}"`).join("");
 const oneOf = <const T extends string>(values: readonly T[]) => kind(z.enum(values), either(values));
@@ -110,10 +123,10 @@ const picture = kind(
   "the path of a picture, an encoded picture, or { width, height, data }",
 );
 const text = z.string();
-const texts = (expects: string) => kind(z.union([text, z.array(text).min(1).readonly()]), expects);
-const schedule = kind(text, 'a schedule such as "H1P5R3"');
+const texts = (expects: string) => kind(z.union([text, list(text, 1)]), expects);
+const schedule = kind(text.max(longestSchedule), 'a schedule such as "H1P5R3"');
 const size = z.strictObject({ width: pixels, height: pixels });
-const sizes = kind(z.array(size).min(1).readonly(), "sizes such as 1024x1024");
+const sizes = kind(list(size, 1), "sizes such as 1024x1024");
 const tokens = optional(
   integer(1, 512),
   "tokens of the T5 encoder (default: 256, or what the tokenizer takes)",
@@ -264,10 +277,7 @@ export const generateSchema = z.strictObject({
   count: defaulted(integer(1, 1024), 1, "pictures for each prompt", "--count <n>"),
   stages: optional(
     kind(
-      z
-        .array(z.strictObject({ width: pixels, height: pixels, blocks: text, sigma: z.number().optional() }))
-        .min(1)
-        .readonly(),
+      list(z.strictObject({ width: pixels, height: pixels, blocks: schedule, sigma: z.number().optional() }), 1),
       "an array of { width, height, blocks, sigma? }",
     ),
     "sizes to run through from coarse to fine, in place of width, height and blocks",
@@ -301,10 +311,7 @@ export const generateSchema = z.strictObject({
     "--metadata <mode>",
   ),
   noise: optional(
-    kind(
-      z.union([tensor, z.array(tensor).min(1).readonly()]),
-      "a float32 tensor { dtype, shape, data }, or one for each stage",
-    ),
+    kind(z.union([tensor, list(tensor, 1)]), "a float32 tensor { dtype, shape, data }, or one for each stage"),
     "starting noise [B, C, h, w] in place of a seed, one for each stage",
   ),
   maxSequenceLength: tokens,
@@ -331,7 +338,7 @@ export const generateSchema = z.strictObject({
     "--timeout <ms>",
   ),
   ladder: optional(
-    kind(z.array(text).min(1).max(64).readonly(), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),
+    kind(list(schedule, 1, 64), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),
     "schedules to choose from with deadlineMs, the richest first (default: the model's)",
   ),
   prefer: defaulted(
@@ -349,7 +356,7 @@ export const generateSchema = z.strictObject({
     "pads every launch of this request to so many pictures (default: the option of load())",
   ),
   include: optional(
-    kind(z.array(z.enum(["latents", "pixels"])).readonly(), 'an array of "latents" and "pixels"'),
+    kind(list(z.enum(["latents", "pixels"])), 'an array of "latents" and "pixels"'),
     "values that the result holds besides the pictures: latents, pixels (default: none)",
   ),
   allowPaths: defaulted(
@@ -399,9 +406,7 @@ export const compileSchema = z.strictObject({
   sizes: profileSchema.shape.sizes,
   batches: defaulted(integers(1024), [1], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   targets: described(
-    z
-      .array(z.string().regex(/^\d{1,2}\.\d$/))
-      .readonly()
+    list(z.string().regex(/^\d{1,2}\.\d$/))
       .transform((targets) => targets.map((target) => Math.round(Number(target) * 10)))
       .optional(),
     kind(z.unknown(), 'compute capabilities such as "8.9"'),
@@ -410,7 +415,7 @@ export const compileSchema = z.strictObject({
   ),
   guidance,
   features: defaulted(
-    kind(z.array(z.enum<Feature[]>(featureNames())).readonly(), `${either(featureNames())}, or several`),
+    kind(list(z.enum<Feature[]>(featureNames())), `${either(featureNames())}, or several`),
     [],
     `also what only some pictures need: ${featureNames().join(", ")}`,
     "--with <list>",
@@ -439,18 +444,48 @@ export function guidanceModes(mode: "on" | "off" | "both" | number): readonly bo
  * @throws OptionError that names the first wrong option, what was expected and what was received
  */
 export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, subject: string): z.output<T> {
+  refuseOversized(input);
   const result = schema.safeParse(input);
   if (result.success) return result.data;
   const issue = result.error.issues[0]!;
   if (issue.code === "unrecognized_keys") {
     const key = issue.keys[0]!;
-    throw new OptionError(key, `${subject} has no option "${key}"; it has ${Object.keys(schema.shape).join(", ")}.`);
+    throw new OptionError(
+      key,
+      `${subject} has no option ${show(key)}; it has ${Object.keys(schema.shape).join(", ")}.`,
+    );
   }
   const option = String(issue.path[0] ?? "options");
   const field = schema.shape[option] as z.ZodType | undefined;
   const expects = field ? optionMeta(field).expects : "an object of options";
   const received = (input as Record<string, unknown> | null | undefined)?.[option];
   throw new OptionError(option, `Expected ${expects} for ${option} but received ${show(field ? received : input)}.`);
+}
+
+/**
+ * Looks at nothing but lengths. Schemas have an issue for each wrong entry and field, whatever their own limit says: millions
+ * of them would take seconds and gigabytes.
+ * @throws OptionError for a list or an object that no option takes
+ */
+export function refuseOversized(input: unknown): void {
+  if (typeof input !== "object" || input === null || Array.isArray(input)) return;
+  const refuse = (option: string, length: number, most: number, what: string) => {
+    if (length > most) throw new OptionError(option, `Expected at most ${most} ${what} but received ${length}.`);
+  };
+  refuse("options", fieldsOf(input), mostFields, "options");
+  for (const [option, value] of Object.entries(input)) {
+    if (Array.isArray(value)) refuse(option, value.length, longestList, `entries for ${option}`);
+    for (const each of Array.isArray(value) ? value : [value]) {
+      refuse(option, fieldsOf(each), mostFields, `fields for ${option}`);
+      if (Array.isArray(each?.shape))
+        refuse(option, each.shape.length, longestShape, `dimensions in a shape of ${option}`);
+    }
+  }
+}
+
+function fieldsOf(value: unknown): number {
+  if (typeof value !== "object" || value === null || Array.isArray(value) || ArrayBuffer.isView(value)) return 0;
+  return Object.keys(value).length;
 }
 
 /** @throws OptionError for a picture that is given by a path where `allowPaths` is false; no file is looked at */
@@ -468,9 +503,22 @@ export function optionMeta(field: z.ZodType): OptionMeta {
   return field.meta() as unknown as OptionMeta;
 }
 
+/** Characters of what was received that a message has. */
+const longestShown = 80;
+
+/** A value in a message, whatever it is. */
 function show(value: unknown): string {
   if (typeof value === "function") return "a function";
-  if (typeof value === "number" || value === undefined) return String(value);
-  const json = JSON.stringify(value) ?? String(value);
-  return json.length > 80 ? `${json.slice(0, 77)}...` : json;
+  const text =
+    typeof value === "string"
+      ? JSON.stringify(value.slice(0, longestShown))
+      : inspect(value, {
+          // Fields of fields may be any number.
+          depth: Array.isArray(value) ? 1 : 0,
+          maxArrayLength: 20,
+          maxStringLength: 80,
+          breakLength: Infinity,
+          customInspect: false,
+        });
+  return text.length > longestShown ? `${text.slice(0, longestShown - 3)}...` : text;
 }

@@ -14,7 +14,7 @@ export interface JsonSchema {
 }
 
 /**
- * What `requestFromJson` takes: every option of `generate` but `signal`, `onStep` and `allowPaths`, with descriptions, ranges and defaults;
+ * What `requestFromJson` takes: every option of `generate` but `signal`, `onAccept`, `onStart`, `onStep` and `allowPaths`, with descriptions, ranges and defaults;
  * pictures and noise as base64. What no JSON Schema can say is left to `requestFromJson`: that pixels and tensors have as
  * many bytes as their size asks for. What depends on a model is left to `generate`.
  */
@@ -29,9 +29,9 @@ function jsonSchema(title: string, codec: z.ZodType): JsonSchema {
     // The side of the wire.
     io: "input",
     override({ jsonSchema }) {
-      // Words for the command line and for messages; that JavaScript must not change a list says nothing of JSON; and a
-      // format that no draft has: contentEncoding and the pattern say the same.
-      for (const keyword of ["expects", "flag", "help", "readOnly"]) delete jsonSchema[keyword];
+      // Words for the command line and for messages, and a format that no draft has: contentEncoding and the pattern say the
+      // same.
+      for (const keyword of ["expects", "flag", "help"]) delete jsonSchema[keyword];
       if (jsonSchema.format === "base64") delete jsonSchema.format;
     },
   });

@@ -27,7 +27,7 @@ for (const name of wanted)
   if (!(name in bundlers)) fail(`Expected one of ${Object.keys(bundlers).join(", ")} but received ${name}.`);
 
 const sentence =
-  /flowturbo was bundled, or copied in part: .*Mark it as external.*esbuild --external:flowturbo.*webpack externals.*Vite ssr.*Next\.js serverExternalPackages/;
+  /flowturbo was bundled, or copied in part: .*Mark it as external.*esbuild --external:flowturbo.*webpack externals: \{ flowturbo: "commonjs flowturbo" \}, or "module flowturbo" with output\.module.*Vite ssr.*Next\.js serverExternalPackages/;
 const checks = new Checks();
 const tarball = values.tarball ?? pack();
 /** What the machine has that runs the bundle: flowturbo and what it needs. */

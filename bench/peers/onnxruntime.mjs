@@ -12,7 +12,7 @@ import { Tokenizer } from "@huggingface/tokenizers";
 import sharp from "sharp";
 
 // Read when the library is loaded; bench/telemetry.ts says why. This file is run by node alone, which has no loader for that one.
-process.env.ORT_DISABLE_TELEMETRY ??= "1";
+process.env.ORT_DISABLE_TELEMETRY ||= "1";
 const ort = (await import("onnxruntime-node")).default;
 
 const json = (file) => JSON.parse(readFileSync(file, "utf8"));

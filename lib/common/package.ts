@@ -92,7 +92,7 @@ function readManifest(file: string): Manifest | null {
 }
 
 const settings =
-  'esbuild --external:flowturbo; webpack externals: { flowturbo: "module flowturbo" }; Vite ssr: { external: ["flowturbo"] }; Next.js serverExternalPackages: ["flowturbo"]';
+  'esbuild --external:flowturbo; webpack externals: { flowturbo: "commonjs flowturbo" }, or "module flowturbo" with output.module; Vite ssr: { external: ["flowturbo"] }; Next.js serverExternalPackages: ["flowturbo"]';
 
 function bundled(): InstallationError {
   return new InstallationError(

@@ -1,7 +1,9 @@
 /**
  * What binaries are chosen by: operating system, processor, and on Linux the C library, since what was linked with glibc
- * does not load with musl. Looked at only where something could not be loaded, and by `flowturbo doctor`.
+ * does not load with musl.
  */
+
+import { readFileSync } from "node:fs";
 
 export interface Platform {
   /** As `process.platform`. */
@@ -27,19 +29,11 @@ export function libcOf(libraries: readonly string[]): "glibc" | "musl" {
   return libraries.some((library) => /libc\.musl-|ld-musl-/.test(library)) ? "musl" : "glibc";
 }
 
-/** Paths of the shared libraries of this process; none where that cannot be told (Bun, Deno). */
+/** Paths of the files that this process has mapped, its shared libraries among them; none where that cannot be told. */
 function loadedLibraries(): readonly string[] {
-  const report = process.report as (NodeJS.ProcessReport & { excludeNetwork?: boolean }) | undefined;
-  if (typeof report?.getReport !== "function") return [];
-  // A report has the names of all connections' hosts otherwise, each by a request to a server.
-  const before = report.excludeNetwork;
-  report.excludeNetwork = true;
   try {
-    const { sharedObjects } = report.getReport() as unknown as { sharedObjects?: string[] };
-    return sharedObjects ?? [];
+    return readFileSync("/proc/self/maps", "utf8").split("\n");
   } catch {
     return [];
-  } finally {
-    report.excludeNetwork = before ?? false;
   }
 }

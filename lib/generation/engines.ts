@@ -4,6 +4,7 @@
  */
 
 import { openCheckpoint } from "../checkpoint/index.js";
+import { checkInstallation } from "../common/package.js";
 import { OptionError } from "../errors.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
 import {
@@ -60,12 +61,13 @@ export interface CompileReport {
 /**
  * Builds every engine that a checkpoint needs for the sizes and batches given, or finds it in the cache.
  * @param folder a checkpoint in the diffusers layout
- * @throws OptionError, CheckpointError, RuntimeUnavailableError, CompileError, MemoryError, CacheError, `signal.reason`
+ * @throws OptionError, InstallationError, CheckpointError, RuntimeUnavailableError, CompileError, MemoryError, CacheError, `signal.reason`
  */
 export async function compileEngines(folder: string, options: CompileEnginesOptions = {}): Promise<CompileReport> {
   const checked = checkOptions(compileSchema, options, "compileEngines()");
   const { signal, onProgress } = checked;
   signal?.throwIfAborted();
+  checkInstallation();
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const checkpoint = await openCheckpoint(folder, { variant: checked.variant, signal });

@@ -229,7 +229,7 @@ function candidateOf(
 function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
   const blocks = parseBlocks(text);
   if (!canRun(checkpoint, blocks)) {
-    const needs = `The blocks "${text}" need a velocity refiner, but`;
+    const needs = `The blocks "${formatBlocks(blocks)}" need a velocity refiner, but`;
     throw new OptionError(
       "blocks",
       `${needs} ${checkpoint.folder} has no refiner/ folder. Use other blocks, such as P, or train a refiner.`,

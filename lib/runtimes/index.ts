@@ -44,6 +44,27 @@ export interface RuntimeChoice {
   }[];
 }
 
+const rowsOf = (wanted: string): readonly RuntimeRow[] =>
+  wanted === "auto" ? Object.values(runtimes) : [runtimes[wanted]!];
+
+/**
+ * Asked before anything is read: on a platform without binaries other packages may fail first, with advice that cannot help.
+ * @throws InstallationError if the runtime of that name has no binaries for this platform; with "auto" if the last one has
+ *   none, and no other can be used
+ */
+export async function checkPlatform(wanted: string, settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<void> {
+  const rows = rowsOf(wanted);
+  const error = rows.at(-1)?.unsupported?.();
+  if (!error) return;
+  const others = await Promise.all(rows.slice(0, -1).map((row) => row.find(settings)));
+  if (!others.some(({ available }) => available)) throw error;
+}
+
+/** What is wrong with this platform for the runtime that is tried last; null if nothing is. Looks for no other. */
+export function platformWarning(): string | null {
+  return rowsOf("auto").at(-1)?.unsupported?.()?.message ?? null;
+}
+
 /**
  * Opens the runtime of that name; with "auto" the first one that can be used here.
  * @param check refuses a runtime that has been opened; with "auto" the next one is tried
@@ -56,7 +77,7 @@ export async function openRuntime(
   check: (opened: OpenedRuntime) => void = () => {},
 ): Promise<OpenedRuntime & { readonly choice: RuntimeChoice }> {
   const passedOver: { name: string; reason: string }[] = [];
-  const rows = wanted === "auto" ? Object.values(runtimes) : [runtimes[wanted]!];
+  const rows = rowsOf(wanted);
   for (const [index, row] of rows.entries()) {
     let opened: OpenedRuntime | null = null;
     try {

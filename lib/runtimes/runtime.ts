@@ -7,7 +7,7 @@
 import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
 import type { Tensor } from "../common/tensor.js";
-import { RuntimeDiedError } from "../errors.js";
+import { type InstallationError, RuntimeDiedError } from "../errors.js";
 import type { EmitOptions, EmittedNetwork, OnnxGraph } from "../onnx/index.js";
 import type { Launch, Program } from "../program/program.js";
 import type { BuilderRow } from "./builder.js";
@@ -228,6 +228,8 @@ export interface RuntimeRow {
   /** For help texts: what it runs on. */
   readonly runsOn: string;
   readonly capabilities: Capabilities;
+  /** What to say where it has no binaries for this platform; null where it has them. Absent: that is found out by opening it. */
+  readonly unsupported?: () => InstallationError | null;
   /** Fails quickly if it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */

@@ -97,31 +97,42 @@ export const blockTable: Record<string, BlockRow> = rows;
 
 /** More blocks than this is a typing error, not a schedule. */
 const maxBlocks = 1000;
+/** Characters of a schedule: that many blocks in any spelling, and spaces. */
+export const longestSchedule = 8192;
 
 /** @throws OptionError for anything that is not a schedule, or one that starts with a block that needs a velocity */
 export function parseBlocks(text: string): Block[] {
+  if (text.length > longestSchedule)
+    throw new OptionError(
+      "blocks",
+      `Expected blocks of at most ${longestSchedule} characters but received ${text.length}: "${shown(text)}".`,
+    );
   const compact = text.replace(/\s+/g, "").toUpperCase();
   const letters = Object.keys(blockTable);
   if (!new RegExp(`^([${letters.join("")}]\\d*)+$`).test(compact))
     throw new OptionError(
       "blocks",
-      `Expected blocks such as "H1P5R3" or "HPPPPPRRR" (${letters.map((letter) => `${letter} ${blockTable[letter]!.name}`).join(", ")}, each with an optional count) but received "${text}".`,
+      `Expected blocks such as "H1P5R3" or "HPPPPPRRR" (${letters.map((letter) => `${letter} ${blockTable[letter]!.name}`).join(", ")}, each with an optional count) but received "${shown(text)}".`,
     );
   const blocks: Block[] = [];
   for (const [, letter, count] of compact.matchAll(/([A-Z])(\d*)/g)) {
     const repeat = count === "" ? 1 : Number(count);
     if (blocks.length + repeat > maxBlocks)
-      throw new OptionError("blocks", `Expected at most ${maxBlocks} blocks but "${text}" has more.`);
+      throw new OptionError("blocks", `Expected at most ${maxBlocks} blocks but "${shown(text)}" has more.`);
     for (let i = 0; i < repeat; i++) blocks.push(letter as Block);
   }
   const [first] = blocks;
-  if (!first) throw new OptionError("blocks", `The blocks "${text}" are empty; give at least one.`);
+  if (!first) throw new OptionError("blocks", `The blocks "${shown(text)}" are empty; give at least one.`);
   if (blockTable[first]!.needsVelocity)
     throw new OptionError(
       "blocks",
-      `The blocks "${text}" start with ${first} (${blockTable[first]!.name}), which needs the velocity of a block before it. Start with H, for example "H1${compact}".`,
+      `The blocks "${shown(text)}" start with ${first} (${blockTable[first]!.name}), which needs the velocity of a block before it. Start with H, for example "H1${shown(compact)}".`,
     );
   return blocks;
+}
+
+function shown(text: string): string {
+  return text.length > 80 ? `${text.slice(0, 77)}...` : text;
 }
 
 /** The shortest list of blocks, in the order of the table, that launches every step type which is wanted. */

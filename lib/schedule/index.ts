@@ -5,6 +5,7 @@ export {
   blocksForEach,
   blockTable,
   formatBlocks,
+  longestSchedule,
   parseBlocks,
   type StepType,
 } from "./blocks.js";

@@ -1,9 +1,11 @@
 // The package's own files and the version of Node: what is said where they are not as they should be.
 import { existsSync } from "node:fs";
-import { describe, expect, it } from "vitest";
+import { afterEach, describe, expect, it } from "vitest";
 import { checkInstallation, packageFile, packagePath, packageVersion } from "../../lib/common/package.js";
 import { libcOf, platformText, thisPlatform } from "../../lib/common/platform.js";
 import { InstallationError } from "../../lib/errors.js";
+import { FlowTurbo } from "../../lib/flowturbo.js";
+import { compileEngines } from "../../lib/generation/engines.js";
 import { root } from "../support/fixtures.js";
 
 describe("the package's files", () => {
@@ -51,5 +53,17 @@ describe("the platform", () => {
     expect(libcOf(["/lib/libc.musl-aarch64.so.1"])).toBe("musl");
     expect(libcOf([])).toBe("glibc");
     expect(platformText({ os: "linux", cpu: "x64", libc: "musl" })).toBe("linux-x64 (musl)");
+  });
+});
+
+describe("a Node that is too old", () => {
+  const found = Object.getOwnPropertyDescriptor(process, "versions")!;
+  afterEach(() => void Object.defineProperty(process, "versions", found));
+
+  it("is named by every function that begins with a checkpoint, before that is read", async () => {
+    Object.defineProperty(process, "versions", { ...found, value: { ...process.versions, node: "18.20.4" } });
+    const tooOld = { code: "ERR_FLOWTURBO_INSTALLATION", package: "node" };
+    await expect(FlowTurbo.load("/nowhere")).rejects.toMatchObject(tooOld);
+    await expect(compileEngines("/nowhere")).rejects.toMatchObject(tooOld);
   });
 });

@@ -1,5 +1,5 @@
 // examples/service.js as a process of its own: what it answers, what cannot end it, and how it ends.
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { readdirSync, readFileSync } from "node:fs";
 import net from "node:net";
@@ -20,9 +20,11 @@ interface Service {
 
 const services: Service[] = [];
 let service: Service;
-async function start(...args: string[]): Promise<Service> {
+const start = (...args: string[]) => startWith({}, ...args);
+async function startWith(env: NodeJS.ProcessEnv, ...args: string[]): Promise<Service> {
   const child = spawn(process.execPath, [path.join(root, "examples/service.js"), "--port", "0", ...args], {
     stdio: ["ignore", "pipe", "pipe"],
+    env: { ...process.env, ...env },
   });
   let stderr = "";
   child.stderr!.on("data", (chunk) => {
@@ -145,13 +147,17 @@ describe("answers", () => {
       [400, /no parameter "__proto__"/, fetch(`${service.url}/generate?prompt=x&__proto__=1`)],
       [400, /seed is given more than once/, fetch(`${service.url}/generate?prompt=x&seed=1&seed=2`)],
       [400, /not JSON/, post(service, "{")],
-      [400, /request is wrong at prompt/, post(service, { prompt: 3 })],
-      [400, /request is wrong/, post(service, "null")],
+      [400, /a string for prompt/, post(service, { prompt: 3 })],
+      [400, /request is wrong at prompt/, post(service, {})],
+      [400, /an object of options/, post(service, "null")],
+      [400, /an object of options/, post(service, [])],
+      [400, /received no{39}\.$/, post(service, { [`n${"o".repeat(1e6)}`]: 1 })],
+      [400, /at most 8192 characters|<=8192/, post(service, { prompt: "x", blocks: "H".repeat(6e6) })],
       [400, /wrong at image/, post(service, { prompt: "x", image: "/etc/passwd" })],
       [400, /allowPaths/, post(service, { prompt: "x", allowPaths: true })],
       [400, /received count/, post(service, { prompt: "x", count: 1000 })],
       [400, /received priority/, post(service, { prompt: "x", priority: 100 })],
-      [400, /one prompt/, post(service, { prompt: ["x", "y"] })],
+      [400, /a string for prompt/, post(service, { prompt: ["x", "y"] })],
       [400, /picture of at most 100 megapixels/, post(service, { prompt: "x", image: { file: "AAAA" } })],
       [415, /application\/json/, post(service, { prompt: "x" }, "text/plain")],
       [404, /nothing/, fetch(`${service.url}/`)],
@@ -193,7 +199,26 @@ describe("answers", () => {
     half.socket.destroy();
     expect((await fetch(`${service.url}/health`)).status).toBe(200);
     expect(service.child.exitCode).toBe(null);
+    // A client that hangs up is nothing for the log.
+    expect(service.stderr()).toBe("");
   });
+
+  it("lists of millions of wrong entries without reading them", async () => {
+    const zeros = (key: string) => post(service, `{${key}[${"0,".repeat(15.9e6 - 50)}0]}`);
+    for (const [key, message] of [
+      ['"prompt":', /a string for prompt/],
+      ['"prompt":"x","negativePrompt":', /a string for negativePrompt/],
+      ['"prompt":"x","noise":', /received noise/],
+      ['"prompt":"x","stages":', /received stages/],
+      ['"prompt":"x","seed":', /at most 1024 entries for seed/],
+    ] as const) {
+      const response = await zeros(key);
+      expect(((await response.json()) as Error).message).toMatch(message);
+      expect(response.status).toBe(400);
+    }
+    expect((await fetch(`${service.url}/health`)).status).toBe(200);
+    expect(service.stderr()).toBe("");
+  }, 60_000);
 
   it("a body that is too large before it has come, announced or not", async () => {
     const head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
@@ -260,6 +285,70 @@ describe("a client that hangs up", () => {
     await call;
     await vi.waitFor(async () => expect((await stats(service)).requests.aborted).toBe(1), { timeout: 20_000 });
     expect((await fetch(`${service.url}/generate?prompt=x&steps=1`)).status).toBe(200);
+  });
+});
+
+describe("a client that sends requests without waiting for answers", () => {
+  it("aborts all of them when it hangs up", async () => {
+    service = await start();
+    const client = connect(service);
+    for (const seed of [1, 2, 3])
+      client.send(`GET /generate?prompt=x&steps=900&seed=${seed} HTTP/1.1\r\nHost: x\r\n\r\n`);
+    await vi.waitFor(async () => expect((await stats(service)).running.requests).toBe(3), { timeout: 20_000, interval: 20 }); // biome-ignore format: one line
+    client.socket.destroy();
+    await vi.waitFor(async () => expect((await stats(service)).requests.aborted).toBe(3), { timeout: 20_000 });
+    expect((await stats(service)).requests.completed).toBe(1);
+    expect(service.stderr()).toBe("");
+  }, 60_000);
+});
+
+describe("a client that is slow to send", () => {
+  it("is cut off, with its head as with its body", async () => {
+    // A hundredth of the times that the service asks for.
+    const preload = `
+      import http from "node:http";
+      import { syncBuiltinESMExports } from "node:module";
+      const { createServer } = http;
+      http.createServer = (limits, ...rest) =>
+        createServer(Object.fromEntries(Object.entries(limits).map(([name, ms]) => [name, ms / 100])), ...rest);
+      syncBuiltinESMExports();`;
+    service = await startWith({ NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(preload)}` });
+    const silent = connect(service);
+    silent.send("GET /health HTTP/1.1\r\nHost: ");
+    const slow = connect(service);
+    slow.send("POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{");
+    await Promise.all([silent.closed, slow.closed]);
+    for (const { received } of [silent, slow]) expect(received()).toMatch(/^HTTP\/1\.1 408 /);
+    expect((await fetch(`${service.url}/health`)).status).toBe(200);
+    expect(service.stderr()).toBe("");
+  }, 20_000);
+});
+
+describe("a start that cannot be", () => {
+  it.each([
+    [["--port", "abc"], /whole number from 0 to 65535 for --port but received "abc"/],
+    [["--port", "70000"], /for --port but received "70000"/],
+    [["--port", "0", "--drain", "soon"], /number of seconds .*for --drain but received "soon"/],
+    [["--pot", "1"], /--pot/],
+  ])("%j ends at once with one sentence", (args, message) => {
+    const { status, stderr } = spawnSync(process.execPath, [path.join(root, "examples/service.js"), ...args], {
+      encoding: "utf8",
+    });
+    expect(stderr).toMatch(message);
+    expect(stderr.trim().split("\n")).toHaveLength(1);
+    expect(status).toBe(2);
+  });
+
+  it("says that another program listens there", async () => {
+    const other = net.createServer().listen(0, "127.0.0.1");
+    await once(other, "listening");
+    const { port } = other.address() as net.AddressInfo;
+    try {
+      const failed = start("--port", String(port));
+      await expect(failed).rejects.toThrow(/code 1: Cannot listen on 127\.0\.0\.1:\d+: another program listens there; choose another --port\.\n$/); // biome-ignore format: one line
+    } finally {
+      other.close();
+    }
   });
 });
 

@@ -19,6 +19,9 @@ it("is made without a warning, with every guide", () => {
       expect(existsSync(path.join(out, `documents/${page}.html`)), page).toBe(true);
     for (const page of ["Building_engines_ahead_of_time", "Serving_from_Node", "Bundlers_and_small_installations"])
       expect(existsSync(path.join(out, `documents/${page}.html`)), page).toBe(true);
+    // Both entry points of the package.
+    for (const page of ["classes/index.FlowTurbo", "variables/schema.requestJsonSchema"])
+      expect(existsSync(path.join(out, `${page}.html`)), page).toBe(true);
   } finally {
     rmSync(out, { recursive: true, force: true });
   }

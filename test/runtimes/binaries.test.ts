@@ -12,6 +12,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
+import { rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
@@ -52,6 +53,53 @@ describe("a platform without binaries", () => {
     expect(whyBroken(message, linux).reason).toMatch(/lacks its binaries for linux-x64/);
     expect(whyBroken(message, linux).remedy).toMatch(/npm install/);
     expect(whyBroken("Cannot find package 'onnxruntime-node'", linux).remedy).toMatch(/ONNXRUNTIME_NODE_INSTALL=skip/);
+  });
+});
+
+/** Runs a module that finds another platform than there is. */
+function onPlatform(platform: { os: string; cpu: string; musl?: boolean }, code: string) {
+  const preload = `
+    import fs from "node:fs";
+    import { syncBuiltinESMExports } from "node:module";
+    const define = (name, value) => Object.defineProperty(process, name, { value });
+    define("platform", ${JSON.stringify(platform.os)});
+    define("arch", ${JSON.stringify(platform.cpu)});
+    const { readFileSync } = fs;
+    if (${platform.musl === true})
+      fs.readFileSync = (file, ...rest) =>
+        file === "/proc/self/maps" ? "7f00-7f01 r-xp 0 08:01 1 /lib/ld-musl-x86_64.so.1\\n" : readFileSync(file, ...rest);
+    syncBuiltinESMExports();`;
+  return spawnSync(
+    process.execPath,
+    [`--import=data:text/javascript,${encodeURIComponent(preload)}`, "--input-type=module", "--eval", code],
+    { cwd: root, encoding: "utf8" },
+  );
+}
+const loading = (options: object, folder?: string) => `
+  import { FlowTurbo } from ${JSON.stringify(path.join(root, "dist/index.js"))};
+  console.log("imported");
+  const model = await FlowTurbo.load(${folder ? JSON.stringify(folder) : "undefined"}, ${JSON.stringify(options)})
+    .catch((error) => console.log(error.code, error.package, error.message));
+  await model?.dispose();`;
+
+describe("a process on a platform without binaries", () => {
+  it.each([
+    ["an Intel Mac", { os: "darwin", cpu: "x64" }, "Intel Macs \\(darwin-x64\\)"],
+    ["Alpine", { os: "linux", cpu: "x64", musl: true }, "Linux with musl, such as Alpine"],
+    ["FreeBSD", { os: "freebsd", cpu: "x64" }, "freebsd-x64"],
+  ])("is told so on import, once, and by load() before anything else: %s", (_, platform, what) => {
+    for (const options of [{ runtime: "onnxruntime" }, {}])
+      for (const folder of [undefined, "/nowhere"]) {
+        const { stdout, stderr } = onPlatform(platform, loading(options, folder));
+        const named = `onnxruntime-node has no binaries for ${what}\\.`;
+        expect(stderr.match(new RegExp(`\\[FLOWTURBO_PLATFORM\\] FlowTurboWarning: ${named}`, "g"))).toHaveLength(1);
+        expect(stdout).toMatch(new RegExp(`^imported\nERR_FLOWTURBO_INSTALLATION onnxruntime-node ${named}`));
+      }
+  });
+
+  it("is none on this one", () => {
+    const { stdout, stderr } = onPlatform({ os: process.platform, cpu: process.arch }, loading({}));
+    expect([stdout, stderr]).toEqual(["imported\n", ""]);
   });
 });
 
@@ -96,6 +144,9 @@ describe("pruning", () => {
       { os: "darwin", cpu: "x64", libc: null },
     ])
       await expect(findPrunable(folder, platform)).rejects.toThrow(InstallationError);
+    // A folder from which the binary is gone, too.
+    rmSync(file("bin/napi-v6/linux/x64/onnxruntime_binding.node"));
+    await expect(findPrunable(folder, linux)).rejects.toThrow(/no binaries for linux-x64/);
     rmSync(file("bin/napi-v6/linux/x64"), { recursive: true });
     await expect(findPrunable(folder, linux)).rejects.toThrow(/no binaries for linux-x64/);
     rmSync(file("bin"), { recursive: true });
@@ -136,6 +187,21 @@ describe("pruning", () => {
     const shared = file("store/v11/links/@/onnxruntime-node/1.30.0/abc/node_modules/onnxruntime-node");
     cpSync(file("bin"), path.join(shared, "bin"), { recursive: true });
     await expect(findPrunable(shared, linux)).rejects.toThrow(/shared by all projects/);
+  });
+
+  it("says what it could not remove, and that it can be run again", async () => {
+    const found = await findPrunable(folder, linux);
+    const busy = Object.assign(new Error("EBUSY: busy"), { code: "EBUSY" });
+    const remove: typeof rm = (name, options) =>
+      String(name).endsWith("win32") ? Promise.reject(busy) : rm(name, options);
+    await expect(prune(found, remove)).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_INSTALLATION",
+      message: expect.stringMatching(/win32 cannot be removed \(EBUSY\); others may have been.*Run it again/),
+    });
+    const left = await findPrunable(folder, linux);
+    expect(left.paths).toEqual(["bin/napi-v6/win32"]);
+    await prune(left);
+    expect(await findPrunable(folder, linux)).toMatchObject({ paths: [] });
   });
 
   it("removes nothing where it may not write", () => {

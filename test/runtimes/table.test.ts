@@ -1,9 +1,17 @@
 // A runtime is a row in the table: a test adds one, and it is found, opened and listed like the others.
 import { afterEach, describe, expect, it } from "vitest";
-import { CheckpointError, OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
+import { CheckpointError, InstallationError, OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import type { BuilderRow, BuilderSettings, EngineBuilder } from "../../lib/runtimes/builder.js";
-import { builderNames, openBuilder, openRuntime, runtimeNames, runtimes } from "../../lib/runtimes/index.js";
+import {
+  builderNames,
+  checkPlatform,
+  openBuilder,
+  openRuntime,
+  platformWarning,
+  runtimeNames,
+  runtimes,
+} from "../../lib/runtimes/index.js";
 import type { ModelWeights, OpenedRuntime, Runtime, RuntimeRow, RuntimeSettings } from "../../lib/runtimes/runtime.js";
 import { flavours, tensorRtKinds } from "../../lib/runtimes/tensorrt/flavours.js";
 
@@ -53,6 +61,28 @@ it("the table has TensorRT's libraries and ONNX Runtime, in the order in which a
   expect(builderNames()).toEqual(["tensorrt", "tensorrt-rtx"]);
   expect(tensorRtKinds).toEqual(builderNames());
   for (const [name, row] of Object.entries(runtimes)) expect(row.name).toBe(name);
+});
+
+describe("a platform without binaries of the last runtime", () => {
+  const error = new InstallationError("package", "There are no binaries.", "Take another platform.");
+  const without = fake("without", { unsupported: () => error }).row;
+  const found = fake("found").row;
+  const lost = fake("lost", {
+    find: async () => ({ name: "lost", available: false, version: null, reason: "none", remedy: "none" }),
+  }).row;
+
+  it("is refused by name, and with auto unless another can be used", async () => {
+    table(lost, found, without);
+    await expect(checkPlatform("without", {})).rejects.toBe(error);
+    await checkPlatform("auto", {});
+    await checkPlatform("lost", {});
+    table(lost, without);
+    await expect(checkPlatform("auto", {})).rejects.toBe(error);
+    expect(platformWarning()).toBe(error.message);
+    table(without, found);
+    await checkPlatform("auto", {});
+    expect(platformWarning()).toBe(null);
+  });
 });
 
 describe("a runtime that is added", () => {

@@ -80,7 +80,11 @@ async function run(
 
 describe("drawing a picture", () => {
   it("leaves no file of ONNX Runtime's telemetry", async () => {
-    expect((await run(draw(0), undefined, {})).files.filter((file) => /Microsoft|onnxruntime/i.test(file))).toEqual([]);
+    // An empty variable is none: the user has not asked for anything.
+    for (const variable of [undefined, ""])
+      expect((await run(draw(0), variable, {})).files.filter((file) => /Microsoft|onnxruntime/i.test(file))).toEqual(
+        [],
+      );
   });
 
   const offlineOnly = skipped(lacksOffline);
@@ -101,7 +105,22 @@ describe("drawing a picture", () => {
   });
 });
 
-const loads = /^import (?!type)[^;]*"onnxruntime-node"|import\("onnxruntime-node"\)/m;
+/** A static import, import(), require() or createRequire(…)(); also in a text that becomes code. */
+const loads = /^import (?!type)[^;]*"onnxruntime-node"|(?:import|require|\))\s*\(\\?["'`]onnxruntime-node\\?["'`]\)/m;
+
+it("a file that loads ONNX Runtime is found however it does", () => {
+  for (const text of [
+    'import ort from "onnxruntime-node";',
+    'import "onnxruntime-node";',
+    'const ort = await import("onnxruntime-node");',
+    'const ort = require("onnxruntime-node");',
+    "const ort = require('onnxruntime-node');",
+    'const ort = createRequire(import.meta.url)("onnxruntime-node");',
+    '"const ort = require(\\"onnxruntime-node\\");"',
+  ])
+    expect(text).toMatch(loads);
+  expect('import type { Tensor } from "onnxruntime-node";').not.toMatch(loads);
+});
 
 it("every file that loads ONNX Runtime into its own process turns telemetry off before", () => {
   const files = ["bench", "verify", "test", "lib", "scripts", "examples"].flatMap((name) =>
@@ -112,11 +131,16 @@ it("every file that loads ONNX Runtime into its own process turns telemetry off 
     return loads.test(readFileSync(path.join(root, file), "utf8"));
   });
   // The host's environment is made by process.ts.
-  const others = loading.filter((file) => file !== "lib/runtimes/onnxruntime/host.ts");
+  const others = loading.filter(
+    (file) => !["lib/runtimes/onnxruntime/host.ts", "test/runtimes/telemetry.test.ts"].includes(file),
+  );
+  expect(others).toContain("test/runtimes/threads.test.ts");
   expect(others.length).toBeGreaterThan(4);
   for (const file of others) {
     const text = readFileSync(path.join(root, file), "utf8");
-    const off = text.search(/^import "\.\.?\/telemetry\.js";$|^process\.env\.ORT_DISABLE_TELEMETRY/m);
+    const off = text.search(
+      /^import "\.\.?\/telemetry\.js";$|^process\.env\.ORT_DISABLE_TELEMETRY|ORT_DISABLE_TELEMETRY: process\.env\.ORT_DISABLE_TELEMETRY \|\|/m,
+    );
     expect(off, file).toBeGreaterThan(-1);
     expect(off, file).toBeLessThan(text.search(loads));
   }

@@ -4,6 +4,8 @@ import { expect, it } from "vitest";
 import { sessionOptions } from "../../lib/runtimes/onnxruntime/executor.js";
 import { root } from "../support/fixtures.js";
 
+const env = { ...process.env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" };
+
 /** What ONNX Runtime writes about session options that it reads, from a process of its own. */
 function readingOf(options: object): string {
   const code = `
@@ -11,7 +13,7 @@ function readingOf(options: object): string {
     const options = { ...${JSON.stringify(options)}, logSeverityLevel: 0 };
     // No graph: the options are read before it.
     ort.InferenceSession.create(new Uint8Array([8, 10]), options).catch(() => {});`;
-  return spawnSync(process.execPath, ["-e", code], { cwd: root, encoding: "utf8" }).stderr;
+  return spawnSync(process.execPath, ["-e", code], { cwd: root, encoding: "utf8", env }).stderr;
 }
 
 it("threads that wait spin for 20 µs, by a setting that ONNX Runtime knows", () => {

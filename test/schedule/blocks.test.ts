@@ -20,6 +20,17 @@ describe("parseBlocks", () => {
     expect(() => parseBlocks(text)).toThrow(OptionError);
   });
 
+  it("refuses a text of any length, and repeats only its beginning", () => {
+    for (const text of ["H".repeat(6e6), "H".repeat(8000), "x".repeat(8000), "R".repeat(900), "H0".repeat(4000)]) {
+      const refusal = expect.objectContaining({
+        code: "ERR_FLOWTURBO_OPTION",
+        message: expect.stringMatching(/^.{20,500}$/),
+      });
+      expect(() => parseBlocks(text)).toThrow(refusal);
+    }
+    expect(parseBlocks("H1 ".repeat(1000))).toHaveLength(1000);
+  });
+
   it("refuses a schedule that starts with R and says what to do", () => {
     expect(() => parseBlocks("R2P3")).toThrow(/start with R.*Start with H/);
     expect(() => parseBlocks("H0R3")).toThrow(/start with R/);

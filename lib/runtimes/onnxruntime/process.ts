@@ -36,8 +36,8 @@ export class HostProcess {
     const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
       serialization: "advanced",
       // Read when ONNX Runtime is loaded: without it, it keeps a device id in the user's cache folder and reports its use
-      // to Microsoft. What the user has set counts.
-      env: { ORT_DISABLE_TELEMETRY: "1", ...process.env },
+      // to Microsoft. What the user has set counts; an empty variable is none.
+      env: { ...process.env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" },
       // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
       execArgv: [],
       // host.ts watches stdin, whose end is the end of that process, and answers on stdout.

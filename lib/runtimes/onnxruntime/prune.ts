@@ -13,6 +13,9 @@ import { type Platform, platformText } from "../../common/platform.js";
 import { InstallationError } from "../../errors.js";
 import { whyUnsupported } from "./binaries.js";
 
+/** How the name of what Node loads begins; a folder without it is no installation. */
+const binding = "onnxruntime_binding.";
+
 /** What can be removed. */
 export interface Prunable {
   /** Folder of onnxruntime-node, without symbolic links. */
@@ -60,7 +63,11 @@ export async function findPrunable(folder: string, platform: Platform): Promise<
       else if (system.isDirectory())
         for (const processor of await entriesOf(folder, "bin", version, system.name))
           if (processor.name !== platform.cpu) paths.push(path.join("bin", version, system.name, processor.name));
-          else hasOwn ||= processor.isDirectory();
+          else
+            hasOwn ||= await readdir(path.join(folder, "bin", version, system.name, processor.name)).then(
+              (names) => names.some((name) => name.startsWith(binding)),
+              () => false,
+            );
   if (!hasOwn)
     throw refusal(
       `${folder} has no binaries for ${platformText(platform)}; without the others nothing would be left.`,
@@ -71,8 +78,12 @@ export async function findPrunable(folder: string, platform: Platform): Promise<
   return { folder, paths, bytes: sum("bytes"), linkedBytes: sum("linkedBytes") };
 }
 
-/** @throws InstallationError, before anything is removed, if a folder may not be written */
-export async function prune({ folder, paths }: Prunable): Promise<void> {
+/**
+ * @param remove for tests
+ * @throws InstallationError, before anything is removed, if a folder may not be written; after a part was removed, if another
+ *   cannot be: it can be run again
+ */
+export async function prune({ folder, paths }: Prunable, remove: typeof rm = rm): Promise<void> {
   const all = await Promise.all(paths.map((name) => foldersWithin(path.join(folder, name))));
   for (const each of new Set([...paths.map((name) => path.dirname(path.join(folder, name))), ...all.flat()]))
     await access(each, constants.W_OK).catch((cause) => {
@@ -82,7 +93,16 @@ export async function prune({ folder, paths }: Prunable): Promise<void> {
         cause,
       );
     });
-  for (const name of paths) await rm(path.join(folder, name), { recursive: true, force: true });
+  for (const name of paths) {
+    const file = path.join(folder, name);
+    await remove(file, { recursive: true, force: true }).catch((cause) => {
+      throw refusal(
+        `${file} cannot be removed (${cause.code}); others may have been. The binaries of this platform are there.`,
+        "Run it again where nothing uses those files.",
+        cause,
+      );
+    });
+  }
 }
 
 function refusal(reason: string, remedy: string, cause?: unknown): InstallationError {

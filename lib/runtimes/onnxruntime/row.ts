@@ -1,9 +1,11 @@
 /** ONNX Runtime in the table of runtimes. */
 
 import { processors, usableThreads } from "../../common/cpu.js";
+import { thisPlatform } from "../../common/platform.js";
 import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
+import { whyUnsupported } from "./binaries.js";
 import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { resolveWeights } from "./weights.js";
@@ -12,6 +14,10 @@ export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
   capabilities,
+  unsupported() {
+    const found = whyUnsupported(thisPlatform());
+    return found && new InstallationError("onnxruntime-node", found.reason, found.remedy);
+  },
   async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();

@@ -1,0 +1,113 @@
+// What options may be that no one of good will gives: an error that names the option, in little time.
+
+import { describe, expect, it } from "vitest";
+import { OptionError } from "../lib/errors.js";
+import { requestFromJson } from "../lib/json.js";
+import { checkOptions, compileSchema, generateSchema, profileSchema } from "../lib/options.js";
+
+const check = (options: object) => checkOptions(generateSchema, { prompt: "x", ...options }, "generate()");
+const refusal = (options: object) => {
+  try {
+    check(options);
+  } catch (error) {
+    return error as OptionError;
+  }
+  throw new Error("nothing was refused");
+};
+const circular: Record<string, unknown> = { name: "me" };
+circular.self = circular;
+
+describe("a value of the wrong kind", () => {
+  it.each([
+    ["a bigint", "seed", 1n, /for seed but received 1n\.$/],
+    ["a symbol", "seed", Symbol("s"), /for seed but received Symbol\(s\)\.$/],
+    ["a function", "seed", () => 1, /received a function\.$/],
+    ["a string", "seed", "4", /received "4"\.$/],
+    ["a long string", "seed", "4".repeat(1e6), /received "4{76}\.\.\.\.$/],
+    ["an object that holds itself", "seed", circular, /for seed but received .*name: 'me'/],
+    ["an object whose toJSON() throws", "seed", { toJSON: () => JSON.parse("{") }, /for seed but received/],
+    ["an object with a long one", "seed", { in: Object.fromEntries(new Array(1e5).entries()) }, /{ in: \[Object\] }/],
+    ["a list with a bigint", "ladder", [1n], /for ladder but received \[ 1n \]\.$/],
+    ["floats for noise", "noise", new Float32Array(4), /tensor .* for noise but received Float32Array\(4\)/],
+    ["many floats for noise", "noise", new Float32Array(1e7), /for noise but received Float32Array\(10000000\)/],
+    ["bytes for a prompt", "prompt", new Uint8Array(3), /for prompt but received Uint8Array\(3\)/],
+    ["a buffer for stages", "stages", Buffer.from("abc"), /for stages but received .*Buffer/],
+    ["bytes for include", "include", new Uint8Array(3), /for include but received Uint8Array\(3\)/],
+  ])("is named: %s", (_, option, value, message) => {
+    const error = refusal({ [option]: value });
+    expect(error).toBeInstanceOf(OptionError);
+    expect(error.option).toBe(option);
+    expect(error.message).toMatch(message);
+    expect(error.message.length).toBeLessThan(400);
+  });
+
+  it("is named where an option of another function is a list", () => {
+    for (const [schema, option] of [
+      [profileSchema, "sizes"],
+      [profileSchema, "batches"],
+      [compileSchema, "targets"],
+      [compileSchema, "features"],
+    ] as const)
+      expect(() => checkOptions(schema, { [option]: new Float32Array(4) }, "test")).toThrow(
+        expect.objectContaining({ code: "ERR_FLOWTURBO_OPTION", option }),
+      );
+  });
+
+  it("is left as it is", () => {
+    const [stages, prompt] = [{}, ["a"]];
+    refusal({ stages });
+    check({ prompt });
+    expect([Object.isFrozen(stages), Object.isFrozen(prompt)]).toEqual([false, false]);
+  });
+});
+
+describe("a list or an object that is absurdly long", () => {
+  const zeros = new Array(4e6).fill(0);
+  const fields = Object.fromEntries(Array.from({ length: 1e6 }, (_, i) => [`name${i}`, 0]));
+  const cases: [string, object, RegExp][] = [
+    ["prompt", { prompt: zeros }, /at most 1024 entries for prompt but received 4000000\./],
+    ["negativePrompt", { negativePrompt: zeros }, /entries for negativePrompt/],
+    ["stages", { stages: zeros }, /entries for stages/],
+    ["noise", { noise: zeros }, /entries for noise/],
+    ["noise", { noise: { dtype: "float32", shape: zeros, data: "" } }, /at most 16 dimensions in a shape of noise/],
+    ["noise", { noise: [{ dtype: "float32", shape: zeros, data: "" }] }, /dimensions in a shape of noise/],
+    ["ladder", { ladder: zeros }, /entries for ladder/],
+    ["seed", { seed: zeros }, /entries for seed/],
+    ["options", fields, /at most 1000 options but received/],
+    ["image", { image: fields }, /at most 1000 fields for image/],
+    ["noise", { noise: fields }, /at most 1000 fields for noise/],
+    ["stages", { stages: [fields] }, /at most 1000 fields for stages/],
+  ];
+
+  it.each(cases)("%s is refused before its entries are read", (option, options, message) => {
+    for (const refuse of [() => check(options), () => requestFromJson({ prompt: "x", ...options })]) {
+      // Each entry has an issue otherwise, which takes seconds and gigabytes.
+      const before = performance.now();
+      expect(refuse).toThrow(expect.objectContaining({ option, message: expect.stringMatching(message) }));
+      expect(performance.now() - before).toBeLessThan(1500);
+    }
+  });
+
+  it("is no request either", () => {
+    for (const json of [zeros, "x".repeat(1e7)]) expect(() => requestFromJson(json)).toThrow(OptionError);
+    expect(() => check(zeros)).toThrow(OptionError);
+  });
+
+  it("of names that are no options has a short message", () => {
+    const many = Object.fromEntries(Array.from({ length: 900 }, (_, i) => [`name${i}`, 0]));
+    for (const refuse of [() => check(many), () => requestFromJson({ prompt: "x", ...many })])
+      expect(refuse).toThrow(expect.objectContaining({ message: expect.stringMatching(/^.{20,2000}$/) }));
+  });
+
+  it("is one that is not too long by what a call may have", () => {
+    expect(check({ prompt: new Array(1024).fill("x") }).prompt).toHaveLength(1024);
+  });
+});
+
+it("a schedule is bounded wherever there is one", () => {
+  const blocks = "H".repeat(6e6);
+  for (const options of [{ blocks }, { ladder: [blocks] }, { stages: [{ width: 64, height: 64, blocks }] }]) {
+    expect(refusal(options)).toBeInstanceOf(OptionError);
+    expect(() => requestFromJson({ prompt: "x", ...options })).toThrow(OptionError);
+  }
+});
