@@ -132,11 +132,16 @@ export class Calibration {
     await this.store();
   }
 
-  /** No request is under way: soon there may be time to measure. */
-  rest(): void {
+  /**
+   * No request is under way: soon there may be time to measure.
+   * @param options `isAfterWork`: whether one has just ended; callers who are refused again and again do not put it off
+   */
+  rest({ isAfterWork = true } = {}): void {
     if (!this.#options.background || this.#background || this.#closing.signal.aborted) return;
+    if (this.#timer && !isAfterWork) return;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
+      this.#timer = undefined;
       this.#background = this.#measureRest()
         .catch((error) => {
           if (!this.#closing.signal.aborted) this.#options.onError?.(error);

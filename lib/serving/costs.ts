@@ -6,6 +6,8 @@
  * contradict, in its ratio to the others, is replaced by them: it was measured while the machine was disturbed.
  */
 
+import { Fading } from "./fading.js";
+
 /** What is not in launches (noise, tokens, pixels to bytes, messages): an entry of the table like a graph. */
 export const hostGraph = "host";
 
@@ -59,7 +61,7 @@ export class CostTable {
   #launches = 0;
   /** Entries that launches contradict, and since which launch. */
   #contradicted = new WeakMap<CostEntry, number>();
-  #drift = 1;
+  #drift = new Fading(1);
   #version = 0;
 
   constructor(entries: Iterable<CostEntry> = []) {
@@ -93,7 +95,7 @@ export class CostTable {
     this.#entries.clear();
     this.#observed.clear();
     this.#recent = [];
-    this.#drift = 1;
+    this.#drift = new Fading(1);
     this.#version++;
     for (const entry of kept) this.set(entry);
   }
@@ -102,9 +104,14 @@ export class CostTable {
     return this.#entries.get(keyOf(graph, size))?.get(batch);
   }
 
-  /** How much slower launches are now than when they were measured. */
+  /** How much slower launches are now than when they were measured. Without launches it goes back to 1. */
   get drift(): number {
-    return this.#drift;
+    return this.#drift.value;
+  }
+
+  /** The drift in so many milliseconds, if nothing is launched until then. */
+  driftAfter(milliseconds: number): number {
+    return this.#drift.after(milliseconds);
   }
 
   /**
@@ -133,7 +140,8 @@ export class CostTable {
       const [low, high] = driftBounds;
       const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
       // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
-      this.#drift += driftWeight * (ratio - this.#drift);
+      const { drift } = this;
+      this.#drift.set(drift + driftWeight * (ratio - drift));
       this.#compare(known, milliseconds / known.milliseconds);
       return;
     }

@@ -9,7 +9,7 @@ import { DeadlineError } from "../errors.js";
 import type { Program } from "../program/program.js";
 import { Arrivals } from "./arrivals.js";
 import { type CostTable, hostGraph } from "./costs.js";
-import { type Choice, chooseCandidate, limitFor, Margin, type PredictedCandidate } from "./deadline.js";
+import { type Choice, chooseCandidate, deadlineMargin, limitFor, Margin, type PredictedCandidate } from "./deadline.js";
 import { type Ending, forecast, type Phase } from "./forecast.js";
 import { comparePriorities, type Priority } from "./priority.js";
 import { Retry } from "./retry.js";
@@ -18,6 +18,9 @@ import { cheapestSplit, launchBatches } from "./split.js";
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
+
+/** By then nothing is left of a disturbance, in milliseconds. */
+const longestCalm = 600_000;
 
 /** Milliseconds that a forecast is used for. */
 const forecastAge = 20;
@@ -67,6 +70,8 @@ export interface Accepted {
   isInside: boolean;
   /** Moment that was promised. */
   readonly promised: number | null;
+  /** Moment that it was accepted. */
+  readonly at: number;
   /** Milliseconds that its work takes when it has the device to itself. */
   cost: number;
   /** Its launches in units of their cost for one row, and how many of them are done. */
@@ -136,7 +141,9 @@ export class Predictor {
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
     // For a call that is made now: what it took to measure is not needed again.
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
-    const aloneMs = limitFor(leanest, margin);
+    // What disturbs the machine at present will be over: impossible is what does not fit on a usual day.
+    const aloneMs = limitFor(leanest / Math.max(1, this.#costs.drift), deadlineMargin);
+    const isDisturbed = limitFor(leanest, margin) > deadlineMs;
     const retryAfterMs = aloneMs <= deadlineMs ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
     const limit = `${Math.round(deadlineMs)} ms`;
     const why =
@@ -144,7 +151,9 @@ export class Predictor {
         ? ""
         : bestMs <= deadlineMs
           ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
-          : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
+          : isDisturbed
+            ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
+            : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     return new DeadlineError(
       `No schedule of ${candidates.length === 1 ? "one" : candidates.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.text}${why}.`,
       { deadlineMs, bestMs, blocks: best.text, retryAfterMs },
@@ -159,12 +168,30 @@ export class Predictor {
     deadlineMs: number,
     now: number,
   ) {
-    const missing = best.milliseconds - elapsed - deadlineMs / this.margin.value;
+    const calm = this.#calmAfter(best.own, deadlineMs);
+    const slower = this.#costs.driftAfter(calm) / this.#costs.drift;
+    const missing = (best.milliseconds - elapsed) * slower - deadlineMs / this.margin.after(calm);
     // One that harms nobody waits only for those that go before it.
     const endings = best.isHarmless
       ? this.#endings(now, (other) => comparePriorities(other.priority, priority, now) < 0)
       : this.#allEndings(now);
-    return this.#retry.whenDone(endings, missing, best.own, now);
+    return this.#retry.whenDone(endings, missing, best.own, now, calm);
+  }
+
+  /** In how many milliseconds the margin and the drift let work fit a limit again, if nothing disturbs the machine. */
+  #calmAfter(own: number, deadlineMs: number): number {
+    const usual = own / this.#costs.drift;
+    const fits = (after: number) =>
+      limitFor(usual * this.#costs.driftAfter(after), this.margin.after(after)) <= deadlineMs;
+    if (fits(0)) return 0;
+    let [low, high] = [0, 1];
+    while (!fits(high) && high < longestCalm) [low, high] = [high, 2 * high];
+    while (high - low > 1) {
+      const middle = (low + high) / 2;
+      if (fits(middle)) high = middle;
+      else low = middle;
+    }
+    return high;
   }
 
   /** Counts a request as load. A caller who asks again whenever it has its pictures is none: nobody waits for it. */

@@ -57,19 +57,21 @@ export class Retry {
   /**
    * For a caller whose time limit cannot be met beside others.
    * @param missing milliseconds of work that have to be done first
+   * @param least milliseconds that it has to wait in any case
    */
-  whenDone(endings: Iterable<Ending>, missing: number, work: number, now: number): number {
+  whenDone(endings: Iterable<Ending>, missing: number, work: number, now: number, least = 0): number {
     const wanted = missing + this.#before(now).reduce((sum, reservation) => sum + reservation.work, 0);
     let before = { at: 0, done: 0 };
     if (wanted > 0)
       for (const ending of endings) {
         if (ending.done >= wanted) {
           const part = (wanted - before.done) / (ending.done - before.done);
-          return this.#reserve(before.at + part * (ending.at - before.at) + ending.launch, work, now);
+          const at = before.at + part * (ending.at - before.at) + ending.launch;
+          return this.#reserve(Math.max(least, at), work, now);
         }
         before = ending;
       }
-    return this.#reserve(before.at + Math.max(0, wanted - before.done), work, now);
+    return this.#reserve(Math.max(least, before.at + Math.max(0, wanted - before.done)), work, now);
   }
 
   /** The reservations whose callers are still to come, and go before the next one. */

@@ -109,13 +109,17 @@ export class Service {
     const host = this.costs.estimate(hostGraph, terms.size, pictures) ?? 0;
     const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value - host;
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
-    const chosen = this.#predictor.choose(priority, terms, candidates);
-    if (chosen instanceof DeadlineError) this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
+    // Also what is refused: the costs that it is refused by may be wrong.
     this.#calibration.remember(candidates);
+    const chosen = this.#predictor.choose(priority, terms, candidates);
+    if (chosen instanceof DeadlineError) {
+      if (this.#accepted.size === 0) this.#calibration.rest({ isAfterWork: false });
+      this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
+    }
 
     const candidate = candidates[chosen.candidate]!;
     const accepted: Accepted = {
-      ...{ priority, promised, pictures, isInside: false, done: 0, launchedMs: 0 },
+      ...{ priority, promised, pictures, at: performance.now(), isInside: false, done: 0, launchedMs: 0 },
       ...this.#predictor.workOf(candidate, terms),
       undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
     };
@@ -227,7 +231,7 @@ export class Service {
     const { promised } = accepted;
     const isLate = promised !== null && now > promised;
     this.#stats.ended(ending, now - arrival, isLate);
-    if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate);
+    if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate, accepted.at);
     this.#accepted.delete(accepted);
     if (this.#accepted.size === 0) this.#calibration.rest();
   }

@@ -1,0 +1,92 @@
+// What a short disturbance of the machine does to promises, and for how long: on a simulated device.
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import type { DeadlineError } from "../../lib/errors.js";
+import { type CostEntry, CostTable, entryOf } from "../../lib/serving/costs.js";
+import type { CostStore } from "../../lib/serving/store.js";
+import { type Asked, elapse, MemoryStore, milliseconds, simulate, sleep, virtualTime } from "./timed.js";
+
+beforeEach(virtualTime);
+afterEach(() => {
+  vi.useRealTimers();
+});
+
+const entries = Object.entries(milliseconds).flatMap(([graph, cost]) =>
+  [1, 2, 4, 8].map((batch) => entryOf(graph, batch, "4x4", [cost(batch)])),
+);
+const blocks = "H1P3R1";
+/** Five launches of the predictor, two of the refiner, and the decoder. */
+const alone = 5 * 10 + 2 * 4 + 5;
+
+describe("a device that stands still for a moment", () => {
+  it("makes a limit that fits alone possible later, never impossible, and it is accepted when it was said to be", async () => {
+    const simulation = simulate(entries, { noise: 0 });
+    const { runtime, ask } = simulation;
+    const usual = runtime.cost;
+    const asked: Asked = { ladder: [blocks], deadlineMs: Math.ceil(1.2 * alone) };
+    await elapse(ask({ ...asked, deadlineMs: 1000 }));
+    await elapse(ask(asked));
+    let isStopped = false;
+    runtime.cost = (graph, batch) => {
+      const stop = isStopped ? 270 : 0;
+      isStopped = false;
+      return usual(graph, batch) + stop;
+    };
+    isStopped = true;
+    await elapse(Promise.all([1, 2, 3].map((each) => ask({ ...asked, deadlineMs: 4 * alone + each }))));
+    expect(simulation.service.stats().requests.late).toBe(3);
+    const error = (await elapse(ask(asked).catch((reason) => reason))) as DeadlineError;
+    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE", retryAfterMs: expect.any(Number) });
+    expect(error.message).toMatch(/since the machine has lately been slower than usual/);
+    expect(error.retryAfterMs).toBeLessThan(200_000);
+    await elapse(sleep(error.retryAfterMs!));
+    expect((await elapse(ask(asked))).actualMs).toBeLessThan(asked.deadlineMs!);
+    // Less than it takes alone is impossible, disturbed or not.
+    isStopped = true;
+    await elapse(ask({ ladder: [blocks], deadlineMs: 2 * alone }));
+    const impossible = await elapse(ask({ ladder: [blocks], deadlineMs: alone }).catch((reason) => reason));
+    expect(impossible).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE", retryAfterMs: null });
+  });
+});
+
+it("the drift goes back to 1 while nothing is launched", () => {
+  const table = new CostTable([entryOf("a", 1, "4x4", [10])]);
+  for (let launch = 0; launch < 400; launch++) table.observe("a", "4x4", 1, 20);
+  const { drift } = table;
+  expect(drift).toBeGreaterThan(1.9);
+  vi.advanceTimersByTime(5000);
+  expect(table.drift).toBeCloseTo(drift, 9);
+  vi.advanceTimersByTime(30_000);
+  expect(table.drift - 1).toBeCloseTo((drift - 1) / 2, 9);
+  table.observe("a", "4x4", 1, 10 * table.drift);
+  vi.advanceTimersByTime(5000);
+  expect(table.drift - 1).toBeCloseTo((drift - 1) / 2, 6);
+  vi.advanceTimersByTime(300_000);
+  expect(table.drift).toBe(1);
+});
+
+it("costs that make a limit impossible are measured again while nothing else is asked for", async () => {
+  const wide = (graph: string, batch: number): CostEntry => ({
+    ...entryOf(
+      graph,
+      batch,
+      "4x4",
+      [1, 3, 5].map((factor) => factor * milliseconds[graph]!(batch)),
+    ),
+  });
+  const poisoned = entries.map(({ graph, batch }) => wide(graph, batch));
+  const simulation = simulate(poisoned, { background: true, store: new MemoryStore() as unknown as CostStore });
+  const asked: Asked = { ladder: [blocks], deadlineMs: 2 * alone };
+  let error: unknown = null;
+  // Callers that come again and again do not put it off.
+  for (let poll = 0; poll < 100; poll++) {
+    error = await elapse(
+      simulation.ask(asked).then(
+        () => null,
+        (reason) => reason,
+      ),
+    );
+    if (error === null) break;
+    await elapse(sleep(100));
+  }
+  expect(error).toBeNull();
+});
