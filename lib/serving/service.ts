@@ -180,6 +180,12 @@ export class Service {
     return this.#calibration.reset();
   }
 
+  /** The runtime has been lost, with all that it had loaded. Times of requests under way hold its start as well. */
+  lost(): void {
+    this.#calibration.lost();
+    for (const accepted of this.#accepted) accepted.undisturbed = false;
+  }
+
   /** Waits until no request is under way. */
   async close(): Promise<void> {
     // A launch that is measured in the background keeps no process alive, but a caller who waits here for its end needs

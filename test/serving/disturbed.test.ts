@@ -90,3 +90,62 @@ it("costs that make a limit impossible are measured again while nothing else is 
   }
   expect(error).toBeNull();
 });
+
+describe("a runtime that is lost", () => {
+  const host = (simulation: ReturnType<typeof simulate>) => simulation.service.costs.get("host", "4x4", 1);
+  const asked: Asked = { ladder: [blocks], deadlineMs: 2000 };
+
+  it("is run once more before a promise", async () => {
+    const { runtime, service, ask } = simulate(entries);
+    await elapse(ask(asked));
+    const { measured } = runtime;
+    await elapse(ask(asked));
+    expect(runtime.measured).toBe(measured);
+    service.lost();
+    await elapse(ask(asked));
+    // One run of each graph.
+    expect(runtime.measured).toBe(measured + 3);
+  });
+
+  it("does not count its start as a cost of the requests that waited for it", async () => {
+    const simulation = simulate(entries, { noise: 0 });
+    const { runtime, service, ask } = simulation;
+    const open = runtime.open.bind(runtime);
+    let startMs = 7;
+    runtime.open = () => {
+      const workspace = open();
+      const submit = workspace.submit;
+      workspace.submit = (...args) => sleep(startMs).then(() => submit(...args));
+      return workspace;
+    };
+    for (let i = 0; i < 3; i++) await elapse(ask(asked));
+    expect(host(simulation)!.milliseconds).toBeCloseTo(7, 0);
+    const { runs } = host(simulation)!;
+    startMs = 900;
+    for (let i = 0; i < 5; i++) {
+      const drawn = ask({ ladder: [blocks] });
+      await sleepAndLose();
+      await elapse(drawn);
+    }
+    expect(host(simulation)).toMatchObject({ runs, milliseconds: expect.closeTo(7, 0) });
+
+    async function sleepAndLose() {
+      await elapse(sleep(20));
+      service.lost();
+    }
+  });
+});
+
+it("costs that are reset while others are measured for a limit are measured again, and nothing is impossible by that", async () => {
+  const { runtime, service, ask } = simulate([]);
+  // All but the refiner becomes known.
+  await elapse(ask({ ladder: ["H1P1"], deadlineMs: 5000 }));
+  const { measured } = runtime;
+  const drawn = ask({ ladder: [blocks], deadlineMs: 5000 });
+  drawn.catch(() => undefined);
+  await elapse(sleep(6));
+  await elapse(service.reset());
+  expect((await elapse(drawn)).actualMs).toBeLessThan(5000);
+  // Three graphs, four runs of each.
+  expect(runtime.measured).toBe(measured + 12);
+});
