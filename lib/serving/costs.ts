@@ -130,7 +130,21 @@ export class CostTable {
 
   /** As `estimate`; where nothing is known, in units of a launch of one row. */
   relative(graph: string, size: string, batch: number): number {
-    return this.estimate(graph, size, batch) ?? affine(batch);
+    return this.estimate(graph, size, batch) ?? unitsOf(batch);
+  }
+
+  /**
+   * Milliseconds of a launch, for a forecast and not for a promise: as `estimate`, or by the few launches that there were.
+   * @returns null before the second launch of a graph at this size
+   */
+  guess(graph: string, size: string, batch: number): number | null {
+    const known = this.estimate(graph, size, batch);
+    if (known !== null) return known;
+    const prefix = `${keyOf(graph, size)} x `;
+    const units = [...this.#observed].flatMap(([key, values]) =>
+      key.startsWith(prefix) ? values.map((value) => value / unitsOf(Number(key.slice(prefix.length)))) : [],
+    );
+    return units.length === 0 ? null : medianOf(units) * unitsOf(batch) * this.drift;
   }
 
   /** A launch that was made for a request, not to measure it. Must not have included compiling the graph. */
@@ -249,7 +263,7 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   const exact = batches.get(batch);
   if (exact) return exact.milliseconds;
   const points = [...batches.values()].sort((a, b) => a.batch - b.batch);
-  if (points.length === 1) return (points[0]!.milliseconds * affine(batch)) / affine(points[0]!.batch);
+  if (points.length === 1) return (points[0]!.milliseconds * unitsOf(batch)) / unitsOf(points[0]!.batch);
   // The two points around it, or the nearest two.
   const smaller = points.filter((point) => point.batch < batch).length;
   const right = Math.min(Math.max(smaller, 1), points.length - 1);
@@ -260,7 +274,8 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   return Math.max(line, (0.5 * a.milliseconds * Math.min(batch, a.batch)) / a.batch);
 }
 
-function affine(batch: number): number {
+/** What a launch costs in units of one row, where nothing else is known. */
+export function unitsOf(batch: number): number {
   return fixedShare + (1 - fixedShare) * batch;
 }
 

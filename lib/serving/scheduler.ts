@@ -211,7 +211,8 @@ export class Scheduler {
     }
     if (launches.length === 0) return null;
     // Less than the least time: it is all that is left, or as much as one submission takes.
-    const preemptible = isOnly && preemption && milliseconds < least;
+    // A launch of unknown cost is by itself, or the last of others.
+    const preemptible = isOnly && preemption && (milliseconds < least || launches.length > 1);
     const submission = { id: this.#submissions++, launches, preemptible };
     this.#inFlight.set(submission.id, submission);
     return submission;

@@ -16,6 +16,7 @@ import { type Health, HealthMonitor } from "./health.js";
 import type { MeasureOptions } from "./measure.js";
 import { type Accepted, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
+import { Progress } from "./progress.js";
 import { type Ending, type Refusal, type Stats, StatsRecorder } from "./stats.js";
 
 export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats" | "onSlow"> {
@@ -118,9 +119,10 @@ export class Service {
     }
 
     const candidate = candidates[chosen.candidate]!;
+    const price = this.#predictor.price(candidate, terms);
     const accepted: Accepted = {
-      ...{ priority, promised, pictures, at: performance.now(), isInside: false, done: 0, launchedMs: 0 },
-      ...this.#predictor.workOf(candidate, terms),
+      ...{ priority, promised, pictures, at: performance.now(), isInside: false, launchedMs: 0 },
+      ...{ price, progress: new Progress(price.units) },
       undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
     };
     for (const other of this.#accepted) other.undisturbed = false;
@@ -183,7 +185,10 @@ export class Service {
   /** The runtime has been lost, with all that it had loaded. Times of requests under way hold its start as well. */
   lost(): void {
     this.#calibration.lost();
-    for (const accepted of this.#accepted) accepted.undisturbed = false;
+    for (const accepted of this.#accepted) {
+      accepted.undisturbed = false;
+      accepted.progress.lost();
+    }
   }
 
   /** Waits until no request is under way. */
@@ -242,21 +247,25 @@ export class Service {
     if (this.#accepted.size === 0) this.#calibration.rest();
   }
 
-  #run(
+  async #run(
     { rows, reports, onLaunch }: Pick<Job, "rows" | "reports" | "onLaunch">,
     accepted: Accepted,
     { pin, signal }: Terms,
   ) {
-    return this.#dispatcher.run({
+    const { progress } = accepted;
+    const run = progress.begin(rows);
+    const results = await this.#dispatcher.run({
       ...{ rows, reports, priority: accepted.priority, pin, signal },
       onLaunch: (row, report, first) => {
-        const { graph, sharing } = report.launch;
-        accepted.done += this.costs.relative(graph, sharing!.size, 1);
+        // Times of what is made twice are no part of the launches' cost.
+        if (progress.made(run, row, report.index)) accepted.undisturbed = false;
         if (first) accepted.launchedMs += report.milliseconds;
         this.#calibration.launched(report);
         onLaunch?.(row, report, first);
       },
     });
+    progress.over(run);
+    return results;
   }
 }
 

@@ -131,6 +131,73 @@ describe("a refused caller", () => {
   );
 });
 
+describe("a refused caller of a model whose costs are not known", () => {
+  beforeEach(virtualTime);
+  afterEach(() => {
+    vi.useRealTimers();
+  });
+
+  /** Launches that take so many times what the others of this file take, in batches that are not much cheaper than guessed. */
+  function unknown(slower: number, seed: number, maxQueue: number): Simulation {
+    const simulation = simulate([], { noise: 0.1, seed, maxQueue, batches: [1, 2, 4] });
+    const usual = simulation.runtime.cost;
+    simulation.runtime.cost = (graph, batch) => slower * usual(graph, batch);
+    return simulation;
+  }
+  const asked: Asked = { ladder: ["H1P7R2"] };
+  async function fill(simulation: Simulation, work: Promise<unknown>[]): Promise<Refusal> {
+    for (;;) {
+      const refusal = await offer(simulation, asked, work);
+      if (refusal) return refusal;
+    }
+  }
+
+  it.each([2, 16])("is accepted within two tries in 9 of 10 trials, %i may wait", async (maxQueue) => {
+    const trials = 20;
+    let accepted = 0;
+    for (let seed = 1; seed <= trials; seed++) {
+      const simulation = unknown(10, seed, maxQueue);
+      await elapse(
+        (async () => {
+          const work: Promise<unknown>[] = [];
+          let refusal: Refusal | null = await fill(simulation, work);
+          for (let tries = 0; tries < 2 && refusal; tries++) {
+            await sleep(refusal.retryAfterMs);
+            refusal = await offer(simulation, asked, work);
+          }
+          if (!refusal) accepted++;
+          await Promise.all(work);
+        })(),
+      );
+    }
+    expect(accepted).toBeGreaterThanOrEqual(0.9 * trials);
+  });
+
+  it.each([0.3, 1, 10, 50])(
+    "is told a time within a factor of 3 once there has been a picture, %s times as slow",
+    async (slower) => {
+      for (let seed = 1; seed <= 5; seed++) {
+        const simulation = unknown(slower, seed, 4);
+        await elapse(
+          (async () => {
+            const work: Promise<unknown>[] = [];
+            const first = simulation.ask(asked);
+            await first;
+            const { retryAfterMs } = await fill(simulation, work);
+            const start = performance.now();
+            // A place is free with the first ending; the last of them is the one refused.
+            await Promise.race(work.slice(0, -1));
+            const ratio = retryAfterMs / (performance.now() - start);
+            expect(ratio).toBeGreaterThan(1 / 3);
+            expect(ratio).toBeLessThan(3);
+            await Promise.all(work);
+          })(),
+        );
+      }
+    },
+  );
+});
+
 describe("the forecast", () => {
   const cost = (batch: number) => 6 + 4 * batch;
   /** Launches of up to `most` rows, 10 ms for one. */

@@ -252,6 +252,10 @@ describe("preemptible submissions", () => {
     expect(drain(unknown).map(({ launches, preemptible }) => [launches.length, preemptible])).toEqual(
       Array(2).fill([1, false]),
     );
+    // Behind known ones it does not keep others waiting.
+    const last = scheduler(table, { preemption: true });
+    last.start(job(1, ["predict@64 predict@64 decode@64"]), 0);
+    expect(drain(last).map(({ launches, preemptible }) => [launches.length, preemptible])).toEqual([[3, true]]);
   });
 
   it("are put together in one turn of the event loop, however many rows the job has", () => {
