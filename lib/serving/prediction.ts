@@ -127,6 +127,11 @@ export class Predictor {
     this.#retry = new Retry(options.random);
   }
 
+  /** A call has come, to be accepted or refused. */
+  called(): void {
+    this.#retry.called(performance.now());
+  }
+
   /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
   choose(priority: Priority, terms: Terms, candidates: readonly CandidateWork[]): Choice | DeadlineError {
     const { deadlineMs, arrival } = terms;
@@ -135,7 +140,7 @@ export class Predictor {
     this.#priceAgain();
     if (deadlineMs === null) {
       const own = this.#millisecondsOf(candidates[0]!, terms);
-      this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now);
+      this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now, true);
       const predictedMs = own === null ? null : elapsed + this.#finish(priority, own, now).own;
       return { candidate: 0, reason: null, predictedMs };
     }
@@ -151,10 +156,12 @@ export class Predictor {
     const margin = this.margin.value;
     const leanest = Math.min(...predictions.map(({ own }) => own));
     const room = this.#room(terms, now);
-    this.#arrived(terms, leanest, now);
     // Costs can have been reset at this very moment: nothing is promised on a guess, and nothing impossible by one.
     const choice = isKnown ? chooseCandidate(predictions, deadlineMs, margin, room) : null;
-    if (choice) return choice;
+    if (choice) {
+      this.#arrived(terms, leanest, now, true);
+      return choice;
+    }
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
     // For a call that is made now: what it took to measure is not needed again.
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
@@ -163,6 +170,8 @@ export class Predictor {
     const isDisturbed = limitFor(leanest, margin) > deadlineMs;
     const retryAfterMs =
       aloneMs <= deadlineMs || !isKnown ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
+    // What is impossible takes nothing from others.
+    if (retryAfterMs !== null) this.#arrived(terms, leanest, now, false);
     const limit = `${Math.round(deadlineMs)} ms`;
     const why =
       retryAfterMs === null
@@ -213,8 +222,8 @@ export class Predictor {
   }
 
   /** Counts a request as load. A caller who asks again whenever it has its pictures is none: nobody waits for it. */
-  #arrived({ priority }: Terms, leanest: number, now: number): void {
-    if (this.#accepted.size > 0) this.#arrivals.add(priority, leanest, now);
+  #arrived({ priority }: Terms, leanest: number, now: number, isAccepted: boolean): void {
+    if (this.#accepted.size > 0) this.#arrivals[isAccepted ? "accepted" : "refused"](priority, leanest, now);
   }
 
   /**

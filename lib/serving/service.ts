@@ -96,6 +96,7 @@ export class Service {
     onAccept?: (accepted: Choice & { readonly place: number }) => void,
   ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
+    this.#predictor.called();
     this.#refuseIfFull(terms, candidates);
     if (deadlineMs !== null) {
       await this.#calibration.learn(candidates, terms).catch((error) => {

@@ -290,4 +290,51 @@ describe("Retry", () => {
     expect(Math.max(...told)).toBeLessThan(129 * 100 * 1.36);
     expect(Math.max(...told.slice(-100))).toBeLessThanOrEqual(Math.max(...told.slice(0, 200)) * 1.2);
   });
+
+  /** How many endings a caller is told to wait for, where one ends every 100 ms. */
+  const endless: Ending[] = Array.from({ length: 300 }, (_, index) => ({
+    ...{ at: 100 * (index + 1), waiting: 0, inside: { requests: 1, pictures: 1 }, done: 100 * (index + 1), launch: 0 },
+  }));
+  const ordinal = (ending: Ending) => ending.at / 100;
+
+  it.each(["a place", "time"])("keeps no %s for callers who give up, or ask whenever they like", (what) => {
+    for (const interval of [3, 11, 50]) {
+      const random = new Random(5);
+      const retry = new Retry(() => random.even());
+      const waits: number[] = [];
+      for (let now = 0; now < 60_000; now += interval * (0.5 + random.even())) {
+        retry.called(now);
+        const wait =
+          what === "time" ? retry.whenDone(endless, 50, 100, now) : retry.whenPlace(endless, ordinal, 100, now);
+        if (now > 45_000) waits.push(wait / 100);
+      }
+      waits.sort((a, b) => a - b);
+      expect(waits[Math.floor(waits.length / 2)], `every ${interval} ms`).toBeLessThan(16);
+    }
+  });
+
+  it("keeps places for callers who come when they were told, however many", () => {
+    for (const callers of [10, 40, 100]) {
+      const random = new Random(6);
+      const retry = new Retry(() => random.even());
+      // Each caller's next call. One in five of them is accepted, and another comes for it.
+      const calls = Array.from({ length: callers }, (_, index) => 10 * index);
+      const waits: number[] = [];
+      let now = 0;
+      while (now < 120_000) {
+        calls.sort((a, b) => a - b);
+        now = calls.shift()!;
+        retry.called(now);
+        if (random.even() < 0.2) {
+          calls.push(now + 1 + 50 * random.even());
+          continue;
+        }
+        const wait = retry.whenPlace(endless, ordinal, 100, now);
+        if (now > 60_000) waits.push(wait / 100);
+        calls.push(now + wait + 3 * random.even());
+      }
+      waits.sort((a, b) => a - b);
+      expect(waits[Math.floor(waits.length / 2)]! / callers).toBeGreaterThan(0.6);
+    }
+  });
 });
