@@ -40,7 +40,7 @@ const observationsKept = 25;
 
 /**
  * Launches of all entries that are remembered to compare entries, how many of one entry are needed for that, and by which
- * factor those must be off from all: more than what differs between launches alone and among others.
+ * factor those must be off from what is usual: more than what differs between launches alone and among others.
  */
 const comparedLaunches = 200;
 const comparedOfEntry = 9;
@@ -49,6 +49,13 @@ const contradiction = 1.3;
 /** Weight of one launch in the drift, and bounds of its ratio: one launch that was interrupted must not change much. */
 const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
+
+/**
+ * What many launches agree on is no disturbance: weight of one launch in the drift that lasts, and in how many milliseconds
+ * without launches half of it is forgotten.
+ */
+const lastingWeight = driftWeight / 20;
+const lastingHalfLifeMs = 3600_000;
 
 const { compare } = new Intl.Collator("en", { numeric: true });
 
@@ -61,7 +68,9 @@ export class CostTable {
   #launches = 0;
   /** Entries that launches contradict, and since which launch. */
   #contradicted = new WeakMap<CostEntry, number>();
-  #drift = new Fading(1);
+  /** The drift that lasts, and what the present one is beyond it. */
+  #lasting = new Fading(1, lastingHalfLifeMs);
+  #present = new Fading(0);
   #version = 0;
 
   constructor(entries: Iterable<CostEntry> = []) {
@@ -95,7 +104,8 @@ export class CostTable {
     this.#entries.clear();
     this.#observed.clear();
     this.#recent = [];
-    this.#drift = new Fading(1);
+    this.#lasting = new Fading(1, lastingHalfLifeMs);
+    this.#present = new Fading(0);
     this.#version++;
     for (const entry of kept) this.set(entry);
   }
@@ -104,14 +114,14 @@ export class CostTable {
     return this.#entries.get(keyOf(graph, size))?.get(batch);
   }
 
-  /** How much slower launches are now than when they were measured. Without launches it goes back to 1. */
+  /** How much slower launches are now than when they were measured. Without launches it goes back to 1: soon, or slowly if it lasted. */
   get drift(): number {
-    return this.#drift.value;
+    return this.driftAfter(0);
   }
 
   /** The drift in so many milliseconds, if nothing is launched until then. */
   driftAfter(milliseconds: number): number {
-    return this.#drift.after(milliseconds);
+    return this.#lasting.after(milliseconds) + this.#present.after(milliseconds);
   }
 
   /**
@@ -155,7 +165,9 @@ export class CostTable {
       const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
       // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
       const { drift } = this;
-      this.#drift.set(drift + driftWeight * (ratio - drift));
+      const lasting = this.#lasting.value + lastingWeight * (ratio - this.#lasting.value);
+      this.#lasting.set(lasting);
+      this.#present.set(drift + driftWeight * (ratio - drift) - lasting);
       this.#compare(known, milliseconds / known.milliseconds);
       return;
     }
@@ -175,9 +187,18 @@ export class CostTable {
     this.#launches++;
     this.#recent.push({ entry, ratio });
     if (this.#recent.length > comparedLaunches) this.#recent.shift();
-    const own = this.#recent.filter((each) => each.entry === entry).map(({ ratio }) => ratio);
+    const ratios = new Map<CostEntry, number[]>();
+    for (const each of this.#recent) {
+      const of = ratios.get(each.entry) ?? [];
+      of.push(each.ratio);
+      ratios.set(each.entry, of);
+    }
+    const own = ratios.get(entry)!;
     if (own.length < comparedOfEntry) return;
-    const usual = medianOf(this.#recent.map(({ ratio }) => ratio));
+    // Each entry once: where two are launched about equally often, the median of all launches would be now one's, now the
+    // other's.
+    const compared = [...ratios.values()].filter((of) => of.length >= comparedOfEntry);
+    const usual = medianOf(compared.map(medianOf));
     const off = medianOf(own) / usual;
     if (off < contradiction && off > 1 / contradiction) {
       this.#contradicted.delete(entry);
