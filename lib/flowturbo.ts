@@ -281,7 +281,7 @@ export class FlowTurbo implements ImageModel {
       ...{ priority, prefer, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
-    this.#service.refuseIfFull(terms);
+    if (request.edit) this.#service.refuseEarly(terms);
     const edit = request.edit && (await this.#readEdit(request.edit, stages, signal));
     const { text, templates } = this.#model;
     const texts = [...request.prompts, ...request.negativePrompts];

@@ -80,6 +80,11 @@ export class Calibration {
     this.#seen.set(kindOf(launch), milliseconds);
   }
 
+  /** The runtime has lost what it had loaded and compiled: everything runs for the first time again. */
+  lost(): void {
+    this.#seen.clear();
+  }
+
   /** Time of a finished request that was not in launches. */
   observeHost({ size, pictures }: Terms, milliseconds: number): void {
     if (milliseconds <= 0) return;
@@ -97,7 +102,18 @@ export class Calibration {
    * Before a promise: measures what is not known, and runs once what has not run here, since the first run is slower.
    * @throws what the runtime throws, or `terms.signal.reason`
    */
-  async learn(candidates: readonly CandidateWork[], { pin, signal }: Terms): Promise<void> {
+  async learn(candidates: readonly CandidateWork[], terms: Terms): Promise<void> {
+    // What is known may be forgotten meanwhile: by a reset, or with the process that has run it.
+    for (;;) {
+      const { cold, unknown } = this.#missing(candidates, terms);
+      if (cold.size + unknown.size === 0) return;
+      await this.#share(cold, 0, terms.signal);
+      await this.#share(unknown, promiseRounds, terms.signal);
+    }
+  }
+
+  /** What is to be measured before a promise, and what is to be run once. */
+  #missing(candidates: readonly CandidateWork[], { pin }: Terms) {
     const unknown = new Map<string, Subject>();
     const cold = new Map<string, Subject>();
     for (const { program, rows } of candidates.flatMap(({ demands }) => demands))
@@ -110,8 +126,7 @@ export class Calibration {
           if (!this.#costs.get(graph, size, batch)) unknown.set(`${key} x ${batch}`, { ...kind, batch });
           else if (!this.#seen.has(key)) cold.set(key, { ...kind, batch });
       }
-    await this.#share(cold, 0, signal);
-    await this.#share(unknown, promiseRounds, signal);
+    return { cold, unknown };
   }
 
   /** Remembers what is to be measured in the background. */
@@ -132,11 +147,16 @@ export class Calibration {
     await this.store();
   }
 
-  /** No request is under way: soon there may be time to measure. */
-  rest(): void {
+  /**
+   * No request is under way: soon there may be time to measure.
+   * @param options `isAfterWork`: whether one has just ended; callers who are refused again and again do not put it off
+   */
+  rest({ isAfterWork = true } = {}): void {
     if (!this.#options.background || this.#background || this.#closing.signal.aborted) return;
+    if (this.#timer && !isAfterWork) return;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => {
+      this.#timer = undefined;
       this.#background = this.#measureRest()
         .catch((error) => {
           if (!this.#closing.signal.aborted) this.#options.onError?.(error);

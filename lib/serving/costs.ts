@@ -6,6 +6,8 @@
  * contradict, in its ratio to the others, is replaced by them: it was measured while the machine was disturbed.
  */
 
+import { Fading } from "./fading.js";
+
 /** What is not in launches (noise, tokens, pixels to bytes, messages): an entry of the table like a graph. */
 export const hostGraph = "host";
 
@@ -38,7 +40,7 @@ const observationsKept = 25;
 
 /**
  * Launches of all entries that are remembered to compare entries, how many of one entry are needed for that, and by which
- * factor those must be off from all: more than what differs between launches alone and among others.
+ * factor those must be off from what is usual: more than what differs between launches alone and among others.
  */
 const comparedLaunches = 200;
 const comparedOfEntry = 9;
@@ -47,6 +49,13 @@ const contradiction = 1.3;
 /** Weight of one launch in the drift, and bounds of its ratio: one launch that was interrupted must not change much. */
 const driftWeight = 0.025;
 const driftBounds = [0.5, 3] as const;
+
+/**
+ * What many launches agree on is no disturbance: weight of one launch in the drift that lasts, and in how many milliseconds
+ * without launches half of it is forgotten.
+ */
+const lastingWeight = driftWeight / 20;
+const lastingHalfLifeMs = 3600_000;
 
 const { compare } = new Intl.Collator("en", { numeric: true });
 
@@ -59,7 +68,9 @@ export class CostTable {
   #launches = 0;
   /** Entries that launches contradict, and since which launch. */
   #contradicted = new WeakMap<CostEntry, number>();
-  #drift = 1;
+  /** The drift that lasts, and what the present one is beyond it. */
+  #lasting = new Fading(1, lastingHalfLifeMs);
+  #present = new Fading(0);
   #version = 0;
 
   constructor(entries: Iterable<CostEntry> = []) {
@@ -93,7 +104,8 @@ export class CostTable {
     this.#entries.clear();
     this.#observed.clear();
     this.#recent = [];
-    this.#drift = 1;
+    this.#lasting = new Fading(1, lastingHalfLifeMs);
+    this.#present = new Fading(0);
     this.#version++;
     for (const entry of kept) this.set(entry);
   }
@@ -102,9 +114,14 @@ export class CostTable {
     return this.#entries.get(keyOf(graph, size))?.get(batch);
   }
 
-  /** How much slower launches are now than when they were measured. */
+  /** How much slower launches are now than when they were measured. Without launches it goes back to 1: soon, or slowly if it lasted. */
   get drift(): number {
-    return this.#drift;
+    return this.driftAfter(0);
+  }
+
+  /** The drift in so many milliseconds, if nothing is launched until then. */
+  driftAfter(milliseconds: number): number {
+    return this.#lasting.after(milliseconds) + this.#present.after(milliseconds);
   }
 
   /**
@@ -123,7 +140,21 @@ export class CostTable {
 
   /** As `estimate`; where nothing is known, in units of a launch of one row. */
   relative(graph: string, size: string, batch: number): number {
-    return this.estimate(graph, size, batch) ?? affine(batch);
+    return this.estimate(graph, size, batch) ?? unitsOf(batch);
+  }
+
+  /**
+   * Milliseconds of a launch, for a forecast and not for a promise: as `estimate`, or by the few launches that there were.
+   * @returns null before the second launch of a graph at this size
+   */
+  guess(graph: string, size: string, batch: number): number | null {
+    const known = this.estimate(graph, size, batch);
+    if (known !== null) return known;
+    const prefix = `${keyOf(graph, size)} x `;
+    const units = [...this.#observed].flatMap(([key, values]) =>
+      key.startsWith(prefix) ? values.map((value) => value / unitsOf(Number(key.slice(prefix.length)))) : [],
+    );
+    return units.length === 0 ? null : medianOf(units) * unitsOf(batch) * this.drift;
   }
 
   /** A launch that was made for a request, not to measure it. Must not have included compiling the graph. */
@@ -133,7 +164,10 @@ export class CostTable {
       const [low, high] = driftBounds;
       const ratio = Math.min(high, Math.max(low, milliseconds / known.milliseconds));
       // The mean, not the median: what is predicted are sums of many launches, the interrupted ones among them.
-      this.#drift += driftWeight * (ratio - this.#drift);
+      const { drift } = this;
+      const lasting = this.#lasting.value + lastingWeight * (ratio - this.#lasting.value);
+      this.#lasting.set(lasting);
+      this.#present.set(drift + driftWeight * (ratio - drift) - lasting);
       this.#compare(known, milliseconds / known.milliseconds);
       return;
     }
@@ -153,9 +187,18 @@ export class CostTable {
     this.#launches++;
     this.#recent.push({ entry, ratio });
     if (this.#recent.length > comparedLaunches) this.#recent.shift();
-    const own = this.#recent.filter((each) => each.entry === entry).map(({ ratio }) => ratio);
+    const ratios = new Map<CostEntry, number[]>();
+    for (const each of this.#recent) {
+      const of = ratios.get(each.entry) ?? [];
+      of.push(each.ratio);
+      ratios.set(each.entry, of);
+    }
+    const own = ratios.get(entry)!;
     if (own.length < comparedOfEntry) return;
-    const usual = medianOf(this.#recent.map(({ ratio }) => ratio));
+    // Each entry once: where two are launched about equally often, the median of all launches would be now one's, now the
+    // other's.
+    const compared = [...ratios.values()].filter((of) => of.length >= comparedOfEntry);
+    const usual = medianOf(compared.map(medianOf));
     const off = medianOf(own) / usual;
     if (off < contradiction && off > 1 / contradiction) {
       this.#contradicted.delete(entry);
@@ -241,7 +284,7 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   const exact = batches.get(batch);
   if (exact) return exact.milliseconds;
   const points = [...batches.values()].sort((a, b) => a.batch - b.batch);
-  if (points.length === 1) return (points[0]!.milliseconds * affine(batch)) / affine(points[0]!.batch);
+  if (points.length === 1) return (points[0]!.milliseconds * unitsOf(batch)) / unitsOf(points[0]!.batch);
   // The two points around it, or the nearest two.
   const smaller = points.filter((point) => point.batch < batch).length;
   const right = Math.min(Math.max(smaller, 1), points.length - 1);
@@ -252,7 +295,8 @@ function interpolated(batches: ReadonlyMap<number, CostEntry>, batch: number): n
   return Math.max(line, (0.5 * a.milliseconds * Math.min(batch, a.batch)) / a.batch);
 }
 
-function affine(batch: number): number {
+/** What a launch costs in units of one row, where nothing else is known. */
+export function unitsOf(batch: number): number {
   return fixedShare + (1 - fixedShare) * batch;
 }
 

@@ -3,6 +3,8 @@
  * broken.
  */
 
+import { Fading } from "./fading.js";
+
 /**
  * What a prediction has to leave free, as a factor. Predictions are medians: without it every second picture whose
  * prediction equals the limit would be late.
@@ -36,18 +38,32 @@ export function limitFor(milliseconds: number, margin = deadlineMargin): number 
 
 /**
  * The margin that a machine needs to keep its promises: at least the usual one, more after each that was broken, and a very
- * little less after each that was kept, so that it stays where about one in four hundred is broken.
+ * little less after each that was kept, so that it stays where about one in four hundred is broken. What one incident
+ * makes late counts once, and while no promise ends it goes back to the usual one.
  */
 export class Margin {
-  #value = deadlineMargin;
+  readonly #margin = new Fading(deadlineMargin);
+  /** Moment of the latest broken promise that counted. */
+  #broken = Number.NEGATIVE_INFINITY;
 
   get value(): number {
-    return this.#value;
+    return this.#margin.value;
   }
 
-  observe(isLate: boolean): void {
-    const next = this.#value + (isLate ? marginStep : -marginStep / 399);
-    this.#value = Math.min(largestMargin, Math.max(deadlineMargin, next));
+  /** What it will be in so many milliseconds, if no promise ends until then. */
+  after(milliseconds: number): number {
+    return this.#margin.after(milliseconds);
+  }
+
+  /** @param promisedAt moment that the promise was given */
+  observe(isLate: boolean, promisedAt: number): void {
+    if (isLate) {
+      // Promises given before the margin had grown say nothing about the present one.
+      if (promisedAt < this.#broken) return;
+      this.#broken = performance.now();
+    }
+    const next = this.value + (isLate ? marginStep : -marginStep / 399);
+    this.#margin.set(Math.min(largestMargin, Math.max(deadlineMargin, next)));
   }
 }
 

@@ -8,16 +8,20 @@
 import { DeadlineError } from "../errors.js";
 import type { Program } from "../program/program.js";
 import { Arrivals } from "./arrivals.js";
-import { type CostTable, hostGraph } from "./costs.js";
-import { type Choice, chooseCandidate, limitFor, Margin, type PredictedCandidate } from "./deadline.js";
+import { type CostTable, hostGraph, unitsOf } from "./costs.js";
+import { type Choice, chooseCandidate, deadlineMargin, limitFor, Margin, type PredictedCandidate } from "./deadline.js";
 import { type Ending, forecast, type Phase } from "./forecast.js";
 import { comparePriorities, type Priority } from "./priority.js";
+import type { Progress } from "./progress.js";
 import { Retry } from "./retry.js";
 import { type LaunchKind, launchKinds, launchPhases } from "./rows.js";
 import { cheapestSplit, launchBatches } from "./split.js";
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
 const unknownCost = 1000;
+
+/** By then nothing is left of a disturbance, in milliseconds. */
+const longestCalm = 600_000;
 
 /** Milliseconds that a forecast is used for. */
 const forecastAge = 20;
@@ -59,6 +63,22 @@ interface WeighedPhase extends Phase {
   readonly weight: number;
 }
 
+/** What a request has to do, by the costs when it was priced. */
+export interface Price {
+  readonly candidate: CandidateWork;
+  readonly terms: Terms;
+  /** Milliseconds that its work takes when it has the device to itself. */
+  readonly cost: number;
+  /** Milliseconds of one row in a launch, by kind: the unit of `weight` and of what is done. */
+  readonly units: ReadonlyMap<string, number>;
+  /** Its launches in those units. */
+  readonly weight: number;
+  /** Its launches in order. */
+  readonly phases: readonly WeighedPhase[];
+  /** Version of the costs if some were not known; null if all were. */
+  readonly guessedBy: number | null;
+}
+
 /** A request that has been accepted, until it ends. */
 export interface Accepted {
   readonly priority: Priority;
@@ -67,13 +87,10 @@ export interface Accepted {
   isInside: boolean;
   /** Moment that was promised. */
   readonly promised: number | null;
-  /** Milliseconds that its work takes when it has the device to itself. */
-  cost: number;
-  /** Its launches in units of their cost for one row, and how many of them are done. */
-  weight: number;
-  done: number;
-  /** Its launches in order. */
-  phases: readonly WeighedPhase[];
+  /** Moment that it was accepted. */
+  readonly at: number;
+  price: Price;
+  readonly progress: Progress;
   /** Milliseconds of the launches that it was a part of. */
   launchedMs: number;
   /** Whether it has been the only one all the time, and nothing had to be compiled. */
@@ -110,19 +127,28 @@ export class Predictor {
     this.#retry = new Retry(options.random);
   }
 
+  /** A call has come, to be accepted or refused. */
+  called(): void {
+    this.#retry.called(performance.now());
+  }
+
   /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
   choose(priority: Priority, terms: Terms, candidates: readonly CandidateWork[]): Choice | DeadlineError {
     const { deadlineMs, arrival } = terms;
     const now = performance.now();
     const elapsed = now - arrival;
+    this.#priceAgain();
     if (deadlineMs === null) {
       const own = this.#millisecondsOf(candidates[0]!, terms);
-      this.#arrived(terms, own ?? unknownCost, now);
+      this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now, true);
       const predictedMs = own === null ? null : elapsed + this.#finish(priority, own, now).own;
       return { candidate: 0, reason: null, predictedMs };
     }
+    let isKnown = true;
     const predictions = candidates.map((candidate) => {
-      const own = this.#millisecondsOf(candidate, terms) ?? Number.POSITIVE_INFINITY;
+      const known = this.#millisecondsOf(candidate, terms);
+      if (known === null) isKnown = false;
+      const own = known ?? this.price(candidate, terms).cost;
       const finish = this.#finish(priority, own, now);
       const milliseconds = finish.isHarmless ? finish.own : finish.all;
       return { text: candidate.text, own, milliseconds: elapsed + milliseconds, isHarmless: finish.isHarmless };
@@ -130,21 +156,31 @@ export class Predictor {
     const margin = this.margin.value;
     const leanest = Math.min(...predictions.map(({ own }) => own));
     const room = this.#room(terms, now);
-    this.#arrived(terms, leanest, now);
-    const choice = chooseCandidate(predictions, deadlineMs, margin, room);
-    if (choice) return choice;
+    // Costs can have been reset at this very moment: nothing is promised on a guess, and nothing impossible by one.
+    const choice = isKnown ? chooseCandidate(predictions, deadlineMs, margin, room) : null;
+    if (choice) {
+      this.#arrived(terms, leanest, now, true);
+      return choice;
+    }
     const best = predictions.reduce((a, b) => (b.milliseconds < a.milliseconds ? b : a));
     // For a call that is made now: what it took to measure is not needed again.
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
-    const aloneMs = limitFor(leanest, margin);
-    const retryAfterMs = aloneMs <= deadlineMs ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
+    // What disturbs the machine at present will be over: impossible is what does not fit on a usual day.
+    const aloneMs = limitFor(leanest / Math.max(1, this.#costs.drift), deadlineMargin);
+    const isDisturbed = limitFor(leanest, margin) > deadlineMs;
+    const retryAfterMs =
+      aloneMs <= deadlineMs || !isKnown ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
+    // What is impossible takes nothing from others.
+    if (retryAfterMs !== null) this.#arrived(terms, leanest, now, false);
     const limit = `${Math.round(deadlineMs)} ms`;
     const why =
       retryAfterMs === null
         ? ""
         : bestMs <= deadlineMs
           ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
-          : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
+          : isDisturbed
+            ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
+            : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     return new DeadlineError(
       `No schedule of ${candidates.length === 1 ? "one" : candidates.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.text}${why}.`,
       { deadlineMs, bestMs, blocks: best.text, retryAfterMs },
@@ -159,18 +195,35 @@ export class Predictor {
     deadlineMs: number,
     now: number,
   ) {
-    const missing = best.milliseconds - elapsed - deadlineMs / this.margin.value;
+    const calm = this.#calmAfter(best.own, deadlineMs);
+    const slower = this.#costs.driftAfter(calm) / this.#costs.drift;
+    const missing = (best.milliseconds - elapsed) * slower - deadlineMs / this.margin.after(calm);
     // One that harms nobody waits only for those that go before it.
     const endings = best.isHarmless
       ? this.#endings(now, (other) => comparePriorities(other.priority, priority, now) < 0)
       : this.#allEndings(now);
-    return this.#retry.whenDone(endings, missing, best.own, now);
+    return this.#retry.whenDone(endings, missing, best.own, now, calm);
+  }
+
+  /** In how many milliseconds the margin and the drift let work fit a limit again, if nothing disturbs the machine. */
+  #calmAfter(own: number, deadlineMs: number): number {
+    const usual = own / this.#costs.drift;
+    const fits = (after: number) =>
+      limitFor(usual * this.#costs.driftAfter(after), this.margin.after(after)) <= deadlineMs;
+    if (fits(0)) return 0;
+    let [low, high] = [0, 1];
+    while (!fits(high) && high < longestCalm) [low, high] = [high, 2 * high];
+    while (high - low > 1) {
+      const middle = (low + high) / 2;
+      if (fits(middle)) high = middle;
+      else low = middle;
+    }
+    return high;
   }
 
   /** Counts a request as load. A caller who asks again whenever it has its pictures is none: nobody waits for it. */
-  #arrived({ priority }: Terms, leanest: number, now: number): void {
-    const work = Number.isFinite(leanest) ? leanest : unknownCost;
-    if (this.#accepted.size > 0) this.#arrivals.add(priority, work, now);
+  #arrived({ priority }: Terms, leanest: number, now: number, isAccepted: boolean): void {
+    if (this.#accepted.size > 0) this.#arrivals[isAccepted ? "accepted" : "refused"](priority, leanest, now);
   }
 
   /**
@@ -199,7 +252,8 @@ export class Predictor {
     let index = candidates.findIndex((candidate, index) => index > chosen.candidate && fits(candidate));
     if (index < 0) index = candidates.length - 1;
     const candidate = candidates[index]!;
-    Object.assign(request, this.workOf(candidate, terms));
+    request.price = this.price(candidate, terms);
+    request.progress.priced(request.price.units);
     return {
       candidate: index,
       reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have been late.`,
@@ -217,7 +271,8 @@ export class Predictor {
       return limit + Math.max(fit, inside.requests === 0 ? 1 : 0);
     };
     const last = candidates.at(-1);
-    const work = (last && this.#millisecondsOf(last, terms)) ?? unknownCost;
+    const work = last ? this.price(last, terms).cost : unknownCost;
+    this.#priceAgain();
     return this.#retry.whenPlace(this.#allEndings(now), places, work, now);
   }
 
@@ -252,22 +307,71 @@ export class Predictor {
     return forecast(requests, this.#capacity, this.#maxWaitMs);
   }
 
-  workOf(candidate: CandidateWork, terms: Terms): Pick<Accepted, "cost" | "weight" | "phases"> {
+  /** What a candidate has to do, by the costs as they are now. */
+  price(candidate: CandidateWork, terms: Terms): Price {
+    const { units, isGuess } = this.#unitsOf(candidate);
     let weight = 0;
+    let guess = 0;
     const phases: WeighedPhase[] = [];
     for (const { program, rows } of candidate.demands)
       for (const { kind, times } of launchPhases(program)) {
-        const own = times * rows * this.#costs.relative(kind.graph, kind.size, 1);
+        const unit = units.get(kind.key)!;
+        const phase = this.#phase(kind, unit, rows, times, terms);
+        const own = times * rows * unit;
         weight += own;
-        phases.push({ ...this.#phase(kind, rows, times, terms), weight: own });
+        guess += times * phase.split(rows).milliseconds;
+        phases.push({ ...phase, weight: own });
       }
-    return { cost: this.#millisecondsOf(candidate, terms) ?? unknownCost, weight, phases };
+    const cost = this.#millisecondsOf(candidate, terms) ?? guess;
+    return { candidate, terms, cost, units, weight, phases, guessedBy: isGuess ? this.#costs.version : null };
   }
 
-  #phase({ key, graph, size, maxRows, launch }: LaunchKind, rows: number, times: number, { pin }: Terms): Phase {
+  /** Guesses are replaced when more is known. Other prices stay: what is done is counted in their units. */
+  #priceAgain(): void {
+    const { version } = this.#costs;
+    for (const request of this.#accepted) {
+      const { candidate, terms, guessedBy } = request.price;
+      if (guessedBy === null || guessedBy === version) continue;
+      request.price = this.price(candidate, terms);
+      request.progress.priced(request.price.units);
+    }
+  }
+
+  /**
+   * Milliseconds of one row in each kind of launch. Those about which nothing is known cost as much as the others, or what is
+   * missing to the usual cost of a request if the others are the smaller part.
+   */
+  #unitsOf({ demands }: CandidateWork): { units: Map<string, number>; isGuess: boolean } {
+    const units = new Map<string, number>();
+    const unknown = new Map<string, number>();
+    let isGuess = false;
+    const known = { launches: 0, milliseconds: 0 };
+    for (const { program, rows } of demands)
+      for (const { key, graph, size, times } of launchKinds(program)) {
+        const unit = this.#costs.guess(graph, size, 1);
+        if (this.#costs.estimate(graph, size, 1) === null) isGuess = true;
+        if (unit === null) unknown.set(key, (unknown.get(key) ?? 0) + times * rows);
+        else {
+          units.set(key, unit);
+          known.launches += times * rows;
+          known.milliseconds += times * rows * unit;
+        }
+      }
+    if (unknown.size === 0) return { units, isGuess };
+    const launches = [...unknown.values()].reduce((sum, count) => sum + count, 0);
+    const usual = known.launches === 0 ? 0 : known.milliseconds / known.launches;
+    const rest = (unknownCost - known.milliseconds) / launches;
+    const unit = known.launches > launches ? usual : Math.max(usual, rest);
+    for (const key of unknown.keys()) units.set(key, unit);
+    return { units, isGuess };
+  }
+
+  #phase(kind: LaunchKind, unit: number, rows: number, times: number, { pin }: Terms): Phase {
+    const { key, graph, size, maxRows, launch } = kind;
     const batches = launchBatches(this.#batches, maxRows, pin);
     const split = (rows: number) => {
-      const cost = (batch: number) => this.#costs.relative(graph, size, batch);
+      // Costs that are reset meanwhile are as they were.
+      const cost = (batch: number) => this.#costs.estimate(graph, size, batch) ?? unit * unitsOf(batch);
       const { batches: chosen, milliseconds } = cheapestSplit(rows, batches, cost);
       return { batch: chosen[0]!, milliseconds };
     };
@@ -311,13 +415,13 @@ export class Predictor {
 }
 
 /** Milliseconds that a request still needs. */
-function leftOf({ cost, weight, done }: Accepted): number {
-  return cost * Math.max(0, 1 - done / weight);
+function leftOf({ price: { cost, weight }, progress }: Accepted): number {
+  return cost * Math.max(0, 1 - progress.done / weight);
 }
 
 /** The launches that it still has to make. */
-function phasesLeft({ phases, done }: Accepted): Phase[] {
-  let passed = done;
+function phasesLeft({ price: { phases }, progress }: Accepted): Phase[] {
+  let passed = progress.done;
   return phases.flatMap(({ weight, times, ...phase }) => {
     const part = Math.min(1, passed / weight);
     passed -= part * weight;

@@ -88,7 +88,7 @@ const gainNeeded = { usual: 0.02, deferrable: -0.1 } as const;
 /** Rows of a group that are split. More of them do not change the first batch, which is all that is assigned. */
 const rowsAhead = { least: 64, batches: 4 } as const;
 
-/** How often a job starts again after failures that were nobody's fault: what fails again and again ends all the same. */
+/** How often in a row a job starts again after failures that were nobody's fault: what fails again and again ends all the same. */
 const blamelessRestarts = 3;
 
 /** No other job is slowed down for one that would be late by more than this part of its time limit. */
@@ -113,7 +113,7 @@ interface JobState {
   /** For each launch, milliseconds from it to the end, if the job has the device to itself; null if not known. */
   readonly left: readonly number[] | null;
   attempt: number;
-  /** How often that was after a failure of its own that was not its fault. */
+  /** How often that was after a failure of its own that was not its fault, since one of its launches has run. */
   blameless: number;
   /** Whether its submissions hold no other job. */
   isolated: boolean;
@@ -211,7 +211,8 @@ export class Scheduler {
     }
     if (launches.length === 0) return null;
     // Less than the least time: it is all that is left, or as much as one submission takes.
-    const preemptible = isOnly && preemption && milliseconds < least;
+    // A launch of unknown cost is by itself, or the last of others.
+    const preemptible = isOnly && preemption && (milliseconds < least || launches.length > 1);
     const submission = { id: this.#submissions++, launches, preemptible };
     this.#inFlight.set(submission.id, submission);
     return submission;
@@ -227,6 +228,7 @@ export class Scheduler {
     for (const { row, at, launch } of this.#current(this.#take(id)))
       if (at < made) {
         row.done++;
+        row.state.blameless = 0;
         if (!row.state.rows.every(({ done, launches }) => done === launches.length)) continue;
         this.#jobs.delete(row.state.job.id);
         over.push(row.state.job.id);
@@ -250,7 +252,8 @@ export class Scheduler {
   ): { rejected: number[]; restarted: number[] } {
     const submission = this.#take(id);
     const involved = [...this.#jobsOf(submission)];
-    const isExcused = blameless && involved.every((state) => state.blameless++ < blamelessRestarts);
+    let isExcused = blameless;
+    if (blameless) for (const state of involved) if (++state.blameless > blamelessRestarts) isExcused = false;
     const rejected = involved.length === 1 && !isExcused ? [involved[0]!.job.id] : [];
     const again = new Set(rejected.length > 0 ? [] : involved);
     for (const job of rejected) this.#jobs.delete(job);

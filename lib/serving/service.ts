@@ -16,6 +16,7 @@ import { type Health, HealthMonitor } from "./health.js";
 import type { MeasureOptions } from "./measure.js";
 import { type Accepted, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
+import { Progress } from "./progress.js";
 import { type Ending, type Refusal, type Stats, StatsRecorder } from "./stats.js";
 
 export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats" | "onSlow"> {
@@ -63,6 +64,7 @@ export class Service {
     this.#admission = new Gate({ limit: maxQueue, capacity, compare: byPriority });
     this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted, { ...options, capacity });
     const onSlow = monitor.slow.bind(monitor);
+    monitor.events.on("lost", () => this.lost());
     const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats, onSlow };
     this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
     this.#dispatcher = new Dispatcher(runtime, shared);
@@ -95,28 +97,34 @@ export class Service {
     onAccept?: (accepted: Choice & { readonly place: number }) => void,
   ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
-    this.refuseIfFull(terms, candidates);
+    this.#predictor.called();
+    this.#refuseIfFull(terms, candidates);
     if (deadlineMs !== null) {
       await this.#calibration.learn(candidates, terms).catch((error) => {
         this.#note(error);
         throw error;
       });
       signal?.throwIfAborted();
-      this.refuseIfFull(terms, candidates);
+      this.#refuseIfFull(terms, candidates);
     }
     const promised = deadlineMs === null ? null : arrival + deadlineMs;
     // Launches have to be done somewhat before the pictures.
     const host = this.costs.estimate(hostGraph, terms.size, pictures) ?? 0;
     const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value - host;
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
-    const chosen = this.#predictor.choose(priority, terms, candidates);
-    if (chosen instanceof DeadlineError) this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
+    // Also what is refused: the costs that it is refused by may be wrong.
     this.#calibration.remember(candidates);
+    const chosen = this.#predictor.choose(priority, terms, candidates);
+    if (chosen instanceof DeadlineError) {
+      if (this.#accepted.size === 0) this.#calibration.rest({ isAfterWork: false });
+      this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
+    }
 
     const candidate = candidates[chosen.candidate]!;
+    const price = this.#predictor.price(candidate, terms);
     const accepted: Accepted = {
-      ...{ priority, promised, pictures, isInside: false, done: 0, launchedMs: 0 },
-      ...this.#predictor.workOf(candidate, terms),
+      ...{ priority, promised, pictures, at: performance.now(), isInside: false, launchedMs: 0 },
+      ...{ price, progress: new Progress(price.units) },
       undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
     };
     for (const other of this.#accepted) other.undisturbed = false;
@@ -181,6 +189,15 @@ export class Service {
     this.#dispatcher.forget(graphs);
   }
 
+  /** The runtime has been lost, with all that it had loaded. Times of requests under way hold its start as well. */
+  lost(): void {
+    this.#calibration.lost();
+    for (const accepted of this.#accepted) {
+      accepted.undisturbed = false;
+      accepted.progress.lost();
+    }
+  }
+
   /** Waits until no request is under way. */
   async close(): Promise<void> {
     // A launch that is measured in the background keeps no process alive, but a caller who waits here for its end needs
@@ -197,12 +214,14 @@ export class Service {
     await this.store().catch((error) => this.#options.onError?.(error));
   }
 
-  /**
-   * To be called before work that a request needs to be admitted: `admit` calls it, too.
-   * @param candidates as far as they are known
-   * @throws QueueFullError
-   */
-  refuseIfFull(terms: Terms, candidates: readonly CandidateWork[] = []): void {
+  /** Before work that a request needs to be admitted, such as decoding a picture. @throws QueueFullError */
+  refuseEarly(terms: Terms): void {
+    if (!this.#admission.isFull(terms.pictures)) return;
+    this.#predictor.called();
+    this.#refuseIfFull(terms, []);
+  }
+
+  #refuseIfFull(terms: Terms, candidates: readonly CandidateWork[]): void {
     if (!this.#admission.isFull(terms.pictures)) return;
     const { waiting } = this.#admission;
     const retryAfterMs = this.#predictor.placeAfter(this.#options.maxQueue, terms, candidates);
@@ -237,26 +256,30 @@ export class Service {
     const { promised } = accepted;
     const isLate = promised !== null && now > promised;
     this.#stats.ended(ending, now - arrival, isLate);
-    if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate);
+    if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate, accepted.at);
     this.#accepted.delete(accepted);
     if (this.#accepted.size === 0) this.#calibration.rest();
   }
 
-  #run(
+  async #run(
     { rows, reports, onLaunch }: Pick<Job, "rows" | "reports" | "onLaunch">,
     accepted: Accepted,
     { pin, signal }: Terms,
   ) {
-    return this.#dispatcher.run({
+    const { progress } = accepted;
+    const run = progress.begin(rows);
+    const results = await this.#dispatcher.run({
       ...{ rows, reports, priority: accepted.priority, pin, signal },
       onLaunch: (row, report, first) => {
-        const { graph, sharing } = report.launch;
-        accepted.done += this.costs.relative(graph, sharing!.size, 1);
+        // Times of what is made twice are no part of the launches' cost.
+        if (progress.made(run, row, report.index)) accepted.undisturbed = false;
         if (first) accepted.launchedMs += report.milliseconds;
         this.#calibration.launched(report);
         onLaunch?.(row, report, first);
       },
     });
+    progress.over(run);
+    return results;
   }
 }
 

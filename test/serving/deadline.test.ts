@@ -1,6 +1,6 @@
 // The choice among candidates for a time limit, and how much a prediction leaves free.
 import fc from "fast-check";
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, vi } from "vitest";
 import { chooseCandidate, deadlineMargin, limitFor, Margin } from "../../lib/serving/deadline.js";
 
 describe("chooseCandidate", () => {
@@ -71,15 +71,15 @@ describe("chooseCandidate", () => {
 describe("Margin", () => {
   it("is the usual one where promises are kept", () => {
     const margin = new Margin();
-    for (let i = 0; i < 1000; i++) margin.observe(false);
+    for (let i = 0; i < 1000; i++) margin.observe(false, 0);
     expect(margin.value).toBe(deadlineMargin);
   });
 
   it("grows with promises that are broken, within bounds", () => {
     const margin = new Margin();
-    margin.observe(true);
+    margin.observe(true, performance.now());
     expect(margin.value).toBeGreaterThan(deadlineMargin);
-    for (let i = 0; i < 1000; i++) margin.observe(true);
+    for (let i = 0; i < 1000; i++) margin.observe(true, performance.now());
     expect(margin.value).toBeLessThan(3);
   });
 
@@ -96,9 +96,34 @@ describe("Margin", () => {
       const ratio = Math.exp(0.3 * Math.sqrt(-2 * Math.log(random())) * Math.cos(2 * Math.PI * random()));
       const isLate = ratio > margin.value;
       if (i >= 200 && isLate) late++;
-      margin.observe(isLate);
+      margin.observe(isLate, performance.now());
     }
     expect(late / 7800).toBeLessThan(0.01);
     expect(late / 7800).toBeGreaterThan(0.001);
+  });
+
+  it("grows once for all that one incident made late", () => {
+    const margin = new Margin();
+    const before = performance.now() - 1;
+    for (let i = 0; i < 20; i++) margin.observe(true, before);
+    expect(margin.value).toBeCloseTo(deadlineMargin + 0.15, 6);
+    margin.observe(true, performance.now());
+    expect(margin.value).toBeCloseTo(deadlineMargin + 0.3, 6);
+  });
+
+  it("goes back to the usual one with time, while no promise ends", () => {
+    vi.useFakeTimers({ toFake: ["performance"] });
+    try {
+      const margin = new Margin();
+      for (let i = 0; i < 20; i++) margin.observe(true, performance.now());
+      const excess = margin.value - deadlineMargin;
+      expect(margin.after(35_000) - deadlineMargin).toBeCloseTo(excess / 2, 6);
+      vi.advanceTimersByTime(65_000);
+      expect(margin.value - deadlineMargin).toBeCloseTo(excess / 4, 6);
+      vi.advanceTimersByTime(300_000);
+      expect(margin.value).toBe(deadlineMargin);
+    } finally {
+      vi.useRealTimers();
+    }
   });
 });

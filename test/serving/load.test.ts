@@ -2,7 +2,17 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { Arrivals } from "../../lib/serving/arrivals.js";
 import { entryOf } from "../../lib/serving/costs.js";
-import { type Asked, arrivals, capacityOf, elapse, milliseconds, simulate, sleep, virtualTime } from "./timed.js";
+import {
+  type Asked,
+  arrivals,
+  capacityOf,
+  elapse,
+  milliseconds,
+  Random,
+  simulate,
+  sleep,
+  virtualTime,
+} from "./timed.js";
 
 /** Minutes of simulated time take seconds, on a busy machine more. */
 vi.setConfig({ testTimeout: 240_000 });
@@ -107,14 +117,67 @@ describe("a time limit that leaves the schedule open", () => {
   });
 });
 
+describe("refused calls", () => {
+  /** What some callers get while others ask again and again. */
+  async function schedules(storm: Asked | null, every: number): Promise<string[]> {
+    const simulation = open();
+    await elapse(simulation.ask(free));
+    const drawn: Promise<string>[] = [];
+    const random = new Random(2);
+    const callers = async () => {
+      for (let caller = 0; caller < 20; caller++) {
+        drawn.push(simulation.ask(free).then(({ blocks }) => blocks));
+        await sleep(every * (0.5 + random.even()));
+      }
+    };
+    let isOver = false;
+    const others = async () => {
+      while (!isOver && storm) {
+        await simulation.ask(storm).catch(() => undefined);
+        await sleep(3);
+      }
+    };
+    const storming = others();
+    await elapse(callers());
+    isOver = true;
+    await elapse(storming);
+    return elapse(Promise.all(drawn));
+  }
+
+  it("that are impossible make nobody's schedule leaner", async () => {
+    const calm = await schedules(null, 50);
+    expect(new Set(calm).size).toBeGreaterThan(1);
+    expect(await schedules({ ladder: [richest], deadlineMs: 40 }, 50)).toEqual(calm);
+  });
+
+  it("that come again and again do not leave only the leanest to others", async () => {
+    // Possible alone, and hardly ever accepted.
+    const blocks = await schedules({ ladder: [richest], deadlineMs: 135 }, 150);
+    expect(blocks.filter((each) => each === leanest).length).toBeLessThan(10);
+  });
+});
+
 describe("Arrivals", () => {
+  it("count refused work for half of what was accepted, at most", () => {
+    const load = new Arrivals();
+    let now = 0;
+    for (; now < 60_000; now += 100) {
+      load.accepted(0, 30, now);
+      for (let again = 0; again < 20; again++) load.refused(0, 30, now);
+    }
+    expect(load.expected(0, 500, now)).toBeCloseTo(225, -1);
+    const none = new Arrivals();
+    for (now = 0; now < 1000; now++) none.refused(0, 30, now);
+    expect(none.expected(0, 500, now)).toBe(0);
+  });
+
   it("expect the work of a time limit at the present rate, of this level and higher ones, and forget it", () => {
     const load = new Arrivals();
     // 30 ms of work each 100 ms, and at a lower level 60 ms.
     let now = 0;
     for (; now < 60_000; now += 100) {
-      load.add(0, 30, now);
-      load.add(-5, 60, now);
+      load.accepted(0, 30, now);
+      load.accepted(-5, 60, now);
     }
     expect(load.expected(0, 500, now)).toBeCloseTo(150, -1);
     expect(load.expected(-5, 500, now)).toBeCloseTo(450, -2);

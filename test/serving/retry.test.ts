@@ -131,6 +131,73 @@ describe("a refused caller", () => {
   );
 });
 
+describe("a refused caller of a model whose costs are not known", () => {
+  beforeEach(virtualTime);
+  afterEach(() => {
+    vi.useRealTimers();
+  });
+
+  /** Launches that take so many times what the others of this file take, in batches that are not much cheaper than guessed. */
+  function unknown(slower: number, seed: number, maxQueue: number): Simulation {
+    const simulation = simulate([], { noise: 0.1, seed, maxQueue, batches: [1, 2, 4] });
+    const usual = simulation.runtime.cost;
+    simulation.runtime.cost = (graph, batch) => slower * usual(graph, batch);
+    return simulation;
+  }
+  const asked: Asked = { ladder: ["H1P7R2"] };
+  async function fill(simulation: Simulation, work: Promise<unknown>[]): Promise<Refusal> {
+    for (;;) {
+      const refusal = await offer(simulation, asked, work);
+      if (refusal) return refusal;
+    }
+  }
+
+  it.each([2, 16])("is accepted within two tries in 9 of 10 trials, %i may wait", async (maxQueue) => {
+    const trials = 20;
+    let accepted = 0;
+    for (let seed = 1; seed <= trials; seed++) {
+      const simulation = unknown(10, seed, maxQueue);
+      await elapse(
+        (async () => {
+          const work: Promise<unknown>[] = [];
+          let refusal: Refusal | null = await fill(simulation, work);
+          for (let tries = 0; tries < 2 && refusal; tries++) {
+            await sleep(refusal.retryAfterMs);
+            refusal = await offer(simulation, asked, work);
+          }
+          if (!refusal) accepted++;
+          await Promise.all(work);
+        })(),
+      );
+    }
+    expect(accepted).toBeGreaterThanOrEqual(0.9 * trials);
+  });
+
+  it.each([0.3, 1, 10, 50])(
+    "is told a time within a factor of 3 once there has been a picture, %s times as slow",
+    async (slower) => {
+      for (let seed = 1; seed <= 5; seed++) {
+        const simulation = unknown(slower, seed, 4);
+        await elapse(
+          (async () => {
+            const work: Promise<unknown>[] = [];
+            const first = simulation.ask(asked);
+            await first;
+            const { retryAfterMs } = await fill(simulation, work);
+            const start = performance.now();
+            // A place is free with the first ending; the last of them is the one refused.
+            await Promise.race(work.slice(0, -1));
+            const ratio = retryAfterMs / (performance.now() - start);
+            expect(ratio).toBeGreaterThan(1 / 3);
+            expect(ratio).toBeLessThan(3);
+            await Promise.all(work);
+          })(),
+        );
+      }
+    },
+  );
+});
+
 describe("the forecast", () => {
   const cost = (batch: number) => 6 + 4 * batch;
   /** Launches of up to `most` rows, 10 ms for one. */
@@ -222,5 +289,52 @@ describe("Retry", () => {
     expect(new Set(told).size).toBeGreaterThan(500);
     expect(Math.max(...told)).toBeLessThan(129 * 100 * 1.36);
     expect(Math.max(...told.slice(-100))).toBeLessThanOrEqual(Math.max(...told.slice(0, 200)) * 1.2);
+  });
+
+  /** How many endings a caller is told to wait for, where one ends every 100 ms. */
+  const endless: Ending[] = Array.from({ length: 300 }, (_, index) => ({
+    ...{ at: 100 * (index + 1), waiting: 0, inside: { requests: 1, pictures: 1 }, done: 100 * (index + 1), launch: 0 },
+  }));
+  const ordinal = (ending: Ending) => ending.at / 100;
+
+  it.each(["a place", "time"])("keeps no %s for callers who give up, or ask whenever they like", (what) => {
+    for (const interval of [3, 11, 50]) {
+      const random = new Random(5);
+      const retry = new Retry(() => random.even());
+      const waits: number[] = [];
+      for (let now = 0; now < 60_000; now += interval * (0.5 + random.even())) {
+        retry.called(now);
+        const wait =
+          what === "time" ? retry.whenDone(endless, 50, 100, now) : retry.whenPlace(endless, ordinal, 100, now);
+        if (now > 45_000) waits.push(wait / 100);
+      }
+      waits.sort((a, b) => a - b);
+      expect(waits[Math.floor(waits.length / 2)], `every ${interval} ms`).toBeLessThan(16);
+    }
+  });
+
+  it("keeps places for callers who come when they were told, however many", () => {
+    for (const callers of [10, 40, 100]) {
+      const random = new Random(6);
+      const retry = new Retry(() => random.even());
+      // Each caller's next call. One in five of them is accepted, and another comes for it.
+      const calls = Array.from({ length: callers }, (_, index) => 10 * index);
+      const waits: number[] = [];
+      let now = 0;
+      while (now < 120_000) {
+        calls.sort((a, b) => a - b);
+        now = calls.shift()!;
+        retry.called(now);
+        if (random.even() < 0.2) {
+          calls.push(now + 1 + 50 * random.even());
+          continue;
+        }
+        const wait = retry.whenPlace(endless, ordinal, 100, now);
+        if (now > 60_000) waits.push(wait / 100);
+        calls.push(now + wait + 3 * random.even());
+      }
+      waits.sort((a, b) => a - b);
+      expect(waits[Math.floor(waits.length / 2)]! / callers).toBeGreaterThan(0.6);
+    }
   });
 });

@@ -252,6 +252,10 @@ describe("preemptible submissions", () => {
     expect(drain(unknown).map(({ launches, preemptible }) => [launches.length, preemptible])).toEqual(
       Array(2).fill([1, false]),
     );
+    // Behind known ones it does not keep others waiting.
+    const last = scheduler(table, { preemption: true });
+    last.start(job(1, ["predict@64 predict@64 decode@64"]), 0);
+    expect(drain(last).map(({ launches, preemptible }) => [launches.length, preemptible])).toEqual([[3, true]]);
   });
 
   it("are put together in one turn of the event loop, however many rows the job has", () => {
@@ -325,6 +329,35 @@ describe("failures and aborts", () => {
     expect(work.failed(first.id, { lost: true }, 0)).toEqual({ rejected: [1], restarted: [2] });
     expect(work.inFlight).toBe(0);
     expect(drain(work).flatMap(shape)).toEqual(["predict 1: 2.0", "decode 1: 2.0"]);
+  });
+
+  it("that are nobody's fault end a job when they come again and again, not when they come rarely", () => {
+    const blameless = { lost: true, blameless: true };
+    const work = scheduler(costs({}));
+    work.start(job(1, ["predict@64 predict@64"]), 0);
+    for (let death = 0; death < 20; death++) {
+      // One launch runs, and before the other one the process is killed.
+      expect(work.finished(work.assign(0)!.id, 0)).toEqual([]);
+      expect(work.failed(work.assign(0)!.id, blameless, 0)).toEqual({ rejected: [], restarted: [1] });
+    }
+    for (let death = 0; death < 2; death++)
+      expect(work.failed(work.assign(0)!.id, blameless, 0)).toEqual({ rejected: [], restarted: [1] });
+    expect(work.failed(work.assign(0)!.id, blameless, 0).rejected).toEqual([1]);
+  });
+
+  it("that are nobody's fault count for every job that was there", () => {
+    const blameless = { lost: true, blameless: true };
+    const work = scheduler(costs(paying));
+    work.start(job(1, ["predict@64"]), 0);
+    for (let death = 0; death < 3; death++) work.failed(work.assign(0)!.id, blameless, 0);
+    work.start(job(2, ["predict@64"]), 0);
+    // Both are in it: the first has had enough, and from now on each is by itself.
+    const shared = work.assign(0)!;
+    expect(shape(shared)).toEqual(["predict 2: 1.0 2.0"]);
+    expect(work.failed(shared.id, blameless, 0)).toEqual({ rejected: [], restarted: [1, 2] });
+    expect(work.failed(work.assign(0)!.id, blameless, 0).rejected).toEqual([1]);
+    for (let death = 0; death < 2; death++) expect(work.failed(work.assign(0)!.id, blameless, 0).rejected).toEqual([]);
+    expect(work.failed(work.assign(0)!.id, blameless, 0).rejected).toEqual([2]);
   });
 
   it("leave a job's rows out of later submissions, and name the submissions that no job needs", () => {
@@ -478,6 +511,8 @@ describe("whatever happens", () => {
             launches.flatMap(({ rows }) =>
               rows.filter(({ job, attempt }) => !over.has(job) && attempt === attempts.get(job)).map(({ job }) => job),
             );
+          /** Failures in a row that were nobody's fault, by job. */
+          const excused = new Map<number, number>();
           const finish = () => {
             if (inFlight[0] && unable().has(inFlight[0])) {
               fail(false);
@@ -489,8 +524,10 @@ describe("whatever happens", () => {
               for (const { job, attempt, row, launch: index } of rows) written.add(`${job}.${row}.${attempt}.${index}`);
             for (const { rows } of submission.launches)
               for (const { job, attempt, row } of rows)
-                if (!over.has(job) && attempt === attempts.get(job))
+                if (!over.has(job) && attempt === attempts.get(job)) {
                   ran.set(rowKey(job, row), (ran.get(rowKey(job, row)) ?? 0) + 1);
+                  excused.set(job, 0);
+                }
             for (const id of work.finished(submission.id, now)) {
               for (const [row, all] of jobs.get(id)!.rows.entries()) expect(ran.get(rowKey(id, row))).toBe(all.length);
               end(id, "done");
@@ -507,12 +544,13 @@ describe("whatever happens", () => {
                 if (at < made) written.add(`${job}.${row}.${attempt}.${index}`);
                 if (over.has(job) || attempt !== attempts.get(job)) continue;
                 const key = rowKey(job, row);
-                if (at < made) ran.set(key, (ran.get(key) ?? 0) + 1);
-                else assigned.set(key, Math.min(assigned.get(key)!, index));
+                if (at < made) {
+                  ran.set(key, (ran.get(key) ?? 0) + 1);
+                  excused.set(job, 0);
+                } else assigned.set(key, Math.min(assigned.get(key)!, index));
               }
             expect(work.finished(submission.id, now, made)).toEqual([]);
           };
-          const excused = new Map<number, number>();
           const fail = (lost: boolean, blameless = false) => {
             const submission = inFlight.shift();
             if (!submission) return;
