@@ -190,8 +190,8 @@ export class OutputError extends FlowTurboError {
 
 /**
  * No schedule would be done within the time limit; nothing was drawn. The code says whether that may change:
- * `ERR_FLOWTURBO_DEADLINE` where only the requests of others prevent it, `ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE` where even alone no
- * schedule would fit.
+ * `ERR_FLOWTURBO_DEADLINE` where only the requests of others prevent it, or a machine that has lately been slower than usual;
+ * `ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE` where even alone no schedule would fit by the costs as they were measured.
  */
 export class DeadlineError extends FlowTurboError {
   /** The limit, in milliseconds from the call. */
@@ -201,8 +201,8 @@ export class DeadlineError extends FlowTurboError {
   /** The schedule that would take `bestMs`. */
   readonly blocks: string;
   /**
-   * If only the requests of others prevent it: when there is expected to be room for this one, beside those who have been told so
-   * before, in milliseconds from now. Otherwise null.
+   * If only the requests of others, or a slower machine, prevent it: when there is expected to be room for this one, beside those who
+   * have been told so before, in milliseconds from now. null if it is impossible.
    */
   readonly retryAfterMs: number | null;
   constructor(

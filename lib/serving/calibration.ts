@@ -50,8 +50,10 @@ export class Calibration {
   readonly #unmeasured = new Map<string, LaunchKind>();
   /** When a kind of launch may be measured again, and how often it was, by graph and size. */
   readonly #again = new Map<string, { readonly from: number; readonly times: number }>();
-  /** Milliseconds of a launch that has run here, by graph and size. Graphs that are missing have yet to be compiled. */
+  /** Milliseconds of a launch that has run here, by graph and size. */
   readonly #seen = new Map<string, number>();
+  /** What has run since the runtime was started, by graph and size. Graphs that are missing have yet to be compiled. */
+  readonly #warm = new Set<string>();
   /** What is being measured before promises, by graph, size and batch. */
   readonly #measuring = new Map<string, SharedTask<void>>();
   readonly #closing = new AbortController();
@@ -72,17 +74,18 @@ export class Calibration {
 
   /** Whether all launches of a candidate have been made before. */
   isWarm({ demands }: CandidateWork): boolean {
-    return demands.flatMap(({ program }) => launchKinds(program)).every(({ key }) => this.#seen.has(key));
+    return demands.flatMap(({ program }) => launchKinds(program)).every(({ key }) => this.#warm.has(key));
   }
 
   /** A launch has been made for a request. */
   launched({ launch, milliseconds }: LaunchReport): void {
     this.#seen.set(kindOf(launch), milliseconds);
+    this.#warm.add(kindOf(launch));
   }
 
   /** The runtime has lost what it had loaded and compiled: everything runs for the first time again. */
   lost(): void {
-    this.#seen.clear();
+    this.#warm.clear();
   }
 
   /** Time of a finished request that was not in launches. */
@@ -124,7 +127,7 @@ export class Calibration {
         const largest = batches.findLast((batch) => batch <= rows) ?? batches[0]!;
         for (const batch of new Set([batches[0]!, largest]))
           if (!this.#costs.get(graph, size, batch)) unknown.set(`${key} x ${batch}`, { ...kind, batch });
-          else if (!this.#seen.has(key)) cold.set(key, { ...kind, batch });
+          else if (!this.#warm.has(key)) cold.set(key, { ...kind, batch });
       }
     return { cold, unknown };
   }
@@ -241,7 +244,7 @@ export class Calibration {
   async #measure(subjects: readonly Subject[], options: MeasureOptions): Promise<CostEntry[]> {
     if (subjects.length === 0) return [];
     const entries = await measure(this.#runtime, subjects, this.#options.graph, options);
-    for (const { key } of subjects) if (!this.#seen.has(key)) this.#seen.set(key, 0);
+    for (const { key } of subjects) this.#warm.add(key);
     return entries;
   }
 

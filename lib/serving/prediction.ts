@@ -167,35 +167,40 @@ export class Predictor {
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
     // What disturbs the machine at present will be over: impossible is what does not fit on a usual day.
     const aloneMs = limitFor(leanest / Math.max(1, this.#costs.drift), deadlineMargin);
-    const isDisturbed = limitFor(leanest, margin) > deadlineMs;
+    const calm = isKnown ? this.#calmAfter(leanest, deadlineMs) : 0;
     const retryAfterMs =
-      aloneMs <= deadlineMs || !isKnown ? this.#limitAfter(best, elapsed, priority, deadlineMs, now) : null;
+      aloneMs <= deadlineMs || !isKnown ? this.#limitAfter(best, elapsed, priority, deadlineMs, now, calm) : null;
     // What is impossible takes nothing from others.
     if (retryAfterMs !== null) this.#arrived(terms, leanest, now, false);
     const limit = `${Math.round(deadlineMs)} ms`;
     const why =
       retryAfterMs === null
         ? ""
-        : bestMs <= deadlineMs
-          ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
-          : isDisturbed
-            ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
-            : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
+        : !isKnown
+          ? `, by a guess, since the costs have just been forgotten; try again in ${retryAfterMs} ms`
+          : bestMs <= deadlineMs
+            ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
+            : calm > 0
+              ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
+              : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     return new DeadlineError(
       `No schedule of ${candidates.length === 1 ? "one" : candidates.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.text}${why}.`,
       { deadlineMs, bestMs, blocks: best.text, retryAfterMs },
     );
   }
 
-  /** When a limit that others prevent can be met, in milliseconds from now. */
+  /**
+   * When a limit that others prevent, or a disturbance, can be met, in milliseconds from now.
+   * @param calm when the disturbance is over
+   */
   #limitAfter(
     best: PredictedCandidate & { isHarmless: boolean },
     elapsed: number,
     priority: Priority,
     deadlineMs: number,
     now: number,
+    calm: number,
   ) {
-    const calm = this.#calmAfter(best.own, deadlineMs);
     const slower = this.#costs.driftAfter(calm) / this.#costs.drift;
     const missing = (best.milliseconds - elapsed) * slower - deadlineMs / this.margin.after(calm);
     // One that harms nobody waits only for those that go before it.

@@ -90,7 +90,7 @@ export class Retry {
   /**
    * For a caller whose time limit cannot be met beside others.
    * @param missing milliseconds of work that have to be done first
-   * @param least milliseconds that it has to wait in any case
+   * @param least milliseconds that it has to wait in any case; it then reserves nothing, since others go before it
    */
   whenDone(endings: Iterable<Ending>, missing: number, work: number, now: number, least = 0): number {
     const reserved = this.#before(now).reduce((sum, reservation) => sum + reservation.work, 0);
@@ -101,11 +101,12 @@ export class Retry {
         if (ending.done >= wanted) {
           const part = (wanted - before.done) / (ending.done - before.done);
           const at = before.at + part * (ending.at - before.at) + ending.launch;
-          return this.#reserve(Math.max(least, at), work, now);
+          return this.#reserve(Math.max(least, at), least > 0 ? null : work, now);
         }
         before = ending;
       }
-    return this.#reserve(Math.max(least, before.at + Math.max(0, wanted - before.done)), work, now);
+    const at = before.at + Math.max(0, wanted - before.done);
+    return this.#reserve(Math.max(least, at), least > 0 ? null : work, now);
   }
 
   /** How much of what is reserved will be asked for. */
@@ -134,11 +135,12 @@ export class Retry {
     this.#followed = Math.min(2, Math.max(-1, this.#followed));
   }
 
-  #reserve(wait: number, work: number, now: number): number {
+  /** @param work null to reserve nothing */
+  #reserve(wait: number, work: number | null, now: number): number {
     const milliseconds = Math.max(1, Math.ceil(wait * (1 + caution + jitter * this.#random())));
     const { part, intervals, least, most } = attention;
     const window = Math.min(most, Math.max(least, Math.min(part * milliseconds, intervals * this.#interval)));
-    if (this.#reservations.length < mostReservations)
+    if (work !== null && this.#reservations.length < mostReservations)
       this.#reservations.push({ at: now + milliseconds, work, window, calls: 0 });
     return milliseconds;
   }

@@ -2,7 +2,9 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { DeadlineError } from "../../lib/errors.js";
 import { type CostEntry, CostTable, entryOf } from "../../lib/serving/costs.js";
+import { Predictor, type Terms } from "../../lib/serving/prediction.js";
 import type { CostStore } from "../../lib/serving/store.js";
+import { conditionOf, programOf } from "./programs.js";
 import { type Asked, elapse, MemoryStore, milliseconds, simulate, sleep, virtualTime } from "./timed.js";
 
 beforeEach(virtualTime);
@@ -160,4 +162,21 @@ it("costs that are reset while others are measured for a limit are measured agai
   expect((await elapse(drawn)).actualMs).toBeLessThan(5000);
   // Three graphs, four runs of each.
   expect(runtime.measured).toBe(measured + 12);
+});
+
+it("a limit is neither promised nor impossible while costs are not known", () => {
+  const program = programOf({ blocks, side: 2, seed: 0, guidanceScale: 4 }, conditionOf(1, true));
+  const predictor = new Predictor(new CostTable(), [1], new Set(), { capacity: 2, maxWaitMs: 20 });
+  for (const deadlineMs of [10, 100_000]) {
+    const terms: Terms = {
+      ...{ arrival: performance.now(), deadlineMs, prefer: "admission", priority: 0 },
+      ...{ pictures: 1, size: "4x4", pin: null },
+    };
+    const error = predictor.choose({ level: 0, due: null, arrival: 0, sequence: 0 }, terms, [
+      { text: blocks, demands: [{ program, rows: 1 }] },
+    ]) as DeadlineError;
+    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE", bestMs: 1150 });
+    expect(error.retryAfterMs).toBeGreaterThan(0);
+    expect(error.retryAfterMs).toBeLessThan(2000);
+  }
 });

@@ -278,6 +278,9 @@ describe("Retry", () => {
     const retry = new Retry(() => 0);
     const told = [20, 20, 20].map((missing) => Math.floor(retry.whenDone(endings, missing, 40, 0) / 1.15 + 0.01));
     expect(told).toEqual([40, 120, 200]);
+    // One who has to wait longer than for others goes before nobody.
+    expect(retry.whenDone(endings, 20, 40, 0, 10_000)).toBe(11_500);
+    expect(Math.floor(retry.whenDone(endings, 20, 40, 0) / 1.15 + 0.01)).toBe(280);
     expect(new Retry(() => 0).whenDone(endings, -5, 40, 0)).toBe(1);
     expect(new Retry(() => 0).whenDone(endings, 170, 40, 0)).toBe(Math.ceil(320 * 1.15));
   });
