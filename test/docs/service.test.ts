@@ -333,6 +333,8 @@ describe("a start that cannot be", () => {
   ])("%j ends at once with one sentence", (args, message) => {
     const { status, stderr } = spawnSync(process.execPath, [path.join(root, "examples/service.js"), ...args], {
       encoding: "utf8",
+      // One that starts all the same would serve for ever.
+      timeout: 20_000,
     });
     expect(stderr).toMatch(message);
     expect(stderr.trim().split("\n")).toHaveLength(1);
