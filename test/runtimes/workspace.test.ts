@@ -1,9 +1,9 @@
 // Workspaces: submissions over registers that outlive them.
-import { readdirSync, readFileSync } from "node:fs";
 import { afterAll, afterEach, beforeAll, expect, it } from "vitest";
 import { RuntimeDiedError } from "../../lib/errors.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { Preempted } from "../../lib/runtimes/runtime.js";
+import { hosts } from "../support/hosts.js";
 import { type Bundles, bundle } from "./build.js";
 import { program, scaleGraph, slowGraph } from "./models.js";
 import { describeWorkspaces, double, slowSubmission, submission, values } from "./workspaces.js";
@@ -24,21 +24,6 @@ function open(): OnnxRuntime {
   return runtime;
 }
 
-const host = () =>
-  readdirSync("/proc")
-    .filter((name) => /^\d+$/.test(name))
-    .find((pid) => {
-      try {
-        const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-        return (
-          Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[1]) === process.pid &&
-          readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("onnxruntime-host")
-        );
-      } catch {
-        return false;
-      }
-    });
-
 describeWorkspaces(open);
 
 it.skipIf(process.platform !== "linux")("a workspace is lost with the child that held it", async () => {
@@ -46,7 +31,7 @@ it.skipIf(process.platform !== "linux")("a workspace is lost with the child that
   await workspace.submit(program([1], [double("x", "a")], []));
   let killed = false;
   const onLaunch = () => {
-    if (!killed) process.kill(Number(host()), "SIGKILL");
+    if (!killed) process.kill(hosts()[0]!, "SIGKILL");
     killed = true;
   };
   const running = workspace.submit(slowSubmission(1000), { onLaunch }).catch((reason) => reason);

@@ -1,7 +1,7 @@
 // Mixed requests at the same time on the embedded model, with aborts, launches that fail and a runtime that is killed: every
 // promise settles once, nothing stays behind, and every picture equals the one drawn alone.
 //   SOAK_REQUESTS=1000 npx vitest run test/serving/soak.test.ts   (npm run bench:soak)
-import { readdirSync, readFileSync, rmSync } from "node:fs";
+import { readFileSync, rmSync } from "node:fs";
 import { mkdtemp } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
@@ -18,6 +18,7 @@ import type { OnnxRuntimeOptions } from "../../lib/runtimes/onnxruntime/onnxrunt
 import type { Workspace } from "../../lib/runtimes/runtime.js";
 import { type Bundles, bundle } from "../runtimes/build.js";
 import { relativeError } from "../support/fixtures.js";
+import { hosts } from "../support/hosts.js";
 import { withValues } from "../support/with-values.js";
 
 const requests = Number(process.env.SOAK_REQUESTS ?? 60);
@@ -81,22 +82,6 @@ function broken(submission: Program): Program {
   const constants = { ...submission.constants, [`broken ${injected.failures}`]: { kind: "value", tensor } as const };
   instructions[at] = { ...launch, inputs: { ...launch.inputs, [input!]: `broken ${injected.failures}` } };
   return { ...submission, instructions, constants };
-}
-
-/** Processes of ONNX Runtime that this process has started. */
-function hosts(): number[] {
-  return readdirSync("/proc")
-    .filter((name) => /^\d+$/.test(name))
-    .map(Number)
-    .filter((pid) => {
-      try {
-        const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-        const parent = Number(stat.slice(stat.lastIndexOf(")") + 2).split(" ")[1]);
-        return parent === process.pid && readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("onnxruntime-host");
-      } catch {
-        return false;
-      }
-    });
 }
 
 const residentBytes = (pid: number) =>
