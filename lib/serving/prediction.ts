@@ -141,15 +141,16 @@ export class Predictor {
     if (deadlineMs === null) {
       const own = this.#millisecondsOf(candidates[0]!, terms);
       this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now, true);
-      const predictedMs = own === null ? null : elapsed + this.#finish(priority, own, now).own;
+      const predictedMs = own === null ? null : elapsed + this.#finishing(priority, now)(own).own;
       return { candidate: 0, reason: null, predictedMs };
     }
     let isKnown = true;
+    const finishOf = this.#finishing(priority, now);
     const predictions = candidates.map((candidate) => {
       const known = this.#millisecondsOf(candidate, terms);
       if (known === null) isKnown = false;
       const own = known ?? this.price(candidate, terms).cost;
-      const finish = this.#finish(priority, own, now);
+      const finish = finishOf(own);
       const milliseconds = finish.isHarmless ? finish.own : finish.all;
       return { text: candidate.text, own, milliseconds: elapsed + milliseconds, isHarmless: finish.isHarmless };
     });
@@ -249,8 +250,8 @@ export class Predictor {
     if (promised === null || chosen.candidate === candidates.length - 1) return chosen;
     const now = performance.now();
     const others = [...this.#accepted].filter((other) => other !== request);
-    const finish = (candidate: CandidateWork) =>
-      this.#finish(priority, this.#millisecondsOf(candidate, terms) ?? 0, now, others).own;
+    const finishOf = this.#finishing(priority, now, others);
+    const finish = (candidate: CandidateWork) => finishOf(this.#millisecondsOf(candidate, terms) ?? 0).own;
     const fits = (candidate: CandidateWork) => now + finish(candidate) <= promised;
     const before = candidates[chosen.candidate]!;
     if (fits(before)) return chosen;
@@ -384,25 +385,31 @@ export class Predictor {
   }
 
   /**
-   * When a new request would be done, in milliseconds from now, if all requests run one after another, by priority.
-   * @returns `own` for the new request, `all` for when every request is done, and whether none becomes late through it
+   * When a new request would be done, in milliseconds from now, if all requests run one after another, by priority. The
+   * others are put in order once, whatever number of candidates it has.
+   * @returns of the milliseconds that it takes: `own` for the new request, `all` for when every request is done, and
+   *   whether none becomes late through it
    */
-  #finish(priority: Priority, own: number, now: number, others: Iterable<Accepted> = this.#accepted) {
-    const queue = Array.from(others, (other) => ({ ...other, milliseconds: leftOf(other), isNew: false }));
-    const added = { priority, promised: null, milliseconds: own, isNew: true };
-    let at = 0;
-    let done = 0;
-    let isHarmless = true;
-    for (const { priority, promised, milliseconds, isNew } of [...queue, added].sort((a, b) =>
-      comparePriorities(a.priority, b.priority, now),
-    )) {
-      at += milliseconds;
-      if (isNew) done = at;
-      // It would end after its due moment, and in time without the new request. One that is late in any case does not count.
-      else if (done > 0 && promised !== null && now + at > priority.due! && now + at - own <= promised)
-        isHarmless = false;
-    }
-    return { own: done, all: at, isHarmless };
+  #finishing(priority: Priority, now: number, others: Iterable<Accepted> = this.#accepted) {
+    const queue = Array.from(others, (other) => ({ other, milliseconds: leftOf(other) }));
+    queue.sort((a, b) => comparePriorities(a.other.priority, b.other.priority, now));
+    const isAfter = ({ other }: (typeof queue)[number]) => comparePriorities(priority, other.priority, now) < 0;
+    const after = queue.filter(isAfter);
+    const before = queue.reduce((sum, each) => sum + (isAfter(each) ? 0 : each.milliseconds), 0);
+    return (own: number) => {
+      const done = before + own;
+      let all = done;
+      let isHarmless = true;
+      for (const {
+        other: { priority, promised },
+        milliseconds,
+      } of after) {
+        all += milliseconds;
+        // It would end after its due moment, and in time without the new request. One that is late in any case does not count.
+        if (promised !== null && now + all > priority.due! && now + all - own <= promised) isHarmless = false;
+      }
+      return { own: done, all, isHarmless };
+    };
   }
 
   /** Milliseconds of a request that has the device to itself; null if some cost is not known. */
