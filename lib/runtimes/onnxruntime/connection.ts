@@ -81,7 +81,7 @@ export class HostConnection {
     this.ready = new Promise((resolve, reject) => {
       ready = { resolve, reject };
     });
-    this.process = new HostProcess(file, settings, (message) => {
+    const receive = (message: FromHost) => {
       this.#hear();
       if (message.type === "ready") {
         for (const waiting of this.#outbox!) this.process.send(waiting);
@@ -92,7 +92,8 @@ export class HostConnection {
         ready.reject(new InstallationError("onnxruntime-node", reason, remedy));
         void this.process.kill();
       } else this.#runs.get(message.id)?.receive(message);
-    });
+    };
+    this.process = new HostProcess(file, settings, receive, (answer) => this.#answered(answer));
     void this.process.ended.then((ending) => {
       // Before anybody is told: who tries again needs another child.
       this.#isOver = true;
@@ -211,7 +212,7 @@ export class HostConnection {
       this.#started += now - this.#looked;
     }
     this.#looked = now;
-    const isStarting = this.#outbox !== null;
+    const isStarting = !this.wasReady;
     if (!isStarting && this.#runs.size === 0) {
       this.#hear();
       clearInterval(this.#timer);
@@ -220,20 +221,22 @@ export class HostConnection {
     }
     const { silentMs, onSilence } = this.#watch;
     const silent = now - this.#heard;
-    const seconds = Math.round(silent / 1000);
     // A thread that answers does not say that the library loads.
     if (isStarting && now - this.#started > longestStartMs) this.giveUp("did not become ready, and was ended", true);
     else if (silent > (isStarting ? Math.max(leastStartMs, 3 * silentMs) : silentMs))
-      this.giveUp(`gave no sign of life for ${seconds} s, and was replaced`, false);
+      this.giveUp(`gave no sign of life for ${Math.round(silent / 1000)} s, and was replaced`, false);
     else if (!isStarting && silent > missingAnswers * pause) {
       this.#isSilent = true;
       onSilence?.(silent);
     }
-    this.process.ping((answer) => {
-      this.#hear();
-      const state = BigInt.asIntN(64, /^-?\d+$/.test(answer) ? BigInt(answer) : -1n);
-      if (state >= 0n) this.#runs.get(Number(state >> 16n))?.progress(Number(state & 0xffffn));
-    });
+    this.process.ping();
+  }
+
+  /** @param answer what runs, as host.ts writes it */
+  #answered(answer: string): void {
+    this.#hear();
+    const state = BigInt.asIntN(64, /^-?\d+$/.test(answer) ? BigInt(answer) : -1n);
+    if (state >= 0n) this.#runs.get(Number(state >> 16n))?.progress(Number(state & 0xffffn));
   }
 
   #hear(): void {

@@ -30,9 +30,13 @@ export class HostProcess {
   readonly #child: ChildProcess;
   #stderr = "";
 
-  #answered: (answer: string) => void = () => {};
-
-  constructor(host: URL, settings: HostSettings, onMessage: (message: FromHost) => void) {
+  /** @param onAnswer called with each answer to a ping; of several at once with the last */
+  constructor(
+    host: URL,
+    settings: HostSettings,
+    onMessage: (message: FromHost) => void,
+    onAnswer: (answer: string) => void,
+  ) {
     const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
       serialization: "advanced",
       // Read when ONNX Runtime is loaded: without it, it keeps a device id in the user's cache folder and reports its use
@@ -61,8 +65,7 @@ export class HostProcess {
     if (alive.size === 0) process.on("exit", killAll);
     alive.add(child);
     child.stdin?.on("error", () => {});
-    // Of several answers at once the last counts.
-    child.stdout?.setEncoding("utf8").on("data", (text: string) => this.#answered(text.trim().split("\n").at(-1)!));
+    child.stdout?.setEncoding("utf8").on("data", (text: string) => onAnswer(text.trim().split("\n").at(-1)!));
     child.stderr?.setEncoding("utf8").on("data", (text: string) => {
       this.#stderr = (this.#stderr + text).slice(-keptStderr);
     });
@@ -74,9 +77,8 @@ export class HostProcess {
     if (this.#child.connected) this.#child.send(message, () => {});
   }
 
-  /** Asks for a sign of life. `onAnswer` is called with each, also with those that were asked for before. */
-  ping(onAnswer: (answer: string) => void): void {
-    this.#answered = onAnswer;
+  /** Asks for a sign of life. */
+  ping(): void {
     if (this.#child.stdin?.writable) this.#child.stdin.write(".");
   }
 
