@@ -38,6 +38,8 @@ export interface Job {
    * each launch; `milliseconds` are those of the launch, all rows together. An error it throws rejects the job.
    */
   readonly onLaunch?: ((row: number, report: LaunchReport, first: boolean) => void) | undefined;
+  /** Called for each row that begins again, since what it had made is gone. Must not throw. */
+  readonly onRestart?: ((row: number) => void) | undefined;
 }
 
 export interface DispatcherOptions extends Omit<SchedulerOptions, "preemption"> {
@@ -160,11 +162,14 @@ export class Dispatcher {
   }
 
   /** Each row as a program of its own. One that fails ends the job's others. */
-  async #runCaptured({ priority, signal, onLaunch }: Job, rows: readonly RowProgram[]) {
+  async #runCaptured({ priority, signal, onLaunch, onRestart }: Job, rows: readonly RowProgram[]) {
     const { controller, unfollow } = following(signal);
     const runs = rows.map(({ program, specs }, row) =>
       this.#captured.run(priority, controller.signal, (restarts) => {
-        if (restarts > 0) this.#options.stats.launches.restarted++;
+        if (restarts > 0) {
+          this.#options.stats.launches.restarted++;
+          onRestart?.(row);
+        }
         return this.#runtime.run(program, {
           signal: controller.signal,
           onLaunch: (report) => {
@@ -303,6 +308,7 @@ export class Dispatcher {
       active.lanes = lanesOf(id, active.attempt, active.rows);
       active.results.fill(null);
       this.#options.stats.launches.restarted += active.rows.length;
+      for (const row of active.rows.keys()) active.job.onRestart?.(row);
     }
   }
 

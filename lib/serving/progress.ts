@@ -11,7 +11,6 @@ interface Run {
   readonly rows: readonly Program[];
   /** Launches that each row has made. */
   readonly made: number[];
-  isOver: boolean;
 }
 
 export class Progress {
@@ -37,7 +36,7 @@ export class Progress {
 
   /** The rows begin with their first launches. */
   begin(rows: readonly Program[]): Run {
-    const run = { rows, made: rows.map(() => 0), isOver: false };
+    const run = { rows, made: rows.map(() => 0) };
     this.#runs.push(run);
     return run;
   }
@@ -54,16 +53,12 @@ export class Progress {
     return before > index;
   }
 
-  over(run: Run): void {
-    run.isOver = true;
-  }
-
   /**
-   * What is under way begins again. Launches that a row repeats are not reported, so that nothing of it counts as done until
-   * it has come further than before: promises that are made meanwhile are the more careful.
+   * A row begins again. Launches that it repeats are not reported, so that nothing of it counts as done until it has come
+   * further than before: promises that are made meanwhile are the more careful.
    */
-  lost(): void {
-    for (const { made, isOver } of this.#runs) if (!isOver) made.fill(0);
+  again(run: Run, row: number): void {
+    run.made[row] = 0;
     this.#count();
   }
 

@@ -192,10 +192,7 @@ export class Service {
   /** The runtime has been lost, with all that it had loaded. Times of requests under way hold its start as well. */
   lost(): void {
     this.#calibration.lost();
-    for (const accepted of this.#accepted) {
-      accepted.undisturbed = false;
-      accepted.progress.lost();
-    }
+    for (const accepted of this.#accepted) accepted.undisturbed = false;
   }
 
   /** Waits until no request is under way. */
@@ -261,15 +258,16 @@ export class Service {
     if (this.#accepted.size === 0) this.#calibration.rest();
   }
 
-  async #run(
+  #run(
     { rows, reports, onLaunch }: Pick<Job, "rows" | "reports" | "onLaunch">,
     accepted: Accepted,
     { pin, signal }: Terms,
   ) {
     const { progress } = accepted;
     const run = progress.begin(rows);
-    const results = await this.#dispatcher.run({
+    return this.#dispatcher.run({
       ...{ rows, reports, priority: accepted.priority, pin, signal },
+      onRestart: (row) => progress.again(run, row),
       onLaunch: (row, report, first) => {
         // Times of what is made twice are no part of the launches' cost.
         if (progress.made(run, row, report.index)) accepted.undisturbed = false;
@@ -278,8 +276,6 @@ export class Service {
         onLaunch?.(row, report, first);
       },
     });
-    progress.over(run);
-    return results;
   }
 }
 

@@ -1,9 +1,10 @@
 // What of a request's work counts as done: in units of its price, once, and with the units of today.
 import { afterEach, describe, expect, it, vi } from "vitest";
+import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { entryOf } from "../../lib/serving/costs.js";
 import { Progress } from "../../lib/serving/progress.js";
 import { conditionOf, programOf } from "./programs.js";
-import { elapse, milliseconds, simulate, sleep, virtualTime } from "./timed.js";
+import { elapse, milliseconds, simulate, sleep, type TimedRuntime, virtualTime } from "./timed.js";
 
 /** Two launches of the predictor, two of the refiner, two of the predictor, the decoder. */
 const row = programOf({ blocks: "H1R2H1", side: 2, seed: 0, guidanceScale: 4 }, conditionOf(1, true));
@@ -45,14 +46,13 @@ it("other units change what has been done, too", () => {
   expect(progress.done).toBeCloseTo(whole(30), 9);
 });
 
-it("what is under way counts again when the runtime was lost, what is over does not", () => {
+it("a row that begins again counts again, others do not", () => {
   const progress = new Progress(units(10));
   const first = progress.begin([row]);
   progress.made(first, 0, 1);
-  progress.over(first);
   const second = progress.begin([row]);
   progress.made(second, 0, 2);
-  progress.lost();
+  progress.again(second, 0);
   expect(progress.done).toBe(20);
   // The launches before it have been repeated without a report.
   progress.made(second, 0, 3);
@@ -66,20 +66,28 @@ describe("what is left of a request that was accepted", () => {
     vi.useRealTimers();
   });
 
-  /** Milliseconds that a second request is predicted to take, some time after the first has been accepted. */
-  async function predicted(known: readonly string[], after: number, meanwhile: (lost: () => void) => void = () => {}) {
+  /** Milliseconds that one more request is predicted to take, some time after the others have been accepted. */
+  async function predicted(
+    known: readonly string[],
+    after: number,
+    { requests = 1, failure = null }: { requests?: number; failure?: TimedRuntime["failure"] } = {},
+  ) {
     virtualTime();
     const entries = known.flatMap((graph) =>
       [1, 2, 4, 8].map((batch) => entryOf(graph, batch, "4x4", [milliseconds[graph]!(batch)])),
     );
-    const { ask, service } = simulate(entries, { noise: 0 });
+    const { ask, runtime } = simulate(entries, { noise: 0 });
     // 22 launches of 10 ms and one of 5 ms; then 3 of 10 ms and one of 5 ms.
-    const first = ask({ ladder: ["H1P20"] });
+    const others = Array.from({ length: requests }, () => ask({ ladder: ["H1P20"] }));
     await elapse(sleep(after));
-    meanwhile(() => service.lost());
-    const second = await elapse(ask({ ladder: ["H1P1"] }));
-    await elapse(first);
-    return second.predictedMs!;
+    if (failure) {
+      // The launch that runs ends a little later.
+      runtime.failure = failure;
+      await elapse(sleep(10));
+    }
+    const next = await elapse(ask({ ladder: ["H1P1"] }));
+    await elapse(Promise.all(others));
+    return next.predictedMs!;
   }
 
   it("is right though its costs were not known when it was accepted", async () => {
@@ -90,6 +98,12 @@ describe("what is left of a request that was accepted", () => {
   });
 
   it("is all of it when the runtime was lost", async () => {
-    expect(await predicted(Object.keys(milliseconds), 106, (lost) => lost())).toBeCloseTo(225 + 35, -1);
+    const failure = { error: new RuntimeDiedError("It was killed.", null, "SIGKILL"), lost: true };
+    expect(await predicted(Object.keys(milliseconds), 106, { failure })).toBeCloseTo(225 + 35, -1);
+  });
+
+  it("is all of each when a launch that they shared has failed", async () => {
+    const others = { requests: 2, failure: { error: new RuntimeError("The launch failed."), lost: false } };
+    expect(await predicted(Object.keys(milliseconds), 106, others)).toBeCloseTo(225 + 225 + 35, -1);
   });
 });

@@ -7,7 +7,7 @@
 import { setImmediate } from "node:timers/promises";
 import { vi } from "vitest";
 import { float32 } from "../../lib/common/tensor.js";
-import type { DeadlineError, QueueFullError } from "../../lib/errors.js";
+import { type DeadlineError, type QueueFullError, RuntimeError } from "../../lib/errors.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { Preempted, type RunOptions, type Runtime, type SubmissionOptions } from "../../lib/runtimes/runtime.js";
 import type { CostEntry } from "../../lib/serving/costs.js";
@@ -73,6 +73,8 @@ export class TimedRuntime implements Runtime {
   readonly batches = new Map<string, number>();
   /** Runs that only measured. */
   measured = 0;
+  /** How the launch that runs will end, once; null: well. `lost`: with all that is held. */
+  failure: { readonly error: Error; readonly lost: boolean } | null = null;
   #turn: Promise<unknown> = Promise.resolve();
   /** Timers have whole milliseconds: what is left of one launch is added to the next. */
   #rest = 0;
@@ -93,18 +95,24 @@ export class TimedRuntime implements Runtime {
   }
 
   open() {
-    return {
+    const workspace = {
       lost: false,
       free: () => {},
       close: () => {},
       submit: (program: Program, options: SubmissionOptions = {}) =>
-        this.#queued(() =>
-          this.#work(program, options, (graph, batch) => {
+        this.#queued(() => {
+          if (workspace.lost) throw new RuntimeError("This workspace is gone.");
+          return this.#work(program, options, (graph, batch) => {
+            const { failure } = this;
+            this.failure = null;
+            if (failure?.lost) workspace.lost = true;
+            if (failure) throw failure.error;
             const key = `${graph} x ${batch}`;
             this.batches.set(key, (this.batches.get(key) ?? 0) + 1);
-          }),
-        ),
+          });
+        }),
     };
+    return workspace;
   }
 
   #queued<T>(work: () => Promise<T>): Promise<T> {
