@@ -52,7 +52,6 @@ async function run(
   const [home, cache] = ["home", "cache"].map((name) => path.join(folder, `${runs}`, name)) as [string, string];
   const trace = path.join(folder, `${runs++}.trace`);
   for (const each of [home, cache]) mkdirSync(each, { recursive: true });
-  const { ORT_DISABLE_TELEMETRY: _, ...rest } = process.env;
   const command = [
     ...(wrap.offline ? offline : []),
     ...(wrap.trace ? ["strace", "-f", "-o", trace, "-e", "trace=connect,sendto,sendmsg,sendmmsg"] : []),
@@ -60,8 +59,9 @@ async function run(
   ];
   await promisify(execFile)(command[0]!, command.slice(1), {
     cwd: folder,
+    // Nothing of the variables here: where one says that this is a build server, ONNX Runtime is silent by itself.
     env: {
-      ...rest,
+      PATH: process.env.PATH,
       HOME: home,
       XDG_CACHE_HOME: cache,
       ...(variable !== undefined && { ORT_DISABLE_TELEMETRY: variable }),
