@@ -5,6 +5,7 @@
 
 import { randomInt } from "node:crypto";
 import type { Checkpoint } from "../checkpoint/index.js";
+import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError, publicMessage } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size } from "../model.js";
@@ -181,8 +182,23 @@ export function pinnedWithCapture(): OptionError {
   );
 }
 
-/** One way to draw a request, or with a time limit those of the ladder, each schedule once. */
+const knownCandidates = new WeakMap<ModelFacts, LruCache<[Candidate, ...Candidate[]]>>();
+
+/** One way to draw a request, or with a time limit those of the ladder, each schedule once. Requests of a kind share them. */
 function candidatesOf(
+  options: ResolvedGenerateOptions,
+  model: ModelFacts,
+  pictures: number,
+): [Candidate, ...Candidate[]] {
+  const { deadlineMs, ladder, sampler, blocks, steps, stages, width, height, grid, image, strength } = options;
+  const shape = { ladder, sampler, blocks, steps, stages, width, height, grid, strength, pictures };
+  const key = JSON.stringify({ ...shape, isEdit: image !== undefined, isLimited: deadlineMs !== undefined });
+  const kept = knownCandidates.get(model) ?? new LruCache(64);
+  knownCandidates.set(model, kept);
+  return kept.get(key) ?? kept.set(key, newCandidates(options, model, pictures));
+}
+
+function newCandidates(
   options: ResolvedGenerateOptions,
   model: ModelFacts,
   pictures: number,

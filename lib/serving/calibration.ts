@@ -134,7 +134,9 @@ export class Calibration {
 
   /** Remembers what is to be measured in the background. */
   remember(candidates: readonly CandidateWork[]): void {
-    for (const kind of candidates.flatMap(({ demands }) => demands.flatMap(({ program }) => launchKinds(program))))
+    const all = candidates.flatMap(({ demands }) => demands.flatMap(({ program }) => launchKinds(program)));
+    // Candidates differ in how often they make launches of the same few kinds.
+    for (const kind of new Map(all.map((each) => [each.key, each])).values())
       if (this.#unknownOf(kind).length > 0 || this.#isDoubtful(kind)) this.#unmeasured.set(kind.key, kind);
   }
 

@@ -62,8 +62,9 @@ const { compare } = new Intl.Collator("en", { numeric: true });
 export class CostTable {
   readonly #entries = new Map<string, Map<number, CostEntry>>();
   readonly #observed = new Map<string, number[]>();
-  /** The latest launches of known entries: how much slower each was than its entry says. */
-  #recent: { readonly entry: CostEntry; readonly ratio: number }[] = [];
+  /** The entries of the latest launches, and of each entry how much slower they were than it says. */
+  #recent: CostEntry[] = [];
+  readonly #ratios = new Map<CostEntry, number[]>();
   /** Launches of known entries so far. */
   #launches = 0;
   /** Entries that launches contradict, and since which launch. */
@@ -104,6 +105,7 @@ export class CostTable {
     this.#entries.clear();
     this.#observed.clear();
     this.#recent = [];
+    this.#ratios.clear();
     this.#lasting = new Fading(1, lastingHalfLifeMs);
     this.#present = new Fading(0);
     this.#version++;
@@ -130,12 +132,18 @@ export class CostTable {
    * @returns null if nothing is known about this graph at this size
    */
   estimate(graph: string, size: string, batch: number): number | null {
+    const usual = this.usual(graph, size, batch);
+    return usual === null ? null : usual * this.drift;
+  }
+
+  /** As `estimate`, on a machine without drift: it stays until the version changes. */
+  usual(graph: string, size: string, batch: number): number | null {
     const batches = this.#entries.get(keyOf(graph, size));
     if (!batches) return null;
     // Fewer rows never take longer than more. Where the table says so, its entries were measured at different loads of
     // the machine, and single rows would always be padded: what is never launched is never observed to be cheaper.
     const larger = [...batches.values()].filter((entry) => entry.batch > batch).map((entry) => entry.milliseconds);
-    return Math.min(interpolated(batches, batch), ...larger) * this.drift;
+    return Math.min(interpolated(batches, batch), ...larger);
   }
 
   /** As `estimate`; where nothing is known, in units of a launch of one row. */
@@ -185,19 +193,20 @@ export class CostTable {
    */
   #compare(entry: CostEntry, ratio: number): void {
     this.#launches++;
-    this.#recent.push({ entry, ratio });
-    if (this.#recent.length > comparedLaunches) this.#recent.shift();
-    const ratios = new Map<CostEntry, number[]>();
-    for (const each of this.#recent) {
-      const of = ratios.get(each.entry) ?? [];
-      of.push(each.ratio);
-      ratios.set(each.entry, of);
+    this.#recent.push(entry);
+    const own = this.#ratios.get(entry) ?? [];
+    own.push(ratio);
+    this.#ratios.set(entry, own);
+    if (this.#recent.length > comparedLaunches) {
+      const oldest = this.#recent.shift()!;
+      const left = this.#ratios.get(oldest)!;
+      left.shift();
+      if (left.length === 0) this.#ratios.delete(oldest);
     }
-    const own = ratios.get(entry)!;
     if (own.length < comparedOfEntry) return;
     // Each entry once: where two are launched about equally often, the median of all launches would be now one's, now the
     // other's.
-    const compared = [...ratios.values()].filter((of) => of.length >= comparedOfEntry);
+    const compared = [...this.#ratios.values()].filter((of) => of.length >= comparedOfEntry);
     const usual = medianOf(compared.map(medianOf));
     const off = medianOf(own) / usual;
     if (off < contradiction && off > 1 / contradiction) {
@@ -210,7 +219,8 @@ export class CostTable {
     const { graph, batch, size, milliseconds } = entry;
     const values = own.map((ratio) => (ratio / usual) * milliseconds);
     this.#contradicted.delete(entry);
-    this.#recent = this.#recent.filter((each) => each.entry !== entry);
+    this.#recent = this.#recent.filter((each) => each !== entry);
+    this.#ratios.delete(entry);
     this.set(entryOf(graph, batch, size, values));
   }
 }

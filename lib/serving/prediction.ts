@@ -106,6 +106,8 @@ export class Predictor {
   readonly #maxWaitMs: number;
   readonly #arrivals = new Arrivals();
   readonly #retry: Retry;
+  /** What programs take on a machine without drift, by rows and pin, while the costs do not change. */
+  #usual = { version: -1, programs: new WeakMap<Program, Map<string, number | null>>() };
   #forecast: { readonly at: number; readonly size: number; readonly endings: Iterable<Ending> } | null = null;
 
   /**
@@ -414,14 +416,34 @@ export class Predictor {
 
   /** Milliseconds of a request that has the device to itself; null if some cost is not known. */
   #millisecondsOf({ demands }: CandidateWork, { pin, size, pictures }: Terms): number | null {
-    let sum = this.#costs.estimate(hostGraph, size, pictures) ?? 0;
-    for (const { program, rows } of demands)
-      for (const { graph, size, maxRows, times } of launchKinds(program)) {
-        const batches = launchBatches(this.#batches, maxRows, pin);
-        if (this.#costs.estimate(graph, size, batches[0]!) === null) return null;
-        const cost = (batch: number) => this.#costs.estimate(graph, size, batch)!;
-        sum += times * cheapestSplit(rows, batches, cost).milliseconds;
+    let sum = this.#costs.usual(hostGraph, size, pictures) ?? 0;
+    for (const demand of demands) {
+      const usual = this.#usualOf(demand, pin);
+      if (usual === null) return null;
+      sum += usual;
+    }
+    return sum * this.#costs.drift;
+  }
+
+  /** Milliseconds of a program's launches, without the drift. Every request asks it of all its candidates. */
+  #usualOf({ program, rows }: Demand, pin: number | null): number | null {
+    const { version } = this.#costs;
+    if (this.#usual.version !== version) this.#usual = { version, programs: new WeakMap() };
+    const { programs } = this.#usual;
+    const key = `${rows} ${pin}`;
+    const known = programs.get(program)?.get(key);
+    if (known !== undefined) return known;
+    let sum: number | null = 0;
+    for (const { graph, size, maxRows, times } of launchKinds(program)) {
+      const batches = launchBatches(this.#batches, maxRows, pin);
+      if (this.#costs.usual(graph, size, batches[0]!) === null) {
+        sum = null;
+        break;
       }
+      const cost = (batch: number) => this.#costs.usual(graph, size, batch)!;
+      sum += times * cheapestSplit(rows, batches, cost).milliseconds;
+    }
+    programs.set(program, (programs.get(program) ?? new Map()).set(key, sum));
     return sum;
   }
 }
