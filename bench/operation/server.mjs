@@ -1,8 +1,8 @@
 // The service that bench/operation.ts tries: one model behind HTTP on loopback. POST /generate takes the options of
-// generate() as JSON and answers with a PNG, POST /profile measures costs, GET /state has statistics, health and drift. A
-// client that hangs up aborts its call. It prints its port when it listens.
+// generate() as JSON and answers with a PNG, POST /profile measures costs, GET /state has statistics, health and drift, POST
+// /collect collects garbage. A client that hangs up aborts its call. It prints its port when it listens.
 //
-//   node bench/operation/server.mjs '{"maxQueue": 16}'
+//   node --expose-gc bench/operation/server.mjs '{"maxQueue": 16}'
 import { createServer } from "node:http";
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { errorTable, FlowTurbo, publicMessage } from "flowturbo";
@@ -27,6 +27,10 @@ const routes = {
   async "/profile"(request, response) {
     const { entries } = await model.profile(await body(request));
     response.end(JSON.stringify({ entries: entries.length }));
+  },
+  async "/collect"(_request, response) {
+    globalThis.gc();
+    response.end("{}");
   },
   async "/state"(_request, response) {
     const state = { stats: model.stats(), health: model.health(), drift: model.costs.drift };
