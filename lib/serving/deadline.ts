@@ -38,7 +38,7 @@ export function limitFor(milliseconds: number, margin = deadlineMargin): number 
 
 /**
  * The margin that a machine needs to keep its promises: at least the usual one, more after each that was broken, and a very
- * little less after each that was kept, so that it stays where about one in four hundred is broken. What one incident
+ * little less after each that was kept, so that it stays where about one in a thousand is broken. What one incident
  * makes late counts once, and while no promise ends it goes back to the usual one.
  */
 export class Margin {
@@ -62,7 +62,7 @@ export class Margin {
       if (promisedAt < this.#broken) return;
       this.#broken = performance.now();
     }
-    const next = this.value + (isLate ? marginStep : -marginStep / 399);
+    const next = this.value + (isLate ? marginStep : -marginStep / 999);
     this.#margin.set(Math.min(largestMargin, Math.max(deadlineMargin, next)));
   }
 }
