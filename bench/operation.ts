@@ -223,9 +223,10 @@ interface Poisson {
 /** Turns that the schedules take at each load. */
 const turns = 6;
 
-/** One turn of arrivals at random. */
-async function poisson(server: Server, run: Poisson, options: Body, seconds: number): Promise<void> {
+/** One turn of arrivals at random, the same for each schedule. */
+async function poisson(server: Server, run: Poisson, options: Body, turn: number, seconds: number): Promise<void> {
   await server.idle();
+  seed = 1 + turn;
   const { perSecond, times, blocks } = run;
   const calls: Promise<void>[] = [];
   const start = performance.now();
@@ -279,7 +280,7 @@ async function load(): Promise<void> {
     // Short turns, forth and back: the machine is not the same from minute to minute.
     for (let turn = 0; turn < turns; turn++)
       for (const run of turn % 2 === 0 ? group : [...group].reverse())
-        await poisson(server, run, schedules[run.schedule]!, seconds / turns);
+        await poisson(server, run, schedules[run.schedule]!, turn, seconds / turns);
   }
   await server.stop();
   results.load = {
@@ -300,14 +301,16 @@ async function load(): Promise<void> {
     const name = `${factor} of ${of}`;
     const free = run(name, "free");
     const fixed = runs.filter(({ load, schedule }) => load === name && schedule !== "free");
-    // Arrivals differ from turn to turn: what counts is the part of them that is drawn.
     const drawn = ({ times, arrived }: Poisson) => times.length / arrived;
     const best = fixed.reduce((a, b) => (drawn(b) > drawn(a) ? b : a));
     const ratio = drawn(free) / drawn(best);
+    // Where there is no leaner schedule to go to, the machine is never idle: each disturbance of it makes promises late that
+    // were given before. Then it is the margin that counts, which aims at one in a thousand.
+    const most = of === leanest ? 0.001 : 0;
     bars.push({
-      bar: `At ${factor} of the capacity of ${of}, a free schedule draws as many as the best fixed one (${best.schedule}) within 5 %, none late`,
-      value: `${percent(ratio)} of its pictures, ${free.late} of ${free.times.length} late`,
-      met: ratio > 0.95 && free.late === 0,
+      bar: `At ${factor} of the capacity of ${of}, a free schedule draws as many as the best fixed one (${best.schedule}) within 5 %, ${most === 0 ? "none" : "at most one in a thousand"} late`,
+      value: `${percent(ratio)} of its pictures, ${free.late} of ${free.times.length} late (${best.schedule}: ${best.late} of ${best.times.length})`,
+      met: ratio > 0.95 && free.late <= most * free.times.length,
     });
   }
   const loopP99 = Math.max(...runs.map(({ loopP99 }) => loopP99));
