@@ -5,9 +5,10 @@
  */
 
 import { spawn } from "node:child_process";
-import { existsSync, mkdirSync, rmdirSync, writeFileSync } from "node:fs";
+import { mkdirSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
+import { quotaGroup } from "./quota.js";
 import { format, machineLine, measureProcess, ratios, report, root, type Spread, spread, table } from "./support.js";
 
 const cores = os.availableParallelism();
@@ -31,28 +32,6 @@ const contenders: Readonly<Record<string, readonly string[]>> = {
   "a thread a core": ["--threads", String(cores)],
   "by default": [],
 };
-
-/** A control group with a quota: the file to join it by, and how to remove it. Null where this user cannot make one. */
-function quotaGroup(quota: number): { join: string; remove(): void } | null {
-  const name = `flowturbo-bench-${process.pid}`;
-  for (const [folder, write] of [
-    ["/sys/fs/cgroup/cpu", (at: string) => writeFileSync(`${at}/cpu.cfs_quota_us`, String(quota * 100_000))],
-    ["/sys/fs/cgroup", (at: string) => writeFileSync(`${at}/cpu.max`, `${quota * 100_000} 100000`)],
-  ] as const) {
-    if (!existsSync(path.join(folder, "cgroup.procs"))) continue;
-    const at = path.join(folder, name);
-    try {
-      mkdirSync(at);
-      try {
-        write(at);
-        return { join: path.join(at, "cgroup.procs"), remove: () => rmdirSync(at) };
-      } catch {
-        rmdirSync(at);
-      }
-    } catch {}
-  }
-  return null;
-}
 
 /** Milliseconds of a step; the first two make the session and warm it. */
 async function measure(flags: readonly string[], join: string | null): Promise<number> {

@@ -10,7 +10,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
-import { existsSync, mkdirSync, readFileSync, rmdirSync, writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { Agent, request as httpRequest } from "node:http";
 import os from "node:os";
@@ -19,6 +19,7 @@ import { createInterface } from "node:readline";
 import { setTimeout as pause } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import type { Health, Stats } from "flowturbo";
+import { quotaGroup } from "./quota.js";
 import { machineLine, processTree, report, residentBytes, root, table } from "./support.js";
 
 const parts = ["load", "retry", "hangups", "deaths", "memory", "quota"] as const;
@@ -541,31 +542,6 @@ async function memory(): Promise<void> {
 
 // ── A quota of processor time ────────────────────────────────────────────────────────────────────────────────────────
 
-let groupsMade = 0;
-
-/** A group with so many cores' time, for cgroup v1 and v2; null where it cannot be made. */
-function quotaGroup(cores: number): { join(pid: number): void; remove(): void } | null {
-  const period = 100_000;
-  for (const [base, write] of [
-    ["/sys/fs/cgroup/cpu", (folder: string) => writeFileSync(`${folder}/cpu.cfs_quota_us`, String(cores * period))],
-    ["/sys/fs/cgroup", (folder: string) => writeFileSync(`${folder}/cpu.max`, `${cores * period} ${period}`)],
-  ] as const) {
-    const folder = `${base}/flowturbo-operation-${process.pid}-${groupsMade++}`;
-    try {
-      if (!existsSync(`${base}/cgroup.procs`)) continue;
-      mkdirSync(folder);
-      write(folder);
-      return {
-        join: (pid) => writeFileSync(`${folder}/cgroup.procs`, String(pid)),
-        remove: () => rmdirSync(folder),
-      };
-    } catch {
-      // Not root, or the controller is not there.
-    }
-  }
-  return null;
-}
-
 async function quota(): Promise<void> {
   const cores = 1;
   const seconds = secondsOf("quota") / 10;
@@ -574,7 +550,7 @@ async function quota(): Promise<void> {
     const group = quotaGroup(cores);
     if (!group) return null;
     groups.push(group);
-    return open({ maxQueue: 1000, ...options }, group.join);
+    return open({ maxQueue: 1000, ...options }, (pid) => writeFileSync(group.join, String(pid)));
   };
   const servers = { "default threads": await start({}), "threads: 1": await start({ threads: 1 }) };
   const [byDefault, one] = Object.values(servers);

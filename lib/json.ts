@@ -7,6 +7,7 @@
 import { readFile } from "node:fs/promises";
 import { z } from "zod";
 import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js";
+import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
@@ -103,6 +104,6 @@ function refused(error: z.ZodError, what: string, why: string): OptionError {
   const { path, message } = error.issues[0]!;
   const field = path.join(".");
   // A message names every field that there is no place for.
-  const reason = message.length > 200 ? `${message.slice(0, 197)}...` : message;
+  const reason = clipped(message, 200);
   return new OptionError(String(path[0] ?? what), `${why}${field && ` at ${field}`}: ${reason}.`);
 }

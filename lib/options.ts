@@ -8,6 +8,7 @@ import { inspect } from "node:util";
 import { z } from "zod";
 import type { Logger } from "./common/logger.js";
 import type { FloatTensor } from "./common/tensor.js";
+import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import type {
   AcceptEvent,
@@ -520,5 +521,5 @@ function show(value: unknown): string {
           breakLength: Infinity,
           customInspect: false,
         });
-  return text.length > longestShown ? `${text.slice(0, longestShown - 3)}...` : text;
+  return clipped(text, longestShown);
 }

@@ -9,6 +9,7 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
+import { clipped } from "../common/text.js";
 import { isDue, rest } from "../common/turns.js";
 import { type TextEncoder, type TextRole, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
@@ -178,9 +179,9 @@ export class PromptEncoder {
       const { ids, truncated, dropped, unread } = await tokenizer.encode(prompt, tokens);
       if (truncated)
         warnings.push(
-          `The prompt "${abridge(prompt)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${abridge(dropped)}".`,
+          `The prompt "${clipped(prompt, 60)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${clipped(dropped, 60)}".`,
         );
-      if (unread) warnings.push(`The prompt "${abridge(prompt)}" has ${unread}; ${graph} ignores the rest of it.`);
+      if (unread) warnings.push(`The prompt "${clipped(prompt, 60)}" has ${unread}; ${graph} ignores the rest of it.`);
       const inputs: Record<string, string> = { ids: builder.value(`${graph}.ids`, int64([1, tokens], ids)) };
       for (const [input, tensor] of Object.entries(this.#constantsOf(graph, text, tokens)))
         inputs[input] = builder.value(`${graph}.${input}`, tensor);
@@ -249,8 +250,4 @@ function concatenate(parts: readonly Float32Array[]): Float32Array {
     offset += part.length;
   }
   return all;
-}
-
-function abridge(text: string): string {
-  return text.length > 60 ? `${text.slice(0, 57)}...` : text;
 }

@@ -7,6 +7,7 @@
  */
 
 import { table } from "../common/table.js";
+import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
 
 /** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
@@ -132,7 +133,7 @@ export function parseBlocks(text: string): Block[] {
 }
 
 function shown(text: string): string {
-  return text.length > 80 ? `${text.slice(0, 77)}...` : text;
+  return clipped(text, 80);
 }
 
 /** The shortest list of blocks, in the order of the table, that launches every step type which is wanted. */

@@ -73,8 +73,8 @@ export class Calibration {
   }
 
   /** Whether all launches of a candidate have been made before. */
-  isWarm({ demands }: CandidateWork): boolean {
-    return demands.flatMap(({ program }) => launchKinds(program)).every(({ key }) => this.#warm.has(key));
+  isWarm(candidate: CandidateWork): boolean {
+    return kindsOf(programsOf(candidate)).every(({ key }) => this.#warm.has(key));
   }
 
   /** A launch has been made for a request. */
@@ -134,9 +134,8 @@ export class Calibration {
 
   /** Remembers what is to be measured in the background. */
   remember(candidates: readonly CandidateWork[]): void {
-    const all = candidates.flatMap(({ demands }) => demands.flatMap(({ program }) => launchKinds(program)));
     // Candidates differ in how often they make launches of the same few kinds.
-    for (const kind of new Map(all.map((each) => [each.key, each])).values())
+    for (const kind of kindsOf(candidates.flatMap(programsOf)))
       if (this.#unknownOf(kind).length > 0 || this.#isDoubtful(kind)) this.#unmeasured.set(kind.key, kind);
   }
 
@@ -146,8 +145,7 @@ export class Calibration {
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    const kinds = new Map(programs.flatMap(launchKinds).map((kind) => [kind.key, kind]));
-    const subjects = [...kinds.values()].flatMap((kind) => subjectsOf(kind, batches));
+    const subjects = kindsOf(programs).flatMap((kind) => subjectsOf(kind, batches));
     for (const entry of await this.#measure(subjects, { ...options, turn: this.#untilIdle })) this.#costs.set(entry);
     await this.store();
   }
@@ -311,6 +309,15 @@ export class Calibration {
       ({ graph, size, batch }) => !this.#costs.get(graph, size, batch),
     );
   }
+}
+
+function programsOf({ demands }: CandidateWork): Program[] {
+  return demands.map(({ program }) => program);
+}
+
+/** The kinds of launches that programs make, each once. */
+function kindsOf(programs: readonly Program[]): LaunchKind[] {
+  return [...new Map(programs.flatMap(launchKinds).map((kind) => [kind.key, kind])).values()];
 }
 
 /** Launches of a kind at every batch that they may have. */

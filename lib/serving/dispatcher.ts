@@ -20,7 +20,7 @@ import type { CostTable } from "./costs.js";
 import { type Gathered, Gatherer, type Lane, resultsOf } from "./gather.js";
 import type { Priority } from "./priority.js";
 import { type GraphShapes, type RowProgram, rowProgram } from "./rows.js";
-import { Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
+import { type AssignedLaunch, Scheduler, type SchedulerOptions, type Submission } from "./scheduler.js";
 import type { StatsRecorder } from "./stats.js";
 import { LaunchWatch, type SlowLaunch } from "./watch.js";
 
@@ -104,7 +104,7 @@ export class Dispatcher {
     this.#watch = new LaunchWatch({
       watchdogMs: options.watchdogMs,
       costOf: ({ graph, size, batch }) => options.costs.estimate(graph, size, batch),
-      isWarm: ({ graph, size, batch }) => this.#warm.has(`${graph}@${size} x ${batch}`),
+      isWarm: (launch) => this.#warm.has(keyOf(launch)),
       onSlow: (launch) => options.onSlow?.(launch),
       onHung: ({ graph, milliseconds }) =>
         runtime.giveUp?.(`has worked on one launch of "${graph}" for ${Math.round(milliseconds / 1000)} s`),
@@ -338,7 +338,7 @@ export class Dispatcher {
   /** Counts a launch that has been made, and observes its cost. */
   #launched({ graph, size }: { graph: string; size: string }, rows: number, batch: number, milliseconds: number): void {
     const { costs, stats } = this.#options;
-    const key = `${graph}@${size} x ${batch}`;
+    const key = keyOf({ graph, size, batch });
     if (this.#warm.has(key)) costs.observe(graph, size, batch, milliseconds);
     this.#warm.add(key);
     stats.launched(graph, rows, batch, milliseconds);
@@ -368,6 +368,10 @@ export class Dispatcher {
   #free(names: readonly string[]): void {
     if (names.length > 0) this.#workspace?.free(names);
   }
+}
+
+function keyOf({ graph, size, batch }: Pick<AssignedLaunch, "graph" | "size" | "batch">): string {
+  return `${graph}@${size} x ${batch}`;
 }
 
 function lanesOf(id: number, attempt: number, rows: readonly RowProgram[]): Lane[] {

@@ -319,7 +319,6 @@ export class Predictor {
   price(candidate: CandidateWork, terms: Terms): Price {
     const { units, isGuess } = this.#unitsOf(candidate);
     let weight = 0;
-    let guess = 0;
     const phases: WeighedPhase[] = [];
     for (const { program, rows } of candidate.demands)
       for (const { kind, times } of launchPhases(program)) {
@@ -327,10 +326,11 @@ export class Predictor {
         const phase = this.#phase(kind, unit, rows, times, terms);
         const own = times * rows * unit;
         weight += own;
-        guess += times * phase.split(rows).milliseconds;
         phases.push({ ...phase, weight: own });
       }
-    const cost = this.#millisecondsOf(candidate, terms) ?? guess;
+    const cost =
+      this.#millisecondsOf(candidate, terms) ??
+      phases.reduce((sum, { rows, times, split }) => sum + times * split(rows).milliseconds, 0);
     return { candidate, terms, cost, units, weight, phases, guessedBy: isGuess ? this.#costs.version : null };
   }
 
