@@ -17,7 +17,7 @@ import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { embeddedModel } from "../lib/flowturbo.js";
 import { GraphLibrary } from "../lib/networks/library.js";
-import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
+import { sessionOptions } from "../lib/runtimes/onnxruntime/sessions.js";
 import { format, machineLine, paired, ratios, report, type Spread, spread, table } from "./support.js";
 
 const given = process.argv[2] === undefined ? null : Number(process.argv[2]);
@@ -31,7 +31,7 @@ const checkpoint = await openCheckpoint(embeddedModel);
 const graphs = new GraphLibrary(checkpoint);
 const session = await ort.InferenceSession.create(
   graphs.get("predict.guidance").bytes,
-  sessionOptions("/", { weights: "folded" }),
+  sessionOptions({ root: "/", widening: "folded" }, {}),
 );
 
 const results: Record<string, { pipeline: Spread; direct: Spread; ratio: Spread }> = {};

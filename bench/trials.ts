@@ -20,7 +20,7 @@ import { mmditWidth } from "../lib/networks/index.js";
 import { Layers } from "../lib/networks/layers.js";
 import { GraphLibrary } from "../lib/networks/library.js";
 import { cpuEmitOptions, type EmitOptions, GraphBuilder, type OnnxGraph } from "../lib/onnx/index.js";
-import { sessionOptions } from "../lib/runtimes/onnxruntime/executor.js";
+import { sessionOptions } from "../lib/runtimes/onnxruntime/sessions.js";
 import { bars } from "./plot.js";
 import { randomCheckpoint } from "./random-checkpoint.js";
 import { format, machineLine, paired, ratios, report, resultsFolder, type Spread, spread, table } from "./support.js";
@@ -200,7 +200,7 @@ async function run({ variants, name, about }: Trial, { rounds, runs }: Subject):
   const sessions: ort.InferenceSession[] = [];
   const contenders: Record<string, () => Promise<number>> = {};
   for (const { name, graph, feeds, settings = {} } of variants) {
-    const product = sessionOptions("/", { weights: "folded" });
+    const product = sessionOptions({ root: "/", widening: "folded" }, {});
     const extra = { session: { ...sessionOf(product), ...sessionOf(settings) } };
     const session = await ort.InferenceSession.create(graph.bytes, { ...product, ...settings, extra });
     sessions.push(session);
@@ -227,7 +227,7 @@ async function operatorShares(subject: Subject): Promise<{ operator: string; sha
   try {
     const profileFilePrefix = path.join(folder, "step");
     const session = await ort.InferenceSession.create(graph.bytes, {
-      ...sessionOptions("/", { weights: "folded" }),
+      ...sessionOptions({ root: "/", widening: "folded" }, {}),
       ...{ enableProfiling: true, profileFilePrefix },
     });
     for (let i = 0; i < 3 * subject.runs; i++) await session.run(feeds);

@@ -28,7 +28,7 @@ export function emitClip(
   const headDim = size / heads;
 
   const embeddings = "text_model.embeddings";
-  const vocabulary = l.stored(`${embeddings}.token_embedding.weight`, [config.vocabSize, size]);
+  const vocabulary = l.table(`${embeddings}.token_embedding.weight`, [config.vocabSize, size]);
   const tokens = g.op("Gather", [vocabulary, ids]);
   const table = l.weight(`${embeddings}.position_embedding.weight`, [config.maxPositionEmbeddings, size]);
   const positions = l.slice(table, 0, 0, length);

@@ -75,6 +75,11 @@ export class Layers {
     return this.g.cast(this.stored(name, shape), this.compute);
   }
 
+  /** A weight of which rows are taken; what is taken still has to be cast. */
+  table(name: string, shape: readonly number[]): Value {
+    return this.options.tables === "stored" ? this.stored(name, shape) : this.weight(name, shape);
+  }
+
   scalar(value: number): Value {
     return this.g.scalar(value, this.compute);
   }
@@ -110,7 +115,8 @@ export class Layers {
 
   /** Root-mean-square normalisation over the last axis. */
   rmsNorm(x: Value, name: string, size: number, epsilon: number): Value {
-    return this.g.op("RMSNormalization", [x, this.weight(name, [size])], { axis: -1, epsilon: { float: epsilon } });
+    const type = this.options.rmsNorm === "operator" ? "RMSNormalization" : "SimplifiedLayerNormalization";
+    return this.g.op(type, [x, this.weight(name, [size])], { axis: -1, epsilon: { float: epsilon } });
   }
 
   /** Group normalisation of [rows, channels, height, width]. */
@@ -207,6 +213,15 @@ export class Layers {
         scale: { float: scale },
         ...(causal !== undefined && { is_causal: 1 }),
       });
+    if (this.options.attention === "contrib") {
+      // Query, key, value; bias of the projections, padding mask; what is added to the scores.
+      const inputs = bias ? [q, k, v, null, null, bias] : [q, k, v];
+      return g.op("com.microsoft:MultiHeadAttention", inputs, {
+        num_heads: heads,
+        scale: { float: scale },
+        ...(causal !== undefined && { unidirectional: 1 }),
+      });
+    }
     const split = (x: Value, perm: readonly number[]) =>
       g.op("Transpose", [this.splitHeads(x, heads, headDim)], { perm });
     // Scaling q costs N·headDim products where scaling the scores would cost N·M.

@@ -67,10 +67,11 @@ export class GraphLibrary {
   /** How a graph is emitted. @throws as `get`, and what the runtime's rules throw */
   optionsOf(name: string): EmitOptions {
     const { network } = graphKey(name);
-    const { part, overflowsInFloat16 = false } = networks[network]!;
+    const { part, role, overflowsInFloat16 = false } = networks[network]!;
     const weights = part && this.checkpoint[part]?.weights;
     if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
-    return this.#options({ name: network, dtype: weights ? prevailingDType(weights) : null, overflowsInFloat16 });
+    const dtype = weights ? prevailingDType(weights) : null;
+    return this.#options({ name: network, dtype, overflowsInFloat16, isConvolutional: role === "image" });
   }
 }
 

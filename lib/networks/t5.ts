@@ -27,10 +27,10 @@ export function emitT5(name: string, { weights, config }: Part<T5Config>, option
   }[config.activation];
 
   const table = l.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight";
-  let x = g.cast(g.op("Gather", [l.stored(table, [config.vocabSize, dModel]), ids]), l.compute);
+  let x = g.cast(g.op("Gather", [l.table(table, [config.vocabSize, dModel]), ids]), l.compute);
 
   // One bias for all layers, from the first: [T, T] → [1, heads, T, T].
-  const biasTable = l.stored("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [
+  const biasTable = l.table("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [
     config.relativeAttentionNumBuckets,
     numHeads,
   ]);

@@ -17,10 +17,22 @@ export interface EmitOptions {
    */
   readonly groupNorm: "operator" | "instance";
   /**
-   * `operator`: Attention, for which ONNX Runtime has a kernel. `matmul`: MatMul, Softmax, MatMul, the pattern that
-   * TensorRT fuses; its own Attention refuses to build where it has no kernel for the shape (CLIP's causal one).
+   * `operator`: Attention, for which ONNX Runtime has a kernel on the CPU. `matmul`: MatMul, Softmax, MatMul, the pattern
+   * that TensorRT fuses; its own Attention refuses to build where it has no kernel for the shape (CLIP's causal one).
+   * `contrib`: ONNX Runtime's own MultiHeadAttention, for its GPU providers: it never holds all scores where it can
+   * compute them block by block (at 1024 × 1024 they are gigabytes).
    */
-  readonly attention: "operator" | "matmul";
+  readonly attention: "operator" | "matmul" | "contrib";
+  /**
+   * `operator`: RMSNormalization of opset 23. `simplified`: ONNX Runtime's own name for it, which leaves the graph at an
+   * older opset: its GPU providers lack kernels for what later ones define anew (Sin, Cos, InstanceNormalization).
+   */
+  readonly rmsNorm: "operator" | "simplified";
+  /**
+   * Tables of which rows are taken (embeddings): `stored` takes them in the type of the checkpoint and casts them then;
+   * `compute` casts the table, for a device that does not have that type.
+   */
+  readonly tables: "stored" | "compute";
 }
 
 /** ONNX Runtime on the CPU computes in float32 only. */
@@ -29,6 +41,8 @@ export const cpuEmitOptions: EmitOptions = {
   linear: "gemm",
   groupNorm: "instance",
   attention: "operator",
+  rmsNorm: "operator",
+  tables: "stored",
 };
 
 /** A network as far as it matters to how it is emitted. */
@@ -38,4 +52,6 @@ export interface EmittedNetwork {
   readonly dtype: StoredDType | null;
   /** Whether it must not be computed in float16. */
   readonly overflowsInFloat16: boolean;
+  /** Whether it goes through the autoencoder: convolutions and group norms. */
+  readonly isConvolutional: boolean;
 }

@@ -42,12 +42,18 @@ export interface OnnxGraph {
   /** Dimensions of inputs and outputs by name. The first is "rows" or "network_rows" where there is one for each row. */
   readonly inputs: ReadonlyMap<string, readonly Dimension[]>;
   readonly outputs: ReadonlyMap<string, readonly Dimension[]>;
+  /** Types of 16-bit weights that the graph computes with in float32. */
+  readonly widened: ReadonlySet<StoredDType>;
   /** SHA-256 of the graph without the places of its external data: the same wherever the checkpoint lies. */
   readonly fingerprint: string;
 }
 
-/** Opset 23 is the first with RMSNormalization and is read by ONNX Runtime 1.30 and TensorRT 11. */
-const opset = 23;
+/**
+ * A graph names the first opset that has all of its operators, since runtimes have kernels by version: ONNX Runtime's
+ * WebGPU provider has none for the Sin and Cos of opset 22. GroupNormalization as it is written here is of opset 21.
+ */
+const leastOpset = 21;
+const firstOpset: Readonly<Record<string, number>> = { Attention: 23, RMSNormalization: 23, "Conv bfloat16": 22 };
 const irVersion = 11;
 
 const onnxType: Record<ElementType, number> = { float32: 1, int64: 7, bool: 9, float16: 10, bfloat16: 16 };
@@ -71,6 +77,10 @@ export class GraphBuilder {
   readonly #constants = new Map<string, Value>();
   #scope = "";
   #counter = 0;
+  #opset = leastOpset;
+  readonly #widened = new Set<StoredDType>();
+  /** Domains of operators that are not ONNX's own. */
+  readonly #domains = new Set<string>();
 
   constructor(name: string) {
     this.name = name;
@@ -98,7 +108,10 @@ export class GraphBuilder {
     this.#outputs.set(name, { info: valueInfo(name, value.type, shape), shape });
   }
 
-  /** Adds a node with one output. A null input is an optional one that is left out. */
+  /**
+   * Adds a node with one output. A null input is an optional one that is left out.
+   * @param type the operator, with a domain and a colon before it where it is not ONNX's own
+   */
   op(type: string, inputs: readonly (Value | null)[], attributes: Record<string, Attribute> = {}): Value {
     return this.ops(type, inputs, 1, attributes)[0]!;
   }
@@ -126,6 +139,7 @@ export class GraphBuilder {
       inputs.map((input) => input?.name ?? ""),
       values.map((value) => value.name),
       attributes,
+      element,
     );
     return values;
   }
@@ -133,6 +147,8 @@ export class GraphBuilder {
   /** The value converted to `type`; itself where it has that type already. */
   cast(value: Value, type: ElementType): Value {
     if (value.type === type) return value;
+    const stored = this.#externals.get(value.name);
+    if (stored && type === "float32") this.#widened.add(stored.dtype);
     const result = this.#fresh("Cast", type);
     this.#node("Cast", [value.name], [result.name], { to: onnxType[type] });
     return result;
@@ -175,12 +191,13 @@ export class GraphBuilder {
         graph.message(5, "file" in initializer ? externalTensor(initializer, place(initializer)) : initializer);
       for (const { info } of this.#inputs.values()) graph.message(11, info);
       for (const { info } of this.#outputs.values()) graph.message(12, info);
-      return new MessageWriter()
+      const message = new MessageWriter()
         .int(1, irVersion)
         .string(2, "flowturbo")
         .message(7, graph)
-        .message(8, new MessageWriter().string(1, "").int(2, opset))
-        .finish();
+        .message(8, new MessageWriter().string(1, "").int(2, this.#opset));
+      for (const domain of this.#domains) message.message(8, new MessageWriter().string(1, domain).int(2, 1));
+      return message.finish();
     };
     const bytes = model(({ file, offset, length }) => ({
       // Without the root ("/" or "C:\\"): runtimes resolve it against the root, since they refuse absolute paths.
@@ -193,6 +210,7 @@ export class GraphBuilder {
       name: this.name,
       bytes,
       externals: this.#externals,
+      widened: this.#widened,
       inputs: shapesOf(this.#inputs),
       outputs: shapesOf(this.#outputs),
       get fingerprint() {
@@ -206,15 +224,27 @@ export class GraphBuilder {
 
   #fresh(type: string, element: ElementType): Value {
     const number = this.#counter++;
-    return { name: this.#scope ? `${this.#scope}/${type}_${number}` : `${type}_${number}`, type: element };
+    const operator = type.slice(type.indexOf(":") + 1);
+    return { name: this.#scope ? `${this.#scope}/${operator}_${number}` : `${operator}_${number}`, type: element };
   }
 
-  #node(type: string, inputs: string[], outputs: string[], attributes: Record<string, Attribute>): void {
+  #node(
+    type: string,
+    inputs: string[],
+    outputs: string[],
+    attributes: Record<string, Attribute>,
+    element?: ElementType,
+  ): void {
     const node = new MessageWriter();
     for (const input of inputs) node.string(1, input);
     for (const output of outputs) node.string(2, output);
-    node.string(3, `${outputs[0]}`).string(4, type);
+    const [operator, domain] = type.split(":").reverse() as [string, string?];
+    node.string(3, `${outputs[0]}`).string(4, operator);
     for (const [name, value] of Object.entries(attributes)) node.message(5, attribute(name, value));
+    if (domain) this.#domains.add(domain);
+    if (domain) node.string(7, domain);
+    else
+      this.#opset = Math.max(this.#opset, firstOpset[operator] ?? firstOpset[`${operator} ${element}`] ?? leastOpset);
     this.#nodes.push(node);
   }
 

@@ -30,7 +30,8 @@ export interface Capabilities {
  * path relative to the root of the file system; `externals` has them by the name that they have in the ONNX, for runtimes
  * that map the files themselves, and `fingerprint` is for runtimes that keep what they compile.
  */
-export type CompilableGraph = Pick<OnnxGraph, "name" | "bytes" | "externals" | "fingerprint">;
+export type CompilableGraph = Pick<OnnxGraph, "name" | "bytes" | "externals" | "fingerprint"> &
+  Partial<Pick<OnnxGraph, "widened">>;
 
 /** One finished launch. */
 export interface LaunchReport {

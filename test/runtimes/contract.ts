@@ -18,11 +18,18 @@ import { launch, negateGraph, program, scaleGraph, slowGraph, slowProgram } from
 export const double = (x: string, y: string, extra = {}) => launch("double", x, y, extra);
 export const values = (tensor: { data: ArrayLike<unknown> } | undefined) => Array.from(tensor!.data);
 
+/** The slow graph: a chain of products of matrices, fewer and smaller for a slow device. */
+export interface Slow {
+  readonly size: number;
+  readonly products: number;
+}
+const usual: Slow = { size: 512, products: 20 };
+
 /** The graphs that the tests launch. */
-export function addGraphs(runtime: Runtime): void {
+export function addGraphs(runtime: Runtime, { size, products }: Slow = usual): void {
   runtime.add(scaleGraph("double", 2));
   runtime.add(scaleGraph("huge", 3e38));
-  runtime.add(slowGraph("slow", 512, 20));
+  runtime.add(slowGraph("slow", size, products));
 }
 
 /** Tensors in files of every type, in a folder of the file's tests; to be called within a describe. */
@@ -57,8 +64,11 @@ export function storedTensors() {
   return { store, numbers };
 }
 
-/** @param open a runtime with `addGraphs`, disposed of after the test */
-export function describeRuntime(open: () => Runtime): void {
+/**
+ * @param open a runtime with `addGraphs`, disposed of after the test
+ * @param slow the slow graph that was added
+ */
+export function describeRuntime(open: () => Runtime, { size, products }: Slow = usual): void {
   describe("a program", () => {
     it("launches graphs and copies rows in order", async () => {
       const runtime = open();
@@ -134,7 +144,7 @@ export function describeRuntime(open: () => Runtime): void {
         return values(results.a);
       };
       const all = await Promise.all([
-        runtime.run({ ...slowProgram("slow", 512, 2) }).then(() => order.push("slow")),
+        runtime.run({ ...slowProgram("slow", size, 2) }).then(() => order.push("slow")),
         runtime.run(program([1], [double("x", "a")], ["a"])).then(note("first")),
         runtime.run(program([2], [double("x", "a")], ["a"])).then(note("second")),
         other.run(program([3], [double("x", "a")], ["a"])).then((results) => values(results.a)),
@@ -208,7 +218,7 @@ export function describeRuntime(open: () => Runtime): void {
       const runtime = open();
       const controller = new AbortController();
       let launches = 0;
-      const run = runtime.run(slowProgram("slow", 512, 1000), {
+      const run = runtime.run(slowProgram("slow", size, 1000), {
         signal: controller.signal,
         onLaunch: () => {
           if (++launches === 2) controller.abort(reason);
@@ -223,7 +233,7 @@ export function describeRuntime(open: () => Runtime): void {
       const runtime = open();
       const controller = new AbortController();
       let ended = false;
-      const first = runtime.run(slowProgram("slow", 512, 20)).then(() => {
+      const first = runtime.run(slowProgram("slow", size, 20)).then(() => {
         ended = true;
       });
       const waiting = runtime.run(program([1], [double("x", "a")], []), { signal: controller.signal });
@@ -247,7 +257,7 @@ export function describeRuntime(open: () => Runtime): void {
     it("is what an error thrown by onLaunch amounts to", async () => {
       const runtime = open();
       let launches = 0;
-      const run = runtime.run(slowProgram("slow", 512, 1000), {
+      const run = runtime.run(slowProgram("slow", size, 1000), {
         onLaunch: () => {
           launches++;
           throw reason;
@@ -321,7 +331,7 @@ export function describeRuntime(open: () => Runtime): void {
     it("dispose waits for the run in flight, rejects what waits and refuses later calls", async () => {
       const runtime = open();
       let ended = false;
-      const running = runtime.run(slowProgram("slow", 512, 5)).then(() => {
+      const running = runtime.run(slowProgram("slow", size, 5)).then(() => {
         ended = true;
       });
       const queued = runtime.run(program([1], [double("x", "a")], [])).catch((reason) => reason);
@@ -353,8 +363,8 @@ export function describeRuntime(open: () => Runtime): void {
 
     it("the event loop stays free during a long launch", async () => {
       const runtime = open();
-      runtime.add(slowGraph("long", 1024, 20));
-      const work = slowProgram("long", 1024, 1);
+      runtime.add(slowGraph("long", 2 * size, products));
+      const work = slowProgram("long", 2 * size, 1);
       await runtime.run(work);
       const delay = monitorEventLoopDelay({ resolution: 10 });
       delay.enable();

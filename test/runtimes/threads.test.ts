@@ -1,7 +1,7 @@
 // Settings of threads: they are those that ONNX Runtime reads, and results do not depend on them.
 import { spawnSync } from "node:child_process";
 import { expect, it } from "vitest";
-import { sessionOptions } from "../../lib/runtimes/onnxruntime/executor.js";
+import { sessionOptions } from "../../lib/runtimes/onnxruntime/sessions.js";
 import { root } from "../support/fixtures.js";
 
 const env = { ...process.env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" };
@@ -17,7 +17,7 @@ function readingOf(options: object): string {
 }
 
 it("threads that wait spin for 20 µs, by a setting that ONNX Runtime knows", () => {
-  const options = sessionOptions("/", { threads: 3, weights: "folded" });
+  const options = sessionOptions({ root: "/", widening: "folded" }, { threads: 3 });
   const session = options.extra!.session as { intra_op: { spin_duration_us: string } };
   expect(options.intraOpNumThreads).toBe(3);
   expect(session.intra_op.spin_duration_us).toBe("20");

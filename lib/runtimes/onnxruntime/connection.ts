@@ -6,13 +6,21 @@
 
 import { thisPlatform } from "../../common/platform.js";
 import type { Tensor } from "../../common/tensor.js";
-import { InstallationError, NotFiniteError, RuntimeDiedError, RuntimeError } from "../../errors.js";
+import {
+  DeviceLostError,
+  InstallationError,
+  MemoryError,
+  NotFiniteError,
+  RuntimeDiedError,
+  RuntimeError,
+  RuntimeUnavailableError,
+} from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { Preempted, type RunOptions } from "../runtime.js";
 import { whyBroken, whyUnsupported } from "./binaries.js";
 import { pack } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
-import type { Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
+import type { DeviceFeatures, Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
 
 /** How a child that owes an answer is watched. */
 export interface WatchSettings {
@@ -49,10 +57,16 @@ interface PendingRun {
   reject(error: Error): void;
 }
 
+/** What a child says when it is ready. */
+export interface ReadyHost {
+  readonly version: string;
+  readonly features: DeviceFeatures | null;
+}
+
 export class HostConnection {
   readonly process: HostProcess;
-  /** Resolves with ONNX Runtime's version. */
-  readonly ready: Promise<string>;
+  /** Resolves with ONNX Runtime's version, and what the device of its provider can do; null for the CPU. */
+  readonly ready: Promise<ReadyHost>;
   /** Resolves when the child has ended, with the reason: that of `ready` if it never was ready. */
   readonly ended: Promise<Error>;
   /** Names of the graphs that it has received. */
@@ -75,9 +89,10 @@ export class HostConnection {
   #started = performance.now();
   #isSilent = false;
 
-  constructor(file: URL, settings: HostSettings, watch: WatchSettings) {
+  /** @param env variables of the child, besides this process's own */
+  constructor(file: URL, settings: HostSettings, watch: WatchSettings, env: Readonly<Record<string, string>> = {}) {
     this.#watch = watch;
-    let ready: { resolve(version: string): void; reject(error: Error): void };
+    let ready: { resolve(host: ReadyHost): void; reject(error: Error): void };
     this.ready = new Promise((resolve, reject) => {
       ready = { resolve, reject };
     });
@@ -86,14 +101,17 @@ export class HostConnection {
       if (message.type === "ready") {
         for (const waiting of this.#outbox!) this.process.send(waiting);
         this.#outbox = null;
-        ready.resolve(message.version);
+        ready.resolve({ version: message.version, features: message.features });
       } else if (message.type === "broken") {
         const { reason, remedy } = whyBroken(message.message, thisPlatform());
         ready.reject(new InstallationError("onnxruntime-node", reason, remedy));
         void this.process.kill();
+      } else if (message.type === "deviceless") {
+        ready.reject(new RuntimeUnavailableError(settings.provider ?? "cpu", message.message));
+        void this.process.kill();
       } else this.#runs.get(message.id)?.receive(message);
     };
-    this.process = new HostProcess(file, settings, receive, (answer) => this.#answered(answer));
+    this.process = new HostProcess(file, settings, env, receive, (answer) => this.#answered(answer));
     void this.process.ended.then((ending) => {
       // Before anybody is told: who tries again needs another child.
       this.#isOver = true;
@@ -168,7 +186,13 @@ export class HostConnection {
           const [next] = this.#runs.values();
           next?.begin();
           if (message.type === "done") resolve(message.results);
-          else reject(errorOf(message.failure));
+          else {
+            const { kind } = message.failure;
+            // Whatever was on the device: nothing of it can be relied on.
+            if (kind === "memory") this.giveUp("ran out of GPU memory, and was replaced", false);
+            if (kind === "lost") this.giveUp("lost the GPU, and was replaced", false);
+            reject(errorOf(message.failure));
+          }
         },
       };
       this.#runs.set(id, run);
@@ -270,5 +294,13 @@ export class HostConnection {
 function errorOf(failure: Failure): Error {
   if (failure.kind === "not-finite") return new NotFiniteError(failure.where, failure.message);
   if (failure.kind === "preempted") return new Preempted(failure.launches, failure.results);
+  if (failure.kind === "memory")
+    return new MemoryError(
+      `${failure.message} The GPU has too little memory for it: draw fewer or smaller pictures at once, set keepTextEncoders to false, or end other programs on the GPU. The next call starts a new process.`,
+      Number.NaN,
+      Number.NaN,
+    );
+  if (failure.kind === "lost")
+    return new DeviceLostError(`${failure.message} The GPU was lost; the next call starts a new process on it.`);
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }

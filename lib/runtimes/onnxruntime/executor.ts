@@ -1,16 +1,19 @@
 /**
  * Runs programs on ONNX Runtime, inside the child process. Registers stay ONNX Runtime's own tensors from one launch
- * to the next; only row copies touch their values in JavaScript. `session.run` blocks this thread, so between
+ * to the next, in this process's memory or on a device (see values.ts). `session.run` blocks this thread, so between
  * launches the event loop gets a turn: that is when an abort or a preemption arrives.
  */
 
 import { setImmediate } from "node:timers/promises";
 import type * as ort from "onnxruntime-node";
-import { elementCount, type Tensor } from "../../common/tensor.js";
-import type { CopyRows, Launch, Program, Register } from "../../program/program.js";
+import type { Tensor } from "../../common/tensor.js";
+import type { CopyRows, Launch, Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
-import { allFinite } from "../../program/validate.js";
+import { gpuFailure } from "./gpu-failures.js";
 import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
+import { sessionOptions } from "./sessions.js";
+import { HostValues, type Values } from "./values.js";
+import { WebGpuValues } from "./webgpu-values.js";
 
 /** A run that ended for a reason that the parent turns into one of its errors. */
 export class RunFailure extends Error {
@@ -38,10 +41,12 @@ export class Executor {
   readonly #sessions = new Map<string, ort.InferenceSession>();
   readonly #constants = new ConstantReader();
   readonly #workspaces = new Map<number, Map<string, ort.Tensor>>();
+  readonly #values: Values;
 
   constructor(library: typeof ort, settings: HostSettings) {
     this.#ort = library;
     this.#settings = settings;
+    this.#values = settings.provider === "webgpu" ? new WebGpuValues(library) : new HostValues(library);
   }
 
   add(graph: SentGraph): void {
@@ -61,40 +66,73 @@ export class Executor {
    * @param workspace where the program finds values of earlier programs and leaves its own
    * @throws RunFailure
    */
-  async run(
+  async run(program: Program, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+    if (workspace === undefined) {
+      const own = new Map<string, ort.Tensor>();
+      try {
+        return await this.#run(program, hooks, own);
+      } finally {
+        for (const value of own.values()) this.#values.free(value);
+      }
+    }
+    const kept = this.#workspaces.get(workspace) ?? new Map<string, ort.Tensor>();
+    this.#workspaces.set(workspace, kept);
+    return this.#run(program, hooks, kept);
+  }
+
+  async #run(
     program: Program,
     { launching, launched, asked }: RunHooks,
-    workspace?: number,
+    values: Map<string, ort.Tensor>,
   ): Promise<Record<string, Tensor>> {
-    const values = (workspace !== undefined && this.#workspaces.get(workspace)) || new Map<string, ort.Tensor>();
-    if (workspace !== undefined) this.#workspaces.set(workspace, values);
     if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
-    for (const [name, constant] of Object.entries(program.constants))
-      values.set(name, this.#tensor(await this.#constants.tensor(name, constant)));
+    for (const [name, constant] of Object.entries(program.constants)) {
+      const tensor = await this.#constants.tensor(name, constant);
+      this.#set(
+        values,
+        name,
+        await this.#explaining(`The upload of "${name}" failed`, () => this.#values.upload(tensor)),
+      );
+    }
     let launches = 0;
-    for (const instruction of program.instructions) {
+    for (const [index, instruction] of program.instructions.entries()) {
       if (instruction.op === "copy") {
-        this.#copy(program, instruction, values);
+        // Copies to one register that follow each other are done at once, with the first of them.
+        const { to } = instruction;
+        if (isCopyTo(program.instructions[index - 1], to)) continue;
+        const copies = [instruction];
+        for (let next = index + 1; ; next++) {
+          const following = program.instructions[next];
+          if (!isCopyTo(following, to)) break;
+          copies.push(following);
+        }
+        await this.#copy(program, to, copies, values);
         continue;
       }
       await setImmediate();
       if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
       if (asked.has("preempt")) {
         const written = program.results.filter((name) => values.has(name));
-        throw new RunFailure({ kind: "preempted", launches, results: read(program, written, values) });
+        throw new RunFailure({ kind: "preempted", launches, results: await this.#read(program, written, values) });
       }
       launching?.(launches);
       const start = performance.now();
       await this.#launch(program, instruction, values);
       const milliseconds = performance.now() - start;
-      await launched({ index: launches++, milliseconds, values: read(program, instruction.reported ?? [], values) });
+      const reported = await this.#read(program, instruction.reported ?? [], values);
+      await launched({ index: launches++, milliseconds, values: reported });
     }
-    return read(program, program.results, values);
+    return this.#read(program, program.results, values);
   }
 
   free(workspace: number, names: readonly string[] | "all"): void {
+    const values = this.#workspaces.get(workspace);
+    for (const name of names === "all" ? [...(values?.keys() ?? [])] : names) {
+      const value = values?.get(name);
+      if (value) this.#values.free(value);
+      values?.delete(name);
+    }
     if (names === "all") this.#workspaces.delete(workspace);
-    else for (const name of names) this.#workspaces.get(workspace)?.delete(name);
   }
 
   async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {
@@ -103,86 +141,96 @@ export class Executor {
     const feeds: Record<string, ort.Tensor> = {};
     for (const [input, name] of Object.entries(launch.inputs)) feeds[input] = present(values, name, where);
     const fetches = Object.keys(launch.outputs);
-    const results = await session.run(feeds, fetches).catch((error) => {
-      throw failure(`${where} failed: ${messageOf(error)}`);
+    await this.#explaining(`${where} failed`, async () => {
+      const results = await session.run(feeds, fetches);
+      for (const [output, name] of Object.entries(launch.outputs)) {
+        const value = results[output]!;
+        const { dtype, shape } = program.registers[name]!;
+        const given = `${value.type} [${value.dims}]`;
+        const wanted = `${dtype} [${shape}]`;
+        if (given !== wanted)
+          throw failure(`${where} gave ${given} as "${output}", but the register "${name}" is ${wanted}.`);
+        this.#set(values, name, value);
+      }
+      const { mustBeFinite = [] } = launch;
+      if (mustBeFinite.length === 0) await this.#values.settle(values.get(Object.values(launch.outputs)[0]!)!);
+      for (const name of mustBeFinite)
+        if (!(await this.#values.isFinite(values.get(name)!)))
+          throw new RunFailure({
+            kind: "not-finite",
+            where: launch.label.name,
+            message: `"${name}" holds NaN or an infinity after ${launch.label.name} (graph "${launch.graph}").`,
+          });
     });
-    for (const [output, name] of Object.entries(launch.outputs)) {
-      const value = results[output]!;
-      const { dtype, shape } = program.registers[name]!;
-      const given = `${value.type} [${value.dims}]`;
-      const wanted = `${dtype} [${shape}]`;
-      if (given !== wanted)
-        throw failure(`${where} gave ${given} as "${output}", but the register "${name}" is ${wanted}.`);
-      values.set(name, value);
-    }
-    for (const name of launch.mustBeFinite ?? [])
-      if (!allFinite(values.get(name)!.data as Float32Array))
-        throw new RunFailure({
-          kind: "not-finite",
-          where: launch.label.name,
-          message: `"${name}" holds NaN or an infinity after ${launch.label.name} (graph "${launch.graph}").`,
-        });
   }
 
-  #copy(program: Program, copy: CopyRows, values: Map<string, ort.Tensor>): void {
-    const from = present(values, copy.from, `The copy of rows to "${copy.to}"`);
-    const register = program.registers[copy.to]!;
-    let to = values.get(copy.to);
-    if (!to) {
-      to = this.#tensor(zeros(register));
-      values.set(copy.to, to);
+  async #copy(
+    program: Program,
+    to: string,
+    copies: readonly CopyRows[],
+    values: Map<string, ort.Tensor>,
+  ): Promise<void> {
+    const where = `The copy of rows to "${to}"`;
+    const from = copies.map((copy) => ({ ...copy, from: present(values, copy.from, where) }));
+    const register = program.registers[to]!;
+    values.set(
+      to,
+      await this.#explaining(`${where} failed`, () => this.#values.replaceRows(values.get(to), register, from)),
+    );
+  }
+
+  /** Gives a name a value, in place of the one that it had. */
+  #set(values: Map<string, ort.Tensor>, name: string, value: ort.Tensor): void {
+    const old = values.get(name);
+    values.set(name, value);
+    if (old && old !== value) this.#values.free(old);
+  }
+
+  async #read(
+    program: Program,
+    names: readonly string[],
+    values: ReadonlyMap<string, ort.Tensor>,
+  ): Promise<Record<string, Tensor>> {
+    const tensors: Record<string, Tensor> = {};
+    for (const name of names) {
+      const { dtype, shape } = program.registers[name]!;
+      const download = () => this.#values.download(values.get(name)!);
+      tensors[name] = {
+        dtype,
+        shape,
+        data: await this.#explaining(`The download of "${name}" failed`, download),
+      } as Tensor;
     }
-    const row = elementCount(register.shape.slice(1));
-    const rows = (from.data as Float32Array).subarray(copy.fromRow * row, (copy.fromRow + copy.rows) * row);
-    (to.data as Float32Array).set(rows, copy.toRow * row);
+    return tensors;
+  }
+
+  /** @param what completes the message of what fails */
+  async #explaining<T>(what: string, work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      if (error instanceof RunFailure) throw error;
+      const message = messageOf(error);
+      const { provider = "cpu" } = this.#settings;
+      const onDevice = provider === "cpu" ? null : gpuFailure(what, message);
+      throw onDevice ? new RunFailure(onDevice) : failure(`${what}: ${message}`);
+    }
   }
 
   async #session(name: string, where: string): Promise<ort.InferenceSession> {
     const known = this.#sessions.get(name);
     if (known) return known;
     const graph = this.#graphs.get(name)!;
-    try {
-      const session = await this.#ort.InferenceSession.create(graph.bytes, sessionOptions(graph.root, this.#settings));
-      this.#sessions.set(name, session);
-      return session;
-    } catch (error) {
-      throw failure(`${where} cannot be compiled: ${messageOf(error)}`);
-    }
-  }
-
-  #tensor({ dtype, shape, data }: Tensor): ort.Tensor {
-    return dtype === "float32" ? new this.#ort.Tensor(dtype, data, shape) : new this.#ort.Tensor(dtype, data, shape);
+    const options = sessionOptions({ ...graph, widening: graph.widening ?? this.#settings.weights }, this.#settings);
+    const create = () => this.#ort.InferenceSession.create(graph.bytes, options);
+    const session = await this.#explaining(`${where} cannot be compiled`, create);
+    this.#sessions.set(name, session);
+    return session;
   }
 }
 
-/** @param root the folder that the locations of external weights are relative to */
-export function sessionOptions(root: string, { threads, weights }: HostSettings): ort.InferenceSession.SessionOptions {
-  return {
-    executionProviders: ["cpu"],
-    executionMode: "sequential",
-    ...(threads === undefined ? {} : { intraOpNumThreads: threads }),
-    interOpNumThreads: 1,
-    // Memory patterns reserve one block for all values of a run and keep it for every size seen: a third of a gigabyte more
-    // for 1 GB of lazy weights, while steps take 0.96 to 1.03 of their time.
-    enableMemPattern: false,
-    // Errors only: warnings would go to a stream that is not read.
-    logSeverityLevel: 3,
-    extra: {
-      session: {
-        model_external_initializers_file_folder_path: root,
-        // Each session has threads of its own. Those that spun on after its run would take the cores from the next graph:
-        // a decoder on two cores takes 26 ms behind a predictor that spins and 16 behind one that does not.
-        force_spinning_stop: "1",
-        // Between two operators threads wait by spinning, by default for long. On a core that other programs want, too, that
-        // time is the thread's next turn: with one busy program a core, steps on two cores took 1.4 to 2.2 times as long as on
-        // one thread, and 0.7 to 1.4 times with this limit. Without any spinning small steps take up to 1.25 times as long
-        // where the cores are free (bench:trials). Results do not change.
-        intra_op: { spin_duration_us: "20" },
-      },
-      // The casts behind 16-bit weights would be folded into float32 copies of them.
-      ...(weights === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
-    },
-  };
+function isCopyTo(instruction: Program["instructions"][number] | undefined, to: string): instruction is CopyRows {
+  return instruction?.op === "copy" && instruction.to === to;
 }
 
 /** A value, which a program that was checked can only lack where an earlier submission to the workspace failed. */
@@ -190,22 +238,6 @@ function present(values: ReadonlyMap<string, ort.Tensor>, name: string, where: s
   const value = values.get(name);
   if (value) return value;
   throw failure(`${where} reads "${name}", which has no value, since an earlier submission failed.`);
-}
-
-function read(program: Program, names: readonly string[], values: Map<string, ort.Tensor>): Record<string, Tensor> {
-  const tensors: Record<string, Tensor> = {};
-  for (const name of names) {
-    const { dtype, shape } = program.registers[name]!;
-    tensors[name] = { dtype, shape, data: values.get(name)!.data } as Tensor;
-  }
-  return tensors;
-}
-
-function zeros({ dtype, shape }: Register): Tensor {
-  const length = elementCount(shape);
-  return dtype === "float32"
-    ? { dtype, shape, data: new Float32Array(length) }
-    : { dtype, shape, data: new BigInt64Array(length) };
 }
 
 function failure(message: string): RunFailure {

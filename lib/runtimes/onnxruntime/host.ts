@@ -10,6 +10,8 @@
 import { setTimeout } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
+import { openThrough } from "./open-through.js";
+import { probeDevice } from "./device-probe.js";
 import { Executor, messageOf, RunFailure } from "./executor.js";
 import { unpack } from "./packing.js";
 import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
@@ -32,6 +34,8 @@ let turn: Promise<void> = Promise.resolve();
 /** What runs now, for the watching thread: run · 2^16 + launch in one value, so that both change at once; −1 for nothing. */
 const running = new BigInt64Array(new SharedArrayBuffer(8)).fill(-1n);
 
+// Before the library is imported: what it opens its provider beside.
+if (settings.libraries) openThrough(settings.libraries);
 const [library] = await Promise.all([
   import("onnxruntime-node").then(
     // A CommonJS module: its exports are on `default`.
@@ -60,7 +64,13 @@ if (library) {
       turn = turn.then(() => run(executor, message, asked));
     }
   });
-  void send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common });
+  const { provider = "cpu" } = settings;
+  try {
+    const features = provider === "cpu" ? null : await probeDevice(library, provider);
+    void send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common, features });
+  } catch (error) {
+    void send({ type: "deviceless", message: messageOf(error) });
+  }
 }
 
 async function run(

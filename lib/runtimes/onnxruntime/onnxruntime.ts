@@ -1,5 +1,5 @@
 /**
- * ONNX Runtime on the CPU, the runtime that is always there. Graphs run in a child process (see process.ts), started
+ * ONNX Runtime, on the CPU (the runtime that is always there) or on a GPU by one of its providers. Graphs run in a child process (see process.ts), started
  * early so that loading the library overlaps with the work of the caller. This file keeps the graphs (their bytes are
  * small, weights are external), the order of programs, and the rule that an idle child never keeps a script alive.
  */
@@ -24,14 +24,16 @@ import {
   type Workspace,
 } from "../runtime.js";
 import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
-import { HostConnection } from "./connection.js";
-import type { FinishedLaunch, SentGraph, Widening } from "./protocol.js";
+import { HostConnection, type ReadyHost } from "./connection.js";
+import type { FinishedLaunch, HostSettings, SentGraph, Widening } from "./protocol.js";
 
-export interface OnnxRuntimeOptions {
-  /** Threads of one operator; default: ONNX Runtime's, all physical cores. */
-  readonly threads?: number | undefined;
+export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "libraries" | "threads"> {
+  /** Its name in the table of runtimes; default: "onnxruntime". */
+  readonly name?: string | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
-  readonly weights: Widening;
+  readonly weights: Widening | ((graph: CompilableGraph) => Widening);
+  /** Environment variables of the child, besides this process's own. */
+  readonly env?: Readonly<Record<string, string>> | undefined;
   /** The built host.ts; default: the package's. */
   readonly host?: URL | undefined;
   /** Milliseconds without a sign of life after which a child that owes an answer is replaced; default: 10 000. */
@@ -52,7 +54,7 @@ const killsSurvived = 3;
 export const capabilities: Capabilities = { preemption: true, capture: false, anyShape: true };
 
 export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
-  readonly name = "onnxruntime";
+  readonly name: string;
   readonly capabilities = capabilities;
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
@@ -76,24 +78,28 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
+    this.name = options.name ?? "onnxruntime";
     this.#options = options;
     this.#launchHost();
   }
 
   /**
-   * Resolves when ONNX Runtime has loaded, with its version.
-   * @throws InstallationError if it cannot be loaded, RuntimeDiedError if its process ended, DisposedError
+   * Resolves when ONNX Runtime has loaded, with its version and what its device can do.
+   * @throws InstallationError if it cannot be loaded, RuntimeUnavailableError if its provider has no device,
+   *   RuntimeDiedError if its process ended, DisposedError
    */
-  async start(): Promise<{ readonly version: string }> {
+  async start(): Promise<ReadyHost> {
     this.throwIfDisposed();
-    return this.#keepingAlive(async () => ({ version: await this.#surviving((host) => host.ready) }));
+    return this.#keepingAlive(() => this.#surviving((host) => host.ready));
   }
 
   add(graph: CompilableGraph): void {
     this.throwIfDisposed();
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
-    this.#graphs.set(graph.name, { name: graph.name, bytes: graph.bytes, root });
+    const { weights } = this.#options;
+    const widening = typeof weights === "function" ? weights(graph) : undefined;
+    this.#graphs.set(graph.name, { name: graph.name, bytes: graph.bytes, root, widening });
     this.#host?.known.delete(graph.name);
   }
 
@@ -223,14 +229,16 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   #launchHost(): HostConnection {
     if (this.#host && !this.#host.isOver) return this.#host;
-    const { threads, weights, logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
+    const { logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
+    const { provider, libraries, threads, weights, env } = this.#options;
     const file = this.#options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
     const onSilence = (milliseconds: number | null) => listener?.silent(milliseconds);
-    const host = new HostConnection(file, { threads, weights }, { silentMs, onSilence });
+    const settings = { provider, libraries, threads, weights: typeof weights === "function" ? "folded" : weights };
+    const host = new HostConnection(file, settings, { silentMs, onSilence }, env);
     this.#host = host;
     host.process.keepsAlive = this.#busy > 0;
     host.ready.then(
-      (version) => {
+      ({ version }) => {
         logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`);
         if (this.#isLost) listener?.restarted();
         this.#isLost = false;

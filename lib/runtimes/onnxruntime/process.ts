@@ -30,10 +30,14 @@ export class HostProcess {
   readonly #child: ChildProcess;
   #stderr = "";
 
-  /** @param onAnswer called with each answer to a ping; of several at once with the last */
+  /**
+   * @param env variables besides this process's own
+   * @param onAnswer called with each answer to a ping; of several at once with the last
+   */
   constructor(
     host: URL,
     settings: HostSettings,
+    env: Readonly<Record<string, string>>,
     onMessage: (message: FromHost) => void,
     onAnswer: (answer: string) => void,
   ) {
@@ -41,7 +45,7 @@ export class HostProcess {
       serialization: "advanced",
       // Read when ONNX Runtime is loaded: without it, it keeps a device id in the user's cache folder and reports its use
       // to Microsoft. What the user has set counts; an empty variable is none.
-      env: { ...process.env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" },
+      env: { ...process.env, ...env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" },
       // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
       execArgv: [],
       // host.ts watches stdin, whose end is the end of that process, and answers on stdout.

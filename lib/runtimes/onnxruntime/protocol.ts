@@ -11,11 +11,25 @@ import type { PackedProgram } from "./packing.js";
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
 export type Widening = "lazy" | "folded";
 
+/** ONNX Runtime's execution providers that graphs run on. */
+export type Provider = "cpu" | "cuda" | "webgpu";
+
 /** The child's command line: one JSON argument, so that it can load ONNX Runtime before the first message. */
 export interface HostSettings {
+  /** Default: the CPU. */
+  readonly provider?: Provider | undefined;
+  /** A folder with ONNX Runtime's own library and a provider's beside it, to be loaded from there: see cuda-provider.ts. */
+  readonly libraries?: string | undefined;
   /** Threads of one operator; undefined leaves the number to ONNX Runtime (all physical cores). */
   readonly threads?: number | undefined;
+  /** Of graphs that do not say themselves. */
   readonly weights: Widening;
+}
+
+/** What a child has found out about its device before it is ready. */
+export interface DeviceFeatures {
+  /** Whether it computes in float16. */
+  readonly float16: boolean;
 }
 
 /** A graph as the child needs it. `root` is the folder that the locations of its weights are relative to. */
@@ -23,6 +37,8 @@ export interface SentGraph {
   readonly name: string;
   readonly bytes: Uint8Array;
   readonly root: string;
+  /** How its 16-bit weights are widened; default: as the settings say. */
+  readonly widening?: Widening | undefined;
 }
 
 /** Everything but an abort and a preemption is done in the order in which it is sent. */
@@ -49,6 +65,8 @@ export type ToHost =
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =
   | { readonly kind: "runtime"; readonly message: string }
+  /** The device has too little memory, or answers no more; the child is of no use any longer. */
+  | { readonly kind: "memory" | "lost"; readonly message: string }
   | { readonly kind: "not-finite"; readonly where: string; readonly message: string }
   /** Stopped on request. */
   | { readonly kind: "aborted" }
@@ -59,10 +77,12 @@ export type Failure =
 export type FinishedLaunch = Omit<LaunchReport, "launch">;
 
 export type FromHost =
-  /** ONNX Runtime has loaded. */
-  | { readonly type: "ready"; readonly version: string }
+  /** ONNX Runtime has loaded, and its device answers. */
+  | { readonly type: "ready"; readonly version: string; readonly features: DeviceFeatures | null }
   /** ONNX Runtime cannot be loaded here. */
   | { readonly type: "broken"; readonly message: string }
+  /** It has loaded, but its provider has no device. */
+  | { readonly type: "deviceless"; readonly message: string }
   /** A run that did not have to wait for another has begun. */
   | { readonly type: "began"; readonly id: number }
   /** Launches have finished, in order. */

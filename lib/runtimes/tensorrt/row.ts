@@ -28,7 +28,14 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
         "targets",
         `The weights of ${name} are bfloat16, which compute capability ${old / 10} does not have (8.0 and later do). Use a float16 checkpoint for it.`,
       );
-    return { compute, linear: "matmul", groupNorm: "operator", attention: "matmul" };
+    return {
+      compute,
+      linear: "matmul",
+      groupNorm: "operator",
+      attention: "matmul",
+      rmsNorm: "operator",
+      tables: "stored",
+    };
   };
 }
 
