@@ -11,18 +11,21 @@ import { packageVersion } from "../common/package.js";
 import { platformText, thisPlatform } from "../common/platform.js";
 import { embeddedModel } from "../flowturbo.js";
 import { sharp } from "../generation/sharp.js";
-import { loadSchema } from "../options.js";
+import { checkOptions, loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
+import type { LibraryFolders } from "../runtimes/runtime.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
-import { addFlags, addJsonFlag } from "./flags.js";
+import { addFlags, addJsonFlag, readFlags } from "./flags.js";
 import { print } from "./print.js";
 
+const librariesSchema = loadSchema.pick({ tensorrtFolder: true, cudaProviderFolder: true });
+
 export function doctorCommand(command: Command): void {
-  addFlags(command, loadSchema.pick({ tensorrtFolder: true }));
+  addFlags(command, librariesSchema);
   addJsonFlag(command)
     .description("Say which runtimes and packages were found, and why one is missing.")
-    .action(async (flags: { json?: boolean; tensorrtDir?: string }) => {
-      const report = await examine(flags.tensorrtDir);
+    .action(async (flags: { json?: boolean }) => {
+      const report = await examine(checkOptions(librariesSchema, readFlags(librariesSchema, flags), "doctor"));
       print(flags.json, report, render(report));
       const canDraw = report.runtimes.some(isAvailable) && report.packages.every(isAvailable);
       if (!canDraw) process.exitCode = 1;
@@ -31,14 +34,14 @@ export function doctorCommand(command: Command): void {
 
 const isAvailable = ({ available }: { readonly available: boolean }) => available;
 
-async function examine(tensorrtFolder: string | undefined) {
+async function examine(folders: LibraryFolders) {
   const [findings, packages] = await Promise.all([
-    Promise.all(Object.values(runtimes).map((row) => row.find({ tensorrtFolder }))),
+    Promise.all(Object.values(runtimes).map((row) => row.find(folders))),
     Promise.all([sharp, huggingFaceTokenizers].map((dependency) => dependency.find())),
   ]);
   const hardware = findings.find((finding) => finding.hardware)?.hardware;
   // Those that need many lines come last.
-  findings.sort((a, b) => Number("engines" in a) - Number("engines" in b));
+  findings.sort((a, b) => Number("libraries" in a) - Number("libraries" in b));
   return {
     flowturbo: packageVersion(),
     node: process.versions.node,
@@ -49,7 +52,7 @@ async function examine(tensorrtFolder: string | undefined) {
     driver: hardware?.driver ?? null,
     gpus: hardware?.gpus ?? [],
     engineCache: enginesFolder(),
-    runtimes: findings.map(({ engines, hardware, ...finding }) => ({ ...finding, ...engines })),
+    runtimes: findings.map(({ libraries, hardware, ...finding }) => ({ ...finding, ...libraries })),
     packages,
   };
 }
