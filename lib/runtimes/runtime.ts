@@ -218,6 +218,32 @@ export interface RuntimeFinding {
     readonly driver: string;
     readonly gpus: readonly GpuFinding[];
   } | null;
+  /** Of a runtime on graphics adapters: those of this machine, in the order of the system; null where they are not known. */
+  readonly adapters?: readonly AdapterFinding[] | null;
+}
+
+/** A graphics adapter: a GPU, or software that stands in for one. */
+export interface AdapterFinding {
+  readonly name: string;
+  /** The vendor's name, or its number if that is not known. */
+  readonly vendor: string;
+  readonly vendorId: number;
+  readonly deviceId: number;
+  /** `cpu` is software. */
+  readonly type: "discrete" | "integrated" | "virtual" | "cpu" | "other";
+  /** Name of the driver; null if it does not say. */
+  readonly driver: string | null;
+  readonly driverVersion: string;
+  /** Version of Vulkan that it has. */
+  readonly apiVersion: string;
+  /** Memory of the device's own. */
+  readonly memoryBytes: number;
+  /** What this process may still use of it, as the driver estimates; null if it does not say. */
+  readonly freeBytes: number | null;
+  /** Whether shaders compute in float16 and read it from buffers (WebGPU's feature shader-f16). */
+  readonly float16: boolean;
+  /** Largest buffer that a shader may read. */
+  readonly maxStorageBufferBytes: number;
 }
 
 export interface GpuFinding {
