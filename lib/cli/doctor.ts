@@ -1,5 +1,5 @@
 /**
- * `flowturbo doctor`: which runtimes this machine has, and why one is missing; and whether the packages that flowturbo needs
+ * `flowturbo doctor`: the GPUs and runtimes of this machine, and why one cannot be used; and whether the packages that flowturbo needs
  * can be loaded. It needs none of those itself.
  */
 
@@ -13,7 +13,7 @@ import { embeddedModel } from "../flowturbo.js";
 import { sharp } from "../generation/sharp.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
-import type { LibraryFolders } from "../runtimes/runtime.js";
+import type { AdapterFinding, LibraryFolders } from "../runtimes/runtime.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
 import { addFlags, addJsonFlag, readFlags } from "./flags.js";
 import { print } from "./print.js";
@@ -51,8 +51,9 @@ async function examine(folders: LibraryFolders) {
     embeddedModel,
     driver: hardware?.driver ?? null,
     gpus: hardware?.gpus ?? [],
+    adapters: findings.find((finding) => finding.adapters)?.adapters ?? null,
     engineCache: enginesFolder(),
-    runtimes: findings.map(({ libraries, hardware, ...finding }) => ({ ...finding, ...libraries })),
+    runtimes: findings.map(({ libraries, hardware, adapters, ...finding }) => ({ ...finding, ...libraries })),
     packages,
   };
 }
@@ -64,6 +65,7 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     `engines: ${report.engineCache}`,
     ...(report.driver ? [`NVIDIA driver: CUDA ${report.driver}`] : []),
     ...report.gpus.map((gpu) => `GPU: ${gpu.name}, ${gigabytes(gpu.memoryBytes)} GB, SM ${gpu.sm}`),
+    ...(report.adapters ?? []).map(adapterText),
     "runtimes:",
   ];
   const advised = new Set<string>();
@@ -90,4 +92,17 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     if (remedy) lines.push(`      ${remedy}`);
   }
   return lines.join("\n");
+}
+
+/** `graphics adapter: AMD Radeon (AMD, integrated), driver radv Mesa 25.1, Vulkan 1.4.309, 8.00 GB, 6.00 GB free, float16` */
+function adapterText(adapter: AdapterFinding): string {
+  const { name, vendor, type, driver, driverVersion, apiVersion, memoryBytes, freeBytes, float16 } = adapter;
+  return [
+    `graphics adapter: ${name} (${vendor}, ${type === "cpu" ? "software" : type})`,
+    `driver ${driver ? `${driver} ` : ""}${driverVersion}`,
+    `Vulkan ${apiVersion}`,
+    `${gigabytes(memoryBytes)} GB`,
+    ...(freeBytes === null ? [] : [`${gigabytes(freeBytes)} GB free`]),
+    float16 ? "float16" : "no float16",
+  ].join(", ");
 }
