@@ -3,6 +3,7 @@
 // is used where FLOWTURBO_TEST_CUDA_PROVIDER names its folder.
 import { execFileSync, spawnSync } from "node:child_process";
 import {
+  chmodSync,
   existsSync,
   lstatSync,
   mkdirSync,
@@ -20,6 +21,7 @@ import path from "node:path";
 import { pathToFileURL } from "node:url";
 import { transformSync } from "esbuild";
 import { afterEach, beforeEach, expect, it } from "vitest";
+import { CacheError } from "../../lib/errors.js";
 import { installCommand } from "../../lib/runtimes/onnxruntime/cuda-libraries.js";
 import { cudaDiagnosis, findCuda, findCudaProvider } from "../../lib/runtimes/onnxruntime/cuda-provider.js";
 import { readSharedLibrary } from "../../lib/runtimes/onnxruntime/elf.js";
@@ -374,10 +376,20 @@ describeAddons("the folder to load through", () => {
     expect(readdirSync(path.join(cache, "onnxruntime"))).toEqual([path.basename(made)]);
   });
 
+  it("is refused where another user could change it", async () => {
+    const cache = temporaryFolder();
+    const folder = provider(temporaryFolder(), { version });
+    const made = await loadFolder({ folder, runtimeFolder }, cache);
+    chmodSync(path.dirname(made), 0o775);
+    await expect(loadFolder({ folder, runtimeFolder }, cache)).rejects.toThrow(/open to other users \(mode 775\)/);
+  });
+
   it("is onnxruntime-node's own where the provider is there", async () => {
     const folder = provider(temporaryFolder(), { version });
     expect(await loadFolder({ folder, runtimeFolder: folder }, "/proc/nowhere")).toBe(folder);
-    await expect(loadFolder({ folder, runtimeFolder }, "/proc/nowhere")).rejects.toThrow(/ENOENT|EACCES|EPERM/);
+    const refused = loadFolder({ folder, runtimeFolder }, "/proc/nowhere");
+    await expect(refused).rejects.toThrow(CacheError);
+    await expect(refused).rejects.toThrow(/in \/proc\/nowhere\/onnxruntime: .*\. Give a folder that can be written/);
   });
 
   /** What ONNX Runtime says when it is to load the provider, in a process of its own. */

@@ -45,14 +45,16 @@ const defaultFolders = [
 ];
 
 /**
- * Looks for everything that a library needs, and what that needs in turn.
- * @param library file of the provider
+ * Looks for everything that the provider needs, and what that needs in turn.
+ * @param needed names of the libraries that the provider's file says it needs
  * @param first folders that are looked through before those of the system
  */
-export async function findNeededLibraries(library: string, first: readonly string[]): Promise<NeededLibraries> {
+export async function findNeededLibraries(
+  needed: readonly string[],
+  first: readonly string[],
+): Promise<NeededLibraries> {
   const loader = await loaderFolders();
   const searched = [...new Set([...first, ...loader, ...toolkitFolders])];
-  const { needed } = await readSharedLibrary(library);
   const cuda = needed.map((name) => name.match(/^libcudart\.so\.(\d+)$/)?.[1]).find(Boolean);
   const wanted = [...needed.filter(isNvidias), cudnn];
   const used = new Set<string>();

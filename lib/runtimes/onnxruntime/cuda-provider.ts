@@ -15,7 +15,7 @@ import type { LibraryFolders, PlaceTried, Problem, RuntimeFinding } from "../run
 import { type Cuda, smOf, smText } from "../tensorrt/addon.js";
 import { cudaText, examineGpus, hardwareOf } from "../tensorrt/gpus.js";
 import { findNeededLibraries, findsDriver, installCommand, nvidiaFolders } from "./cuda-libraries.js";
-import { readSharedLibrary } from "./elf.js";
+import { readSharedLibrary, type SharedLibrary } from "./elf.js";
 
 /** The two files of the provider: ONNX Runtime opens the second, which the first connects to it. */
 export const providerFiles = ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"] as const;
@@ -95,7 +95,7 @@ export async function findCudaProvider(options: FindCudaProviderOptions = {}): P
     return { ...common, problems: [providerProblem(runtime.version, places), ...(gpus ? [gpus] : []), ...problems] };
   }
   const packages = await python;
-  const needed = await findNeededLibraries(path.join(found.folder, cudaFile), [
+  const needed = await findNeededLibraries(found.needed, [
     found.folder,
     // Of the site-packages that the provider is in, where that is a Python package: it need not be that of python3.
     ...(await nvidiaFolders([path.resolve(found.folder, "../../nvidia")])),
@@ -165,6 +165,8 @@ async function findRuntime(): Promise<{ readonly version: string; readonly folde
 interface ProviderFiles {
   readonly folder: string;
   readonly version: string | null;
+  /** Names of the libraries that it needs. */
+  readonly needed: readonly string[];
 }
 
 async function findFiles(
@@ -206,19 +208,25 @@ async function examineFolder(place: string, needed: string): Promise<ProviderFil
     const names = await readdir(folder).catch(() => [] as string[]);
     if (!names.includes(cudaFile)) continue;
     if (!names.includes(sharedFile)) throw new Error(`${sharedFile} is missing beside ${cudaFile}`);
-    for (const name of providerFiles)
-      await readSharedLibrary(path.join(folder, name)).catch((error: Error) => {
-        throw new Error(
-          `${name} ${(error as NodeJS.ErrnoException).code ? `cannot be read: ${error.message}` : error.message}`,
-        );
-      });
-    const version = await versionOf(folder, needed);
+    await readFileOf(folder, sharedFile);
+    const library = await readFileOf(folder, cudaFile);
+    const version = await versionOf(folder, library, needed);
     // What does not say its version is not refused: a build of one's own may name none.
     if (version !== null && version !== needed)
       throw new Error(`is version ${version}; needed is exactly ${needed}, that of onnxruntime-node`);
-    return { folder, version };
+    return { folder, version, needed: library.needed };
   }
   throw new Error(`there is no ${cudaFile}`);
+}
+
+/** @throws Error with the name of the file, and what is wrong with it */
+async function readFileOf(folder: string, name: string): Promise<SharedLibrary> {
+  try {
+    return await readSharedLibrary(path.join(folder, name));
+  } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException;
+    throw new Error(`${name} ${code ? `cannot be read: ${message}` : message}`);
+  }
 }
 
 /**
@@ -226,15 +234,16 @@ async function examineFolder(place: string, needed: string): Promise<ProviderFil
  * beside its package. Null where neither says.
  * @param needed the version that is looked for first
  */
-async function versionOf(folder: string, needed: string): Promise<string | null> {
-  const constants = (await (await readSharedLibrary(path.join(folder, cudaFile))).constants()).toString("latin1");
+async function versionOf(folder: string, library: SharedLibrary, needed: string): Promise<string | null> {
+  const constants = (await library.constants()).toString("latin1");
   if (`\0${constants}`.includes(`\0${needed}\0`)) return needed;
   const site = path.resolve(folder, "../..");
   const described = (await readdir(site).catch(() => [] as string[]))
     .map((name) => name.match(/^onnxruntime_gpu-([^-]+)\.dist-info$/)?.[1])
     .filter((version) => version !== undefined);
   if (described.length === 1) return described[0]!;
-  const texts = [...constants.matchAll(/(?<=\0)1\.\d{1,3}\.\d{1,3}(?=\0)/g)].map(([text]) => text);
+  // Versions of ONNX Runtime have two digits there, and those of other libraries in it (zlib 1.2.11) mostly have one.
+  const texts = [...constants.matchAll(/(?<=\0)1\.\d{2}\.\d{1,2}(?=\0)/g)].map(([text]) => text);
   return new Set(texts).size === 1 ? texts[0]! : null;
 }
 

@@ -8,7 +8,17 @@ import { createHash, randomBytes } from "node:crypto";
 import { mkdir, readlink, realpath, rename, rm, symlink } from "node:fs/promises";
 import path from "node:path";
 import { defaultCacheFolder, makeFolders } from "../../common/files.js";
-import { type CudaProviderReport, providerFiles, runtimeFile } from "./cuda-provider.js";
+import { CacheError } from "../../errors.js";
+import { checkFolder } from "../closed-folder.js";
+import { providerFiles, runtimeFile } from "./cuda-provider.js";
+
+/** What is linked to. */
+export interface ProviderFolders {
+  /** With the provider's files. */
+  readonly folder: string;
+  /** With onnxruntime-node's library. */
+  readonly runtimeFolder: string;
+}
 
 /**
  * Makes the folder, or finds it made. Its name is a digest of what it links to, so that installations of several versions
@@ -16,21 +26,30 @@ import { type CudaProviderReport, providerFiles, runtimeFile } from "./cuda-prov
  * @param found folders of both, as findCudaProvider gives them
  * @param cache folder of the caches
  * @returns the folder that `openThrough` takes: where the provider is beside onnxruntime-node's library already, that one
- * @throws the file system's error
+ * @throws CacheError if it cannot be made, or if another user could change it
  */
-export async function loadFolder(
-  found: Required<{ readonly [Key in "folder" | "runtimeFolder"]: NonNullable<CudaProviderReport[Key]> }>,
-  cache: string = defaultCacheFolder(),
-): Promise<string> {
+export async function loadFolder(found: ProviderFolders, cache: string = defaultCacheFolder()): Promise<string> {
+  const parent = path.join(path.resolve(cache), "onnxruntime");
+  try {
+    return await linkFolder(found, parent);
+  } catch (cause) {
+    if (cause instanceof CacheError) throw cause;
+    const message = `Cannot link ONNX Runtime's CUDA provider in ${parent}: ${(cause as Error).message}. Give a folder that can be written as cache.`;
+    throw new CacheError(parent, message, { cause });
+  }
+}
+
+async function linkFolder(found: ProviderFolders, parent: string): Promise<string> {
   const [provider, runtime] = [await realpath(found.folder), await realpath(found.runtimeFolder)];
   if (provider === runtime) return runtime;
   const targets: Record<string, string> = { [runtimeFile]: path.join(runtime, runtimeFile) };
   for (const name of providerFiles) targets[name] = await realpath(path.join(provider, name));
+  await makeFolders(parent, [], 0o700);
+  await checkFolder(path.dirname(parent), false);
+  await checkFolder(parent, true);
   const digest = createHash("sha256").update(JSON.stringify(targets)).digest("hex").slice(0, 16);
-  const parent = path.join(path.resolve(cache), "onnxruntime");
   const folder = path.join(parent, digest);
   if (await linksTo(folder, targets)) return folder;
-  await makeFolders(parent);
   const temporary = `${folder}.${randomBytes(6).toString("hex")}.tmp`;
   try {
     await mkdir(temporary);
