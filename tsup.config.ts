@@ -14,7 +14,8 @@ const values: NonNullable<Options["esbuildPlugins"]>[number] = {
   },
 };
 
-// Four entry points, flat in dist/: the library, its JSON Schemas, the command line and the process that runs the graphs.
+// Five entry points, flat in dist/: the library, its JSON Schemas, the command line, the process that runs the graphs and the
+// one that lists graphics adapters.
 // They find each other by relative URL, so none may move into a subfolder.
 export default defineConfig({
   entry: {
@@ -22,6 +23,7 @@ export default defineConfig({
     schema: "lib/schema.ts",
     cli: "lib/cli/main.ts",
     "onnxruntime-host": "lib/runtimes/onnxruntime/host.ts",
+    "adapters-probe": "lib/runtimes/onnxruntime/adapters-probe.ts",
   },
   format: "esm",
   target: "node20",

@@ -102,6 +102,11 @@ export interface LoadOptions {
   runtime?: "auto" | RuntimeName | undefined;
   /** Folder with TensorRT's or TensorRT-RTX's libraries. Default: looked for in the environment, in Python's packages and on the loader's path. */
   tensorrtFolder?: string | undefined;
+  /**
+   * Folder with ONNX Runtime's CUDA provider (`libonnxruntime_providers_cuda.so`), of exactly onnxruntime-node's version.
+   * Default: looked for in the environment, beside onnxruntime-node's library and in Python's packages.
+   */
+  cudaProviderFolder?: string | undefined;
   /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
   cache?: string | undefined;
   /**

@@ -144,6 +144,11 @@ const tensorrtFolder = optional(
   "where TensorRT's or TensorRT-RTX's libraries are (default: looked for)",
   "--tensorrt-dir <folder>",
 );
+const cudaProviderFolder = optional(
+  path,
+  "where ONNX Runtime's CUDA provider is (default: looked for)",
+  "--cuda-provider-dir <folder>",
+);
 const cache = optional(
   path,
   "folder of the caches of engines and of costs (default: flowturbo in the user's cache folder)",
@@ -170,6 +175,7 @@ export const loadSchema = z.strictObject({
     "--runtime <name>",
   ),
   tensorrtFolder,
+  cudaProviderFolder,
   cache,
   capture: defaulted(
     boolean,

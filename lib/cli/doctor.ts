@@ -1,5 +1,5 @@
 /**
- * `flowturbo doctor`: which runtimes this machine has, and why one is missing; and whether the packages that flowturbo needs
+ * `flowturbo doctor`: the GPUs and runtimes of this machine, and why one cannot be used; and whether the packages that flowturbo needs
  * can be loaded. It needs none of those itself.
  */
 
@@ -11,18 +11,21 @@ import { packageVersion } from "../common/package.js";
 import { platformText, thisPlatform } from "../common/platform.js";
 import { embeddedModel } from "../flowturbo.js";
 import { sharp } from "../generation/sharp.js";
-import { loadSchema } from "../options.js";
+import { checkOptions, loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
+import type { AdapterFinding, LibraryFolders } from "../runtimes/runtime.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
-import { addFlags, addJsonFlag } from "./flags.js";
+import { addFlags, addJsonFlag, readFlags } from "./flags.js";
 import { print } from "./print.js";
 
+const librariesSchema = loadSchema.pick({ tensorrtFolder: true, cudaProviderFolder: true });
+
 export function doctorCommand(command: Command): void {
-  addFlags(command, loadSchema.pick({ tensorrtFolder: true }));
+  addFlags(command, librariesSchema);
   addJsonFlag(command)
     .description("Say which runtimes and packages were found, and why one is missing.")
-    .action(async (flags: { json?: boolean; tensorrtDir?: string }) => {
-      const report = await examine(flags.tensorrtDir);
+    .action(async (flags: { json?: boolean }) => {
+      const report = await examine(checkOptions(librariesSchema, readFlags(librariesSchema, flags), "doctor"));
       print(flags.json, report, render(report));
       const canDraw = report.runtimes.some(isAvailable) && report.packages.every(isAvailable);
       if (!canDraw) process.exitCode = 1;
@@ -31,14 +34,14 @@ export function doctorCommand(command: Command): void {
 
 const isAvailable = ({ available }: { readonly available: boolean }) => available;
 
-async function examine(tensorrtFolder: string | undefined) {
+async function examine(folders: LibraryFolders) {
   const [findings, packages] = await Promise.all([
-    Promise.all(Object.values(runtimes).map((row) => row.find({ tensorrtFolder }))),
+    Promise.all(Object.values(runtimes).map((row) => row.find(folders))),
     Promise.all([sharp, huggingFaceTokenizers].map((dependency) => dependency.find())),
   ]);
   const hardware = findings.find((finding) => finding.hardware)?.hardware;
   // Those that need many lines come last.
-  findings.sort((a, b) => Number("engines" in a) - Number("engines" in b));
+  findings.sort((a, b) => Number("libraries" in a) - Number("libraries" in b));
   return {
     flowturbo: packageVersion(),
     node: process.versions.node,
@@ -48,8 +51,9 @@ async function examine(tensorrtFolder: string | undefined) {
     embeddedModel,
     driver: hardware?.driver ?? null,
     gpus: hardware?.gpus ?? [],
+    adapters: findings.find((finding) => finding.adapters)?.adapters ?? null,
     engineCache: enginesFolder(),
-    runtimes: findings.map(({ engines, hardware, ...finding }) => ({ ...finding, ...engines })),
+    runtimes: findings.map(({ libraries, hardware, adapters, ...finding }) => ({ ...finding, ...libraries })),
     packages,
   };
 }
@@ -61,6 +65,7 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     `engines: ${report.engineCache}`,
     ...(report.driver ? [`NVIDIA driver: CUDA ${report.driver}`] : []),
     ...report.gpus.map((gpu) => `GPU: ${gpu.name}, ${gigabytes(gpu.memoryBytes)} GB, SM ${gpu.sm}`),
+    ...(report.adapters ?? []).map(adapterText),
     "runtimes:",
   ];
   const advised = new Set<string>();
@@ -87,4 +92,17 @@ function render(report: Awaited<ReturnType<typeof examine>>): string {
     if (remedy) lines.push(`      ${remedy}`);
   }
   return lines.join("\n");
+}
+
+/** `graphics adapter: AMD Radeon (AMD, integrated), driver radv Mesa 25.1, Vulkan 1.4.309, 8.00 GB, 6.00 GB free, float16` */
+function adapterText(adapter: AdapterFinding): string {
+  const { name, vendor, type, driver, driverVersion, apiVersion, memoryBytes, freeBytes, float16 } = adapter;
+  return [
+    `graphics adapter: ${name} (${vendor}, ${type === "cpu" ? "software" : type})`,
+    `driver ${driver ? `${driver} ` : ""}${driverVersion}`,
+    `Vulkan ${apiVersion}`,
+    `${gigabytes(memoryBytes)} GB`,
+    ...(freeBytes === null ? [] : [`${gigabytes(freeBytes)} GB free`]),
+    float16 ? "float16" : "no float16",
+  ].join(", ");
 }

@@ -6,7 +6,7 @@
 import { CheckpointError, FlowTurboError, RuntimeUnavailableError } from "../errors.js";
 import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { onnxruntime } from "./onnxruntime/row.js";
-import type { ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
+import type { LibraryFolders, ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
@@ -52,7 +52,7 @@ const rowsOf = (wanted: string): readonly RuntimeRow[] =>
  * @throws InstallationError if the runtime of that name has no binaries for this platform; with "auto" if the last one has
  *   none, and no other can be used
  */
-export async function checkPlatform(wanted: string, settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<void> {
+export async function checkPlatform(wanted: string, settings: LibraryFolders): Promise<void> {
   const rows = rowsOf(wanted);
   const error = rows.at(-1)?.unsupported?.();
   if (!error) return;

@@ -148,6 +148,7 @@ export interface RuntimeSettings {
   readonly threads?: number | undefined;
   readonly weights: "auto" | "lazy" | "folded";
   readonly tensorrtFolder?: string | undefined;
+  readonly cudaProviderFolder?: string | undefined;
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
   readonly capture: boolean;
@@ -156,6 +157,9 @@ export interface RuntimeSettings {
   readonly listener?: RuntimeListener | undefined;
   readonly logger?: Logger | undefined;
 }
+
+/** Where the libraries of runtimes are looked for first. */
+export type LibraryFolders = Pick<RuntimeSettings, "tensorrtFolder" | "cudaProviderFolder">;
 
 /** What a runtime has to know of a model before it opens. */
 export interface ModelWeights {
@@ -177,7 +181,7 @@ export interface OpenedRuntime {
 
 /** A place where a runtime's libraries were looked for. */
 export interface PlaceTried {
-  readonly source: "option" | "environment" | "pip" | "loader";
+  readonly source: "option" | "environment" | "package" | "pip" | "loader";
   /** The folder or file, or what was asked where there is none. */
   readonly place: string;
   /** Null for the place where the library was found. */
@@ -200,20 +204,47 @@ export interface RuntimeFinding {
   /** Why it is missing, and what to do about it: one remedy for each cause. */
   readonly reason: string | null;
   readonly remedy: string | null;
-  /** Of a runtime that builds engines: each place that was tried, and what prevents building and running engines. */
-  readonly engines?: {
-    /** Whether engines can be built (flowturbo compile). */
-    readonly builds: boolean;
+  /** Of a runtime that builds engines: whether it can here (flowturbo compile). */
+  readonly builds?: boolean;
+  /** Of a runtime that looks for libraries of its own: where they are, each place that was tried, and what prevents its use. */
+  readonly libraries?: {
+    /** The file that is used; null if none can be. */
     readonly library: string | null;
     readonly places: readonly PlaceTried[];
     readonly problems: readonly Problem[];
   };
-  /** The GPUs that it sees; null without a driver or a GPU. */
+  /** The NVIDIA GPUs that it sees; null without a driver or a GPU. */
   readonly hardware?: {
     /** CUDA version that NVIDIA's driver serves, such as 13.0. */
     readonly driver: string;
     readonly gpus: readonly GpuFinding[];
   } | null;
+  /** Of a runtime on graphics adapters: those of this machine, in the order of the system; null where they are not known. */
+  readonly adapters?: readonly AdapterFinding[] | null;
+}
+
+/** A graphics adapter: a GPU, or software that stands in for one. */
+export interface AdapterFinding {
+  readonly name: string;
+  /** The vendor's name, or its number if that is not known. */
+  readonly vendor: string;
+  readonly vendorId: number;
+  readonly deviceId: number;
+  /** `cpu` is software. */
+  readonly type: "discrete" | "integrated" | "virtual" | "cpu" | "other";
+  /** Name of the driver; null if it does not say. */
+  readonly driver: string | null;
+  readonly driverVersion: string;
+  /** Version of Vulkan that it has. */
+  readonly apiVersion: string;
+  /** Memory of the device's own. */
+  readonly memoryBytes: number;
+  /** What this process may still use of it, as the driver estimates; null if it does not say. */
+  readonly freeBytes: number | null;
+  /** Whether shaders compute in float16 and read it from buffers (WebGPU's feature shader-f16). */
+  readonly float16: boolean;
+  /** Largest buffer that a shader may read. */
+  readonly maxStorageBufferBytes: number;
 }
 
 export interface GpuFinding {
@@ -234,7 +265,7 @@ export interface RuntimeRow {
   /** Fails quickly if it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */
-  find(settings: Pick<RuntimeSettings, "tensorrtFolder">): Promise<RuntimeFinding>;
+  find(settings: LibraryFolders): Promise<RuntimeFinding>;
   /** Of a runtime whose graphs are built into engines first. */
   readonly builder?: BuilderRow;
 }

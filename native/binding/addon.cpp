@@ -12,6 +12,7 @@
 #include "files.h"
 #include "task.h"
 #include "tensorrt_library.h"
+#include "vulkan.h"
 
 namespace flowturbo::binding {
 namespace {
@@ -58,6 +59,35 @@ Napi::Value cuda(const Napi::CallbackInfo& info) {
       }
       result["devices"] = devices;
       return result;
+    };
+  });
+}
+
+Napi::Value listGraphicsAdapters(const Napi::CallbackInfo& info) {
+  return Task::start(info.Env(), "flowturbo.graphicsAdapters", Napi::Function(), [](Task&) -> Task::Answer {
+    const std::vector<GraphicsAdapter> adapters = graphicsAdapters();
+    return [adapters](Napi::Env env) -> Napi::Value {
+      Napi::Array list = Napi::Array::New(env, adapters.size());
+      for (uint32_t index = 0; index < adapters.size(); index++) {
+        const GraphicsAdapter& adapter = adapters[index];
+        Napi::Object entry = Napi::Object::New(env);
+        entry["name"] = Napi::String::New(env, adapter.name);
+        entry["vendorId"] = Napi::Number::New(env, adapter.vendorId);
+        entry["deviceId"] = Napi::Number::New(env, adapter.deviceId);
+        entry["type"] = Napi::String::New(env, adapter.type);
+        entry["driverName"] = Napi::String::New(env, adapter.driverName);
+        entry["driverInfo"] = Napi::String::New(env, adapter.driverInfo);
+        entry["driverVersion"] = Napi::Number::New(env, adapter.driverVersion);
+        Napi::Array version = Napi::Array::New(env, 3);
+        for (uint32_t part = 0; part < 3; part++) version[part] = Napi::Number::New(env, adapter.apiVersion[part]);
+        entry["apiVersion"] = version;
+        entry["memoryBytes"] = Napi::Number::New(env, static_cast<double>(adapter.memoryBytes));
+        entry["freeBytes"] = adapter.freeBytes < 0 ? env.Null() : Napi::Number::New(env, adapter.freeBytes);
+        entry["float16"] = Napi::Boolean::New(env, adapter.float16);
+        entry["maxStorageBufferRange"] = Napi::Number::New(env, adapter.maxStorageBufferRange);
+        list[index] = entry;
+      }
+      return list;
     };
   });
 }
@@ -179,6 +209,7 @@ Napi::Value tryLock(const Napi::CallbackInfo& info) {
 Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports["describe"] = Napi::Function::New(env, describe, "describe");
   exports["cuda"] = Napi::Function::New(env, cuda, "cuda");
+  exports["graphicsAdapters"] = Napi::Function::New(env, listGraphicsAdapters, "graphicsAdapters");
   exports["open"] = Napi::Function::New(env, open, "open");
   exports["build"] = Napi::Function::New(env, build, "build");
   exports["openExecutor"] = Napi::Function::New(env, openExecutor, "openExecutor");

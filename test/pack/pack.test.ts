@@ -47,6 +47,7 @@ describe("the package", () => {
       "dist/schema.d.ts",
       "dist/cli.js",
       "dist/onnxruntime-host.js",
+      "dist/adapters-probe.js",
       "LICENSE",
       "README.md",
       "docs/guides/bundlers.md",

@@ -1,6 +1,7 @@
 // A runtime is a row in the table: a test adds one, and it is found, opened and listed like the others.
 import { afterEach, describe, expect, it } from "vitest";
 import { CheckpointError, InstallationError, OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
+import { FlowTurbo } from "../../lib/flowturbo.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import type { BuilderRow, BuilderSettings, EngineBuilder } from "../../lib/runtimes/builder.js";
 import {
@@ -103,6 +104,21 @@ describe("a runtime that is added", () => {
     table(first.row, second.row);
     expect((await openRuntime("auto", settings, weights)).choice).toEqual({ name: "first", passedOver: [] });
     expect(second.events).toEqual([]);
+  });
+
+  it("gets the folders that load() was given", async () => {
+    const given: RuntimeSettings[] = [];
+    const row = fake("onnxruntime").row;
+    table({
+      ...row,
+      open(settings) {
+        given.push(settings);
+        return Promise.reject(new RuntimeUnavailableError("onnxruntime", "there is none"));
+      },
+    });
+    const folders = { tensorrtFolder: "/trt", cudaProviderFolder: "/cuda" };
+    await expect(FlowTurbo.load(undefined, { runtime: "onnxruntime", ...folders })).rejects.toThrow("there is none");
+    expect(given).toEqual([expect.objectContaining(folders)]);
   });
 
   it("gets the settings and the weights of the model", async () => {

@@ -1,8 +1,8 @@
 // The processes that run graphs for this one, found by /proc: for tests that kill or stop them. Linux only.
 import { readdirSync, readFileSync } from "node:fs";
 
-/** Children of this process, by /proc; Linux only. */
-export function hosts(): number[] {
+/** Children of this process that run that entry of dist/, by /proc; Linux only. */
+export function hosts(entry = "onnxruntime-host"): number[] {
   return readdirSync("/proc")
     .filter((name) => /^\d+$/.test(name))
     .map(Number)
@@ -10,7 +10,7 @@ export function hosts(): number[] {
       try {
         const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
         const [state, parent] = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-        return Number(parent) === process.pid && state !== "Z" && command(pid).includes("onnxruntime-host");
+        return Number(parent) === process.pid && state !== "Z" && command(pid).includes(entry);
       } catch {
         return false;
       }

@@ -33,6 +33,28 @@ export interface Cuda {
   readonly devices: readonly NativeDevice[];
 }
 
+/** One adapter of Vulkan's loader. */
+export interface NativeGraphicsAdapter {
+  readonly name: string;
+  readonly vendorId: number;
+  readonly deviceId: number;
+  readonly type: "discrete" | "integrated" | "virtual" | "cpu" | "other";
+  /** Empty where the driver does not say. */
+  readonly driverName: string;
+  readonly driverInfo: string;
+  /** As the driver encodes it. */
+  readonly driverVersion: number;
+  /** Of Vulkan: major, minor, patch. */
+  readonly apiVersion: readonly [number, number, number];
+  /** Memory that is local to the device. */
+  readonly memoryBytes: number;
+  /** What this process may still use of it, as the driver estimates; null where it does not say. */
+  readonly freeBytes: number | null;
+  /** Whether shaders can compute in float16, and read it from buffers. */
+  readonly float16: boolean;
+  readonly maxStorageBufferRange: number;
+}
+
 export interface NativeBuildRequest {
   /** The model; initializers that are external data are looked up in `initializers`. */
   readonly onnx: Uint8Array;
@@ -203,6 +225,7 @@ export interface NativeError extends Error {
     | "NO_DRIVER"
     | "NO_DEVICE"
     | "CUDA"
+    | "VULKAN"
     | "INVALID"
     | "WEIGHTS_CHANGED"
     | "PARSE"
@@ -250,6 +273,11 @@ export interface Addon {
   };
   /** [async] Driver and GPUs, from libcuda.so.1. */
   cuda(): NativeTask<Cuda>;
+  /**
+   * [async] Graphics adapters, from libvulkan.so.1, which loads their drivers into this process: a broken one may end it.
+   * Rejects with "LIBRARY_NOT_LOADED" or "VULKAN".
+   */
+  graphicsAdapters(): NativeTask<readonly NativeGraphicsAdapter[]>;
   /** [async] Opens the library and its ONNX parser (paths, or names for the loader) and checks the version. */
   open(
     library: string,

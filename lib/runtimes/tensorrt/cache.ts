@@ -12,13 +12,14 @@
 
 import { createHash, randomBytes } from "node:crypto";
 import { constants } from "node:fs";
-import { type FileHandle, lstat, open, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
 import { untilAborted } from "../../common/abort.js";
 import { defaultCacheFolder, makeFolders } from "../../common/files.js";
 import { CacheError } from "../../errors.js";
+import { checkFolder } from "../closed-folder.js";
 import type { Addon } from "./addon.js";
 import { DigestMemory, hashFile } from "./digests.js";
 import { tensorRtKinds } from "./flavours.js";
@@ -298,26 +299,4 @@ async function openOwn(file: string): Promise<FileHandle> {
   if (reason === null) return handle;
   await handle.close();
   throw new Damage(reason);
-}
-
-/** @param strict whether the folder must be closed to others altogether */
-async function checkFolder(folder: string, strict: boolean): Promise<void> {
-  const refuse = (what: string, remedy: string) => {
-    throw new CacheError(
-      folder,
-      `The cache folder ${folder} ${what}; engines are native code and are not loaded from it. ${remedy}`,
-    );
-  };
-  const stats = await lstat(folder);
-  const user = process.getuid?.() ?? 0;
-  if (strict && stats.isSymbolicLink()) refuse("is a symbolic link", "Name the folder itself.");
-  // The base may be a link that the user made, to a larger disk for instance; what it points at is then checked.
-  const target = stats.isSymbolicLink() ? await stat(folder) : stats;
-  if (!target.isDirectory()) refuse("is not a folder", "Name another one.");
-  if (target.uid !== user && (strict || target.uid !== 0))
-    refuse(`belongs to another user (${target.uid})`, "Name a folder of your own.");
-  const forbidden = strict ? 0o077 : 0o022;
-  // In a folder with the sticky bit, as /tmp is, others cannot replace what is ours.
-  if (target.mode & forbidden && (strict || !(target.mode & 0o1000)))
-    refuse(`is open to other users (mode ${(target.mode & 0o777).toString(8)})`, `Run \`chmod 700 ${folder}\`.`);
 }

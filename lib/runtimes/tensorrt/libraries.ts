@@ -4,11 +4,10 @@
  * loader's own message: in most cases one of these lines names the cause.
  */
 
-import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import path from "node:path";
-import { promisify } from "node:util";
 import { RuntimeUnavailableError } from "../../errors.js";
+import { pythonFolders } from "../python.js";
 import type { PlaceTried, Problem } from "../runtime.js";
 import {
   type Addon,
@@ -21,6 +20,7 @@ import {
   versionText,
 } from "./addon.js";
 import { flavours, type TensorRtKind } from "./flavours.js";
+import { examineCuda } from "./gpus.js";
 
 /** A library that was opened and has a version that this package works with. */
 export interface Library {
@@ -123,7 +123,9 @@ async function findLibrary(
     if (variable) yield ["environment", path.resolve(variable)];
     else places.push({ source: "environment", place: flavour.variable, error: "not set" });
     try {
-      for (const folder of await pythonFolders(flavour.module)) yield ["pip", folder];
+      const folders = (await pythonFolders(flavour.module))[flavour.module]!;
+      if (folders.length === 0) throw new Error("not installed");
+      for (const folder of folders) yield ["pip", folder];
     } catch (error) {
       places.push({ source: "pip", place: `python3's package ${flavour.module}`, error: (error as Error).message });
     }
@@ -148,28 +150,6 @@ async function findLibrary(
   return { library: null, places };
 }
 
-/** Without the working folder in the search path: a folder of that name there must not be loaded as native code. */
-const pythonScript = `
-import sys, json, importlib.util
-sys.path = [entry for entry in sys.path if entry not in ("", ".")]
-spec = importlib.util.find_spec(sys.argv[1])
-print(json.dumps(list(spec.submodule_search_locations or []) if spec else []))
-`;
-
-/** Folders of a package of the python3 on PATH. @throws Error with the reason */
-async function pythonFolders(module: string): Promise<string[]> {
-  let output: string;
-  try {
-    ({ stdout: output } = await promisify(execFile)("python3", ["-c", pythonScript, module], { timeout: 20_000 }));
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === "ENOENT") throw new Error("python3 is not on PATH");
-    throw new Error(`python3 failed: ${(error as Error).message.split("\n")[0]}`);
-  }
-  const folders = JSON.parse(output) as string[];
-  if (folders.length === 0) throw new Error("not installed");
-  return folders;
-}
-
 function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly PlaceTried[]): Problem {
   const { floor, ceiling } = addon.describe();
   const { title, install, variable, library, parser } = flavours[kind];
@@ -189,25 +169,3 @@ function libraryProblem(addon: Addon, kind: TensorRtKind, places: readonly Place
     remedy: `Install ${needed}: ${install}; or set ${variable} to the folder with ${library}.`,
   };
 }
-
-async function examineCuda(addon: Addon): Promise<Cuda | Problem> {
-  try {
-    return await addon.cuda().promise;
-  } catch (cause) {
-    const error = cause as NativeError;
-    const [what, remedy] = cudaProblems[error.code] ?? [
-      "The NVIDIA driver answered an error",
-      "Check nvidia-smi; the driver and its kernel module may differ in version.",
-    ];
-    return { prevents: "running", cause: `${what}: ${error.message}.`, remedy };
-  }
-}
-
-/** By the addon's code: what is wrong, and the remedy. */
-const cudaProblems: Record<string, readonly [what: string, remedy: string]> = {
-  NO_DRIVER: [
-    "There is no NVIDIA driver",
-    "Install NVIDIA's driver (in a container, start it with access to the GPU).",
-  ],
-  NO_DEVICE: ["The NVIDIA driver found no GPU", "Check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set."],
-};

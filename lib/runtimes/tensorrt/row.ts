@@ -3,9 +3,10 @@
 import { OptionError } from "../../errors.js";
 import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
 import type { RuntimeRow } from "../runtime.js";
-import { smOf, smText, versionText } from "./addon.js";
+import { smOf, versionText } from "./addon.js";
 import { EngineCompiler } from "./compile.js";
 import { flavours, type TensorRtKind } from "./flavours.js";
+import { hardwareOf } from "./gpus.js";
 import { examineTensorRt } from "./libraries.js";
 import { openTensorRt } from "./open.js";
 import { capabilities } from "./runtime.js";
@@ -58,11 +59,9 @@ export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
       version: library && versionText(library.version),
       reason: problems.map(({ cause }) => cause).join(" ") || null,
       remedy: problems.map(({ remedy }) => remedy).join(" ") || null,
-      engines: { builds, library: library?.file ?? null, places, problems },
-      hardware: cuda && {
-        driver: `${Math.floor(cuda.driverVersion / 1000)}.${Math.floor((cuda.driverVersion % 1000) / 10)}`,
-        gpus: cuda.devices.map((gpu) => ({ name: gpu.name, memoryBytes: gpu.memoryBytes, sm: smText(smOf(gpu)) })),
-      },
+      builds,
+      libraries: { library: library?.file ?? null, places, problems },
+      hardware: cuda && hardwareOf(cuda),
     };
   },
   builder: {
