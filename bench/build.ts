@@ -42,7 +42,16 @@ function memory(line: string): number {
 async function build(folder: string, batches: readonly number[]): Promise<Build> {
   const config = await readTransformerConfig(path.join(folder, "transformer/config.json"));
   const weights = await openWeights(path.join(folder, "transformer"), "diffusion_pytorch_model");
-  const emit = { compute: "bfloat16", linear: "matmul", groupNorm: "operator", attention: "matmul", rmsNorm: "operator", tables: "stored" } as const;
+  const emit = {
+    compute: "bfloat16",
+    linear: "matmul",
+    groupNorm: "operator",
+    attention: "matmul",
+    rmsNorm: "operator",
+    tables: "stored",
+    sine: "operator",
+    patches: "conv",
+  } as const;
   const graph = emitStep("predict", "predict", weights, config, { ...emit, guided: true, numTrainTimesteps: 1000 });
   const profiles = batches.map((batch) => ({
     x: [batch, 16, side, side],

@@ -10,7 +10,7 @@ import { SharedTask } from "./common/abort.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
-import { checkDeviceMemory } from "./generation/device-memory.js";
+import { checkDeviceMemory, checkPictureMemory } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
@@ -74,6 +74,7 @@ export class FlowTurbo implements ImageModel {
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
+  readonly #device: OpenedRuntime["device"];
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
@@ -158,7 +159,7 @@ export class FlowTurbo implements ImageModel {
 
   private constructor(
     graphs: GraphLibrary,
-    { runtime, choice }: OpenedRuntime & { readonly choice: RuntimeChoice },
+    { runtime, choice, device }: OpenedRuntime & { readonly choice: RuntimeChoice },
     known: readonly CostEntry[],
     model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours" | "unload">,
     serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
@@ -170,6 +171,7 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.nativeSize = nativeSize(checkpoint);
     this.#graphs = graphs;
+    this.#device = device;
     this.#model = {
       ...{ ...model, name: this.name, checkpoint, runtime },
       colours: (signal) => this.#latentColours(signal),
@@ -188,7 +190,8 @@ export class FlowTurbo implements ImageModel {
 
   /**
    * Draws `count` pictures for each prompt, split over launches as costs least.
-   * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
+   * @throws OptionError before any work if an option is wrong or does not fit the model; MemoryError before any work if the
+   *   GPU cannot hold what a picture takes; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
    *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
    *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
@@ -198,6 +201,7 @@ export class FlowTurbo implements ImageModel {
     if (this.#disposed) throw new DisposedError("This model");
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
+    this.#checkMemory(request);
     const { timeoutMs } = request;
     const events = new RequestEvents(request);
     const timer =
@@ -271,6 +275,13 @@ export class FlowTurbo implements ImageModel {
   /** As `dispose`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
+  }
+
+  /** @throws MemoryError if the device cannot hold what one picture takes */
+  #checkMemory({ candidates, guidanceScale, sequenceLength }: Request): void {
+    if (!this.#device) return;
+    for (const stage of candidates[0].stages)
+      checkPictureMemory(this.#graphs, this.#device, { ...stage, sequenceLength, guided: guidanceScale !== null });
   }
 
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {

@@ -1,34 +1,133 @@
 /**
- * What a checkpoint takes on a GPU, estimated before anything is built: the engines of one program are there together,
- * and each holds its weights in the type that they are stored in. Scratch memory is needed besides; the runtime knows it
- * once the engines are loaded, and refuses then, with numbers, what this could not see.
+ * What a checkpoint and its pictures take on a GPU, estimated before anything is compiled: the graphs of one program are
+ * there together, each with its weights in the type that the device holds them in, and the largest values of one launch
+ * besides. Estimates are low rather than high: what they let through and does not fit fails as the launch is made.
  */
 
 import { gigabytes } from "../common/memory.js";
 import { MemoryError } from "../errors.js";
+import { mmditWidth, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
+import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
+import type { Device } from "../runtimes/runtime.js";
+import type { LatentShape } from "./programs.js";
+
+/** A picture as far as it matters to what its launches take. */
+export interface DrawnPicture {
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  readonly latentShape: LatentShape;
+  /** With guidance it has two rows. */
+  readonly guided: boolean;
+  /** Tokens of the text encoder that takes as many as are asked for. */
+  readonly sequenceLength: number;
+}
 
 /** Bytes of weights that a picture's two programs need on the device: encoding texts, drawing. */
-export function deviceMemoryNeeded(graphs: GraphLibrary): { readonly encode: number; readonly draw: number } {
+export function deviceMemoryNeeded(
+  graphs: GraphLibrary,
+  widening: Device["widening"] = () => "lazy",
+): { readonly encode: number; readonly draw: number } {
   const needed = { encode: 0, draw: 0 };
   for (const { graph, role } of graphs.essential)
-    for (const { length } of graph.externals.values()) needed[role === "text" ? "encode" : "draw"] += length;
+    for (const bytes of weightsOf(graph, widening)) needed[role === "text" ? "encode" : "draw"] += bytes;
   return needed;
 }
 
-/** @throws MemoryError with both numbers if a program's engines cannot be on the device together */
-export function checkDeviceMemory(
-  graphs: GraphLibrary,
-  { name, memoryBytes: available }: { readonly name: string; readonly memoryBytes: number },
-): void {
-  const { encode, draw } = deviceMemoryNeeded(graphs);
-  const needed = Math.max(encode, draw);
-  if (needed <= available) return;
-  const what = encode > draw ? "text encoders" : "networks that draw";
-  throw new MemoryError(
-    `The ${what} of this model take ${gigabytes(needed)} GB of GPU memory for their weights alone, but ${name} has ${gigabytes(available)} GB. ` +
-      "Use a smaller checkpoint, a larger GPU, or the CPU.",
-    needed,
-    available,
+/** Bytes of each weight of a graph on the device. */
+function weightsOf(graph: OnnxGraph, widening: NonNullable<Device["widening"]>): number[] {
+  const folded = widening(graph) === "folded";
+  return [...graph.externals.values()].map(({ dtype, length }) =>
+    folded && dtype !== "F32" && graph.widened.has(dtype) ? 2 * length : length,
   );
+}
+
+/** @throws MemoryError with both numbers if a program's graphs cannot be on the device together, or a weight in a buffer */
+export function checkDeviceMemory(graphs: GraphLibrary, device: Device): void {
+  const { name, memoryBytes: available, largestBuffer, widening } = device;
+  const { encode, draw } = deviceMemoryNeeded(graphs, widening);
+  const needed = Math.max(encode, draw);
+  if (needed > available) {
+    const what = encode > draw ? "text encoders" : "networks that draw";
+    throw new MemoryError(
+      `The ${what} of this model take ${gigabytes(needed)} GB of GPU memory for their weights alone, but ${name} has ${gigabytes(available)} GB. ` +
+        "Use a smaller checkpoint, a larger GPU, or the CPU.",
+      needed,
+      available,
+    );
+  }
+  if (largestBuffer === undefined) return;
+  for (const { graph } of graphs.essential) {
+    const largest = Math.max(0, ...weightsOf(graph, widening ?? (() => "lazy")));
+    if (largest > largestBuffer)
+      throw new MemoryError(
+        `A weight of ${graph.name} takes ${gigabytes(largest)} GB, but buffers of ${name} hold at most ${gigabytes(largestBuffer)} GB. Use another GPU or runtime.`,
+        largest,
+        largestBuffer,
+      );
+  }
+}
+
+/**
+ * @throws MemoryError with both numbers if one picture cannot be drawn on the device: its networks' weights and the
+ *   values of the largest launch do not fit, or one value does not fit into a buffer
+ */
+export function checkPictureMemory(graphs: GraphLibrary, device: Device, drawn: DrawnPicture): void {
+  const { name, memoryBytes, largestBuffer = Number.POSITIVE_INFINITY, widening, holdsScores = false } = device;
+  const { draw } = deviceMemoryNeeded(graphs, widening);
+  const launches = [stepValues(graphs, drawn, holdsScores), decoderValues(graphs, drawn)];
+  const picture = `A picture of ${drawn.width} x ${drawn.height}`;
+  const remedy = "Draw smaller pictures (in stages, the last one counts), or use another GPU or runtime.";
+  for (const { largest } of launches)
+    if (largest > largestBuffer)
+      throw new MemoryError(
+        `${picture} has values of ${gigabytes(largest)} GB, but buffers of ${name} hold at most ${gigabytes(largestBuffer)} GB. ${remedy}`,
+        largest,
+        largestBuffer,
+      );
+  const needed = draw + Math.max(...launches.map(({ together }) => together));
+  if (needed > memoryBytes)
+    throw new MemoryError(
+      `${picture} needs about ${gigabytes(needed)} GB of GPU memory, ${gigabytes(draw)} GB of that for weights, but ${name} has ${gigabytes(memoryBytes)} GB. ${remedy}`,
+      needed,
+      memoryBytes,
+    );
+}
+
+/** Bytes of the largest value of a launch, and of those that are there at the same time. */
+interface Values {
+  readonly largest: number;
+  readonly together: number;
+}
+
+const bytesOf = ({ compute }: EmitOptions) => (compute === "float32" ? 4 : 2);
+
+/** A step: its feed-forward networks, with four times the width, and the scores where attention holds all of them. */
+function stepValues(
+  graphs: GraphLibrary,
+  { latentShape, guided, sequenceLength }: DrawnPicture,
+  holdsScores: boolean,
+): Values {
+  const { config } = graphs.checkpoint.transformer;
+  const options = graphs.optionsOf("predict");
+  const [, , height, width] = latentShape;
+  const patches = (height / config.patchSize) * (width / config.patchSize);
+  const texts = textEncodersOf(graphs.checkpoint);
+  const tokensThat = (joins: "channels" | "tokens") =>
+    Math.max(0, ...texts.filter(({ text }) => text.joins === joins).map((each) => tokensOf(each, sequenceLength)));
+  const tokens = patches + tokensThat("channels") + tokensThat("tokens");
+  const rows = guided ? 2 : 1;
+  const inner = rows * patches * 4 * mmditWidth(config) * bytesOf(options);
+  const scores = holdsScores ? rows * config.numAttentionHeads * tokens * tokens * bytesOf(options) : 0;
+  return { largest: Math.max(inner, scores), together: 2 * Math.max(inner, scores) };
+}
+
+/** The decoder: maps of the channels of its last block but one at the picture's size, two at a time. */
+function decoderValues(graphs: GraphLibrary, { width, height }: DrawnPicture): Values {
+  const { blockOutChannels } = graphs.checkpoint.vae.config;
+  const channels = blockOutChannels[1] ?? blockOutChannels[0]!;
+  const map = channels * width * height * bytesOf(graphs.optionsOf("vae_decoder"));
+  return { largest: map, together: 2 * map };
 }

@@ -49,9 +49,9 @@ export function mmdit(
   const patch = config.patchSize;
 
   // 1. Patches to tokens, with their positions.
-  const geometry = { strides: [patch, patch] };
-  const patches = l.conv(inputs.latent, "pos_embed.proj", config.inChannels, width, patch, geometry);
-  let x = l.add(l.tokensOf(patches, width), g.cast(inputs.positionEmbedding, l.compute));
+  const h = inPatches(g, inputs.latent, 2, patch);
+  const w = inPatches(g, inputs.latent, 3, patch);
+  let x = l.add(patchTokens(l, config, inputs.latent, h, w), g.cast(inputs.positionEmbedding, l.compute));
 
   // 2. Text tokens, and the vector that conditions every block: timestep + pooled text.
   let context = l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
@@ -78,13 +78,37 @@ export function mmdit(
   const channels = config.outChannels;
   const out = l.linear(final, "proj_out", width, patch * patch * channels);
   // [rows, h·w, p, q, c] → [rows, c, h, p, w, q]
-  const h = l.sizeOf(patches, 2);
-  const w = l.sizeOf(patches, 3);
   const cells = g.op("Reshape", [out, g.concat([l.batch, h, w, g.ints([patch, patch, channels])], 0)]);
   const spread = g.op("Transpose", [cells], { perm: [0, 5, 1, 3, 2, 4] });
   const side = g.ints([patch]);
   const shape = g.concat([l.batch, g.ints([channels]), g.op("Mul", [h, side]), g.op("Mul", [w, side])], 0);
   return g.op("Reshape", [spread, shape]);
+}
+
+/** Number of patches along an axis of a latent, as an int64 [1] value. */
+function inPatches(g: GraphBuilder, latent: Value, axis: number, patch: number): Value {
+  return g.op("Div", [g.shapeOf(latent, axis, axis + 1), g.ints([patch])]);
+}
+
+/** [rows, channels, height, width] → [rows, h · w, width of a token], without positions. */
+function patchTokens(l: Layers, config: TransformerConfig, latent: Value, h: Value, w: Value): Value {
+  const { g } = l;
+  const { inChannels: channels, patchSize: patch } = config;
+  const width = mmditWidth(config);
+  const name = "pos_embed.proj";
+  if (l.options.patches === "conv")
+    return l.tokensOf(l.conv(latent, name, channels, width, patch, { strides: [patch, patch] }), width);
+  // [rows, c, h, p, w, q] → [rows · h · w, c · p · q], in the order of the kernel's values.
+  const side = g.ints([patch]);
+  const cells = g.op("Reshape", [latent, g.concat([l.batch, g.ints([channels]), h, side, w, side], 0)]);
+  const values = channels * patch * patch;
+  const flat = g.op("Reshape", [g.op("Transpose", [cells], { perm: [0, 2, 4, 1, 3, 5] }), g.ints([-1, values])]);
+  const kernel = g.op("Reshape", [
+    l.weight(`${name}.weight`, [width, channels, patch, patch]),
+    g.ints([width, values]),
+  ]);
+  const tokens = g.op("Gemm", [flat, kernel, l.weight(`${name}.bias`, [width])], { transB: 1 });
+  return g.op("Reshape", [tokens, g.concat([l.batch, g.op("Mul", [h, w]), g.ints([width])], 0)]);
 }
 
 /** Sinusoidal embedding, cosines first (diffusers' Timesteps with flip_sin_to_cos): [rows] → [rows, 256]. */
@@ -96,7 +120,40 @@ function timestepEmbedding(l: Layers, timestep: Value): Value {
     Math.exp(Math.fround(Math.fround(-Math.log(10000)) * i) / half),
   );
   const angles = g.op("Mul", [g.op("Unsqueeze", [timestep, g.ints([1])]), g.tensor([1, half], frequencies, "float32")]);
-  return g.cast(g.concat([g.op("Cos", [angles]), g.op("Sin", [angles])], 1), l.compute);
+  const [cosine, sine] =
+    l.options.sine === "operator" ? [g.op("Cos", [angles]), g.op("Sin", [angles])] : cosineAndSine(g, angles);
+  return g.cast(g.concat([cosine, sine], 1), l.compute);
+}
+
+/** Coefficients of sin(h)/h and cos(h) in h², the highest first: those of Taylor, right to 6e-9 for |h| ≤ π/2. */
+const sineTerms = [13, 11, 9, 7, 5, 3, 1].map((n) => (n % 4 === 1 ? 1 : -1) / factorial(n));
+const cosineTerms = [12, 10, 8, 6, 4, 2, 0].map((n) => (n % 4 === 0 ? 1 : -1) / factorial(n));
+
+function factorial(n: number): number {
+  return n < 2 ? 1 : n * factorial(n - 1);
+}
+
+/**
+ * Cosine and sine of [rows, n] by additions and products, which every device has right. Whole turns are subtracted first, in
+ * two parts (Cody and Waite 1980): the first has so few bits that its multiples, up to 2^13 turns, are exact. Then
+ * sin(2h) = 2·sin(h)·cos(h) and cos(2h) = 1 − 2·sin²(h), with both polynomials side by side.
+ */
+function cosineAndSine(g: GraphBuilder, angles: Value): [Value, Value] {
+  const scalar = (value: number) => g.scalar(value, "float32");
+  const times = (a: Value, b: Value) => g.op("Mul", [a, b]);
+  const minus = (a: Value, b: Value) => g.op("Sub", [a, b]);
+  const coarse = 6.28125;
+  const turns = g.op("Floor", [g.op("Add", [times(angles, scalar(1 / (2 * Math.PI))), scalar(0.5)])]);
+  const rest = minus(minus(angles, times(turns, scalar(coarse))), times(turns, scalar(2 * Math.PI - coarse)));
+  const half = g.op("Unsqueeze", [times(rest, scalar(0.5)), g.ints([0])]);
+  const square = times(half, half);
+  const terms = sineTerms.map((term, index) => g.tensor([2, 1, 1], [term, cosineTerms[index]!], "float32"));
+  const both = terms.reduce((sum, term) => g.op("Add", [times(sum, square), term]));
+  const [ratio, cosine] = g.ops("Split", [both], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
+  const sine = times(ratio, half);
+  const flat = (value: Value) => g.op("Squeeze", [value, g.ints([0])]);
+  const twice = times(sine, scalar(2));
+  return [flat(minus(scalar(1), times(twice, sine))), flat(times(twice, cosine))];
 }
 
 /** Projects the conditioning to vectors of [rows, 1, width], by name in the order of the weights. */

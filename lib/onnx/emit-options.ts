@@ -33,6 +33,16 @@ export interface EmitOptions {
    * `compute` casts the table, for a device that does not have that type.
    */
   readonly tables: "stored" | "compute";
+  /**
+   * Sine and cosine of angles up to a thousand: the operators, or a `polynomial`, for WebGPU, whose own may be wrong by half a
+   * thousandth within half a turn, and by any amount beyond.
+   */
+  readonly sine: "operator" | "polynomial";
+  /**
+   * A picture's patches to tokens: a convolution (`conv`), or the same as a linear layer, for WebGPU, whose convolutions are
+   * wrong for 6 input channels (ONNX Runtime 1.30), as a refiner has for latents of 3.
+   */
+  readonly patches: "conv" | "linear";
 }
 
 /** ONNX Runtime on the CPU computes in float32 only. */
@@ -43,6 +53,8 @@ export const cpuEmitOptions: EmitOptions = {
   attention: "operator",
   rmsNorm: "operator",
   tables: "stored",
+  sine: "operator",
+  patches: "conv",
 };
 
 /** A network as far as it matters to how it is emitted. */

@@ -5,19 +5,23 @@
 
 import { CheckpointError, FlowTurboError, RuntimeUnavailableError } from "../errors.js";
 import type { BuilderSettings, OpenedBuilder } from "./builder.js";
+import { cuda } from "./onnxruntime/cuda.js";
 import { onnxruntime } from "./onnxruntime/row.js";
+import { webgpu } from "./onnxruntime/webgpu.js";
 import type { LibraryFolders, ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
 /** Name of a runtime: see the option `runtime` of `FlowTurbo.load`. */
-export type RuntimeName = TensorRtKind | "onnxruntime";
+export type RuntimeName = TensorRtKind | "cuda" | "webgpu" | "onnxruntime";
 /** Runtimes that engines are built for. */
 export type BuilderName = TensorRtKind;
 
 /** The table of runtimes by name. */
 export const runtimes: Record<string, RuntimeRow> = {
   ...Object.fromEntries(tensorRtKinds.map((kind) => [kind, tensorRtRow(kind)])),
+  cuda,
+  webgpu,
   onnxruntime,
 };
 
@@ -81,7 +85,7 @@ export async function openRuntime(
   for (const [index, row] of rows.entries()) {
     let opened: OpenedRuntime | null = null;
     try {
-      opened = await row.open(settings, weights);
+      opened = await row.open({ ...settings, named: wanted !== "auto" }, weights);
       check(opened);
       return { ...opened, choice: { name: row.name, passedOver } };
     } catch (error) {

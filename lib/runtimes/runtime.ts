@@ -152,6 +152,8 @@ export interface RuntimeSettings {
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
   readonly capture: boolean;
+  /** Whether the runtime was asked for by name; otherwise it is one of several that will do. */
+  readonly named?: boolean | undefined;
   /** Milliseconds without a sign of life after which a runtime's process is replaced; default: 10 000. */
   readonly watchdogMs?: number | undefined;
   readonly listener?: RuntimeListener | undefined;
@@ -169,12 +171,24 @@ export interface ModelWeights {
   readonly bytesOf16Bit: () => number;
 }
 
+/** A device that has to hold the weights. */
+export interface Device {
+  readonly name: string;
+  readonly memoryBytes: number;
+  /** Bytes of one buffer at most; absent where that has no limit of its own. */
+  readonly largestBuffer?: number | undefined;
+  /** Whether attention holds all of its scores; otherwise it computes them block by block. */
+  readonly holdsScores?: boolean | undefined;
+  /** How it holds the 16-bit weights that a graph computes with in float32; absent: as they are. */
+  readonly widening?: ((graph: CompilableGraph) => "lazy" | "folded") | undefined;
+}
+
 export interface OpenedRuntime {
   readonly runtime: Runtime;
   /** Version and settings: what the costs of launches depend on. */
   readonly settings: Readonly<Record<string, unknown>>;
   /** The device that has to hold the weights; null where that is this machine's memory. */
-  readonly device: { readonly name: string; readonly memoryBytes: number } | null;
+  readonly device: Device | null;
   /** @throws OptionError for a network that it cannot compute */
   emitOptions(network: EmittedNetwork): EmitOptions;
 }

@@ -6,39 +6,49 @@
 import type { StoredDType } from "../../common/tensor.js";
 import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
 import type { CompilableGraph } from "../runtime.js";
-import type { Widening } from "./protocol.js";
+import type { DeviceFeatures, Widening } from "./protocol.js";
 
 /** Both providers have kernels for these; CUDA takes a GroupNormalization apart, and WebGPU has none. */
-const written = { linear: "gemm", groupNorm: "instance", attention: "contrib", rmsNorm: "simplified" } as const;
+function written({ attention }: Pick<DeviceFeatures, "attention">) {
+  const common = { linear: "gemm", groupNorm: "instance", rmsNorm: "simplified" } as const;
+  return { ...common, attention: attention ? "contrib" : "matmul" } as const;
+}
 
 /** 16-bit weights in float16, where the adapter computes in that, and nothing in bfloat16, which WebGPU does not have. */
-export function webGpuEmitOptions(float16: boolean): (network: EmittedNetwork) => EmitOptions {
+export function webGpuEmitOptions(features: DeviceFeatures): (network: EmittedNetwork) => EmitOptions {
+  const { float16 } = features;
   return ({ dtype, overflowsInFloat16 }) => ({
-    ...written,
+    ...written(features),
+    sine: "polynomial",
+    patches: "linear",
     compute: float16 && !overflowsInFloat16 && dtype !== null && dtype !== "F32" ? "float16" : "float32",
     tables: dtype === "F32" || (float16 && dtype === "F16") ? "stored" : "compute",
   });
 }
 
+/** A GPU that CUDA runs on. */
+export interface CudaFeatures extends Pick<DeviceFeatures, "attention"> {
+  /** Whether it has bfloat16 (SM 8.0 and later). */
+  readonly bfloat16: boolean;
+}
+
 /**
  * Each network in the type of its weights. The autoencoder's convolutions and norms have no bfloat16 together: from such
  * weights it computes in float16.
- * @param bfloat16 whether the GPU has it (SM 8.0 and later)
  */
-export function cudaEmitOptions(bfloat16: boolean): (network: EmittedNetwork) => EmitOptions {
-  return ({ dtype, overflowsInFloat16, isConvolutional }) => ({
-    ...written,
-    compute:
-      dtype === null || dtype === "F32"
-        ? "float32"
-        : overflowsInFloat16
-          ? bfloat16
-            ? "bfloat16"
-            : "float32"
-          : dtype === "BF16" && bfloat16 && !isConvolutional
-            ? "bfloat16"
-            : "float16",
-    tables: dtype === "BF16" && !bfloat16 ? "compute" : "stored",
+export function cudaEmitOptions(features: CudaFeatures): (network: EmittedNetwork) => EmitOptions {
+  const { bfloat16 } = features;
+  const computeOf = ({ dtype, overflowsInFloat16, isConvolutional }: EmittedNetwork): EmitOptions["compute"] => {
+    if (dtype === null || dtype === "F32") return "float32";
+    if (overflowsInFloat16) return bfloat16 ? "bfloat16" : "float32";
+    return dtype === "BF16" && bfloat16 && !isConvolutional ? "bfloat16" : "float16";
+  };
+  return (network) => ({
+    ...written(features),
+    sine: "operator",
+    patches: "conv",
+    compute: computeOf(network),
+    tables: network.dtype === "BF16" && !bfloat16 ? "compute" : "stored",
   });
 }
 

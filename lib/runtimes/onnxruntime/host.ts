@@ -10,9 +10,9 @@
 import { setTimeout } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
-import { openThrough } from "./open-through.js";
 import { probeDevice } from "./device-probe.js";
 import { Executor, messageOf, RunFailure } from "./executor.js";
+import { openThrough } from "./open-through.js";
 import { unpack } from "./packing.js";
 import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
@@ -64,9 +64,9 @@ if (library) {
       turn = turn.then(() => run(executor, message, asked));
     }
   });
-  const { provider = "cpu" } = settings;
+  const { provider = "cpu", deviceId } = settings;
   try {
-    const features = provider === "cpu" ? null : await probeDevice(library, provider);
+    const features = provider === "cpu" ? null : await probeDevice(library, { provider, deviceId });
     void send({ type: "ready", version: library.env.versions.node ?? library.env.versions.common, features });
   } catch (error) {
     void send({ type: "deviceless", message: messageOf(error) });

@@ -27,7 +27,7 @@ import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
 import { HostConnection, type ReadyHost } from "./connection.js";
 import type { FinishedLaunch, HostSettings, SentGraph, Widening } from "./protocol.js";
 
-export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "libraries" | "threads"> {
+export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "deviceId" | "libraries" | "threads"> {
   /** Its name in the table of runtimes; default: "onnxruntime". */
   readonly name?: string | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
@@ -230,10 +230,11 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   #launchHost(): HostConnection {
     if (this.#host && !this.#host.isOver) return this.#host;
     const { logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
-    const { provider, libraries, threads, weights, env } = this.#options;
+    const { provider, deviceId, libraries, threads, weights, env } = this.#options;
     const file = this.#options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
     const onSilence = (milliseconds: number | null) => listener?.silent(milliseconds);
-    const settings = { provider, libraries, threads, weights: typeof weights === "function" ? "folded" : weights };
+    const widening = typeof weights === "function" ? "folded" : weights;
+    const settings = { provider, deviceId, libraries, threads, weights: widening };
     const host = new HostConnection(file, settings, { silentMs, onSilence }, env);
     this.#host = host;
     host.process.keepsAlive = this.#busy > 0;

@@ -18,7 +18,9 @@ export type Provider = "cpu" | "cuda" | "webgpu";
 export interface HostSettings {
   /** Default: the CPU. */
   readonly provider?: Provider | undefined;
-  /** A folder with ONNX Runtime's own library and a provider's beside it, to be loaded from there: see cuda-provider.ts. */
+  /** Number of the GPU; default: the first. CUDA only. */
+  readonly deviceId?: number | undefined;
+  /** A folder with ONNX Runtime's own library and a provider's beside it, to be loaded from there: see load-folder.ts. */
   readonly libraries?: string | undefined;
   /** Threads of one operator; undefined leaves the number to ONNX Runtime (all physical cores). */
   readonly threads?: number | undefined;
@@ -30,6 +32,8 @@ export interface HostSettings {
 export interface DeviceFeatures {
   /** Whether it computes in float16. */
   readonly float16: boolean;
+  /** Whether ONNX Runtime's own attention (MultiHeadAttention) comes out right on it. */
+  readonly attention: boolean;
 }
 
 /** A graph as the child needs it. `root` is the folder that the locations of its weights are relative to. */

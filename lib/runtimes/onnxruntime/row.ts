@@ -1,23 +1,19 @@
-/** ONNX Runtime in the table of runtimes. */
+/** ONNX Runtime on the CPU in the table of runtimes. */
 
 import { processors, usableThreads } from "../../common/cpu.js";
-import { thisPlatform } from "../../common/platform.js";
 import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
-import { whyUnsupported } from "./binaries.js";
 import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
+import { unsupported } from "./open-gpu.js";
 import { resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
   capabilities,
-  unsupported() {
-    const found = whyUnsupported(thisPlatform());
-    return found && new InstallationError("onnxruntime-node", found.reason, found.remedy);
-  },
+  unsupported,
   async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();
@@ -45,7 +41,7 @@ export async function findOnnxRuntime(host?: URL): Promise<RuntimeFinding> {
   const found = { name: onnxruntime.name, version: null, reason: null, remedy: null };
   try {
     await using runtime = new OnnxRuntime({ weights: "lazy", host });
-    return { ...found, available: true, ...(await runtime.start()) };
+    return { ...found, available: true, version: (await runtime.start()).version };
   } catch (error) {
     const { reason, remedy } = error instanceof InstallationError ? error : { reason: messageOf(error), remedy: null };
     return { ...found, available: false, reason, remedy };

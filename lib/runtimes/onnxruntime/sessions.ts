@@ -10,11 +10,11 @@ import type { HostSettings, SentGraph, Widening } from "./protocol.js";
  */
 export function sessionOptions(
   { root, widening }: Pick<SentGraph, "root"> & { readonly widening: Widening },
-  { provider = "cpu", threads }: Pick<HostSettings, "provider" | "threads">,
+  { provider = "cpu", deviceId = 0, threads }: Pick<HostSettings, "provider" | "deviceId" | "threads">,
 ): ort.InferenceSession.SessionOptions {
   const onDevice = provider !== "cpu";
   return {
-    executionProviders: [provider],
+    executionProviders: [provider === "cuda" ? { name: provider, deviceId } : provider],
     // Values that launches leave stay on the GPU. For CUDA onnxruntime-node has no such thing: there they come to the host.
     ...(provider === "webgpu" ? { preferredOutputLocation: "gpu-buffer" as const } : {}),
     executionMode: "sequential",

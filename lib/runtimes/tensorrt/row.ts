@@ -36,6 +36,8 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
       attention: "matmul",
       rmsNorm: "operator",
       tables: "stored",
+      sine: "operator",
+      patches: "conv",
     };
   };
 }
