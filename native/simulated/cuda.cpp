@@ -386,6 +386,16 @@ EXPORT CUresult cuCtxSetCurrent(CUctx_st* context) {
   return result;
 }
 
+EXPORT CUresult cuCtxGetCurrent(CUctx_st** context) {
+  *context = current;
+  return enter("cuCtxGetCurrent");
+}
+
+EXPORT CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return enterContext("cuCtxGetDevice");
+}
+
 EXPORT CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
   const CUresult result = enterContext("cuMemGetInfo");
   const std::lock_guard<std::mutex> lock(simulation().mutex);
@@ -507,6 +517,12 @@ EXPORT CUresult cuStreamEndCapture(CUstream_st* stream, CUgraph_st** graph) {
   *graph = captured.release();
   count(&SimulatedCounts::graphs, 1);
   return kSuccess;
+}
+
+EXPORT CUresult cuStreamIsCapturing(CUstream_st* stream, int* status) {
+  const CUresult result = enterContext("cuStreamIsCapturing");
+  if (result == kSuccess) *status = stream->capturing() ? 1 : 0;
+  return result;
 }
 
 EXPORT CUresult cuEventCreate(CUevent_st** event, unsigned) {

@@ -1,5 +1,6 @@
 // TensorRT's runtime, or TensorRT-RTX's: the three interfaces that the addon runs engines through, from the real
-// headers. A plan is a text that defines what the engine computes, so that a test can compute the same:
+// headers, on the simulated driver or on a real one (machine.h). A plan is a text that defines what the engine computes, so
+// that a test can compute the same:
 //
 //   flowturbo-simulated 1
 //   weights 65536                       bytes of device memory that the engine takes
@@ -15,26 +16,18 @@
 // An operand's element is that of the same row (the first dimension) and place in the row, both modulo what the operand
 // has: a tensor with one value a row, or one row, is broadcast. `v.u` and `v.c` are the first and second half of the rows
 // of v: the unconditional and the conditional velocities. Arithmetic is that of the output's type, rounded after each
-// operation. Formulas are computed in their order.
+// operation. Formulas are computed in their order. formula.h computes them.
 
-#include <chrono>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "simulated.h"
+#include "machine.h"
 #include "stubs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-
-// From the simulated driver.
-extern "C" int cuMemAlloc_v2(unsigned long long*, size_t);
-extern "C" int cuMemFree_v2(unsigned long long);
-extern "C" int cuMemsetD8Async(unsigned long long, unsigned char, size_t, CUstream_st*);
 
 namespace nvinfer1 {
 namespace {
@@ -53,8 +46,8 @@ struct Tensor {
 };
 
 struct Token {
-  enum class Kind { kOperand, kUnconditional, kConditional, kNumber, kAdd, kSubtract, kMultiply };
-  Kind kind = Kind::kNumber;
+  FormulaKind kind = kFormulaNumber;
+  // Of an operand.
   std::string name;
   double number = 0;
 };
@@ -96,23 +89,34 @@ uint64_t scratchBytes(const Plan& plan, const Shapes& shapes) {
 Token tokenOf(const std::string& word) {
   Token token;
   if (word == "+") {
-    token.kind = Token::Kind::kAdd;
+    token.kind = kFormulaAdd;
   } else if (word == "-") {
-    token.kind = Token::Kind::kSubtract;
+    token.kind = kFormulaSubtract;
   } else if (word == "*") {
-    token.kind = Token::Kind::kMultiply;
+    token.kind = kFormulaMultiply;
   } else {
     char* end = nullptr;
     token.number = std::strtod(word.c_str(), &end);
     if (*end == '\0') return token;
-    token.kind = Token::Kind::kOperand;
+    token.kind = kFormulaOperand;
     token.name = word;
     if (word.size() > 2 && word[word.size() - 2] == '.' && (word.back() == 'u' || word.back() == 'c')) {
-      token.kind = word.back() == 'u' ? Token::Kind::kUnconditional : Token::Kind::kConditional;
+      token.kind = word.back() == 'u' ? kFormulaUnconditional : kFormulaConditional;
       token.name = word.substr(0, word.size() - 2);
     }
   }
   return token;
+}
+
+// Throws std::exception for a formula that leaves no single value, or is too long for a kernel.
+void check(const Formula& formula) {
+  int depth = 0;
+  bool sound = formula.tokens.size() <= static_cast<size_t>(kFormulaTokens);
+  for (const Token& token : formula.tokens) {
+    depth += token.kind < kFormulaAdd ? 1 : -1;
+    sound = sound && depth > 0 && depth <= kFormulaDepth;
+  }
+  if (!sound || depth != 1) throw std::runtime_error("the formula of " + formula.to + " cannot be computed");
 }
 
 // Throws std::exception for a text that is no plan.
@@ -145,6 +149,7 @@ Plan parse(const std::string& text) {
       Formula formula;
       words >> formula.to;
       for (std::string word; words >> word;) formula.tokens.push_back(tokenOf(word));
+      check(formula);
       plan.formulas.push_back(formula);
     } else if (key == "profile") {
       Shapes shapes;
@@ -163,18 +168,12 @@ Plan parse(const std::string& text) {
   return plan;
 }
 
-// A tensor in memory while a kernel runs.
+// A tensor in memory, bound for a launch.
 struct View {
   DataType type = DataType::kFLOAT;
   void* data = nullptr;
   uint64_t rows = 1;
   uint64_t rowElements = 1;
-
-  template <typename Number>
-  Number at(uint64_t index) const {
-    if (type == DataType::kINT64) return static_cast<Number>(static_cast<const int64_t*>(data)[index]);
-    return static_cast<Number>(static_cast<const float*>(data)[index]);
-  }
 };
 
 View viewOf(DataType type, void* data, const std::vector<int64_t>& shape) {
@@ -186,66 +185,26 @@ View viewOf(DataType type, void* data, const std::vector<int64_t>& shape) {
   return view;
 }
 
-struct Kernel {
-  std::shared_ptr<const Plan> plan;
-  std::map<std::string, View> views;
-  uint8_t* weights = nullptr;
-
-  void run() const {
-    const auto start = std::chrono::steady_clock::now();
-    for (const Formula& formula : plan->formulas) {
-      const View& to = views.at(formula.to);
-      if (to.type == DataType::kINT64)
-        compute<int64_t>(formula, to);
-      else
-        compute<float>(formula, to);
-    }
-    if (plan->weights > 0 && (weights[0] != 0x5a || weights[plan->weights - 1] != 0x5a))
-      simulatedReportViolation("an engine's weights were overwritten");
-    if (plan->microseconds > 0)
-      std::this_thread::sleep_until(start + std::chrono::microseconds(plan->microseconds));
+FormulaLaunch launchOf(const Formula& formula, const std::map<std::string, View>& views) {
+  const View& to = views.at(formula.to);
+  FormulaLaunch launch{};
+  launch.to = to.data;
+  launch.rows = to.rows;
+  launch.rowElements = to.rowElements;
+  launch.integer = to.type == DataType::kINT64;
+  for (const Token& token : formula.tokens) {
+    FormulaToken& filled = launch.tokens[launch.count++];
+    filled.kind = token.kind;
+    filled.number = token.number;
+    if (token.name.empty()) continue;
+    const View& view = views.at(token.name);
+    filled.integer = view.type == DataType::kINT64;
+    filled.data = view.data;
+    filled.rows = view.rows;
+    filled.rowElements = view.rowElements;
   }
-
-  template <typename Number>
-  void compute(const Formula& formula, const View& to) const {
-    std::vector<const View*> operands;
-    for (const Token& token : formula.tokens)
-      operands.push_back(token.name.empty() ? nullptr : &views.at(token.name));
-    std::vector<Number> stack;
-    for (uint64_t row = 0; row < to.rows; row++)
-      for (uint64_t place = 0; place < to.rowElements; place++) {
-        stack.clear();
-        for (size_t index = 0; index < formula.tokens.size(); index++) {
-          const Token& token = formula.tokens[index];
-          const View* view = operands[index];
-          switch (token.kind) {
-            case Token::Kind::kNumber:
-              stack.push_back(static_cast<Number>(token.number));
-              continue;
-            case Token::Kind::kOperand:
-              stack.push_back(view->at<Number>(row % view->rows * view->rowElements + place % view->rowElements));
-              continue;
-            case Token::Kind::kUnconditional:
-            case Token::Kind::kConditional: {
-              const uint64_t half = view->rows / 2;
-              const uint64_t from = row % half + (token.kind == Token::Kind::kConditional ? half : 0);
-              stack.push_back(view->at<Number>(from * view->rowElements + place % view->rowElements));
-              continue;
-            }
-            default:
-              break;
-          }
-          const Number second = stack.back();
-          stack.pop_back();
-          Number& first = stack.back();
-          if (token.kind == Token::Kind::kAdd) first = static_cast<Number>(first + second);
-          if (token.kind == Token::Kind::kSubtract) first = static_cast<Number>(first - second);
-          if (token.kind == Token::Kind::kMultiply) first = static_cast<Number>(first * second);
-        }
-        static_cast<Number*>(to.data)[row * to.rowElements + place] = stack.back();
-      }
-  }
-};
+  return launch;
+}
 
 Dims dimsOf(const std::vector<int64_t>& shape) {
   Dims dims{};
@@ -307,13 +266,13 @@ class Engine final : public EngineStub {
  public:
   Engine(ILogger& logger, std::shared_ptr<const Plan> plan, unsigned long long weights)
       : logger(logger), plan(std::move(plan)), weights(weights) {
-    simulatedCount(kSimulatedEngine, 1);
-    simulatedDeserialised();
+    machine::count(machine::Object::kEngine, 1);
+    machine::deserialised();
   }
   ~Engine() noexcept override {
-    if (contexts > 0) simulatedReportViolation("an engine was destroyed before its contexts");
-    if (weights != 0) cuMemFree_v2(weights);
-    simulatedCount(kSimulatedEngine, -1);
+    if (contexts > 0) machine::violate("an engine was destroyed before its contexts");
+    if (weights != 0) machine::release(weights);
+    machine::count(machine::Object::kEngine, -1);
   }
 
   int32_t getNbIOTensors() const noexcept override { return static_cast<int32_t>(plan->tensors.size()); }
@@ -334,7 +293,7 @@ class Engine final : public EngineStub {
     return static_cast<int64_t>(scratchBytes(*plan, plan->profiles[static_cast<size_t>(profile)]));
   }
   IRuntimeConfig* createRuntimeConfig() noexcept override {
-    return simulatedEnter("createRuntimeConfig") == 0 ? new RuntimeConfig() : nullptr;
+    return machine::enter("createRuntimeConfig") == 0 ? new RuntimeConfig() : nullptr;
   }
   IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig* config) noexcept override {
     return create(config->getExecutionContextAllocationStrategy());
@@ -350,24 +309,24 @@ class Engine final : public EngineStub {
 
  private:
   IExecutionContext* create(ExecutionContextAllocationStrategy strategy) {
-    if (simulatedEnter("createExecutionContext") != 0) return nullptr;
+    if (machine::enter("createExecutionContext") != 0) return nullptr;
     if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED)
-      simulatedReportViolation("a context with scratch memory of its own");
+      machine::violate("a context with scratch memory of its own");
     unsigned long long memory = 0;
-    if (cuMemAlloc_v2(&memory, kContextBytes) != 0) return nullptr;
+    if (machine::allocate(&memory, kContextBytes) != 0) return nullptr;
     return new Context(*this, memory);
   }
 };
 
 Context::Context(Engine& engine, unsigned long long memory) : engine_(engine), memory_(memory) {
   engine_.contexts++;
-  simulatedCount(kSimulatedExecutionContext, 1);
+  machine::count(machine::Object::kExecutionContext, 1);
 }
 
 Context::~Context() noexcept {
-  cuMemFree_v2(memory_);
+  machine::release(memory_);
   engine_.contexts--;
-  simulatedCount(kSimulatedExecutionContext, -1);
+  machine::count(machine::Object::kExecutionContext, -1);
 }
 
 bool Context::refuse(const std::string& why) const {
@@ -376,15 +335,15 @@ bool Context::refuse(const std::string& why) const {
 }
 
 bool Context::setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept {
-  if (simulatedEnter("setOptimizationProfileAsync") != 0) return refuse("the profile could not be set");
+  if (machine::enter("setOptimizationProfileAsync") != 0) return refuse("the profile could not be set");
   if (profile < 0 || profile >= engine_.getNbOptimizationProfiles()) return refuse("no such profile");
   profile_ = profile;
   // The upload of the profile's resources.
-  return cuMemsetD8Async(memory_, 1, kContextBytes, stream) == 0;
+  return machine::fillAsync(memory_, 1, kContextBytes, stream) == 0;
 }
 
 bool Context::setInputShape(char const* name, Dims const& dims) noexcept {
-  if (simulatedEnter("setInputShape") != 0) return refuse("the shape could not be set");
+  if (machine::enter("setInputShape") != 0) return refuse("the shape could not be set");
   const std::vector<int64_t> shape(dims.d, dims.d + dims.nbDims);
   if (shape != engine_.plan->profiles[static_cast<size_t>(profile_)].at(name))
     return refuse(std::string("the shape of ") + name + " is outside of the profile");
@@ -403,7 +362,7 @@ Dims Context::getTensorShape(char const* name) const noexcept {
 }
 
 bool Context::setTensorAddress(char const* name, void* data) noexcept {
-  if (simulatedEnter("setTensorAddress") != 0) return refuse("the address could not be set");
+  if (machine::enter("setTensorAddress") != 0) return refuse("the address could not be set");
   if (engine_.plan->find(name) == nullptr) return refuse(std::string("no tensor ") + name);
   if (reinterpret_cast<uintptr_t>(data) % kAlignment != 0) return refuse(std::string(name) + " is not aligned");
   addresses_[name] = data;
@@ -411,15 +370,13 @@ bool Context::setTensorAddress(char const* name, void* data) noexcept {
 }
 
 bool Context::enqueueV3(cudaStream_t stream) noexcept {
-  if (simulatedEnter("enqueueV3") != 0) return refuse("the launch failed");
-  const bool capturing = simulatedIsCapturing(stream);
+  if (machine::enter("enqueueV3") != 0) return refuse("the launch failed");
+  const bool capturing = machine::isCapturing(stream);
   if (capturing && !warm_) return refuse("a context must have run before it is captured");
   warm_ = true;
   const Plan& plan = *engine_.plan;
   const Shapes& shapes = plan.profiles[static_cast<size_t>(profile_)];
-  auto kernel = std::make_unique<Kernel>();
-  kernel->plan = engine_.plan;
-  kernel->weights = reinterpret_cast<uint8_t*>(engine_.weights);
+  std::map<std::string, View> views;
 
   // 1. Every operand is bound and lies on the device, and no output overlaps another operand.
   struct Used {
@@ -429,11 +386,11 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
   };
   std::vector<Used> used;
   const auto use = [&](const std::string& name, void* address, uint64_t bytes, bool written) {
-    if (!simulatedIsDevice(address, bytes)) simulatedReportViolation(("no device memory for " + name).c_str());
+    if (!machine::isDevice(address, bytes, capturing)) machine::violate(("no device memory for " + name).c_str());
     const Used mine{reinterpret_cast<uintptr_t>(address), reinterpret_cast<uintptr_t>(address) + bytes, written};
     for (const Used& other : used)
       if ((mine.written || other.written) && mine.begin < other.end && other.begin < mine.end)
-        simulatedReportViolation(("memory of " + name + " is used twice").c_str());
+        machine::violate(("memory of " + name + " is used twice").c_str());
     used.push_back(mine);
   };
   for (const Tensor& tensor : plan.tensors) {
@@ -441,7 +398,7 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
     if (address == addresses_.end()) return refuse(tensor.name + " has no address");
     const std::vector<int64_t>& shape = shapes.at(tensor.name);
     use(tensor.name, address->second, elements(shape) * tensor.elementBytes(), !tensor.input);
-    kernel->views[tensor.name] = viewOf(tensor.type, address->second, shape);
+    views[tensor.name] = viewOf(tensor.type, address->second, shape);
   }
 
   // 2. Scratch memory.
@@ -452,30 +409,41 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
   }
   auto* at = static_cast<uint8_t*>(scratch_);
   for (const auto& [name, like] : plan.temporaries) {
-    kernel->views[name] = viewOf(DataType::kFLOAT, at, shapes.at(like));
+    views[name] = viewOf(DataType::kFLOAT, at, shapes.at(like));
     at += aligned(elements(shapes.at(like)) * 4);
   }
-  return simulatedLaunch(
-             stream, [](void* data) { static_cast<Kernel*>(data)->run(); }, kernel.release(),
-             [](void* data) { delete static_cast<Kernel*>(data); }) == 0;
+
+  // 3. The launch.
+  std::vector<FormulaLaunch> launches;
+  for (const Formula& formula : plan.formulas) {
+    launches.push_back(launchOf(formula, views));
+    launches.back().weights = reinterpret_cast<const unsigned char*>(engine_.weights);
+    launches.back().weightBytes = plan.weights;
+  }
+  if (!launches.empty()) launches[0].nanoseconds = static_cast<uint64_t>(plan.microseconds) * 1000;
+  return machine::launch(stream, std::move(launches)) == 0;
 }
 
 class Runtime final : public RuntimeStub {
  public:
-  explicit Runtime(ILogger& logger) : logger_(logger) { simulatedCount(kSimulatedRuntime, 1); }
-  ~Runtime() noexcept override { simulatedCount(kSimulatedRuntime, -1); }
+  explicit Runtime(ILogger& logger) : logger_(logger) { machine::count(machine::Object::kRuntime, 1); }
+  ~Runtime() noexcept override { machine::count(machine::Object::kRuntime, -1); }
 
   ICudaEngine* deserializeCudaEngine(void const* blob, std::size_t size) noexcept override {
     const auto refuse = [&](const std::string& why) {
       logger_.log(ILogger::Severity::kERROR, ("simulated: the plan was refused: " + why).c_str());
       return nullptr;
     };
-    if (simulatedEnter("deserializeCudaEngine") != 0) return refuse("it was to fail");
+    if (machine::enter("deserializeCudaEngine") != 0) return refuse("it was to fail");
     try {
       auto plan = std::make_shared<const Plan>(parse(std::string(static_cast<const char*>(blob), size)));
       unsigned long long weights = 0;
-      if (plan->weights > 0 && cuMemAlloc_v2(&weights, plan->weights) != 0) return refuse("out of memory");
-      if (weights != 0) std::memset(reinterpret_cast<void*>(weights), 0x5a, plan->weights);
+      const int allocated = plan->weights > 0 ? machine::allocate(&weights, plan->weights) : 0;
+      if (allocated != 0) return refuse(allocated == 2 ? "out of memory" : "its weights have no memory");
+      if (weights != 0 && machine::fill(weights, kFormulaWeight, plan->weights) != 0) {
+        machine::release(weights);
+        return refuse("its weights could not be copied");
+      }
       return new Engine(logger_, std::move(plan), weights);
     } catch (const std::exception& error) {
       return refuse(error.what());
@@ -502,8 +470,11 @@ EXPORT int32_t getInferLibBuildVersion() noexcept { return TRT_BUILD_ENTERPRISE;
 #endif
 
 EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
-  if (simulatedEnter("createInferRuntime") != 0) return nullptr;
-  return static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(*static_cast<nvinfer1::ILogger*>(logger)));
+  if (machine::enter("createInferRuntime") != 0) return nullptr;
+  auto& log = *static_cast<nvinfer1::ILogger*>(logger);
+  const std::string why = machine::open();
+  if (!why.empty()) log.log(nvinfer1::ILogger::Severity::kERROR, ("simulated: " + why).c_str());
+  return why.empty() ? static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(log)) : nullptr;
 }
 
 // The simulation builds no engines: tests that build use the real library.

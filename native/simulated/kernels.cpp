@@ -1,0 +1,152 @@
+// The simulated driver's modules and kernels, for the stand-in (on_driver.cpp). It knows one kernel, by its name, and
+// computes on the host what formula.cu computes on a GPU, thread by thread, in the order of the stream. The text of the
+// module is checked as far as a driver would refuse it: its version, its target and the size of the kernel's parameter.
+//
+// Faults for tests of what has to notice them, from the environment:
+//   FLOWTURBO_SIMULATED_WRONG_BIT=N     the Nth kernel's last element differs in its lowest bit
+//   FLOWTURBO_SIMULATED_LOST_AT=N       the device is lost at the Nth kernel
+//   FLOWTURBO_SIMULATED_NO_CAPTURE=1    a kernel cannot be captured
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <regex>
+#include <string>
+#include <thread>
+
+#include "formula.h"
+#include "simulated.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+struct CUfunc_st {
+  std::string name;
+};
+
+struct CUmod_st {
+  // Bytes of the parameter of each kernel.
+  std::map<std::string, CUfunc_st> functions;
+};
+
+namespace {
+
+constexpr int kSuccess = 0;
+constexpr int kInvalidValue = 1;
+constexpr int kInvalidPtx = 218;
+constexpr int kUnsupportedPtxVersion = 222;
+constexpr int kNotFound = 500;
+constexpr int kCaptureUnsupported = 900;
+constexpr int kLaunchFailed = 719;
+constexpr int kPointerMemoryType = 2;
+constexpr unsigned kMemoryOfDevice = 2;
+// Of CUDA 13.0, whose driver this one is.
+constexpr double kNewestPtx = 9.0;
+
+uint64_t fromEnvironment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? 0 : std::strtoull(value, nullptr, 10);
+}
+
+struct Faults {
+  const uint64_t wrongBit = fromEnvironment("FLOWTURBO_SIMULATED_WRONG_BIT");
+  const bool noCapture = fromEnvironment("FLOWTURBO_SIMULATED_NO_CAPTURE") != 0;
+
+  Faults() {
+    const uint64_t lostAt = fromEnvironment("FLOWTURBO_SIMULATED_LOST_AT");
+    if (lostAt > 0) simulatedFailKernel(lostAt, kLaunchFailed);
+  }
+};
+
+const Faults& faults() {
+  static const Faults read;
+  return read;
+}
+
+struct Launched {
+  FormulaLaunch formula;
+  uint64_t threads;
+};
+
+uint64_t bytesOf(uint64_t rows, uint64_t rowElements, int integer) { return rows * rowElements * (integer ? 8 : 4); }
+
+// Whether everything that the kernel touches lies on the device.
+bool isSound(const FormulaLaunch& formula) {
+  const auto on = [](const void* data, uint64_t bytes) { return bytes > 0 && simulatedIsDevice(data, bytes); };
+  bool sound = on(formula.to, bytesOf(formula.rows, formula.rowElements, formula.integer)) && formula.count > 0 &&
+               formula.count <= kFormulaTokens;
+  if (formula.weightBytes > 0) sound = sound && on(formula.weights, formula.weightBytes);
+  for (int index = 0; sound && index < formula.count; index++) {
+    const FormulaToken& token = formula.tokens[index];
+    if (token.kind == kFormulaNumber || token.kind >= kFormulaAdd) continue;
+    sound = on(token.data, bytesOf(token.rows, token.rowElements, token.integer));
+  }
+  return sound;
+}
+
+void compute(const Launched& launched) {
+  const FormulaLaunch& formula = launched.formula;
+  if (!isSound(formula)) return simulatedReportViolation("a kernel on memory that was freed");
+  if (formula.nanoseconds > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(formula.nanoseconds));
+  const uint64_t elements = formula.rows * formula.rowElements;
+  for (uint64_t thread = 0; thread < std::min(launched.threads, elements); thread++)
+    formulaThread(formula, thread, launched.threads);
+  if (formulaSpoiled(formula)) simulatedReportViolation("an engine's weights were overwritten");
+  if (faults().wrongBit > 0 && simulatedCounts().kernels == faults().wrongBit)
+    static_cast<uint8_t*>(formula.to)[bytesOf(elements - 1, 1, formula.integer)] ^= 1;
+}
+
+}  // namespace
+
+EXPORT int cuModuleLoadData(CUmod_st** module, const void* image) {
+  const int result = simulatedEnter("cuModuleLoadData");
+  if (result != kSuccess) return result;
+  const std::string text = static_cast<const char*>(image);
+  std::smatch match;
+  if (!std::regex_search(text, match, std::regex(R"(\n\.version (\d+\.\d+)\s+\.target sm_\d+\s)"))) return kInvalidPtx;
+  if (std::stod(match[1]) > kNewestPtx) return kUnsupportedPtxVersion;
+  auto* loaded = new CUmod_st();
+  const std::regex entry(R"(\.entry (\w+)\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\))");
+  for (auto found = std::sregex_iterator(text.begin(), text.end(), entry); found != std::sregex_iterator(); ++found) {
+    const std::string name = (*found)[1];
+    if (name == FORMULA_KERNEL && std::stoul((*found)[2]) != sizeof(FormulaLaunch))
+      simulatedReportViolation("the kernel's parameter has another size");
+    loaded->functions[name] = CUfunc_st{name};
+  }
+  *module = loaded;
+  return kSuccess;
+}
+
+EXPORT int cuModuleGetFunction(CUfunc_st** function, CUmod_st* module, const char* name) {
+  const int result = simulatedEnter("cuModuleGetFunction");
+  if (result != kSuccess) return result;
+  const auto found = module->functions.find(name);
+  if (found == module->functions.end()) return kNotFound;
+  *function = &found->second;
+  return kSuccess;
+}
+
+EXPORT int cuLaunchKernel(CUfunc_st* function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
+                          unsigned blockY, unsigned blockZ, unsigned, CUstream_st* stream, void** parameters, void**) {
+  const int result = simulatedEnter("cuLaunchKernel");
+  if (result != kSuccess) return result;
+  if (faults().noCapture && simulatedIsCapturing(stream)) return kCaptureUnsupported;
+  const bool isLine = gridX > 0 && blockX > 0 && blockX <= 1024 && gridY == 1 && gridZ == 1 && blockY == 1 && blockZ == 1;
+  const auto* formula = static_cast<const FormulaLaunch*>(parameters[0]);
+  if (!isLine || function->name != FORMULA_KERNEL || !isSound(*formula)) {
+    simulatedReportViolation("cuLaunchKernel");
+    return kInvalidValue;
+  }
+  return simulatedLaunch(
+      stream, [](void* data) { compute(*static_cast<Launched*>(data)); },
+      new Launched{*formula, uint64_t{gridX} * blockX}, [](void* data) { delete static_cast<Launched*>(data); });
+}
+
+EXPORT int cuPointerGetAttribute(void* value, int attribute, unsigned long long address) {
+  const int result = simulatedEnter("cuPointerGetAttribute");
+  if (result != kSuccess) return result;
+  if (attribute != kPointerMemoryType || !simulatedIsDevice(reinterpret_cast<const void*>(address), 1)) return kInvalidValue;
+  std::memcpy(value, &kMemoryOfDevice, sizeof kMemoryOfDevice);
+  return kSuccess;
+}
