@@ -5,6 +5,7 @@
 // Faults for tests of what has to notice them, from the environment:
 //   FLOWTURBO_SIMULATED_WRONG_BIT=N     the Nth kernel's last element differs in its lowest bit
 //   FLOWTURBO_SIMULATED_LOST_AT=N       the device is lost at the Nth kernel
+//   FLOWTURBO_SIMULATED_HANG_AT=N       the Nth kernel never ends
 //   FLOWTURBO_SIMULATED_NO_CAPTURE=1    a kernel cannot be captured
 
 #include <algorithm>
@@ -26,7 +27,6 @@ struct CUfunc_st {
 };
 
 struct CUmod_st {
-  // Bytes of the parameter of each kernel.
   std::map<std::string, CUfunc_st> functions;
 };
 
@@ -51,6 +51,7 @@ uint64_t fromEnvironment(const char* name) {
 
 struct Faults {
   const uint64_t wrongBit = fromEnvironment("FLOWTURBO_SIMULATED_WRONG_BIT");
+  const uint64_t hangAt = fromEnvironment("FLOWTURBO_SIMULATED_HANG_AT");
   const bool noCapture = fromEnvironment("FLOWTURBO_SIMULATED_NO_CAPTURE") != 0;
 
   Faults() {
@@ -86,9 +87,10 @@ bool isSound(const FormulaLaunch& formula) {
 }
 
 void compute(const Launched& launched) {
-  const FormulaLaunch& formula = launched.formula;
-  if (!isSound(formula)) return simulatedReportViolation("a kernel on memory that was freed");
+  if (!isSound(launched.formula)) return simulatedReportViolation("a kernel on memory that was freed");
+  const FormulaLaunch formula = formulaMapped(launched.formula, simulatedHost);
   if (formula.nanoseconds > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(formula.nanoseconds));
+  if (faults().hangAt > 0 && simulatedCounts().kernels == faults().hangAt) std::this_thread::sleep_for(std::chrono::hours(1));
   const uint64_t elements = formula.rows * formula.rowElements;
   for (uint64_t thread = 0; thread < std::min(launched.threads, elements); thread++)
     formulaThread(formula, thread, launched.threads);

@@ -2,7 +2,10 @@
 // without a GPU, where calls can be made to fail and everything is counted; and on_driver.cpp, for a real one.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,5 +36,28 @@ bool isCapturing(CUstream_st* stream);
 bool isDevice(const void* address, size_t bytes, bool capturing);
 // Queues formulas, one after the other.
 int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas);
+
+// A context's memory of the addresses of its operands, by the number of the telling. A real driver is not asked: there it
+// is the library's own affair.
+struct Bindings {
+  std::atomic<uint64_t> known{0};
+  std::atomic<bool> gone{false};
+};
+// In the order of the stream: the context is told new addresses; what is launched next was bound when it had been told so
+// often, and runs with other addresses if that is not so by then.
+int tell(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number);
+int expect(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number);
+
+// A stream of the library's own, which a launch uses beside the caller's.
+class SideStream {
+ public:
+  virtual ~SideStream() = default;
+  virtual CUstream_st* stream() = 0;
+  // It waits for what the caller's stream has been given, and later the caller's stream waits for it.
+  virtual int fork(CUstream_st* from) = 0;
+  virtual int join(CUstream_st* to) = 0;
+};
+// Null where the driver refuses.
+std::unique_ptr<SideStream> openSideStream();
 
 }  // namespace machine

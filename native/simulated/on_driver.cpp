@@ -16,6 +16,7 @@
 #include "machine.h"
 
 struct CUctx_st;
+struct CUevent_st;
 struct CUfunc_st;
 struct CUmod_st;
 
@@ -23,6 +24,7 @@ namespace machine {
 namespace {
 
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr unsigned kEventDisableTiming = 2;
 constexpr int kPointerMemoryType = 2;
 constexpr unsigned kMemoryOfDevice = 2;
 constexpr int kUninitialised = 3;
@@ -43,6 +45,10 @@ struct Driver {
   int (*cuStreamDestroy)(CUstream_st*) = nullptr;
   int (*cuStreamIsCapturing)(CUstream_st*, int*) = nullptr;
   int (*cuStreamSynchronize)(CUstream_st*) = nullptr;
+  int (*cuStreamWaitEvent)(CUstream_st*, CUevent_st*, unsigned) = nullptr;
+  int (*cuEventCreate)(CUevent_st**, unsigned) = nullptr;
+  int (*cuEventDestroy)(CUevent_st*) = nullptr;
+  int (*cuEventRecordWithFlags)(CUevent_st*, CUstream_st*, unsigned) = nullptr;
   int (*cuGetErrorString)(int, const char**) = nullptr;
   // What is missing, or "".
   std::string lacks;
@@ -74,6 +80,10 @@ Driver load() {
   find(table.cuStreamDestroy, "cuStreamDestroy_v2");
   find(table.cuStreamIsCapturing, "cuStreamIsCapturing");
   find(table.cuStreamSynchronize, "cuStreamSynchronize");
+  find(table.cuStreamWaitEvent, "cuStreamWaitEvent");
+  find(table.cuEventCreate, "cuEventCreate");
+  find(table.cuEventDestroy, "cuEventDestroy_v2");
+  find(table.cuEventRecordWithFlags, "cuEventRecordWithFlags");
   find(table.cuGetErrorString, "cuGetErrorString");
   return table;
 }
@@ -217,6 +227,44 @@ int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas) {
     if (result != 0) return result;
   }
   return 0;
+}
+
+int tell(CUstream_st*, const std::shared_ptr<Bindings>&, uint64_t) { return 0; }
+int expect(CUstream_st*, const std::shared_ptr<Bindings>&, uint64_t) { return 0; }
+
+namespace {
+
+class DriverStream final : public SideStream {
+ public:
+  ~DriverStream() override {
+    if (stream_ != nullptr) driver().cuStreamDestroy(stream_);
+    for (CUevent_st* event : {forked_, joined_})
+      if (event != nullptr) driver().cuEventDestroy(event);
+  }
+  bool open() {
+    return driver().cuStreamCreate(&stream_, kStreamNonBlocking) == 0 && driver().cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
+           driver().cuEventCreate(&joined_, kEventDisableTiming) == 0;
+  }
+  CUstream_st* stream() override { return stream_; }
+  int fork(CUstream_st* from) override { return follow(stream_, from, forked_); }
+  int join(CUstream_st* to) override { return follow(to, stream_, joined_); }
+
+ private:
+  static int follow(CUstream_st* after, CUstream_st* before, CUevent_st* event) {
+    const int result = driver().cuEventRecordWithFlags(event, before, 0);
+    return result != 0 ? result : driver().cuStreamWaitEvent(after, event, 0);
+  }
+
+  CUstream_st* stream_ = nullptr;
+  CUevent_st* forked_ = nullptr;
+  CUevent_st* joined_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<SideStream> openSideStream() {
+  auto opened = std::make_unique<DriverStream>();
+  return opened->open() ? std::move(opened) : nullptr;
 }
 
 }  // namespace machine

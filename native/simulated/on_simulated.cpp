@@ -8,19 +8,31 @@
 #include "machine.h"
 #include "simulated.h"
 
+struct CUevent_st;
+
 extern "C" int cuMemAlloc_v2(unsigned long long*, size_t);
 extern "C" int cuMemFree_v2(unsigned long long);
 extern "C" int cuMemsetD8Async(unsigned long long, unsigned char, size_t, CUstream_st*);
+extern "C" int cuStreamCreate(CUstream_st**, unsigned);
+extern "C" int cuStreamDestroy_v2(CUstream_st*);
+extern "C" int cuStreamWaitEvent(CUstream_st*, CUevent_st*, unsigned);
+extern "C" int cuEventCreate(CUevent_st**, unsigned);
+extern "C" int cuEventDestroy_v2(CUevent_st*);
+extern "C" int cuEventRecordWithFlags(CUevent_st*, CUstream_st*, unsigned);
 
 namespace machine {
 namespace {
+
+constexpr unsigned kStreamNonBlocking = 1;
+constexpr unsigned kEventDisableTiming = 2;
 
 using Formulas = std::vector<FormulaLaunch>;
 
 void compute(const Formulas& formulas) {
   const auto start = std::chrono::steady_clock::now();
   uint64_t nanoseconds = 0;
-  for (const FormulaLaunch& formula : formulas) {
+  for (const FormulaLaunch& onDevice : formulas) {
+    const FormulaLaunch formula = formulaMapped(onDevice, simulatedHost);
     formulaThread(formula, 0, 1);
     if (formulaSpoiled(formula)) simulatedReportViolation("an engine's weights were overwritten");
     nanoseconds += formula.nanoseconds;
@@ -47,7 +59,7 @@ int allocate(unsigned long long* address, size_t bytes) { return cuMemAlloc_v2(a
 void release(unsigned long long address) { cuMemFree_v2(address); }
 
 int fill(unsigned long long address, unsigned char value, size_t bytes) {
-  std::memset(reinterpret_cast<void*>(address), value, bytes);
+  std::memset(simulatedHost(reinterpret_cast<void*>(address)), value, bytes);
   return 0;
 }
 
@@ -62,6 +74,77 @@ int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas) {
   return simulatedLaunch(
       stream, [](void* data) { compute(*static_cast<Formulas*>(data)); }, new Formulas(std::move(formulas)),
       [](void* data) { delete static_cast<Formulas*>(data); });
+}
+
+namespace {
+
+struct Telling {
+  std::shared_ptr<Bindings> bindings;
+  uint64_t number;
+};
+
+int queue(CUstream_st* stream, void (*run)(void*), const std::shared_ptr<Bindings>& bindings, uint64_t number) {
+  return simulatedQueue(stream, run, new Telling{bindings, number},
+                        [](void* data) { delete static_cast<Telling*>(data); });
+}
+
+}  // namespace
+
+int tell(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number) {
+  return queue(
+      stream,
+      [](void* data) {
+        const auto& telling = *static_cast<Telling*>(data);
+        telling.bindings->known = telling.number;
+      },
+      bindings, number);
+}
+
+int expect(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number) {
+  return queue(
+      stream,
+      [](void* data) {
+        const auto& telling = *static_cast<Telling*>(data);
+        if (telling.bindings->gone) simulatedReportViolation("a launch of a context that was destroyed");
+        if (telling.bindings->known != telling.number)
+          simulatedReportViolation("a launch with addresses that its context was told for another one");
+      },
+      bindings, number);
+}
+
+namespace {
+
+class DriverStream final : public SideStream {
+ public:
+  ~DriverStream() override {
+    if (stream_ != nullptr) cuStreamDestroy_v2(stream_);
+    for (CUevent_st* event : {forked_, joined_})
+      if (event != nullptr) cuEventDestroy_v2(event);
+  }
+  bool open() {
+    return cuStreamCreate(&stream_, kStreamNonBlocking) == 0 && cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
+           cuEventCreate(&joined_, kEventDisableTiming) == 0;
+  }
+  CUstream_st* stream() override { return stream_; }
+  int fork(CUstream_st* from) override { return follow(stream_, from, forked_); }
+  int join(CUstream_st* to) override { return follow(to, stream_, joined_); }
+
+ private:
+  static int follow(CUstream_st* after, CUstream_st* before, CUevent_st* event) {
+    const int result = cuEventRecordWithFlags(event, before, 0);
+    return result != 0 ? result : cuStreamWaitEvent(after, event, 0);
+  }
+
+  CUstream_st* stream_ = nullptr;
+  CUevent_st* forked_ = nullptr;
+  CUevent_st* joined_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<SideStream> openSideStream() {
+  auto opened = std::make_unique<DriverStream>();
+  return opened->open() ? std::move(opened) : nullptr;
 }
 
 }  // namespace machine

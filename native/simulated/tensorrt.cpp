@@ -5,6 +5,9 @@
 //   flowturbo-simulated 1
 //   weights 65536                       bytes of device memory that the engine takes
 //   microseconds 100                    that a launch takes at least
+//   context 1024                        bytes of device memory that an execution context takes
+//   first 512                           bytes that its first launch takes
+//   auxiliary                           a launch computes the first formula on a stream of the library's own
 //   input x f32                         in the order of the engine's tensors
 //   input sigma f32
 //   output y f32
@@ -33,7 +36,7 @@ namespace nvinfer1 {
 namespace {
 
 constexpr uint64_t kAlignment = 256;
-constexpr size_t kContextBytes = 1024;
+constexpr int kOutOfMemory = 2;
 
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -62,6 +65,9 @@ using Shapes = std::map<std::string, std::vector<int64_t>>;
 struct Plan {
   uint64_t weights = 0;
   int64_t microseconds = 0;
+  uint64_t contextBytes = 1024;
+  uint64_t firstBytes = 512;
+  bool auxiliary = false;
   std::vector<Tensor> tensors;
   std::vector<std::pair<std::string, std::string>> temporaries;
   std::vector<Formula> formulas;
@@ -133,6 +139,12 @@ Plan parse(const std::string& text) {
       words >> plan.weights;
     } else if (key == "microseconds") {
       words >> plan.microseconds;
+    } else if (key == "context") {
+      words >> plan.contextBytes;
+    } else if (key == "first") {
+      words >> plan.firstBytes;
+    } else if (key == "auxiliary") {
+      plan.auxiliary = true;
     } else if (key == "input" || key == "output") {
       Tensor tensor;
       std::string type;
@@ -213,6 +225,11 @@ Dims dimsOf(const std::vector<int64_t>& shape) {
   return dims;
 }
 
+// As TensorRT reports that the device's memory does not suffice.
+std::string outOfMemoryText(const std::string& where, uint64_t bytes) {
+  return where + ": Error Code 2: OutOfMemory (Requested size was " + std::to_string(bytes) + " bytes.)";
+}
+
 class Engine;
 
 class RuntimeConfig final : public RuntimeConfigStub {
@@ -241,6 +258,7 @@ class Context final : public ContextStub {
   Dims getTensorShape(char const* name) const noexcept override;
   bool setTensorAddress(char const* name, void* data) noexcept override;
   void setDeviceMemoryV2(void* memory, int64_t size) noexcept override {
+    if (reinterpret_cast<uintptr_t>(memory) % kAlignment != 0) machine::violate("scratch memory that is not aligned");
     scratch_ = memory;
     scratchBytes_ = size;
   }
@@ -251,9 +269,18 @@ class Context final : public ContextStub {
 
  private:
   bool refuse(const std::string& why) const;
+  bool takeOwnMemory();
 
   Engine& engine_;
   unsigned long long memory_;
+  // Since the first launch.
+  unsigned long long ownMemory_ = 0;
+  std::unique_ptr<machine::SideStream> side_;
+  // What the context's part of the device knows of the addresses. It is told when they change, in the order of the stream:
+  // a CUDA graph repeats what it was told while it was captured, and reads whatever is there otherwise.
+  const std::shared_ptr<machine::Bindings> bindings_ = std::make_shared<machine::Bindings>();
+  std::vector<void*> told_;
+  uint64_t tellings_ = 0;
   int32_t profile_ = 0;
   Shapes shapes_;
   std::map<std::string, void*> addresses_;
@@ -292,6 +319,8 @@ class Engine final : public EngineStub {
   int64_t getDeviceMemorySizeForProfileV2(int32_t profile) const noexcept override {
     return static_cast<int64_t>(scratchBytes(*plan, plan->profiles[static_cast<size_t>(profile)]));
   }
+  int64_t getEngineStat(EngineStat) const noexcept override { return static_cast<int64_t>(plan->weights); }
+  int32_t getNbAuxStreams() const noexcept override { return plan->auxiliary ? 1 : 0; }
   IRuntimeConfig* createRuntimeConfig() noexcept override {
     return machine::enter("createRuntimeConfig") == 0 ? new RuntimeConfig() : nullptr;
   }
@@ -313,7 +342,10 @@ class Engine final : public EngineStub {
     if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED)
       machine::violate("a context with scratch memory of its own");
     unsigned long long memory = 0;
-    if (machine::allocate(&memory, kContextBytes) != 0) return nullptr;
+    const int allocated = machine::allocate(&memory, plan->contextBytes);
+    if (allocated == kOutOfMemory)
+      logger.log(ILogger::Severity::kERROR, outOfMemoryText("createExecutionContext", plan->contextBytes).c_str());
+    if (allocated != 0) return nullptr;
     return new Context(*this, memory);
   }
 };
@@ -324,7 +356,10 @@ Context::Context(Engine& engine, unsigned long long memory) : engine_(engine), m
 }
 
 Context::~Context() noexcept {
+  // Its kernels must have run by now.
+  bindings_->gone = true;
   machine::release(memory_);
+  if (ownMemory_ != 0) machine::release(ownMemory_);
   engine_.contexts--;
   machine::count(machine::Object::kExecutionContext, -1);
 }
@@ -339,7 +374,7 @@ bool Context::setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) 
   if (profile < 0 || profile >= engine_.getNbOptimizationProfiles()) return refuse("no such profile");
   profile_ = profile;
   // The upload of the profile's resources.
-  return machine::fillAsync(memory_, 1, kContextBytes, stream) == 0;
+  return machine::fillAsync(memory_, 1, engine_.plan->contextBytes, stream) == 0;
 }
 
 bool Context::setInputShape(char const* name, Dims const& dims) noexcept {
@@ -369,10 +404,27 @@ bool Context::setTensorAddress(char const* name, void* data) noexcept {
   return true;
 }
 
+// The first launch allocates: not in a capture, where the driver forbids it.
+bool Context::takeOwnMemory() {
+  const Plan& plan = *engine_.plan;
+  if (plan.auxiliary && !side_) side_ = machine::openSideStream();
+  if (plan.auxiliary && !side_) return refuse("no stream could be made");
+  if (ownMemory_ != 0 || plan.firstBytes == 0) return true;
+  const int allocated = machine::allocate(&ownMemory_, plan.firstBytes);
+  if (allocated == 0) return true;
+  ownMemory_ = 0;
+  if (allocated == kOutOfMemory)
+    engine_.logger.log(ILogger::Severity::kERROR, outOfMemoryText("enqueueV3", plan.firstBytes).c_str());
+  else
+    refuse("an allocation answered " + std::to_string(allocated));
+  return false;
+}
+
 bool Context::enqueueV3(cudaStream_t stream) noexcept {
   if (machine::enter("enqueueV3") != 0) return refuse("the launch failed");
   const bool capturing = machine::isCapturing(stream);
-  if (capturing && !warm_) return refuse("a context must have run before it is captured");
+  if (!takeOwnMemory()) return false;
+  if (capturing && !warm_) return refuse("a context must have run with its shapes before it is captured");
   warm_ = true;
   const Plan& plan = *engine_.plan;
   const Shapes& shapes = plan.profiles[static_cast<size_t>(profile_)];
@@ -421,7 +473,24 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
     launches.back().weightBytes = plan.weights;
   }
   if (!launches.empty()) launches[0].nanoseconds = static_cast<uint64_t>(plan.microseconds) * 1000;
-  return machine::launch(stream, std::move(launches)) == 0;
+  std::vector<void*> addresses{scratch_};
+  for (const Tensor& tensor : plan.tensors) addresses.push_back(addresses_.at(tensor.name));
+  int result = 0;
+  if (addresses != told_) {
+    told_ = std::move(addresses);
+    result = machine::tell(stream, bindings_, ++tellings_);
+  }
+  if (result == 0) result = machine::expect(stream, bindings_, tellings_);
+  if (result == 0 && plan.auxiliary && !launches.empty()) {
+    result = side_->fork(stream);
+    if (result == 0) result = machine::launch(side_->stream(), {launches.front()});
+    if (result == 0) result = side_->join(stream);
+    launches.erase(launches.begin());
+  }
+  if (result == 0) result = machine::launch(stream, std::move(launches));
+  if (result == 0) return true;
+  told_.clear();
+  return refuse("the driver answered " + std::to_string(result));
 }
 
 class Runtime final : public RuntimeStub {
@@ -439,7 +508,9 @@ class Runtime final : public RuntimeStub {
       auto plan = std::make_shared<const Plan>(parse(std::string(static_cast<const char*>(blob), size)));
       unsigned long long weights = 0;
       const int allocated = plan->weights > 0 ? machine::allocate(&weights, plan->weights) : 0;
-      if (allocated != 0) return refuse(allocated == 2 ? "out of memory" : "its weights have no memory");
+      if (allocated != 0)
+        return refuse(allocated == kOutOfMemory ? outOfMemoryText("deserializeCudaEngine", plan->weights)
+                                                : "its weights have no memory");
       if (weights != 0 && machine::fill(weights, kFormulaWeight, plan->weights) != 0) {
         machine::release(weights);
         return refuse("its weights could not be copied");
@@ -470,7 +541,8 @@ EXPORT int32_t getInferLibBuildVersion() noexcept { return TRT_BUILD_ENTERPRISE;
 #endif
 
 EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
-  if (machine::enter("createInferRuntime") != 0) return nullptr;
+  // As TensorRT 11.2 answers without a driver: a base class's offset, added to null.
+  if (machine::enter("createInferRuntime") != 0) return reinterpret_cast<void*>(0x228);
   auto& log = *static_cast<nvinfer1::ILogger*>(logger);
   const std::string why = machine::open();
   if (!why.empty()) log.log(nvinfer1::ILogger::Severity::kERROR, ("simulated: " + why).c_str());

@@ -18,6 +18,9 @@ export interface ClosedForm {
   readonly microseconds?: number;
   /** Bytes of device memory that the engine takes. */
   readonly weights?: number;
+  /** Of an execution context, and of its first launch, on the simulated device. */
+  readonly contextBytes?: number;
+  readonly firstBytes?: number;
 }
 
 /** Of the graphs below, and of those that tests add. */

@@ -35,6 +35,9 @@ export interface Counts {
   readonly graphLaunches: number;
   readonly deserialised: number;
   readonly violations: number;
+  readonly captures: number;
+  readonly spins: number;
+  readonly interrupts: number;
 }
 
 interface Control {
@@ -46,6 +49,7 @@ interface Control {
   failed(): string;
   violation(): string;
   capacity(bytes: number): void;
+  refuseCaptures(refuse: boolean): void;
   hold(): void;
   let(count: number): void;
 }
@@ -79,6 +83,8 @@ export function planText(form: ClosedForm, profiles: readonly ProfileShapes[]): 
     "flowturbo-simulated 1",
     `weights ${form.weights ?? 0}`,
     `microseconds ${form.microseconds ?? 0}`,
+    `context ${form.contextBytes ?? 1024}`,
+    `first ${form.firstBytes ?? 512}`,
     ...Object.entries(form.inputs).map(([name, dtype]) => `input ${name} ${types[dtype]}`),
     ...outputs.map((name) => `output ${name} ${types[form.dtype ?? "float32"]}`),
     ...Object.entries(form.temporaries ?? {}).map(([name, like]) => `temporary ${name} ${like}`),
