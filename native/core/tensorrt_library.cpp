@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -36,7 +37,9 @@ void findBuilderResource(const SharedLibrary& core, const std::string& path) {
   // Where it lies elsewhere, the loader may find it as it finds everything else.
   if (!present) return;
   auto* tell = reinterpret_cast<bool (*)(const char*)>(core.find("setInternalLibraryPath"));
-  if (tell != nullptr) tell(folder.c_str());
+  // Absolute, since the process may change its folder before it builds.
+  const std::unique_ptr<char, void (*)(void*)> absolute(realpath(folder.c_str(), nullptr), std::free);
+  if (tell != nullptr && absolute) tell(absolute.get());
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 //   microseconds 100                    that a launch takes at least
 //   context 1024                        bytes of device memory that an execution context takes
 //   first 512                           bytes that its first launch takes
+//   each 64                             bytes that each launch takes and frees
 //   auxiliary                           a launch computes the first formula on a stream of the library's own
 //   input x f32                         in the order of the engine's tensors
 //   input sigma f32
@@ -28,6 +29,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "resource.h"
 #include "stubs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -67,6 +69,7 @@ struct Plan {
   int64_t microseconds = 0;
   uint64_t contextBytes = 1024;
   uint64_t firstBytes = 512;
+  uint64_t eachBytes = 0;
   bool auxiliary = false;
   std::vector<Tensor> tensors;
   std::vector<std::pair<std::string, std::string>> temporaries;
@@ -143,6 +146,8 @@ Plan parse(const std::string& text) {
       words >> plan.contextBytes;
     } else if (key == "first") {
       words >> plan.firstBytes;
+    } else if (key == "each") {
+      words >> plan.eachBytes;
     } else if (key == "auxiliary") {
       plan.auxiliary = true;
     } else if (key == "input" || key == "output") {
@@ -427,6 +432,12 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
   if (capturing && !warm_) return refuse("a context must have run with its shapes before it is captured");
   warm_ = true;
   const Plan& plan = *engine_.plan;
+  if (plan.eachBytes > 0) {
+    unsigned long long each = 0;
+    const int allocated = machine::allocate(&each, plan.eachBytes);
+    if (allocated != 0) return refuse("an allocation answered " + std::to_string(allocated));
+    machine::release(each);
+  }
   const Shapes& shapes = plan.profiles[static_cast<size_t>(profile_)];
   std::map<std::string, View> views;
 
@@ -549,6 +560,10 @@ EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
   return why.empty() ? static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(log)) : nullptr;
 }
 
-// The simulation builds no engines: tests that build use the real library.
-EXPORT void* createInferBuilder_INTERNAL(void*, int32_t) noexcept { return nullptr; }
+// The simulation builds no engines: tests that build use the real library. It says whether a builder would find its kernels.
+EXPORT void* createInferBuilder_INTERNAL(void* logger, int32_t) noexcept {
+  auto& log = *static_cast<nvinfer1::ILogger*>(logger);
+  if (hasBuilderResource(log)) log.log(nvinfer1::ILogger::Severity::kERROR, "simulated: no engines are built here");
+  return nullptr;
+}
 EXPORT void* createNvOnnxParser_INTERNAL(void*, void*, int) noexcept { return nullptr; }

@@ -747,6 +747,7 @@ int main() {
   test("does not mind captures of other threads", ignoresForeignCaptures);
   test("makes room outside of captures", makesRoomOutsideOfCaptures);
   test("has contexts of its own for each CUDA graph", keepsContextsApart);
+  test("captures no launch that allocates", refusesLaunchesThatAllocate);
   test("launches on auxiliary streams", usesAuxiliaryStreams);
   test("makes room for execution contexts and first launches", makesRoomForContexts);
   test("tries a capture that failed once", remembersFailedCaptures);

@@ -239,6 +239,17 @@ void keepsContextsApart() {
   }
 }
 
+// A launch that allocates each time cannot be part of a graph, which would not do so.
+void refusesLaunchesThatAllocate() {
+  Fixture fixture(affinePlan(4096, 0, "each 64\n"));
+  const auto registers = fixture.executor->createRegisters(2 * kRegisterBytes);
+  for (int round = 0; round < 2; round++) {
+    const Outcome outcome = runCaptured(*fixture.executor, registers, fixture.engine, 3);
+    CHECK(!outcome.error && !outcome.replayed);
+    CHECK(outcome.notCaptured.find("an allocation answered 900") != std::string::npos);
+  }
+}
+
 void usesAuxiliaryStreams() {
   Fixture fixture(affinePlan(4096, 0, "auxiliary\n"));
   Executor& executor = *fixture.executor;
