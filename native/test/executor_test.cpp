@@ -355,7 +355,8 @@ void survivesErrors() {
         // Where the device's memory ran out, the second attempt may succeed.
         const bool again = code == 2 && (failed == "cuMemsetD8Async" || failed == "cuGraphLaunch");
         if (answer.empty() && !failed.empty() && !again) silent.insert(failed);
-        if (code == 719 && !answer.empty() && answer != "DEVICE_LOST" && answer != "PLAN" && answer != "LAUNCH")
+        if (code == 719 && !answer.empty() && answer != "DEVICE_LOST" && answer != "CUDA" && answer != "PLAN" &&
+            answer != "LAUNCH")
           std::fprintf(stderr, "call %d (%s) answered %s\n", static_cast<int>(call), failed.c_str(), answer.c_str());
         if (simulatedCounts().violations > 0)
           std::fprintf(stderr, "call %d (%s) failed with %d\n", static_cast<int>(call), failed.c_str(), code);

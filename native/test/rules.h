@@ -344,7 +344,11 @@ void givesRegistersBack() {
   CHECK(!one.get().error);
   // The first run's registers are released now. The device is never left with less than two launches all the same.
   for (uint64_t done = 1; done < 7; done++) {
-    waitUntil([&] { return executor.statistics().launches - before == done + 2; });
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    waitUntil([&] {
+      CHECK(std::chrono::steady_clock::now() < limit);
+      return executor.statistics().launches - before == done + 2;
+    });
     simulatedLet(1);
   }
   simulatedLet(-1);
