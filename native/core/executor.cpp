@@ -344,7 +344,7 @@ void ExecutorState::requestRoom() {
   addCommand([this, made] {
     try {
       makeRoom(nullptr);
-    } catch (const Error&) {
+    } catch (const std::exception&) {
       // The attempt that follows says what is wrong.
     }
     made->set_value();

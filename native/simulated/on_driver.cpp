@@ -242,7 +242,8 @@ class DriverStream final : public SideStream {
       if (event != nullptr) driver().cuEventDestroy(event);
   }
   bool open() {
-    return driver().cuStreamCreate(&stream_, kStreamNonBlocking) == 0 && driver().cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
+    return driver().cuStreamCreate(&stream_, kStreamNonBlocking) == 0 &&
+           driver().cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
            driver().cuEventCreate(&joined_, kEventDisableTiming) == 0;
   }
   CUstream_st* stream() override { return stream_; }
