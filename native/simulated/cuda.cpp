@@ -716,6 +716,8 @@ EXPORT bool simulatedIsDevice(const void* address, size_t bytes) {
   return within(reinterpret_cast<uintptr_t>(address), bytes, true);
 }
 
+EXPORT void* simulatedHost(const void* address) { return const_cast<void*>(address); }
+
 EXPORT bool simulatedIsCapturing(CUstream_st* stream) { return stream->capturing(); }
 
 EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*)) {

@@ -137,4 +137,16 @@ inline unsigned formulaBlocks(const FormulaLaunch& launch) {
   const unsigned long long needed = (launch.rows * launch.rowElements + kFormulaBlock - 1) / kFormulaBlock;
   return needed < 1 ? 1 : needed > kFormulaBlocks ? kFormulaBlocks : static_cast<unsigned>(needed);
 }
+
+// The same launch where `map` says that its memory lies.
+template <typename Map>
+FormulaLaunch formulaMapped(FormulaLaunch launch, Map map) {
+  launch.to = map(launch.to);
+  if (launch.weightBytes > 0) launch.weights = static_cast<const unsigned char*>(map(launch.weights));
+  for (int index = 0; index < launch.count; index++) {
+    FormulaToken& token = launch.tokens[index];
+    if (token.kind != kFormulaNumber && token.kind < kFormulaAdd) token.data = map(token.data);
+  }
+  return launch;
+}
 #endif

@@ -5,6 +5,7 @@
 // Faults for tests of what has to notice them, from the environment:
 //   FLOWTURBO_SIMULATED_WRONG_BIT=N     the Nth kernel's last element differs in its lowest bit
 //   FLOWTURBO_SIMULATED_LOST_AT=N       the device is lost at the Nth kernel
+//   FLOWTURBO_SIMULATED_HANG_AT=N       the Nth kernel never ends
 //   FLOWTURBO_SIMULATED_NO_CAPTURE=1    a kernel cannot be captured
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <regex>
 #include <string>
 #include <thread>
@@ -26,7 +28,6 @@ struct CUfunc_st {
 };
 
 struct CUmod_st {
-  // Bytes of the parameter of each kernel.
   std::map<std::string, CUfunc_st> functions;
 };
 
@@ -51,6 +52,7 @@ uint64_t fromEnvironment(const char* name) {
 
 struct Faults {
   const uint64_t wrongBit = fromEnvironment("FLOWTURBO_SIMULATED_WRONG_BIT");
+  const uint64_t hangAt = fromEnvironment("FLOWTURBO_SIMULATED_HANG_AT");
   const bool noCapture = fromEnvironment("FLOWTURBO_SIMULATED_NO_CAPTURE") != 0;
 
   Faults() {
@@ -86,9 +88,10 @@ bool isSound(const FormulaLaunch& formula) {
 }
 
 void compute(const Launched& launched) {
-  const FormulaLaunch& formula = launched.formula;
-  if (!isSound(formula)) return simulatedReportViolation("a kernel on memory that was freed");
+  if (!isSound(launched.formula)) return simulatedReportViolation("a kernel on memory that was freed");
+  const FormulaLaunch formula = formulaMapped(launched.formula, simulatedHost);
   if (formula.nanoseconds > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(formula.nanoseconds));
+  if (faults().hangAt > 0 && simulatedCounts().kernels == faults().hangAt) std::this_thread::sleep_for(std::chrono::hours(1));
   const uint64_t elements = formula.rows * formula.rowElements;
   for (uint64_t thread = 0; thread < std::min(launched.threads, elements); thread++)
     formulaThread(formula, thread, launched.threads);
@@ -106,15 +109,16 @@ EXPORT int cuModuleLoadData(CUmod_st** module, const void* image) {
   std::smatch match;
   if (!std::regex_search(text, match, std::regex(R"(\n\.version (\d+\.\d+)\s+\.target sm_\d+\s)"))) return kInvalidPtx;
   if (std::stod(match[1]) > kNewestPtx) return kUnsupportedPtxVersion;
-  auto* loaded = new CUmod_st();
+  auto loaded = std::make_unique<CUmod_st>();
   const std::regex entry(R"(\.entry (\w+)\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\))");
   for (auto found = std::sregex_iterator(text.begin(), text.end(), entry); found != std::sregex_iterator(); ++found) {
     const std::string name = (*found)[1];
-    if (name == FORMULA_KERNEL && std::stoul((*found)[2]) != sizeof(FormulaLaunch))
-      simulatedReportViolation("the kernel's parameter has another size");
+    // A driver would not notice, and read beyond what it is given.
+    if (name == FORMULA_KERNEL && std::stoul((*found)[2]) != sizeof(FormulaLaunch)) return kInvalidValue;
     loaded->functions[name] = CUfunc_st{name};
   }
-  *module = loaded;
+  // For the life of the process, as the stand-in keeps it.
+  *module = loaded.release();
   return kSuccess;
 }
 

@@ -20,7 +20,8 @@ using Formulas = std::vector<FormulaLaunch>;
 void compute(const Formulas& formulas) {
   const auto start = std::chrono::steady_clock::now();
   uint64_t nanoseconds = 0;
-  for (const FormulaLaunch& formula : formulas) {
+  for (const FormulaLaunch& onDevice : formulas) {
+    const FormulaLaunch formula = formulaMapped(onDevice, simulatedHost);
     formulaThread(formula, 0, 1);
     if (formulaSpoiled(formula)) simulatedReportViolation("an engine's weights were overwritten");
     nanoseconds += formula.nanoseconds;
@@ -47,7 +48,7 @@ int allocate(unsigned long long* address, size_t bytes) { return cuMemAlloc_v2(a
 void release(unsigned long long address) { cuMemFree_v2(address); }
 
 int fill(unsigned long long address, unsigned char value, size_t bytes) {
-  std::memset(reinterpret_cast<void*>(address), value, bytes);
+  std::memset(simulatedHost(reinterpret_cast<void*>(address)), value, bytes);
   return 0;
 }
 

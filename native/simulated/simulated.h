@@ -3,6 +3,7 @@
 // stream on a thread of its own. It reports errors that a real driver may not notice: addresses outside any allocation,
 // host memory that is not pinned, work on freed memory. The engines compute formulas that their plan contains
 // (tensorrt.cpp).
+// A third library, the stand-in, has the same engines for any driver, the simulated one (kernels.cpp) or a real one.
 //
 // These functions are exported by the simulated driver: for the other library, and for tests, which call them through
 // control.cpp or by linking.
@@ -69,6 +70,8 @@ void simulatedCount(SimulatedObject object, int change);
 void simulatedDeserialised();
 // Whether the range lies within one allocation on the device.
 bool simulatedIsDevice(const void* address, size_t bytes);
+// Where the host finds what is at an address of the device: for kernels alone.
+void* simulatedHost(const void* address);
 bool simulatedIsCapturing(CUstream_st* stream);
 // Queues a kernel. `run` may be called several times (replays of a CUDA graph), then `destroy` once.
 int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*));
