@@ -101,7 +101,7 @@ describeAddons("verify:gpu --driver", () => {
     });
 
     it("fails where one bit of one value is wrong, and names the value", async () => {
-      const ended = await verify([], { FLOWTURBO_SIMULATED_WRONG_BIT: "300" });
+      const ended = await verify([], { FLOWTURBO_SIMULATED_FAULT: "bit kernel 300" });
       expect(ended.status).toBe(1);
       const [first, ...others] = failedOf(ended);
       expect(first!.check).toMatch(/^schedule /);
@@ -112,7 +112,7 @@ describeAddons("verify:gpu --driver", () => {
     });
 
     it("fails where a program is not replayed as one CUDA graph, and says why", async () => {
-      const ended = await verify([], { FLOWTURBO_SIMULATED_NO_CAPTURE: "1" });
+      const ended = await verify([], { FLOWTURBO_SIMULATED_FAULT: "capture kernel" });
       expect(ended.status).toBe(1);
       const failed = failedOf(ended);
       for (const { name } of cases)
@@ -123,7 +123,7 @@ describeAddons("verify:gpu --driver", () => {
     });
 
     it("fails where the device is lost, and goes on with the next check", async () => {
-      const ended = await verify([], { FLOWTURBO_SIMULATED_LOST_AT: "100" });
+      const ended = await verify([], { FLOWTURBO_SIMULATED_FAULT: "lost kernel 100" });
       expect(ended.status).toBe(1);
       const failed = failedOf(ended);
       expect(failed[0]!.detail).toMatch(/DeviceLostError: .*719/);
@@ -132,7 +132,7 @@ describeAddons("verify:gpu --driver", () => {
     });
 
     it("ends a check that hangs, and leaves the report of those before", async () => {
-      const ended = await verify(["--limit", "2"], { FLOWTURBO_SIMULATED_HANG_AT: "150" });
+      const ended = await verify(["--limit", "2"], { FLOWTURBO_SIMULATED_FAULT: "hang kernel 150" });
       expect(ended.status).toBe(1);
       const report = ended.report();
       expect(report).toMatchObject({ passed: false, complete: false });
