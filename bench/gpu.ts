@@ -83,7 +83,14 @@ else process.exitCode = await main();
 async function measure({ model: folder, runtime, capture, side, steps, rounds }: Task): Promise<void> {
   const say = (line: Line) => process.stdout.write(`${mark}${JSON.stringify(line)}\n`);
   const start = performance.now();
-  const logger = { warn: (text: string) => console.error(text), info: (text: string) => console.error(text) };
+  let notCaptured: string | null = null;
+  const logger = {
+    info: (text: string) => console.error(text),
+    warn(text: string) {
+      console.error(text);
+      if (text.includes("not as one CUDA graph")) notCaptured = text;
+    },
+  };
   const settings = { capture, batches: [1], measureCosts: false, logger };
   await using model = await FlowTurbo.load(folder, {
     runtime: runtime as ReturnType<typeof runtimeNames>[number],
@@ -97,6 +104,7 @@ async function measure({ model: folder, runtime, capture, side, steps, rounds }:
   await draw();
   for (let round = 0; round < rounds; round++) {
     const { timings } = await draw();
+    if (notCaptured !== null) throw new Error(notCaptured);
     const { steps: each, decode, total, encode, queue } = timings;
     say({ event: "round", steps: each, denoise: total - encode - queue - decode, picture: total, decode });
   }

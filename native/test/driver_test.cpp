@@ -112,7 +112,8 @@ void stopsBetweenLaunches() {
     const Outcome done = outcome.get();
     CHECK(done.error && done.error->code() == "CANCELLED");
     CHECK(executor.statistics().launches - before < 100);
-    for (const LaunchReport& report : run.reports) CHECK(report.milliseconds > 4.5);
+    // The kernel's timer may advance in steps of a millisecond.
+    for (const LaunchReport& report : run.reports) CHECK(report.milliseconds > 3);
   }
   Fixture quick;
   checkGood(*quick.executor, quick.engine);
