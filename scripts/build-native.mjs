@@ -16,7 +16,12 @@ import { fail, includeFolders, lacking, root } from "./headers.mjs";
 import { formulaPtx } from "./ptx.mjs";
 
 const { values } = parseArgs({
-  options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" }, simulated: { type: "boolean" } },
+  options: {
+    addon: { type: "string" },
+    copy: { type: "string" },
+    sanitize: { type: "string" },
+    simulated: { type: "boolean" },
+  },
 });
 const absent = (tool) => spawnSync(tool, ["--version"]).error !== undefined;
 for (const tool of ["cmake", process.env.CXX ?? "c++"]) if (absent(tool)) fail(`${tool} is not on PATH.`, lacking);

@@ -13,7 +13,7 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSy
 import { join } from "node:path";
 import { root } from "./headers.mjs";
 
-// Of the oldest CUDA whose drivers take the text is every newer one's too. Its ISA is 8.4.
+// An old one: a driver takes what older compilers have written. Its ISA is 8.4, that of CUDA 12.4.
 const compiler = "nvidia-cuda-nvrtc-cu12==12.4.127";
 /** The newest ISA that drivers for CUDA 13.0 take: the oldest that TensorRT 11 runs on. */
 const newestIsa = 9.0;

@@ -14,6 +14,8 @@
  *   --out FOLDER            for report.md and report.json; default: verify-report
  *   --bundle FOLDER         also write graphs, weights, inputs and ONNX Runtime's results there. Needs no GPU
  *   --check FOLDER          verify against such a bundle: needs no checkpoint, no network and no ONNX Runtime
+ *   --driver                only the executor, on a real driver without TensorRT: see driver.ts
+ *   --limit SECONDS         with --driver: how long one check may take; default: 60
  */
 
 import { mkdir, readFile, writeFile } from "node:fs/promises";
@@ -38,6 +40,7 @@ import { tensorRtEmitOptions } from "../lib/runtimes/tensorrt/row.js";
 import { type Bundle, type Origin, type Referenced, readBundle, writeBundle } from "./bundle.js";
 import { casesOf, type Size } from "./cases.js";
 import { barOf, checkCase, compare, graphsOf } from "./check.js";
+import { verifyDriver } from "./driver.js";
 import { type BuiltEngine, markdown, type Report } from "./report.js";
 
 const root = path.resolve(import.meta.dirname, "..");
@@ -64,6 +67,8 @@ function parsed() {
         out: { type: "string", default: "verify-report" },
         bundle: { type: "string" },
         check: { type: "string" },
+        driver: { type: "boolean", default: false },
+        limit: { type: "string", default: "60" },
       },
     });
   } catch (error) {
@@ -73,6 +78,14 @@ function parsed() {
 }
 
 async function main(): Promise<number> {
+  if (flags.driver) {
+    const limitSeconds = Number(flags.limit);
+    if (positionals.length > 0) return wrong("--driver takes no checkpoint.");
+    if (!(limitSeconds > 0)) return wrong(`--limit is a number of seconds, not ${flags.limit}.`);
+    const folder = flags["tensorrt-dir"] ?? path.join(root, ".cache/simulated/stand-in");
+    return verifyDriver({ folder, out: flags.out, limitSeconds });
+  }
+
   const kinds = flags.runtime === undefined ? tensorRtKinds : tensorRtKinds.filter((kind) => kind === flags.runtime);
   const rounds = Number(flags.rounds);
   if (kinds.length === 0) return wrong(`--runtime is ${tensorRtKinds.join(" or ")}, not ${flags.runtime}.`);

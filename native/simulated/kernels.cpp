@@ -2,18 +2,18 @@
 // computes on the host what formula.cu computes on a GPU, thread by thread, in the order of the stream. The text of the
 // module is checked as far as a driver would refuse it: its version, its target and the size of the kernel's parameter.
 //
-// Faults for tests of what has to notice them, from the environment:
-//   FLOWTURBO_SIMULATED_WRONG_BIT=N     the Nth kernel's last element differs in its lowest bit
-//   FLOWTURBO_SIMULATED_LOST_AT=N       the device is lost at the Nth kernel
-//   FLOWTURBO_SIMULATED_HANG_AT=N       the Nth kernel never ends
-//   FLOWTURBO_SIMULATED_NO_CAPTURE=1    a kernel cannot be captured
+// The environment variable FLOWTURBO_SIMULATED_FAULT makes a kernel go wrong, for tests of what has to notice: "bit kernel 3"
+// (the last element of the third differs in its lowest bit), "lost kernel 3" (the device is lost there), "hang kernel 3"
+// (it never ends), "capture kernel" (none can be captured).
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <regex>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -44,20 +44,23 @@ constexpr unsigned kMemoryOfDevice = 2;
 // Of CUDA 13.0, whose driver this one is.
 constexpr double kNewestPtx = 9.0;
 
-uint64_t fromEnvironment(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? 0 : std::strtoull(value, nullptr, 10);
-}
-
-struct Faults {
-  const uint64_t wrongBit = fromEnvironment("FLOWTURBO_SIMULATED_WRONG_BIT");
-  const uint64_t hangAt = fromEnvironment("FLOWTURBO_SIMULATED_HANG_AT");
-  const bool noCapture = fromEnvironment("FLOWTURBO_SIMULATED_NO_CAPTURE") != 0;
-
+class Faults {
+ public:
   Faults() {
-    const uint64_t lostAt = fromEnvironment("FLOWTURBO_SIMULATED_LOST_AT");
-    if (lostAt > 0) simulatedFailKernel(lostAt, kLaunchFailed);
+    const char* text = std::getenv("FLOWTURBO_SIMULATED_FAULT");
+    std::string of;
+    std::istringstream(text != nullptr ? text : "") >> what_ >> of >> kernel_;
+    if (of != "kernel") what_.clear();
+    if (what_ == "lost") simulatedFailKernel(kernel_, kLaunchFailed);
   }
+
+  bool refusesCaptures() const { return what_ == "capture"; }
+  // Whether this goes wrong with the kernel that runs.
+  bool happensNow(const char* what) const { return what_ == what && simulatedCounts().kernels == kernel_; }
+
+ private:
+  std::string what_;
+  uint64_t kernel_ = 0;
 };
 
 const Faults& faults() {
@@ -90,12 +93,12 @@ void compute(const Launched& launched) {
   if (!isSound(launched.formula)) return simulatedReportViolation("a kernel on memory that was freed");
   const FormulaLaunch formula = formulaMapped(launched.formula, simulatedHost);
   if (formula.nanoseconds > 0) std::this_thread::sleep_for(std::chrono::nanoseconds(formula.nanoseconds));
-  if (faults().hangAt > 0 && simulatedCounts().kernels == faults().hangAt) std::this_thread::sleep_for(std::chrono::hours(1));
+  while (faults().happensNow("hang")) std::this_thread::sleep_for(std::chrono::hours(1));
   const uint64_t elements = formula.rows * formula.rowElements;
   for (uint64_t thread = 0; thread < std::min(launched.threads, elements); thread++)
     formulaThread(formula, thread, launched.threads);
   if (formulaSpoiled(formula)) simulatedReportViolation("an engine's weights were overwritten");
-  if (faults().wrongBit > 0 && simulatedCounts().kernels == faults().wrongBit)
+  if (faults().happensNow("bit"))
     static_cast<uint8_t*>(formula.to)[bytesOf(elements - 1, 1, formula.integer)] ^= 1;
 }
 
@@ -108,15 +111,16 @@ EXPORT int cuModuleLoadData(CUmod_st** module, const void* image) {
   std::smatch match;
   if (!std::regex_search(text, match, std::regex(R"(\n\.version (\d+\.\d+)\s+\.target sm_\d+\s)"))) return kInvalidPtx;
   if (std::stod(match[1]) > kNewestPtx) return kUnsupportedPtxVersion;
-  auto* loaded = new CUmod_st();
+  auto loaded = std::make_unique<CUmod_st>();
   const std::regex entry(R"(\.entry (\w+)\(\s*\.param \.align 8 \.b8 \w+\[(\d+)\]\s*\))");
   for (auto found = std::sregex_iterator(text.begin(), text.end(), entry); found != std::sregex_iterator(); ++found) {
     const std::string name = (*found)[1];
-    if (name == FORMULA_KERNEL && std::stoul((*found)[2]) != sizeof(FormulaLaunch))
-      simulatedReportViolation("the kernel's parameter has another size");
+    // A driver would not notice, and read beyond what it is given.
+    if (name == FORMULA_KERNEL && std::stoul((*found)[2]) != sizeof(FormulaLaunch)) return kInvalidValue;
     loaded->functions[name] = CUfunc_st{name};
   }
-  *module = loaded;
+  // For the life of the process, as the stand-in keeps it.
+  *module = loaded.release();
   return kSuccess;
 }
 
@@ -133,7 +137,7 @@ EXPORT int cuLaunchKernel(CUfunc_st* function, unsigned gridX, unsigned gridY, u
                           unsigned blockY, unsigned blockZ, unsigned, CUstream_st* stream, void** parameters, void**) {
   const int result = simulatedEnter("cuLaunchKernel");
   if (result != kSuccess) return result;
-  if (faults().noCapture && simulatedIsCapturing(stream)) return kCaptureUnsupported;
+  if (faults().refusesCaptures() && simulatedIsCapturing(stream)) return kCaptureUnsupported;
   const bool isLine = gridX > 0 && blockX > 0 && blockX <= 1024 && gridY == 1 && gridZ == 1 && blockY == 1 && blockZ == 1;
   const auto* formula = static_cast<const FormulaLaunch*>(parameters[0]);
   if (!isLine || function->name != FORMULA_KERNEL || !isSound(*formula)) {

@@ -4,6 +4,7 @@
 // capture by the thread's mode and makes it invalid, events that have no time, a context that stays lost. And it reports
 // errors that a real driver may not notice: addresses outside any allocation, host memory that is not pinned, work on
 // freed memory. The engines compute formulas that their plan contains (tensorrt.cpp).
+// A third library, the stand-in, has the same engines for any driver, the simulated one (kernels.cpp) or a real one.
 //
 // These functions are exported by the simulated driver: for the other library, and for tests, which call them through
 // control.cpp or by linking.

@@ -5,6 +5,9 @@
 
 #include <sys/wait.h>
 
+#include "programs.h"
+#include "simulated.h"
+
 struct CUctx_st;
 struct CUevent_st;
 struct CUgraph_st;
