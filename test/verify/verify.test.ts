@@ -1,7 +1,7 @@
 // verify:gpu on a machine without a GPU: what it says, the bundle for another machine, and that its comparison would
 // notice what it is there to notice.
 import { execFileSync, spawnSync } from "node:child_process";
-import { appendFileSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { beforeAll, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
@@ -17,16 +17,13 @@ import { type Bundle, type Referenced, readBundle, writeBundle } from "../../ver
 import { type Case, casesOf } from "../../verify/cases.js";
 import { barOf, checkCase, compare, graphsOf } from "../../verify/check.js";
 import { markdown, type Report } from "../../verify/report.js";
-import { describeAddons, describeEngines, rtxFolder, temporaryFolder } from "../native/support.js";
+import { describeAddons, describeEngines, hasDriver, rtxFolder, temporaryFolder } from "../native/support.js";
 import { bundle as bundleRuntime } from "../runtimes/build.js";
 import { closedForms, launch, program, scaleGraph } from "../runtimes/models.js";
 import { loadAddon } from "../support/addon.js";
 import { root } from "../support/fixtures.js";
 import { planText, simulatedFolder } from "../support/simulated.js";
 
-const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>
-  existsSync(path.join(folder, "libcuda.so.1")),
-);
 const script = path.join(root, "verify/gpu.ts");
 const tsx = [
   path.join(root, "node_modules/tsx/dist/cli.mjs"),
