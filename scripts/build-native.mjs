@@ -13,6 +13,7 @@ import { createRequire } from "node:module";
 import { dirname, join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { fail, includeFolders, lacking, root } from "./headers.mjs";
+import { writeStubs } from "./stubs.mjs";
 
 const { values } = parseArgs({
   options: { addon: { type: "string" }, copy: { type: "string" }, sanitize: { type: "string" }, simulated: { type: "boolean" } },
@@ -25,6 +26,10 @@ const variant = values.sanitize ? `-sanitize-${values.sanitize.replaceAll(",", "
 const output = variant ? join(root, ".cache", `native${variant}`) : join(root, "native");
 const work = join(root, ".cache", `cmake${variant}`);
 const list = (folders) => folders?.join(";") ?? "";
+const simulated = values.simulated || variant !== "";
+if (simulated)
+  for (const [folder, include] of [["tensorrt", headers.tensorrt], ["tensorrt-rtx", headers.rtx]])
+    if (include) writeStubs(include, join(work, "stubs", folder));
 const cmakeJs = createRequire(import.meta.url).resolve("cmake-js/bin/cmake-js");
 
 // "binary.napi_versions" in package.json makes cmake-js take the headers of node-api-headers and download nothing.
@@ -38,7 +43,8 @@ for (const step of ["configure", "build"]) {
       `--CDTENSORRT_INCLUDE=${list(headers.tensorrt)}`,
       `--CDTENSORRT_RTX_INCLUDE=${list(headers.rtx)}`,
       `--CDFLOWTURBO_OUTPUT=${output}`,
-      `--CDFLOWTURBO_SIMULATED=${values.simulated || variant ? "ON" : "OFF"}`,
+      `--CDFLOWTURBO_SIMULATED=${simulated ? "ON" : "OFF"}`,
+      `--CDFLOWTURBO_SIMULATED_STUBS=${join(work, "stubs")}`,
       `--CDFLOWTURBO_SIMULATED_OUTPUT=${variant ? join(output, "simulated") : join(root, ".cache/simulated")}`,
       `--CDFLOWTURBO_SANITIZE=${values.sanitize ?? ""}`,
     ],

@@ -2,7 +2,7 @@
 // that the addons under test are the ones that are shipped. The driver keeps device memory in host memory and runs each
 // stream on a thread of its own. It reports errors that a real driver may not notice: addresses outside any allocation,
 // host memory that is not pinned, work on freed memory. The engines compute formulas that their plan contains
-// (tensorrt.cpp).
+// (tensorrt.cpp); they are built from graphs of the package, each with a file that says what it computes (builder.cpp).
 //
 // These functions are exported by the simulated driver: for the other library, and for tests, which call them through
 // control.cpp or by linking.
@@ -67,6 +67,8 @@ void simulatedReportViolation(const char* what);
 enum SimulatedObject { kSimulatedRuntime, kSimulatedEngine, kSimulatedExecutionContext };
 void simulatedCount(SimulatedObject object, int change);
 void simulatedDeserialised();
+// The device is lost, with this code.
+void simulatedLose(int code);
 // Whether the range lies within one allocation on the device.
 bool simulatedIsDevice(const void* address, size_t bytes);
 bool simulatedIsCapturing(CUstream_st* stream);

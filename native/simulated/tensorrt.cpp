@@ -2,6 +2,7 @@
 // headers. A plan is a text that defines what the engine computes, so that a test can compute the same:
 //
 //   flowturbo-simulated 1
+//   name predict                        of the graph; may be left out
 //   weights 65536                       bytes of device memory that the engine takes
 //   microseconds 100                    that a launch takes at least
 //   input x f32                         in the order of the engine's tensors
@@ -16,9 +17,17 @@
 // has: a tensor with one value a row, or one row, is broadcast. `v.u` and `v.c` are the first and second half of the rows
 // of v: the unconditional and the conditional velocities. Arithmetic is that of the output's type, rounded after each
 // operation. Formulas are computed in their order.
+//
+// The environment variable FLOWTURBO_SIMULATED_FAULT makes launches of a graph go wrong, all of them or the one of that
+// number: "value predict 3" (one value of its first output is off by a thousandth of the largest), "nan predict 3",
+// "hang predict 3" (it never ends), "lost predict 3" (the device is lost). The driver knows two more: see cuda.cpp.
 
+#include <atomic>
 #include <chrono>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -67,6 +76,7 @@ struct Formula {
 using Shapes = std::map<std::string, std::vector<int64_t>>;
 
 struct Plan {
+  std::string name;
   uint64_t weights = 0;
   int64_t microseconds = 0;
   std::vector<Tensor> tensors;
@@ -125,7 +135,11 @@ Plan parse(const std::string& text) {
     std::istringstream words(line);
     std::string key;
     words >> key;
-    if (key == "weights") {
+    if (key == "name") {
+      words >> plan.name;
+    } else if (key == "built") {
+      // What the builder was asked for, for people and tests.
+    } else if (key == "weights") {
       words >> plan.weights;
     } else if (key == "microseconds") {
       words >> plan.microseconds;
@@ -161,6 +175,24 @@ Plan parse(const std::string& text) {
     }
   }
   return plan;
+}
+
+// What is to go wrong with the launch of a graph that begins now, or "".
+std::string faultOf(const std::string& graph) {
+  struct Fault {
+    std::string what;
+    std::string graph;
+    uint64_t launch = 0;
+  };
+  static const Fault fault = [] {
+    Fault parsed;
+    const char* text = std::getenv("FLOWTURBO_SIMULATED_FAULT");
+    std::istringstream(text != nullptr ? text : "") >> parsed.what >> parsed.graph >> parsed.launch;
+    return parsed;
+  }();
+  static std::atomic<uint64_t> launches{0};
+  if (graph.empty() || graph != fault.graph) return "";
+  return fault.launch == 0 || ++launches == fault.launch ? fault.what : "";
 }
 
 // A tensor in memory while a kernel runs.
@@ -200,10 +232,28 @@ struct Kernel {
       else
         compute<float>(formula, to);
     }
+    const std::string fault = faultOf(plan->name);
+    if (!fault.empty()) goWrong(fault);
     if (plan->weights > 0 && (weights[0] != 0x5a || weights[plan->weights - 1] != 0x5a))
       simulatedReportViolation("an engine's weights were overwritten");
     if (plan->microseconds > 0)
       std::this_thread::sleep_until(start + std::chrono::microseconds(plan->microseconds));
+  }
+
+  void goWrong(const std::string& fault) const {
+    if (fault == "lost") simulatedLose(719);
+    while (fault == "hang") std::this_thread::sleep_for(std::chrono::hours(1));
+    for (const Tensor& tensor : plan->tensors) {
+      if (tensor.input || tensor.type != DataType::kFLOAT) continue;
+      const View& output = views.at(tensor.name);
+      auto* values = static_cast<float*>(output.data);
+      float largest = 0;
+      for (uint64_t index = 0; index < output.rows * output.rowElements; index++)
+        largest = std::max(largest, std::fabs(values[index]));
+      if (fault == "value") values[0] += 1e-3f * largest;
+      if (fault == "nan") values[0] = std::numeric_limits<float>::quiet_NaN();
+      return;
+    }
   }
 
   template <typename Number>
@@ -505,7 +555,3 @@ EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
   if (simulatedEnter("createInferRuntime") != 0) return nullptr;
   return static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(*static_cast<nvinfer1::ILogger*>(logger)));
 }
-
-// The simulation builds no engines: tests that build use the real library.
-EXPORT void* createInferBuilder_INTERNAL(void*, int32_t) noexcept { return nullptr; }
-EXPORT void* createNvOnnxParser_INTERNAL(void*, void*, int) noexcept { return nullptr; }

@@ -90,7 +90,7 @@ describeTensorRt("TensorRT 11 from Maven Central", () => {
       path.join(tensorrtFolder, name),
     );
     const request = { ...nothing, onnx: new Uint8Array(), optimizationLevel: -1, workspaceBytes: 0 };
-    const files = { planPath: path.join(temporaryFolder(), "plan"), logPath: "" };
+    const files = { planPath: path.join(temporaryFolder(), "plan"), timingsPath: "", logPath: "" };
     const building = loadAddon("tensorrt").build(library!, parser!, { ...request, ...files }, () => undefined);
     await expect(building.promise).rejects.toMatchObject({ code: "BUILD" });
   });
