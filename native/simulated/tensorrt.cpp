@@ -20,7 +20,7 @@
 //
 // The environment variable FLOWTURBO_SIMULATED_FAULT makes launches of a graph go wrong, all of them or the one of that
 // number: "value predict 3" (one value of its first output is off by a thousandth of the largest), "nan predict 3",
-// "hang predict 3" (it never ends), "lost predict 3" (the device is lost). The driver knows two more: see cuda.cpp.
+// "hang predict 3" (it never ends), "lost predict 3" (the device is lost), "crash predict 3" (the process is). The driver knows two more: see cuda.cpp.
 
 #include <atomic>
 #include <chrono>
@@ -242,6 +242,7 @@ struct Kernel {
 
   void goWrong(const std::string& fault) const {
     if (fault == "lost") simulatedLose(719);
+    if (fault == "crash") std::abort();
     while (fault == "hang") std::this_thread::sleep_for(std::chrono::hours(1));
     for (const Tensor& tensor : plan->tensors) {
       if (tensor.input || tensor.type != DataType::kFLOAT) continue;
