@@ -1,10 +1,9 @@
 // verify:gpu from end to end on the simulated library: it builds every engine of a checkpoint through the addon, compares every
 // case and draws pictures with the product, while the networks are closed forms whose results plain TypeScript knows
 // (test/support/closed-forms.ts). What it is there to notice is then made to happen.
-import { type ChildProcess, spawn } from "node:child_process";
-import { cpSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { cpSync, existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
-import { build } from "esbuild";
 import { beforeAll, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { embeddedModel } from "../../lib/flowturbo.js";
@@ -73,6 +72,7 @@ async function verify(
     watch(stderr, child);
   });
   const status = await new Promise<number | null>((resolve) => child.once("close", resolve));
+  expect(existsSync(path.join(out, "report.json")), stderr).toBe(true);
   const report = JSON.parse(readFileSync(path.join(out, "report.json"), "utf8")) as Report;
   const text = readFileSync(path.join(out, "report.md"), "utf8");
   if (report.state === "finished") expect(text).toBe(stdout);
@@ -271,16 +271,9 @@ describeAddons("verify:gpu on the simulated library", () => {
     writeFileSync(path.join(folder, "package.json"), JSON.stringify({ name, version, engines, type: "module" }));
     for (const part of ["native/tensorrt/build/Release", "node_modules/node-gyp-build"])
       cpSync(path.join(root, part), path.join(folder, part), { recursive: true, dereference: true });
-    await build({
-      entryPoints: [path.join(root, "verify/gpu.ts")],
-      outfile: path.join(folder, "verify/gpu.js"),
-      ...{ bundle: true, platform: "node", format: "esm", logLevel: "error" },
-      // Not there: whatever asks for them when it need not ends with an error.
-      external: ["sharp", "onnxruntime-node"],
-      // For packages that are CommonJS.
-      banner: { js: 'import { createRequire } from "node:module"; const require = createRequire(import.meta.url);' },
-    });
-    const { status, stderr, report } = await verify(["--quick"], {}, undefined, [path.join(folder, "verify/gpu.js")]);
+    const file = path.join(folder, "verify/gpu.js");
+    execFileSync(process.execPath, [path.join(root, "scripts/bundle-verify.mjs"), file], { cwd: root });
+    const { status, stderr, report } = await verify(["--quick"], {}, undefined, [file]);
     expect(stderr).not.toMatch(/FAILED|sharp|onnxruntime/);
     expect([status, report.passed]).toEqual([0, true]);
     expect(report.pictures).toHaveLength(2);
