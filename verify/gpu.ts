@@ -37,7 +37,7 @@ import { OnnxRuntime } from "../lib/runtimes/onnxruntime/onnxruntime.js";
 import { type TensorRtKind, tensorRtKinds } from "../lib/runtimes/tensorrt/flavours.js";
 import { diagnosis, examineTensorRt } from "../lib/runtimes/tensorrt/libraries.js";
 import { tensorRtEmitOptions } from "../lib/runtimes/tensorrt/row.js";
-import { type Contents, type Origin, type Referenced, readOrigin, writeBundle } from "./bundle.js";
+import { type Contents, clearBundle, type Origin, type Referenced, readOrigin, writeBundle } from "./bundle.js";
 import { casesOf, type Size } from "./cases.js";
 import { graphsOf } from "./check.js";
 import { pictureRequests, referencePictures } from "./pictures.js";
@@ -168,6 +168,7 @@ async function main(): Promise<number> {
   if (!usable && flags.bundle === undefined) return noGpu(reports);
 
   // 2. The cases with their reference, in a folder: the process that verifies reads it.
+  if (flags.bundle !== undefined) await clearBundle(flags.bundle);
   const temporary =
     flags.check === undefined && flags.bundle === undefined
       ? await mkdtemp(path.join(os.tmpdir(), "flowturbo-verify-"))
@@ -195,7 +196,7 @@ async function main(): Promise<number> {
         stop.abort(new Stopped(signal, code));
       });
     const report = await supervise(
-      { bundle, kind: usable.kind, folder, cache, rounds, quick, level, memory },
+      { bundle, verified: flags.check === undefined, kind: usable.kind, folder, cache, rounds, quick, level, memory },
       {
         ...{ origin: await readOrigin(bundle), out, caseTimeoutMs, script: process.argv[1]!, signal: stop.signal, say },
       },

@@ -62,8 +62,10 @@ export interface Report {
 }
 
 /** Whether all that was done is as it should be. */
-export function isSound({ engines, findings, lifecycle, pictures, skipped, problems }: Report): boolean {
+export function isSound({ planned, engines, findings, lifecycle, pictures, skipped, problems }: Report): boolean {
   return (
+    engines.length === planned.engines &&
+    findings.length === planned.cases &&
     problems.length === 0 &&
     skipped.length === 0 &&
     engines.every(({ error }) => error === undefined) &&

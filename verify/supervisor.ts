@@ -54,14 +54,20 @@ export async function supervise(
   const done: string[] = [];
   const failed: Record<string, string> = {};
   let steps: readonly string[] = [];
-  for (let process = 0; ; process++) {
-    const ended = await runWorker({ ...assignment, done, failed }, { ...options, report, done, failed }, (planned) => {
-      steps = planned;
-    });
+  for (let replaced = 0; ; replaced++) {
+    // What was read once is sound.
+    const verified = assignment.verified || replaced > 0;
+    const ended = await runWorker(
+      { ...assignment, verified, done, failed },
+      { ...options, report, done, failed },
+      (planned) => {
+        steps = planned;
+      },
+    );
     if (ended.complete) break;
     const left = steps.filter((step) => !done.includes(step));
-    if (ended.hopeless || process === replacements) {
-      const reason = ended.hopeless ? ended.why : `the process had to be replaced ${process + 1} times`;
+    if (ended.hopeless || replaced === replacements) {
+      const reason = ended.hopeless ? ended.why : `${replaced + 1} processes have ended before it`;
       await report.change({ skipped: [...report.now.skipped, ...left.map((name) => ({ name, reason }))] });
       break;
     }
@@ -134,12 +140,23 @@ async function runWorker(
   let timedOut = false;
   let ended = null as Ended | null;
   let progress = Promise.resolve();
+  let failure: unknown = null;
+  const arm = (milliseconds: number) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      timedOut = true;
+      kill();
+    }, milliseconds);
+  };
   const finished = (name: string) => {
     supervision.done.push(name);
     step = null;
   };
   const receive = async (message: Message) => {
-    clearTimeout(timer);
+    // Also between two steps: closing a device may hang as well. Builds and reading a bundle take their time.
+    const isUnlimited = message.type === "plan" || (message.type === "begin" && !message.limited);
+    if (isUnlimited) clearTimeout(timer);
+    else arm(["end", "lost", "failed"].includes(message.type) ? endingMs : caseTimeoutMs);
     const { now } = report;
     switch (message.type) {
       case "plan":
@@ -150,11 +167,6 @@ async function runWorker(
         return report.change({ machine: message.machine });
       case "begin":
         step = { name: message.step, blame: message.blame };
-        if (message.limited)
-          timer = setTimeout(() => {
-            timedOut = true;
-            kill();
-          }, caseTimeoutMs);
         if (!message.limited) say(`${message.step} …`);
         return report.change({ running: message.step });
       case "engine": {
@@ -193,23 +205,23 @@ async function runWorker(
         return report.change({ problems: [...now.problems, message.why] });
       case "end":
         ended = { complete: true, hopeless: false, why: "" };
-        timer = setTimeout(() => {
-          progress = progress.then(() =>
-            report.change({
-              problems: [...report.now.problems, "the process did not end by itself when all was done"],
-            }),
-          );
-          kill();
-        }, endingMs);
     }
   };
   child.on("message", (message) => {
-    progress = progress.then(() => receive(message as Message));
+    progress = progress
+      .then(() => receive(message as Message))
+      .catch((error) => {
+        // The report cannot be written.
+        failure ??= error;
+        kill();
+      });
   });
   child.send(assignment);
   const how = await new Promise<string>((resolve) => {
     child.once("error", (error) => resolve(`the process could not be started: ${error.message}`));
-    child.once("close", (code, killed) => resolve(`the process ended (${killed ?? `exit code ${code}`})`));
+    child.once("close", (code, killed) =>
+      resolve(code === 0 ? "" : `the process ended (${killed ?? `exit code ${code}`})`),
+    );
   });
   // Messages may still be under way when the process has gone.
   await settled(child);
@@ -217,8 +229,13 @@ async function runWorker(
   clearTimeout(timer);
   signal.removeEventListener("abort", kill);
   signal.throwIfAborted();
-  if (ended !== null) return ended;
-  const why = timedOut ? `timed out after ${caseTimeoutMs / 1000} s` : how;
+  if (failure !== null) throw failure;
+  if (ended !== null) {
+    const late = timedOut ? "the process did not end by itself when all was done" : `${how} when all was done`;
+    if (ended.complete && (timedOut || how !== "")) await report.change({ problems: [...report.now.problems, late] });
+    return ended;
+  }
+  const why = timedOut ? `timed out after ${caseTimeoutMs / 1000} s` : how || "the process ended too early";
   const { name, blame }: Step = step ?? { name: "the process", blame: { none: true } };
   await report.change(blamed(report.now, blame, name, why));
   if ("engine" in blame) supervision.failed[blame.engine.graph] = why;

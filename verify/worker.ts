@@ -22,6 +22,8 @@ import type { BuiltEngine, LifecycleCheck, Machine, Skipped } from "./report.js"
 /** What to verify, and what has been verified by a process before this one. */
 export interface Assignment {
   readonly bundle: string;
+  /** Whether the bundle's files are known to be sound. */
+  readonly verified: boolean;
   readonly kind: TensorRtKind;
   readonly folder: string | undefined;
   readonly cache: string | undefined;
@@ -65,7 +67,7 @@ export type Message =
 export async function work(assignment: Assignment, send: (message: Message) => Promise<void>): Promise<void> {
   const { kind, folder, cache, rounds, quick, level, memory } = assignment;
   const done = new Set(assignment.done);
-  const bundle = await readBundle(assignment.bundle);
+  const bundle = await readBundle(assignment.bundle, !assignment.verified);
   const cases = bundle.cases.filter(({ example }) => !quick || example.quick);
   const pictured =
     bundle.pictures && bundle.model !== null

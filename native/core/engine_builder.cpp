@@ -257,24 +257,26 @@ std::unique_ptr<nvinfer1::ITimingCache> timingsIn(const nvinfer1::IBuilderConfig
 }
 
 // Builds share their measurements through a file. It is worth time only: whatever goes wrong with it, the engine is the same.
-void useTimings(nvinfer1::IBuilderConfig& config, const std::string& path) {
-  if (path.empty()) return;
-  const auto timings = timingsIn(config, path);
-  if (!timings || config.setTimingCache(*timings, false)) return;
-  const std::unique_ptr<nvinfer1::ITimingCache> none(config.createTimingCache(nullptr, 0));
+// What is returned has to outlive the builder.
+std::unique_ptr<nvinfer1::ITimingCache> useTimings(nvinfer1::IBuilderConfig& config, const std::string& path) {
+  if (path.empty()) return nullptr;
+  auto timings = timingsIn(config, path);
+  if (timings && config.setTimingCache(*timings, false)) return timings;
+  // Of another GPU or version, though its name says otherwise.
+  std::unique_ptr<nvinfer1::ITimingCache> none(config.createTimingCache(nullptr, 0));
   if (none) config.setTimingCache(*none, false);
+  return none;
 }
 
-void keepTimings(const nvinfer1::IBuilderConfig& config, const std::string& path) noexcept {
-  if (path.empty()) return;
+void keepTimings(const nvinfer1::IBuilderConfig& config, const nvinfer1::ITimingCache* mine,
+                 const std::string& path) noexcept {
+  if (mine == nullptr) return;
   try {
     // Other builds of this process may have written meanwhile: theirs are kept too. Those of other processes may be lost.
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
-    const nvinfer1::ITimingCache* mine = config.getTimingCache();
     const auto all = timingsIn(config, path);
-    if (mine == nullptr || !all) return;
-    if (!all->combine(*mine, false)) return;
+    if (!all || !all->combine(*mine, false)) return;
     const std::unique_ptr<nvinfer1::IHostMemory> bytes(all->serialize());
     if (!bytes) return;
     const std::string temporary = path + "." + std::to_string(getpid()) + ".tmp";
@@ -344,6 +346,9 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
 
     // 2. The graph.
     const auto parseStart = std::chrono::steady_clock::now();
+#if !defined(TRT_MAJOR_RTX)
+    std::unique_ptr<nvinfer1::ITimingCache> timings;
+#endif
     const auto builder = library.createBuilder(*logger);
     if (!builder) throw Error("BUILD", "no builder could be made");
     const std::unique_ptr<nvinfer1::INetworkDefinition> network(builder->createNetworkV2(0));
@@ -364,7 +369,7 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
     // 3. The engine.
     configure(*config, request);
 #if !defined(TRT_MAJOR_RTX)
-    useTimings(*config, request.timingsPath);
+    timings = useTimings(*config, request.timingsPath);
 #endif
     for (const ProfileShapes& profile : request.profiles) addProfile(*builder, *network, *config, profile);
     config->setProgressMonitor(&monitor);
@@ -374,7 +379,7 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
     const bool built = builder->buildSerializedNetworkToStream(*network, *config, writer);
 #if !defined(TRT_MAJOR_RTX)
     // After a build that failed or was cancelled as well: what it has measured is right.
-    keepTimings(*config, request.timingsPath);
+    keepTimings(*config, timings.get(), request.timingsPath);
 #endif
     stopIfCancelled();
     plan.finish();

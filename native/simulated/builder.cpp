@@ -221,13 +221,22 @@ class TimingCache final : public TimingCacheStub {
     timed.insert(more.begin(), more.end());
     return true;
   }
+  ~TimingCache() noexcept override {
+    if (users > 0) simulatedReportViolation("a timing cache was destroyed before a builder that uses it");
+  }
 
   std::set<std::string> timed;
+  // Builders.
+  mutable int users = 0;
 };
 #endif
 
+class Builder;
+
 class Config final : public BuilderConfigStub {
  public:
+  explicit Config(Builder& builder) : builder_(builder) {}
+
   void setFlag(BuilderFlag flag) noexcept override { flags.insert(flag); }
   void clearFlag(BuilderFlag flag) noexcept override { flags.erase(flag); }
   void setBuilderOptimizationLevel(int32_t value) noexcept override { level = value; }
@@ -251,14 +260,9 @@ class Config final : public BuilderConfigStub {
     while (std::getline(lines, line)) cache->timed.insert(line);
     return cache.release();
   }
-  // The configuration works on a copy, which belongs to it.
-  bool setTimingCache(ITimingCache const& cache, bool) noexcept override {
-    timings = std::make_unique<TimingCache>();
-    timings->timed = static_cast<const TimingCache&>(cache).timed;
-    return true;
-  }
-  ITimingCache const* getTimingCache() const noexcept override { return timings.get(); }
-  std::unique_ptr<TimingCache> timings;
+  // The build adds to it, although it is const here.
+  bool setTimingCache(ITimingCache const& cache, bool) noexcept override;
+  TimingCache* timings = nullptr;
 #endif
 
   // By default on, in the real library too.
@@ -266,6 +270,9 @@ class Config final : public BuilderConfigStub {
   int32_t level = 3;
   IProgressMonitor* monitor = nullptr;
   std::vector<Shapes> profiles;
+
+ private:
+  Builder& builder_;
 };
 
 // Values of the dimensions' names in a profile, those that the form computes among them.
@@ -334,7 +341,7 @@ std::string planOf(const Model& model, Config& config) {
     const std::string line = profileLine(model, shapes, sizesIn(model, shapes, rules));
     plan += line;
 #if !defined(TRT_MAJOR_RTX)
-    if (config.timings) {
+    if (config.timings != nullptr) {
       const bool fresh = config.timings->timed.insert(model.name + " " + line.substr(0, line.size() - 1)).second;
       plan += fresh ? "built by timing\n" : "built from timings\n";
     }
@@ -346,9 +353,18 @@ std::string planOf(const Model& model, Config& config) {
 class Builder final : public BuilderStub {
  public:
   explicit Builder(ILogger& logger) : logger_(logger) {}
+#if !defined(TRT_MAJOR_RTX)
+  ~Builder() noexcept override {
+    for (const TimingCache* cache : timings_) cache->users--;
+  }
+  void use(const TimingCache& cache) {
+    cache.users++;
+    timings_.push_back(&cache);
+  }
+#endif
 
   INetworkDefinition* createNetworkV2(NetworkDefinitionCreationFlags) noexcept override { return new Network(); }
-  IBuilderConfig* createBuilderConfig() noexcept override { return new Config(); }
+  IBuilderConfig* createBuilderConfig() noexcept override { return new Config(*this); }
   IOptimizationProfile* createOptimizationProfile() noexcept override {
     // They belong to the builder.
     profiles_.push_back(std::make_unique<Profile>());
@@ -381,7 +397,18 @@ class Builder final : public BuilderStub {
  private:
   ILogger& logger_;
   std::vector<std::unique_ptr<Profile>> profiles_;
+#if !defined(TRT_MAJOR_RTX)
+  std::vector<const TimingCache*> timings_;
+#endif
 };
+
+#if !defined(TRT_MAJOR_RTX)
+bool Config::setTimingCache(ITimingCache const& cache, bool) noexcept {
+  timings = const_cast<TimingCache*>(static_cast<const TimingCache*>(&cache));
+  builder_.use(*timings);
+  return true;
+}
+#endif
 
 }  // namespace
 }  // namespace nvinfer1

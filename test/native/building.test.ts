@@ -9,7 +9,7 @@ import type { TensorRtKind } from "../../lib/runtimes/tensorrt/flavours.js";
 import { scaleGraph } from "../runtimes/models.js";
 import { loadAddon } from "../support/addon.js";
 import { writeForms } from "../support/closed-forms.js";
-import { simulatedFolder } from "../support/simulated.js";
+import { simulated, simulatedFolder } from "../support/simulated.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
 const graphs = ["double", "triple"].map((name, index) => scaleGraph(name, index + 2));
@@ -24,7 +24,10 @@ describeAddons("the simulated builder", () => {
     writeForms(forms, { double: { formulas: ["y x 2 *"] }, triple: { formulas: ["y x 3 *"] } });
     vi.stubEnv("FLOWTURBO_SIMULATED_FORMS", forms);
   });
-  afterEach(() => vi.unstubAllEnvs());
+  afterEach(() => {
+    vi.unstubAllEnvs();
+    expect(simulated.violation()).toBe("");
+  });
 
   const open = (kind: TensorRtKind, settings: Partial<CompilerSettings> = {}) =>
     EngineCompiler.open({ kind, folder: path.join(simulatedFolder, kind), cache, ...settings });

@@ -26,6 +26,7 @@ import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
 import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import {
   type Bundle,
+  clearBundle,
   type Referenced,
   type ReferencedPicture,
   readBundle,
@@ -50,6 +51,13 @@ const tsx = [
 const verify = (args: readonly string[], env: NodeJS.ProcessEnv = {}) =>
   spawnSync(process.execPath, [...tsx, ...args], { cwd: root, encoding: "utf8", env: { ...process.env, ...env } });
 
+/** A folder with something in it that must stay. */
+function occupied(): string {
+  const folder = temporaryFolder();
+  writeFileSync(path.join(folder, "thesis.txt"), "");
+  return folder;
+}
+
 describe("verify:gpu", () => {
   it.skipIf(hasDriver)("ends with 3 without a GPU and says what was looked for", () => {
     const { status, stdout, stderr } = verify([]);
@@ -73,6 +81,7 @@ describe("verify:gpu", () => {
       ["--bundle", temporaryFolder(), "--sizes", "66x64"],
       /66x64 cannot be drawn.*multiple of 8 for width but received 66/,
     ],
+    [["--bundle", occupied()], /is not empty and holds no bundle\. Name a folder that is empty or new/],
   ])("refuses %j", (args, message) => {
     const { status, stderr } = verify(args);
     expect(status).toBe(2);
@@ -266,6 +275,16 @@ describe("verify:gpu", () => {
         ...{ origin: bundle.origin, rounds: 1, engines: [], findings: [good, failed], lifecycle: [] },
       };
       expect(markdown(report)).toMatch(/# verify:gpu: FAILED[\s\S]*## What failed\n\n- .*RangeError: no/);
+    });
+
+    it("is removed before another takes its place", async () => {
+      const copy = temporaryFolder();
+      cpSync(folder, copy, { recursive: true });
+      writeFileSync(path.join(copy, "notes.txt"), "");
+      await clearBundle(copy);
+      expect(readdirSync(copy)).toEqual(["notes.txt"]);
+      await expect(clearBundle(copy)).rejects.toThrow(/not empty and holds no bundle/);
+      await clearBundle(path.join(copy, "new"));
     });
 
     it("is refused when it was damaged", async () => {
