@@ -29,7 +29,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace nvinfer1 {
-namespace {
+// Not anonymous: the library of the parser is another copy of this file, and the two have objects in common.
+namespace simulated {
 
 std::string setting(const char* name) {
   const char* value = std::getenv(name);
@@ -410,7 +411,8 @@ bool Config::setTimingCache(ITimingCache const& cache, bool) noexcept {
 }
 #endif
 
-}  // namespace
+}  // namespace simulated
+using namespace simulated;
 }  // namespace nvinfer1
 
 namespace nvonnxparser {
