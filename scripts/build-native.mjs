@@ -14,6 +14,7 @@ import { dirname, join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { fail, includeFolders, lacking, root } from "./headers.mjs";
 import { formulaPtx } from "./ptx.mjs";
+import { writeStubs } from "./stubs.mjs";
 
 const { values } = parseArgs({
   options: {
@@ -32,6 +33,9 @@ const output = variant ? join(root, ".cache", `native${variant}`) : join(root, "
 const work = join(root, ".cache", `cmake${variant}`);
 const simulated = variant ? join(output, "simulated") : join(root, ".cache/simulated");
 const list = (folders) => folders?.join(";") ?? "";
+if (values.simulated || variant)
+  for (const [folder, include] of [["tensorrt", headers.tensorrt], ["tensorrt-rtx", headers.rtx]])
+    if (include) writeStubs(include, join(work, "stubs", folder));
 const cmakeJs = createRequire(import.meta.url).resolve("cmake-js/bin/cmake-js");
 
 // "binary.napi_versions" in package.json makes cmake-js take the headers of node-api-headers and download nothing.
@@ -46,6 +50,7 @@ for (const step of ["configure", "build"]) {
       `--CDTENSORRT_RTX_INCLUDE=${list(headers.rtx)}`,
       `--CDFLOWTURBO_OUTPUT=${output}`,
       `--CDFLOWTURBO_SIMULATED=${values.simulated || variant ? "ON" : "OFF"}`,
+      `--CDFLOWTURBO_SIMULATED_STUBS=${join(work, "stubs")}`,
       `--CDFLOWTURBO_SIMULATED_OUTPUT=${simulated}`,
       `--CDFLOWTURBO_SANITIZE=${values.sanitize ?? ""}`,
     ],

@@ -52,6 +52,7 @@ const chosen = process.argv.slice(2);
 if (chosen.length === 0) {
   const names = [
     ...[["an addon"], ["finding the libraries"], ["one engine"], ["a cache folder"], ["flowturbo compile", "process.exit"]],
+    ["the simulated builder"],
     ...[["programs of a schedule"], ["on the simulated device"], ["the executor"], ["a process with a program"]],
     ["without a GPU"],
   ];

@@ -122,6 +122,15 @@ Simulation& simulation() {
 
 thread_local CUctx_st* current = nullptr;
 thread_local int captureMode = kModeGlobal;
+// On the thread of a stream: whether what runs is part of a CUDA graph.
+thread_local bool replaying = false;
+
+// Whether FLOWTURBO_SIMULATED_FAULT names this: "refuse-capture" (no stream can be captured), "skip-replay" (CUDA graphs
+// are launched, and their kernels do not run). tensorrt.cpp has the faults of single graphs.
+bool isFaulty(const char* fault) {
+  static const char* named = std::getenv("FLOWTURBO_SIMULATED_FAULT");
+  return named != nullptr && std::strcmp(named, fault) == 0;
+}
 
 bool isSticky(int code) {
   for (const int sticky : {4, 46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
@@ -701,6 +710,7 @@ EXPORT CUresult cuStreamWaitEvent(CUstream_st* stream, CUevent_st* event, unsign
 EXPORT CUresult cuStreamBeginCapture_v2(CUstream_st* stream, int mode) {
   const CUresult result = enterContext("cuStreamBeginCapture");
   if (result != kSuccess) return result;
+  if (isFaulty("refuse-capture")) return kCaptureUnsupported;
   if (mode < kModeGlobal || mode > kModeRelaxed) return kInvalidValue;
   Simulation& all = simulation();
   std::unique_lock<std::mutex> lock(all.captureMutex);
@@ -841,7 +851,9 @@ EXPORT CUresult cuGraphLaunch(CUgraphExec_st* executable, CUstream_st* stream) {
   if (result != kSuccess) return result;
   if (const CUresult conflict = stream->conflict()) return conflict;
   for (const auto& event : executable->events) event->record();
+  stream->add([] { replaying = true; });
   for (const Operation& operation : executable->operations) stream->add(operation);
+  stream->add([] { replaying = false; });
   count(&SimulatedCounts::graphLaunches, 1);
   return kSuccess;
 }
@@ -979,6 +991,11 @@ EXPORT void simulatedCount(SimulatedObject object, int change) {
 
 EXPORT void simulatedDeserialised() { count(&SimulatedCounts::deserialised, 1); }
 
+EXPORT void simulatedLose(int code) {
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  simulation().lost = code;
+}
+
 EXPORT bool simulatedIsDevice(const void* address, size_t bytes) {
   return within(reinterpret_cast<uintptr_t>(address), bytes, true);
 }
@@ -1016,6 +1033,6 @@ EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, 
       }
       if (all.lost != 0) return;
     }
-    kernel->run(kernel->data);
+    if (!(replaying && isFaulty("skip-replay"))) kernel->run(kernel->data);
   });
 }

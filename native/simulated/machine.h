@@ -34,8 +34,14 @@ int fillAsync(unsigned long long address, unsigned char value, size_t bytes, CUs
 bool isCapturing(CUstream_st* stream);
 // Whether the range lies on the device. A real driver is not asked during a capture, where few calls are allowed.
 bool isDevice(const void* address, size_t bytes, bool capturing);
+// What a launch is of, and its first output of numbers: for faults that are asked for.
+struct Graph {
+  std::string name;
+  void* output = nullptr;
+  uint64_t elements = 0;
+};
 // Queues formulas, one after the other.
-int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas);
+int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas, const Graph& graph = {});
 
 // A context's memory of the addresses of its operands, by the number of the telling. A real driver is not asked: there it
 // is the library's own affair.

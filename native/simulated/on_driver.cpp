@@ -215,7 +215,7 @@ bool isDevice(const void* address, size_t bytes, bool capturing) {
   return true;
 }
 
-int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas) {
+int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas, const Graph&) {
   std::string why;
   CUfunc_st* function = kernel(why);
   if (function == nullptr) return kUninitialised;

@@ -3,7 +3,8 @@
 // kernels can read it, and runs each stream on a thread of its own. It obeys the rules of cuda.h: what is forbidden in a
 // capture by the thread's mode and makes it invalid, events that have no time, a context that stays lost. And it reports
 // errors that a real driver may not notice: addresses outside any allocation, host memory that is not pinned, work on
-// freed memory. The engines compute formulas that their plan contains (tensorrt.cpp).
+// freed memory. The engines compute formulas that their plan contains (tensorrt.cpp); they are built from graphs of the
+// package, each with a file that says what it computes (builder.cpp).
 // A third library, the stand-in, has the same engines for any driver, the simulated one (kernels.cpp) or a real one.
 //
 // These functions are exported by the simulated driver: for the other library, and for tests, which call them through
@@ -79,6 +80,8 @@ void simulatedReportViolation(const char* what);
 enum SimulatedObject { kSimulatedRuntime, kSimulatedEngine, kSimulatedExecutionContext };
 void simulatedCount(SimulatedObject object, int change);
 void simulatedDeserialised();
+// The device is lost, with this code.
+void simulatedLose(int code);
 // Whether the range lies within one allocation on the device.
 bool simulatedIsDevice(const void* address, size_t bytes);
 // Where the host finds what is at an address of the device: for kernels alone.

@@ -3,6 +3,7 @@
 // that a test can compute the same:
 //
 //   flowturbo-simulated 1
+//   name predict                        of the graph; may be left out
 //   weights 65536                       bytes of device memory that the engine takes
 //   microseconds 100                    that a launch takes at least
 //   context 1024                        bytes of device memory that an execution context takes
@@ -21,6 +22,8 @@
 // has: a tensor with one value a row, or one row, is broadcast. `v.u` and `v.c` are the first and second half of the rows
 // of v: the unconditional and the conditional velocities. Arithmetic is that of the output's type, rounded after each
 // operation. Formulas are computed in their order. formula.h computes them.
+//
+// Without a real driver, faults can be asked for: see on_simulated.cpp.
 
 #include <map>
 #include <memory>
@@ -29,7 +32,6 @@
 #include <vector>
 
 #include "machine.h"
-#include "resource.h"
 #include "stubs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -65,6 +67,7 @@ struct Formula {
 using Shapes = std::map<std::string, std::vector<int64_t>>;
 
 struct Plan {
+  std::string name;
   uint64_t weights = 0;
   int64_t microseconds = 0;
   uint64_t contextBytes = 1024;
@@ -138,7 +141,11 @@ Plan parse(const std::string& text) {
     std::istringstream words(line);
     std::string key;
     words >> key;
-    if (key == "weights") {
+    if (key == "name") {
+      words >> plan.name;
+    } else if (key == "built") {
+      // What the builder was asked for, for people and tests.
+    } else if (key == "weights") {
       words >> plan.weights;
     } else if (key == "microseconds") {
       words >> plan.microseconds;
@@ -486,6 +493,14 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
   if (!launches.empty()) launches[0].nanoseconds = static_cast<uint64_t>(plan.microseconds) * 1000;
   std::vector<void*> addresses{scratch_};
   for (const Tensor& tensor : plan.tensors) addresses.push_back(addresses_.at(tensor.name));
+  machine::Graph graph;
+  graph.name = plan.name;
+  for (const Tensor& tensor : plan.tensors) {
+    if (tensor.input || tensor.type != DataType::kFLOAT) continue;
+    graph.output = addresses_.at(tensor.name);
+    graph.elements = elements(shapes.at(tensor.name));
+    break;
+  }
   int result = 0;
   if (addresses != told_) {
     told_ = std::move(addresses);
@@ -498,7 +513,7 @@ bool Context::enqueueV3(cudaStream_t stream) noexcept {
     if (result == 0) result = side_->join(stream);
     launches.erase(launches.begin());
   }
-  if (result == 0) result = machine::launch(stream, std::move(launches));
+  if (result == 0) result = machine::launch(stream, std::move(launches), graph);
   if (result == 0) return true;
   told_.clear();
   return refuse("the driver answered " + std::to_string(result));
@@ -559,11 +574,3 @@ EXPORT void* createInferRuntime_INTERNAL(void* logger, int32_t) noexcept {
   if (!why.empty()) log.log(nvinfer1::ILogger::Severity::kERROR, ("simulated: " + why).c_str());
   return why.empty() ? static_cast<nvinfer1::IRuntime*>(new nvinfer1::Runtime(log)) : nullptr;
 }
-
-// The simulation builds no engines: tests that build use the real library. It says whether a builder would find its kernels.
-EXPORT void* createInferBuilder_INTERNAL(void* logger, int32_t) noexcept {
-  auto& log = *static_cast<nvinfer1::ILogger*>(logger);
-  if (hasBuilderResource(log)) log.log(nvinfer1::ILogger::Severity::kERROR, "simulated: no engines are built here");
-  return nullptr;
-}
-EXPORT void* createNvOnnxParser_INTERNAL(void*, void*, int) noexcept { return nullptr; }

@@ -21,7 +21,7 @@ describeAddons("TensorRT, unpacked somewhere", () => {
     const plan = path.join(folder, "plan");
     const request = {
       ...{ onnx: new Uint8Array(1), files: [], initializers: [], profiles: [], targets: [], flags: [] },
-      ...{ optimizationLevel: -1, workspaceBytes: 0, planPath: plan, logPath: "" },
+      ...{ optimizationLevel: -1, workspaceBytes: 0, planPath: plan, logPath: "", timingsPath: "" },
     };
     const from = path.relative(process.cwd(), folder);
     const error: NativeError = await loadAddon("tensorrt")

@@ -57,6 +57,11 @@ export interface NativeBuildRequest {
   readonly workspaceBytes: number;
   /** Must not exist. Removed again if the build fails. */
   readonly planPath: string;
+  /**
+   * What kernels took in earlier builds, which is read and written anew; "" for none. TensorRT-RTX, which measures
+   * nothing, ignores it.
+   */
+  readonly timingsPath: string;
   /** A new file for everything that the library logs; "" for none. */
   readonly logPath: string;
 }
