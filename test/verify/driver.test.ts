@@ -66,7 +66,7 @@ describeAddons("verify:gpu --driver", () => {
 
   it.each([
     [["one"], /--driver takes no checkpoint/],
-    [["--limit", "soon"], /--limit is a number of seconds, not soon/],
+    [["--limit", "soon"], /--limit is a number from .* not soon/],
   ])("refuses %j", async (args, message) => {
     const { status, stderr } = await verify(args);
     expect(stderr).toMatch(message);
