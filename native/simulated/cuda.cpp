@@ -94,7 +94,15 @@ struct Simulation {
   // process ends, so that neither releasing nor retaining it makes it good again.
   int lost = 0;
   int retained = 0;
-  CUctx_st* context = new CUctx_st();
+  std::vector<std::unique_ptr<CUctx_st>> contexts = firstContext();
+  CUctx_st* context = contexts.back().get();
+
+  static std::vector<std::unique_ptr<CUctx_st>> firstContext() {
+    std::vector<std::unique_ptr<CUctx_st>> all;
+    all.push_back(std::make_unique<CUctx_st>());
+    return all;
+  }
+
   std::vector<double> kernelTimes;
   // The device's addresses, which the host can neither read nor write, and the memory behind them.
   uint8_t* arena = nullptr;
@@ -881,7 +889,9 @@ EXPORT void simulatedReset() {
     // As in a new process.
     if (all.lost != 0) {
       all.lost = 0;
-      all.context = new CUctx_st();
+      // The old ones keep their addresses: what refers to them is not mistaken for the new one.
+      all.contexts.push_back(std::make_unique<CUctx_st>());
+      all.context = all.contexts.back().get();
     }
     all.failAt = 0;
     all.failKernel = 0;
