@@ -122,8 +122,8 @@ bool ExecutorState::canProceed() const {
   const Submission& next = *queue.front();
   if (!next.begun_) {
     if (lost) return true;
-    const CapturedProgram* captured = next.registers->captured_.get();
-    return (captured == nullptr || !captured->running) && inFlight.size() < kQueued;
+    const CapturedProgram* program = next.registers->captured_.get();
+    return (program == nullptr || !program->running) && inFlight.size() < kQueued;
   }
   if (mustStop(next)) return true;
   if (inFlight.size() >= kQueued) return false;
