@@ -15,7 +15,7 @@
  *   --bundle FOLDER         also write graphs, weights, inputs and ONNX Runtime's results there. Needs no GPU
  *   --check FOLDER          verify against such a bundle: needs no checkpoint, no network and no ONNX Runtime
  *   --driver                only the executor, on a real driver without TensorRT: see driver.ts
- *   --limit SECONDS         with --driver: how long one check may take; default: 60
+ *   --case-timeout S        with --driver: seconds that a check may take; default: 60
  */
 
 import { mkdir, readFile, writeFile } from "node:fs/promises";
@@ -68,7 +68,7 @@ function parsed() {
         bundle: { type: "string" },
         check: { type: "string" },
         driver: { type: "boolean", default: false },
-        limit: { type: "string", default: "60" },
+        "case-timeout": { type: "string", default: "60" },
       },
     });
   } catch (error) {
@@ -79,11 +79,10 @@ function parsed() {
 
 async function main(): Promise<number> {
   if (flags.driver) {
-    const limitSeconds = Number(flags.limit);
+    const limitSeconds = Number(flags["case-timeout"]);
     if (positionals.length > 0) return wrong("--driver takes no checkpoint.");
-    if (!(limitSeconds > 0)) return wrong(`--limit is a number of seconds, not ${flags.limit}.`);
-    const folder = flags["tensorrt-dir"] ?? path.join(root, ".cache/simulated/stand-in");
-    return verifyDriver({ folder, out: flags.out, limitSeconds });
+    if (!(limitSeconds > 0)) return wrong(`--case-timeout is a number of seconds, not ${flags["case-timeout"]}.`);
+    return verifyDriver({ folder: flags["tensorrt-dir"], out: flags.out, limitSeconds });
   }
 
   const kinds = flags.runtime === undefined ? tensorRtKinds : tensorRtKinds.filter((kind) => kind === flags.runtime);
