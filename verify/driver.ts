@@ -14,13 +14,14 @@ import { mkdir, rename, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { createInterface } from "node:readline";
 import { gigabytes } from "../lib/common/memory.js";
+import { packagePath } from "../lib/common/package.js";
 import { smOf, smText, versionText } from "../lib/runtimes/tensorrt/addon.js";
 import { diagnosis, examineTensorRt } from "../lib/runtimes/tensorrt/libraries.js";
 import { ExecutorChecks } from "./executor-checks.js";
 
 export interface DriverOptions {
-  /** The stand-in's folder. */
-  readonly folder: string;
+  /** The stand-in's folder. Default: where `npm run build:native -- --simulated` puts it. */
+  readonly folder?: string | undefined;
   /** For driver.md and driver.json. */
   readonly out: string;
   /** Of the mixture. Default: 1000. */
@@ -56,7 +57,14 @@ export interface DriverReport {
 const say = (line: string) => process.stderr.write(`${line}\n`);
 
 /** @returns the exit code: 0 all passed, 1 something failed or is lacking, 3 there is no GPU */
-export async function verifyDriver({ folder, out, runs = 1000, limitSeconds = 60 }: DriverOptions): Promise<number> {
+export async function verifyDriver({
+  out,
+  runs = 1000,
+  limitSeconds = 60,
+  ...options
+}: DriverOptions): Promise<number> {
+  const folder = options.folder ?? packagePath(".cache/simulated/stand-in");
+
   // 1. The GPU and the stand-in.
   const found = await examineTensorRt("tensorrt", { folder, gpuFirst: true });
   const { addon, cuda, library } = found;

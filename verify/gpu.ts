@@ -15,12 +15,11 @@
  *   --level N               builder optimisation level, 0 to 5: lower builds sooner and runs slower; default: the library's
  *   --memory GB             that builds may take; default: what is available
  *   --rounds N              timed runs of each case, at most; default: 20, and 3 with --quick
- *   --case-timeout S        seconds that a case may take; default: 60
+ *   --case-timeout S        seconds that a case, or a check of --driver, may take; default: 60
  *   --out FOLDER            for report.md and report.json; default: verify-report
  *   --bundle FOLDER         also write checkpoint, graphs, inputs and ONNX Runtime's results there. Needs no GPU
  *   --check FOLDER          verify against such a bundle: needs no checkpoint, no network and no ONNX Runtime
  *   --driver                only the executor, on a real driver without TensorRT: see driver.ts
- *   --limit SECONDS         with --driver: how long one check may take; default: 60
  */
 
 import { mkdtemp, rm } from "node:fs/promises";
@@ -96,7 +95,6 @@ interface Flags {
   readonly bundle: string | undefined;
   readonly check: string | undefined;
   readonly driver: boolean;
-  readonly limitSeconds: number;
 }
 
 /** @throws OptionError */
@@ -130,7 +128,7 @@ function flagsOf(): Flags {
   return {
     ...{ checkpoint: positionals[0], kinds, folder: flags["tensorrt-dir"], batches, level },
     ...{ quick: flags.quick, out: flags.out, bundle: flags.bundle, check: flags.check },
-    ...{ driver: flags.driver, limitSeconds: number("limit", 60, 0.1, 100_000, false) },
+    driver: flags.driver,
     // Engines of another level are not left where a model would find them.
     cache: flags.cache ?? (level === undefined ? undefined : path.join(flags.out, `level-${level}`)),
     sizes: sizes?.map((size) => ({ width: Number(size![1]), height: Number(size![2]) })),
@@ -158,17 +156,14 @@ function parse() {
       bundle: { type: "string" },
       check: { type: "string" },
       driver: { type: "boolean", default: false },
-      limit: { type: "string" },
     },
   });
 }
 
 async function main(): Promise<number> {
   const flags = flagsOf();
-  if (flags.driver) {
-    const folder = flags.folder ?? packagePath(".cache/simulated/stand-in");
-    return verifyDriver({ folder, out: flags.out, limitSeconds: flags.limitSeconds });
-  }
+  if (flags.driver)
+    return verifyDriver({ folder: flags.folder, out: flags.out, limitSeconds: flags.caseTimeoutMs / 1000 });
 
   // 1. The GPU. Without one all that is left to do is a bundle.
   const reports = [];

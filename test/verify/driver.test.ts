@@ -66,7 +66,7 @@ describeAddons("verify:gpu --driver", () => {
 
   it.each([
     [["one"], /--driver takes no checkpoint/],
-    [["--limit", "soon"], /--limit is a number from .* not soon/],
+    [["--case-timeout", "soon"], /--case-timeout is a number .*not soon/],
   ])("refuses %j", async (args, message) => {
     const { status, stderr } = await verify(args);
     expect(stderr).toMatch(message);
@@ -132,7 +132,7 @@ describeAddons("verify:gpu --driver", () => {
     });
 
     it("ends a check that hangs, and leaves the report of those before", async () => {
-      const ended = await verify(["--limit", "2"], { FLOWTURBO_SIMULATED_FAULT: "hang kernel 150" });
+      const ended = await verify(["--case-timeout", "2"], { FLOWTURBO_SIMULATED_FAULT: "hang kernel 150" });
       expect(ended.status).toBe(1);
       const report = ended.report();
       expect(report).toMatchObject({ passed: false, complete: false });
