@@ -1,7 +1,7 @@
 // What can be said of NVIDIA's own interfaces without a GPU: that the driver's functions have the signatures that our table
 // gives them, and that TensorRT 11, where somebody has fetched it, is opened, recognised, and reported as lacking a driver.
 import { spawnSync } from "node:child_process";
-import { cpSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
 import { EngineCompiler } from "../../lib/runtimes/tensorrt/compile.js";
@@ -55,6 +55,36 @@ describe("the table of the driver's functions", () => {
       status: 1,
       stderr: "error: cuGraphLaunch is in the table and is never looked up.\n",
     });
+  });
+});
+
+describe("what scripts fetch", () => {
+  const fetch = (name: string, fill: string) => {
+    const script = `import { fetched, quietly } from ${JSON.stringify(path.join(root, "scripts/fetched.mjs"))};
+      import { mkdirSync, writeFileSync } from "node:fs"; import { join } from "node:path";
+      console.log(fetched(${JSON.stringify(name)}, "the tool", (folder) => { ${fill} }));`;
+    const { status, stdout, stderr } = spawnSync(process.execPath, ["--input-type=module", "-e", script], {
+      encoding: "utf8",
+    });
+    return { status, stdout: stdout.trim(), stderr: stderr.trim() };
+  };
+  const left = (name: string) =>
+    readdirSync(path.join(root, ".cache")).filter((entry) => entry.startsWith(name)).length;
+
+  it("is there complete or not at all, and what is lacking is said", () => {
+    const name = `fetched-by-a-test-${process.pid}`;
+    const missing = fetch(name, 'quietly("no-such-tool", [])');
+    expect(missing).toEqual({ status: 3, stdout: "", stderr: "error: no-such-tool is not on PATH." });
+    const failed = fetch(name, 'quietly("sh", ["-c", "echo no network >&2; exit 1"])');
+    expect(failed).toEqual({ status: 3, stdout: "", stderr: `error: the tool could not fetch ${name}: no network` });
+    expect(left(name)).toBe(0);
+    // Another process was faster.
+    const folder = path.join(root, ".cache", name);
+    const late = `mkdirSync(${JSON.stringify(folder)}); writeFileSync(${JSON.stringify(path.join(folder, "it"))}, "");`;
+    expect(fetch(name, late)).toEqual({ status: 0, stdout: folder, stderr: "" });
+    expect(left(name)).toBe(1);
+    expect(fetch(name, "throw new Error()").status).toBe(0);
+    rmSync(folder, { recursive: true });
   });
 });
 

@@ -44,9 +44,10 @@ async function verify(
   env: NodeJS.ProcessEnv = {},
   watch: (stderr: string, child: ChildProcess) => void = () => undefined,
   what = script,
+  of = ["--check", bundle],
 ): Promise<Outcome> {
   const out = temporaryFolder();
-  const common = ["--check", bundle, "--runtime", "tensorrt", "--rounds", "2", "--out", out];
+  const common = [...of, "--runtime", "tensorrt", "--rounds", "2", "--out", out];
   const child = spawn(
     process.execPath,
     [...what, ...common, "--tensorrt-dir", path.join(simulatedFolder, "tensorrt"), "--cache", cache, ...args],
@@ -263,6 +264,22 @@ describeAddons("verify:gpu on the simulated library", () => {
     const { status, report } = await verify(["--quick", "--memory", "2.5", "--cache", temporaryFolder()]);
     expect(status).toBe(1);
     for (const { error } of report.engines) expect(error).toMatch(/takes about 3\.\d\d GB of memory, but 2\.50 GB/);
+  });
+
+  it("of a checkpoint takes ONNX Runtime's results, by which other networks are noticed", async () => {
+    const temporary = temporaryFolder();
+    const { status, report } = await verify(["--quick"], { TMPDIR: temporary }, undefined, script, []);
+    expect([status, report.state, report.passed]).toEqual([1, "finished", false]);
+    expect(report.origin).toMatchObject({ checkpoint: "models/shapes (embedded)" });
+    expect(report.origin.reference).toMatch(/^ONNX Runtime .* on the CPU, float32$/);
+    const failing = namesOf(report.findings);
+    for (const graph of ["clip_l", "t5", "predict", "vae_decoder"])
+      expect(failing.some((name) => name.startsWith(`${graph}, `))).toBe(true);
+    // What is arithmetic in the product as well is the same in the closed forms.
+    expect(failing.some((name) => name.startsWith("scale_noise"))).toBe(false);
+    expect(report.pictures.map(({ passed }) => passed)).toEqual([false, false]);
+    // The bundle of such a run is a temporary one.
+    expect(readdirSync(temporary).filter((name) => name.startsWith("flowturbo-verify-"))).toEqual([]);
   });
 
   it("--check needs nothing but the package and the bundle: one file, the addons, and what finds them", async () => {
