@@ -22,10 +22,12 @@ const width = heads * headDim;
 
 /**
  * @param layers 6 layers are 0.99 GB
- * @param dual whether every layer has a second attention, as the first 13 of SD3.5-medium do
+ * @param dual how many of them, from the first, have a second attention, as 13 of SD3.5-medium's 24 do; true: every one
  */
-export async function randomCheckpoint(layers: number, dual = false): Promise<RandomCheckpoint> {
-  const folder = path.join(root, "bench/.work", `medium-width-${layers}${dual ? "-dual" : ""}`);
+export async function randomCheckpoint(layers: number, dual: boolean | number = false): Promise<RandomCheckpoint> {
+  const second = dual === true ? layers : Math.min(Number(dual), layers);
+  const kind = dual === true ? "-dual" : second > 0 ? `-dual${second}` : "";
+  const folder = path.join(root, "bench/.work", `medium-width-${layers}${kind}`);
   const fixture = path.join(root, "test/fixtures/medium/model");
   const config = JSON.parse(readFileSync(path.join(fixture, "transformer/config.json"), "utf8"));
   Object.assign(config, {
@@ -33,7 +35,7 @@ export async function randomCheckpoint(layers: number, dual = false): Promise<Ra
     num_attention_heads: heads,
     attention_head_dim: headDim,
     caption_projection_dim: width,
-    dual_attention_layers: dual ? Array.from({ length: layers }, (_, layer) => layer) : [],
+    dual_attention_layers: Array.from({ length: second }, (_, layer) => layer),
     pos_embed_max_size: 96,
   });
   return writeOnce(folder, config, () => {

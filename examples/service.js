@@ -6,6 +6,7 @@
 //   POST /generate                                    the same from a JSON body, as requestFromJson() takes it (see
 //                                                     flowturbo/schema): pictures to edit are bytes in base64
 //   GET /health                                       200 while it takes requests, 503 once it ends or cannot draw
+//   GET /live                                         503 once it has to be restarted: it has lost its GPU
 //   GET /stats                                        counters and histograms
 //
 // Errors are JSON, { code, message }, with the status of the table of errors: 400 for a wrong option, 429 for a full
@@ -87,6 +88,7 @@ await model.generate({ prompt: "", steps: 1 });
 const routes = new Map([
   ["/generate", { GET: draw, POST: draw }],
   ["/health", { GET: health, HEAD: health }],
+  ["/live", { GET: live, HEAD: live }],
   ["/stats", { GET: () => json(200, model.stats()) }],
 ]);
 
@@ -216,6 +218,11 @@ function health() {
   const { ready, degraded, restarts } = model.health();
   const status = ending.signal.aborted ? "ending" : !ready ? "unavailable" : degraded ? "degraded" : "ready";
   return json(ready && !ending.signal.aborted ? 200 : 503, { status, model: model.name, restarts });
+}
+
+function live() {
+  const isLive = model.health().live;
+  return json(isLive ? 200 : 503, { live: isLive });
 }
 
 function json(status, value, headers = {}) {

@@ -171,7 +171,10 @@ export class LaunchError extends RuntimeError {
   }
 }
 
-/** The GPU answers nothing but errors since one of its launches failed. The next call starts on it anew. */
+/**
+ * The GPU answers nothing but errors since one of its launches failed. CUDA gives it back to a new process only: every later
+ * call of this process fails with this error at once, until the process is restarted.
+ */
 export class DeviceLostError extends RuntimeError {
   constructor(message: string, options?: ErrorOptions) {
     super(message, { ...options, code: "ERR_FLOWTURBO_DEVICE_LOST" });
@@ -327,8 +330,8 @@ const rows = {
   ERR_FLOWTURBO_DEVICE_LOST: {
     type: DeviceLostError,
     status: 503,
-    retryable: true,
-    sentence: "The GPU was lost. Try again.",
+    retryable: false,
+    sentence: "The GPU was lost. The service has to be restarted.",
   },
   ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false, sentence: "A file could not be written." },
   ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true, sentence: null },

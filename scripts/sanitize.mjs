@@ -1,8 +1,8 @@
 /**
  * `npm run test:sanitize`: the tests of the native code again, compiled with sanitizers.
  *
- * 1. The executor without Node (native/test/executor_test.cpp), against both header sets: with AddressSanitizer, leaks
- *    included, and UBSan; then with ThreadSanitizer.
+ * 1. The executor without Node (native/test/executor_test.cpp), against both header sets, and on the stand-in for TensorRT
+ *    (driver_test.cpp): with AddressSanitizer, leaks included, and UBSan; then with ThreadSanitizer.
  * 2. The native tests through Node, with AddressSanitizer and UBSan. A process that was not compiled with them has to
  *    load their runtime first, hence LD_PRELOAD. Leaks are not checked: Node frees most of its memory only at the end of
  *    the process, and so does TensorRT.
@@ -12,7 +12,7 @@
  */
 
 import { execFileSync, spawnSync } from "node:child_process";
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { fail, libraries, root } from "./headers.mjs";
 
@@ -29,6 +29,15 @@ const executor = (sanitize, env) => {
     if (run(path.join(folderOf(sanitize), "simulated", kind, "executor_test"), [], env) !== 0)
       fail(`The executor's test for ${kind} failed with ${sanitize} sanitizers.`);
   }
+  const simulated = path.join(folderOf(sanitize), "simulated");
+  if (!existsSync(path.join(simulated, "stand-in/formula.ptx"))) {
+    if (process.env.FLOWTURBO_REQUIRE_NATIVE) fail("The stand-in's kernel could not be compiled.");
+    console.log("The executor on the stand-in is skipped: its kernel could not be compiled.");
+    return;
+  }
+  console.log(`The executor on the stand-in, -fsanitize=${sanitize}:`);
+  if (run(path.join(simulated, "stand-in/executor_driver"), [], { LD_LIBRARY_PATH: simulated, ...env }) !== 0)
+    fail(`The executor's test on the stand-in failed with ${sanitize} sanitizers.`);
 };
 
 const ubsan = { UBSAN_OPTIONS: "halt_on_error=1:print_stacktrace=1" };
@@ -43,6 +52,7 @@ const chosen = process.argv.slice(2);
 if (chosen.length === 0) {
   const names = [
     ...[["an addon"], ["finding the libraries"], ["one engine"], ["a cache folder"], ["flowturbo compile", "process.exit"]],
+    ["the simulated builder"],
     ...[["programs of a schedule"], ["on the simulated device"], ["the executor"], ["a process with a program"]],
     ["without a GPU"],
   ];

@@ -28,6 +28,8 @@ import { parseBlocks, scheduleOf, shiftedSigmas, upscaleSigmas } from "../lib/sc
 export interface Case {
   readonly name: string;
   readonly kind: "engine" | "texts" | "sampler";
+  /** Whether it belongs to the small set (--quick), which has every graph once and every kind of program. */
+  readonly quick: boolean;
   /** Its constants are values. */
   readonly program: Program;
 }
@@ -85,10 +87,15 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
   const inputs = new Inputs();
   const cases: Case[] = [];
   for (const engine of enginesOf(graphs, options))
-    for (const profile of engine.profiles) {
+    for (const [index, profile] of engine.profiles.entries()) {
       const size = profile.width === undefined ? "" : `, ${profile.width} × ${profile.height}`;
       const program = await engineProgram(graphs, engine.graph, profile.inputs, inputs);
-      cases.push({ name: `${engine.graph}, batch ${profile.batch}${size}`, kind: "engine", program });
+      cases.push({
+        name: `${engine.graph}, batch ${profile.batch}${size}`,
+        kind: "engine",
+        quick: index === 0,
+        program,
+      });
     }
 
   const encoder = new PromptEncoder(graphs);
@@ -97,18 +104,18 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
   const pending = await encoder.pending(prepared);
   const results: Record<string, Tensor>[] = [];
   for (const [text, { program }] of pending.missing) {
-    cases.push({ name: `text "${text}", all encoders`, kind: "texts", program });
+    cases.push({ name: `text "${text}", all encoders`, kind: "texts", quick: text === "", program });
     results.push(await run(program));
   }
   const encoded = await encoder.encoded(prepared, pending, results);
   const schedules = schedulesOf(checkpoint, options);
-  for (const { name, batch, guided, sizes, blocks, inpainted } of schedules) {
+  for (const { name, batch, guided, sizes, blocks, inpainted, quick } of schedules) {
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
     const stages = await Promise.all(
       sizes.map((size, index) => stageOf(checkpoint, size, blocks[index]!, index, batch, inpainted, inputs)),
     );
-    cases.push({ name, kind: "sampler", program: schedule(checkpoint, stages, condition, guided) });
+    cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, guided) });
   }
   return cases;
 }
@@ -126,6 +133,7 @@ interface Example {
   readonly sizes: readonly Size[];
   readonly blocks: readonly string[];
   readonly inpainted: boolean;
+  readonly quick: boolean;
 }
 
 function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): Example[] {
@@ -135,7 +143,7 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   const one = Math.min(...batches);
   const schedules: Example[] = [];
   const add = (name: string, batch: number, blocks: string[], more: Partial<Example> = {}) => {
-    const chosen = { guided: true, sizes: [size], inpainted: false, ...more };
+    const chosen = { guided: true, sizes: [size], inpainted: false, quick: false, ...more };
     const where = chosen.sizes.map(({ width, height }) => `${width} × ${height}`).join(" to ");
     schedules.push({ ...chosen, name: `${name} (${blocks.join(" ")}), batch ${batch}, ${where}`, batch, blocks });
   };
@@ -145,8 +153,8 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
     add("pseudo corrector", batch, ["H1P4"]);
     if (refined) add("FlowTurbo", batch, ["H1P5R3"]);
   }
-  add("without guidance", one, [refined ? "H1P2R1" : "H1P2"], { guided: false });
-  add("inpainting", one, [refined ? "H1P2R1" : "H1P2"], { inpainted: true });
+  add("without guidance", one, [refined ? "H1P2R1" : "H1P2"], { guided: false, quick: true });
+  add("inpainting", one, [refined ? "H1P2R1" : "H1P2"], { inpainted: true, quick: true });
   const larger = sizes.find(
     ({ width, height }) => width >= size.width && height >= size.height && width * height > size.width * size.height,
   );

@@ -1,10 +1,10 @@
 /**
  * Runs cases and compares what comes out with the reference. The measure is the relative L2 error of each result,
  * ‖actual − expected‖ / ‖expected‖, which a few outliers among a million values do not decide; the largest single
- * difference is reported beside it.
+ * difference has a bar of its own, so that a few wrong values are noticed too.
  */
 
-import type { Tensor } from "../lib/common/tensor.js";
+import { float32, type Tensor } from "../lib/common/tensor.js";
 import type { Program } from "../lib/program/program.js";
 import type { Runtime } from "../lib/runtimes/runtime.js";
 import type { Case } from "./cases.js";
@@ -12,17 +12,45 @@ import type { Case } from "./cases.js";
 export type Compute = "float32" | "float16" | "bfloat16";
 
 /**
- * Bars for one launch, by the type that the engine computes in; the reference computes in float32. float32 allows for
- * TF32, which TensorRT uses by default and which has 10 bits of mantissa. Set from the types' precision, not measured.
+ * By how many unit roundoffs a network's result may be off. Measured: every graph of the embedded model computed in
+ * float16 by ONNX Runtime is within 2 of the same in float32 (test/verify). Roundings add up like a random walk along
+ * the residual stream, so that SD3.5-large's 38 blocks, for 6 here, give 2.5 times that; the rest is for another order
+ * of summation.
  */
-export const engineBars: Record<Compute, number> = { float32: 5e-3, float16: 1e-2, bfloat16: 5e-2 };
+const growth = 8;
 
-/** A schedule feeds each step with the errors of those before. */
-const scheduleFactor = 4;
+/**
+ * Bars of the L2 error for one launch, by the type that the engine computes in; the reference computes in float32. For the
+ * 16-bit types `growth` times the unit roundoff, half the distance of two neighbouring numbers at 1. float32 has a unit
+ * roundoff of 6e-8 and kernels that approximate better than that seldom: 2e-4 leaves them room, and none for TF32, whose 10
+ * bits of mantissa would give 1e-3. TF32 is off in every engine (native/core/engine_builder.cpp).
+ */
+export const engineBars: Record<Compute, number> = {
+  float32: 2e-4,
+  float16: growth * 2 ** -11,
+  bfloat16: growth * 2 ** -8,
+};
 
-export function barOf(example: Case, compute: (graph: string) => Compute): number {
-  const bars = graphsOf(example.program).map((graph) => engineBars[compute(graph)]);
-  return Math.max(...bars) * (example.kind === "sampler" ? scheduleFactor : 1);
+/** A schedule feeds each step with the errors of those before. Measured as above: Heun is off by 5.3 unit roundoffs. */
+const scheduleFactor = 2;
+
+/**
+ * The bar of the largest single difference, as a part of the largest value, over that of the L2 error. Measured as
+ * above: for one launch it is about as large as the L2 error, and small where it is several times that; pictures of whole
+ * schedules have edges, where single pixels move by up to 44 unit roundoffs.
+ */
+const worstFactors = { launch: 2, schedule: 8 } as const;
+
+export interface Bar {
+  readonly relative: number;
+  readonly worst: number;
+}
+
+export function barOf(kind: Case["kind"], computes: readonly Compute[]): Bar {
+  const engine = Math.max(...computes.map((compute) => engineBars[compute]));
+  if (kind !== "sampler") return { relative: engine, worst: worstFactors.launch * engine };
+  const relative = scheduleFactor * engine;
+  return { relative, worst: worstFactors.schedule * relative };
 }
 
 export interface Difference {
@@ -35,16 +63,27 @@ export interface Difference {
 export interface Finding {
   readonly name: string;
   readonly kind: Case["kind"];
-  readonly bar: number;
+  readonly bar: Bar;
   readonly passed: boolean;
   readonly differences: readonly Difference[];
   /** Median milliseconds of each launch, by the device's own clock. */
   readonly launches: readonly { readonly graph: string; readonly name: string; readonly milliseconds: number }[];
   /** Median milliseconds of a whole run, from call to result. */
   readonly total: number;
-  /** Whether the CUDA graph of it gives the same bits, and its median run; absent if it was not captured. */
-  readonly captured?: { readonly same: boolean; readonly total: number };
-  readonly error?: string;
+  /** Timed runs. */
+  readonly rounds: number;
+  /** Of a sampler: how it fared as one CUDA graph. */
+  readonly captured?: Captured;
+  /** What is wrong besides differences, a sentence each. */
+  readonly problems: readonly string[];
+}
+
+export interface Captured {
+  /** Runs after the first one, and how many of them the executor replayed. */
+  readonly runs: number;
+  readonly replayed: number;
+  /** Median milliseconds of a run. */
+  readonly total: number;
 }
 
 export function graphsOf(program: Program): string[] {
@@ -76,66 +115,143 @@ export function compare(actual: Record<string, Tensor>, expected: Record<string,
   });
 }
 
+/** Whether all differences are within the bar. */
+export function isWithin(differences: readonly Difference[], bar: Bar): boolean {
+  return differences.every(({ relative, worst }) => relative <= bar.relative && worst <= bar.worst);
+}
+
+/** Whether two runs gave the same bits. */
+export function identical(actual: Record<string, Tensor>, expected: Record<string, Tensor>): boolean {
+  return Object.entries(expected).every(([name, { data }]) => {
+    const other = actual[name]?.data;
+    if (!other || other.byteLength !== data.byteLength) return false;
+    const bytes = (array: typeof data) => Buffer.from(array.buffer, array.byteOffset, array.byteLength);
+    return bytes(other).equals(bytes(data));
+  });
+}
+
+/** A runtime whose programs are captured, and what the executor counts of that. */
+export interface Capturing {
+  readonly runtime: Runtime;
+  /** Submissions that ran as one CUDA graph, since the process began. */
+  replays(): number;
+  /** Why programs could not be captured, the last time that one could not; null if none. */
+  reason(): string | null;
+}
+
 export interface CheckOptions {
-  readonly bar: number;
-  /** Timed runs after the compared one. */
+  readonly bar: Bar;
+  /** Timed runs after the compared one; fewer where they would take more than ten seconds. */
   readonly rounds: number;
   /** The same device with captured programs. */
-  readonly capturing?: Runtime | undefined;
+  readonly capturing?: Capturing | undefined;
 }
+
+/** Timed runs of a case end after so many milliseconds. */
+const timedMs = 10_000;
 
 /** Never rejects: what goes wrong is in the finding. */
 export async function checkCase(
   runtime: Runtime,
-  { name, kind, program }: Case,
+  { name, kind, program }: Pick<Case, "name" | "kind" | "program">,
   expected: Record<string, Tensor>,
   { bar, rounds, capturing }: CheckOptions,
 ): Promise<Finding> {
   const launches = program.instructions.filter((instruction) => instruction.op === "launch");
   const times: number[][] = launches.map(() => []);
   const totals: number[] = [];
-  const finding = { name, kind, bar };
+  const problems: string[] = [];
+  let differences: readonly Difference[] = [];
+  let captured: Captured | undefined;
   try {
     const actual = await runtime.run(program);
-    const differences = compare(actual, expected);
-    for (let round = 0; round < rounds; round++) {
-      const start = performance.now();
-      await runtime.run(program, { onLaunch: ({ index, milliseconds }) => times[index]!.push(milliseconds) });
-      totals.push(performance.now() - start);
-    }
-    const captured =
-      capturing && kind === "sampler" ? await checkCaptured(capturing, program, actual, rounds) : undefined;
-    const passed = differences.every(({ relative }) => relative <= bar) && captured?.same !== false;
-    return {
-      ...{ ...finding, passed, differences, total: median(totals) },
-      launches: launches.map(({ graph, label }, index) => ({
-        ...{ graph, name: label.name, milliseconds: median(times[index]!) },
-      })),
-      ...(captured && { captured }),
-    };
+    differences = compare(actual, expected);
+    let others = 0;
+    await timed(rounds, totals, async () => {
+      const again = await runtime.run(program, {
+        onLaunch: ({ index, milliseconds }) => times[index]!.push(milliseconds),
+      });
+      if (!identical(again, actual)) others++;
+    });
+    if (others > 0) problems.push(`${others} of ${totals.length} further runs gave other bits than the first`);
+    if (capturing && kind === "sampler")
+      captured = await checkCaptured(capturing, runtime, program, actual, rounds, problems);
   } catch (error) {
-    return {
-      ...{ ...finding, passed: false, differences: [], launches: [], total: Number.NaN },
-      error: error instanceof Error ? `${error.name}: ${error.message}` : String(error),
-    };
+    problems.push(error instanceof Error ? `${error.name}: ${error.message}` : String(error));
   }
+  return {
+    ...{ name, kind, bar, differences, problems, rounds: totals.length, total: median(totals) },
+    passed: problems.length === 0 && isWithin(differences, bar),
+    launches: launches.map(({ graph, label }, index) => ({
+      ...{ graph, name: label.name, milliseconds: median(times[index]!) },
+    })),
+    ...(captured && { captured }),
+  };
 }
 
-/** The first run records, the later ones replay. */
-async function checkCaptured(runtime: Runtime, program: Program, plain: Record<string, Tensor>, rounds: number) {
-  await runtime.run(program);
+/**
+ * The first run records, the later ones replay: the executor counts those. The last has other inputs than the recorded
+ * one: a replay that does nothing leaves the results of the run before, which are right for the same inputs.
+ */
+async function checkCaptured(
+  { runtime, replays, reason }: Capturing,
+  plain: Runtime,
+  program: Program,
+  expected: Record<string, Tensor>,
+  rounds: number,
+  problems: string[],
+): Promise<Captured> {
   const totals: number[] = [];
-  let same = true;
-  for (let round = 0; round < Math.max(1, rounds); round++) {
+  let others = 0;
+  if (!identical(await runtime.run(program), expected)) others++;
+  const before = replays();
+  await timed(rounds, totals, async () => {
+    if (!identical(await runtime.run(program), expected)) others++;
+  });
+  const altered = halved(program);
+  const changed = await plain.run(altered);
+  if (identical(changed, expected)) problems.push("other inputs gave the same results");
+  const follows = identical(await runtime.run(altered), changed);
+  const [runs, replayed] = [totals.length + 1, replays() - before];
+  if (others > 0)
+    problems.push(`captured, ${others} of ${totals.length + 1} runs gave other bits than launch by launch`);
+  if (!follows) problems.push("captured, a run with other inputs did not give their results");
+  if (replayed < runs)
+    problems.push(
+      `not replayed as one CUDA graph: ${runs - replayed} of ${runs} runs (${reason() ?? "the executor gave no reason"})`,
+    );
+  return { runs, replayed, total: median(totals) };
+}
+
+/** The program with all its numbers halved: sizes, and with them the instructions, are the same. */
+function halved(program: Program): Program {
+  const constants: Record<string, Program["constants"][string]> = {};
+  for (const [name, constant] of Object.entries(program.constants))
+    constants[name] =
+      constant.kind === "value" && constant.tensor.data instanceof Float32Array
+        ? {
+            kind: "value",
+            tensor: float32(
+              constant.tensor.shape,
+              constant.tensor.data.map((value) => value / 2),
+            ),
+          }
+        : constant;
+  return { ...program, constants };
+}
+
+/** At least one run, then up to `rounds` while there is time. */
+async function timed(rounds: number, totals: number[], run: () => Promise<void>): Promise<void> {
+  const begin = performance.now();
+  do {
     const start = performance.now();
-    const replayed = await runtime.run(program);
+    await run();
     totals.push(performance.now() - start);
-    same &&= compare(replayed, plain).every(({ worst }) => worst === 0);
-  }
-  return { same, total: median(totals) };
+  } while (totals.length < rounds && performance.now() - begin < timedMs);
 }
 
 function median(values: readonly number[]): number {
+  if (values.length === 0) return Number.NaN;
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;

@@ -40,6 +40,11 @@ export class Dependency<T> {
     return this.#loading;
   }
 
+  /** Takes this in its place from now on: for a caller who needs none of it, where it may be missing. */
+  replaceWith(other: T): void {
+    this.#loading = Promise.resolve(other);
+  }
+
   /** Never rejects. */
   async find(): Promise<DependencyFinding> {
     const found = { name: this.name, version: null, reason: null, remedy: null };

@@ -58,7 +58,11 @@ export function emitClip(
   // The end-of-text token: the largest id in vocabularies of the public checkpoints, else the first eos.
   const marked =
     config.eosTokenId === legacyEos ? ids : g.cast(g.op("Equal", [ids, g.scalar(config.eosTokenId, "int64")]), "int64");
-  const position = g.op("ArgMax", [marked], { axis: 1, keepdims: 1 });
+  // The first one, where padding is the same token. Which of several maxima ArgMax takes is not the same everywhere (TensorRT
+  // promises none), so there is only one: an earlier position counts for more, and less than any difference of ids.
+  const earlier = Array.from({ length }, (_, index) => length - 1 - index);
+  const score = g.op("Add", [g.op("Mul", [marked, g.scalar(length, "int64")]), g.ints(earlier)]);
+  const position = g.op("ArgMax", [score], { axis: 1, keepdims: 1 });
   const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
   const last = g.op("GatherND", [final, position], { batch_dims: 1 });
   const pooled = l.linear(last, "text_projection", size, config.projectionDim, { rank: 2, bias: false });

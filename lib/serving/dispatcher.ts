@@ -6,6 +6,7 @@
 
 import { following, onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
+import { DeviceLostError } from "../errors.js";
 import type { Program } from "../program/program.js";
 import {
   isBlameless,
@@ -162,22 +163,18 @@ export class Dispatcher {
   }
 
   /** Each row as a program of its own. One that fails ends the job's others. */
-  async #runCaptured({ priority, signal, onLaunch, onRestart }: Job, rows: readonly RowProgram[]) {
+  async #runCaptured({ priority, signal, onLaunch }: Job, rows: readonly RowProgram[]) {
     const { controller, unfollow } = following(signal);
     const runs = rows.map(({ program, specs }, row) =>
-      this.#captured.run(priority, controller.signal, (restarts) => {
-        if (restarts > 0) {
-          this.#options.stats.launches.restarted++;
-          onRestart?.(row);
-        }
-        return this.#runtime.run(program, {
+      this.#captured.run(priority, controller.signal, () =>
+        this.#runtime.run(program, {
           signal: controller.signal,
           onLaunch: (report) => {
             this.#launched(specs[report.index]!, 1, 1, report.milliseconds);
             onLaunch?.(row, report, true);
           },
-        });
-      }),
+        }),
+      ),
     );
     try {
       const results = await Promise.all(runs);
@@ -279,6 +276,16 @@ export class Dispatcher {
   #fail(submission: Submission, workspace: Workspace | null, uploads: readonly string[], error: unknown): void {
     // Its workspace has been lost and replaced before: its jobs have been started again.
     if (workspace !== this.#workspace) return;
+    // For good: nothing can be started again.
+    if (error instanceof DeviceLostError) {
+      this.#scheduler.failed(submission.id, { lost: true }, performance.now());
+      this.#forgetWorkspace();
+      for (const id of [...this.#active.keys()]) {
+        this.#scheduler.abort(id);
+        this.#end(id)?.reject(error);
+      }
+      return;
+    }
     const lost = workspace === null || workspace.lost;
     const failure = { lost, blameless: lost && isBlameless(error) };
     const { rejected, restarted } = this.#scheduler.failed(submission.id, failure, performance.now());

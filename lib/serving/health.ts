@@ -4,12 +4,13 @@
  */
 
 import { EventEmitter } from "node:events";
+import { DeviceLostError } from "../errors.js";
 import type { RuntimeListener } from "../runtimes/runtime.js";
 import type { SlowLaunch } from "./watch.js";
 
 /** What a model tells those who listen to it, by name. */
 export interface ModelEvents {
-  /** The runtime's process or device is gone. Work that was not at fault starts again. */
+  /** The runtime's process is gone: work that was not at fault starts again. Or the GPU is, for good. */
   lost: [
     event: {
       /** Why. */
@@ -41,13 +42,15 @@ export interface HealthError {
 
 /** Whether a model works. */
 export interface Health {
+  /** Whether this process can go on; false once it has lost its GPU, which only another process gets again. For liveness probes, which make an orchestrator restart it. */
+  readonly live: boolean;
   /** Whether a call that is made now would be worked on: the model is not disposed, and its runtime could be started when it was last tried. */
   readonly ready: boolean;
   /** Whether something is wrong though calls are taken; `reasons` say what. */
   readonly degraded: boolean;
   /** What is wrong, in sentences; empty if nothing is. */
   readonly reasons: readonly string[];
-  /** How often the runtime's process or device was started again since the model was loaded. */
+  /** How often the runtime's process was started again since the model was loaded. */
   readonly restarts: number;
   /** The last loss of the runtime, or the last call that failed through no fault of its caller; null if there was none. */
   readonly lastError: HealthError | null;
@@ -77,6 +80,8 @@ export class HealthMonitor implements RuntimeListener {
   #lost: Error | null = null;
   /** Whether it could not be started since. */
   #isDown = false;
+  /** What the GPU was lost by, for good. */
+  #fatal: DeviceLostError | null = null;
   #silentMs: number | null = null;
   #slow: SlowLaunch | null = null;
   #lastError: HealthError | null = null;
@@ -87,6 +92,7 @@ export class HealthMonitor implements RuntimeListener {
   }
 
   lost(error: Error): void {
+    if (error instanceof DeviceLostError) this.#fatal ??= error;
     // Lost again before it ran again: it cannot be started.
     this.#isDown = this.#lost !== null;
     this.#lost = error;
@@ -128,7 +134,8 @@ export class HealthMonitor implements RuntimeListener {
   report(running: SlowLaunch | null, isDisposed: boolean): Health {
     const reasons: string[] = [];
     if (isDisposed) reasons.push("The model has been disposed.");
-    if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
+    if (this.#fatal) reasons.push(this.#fatal.message);
+    else if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
     else if (this.#lost) reasons.push(`The runtime was lost; the next call starts it again: ${this.#lost.message}`);
     else if (performance.now() - this.#restartedAt < restartShows)
       reasons.push(`The runtime was started again ${seconds(performance.now() - this.#restartedAt)} ago.`);
@@ -142,7 +149,8 @@ export class HealthMonitor implements RuntimeListener {
       running.milliseconds >= this.#slow.milliseconds;
     if (isSlow) reasons.push(slowText(running));
     return {
-      ready: !isDisposed && !this.#isDown,
+      live: this.#fatal === null,
+      ready: !isDisposed && !this.#isDown && this.#fatal === null,
       degraded: reasons.length > 0,
       reasons,
       restarts: this.#restarts,

@@ -153,6 +153,7 @@ BuildRequest readBuildRequest(const Napi::Value& value) {
   request.workspaceBytes =
       static_cast<uint64_t>(readInteger(object.Get("workspaceBytes"), "request.workspaceBytes", 0, kMaximumBytes));
   request.planPath = readString(object.Get("planPath"), "request.planPath");
+  request.timingsPath = readString(object.Get("timingsPath"), "request.timingsPath");
   request.logPath = readString(object.Get("logPath"), "request.logPath");
   return request;
 }

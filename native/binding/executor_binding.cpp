@@ -247,6 +247,7 @@ Napi::Value describeEngine(Napi::Env env, const std::shared_ptr<Handle>& handle,
   result["profiles"] = profiles;
   result["scratchBytes"] = scratch;
   result["planBytes"] = number(env, engine->planBytes());
+  result["weightBytes"] = number(env, engine->weightBytes());
   result["release"] = function(env, "release", [handle, id](const Napi::CallbackInfo& call) {
     handle->engines.erase(id);
     return call.Env().Undefined();
@@ -304,6 +305,8 @@ Napi::Value statistics(const Napi::CallbackInfo& info, const std::shared_ptr<Han
   result["replays"] = number(env, now.replays);
   result["engines"] = number(env, now.engines);
   result["deviceBytes"] = number(env, now.deviceBytes);
+  result["weightBytes"] = number(env, now.weightBytes);
+  result["contextBytes"] = number(env, now.contextBytes);
   result["pinnedBytes"] = number(env, now.pinnedBytes);
   result["busySeconds"] = Napi::Number::New(env, now.busySeconds);
   return result;

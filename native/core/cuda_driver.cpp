@@ -30,6 +30,7 @@ const CudaDriver* load() {
     find(table->cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
     find(table->cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2");
     find(table->cuCtxSetCurrent, "cuCtxSetCurrent");
+    find(table->cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode");
     find(table->cuMemGetInfo, "cuMemGetInfo_v2");
     find(table->cuMemAlloc, "cuMemAlloc_v2");
     find(table->cuMemFree, "cuMemFree_v2");

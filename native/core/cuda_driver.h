@@ -50,6 +50,7 @@ struct CudaDriver {
   CudaResult (*cuDevicePrimaryCtxRetain)(CUctx_st**, CudaDeviceNumber);
   CudaResult (*cuDevicePrimaryCtxRelease)(CudaDeviceNumber);
   CudaResult (*cuCtxSetCurrent)(CUctx_st*);
+  CudaResult (*cuThreadExchangeStreamCaptureMode)(int*);
   CudaResult (*cuMemGetInfo)(size_t*, size_t*);
   CudaResult (*cuMemAlloc)(DevicePointer*, size_t);
   CudaResult (*cuMemFree)(DevicePointer);

@@ -1,13 +1,18 @@
 #include "device.h"
 
 #include <algorithm>
+#include <map>
+#include <string>
 
 namespace flowturbo {
 namespace {
 
 constexpr unsigned kStreamNonBlocking = 1;
-// A thread that waits for an event sleeps instead of spinning, so that it takes no processor time from the process.
 constexpr unsigned kEventBlockingSync = 1;
+constexpr unsigned kEventDisableTiming = 2;
+
+constexpr int kCaptureThreadLocal = 1;
+constexpr int kCaptureRelaxed = 2;
 
 // Unused blocks that a pool keeps: a scheduler creates and releases registers by the dozen.
 constexpr size_t kKeptBlocks = 256;
@@ -34,14 +39,36 @@ Error exhausted(const Device&, void*, uint64_t bytes) {
   return error;
 }
 
+// Contexts that are lost, with the error that says so. Strings only: nothing has to be destroyed when the process exits.
+struct Losses {
+  std::mutex mutex;
+  std::map<const CUctx_st*, std::string> errors;
+};
+
+Losses& losses() {
+  static auto* instance = new Losses();
+  return *instance;
+}
+
 }  // namespace
 
 std::shared_ptr<const Device> Device::open(int ordinal) {
-  CudaDevice properties = examineCudaDevice(ordinal);
   const CudaDriver& driver = CudaDriver::open();
-  std::shared_ptr<Device> device(new Device(driver, std::move(properties), ordinal));
-  driver.check(driver.cuDeviceGet(&device->handle_, ordinal), "cuDeviceGet");
-  driver.check(driver.cuDevicePrimaryCtxRetain(&device->context_, device->handle_), "cuDevicePrimaryCtxRetain");
+  std::shared_ptr<Device> device;
+  try {
+    device.reset(new Device(driver, examineCudaDevice(ordinal), ordinal));
+    driver.check(driver.cuDeviceGet(&device->handle_, ordinal), "cuDeviceGet");
+    driver.check(driver.cuDevicePrimaryCtxRetain(&device->context_, device->handle_), "cuDevicePrimaryCtxRetain");
+  } catch (const Error& error) {
+    // What was never had is not lost: another process may have the device for itself at present.
+    if (error.code() == "DEVICE_LOST") throw Error("CUDA", error.what());
+    throw;
+  }
+  {
+    const std::lock_guard<std::mutex> lock(losses().mutex);
+    const auto lost = losses().errors.find(device->context_);
+    if (lost != losses().errors.end()) throw Error("DEVICE_LOST", lost->second);
+  }
   device->makeCurrent();
   return device;
 }
@@ -50,7 +77,16 @@ Device::~Device() {
   if (context_ != nullptr) driver_.cuDevicePrimaryCtxRelease(handle_);
 }
 
-void Device::makeCurrent() const { driver_.check(driver_.cuCtxSetCurrent(context_), "cuCtxSetCurrent"); }
+void Device::makeCurrent() const {
+  driver_.check(driver_.cuCtxSetCurrent(context_), "cuCtxSetCurrent");
+  int mode = kCaptureRelaxed;
+  driver_.check(driver_.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode");
+}
+
+void Device::lose(const Error& error) const {
+  const std::lock_guard<std::mutex> lock(losses().mutex);
+  losses().errors.emplace(context_, error.what());
+}
 
 DeviceMemoryInfo Device::memory() const {
   size_t free = 0;
@@ -78,11 +114,20 @@ OwnedStream createStream(const Device& device) {
   return {device.driver(), stream};
 }
 
-OwnedEvent createEvent(const Device& device) {
+OwnedEvent createEvent(const Device& device, EventUse use) {
+  const unsigned flags = (use == EventUse::kTime ? 0 : kEventBlockingSync) |
+                         (use == EventUse::kWait ? kEventDisableTiming : 0);
   CUevent_st* event = nullptr;
-  device.driver().check(device.driver().cuEventCreate(&event, kEventBlockingSync), "cuEventCreate");
+  device.driver().check(device.driver().cuEventCreate(&event, flags), "cuEventCreate");
   return {device.driver(), event};
 }
+
+StrictCapture::StrictCapture(const Device& device) : driver_(device.driver()), before_(kCaptureThreadLocal) {
+  driver_.check(driver_.cuThreadExchangeStreamCaptureMode(&before_), "cuThreadExchangeStreamCaptureMode");
+}
+
+// Where this fails the thread stays strict, which forbids nothing outside of its captures.
+StrictCapture::~StrictCapture() { driver_.cuThreadExchangeStreamCaptureMode(&before_); }
 
 template <typename Memory>
 typename MemoryPool<Memory>::Shared MemoryPool<Memory>::take(uint64_t bytes) {

@@ -25,8 +25,13 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  // To be called on every thread that uses the device or TensorRT. Throws Error.
+  // To be called on every thread that uses the device or TensorRT, all of which are this package's own: from then on
+  // captures of other threads, such as those of TensorRT's builder, do not forbid the thread to allocate or to wait, and
+  // are not made invalid by it. Throws Error.
   void makeCurrent() const;
+  // Remembers until the process ends that the device is lost: `open` then fails with this error. TensorRT's own CUDA
+  // runtime holds the primary context as long as the process lives, so nothing in the process can replace it.
+  void lose(const Error& error) const;
   DeviceMemoryInfo memory() const;
   // Gives the error that a failure of TensorRT was: DEVICE_LOST where the device is lost, which TensorRT does not report;
   // otherwise the given one.
@@ -86,13 +91,41 @@ using OwnedEvent = Owned<CUevent_st*, &CudaDriver::cuEventDestroy>;
 using OwnedGraph = Owned<CUgraph_st*, &CudaDriver::cuGraphDestroy>;
 using OwnedGraphExec = Owned<CUgraphExec_st*, &CudaDriver::cuGraphExecDestroy>;
 
+// What an event is for. The end of a wait is an interrupt of the device, so that the thread sleeps meanwhile and takes no
+// processor time from the process; an event that nobody waits for, in time or in a CUDA graph, should not cause one. A time
+// stamp is written for those alone that are timed.
+enum class EventUse {
+  // The beginning of a launch, and both ends of one in a CUDA graph, whose end as a whole is waited for.
+  kTime,
+  // The end of a launch.
+  kTimedWait,
+  // The end of a submission.
+  kWait,
+};
+constexpr size_t kEventUses = 3;
+
 // Each throws Error.
 OwnedStream createStream(const Device& device);
-OwnedEvent createEvent(const Device& device);
+OwnedEvent createEvent(const Device& device, EventUse use);
+
+// As long as it exists, the calling thread may not do what a capture of its own does not observe: allocate, free, wait.
+class StrictCapture {
+ public:
+  // Throws Error.
+  explicit StrictCapture(const Device& device);
+  ~StrictCapture();
+  StrictCapture(const StrictCapture&) = delete;
+  StrictCapture& operator=(const StrictCapture&) = delete;
+
+ private:
+  const CudaDriver& driver_;
+  int before_;
+};
 
 // Memory that is allocated again and again. A returned block is kept and reused for the next request of about its size.
-// Only `take` and `trim` free memory, since blocks are returned on any thread. All users of one pool work on one stream:
-// a block may be reused while earlier work on it is still queued there.
+// Only `take` and `trim` free memory, since blocks are returned on any thread; they belong to the thread that works on the
+// stream, and not into a capture, which they would make invalid. All users of one pool work on one stream: a block may be
+// reused while earlier work on it is still queued there.
 template <typename Memory>
 class MemoryPool : public std::enable_shared_from_this<MemoryPool<Memory>> {
  public:

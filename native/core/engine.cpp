@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdlib>
+#include <optional>
 
 #include "files.h"
 
@@ -26,11 +28,31 @@ uint64_t elementsOf(const std::vector<int64_t>& dimensions) {
   return elements;
 }
 
-// TensorRT gives its reasons as text only.
-bool meansOutOfMemory(const std::string& line) {
-  std::string lower;
-  for (const char character : line) lower += static_cast<char>(std::tolower(static_cast<unsigned char>(character)));
-  return lower.find("out of memory") != std::string::npos || lower.find("outofmemory") != std::string::npos;
+// TensorRT gives its reasons as text only: "Error Code 2: OutOfMemory (Requested size was 1073741824 bytes.)", or CUDA's
+// words. Null where the lines do not say that memory ran out; otherwise how much was asked for, or 0.
+std::optional<uint64_t> outOfMemory(const std::vector<std::string>& lines) {
+  std::optional<uint64_t> needed;
+  for (const std::string& line : lines) {
+    std::string lower;
+    for (const char character : line) lower += static_cast<char>(std::tolower(static_cast<unsigned char>(character)));
+    const auto has = [&](const char* words) { return lower.find(words) != std::string::npos; };
+    if (!has("out of memory") && !has("outofmemory") && !has("cudaerrormemoryallocation")) continue;
+    uint64_t bytes = 0;
+    const std::string words = "size was ";
+    const size_t at = lower.find(words);
+    if (at != std::string::npos) bytes = std::strtoull(lower.c_str() + at + words.size(), nullptr, 10);
+    needed = std::max(needed.value_or(0), bytes);
+  }
+  return needed;
+}
+
+// Free memory on the device; null if it cannot be told, which is no reason to fail.
+std::optional<uint64_t> freeBytes(const Device& device) {
+  try {
+    return device.memory().free;
+  } catch (const Error&) {
+    return std::nullopt;
+  }
 }
 
 Error unusable(const std::string& plan, const std::string& why) {
@@ -59,15 +81,29 @@ std::unique_ptr<nvinfer1::IExecutionContext> createContext(nvinfer1::ICudaEngine
 uint64_t bytesOf(ElementType type) { return type == ElementType::kFloat32 ? 4 : 8; }
 
 Context::Context(const Engine& engine, int32_t profile, CUstream_st* stream) : engine_(engine) {
-  context_ = createContext(*engine.engine_);
-  if (!context_) throw refused("create an execution context");
-  try {
-    configure(profile, stream);
-  } catch (const Error&) {
-    // The profile's resources may still be copied to memory that is freed now.
-    engine.device_->driver().cuStreamSynchronize(stream);
-    throw;
-  }
+  measured([&] {
+    context_ = flowturbo::createContext(*engine.engine_);
+    if (!context_) throw refused("create an execution context");
+    try {
+      configure(profile, stream);
+    } catch (const Error&) {
+      // The profile's resources may still be copied to memory that is freed now.
+      engine.device_->driver().cuStreamSynchronize(stream);
+      throw;
+    }
+  });
+}
+
+Context::~Context() { engine_.memory_->contexts -= ownBytes_; }
+
+template <typename Body>
+void Context::measured(Body body) {
+  const std::optional<uint64_t> before = freeBytes(*engine_.device_);
+  body();
+  const std::optional<uint64_t> after = freeBytes(*engine_.device_);
+  if (!before || !after || *after >= *before) return;
+  ownBytes_ += *before - *after;
+  engine_.memory_->contexts += *before - *after;
 }
 
 void Context::configure(int32_t profile, CUstream_st* stream) {
@@ -105,7 +141,15 @@ void Context::useScratch(DevicePointer address, uint64_t bytes) {
 }
 
 void Context::enqueue(CUstream_st* stream) {
-  if (!context_->enqueueV3(stream)) throw refused("launch");
+  const auto launch = [&] {
+    if (!context_->enqueueV3(stream)) throw refused("launch");
+  };
+  // The first launch may allocate.
+  if (launched_)
+    launch();
+  else
+    measured(launch);
+  launched_ = true;
 }
 
 bool Context::capturable(CUstream_st* stream) const {
@@ -118,14 +162,21 @@ bool Context::capturable(CUstream_st* stream) const {
 }
 
 Error Context::refused(const std::string& what) const {
-  Error error("LAUNCH", "TensorRT refused to " + what);
-  error.log = engine_.logger_->takeErrors();
+  std::vector<std::string> log = engine_.logger_->takeErrors();
+  const std::optional<uint64_t> needed = outOfMemory(log);
+  Error error = needed ? Error("DEVICE_MEMORY", "the device has too little memory: TensorRT could not " + what)
+                       : Error("LAUNCH", "TensorRT refused to " + what);
+  error.log = std::move(log);
+  if (needed) {
+    error.needed = *needed;
+    error.available = freeBytes(*engine_.device_).value_or(0);
+  }
   return engine_.device_->explain(std::move(error));
 }
 
 Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<const Device> device,
-               const std::string& plan, const std::string& identity)
-    : library_(std::move(library)), device_(std::move(device)), logger_(Logger::take()) {
+               std::shared_ptr<EngineMemory> memory, const std::string& plan, const std::string& identity)
+    : library_(std::move(library)), device_(std::move(device)), memory_(std::move(memory)), logger_(Logger::take()) {
   // 1. The plan, mapped. Most of it is weights: one that cannot fit is refused before it is read.
   const MappedFile file(plan, identity, "PLAN_CHANGED");
   planBytes_ = file.size();
@@ -142,12 +193,13 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
   if (runtime_) engine_.reset(runtime_->deserializeCudaEngine(file.range(0, planBytes_), planBytes_));
   if (!engine_) {
     std::vector<std::string> log = logger_->takeErrors();
-    const bool memory = std::any_of(log.begin(), log.end(), meansOutOfMemory);
-    Error error = memory ? Error("DEVICE_MEMORY", "the engine does not fit into the device's memory")
-                         : unusable(plan, "was refused by TensorRT");
+    const bool lacksMemory = outOfMemory(log).has_value();
+    Error error = lacksMemory ? Error("DEVICE_MEMORY", "the engine does not fit into the device's memory")
+                  : runtime_  ? unusable(plan, "was refused by TensorRT")
+                              : Error("LAUNCH", "TensorRT made no runtime");
     error.log = std::move(log);
-    error.needed = memory ? planBytes_ : 0;
-    error.available = memory ? available : 0;
+    error.needed = lacksMemory ? planBytes_ : 0;
+    error.available = lacksMemory ? available : 0;
     throw device_->explain(std::move(error));
   }
 
@@ -190,12 +242,21 @@ Engine::Engine(std::shared_ptr<const TensorRtLibrary> library, std::shared_ptr<c
         static_cast<uint64_t>(std::max<int64_t>(engine_->getDeviceMemorySizeForProfileV2(profile), 0)));
   }
   contexts_.resize(profiles_.size());
+  const int64_t weights = engine_->getEngineStat(nvinfer1::EngineStat::kTOTAL_WEIGHTS_SIZE);
+  weightBytes_ = weights >= 0 ? static_cast<uint64_t>(weights) : planBytes_;
+  memory_->weights += weightBytes_;
 }
+
+Engine::~Engine() { memory_->weights -= weightBytes_; }
 
 Context& Engine::context(size_t profile, CUstream_st* stream) {
   std::unique_ptr<Context>& context = contexts_.at(profile);
-  if (!context) context = std::make_unique<Context>(*this, static_cast<int32_t>(profile), stream);
+  if (!context) context = createContext(profile, stream);
   return *context;
+}
+
+std::unique_ptr<Context> Engine::createContext(size_t profile, CUstream_st* stream) const {
+  return std::make_unique<Context>(*this, static_cast<int32_t>(profile), stream);
 }
 
 }  // namespace flowturbo

@@ -8,6 +8,10 @@
 #include <mutex>
 #include <unordered_map>
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include "files.h"
 #include "logger.h"
 
@@ -221,6 +225,71 @@ void configure(nvinfer1::IBuilderConfig& config, const BuildRequest& request) {
 #endif
 }
 
+#if !defined(TRT_MAJOR_RTX)
+// The bytes of a plain file of this user's; none for any other, or where there is no file.
+std::vector<char> readOwn(const std::string& path) {
+  std::vector<char> bytes;
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+  if (descriptor < 0) return bytes;
+  struct stat status {};
+  if (fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) && status.st_uid == geteuid() &&
+      (status.st_mode & 022) == 0) {
+    bytes.resize(static_cast<size_t>(status.st_size));
+    size_t done = 0;
+    while (done < bytes.size()) {
+      const ssize_t count = ::read(descriptor, bytes.data() + done, bytes.size() - done);
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) break;
+      done += static_cast<size_t>(count);
+    }
+    if (done < bytes.size()) bytes.clear();
+  }
+  ::close(descriptor);
+  return bytes;
+}
+
+// What a file holds; nothing where the library does not take it, such as one of another GPU or version.
+std::unique_ptr<nvinfer1::ITimingCache> timingsIn(const nvinfer1::IBuilderConfig& config, const std::string& path) {
+  const std::vector<char> bytes = readOwn(path);
+  std::unique_ptr<nvinfer1::ITimingCache> timings(config.createTimingCache(bytes.data(), bytes.size()));
+  if (!timings) timings.reset(config.createTimingCache(nullptr, 0));
+  return timings;
+}
+
+// Builds share their measurements through a file. It is worth time only: whatever goes wrong with it, the engine is the same.
+// What is returned has to outlive the builder.
+std::unique_ptr<nvinfer1::ITimingCache> useTimings(nvinfer1::IBuilderConfig& config, const std::string& path) {
+  if (path.empty()) return nullptr;
+  auto timings = timingsIn(config, path);
+  if (timings && config.setTimingCache(*timings, false)) return timings;
+  // Of another GPU or version, though its name says otherwise.
+  std::unique_ptr<nvinfer1::ITimingCache> none(config.createTimingCache(nullptr, 0));
+  if (none) config.setTimingCache(*none, false);
+  return none;
+}
+
+void keepTimings(const nvinfer1::IBuilderConfig& config, const nvinfer1::ITimingCache* mine,
+                 const std::string& path) noexcept {
+  if (mine == nullptr) return;
+  try {
+    // Other builds of this process may have written meanwhile: theirs are kept too. Those of other processes may be lost.
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto all = timingsIn(config, path);
+    if (!all || !all->combine(*mine, false)) return;
+    const std::unique_ptr<nvinfer1::IHostMemory> bytes(all->serialize());
+    if (!bytes) return;
+    const std::string temporary = path + "." + std::to_string(getpid()) + ".tmp";
+    ::unlink(temporary.c_str());
+    NewFile file(temporary);
+    file.write(bytes->data(), bytes->size());
+    file.finish();
+    if (::rename(temporary.c_str(), path.c_str()) == 0) file.keep();
+  } catch (...) {
+  }
+}
+#endif
+
 void addProfile(nvinfer1::IBuilder& builder, nvinfer1::INetworkDefinition& network, nvinfer1::IBuilderConfig& config,
                 const ProfileShapes& shapes) {
   nvinfer1::IOptimizationProfile* profile = builder.createOptimizationProfile();
@@ -277,6 +346,9 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
 
     // 2. The graph.
     const auto parseStart = std::chrono::steady_clock::now();
+#if !defined(TRT_MAJOR_RTX)
+    std::unique_ptr<nvinfer1::ITimingCache> timings;
+#endif
     const auto builder = library.createBuilder(*logger);
     if (!builder) throw Error("BUILD", "no builder could be made");
     const std::unique_ptr<nvinfer1::INetworkDefinition> network(builder->createNetworkV2(0));
@@ -296,12 +368,19 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
 
     // 3. The engine.
     configure(*config, request);
+#if !defined(TRT_MAJOR_RTX)
+    timings = useTimings(*config, request.timingsPath);
+#endif
     for (const ProfileShapes& profile : request.profiles) addProfile(*builder, *network, *config, profile);
     config->setProgressMonitor(&monitor);
     const auto buildStart = std::chrono::steady_clock::now();
     NewFile plan(request.planPath);
     PlanWriter writer(plan, cancelled, monitor);
     const bool built = builder->buildSerializedNetworkToStream(*network, *config, writer);
+#if !defined(TRT_MAJOR_RTX)
+    // After a build that failed or was cancelled as well: what it has measured is right.
+    keepTimings(*config, timings.get(), request.timingsPath);
+#endif
     stopIfCancelled();
     plan.finish();
     if (!built || plan.written() == 0) throw Error("BUILD", "the engine could not be built");

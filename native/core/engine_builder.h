@@ -52,6 +52,9 @@ struct BuildRequest {
   uint64_t workspaceBytes = 0;
   // Where the plan goes; must not exist. Removed again if the build fails.
   std::string planPath;
+  // What kernels took, measured in earlier builds on this GPU, which this one need not measure again; written anew with
+  // what this build has measured. Empty for none: always with TensorRT-RTX, which measures nothing.
+  std::string timingsPath;
   // Everything that the library logs goes into this file too, unless it is empty.
   std::string logPath;
 };

@@ -151,7 +151,11 @@ struct ExecutorStatistics {
   uint64_t submissions = 0;
   uint64_t replays = 0;
   uint64_t engines = 0;
+  // On the device: registers, constants and scratch memory; the engines' weights; what execution contexts keep, as far as
+  // it could be measured.
   uint64_t deviceBytes = 0;
+  uint64_t weightBytes = 0;
+  uint64_t contextBytes = 0;
   uint64_t pinnedBytes = 0;
   // Processor time of the two threads, for all launches.
   double busySeconds = 0;
@@ -160,7 +164,7 @@ struct ExecutorStatistics {
 class Executor : public std::enable_shared_from_this<Executor> {
  public:
   // The process's executor for a device and library, started if there is none. Throws Error: NO_DRIVER, NO_DEVICE,
-  // INVALID, CUDA, DEVICE_LOST.
+  // INVALID, CUDA; DEVICE_LOST for a device that was ever lost in this process (Device::lose).
   static std::shared_ptr<Executor> open(std::shared_ptr<const TensorRtLibrary> library, int ordinal);
   ~Executor();
   Executor(const Executor&) = delete;

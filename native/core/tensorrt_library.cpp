@@ -1,5 +1,11 @@
 #include "tensorrt_library.h"
 
+#include <dirent.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -7,6 +13,36 @@
 #include "shared_library.h"
 
 namespace flowturbo {
+namespace {
+
+// What a factory of the library returned. Where it fails, a pointer to a base class may be an offset added to null
+// (TensorRT 11.2 without a driver answers 0x228); nothing lies in the first page.
+template <typename Interface>
+std::unique_ptr<Interface> made(void* object) {
+  return std::unique_ptr<Interface>(reinterpret_cast<uintptr_t>(object) < 4096 ? nullptr
+                                                                              : static_cast<Interface*>(object));
+}
+
+// TensorRT's builder opens libnvinfer_builder_resource, by name. An unpacked archive is not among the loader's folders.
+void findBuilderResource(const SharedLibrary& core, const std::string& path) {
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return;
+  const std::string folder = path.substr(0, std::max<size_t>(slash, 1));
+  bool present = false;
+  if (DIR* entries = opendir(folder.c_str())) {
+    while (const dirent* entry = readdir(entries))
+      present = present || std::strncmp(entry->d_name, "libnvinfer_builder_resource", 27) == 0;
+    closedir(entries);
+  }
+  // Where it lies elsewhere, the loader may find it as it finds everything else.
+  if (!present) return;
+  auto* tell = reinterpret_cast<bool (*)(const char*)>(core.find("setInternalLibraryPath"));
+  // Absolute, since the process may change its folder before it builds.
+  const std::unique_ptr<char, void (*)(void*)> absolute(realpath(folder.c_str(), nullptr), std::free);
+  if (tell != nullptr && absolute) tell(absolute.get());
+}
+
+}  // namespace
 
 std::string versionText(const Version& version) {
   return std::to_string(version[0]) + "." + std::to_string(version[1]) + "." + std::to_string(version[2]) + "." +
@@ -36,6 +72,7 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
       error.path = result->path_;
       throw error;
     }
+    if (library.find('/') != std::string::npos) findBuilderResource(core, result->path_);
     result->createBuilder_ = core.require<void* (*)(void*, int32_t)>("createInferBuilder_INTERNAL");
     result->createRuntime_ = core.require<void* (*)(void*, int32_t)>("createInferRuntime_INTERNAL");
 
@@ -51,19 +88,16 @@ std::shared_ptr<const TensorRtLibrary> TensorRtLibrary::open(const std::string& 
 }
 
 std::unique_ptr<nvinfer1::IBuilder> TensorRtLibrary::createBuilder(nvinfer1::ILogger& logger) const {
-  return std::unique_ptr<nvinfer1::IBuilder>(
-      static_cast<nvinfer1::IBuilder*>(createBuilder_(&logger, NV_TENSORRT_VERSION)));
+  return made<nvinfer1::IBuilder>(createBuilder_(&logger, NV_TENSORRT_VERSION));
 }
 
 std::unique_ptr<nvinfer1::IRuntime> TensorRtLibrary::createRuntime(nvinfer1::ILogger& logger) const {
-  return std::unique_ptr<nvinfer1::IRuntime>(
-      static_cast<nvinfer1::IRuntime*>(createRuntime_(&logger, NV_TENSORRT_VERSION)));
+  return made<nvinfer1::IRuntime>(createRuntime_(&logger, NV_TENSORRT_VERSION));
 }
 
 std::unique_ptr<nvonnxparser::IParser> TensorRtLibrary::createParser(nvinfer1::INetworkDefinition& network,
                                                                      nvinfer1::ILogger& logger) const {
-  return std::unique_ptr<nvonnxparser::IParser>(
-      static_cast<nvonnxparser::IParser*>(createParser_(&network, &logger, NV_ONNX_PARSER_VERSION)));
+  return made<nvonnxparser::IParser>(createParser_(&network, &logger, NV_ONNX_PARSER_VERSION));
 }
 
 }  // namespace flowturbo

@@ -40,13 +40,15 @@ std::string versionText(const Version& version);
 class TensorRtLibrary {
  public:
   // Opens the two files (paths, or bare names for the loader to find). The same pair is opened once in a process.
-  // Throws Error LIBRARY_NOT_LOADED, or LIBRARY_VERSION for one outside [floor, ceiling).
+  // Throws Error LIBRARY_NOT_LOADED, or LIBRARY_VERSION for one outside [floor, ceiling). A library that is opened by its
+  // path is told to look for the kernels that it builds with, in a library of their own, in the same folder.
   static std::shared_ptr<const TensorRtLibrary> open(const std::string& library, const std::string& parser);
 
   const Version& version() const noexcept { return version_; }
   const std::string& path() const noexcept { return path_; }
   const std::string& parserPath() const noexcept { return parserPath_; }
 
+  // Null where the library refuses.
   std::unique_ptr<nvinfer1::IBuilder> createBuilder(nvinfer1::ILogger& logger) const;
   // A device has to be the calling thread's. Null where the library refuses.
   std::unique_ptr<nvinfer1::IRuntime> createRuntime(nvinfer1::ILogger& logger) const;

@@ -33,6 +33,9 @@ Napi::Value counts(const Napi::CallbackInfo& info) {
   set("graphLaunches", now.graphLaunches);
   set("deserialised", now.deserialised);
   set("violations", now.violations);
+  set("captures", now.captures);
+  set("spins", now.spins);
+  set("interrupts", now.interrupts);
   return result;
 }
 
@@ -64,6 +67,8 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
     return Napi::String::New(info.Env(), simulatedViolation());
   });
   add("capacity", [](const Napi::CallbackInfo& info) { simulatedCapacity(static_cast<uint64_t>(number(info, 0))); });
+  add("refuseCaptures",
+      [](const Napi::CallbackInfo& info) { simulatedRefuseCaptures(info[0].As<Napi::Boolean>().Value()); });
   add("hold", [](const Napi::CallbackInfo&) { simulatedHold(); });
   add("let", [](const Napi::CallbackInfo& info) { simulatedLet(number(info, 0)); });
   return exports;

@@ -1,4 +1,7 @@
-// The driver: libcuda.so.1 as far as the addon calls it. See simulated.h.
+// The driver: libcuda.so.1 as far as the addon and the simulated TensorRT call it, with the rules that cuda.h gives for
+// it. See simulated.h.
+
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -25,6 +28,7 @@ using CUdevice = int;
 using CUdeviceptr = unsigned long long;
 
 struct CUctx_st {};
+struct EventState;
 
 namespace {
 
@@ -32,7 +36,27 @@ constexpr CUresult kSuccess = 0;
 constexpr CUresult kInvalidValue = 1;
 constexpr CUresult kOutOfMemory = 2;
 constexpr CUresult kInvalidContext = 201;
+constexpr CUresult kInvalidHandle = 400;
+constexpr CUresult kNotReady = 600;
+constexpr CUresult kContextIsDestroyed = 709;
 constexpr CUresult kCaptureUnsupported = 900;
+constexpr CUresult kCaptureInvalidated = 901;
+constexpr CUresult kCaptureMerge = 902;
+constexpr CUresult kCaptureUnmatched = 903;
+constexpr CUresult kCaptureUnjoined = 904;
+constexpr CUresult kCaptureIsolation = 905;
+constexpr CUresult kCapturedEvent = 907;
+constexpr CUresult kCaptureWrongThread = 908;
+
+constexpr int kModeGlobal = 0;
+constexpr int kModeRelaxed = 2;
+
+constexpr unsigned kEventBlockingSync = 1;
+constexpr unsigned kEventDisableTiming = 2;
+
+// Addresses of the device: more than any test's capacity.
+constexpr size_t kArenaBytes = size_t{32} << 30;
+constexpr size_t kPage = 4096;
 
 using Clock = std::chrono::steady_clock;
 using Operation = std::function<void()>;
@@ -40,6 +64,19 @@ using Operation = std::function<void()>;
 struct Block {
   size_t bytes = 0;
   bool device = false;
+};
+
+// A capture under way: what its streams were given, in that order. Guarded by Simulation::captureMutex.
+struct Capture {
+  CUstream_st* origin = nullptr;
+  int mode = kModeGlobal;
+  std::thread::id thread;
+  // A rule was violated: it goes on until cuStreamEndCapture, which returns no graph.
+  bool invalid = false;
+  std::vector<Operation> operations;
+  // Events that each run of the graph records.
+  std::vector<std::shared_ptr<EventState>> events;
+  std::set<CUstream_st*> streams;
 };
 
 struct Simulation {
@@ -53,11 +90,29 @@ struct Simulation {
   int failKernelCode = 0;
   std::string failed;
   std::string violation;
-  // The error that every call on the context returns.
+  // The error that every call on the context returns. TensorRT's own CUDA runtime holds the primary context until the
+  // process ends, so that neither releasing nor retaining it makes it good again.
   int lost = 0;
   int retained = 0;
-  CUctx_st context;
+  std::vector<std::unique_ptr<CUctx_st>> contexts = firstContext();
+  CUctx_st* context = contexts.back().get();
+
+  static std::vector<std::unique_ptr<CUctx_st>> firstContext() {
+    std::vector<std::unique_ptr<CUctx_st>> all;
+    all.push_back(std::make_unique<CUctx_st>());
+    return all;
+  }
+
   std::vector<double> kernelTimes;
+  // The device's addresses, which the host can neither read nor write, and the memory behind them.
+  uint8_t* arena = nullptr;
+  uint8_t* behind = nullptr;
+
+  std::mutex captureMutex;
+  std::condition_variable captureChanged;
+  std::set<std::shared_ptr<Capture>> captures;
+  bool refusesCaptures = false;
+  bool pausesCaptures = false;
 
   std::mutex streamsMutex;
   std::set<CUstream_st*> streams;
@@ -74,6 +129,16 @@ Simulation& simulation() {
 }
 
 thread_local CUctx_st* current = nullptr;
+thread_local int captureMode = kModeGlobal;
+// On the thread of a stream: whether what runs is part of a CUDA graph.
+thread_local bool replaying = false;
+
+// Whether FLOWTURBO_SIMULATED_FAULT names this: "refuse-capture" (no stream can be captured), "skip-replay" (CUDA graphs
+// are launched, and their kernels do not run). tensorrt.cpp has the faults of single graphs.
+bool isFaulty(const char* fault) {
+  static const char* named = std::getenv("FLOWTURBO_SIMULATED_FAULT");
+  return named != nullptr && std::strcmp(named, fault) == 0;
+}
 
 bool isSticky(int code) {
   for (const int sticky : {4, 46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
@@ -88,7 +153,7 @@ void violate(const char* what) {
   if (all.violation.empty()) all.violation = what;
 }
 
-// Counts a call. A result other than zero is what the call has to return.
+// Counts a call that no lost context prevents. A result other than zero is what the call has to return.
 CUresult enter(const char* call) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
@@ -98,7 +163,7 @@ CUresult enter(const char* call) {
     if (isSticky(all.failCode) && all.retained > 0) all.lost = all.failCode;
     return all.failCode;
   }
-  return all.lost;
+  return kSuccess;
 }
 
 CUresult enterContext(const char* call) {
@@ -108,7 +173,31 @@ CUresult enterContext(const char* call) {
     violate(call);
     return kInvalidContext;
   }
-  return kSuccess;
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  return current == simulation().context ? simulation().lost : kContextIsDestroyed;
+}
+
+// For calls that are "potentially unsafe" in a capture (cuThreadExchangeStreamCaptureMode in cuda.h): those that allocate,
+// free or wait. The captures that forbid them become invalid.
+CUresult enterUnsafe(const char* call) {
+  const CUresult result = enterContext(call);
+  if (result != kSuccess || captureMode == kModeRelaxed) return result;
+  Simulation& all = simulation();
+  const std::lock_guard<std::mutex> lock(all.captureMutex);
+  bool forbidden = false;
+  for (const std::shared_ptr<Capture>& capture : all.captures) {
+    const bool own = capture->thread == std::this_thread::get_id();
+    if (own ? capture->mode == kModeRelaxed : captureMode != kModeGlobal || capture->mode != kModeGlobal) continue;
+    capture->invalid = true;
+    forbidden = true;
+  }
+  return forbidden ? kCaptureUnsupported : kSuccess;
+}
+
+// Where the host finds what is at an address of the device.
+uint8_t* hostOf(uintptr_t address, bool device) {
+  auto* pointer = reinterpret_cast<uint8_t*>(address);
+  return device ? simulation().behind + (pointer - simulation().arena) : pointer;
 }
 
 bool within(uintptr_t address, size_t bytes, bool device) {
@@ -124,30 +213,54 @@ bool within(uintptr_t address, size_t bytes, bool device) {
 
 // Shared with the work that records it: a driver keeps an event until that work has run.
 struct EventState {
+  explicit EventState(unsigned given) : flags(given) {}
+
+  const unsigned flags;
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t recorded = 0;
   uint64_t happened = 0;
   Clock::time_point when;
+  // Where it was recorded last, if that was in a capture. Guarded by Simulation::captureMutex.
+  std::shared_ptr<Capture> capture;
+  CUstream_st* stream = nullptr;
+  uint64_t position = 0;
+
+  void record() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    recorded++;
+  }
 
   void happen() {
+    if (flags & kEventBlockingSync) {
+      const std::lock_guard<std::mutex> lock(simulation().mutex);
+      simulation().counts.interrupts++;
+    }
     const std::lock_guard<std::mutex> lock(mutex);
     happened++;
     when = Clock::now();
     changed.notify_all();
   }
+
+  void waitFor(uint64_t records) {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return happened >= records; });
+  }
 };
 
 struct CUevent_st {
-  const std::shared_ptr<EventState> state = std::make_shared<EventState>();
+  explicit CUevent_st(unsigned flags) : state(std::make_shared<EventState>(flags)) {}
+  const std::shared_ptr<EventState> state;
 };
 
 struct CUgraph_st {
   std::vector<Operation> operations;
+  std::vector<std::shared_ptr<EventState>> events;
 };
 
 struct CUgraphExec_st {
   std::vector<Operation> operations;
+  std::vector<std::shared_ptr<EventState>> events;
 };
 
 struct CUstream_st {
@@ -161,14 +274,21 @@ struct CUstream_st {
     worker.join();
   }
 
-  // To the CUDA graph under construction, or to the device.
-  void add(Operation operation) {
+  // To the capture that the stream belongs to, or to the device.
+  CUresult add(Operation operation) {
+    {
+      const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+      if (capture) {
+        if (capture->invalid) return kCaptureInvalidated;
+        capture->operations.push_back(std::move(operation));
+        given++;
+        return kSuccess;
+      }
+    }
     const std::lock_guard<std::mutex> lock(mutex);
-    if (capture)
-      capture->operations.push_back(std::move(operation));
-    else
-      queue.push_back(std::move(operation));
+    queue.push_back(std::move(operation));
     changed.notify_all();
+    return kSuccess;
   }
 
   void drain() {
@@ -177,8 +297,16 @@ struct CUstream_st {
   }
 
   bool capturing() {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
     return capture != nullptr;
+  }
+
+  // A call that conflicts with a capture of this stream whatever the thread's mode is.
+  CUresult conflict() {
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+    if (!capture) return kSuccess;
+    capture->invalid = true;
+    return kCaptureUnsupported;
   }
 
   void work() {
@@ -202,7 +330,11 @@ struct CUstream_st {
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<Operation> queue;
-  std::unique_ptr<CUgraph_st> capture;
+  // Guarded by Simulation::captureMutex: the capture, what this stream has given to it, and how much of that the others
+  // wait for.
+  std::shared_ptr<Capture> capture;
+  uint64_t given = 0;
+  uint64_t joined = 0;
   bool running = false;
   bool ending = false;
   std::thread worker;
@@ -231,18 +363,17 @@ CUresult transfer(CUstream_st* stream, uintptr_t to, bool toDevice, uintptr_t fr
     return kInvalidValue;
   }
   const std::string name = call;
-  stream->add([=] {
+  return stream->add([=] {
     if (isLost()) return;
     if (!valid()) {
       violate((name + " of memory that was freed").c_str());
       return;
     }
-    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+    std::memcpy(hostOf(to, toDevice), hostOf(from, fromDevice), bytes);
     Simulation& all = simulation();
     const std::lock_guard<std::mutex> lock(all.mutex);
     all.counts.*counter += 1;
   });
-  return kSuccess;
 }
 
 // A lost device does not touch memory any more.
@@ -252,16 +383,44 @@ void drainIfLost() {
   for (CUstream_st* stream : simulation().streams) stream->drain();
 }
 
+size_t pagesOf(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+// The first gap among the device's blocks, with a page after each block that belongs to none. Holding the mutex.
+uint8_t* placeFor(size_t bytes) {
+  Simulation& all = simulation();
+  const auto map = [](int protection) {
+    void* memory =
+        mmap(nullptr, kArenaBytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<uint8_t*>(memory);
+  };
+  if (all.arena == nullptr) all.arena = map(PROT_NONE);
+  if (all.behind == nullptr) all.behind = map(PROT_READ | PROT_WRITE);
+  if (all.arena == nullptr || all.behind == nullptr) return nullptr;
+  uint8_t* place = all.arena;
+  const auto begin = all.blocks.lower_bound(reinterpret_cast<uintptr_t>(all.arena));
+  const auto end = all.blocks.lower_bound(reinterpret_cast<uintptr_t>(all.arena + kArenaBytes));
+  for (auto block = begin; block != end; ++block) {
+    if (reinterpret_cast<uintptr_t>(place) + pagesOf(bytes) + kPage <= block->first) return place;
+    place = reinterpret_cast<uint8_t*>(block->first) + pagesOf(block->second.bytes) + kPage;
+  }
+  return place + pagesOf(bytes) <= all.arena + kArenaBytes ? place : nullptr;
+}
+
 CUresult allocate(void** pointer, size_t bytes, bool device) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   if (bytes == 0) return kInvalidValue;
   if (device && all.counts.deviceBytes + bytes > all.capacity) return kOutOfMemory;
   void* memory = nullptr;
-  if (posix_memalign(&memory, 512, bytes) != 0) return kOutOfMemory;
+  if (device)
+    memory = placeFor(bytes);
+  else if (posix_memalign(&memory, 512, bytes) != 0)
+    memory = nullptr;
+  if (memory == nullptr) return kOutOfMemory;
+  const auto address = reinterpret_cast<uintptr_t>(memory);
   // Memory that was never written reads as NaN.
-  std::memset(memory, 0xff, bytes);
-  all.blocks[reinterpret_cast<uintptr_t>(memory)] = {bytes, device};
+  std::memset(hostOf(address, device), 0xff, bytes);
+  all.blocks[address] = {bytes, device};
   (device ? all.counts.deviceBlocks : all.counts.hostBlocks) += 1;
   if (device) all.counts.deviceBytes += bytes;
   *pointer = memory;
@@ -271,16 +430,21 @@ CUresult allocate(void** pointer, size_t bytes, bool device) {
 CUresult release(void* memory, bool device, const char* call) {
   Simulation& all = simulation();
   std::unique_lock<std::mutex> lock(all.mutex);
-  const auto block = all.blocks.find(reinterpret_cast<uintptr_t>(memory));
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  const auto block = all.blocks.find(address);
   if (block == all.blocks.end() || block->second.device != device) {
     lock.unlock();
     violate(call);
     return kInvalidValue;
   }
   (device ? all.counts.deviceBlocks : all.counts.hostBlocks) -= 1;
-  if (device) all.counts.deviceBytes -= block->second.bytes;
+  if (device) {
+    all.counts.deviceBytes -= block->second.bytes;
+    madvise(hostOf(address, true), pagesOf(block->second.bytes), MADV_DONTNEED);
+  } else {
+    std::free(memory);
+  }
   all.blocks.erase(block);
-  std::free(memory);
   return kSuccess;
 }
 
@@ -324,9 +488,17 @@ EXPORT CUresult cuGetErrorString(CUresult result, const char** words) {
                                           {2, "out of memory"},
                                           {100, "no CUDA-capable device is detected"},
                                           {201, "invalid device context"},
+                                          {400, "invalid resource handle"},
+                                          {600, "device not ready"},
                                           {700, "an illegal memory access was encountered"},
+                                          {709, "context is destroyed"},
                                           {719, "unspecified launch failure"},
-                                          {900, "operation not permitted when stream is capturing"}};
+                                          {900, "operation not permitted when stream is capturing"},
+                                          {901, "operation failed due to a previous error during capture"},
+                                          {904, "capturing stream has unjoined work"},
+                                          {905, "dependency created on uncaptured work in another stream"},
+                                          {907, "operation not permitted on an event last recorded in a capturing stream"},
+                                          {908, "attempt to terminate a thread-local capture sequence from another thread"}};
   const auto found = known.find(result);
   *words = found != known.end() ? found->second : "simulated error";
   return kSuccess;
@@ -366,7 +538,7 @@ EXPORT CUresult cuDevicePrimaryCtxRetain(CUctx_st** context, CUdevice) {
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.retained++;
   all.counts.contexts++;
-  *context = &all.context;
+  *context = all.context;
   return kSuccess;
 }
 
@@ -375,8 +547,7 @@ EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.counts.contexts--;
-  // A context without holders is destroyed, and its error with it.
-  if (--all.retained == 0) all.lost = 0;
+  all.retained--;
   return result;
 }
 
@@ -384,6 +555,24 @@ EXPORT CUresult cuCtxSetCurrent(CUctx_st* context) {
   const CUresult result = enter("cuCtxSetCurrent");
   if (result == kSuccess) current = context;
   return result;
+}
+
+EXPORT CUresult cuCtxGetCurrent(CUctx_st** context) {
+  *context = current;
+  return enter("cuCtxGetCurrent");
+}
+
+EXPORT CUresult cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return enterContext("cuCtxGetDevice");
+}
+
+EXPORT CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+  const CUresult result = enter("cuThreadExchangeStreamCaptureMode");
+  if (result != kSuccess) return result;
+  if (*mode < kModeGlobal || *mode > kModeRelaxed) return kInvalidValue;
+  std::swap(*mode, captureMode);
+  return kSuccess;
 }
 
 EXPORT CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
@@ -395,7 +584,7 @@ EXPORT CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
 }
 
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes) {
-  const CUresult result = enterContext("cuMemAlloc");
+  const CUresult result = enterUnsafe("cuMemAlloc");
   if (result != kSuccess) return result;
   void* memory = nullptr;
   const CUresult done = allocate(&memory, bytes, true);
@@ -404,19 +593,21 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes) {
 }
 
 EXPORT CUresult cuMemFree_v2(CUdeviceptr pointer) {
-  const CUresult result = enterContext("cuMemFree");
+  const CUresult result = enterUnsafe("cuMemFree");
+  if (result == kCaptureUnsupported) return result;
   drainIfLost();
   const CUresult done = release(reinterpret_cast<void*>(pointer), true, "cuMemFree");
   return result != kSuccess ? result : done;
 }
 
 EXPORT CUresult cuMemAllocHost_v2(void** pointer, size_t bytes) {
-  const CUresult result = enterContext("cuMemAllocHost");
+  const CUresult result = enterUnsafe("cuMemAllocHost");
   return result != kSuccess ? result : allocate(pointer, bytes, false);
 }
 
 EXPORT CUresult cuMemFreeHost(void* pointer) {
-  const CUresult result = enterContext("cuMemFreeHost");
+  const CUresult result = enterUnsafe("cuMemFreeHost");
+  if (result == kCaptureUnsupported) return result;
   drainIfLost();
   const CUresult done = release(pointer, false, "cuMemFreeHost");
   return result != kSuccess ? result : done;
@@ -450,14 +641,13 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t byte
     violate("cuMemsetD8Async");
     return kInvalidValue;
   }
-  stream->add([=] {
+  return stream->add([=] {
     if (isLost()) return;
     if (within(to, bytes, true))
-      std::memset(reinterpret_cast<void*>(to), value, bytes);
+      std::memset(hostOf(to, true), value, bytes);
     else
       violate("cuMemsetD8Async of memory that was freed");
   });
-  return kSuccess;
 }
 
 EXPORT CUresult cuStreamCreate(CUstream_st** stream, unsigned) {
@@ -482,37 +672,109 @@ EXPORT CUresult cuStreamDestroy_v2(CUstream_st* stream) {
 }
 
 EXPORT CUresult cuStreamSynchronize(CUstream_st* stream) {
-  const CUresult result = enterContext("cuStreamSynchronize");
+  CUresult result = enterUnsafe("cuStreamSynchronize");
+  if (result == kSuccess) result = stream->conflict();
   if (result != kSuccess) return result;
-  if (stream->capturing()) return kCaptureUnsupported;
   stream->drain();
   return lostCode();
 }
 
-EXPORT CUresult cuStreamBeginCapture_v2(CUstream_st* stream, int) {
+// What a stream was given before waits for an event that another one has recorded. In a capture this is how a second
+// stream joins it, and how the first one waits for the second.
+EXPORT CUresult cuStreamWaitEvent(CUstream_st* stream, CUevent_st* event, unsigned) {
+  const CUresult result = enterContext("cuStreamWaitEvent");
+  if (result != kSuccess) return result;
+  const std::shared_ptr<EventState> state = event->state;
+  {
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+    if (state->capture) {
+      Capture& from = *state->capture;
+      if (simulation().captures.count(state->capture) == 0) return kCapturedEvent;
+      if (from.invalid) return kCaptureInvalidated;
+      if (!stream->capture) {
+        stream->capture = state->capture;
+        stream->given = stream->joined = 0;
+        from.streams.insert(stream);
+      } else if (stream->capture != state->capture) {
+        from.invalid = stream->capture->invalid = true;
+        return kCaptureMerge;
+      }
+      if (state->stream != stream) state->stream->joined = std::max(state->stream->joined, state->position);
+      return kSuccess;
+    }
+    if (stream->capture) {
+      stream->capture->invalid = true;
+      return kCaptureIsolation;
+    }
+  }
+  uint64_t records = 0;
+  {
+    const std::lock_guard<std::mutex> lock(state->mutex);
+    records = state->recorded;
+  }
+  return stream->add([state, records] { state->waitFor(records); });
+}
+
+EXPORT CUresult cuStreamBeginCapture_v2(CUstream_st* stream, int mode) {
   const CUresult result = enterContext("cuStreamBeginCapture");
   if (result != kSuccess) return result;
-  const std::lock_guard<std::mutex> lock(stream->mutex);
-  stream->capture = std::make_unique<CUgraph_st>();
+  if (isFaulty("refuse-capture")) return kCaptureUnsupported;
+  if (mode < kModeGlobal || mode > kModeRelaxed) return kInvalidValue;
+  Simulation& all = simulation();
+  std::unique_lock<std::mutex> lock(all.captureMutex);
+  if (stream->capture) return kInvalidValue;
+  const auto capture = std::make_shared<Capture>();
+  capture->origin = stream;
+  capture->mode = mode;
+  capture->thread = std::this_thread::get_id();
+  capture->streams.insert(stream);
+  stream->capture = capture;
+  stream->given = stream->joined = 0;
+  all.captures.insert(capture);
+  count(&SimulatedCounts::captures, 1);
+  all.captureChanged.wait(lock, [&] { return !all.pausesCaptures; });
   return kSuccess;
 }
 
 EXPORT CUresult cuStreamEndCapture(CUstream_st* stream, CUgraph_st** graph) {
   const CUresult result = enterContext("cuStreamEndCapture");
-  const std::lock_guard<std::mutex> lock(stream->mutex);
-  std::unique_ptr<CUgraph_st> captured = std::move(stream->capture);
   *graph = nullptr;
+  Simulation& all = simulation();
+  const std::lock_guard<std::mutex> lock(all.captureMutex);
+  const std::shared_ptr<Capture> capture = stream->capture;
+  if (!capture) return result != kSuccess ? result : kInvalidValue;
+  if (capture->mode != kModeRelaxed && capture->thread != std::this_thread::get_id()) {
+    capture->invalid = true;
+    return kCaptureWrongThread;
+  }
+  if (capture->origin != stream) {
+    capture->invalid = true;
+    return kCaptureUnmatched;
+  }
+  bool unjoined = false;
+  for (CUstream_st* other : capture->streams) {
+    unjoined = unjoined || (other != stream && other->given > other->joined);
+    other->capture.reset();
+  }
+  all.captures.erase(capture);
   if (result != kSuccess) return result;
-  if (!captured) return kInvalidValue;
-  *graph = captured.release();
+  if (capture->invalid) return kCaptureInvalidated;
+  if (unjoined) return kCaptureUnjoined;
+  *graph = new CUgraph_st{std::move(capture->operations), std::move(capture->events)};
   count(&SimulatedCounts::graphs, 1);
   return kSuccess;
 }
 
-EXPORT CUresult cuEventCreate(CUevent_st** event, unsigned) {
+EXPORT CUresult cuStreamIsCapturing(CUstream_st* stream, int* status) {
+  const CUresult result = enterContext("cuStreamIsCapturing");
+  if (result == kSuccess) *status = stream->capturing() ? 1 : 0;
+  return result;
+}
+
+EXPORT CUresult cuEventCreate(CUevent_st** event, unsigned flags) {
   const CUresult result = enterContext("cuEventCreate");
   if (result != kSuccess) return result;
-  *event = new CUevent_st();
+  *event = new CUevent_st(flags);
   count(&SimulatedCounts::events, 1);
   return kSuccess;
 }
@@ -527,48 +789,67 @@ EXPORT CUresult cuEventDestroy_v2(CUevent_st* event) {
 EXPORT CUresult cuEventRecordWithFlags(CUevent_st* event, CUstream_st* stream, unsigned flags) {
   const CUresult result = enterContext("cuEventRecordWithFlags");
   if (result != kSuccess) return result;
-  const bool capturing = stream->capturing();
-  // Within a capture only an external event is recorded when the graph runs, and outside it would make no sense.
-  if (capturing != (flags == 1)) {
-    violate("cuEventRecordWithFlags");
-    return kInvalidValue;
+  const std::shared_ptr<EventState> state = event->state;
+  const bool external = flags == 1;
+  {
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+    const std::shared_ptr<Capture> capture = stream->capture;
+    // An external record is a part of the graph, and makes no sense outside of one.
+    if (external && !capture) return kInvalidValue;
+    if (capture && capture->invalid) return kCaptureInvalidated;
+    if (capture && external) {
+      capture->events.push_back(state);
+    } else {
+      state->capture = capture;
+      state->stream = stream;
+      state->position = stream->given;
+    }
+    if (capture && !external) return kSuccess;
   }
-  if (!capturing) {
-    const std::lock_guard<std::mutex> lock(event->state->mutex);
-    event->state->recorded++;
-  }
-  stream->add([state = event->state] { state->happen(); });
-  return kSuccess;
+  if (!external) state->record();
+  return stream->add([state] { state->happen(); });
 }
 
 EXPORT CUresult cuEventSynchronize(CUevent_st* event) {
-  const CUresult result = enterContext("cuEventSynchronize");
+  const CUresult result = enterUnsafe("cuEventSynchronize");
   if (result != kSuccess) return result;
+  EventState& state = *event->state;
   {
-    EventState& state = *event->state;
-    std::unique_lock<std::mutex> lock(state.mutex);
-    state.changed.wait(lock, [&] { return state.happened >= state.recorded; });
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+    if (state.capture) {
+      state.capture->invalid = true;
+      return kCapturedEvent;
+    }
   }
+  if (!(state.flags & kEventBlockingSync)) count(&SimulatedCounts::spins, 1);
+  uint64_t records = 0;
+  {
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    records = state.recorded;
+  }
+  state.waitFor(records);
   return lostCode();
 }
 
 EXPORT CUresult cuEventElapsedTime(float* milliseconds, CUevent_st* start, CUevent_st* end) {
   const CUresult result = enterContext("cuEventElapsedTime");
   if (result != kSuccess) return result;
-  const auto at = [](CUevent_st* event) {
-    EventState& state = *event->state;
+  Clock::time_point times[2];
+  for (const int which : {0, 1}) {
+    EventState& state = *(which == 0 ? start : end)->state;
     const std::lock_guard<std::mutex> lock(state.mutex);
-    if (state.happened == 0 || state.happened < state.recorded) violate("cuEventElapsedTime before the event");
-    return state.when;
-  };
-  *milliseconds = std::chrono::duration<float, std::milli>(at(end) - at(start)).count();
+    if ((state.flags & kEventDisableTiming) || state.recorded == 0) return kInvalidHandle;
+    if (state.happened < state.recorded) return kNotReady;
+    times[which] = state.when;
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(times[1] - times[0]).count();
   return kSuccess;
 }
 
 EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec_st** executable, CUgraph_st* graph, unsigned long long) {
   const CUresult result = enterContext("cuGraphInstantiateWithFlags");
   if (result != kSuccess) return result;
-  *executable = new CUgraphExec_st{graph->operations};
+  *executable = new CUgraphExec_st{graph->operations, graph->events};
   count(&SimulatedCounts::graphs, 1);
   return kSuccess;
 }
@@ -576,8 +857,11 @@ EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec_st** executable, CUgraph
 EXPORT CUresult cuGraphLaunch(CUgraphExec_st* executable, CUstream_st* stream) {
   const CUresult result = enterContext("cuGraphLaunch");
   if (result != kSuccess) return result;
-  if (stream->capturing()) return kCaptureUnsupported;
+  if (const CUresult conflict = stream->conflict()) return conflict;
+  for (const auto& event : executable->events) event->record();
+  stream->add([] { replaying = true; });
   for (const Operation& operation : executable->operations) stream->add(operation);
+  stream->add([] { replaying = false; });
   count(&SimulatedCounts::graphLaunches, 1);
   return kSuccess;
 }
@@ -602,6 +886,13 @@ EXPORT void simulatedReset() {
   Simulation& all = simulation();
   {
     const std::lock_guard<std::mutex> lock(all.mutex);
+    // As in a new process.
+    if (all.lost != 0) {
+      all.lost = 0;
+      // The old ones keep their addresses: what refers to them is not mistaken for the new one.
+      all.contexts.push_back(std::make_unique<CUctx_st>());
+      all.context = all.contexts.back().get();
+    }
     all.failAt = 0;
     all.failKernel = 0;
     all.failed.clear();
@@ -610,10 +901,13 @@ EXPORT void simulatedReset() {
     all.capacity = uint64_t{8} << 30;
     for (auto counter : {&SimulatedCounts::calls, &SimulatedCounts::kernels, &SimulatedCounts::uploads,
                          &SimulatedCounts::downloads, &SimulatedCounts::copies, &SimulatedCounts::graphLaunches,
-                         &SimulatedCounts::deserialised, &SimulatedCounts::violations})
+                         &SimulatedCounts::deserialised, &SimulatedCounts::violations, &SimulatedCounts::captures,
+                         &SimulatedCounts::spins, &SimulatedCounts::interrupts})
       all.counts.*counter = 0;
   }
   simulatedLet(-1);
+  simulatedRefuseCaptures(false);
+  simulatedPauseCaptures(false);
 }
 
 EXPORT SimulatedCounts simulatedCounts() {
@@ -663,6 +957,17 @@ EXPORT void simulatedLet(int64_t number) {
   simulation().holdChanged.notify_all();
 }
 
+EXPORT void simulatedRefuseCaptures(bool refuse) {
+  const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+  simulation().refusesCaptures = refuse;
+}
+
+EXPORT void simulatedPauseCaptures(bool pause) {
+  const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+  simulation().pausesCaptures = pause;
+  simulation().captureChanged.notify_all();
+}
+
 EXPORT size_t simulatedKernelTimes(double* times, size_t size) {
   const std::lock_guard<std::mutex> lock(simulation().mutex);
   const std::vector<double>& all = simulation().kernelTimes;
@@ -696,15 +1001,36 @@ EXPORT void simulatedCount(SimulatedObject object, int change) {
 
 EXPORT void simulatedDeserialised() { count(&SimulatedCounts::deserialised, 1); }
 
+EXPORT void simulatedLose(int code) {
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  simulation().lost = code;
+}
+
 EXPORT bool simulatedIsDevice(const void* address, size_t bytes) {
   return within(reinterpret_cast<uintptr_t>(address), bytes, true);
 }
 
+EXPORT void* simulatedHost(const void* address) { return hostOf(reinterpret_cast<uintptr_t>(address), true); }
+
 EXPORT bool simulatedIsCapturing(CUstream_st* stream) { return stream->capturing(); }
+
+EXPORT int simulatedQueue(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*)) {
+  const auto work = std::make_shared<Kernel>(run, data, destroy);
+  return stream->add([work] {
+    if (!isLost()) work->run(work->data);
+  });
+}
 
 EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*)) {
   const auto kernel = std::make_shared<Kernel>(run, data, destroy);
-  stream->add([kernel] {
+  {
+    const std::lock_guard<std::mutex> lock(simulation().captureMutex);
+    if (stream->capture && simulation().refusesCaptures) {
+      stream->capture->invalid = true;
+      return kCaptureUnsupported;
+    }
+  }
+  return stream->add([kernel] {
     waitWhileHeld();
     Simulation& all = simulation();
     {
@@ -717,7 +1043,6 @@ EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, 
       }
       if (all.lost != 0) return;
     }
-    kernel->run(kernel->data);
+    if (!(replaying && isFaulty("skip-replay"))) kernel->run(kernel->data);
   });
-  return kSuccess;
 }

@@ -1,8 +1,11 @@
 // A simulated GPU, for tests only: two libraries that replace libcuda.so.1 and TensorRT's (or TensorRT-RTX's) library, so
-// that the addons under test are the ones that are shipped. The driver keeps device memory in host memory and runs each
-// stream on a thread of its own. It reports errors that a real driver may not notice: addresses outside any allocation,
-// host memory that is not pinned, work on freed memory. The engines compute formulas that their plan contains
-// (tensorrt.cpp).
+// that the addons under test are the ones that are shipped. The driver keeps device memory where only its own copies and
+// kernels can read it, and runs each stream on a thread of its own. It obeys the rules of cuda.h: what is forbidden in a
+// capture by the thread's mode and makes it invalid, events that have no time, a context that stays lost. And it reports
+// errors that a real driver may not notice: addresses outside any allocation, host memory that is not pinned, work on
+// freed memory. The engines compute formulas that their plan contains (tensorrt.cpp); they are built from graphs of the
+// package, each with a file that says what it computes (builder.cpp).
+// A third library, the stand-in, has the same engines for any driver, the simulated one (kernels.cpp) or a real one.
 //
 // These functions are exported by the simulated driver: for the other library, and for tests, which call them through
 // control.cpp or by linking.
@@ -37,10 +40,16 @@ struct SimulatedCounts {
   uint64_t graphLaunches;
   uint64_t deserialised;
   uint64_t violations;
+  // Captures that were begun.
+  uint64_t captures;
+  // Waits for events that keep a processor busy, and events that interrupt one when they happen.
+  uint64_t spins;
+  uint64_t interrupts;
 };
 
 // 1. For tests.
 
+// As in a new process: nothing was counted, nothing fails, the device is not lost.
 void simulatedReset();
 SimulatedCounts simulatedCounts();
 // Makes the `call`-th call from now on return `code` (for TensorRT: fail); 0 for none. After a code that makes a context
@@ -54,6 +63,10 @@ void simulatedCapacity(uint64_t bytes);
 // Kernels wait before they run; `simulatedLet` lets `count` more run, a negative number all of them.
 void simulatedHold();
 void simulatedLet(int64_t count);
+// Launches in a capture do what is forbidden there.
+void simulatedRefuseCaptures(bool refuse);
+// A capture that has begun waits before anything is given to it.
+void simulatedPauseCaptures(bool pause);
 // Seconds of the monotonic clock at which kernels began, the newest last; returns how many there are.
 size_t simulatedKernelTimes(double* times, size_t size);
 // The first violation, or "".
@@ -67,9 +80,15 @@ void simulatedReportViolation(const char* what);
 enum SimulatedObject { kSimulatedRuntime, kSimulatedEngine, kSimulatedExecutionContext };
 void simulatedCount(SimulatedObject object, int change);
 void simulatedDeserialised();
+// The device is lost, with this code.
+void simulatedLose(int code);
 // Whether the range lies within one allocation on the device.
 bool simulatedIsDevice(const void* address, size_t bytes);
+// Where the host finds what is at an address of the device: for kernels alone.
+void* simulatedHost(const void* address);
 bool simulatedIsCapturing(CUstream_st* stream);
+// Queues work that is no kernel. `run` and `destroy` as below.
+int simulatedQueue(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*));
 // Queues a kernel. `run` may be called several times (replays of a CUDA graph), then `destroy` once.
 int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*));
 }

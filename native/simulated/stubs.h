@@ -6,11 +6,11 @@
 
 #include <cstdlib>
 
-#include "simulated.h"
+#include "machine.h"
 
 namespace nvinfer1 {
 
-inline void unexpected(const char* call) { simulatedReportViolation(call); }
+inline void unexpected(const char* call) { machine::violate(call); }
 
 class RuntimeConfigStub : public IRuntimeConfig, public apiv::VRuntimeConfig {
  public:

@@ -245,6 +245,8 @@ describe("answers", () => {
       restarts: 0,
     });
     expect((await fetch(`${service.url}/health`, { method: "HEAD" })).status).toBe(200);
+    const live = await fetch(`${service.url}/live`);
+    expect({ status: live.status, body: await live.json() }).toEqual({ status: 200, body: { live: true } });
     const kept = connect(service);
     for (const count of [1, 2]) {
       kept.send("GET /health HTTP/1.1\r\nHost: x\r\n\r\n");

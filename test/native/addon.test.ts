@@ -48,7 +48,7 @@ describeAddons("an addon", () => {
     const addon = loadAddon("tensorrt-rtx") as unknown as Record<string, (...values: unknown[]) => unknown>;
     const request = {
       ...{ onnx: new Uint8Array(1), files: [], initializers: [], profiles: [], targets: [], flags: [] },
-      ...{ optimizationLevel: -1, workspaceBytes: 0, planPath: "/nowhere/plan", logPath: "" },
+      ...{ optimizationLevel: -1, workspaceBytes: 0, planPath: "/nowhere/plan", timingsPath: "", logPath: "" },
     };
     const none = () => undefined;
     const build = (change: object) => () => addon.build!("lib", "parser", { ...request, ...change }, none);
@@ -88,6 +88,7 @@ describeAddons("an addon", () => {
       build({ optimizationLevel: 6 }),
       build({ workspaceBytes: Number.POSITIVE_INFINITY }),
       build({ planPath: null }),
+      build({ timingsPath: null }),
       build({ logPath: undefined }),
     ];
     // Arrays that claim more elements than memory could hold.

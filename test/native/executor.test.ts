@@ -134,16 +134,17 @@ describeAddons("the executor", () => {
             expect(error, `${failed} answered ${code}: ${(error as Error).stack}`).toBeInstanceOf(FlowTurboError);
             reported.add(error.code);
           }
-          // The same object runs again, on a new device if need be: TensorRT does not say that the device is lost, and
-          // then the next call does.
+          // The same object runs again, unless the device is lost: then it says so again and again, and so do others.
           const late = await rejection(check(fresh));
           if (late) {
             expect({ code, late }).toEqual({ code: 719, late: expect.any(DeviceLostError) });
-            await check(fresh);
+            expect(await rejection(check(fresh))).toBe(late);
+            expect(await rejection(start().start())).toBeInstanceOf(DeviceLostError);
           }
-          await fresh.dispose();
-          opened.splice(opened.indexOf(fresh), 1);
+          await Promise.all(opened.splice(0).map((runtime) => runtime.dispose()));
           expect(simulated.violation()).toBe("");
+          // A new process.
+          simulated.reset();
         }
       for (const code of ["MEMORY", "LAUNCH", "DEVICE_LOST", "RUNTIME_UNAVAILABLE"])
         expect([...reported]).toContain(`ERR_FLOWTURBO_${code}`);
@@ -154,12 +155,10 @@ describeAddons("the executor", () => {
       const work = program([1, 2], [double("x", "a"), double("a", "b"), double("b", "c")], ["c"]);
       await runtime.run(work);
       simulated.failKernel(2, 719);
-      const error = await rejection(runtime.run(work));
-      expect(error).toBeInstanceOf(DeviceLostError);
-      expect(values((await runtime.run(work)).c)).toEqual([8, 16]);
+      expect(await rejection(runtime.run(work))).toBeInstanceOf(DeviceLostError);
     });
 
-    it("rejects programs that wait when the device is lost, and opens it again for the next", async () => {
+    it("rejects what runs, what waits and what comes when the device is lost, without asking it again", async () => {
       const runtime = start();
       await check(runtime);
       simulated.hold();
@@ -170,27 +169,59 @@ describeAddons("the executor", () => {
       simulated.failKernel(1, 700);
       simulated.let(-1);
       expect(await first).toBeInstanceOf(DeviceLostError);
-      expect(await second).toBeInstanceOf(DeviceLostError);
-      await check(runtime);
+      const lost = await second;
+      expect(lost).toBeInstanceOf(DeviceLostError);
+      expect(lost.message).toMatch(/lost the GPU: .*700.* this process must be restarted/);
+      await vi.waitFor(() => expect(leftOver()).toEqual({}));
+      const { calls } = simulated.counts();
+      for (const call of [() => runtime.run(sampling.program), () => runtime.start(), async () => runtime.open()]) {
+        const error = await rejection(call());
+        expect(error).toBeInstanceOf(DeviceLostError);
+        expect(error.message).toBe(lost.message);
+      }
+      expect(simulated.counts().calls).toBe(calls);
     });
 
-    it("comes back from a lost device though another runtime, idle, was on it too", async () => {
+    it("loses the device for all runtimes on it, idle ones and new ones too", async () => {
       const told: string[] = [];
       const listenerOf = (name: string) => ({
         lost: (error: Error) => told.push(`${name} lost by ${error.constructor.name}`),
-        restarted: () => told.push(`${name} restarted`),
+        restarted: () => told.push("restarted"),
         silent: () => told.push("silent"),
       });
       const [one, idle] = [start({ listener: listenerOf("one") }), start({ listener: listenerOf("idle") })];
       await check(one);
       await check(idle);
+      const workspace = idle.open();
       simulated.failKernel(1, 719);
       expect(await rejection(one.run(sampling.program))).toBeInstanceOf(DeviceLostError);
       expect(told).toEqual(["one lost by DeviceLostError", "idle lost by DeviceLostError"]);
-      await check(one);
-      expect(told.slice(2)).toEqual(["one restarted"]);
-      await check(idle);
-      expect(told.slice(3)).toEqual(["idle restarted"]);
+      const late = start({ listener: listenerOf("late") });
+      for (const runtime of [one, idle, late])
+        expect(await rejection(runtime.run(sampling.program))).toBeInstanceOf(DeviceLostError);
+      expect(workspace.lost).toBe(true);
+      expect(await rejection(workspace.submit(sampling.program))).toBeInstanceOf(DeviceLostError);
+      expect(told.slice(2)).toEqual(["late lost by DeviceLostError"]);
+    });
+
+    it("says once why a program is not captured, and does not try again", async () => {
+      const warnings: string[] = [];
+      const runtime = start({ capture: true, logger: { warn: (message) => void warnings.push(message) } });
+      simulated.refuseCaptures(true);
+      for (let run = 0; run < 3; run++) await check(runtime);
+      expect(simulated.counts().captures).toBe(1);
+      expect(warnings).toEqual([expect.stringMatching(/launch by launch, not as one CUDA graph: .*900/)]);
+      simulated.refuseCaptures(false);
+      await check(runtime);
+      expect(simulated.counts()).toMatchObject({ captures: 1, graphLaunches: 0 });
+    });
+
+    it("counts all memory that it takes on the device", async () => {
+      const runtime = start();
+      await check(runtime);
+      const { deviceBytes, weightBytes, contextBytes } = runtime.statistics()!;
+      expect(deviceBytes + weightBytes + contextBytes).toBe(simulated.counts().deviceBytes);
+      expect(Math.min(deviceBytes, contextBytes)).toBeGreaterThan(0);
     });
 
     it("waits for its run when it is disposed of, and frees everything", async () => {
@@ -272,6 +303,26 @@ describeAddons("the executor", () => {
         for (const name of ["first", "second", "first"])
           expect(values((await runtime.run(on(name))).a)).toEqual([2, 4]);
         expect(warnings[0]).toMatch(/To make room for second on the GPU, these engines are released: first/);
+      });
+
+      it("is found by TensorRT itself, which says so in words only", async () => {
+        const runtime = start();
+        for (const kind of ["contextBytes", "firstBytes"] as const) {
+          const graph = scaleGraph(kind, 2);
+          closedForms.set(graph, { ...closedForms.get(graph)!, [kind]: 9e6 });
+          runtime.add(graph);
+          simulated.capacity(8e6);
+          const error = await rejection(runtime.run(on(kind)));
+          expect(error).toBeInstanceOf(MemoryError);
+          expect(error).toMatchObject({ needed: 9e6, code: "ERR_FLOWTURBO_MEMORY" });
+          expect(error.available).toBeLessThan(8e6);
+          expect(error.message).toMatch(/0\.0090 GB of GPU memory.*TensorRT says: .*Requested size was 9000000 bytes/);
+          // Another engine is released for it where that helps.
+          runtime.add(large("first", 5e6));
+          expect(values((await runtime.run(on("first"))).a)).toEqual([2, 4]);
+          simulated.capacity(12e6);
+          if (kind === "contextBytes") expect(values((await runtime.run(on(kind))).a)).toEqual([2, 4]);
+        }
       });
 
       it("is freed by releasing CUDA graphs that are kept for later", async () => {

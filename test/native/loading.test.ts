@@ -29,9 +29,9 @@ vi.mock("../../lib/runtimes/tensorrt/open.js", async (original) => {
   const real = await original<typeof Opening>();
   const openTensorRt: typeof Opening.openTensorRt = async (kind, options, files) => {
     if (!engines.source) return real.openTensorRt(kind, options, files);
-    const { tensorrtFolder: folder, capture, logger } = options;
+    const { tensorrtFolder: folder, capture, listener, logger } = options;
     const runtime = new TensorRtRuntime({
-      ...{ kind, capture, logger, addon: loadAddon(kind), engines: engines.source },
+      ...{ kind, capture, listener, logger, addon: loadAddon(kind), engines: engines.source },
       library: path.join(folder!, flavours[kind].library),
       parser: path.join(folder!, flavours[kind].parser),
     });
@@ -277,20 +277,29 @@ describeAddons("a model on the simulated device", () => {
         });
       });
 
-      it("starts again for those behind a program under which the GPU was lost", async () => {
-        const expected = await plainly(options);
-        await use(capture, async (model) => {
-          await withValues(model, options);
-          simulated.hold();
-          const results = [rejection(withValues(model, options)), withValues(model, options)] as const;
-          await vi.waitFor(() => expect(model.stats().running.requests).toBe(2));
-          simulated.failKernel(2, 700);
-          simulated.let(-1);
-          expect(await results[0]).toBeInstanceOf(DeviceLostError);
-          expect((await results[1]).pixels.data).toEqual(expected.pixels.data);
-          expect(model.stats().launches.restarted).toBe(1);
-        });
-      });
+      it.each([true, false])(
+        "says that the process must be restarted once the GPU is lost (capture: %s)",
+        async (on) => {
+          await use({ ...capture, capture: on }, async (model) => {
+            await withValues(model, options);
+            expect(model.health()).toMatchObject({ live: true, ready: true });
+            const told: string[] = [];
+            model.on("lost", ({ error }) => told.push(error.message));
+            simulated.hold();
+            const results = Array.from({ length: 5 }, () => rejection(withValues(model, options)));
+            await vi.waitFor(() => expect(model.stats().running.requests).toBe(5));
+            simulated.failKernel(2, 700);
+            simulated.let(-1);
+            for (const result of results) expect(await result).toBeInstanceOf(DeviceLostError);
+            const error = await rejection(withValues(model, options));
+            expect(error).toBeInstanceOf(DeviceLostError);
+            expect(told).toEqual([error.message]);
+            expect(model.health()).toMatchObject({ live: false, ready: false, reasons: [error.message], restarts: 0 });
+            expect(await rejection(load())).toBeInstanceOf(DeviceLostError);
+          });
+          simulated.reset();
+        },
+      );
 
       it("keeps a promised time, and the queue bounded", async () => {
         await use({ ...capture, maxQueue: 0, maxBatch: 1 }, async (model, source) => {

@@ -1,6 +1,5 @@
 // A machine without a GPU, as this one is: every call into the runtime fails with one typed error that says what was
 // looked for, soon, and holds nothing. (This file must not load the simulated device.)
-import { existsSync } from "node:fs";
 import path from "node:path";
 import { expect, it } from "vitest";
 import { DisposedError, RuntimeUnavailableError } from "../../lib/errors.js";
@@ -9,11 +8,8 @@ import { TensorRtRuntime } from "../../lib/runtimes/tensorrt/runtime.js";
 import { double } from "../runtimes/contract.js";
 import { program, scaleGraph } from "../runtimes/models.js";
 import { loadAddon } from "../support/addon.js";
-import { cli, describeAddons, standIn, startNode } from "./support.js";
+import { cli, describeAddons, hasDriver, standIn, startNode } from "./support.js";
 
-const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>
-  existsSync(path.join(folder, "libcuda.so.1")),
-);
 const rejection = (promise: Promise<unknown>) =>
   promise.then(
     () => null,

@@ -1,6 +1,6 @@
 // What the native tests share: whether they can run here, folders, copies of checkpoints, child processes.
 import { execFileSync, spawn } from "node:child_process";
-import { copyFileSync, cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { copyFileSync, cpSync, existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { afterAll, describe, inject } from "vitest";
@@ -8,7 +8,13 @@ import { root } from "../support/fixtures.js";
 
 const native = inject("native");
 
+/** Whether a driver is installed: what a machine without one says cannot be tested then. */
+export const hasDriver = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64"].some((folder) =>
+  existsSync(path.join(folder, "libcuda.so.1")),
+);
+
 export const rtxFolder = native.rtx;
+export const tensorrtFolder = native.tensorrt;
 
 /** A describe that is skipped, with the reason in its name, where this machine lacks what it takes. */
 function describeWith(lacks: string | null) {
@@ -17,6 +23,8 @@ function describeWith(lacks: string | null) {
 }
 export const describeAddons = describeWith(native.lacksAddons);
 export const describeEngines = describeWith(native.lacksRtx);
+/** With NVIDIA's own TensorRT 11, where somebody has fetched it. */
+export const describeTensorRt = describeWith(native.lacksTensorRt);
 
 const folders: string[] = [];
 

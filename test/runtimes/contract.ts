@@ -9,11 +9,11 @@ import path from "node:path";
 import { monitorEventLoopDelay } from "node:perf_hooks";
 import { setTimeout } from "node:timers/promises";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { int64, type StoredDType, type StoredTensor } from "../../lib/common/tensor.js";
+import type { StoredDType, StoredTensor } from "../../lib/common/tensor.js";
 import { DisposedError, NotFiniteError, RuntimeError } from "../../lib/errors.js";
-import type { CopyRows, Program, StoredConstant } from "../../lib/program/program.js";
+import type { Program, StoredConstant } from "../../lib/program/program.js";
 import type { LaunchReport, Runtime } from "../../lib/runtimes/runtime.js";
-import { launch, negateGraph, program, scaleGraph, slowGraph, slowProgram } from "./models.js";
+import { exactPrograms, launch, negateGraph, program, scaleGraph, slowGraph, slowProgram } from "./models.js";
 
 export const double = (x: string, y: string, extra = {}) => launch("double", x, y, extra);
 export const values = (tensor: { data: ArrayLike<unknown> } | undefined) => Array.from(tensor!.data);
@@ -70,31 +70,18 @@ export function storedTensors() {
  */
 export function describeRuntime(open: () => Runtime, { size, products }: Slow = usual): void {
   describe("a program", () => {
-    it("launches graphs and copies rows in order", async () => {
+    it.each(exactPrograms)("$name", async ({ program: work, expected }) => {
       const runtime = open();
-      const copy: CopyRows = { op: "copy", from: "a", fromRow: 0, to: "c", toRow: 1, rows: 2 };
+      runtime.add(negateGraph("negate"));
       const reports: LaunchReport[] = [];
-      const instructions = [
-        double("x", "a"),
-        copy,
-        double("a", "b"),
-        double("c", "d"),
-        { ...copy, from: "b", toRow: 0 },
-      ];
-      const results = await runtime.run(program([1, 2, 3], instructions, ["a", "b", "c", "d"]), {
-        onLaunch: (report) => reports.push(report),
-      });
-      expect(values(results.a)).toEqual([2, 4, 6]);
-      expect(values(results.b)).toEqual([4, 8, 12]);
-      expect(values(results.d)).toEqual([0, 4, 8]);
-      // The first rows come from b, after d was computed from a's.
-      expect(values(results.c)).toEqual([4, 8, 4]);
-      expect(results.a).toMatchObject({ dtype: "float32", shape: [3] });
-      expect(reports.map(({ index, launch }) => [index, launch])).toEqual([
-        [0, instructions[0]],
-        [1, instructions[2]],
-        [2, instructions[3]],
-      ]);
+      const results = await runtime.run(work, { onLaunch: (report) => reports.push(report) });
+      for (const [name, { data, ...register }] of Object.entries(results)) {
+        expect(data, name).toEqual(expected[name]);
+        expect(register, name).toEqual(work.registers[name]);
+      }
+      expect(Object.keys(results)).toEqual(work.results);
+      const launches = work.instructions.filter(({ op }) => op === "launch");
+      expect(reports.map(({ index, launch }) => [index, launch])).toEqual(launches.map((each, index) => [index, each]));
       expect(reports.every(({ milliseconds }) => milliseconds > 0)).toBe(true);
     });
 
@@ -120,19 +107,6 @@ export function describeRuntime(open: () => Runtime, { size, products }: Slow = 
         ]);
       expect(told.filter((text) => text.endsWith("begins"))).toEqual(["one begins", "two begins", "three begins"]);
       expect(told.indexOf("two begins")).toBeGreaterThan(told.indexOf("one 1"));
-    });
-
-    it("carries 64-bit integers there and back, in rows too", async () => {
-      const runtime = open();
-      runtime.add(negateGraph("negate"));
-      const results = await runtime.run({
-        registers: { y: { dtype: "int64", shape: [2, 2] }, z: { dtype: "int64", shape: [2, 2] } },
-        constants: { x: { kind: "value", tensor: int64([2, 2], BigInt64Array.from([1n, 2n, 2n ** 62n, -4n])) } },
-        instructions: [launch("negate", "x", "y"), { op: "copy", from: "y", fromRow: 1, to: "z", toRow: 0, rows: 1 }],
-        results: ["y", "z"],
-      });
-      expect(results.y!.data).toEqual(BigInt64Array.from([-1n, -2n, -(2n ** 62n), 4n]));
-      expect(results.z!.data).toEqual(BigInt64Array.from([-(2n ** 62n), 4n, 0n, 0n]));
     });
 
     it("answers programs given at the same time in order, and those of two runtimes independently", async () => {

@@ -5,6 +5,7 @@ import { availableMemory } from "../../lib/common/memory.js";
 import { MemoryError } from "../../lib/errors.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { BuildMemory } from "../../lib/runtimes/tensorrt/build-memory.js";
+import { flavours } from "../../lib/runtimes/tensorrt/flavours.js";
 
 afterEach(() => vi.unstubAllGlobals());
 
@@ -29,7 +30,7 @@ describe("within a limit", () => {
     expect(availableMemory()).toBe(1e6);
     expect(resolveWeights("auto", 1e6 / 6)).toBe("folded");
     expect(resolveWeights("auto", 1e6 / 6 + 1)).toBe("lazy");
-    const memory = new BuildMemory();
+    const memory = new BuildMemory(0.7e9);
     expect(memory.refusal(graph(4))).toBeInstanceOf(MemoryError);
     const error = await rejection(memory.enter(graph(4), undefined));
     expect(error).toBeInstanceOf(MemoryError);
@@ -38,9 +39,22 @@ describe("within a limit", () => {
 });
 
 describe("builds", () => {
+  it("take what their library takes besides the weights", () => {
+    const needed = ({ buildBaseBytes }: { readonly buildBaseBytes: number }) => buildBaseBytes + 3e8;
+    for (const flavour of Object.values(flavours)) {
+      const fits = new BuildMemory(flavour.buildBaseBytes, needed(flavour));
+      expect(fits.refusal(graph(1e8))).toBeNull();
+      expect(new BuildMemory(flavour.buildBaseBytes, needed(flavour) - 1).refusal(graph(1e8))).toMatchObject({
+        needed: needed(flavour),
+      });
+    }
+    // The full library has kernels for every GPU in memory.
+    expect(flavours.tensorrt.buildBaseBytes).toBeGreaterThan(4 * flavours["tensorrt-rtx"].buildBaseBytes);
+  });
+
   it("go on together while they fit, then one after another, and leave the queue after an abort", async () => {
     // Each takes 1 GB.
-    const memory = new BuildMemory(2.5e9);
+    const memory = new BuildMemory(0.7e9, 2.5e9);
     const build = graph(1e8);
     const first = await memory.enter(build, undefined);
     const second = await memory.enter(build, undefined);
@@ -60,7 +74,7 @@ describe("builds", () => {
   });
 
   it("that do not fit even alone are refused with both numbers, and others go on", async () => {
-    const memory = new BuildMemory(2.5e9);
+    const memory = new BuildMemory(0.7e9, 2.5e9);
     const leave = await memory.enter(graph(1e8), undefined);
     const large = rejection(memory.enter(graph(1e9), undefined));
     leave();

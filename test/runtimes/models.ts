@@ -1,8 +1,8 @@
 /** Small graphs and programs for the tests of the runtimes, and one that keeps a core busy for as long as asked. */
 
-import { type DType, float32 } from "../../lib/common/tensor.js";
+import { type DType, float32, int64 } from "../../lib/common/tensor.js";
 import { GraphBuilder } from "../../lib/onnx/index.js";
-import type { Instruction, Launch, Program } from "../../lib/program/program.js";
+import type { CopyRows, Instruction, Launch, Program } from "../../lib/program/program.js";
 import type { CompilableGraph } from "../../lib/runtimes/runtime.js";
 
 /** What a graph computes, for the simulated device: see native/simulated/tensorrt.cpp. */
@@ -18,6 +18,9 @@ export interface ClosedForm {
   readonly microseconds?: number;
   /** Bytes of device memory that the engine takes. */
   readonly weights?: number;
+  /** Of an execution context, and of its first launch, on the simulated device. */
+  readonly contextBytes?: number;
+  readonly firstBytes?: number;
 }
 
 /** Of the graphs below, and of those that tests add. */
@@ -100,4 +103,81 @@ export function slowProgram(graph: string, size: number, launches: number): Prog
     instructions: Array.from({ length: launches }, (_, index) => launch(graph, "x", index % 2 ? "b" : "a")),
     results: [],
   };
+}
+
+/** A program and its results, which every runtime gives to the last bit. */
+export interface ExactProgram {
+  readonly name: string;
+  readonly program: Program;
+  readonly expected: Readonly<Record<string, Float32Array | BigInt64Array>>;
+}
+
+const copy = (from: string, fromRow: number, to: string, toRow: number, rows = 1): CopyRows => ({
+  ...{ op: "copy", from, fromRow, to, toRow, rows },
+});
+
+/** They launch `double` (a scale by 2) and `negate`. */
+export const exactPrograms: readonly ExactProgram[] = [
+  {
+    name: "launches graphs and copies rows in order",
+    program: program(
+      [1, 2, 3],
+      [
+        launch("double", "x", "a"),
+        copy("a", 0, "c", 1, 2),
+        launch("double", "a", "b"),
+        launch("double", "c", "d"),
+        copy("b", 0, "c", 0, 2),
+      ],
+      ["a", "b", "c", "d"],
+    ),
+    expected: {
+      a: Float32Array.of(2, 4, 6),
+      b: Float32Array.of(4, 8, 12),
+      d: Float32Array.of(0, 4, 8),
+      // The first rows come from b, after d was computed from a's.
+      c: Float32Array.of(4, 8, 4),
+    },
+  },
+  {
+    name: "carries 64-bit integers there and back, in rows too",
+    program: {
+      registers: { y: { dtype: "int64", shape: [2, 2] }, z: { dtype: "int64", shape: [2, 2] } },
+      constants: { x: { kind: "value", tensor: int64([2, 2], BigInt64Array.of(1n, 2n, 2n ** 62n, -4n)) } },
+      instructions: [launch("negate", "x", "y"), copy("y", 1, "z", 0)],
+      results: ["y", "z"],
+    },
+    expected: {
+      y: BigInt64Array.of(-1n, -2n, -(2n ** 62n), 4n),
+      z: BigInt64Array.of(-(2n ** 62n), 4n, 0n, 0n),
+    },
+  },
+];
+
+/**
+ * Submissions to one workspace: two of one row each, then one that gathers both rows into a launch of `double` and
+ * scatters the results. p is four times the first value, q four times the second.
+ */
+export function gathering(first: number, second: number): { submissions: Program[]; expected: Record<string, number> } {
+  const row = { dtype: "float32", shape: [1] } as const;
+  const pair = { dtype: "float32", shape: [2] } as const;
+  const own = (name: string, value: number): Program => ({
+    registers: { [name]: row },
+    constants: { [`${name}.x`]: { kind: "value", tensor: float32([1], Float32Array.of(value)) } },
+    instructions: [launch("double", `${name}.x`, name)],
+    results: [],
+  });
+  const shared: Program = {
+    registers: { wide: pair, out: pair, p: row, q: row },
+    constants: {},
+    instructions: [
+      copy("p", 0, "wide", 1),
+      copy("q", 0, "wide", 0),
+      launch("double", "wide", "out"),
+      copy("out", 1, "p", 0),
+      copy("out", 0, "q", 0),
+    ],
+    results: ["p", "q"],
+  };
+  return { submissions: [own("p", first), own("q", second), shared], expected: { p: 4 * first, q: 4 * second } };
 }

@@ -4,7 +4,7 @@ import { float32 } from "../../lib/common/tensor.js";
 import { DisposedError, RuntimeError } from "../../lib/errors.js";
 import type { Instruction, Program } from "../../lib/program/program.js";
 import type { Runtime } from "../../lib/runtimes/runtime.js";
-import { launch, program, slowProgram } from "./models.js";
+import { gathering, launch, program, slowProgram } from "./models.js";
 
 export const double = (x: string, y: string) => launch("double", x, y);
 export const values = (tensor: { data: ArrayLike<unknown> } | undefined) => Array.from(tensor!.data);
@@ -39,30 +39,9 @@ export function describeWorkspaces(open: () => Runtime): void {
 
     it("gathers rows of earlier submissions into one launch and scatters the results", async () => {
       const workspace = open().open();
-      const registers = { wide: { dtype: "float32", shape: [2] }, out: { dtype: "float32", shape: [2] } } as const;
-      const own = (name: string, value: number): Program => ({
-        registers: { [name]: { dtype: "float32", shape: [1] } },
-        constants: { [`${name}.x`]: { kind: "value", tensor: float32([1], Float32Array.of(value)) } },
-        instructions: [double(`${name}.x`, name)],
-        results: [],
-      });
-      void workspace.submit(own("p", 1));
-      void workspace.submit(own("q", 10));
-      const copy = (from: string, fromRow: number, to: string, toRow: number) =>
-        ({ op: "copy", from, fromRow, to, toRow, rows: 1 }) as const;
-      const shared = await workspace.submit({
-        registers: { ...registers, p: { dtype: "float32", shape: [1] }, q: { dtype: "float32", shape: [1] } },
-        constants: {},
-        instructions: [
-          copy("p", 0, "wide", 1),
-          copy("q", 0, "wide", 0),
-          double("wide", "out"),
-          copy("out", 1, "p", 0),
-          copy("out", 0, "q", 0),
-        ],
-        results: ["p", "q"],
-      });
-      expect([values(shared.p), values(shared.q)]).toEqual([[4], [40]]);
+      const { submissions, expected } = gathering(1, 10);
+      const [, , shared] = await Promise.all(submissions.map((each) => workspace.submit(each)));
+      expect([values(shared!.p), values(shared!.q)]).toEqual([[expected.p], [expected.q]]);
     });
 
     it("does not see another's registers, and ordinary programs run between its submissions", async () => {

@@ -1,7 +1,6 @@
-// Captured programs: which goes first, how many the runtime has, what becomes of the others when the device is lost.
+// Captured programs: which goes first, how many the runtime has.
 import { setImmediate } from "node:timers/promises";
 import { describe, expect, it } from "vitest";
-import { DeviceLostError } from "../../lib/errors.js";
 import { CapturedQueue } from "../../lib/serving/captured.js";
 import type { Priority } from "../../lib/serving/priority.js";
 
@@ -62,20 +61,5 @@ describe("captured programs", () => {
     for (const name of ["b", "d"]) end(name).resolve(name);
     expect(await Promise.all([b, d])).toEqual(["b", "d"]);
     expect(programs.size).toBe(0);
-  });
-
-  it("start again if another lost the device, but not if they did", async () => {
-    const { begun, run, end } = open();
-    const [a, b, c] = [run("a"), run("b"), run("c")];
-    await setImmediate();
-    end("a").reject(new DeviceLostError("lost"));
-    await expect(a).rejects.toThrow("lost");
-    end("b").reject(new DeviceLostError("lost"));
-    await setImmediate();
-    expect(begun).toEqual(["a", "b", "c", "b"]);
-    end("b").reject(new DeviceLostError("lost again"));
-    await expect(b).rejects.toThrow("lost again");
-    end("c").resolve("c");
-    expect(await c).toBe("c");
   });
 });

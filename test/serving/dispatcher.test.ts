@@ -4,6 +4,7 @@ import { setImmediate } from "node:timers/promises";
 import fc from "fast-check";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Tensor } from "../../lib/common/tensor.js";
+import { DeviceLostError } from "../../lib/errors.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { CostTable, entryOf } from "../../lib/serving/costs.js";
 import { Dispatcher } from "../../lib/serving/dispatcher.js";
@@ -471,6 +472,29 @@ describe("a runtime that is lost", () => {
     expect(stats.snapshot(nothing).launches.restarted).toBeGreaterThan(0);
     expectEqual(await dispatcher.run({ rows, priority: priority() }), rows);
   });
+
+  it.each([false, true])(
+    "for good fails all jobs at once, and later ones without a launch (preemption: %s)",
+    async (on) => {
+      const { dispatcher, runtime, stats } = open({ preemption: on, maxBatch: 2 });
+      let launches = 0;
+      runtime.fate = () => (++launches === 4 ? "gone" : "ok");
+      const jobs = [
+        request({ blocks: "H1P4", seeds: [1] }),
+        request({ blocks: "H1P4", seeds: [2] }),
+        request({ side: 8, seeds: [3] }),
+        request({ seeds: [4, 5, 6] }),
+      ].map((each) => dispatcher.run({ rows: rowsOf(each), priority: priority() }));
+      for (const job of jobs) await expect(job).rejects.toBeInstanceOf(DeviceLostError);
+      expect(launches).toBe(4);
+      expect(stats.snapshot(nothing).launches.restarted).toBe(0);
+      for (let late = 0; late < 3; late++)
+        await expect(dispatcher.run({ rows: rowsOf(request()), priority: priority() })).rejects.toBe(runtime.gone);
+      expect(launches).toBe(4);
+      await dispatcher.idle();
+      expect(dispatcher.held).toBe(0);
+    },
+  );
 
   it("again and again fails the job in the end, with the error of the loss", async () => {
     const { dispatcher, runtime } = open();

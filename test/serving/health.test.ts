@@ -1,6 +1,6 @@
 // What the health of a model says after what may befall its runtime, and who is told.
 import { afterEach, beforeEach, expect, it, vi } from "vitest";
-import { RuntimeDiedError } from "../../lib/errors.js";
+import { DeviceLostError, RuntimeDiedError } from "../../lib/errors.js";
 import { HealthMonitor } from "../../lib/serving/health.js";
 
 beforeEach(() => {
@@ -14,7 +14,7 @@ const died = (message = "It died.") => new RuntimeDiedError(message, null, "SIGK
 
 it("is ready and not degraded while nothing happens", () => {
   expect(new HealthMonitor().report(null, false)).toEqual({
-    ...{ ready: true, degraded: false, reasons: [], restarts: 0, lastError: null, oldestLaunch: null },
+    ...{ live: true, ready: true, degraded: false, reasons: [], restarts: 0, lastError: null, oldestLaunch: null },
   });
 });
 
@@ -48,6 +48,17 @@ it("is not ready where the runtime is lost again before it ran, until it runs", 
   monitor.restarted();
   expect(monitor.report(null, false).ready).toBe(true);
   expect(monitor.report(null, true)).toMatchObject({ ready: false, degraded: true });
+});
+
+it("is neither live nor ready once the GPU is lost, whatever comes", () => {
+  const monitor = new HealthMonitor();
+  monitor.lost(new DeviceLostError("This process has lost the GPU."));
+  const dead = { live: false, ready: false, degraded: true, reasons: ["This process has lost the GPU."] };
+  expect(monitor.report(null, false)).toMatchObject({ ...dead, restarts: 0 });
+  monitor.lost(new DeviceLostError("Again."));
+  monitor.restarted();
+  vi.advanceTimersByTime(3_600_000);
+  expect(monitor.report(null, false)).toMatchObject(dead);
 });
 
 it("says since when the runtime is silent, and which launch is slow, while that is so", () => {

@@ -5,7 +5,7 @@
 
 import { setImmediate } from "node:timers/promises";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
-import { RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
+import { DeviceLostError, RuntimeDiedError, RuntimeError } from "../../lib/errors.js";
 import { graphName, keysOf } from "../../lib/networks/index.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { type Operand, validateProgram } from "../../lib/program/validate.js";
@@ -167,7 +167,7 @@ export function alone(program: Program): Record<string, Tensor> {
 }
 
 /** "ok", or how a launch fails: by itself, with everything that the runtime holds, by a kill that was not its fault, or never, until it is given up. */
-export type Fate = "ok" | "fails" | "dies" | "killed" | "hangs";
+export type Fate = "ok" | "fails" | "dies" | "killed" | "hangs" | "gone";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
@@ -184,6 +184,8 @@ export class SimulatedRuntime implements Runtime {
   mostSubmissions = 0;
   /** Submissions that were preempted. */
   preemptions = 0;
+  /** What everything fails with since it was lost for good. */
+  gone: DeviceLostError | null = null;
   #turn: Promise<unknown> = Promise.resolve();
   readonly #lose = new Set<() => void>();
   #hanging: (() => void)[] = [];
@@ -212,6 +214,7 @@ export class SimulatedRuntime implements Runtime {
   }
 
   open(): Workspace {
+    if (this.gone) throw this.gone;
     const interpreter = new Interpreter();
     const kept = new Map<string, Operand>();
     let lost = false;
@@ -225,6 +228,7 @@ export class SimulatedRuntime implements Runtime {
     const died = (duringWork = false) =>
       new RuntimeDiedError("The simulated process died.", null, "SIGKILL", duringWork);
     const work = async (program: Program, { signal, preempt, onBegin, onLaunch }: SubmissionOptions) => {
+      if (this.gone) throw this.gone;
       if (lost) throw died();
       signal?.throwIfAborted();
       onBegin?.();
@@ -244,6 +248,11 @@ export class SimulatedRuntime implements Runtime {
         if (fate === "hangs" || fate === "killed") {
           lose();
           throw died(fate !== "killed");
+        }
+        if (fate === "gone") {
+          for (const each of [...this.#lose]) each();
+          this.gone = new DeviceLostError("The simulated GPU is lost.");
+          throw this.gone;
         }
         if (fate === "fails") throw new RuntimeError(`The launch of "${(instruction as Launch).graph}" failed.`);
         const launch = interpreter.run(program, at);

@@ -79,6 +79,11 @@ export interface NativeBuildRequest {
   readonly workspaceBytes: number;
   /** Must not exist. Removed again if the build fails. */
   readonly planPath: string;
+  /**
+   * What kernels took in earlier builds, which is read and written anew; "" for none. TensorRT-RTX, which measures
+   * nothing, ignores it.
+   */
+  readonly timingsPath: string;
   /** A new file for everything that the library logs; "" for none. */
   readonly logPath: string;
 }
@@ -154,7 +159,7 @@ export interface NativeOutcome {
   readonly results: readonly Uint8Array[];
   /** Whether it ran as one CUDA graph. */
   readonly replayed: boolean;
-  /** Why it could not be captured, or "". */
+  /** Why it could not be captured, or "". That is not tried again with the same registers and instructions. */
   readonly notCaptured: string;
 }
 
@@ -185,6 +190,8 @@ export interface NativeEngine {
   /** Scratch memory of a launch in each profile. */
   readonly scratchBytes: readonly number[];
   readonly planBytes: number;
+  /** Of its weights on the device. */
+  readonly weightBytes: number;
   /** [sync] Submissions that name it still run; its memory is freed with its last user in the process. */
   release(): void;
 }
@@ -194,7 +201,13 @@ export interface NativeExecutorStatistics {
   readonly submissions: number;
   readonly replays: number;
   readonly engines: number;
+  /** On the device: registers, constants and scratch memory. */
   readonly deviceBytes: number;
+  /** On the device: the engines' weights, as the library says. */
+  readonly weightBytes: number;
+  /** On the device: what execution contexts keep, as far as it could be measured. */
+  readonly contextBytes: number;
+  /** On the host. */
   readonly pinnedBytes: number;
   /** Processor time of the executor's own threads. */
   readonly busySeconds: number;
@@ -292,7 +305,7 @@ export interface Addon {
   ): NativeTask<NativeBuildResult>;
   /**
    * [async] The executor for a device by its number, shared in the process. Rejects with "NO_DRIVER", "NO_DEVICE",
-   * "INVALID" (no such device), "DEVICE_LOST", "CUDA".
+   * "INVALID" (no such device), "CUDA", "DEVICE_LOST" (for good: the process has lost it).
    */
   openExecutor(library: string, parser: string, ordinal: number): NativeTask<NativeExecutor>;
   /**

@@ -9,31 +9,30 @@ import { MemoryError } from "../../errors.js";
 import type { CompilableGraph } from "../runtime.js";
 
 /**
- * Memory that a build takes at its peak: measured with TensorRT-RTX 1.7 (bench/build), where plan and weights in the
- * library's own arrangement stand beside each other; the mapped weights themselves can be dropped at any time.
+ * Memory that a build takes at its peak, as a multiple of the weights and beside the library's own: measured with
+ * TensorRT-RTX 1.7 (bench/build), where plan and weights in the library's arrangement stand beside each other; the mapped
+ * weights themselves can be dropped at any time.
  */
-const buildBaseBytes = 0.7e9;
 const buildFactor = 3;
 
-function memoryNeeded({ externals }: CompilableGraph): number {
-  let weights = 0;
-  for (const { length } of externals.values()) weights += length;
-  return buildBaseBytes + buildFactor * weights;
-}
-
 export class BuildMemory {
+  readonly #base: number;
   readonly #available: () => number;
   readonly #gate: Gate;
 
-  /** @param limit bytes that builds may take; default: what is available at that moment */
-  constructor(limit?: number) {
+  /**
+   * @param base bytes that a build of the library takes whatever the graph
+   * @param limit bytes that builds may take; default: what is available at that moment
+   */
+  constructor(base: number, limit?: number) {
+    this.#base = base;
     this.#available = () => limit ?? availableMemory();
     this.#gate = new Gate({ capacity: this.#available });
   }
 
   /** Why the build of a graph is refused, with both numbers; null if it fits where it is alone. */
   refusal(graph: CompilableGraph): MemoryError | null {
-    const needed = memoryNeeded(graph);
+    const needed = this.#needed(graph);
     const available = this.#available();
     if (needed <= available) return null;
     return new MemoryError(
@@ -50,11 +49,17 @@ export class BuildMemory {
    * @throws MemoryError if it does not fit even alone; `signal.reason`
    */
   async enter(graph: CompilableGraph, signal: AbortSignal | undefined): Promise<() => void> {
-    const leave = await this.#gate.enter(undefined, memoryNeeded(graph), signal);
+    const leave = await this.#gate.enter(undefined, this.#needed(graph), signal);
     // The gate lets anything in that is alone.
     const refusal = this.refusal(graph);
     if (!refusal) return leave;
     leave();
     throw refusal;
+  }
+
+  #needed({ externals }: CompilableGraph): number {
+    let weights = 0;
+    for (const { length } of externals.values()) weights += length;
+    return this.#base + buildFactor * weights;
   }
 }

@@ -8,6 +8,8 @@
  *   <folder>/engines/predict-<key>.json   what it is: see `manifestSchema`
  *   <folder>/engines/predict-<key>.lock   only while it is being built
  *   <folder>/engines/predict-<key>.<random>.tmp   a plan under construction
+ *   <folder>/engines/timings-<key>.timings   what kernels took in builds for one GPU by one version: no code, and no damage
+ *   <folder>/engines/timings-<key>.timings.<pid>.tmp   the same under construction
  */
 
 import { createHash, randomBytes } from "node:crypto";
@@ -37,6 +39,8 @@ const manifestSchema = z.strictObject({
     z.strictObject({ targets: z.array(z.int()) }),
     z.strictObject({ gpu: z.string(), sm: z.int(), driver: z.int() }),
   ]),
+  /** Builder optimisation level, 0 to 5; -1 for the library's default. */
+  level: z.int(),
   /** Dimensions of every input, in the order of the engine's profiles. */
   profiles: z.array(z.record(z.string(), z.array(z.int()).readonly())),
   bytes: z.int(),
@@ -138,6 +142,11 @@ export class EngineCache {
     }
   }
 
+  /** The file of what kernels took, for the builds of one library on one device. */
+  timings(key: string): string {
+    return this.#path(nameOf("timings", key), "timings");
+  }
+
   /** A new name for a plan under construction. To be called under the engine's lock: removes what a killed build left. */
   async temporary(graph: string, key: string): Promise<string> {
     const name = nameOf(graph, key);
@@ -197,7 +206,10 @@ export class EngineCache {
 
   /** Removes what builders that are gone have left: plans under construction, locks, other temporary files. */
   async sweep(addon: Addon): Promise<void> {
-    await this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|[0-9a-f]{12}\.tmp.*)$|^(\.probe-|digest-).*\.tmp$/);
+    await this.#remove(
+      addon,
+      /^.+-[0-9a-f]{32}\.(lock|[0-9a-f]{12}\.tmp.*|timings\.\d+\.tmp)$|^(\.probe-|digest-).*\.tmp$/,
+    );
   }
 
   /**
@@ -206,7 +218,7 @@ export class EngineCache {
    * @returns number of engines and bytes freed
    */
   clear(addon: Addon | null): Promise<{ engines: number; bytes: number }> {
-    return this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|.*(plan|json|tmp))$/);
+    return this.#remove(addon, /^.+-[0-9a-f]{32}\.(lock|.*(plan|json|tmp|timings))$/);
   }
 
   async #remove(addon: Addon | null, which: RegExp): Promise<{ engines: number; bytes: number }> {

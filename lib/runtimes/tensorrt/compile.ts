@@ -31,19 +31,34 @@ const revision = 1;
 const total = 1000;
 const weightsShare = 50;
 
+/** What the library does where it is not told. */
+const defaultLevel = -1;
+
+export interface CompilerSettings extends BuilderSettings {
+  /** Builder optimisation level, 0 to 5: lower builds sooner and runs slower. Default: the library's own. */
+  readonly level?: number | undefined;
+}
+
 export class EngineCompiler implements EngineBuilder {
   readonly library: Library;
   readonly cache: EngineCache;
   readonly device: EngineDevice;
   readonly #addon: Addon;
   readonly #memory: BuildMemory;
+  readonly #level: number;
 
-  private constructor({ addon, library }: Installation, cache: EngineCache, device: EngineDevice, memory?: number) {
+  private constructor(
+    { addon, library }: Installation,
+    cache: EngineCache,
+    device: EngineDevice,
+    { memory, level = defaultLevel }: CompilerSettings,
+  ) {
     this.library = library;
     this.cache = cache;
     this.device = device;
     this.#addon = addon;
-    this.#memory = new BuildMemory(memory);
+    this.#memory = new BuildMemory(flavours[library.kind].buildBaseBytes, memory);
+    this.#level = level;
   }
 
   /**
@@ -52,15 +67,15 @@ export class EngineCompiler implements EngineBuilder {
    *   target; CacheError if the cache cannot be used
    */
   static async open(
-    options: BuilderSettings & { readonly kind: TensorRtKind },
+    options: CompilerSettings & { readonly kind: TensorRtKind },
     installation?: Installation,
   ): Promise<EngineCompiler> {
-    const { kind, targets = [], memory } = options;
+    const { kind, targets = [] } = options;
     const found = installation ?? (await requireTensorRt(kind, "building", options));
     const device = flavours[kind].deviceOf(targets, found.cuda);
     const cache = await EngineCache.open(options.cache);
     await cache.sweep(found.addon);
-    return new EngineCompiler(found, cache, device, memory);
+    return new EngineCompiler(found, cache, device, options);
   }
 
   get version(): string {
@@ -89,7 +104,7 @@ export class EngineCompiler implements EngineBuilder {
       report("weights", "Reading the weights", Math.floor(share * weightsShare)),
     );
     const family = this.#family(graph, files);
-    const keys = { key: keyIn(family, profiles), family };
+    const keys = { key: this.#keyIn(family, profiles), family };
 
     // 2. The cache, at first without its lock: nobody waits for an engine that is there.
     const early = await this.cache.find(graph.name, keys.key, signal);
@@ -104,7 +119,8 @@ export class EngineCompiler implements EngineBuilder {
 
   /**
    * As `compile`, but any engine in the cache is taken that has all the profiles, whatever others it has: one that was
-   * built ahead of time for many sizes and batches is right for every program over some of them.
+   * built ahead of time for many sizes and batches is right for every program over some of them. One of another
+   * optimisation level is taken where there is none of this compiler's.
    */
   async find({ graph, profiles }: EngineRequest, options: CompileCallOptions): Promise<CompiledEngine> {
     const start = performance.now();
@@ -117,7 +133,7 @@ export class EngineCompiler implements EngineBuilder {
         : family === this.#family(graph, files));
     const serving = (await this.cache.list({ graph: graph.name }))
       .flatMap(({ manifest }) => (manifest && serves(manifest) ? [manifest] : []))
-      .sort((a, b) => a.profiles.length - b.profiles.length);
+      .sort((a, b) => this.#rank(a.level) - this.#rank(b.level) || a.profiles.length - b.profiles.length);
     for (const manifest of serving) {
       const has = new Set(manifest.profiles.map(profileKey));
       if (!profiles.every((profile) => has.has(profileKey(profile)))) continue;
@@ -132,11 +148,19 @@ export class EngineCompiler implements EngineBuilder {
       const refusal = this.#memory.refusal(graph);
       if (!refusal) continue;
       const family = this.#family(graph, await this.#digests(graph, options));
-      if (!(await this.cache.has(graph.name, keyIn(family, profiles)))) throw refusal;
+      if (!(await this.cache.has(graph.name, this.#keyIn(family, profiles)))) throw refusal;
     }
   }
 
-  /** The key of everything but the profiles. */
+  #rank(level: number): number {
+    return level === this.#level ? 0 : level === defaultLevel ? 1 : 2;
+  }
+
+  #keyIn(family: string, profiles: readonly ProfileShapes[]): string {
+    return keyOf([family, profiles.map(profileKey), ...(this.#level === defaultLevel ? [] : [this.#level])]);
+  }
+
+  /** The key of everything but the profiles and the optimisation level. */
   #family(graph: CompilableGraph, files: ReadonlyMap<string, FileDigest>, device: EngineDevice = this.device): string {
     const externals = [...graph.externals.values()];
     return keyOf([
@@ -204,9 +228,12 @@ export class EngineCompiler implements EngineBuilder {
         ),
         targets: "targets" in this.device ? this.targets : [],
         flags: [],
-        optimizationLevel: -1,
+        optimizationLevel: this.#level,
         workspaceBytes: 0,
         planPath: temporary,
+        timingsPath: flavours[this.library.kind].timesKernels
+          ? this.cache.timings(keyOf(["timings", this.library.kind, this.version, this.device]))
+          : "",
         logPath: logFile ?? "",
       },
       ({ phase, done, total: steps }) =>
@@ -223,7 +250,7 @@ export class EngineCompiler implements EngineBuilder {
     }
     const engine = await this.cache.keep(temporary, {
       ...{ ...keys, graph: graph.name, runtime: this.library.kind, version: this.version },
-      ...{ device: this.device, profiles: [...profiles] },
+      ...{ device: this.device, level: this.#level, profiles: [...profiles] },
       ...{ seconds: secondsSince(start), created: new Date().toISOString() },
     });
     return { engine, warnings: built.warnings };
@@ -259,10 +286,6 @@ function compiled({ plan, manifest }: CachedEngine, seconds: number): CompiledEn
 
 function secondsSince(start: number): number {
   return (performance.now() - start) / 1000;
-}
-
-function keyIn(family: string, profiles: readonly ProfileShapes[]): string {
-  return keyOf([family, profiles.map(profileKey)]);
 }
 
 function weightsOf(graph: CompilableGraph, digests: ReadonlyMap<string, FileDigest>) {

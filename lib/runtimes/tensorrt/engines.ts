@@ -89,10 +89,15 @@ export class LoadedEngines {
         const profile = engine.profiles.get(key);
         if (profile === undefined || engine.prepared.has(profile)) continue;
         signal?.throwIfAborted();
-        const task = executor.prepare(engine.native.id, profile);
-        engine.prepared.set(profile, await this.#explained(task.promise, executor, graph));
+        const prepare = () => this.#explained(executor.prepare(engine.native.id, profile).promise, graph);
+        engine.prepared.set(profile, await this.#withRoom(graph, graphs, prepare));
       }
     }
+    const scratch = launches.map(({ graph, ...launch }) => {
+      const { native, profiles } = this.#engines.get(graph)!;
+      return native.scratchBytes[profiles.get(profileKey(shapesOf({ graph, ...launch })))!] ?? 0;
+    });
+    this.#checkMemory(executor, program.registers, constants, graphs, Math.max(0, ...scratch));
     // As they are now: others may load and release engines before this program has ended.
     const engines = new Map([...graphs].map((graph) => [graph, this.#engines.get(graph)!]));
     return (launch) => {
@@ -121,8 +126,8 @@ export class LoadedEngines {
   }
 
   /**
-   * Refuses at once what would be refused after the engines have been built: weights, registers and constants that
-   * the device could not hold if it were empty.
+   * Refuses what the device could not hold if it were empty: weights, registers, constants, and scratch memory where it is
+   * known. Before an engine is built its weights are those of the checkpoint.
    * @throws MemoryError with both numbers
    */
   #checkMemory(
@@ -130,11 +135,16 @@ export class LoadedEngines {
     registers: Program["registers"],
     constants: ReadonlyMap<string, Tensor>,
     names: ReadonlySet<string>,
+    scratchBytes = 0,
   ): void {
     const { graphs } = this.#options;
-    let needed = layOutRegisters(registers).bytes;
+    let needed = layOutRegisters(registers).bytes + scratchBytes;
     for (const { data } of constants.values()) needed += data.byteLength;
-    for (const name of names) for (const { length } of graphs.get(name)!.externals.values()) needed += length;
+    for (const name of names) {
+      const loaded = this.#engines.get(name);
+      if (loaded) needed += loaded.native.weightBytes;
+      else for (const { length } of graphs.get(name)!.externals.values()) needed += length;
+    }
     if (needed <= device.memoryBytes) return;
     throw new MemoryError(
       `This program needs at least ${gigabytes(needed)} GB of GPU memory for the weights of ${[...names].join(", ")} and its own values, but ${device.name} has ${gigabytes(device.memoryBytes)} GB. Draw fewer or smaller pictures at once, or use a larger GPU.`,
@@ -152,21 +162,15 @@ export class LoadedEngines {
   ): Promise<LoadedEngine> {
     const present = this.#engines.get(name);
     if (present && needed.every((shapes) => present.profiles.has(profileKey(shapes)))) return present;
-    const { source, graphs, closing, logger } = this.#options;
+    const { source, graphs, closing } = this.#options;
     const stop = signal ? AbortSignal.any([signal, closing]) : closing;
     const { plan, identity } = await source.engineFor(graphs.get(name)!, needed, present?.shapes ?? [], stop);
     signal?.throwIfAborted();
     // The old one makes room first: its weights are the same.
     this.release(name);
-    const load = () => this.#explained(executor.load(plan, identity).promise, executor, name);
-    const native = await load().catch((error) => {
-      // What this program does not launch may be released: it is loaded again from the cache at its next launch.
-      const others = [...this.#engines.keys()].filter((other) => !using.has(other));
-      if (!(error instanceof MemoryError) || others.length === 0) throw error;
-      logger?.warn?.(`To make room for ${name} on the GPU, these engines are released: ${others.join(", ")}.`);
-      for (const other of others) this.release(other);
-      return load();
-    });
+    const native = await this.#withRoom(name, using, () =>
+      this.#explained(executor.load(plan, identity).promise, name),
+    );
     const shapes = native.profiles.map((dimensions) =>
       Object.fromEntries(
         native.tensors.flatMap(({ name: tensor, input }, index) => (input ? [[tensor, dimensions[index]!]] : [])),
@@ -178,10 +182,28 @@ export class LoadedEngines {
     return loaded;
   }
 
+  /**
+   * Does `work`, and again without the engines that the program does not launch if memory does not suffice: they are
+   * loaded again from the cache at their next launch.
+   */
+  async #withRoom<T>(name: string, using: ReadonlySet<string>, work: () => Promise<T>): Promise<T> {
+    try {
+      return await work();
+    } catch (error) {
+      const others = [...this.#engines.keys()].filter((other) => !using.has(other));
+      if (!(error instanceof MemoryError) || others.length === 0) throw error;
+      this.#options.logger?.warn?.(
+        `To make room for ${name} on the GPU, these engines are released: ${others.join(", ")}.`,
+      );
+      for (const other of others) this.release(other);
+      return work();
+    }
+  }
+
   /** Settles as `work` does, with the addon's errors explained. */
-  #explained<T>(work: Promise<T>, executor: NativeExecutor, graph: string): Promise<T> {
+  #explained<T>(work: Promise<T>, graph: string): Promise<T> {
     return work.catch((error: NativeError) => {
-      this.#options.device.note(error, executor);
+      this.#options.device.note(error);
       throw explainEngine(error, graph);
     });
   }

@@ -36,7 +36,7 @@ export function explainRun(
     case "DEVICE_MEMORY":
       return outOfMemory("This program", error);
     case "DEVICE_LOST":
-      return lost(error);
+      return explainLoss(error);
     case "LAUNCH":
     case "CUDA":
       return new LaunchError(
@@ -75,7 +75,7 @@ export function explainEngine(error: NativeError, graph: string): FlowTurboError
 
 /** Errors of opening the device. */
 export function explainDevice(error: NativeError, kind: string): FlowTurboError {
-  if (error.code === "DEVICE_LOST") return lost(error);
+  if (error.code === "DEVICE_LOST") return explainLoss(error);
   return new RuntimeUnavailableError(
     kind,
     `The runtime ${kind} cannot use a GPU here: ${error.message}. \`flowturbo doctor\` says what was looked for.`,
@@ -83,18 +83,24 @@ export function explainDevice(error: NativeError, kind: string): FlowTurboError 
   );
 }
 
-function lost(error: NativeError): DeviceLostError {
+/** What every call of this process rejects with from now on. */
+export function explainLoss(error: NativeError): DeviceLostError {
   return new DeviceLostError(
-    `The GPU cannot be used any more: ${error.message}. The next call opens it again; if that fails too, restart the process and look at nvidia-smi and the system's log.`,
+    `This process has lost the GPU: ${error.message}. CUDA gives it back to a new process only, so this process must be restarted. If the GPU is lost again, look at nvidia-smi and the system's log.`,
     { cause: error },
   );
 }
 
 function outOfMemory(what: string, error: NativeError): MemoryError {
+  // TensorRT does not always say how much it asked for.
   const { needed = 0, available = 0 } = error;
+  const free = `${gigabytes(available)} GB are free`;
+  const lack =
+    needed > 0
+      ? `needs about ${gigabytes(needed)} GB of GPU memory, but ${free}`
+      : `needs more GPU memory than is free; ${free}`;
   return new MemoryError(
-    `${what} needs about ${gigabytes(needed)} GB of GPU memory, but ${gigabytes(available)} GB are free. ` +
-      "Draw fewer or smaller pictures at once, set keepTextEncoders to false, or end other programs on the GPU.",
+    `${what} ${lack}. Draw fewer or smaller pictures at once, set keepTextEncoders to false, or end other programs on the GPU.${logged(error)}`,
     needed,
     available,
   );

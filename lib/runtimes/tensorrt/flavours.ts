@@ -28,6 +28,10 @@ export interface Flavour {
   readonly unsupportedRemedy: string;
   /** Whether engines can be built without a GPU, and so for others: whether targets can be named. */
   readonly takesTargets: boolean;
+  /** Memory that a build takes besides what goes with the weights: see build-memory.ts. */
+  readonly buildBaseBytes: number;
+  /** Whether it times kernels on the GPU while it builds, which is worth keeping for the next build. */
+  readonly timesKernels: boolean;
   /** What engines are built for. @throws OptionError, RuntimeUnavailableError */
   deviceOf(targets: readonly number[], cuda: Cuda | null): EngineDevice;
 }
@@ -51,6 +55,9 @@ export const flavours: Readonly<Record<TensorRtKind, Flavour>> = {
     supported: "SM 7.5 or later",
     unsupportedRemedy: "Use a newer GPU.",
     takesTargets: false,
+    // Not measured here, for want of a GPU: what its libraries and its context on the device are said to take.
+    buildBaseBytes: 3e9,
+    timesKernels: true,
     deviceOf(targets, cuda) {
       if (targets.length > 0)
         throw new OptionError(
@@ -77,6 +84,9 @@ export const flavours: Readonly<Record<TensorRtKind, Flavour>> = {
     supported: `SM ${rtxTargetsText}`,
     unsupportedRemedy: `Use the runtime "tensorrt": ${fullInstall}.`,
     takesTargets: true,
+    // Measured with 1.7 (npm run bench:build).
+    buildBaseBytes: 0.7e9,
+    timesKernels: false,
     deviceOf(targets, cuda) {
       const gpu = cuda?.devices[0];
       const wanted = targets.length > 0 ? targets : gpu ? [smOf(gpu)] : [];

@@ -5,17 +5,10 @@
 
 import { onAbort } from "../../common/abort.js";
 import type { Tensor } from "../../common/tensor.js";
-import { DeviceLostError, RuntimeError } from "../../errors.js";
+import { RuntimeError } from "../../errors.js";
 import type { Launch, Program } from "../../program/program.js";
 import type { LaunchReport, RunOptions } from "../runtime.js";
-import type {
-  NativeError,
-  NativeExecutor,
-  NativeLaunchReport,
-  NativeRegisters,
-  NativeRun,
-  NativeSubmission,
-} from "./addon.js";
+import type { NativeError, NativeLaunchReport, NativeRegisters, NativeRun, NativeSubmission } from "./addon.js";
 import type { SharedDevice } from "./device.js";
 import { explainRun } from "./failures.js";
 import { type ProfiledEngine, type RegisterLayout, tensorOf } from "./layout.js";
@@ -30,7 +23,6 @@ export interface Run {
 
 /** A program with everything that it takes to submit it. */
 export interface PreparedRun {
-  readonly executor: NativeExecutor;
   readonly registers: NativeRegisters;
   readonly layout: RegisterLayout;
   readonly submission: NativeSubmission;
@@ -52,9 +44,9 @@ export async function submit(
   before: Promise<unknown>,
 ): Promise<Record<string, Tensor>> {
   const { signal, onBegin, onLaunch } = run.options;
-  const { executor, registers, layout, submission, program, engineOf } = prepared;
+  const { registers, layout, submission, program, engineOf } = prepared;
   const launches = program.instructions.filter((instruction) => instruction.op === "launch");
-  if (device.executor !== executor) throw lostBefore();
+  if (device.lost) throw device.lost;
   const read = (names: readonly string[], values: readonly Uint8Array[]) =>
     Object.fromEntries(names.map((name, index) => [name, tensorOf(layout.registers[name]!, values[index]!)]));
   // Each run has a channel of its own, so reports of several may arrive in any order: they wait for the run before.
@@ -98,7 +90,7 @@ export async function submit(
     if (run.stopped) throw run.stopped.reason;
     if (signal?.aborted) throw signal.reason;
     if (!isNative(error)) throw error;
-    device.note(error, executor);
+    device.note(error);
     if (error.code === "NO_VALUE") throw withoutValue(prepared.nameOf?.(error.operand ?? 0) ?? "", error);
     throw explainRun(error, launches, (launch) => engineOf(launch).engine);
   } finally {
@@ -111,10 +103,6 @@ export function withoutValue(name: string, cause?: unknown): RuntimeError {
   return new RuntimeError(`This program reads "${name}", which has no value, since an earlier submission failed.`, {
     cause,
   });
-}
-
-export function lostBefore(cause?: unknown): DeviceLostError {
-  return new DeviceLostError("The GPU was lost before this program began. Try again.", { cause });
 }
 
 function isNative(error: unknown): error is NativeError {

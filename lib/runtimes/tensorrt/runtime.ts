@@ -7,7 +7,7 @@
 import { untilAborted } from "../../common/abort.js";
 import type { Logger } from "../../common/logger.js";
 import type { Tensor } from "../../common/tensor.js";
-import { DisposedError, FlowTurboError, MemoryError } from "../../errors.js";
+import { DisposedError, MemoryError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
 import { validateProgram } from "../../program/validate.js";
@@ -18,7 +18,7 @@ import { type DeviceOptions, SharedDevice } from "./device.js";
 import { type EngineSource, LoadedEngines } from "./engines.js";
 import type { TensorRtKind } from "./flavours.js";
 import { layOutRegisters, layOutSubmission } from "./layout.js";
-import { lostBefore, type PreparedRun, type Run, submit } from "./run.js";
+import { type PreparedRun, type Run, submit } from "./run.js";
 import { type DeviceOwner, DeviceWorkspace } from "./workspace.js";
 
 export interface TensorRtRuntimeOptions extends DeviceOptions {
@@ -92,6 +92,7 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
   async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
     this.throwIfDisposed();
     options.signal?.throwIfAborted();
+    if (this.device.lost) throw this.device.lost;
     validateProgram(program, (name) => this.has(name));
     let begun = false;
     const onLaunch = (report: LaunchReport) => {
@@ -109,6 +110,7 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
 
   open(): Workspace {
     this.throwIfDisposed();
+    if (this.device.lost) throw this.device.lost;
     const workspace = new DeviceWorkspace(this, (closed) => this.#workspaces.delete(closed));
     this.#workspaces.add(workspace);
     return workspace;
@@ -164,9 +166,8 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
       if (!isFirst) this.#closing.signal.throwIfAborted();
       signal?.throwIfAborted();
       const prepared = await prepare(signal).catch((error) => {
-        // Another runtime has noticed that the device is lost, and closed it for this one too.
-        if (this.device.executor !== null || error instanceof FlowTurboError || signal?.aborted) throw error;
-        throw lostBefore(error);
+        // Where another runtime has noticed meanwhile that the device is lost, it was closed for this one too.
+        throw signal?.aborted ? error : (this.device.lost ?? error);
       });
       if (signal?.aborted) prepared.done?.(true);
       signal?.throwIfAborted();
@@ -202,7 +203,7 @@ export class TensorRtRuntime implements Runtime, DeviceOwner, AsyncDisposable {
     const engineOf = await this.engines.ready(executor, program, constants, signal);
     const layout = layOutRegisters(program.registers, program.results);
     const submission = layOutSubmission(program, layout, constants, engineOf, this.#capture);
-    const parts = { executor, layout, submission, engineOf, program };
+    const parts = { layout, submission, engineOf, program };
     if (!this.#capture) {
       const registers = executor.registers(layout.bytes);
       return { ...parts, registers, done: () => registers.release() };

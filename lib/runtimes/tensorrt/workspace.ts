@@ -12,7 +12,7 @@ import type { NativeExecutor, NativeRegisters } from "./addon.js";
 import type { SharedDevice } from "./device.js";
 import type { LoadedEngines } from "./engines.js";
 import { bytesOf, layOutApart, layOutSubmission, operandsOf } from "./layout.js";
-import { lostBefore, type PreparedRun, withoutValue } from "./run.js";
+import { type PreparedRun, withoutValue } from "./run.js";
 
 /** Device memory from its first use until it has been freed and no submission uses it any more. */
 class DeviceMemory {
@@ -66,7 +66,6 @@ export class DeviceWorkspace extends NamedWorkspace {
   readonly #memory = new Map<string, DeviceMemory>();
   /** The registers submitted to, which hold nothing: see NativeSubmission.others. */
   readonly #empty = new DeviceMemory(0);
-  #executor: NativeExecutor | null = null;
   #closed = false;
 
   constructor(owner: DeviceOwner, onClose: (workspace: DeviceWorkspace) => void) {
@@ -76,7 +75,13 @@ export class DeviceWorkspace extends NamedWorkspace {
   }
 
   get lost(): boolean {
-    return this.#closed || (this.#executor !== null && this.#executor !== this.#owner.device.executor);
+    return this.#closed || this.#owner.device.lost !== null;
+  }
+
+  override async submit(program: Program, options?: SubmissionOptions): Promise<Record<string, Tensor>> {
+    this.#owner.throwIfDisposed();
+    if (this.#owner.device.lost) throw this.#owner.device.lost;
+    return super.submit(program, options);
   }
 
   close(): void {
@@ -105,8 +110,6 @@ export class DeviceWorkspace extends NamedWorkspace {
       for (const [name, memory] of used)
         if (memory.missing && read.has(name) && !left.has(name)) throw withoutValue(name);
       const executor = await device.open();
-      this.#executor ??= executor;
-      if (executor !== this.#executor) throw lostBefore();
       const constants = await this.#owner.constants(program);
       const registers = { ...program.registers, ...operands };
       const engineOf = await engines.ready(executor, { ...program, registers }, constants, signal);
@@ -115,7 +118,7 @@ export class DeviceWorkspace extends NamedWorkspace {
       const [empty, ...others] = all.map((memory) => memory.on(executor));
       for (const memory of written) memory.missing = false;
       return {
-        ...{ executor, registers: empty!, layout, engineOf, program },
+        ...{ registers: empty!, layout, engineOf, program },
         submission: { ...submission, others: others.map(({ id }) => id) },
         nameOf: (block: number) => used[block - 1]?.[0] ?? "",
       };
