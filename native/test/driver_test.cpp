@@ -178,6 +178,23 @@ void replaysAsOneGraph() {
   unlink(wide.path.c_str());
 }
 
+// As TensorRT may, an engine computes on a stream of its own beside the executor's, in captures too.
+void usesAuxiliaryStreams() {
+  Fixture fixture(affinePlan(4096, 0, "auxiliary\n"));
+  Executor& executor = *fixture.executor;
+  const auto registers = executor.createRegisters(2 * kRegisterBytes);
+  for (int index = 0; index < 100; index++) {
+    checkGood(executor, fixture.engine, 1 + index % 4);
+    Run run;
+    fill(*run.submission, registers, fixture.engine, 4);
+    run.submission->capture = true;
+    const Outcome outcome = run.start(executor).get();
+    if (!outcome.notCaptured.empty()) std::fprintf(stderr, "not captured: %s\n", outcome.notCaptured.c_str());
+    CHECK(!outcome.error && outcome.notCaptured.empty() && outcome.replayed == (index > 0));
+    CHECK(floatsOf(outcome.results.at(0)) == expected(4));
+  }
+}
+
 void refusesWhatDoesNotFit() {
   Fixture fixture;
   Executor& executor = *fixture.executor;
@@ -328,6 +345,7 @@ int main(int count, char** arguments) {
     test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
     test("replays a program as one CUDA graph", replaysAsOneGraph);
     test("loads engines while programs are captured", loadsDuringCaptures);
+    test("runs engines that use streams of their own", usesAuxiliaryStreams);
     test("waits for its runs when it is closed", waitsWhenClosed);
     test("shares engines", sharesEngines);
     test("serves many threads", servesManyThreads);
