@@ -156,7 +156,7 @@ describe("rows that a test has added", () => {
     expect(generateSchema.shape.sampler.safeParse("toy").success).toBe(true);
     expect(optionMeta(loadSchema.shape.runtime).description).toContain("toy (a test)");
     expect(optionMeta(loadSchema.shape.runtime).expects).toBe(
-      '"auto", "tensorrt", "tensorrt-rtx", "onnxruntime" or "toy"',
+      '"auto", "tensorrt", "tensorrt-rtx", "cuda", "webgpu", "onnxruntime" or "toy"',
     );
 
     const { GraphLibrary } = await import("../lib/networks/library.js");

@@ -129,7 +129,7 @@ function parse(log: string, names: ReadonlyMap<string, string>): Placement[] {
 }
 
 /** Operators that, on integers, compute shapes and positions. */
-const shapeArithmetic = new Set(["Shape", "Concat", "Gather", "Mul", "Slice", "Squeeze", "Unsqueeze", "Cast"]);
+const shapeArithmetic = new Set(["Shape", "Concat", "Gather", "Mul", "Div", "Slice", "Squeeze", "Unsqueeze", "Cast"]);
 
 /**
  * The nodes of a graph that should be on a device and are not: all on the CPU but those that compute shapes, and transfers

@@ -55,17 +55,27 @@ export function emitClip(
   }
   g.output("hidden", g.cast(penultimate, "float32"), ["rows", length, size]);
 
-  // The end-of-text token: the largest id in vocabularies of the public checkpoints, else the first eos.
-  const marked =
-    config.eosTokenId === legacyEos ? ids : g.cast(g.op("Equal", [ids, g.scalar(config.eosTokenId, "int64")]), "int64");
-  // The first one, where padding is the same token. Which of several maxima ArgMax takes is not the same everywhere (TensorRT
-  // promises none), so there is only one: an earlier position counts for more, and less than any difference of ids.
-  const earlier = Array.from({ length }, (_, index) => length - 1 - index);
-  const score = g.op("Add", [g.op("Mul", [marked, g.scalar(length, "int64")]), g.ints(earlier)]);
-  const position = g.op("ArgMax", [score], { axis: 1, keepdims: 1 });
   const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
-  const last = g.op("GatherND", [final, position], { batch_dims: 1 });
+  const last = g.op("Squeeze", [g.op("MatMul", [endOfText(l, config, ids, length), final]), g.ints([1])]);
   const pooled = l.linear(last, "text_projection", size, config.projectionDim, { rank: 2, bias: false });
   g.output("pooled", g.cast(pooled, "float32"), ["rows", config.projectionDim]);
   return g.build();
+}
+
+/**
+ * The end-of-text token, as [rows, 1, length] with a one at its position: the largest id in vocabularies of the public
+ * checkpoints, else the eos; the first one, where padding is the same token. An earlier position counts for more, and less
+ * than any difference of ids, so that there is one largest score, which float32 holds exactly. No index is made of it: of
+ * several maxima ArgMax takes one or the other (TensorRT promises none), and few devices compute with 64-bit integers.
+ */
+function endOfText(l: Layers, config: ClipConfig, ids: Value, length: number): Value {
+  const { g } = l;
+  const marked = config.eosTokenId === legacyEos ? ids : g.op("Equal", [ids, g.scalar(config.eosTokenId, "int64")]);
+  const earlier = Array.from({ length }, (_, index) => length - 1 - index);
+  const score = g.op("Add", [
+    g.op("Mul", [g.cast(marked, "float32"), g.scalar(length, "float32")]),
+    g.tensor([length], earlier, "float32"),
+  ]);
+  const largest = g.op("ReduceMax", [score, g.ints([1])], { keepdims: 1 });
+  return g.op("Unsqueeze", [g.cast(g.op("Equal", [score, largest]), l.compute), g.ints([1])]);
 }

@@ -58,7 +58,7 @@ const rejection = (promise: Promise<unknown>) =>
   );
 
 it("the table has TensorRT's libraries and ONNX Runtime, in the order in which auto tries them", () => {
-  expect(runtimeNames()).toEqual(["tensorrt", "tensorrt-rtx", "onnxruntime"]);
+  expect(runtimeNames()).toEqual(["tensorrt", "tensorrt-rtx", "cuda", "webgpu", "onnxruntime"]);
   expect(builderNames()).toEqual(["tensorrt", "tensorrt-rtx"]);
   expect(tensorRtKinds).toEqual(builderNames());
   for (const [name, row] of Object.entries(runtimes)) expect(row.name).toBe(name);
@@ -130,7 +130,7 @@ describe("a runtime that is added", () => {
     };
     table({ ...row, open });
     await openRuntime("fake", settings, weights);
-    expect(calls).toEqual([[settings, weights]]);
+    expect(calls).toEqual([[{ ...settings, named: true }, weights]]);
   });
 });
 

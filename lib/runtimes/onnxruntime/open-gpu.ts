@@ -3,6 +3,7 @@
 import { thisPlatform } from "../../common/platform.js";
 import { InstallationError, RuntimeUnavailableError } from "../../errors.js";
 import { whyUnsupported } from "./binaries.js";
+import { messageOf } from "./executor.js";
 import type { OnnxRuntime } from "./onnxruntime.js";
 import type { DeviceFeatures } from "./protocol.js";
 
@@ -10,6 +11,12 @@ import type { DeviceFeatures } from "./protocol.js";
 export function unsupported(): InstallationError | null {
   const found = whyUnsupported(thisPlatform());
   return found && new InstallationError("onnxruntime-node", found.reason, found.remedy);
+}
+
+/** What ONNX Runtime says, without the place in its sources and the condition there. */
+export function plainMessage(error: unknown): string {
+  const [line] = messageOf(error).trim().split("\n") as [string];
+  return line.replace(/^\/onnxruntime_src\/.* was false\. /, "").trim();
 }
 
 /**
@@ -27,7 +34,7 @@ export async function openOnGpu(
   } catch (error) {
     await runtime.dispose();
     if (!(error instanceof RuntimeUnavailableError)) throw error;
-    const detail = error.message.split("\n")[0]!.trim().replace(/\.$/, "");
+    const detail = plainMessage(error).replace(/\.$/, "");
     const remedy = "`flowturbo doctor` lists adapters and libraries; update the GPU's driver, or use another runtime.";
     throw new RuntimeUnavailableError(runtime.name, `${what}: ${detail}. ${remedy}`, { cause: error });
   }

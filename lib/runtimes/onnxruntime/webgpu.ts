@@ -1,12 +1,12 @@
 /** ONNX Runtime's WebGPU provider in the table of runtimes: a GPU of any vendor, with nothing to install but its driver. */
 
+import { readdir } from "node:fs/promises";
 import { RuntimeUnavailableError } from "../../errors.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
 import { chosenAdapter, findAdapters, findWebGpu, isSoftware } from "./adapters.js";
 import { gpuWidening, webGpuEmitOptions } from "./emission.js";
-import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime, type OnnxRuntimeOptions } from "./onnxruntime.js";
-import { openOnGpu, unsupported } from "./open-gpu.js";
+import { openOnGpu, plainMessage, unsupported } from "./open-gpu.js";
 import type { DeviceFeatures } from "./protocol.js";
 
 const name = "webgpu";
@@ -18,6 +18,11 @@ export const webgpu: RuntimeRow = {
   capabilities,
   unsupported,
   async open({ named, watchdogMs, listener, logger }) {
+    if (!named && !(await mayHaveGpu()))
+      throw new RuntimeUnavailableError(
+        name,
+        "This machine shows no GPU: there is no /dev/dri/renderD*, /dev/nvidia* or /dev/dxg. Start the container with access to it, or use another runtime.",
+      );
     const { adapters, problem } = await findAdapters();
     const adapter = adapters && chosenAdapter(adapters);
     if (adapters && !adapter)
@@ -57,10 +62,20 @@ export const webgpu: RuntimeRow = {
       return { ...found, version: (await runtime.start()).version };
     } catch (error) {
       const remedy = "Update the graphics driver, or use another runtime.";
-      return { ...found, available: false, reason: messageOf(error), remedy: found.remedy ?? remedy };
+      return { ...found, available: false, reason: plainMessage(error), remedy: found.remedy ?? remedy };
     }
   },
 };
+
+/**
+ * Whether a driver of a GPU shows itself, on Linux. Asking Vulkan takes a quarter of a second, which a machine without a GPU
+ * is not to spend at every start.
+ */
+async function mayHaveGpu(): Promise<boolean> {
+  if (process.platform !== "linux") return true;
+  const names = await Promise.all(["/dev", "/dev/dri"].map((folder) => readdir(folder).catch(() => [] as string[])));
+  return names.flat().some((each) => /^(renderD|nvidia|dxg|mali|kgsl)/.test(each));
+}
 
 // Threads would only do the arithmetic of shapes.
 const settings = { name, provider: "webgpu", threads: 1 } as const;
