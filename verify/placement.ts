@@ -37,8 +37,10 @@ export interface PlacementOptions {
 }
 
 const code = `
-import { readFileSync } from "node:fs";
+import { readFileSync, writeSync } from "node:fs";
 import os from "node:os";
+// Not process.stderr, which makes the pipe non-blocking: ONNX Runtime's log gives up at the first write that would block.
+const say = (line) => writeSync(2, line);
 const { libraries, graphs } = JSON.parse(readFileSync(process.argv[1], "utf8"));
 if (libraries)
   try {
@@ -46,13 +48,13 @@ if (libraries)
   } catch {}
 const { default: ort } = await import("onnxruntime-node");
 for (const { file, options } of graphs) {
-  process.stderr.write("\\n<<< " + file + "\\n");
+  say("\\n<<< " + file + "\\n");
   const start = performance.now();
   try {
     await ort.InferenceSession.create(readFileSync(file), options);
-    process.stderr.write("\\n>>> " + (performance.now() - start) + "\\n");
+    say("\\n>>> " + (performance.now() - start) + "\\n");
   } catch (error) {
-    process.stderr.write("\\n!!! " + error.message.replaceAll("\\n", " ") + "\\n");
+    say("\\n!!! " + error.message.replaceAll("\\n", " ") + "\\n");
   }
 }
 // Destructors of a device that is only pretended have nothing to free.
@@ -112,8 +114,10 @@ function parse(log: string, names: ReadonlyMap<string, string>): Placement[] {
     if (line.startsWith("<<< ")) {
       graph = names.get(line.slice(4))!;
       nodes = [];
-    } else if (line.startsWith(">>> ")) placements.push({ graph, nodes, milliseconds: Number(line.slice(4)) });
-    else if (line.startsWith("!!! ")) throw new Error(`${graph} cannot be compiled: ${line.slice(4)}`);
+    } else if (line.startsWith(">>> ")) {
+      if (nodes.length === 0) throw new Error(`ONNX Runtime's log does not say where the nodes of ${graph} are.`);
+      placements.push({ graph, nodes, milliseconds: Number(line.slice(4)) });
+    } else if (line.startsWith("!!! ")) throw new Error(`${graph} cannot be compiled: ${line.slice(4)}`);
     else if (said) {
       const all = said.match(/^All nodes placed on \[(\w+)\]\. Number of nodes: (\d+)/);
       const some = said.match(/^Node\(s\) placed on \[(\w+)\]/);

@@ -19,8 +19,9 @@ import { withValues } from "../support/with-values.js";
 const tolerance = 1e-4;
 const minutes = 60_000;
 
+const prompts = ["a red circle above a small blue square", "the photo of a café, 3 dogs & a cat's bowl!"];
 const text = {
-  prompt: "a red circle above a small blue square",
+  prompt: prompts[0]!,
   negativePrompt: "blurry, low quality",
   width: 64,
   height: 64,
@@ -52,8 +53,18 @@ describe.skipIf(noSwiftShader)(`on SwiftShader${noSwiftShader ? `: ${noSwiftShad
       expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
     };
 
-    it("Heun, pseudo corrector and refiner", () => against("turbo_h1p2r2", { blocks: "HPPRR" }), 5 * minutes);
-    it("Euler", () => against("euler_noguidance", { sampler: "euler", steps: 5, guidanceScale: 1 }), 5 * minutes);
+    // The three samplers' steps, in one picture without guidance; with guidance, two pictures, for one of the fixtures.
+    it("H, P and R", { timeout: 5 * minutes }, () =>
+      against("turbo_h2p2r1_noguidance", { blocks: "H2P2R1", guidanceScale: 1 }),
+    );
+    it.runIf(name === "large")(
+      "Heun, pseudo corrector and refiner with guidance, in a batch",
+      { timeout: 10 * minutes },
+      () => against("turbo_h1p2r2", { prompt: prompts, blocks: "HPPRR" }),
+    );
+    it.runIf(name === "medium")("Euler", { timeout: 5 * minutes }, () =>
+      against("euler_noguidance", { sampler: "euler", steps: 5, guidanceScale: 1 }),
+    );
   });
 
   describe("sd3, as diffusers draws it", () => {

