@@ -30,7 +30,7 @@ export interface ImageModel extends AsyncDisposable {
    * Draws `count` pictures for each prompt. Calls made at the same time share launches and are answered when they are done.
    * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
-   *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
+   *   if the network's values overflow; MemoryError if a GPU cannot hold what a picture takes; RuntimeDiedError if the runtime's process ended while it worked on this call;
    *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
    */
   generate(options: GenerateOptions): Promise<GenerateResult>;
@@ -96,7 +96,8 @@ export interface LoadProgress {
 /** Options of `FlowTurbo.load`. */
 export interface LoadOptions {
   /**
-   * What runs the graphs: ONNX Runtime on the CPU, TensorRT 11 or TensorRT-RTX on an NVIDIA GPU. `"auto"` takes the first
+   * What runs the graphs: TensorRT 11 or TensorRT-RTX on an NVIDIA GPU, from engines that are built; ONNX Runtime on an NVIDIA
+   * GPU (`"cuda"`), on a GPU of any vendor (`"webgpu"`) or on the CPU (`"onnxruntime"`). `"auto"` takes the first
    * of the table that can be used here; `model.runtime` says which, and why others were passed over. Default: `"auto"`.
    */
   runtime?: "auto" | RuntimeName | undefined;

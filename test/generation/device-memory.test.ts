@@ -1,0 +1,107 @@
+// What a GPU has to hold, and what is refused with both numbers: before anything is compiled, and before a picture begins.
+import { beforeAll, describe, expect, it } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { MemoryError } from "../../lib/errors.js";
+import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "../../lib/generation/device-memory.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import { cudaEmitOptions, gpuWidening, webGpuEmitOptions } from "../../lib/runtimes/onnxruntime/emission.js";
+import { fixture } from "../support/fixtures.js";
+
+const gigabyte = 1e9;
+let graphs: GraphLibrary;
+let half: GraphLibrary;
+beforeAll(async () => {
+  const checkpoint = await openCheckpoint(fixture("sd3", "model"));
+  graphs = new GraphLibrary(checkpoint, webGpuEmitOptions({ float16: false, attention: false }));
+  half = graphs.emittedAs(webGpuEmitOptions({ float16: true, attention: true }));
+});
+const refusal = (check: () => void): MemoryError => {
+  try {
+    check();
+  } catch (error) {
+    expect(error).toBeInstanceOf(MemoryError);
+    return error as MemoryError;
+  }
+  throw new Error("Nothing was refused.");
+};
+
+/** Bytes of the weights of the graphs that draw, as they are in the files. */
+const stored = () =>
+  graphs.essential
+    .filter(({ role }) => role !== "text")
+    .flatMap(({ graph }) => [...graph.externals.values()])
+    .reduce((sum, { length }) => sum + length, 0);
+
+describe("weights", () => {
+  it("take twice their bytes where 16 bits become 32, and as many where the device has the type", () => {
+    // All of this checkpoint's weights are float16.
+    expect(deviceMemoryNeeded(graphs, gpuWidening([])).draw).toBe(2 * stored());
+    expect(deviceMemoryNeeded(graphs, gpuWidening(["F16"])).draw).toBe(stored());
+    expect(deviceMemoryNeeded(half, gpuWidening(["F16"])).draw).toBe(stored());
+    const cuda = graphs.emittedAs(cudaEmitOptions({ attention: true, bfloat16: true }));
+    expect(deviceMemoryNeeded(cuda, gpuWidening(["F16", "BF16"])).draw).toBe(stored());
+  });
+
+  it("that the device cannot hold are refused with both numbers", () => {
+    const device = { name: "A card", memoryBytes: 1000, widening: gpuWidening([]) };
+    const error = refusal(() => checkDeviceMemory(graphs, device));
+    expect(error.message).toMatch(/but A card has/);
+    expect(error).toMatchObject({ needed: deviceMemoryNeeded(graphs, gpuWidening([])).draw, available: 1000 });
+    checkDeviceMemory(graphs, { ...device, memoryBytes: gigabyte });
+  });
+
+  it("that no buffer can hold are refused", () => {
+    const error = refusal(() =>
+      checkDeviceMemory(graphs, {
+        name: "A card",
+        memoryBytes: gigabyte,
+        largestBuffer: 1000,
+        widening: gpuWidening([]),
+      }),
+    );
+    expect(error.message).toMatch(/^A weight of \w+ takes .*buffers of A card hold at most/);
+    expect(error.available).toBe(1000);
+  });
+});
+
+describe("a picture", () => {
+  const device = { name: "A card", memoryBytes: gigabyte, widening: gpuWidening(["F16"]) };
+  const drawn = (side: number) =>
+    ({
+      width: side,
+      height: side,
+      latentShape: [1, 16, side / 8, side / 8],
+      guided: true,
+      sequenceLength: 77,
+    }) as const;
+
+  it("that fits is not refused, and a larger one is, with its size and both numbers", () => {
+    checkPictureMemory(half, device, drawn(64));
+    const error = refusal(() => checkPictureMemory(half, device, drawn(8192)));
+    expect(error.message).toMatch(/^A picture of 8192 x 8192 needs about .* for weights, but A card has/);
+    expect(error.needed).toBeGreaterThan(error.available);
+    expect(error.available).toBe(gigabyte);
+  });
+
+  it("takes twice as much in float32", () => {
+    const needed = (library: GraphLibrary) => {
+      const { draw } = deviceMemoryNeeded(library, device.widening);
+      return refusal(() => checkPictureMemory(library, { ...device, memoryBytes: draw }, drawn(1024))).needed - draw;
+    };
+    expect(needed(graphs)).toBe(2 * needed(half));
+  });
+
+  it("takes more where attention holds all of its scores", () => {
+    const needed = (holdsScores: boolean) =>
+      refusal(() => checkPictureMemory(half, { ...device, memoryBytes: 1, holdsScores }, drawn(2048))).needed;
+    expect(needed(true)).toBeGreaterThan(needed(false));
+  });
+
+  it("with values that no buffer can hold is refused", () => {
+    const limited = { ...device, memoryBytes: 1000 * gigabyte, largestBuffer: 2 ** 22 };
+    expect(refusal(() => checkPictureMemory(half, limited, drawn(2048))).message).toMatch(
+      /^A picture of 2048 x 2048 has values of .* buffers of A card hold at most/,
+    );
+    checkPictureMemory(half, limited, drawn(64));
+  });
+});
