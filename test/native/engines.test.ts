@@ -660,7 +660,7 @@ describe("the runtime of a model", async () => {
     const loaded = await FlowTurbo.load(undefined, { runtime: "auto" });
     try {
       expect(loaded.runtime.name).toBe("onnxruntime");
-      expect(loaded.runtime.passedOver.map(({ name }) => name)).toEqual(["tensorrt", "tensorrt-rtx"]);
+      expect(loaded.runtime.passedOver.map(({ name }) => name)).toEqual(["tensorrt", "tensorrt-rtx", "cuda", "webgpu"]);
       for (const { reason } of loaded.runtime.passedOver) expect(reason.length).toBeGreaterThan(40);
     } finally {
       await loaded.dispose();

@@ -26,6 +26,11 @@ async function graphsFor(name: string, options: (network: EmittedNetwork) => Emi
   );
 }
 
+const running = (runtime: OnnxRuntime, graphs: GraphLibrary) => (program: Program) => {
+  for (const graph of graphsOf(program)) if (!runtime.has(graph)) runtime.add(graphs.get(graph));
+  return runtime.run(program);
+};
+
 /** Names of the nodes on the CPU, so that a failure shows them. */
 const listed = (placements: Awaited<ReturnType<typeof placementsOf>>) =>
   placements.flatMap((placement) =>
@@ -70,12 +75,8 @@ describe.skipIf(noSwiftShader)(`WebGPU on SwiftShader${noSwiftShader ? `: ${noSw
       const { features } = await gpu.start();
       // Its groups of invocations are too small for ONNX Runtime's attention: see device-probe.ts.
       expect(features).toEqual({ float16: false, attention: false });
-      const run = (runtime: OnnxRuntime, graphs: GraphLibrary) => (program: Program) => {
-        for (const graph of graphsOf(program)) if (!runtime.has(graph)) runtime.add(graphs.get(graph));
-        return runtime.run(program);
-      };
-      const onCpu = run(cpu, new GraphLibrary(checkpoint));
-      const onGpu = run(gpu, new GraphLibrary(checkpoint, webGpuEmitOptions(features!)));
+      const onCpu = running(cpu, new GraphLibrary(checkpoint));
+      const onGpu = running(gpu, new GraphLibrary(checkpoint, webGpuEmitOptions(features!)));
       const cases = await casesOf(
         new GraphLibrary(checkpoint),
         { sizes: [{ width: 64, height: 64 }], batches: [1] },
@@ -95,6 +96,40 @@ describe.skipIf(noSwiftShader)(`WebGPU on SwiftShader${noSwiftShader ? `: ${noSw
       expect(compared).toBeGreaterThan(10);
     },
   );
+});
+
+/**
+ * The CPU has every operator of these graphs: ONNX Runtime casts around those that it has in float32 only. So it shows that
+ * what is emitted for GPUs is the same network, in float16 and with ONNX Runtime's own attention, too.
+ */
+describe("graphs for a GPU, on the CPU", () => {
+  let bundles: Bundles;
+  beforeAll(async () => {
+    bundles = await bundle();
+  });
+  afterAll(() => bundles?.remove());
+
+  it.each(
+    fixtureNames.flatMap((name) => [
+      [name, "WebGPU in float16", webGpuEmitOptions({ float16: true, attention: true }), 1e-2] as const,
+      [name, "WebGPU in float32", webGpuEmitOptions({ float16: false, attention: true }), 1e-5] as const,
+      [name, "CUDA without bfloat16", cudaEmitOptions({ bfloat16: false, attention: true }), 1e-2] as const,
+    ]),
+  )("every graph of %s, for %s, computes what it does for the CPU", async (name, _, options, bar) => {
+    const checkpoint = await openCheckpoint(fixture(name, "model"));
+    await using runtime = new OnnxRuntime({ weights: "lazy", host: bundles.host });
+    await using other = new OnnxRuntime({ weights: "folded", host: bundles.host });
+    const reference = new GraphLibrary(checkpoint);
+    const expected = running(runtime, reference);
+    const given = running(other, new GraphLibrary(checkpoint, options));
+    const cases = await casesOf(reference, { sizes: [{ width: 64, height: 64 }], batches: [1, 2] }, expected);
+    const errors: string[] = [];
+    for (const { name: launch, kind, program } of cases.filter(({ kind }) => kind === "engine"))
+      for (const { result, relative } of compare(await given(program), await expected(program)))
+        if (!(relative < bar)) errors.push(`${launch} (${kind}), ${result}: ${relative}`);
+    expect(errors).toEqual([]);
+    expect(cases.length).toBeGreaterThan(10);
+  });
 });
 
 describe.skipIf(noCudaProvider)(`the CUDA provider${noCudaProvider ? `: ${noCudaProvider}` : ""}`, () => {
