@@ -36,6 +36,9 @@ export interface PlacementOptions {
   readonly root: string;
 }
 
+/** As `process.ts` does it: ONNX Runtime reports its use unless it is told not to. */
+const silent = { ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" };
+
 const code = `
 import { readFileSync, writeSync } from "node:fs";
 import os from "node:os";
@@ -80,7 +83,7 @@ export async function placementsOf(
     for (const [index, graph] of graphs.entries()) await writeFile(sent[index]!.file, graph.bytes);
     const request = path.join(folder, "request.json");
     await writeFile(request, JSON.stringify({ libraries, graphs: sent }));
-    const log = await logOf(["--input-type=module", "-e", code, request], { ...process.env, ...env }, root);
+    const log = await logOf(["--input-type=module", "-e", code, request], { ...process.env, ...silent, ...env }, root);
     return parse(log, new Map(sent.map(({ file }, index) => [file, graphs[index]!.name])));
   } finally {
     await rm(folder, { recursive: true, force: true });
