@@ -92,8 +92,15 @@ describe.skipIf(process.platform !== "linux")("runtimes on one GPU", () => {
   });
 
   it("keep to themselves on the CPU, and on another GPU", async () => {
-    await Promise.all([open(), open({ deviceId: 1 }), open({ provider: "cpu" }), open({ provider: "cpu" })].map((each) => run(each, "double"))); // biome-ignore format: one line
-    expect(hosts()).toHaveLength(4);
+    const runtimes = [open(), open({ deviceId: 1 }), open({ provider: "cpu" }), open({ provider: "cpu" })];
+    process.env.CUDA_VISIBLE_DEVICES = "1,0";
+    try {
+      runtimes.push(open(), open());
+    } finally {
+      delete process.env.CUDA_VISIBLE_DEVICES;
+    }
+    await Promise.all(runtimes.map((each) => run(each, "double")));
+    expect(hosts()).toHaveLength(5);
   });
 
   it("free a graph when none has it any more", async () => {

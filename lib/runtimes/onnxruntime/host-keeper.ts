@@ -36,11 +36,15 @@ const longestPause = 60_000;
 /** Those of GPUs, by what their process is started with, as long as they have users. */
 const shared = new Map<string, HostKeeper>();
 
+/** Variables of this process that decide what a GPU's number means, and which there are. */
+const choosesGpu = /^(CUDA|NVIDIA|VK)_/;
+
 /** A keeper for such a process: that of others on the same GPU, or one of its own. It is to be joined at once. */
 export function keeperOf(options: HostOptions): HostKeeper {
   const { file, settings, env } = options;
   if ((settings.provider ?? "cpu") === "cpu") return new HostKeeper(options, () => {});
-  const key = JSON.stringify([file.href, settings, env]);
+  const choices = Object.entries(process.env).filter(([name]) => choosesGpu.test(name));
+  const key = JSON.stringify([file.href, settings, env, choices.sort()]);
   let keeper = shared.get(key);
   if (!keeper) {
     keeper = new HostKeeper(options, () => shared.delete(key));
@@ -49,7 +53,7 @@ export function keeperOf(options: HostOptions): HostKeeper {
   return keeper;
 }
 
-class HostKeeper {
+export class HostKeeper {
   readonly #options: HostOptions;
   readonly #onEmpty: () => void;
   readonly #users = new Set<HostUser>();
@@ -77,7 +81,13 @@ class HostKeeper {
   join(user: HostUser): void {
     this.#users.add(user);
     this.#watch();
-    this.connection();
+    try {
+      this.connection();
+    } catch (error) {
+      // The system refused to start it.
+      void this.leave(user);
+      throw error;
+    }
   }
 
   /**
@@ -113,7 +123,7 @@ class HostKeeper {
         this.#log("debug", `onnxruntime-node ${version} is ready in a process of its own.`);
         for (const user of this.#lost) {
           this.#lost.delete(user);
-          user.listener?.restarted();
+          if (!user.isLeaving) user.listener?.restarted();
         }
       },
       () => {},
@@ -184,5 +194,3 @@ class HostKeeper {
     timer.unref();
   }
 }
-
-export type { HostKeeper };

@@ -132,7 +132,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   /**
    * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's message),
-   *   NotFiniteError, RuntimeDiedError, DisposedError, or `signal.reason`
+   *   NotFiniteError, MemoryError and DeviceLostError of a GPU, RuntimeDiedError, DisposedError, or `signal.reason`
    */
   async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
     this.throwIfDisposed();
