@@ -3,6 +3,7 @@
 import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
+import type { Tensor } from "../../lib/common/tensor.js";
 import { DeviceLostError, errorTable, MemoryError, RuntimeError } from "../../lib/errors.js";
 import type { Program } from "../../lib/program/program.js";
 import { gpuFailure } from "../../lib/runtimes/onnxruntime/gpu-failures.js";
@@ -47,7 +48,7 @@ const rejection = (call: Promise<unknown>) =>
   );
 
 /** Adds a graph with that name, and launches it. */
-function launched(runtime: OnnxRuntime, name: string): Promise<unknown> {
+function launched(runtime: OnnxRuntime, name: string): Promise<Record<string, Tensor>> {
   runtime.add(scaleGraph(name, 2));
   return runtime.run(work(name));
 }
@@ -140,6 +141,19 @@ describe.skipIf(process.platform !== "linux")("runtimes on one GPU", () => {
     await Promise.all(opened.splice(0).map((runtime) => runtime.dispose()));
     expect(hosts()).toEqual([]);
     expect(await run(open(), "double")).toEqual([2, 4]);
+  });
+
+  it("leave no values behind", async () => {
+    const [one, two] = [open({ provider: "webgpu" }), open({ provider: "webgpu" })];
+    // Doubled once more by the graph that brings a result to the host.
+    const onDevice = () => launched(two, "tensors").then((results) => (values(results.a)[0] as number) / 2);
+    const workspaces = [one.open(), one.open()];
+    for (const workspace of workspaces) await workspace.submit({ ...work("double"), results: [] });
+    expect(await onDevice()).toBe(2);
+    workspaces[0]!.close();
+    expect(await onDevice()).toBe(1);
+    await one.dispose();
+    expect(await onDevice()).toBe(0);
   });
 
   it("name graphs in messages as each of them does", async () => {
