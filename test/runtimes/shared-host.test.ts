@@ -1,14 +1,19 @@
 // Models that share one child process, as those on a GPU do, and what a GPU's failures make of it: with a stand-in for
 // ONNX Runtime that fails in the words of the real one.
+import { mkdtempSync, readdirSync, rmSync, symlinkSync } from "node:fs";
+import { tmpdir } from "node:os";
 import path from "node:path";
 import { setTimeout } from "node:timers/promises";
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import type { Tensor } from "../../lib/common/tensor.js";
 import { DeviceLostError, errorTable, MemoryError, RuntimeError } from "../../lib/errors.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import type { Program } from "../../lib/program/program.js";
 import { gpuFailure } from "../../lib/runtimes/onnxruntime/gpu-failures.js";
 import { OnnxRuntime, type OnnxRuntimeOptions } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { type CompilableGraph, Preempted } from "../../lib/runtimes/runtime.js";
+import { fixture } from "../support/fixtures.js";
 import { hosts } from "../support/hosts.js";
 import { type Bundles, bundle } from "./build.js";
 import { values } from "./contract.js";
@@ -90,6 +95,25 @@ describe.skipIf(process.platform !== "linux")("runtimes on one GPU", () => {
     await others[0]!.run(work("weighted"));
     expect((await sessions(one))[0]! - before).toBe(4);
     expect(hosts()).toHaveLength(1);
+  });
+
+  it("share a graph of files that two checkpoints link to", async () => {
+    const folder = mkdtempSync(path.join(tmpdir(), "flowturbo-linked-"));
+    try {
+      for (const name of readdirSync(fixture("sd3", "model")))
+        symlinkSync(fixture("sd3", `model/${name}`), path.join(folder, name));
+      const created: number[] = [];
+      for (const checkpoint of [fixture("sd3", "model"), folder]) {
+        const graphs = new GraphLibrary(await openCheckpoint(checkpoint));
+        const runtime = open({ files: graphs.files });
+        runtime.add(graphs.get("vae_decoder"));
+        await runtime.run(work("vae_decoder"));
+        created.push((await sessions(runtime))[0]!);
+      }
+      expect(created[1]).toBe(created[0]);
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
   });
 
   it("keep to themselves on the CPU, and on another GPU", async () => {
