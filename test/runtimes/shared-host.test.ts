@@ -255,7 +255,7 @@ describe.skipIf(process.platform !== "linux")("runtimes on one GPU", () => {
     // Each sends what is left as soon as it is preempted, as a dispatcher does.
     const turns: string[] = [];
     const follow = async (name: string, workspace: typeof first) => {
-      for (let left = 6; left > 0; ) {
+      for (let left = 20; left > 0; ) {
         const made = await long(workspace, left).then(
           () => left,
           (error: unknown) => (error instanceof Preempted ? error.launches : Promise.reject(error)),
