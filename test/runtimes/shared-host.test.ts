@@ -1,5 +1,6 @@
 // Models that share one child process, as those on a GPU do, and what a GPU's failures make of it: with a stand-in for
 // ONNX Runtime that fails in the words of the real one.
+import { spawn } from "node:child_process";
 import { mkdtempSync, readdirSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
@@ -178,6 +179,14 @@ describe.skipIf(process.platform !== "linux")("runtimes on one GPU", () => {
     expect(await onDevice()).toBe(1);
     await one.dispose();
     expect(await onDevice()).toBe(0);
+  });
+
+  it("let a script end that forgets to dispose of them", async () => {
+    const script = spawn(process.execPath, [bundles.endings, "shared"], { stdio: ["ignore", "pipe", "inherit"] });
+    let said = "";
+    script.stdout.on("data", (data) => (said += data));
+    const code = await new Promise((resolve) => script.once("close", (code, signal) => resolve(code ?? signal)));
+    expect([code, said]).toEqual([0, "done\n"]);
   });
 
   it("name graphs in messages as each of them does", async () => {
