@@ -125,11 +125,17 @@ export class CompileError extends RuntimeError {
   }
 }
 
-/** Work was refused before it began, since it would not fit into memory. */
+/**
+ * Work was refused before it began, since it would not fit into memory; or the GPU's memory ran out at one of its launches,
+ * and what could be freed for it was not enough. The next call works in any case.
+ */
 export class MemoryError extends RuntimeError {
-  /** Bytes that it would take, of GPU memory or of this machine's; the message says which. */
+  /**
+   * Bytes that it would take, of GPU memory or of this machine's; the message says which. Where memory ran out at a launch:
+   * of the one block that could not be had. NaN if that is not known, as often with the runtimes cuda and webgpu.
+   */
   readonly needed: number;
-  /** Bytes of that memory that there are, or that are free. */
+  /** Bytes of that memory that there are, or that are free; NaN if that is not known. */
   readonly available: number;
   constructor(message: string, needed: number, available: number) {
     super(message, { code: "ERR_FLOWTURBO_MEMORY" });
@@ -172,12 +178,19 @@ export class LaunchError extends RuntimeError {
 }
 
 /**
- * The GPU answers nothing but errors since one of its launches failed. CUDA gives it back to a new process only: every later
- * call of this process fails with this error at once, until the process is restarted.
+ * The GPU answers nothing but errors since one of its launches failed, its driver stopped it, or it is gone. A driver gives it
+ * back to a new process only, so it depends on where the runtime uses it. The code says which it is:
+ * `ERR_FLOWTURBO_DEVICE_RESET` with the runtimes cuda and webgpu, which use it in a process of their own: the next call
+ * starts another one, and only the call that was at work fails. `ERR_FLOWTURBO_DEVICE_LOST` with TensorRT, which uses it in this
+ * process: every later call fails with this error at once, until this process is restarted.
  */
 export class DeviceLostError extends RuntimeError {
-  constructor(message: string, options?: ErrorOptions) {
-    super(message, { ...options, code: "ERR_FLOWTURBO_DEVICE_LOST" });
+  /** Whether it is lost for as long as this process lives. */
+  readonly permanent: boolean;
+  /** @param options `permanent`: default true */
+  constructor(message: string, { permanent = true, ...options }: ErrorOptions & { permanent?: boolean } = {}) {
+    super(message, { ...options, code: permanent ? "ERR_FLOWTURBO_DEVICE_LOST" : "ERR_FLOWTURBO_DEVICE_RESET" });
+    this.permanent = permanent;
   }
 }
 
@@ -332,6 +345,12 @@ const rows = {
     status: 503,
     retryable: false,
     sentence: "The GPU was lost. The service has to be restarted.",
+  },
+  ERR_FLOWTURBO_DEVICE_RESET: {
+    type: DeviceLostError,
+    status: 503,
+    retryable: true,
+    sentence: "The GPU was lost for a moment. Try again.",
   },
   ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false, sentence: "A file could not be written." },
   ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true, sentence: null },

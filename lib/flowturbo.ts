@@ -191,7 +191,7 @@ export class FlowTurbo implements ImageModel {
   /**
    * Draws `count` pictures for each prompt, split over launches as costs least.
    * @throws OptionError before any work if an option is wrong or does not fit the model; MemoryError before any work if the
-   *   GPU cannot hold what a picture takes; DeadlineError before any work if
+   *   GPU cannot hold what a picture takes, and later if its memory ran out at a launch; DeviceLostError if the GPU was lost; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
    *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
    *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort

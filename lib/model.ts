@@ -147,8 +147,8 @@ export interface LoadOptions {
    * Milliseconds, 1000 to 600000, that the runtime's process may give no sign of life while it owes an answer, until it is
    * replaced; requests that waited for it start again. Also the least time after which a launch counts as slow, which is
    * ten times its cost; one that takes five times as long is taken for hung: the process is replaced, and its request
-   * fails with a RuntimeDiedError. The first launch of a kind may take sixty times as long. A GPU cannot be replaced: there
-   * a slow launch is only reported. Default: 10000.
+   * fails with a RuntimeDiedError. The first launch of a kind may take sixty times as long. TensorRT cannot be replaced: with it
+   * a slow launch is only reported. Of models that share a process on a GPU the shortest time counts. Default: 10000.
    */
   watchdogMs?: number | undefined;
   /**

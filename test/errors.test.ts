@@ -20,8 +20,8 @@ it("every class but the base has a code, and every code one class", () => {
   const named = classes.map(([name]) => name).filter((name) => name !== "FlowTurboError");
   const types = Object.values(errorTable).map(({ type }) => type.name);
   expect([...new Set(types)].sort()).toEqual(named.sort());
-  // A limit that others prevent, and one that cannot be met, are told apart by the code.
-  expect(types.filter((name, index) => types.indexOf(name) !== index)).toEqual(["DeadlineError"]);
+  // A limit that others prevent, and one that cannot be met, are told apart by the code; so is a GPU that comes back.
+  expect(types.filter((name, index) => types.indexOf(name) !== index)).toEqual(["DeviceLostError", "DeadlineError"]);
 });
 
 it("an error has the code that the table has for its class", () => {
@@ -38,6 +38,7 @@ it("an error has the code that the table has for its class", () => {
     new errors.NotFiniteError("w", "m"),
     new errors.LaunchError("g", "m"),
     new errors.DeviceLostError("m"),
+    new errors.DeviceLostError("m", { permanent: false }),
     new errors.OutputError("p", "m"),
     new errors.DeadlineError("m", { deadlineMs: 1, bestMs: 2, blocks: "H1", retryAfterMs: 1 }),
     new errors.DeadlineError("m", { deadlineMs: 1, bestMs: 2, blocks: "H1", retryAfterMs: null }),

@@ -281,6 +281,7 @@ describe("publicMessage", () => {
       new errors.NotFiniteError(folder, folder),
       new errors.LaunchError("g", folder, [folder], { cause }),
       new errors.DeviceLostError(folder, { cause }),
+      new errors.DeviceLostError(folder, { cause, permanent: false }),
       new errors.OutputError(folder, folder, { cause }),
       new errors.DisposedError(folder),
     ];

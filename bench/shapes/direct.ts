@@ -133,10 +133,11 @@ export class Direct {
     for (const instruction of program.instructions) {
       if (instruction.op !== "launch" || this.#known.has(instruction.graph)) continue;
       const graph = this.#graphs.get(instruction.graph);
-      this.#executor.add({ name: graph.name, bytes: graph.bytes, root: path.parse(process.cwd()).root });
+      this.#executor.add({ digest: graph.name, bytes: graph.bytes, root: path.parse(process.cwd()).root });
       this.#known.add(instruction.graph);
     }
-    return this.#executor.run(program, {
+    const digests = Object.fromEntries([...this.#known].map((name) => [name, name]));
+    return this.#executor.run(program, digests, {
       asked: new Set(),
       launched: ({ milliseconds }) => {
         const [first] = program.instructions;

@@ -114,7 +114,7 @@ export interface Workspace {
 
 /** What befalls a runtime, told as it happens. */
 export interface RuntimeListener {
-  /** What it ran on (a process, a device) is gone, with the work that was there; for good if it is a DeviceLostError. */
+  /** What it ran on (a process, a device) is gone, with the work that was there; for good if it is a DeviceLostError that is permanent. */
   lost(error: Error): void;
   /** It runs again after a loss. */
   restarted(): void;

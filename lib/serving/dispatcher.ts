@@ -277,7 +277,7 @@ export class Dispatcher {
     // Its workspace has been lost and replaced before: its jobs have been started again.
     if (workspace !== this.#workspace) return;
     // For good: nothing can be started again.
-    if (error instanceof DeviceLostError) {
+    if (error instanceof DeviceLostError && error.permanent) {
       this.#scheduler.failed(submission.id, { lost: true }, performance.now());
       this.#forgetWorkspace();
       for (const id of [...this.#active.keys()]) {

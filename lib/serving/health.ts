@@ -42,7 +42,7 @@ export interface HealthError {
 
 /** Whether a model works. */
 export interface Health {
-  /** Whether this process can go on; false once it has lost its GPU, which only another process gets again. For liveness probes, which make an orchestrator restart it. */
+  /** Whether this process can go on; false once it has lost its GPU for good (TensorRT), which only another process gets again. For liveness probes, which make an orchestrator restart it. */
   readonly live: boolean;
   /** Whether a call that is made now would be worked on: the model is not disposed, and its runtime could be started when it was last tried. */
   readonly ready: boolean;
@@ -92,7 +92,7 @@ export class HealthMonitor implements RuntimeListener {
   }
 
   lost(error: Error): void {
-    if (error instanceof DeviceLostError) this.#fatal ??= error;
+    if (error instanceof DeviceLostError && error.permanent) this.#fatal ??= error;
     // Lost again before it ran again: it cannot be started.
     this.#isDown = this.#lost !== null;
     this.#lost = error;

@@ -157,6 +157,30 @@ describe.skipIf(noSwiftShader)(`on SwiftShader${noSwiftShader ? `: ${noSwiftShad
       expect((await model.generate(picture)).images).toHaveLength(1);
     });
 
+    it("shares its process with another model, which both outlive", { timeout: 5 * minutes }, async () => {
+      const small: GenerateOptions = { ...picture, blocks: "H1" };
+      const before = hosts();
+      const told: string[] = [];
+      model.on("lost", () => told.push("lost")).on("restart", () => told.push("restart"));
+      const other = await load();
+      try {
+        other.on("lost", () => told.push("other lost")).on("restart", () => told.push("other restart"));
+        const [one, two] = await Promise.all([withValues(model, small), withValues(other, small)]);
+        expect(relativeError(two.latents, one.latents)).toBe(0);
+        expect(hosts()).toEqual(before);
+        for (const pid of before) process.kill(pid, "SIGKILL");
+        const again = await Promise.all([withValues(model, small), withValues(other, small)]);
+        for (const { latents } of again) expect(relativeError(latents, one.latents)).toBe(0);
+        expect(told.sort()).toEqual(["lost", "other lost", "other restart", "restart"]);
+        const after = hosts();
+        await other.dispose();
+        expect(hosts()).toEqual(after);
+        expect(relativeError((await withValues(model, small)).latents, one.latents)).toBe(0);
+      } finally {
+        await other.dispose();
+      }
+    });
+
     it("starts a new process where the old one was killed, and draws the same", { timeout: 5 * minutes }, async () => {
       const first = await withValues(model, picture);
       const call = model.generate({ ...picture, blocks: "H30" }).catch((error: unknown) => error);

@@ -16,7 +16,8 @@ export interface Bundles {
   remove(): void;
 }
 
-export async function bundle(): Promise<Bundles> {
+/** @param onnxruntime a module that stands in for onnxruntime-node in the process that runs graphs */
+export async function bundle(onnxruntime?: string): Promise<Bundles> {
   const root = path.resolve(import.meta.dirname, "../..");
   const cache = path.join(root, "node_modules/.cache");
   mkdirSync(cache, { recursive: true });
@@ -31,6 +32,7 @@ export async function bundle(): Promise<Bundles> {
     platform: "node",
     format: "esm",
     packages: "external",
+    ...(onnxruntime === undefined ? {} : { alias: { "onnxruntime-node": onnxruntime } }),
     logLevel: "error",
   });
   return {

@@ -36,6 +36,20 @@ if (!isMainThread) {
   const runtime = new OnnxRuntime({ weights: "lazy", threads: 1 });
   runtime.add(scaleGraph("double", 2));
   await runtime.run(program([1], [launch("double", "x", "a")], ["a"]));
+} else if (way === "shared") {
+  // Two models on one process, one of which has work that nobody waits for: the other's work counts alone.
+  const options = {
+    provider: "cuda",
+    weights: "folded",
+    host: new URL("onnxruntime-host.js", import.meta.url),
+  } as const;
+  const [one, two] = [new OnnxRuntime(options), new OnnxRuntime(options)];
+  for (const runtime of [one, two]) for (const name of ["takes[50]", "double"]) runtime.add(scaleGraph(name, 2));
+  await Promise.all([one, two].map((runtime) => runtime.run(program([1], [launch("double", "x", "a")], ["a"]))));
+  const endless = Array.from({ length: 2000 }, () => launch("takes[50]", "x", "a"));
+  void one.run(program([1], endless, ["a"]), { background: true }).catch(() => {});
+  await two.unload(["double"]);
+  console.log("done");
 } else if (way === "started") {
   new OnnxRuntime({ weights: "lazy", threads: 1 });
 } else if (way === "terminate") {

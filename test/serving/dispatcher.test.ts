@@ -496,6 +496,34 @@ describe("a runtime that is lost", () => {
     },
   );
 
+  it.each([false, true])(
+    "with its GPU fails the job that was alone in the launch, and no other (preemption: %s)",
+    async (on) => {
+      const { dispatcher, runtime } = open({ preemption: on, maxBatch: 2 });
+      let resets = 1;
+      runtime.fate = () => (resets-- > 0 ? "reset" : "ok");
+      const [one, ...others] = [
+        rowsOf(request({ blocks: "H1P4", seeds: [1] })),
+        rowsOf(request({ side: 8, seeds: [2] })),
+        rowsOf(request({ seeds: [3, 4, 5] })),
+      ];
+      const first = dispatcher.run({ rows: one!, priority: priority() }).catch((error) => error);
+      // So that it is alone in its first launch.
+      await setImmediate();
+      const rest = others.map((rows) => dispatcher.run({ rows, priority: priority() }));
+      expect(await first).toMatchObject({ code: "ERR_FLOWTURBO_DEVICE_RESET", permanent: false });
+      for (const [index, job] of rest.entries()) expectEqual(await job, others[index]!);
+      // The next call works; and jobs that shared the launch start again, each alone.
+      resets = 1;
+      const shared = [6, 7].map((seed) => rowsOf(request({ blocks: "H1P4", seeds: [seed] })));
+      const both = shared.map((rows) => dispatcher.run({ rows, priority: priority() }));
+      for (const [index, job] of both.entries()) expectEqual(await job, shared[index]!);
+      expect(resets).toBeLessThan(0);
+      await dispatcher.idle();
+      expect(dispatcher.held).toBe(0);
+    },
+  );
+
   it("again and again fails the job in the end, with the error of the loss", async () => {
     const { dispatcher, runtime } = open();
     const rows = rowsOf(request());

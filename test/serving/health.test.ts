@@ -61,6 +61,19 @@ it("is neither live nor ready once the GPU is lost, whatever comes", () => {
   expect(monitor.report(null, false)).toMatchObject(dead);
 });
 
+it("is live, and ready, where a GPU was lost with the process that used it", () => {
+  const monitor = new HealthMonitor();
+  const error = new DeviceLostError("Its process has lost the GPU.", { permanent: false });
+  monitor.failed(error);
+  monitor.lost(error);
+  expect(monitor.report(null, false)).toMatchObject({
+    ...{ live: true, ready: true, degraded: true, lastError: { code: "ERR_FLOWTURBO_DEVICE_RESET" } },
+    reasons: ["The runtime was lost; the next call starts it again: Its process has lost the GPU."],
+  });
+  monitor.restarted();
+  expect(monitor.report(null, false)).toMatchObject({ live: true, ready: true, restarts: 1 });
+});
+
 it("says since when the runtime is silent, and which launch is slow, while that is so", () => {
   const monitor = new HealthMonitor();
   monitor.silent(4200);

@@ -166,8 +166,11 @@ export function alone(program: Program): Record<string, Tensor> {
   return interpreter.results(program);
 }
 
-/** "ok", or how a launch fails: by itself, with everything that the runtime holds, by a kill that was not its fault, or never, until it is given up. */
-export type Fate = "ok" | "fails" | "dies" | "killed" | "hangs" | "gone";
+/**
+ * "ok", or how a launch fails: by itself, with everything that the runtime holds, by a kill that was not its fault, or never, until it is given up;
+ * with the GPU, for good ("gone") or with the process that used it ("reset").
+ */
+export type Fate = "ok" | "fails" | "dies" | "killed" | "hangs" | "gone" | "reset";
 
 export class SimulatedRuntime implements Runtime {
   readonly name = "onnxruntime";
@@ -248,6 +251,10 @@ export class SimulatedRuntime implements Runtime {
         if (fate === "hangs" || fate === "killed") {
           lose();
           throw died(fate !== "killed");
+        }
+        if (fate === "reset") {
+          this.kill();
+          throw new DeviceLostError("The simulated GPU is lost.", { permanent: false });
         }
         if (fate === "gone") {
           for (const each of [...this.#lose]) each();

@@ -57,6 +57,9 @@ interface PendingRun {
   reject(error: Error): void;
 }
 
+/** A run that was sent. */
+export type SentRun = ReturnType<HostConnection["run"]>;
+
 /** What a child says when it is ready. */
 export interface ReadyHost {
   readonly version: string;
@@ -69,9 +72,11 @@ export class HostConnection {
   readonly ready: Promise<ReadyHost>;
   /** Resolves when the child has ended, with the reason: that of `ready` if it never was ready. */
   readonly ended: Promise<Error>;
-  /** Names of the graphs that it has received. */
-  readonly known = new Set<string>();
-  readonly #watch: WatchSettings;
+  /** The graphs that it has received, by digest, each with the users that have launched it since. */
+  readonly #known = new Map<string, Set<object>>();
+  readonly #onSilence: WatchSettings["onSilence"];
+  #silentMs: number;
+  #workspaces = 0;
   #isOver = false;
   #ids = 0;
   /** In the order in which they were sent. */
@@ -91,7 +96,8 @@ export class HostConnection {
 
   /** @param env variables of the child, besides this process's own */
   constructor(file: URL, settings: HostSettings, watch: WatchSettings, env: Readonly<Record<string, string>> = {}) {
-    this.#watch = watch;
+    this.#onSilence = watch.onSilence;
+    this.#silentMs = watch.silentMs;
     let ready: { resolve(host: ReadyHost): void; reject(error: Error): void };
     this.ready = new Promise((resolve, reject) => {
       ready = { resolve, reject };
@@ -152,9 +158,42 @@ export class HostConnection {
     else this.process.send(message);
   }
 
-  /** Sends a program. The outcome comes when the child is done with it. */
+  /** A number for a workspace in the child. */
+  openWorkspace(): number {
+    return this.#workspaces++;
+  }
+
+  /** How long it may be silent, from now on: see `WatchSettings`. */
+  set silentMs(value: number) {
+    if (value === this.#silentMs) return;
+    this.#silentMs = value;
+    if (!this.#timer) return;
+    // It is asked as often as the limit says.
+    clearInterval(this.#timer);
+    this.#timer = undefined;
+    this.#expect();
+  }
+
+  /** Frees those of a user's graphs that nobody else has launched. */
+  unload(user: object, digests: Iterable<string> = this.#known.keys()): void {
+    const graphs: string[] = [];
+    for (const digest of digests) {
+      const users = this.#known.get(digest);
+      if (!users?.delete(user) || users.size > 0) continue;
+      this.#known.delete(digest);
+      graphs.push(digest);
+    }
+    if (graphs.length > 0) this.send({ type: "unload", graphs });
+  }
+
+  /**
+   * Sends a program. The outcome comes when the child is done with it.
+   * @param user whose it is: its graphs are kept for that user, until it unloads them
+   * @param graphs those of the program by name
+   */
   run(
-    graphs: readonly SentGraph[],
+    user: object,
+    graphs: ReadonlyMap<string, SentGraph>,
     program: Program,
     { onBegin, onProgress, onLaunch, reports }: RunFollower,
     workspace: number | undefined,
@@ -188,23 +227,36 @@ export class HostConnection {
           if (message.type === "done") resolve(message.results);
           else {
             const { kind } = message.failure;
-            // Whatever was on the device: nothing of it can be relied on.
-            if (kind === "memory") this.giveUp("ran out of GPU memory, and was replaced", false);
-            if (kind === "lost") this.giveUp("lost the GPU, and was replaced", false);
-            reject(errorOf(message.failure));
+            const fail = () => reject(errorOf(message.failure));
+            if (kind !== "memory" && kind !== "lost") return fail();
+            // Whatever was on the device: nothing of it can be relied on. Who is told may call again at once, and needs another
+            // child then.
+            this.giveUp(`${kind === "memory" ? "ran out of GPU memory" : "lost the GPU"}, and was replaced`, false);
+            void this.process.ended.then(fail);
           }
         },
       };
       this.#runs.set(id, run);
       if (this.#end) reject(this.#end);
     });
-    this.send({ type: "run", id, graphs, program: pack(program), reports, workspace });
-    for (const { name } of graphs) this.known.add(name);
+    const missing: SentGraph[] = [];
+    for (const graph of graphs.values()) {
+      let users = this.#known.get(graph.digest);
+      if (!users) {
+        users = new Set();
+        this.#known.set(graph.digest, users);
+        missing.push(graph);
+      }
+      users.add(user);
+    }
+    const digests = Object.fromEntries([...graphs].map(([name, { digest }]) => [name, digest]));
+    this.send({ type: "run", id, graphs: missing, digests, program: pack(program), reports, workspace });
     this.#expect();
     return {
       outcome,
       abort: () => this.send({ type: "abort", id }),
       preempt: () => this.send({ type: "preempt", id }),
+      yield: () => this.send({ type: "yield", id }),
     };
   }
 
@@ -221,7 +273,7 @@ export class HostConnection {
   /** An answer is expected from now on. */
   #expect(): void {
     if (this.#timer || this.#isOver || !givesSigns) return;
-    const pause = this.#watch.silentMs / pingsWithin;
+    const pause = this.#silentMs / pingsWithin;
     this.#heard = performance.now();
     this.#looked = this.#heard;
     this.#timer = setInterval(() => this.#look(pause), pause);
@@ -243,7 +295,7 @@ export class HostConnection {
       this.#timer = undefined;
       return;
     }
-    const { silentMs, onSilence } = this.#watch;
+    const silentMs = this.#silentMs;
     const silent = now - this.#heard;
     // A thread that answers does not say that the library loads.
     if (isStarting && now - this.#started > longestStartMs) this.giveUp("did not become ready, and was ended", true);
@@ -251,7 +303,7 @@ export class HostConnection {
       this.giveUp(`gave no sign of life for ${Math.round(silent / 1000)} s, and was replaced`, false);
     else if (!isStarting && silent > missingAnswers * pause) {
       this.#isSilent = true;
-      onSilence?.(silent);
+      this.#onSilence?.(silent);
     }
     this.process.ping();
   }
@@ -265,7 +317,7 @@ export class HostConnection {
 
   #hear(): void {
     this.#heard = performance.now();
-    if (this.#isSilent) this.#watch.onSilence?.(null);
+    if (this.#isSilent) this.#onSilence?.(null);
     this.#isSilent = false;
   }
 
@@ -297,10 +349,12 @@ function errorOf(failure: Failure): Error {
   if (failure.kind === "memory")
     return new MemoryError(
       `${failure.message} The GPU has too little memory for it: draw fewer or smaller pictures at once, set keepTextEncoders to false, or end other programs on the GPU. The next call starts a new process.`,
-      Number.NaN,
-      Number.NaN,
+      failure.needed,
+      failure.available,
     );
   if (failure.kind === "lost")
-    return new DeviceLostError(`${failure.message} The GPU was lost; the next call starts a new process on it.`);
+    return new DeviceLostError(`${failure.message} The GPU was lost; the next call starts a new process on it.`, {
+      permanent: false,
+    });
   return new RuntimeError(failure.kind === "aborted" ? "The run was stopped." : failure.message);
 }

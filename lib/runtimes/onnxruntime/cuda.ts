@@ -16,7 +16,7 @@ export const cuda: RuntimeRow = {
   runsOn: "an NVIDIA GPU, by ONNX Runtime with CUDA",
   capabilities,
   unsupported,
-  async open({ cudaProviderFolder, cache, watchdogMs, listener, logger }) {
+  async open({ cudaProviderFolder, cache, watchdogMs, listener, logger }, { files }) {
     const report = await findCudaProvider({ folder: cudaProviderFolder, gpuFirst: true });
     const { folder, runtimeFolder, libraryFolders, device: deviceId } = report;
     const gpu = report.cuda?.devices[deviceId ?? 0];
@@ -31,7 +31,7 @@ export const cuda: RuntimeRow = {
     };
     const weights = gpuWidening(["F16", "BF16"]);
     const settings = { name, provider: "cuda", deviceId, threads: 1 } as const;
-    const runtime = new OnnxRuntime({ ...settings, libraries, env, weights, watchdogMs, listener, logger });
+    const runtime = new OnnxRuntime({ ...settings, libraries, env, weights, files, watchdogMs, listener, logger });
     const { version, features } = await openOnGpu(runtime, `CUDA cannot use ${gpu.name} here`);
     logger?.info?.(`ONNX Runtime's CUDA provider (${folder}) computes on ${gpu.name}.`);
     return {

@@ -10,7 +10,7 @@ import type { Tensor } from "../../common/tensor.js";
 import type { CopyRows, Launch, Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
 import { gpuFailure } from "./gpu-failures.js";
-import type { Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
+import type { Asked, Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
 import { sessionOptions } from "./sessions.js";
 import { HostValues, type Values } from "./values.js";
 import { WebGpuValues } from "./webgpu-values.js";
@@ -31,12 +31,15 @@ export interface RunHooks {
   /** The next launch waits for what it returns. */
   launched(report: FinishedLaunch): void | Promise<void>;
   /** What has been asked of it so far. */
-  readonly asked: ReadonlySet<"abort" | "preempt">;
+  readonly asked: ReadonlySet<Asked>;
 }
+
+type Digests = Readonly<Record<string, string>>;
 
 export class Executor {
   readonly #ort: typeof ort;
   readonly #settings: HostSettings;
+  /** By digest, as the sessions are. */
   readonly #graphs = new Map<string, SentGraph>();
   readonly #sessions = new Map<string, ort.InferenceSession>();
   readonly #constants = new ConstantReader();
@@ -50,38 +53,40 @@ export class Executor {
   }
 
   add(graph: SentGraph): void {
-    this.#graphs.set(graph.name, graph);
-    this.#sessions.delete(graph.name);
+    this.#graphs.set(graph.digest, graph);
   }
 
-  async unload(names: readonly string[]): Promise<void> {
-    for (const name of names) {
-      const session = this.#sessions.get(name);
-      this.#sessions.delete(name);
+  async unload(digests: readonly string[]): Promise<void> {
+    for (const digest of digests) {
+      const session = this.#sessions.get(digest);
+      this.#sessions.delete(digest);
+      this.#graphs.delete(digest);
       await session?.release();
     }
   }
 
   /**
+   * @param digests of the program's graphs by name
    * @param workspace where the program finds values of earlier programs and leaves its own
    * @throws RunFailure
    */
-  async run(program: Program, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
+  async run(program: Program, digests: Digests, hooks: RunHooks, workspace?: number): Promise<Record<string, Tensor>> {
     if (workspace === undefined) {
       const own = new Map<string, ort.Tensor>();
       try {
-        return await this.#run(program, hooks, own);
+        return await this.#run(program, digests, hooks, own);
       } finally {
         for (const value of own.values()) this.#values.free(value);
       }
     }
     const kept = this.#workspaces.get(workspace) ?? new Map<string, ort.Tensor>();
     this.#workspaces.set(workspace, kept);
-    return this.#run(program, hooks, kept);
+    return this.#run(program, digests, hooks, kept);
   }
 
   async #run(
     program: Program,
+    digests: Digests,
     { launching, launched, asked }: RunHooks,
     values: Map<string, ort.Tensor>,
   ): Promise<Record<string, Tensor>> {
@@ -111,13 +116,13 @@ export class Executor {
       }
       await setImmediate();
       if (asked.has("abort")) throw new RunFailure({ kind: "aborted" });
-      if (asked.has("preempt")) {
+      if (asked.has("preempt") || (asked.has("yield") && launches > 0)) {
         const written = program.results.filter((name) => values.has(name));
         throw new RunFailure({ kind: "preempted", launches, results: await this.#read(program, written, values) });
       }
       launching?.(launches);
       const start = performance.now();
-      await this.#launch(program, instruction, values);
+      await this.#launch(program, instruction, digests[instruction.graph]!, values);
       const milliseconds = performance.now() - start;
       const reported = await this.#read(program, instruction.reported ?? [], values);
       await launched({ index: launches++, milliseconds, values: reported });
@@ -135,9 +140,9 @@ export class Executor {
     if (names === "all") this.#workspaces.delete(workspace);
   }
 
-  async #launch(program: Program, launch: Launch, values: Map<string, ort.Tensor>): Promise<void> {
+  async #launch(program: Program, launch: Launch, digest: string, values: Map<string, ort.Tensor>): Promise<void> {
     const where = `The graph "${launch.graph}" (${launch.label.name})`;
-    const session = await this.#session(launch.graph, where);
+    const session = await this.#session(digest, where);
     const feeds: Record<string, ort.Tensor> = {};
     for (const [input, name] of Object.entries(launch.inputs)) feeds[input] = present(values, name, where);
     const fetches = Object.keys(launch.outputs);
@@ -217,14 +222,14 @@ export class Executor {
     }
   }
 
-  async #session(name: string, where: string): Promise<ort.InferenceSession> {
-    const known = this.#sessions.get(name);
+  async #session(digest: string, where: string): Promise<ort.InferenceSession> {
+    const known = this.#sessions.get(digest);
     if (known) return known;
-    const graph = this.#graphs.get(name)!;
+    const graph = this.#graphs.get(digest)!;
     const options = sessionOptions({ ...graph, widening: graph.widening ?? this.#settings.weights }, this.#settings);
     const create = () => this.#ort.InferenceSession.create(graph.bytes, options);
     const session = await this.#explaining(`${where} cannot be compiled`, create);
-    this.#sessions.set(name, session);
+    this.#sessions.set(digest, session);
     return session;
   }
 }

@@ -14,7 +14,7 @@ import { probeDevice } from "./device-probe.js";
 import { Executor, messageOf, RunFailure } from "./executor.js";
 import { openThrough } from "./open-through.js";
 import { unpack } from "./packing.js";
-import type { FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
+import type { Asked, FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
 // Ctrl-C and a closed terminal signal all of the foreground group. The parent decides what they mean.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
@@ -29,7 +29,7 @@ const settings = JSON.parse(process.argv[2]!) as HostSettings;
 const reportInterval = 200;
 
 /** Runs that wait or run, with what has been asked of them since. */
-const pending = new Map<number, Set<"abort" | "preempt">>();
+const pending = new Map<number, Set<Asked>>();
 let turn: Promise<void> = Promise.resolve();
 /** What runs now, for the watching thread: run · 2^16 + launch in one value, so that both change at once; −1 for nothing. */
 const running = new BigInt64Array(new SharedArrayBuffer(8)).fill(-1n);
@@ -51,14 +51,14 @@ const [library] = await Promise.all([
 if (library) {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
-    if (message.type === "abort" || message.type === "preempt") {
+    if (message.type === "abort" || message.type === "preempt" || message.type === "yield") {
       pending.get(message.id)?.add(message.type);
     } else if (message.type === "free") {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
       turn = turn.then(() => executor.unload(message.graphs));
     } else {
-      const asked = new Set<"abort" | "preempt">();
+      const asked = new Set<Asked>();
       if (pending.size === 0) send({ type: "began", id: message.id });
       pending.set(message.id, asked);
       turn = turn.then(() => run(executor, message, asked));
@@ -76,9 +76,9 @@ if (library) {
 async function run(
   executor: Executor,
   message: Extract<ToHost, { type: "run" }>,
-  asked: ReadonlySet<"abort" | "preempt">,
+  asked: ReadonlySet<Asked>,
 ): Promise<void> {
-  const { id, graphs, program, workspace } = message;
+  const { id, graphs, digests, program, workspace } = message;
   const isWatched = message.reports === "each";
   let reports: FinishedLaunch[] = [];
   let reported = performance.now();
@@ -104,7 +104,7 @@ async function run(
       patience.abort();
     };
     const launching = (index: number) => Atomics.store(running, 0, (BigInt(id) << 16n) + BigInt(index));
-    const results = await executor.run(unpack(program), { launching, launched, asked }, workspace);
+    const results = await executor.run(unpack(program), digests, { launching, launched, asked }, workspace);
     void send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =

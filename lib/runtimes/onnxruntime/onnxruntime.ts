@@ -1,12 +1,14 @@
 /**
  * ONNX Runtime, on the CPU (the runtime that is always there) or on a GPU by one of its providers. Graphs run in a child process (see process.ts), started
- * early so that loading the library overlaps with the work of the caller. This file keeps the graphs (their bytes are
+ * early so that loading the library overlaps with the work of the caller, and shared on a GPU (see host-keeper.ts). This file keeps the graphs (their bytes are
  * small, weights are external), the order of programs, and the rule that an idle child never keeps a script alive.
  */
 
+import { createHash } from "node:crypto";
 import { parse } from "node:path";
 import { pathToFileURL } from "node:url";
 import { onAbort, untilAborted } from "../../common/abort.js";
+import type { FileVersion } from "../../common/files.js";
 import type { Logger } from "../../common/logger.js";
 import { packageFile } from "../../common/package.js";
 import type { Tensor } from "../../common/tensor.js";
@@ -24,7 +26,8 @@ import {
   type Workspace,
 } from "../runtime.js";
 import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
-import { HostConnection, type ReadyHost } from "./connection.js";
+import type { HostConnection, ReadyHost } from "./connection.js";
+import { type HostKeeper, type HostUser, keeperOf } from "./host-keeper.js";
 import type { FinishedLaunch, HostSettings, SentGraph, Widening } from "./protocol.js";
 
 export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "deviceId" | "libraries" | "threads"> {
@@ -32,6 +35,8 @@ export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "dev
   readonly name?: string | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening | ((graph: CompilableGraph) => Widening);
+  /** Files of weights as they were when they were opened: graphs of other versions are others. */
+  readonly files?: readonly FileVersion[] | undefined;
   /** Environment variables of the child, besides this process's own. */
   readonly env?: Readonly<Record<string, string>> | undefined;
   /** The built host.ts; default: the package's. */
@@ -44,10 +49,6 @@ export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "dev
 
 const defaultWatchdogMs = 10_000;
 
-/** Milliseconds until a child that could not be started is started again: doubled each time. */
-const firstPause = 1000;
-const longestPause = 60_000;
-
 /** How often in a row a child may be killed before it works on a program until that program fails. */
 const killsSurvived = 3;
 
@@ -58,29 +59,39 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly capabilities = capabilities;
   readonly #options: OnnxRuntimeOptions;
   readonly #graphs = new Map<string, SentGraph>();
-  #host: HostConnection | null = null;
-  /** Whether a child has ended and no other one has become ready since. */
-  #isLost = false;
-  /** Children in a row that ended before they were ready. */
-  #failedStarts = 0;
-  /** Starts, runs and disposals under way, which must keep the event loop alive. */
-  #busy = 0;
+  readonly #keeper: HostKeeper;
+  readonly #user: HostUser;
   /** Programs that wait or run. */
   #runs = 0;
   /** Ends with the last of them. */
   #turn: Promise<unknown> = Promise.resolve();
   #disposed: Promise<void> | null = null;
-  #workspaces = 0;
+  readonly #workspaces = new Set<HostWorkspace>();
   /** Submissions to workspaces under way. */
   readonly #submissions = new Set<Promise<unknown>>();
-  /** Preempts those of them that may be. */
-  readonly #preemptions = new Set<() => void>();
 
   /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
     this.name = options.name ?? "onnxruntime";
     this.#options = options;
-    this.#launchHost();
+    const { provider, deviceId, libraries, threads, weights, env = {}, watchdogMs, listener, logger } = options;
+    const file = options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
+    const settings = {
+      provider,
+      deviceId,
+      libraries,
+      threads,
+      weights: typeof weights === "function" ? "folded" : weights,
+    } as const;
+    const isLeaving = () => this.#disposed !== null;
+    this.#user = {
+      ...{ watchdogMs: watchdogMs ?? defaultWatchdogMs, listener, logger },
+      get isLeaving() {
+        return isLeaving();
+      },
+    };
+    this.#keeper = keeperOf({ file, settings, env });
+    this.#keeper.join(this.#user);
   }
 
   /**
@@ -90,17 +101,25 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
    */
   async start(): Promise<ReadyHost> {
     this.throwIfDisposed();
-    return this.#keepingAlive(() => this.#surviving((host) => host.ready));
+    return this.#keeper.keepingAlive(() => this.#surviving((host) => host.ready));
   }
 
   add(graph: CompilableGraph): void {
     this.throwIfDisposed();
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
-    const { weights } = this.#options;
+    const { weights, files = [] } = this.#options;
     const widening = typeof weights === "function" ? weights(graph) : undefined;
-    this.#graphs.set(graph.name, { name: graph.name, bytes: graph.bytes, root, widening });
-    this.#host?.known.delete(graph.name);
+    const read = new Set([...graph.externals.values()].map(({ file }) => file));
+    const versions = files.filter(({ file }) => read.has(file));
+    // The bytes have the places of the weights.
+    const digest = createHash("sha256")
+      .update(JSON.stringify([root, widening, versions]))
+      .update(graph.bytes)
+      .digest("hex");
+    const old = this.#graphs.get(graph.name);
+    this.#graphs.set(graph.name, { digest, bytes: graph.bytes, root, widening });
+    if (old && old.digest !== digest) this.#keeper.current?.unload(this.#user, [old.digest]);
   }
 
   has(name: string): boolean {
@@ -113,14 +132,14 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   /**
    * @throws RuntimeError for a program that cannot run or a graph that fails (with ONNX Runtime's message),
-   *   NotFiniteError, RuntimeDiedError, DisposedError, or `signal.reason`
+   *   NotFiniteError, MemoryError and DeviceLostError of a GPU, RuntimeDiedError, DisposedError, or `signal.reason`
    */
   async run(program: Program, options: RunOptions = {}): Promise<Record<string, Tensor>> {
     this.throwIfDisposed();
     const { signal } = options;
     signal?.throwIfAborted();
     validateProgram(program, (name) => this.has(name));
-    this.#launchHost();
+    this.#keeper.connection();
     const before = this.#turn;
     const isFirst = this.#runs++ === 0;
     const begin = async () => {
@@ -129,46 +148,52 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
       if (!isFirst) this.throwIfDisposed();
       return this.#surviving(async (host) => {
         await untilAborted(host.ready, signal);
-        // A submission that may be preempted can be long: an ordinary program does not wait for it.
-        for (const preempt of this.#preemptions) preempt();
+        this.#keeper.makeWay(this.#user, true);
         return this.#send(host, program, options);
       });
     };
     const outcome = before.then(begin).finally(() => this.#runs--);
     this.#turn = outcome.catch(() => {});
     const settled = () => untilAborted(before, signal).then(() => outcome);
-    return options.background ? settled() : this.#keepingAlive(settled);
+    return options.background ? settled() : this.#keeper.keepingAlive(settled);
   }
 
   /** Submissions are sent as soon as they are submitted; ordinary programs run between them. */
   open(): Workspace {
     this.throwIfDisposed();
-    const id = this.#workspaces++;
-    const host = this.#launchHost();
-    return new HostWorkspace(this, host, id, (program, options) => {
-      const outcome = this.#keepingAlive(() => this.#send(host, program, options, id));
+    const host = this.#keeper.connection();
+    const id = host.openWorkspace();
+    const submit = (program: Program, options: SubmissionOptions) => {
+      this.#keeper.makeWay(this.#user, false);
+      const outcome = this.#keeper.keepingAlive(() => this.#send(host, program, options, id));
       this.#submissions.add(outcome);
       return outcome.finally(() => this.#submissions.delete(outcome));
-    });
+    };
+    const workspace: HostWorkspace = new HostWorkspace(this, host, id, submit, () =>
+      this.#workspaces.delete(workspace),
+    );
+    this.#workspaces.add(workspace);
+    return workspace;
   }
 
   giveUp(why: string): void {
-    this.#host?.giveUp(`${why}, and was replaced`, true);
+    this.#keeper.current?.giveUp(`${why}, and was replaced`, true);
   }
 
   /** After the programs given so far. */
   async unload(graphs: readonly string[]): Promise<void> {
     // What is under way may be a background program, which alone would let the process end.
-    await this.#keepingAlive(async () => this.#turn);
-    this.#host?.send({ type: "unload", graphs });
+    await this.#keeper.keepingAlive(async () => this.#turn);
+    const digests = graphs.map((name) => this.#graphs.get(name)?.digest).filter((digest) => digest !== undefined);
+    this.#keeper.current?.unload(this.#user, digests);
   }
 
   dispose(): Promise<void> {
-    this.#disposed ??= this.#keepingAlive(async () => {
+    this.#disposed ??= this.#keeper.keepingAlive(async () => {
       await this.#turn;
       await Promise.allSettled(this.#submissions);
-      await this.#host?.process.kill();
-      this.#host = null;
+      for (const workspace of this.#workspaces) workspace.close();
+      await this.#keeper.leave(this.#user);
       this.#graphs.clear();
     });
     return this.#disposed;
@@ -189,8 +214,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const cleanUp: (() => void)[] = [];
     try {
       const launches = program.instructions.filter((instruction) => instruction.op === "launch");
-      const names = new Set(launches.map(({ graph }) => graph).filter((name) => !host.known.has(name)));
-      const graphs = [...names].map((name) => this.#graphs.get(name)!);
+      const graphs = new Map(launches.map(({ graph }) => [graph, this.#graphs.get(graph)!]));
       let thrown: { error: unknown } | null = null;
       const launched = ({ index, milliseconds, values }: FinishedLaunch) => {
         if (thrown || signal?.aborted) return;
@@ -201,10 +225,15 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
           run.abort();
         }
       };
-      const run = host.run(graphs, program, { onBegin, onProgress, onLaunch: launched, reports }, workspace);
+      const run = host.run(
+        this.#user,
+        graphs,
+        program,
+        { onBegin, onProgress, onLaunch: launched, reports },
+        workspace,
+      );
       if (preempt) {
-        this.#preemptions.add(run.preempt);
-        cleanUp.push(() => this.#preemptions.delete(run.preempt), onAbort(preempt, run.preempt));
+        cleanUp.push(this.#keeper.mayPreempt(this.#user, run), onAbort(preempt, run.preempt));
       }
       cleanUp.push(onAbort(signal, run.abort));
       return await run.outcome.finally(() => {
@@ -221,62 +250,10 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   async #surviving<T>(work: (host: HostConnection) => Promise<T>): Promise<T> {
     for (let kills = 1; ; kills++)
       try {
-        return await work(this.#launchHost());
+        return await work(this.#keeper.connection());
       } catch (error) {
         if (!isBlameless(error) || kills > killsSurvived || this.#disposed) throw error;
       }
-  }
-
-  #launchHost(): HostConnection {
-    if (this.#host && !this.#host.isOver) return this.#host;
-    const { logger, listener, watchdogMs: silentMs = defaultWatchdogMs } = this.#options;
-    const { provider, deviceId, libraries, threads, weights, env } = this.#options;
-    const file = this.#options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
-    const onSilence = (milliseconds: number | null) => listener?.silent(milliseconds);
-    const widening = typeof weights === "function" ? "folded" : weights;
-    const settings = { provider, deviceId, libraries, threads, weights: widening };
-    const host = new HostConnection(file, settings, { silentMs, onSilence }, env);
-    this.#host = host;
-    host.process.keepsAlive = this.#busy > 0;
-    host.ready.then(
-      ({ version }) => {
-        logger?.debug?.(`onnxruntime-node ${version} is ready in a process of its own.`);
-        if (this.#isLost) listener?.restarted();
-        this.#isLost = false;
-        this.#failedStarts = 0;
-      },
-      () => {},
-    );
-    void host.ended.then((error) => {
-      if (this.#host === host) this.#host = null;
-      if (this.#disposed) return;
-      this.#isLost = true;
-      logger?.warn?.(error.message);
-      listener?.lost(error);
-      if (!host.wasReady) this.#tryAgainLater();
-    });
-    return host;
-  }
-
-  /**
-   * Starts a child that could not be started, without a call: a service that is not ready gets none. Later and later; it
-   * keeps no process alive.
-   */
-  #tryAgainLater(): void {
-    const pause = Math.min(longestPause, firstPause * 2 ** this.#failedStarts++);
-    const timer = setTimeout(() => {
-      if (!this.#disposed && this.#isLost) this.#launchHost();
-    }, pause);
-    timer.unref();
-  }
-
-  async #keepingAlive<T>(work: () => Promise<T>): Promise<T> {
-    if (this.#busy++ === 0 && this.#host) this.#host.process.keepsAlive = true;
-    try {
-      return await work();
-    } finally {
-      if (--this.#busy === 0 && this.#host) this.#host.process.keepsAlive = false;
-    }
   }
 }
 
@@ -289,16 +266,20 @@ class HostWorkspace extends NamedWorkspace {
     private readonly host: HostConnection,
     private readonly id: number,
     protected readonly run: (program: Program, options: SubmissionOptions) => Promise<Record<string, Tensor>>,
+    private readonly onGone: () => void,
   ) {
     super(owner, "process");
-    void host.process.ended.then(() => {
-      this.lost = true;
-    });
+    void host.process.ended.then(() => this.#gone());
   }
 
   close(): void {
     this.release("all");
+    this.#gone();
+  }
+
+  #gone(): void {
     this.lost = true;
+    this.onGone();
   }
 
   protected release(names: readonly string[] | "all"): void {

@@ -38,20 +38,26 @@ export interface DeviceFeatures {
 
 /** A graph as the child needs it. `root` is the folder that the locations of its weights are relative to. */
 export interface SentGraph {
-  readonly name: string;
+  /** Of all that it is compiled from, so that models which have the same graph share what it is compiled to. */
+  readonly digest: string;
   readonly bytes: Uint8Array;
   readonly root: string;
   /** How its 16-bit weights are widened; default: as the settings say. */
   readonly widening?: Widening | undefined;
 }
 
-/** Everything but an abort and a preemption is done in the order in which it is sent. */
+/** What may be asked of a run that was sent: see `ToHost`. */
+export type Asked = "abort" | "preempt" | "yield";
+
+/** Everything but what is asked of a run is done in the order in which it is sent. */
 export type ToHost =
   | {
       readonly type: "run";
       readonly id: number;
       /** Those of the program that this child has not seen yet. */
       readonly graphs: readonly SentGraph[];
+      /** Digests of the graphs by the names that this program has for them. */
+      readonly digests: Readonly<Record<string, string>>;
       readonly program: PackedProgram;
       /** Whether each launch is reported as soon as it is done, or those of an interval together. Default: bunched. */
       readonly reports?: RunOptions["reports"];
@@ -60,17 +66,21 @@ export type ToHost =
     }
   /** Frees values of a workspace by name, or all of them. */
   | { readonly type: "free"; readonly workspace: number; readonly names: readonly string[] | "all" }
-  /** Frees what these graphs were compiled to, until they are launched again. */
+  /** Frees graphs, by digest, with what they were compiled to. To be launched again they have to be sent again. */
   | { readonly type: "unload"; readonly graphs: readonly string[] }
   | { readonly type: "abort"; readonly id: number }
   /** Ends a run before its next launch. */
-  | { readonly type: "preempt"; readonly id: number };
+  | { readonly type: "preempt"; readonly id: number }
+  /** The same, once it has made a launch: two models that ask that of each other both go on. */
+  | { readonly type: "yield"; readonly id: number };
 
 /** Why a run failed, in a form that survives the channel. */
 export type Failure =
   | { readonly kind: "runtime"; readonly message: string }
-  /** The device has too little memory, or answers no more; the child is of no use any longer. */
-  | { readonly kind: "memory" | "lost"; readonly message: string }
+  /** The device has too little memory; the child is of no use any longer. Bytes where the message has them, else NaN. */
+  | { readonly kind: "memory"; readonly message: string; readonly needed: number; readonly available: number }
+  /** The device answers no more; nor is the child of any use. */
+  | { readonly kind: "lost"; readonly message: string }
   | { readonly kind: "not-finite"; readonly where: string; readonly message: string }
   /** Stopped on request. */
   | { readonly kind: "aborted" }

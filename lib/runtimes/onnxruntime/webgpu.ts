@@ -17,7 +17,7 @@ export const webgpu: RuntimeRow = {
   runsOn: "a GPU of any vendor, by ONNX Runtime with WebGPU (Vulkan, Direct3D 12, Metal)",
   capabilities,
   unsupported,
-  async open({ named, watchdogMs, listener, logger }) {
+  async open({ named, watchdogMs, listener, logger }, { files }) {
     if (!named && !(await mayHaveGpu()))
       throw new RuntimeUnavailableError(
         name,
@@ -34,7 +34,7 @@ export const webgpu: RuntimeRow = {
       );
     let features = none;
     const weights: OnnxRuntimeOptions["weights"] = (graph) => gpuWidening(features.float16 ? ["F16"] : [])(graph);
-    const runtime = new OnnxRuntime({ ...settings, weights, watchdogMs, listener, logger });
+    const runtime = new OnnxRuntime({ ...settings, weights, files, watchdogMs, listener, logger });
     const { version, features: found } = await openOnGpu(runtime, `WebGPU cannot use ${adapter?.name ?? "a GPU"} here`);
     features = found;
     const { float16, attention } = features;
