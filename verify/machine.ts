@@ -17,6 +17,7 @@ import { openCheckpoint, readSafetensorsHeader, readTensor } from "../lib/checkp
 import type { Tensor } from "../lib/common/tensor.js";
 import { GraphLibrary } from "../lib/networks/library.js";
 import type { EmitOptions, EmittedNetwork } from "../lib/onnx/index.js";
+import { chosenAdapter } from "../lib/runtimes/onnxruntime/adapters.js";
 import { cudaEmitOptions, webGpuEmitOptions } from "../lib/runtimes/onnxruntime/emission.js";
 import type { AdapterFinding, GpuFinding } from "../lib/runtimes/runtime.js";
 import { barOf, compare } from "./check.js";
@@ -49,6 +50,8 @@ interface Doctor {
 /** What the first step finds out, for those after it. */
 interface Found {
   doctor: Doctor | null;
+  /** Whether the steps to run were named: software will do then. */
+  readonly isNamed: boolean;
 }
 
 async function main(): Promise<number> {
@@ -86,9 +89,9 @@ async function main(): Promise<number> {
     ...{ signal: stop.signal, say: (line) => process.stdout.write(`${line}\n`) },
   });
   steps.about.push(packText());
-  const found: Found = { doctor: null };
-  const [doctor, ...others] = stepsOf(steps, out, found) as [Step, ...Step[]];
   const named = values.steps?.split(",").filter(Boolean);
+  const found: Found = { doctor: null, isNamed: named !== undefined };
+  const [doctor, ...others] = stepsOf(steps, out, found) as [Step, ...Step[]];
   const unknown = named?.filter((name) => !others.some((step) => step.name === name)) ?? [];
   if (unknown.length > 0) {
     const names = others.map(({ name }) => name).join(", ");
@@ -139,6 +142,17 @@ function stepsOf(steps: Steps, out: string, found: Found): Step[] {
 }
 
 // What there is.
+
+/** What scripts/pack-gpu.mjs says of its pack. */
+interface Packed {
+  readonly flowturbo: string;
+  readonly commit: string;
+  readonly created: string;
+  readonly node: string;
+  readonly groups: readonly string[];
+  readonly bundles: readonly string[];
+}
+const packed = () => JSON.parse(readFileSync(path.join(pack, "pack.json"), "utf8")) as Packed;
 
 function packText(): string {
   const {
@@ -192,6 +206,14 @@ const reasonOf = ({ doctor }: Found, runtime: string) => {
 /** Of what needs NVIDIA's driver, on a machine that is known to have none. */
 const noDriver = ({ doctor }: Found) => (doctor && doctor.gpus.length === 0 ? "there is no NVIDIA GPU" : null);
 
+/** Why ONNX Runtime has nothing to run on; null where it has, or should have. */
+function noDevice(runtime: "webgpu" | "cuda", found: Found): string | null {
+  // What came with the pack is meant to work.
+  if (runtime === "cuda") return noDriver(found) ?? (inPack("cuda") ? null : reasonOf(found, "cuda"));
+  if (found.isNamed || !found.doctor?.adapters || hasAdapter(found.doctor)) return null;
+  return `there is no graphics adapter, or only software. ${reasonOf(found, "webgpu") ?? ""}`.trim();
+}
+
 const cli = (...args: string[]) => ({
   file: process.execPath,
   args: [path.join(flowturbo, "bin/flowturbo.js"), ...args],
@@ -200,6 +222,11 @@ const script = (name: string, ...args: string[]) => ({
   file: process.execPath,
   args: [path.join(flowturbo, name), ...args],
 });
+/** A folder for results, without those of an earlier run. */
+function fresh(folder: string): string {
+  rmSync(folder, { recursive: true, force: true });
+  return folder;
+}
 const read = async <Value>(...names: string[]) => JSON.parse(await readFile(path.join(...names), "utf8")) as Value;
 
 function doctorStep(found: Found): Step {
@@ -263,7 +290,7 @@ function pictureStep(runtime: "webgpu" | "cuda", model: Model, steps: Steps, out
     name: `${runtime}-${model.name}`,
     limit: 90,
     skip() {
-      const absent = runtime === "cuda" ? (noDriver(found) ?? (inPack("cuda") ? null : reasonOf(found, "cuda"))) : null;
+      const absent = noDevice(runtime, found);
       if (absent !== null) return absent;
       const reference = steps.resultOf(`reference-${model.name}`);
       return reference?.outcome === "passed" ? null : "there is no reference to compare it with";
@@ -307,7 +334,7 @@ async function tensorsOf(file: string): Promise<Record<string, Tensor>> {
 /** By the type that the least exact network computes in. */
 async function barFor(runtime: "webgpu" | "cuda", { folder }: Model, { doctor }: Found) {
   const bfloat16 = (doctor?.gpus ?? []).every(({ sm }) => Number(sm) >= 8);
-  const float16 = (doctor?.adapters ?? []).every((adapter) => adapter.float16);
+  const float16 = chosenAdapter(doctor?.adapters ?? [])?.float16 ?? true;
   const options: (network: EmittedNetwork) => EmitOptions =
     runtime === "cuda"
       ? cudaEmitOptions({ attention: true, bfloat16 })
@@ -334,7 +361,7 @@ function driverStep(out: string, found: Found): Step {
         "--tensorrt-dir",
         path.join(pack, "stand-in"),
         "--out",
-        path.join(out, "driver"),
+        fresh(path.join(out, "driver")),
       ),
     async judge({ code, output }) {
       const report = await read<DriverReport>(out, "driver", "driver.json").catch(() => null);
@@ -353,7 +380,7 @@ function placementStep(runtime: "webgpu" | "cuda", models: readonly Model[], fou
   return {
     name: `placement-${runtime}`,
     limit: 90,
-    skip: () => (runtime === "cuda" ? (noDriver(found) ?? (inPack("cuda") ? null : reasonOf(found, "cuda"))) : null),
+    skip: () => noDevice(runtime, found),
     command: () => script("verify/placements.js", runtime, ...models.map(({ folder }) => folder)),
   };
 }
@@ -363,18 +390,18 @@ function placementStep(runtime: "webgpu" | "cuda", models: readonly Model[], fou
  * under another name. So where no engine at all could be built, it is tried under the name for this GPU.
  */
 function tensorRtSteps(bundle: string, out: string, found: Found): Step[] {
-  const packed = inPack("tensorrt");
+  const library = inPack("tensorrt");
   const portable = path.join(scratch, "tensorrt-portable");
   let hasBuiltNothing = false;
   const step = (name: string, folder: string | null, skip: () => string | null): Step => ({
     ...{ name, skip },
     limit: 150,
     command() {
-      const results = ["--cache", path.join(scratch, name, "engines"), "--out", path.join(out, name)];
-      const library = folder ? ["--tensorrt-dir", folder] : [];
+      const results = ["--cache", path.join(scratch, name, "engines"), "--out", fresh(path.join(out, name))];
+      const where = folder ? ["--tensorrt-dir", folder] : [];
       // A low level, for the time: what is verified is results.
       const bounds = ["--quick", "--level", "1", "--case-timeout", "30"];
-      return script("verify/gpu.js", "--check", path.join(pack, "bundles", bundle), ...bounds, ...results, ...library);
+      return script("verify/gpu.js", "--check", path.join(pack, "bundles", bundle), ...bounds, ...results, ...where);
     },
     async judge({ code, output }) {
       const report = await read<Report>(out, name, "report.json").catch(() => null);
@@ -393,18 +420,18 @@ function tensorRtSteps(bundle: string, out: string, found: Found): Step[] {
     },
   });
   const absent = () => {
-    if (noDriver(found) !== null || packed) return noDriver(found);
+    if (noDriver(found) !== null || library) return noDriver(found);
     const isHere = reasonOf(found, "tensorrt") === null || reasonOf(found, "tensorrt-rtx") === null;
     return isHere ? null : "TensorRT is neither in this pack nor on this machine";
   };
   const name = `tensorrt-${bundle}`;
-  if (!packed) return [step(name, null, absent)];
+  if (!library) return [step(name, null, absent)];
   return [
-    step(name, packed, absent),
+    step(name, library, absent),
     step(`${name}-portable`, portable, () => {
       if (absent() !== null) return absent();
       const gpu = found.doctor?.gpus[0];
-      const isMade = hasBuiltNothing && gpu !== undefined && linkPortable(packed, portable, gpu.sm);
+      const isMade = hasBuiltNothing && gpu !== undefined && linkPortable(library, portable, gpu.sm);
       return isMade ? null : "it is only for where no engine could be built, for want of code for this GPU";
     }),
   ];
@@ -433,13 +460,14 @@ function benchStep(side: number, rounds: number, limit: number, out: string, fou
       // Some five contenders, of which none may take the time of all.
       const each = Math.max(30, Math.floor(seconds / 3));
       const request = ["--sizes", String(side), "--steps", "28", "--rounds", String(rounds), "--limit", String(each)];
-      return { ...script("bench/gpu.js", ...request), env: { FLOWTURBO_BENCH_RESULTS: results } };
+      const env = { FLOWTURBO_BENCH_RESULTS: fresh(results), FLOWTURBO_COMMIT: packed().commit };
+      return { ...script("bench/gpu.js", ...request), env };
     },
     async judge({ code, output }) {
       const lines = output
         .split("\n")
         .filter((line) => line.includes(` ${side} px: `) || line.includes(`, ${side} px:`));
-      return { passed: code === 0, detail: oneLine(lines.join("; ")) || lastLine(output) || endOf(code) };
+      return { passed: code === 0, detail: oneLine(lines.join("; ") || output) || endOf(code) };
     },
   };
 }
