@@ -29,9 +29,10 @@ import {
   renameSync,
   rmSync,
   statSync,
+  symlinkSync,
   writeFileSync,
 } from "node:fs";
-import { join, relative, resolve } from "node:path";
+import { dirname, join, relative, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { build } from "esbuild";
 import { bundleVerify } from "./bundle-verify.mjs";
@@ -43,7 +44,7 @@ if (process.platform !== "linux" || process.arch !== "x64") fail("A pack is made
 for (const tool of ["tar", "xz", "bash"])
   if (spawnSync(tool, ["--version"]).error) fail(`${tool} is not on PATH.`, lacking);
 const cache = join(root, ".cache/pack-gpu");
-/** Folders of the pack by group; a group is an archive, and its parts have its name. */
+/** A folder for each group of the pack; a group is an archive, and its parts have its name. */
 const stage = temporaryFolder();
 const say = (text) => console.error(text);
 
@@ -116,7 +117,8 @@ if (options.tensorrt) {
   for (const name of readdirSync(folder)) link(join(folder, name), join(stage, "tensorrt/tensorrt", name));
 }
 const groups = readdirSync(stage).sort();
-const about = { flowturbo: version, commit: commit(), created: new Date().toISOString(), node: process.versions.node };
+// No time of day: what has not changed is not compressed again.
+const about = { flowturbo: version, commit: commit(), node: process.versions.node };
 writeFileSync(join(base, "pack.json"), `${JSON.stringify({ ...about, groups, bundles: options.bundles }, null, 2)}\n`);
 
 // 6. Parts. What an earlier pack has left is not to be taken for some of this one.
@@ -190,7 +192,7 @@ function strip(file) {
 /** For a machine with a driver for Vulkan and no loader; it is worth no failure. */
 function vulkanLoader(folder) {
   const work = temporaryFolder();
-  const [file] = spawnSync("apt-get", ["download", "-qq", "libvulkan1"], { cwd: work }).status === 0 ? readdirSync(work) : [];
+  const [file] = spawnSync("apt-get", ["download", "-qq", "libvulkan1"], { cwd: work, timeout: 60_000 }).status === 0 ? readdirSync(work) : [];
   const unpacked = file && spawnSync("dpkg-deb", ["-x", file, "unpacked"], { cwd: work }).status === 0;
   const name = "libvulkan.so.1";
   const places = unpacked ? readdirSync(work, { recursive: true }).map((each) => join(work, each)) : [`/usr/lib/x86_64-linux-gnu/${name}`];
@@ -200,10 +202,10 @@ function vulkanLoader(folder) {
   copyFileSync(found, join(folder, name));
 }
 
-/** Links take no time and no space; where that cannot be, a copy. */
+/** What is large is not copied: tar follows the links. */
 function link(from, to) {
-  mkdirSync(join(to, ".."), { recursive: true });
-  execFileSync("cp", ["--reflink=auto", "-L", from, to]);
+  mkdirSync(dirname(to), { recursive: true });
+  symlinkSync(from, to);
 }
 
 /** Made by the pack's own verify:gpu, so that it is of this very code. @returns its folder, in the cache */
@@ -244,7 +246,7 @@ function commit() {
 
 /** A group as an archive that depends on contents alone. @returns the file, in the cache */
 function compressed(group) {
-  const tar = ["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner", "-c", "."];
+  const tar = ["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner", "--dereference", "--hard-dereference", "-c", "."];
   const shell = (command, ...args) =>
     execFileSync("bash", ["-c", `set -o pipefail; tar -C "$0" ${tar.join(" ")} | ${command}`, join(stage, group), ...args], { encoding: "utf8", stdio: ["ignore", "pipe", "inherit"] });
   const digest = shell("sha256sum").slice(0, 16);

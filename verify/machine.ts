@@ -30,7 +30,7 @@ import { vulkanVariables } from "./vulkan-driver.js";
 const pack = path.resolve(import.meta.dirname, "../../..");
 const flowturbo = path.join(pack, "node_modules/flowturbo");
 const inPack = (name: string) => (existsSync(path.join(pack, name)) ? path.join(pack, name) : null);
-/** What a machine's other users need not see, and what would fill a home folder. */
+/** For caches and engines: nothing is left in the home folder. */
 const scratch = path.join(pack, "scratch");
 
 const pictured = ["a red circle above a blue square", "a green triangle"];
@@ -147,7 +147,6 @@ function stepsOf(steps: Steps, out: string, found: Found): Step[] {
 interface Packed {
   readonly flowturbo: string;
   readonly commit: string;
-  readonly created: string;
   readonly node: string;
   readonly groups: readonly string[];
   readonly bundles: readonly string[];
@@ -158,7 +157,6 @@ function packText(): string {
   const {
     flowturbo: version,
     commit,
-    created,
     node,
     groups,
     bundles,
@@ -166,7 +164,7 @@ function packText(): string {
     readonly groups: readonly string[];
     readonly bundles: readonly string[];
   };
-  return `flowturbo ${version} of commit ${commit}, packed ${created}: ${groups.join(", ")}; bundles ${bundles.join(", ")}; Node ${node}`;
+  return `flowturbo ${version} of commit ${commit}: ${groups.join(", ")}; bundles ${bundles.join(", ")}; Node ${node}`;
 }
 
 /** Where the loader finds what a bare machine may have in unusual places, or only the pack. */
@@ -193,7 +191,8 @@ function describe({ doctor }: Found, about: string[]): void {
 
 /** Why there is nothing to verify on; null where there is, and where that is not known. */
 function noGpu({ doctor }: Found): string | null {
-  if (!doctor || doctor.gpus.length > 0 || hasAdapter(doctor)) return null;
+  // Adapters are not known where the addon cannot be loaded. Then the steps say why.
+  if (!doctor?.adapters || doctor.gpus.length > 0 || hasAdapter(doctor)) return null;
   const reasons = doctor.runtimes.filter(({ name }) => name === "cuda" || name === "webgpu");
   return reasons.map(({ name, reason }) => `${name}: ${oneLine(reason ?? "no reason was given")}`).join(" ");
 }

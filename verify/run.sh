@@ -92,6 +92,8 @@ if [ "$(cat "$pack/sums" 2>/dev/null)" != "$(cat "$here/sums")" ]; then
   [ ${#problems[@]} = 0 ] && cp "$here/sums" "$pack/sums"
 fi
 
+[ $stopped = 0 ] || give_up $stopped "stopped before the first step"
+
 # 2. Everything else is in Node's hands (verify/machine.ts).
 arguments=(--out "$OUT" --seconds "$(left)" --budget "$BUDGET")
 [ -z "$STEPS" ] || arguments+=(--steps "$STEPS")
