@@ -13,14 +13,14 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync }
 import { mkdir, readFile } from "node:fs/promises";
 import path from "node:path";
 import { parseArgs } from "node:util";
-import { openCheckpoint, readSafetensorsHeader, readTensor } from "../lib/checkpoint/index.js";
-import type { Tensor } from "../lib/common/tensor.js";
+import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { GraphLibrary } from "../lib/networks/library.js";
 import type { EmitOptions, EmittedNetwork } from "../lib/onnx/index.js";
 import { chosenAdapter } from "../lib/runtimes/onnxruntime/adapters.js";
 import { cudaEmitOptions, webGpuEmitOptions } from "../lib/runtimes/onnxruntime/emission.js";
 import type { AdapterFinding, GpuFinding } from "../lib/runtimes/runtime.js";
-import { barOf, compare } from "./check.js";
+import { barOf } from "./check.js";
+import { compareDrawn } from "./drawn.js";
 import type { DriverReport } from "./driver.js";
 import { type Report, reasonsOf } from "./report.js";
 import { type Ended, endOf, lastLine, oneLine, type Step, Steps, summaryText, type Verdict } from "./steps.js";
@@ -298,15 +298,11 @@ function pictureStep(runtime: "webgpu" | "cuda", model: Model, steps: Steps, out
     async judge(ended) {
       const picture = drawn(ended, "");
       if (!picture.passed) return picture;
-      const [actual, expected] = await Promise.all(
-        [runtime, "reference"].map((name) => tensorsOf(path.join(out, `${name}-${model.name}.safetensors`))),
-      );
-      const bar = await barFor(runtime, model, found);
-      const differences = compare(actual!, expected!);
-      const problems = reasonsOf({ differences, bar, problems: [] });
-      const worst = Math.max(...differences.map(({ relative }) => relative));
-      const text = `error ${worst.toExponential(1)} (bar ${bar.relative.toExponential(1)}), ${picture.detail}`;
-      return { passed: problems === "", detail: problems === "" ? text : `${problems}, ${picture.detail}` };
+      const [actual, expected] = [runtime, "reference"].map((name) =>
+        path.join(out, `${name}-${model.name}.safetensors`),
+      ) as [string, string];
+      const { passed, detail } = await compareDrawn(actual, expected, await barFor(runtime, model, found));
+      return { passed, detail: `${detail}, ${picture.detail}` };
     },
   };
 }
@@ -322,12 +318,6 @@ function drawn({ code, stdout, output }: Ended, where: string): Verdict {
   const each = milliseconds.steps.map((step) => step.toFixed(0)).join(", ");
   const text = `${pictured.length} pictures ${size.width}x${size.height} ${blocks}${where ? ` ${where}` : ""} in ${milliseconds.total.toFixed(0)} ms, steps ${each}`;
   return { passed: true, detail: text };
-}
-
-async function tensorsOf(file: string): Promise<Record<string, Tensor>> {
-  const tensors: Record<string, Tensor> = {};
-  for (const [name, entry] of await readSafetensorsHeader(file)) tensors[name] = await readTensor(file, entry);
-  return tensors;
 }
 
 /** By the type that the least exact network computes in. */
