@@ -4,6 +4,7 @@
  * package.json, its addons, and node-gyp-build, which finds them.
  */
 
+import { realpathSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
@@ -20,7 +21,7 @@ export async function bundleVerify(outfile) {
   });
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) {
+if (realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
   const [outfile] = process.argv.slice(2);
   if (!outfile) fail("Name the file to write: `node scripts/bundle-verify.mjs <file>`.", 2);
   await bundleVerify(outfile);

@@ -20,6 +20,7 @@ import { afterAll, beforeAll, expect, it } from "vitest";
 import type { Summary } from "../../verify/steps.js";
 import { describeAddons, hasDriver } from "../native/support.js";
 import { root } from "../support/fixtures.js";
+import { noSwiftShader, swiftShaderEnv } from "../support/swiftshader.js";
 
 const script = path.join(root, "scripts/pack-gpu.mjs");
 const simulated = path.join(root, ".cache/simulated");
@@ -227,6 +228,18 @@ describeAddons("pack:gpu", () => {
       expect(ended.text).toMatch(/^GPU: Simulated GPU, SM 8\.9/m);
       expect(ended.code).toBe(0);
       expect(processesOf(folder)).toEqual([]);
+    },
+  );
+
+  it.skipIf(noSwiftShader)(
+    `on software, steps run by their names: where nodes are${noSwiftShader ? ` (skipped: ${noSwiftShader})` : ""}`,
+    async () => {
+      const ended = await run({ ...swiftShaderEnv, STEPS: "placement-webgpu" });
+      expect(outcomes(ended), ended.output).toEqual({ doctor: "passed", "placement-webgpu": "passed" });
+      const { detail } = ended.summary.steps.at(-1)!;
+      expect(detail).toMatch(/^\d+ graphs with \d{3,} nodes; 0 on the CPU that should not be$/);
+      expect(ended.text).toMatch(/^graphics adapter: SwiftShader .*software/m);
+      expect(ended.code).toBe(0);
     },
   );
 
