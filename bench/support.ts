@@ -6,6 +6,7 @@
 import { execFileSync, spawn } from "node:child_process";
 import { readdirSync, readFileSync } from "node:fs";
 import { mkdir, writeFile } from "node:fs/promises";
+import { createRequire } from "node:module";
 import os from "node:os";
 import path from "node:path";
 import { refreshReadme } from "./readme.js";
@@ -115,9 +116,10 @@ export async function measureProcess(
 /** Where and on what a benchmark ran. */
 export function environment(): Record<string, unknown> {
   const manifest = JSON.parse(readFileSync(path.join(root, "package.json"), "utf8")) as { version: string };
+  // In node_modules of this repository, or beside this package.
+  const { resolve } = createRequire(path.join(root, "package.json"));
   const dependency = (name: string) =>
-    (JSON.parse(readFileSync(path.join(root, "node_modules", name, "package.json"), "utf8")) as { version: string })
-      .version;
+    (JSON.parse(readFileSync(resolve(`${name}/package.json`), "utf8")) as { version: string }).version;
   return {
     cpu: os.cpus()[0]?.model ?? "unknown",
     cores: os.availableParallelism(),
@@ -132,6 +134,8 @@ export function environment(): Record<string, unknown> {
 
 /** With "-dirty" behind it where code was changed since. */
 function gitCommit(): string {
+  // Outside of the repository, whoever starts a benchmark says what it is of.
+  if (process.env.FLOWTURBO_COMMIT) return process.env.FLOWTURBO_COMMIT;
   const git = (...args: string[]) => execFileSync("git", args, { cwd: root, encoding: "utf8" }).trim();
   try {
     const changed = git("status", "--porcelain", "-uno", "--", "lib", "native", "bench", "models", ":!bench/results");

@@ -4,16 +4,25 @@
  * package.json, its addons, and node-gyp-build, which finds them.
  */
 
+import { realpathSync } from "node:fs";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 import { fail, root } from "./headers.mjs";
 
-const [outfile] = process.argv.slice(2);
-if (!outfile) fail("Name the file to write: `node scripts/bundle-verify.mjs <file>`.", 2);
-await build({
-  entryPoints: [join(root, "verify/gpu.ts")],
-  outfile,
-  ...{ bundle: true, platform: "node", format: "esm", target: "node20", logLevel: "warning" },
-  // Binaries, which a file cannot hold, and which --check does not load.
-  external: ["sharp", "onnxruntime-node"],
-});
+/** @param outfile made, or replaced */
+export async function bundleVerify(outfile) {
+  await build({
+    entryPoints: [join(root, "verify/gpu.ts")],
+    outfile,
+    ...{ bundle: true, platform: "node", format: "esm", target: "node20", logLevel: "warning" },
+    // Binaries, which a file cannot hold, and which --check does not load.
+    external: ["sharp", "onnxruntime-node"],
+  });
+}
+
+if (realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  const [outfile] = process.argv.slice(2);
+  if (!outfile) fail("Name the file to write: `node scripts/bundle-verify.mjs <file>`.", 2);
+  await bundleVerify(outfile);
+}

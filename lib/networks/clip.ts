@@ -70,10 +70,12 @@ export function emitClip(
  */
 function endOfText(l: Layers, config: ClipConfig, ids: Value, length: number): Value {
   const { g } = l;
-  const marked = config.eosTokenId === legacyEos ? ids : g.op("Equal", [ids, g.scalar(config.eosTokenId, "int64")]);
+  const numbers = g.cast(ids, "float32");
+  const isEos = () => g.cast(g.op("Equal", [numbers, g.scalar(config.eosTokenId, "float32")]), "float32");
+  const marked = config.eosTokenId === legacyEos ? numbers : isEos();
   const earlier = Array.from({ length }, (_, index) => length - 1 - index);
   const score = g.op("Add", [
-    g.op("Mul", [g.cast(marked, "float32"), g.scalar(length, "float32")]),
+    g.op("Mul", [marked, g.scalar(length, "float32")]),
     g.tensor([length], earlier, "float32"),
   ]);
   const largest = g.op("ReduceMax", [score, g.ints([1])], { keepdims: 1 });

@@ -115,6 +115,11 @@ function check(words: string[]): void {
     const module = /^(python|accelerate launch) -m flowturbo_training (--help|shapes|refiner|features)\b/;
     expect(words.join(" ")).toMatch(module);
     checkFlags(rest, flagsOf(`${read("training/flowturbo_training/__main__.py")}"--help"`));
+  } else if (program === "bash") {
+    // Of the folder that `npm run pack:gpu` makes.
+    expect(rest).toEqual([".gpu/run.sh"]);
+    const variables = [...read("verify/run.sh").matchAll(/^# {3}([A-Z]+) {2,}/gm)].map(([, name]) => name);
+    for (const word of words.slice(0, words.indexOf(program))) expect(variables).toContain(word.split("=")[0]);
   } else throw new Error(`This test does not know how to check "${words.join(" ")}".`);
 }
 
@@ -135,6 +140,8 @@ describe("the commands that are shown", () => {
       "flowturbo draw x",
       "npm run bench:nothing",
       "npm run verify:gpu -- --folder x",
+      "npm run pack:gpu -- --folder x",
+      "BUGET=420 bash .gpu/run.sh",
       "python -m flowturbo_training refiner --pictures x",
     ])
       expect(() => check(wordsOf(wrong)), wrong).toThrow();
@@ -149,7 +156,8 @@ describe("the commands that are shown", () => {
       for (const child of command.commands) add(child);
     };
     add(commandLine(() => {}));
-    for (const file of ["verify/gpu.ts", "training/flowturbo_training/__main__.py", "scripts/build-native.mjs"])
+    const others = ["verify/gpu.ts", "training/flowturbo_training/__main__.py"];
+    for (const file of [...others, "scripts/build-native.mjs", "scripts/pack-gpu.mjs"])
       for (const flag of flagsOf(read(file))) known.add(flag);
     for (const file of readdirSync(path.join(root, "bench")).filter((name) => name.endsWith(".ts")))
       for (const flag of flagsOf(read(`bench/${file}`))) known.add(flag);
