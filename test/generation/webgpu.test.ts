@@ -162,7 +162,7 @@ describe.skipIf(noSwiftShader)(`on SwiftShader${noSwiftShader ? `: ${noSwiftShad
       const before = hosts();
       const told: string[] = [];
       model.on("lost", () => told.push("lost")).on("restart", () => told.push("restart"));
-      const other = await load();
+      const other = await load(folder);
       try {
         other.on("lost", () => told.push("other lost")).on("restart", () => told.push("other restart"));
         const [one, two] = await Promise.all([withValues(model, small), withValues(other, small)]);
