@@ -16,6 +16,7 @@ import { gigabytes } from "../lib/common/memory.js";
 import { mmditWidth } from "../lib/networks/index.js";
 import { emitStep } from "../lib/networks/step.js";
 import { EngineCompiler } from "../lib/runtimes/tensorrt/compile.js";
+import { tensorRtEmitOptions } from "../lib/runtimes/tensorrt/row.js";
 import { randomMedium } from "./random-checkpoint.js";
 import { machineLine, report, root, table } from "./support.js";
 
@@ -42,16 +43,9 @@ function memory(line: string): number {
 async function build(folder: string, batches: readonly number[]): Promise<Build> {
   const config = await readTransformerConfig(path.join(folder, "transformer/config.json"));
   const weights = await openWeights(path.join(folder, "transformer"), "diffusion_pytorch_model");
-  const emit = {
-    compute: "bfloat16",
-    linear: "matmul",
-    groupNorm: "operator",
-    attention: "matmul",
-    rmsNorm: "operator",
-    tables: "stored",
-    sine: "operator",
-    patches: "conv",
-  } as const;
+  const emit = tensorRtEmitOptions()({
+    ...{ name: "predict", dtype: "BF16", overflowsInFloat16: false, isConvolutional: false },
+  });
   const graph = emitStep("predict", "predict", weights, config, { ...emit, guided: true, numTrainTimesteps: 1000 });
   const profiles = batches.map((batch) => ({
     x: [batch, 16, side, side],

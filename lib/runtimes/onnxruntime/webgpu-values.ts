@@ -18,6 +18,9 @@ import { type CopiedRows, tensorOf, type Values, zeros } from "./values.js";
  */
 const smallBytes = 4096;
 
+/** Values of a row, or more, that one group of invocations adds up. */
+const longRow = 1024;
+
 export class WebGpuValues implements Values {
   readonly #ort: typeof ort;
   readonly #sessions = new Map<string, Promise<ort.InferenceSession>>();
@@ -87,8 +90,12 @@ export class WebGpuValues implements Values {
    * download is what waits for the launch.
    */
   async isFinite(value: ort.Tensor): Promise<boolean> {
-    // Rows of the last axis first, so that the device adds many of them at a time.
-    const columns = value.dims.at(-1) || 1;
+    // Rows first, so that the device adds several at a time: long ones, since each is a group of invocations of its own.
+    let columns = 1;
+    for (const size of value.dims.toReversed()) {
+      if (columns >= longRow) break;
+      columns *= size || 1;
+    }
     const session = await this.#session("sum", "cpu", sumGraph);
     const { y } = await session.run({ x: this.#seenAs(value, [value.size / columns, columns]) });
     return Number.isFinite(Number(y!.data[0]));
