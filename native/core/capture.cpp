@@ -67,6 +67,7 @@ void ExecutorState::capture(const Submission& submission, CapturedProgram& progr
   CUgraph_st* recorded = nullptr;
   {
     // A launch that allocates or waits would make a graph that does not do so when it runs: it has to fail.
+    const std::lock_guard<std::mutex> alone(capturing);
     const StrictCapture strict(*device);
     driver().check(driver().cuStreamBeginCapture(stream.get(), kCaptureThreadLocal), "cuStreamBeginCapture");
     try {

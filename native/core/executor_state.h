@@ -229,6 +229,9 @@ struct ExecutorState {
   bool closing = false;
   bool retirerStops = false;
 
+  // Held while the stream captures: who waits for the stream then breaks the capture, and is refused.
+  std::mutex capturing;
+
   // Engines of this device by the identity of their plans.
   std::mutex enginesMutex;
   std::condition_variable engineLoaded;

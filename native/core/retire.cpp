@@ -34,13 +34,17 @@ void guarded(ExecutorState& state, Submission& submission, uint32_t launch, Body
 }  // namespace
 
 void ExecutorState::wait(const InFlight& flight) {
-  const CudaResult result = flight.end ? driver().cuEventSynchronize(flight.end.get())
-                                       : driver().cuStreamSynchronize(stream.get());
+  // Another submission may be captured on the stream meanwhile, which must not be waited for then.
+  const auto waitForStream = [&] {
+    const std::lock_guard<std::mutex> alone(capturing);
+    return driver().cuStreamSynchronize(stream.get());
+  };
+  const CudaResult result = flight.end ? driver().cuEventSynchronize(flight.end.get()) : waitForStream();
   if (result == kCudaSuccess) return;
   Error error = driver().failure(result, flight.end ? "cuEventSynchronize" : "cuStreamSynchronize");
   // Whatever the error is: the device must have ended its work before anything else is done.
   if (error.code() != "DEVICE_LOST") {
-    const CudaResult rest = driver().cuStreamSynchronize(stream.get());
+    const CudaResult rest = waitForStream();
     if (rest != kCudaSuccess)
       error = Error("DEVICE_LOST", driver().failure(rest, "cuStreamSynchronize").what());
   }

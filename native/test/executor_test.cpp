@@ -143,11 +143,11 @@ void stopsBetweenLaunches() {
 }
 
 // Opens an executor, runs a program and closes it. Empty if all succeeded, otherwise the code of the first error.
-std::string openRunClose(const Plan& plan, bool capture) {
+std::string openRunClose(const Plan& plan, bool capture, bool anew = false) {
   std::string code;
   std::shared_ptr<Executor> executor;
   try {
-    executor = openExecutor();
+    executor = anew ? openExecutorAnew() : openExecutor();
     const std::shared_ptr<Engine> engine = executor->load(plan.path, plan.identity);
     const auto registers = executor->createRegisters(2 * kRegisterBytes);
     for (int index = 0; index < (capture ? 2 : 1) && code.empty(); index++) {
@@ -197,7 +197,11 @@ void survivesErrors() {
         checkNothingLeft();
         // Whatever failed, the next one runs; in a new process if the device is lost.
         simulatedReset();
-        CHECK(openRunClose(plan, capture).empty());
+        const std::string next = openRunClose(plan, capture, true);
+        if (!next.empty())
+          std::fprintf(stderr, "after call %d (%s) failed with %d, the next run answers %s\n", static_cast<int>(call),
+                       failed.c_str(), code, next.c_str());
+        CHECK(next.empty());
         checkNothingLeft();
       }
     // Failures to free are not reported, nor failures where the second attempt succeeded.

@@ -67,6 +67,19 @@ std::shared_ptr<const TensorRtLibrary> library();
 
 inline std::shared_ptr<Executor> openExecutor() { return Executor::open(library(), 0); }
 
+// As in a new process. A lost executor is lost for its process, and a thread that has just released the last thing of it may
+// still hold it for a moment.
+inline std::shared_ptr<Executor> openExecutorAnew() {
+  for (int attempt = 0;; attempt++) {
+    try {
+      return openExecutor();
+    } catch (const Error& error) {
+      if (error.code() != "DEVICE_LOST" || attempt == 1000) throw;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+}
+
 inline void closeExecutor(std::shared_ptr<Executor> executor) {
   std::promise<void> closed;
   Executor::close(std::move(executor), [&] { closed.set_value(); });
