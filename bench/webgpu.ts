@@ -14,7 +14,7 @@ import { pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import * as ort from "onnxruntime-node";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
-import { float32 } from "../lib/common/tensor.js";
+import { elementCount, float32 } from "../lib/common/tensor.js";
 import { embeddedModel } from "../lib/flowturbo.js";
 import { nativeSize } from "../lib/generation/sizes.js";
 import { GraphLibrary } from "../lib/networks/library.js";
@@ -147,7 +147,7 @@ async function transfers() {
     return performance.now() - start;
   };
   const tensors = Object.entries(shapes).map(([name, shape]) => {
-    const length = shape.reduce<number>((product, size) => product * size, 1);
+    const length = elementCount(shape);
     return {
       name,
       tensor: float32(

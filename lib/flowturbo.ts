@@ -10,7 +10,7 @@ import { SharedTask } from "./common/abort.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
-import { checkDeviceMemory, checkPictureMemory } from "./generation/device-memory.js";
+import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
@@ -37,7 +37,7 @@ import type { OnnxGraph } from "./onnx/index.js";
 import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
-import type { OpenedRuntime } from "./runtimes/runtime.js";
+import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
 import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
@@ -74,7 +74,8 @@ export class FlowTurbo implements ImageModel {
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
-  readonly #device: OpenedRuntime["device"];
+  /** The device that holds the weights, with the bytes that those of the networks that draw take; null on the CPU. */
+  readonly #held: { readonly device: Device; readonly draw: number } | null;
   readonly #service: Service;
   readonly #store: CostStore;
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
@@ -171,7 +172,7 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.nativeSize = nativeSize(checkpoint);
     this.#graphs = graphs;
-    this.#device = device;
+    this.#held = device && { device, draw: deviceMemoryNeeded(graphs, device.widening).draw };
     this.#model = {
       ...{ ...model, name: this.name, checkpoint, runtime },
       colours: (signal) => this.#latentColours(signal),
@@ -279,9 +280,10 @@ export class FlowTurbo implements ImageModel {
 
   /** @throws MemoryError if the device cannot hold what one picture takes */
   #checkMemory({ candidates, guidanceScale, sequenceLength }: Request): void {
-    if (!this.#device) return;
+    if (!this.#held) return;
+    const { device, draw } = this.#held;
     for (const stage of candidates[0].stages)
-      checkPictureMemory(this.#graphs, this.#device, { ...stage, sequenceLength, guided: guidanceScale !== null });
+      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidanceScale !== null });
   }
 
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {

@@ -30,6 +30,7 @@ import { parseArgs } from "node:util";
 import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { gigabytes } from "../lib/common/memory.js";
 import { packagePath, packageVersion } from "../lib/common/package.js";
+import { messageOf } from "../lib/common/text.js";
 import { OptionError } from "../lib/errors.js";
 import { embeddedModel } from "../lib/flowturbo.js";
 import { GraphLibrary } from "../lib/networks/library.js";
@@ -61,7 +62,7 @@ class Stopped extends Error {
 if (process.argv[2] === "--worker" && process.send) beWorker();
 else
   process.exitCode = await main().catch((error: unknown) => {
-    say(error instanceof Error ? error.message : String(error));
+    say(messageOf(error));
     return error instanceof Stopped ? error.exitCode : error instanceof OptionError ? 2 : 1;
   });
 

@@ -4,6 +4,7 @@
  */
 
 import { InstallationError } from "../errors.js";
+import { messageOf } from "./text.js";
 
 /** What `flowturbo doctor` says of a package that this one needs. */
 export interface DependencyFinding {
@@ -59,6 +60,6 @@ export class Dependency<T> {
 
 /** The first line says what happened; sharp, for one, lets advice follow. */
 function reasonOf(error: unknown): string {
-  const text = error instanceof Error ? error.message : String(error);
+  const text = messageOf(error);
   return text.split("\n")[0]!.replace(/[\s:.]+$/, "");
 }

@@ -71,12 +71,12 @@ export function checkDeviceMemory(graphs: GraphLibrary, device: Device): void {
 }
 
 /**
+ * @param draw bytes of the weights of the networks that draw: see `deviceMemoryNeeded`
  * @throws MemoryError with both numbers if one picture cannot be drawn on the device: its networks' weights and the
  *   values of the largest launch do not fit, or one value does not fit into a buffer
  */
-export function checkPictureMemory(graphs: GraphLibrary, device: Device, drawn: DrawnPicture): void {
-  const { name, memoryBytes, largestBuffer = Number.POSITIVE_INFINITY, widening, holdsScores = false } = device;
-  const { draw } = deviceMemoryNeeded(graphs, widening);
+export function checkPictureMemory(graphs: GraphLibrary, device: Device, draw: number, drawn: DrawnPicture): void {
+  const { name, memoryBytes, largestBuffer = Number.POSITIVE_INFINITY, holdsScores = false } = device;
   const launches = [stepValues(graphs, drawn, holdsScores), decoderValues(graphs, drawn)];
   const picture = `A picture of ${drawn.width} x ${drawn.height}`;
   const remedy = "Draw smaller pictures (in stages, the last one counts), or use another GPU or runtime.";

@@ -12,6 +12,7 @@
 #include "formula.h"
 
 struct CUstream_st;
+struct CUevent_st;
 
 namespace machine {
 
@@ -54,16 +55,15 @@ struct Bindings {
 int tell(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number);
 int expect(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint64_t number);
 
-// A stream of the library's own, which a launch uses beside the caller's.
-class SideStream {
- public:
-  virtual ~SideStream() = default;
-  virtual CUstream_st* stream() = 0;
-  // It waits for what the caller's stream has been given, and later the caller's stream waits for it.
-  virtual int fork(CUstream_st* from) = 0;
-  virtual int join(CUstream_st* to) = 0;
+// The driver's functions of streams and events.
+struct StreamCalls {
+  int (*createStream)(CUstream_st**, unsigned flags);
+  int (*destroyStream)(CUstream_st*);
+  int (*createEvent)(CUevent_st**, unsigned flags);
+  int (*destroyEvent)(CUevent_st*);
+  int (*record)(CUevent_st*, CUstream_st*, unsigned flags);
+  int (*wait)(CUstream_st*, CUevent_st*, unsigned flags);
 };
-// Null where the driver refuses.
-std::unique_ptr<SideStream> openSideStream();
+StreamCalls streamCalls();
 
 }  // namespace machine

@@ -24,7 +24,6 @@ namespace machine {
 namespace {
 
 constexpr unsigned kStreamNonBlocking = 1;
-constexpr unsigned kEventDisableTiming = 2;
 constexpr int kPointerMemoryType = 2;
 constexpr unsigned kMemoryOfDevice = 2;
 constexpr int kUninitialised = 3;
@@ -232,40 +231,10 @@ int launch(CUstream_st* stream, std::vector<FormulaLaunch> formulas, const Graph
 int tell(CUstream_st*, const std::shared_ptr<Bindings>&, uint64_t) { return 0; }
 int expect(CUstream_st*, const std::shared_ptr<Bindings>&, uint64_t) { return 0; }
 
-namespace {
-
-class DriverStream final : public SideStream {
- public:
-  ~DriverStream() override {
-    if (stream_ != nullptr) driver().cuStreamDestroy(stream_);
-    for (CUevent_st* event : {forked_, joined_})
-      if (event != nullptr) driver().cuEventDestroy(event);
-  }
-  bool open() {
-    return driver().cuStreamCreate(&stream_, kStreamNonBlocking) == 0 &&
-           driver().cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
-           driver().cuEventCreate(&joined_, kEventDisableTiming) == 0;
-  }
-  CUstream_st* stream() override { return stream_; }
-  int fork(CUstream_st* from) override { return follow(stream_, from, forked_); }
-  int join(CUstream_st* to) override { return follow(to, stream_, joined_); }
-
- private:
-  static int follow(CUstream_st* after, CUstream_st* before, CUevent_st* event) {
-    const int result = driver().cuEventRecordWithFlags(event, before, 0);
-    return result != 0 ? result : driver().cuStreamWaitEvent(after, event, 0);
-  }
-
-  CUstream_st* stream_ = nullptr;
-  CUevent_st* forked_ = nullptr;
-  CUevent_st* joined_ = nullptr;
-};
-
-}  // namespace
-
-std::unique_ptr<SideStream> openSideStream() {
-  auto opened = std::make_unique<DriverStream>();
-  return opened->open() ? std::move(opened) : nullptr;
+StreamCalls streamCalls() {
+  const auto& table = driver();
+  return {table.cuStreamCreate, table.cuStreamDestroy,        table.cuEventCreate,
+          table.cuEventDestroy, table.cuEventRecordWithFlags, table.cuStreamWaitEvent};
 }
 
 }  // namespace machine

@@ -34,9 +34,6 @@ extern "C" int cuEventRecordWithFlags(CUevent_st*, CUstream_st*, unsigned);
 namespace machine {
 namespace {
 
-constexpr unsigned kStreamNonBlocking = 1;
-constexpr unsigned kEventDisableTiming = 2;
-
 struct Launch {
   std::vector<FormulaLaunch> formulas;
   Graph graph;
@@ -158,39 +155,9 @@ int expect(CUstream_st* stream, const std::shared_ptr<Bindings>& bindings, uint6
       bindings, number);
 }
 
-namespace {
-
-class DriverStream final : public SideStream {
- public:
-  ~DriverStream() override {
-    if (stream_ != nullptr) cuStreamDestroy_v2(stream_);
-    for (CUevent_st* event : {forked_, joined_})
-      if (event != nullptr) cuEventDestroy_v2(event);
-  }
-  bool open() {
-    return cuStreamCreate(&stream_, kStreamNonBlocking) == 0 && cuEventCreate(&forked_, kEventDisableTiming) == 0 &&
-           cuEventCreate(&joined_, kEventDisableTiming) == 0;
-  }
-  CUstream_st* stream() override { return stream_; }
-  int fork(CUstream_st* from) override { return follow(stream_, from, forked_); }
-  int join(CUstream_st* to) override { return follow(to, stream_, joined_); }
-
- private:
-  static int follow(CUstream_st* after, CUstream_st* before, CUevent_st* event) {
-    const int result = cuEventRecordWithFlags(event, before, 0);
-    return result != 0 ? result : cuStreamWaitEvent(after, event, 0);
-  }
-
-  CUstream_st* stream_ = nullptr;
-  CUevent_st* forked_ = nullptr;
-  CUevent_st* joined_ = nullptr;
-};
-
-}  // namespace
-
-std::unique_ptr<SideStream> openSideStream() {
-  auto opened = std::make_unique<DriverStream>();
-  return opened->open() ? std::move(opened) : nullptr;
+StreamCalls streamCalls() {
+  return {cuStreamCreate,    cuStreamDestroy_v2,     cuEventCreate,
+          cuEventDestroy_v2, cuEventRecordWithFlags, cuStreamWaitEvent};
 }
 
 }  // namespace machine

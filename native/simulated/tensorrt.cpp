@@ -32,6 +32,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "side_stream.h"
 #include "stubs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -419,7 +420,7 @@ bool Context::setTensorAddress(char const* name, void* data) noexcept {
 // The first launch allocates: not in a capture, where the driver forbids it.
 bool Context::takeOwnMemory() {
   const Plan& plan = *engine_.plan;
-  if (plan.auxiliary && !side_) side_ = machine::openSideStream();
+  if (plan.auxiliary && !side_) side_ = machine::SideStream::open();
   if (plan.auxiliary && !side_) return refuse("no stream could be made");
   if (ownMemory_ != 0 || plan.firstBytes == 0) return true;
   const int allocated = machine::allocate(&ownMemory_, plan.firstBytes);

@@ -50,23 +50,7 @@ void runsInOrder() {
   Executor& executor = *fixture.executor;
   CHECK(executor.load(fixture.plan.path, fixture.plan.identity) == fixture.engine);
   for (int launches = 1; launches < 8; launches++) checkGood(executor, fixture.engine, launches);
-  std::vector<std::unique_ptr<Run>> runs;
-  std::vector<int> order;
-  std::promise<void> last;
-  for (int index = 0; index < 200; index++) {
-    runs.push_back(std::make_unique<Run>());
-    Submission& submission = *runs.back()->submission;
-    fill(submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 1 + index % 4);
-    submission.onDone = [&, index](Outcome outcome) {
-      CHECK(!outcome.error);
-      CHECK(floatsOf(outcome.results.at(0)) == expected(1 + index % 4));
-      order.push_back(index);
-      if (index == 199) last.set_value();
-    };
-    executor.submit(runs.back()->submission);
-  }
-  last.get_future().wait();
-  for (int index = 0; index < 200; index++) CHECK(order[static_cast<size_t>(index)] == index);
+  checkInOrder(executor, fixture.engine, 200);
 }
 
 void runsAhead() {
@@ -74,7 +58,7 @@ void runsAhead() {
   Executor& executor = *fixture.executor;
   const auto registers = executor.createRegisters(2 * kRegisterBytes);
   for (int round = 0; round < 50; round++) {
-    Run first, second, failing, after;
+    Run first, second;
     fill(*first.submission, registers, fixture.engine, 2);
     // Two launches end in the second register, which this one reads.
     fill(*second.submission, registers, fixture.engine, 2, true);

@@ -49,23 +49,7 @@ void runsInOrder() {
   CHECK(counts.uploads == 1 && counts.kernels == 5 && counts.downloads == 1 + 5);
 
   // Several at once, which end in order.
-  std::vector<std::unique_ptr<Run>> runs;
-  std::vector<int> order;
-  std::promise<void> last;
-  for (int index = 0; index < 20; index++) {
-    runs.push_back(std::make_unique<Run>());
-    Submission& submission = *runs.back()->submission;
-    fill(submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 1 + index % 4);
-    submission.onDone = [&, index](Outcome outcome) {
-      CHECK(!outcome.error);
-      CHECK(floatsOf(outcome.results.at(0)) == expected(1 + index % 4));
-      order.push_back(index);
-      if (index == 19) last.set_value();
-    };
-    executor.submit(runs.back()->submission);
-  }
-  last.get_future().wait();
-  for (int index = 0; index < 20; index++) CHECK(order[static_cast<size_t>(index)] == index);
+  checkInOrder(executor, fixture.engine, 20);
 }
 
 void runsAhead() {

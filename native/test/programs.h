@@ -158,6 +158,27 @@ inline void checkGood(Executor& executor, const std::shared_ptr<Engine>& engine,
   CHECK(run.reports.size() == static_cast<size_t>(launches));
 }
 
+// So many submissions at once, which end in order, each with its own result.
+inline void checkInOrder(Executor& executor, const std::shared_ptr<Engine>& engine, int count) {
+  std::vector<std::unique_ptr<Run>> runs;
+  std::vector<int> order;
+  std::promise<void> last;
+  for (int index = 0; index < count; index++) {
+    runs.push_back(std::make_unique<Run>());
+    Submission& submission = *runs.back()->submission;
+    fill(submission, executor.createRegisters(2 * kRegisterBytes), engine, 1 + index % 4);
+    submission.onDone = [&, index](Outcome outcome) {
+      CHECK(!outcome.error);
+      CHECK(floatsOf(outcome.results.at(0)) == expected(1 + index % 4));
+      order.push_back(index);
+      if (index == count - 1) last.set_value();
+    };
+    executor.submit(runs.back()->submission);
+  }
+  last.get_future().wait();
+  for (int index = 0; index < count; index++) CHECK(order[static_cast<size_t>(index)] == index);
+}
+
 // An open executor with one engine; everything is freed at the end.
 struct Fixture {
   explicit Fixture(const std::string& text = affinePlan(4096, 0))

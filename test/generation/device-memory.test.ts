@@ -76,8 +76,9 @@ describe("a picture", () => {
     }) as const;
 
   it("that fits is not refused, and a larger one is, with its size and both numbers", () => {
-    checkPictureMemory(half, device, drawn(64));
-    const error = refusal(() => checkPictureMemory(half, device, drawn(8192)));
+    const { draw } = deviceMemoryNeeded(half, device.widening);
+    checkPictureMemory(half, device, draw, drawn(64));
+    const error = refusal(() => checkPictureMemory(half, device, draw, drawn(8192)));
     expect(error.message).toMatch(/^A picture of 8192 x 8192 needs about .* for weights, but A card has/);
     expect(error.needed).toBeGreaterThan(error.available);
     expect(error.available).toBe(gigabyte);
@@ -86,22 +87,24 @@ describe("a picture", () => {
   it("takes twice as much in float32", () => {
     const needed = (library: GraphLibrary) => {
       const { draw } = deviceMemoryNeeded(library, device.widening);
-      return refusal(() => checkPictureMemory(library, { ...device, memoryBytes: draw }, drawn(1024))).needed - draw;
+      return (
+        refusal(() => checkPictureMemory(library, { ...device, memoryBytes: draw }, draw, drawn(1024))).needed - draw
+      );
     };
     expect(needed(graphs)).toBe(2 * needed(half));
   });
 
   it("takes more where attention holds all of its scores", () => {
     const needed = (holdsScores: boolean) =>
-      refusal(() => checkPictureMemory(half, { ...device, memoryBytes: 1, holdsScores }, drawn(2048))).needed;
+      refusal(() => checkPictureMemory(half, { ...device, memoryBytes: 1, holdsScores }, 0, drawn(2048))).needed;
     expect(needed(true)).toBeGreaterThan(needed(false));
   });
 
   it("with values that no buffer can hold is refused", () => {
     const limited = { ...device, memoryBytes: 1000 * gigabyte, largestBuffer: 2 ** 22 };
-    expect(refusal(() => checkPictureMemory(half, limited, drawn(2048))).message).toMatch(
+    expect(refusal(() => checkPictureMemory(half, limited, 0, drawn(2048))).message).toMatch(
       /^A picture of 2048 x 2048 has values of .* buffers of A card hold at most/,
     );
-    checkPictureMemory(half, limited, drawn(64));
+    checkPictureMemory(half, limited, 0, drawn(64));
   });
 });

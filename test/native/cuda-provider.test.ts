@@ -27,6 +27,7 @@ import { cudaDiagnosis, findCuda, findCudaProvider } from "../../lib/runtimes/on
 import { readSharedLibrary } from "../../lib/runtimes/onnxruntime/elf.js";
 import { loadFolder } from "../../lib/runtimes/onnxruntime/load-folder.js";
 import { scaleGraph } from "../runtimes/models.js";
+import { cudaProvider, noCudaProvider } from "../support/cuda.js";
 import { root } from "../support/fixtures.js";
 import { describeAddons, temporaryFolder } from "./support.js";
 
@@ -433,15 +434,13 @@ describeAddons("the folder to load through", () => {
     expect(() => failure("/nowhere")).toThrow(/nowhere\/libonnxruntime\.so\.1: cannot open shared object file/);
   });
 
-  const fetched = path.join(root, ".cache/onnxruntime-cuda");
-  const real = existsSync(path.join(fetched, "libonnxruntime_providers_cuda.so")) ? fetched : null;
-  const lacks = hasDriver ? "there is a driver" : !real && "run `npm run fetch:onnxruntime-cuda`";
+  const lacks = hasDriver ? "there is a driver" : noCudaProvider;
   it.skipIf(lacks)(
     `takes the real provider up to the missing driver${lacks ? ` (skipped: ${lacks})` : ""}`,
     async () => {
       driver(newest);
-      const found = await findCudaProvider({ folder: real! });
-      expect(found).toMatchObject({ folder: real, version });
+      const found = await findCudaProvider({ folder: cudaProvider });
+      expect(found).toMatchObject({ folder: cudaProvider, version });
       const through = await loadFolder(
         { folder: found.folder!, runtimeFolder: found.runtimeFolder! },
         temporaryFolder(),

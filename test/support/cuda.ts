@@ -10,9 +10,11 @@ import path from "node:path";
 import { loadFolder } from "../../lib/runtimes/onnxruntime/load-folder.js";
 import { root } from "./fixtures.js";
 
-const cache = path.join(root, ".cache/onnxruntime-cuda");
-const provider = path.join(cache, "libonnxruntime_providers_cuda.so");
 const { version } = JSON.parse(readFileSync(path.join(root, "node_modules/onnxruntime-node/package.json"), "utf8"));
+/** Where the script puts it. */
+export const cudaProvider = path.join(root, `.cache/onnxruntime-cuda-${version}`);
+const provider = path.join(cudaProvider, "libonnxruntime_providers_cuda.so");
+const cache = path.join(root, ".cache/pretended-cuda");
 
 /** Why the provider is not here; null if it is. */
 export const noCudaProvider =
@@ -63,12 +65,12 @@ let made: Promise<{ readonly env: Record<string, string>; readonly libraries: st
 /** Variables and folder of a process that compiles for the provider. */
 export function pretendedCuda(): NonNullable<typeof made> {
   made ??= (async () => {
-    const folder = path.join(cache, `pretended-${version}`);
+    const folder = path.join(cache, version);
     if (!existsSync(folder)) make(folder);
     const native = path.join(root, "node_modules/onnxruntime-node/bin/napi-v6/linux/x64");
     return {
       env: { LD_LIBRARY_PATH: folder },
-      libraries: await loadFolder({ folder: cache, runtimeFolder: native }, path.join(cache, "links")),
+      libraries: await loadFolder({ folder: cudaProvider, runtimeFolder: native }, path.join(cache, "links")),
     };
   })();
   return made;

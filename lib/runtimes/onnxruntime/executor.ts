@@ -7,6 +7,7 @@
 import { setImmediate } from "node:timers/promises";
 import type * as ort from "onnxruntime-node";
 import type { Tensor } from "../../common/tensor.js";
+import { messageOf } from "../../common/text.js";
 import type { CopyRows, Launch, Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
 import { gpuFailure } from "./gpu-failures.js";
@@ -247,8 +248,4 @@ function present(values: ReadonlyMap<string, ort.Tensor>, name: string, where: s
 
 function failure(message: string): RunFailure {
   return new RunFailure({ kind: "runtime", message });
-}
-
-export function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
 }

@@ -10,8 +10,9 @@
 import { setTimeout } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
+import { messageOf } from "../../common/text.js";
 import { probeDevice } from "./device-probe.js";
-import { Executor, messageOf, RunFailure } from "./executor.js";
+import { Executor, RunFailure } from "./executor.js";
 import { openThrough } from "./open-through.js";
 import { unpack } from "./packing.js";
 import type { Asked, FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";

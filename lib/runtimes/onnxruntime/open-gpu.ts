@@ -1,9 +1,9 @@
 /** What the rows of ONNX Runtime's GPU providers have in common. */
 
 import { thisPlatform } from "../../common/platform.js";
+import { messageOf } from "../../common/text.js";
 import { InstallationError, RuntimeUnavailableError } from "../../errors.js";
 import { whyUnsupported } from "./binaries.js";
-import { messageOf } from "./executor.js";
 import type { OnnxRuntime } from "./onnxruntime.js";
 import type { DeviceFeatures } from "./protocol.js";
 

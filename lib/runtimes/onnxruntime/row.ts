@@ -1,10 +1,10 @@
 /** ONNX Runtime on the CPU in the table of runtimes. */
 
 import { processors, usableThreads } from "../../common/cpu.js";
+import { messageOf } from "../../common/text.js";
 import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
-import { messageOf } from "./executor.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { unsupported } from "./open-gpu.js";
 import { resolveWeights } from "./weights.js";
