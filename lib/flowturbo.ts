@@ -137,7 +137,13 @@ export class FlowTurbo implements ImageModel {
         opened,
         await store.read(),
         {
-          ...{ ladder, text, logger, templates: new Templates(checkpoint, text) },
+          ...{
+            ladder,
+            calibrated: checkpoint.schedules.calibrated,
+            text,
+            logger,
+            templates: new Templates(checkpoint, text),
+          },
           ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
           allowPaths: checked.allowPaths,
           captured: checked.capture && runtime.capabilities.capture,
@@ -279,11 +285,11 @@ export class FlowTurbo implements ImageModel {
   }
 
   /** @throws MemoryError if the device cannot hold what one picture takes */
-  #checkMemory({ candidates, guidanceScale, sequenceLength }: Request): void {
+  #checkMemory({ candidates, guidance, sequenceLength }: Request): void {
     if (!this.#held) return;
     const { device, draw } = this.#held;
     for (const stage of candidates[0].stages)
-      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidanceScale !== null });
+      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidance.isOn });
   }
 
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
@@ -415,7 +421,11 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
  * @throws CheckpointError for an entry that is no schedule
  */
 function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] {
-  const { folder, ladder, refiner } = checkpoint;
+  const {
+    folder,
+    refiner,
+    schedules: { ladder },
+  } = checkpoint;
   const own = (ladder ?? []).map((text) => {
     try {
       return parseBlocks(text);

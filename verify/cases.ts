@@ -113,7 +113,7 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
     const stages = await Promise.all(
-      sizes.map((size, index) => stageOf(checkpoint, size, blocks[index]!, index, batch, inpainted, inputs)),
+      sizes.map((size, index) => stageOf(checkpoint, size, blocks[index]!, index, batch, inpainted, inputs, guided)),
     );
     cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, guided) });
   }
@@ -170,6 +170,7 @@ async function stageOf(
   batch: number,
   inpainted: boolean,
   inputs: Inputs,
+  guided: boolean,
 ): Promise<{ readonly stage: SamplingStage; readonly values: SamplingValues["stages"][number] }> {
   const { scheduler } = checkpoint;
   const latentShape = latentShapeOf(checkpoint, batch, { width, height });
@@ -181,7 +182,7 @@ async function stageOf(
     positions[type] = { kind: "value", tensor: await stored(constant as StoredConstant) };
   return {
     stage: {
-      ...{ schedule: scheduleOf(parsed, sigmas), latentShape, positions },
+      ...{ schedule: scheduleOf(parsed, sigmas, { guidance: guided ? 4 : null }), latentShape, positions },
       ...{ hasInit: inpainted, hasMask: inpainted },
     },
     values: {
@@ -199,15 +200,17 @@ function schedule(
 ): Program {
   const { program } = samplingTemplate({
     stages: stages.map(({ stage }) => stage),
-    contextShape: condition.context.shape as [number, number, number],
-    pooledShape: condition.pooled.shape as [number, number],
-    guidanceScale: guided ? 4 : null,
+    contextShape: condition.context.shape.slice(1) as [number, number],
+    pooledShape: condition.pooled.shape.slice(1) as [number],
     vaeFactor: vae.config.factor,
     imageChannels: vae.config.outChannels,
     // Compared, as the pictures are.
     keepsLatents: true,
   });
-  return bind(program, slotValues({ stages: stages.map(({ values }) => values), ...condition }));
+  return bind(
+    program,
+    slotValues({ stages: stages.map(({ values }) => values), [guided ? "guided" : "alone"]: condition }),
+  );
 }
 
 const constants = new ConstantReader();

@@ -4,11 +4,22 @@ export {
   type BlockRow,
   blocksForEach,
   blockTable,
+  type Combination,
   formatBlocks,
   longestSchedule,
   parseBlocks,
   type StepType,
+  type UnmetNeed,
+  unmetNeed,
+  type Weights,
 } from "./blocks.js";
+export {
+  type CalibratedSchedule,
+  type FittedSchedule,
+  fittedFor,
+  rowsOf,
+} from "./calibrated.js";
+export { bestGrids, type Gram, gramOf } from "./grid-search.js";
 export {
   defaultLadder,
   defaultSampler,
@@ -23,15 +34,20 @@ export {
   planSteps,
   type Schedule,
   type StepLaunch,
+  type StepWeights,
   scheduleOf,
   stepTypesOf,
 } from "./schedule.js";
 export {
   diffusersSigmas,
   type GridName,
+  givenSigmas,
+  type SchedulerSettings,
+  type SigmaSettings,
   shiftedSigmas,
   shiftSigma,
   sigmaGrids,
+  sigmaSettings,
   skippedBlocks,
   upscaleSigmas,
 } from "./sigmas.js";

@@ -6,7 +6,7 @@
 import { table } from "../common/table.js";
 import type { Block } from "./blocks.js";
 import { countEvaluations } from "./schedule.js";
-import type { GridName } from "./sigmas.js";
+import { dpmSolverSigmas, type Grid, type GridName, uniPCSigmas } from "./sigmas.js";
 
 export interface SamplerRow {
   /** Number of blocks where none is given. */
@@ -15,6 +15,10 @@ export interface SamplerRow {
   readonly grid: GridName;
   /** Whether blocks may be given in place of a number of steps. */
   readonly takesBlocks: boolean;
+  /** The grid "diffusers", where diffusers' scheduler of that name has one of its own. */
+  readonly diffusersSigmas?: Grid;
+  /** Whether the networks get the noise level in whole training steps, as in diffusers. */
+  readonly wholeTimesteps?: boolean;
   /** The blocks for a number of steps, at least 1. */
   readonly blocks: (steps: number, hasRefiner: boolean) => Block[];
 }
@@ -36,6 +40,14 @@ const rows = table<SamplerRow>()({
     },
   },
   euler: { steps: 28, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("E", steps) },
+  dpmpp_2m: {
+    ...{ steps: 20, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("D", steps) },
+    ...{ diffusersSigmas: dpmSolverSigmas, wholeTimesteps: true },
+  },
+  unipc: {
+    ...{ steps: 20, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("U", steps) },
+    ...{ diffusersSigmas: uniPCSigmas, wholeTimesteps: true },
+  },
   heun: { steps: 28, grid: "shifted", takesBlocks: false, blocks: (steps) => repeat("H", steps) },
 });
 

@@ -45,7 +45,7 @@ describe.each(fixtureNames)("%s", (name) => {
     });
     expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
-    expect(result.evaluations).toEqual({ predictor: 7, refiner: 2 });
+    expect(result.evaluations).toEqual({ predictor: 7, refiner: 2, rows: 14 });
     expect(result.stages.map(({ width, blocks }) => `${width} ${blocks}`)).toEqual(["64 H1P2R1", "128 H1P1"]);
   });
 
@@ -233,7 +233,7 @@ describe("inpainting with any schedule", () => {
     const original = await sharp(image).raw().toBuffer();
     for (const picture of images) expect(Buffer.from(picture.data).equals(original)).toBe(true);
     expect(warnings.join()).toMatch(/mask is black everywhere.*this is the original\./);
-    expect(evaluations).toEqual({ predictor: 0, refiner: 0 });
+    expect(evaluations).toEqual({ predictor: 0, refiner: 0, rows: 0 });
   });
 });
 
