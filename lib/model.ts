@@ -524,6 +524,85 @@ export interface ProfileOptions {
   onProgress?: ((progress: ProfileProgress) => void) | undefined;
 }
 
+/** Options of `FlowTurbo.calibrate`. */
+export interface CalibrateOptions {
+  /** Sizes of pictures. Default: the model's native size. */
+  sizes?: readonly Size[] | undefined;
+  /** Guidance scales, 1 to 1000; 1 is without guidance. Scales between two of them are interpolated. Default: `[4.5]`. */
+  guidanceScales?: readonly number[] | undefined;
+  /** Numbers of steps, 2 to 28 each. Default: 3 to 12. */
+  steps?: readonly number[] | undefined;
+  /**
+   * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with. The first two thirds are fitted to, the
+   * rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
+   */
+  prompts?: readonly string[] | undefined;
+  /** Pictures that are fitted to, 2 to 256; half as many decide between fits. Default: 16. */
+  pictures?: number | undefined;
+  /** Seed of the first picture. Default: 0. */
+  seed?: number | undefined;
+  /** Pictures in a launch, 1 to 256. Default: 8, or 1 where each batch needs an engine. */
+  batch?: number | undefined;
+  /** File to write. Default: `schedules.json` in the model's folder, or in the cache if that cannot be written. */
+  file?: string | undefined;
+  /** Fits again what the file holds already, in place of going on. Default: false. */
+  reset?: boolean | undefined;
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
+  maxSequenceLength?: number | undefined;
+  /** Aborts calibrating: the call rejects with `signal.reason`. What was found until then is kept. */
+  signal?: AbortSignal | undefined;
+  /** Called as calibrating proceeds. */
+  onProgress?: ((progress: CalibrateProgress) => void) | undefined;
+}
+
+/** Sent while a model is calibrated. */
+export interface CalibrateProgress {
+  /** `reference`: runs of many steps; `fitting`: a schedule is fitted to them. */
+  readonly phase: "reference" | "fitting";
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Guidance scale of the present schedules. */
+  readonly guidanceScale: number;
+  /** Schedules that are done, and of the reference its part. */
+  readonly done: number;
+  /** Schedules that were asked for. */
+  readonly total: number;
+}
+
+/** A calibrated schedule as schedules.json holds it. */
+export interface CalibratedEntry {
+  /** Pixels of the pictures that it was fitted to. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Guidance scale that it was fitted to; 1 for none. */
+  readonly guidanceScale: number;
+  /** For each step whether it is guided. */
+  readonly guided: readonly boolean[];
+  /** Rows of the transformer for a picture: two for a guided step. */
+  readonly rows: number;
+  /** Noise levels, one more than steps, from 1 to 0. */
+  readonly sigmas: readonly number[];
+  /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
+  readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Mean PSNR to the reference of 100 evaluations, dB: of the pictures that it was fitted to, of those that decided, and of the latter with the usual schedule. */
+  readonly psnr: { readonly fitted: number; readonly held: number; readonly uncalibrated: number };
+  /** Pictures that it was fitted to. */
+  readonly pictures: number;
+  /** Seed of the first of them. */
+  readonly seed: number;
+}
+
+/** What `FlowTurbo.calibrate` gives. */
+export interface Calibration {
+  /** The file that holds the schedules. */
+  readonly file: string;
+  /** The schedules for all that was asked for. */
+  readonly schedules: readonly CalibratedEntry[];
+}
+
 /** Sent while engines are compiled. */
 export interface EngineProgress {
   /** Name of the engine's graph. */

@@ -12,6 +12,7 @@ import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import type {
   AcceptEvent,
+  CalibrateProgress,
   EngineProgress,
   HandlerOptions,
   LoadProgress,
@@ -436,6 +437,47 @@ export const profileSchema = z.strictObject({
   maxSequenceLength: tokens,
   signal: optional(abortSignal, "aborts measuring"),
   onProgress: optional(callback<(progress: ProfileProgress) => void>(), "called as measuring proceeds"),
+});
+
+export const calibrateSchema = z.strictObject({
+  sizes: profileSchema.shape.sizes,
+  guidanceScales: defaulted(
+    kind(list(z.number().min(1).max(1000), 1, 64), "a list of numbers from 1 to 1000"),
+    [4.5],
+    "guidance scales to calibrate for, such as 2,4.5,7; those between are interpolated; 1 is without guidance",
+    "--guidance <list>",
+  ),
+  steps: defaulted(
+    kind(list(z.int().min(2).max(28), 1, 27), "a list of whole numbers from 2 to 28"),
+    [3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    "numbers of steps to find schedules for",
+    "--steps <list>",
+  ),
+  prompts: optional(
+    kind(list(text.min(1), 2, 1024), "a list of at least 2 prompts"),
+    "what the pictures show that schedules are fitted to (default: prompts.txt of the model, or a list of the package's)",
+  ),
+  pictures: defaulted(integer(2, 256), 16, "pictures that schedules are fitted to", "--pictures <n>"),
+  seed: defaulted(
+    integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
+    0,
+    "seed of the first picture",
+    "--seed <n>",
+  ),
+  batch: optional(
+    integer(1, 256),
+    "pictures in a launch (default: 8, or 1 where each batch needs an engine)",
+    "--batch <n>",
+  ),
+  file: optional(
+    kind(z.string().min(1), "the path of a file"),
+    "file to write (default: schedules.json in the model's folder, or in the cache if that cannot be written)",
+    "--out <file>",
+  ),
+  reset: defaulted(boolean, false, "fit again what the file holds already", "--reset"),
+  maxSequenceLength: tokens,
+  signal: optional(abortSignal, "aborts calibrating"),
+  onProgress: optional(callback<(progress: CalibrateProgress) => void>(), "called as calibrating proceeds"),
 });
 
 export const compileSchema = z.strictObject({

@@ -21,6 +21,7 @@ import {
 import { allFinite } from "../program/validate.js";
 import {
   type Block,
+  blocksGrid,
   type CalibratedSchedule,
   defaultSampler,
   type FittedSchedule,
@@ -46,8 +47,8 @@ import type { PromptEncoder } from "./text.js";
 /** What a request has to know of a model. */
 export interface ModelFacts {
   readonly checkpoint: Checkpoint;
-  /** Schedules for time limits, the richest first. */
-  readonly ladder: readonly (readonly Block[])[];
+  /** Schedules for time limits, the richest first: blocks, or numbers of steps. */
+  readonly ladder: readonly (readonly Block[] | number)[];
   /** Schedules that were calibrated for the model. */
   readonly calibrated: readonly CalibratedSchedule[];
   readonly text: Pick<PromptEncoder, "defaultSequenceLength" | "maxSequenceLength">;
@@ -197,7 +198,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     edit:
       image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
     pinBatch: options.pinBatch ?? model.pinBatch,
-    grid: options.grid ?? samplers[sampler]!.grid,
+    grid: options.grid ?? (options.blocks === undefined && stages === undefined ? samplers[sampler]!.grid : blocksGrid),
   };
 }
 
@@ -425,7 +426,8 @@ function firstStage(
     );
   const skipped = options.image === undefined ? zeroInit : skippedBlocks(count, strength);
   // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
-  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, checkpoint.refiner !== null);
+  const guidance = Math.max(1, ...Array.from({ length: count }, (_, step) => scale(step) ?? 1));
+  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, guidance);
   if (blocks && unmetNeed(run))
     throw zeroInit
       ? new OptionError(
@@ -438,8 +440,8 @@ function firstStage(
         );
   checkSize(checkpoint, size, stepTypesOf(run));
   const latentShape = latentShapeOf(checkpoint, pictures, size);
-  const settings = sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options);
-  const grid = options.grid ?? row.grid;
+  const settings = { ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options), guidance };
+  const grid = options.grid ?? (blocks ? blocksGrid : row.grid);
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const sigmas = options.sigmas ? givenSigmas(options.sigmas, settings) : spacing(count, settings);
   const schedule = scheduleOf(run, sigmas.slice(skipped), {

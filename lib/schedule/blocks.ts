@@ -9,6 +9,7 @@
 import { table } from "../common/table.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
+import { stiffness } from "./stiffness.js";
 
 /** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
 export type StepType = "predict" | "refine";
@@ -75,6 +76,8 @@ export interface BlockPlace {
   readonly next: string | null;
   /** Noise levels at which the velocities so far were evaluated, the latest first; of the first of them v is there. */
   readonly velocities: readonly number[];
+  /** The largest guidance scale of the schedule; 1 without guidance. */
+  readonly guidance: number;
 }
 
 /** A row of the table of blocks. */
@@ -147,9 +150,35 @@ function ratioOf(sigmas: readonly number[], index: number): number {
  * k = (1 − σ'/σ)·r/2 that is x' = x + h·w + k·d, d = x₀ − x₀₋ = m − σ·w, and the memory m = σ·w₋ + k₋·d₋ goes on as
  * m' = σ'·w + k·(m − σ·w). The first step of a run and the one to σ = 0 are of first order, k = 0.
  */
-function dpmSolver2M({ from, to, h, sigmas, index, run, next }: BlockPlace): Evaluation {
-  const k = index === run ? 0 : (1 - to / from) * (ratioOf(sigmas, index) / 2);
-  const goesOn = next === "D";
+function dpmSolver2M(place: BlockPlace): Evaluation {
+  const { sigmas, index, run } = place;
+  return dataPrediction(place, "D", index === run ? 0 : ratioOf(sigmas, index) / 2);
+}
+
+/**
+ * The same where extrapolation is held back as far as the schedule is stiff (m, see stiffness.ts): r/2 becomes r/(2·m), and the two
+ * steps for which r says nothing, the second one and the one to σ = 0, have 1/(2·m⁶) and 1/(4·m⁶). With four steps or fewer the last one
+ * is of first order.
+ */
+function heldBack(place: BlockPlace): Evaluation {
+  const { sigmas, index, run, guidance } = place;
+  const steps = sigmas.length - 1;
+  const m = stiffness(steps, guidance);
+  const isLast = index === steps - 1;
+  const factor = isLast
+    ? steps > 4
+      ? 1 / (4 * m ** 6)
+      : 0
+    : index === run + 1
+      ? 1 / (2 * m ** 6)
+      : ratioOf(sigmas, index) / (2 * m);
+  return dataPrediction(place, "M", index === run ? 0 : factor);
+}
+
+/** @param factor of x₀ − x₀₋ in the data prediction */
+function dataPrediction({ from, to, h, next }: BlockPlace, letter: "D" | "M", factor: number): Evaluation {
+  const k = (1 - to / from) * factor;
+  const goesOn = next === letter;
   const combination: Combination = { x: [0, k, 0], first: [to - k * from, k, 0], second: [0, 0, 0] };
   return {
     ...{ type: "predict", sigma: from, aIn: 0, aOld: 0, aNew: h - k * from, keepsVelocity: true },
@@ -224,6 +253,7 @@ const rows = table<BlockRow>()({
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
   },
   S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
+  M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },
   D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver2M(place)] },
   U: { name: "UniPC", needs: 0, ownsMemory: true, evaluations: (place) => [uniPC(place)] },
 });
@@ -291,7 +321,7 @@ export function unmetNeed(blocks: readonly Block[]): UnmetNeed | null {
 /** Where it does not matter which noise levels a block has. */
 const anyPlace: BlockPlace = {
   ...{ from: 0.6, to: 0.4, h: -0.2, sigmas: [0.6, 0.4], index: 0, run: 0, next: null },
-  velocities: [0.9, 0.8],
+  ...{ velocities: [0.9, 0.8], guidance: 1 },
 };
 
 /** @param what what is wrong: "The blocks "R2"" */

@@ -4,6 +4,8 @@
  * evaluated for it.
  */
 
+import { isDue, rest } from "../common/turns.js";
+
 /**
  * A run of many steps, as inner products of one picture's states x₀ … x_M at `levels` and velocities v₀ … v_(M−1), in this order: a
  * symmetric matrix of 2M + 1 rows, row by row.
@@ -11,7 +13,7 @@
 export type Gram = Float64Array;
 
 /** Inner products of vectors, each of the same length. */
-export function gramOf(vectors: readonly ArrayLike<number>[]): Gram {
+export async function gramOf(vectors: readonly ArrayLike<number>[]): Promise<Gram> {
   const n = vectors.length;
   const gram = new Float64Array(n * n);
   for (let a = 0; a < n; a++)
@@ -20,6 +22,7 @@ export function gramOf(vectors: readonly ArrayLike<number>[]): Gram {
       let sum = 0;
       for (let i = 0; i < left.length; i++) sum += left[i]! * right[i]!;
       gram[a * n + b] = gram[b * n + a] = sum;
+      if (isDue()) await rest();
     }
   return gram;
 }

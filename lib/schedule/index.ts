@@ -21,8 +21,9 @@ export {
 } from "./calibrated.js";
 export { bestGrids, type Gram, gramOf } from "./grid-search.js";
 export {
-  defaultLadder,
+  blocksGrid,
   defaultSampler,
+  ladderSteps,
   type SamplerName,
   type SamplerRow,
   samplers,

@@ -83,6 +83,8 @@ export function planSteps(
     throw new RangeError(`${blocks.length} blocks need weights for each; got ${weights.length}.`);
   const unmet = unmetNeed(blocks);
   if (unmet) throw new RangeError(`A block ${unmet.letter} needs a velocity from a block before it.`);
+  const scales = blocks.map((_, block) => (typeof guidance === "function" ? guidance(block) : guidance));
+  const largest = Math.max(1, ...scales.map((each) => each ?? 1));
   const launches: StepLaunch[] = [];
   let velocities: readonly number[] = [];
   let run = 0;
@@ -90,11 +92,11 @@ export function planSteps(
   for (const [index, letter] of blocks.entries()) {
     if (letter !== blocks[run]) run = index;
     const [from, to] = [sigmas[index]!, sigmas[index + 1]!];
-    const place = { from, to, h: to - from, sigmas, index, run, next: blocks[index + 1] ?? null, velocities };
+    const next = blocks[index + 1] ?? null;
+    const place = { from, to, h: to - from, sigmas, index, run, next, velocities, guidance: largest };
     const evaluations = weights ? [weighted(place, weights[index]!)] : blockTable[letter]!.evaluations(place);
     // The refiner corrects the velocity of the block before it, which is a pair where that one was guided.
-    if (evaluations.some(({ type }) => type === "predict"))
-      scale = typeof guidance === "function" ? guidance(index) : guidance;
+    if (evaluations.some(({ type }) => type === "predict")) scale = scales[index]!;
     for (const [order, each] of evaluations.entries()) {
       const sigma = steps ? Math.floor(steps * each.sigma) / steps : each.sigma;
       launches.push({ ...each, sigma, block: index, last: order === evaluations.length - 1, guidance: scale });

@@ -5,6 +5,7 @@
 
 import { table } from "../common/table.js";
 import { betaQuantile } from "./beta.js";
+import { easing, stiffness } from "./stiffness.js";
 
 /** How a scheduler shifts by the size of the picture: `use_dynamic_shifting`. */
 export interface DynamicShift {
@@ -38,6 +39,8 @@ export interface SigmaSettings extends Pick<SchedulerSettings, "numTrainTimestep
   readonly shift: number;
   /** Whether the shift follows from the size. */
   readonly isDynamic?: boolean;
+  /** The largest guidance scale; 1, which is the default, without guidance. */
+  readonly guidance?: number;
 }
 
 /**
@@ -60,6 +63,19 @@ export function sigmaSettings(
 /** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
 export function shiftSigma(u: number, shift: number): number {
   return (shift * u) / (1 + (shift - 1) * u);
+}
+
+/**
+ * Denser at both ends than evenly shifted levels, and shifted further where few steps meet strong guidance: t = i/n,
+ * u = 1 − (t − a·sin(2πt)/(2π)), shifted by s·m, with m and a of stiffness.ts. For the blocks M and U.
+ */
+function easedSigmas(blocks: number, { shift, guidance = 1 }: SigmaSettings): number[] {
+  const [m, a] = [stiffness(blocks, guidance), easing(blocks, guidance)];
+  return Array.from({ length: blocks + 1 }, (_, i) => {
+    const t = i / blocks;
+    const u = 1 - (t - (a * Math.sin(2 * Math.PI * t)) / (2 * Math.PI));
+    return i === blocks ? 0 : shiftSigma(u, shift * m);
+  });
 }
 
 /** n numbers from `from` to `to`; `from` alone for one. */
@@ -129,6 +145,7 @@ export function givenSigmas(levels: readonly number[], { shift }: SigmaSettings)
 export type Grid = (blocks: number, settings: SigmaSettings) => number[];
 
 const rows = table<Grid>()({
+  eased: easedSigmas,
   shifted: shiftedSigmas,
   diffusers: diffusersSigmas,
   karras: spaced("karras"),
