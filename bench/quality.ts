@@ -15,9 +15,9 @@ import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
-import { shiftedSigmas } from "../lib/schedule/index.js";
+import { diffusersSigmas, shiftedSigmas } from "../lib/schedule/index.js";
 import { svg } from "./plot.js";
-import { dpmSolver2M, euler, reusing, type Values, type Velocity } from "./shapes/baselines.js";
+import { euler, reusing, taylorSeer, type Values, type Velocity } from "./shapes/baselines.js";
 import { judge, score, type Verdict } from "./shapes/detector.js";
 import { Direct } from "./shapes/direct.js";
 import { Features, frechetDistance } from "./shapes/frechet.js";
@@ -84,10 +84,16 @@ const evaluationsOf = (blocks: string) =>
   [...blocks].reduce((sum, block) => sum + { E: 1, H: 2, P: 1, R: 0 }[block as "E"], 0);
 const blocksOf = (h: number, p: number, r: number) => "H".repeat(h) + "P".repeat(p) + "R".repeat(r);
 
+const calibratedFamily = "FlowTurbo, calibrated";
+const usualFamily = "FlowTurbo, uncalibrated";
+
 /** A quick look takes a cheaper one. */
 const reference = flags.quick
   ? api("reference", "H20", 40, { blocks: "H20" })
   : api("reference", "H50", 100, { blocks: "H50" });
+
+/** Numbers of steps at which every family is compared. */
+const counts = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
 
 function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
   const turbo = (family: string, h: number, p: number, r: number) => {
@@ -102,28 +108,44 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
       reusing(velocity, noise, blocks, grid),
     );
   };
-  const withR = [[1, 1, 2], [1, 2, 1], [1, 2, 2], [1, 3, 1], [1, 3, 2], [1, 4, 1], [1, 5, 1], [1, 5, 2], [1, 7, 2]] as const; // biome-ignore format: a table
+  const withR = [[1, 1, 2], [1, 2, 1], [1, 2, 2], [1, 3, 1], [1, 4, 1], [1, 5, 1]] as const; // biome-ignore format: a table
   const all = [
-    ...[10, 28].map((n) => api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n })),
-    ...[6, 8].map((n) =>
+    ...counts.map((n) => api(calibratedFamily, `calibrated ${n}`, n, { steps: n })),
+    ...counts.map((n) => api(usualFamily, `uncalibrated ${n}`, n, { steps: n, grid: "eased" })),
+    ...[...counts, 14, 20, 28].map((n) =>
+      api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n }),
+    ),
+    ...counts.map((n) =>
       api("Euler, shifted grid", `Euler ${n} shifted`, n, { sampler: "euler", steps: n, grid: "shifted" }),
     ),
     ...[...tuned].map(([n, shift]) =>
-      other("Euler, tuned grid", `Euler ${n} tuned`, n, eulerSteps(n), (velocity, noise) =>
-        euler(velocity, noise, shiftedSigmas(n, { shift })),
-      ),
+      api("Euler, tuned grid", `Euler ${n} tuned`, n, { sampler: "euler", steps: n, grid: "shifted", shift }),
     ),
-    ...[3, 4, 5, 7, 8, 10].map((n) => turbo("Heun", n, 0, 0)),
-    ...[4, 6, 8].map((n) =>
-      other("DPM-Solver++(2M)", `DPM++ ${n}`, n, eulerSteps(n), (velocity, noise) =>
-        dpmSolver2M(velocity, noise, shiftedSigmas(n, { shift: modelShift })),
-      ),
-    ),
-    ...[2, 3, 4, 6, 7, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
+    ...[3, 4, 5, 6, 8, 10].map((n) => turbo("Heun", n, 0, 0)),
+    ...[...counts, 14, 16].map((n) => api("DPM-Solver++(2M)", `DPM++ ${n}`, n, { sampler: "dpmpp_2m", steps: n })),
+    ...[...counts, 14, 16].map((n) => api("UniPC", `UniPC ${n}`, n, { sampler: "unipc", steps: n })),
+    // What each ingredient brings: a second order, noise levels of its own, and holding back.
+    ...[4, 6, 8, 10, 12].map((n) => api("Adams-Bashforth, shifted grid", `A${n} shifted`, n, { blocks: `A${n}` })),
+    ...[4, 6, 8, 10, 12].map((n) => api("M on the shifted grid", `M${n} shifted`, n, { blocks: `M${n}` })),
+    ...[4, 6, 8, 10, 12].map((n) => api("D on the eased grid", `D${n} eased`, n, { blocks: `D${n}`, grid: "eased" })),
+    ...[2, 3, 4, 6, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
     ...withR.map(([h, p, r]) => turbo("FlowTurbo H*P*R*", h, p, r)),
     ...withR.map(([h, p, r]) => reuse(h, p, r)),
+    other("TaylorSeer", "TaylorSeer 28", 14, eulerSteps(14), (velocity, noise) =>
+      taylorSeer(velocity, noise, diffusersSigmas(28, { shift: modelShift, numTrainTimesteps: 1000 })),
+    ),
   ];
-  const quick = ["Euler 10", "H4", "DPM++ 6", "H1P4", "H1P3R1", "H1P3R1 reused"];
+  const quick = [
+    "calibrated 6",
+    "uncalibrated 6",
+    "Euler 10",
+    "H4",
+    "DPM++ 6",
+    "UniPC 6",
+    "H1P4",
+    "H1P3R1",
+    "H1P3R1 reused",
+  ];
   const wanted = flags.quick ? all.filter(({ name }) => quick.includes(name)) : all;
   const only = flags.only === undefined ? null : new RegExp(flags.only);
   return only ? wanted.filter(({ name, family }) => only.test(`${family}: ${name}`)) : wanted;
@@ -138,6 +160,11 @@ const digest = (parts: readonly string[]) => {
   return hash.digest("hex").slice(0, 12);
 };
 const key = `${digest(["transformer", "vae"])}-shift${modelShift}-${size}px-g${guidance}${flags.quick ? "-quick" : ""}`;
+/** Other schedules leave what was drawn without them as it is. */
+const schedulesKey = createHash("sha256")
+  .update(readFileSync(path.join(root, "models/shapes/schedules.json")))
+  .digest("hex")
+  .slice(0, 8);
 /** Another refiner leaves what was drawn without one as it is. */
 const refinerKey = digest(["refiner"]);
 const folder = path.join(root, "bench/.work/quality", key);
@@ -199,7 +226,10 @@ async function referencePictures(shard: number): Promise<Uint8Array[]> {
   return Array.from({ length: rows }, (_, row) => bytes.subarray(row * size * size * 3, (row + 1) * size * size * 3));
 }
 
-const slugOf = ({ name, options }: Sampler) => slug(name) + (options?.blocks?.includes("R") ? `-${refinerKey}` : "");
+const slugOf = ({ name, family, options }: Sampler) =>
+  slug(name) +
+  (options?.blocks?.includes("R") ? `-${refinerKey}` : "") +
+  (family === calibratedFamily ? `-${schedulesKey}` : "");
 const recordFile = (sampler: Sampler, shard: number) => path.join(folder, `${slugOf(sampler)}-${shard}.json`);
 
 async function judgedRecord(
@@ -217,7 +247,7 @@ async function judgedRecord(
 /** The shift of Euler's grid that comes nearest to the reference, for each number of steps, on captions of its own. */
 async function tunedShifts(): Promise<Map<number, number>> {
   const file = path.join(folder, "tuned.json");
-  const numbers = flags.quick ? [] : [4, 6, 8, 14, 20, 28];
+  const numbers = flags.quick ? [] : [4, 6, 8, 10, 12, 20, 28];
   const known = new Map(existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as [number, number][]) : []);
   const missing = numbers.filter((n) => !known.has(n));
   if (missing.length > 0) {
@@ -382,55 +412,78 @@ const rows = [reference, ...contenders].map((sampler): Row => {
   };
 });
 
-/** As good as the reference: accuracy within 1 point and Fréchet distance within 5 % of it. */
 const [best] = rows as [Row, ...Row[]];
-const good = (row: Row) => row.accuracy >= best.accuracy - 0.01 && row.frechet <= best.frechet * 1.05;
-const cheapest = (families: (family: string) => boolean) =>
-  rows
-    .filter((row) => families(row.family) && good(row))
-    .reduce<Row | null>((a, b) => (a && a.time <= b.time ? a : b), null);
-const ours = cheapest((family) => family.startsWith("FlowTurbo"));
 const percent = (value: number) => (100 * value).toFixed(1);
-const rivalFamilies = {
-  Heun: "Heun",
-  "Euler on its tuned grid": "Euler, tuned grid",
-  "Euler on diffusers' grid": "Euler, diffusers' grid",
-  "DPM-Solver++(2M)": "DPM-Solver++(2M)",
-} as const;
-const rivals = Object.fromEntries(
-  Object.entries(rivalFamilies).map(([name, family]) => [name, cheapest((own) => own === family)]),
+const named = (name: string) => rows.find((row) => row.name === name);
+
+/** Families that a default is compared with at equal row evaluations. */
+const rivalFamilies = [
+  "Euler, diffusers' grid",
+  "Euler, shifted grid",
+  "Euler, tuned grid",
+  "DPM-Solver++(2M)",
+  "UniPC",
+];
+const defaults = [calibratedFamily, usualFamily];
+/** For each number of evaluations the default schedules and the best of their rivals. */
+const byCount = counts.flatMap((n) => {
+  const own = defaults.flatMap((family) => rows.filter((row) => row.family === family && row.evaluations === n));
+  const rivals = rows.filter((row) => rivalFamilies.includes(row.family) && row.evaluations === n);
+  if (own.length === 0 || rivals.length === 0) return [];
+  const nearest = rivals.reduce((a, b) => (a.psnr >= b.psnr ? a : b));
+  const surest = rivals.reduce((a, b) => (a.accuracy >= b.accuracy ? a : b));
+  return [{ n, own, nearest, surest }];
+});
+/** Whether a schedule is as good as another: nearer or within half a decibel's interval, and right and distant within their intervals. */
+const isAsGood = (row: Row, than: Row) =>
+  row.psnrInterval[1] >= than.psnr &&
+  row.accuracyInterval[1] >= than.accuracy &&
+  row.frechetInterval[0] <= than.frechet;
+/** What a calibrated schedule needs for the quality of others, and what was asked of it. */
+const equals = (
+  [
+    ["DPM++ 8", 0.75],
+    ["DPM++ 12", 0.75],
+    ["DPM++ 16", 0.75],
+    ["Euler 28", 0.3],
+    ["H10", 0.4],
+  ] as const
+).flatMap(([name, bar]) => {
+  const rival = named(name);
+  if (!rival) return [];
+  const own = rows
+    .filter(({ family }) => family === calibratedFamily)
+    .sort((a, b) => a.evaluations - b.evaluations)
+    .find((row) => isAsGood(row, rival));
+  return [{ rival, own: own ?? null, part: own ? own.evaluations / rival.evaluations : null, bar }];
+});
+/** Schedules than which none is nearer to the reference at as many evaluations or fewer. */
+const front = rows
+  .slice(1)
+  .filter((row) => rows.slice(1).every((other) => other.evaluations > row.evaluations || other.psnr <= row.psnr))
+  .sort((a, b) => a.evaluations - b.evaluations);
+const misses = byCount.flatMap(({ n, own, nearest, surest }) =>
+  own.flatMap((row) => [
+    ...(row.psnr < nearest.psnr
+      ? [`${row.name} is ${(nearest.psnr - row.psnr).toFixed(2)} dB behind ${nearest.name}`]
+      : []),
+    ...(row.accuracyInterval[1] < surest.accuracyInterval[0]
+      ? [`${row.name} is less often right than ${surest.name} (${n} evaluations)`]
+      : []),
+  ]),
 );
 const findings = [
-  `The reference (${best.name}, ${best.evaluations} evaluations) has an accuracy of ${best.accuracy.toFixed(3)} and a Fréchet distance of ${best.frechet.toFixed(2)}. "As good" means within 1 point and 5 % of these.`,
-  ours
-    ? `The cheapest FlowTurbo schedule that is as good: **${ours.name}** (${ours.evaluations} evaluations).`
-    : "No FlowTurbo schedule here is as good as the reference.",
-  ...Object.entries(rivals).map(([name, rival]) => {
-    const against = (row: Row) =>
-      ours
-        ? `; ${ours.name} takes ${((100 * ours.time) / row.time).toFixed(0)} % of its sampling time and ${((100 * ours.evaluations) / row.evaluations).toFixed(0)} % of its evaluations`
-        : "";
-    if (!rival) {
-      const [longest] = rows
-        .filter(({ family }) => family === rivalFamilies[name as keyof typeof rivalFamilies])
-        .sort((a, b) => b.evaluations - a.evaluations);
-      if (!longest) return `No schedule of ${name} here.`;
-      return `No schedule of ${name} here is as good. The longest, ${longest.name}, has ${percent(longest.accuracy)} % right and a distance of ${longest.frechet.toFixed(2)}${against(longest)}.`;
-    }
-    const ratio = against(rival);
-    return `The cheapest of ${name}: ${rival.name} (${rival.evaluations} evaluations)${ratio}.`;
-  }),
+  `The reference (${best.name}, ${best.evaluations} evaluations) has ${percent(best.accuracy)} % right and a Fréchet distance of ${best.frechet.toFixed(2)}.`,
+  ...equals.map(({ rival, own, part, bar }) =>
+    own
+      ? `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): ${own.name} (${own.psnr.toFixed(1)} dB), in ${(100 * part!).toFixed(0)} % of its evaluations (bar ${100 * bar} %).`
+      : `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): no calibrated schedule here.`,
+  ),
+  misses.length === 0
+    ? `At every number of evaluations from ${counts[0]} to ${counts.at(-1)} both defaults are nearer to the reference than Euler, DPM++(2M) and UniPC, and as often right.`
+    : `Where a default is behind Euler, DPM++(2M) or UniPC with as many evaluations: ${misses.join("; ")}.`,
+  `On the front of PSNR against evaluations: ${front.map(({ name }) => name).join(", ")}.`,
 ];
-/** By the measure with the narrowest intervals: for each rival the cheapest of ours that is at least as near to the reference. */
-const nearest = rows
-  .slice(1)
-  .filter(({ family }) => !family.startsWith("FlowTurbo") && family !== "R that reuses")
-  .map((rival) => ({
-    rival,
-    ours: rows
-      .filter(({ family, psnr }) => family.startsWith("FlowTurbo") && psnr >= rival.psnr)
-      .reduce<Row | null>((a, b) => (a && a.time <= b.time ? a : b), null),
-  }));
 const pairs = rows
   .filter(({ family }) => family === "FlowTurbo H*P*R*")
   .map((row) => ({ trained: row, reused: rows.find(({ name }) => name === `${row.name} reused`) }))
@@ -467,9 +520,11 @@ const table = [
 ].join("\n");
 
 const results = path.join(root, "bench/results");
-const name = [flags.quick ? "quality-quick" : "quality", ...(size === model.nativeSize.width ? [] : [`${size}`])].join(
-  "-",
-);
+const name = [
+  flags.quick ? "quality-quick" : "quality",
+  ...(size === model.nativeSize.width ? [] : [`${size}`]),
+  ...(guidance === 2 ? [] : [`guidance-${guidance}`]),
+].join("-");
 const families = [...new Set(rows.slice(1).map(({ family }) => family))];
 const plots = (
   [
@@ -488,7 +543,7 @@ const plots = (
     const chart = svg({
       title: `${label.split(",")[0]} (${count} captions, ${size} px)`,
       x: {
-        label: cost === "time" ? `sampling time, as a part of ${best.name}` : "guided evaluations of the predictor",
+        label: cost === "time" ? `sampling time, as a part of ${best.name}` : "guided evaluations (two rows each)",
         scale: "log",
         from: Math.min(...rows.map((row) => row[cost])) * 0.9,
         to: Math.max(...rows.slice(1).map((row) => row[cost])) * 1.1,
@@ -509,7 +564,6 @@ const plots = (
 );
 
 const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
-const equalQuality = ours ? [{ schedule: ours.name }] : [];
 await report(name, {
   captions: count,
   size,
@@ -518,11 +572,9 @@ await report(name, {
   tuned: [...tuned],
   floor,
   findings,
-  equalQuality,
+  equals: equals.map(({ rival, own, part, bar }) => ({ rival: rival.name, own: own?.name ?? null, part, bar })),
+  front: front.map(({ name }) => name),
   rows,
-  nearest: nearest.map(({ rival, ours }) => ({
-    ...{ rival: rival.name, ours: ours?.name ?? null, time: ours ? ours.time / rival.time : null },
-  })),
   refiner: pairs.map(({ trained, gain, gainInterval, apart }) => ({ name: trained.name, gain, gainInterval, apart })),
 });
 const lines = [
@@ -538,15 +590,17 @@ const lines = [
   "",
   table,
   "",
-  "For each sampler the cheapest FlowTurbo schedule that comes at least as near to the reference (PSNR), and its part of the sampling time:",
+  "The defaults against the best of Euler (three grids), DPM++(2M) and UniPC with as many evaluations:",
   "",
-  "| sampler | PSNR, dB | FlowTurbo | PSNR, dB | time |",
-  "|---|---|---|---|---|",
-  ...nearest.map(({ rival, ours }) =>
-    ours
-      ? `| ${rival.name} | ${rival.psnr.toFixed(2)} | ${ours.name} | ${ours.psnr.toFixed(2)} | ${((100 * ours.time) / rival.time).toFixed(0)} % |`
-      : `| ${rival.name} | ${rival.psnr.toFixed(2)} | none here | | |`,
-  ),
+  "| evaluations | calibrated, dB | uncalibrated, dB | nearest rival | dB | calibrated right, % | uncalibrated right, % | surest rival | right, % |",
+  "|---|---|---|---|---|---|---|---|---|",
+  ...byCount.map(({ n, own, nearest, surest }) => {
+    const of = (family: string) => own.find((row) => row.family === family);
+    const [fitted, usual] = defaults.map(of);
+    const decibels = (row: Row | undefined) => (row ? row.psnr.toFixed(2) : "");
+    const share = (row: Row | undefined) => (row ? percent(row.accuracy) : "");
+    return `| ${n} | ${decibels(fitted)} | ${decibels(usual)} | ${nearest.name} | ${decibels(nearest)} | ${share(fitted)} | ${share(usual)} | ${surest.name} | ${share(surest)} |`;
+  }),
   "",
   "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor). The difference is the mean over the",
   "pictures, each with its own noise and caption; in the last column whether the intervals of the two means lie apart as well.",

@@ -8,7 +8,7 @@ import type { Logger } from "./common/logger.js";
 import type { FloatTensor } from "./common/tensor.js";
 import type { Feature } from "./networks/index.js";
 import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
-import type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
+import type { Block, Evaluations, GridName, QualityName, SamplerName } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import type { Health, ModelEvents } from "./serving/health.js";
 import type { Stats } from "./serving/stats.js";
@@ -198,26 +198,29 @@ export interface GenerateOptions {
   /** Pixels, as `width`. Default: the model's native height. */
   height?: number | undefined;
   /**
-   * How a number of steps becomes a schedule. `"flowturbo"`: one Heun block, pseudo corrector blocks, and refiner blocks
-   * at the end where there is a refiner (arXiv 2409.18128). `"euler"`: as diffusers draws. `"dpmpp_2m"`: DPM-Solver++(2M), as diffusers'
+   * How a number of steps becomes a schedule, of one evaluation a step but for heun. `"flowturbo"`: a schedule that was calibrated for the
+   * model (`calibrate`), or else UniPC where guidance is mild and a multistep method that holds extrapolation back where it is strong; with
+   * `blocks` any schedule, those of FlowTurbo (arXiv 2409.18128) among them. `"euler"`: as diffusers draws. `"dpmpp_2m"`: DPM-Solver++(2M), as diffusers'
    * DPMSolverMultistepScheduler with `use_flow_sigmas` (arXiv 2211.01095). `"unipc"`: UniPC of order 2, as its UniPCMultistepScheduler
    * (arXiv 2302.04867). `"heun"`: second order, two evaluations a step. Default: `"flowturbo"`.
    */
   sampler?: SamplerName | undefined;
   /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun, 20 for dpmpp_2m and unipc. */
   steps?: number | undefined;
+  /** Number of steps by what counts, for flowturbo: `"fast"` 6, `"balanced"` 10, `"best"` 20. In place of `steps`. Default: `"balanced"`. */
+  quality?: QualityName | undefined;
   /**
    * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
    * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `A` Adams-Bashforth, `P` pseudo corrector, `R` velocity refiner, `S` skip (no evaluation: it extrapolates
-   * the last two velocities), `D` DPM-Solver++(2M), `U` UniPC. At most 1000 blocks in 8192 characters.
+   * the last two velocities), `M` damped DPM-Solver++(2M), `D` DPM-Solver++(2M), `U` UniPC. At most 1000 blocks in 8192 characters.
    * Default: what the sampler makes.
    */
   blocks?: string | undefined;
   /**
-   * Spacing of the noise levels: `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
+   * Spacing of the noise levels: `"eased"`, denser at both ends and shifted further where few steps meet strong guidance; `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
    * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler, or for dpmpp_2m and unipc of its scheduler of that kind; `"karras"`
    * (arXiv 2206.00364), `"exponential"` (even in log σ) and `"beta"` (arXiv 2407.12173), between the ends of that scheduler's.
-   * Default: `"shifted"` for flowturbo and heun, otherwise `"diffusers"`.
+   * Default: what was calibrated for the model, or `"eased"`, for flowturbo; `"shifted"` for heun and for `blocks`; otherwise `"diffusers"`.
    */
   grid?: GridName | undefined;
   /**

@@ -28,6 +28,8 @@ import {
   defaultSampler,
   type GridName,
   longestSchedule,
+  type QualityName,
+  qualities,
   type SamplerName,
   type SamplerRow,
   samplers,
@@ -262,6 +264,13 @@ export const generateSchema = z.strictObject({
   height: optional(pixels, "height of a picture (default: the model's native size)", "--height <pixels>"),
   sampler: optional(oneOf(samplerNames), `${samplerNames.join(", ")} (default: ${defaultSampler})`, "--sampler <name>"),
   steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
+  quality: optional(
+    oneOf(Object.keys(qualities) as QualityName[]),
+    `number of steps by what counts: ${Object.entries(qualities)
+      .map(([name, steps]) => `${name} (${steps})`)
+      .join(", ")}`,
+    "--quality <name>",
+  ),
   blocks: optional(
     schedule,
     `schedule of the sampler ${samplersWithBlocks().join(" or ")}, such as H1P5R3 or HPPPPPRRR, in place of steps`,

@@ -38,6 +38,7 @@ const options = fc.record(
     height: fc.integer({ min: 1, max: 4096 }),
     sampler: fc.constantFrom("flowturbo" as const, "euler" as const, "heun" as const),
     steps: fc.integer({ min: 1, max: 1000 }),
+    quality: fc.constantFrom("fast" as const, "balanced" as const, "best" as const),
     blocks: fc.constantFrom("H1P5R3", "E4"),
     grid: fc.constantFrom("shifted" as const, "diffusers" as const),
     sigmas: fc.constantFrom([1, 0.5], [0.9, 0.4, 0]),

@@ -161,6 +161,7 @@ describe("the schema of a request", () => {
       "decoded",
       "H1P9",
       "cfg_zero",
+      "balanced",
       "karras",
     ],
     ...[

@@ -1,6 +1,6 @@
 /**
- * Samplers that flowturbo does not offer, for comparison, as functions of a guided velocity: Euler on any sigmas,
- * DPM-Solver++(2M) in its form for flow models, and schedules whose R blocks merely reuse the last velocity.
+ * Samplers that flowturbo does not offer, for comparison, as functions of a guided velocity: Euler on any sigmas, TaylorSeer, and
+ * schedules whose R blocks merely reuse the last velocity.
  */
 
 export type Values = Float32Array;
@@ -22,25 +22,20 @@ export async function euler(velocity: Velocity, noise: Values, sigmas: readonly 
 }
 
 /**
- * DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with α = 1 − σ: x' = (σ'/σ)·x + (1 − σ'/σ)·D, where D extrapolates the last
- * two estimates x − σ·v of the picture in λ = log(α/σ). The last step is of first order, and so are those
- * that touch σ = 1, where λ is infinite; as in diffusers'
- * DPMSolverMultistepScheduler (`use_flow_sigmas`, `lower_order_final`).
+ * Euler with TaylorSeer of order 1 (arXiv 2503.06923) on the velocity, as OpenVINO GenAI plans it: the first six steps and the last two are
+ * computed, and of those between every third; in the others the velocity goes on by its last difference, step by step.
  */
-export async function dpmSolver2M(velocity: Velocity, noise: Values, sigmas: readonly number[]): Promise<Values> {
-  const lambda = (sigma: number) => Math.log((1 - sigma) / sigma);
+export async function taylorSeer(velocity: Velocity, noise: Values, sigmas: readonly number[]): Promise<Values> {
+  const steps = sigmas.length - 1;
   let x = noise;
-  let before: Values | null = null;
-  for (let i = 0; i + 1 < sigmas.length; i++) {
-    const [from, to] = [sigmas[i]!, sigmas[i + 1]!];
-    const estimate = combined(x, [-from, await velocity(x, from)]);
-    let target = estimate;
-    if (before && sigmas[i - 1]! < 1 && to > 0) {
-      const ratio = (lambda(from) - lambda(sigmas[i - 1]!)) / (lambda(to) - lambda(from));
-      target = combined(estimate, [1 / (2 * ratio), estimate], [-1 / (2 * ratio), before]);
-    }
-    x = combined(x, [to / from - 1, x], [1 - to / from, target]);
-    before = estimate;
+  const known: { step: number; v: Values }[] = [];
+  for (let i = 0; i < steps; i++) {
+    const isComputed = i < 6 || i >= steps - 2 || (i - 6) % 3 === 2;
+    if (isComputed) known.unshift({ step: i, v: await velocity(x, sigmas[i]!) });
+    const [last, before] = known;
+    const ahead = before ? (i - last!.step) / (last!.step - before.step) : 0;
+    const v = ahead === 0 ? last!.v : combined(last!.v, [ahead, last!.v], [-ahead, before!.v]);
+    x = combined(x, [sigmas[i + 1]! - sigmas[i]!, v]);
   }
   return x;
 }

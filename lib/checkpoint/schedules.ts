@@ -5,7 +5,7 @@
  *   { "version": 1, "model": fingerprint, "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
  *
  * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
- * CalibratedSchedule). Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
+ * CalibratedSchedule), with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
  * numbers come from.
  */
 
@@ -27,6 +27,7 @@ const calibrated = z
     guided: z.array(z.boolean()).min(1).max(1000),
     sigmas: z.array(z.number().min(0).max(1)),
     weights: z.array(z.tuple([z.number(), z.number(), z.number()])),
+    psnr: z.object({ held: z.number(), uncalibrated: z.number() }).optional(),
   })
   .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
   .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")
@@ -70,7 +71,8 @@ export async function readSchedules(file: string, fingerprint: () => Promise<str
     const [issue] = parsed.error.issues;
     refuse(`"calibrated" is not whole: ${["calibrated", ...issue!.path].join(".")}: ${issue!.message}.`);
   }
-  const calibratedSchedules = parsed.data!;
+  // One that is no nearer to the reference than the usual schedule is in the file so that it is not looked for again.
+  const calibratedSchedules = parsed.data!.filter(({ psnr }) => !psnr || psnr.held > psnr.uncalibrated);
   if (calibratedSchedules.length > 0 && json.model !== (await fingerprint()))
     refuse(
       "its schedules were calibrated for another model than the one in this folder. Run `flowturbo calibrate` for this one.",

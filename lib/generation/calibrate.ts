@@ -156,6 +156,8 @@ interface Subject {
   readonly pictures: { readonly fitted: readonly FitPicture[]; readonly held: readonly FitPicture[] };
   /** Noise levels by number of steps. */
   readonly grids: ReadonlyMap<number, readonly number[]>;
+  /** Noise levels of the usual schedule. */
+  readonly usual: (steps: number) => readonly number[];
   /** Mean PSNR of the usual schedule on the pictures that decide, by number of steps. */
   readonly uncalibrated: (steps: number) => Promise<number>;
 }
@@ -242,16 +244,15 @@ async function openSubject(
   const grams = reference.slice(0, fitted).map(({ gram }) => gram);
   const grids = bestGrids(grams, settings.steps, "squares");
   const held = pictures.slice(fitted);
+  const usual = (steps: number) =>
+    sigmaGrids[samplers.flowturbo!.grid]!(steps, { ...schedulerSettings, guidance: scale });
   return {
     ...{ settings, size, scale, field, pictures: { fitted: pictures.slice(0, fitted), held } },
     grids: new Map([...grids].map(([steps, indices]) => [steps, indices.map((index) => levels[index]!)])),
+    usual,
     uncalibrated: (steps) => {
-      const row = samplers.flowturbo!;
-      const sigmas = sigmaGrids[row.grid]!(steps, { ...schedulerSettings, guidance: scale });
-      return launchedPsnr(
-        { field, scales: [], pictures: held },
-        planSteps(row.blocks(steps, scale), sigmas, { guidance }),
-      );
+      const launches = planSteps(samplers.flowturbo!.blocks(steps, scale), usual(steps), { guidance });
+      return launchedPsnr({ field, scales: [], pictures: held }, launches);
     },
   };
 }
@@ -303,13 +304,27 @@ function extrapolated(sigmas: readonly number[], part: number): StepNumbers {
   return { sigmas, weights };
 }
 
+/** The damped multistep method (the block M) as far as three velocities express it: what it remembers further back is left out. */
+function damped(sigmas: readonly number[], guidance: number): StepNumbers {
+  const steps = sigmas.length - 1;
+  const launches = planSteps(new Array(steps).fill("M"), sigmas, { guidance });
+  const k = launches.map(({ combination }) => combination?.x[1] ?? 0);
+  const weights = launches.map(({ aNew, sigma }, step) => {
+    const before = step > 0 ? k[step]! * k[step - 1]! * sigmas[step - 1]! : 0;
+    return [aNew, step > 0 ? k[step]! * sigma - before : 0, before] as const;
+  });
+  return { sigmas, weights };
+}
+
 /** Significant digits of numbers that are written. */
 const round = (value: number) => Number(value.toPrecision(7));
 
 /**
- * Where fits begin. One that is ahead before it is fitted may end behind another, so that each is fitted once; only where a neighbour is
- * ahead of all that are not fitted yet by this much it is taken alone.
+ * Where fits begin. One that is ahead before it is fitted may end behind another, so that each is fitted once, but for those that are
+ * behind the first by this much, dB.
  */
+const farBehind = 5;
+/** A neighbour, which is fitted already, is taken alone where it is ahead of all others by this much, dB. */
 const clearlyAhead = 1;
 
 async function startsOf(
@@ -317,23 +332,29 @@ async function startsOf(
   plain: readonly StepNumbers[],
   neighbours: readonly StepNumbers[],
 ): Promise<readonly StepNumbers[]> {
-  if (neighbours.length === 0) return plain;
   const scores = new Map<StepNumbers, number>();
   for (const start of [...plain, ...neighbours]) scores.set(start, await psnrOf(judge, start));
-  const byScore = (starts: readonly StepNumbers[]) => [...starts].sort((a, b) => scores.get(b)! - scores.get(a)!)[0]!;
-  const [unfitted, nearest] = [byScore(plain), byScore(neighbours)];
-  return scores.get(nearest)! > scores.get(unfitted)! + clearlyAhead ? [nearest] : [...plain, nearest];
+  const [first] = [...scores].sort(([, a], [, b]) => b - a)[0]!;
+  const best = scores.get(first)!;
+  const isNear = (start: StepNumbers) => scores.get(start)! > best - farBehind;
+  const own = plain.filter(isNear);
+  if (!neighbours.includes(first)) return [...own, ...neighbours.filter(isNear)];
+  return own.every((start) => scores.get(start)! < best - clearlyAhead) ? [first] : [...own, first];
 }
 
 /** @param neighbours what was fitted for this number of steps at the next stronger guidance, and at another size */
 async function entryOf(subject: Subject, steps: number, neighbours: readonly StepNumbers[]): Promise<CalibratedEntry> {
-  const { settings, size, scale, field, pictures, grids, uncalibrated } = subject;
+  const { settings, size, scale, field, pictures, grids, usual, uncalibrated } = subject;
   const scales = new Array<number | null>(steps).fill(scale > 1 ? scale : null);
   const problem: FitProblem = { field, scales, pictures: pictures.fitted, signal: settings.signal };
   const judge = { ...problem, pictures: pictures.held };
   const grid = grids.get(steps)!;
   let best: { readonly numbers: StepNumbers; readonly held: number } | null = null;
-  for (const start of await startsOf(judge, [extrapolated(grid, 0), extrapolated(grid, 1)], neighbours)) {
+  for (const start of await startsOf(
+    judge,
+    [extrapolated(grid, 0), extrapolated(grid, 1), damped(usual(steps), scale)],
+    neighbours,
+  )) {
     const { numbers } = await fitted(problem, start, { sets: 1, stepsPerSet: 3 });
     const held = await psnrOf(judge, numbers);
     if (!best || held > best.held) best = { numbers, held };

@@ -45,13 +45,20 @@ export function sketch(pixels: Float32Array): Float32Array {
   if (pixels.length <= sketched) return pixels;
   const sums = new Float32Array(sketched);
   for (let i = 0; i < pixels.length; i++) {
-    // A multiplicative hash of the place: a bucket by its upper bits, a sign by a lower one.
-    const hash = Math.imul(i + 1, 2654435761) >>> 0;
-    sums[hash >>> 18]! += hash & (1 << 10) ? pixels[i]! : -pixels[i]!;
+    // A bucket by the upper bits of a hash of the place, a sign by the lowest.
+    const hash = mixed(i);
+    sums[hash >>> 18]! += hash & 1 ? pixels[i]! : -pixels[i]!;
   }
   // So that the mean of squares is that of the pixels.
   const scale = Math.sqrt(sketched / pixels.length);
   return sums.map((value) => value * scale);
+}
+
+/** Neighbouring places to bits that have nothing to do with each other: the end of MurmurHash3. */
+function mixed(place: number): number {
+  let hash = Math.imul(place ^ (place >>> 16), 0x85ebca6b);
+  hash = Math.imul(hash ^ (hash >>> 13), 0xc2b2ae35);
+  return (hash ^ (hash >>> 16)) >>> 0;
 }
 
 /** A run under way: its state before step `step`, and the velocities before it, the latest first. */

@@ -29,6 +29,7 @@ import {
   formatBlocks,
   givenSigmas,
   parseBlocks,
+  qualities,
   type Schedule,
   samplers,
   samplersWithBlocks,
@@ -145,7 +146,7 @@ const defaultUpscaleSigma = 0.6;
 
 /** @throws OptionError that names the option and the remedy */
 export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
-  const options = checkOptions(generateSchema, given, "generate()");
+  const options = withQuality(checkOptions(generateSchema, given, "generate()"));
   const {
     image,
     mask,
@@ -330,6 +331,18 @@ function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
 /** Whether a checkpoint has all networks that blocks evaluate. */
 export function canRun(checkpoint: Checkpoint, blocks: readonly Block[]): boolean {
   return stepTypesOf(blocks).every((type) => checkpoint[networks[type]!.part!] !== null);
+}
+
+/** A quality as the number of steps that it stands for. @throws OptionError beside other words for the schedule */
+function withQuality(options: ResolvedGenerateOptions): ResolvedGenerateOptions {
+  const { quality, steps, blocks, sigmas, stages, sampler, ladder } = options;
+  if (quality === undefined) return options;
+  for (const [name, value] of Object.entries({ steps, blocks, sigmas, stages, ladder }))
+    if (value !== undefined)
+      throw new OptionError("quality", `Both quality and ${name} say what is run; leave out one.`);
+  if (sampler !== undefined && sampler !== defaultSampler)
+    throw new OptionError("quality", `A quality is of the sampler ${defaultSampler}; give steps for "${sampler}".`);
+  return { ...options, steps: qualities[quality]! };
 }
 
 /** @throws OptionError for two shifts, or a parameter that the model's scheduler does not have */

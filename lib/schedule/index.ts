@@ -24,6 +24,8 @@ export {
   blocksGrid,
   defaultSampler,
   ladderSteps,
+  type QualityName,
+  qualities,
   type SamplerName,
   type SamplerRow,
   samplers,

@@ -58,6 +58,15 @@ export function samplersWithBlocks(): string[] {
   return Object.keys(samplers).filter((name) => samplers[name]!.takesBlocks);
 }
 
+/** Numbers of steps by what counts: see the option `quality`. */
+const qualityRows = table<number>()({ fast: 6, balanced: 10, best: 20 });
+
+/** Name of a preset of the number of steps: see the option `quality`. */
+export type QualityName = keyof typeof qualityRows;
+
+/** The presets of the number of steps, for the default sampler. */
+export const qualities: Record<string, number> = qualityRows;
+
 /** Noise levels of blocks that are given, where none are named. */
 export const blocksGrid = "shifted" satisfies GridName;
 

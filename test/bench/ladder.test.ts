@@ -1,12 +1,11 @@
 // The ladder that a model gets from the quality benchmark, and what the model does with it.
 import { execFileSync } from "node:child_process";
-import { cpSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { CheckpointError, embeddedModel, FlowTurbo } from "flowturbo";
 import { afterAll, beforeAll, expect, it } from "vitest";
 import { ladderOf, scheduleFile } from "../../bench/shapes/ladder.js";
-import { defaultLadder, formatBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
 
 let folder: string;
@@ -89,15 +88,23 @@ it("is written from the benchmark's results, read with the model, and chosen fro
   );
 });
 
-it("of the embedded model, where there is one, is of schedules that it can run", async () => {
-  const file = path.join(embeddedModel, "schedules.json");
-  const expected = existsSync(file)
-    ? JSON.parse(readFileSync(file, "utf8")).ladder
-    : defaultLadder(true).map(formatBlocks);
-  await using model = await FlowTurbo.load(undefined, { cache: folder, measureCosts: false });
+it("without any is of numbers of steps, the most first", async () => {
+  const copy = path.join(folder, "without");
+  cpSync(embeddedModel, copy, { recursive: true });
+  rmSync(path.join(copy, "schedules.json"), { force: true });
+  await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
   const generous = { prompt: "a red circle", width: 16, height: 16, deadlineMs: 120_000 };
-  expect((await model.generate(generous)).blocks).toBe(expected[0]);
+  expect((await model.generate(generous)).blocks).toBe("M28");
+  await expect(model.generate({ ...generous, deadlineMs: 0.001 })).rejects.toMatchObject({ blocks: "M1" });
 });
+
+const fitted = {
+  ...{ width: 64, height: 64, guidanceScale: 4.5, guided: [true, true], sigmas: [1, 0.5, 0] },
+  weights: [
+    [-0.5, 0, 0],
+    [-0.6, 0.1, 0],
+  ],
+};
 
 it.each([
   ["an entry that is no schedule", { ladder: ["H1P3", "H1Q6"] }, /schedules\.json: Expected blocks such as .* "H1Q6"/],
@@ -106,6 +113,42 @@ it.each([
   ["numbers", { ladder: [10, 5] }, /expected "ladder" to be a list of schedules .* but found \[10,5\]/],
   ["an empty ladder", { ladder: [] }, /but found \[\]/],
   ["no ladder", {}, /but found nothing/],
+  [
+    "another version",
+    { version: 2, ladder: ["H1"] },
+    /expected version 1 but found 2\. It was written by another version/,
+  ],
+  [
+    "schedules of another model",
+    { model: "x", calibrated: [fitted] },
+    /calibrated for another model than the one in this folder/,
+  ],
+  [
+    "a schedule without its end",
+    { calibrated: [{ ...fitted, sigmas: [1, 0.5] }] },
+    /calibrated\.0: needs one more of sigmas/,
+  ],
+  [
+    "a schedule that rises",
+    { calibrated: [{ ...fitted, sigmas: [0.5, 0.6, 0] }] },
+    /calibrated\.0: has sigmas that do not fall/,
+  ],
+  ["a schedule that does not end", { calibrated: [{ ...fitted, sigmas: [1, 0.5, 0.1] }] }, /do not end at 0/],
+  [
+    "weights that are none",
+    {
+      calibrated: [
+        {
+          ...fitted,
+          weights: [
+            [1, 0, 0],
+            [1, 0],
+          ],
+        },
+      ],
+    },
+    /calibrated\.0\.weights\.1/,
+  ],
   ["a list", ["H1"], /does not hold a JSON object/],
   ["no JSON", "{", /is not JSON/],
 ])("with %s is refused, by name of the file", async (name, content, message) => {

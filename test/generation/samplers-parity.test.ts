@@ -74,6 +74,8 @@ describe.each(fixtureNames)("%s", (name) => {
       [{ guidanceStart: 0.5, guidanceStop: 0.5 }, "guidanceStart", /below guidanceStop/],
       [{ guidanceMode: "cfg_zero", steps: 1 }, "guidanceMode", /at least 2/],
       [{ guidanceMode: "cfg_zero", blocks: "H1R1" }, "blocks", /first block of "H1R1" is left out/],
+      [{ quality: "fast", steps: 3 }, "quality", /Both quality and steps/],
+      [{ quality: "fast", sampler: "euler" }, "quality", /of the sampler flowturbo/],
       [{ mu: 1 }, "mu", /does not shift by size/],
       [{ blocks: "E1S1" }, "blocks", /S \(skip\) as block 2, which needs the velocities of 2 evaluations/],
       [{ guidanceScale: [2, 2], deadlineMs: 1000 }, "guidanceScale", /time limit leaves open/],

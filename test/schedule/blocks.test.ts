@@ -38,27 +38,13 @@ describe("parseBlocks", () => {
 });
 
 describe("the blocks of samplers", () => {
-  it("is H1P(n-1) without a refiner", () => {
-    expect(formatBlocks(samplers.flowturbo!.blocks(10, false))).toBe("H1P9");
-    expect(formatBlocks(samplers.flowturbo!.blocks(1, false))).toBe("H1");
-  });
-
-  it("ends with n/5 refiner blocks, rounded, with one", () => {
-    const of = (n: number) => formatBlocks(samplers.flowturbo!.blocks(n, true));
-    expect([1, 2, 3, 5, 8, 10, 12, 13].map(of)).toEqual([
-      "H1",
-      "H1P1",
-      "H1P1R1",
-      "H1P3R1",
-      "H1P5R2",
-      "H1P7R2",
-      "H1P9R2",
-      "H1P9R3",
-    ]);
+  it("is UniPC with mild guidance and the damped multistep method with strong", () => {
+    const of = (n: number, guidance: number) => formatBlocks(samplers.flowturbo!.blocks(n, guidance));
+    expect([of(10, 1), of(10, 2), of(10, 2.5), of(10, 3), of(1, 4.5)]).toEqual(["U10", "U10", "U10", "M10", "M1"]);
   });
 
   it("is uniform for euler and heun", () => {
-    expect(formatBlocks(samplers.euler!.blocks(28, true))).toBe("E28");
-    expect(formatBlocks(samplers.heun!.blocks(4, true))).toBe("H4");
+    expect(formatBlocks(samplers.euler!.blocks(28, 2))).toBe("E28");
+    expect(formatBlocks(samplers.heun!.blocks(4, 2))).toBe("H4");
   });
 });

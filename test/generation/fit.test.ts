@@ -1,0 +1,125 @@
+// Fitting schedules, on a velocity in closed form in place of a network.
+import { describe, expect, it } from "vitest";
+import type { FieldPoint, VelocityField } from "../../lib/generation/field.js";
+import { type FitProblem, fitted, launchedPsnr, psnrOf, type StepNumbers, sketch } from "../../lib/generation/fit.js";
+import { planSteps, shiftedSigmas } from "../../lib/schedule/index.js";
+
+const size = 12;
+/** Data of a few places with their own spread each: the flow is curved, and differs from place to place. */
+const spread = Array.from({ length: size }, (_, i) => 0.2 + 0.05 * i);
+const velocityAt = (x: Float32Array, sigma: number, prompt: number) =>
+  x.map((value, i) => {
+    const mean = 0.3 * Math.sin(i + 2 * prompt);
+    const variance = (1 - sigma) ** 2 * spread[i]! ** 2 + sigma ** 2;
+    return ((value - (1 - sigma) * mean) * (sigma - (1 - sigma) * spread[i]! ** 2)) / variance - mean;
+  });
+let evaluations = 0;
+const field = {
+  velocities: async (points: readonly FieldPoint[]) =>
+    points.map(({ x, sigma, prompt }) => {
+      evaluations++;
+      return velocityAt(x, sigma, prompt);
+    }),
+  // A decoder that is not the identity.
+  decoded: async (latents: readonly Float32Array[]) =>
+    latents.map((x) => x.map((value, i) => value * (1 + 0.1 * (i % 3)))),
+} as unknown as VelocityField;
+
+const noise = (seed: number) => Float32Array.from({ length: size }, (_, i) => Math.sin(17 * seed + 3 * i) * 1.5);
+async function problemOf(seeds: readonly number[], steps: number): Promise<FitProblem> {
+  const pictures = await Promise.all(
+    seeds.map(async (seed) => {
+      let x = noise(seed);
+      const levels = shiftedSigmas(400, { shift: 1 });
+      for (let i = 0; i < 400; i++) {
+        const h = levels[i + 1]! - levels[i]!;
+        const v = velocityAt(x, levels[i]!, seed % 2);
+        const guess = velocityAt(
+          x.map((value, k) => value + h * v[k]!),
+          levels[i + 1]!,
+          seed % 2,
+        );
+        x = x.map((value, k) => value + (h / 2) * (v[k]! + guess[k]!));
+      }
+      return { noise: noise(seed), prompt: seed % 2, target: (await field.decoded([x]))[0]! };
+    }),
+  );
+  return { field, pictures, scales: new Array<null>(steps).fill(null) };
+}
+const euler = (sigmas: readonly number[]): StepNumbers => ({
+  sigmas,
+  weights: sigmas.slice(1).map((to, i) => [to - sigmas[i]!, 0, 0] as const),
+});
+
+describe("fitting a schedule", () => {
+  it("brings few steps nearer to many, on pictures that it has not seen as well", async () => {
+    const steps = 4;
+    const problem = await problemOf([1, 2, 3, 4, 5, 6], steps);
+    const judge = await problemOf([11, 12, 13, 14], steps);
+    const start = euler(shiftedSigmas(steps, { shift: 1 }));
+    const { numbers, before, after } = await fitted(problem, start, { sets: 2, stepsPerSet: 3 });
+    expect(before).toBeCloseTo(await psnrOf(problem, start), 9);
+    expect(after).toBeCloseTo(await psnrOf(problem, numbers), 9);
+    expect(after).toBeGreaterThan(before + 10);
+    expect(await psnrOf(judge, numbers)).toBeGreaterThan((await psnrOf(judge, start)) + 8);
+    expect([numbers.sigmas[0], numbers.sigmas[steps]]).toEqual([1, 0]);
+    for (const [i, sigma] of numbers.sigmas.entries()) if (i > 0) expect(sigma).toBeLessThan(numbers.sigmas[i - 1]!);
+  });
+
+  it("never ends worse than it starts", async () => {
+    const problem = await problemOf([1, 2], 3);
+    const start = euler([1, 0.62, 0.3, 0]);
+    const once = await fitted(problem, start, { sets: 3, stepsPerSet: 3 });
+    const again = await fitted(problem, once.numbers, { sets: 1, stepsPerSet: 3 });
+    expect(again.after).toBeGreaterThanOrEqual(again.before);
+    expect(again.before).toBeCloseTo(once.after, 9);
+  });
+
+  it("runs only what a change acts on", async () => {
+    const steps = 5;
+    const problem = await problemOf([1], steps);
+    evaluations = 0;
+    await fitted(problem, euler(shiftedSigmas(steps, { shift: 1 })), { sets: 1, stepsPerSet: 0 });
+    // The start; for each level its own step and those after it, for each weight those after its step.
+    const levels = 4 + 3 + 2 + 1;
+    const weights = [1, 2, 3, 3, 3].reduce((sum, count, step) => sum + count * (steps - 1 - step), 0);
+    expect(evaluations).toBe(steps + levels + weights);
+  });
+
+  it("measures launches as it measures weights", async () => {
+    const problem = await problemOf([1, 2, 3], 5);
+    const sigmas = shiftedSigmas(5, { shift: 1 });
+    expect(await launchedPsnr(problem, planSteps(["E", "E", "E", "E", "E"], sigmas))).toBeCloseTo(
+      await psnrOf(problem, euler(sigmas)),
+      6,
+    );
+    const better = await launchedPsnr(problem, planSteps(["D", "D", "D", "D", "D"], sigmas));
+    expect(better).toBeGreaterThan(await psnrOf(problem, euler(sigmas)));
+  });
+
+  it("stops where the caller does", async () => {
+    const problem = { ...(await problemOf([1], 3)), signal: AbortSignal.abort(new Error("stopped")) };
+    await expect(fitted(problem, euler([1, 0.6, 0.3, 0]), { sets: 1, stepsPerSet: 1 })).rejects.toThrow("stopped");
+  });
+});
+
+describe("a sketch", () => {
+  it("is the pixels themselves where they are few", () => {
+    const pixels = Float32Array.of(0.5, -2, 1);
+    expect(sketch(pixels)).toEqual(pixels);
+  });
+
+  it("keeps means of squares and of products of many", () => {
+    const n = 200_000;
+    const wave = (k: number) => Float32Array.from({ length: n }, (_, i) => Math.sin(i / k) + 0.2 * Math.cos(i / 3));
+    const [a, b] = [wave(50), wave(53)];
+    const product = (p: Float32Array, q: Float32Array) =>
+      p.reduce((sum, value, i) => sum + value * q[i]!, 0) / p.length;
+    const [sa, sb] = [sketch(a), sketch(b)];
+    expect(sa.length).toBe(2 ** 14);
+    expect(product(sa, sa) / product(a, a)).toBeCloseTo(1, 1);
+    const difference = (p: Float32Array, q: Float32Array) => p.map((value, i) => value - q[i]!);
+    const [d, sd] = [difference(a, b), difference(sa, sb)];
+    expect(product(sd, sd) / product(d, d)).toBeCloseTo(1, 1);
+  });
+});

@@ -1,0 +1,53 @@
+// Which calibrated schedule serves a request.
+import { describe, expect, it } from "vitest";
+import { type CalibratedSchedule, fittedFor } from "../../lib/schedule/index.js";
+
+const entry = (side: number, guidanceScale: number, steps: number, value: number): CalibratedSchedule => ({
+  ...{ width: side, height: side, guidanceScale },
+  guided: new Array<boolean>(steps).fill(guidanceScale > 1),
+  sigmas: Array.from({ length: steps + 1 }, (_, i) => (1 - i / steps) * (1 - (value / 1000) * (i > 0 ? 1 : 0))),
+  weights: Array.from({ length: steps }, () => [-value, value / 10, value / 100] as const),
+});
+const all = [entry(64, 1, 4, 1), entry(64, 2, 4, 10), entry(64, 6, 4, 30), entry(128, 2, 4, 50), entry(64, 2, 6, 70)];
+const weight = (request: Partial<Parameters<typeof fittedFor>[1]>) =>
+  fittedFor(all, { width: 64, height: 64, guidanceScale: 2, steps: 4, ...request })?.weights[0]?.new;
+
+describe("fittedFor", () => {
+  it("takes the schedule of the number of steps, the scale and the size", () => {
+    expect(weight({})).toBe(-10);
+    expect(weight({ width: 128, height: 128 })).toBe(-50);
+    expect(weight({ steps: 6 })).toBe(-70);
+    expect(weight({ steps: 5 })).toBeUndefined();
+    const { blocks, sigmas, weights, guided } = fittedFor(all, { width: 64, height: 64, guidanceScale: 2, steps: 4 })!;
+    expect([blocks.join(""), guided, sigmas[0], sigmas[4]]).toEqual(["EAAA", [true, true, true, true], 1, 0]);
+    expect(weights[1]).toEqual({ in: 0, new: -10, old: 1, older: 0.1 });
+  });
+
+  it("interpolates between scales, every number, and falls still", () => {
+    expect(weight({ guidanceScale: 3 })).toBeCloseTo(-15, 12);
+    const { sigmas, weights } = fittedFor(all, { width: 64, height: 64, guidanceScale: 4, steps: 4 })!;
+    expect(weights[3]).toEqual({ in: 0, new: -20, old: 2, older: expect.closeTo(0.2, 12) });
+    for (const [i, sigma] of sigmas.entries()) if (i > 0) expect(sigma).toBeLessThan(sigmas[i - 1]!);
+  });
+
+  it("takes the nearest scale a little outside, and nothing far away", () => {
+    expect(weight({ guidanceScale: 6.8 })).toBe(-30);
+    expect(weight({ guidanceScale: 7 })).toBeUndefined();
+    expect(weight({ steps: 6, guidanceScale: 1.8 })).toBe(-70);
+    expect(weight({ steps: 6, guidanceScale: 1 })).toBeUndefined();
+    expect(weight({ steps: 6, guidanceScale: 4.5 })).toBeUndefined();
+  });
+
+  it("does not mix guided steps and others", () => {
+    expect(weight({ guidanceScale: 1 })).toBe(-1);
+    // Nearer to 2 than to 1, or the reverse: one of the two, not between.
+    expect(weight({ guidanceScale: 1.6 })).toBe(-10);
+  });
+
+  it("takes the nearest size within reach", () => {
+    expect(weight({ width: 96, height: 64 })).toBe(-10);
+    expect(weight({ width: 128, height: 112 })).toBe(-50);
+    expect(weight({ width: 32, height: 32 })).toBe(-10);
+    expect(weight({ width: 512, height: 512 })).toBeUndefined();
+  });
+});
