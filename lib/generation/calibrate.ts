@@ -6,13 +6,15 @@
  */
 
 import { createHash } from "node:crypto";
-import { readFile } from "node:fs/promises";
+import { constants } from "node:fs";
+import { access, readFile } from "node:fs/promises";
 import path from "node:path";
 import { type Checkpoint, fingerprintOf, schedulesVersion } from "../checkpoint/index.js";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
 import { packageVersion } from "../common/package.js";
 import { elementCount, type Tensor } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
+import { OptionError, OutputError } from "../errors.js";
 import type { CalibratedEntry, CalibrateProgress, Size } from "../model.js";
 import type { Program } from "../program/program.js";
 import {
@@ -138,13 +140,35 @@ function formatted({ calibrated, ...others }: SchedulesJson): string {
   return `${JSON.stringify(others, null, 2).slice(0, -2)},\n  "calibrated": [\n${lines}\n  ]\n}`;
 }
 
-/** What the file holds; of schedules of another model or version nothing. */
+/**
+ * What the file holds, if it is there. A ladder alone belongs to whatever model it lies with.
+ * @throws OptionError for one that is another model's; OutputError for a place where none can be written
+ */
 async function readJson(file: string, model: string): Promise<SchedulesJson> {
-  const text = await readFile(file, "utf8").catch(() => null);
-  const json = text === null ? {} : (JSON.parse(text) as Partial<SchedulesJson>);
-  const isOwn = json.version === schedulesVersion && json.model === model;
-  const made = `flowturbo ${packageVersion()}`;
-  return { ...json, version: schedulesVersion, model, ...{ made }, calibrated: (isOwn && json.calibrated) || [] };
+  const folder = path.dirname(file);
+  try {
+    await makeFolders(folder);
+    await access(folder, constants.W_OK);
+  } catch (cause) {
+    throw new OutputError(file, `The schedules cannot be written to ${file}: ${(cause as Error).message}`, { cause });
+  }
+  const text = await readFile(file, "utf8").catch(() => "{}");
+  let json: Partial<SchedulesJson>;
+  try {
+    json = JSON.parse(text) as Partial<SchedulesJson>;
+  } catch (cause) {
+    throw new OptionError(
+      "file",
+      `${file} is not JSON (${(cause as Error).message}). Remove it, or name another file.`,
+    );
+  }
+  const { calibrated = [], version = schedulesVersion } = json;
+  if (version !== schedulesVersion || (json.model ?? model) !== model)
+    throw new OptionError(
+      "file",
+      `${file} holds schedules of another model or version. Remove it, or name another file.`,
+    );
+  return { ...json, version, model, ...{ made: `flowturbo ${packageVersion()}` }, calibrated };
 }
 
 /** A size and a guidance scale, with what the reference run says of them. */

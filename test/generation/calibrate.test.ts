@@ -1,0 +1,188 @@
+// Calibration from end to end, on the embedded model at its smallest size.
+import { execFile } from "node:child_process";
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { promisify } from "node:util";
+import { embeddedModel, FlowTurbo, OptionError } from "flowturbo";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { root } from "../support/fixtures.js";
+
+const size = { width: 16, height: 16 };
+const asked = { sizes: [size], guidanceScales: [2, 4], steps: [3, 2], pictures: 2, seed: 3 };
+
+describe("calibrate", () => {
+  let folder: string;
+  let copy: string;
+  let cache: string;
+  beforeAll(() => {
+    folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-calibrate-"));
+    [copy, cache] = [path.join(folder, "model"), path.join(folder, "cache")];
+    cpSync(embeddedModel, copy, { recursive: true });
+    rmSync(path.join(copy, "schedules.json"), { force: true });
+  });
+  afterAll(() => rmSync(folder, { recursive: true, force: true }));
+  const load = (from = copy) => FlowTurbo.load(from, { cache, measureCosts: false });
+  const file = () => path.join(copy, "schedules.json");
+
+  it("finds schedules that are nearer to many steps, keeps each, and goes on after a stop", {
+    timeout: 120_000,
+  }, async () => {
+    await using model = await load();
+    const controller = new AbortController();
+    const stopped = model.calibrate({
+      ...{ ...asked, signal: controller.signal },
+      onProgress: ({ phase, done }) => phase === "fitting" && done >= 1 && controller.abort(new Error("enough")),
+    });
+    await expect(stopped).rejects.toThrow("enough");
+    const kept = JSON.parse(readFileSync(file(), "utf8"));
+    expect(kept.calibrated).toHaveLength(1);
+    expect(readdirSync(path.join(cache, "calibration"))).toHaveLength(1);
+
+    const progress: string[] = [];
+    const { schedules, file: written } = await model.calibrate({
+      ...asked,
+      onProgress: ({ phase, guidanceScale, done, total }) =>
+        progress.push(`${phase} ${guidanceScale} ${Math.floor(done)}/${total}`),
+    });
+    expect(written).toBe(file());
+    // The reference at the scale where it was stopped is there already.
+    expect(progress.some((text) => text.startsWith("reference 4"))).toBe(false);
+    expect(progress.at(-1)).toBe("fitting 2 4/4");
+    expect(schedules.map(({ guidanceScale, weights, rows }) => [guidanceScale, weights.length, rows])).toEqual([
+      [4, 2, 4],
+      [4, 3, 6],
+      [2, 2, 4],
+      [2, 3, 6],
+    ]);
+    expect(schedules[0]).toEqual(kept.calibrated[0]);
+    for (const { sigmas, weights, psnr, guided } of schedules) {
+      expect([sigmas.length, sigmas[0], sigmas.at(-1)]).toEqual([weights.length + 1, 1, 0]);
+      expect(psnr.fitted).toBeGreaterThan(10);
+      expect(guided.every(Boolean)).toBe(true);
+    }
+    const gains = schedules.map(({ psnr }) => psnr.held - psnr.uncalibrated);
+    expect(gains.reduce((a, b) => a + b)).toBeGreaterThan(0);
+    // All that was asked for is there: nothing is fitted, and the file stays as it is.
+    const before = statSync(file()).mtimeMs;
+    expect((await model.calibrate(asked)).schedules).toEqual(schedules);
+    expect(statSync(file()).mtimeMs).toBe(before);
+  });
+
+  it("draws with them, by number of steps, quality and time limit, and says so", async () => {
+    const { calibrated } = JSON.parse(readFileSync(file(), "utf8")) as {
+      calibrated: {
+        guidanceScale: number;
+        weights: number[][];
+        sigmas: number[];
+        psnr: { held: number; uncalibrated: number };
+      }[];
+    };
+    // Whatever came out here is to be used.
+    writeFileSync(
+      file(),
+      JSON.stringify({
+        ...JSON.parse(readFileSync(file(), "utf8")),
+        calibrated: calibrated.map(({ psnr, ...rest }) => rest),
+      }),
+    );
+    const own = calibrated.find(({ guidanceScale, weights }) => guidanceScale === 2 && weights.length === 3)!;
+    await using model = await load();
+    const request = { prompt: "a red circle", seed: 1, ...size, guidanceScale: 2 };
+    const { images, blocks, sigmas, evaluations } = await model.generate({ ...request, steps: 3 });
+    expect([blocks, sigmas, evaluations]).toEqual(["E1A2", own.sigmas, { predictor: 3, refiner: 0, rows: 6 }]);
+    expect(images[0]!.parameters).toMatchObject({ steps: 3, grid: "calibrated", sampler: "flowturbo" });
+    // A grid that is named, another size, or another number of steps is not calibrated.
+    for (const other of [{ steps: 3, grid: "eased" as const }, { steps: 3, width: 64, height: 64 }, { steps: 4 }])
+      expect((await model.generate({ ...request, ...other })).blocks).toMatch(/^U/);
+    const between = await model.generate({ ...request, steps: 3, guidanceScale: 3 });
+    const [two, four] = [2, 4].map(
+      (scale) => calibrated.find((each) => each.guidanceScale === scale && each.weights.length === 3)!,
+    );
+    for (const [i, sigma] of between.sigmas.entries())
+      expect(sigma).toBeCloseTo((two!.sigmas[i]! + four!.sigmas[i]!) / 2, 6);
+    const limited = await model.generate({ ...request, deadlineMs: 60_000 });
+    expect(limited.blocks).toBe("E1A2");
+    await expect(model.generate({ ...request, deadlineMs: 0.001 })).rejects.toMatchObject({ blocks: "E1A1" });
+  });
+
+  it("refuses what it cannot do before any work", async () => {
+    await using model = await load();
+    for (const [options, option] of [
+      [{ sizes: [{ width: 17, height: 16 }] }, "sizes"],
+      [{ guidanceScales: [0.5] }, "guidanceScales"],
+      [{ steps: [1] }, "steps"],
+      [{ prompts: ["one"] }, "prompts"],
+      [{ pictures: 1 }, "pictures"],
+      [{ unknown: 1 }, "unknown"],
+    ] as [object, string][]) {
+      const error = await model.calibrate(options).catch((reason) => reason);
+      expect(error).toBeInstanceOf(OptionError);
+      expect(error.option).toBe(option);
+    }
+  });
+
+  it("writes over nothing that is another model's, and nowhere that is not allowed, before any work", async () => {
+    await using model = await load();
+    const foreign = path.join(folder, "foreign.json");
+    writeFileSync(foreign, JSON.stringify({ version: 1, model: "other", calibrated: [] }));
+    await expect(model.calibrate({ ...asked, file: foreign })).rejects.toMatchObject({
+      ...{ code: "ERR_FLOWTURBO_OPTION", option: "file" },
+      message: expect.stringMatching(/foreign\.json holds schedules of another model.*another file/),
+    });
+    writeFileSync(foreign, "{");
+    await expect(model.calibrate({ ...asked, file: foreign })).rejects.toThrow(/foreign\.json is not JSON/);
+    await expect(model.calibrate({ ...asked, file: "/proc/none/schedules.json" })).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_OUTPUT",
+    });
+  });
+
+  it("of another model is refused where it lies, by name", async () => {
+    const other = path.join(folder, "other");
+    cpSync(copy, other, { recursive: true });
+    const weights = path.join(other, "transformer/diffusion_pytorch_model.safetensors");
+    const bytes = readFileSync(weights);
+    bytes[bytes.length - 1]! ^= 1;
+    writeFileSync(weights, bytes);
+    await expect(load(other)).rejects.toThrow(
+      /other\/schedules\.json: its schedules were calibrated for another model/,
+    );
+  });
+
+  it("is a command, whose file may lie elsewhere", { timeout: 60_000 }, async () => {
+    const out = path.join(folder, "elsewhere/schedules.json");
+    const prompts = path.join(folder, "prompts.txt");
+    writeFileSync(prompts, "a red circle\n\na blue square\na green triangle\n");
+    const run = (...args: string[]) =>
+      promisify(execFile)(process.execPath, [
+        path.join(root, "bin/flowturbo.js"),
+        "calibrate",
+        "--model",
+        copy,
+        "--cache",
+        cache,
+        ...args,
+      ]);
+    const args = [
+      "--sizes",
+      "16x16",
+      "--guidance",
+      "1",
+      "--steps",
+      "2",
+      "--pictures",
+      "2",
+      "--prompts",
+      prompts,
+      "--out",
+      out,
+    ];
+    const { stdout } = await run(...args, "--json");
+    const report = JSON.parse(stdout);
+    expect([report.file, report.schedules.length, report.schedules[0].rows]).toEqual([out, 1, 2]);
+    expect(existsSync(out)).toBe(true);
+    expect((await run(...args)).stdout).toMatch(/16x16 +1 +2 +2 +[\d.]+ +[\d.]+\n.*elsewhere\/schedules\.json/);
+    const failure = await run("--prompts", path.join(folder, "absent.txt")).catch((error) => error);
+    expect([failure.code, failure.stderr]).toEqual([2, expect.stringMatching(/absent\.txt cannot be read/)]);
+  });
+});

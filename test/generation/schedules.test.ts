@@ -1,0 +1,106 @@
+// schedules.json of a model: what is refused of it, and what the model draws with it.
+import { cpSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import { CheckpointError, embeddedModel, FlowTurbo } from "flowturbo";
+import { afterAll, beforeAll, expect, it } from "vitest";
+
+let folder: string;
+beforeAll(() => {
+  folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-ladder-"));
+});
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+it("without any is of numbers of steps, the most first", async () => {
+  const copy = path.join(folder, "without");
+  cpSync(embeddedModel, copy, { recursive: true });
+  rmSync(path.join(copy, "schedules.json"), { force: true });
+  await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
+  const generous = { prompt: "a red circle", width: 16, height: 16, deadlineMs: 120_000 };
+  expect((await model.generate(generous)).blocks).toBe("M28");
+  await expect(model.generate({ ...generous, deadlineMs: 0.001 })).rejects.toMatchObject({ blocks: "M1" });
+});
+
+const fitted = {
+  ...{ width: 64, height: 64, guidanceScale: 4.5, guided: [true, true], sigmas: [1, 0.5, 0] },
+  weights: [
+    [-0.5, 0, 0],
+    [-0.6, 0.1, 0],
+  ],
+};
+
+it.each([
+  ["an entry that is no schedule", { ladder: ["H1P3", "H1Q6"] }, /schedules\.json: Expected blocks such as .* "H1Q6"/],
+  ["a schedule that starts with a refiner", { ladder: ["R3"] }, /schedules\.json: The blocks "R3" start with R/],
+  ["an empty schedule", { ladder: ["H0"] }, /schedules\.json: The blocks "H0" are empty/],
+  ["numbers", { ladder: [10, 5] }, /expected "ladder" to be a list of schedules .* but found \[10,5\]/],
+  ["an empty ladder", { ladder: [] }, /but found \[\]/],
+  ["no ladder", {}, /but found nothing/],
+  [
+    "another version",
+    { version: 2, ladder: ["H1"] },
+    /expected version 1 but found 2\. It was written by another version/,
+  ],
+  [
+    "schedules of another model",
+    { model: "x", calibrated: [fitted] },
+    /calibrated for another model than the one in this folder/,
+  ],
+  [
+    "a schedule without its end",
+    { calibrated: [{ ...fitted, sigmas: [1, 0.5] }] },
+    /calibrated\.0: needs one more of sigmas/,
+  ],
+  [
+    "a schedule that rises",
+    { calibrated: [{ ...fitted, sigmas: [0.5, 0.6, 0] }] },
+    /calibrated\.0: has sigmas that do not fall/,
+  ],
+  ["a schedule that does not end", { calibrated: [{ ...fitted, sigmas: [1, 0.5, 0.1] }] }, /do not end at 0/],
+  [
+    "weights that are none",
+    {
+      calibrated: [
+        {
+          ...fitted,
+          weights: [
+            [1, 0, 0],
+            [1, 0],
+          ],
+        },
+      ],
+    },
+    /calibrated\.0\.weights\.1/,
+  ],
+  ["a list", ["H1"], /does not hold a JSON object/],
+  ["no JSON", "{", /is not JSON/],
+])("with %s is refused, by name of the file", async (name, content, message) => {
+  const copy = path.join(folder, name);
+  cpSync(embeddedModel, copy, { recursive: true });
+  const file = path.join(copy, "schedules.json");
+  writeFileSync(file, typeof content === "string" ? content : JSON.stringify(content));
+  const error = await FlowTurbo.load(copy, { cache: folder }).catch((reason) => reason);
+  expect(error).toBeInstanceOf(CheckpointError);
+  expect(error.message).toMatch(message);
+  expect(error.path).toBe(file);
+});
+
+it("is read with the model and chosen from, whatever the number of evaluations", async () => {
+  const copy = path.join(folder, "model");
+  cpSync(embeddedModel, copy, { recursive: true });
+  const file = path.join(copy, "schedules.json");
+  // In this order, which no count of evaluations gives.
+  writeFileSync(file, JSON.stringify({ ladder: ["H1P1", "H1P6R2", "H1"] }));
+  const request = { prompt: "a red circle", width: 16, height: 16, deadlineMs: 60_000 };
+  {
+    await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
+    expect((await model.generate(request)).blocks).toBe("H1P1");
+  }
+  // Without a refiner, what needs one is left out.
+  rmSync(path.join(copy, "refiner"), { recursive: true, force: true });
+  writeFileSync(file, JSON.stringify({ ladder: ["H1P6R2", "H1P3"] }));
+  {
+    await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
+    expect((await model.generate(request)).blocks).toBe("H1P3");
+  }
+});
