@@ -590,8 +590,15 @@ export interface CalibratedEntry {
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
-  /** Mean PSNR to the reference of 100 evaluations, dB: of the pictures that it was fitted to, of those that decided, and of the latter with the usual schedule. */
-  readonly psnr: { readonly fitted: number; readonly held: number; readonly uncalibrated: number };
+  /** Mean PSNR to the reference of 100 evaluations, dB. */
+  readonly psnr: {
+    /** Of the pictures that it was fitted to. */
+    readonly fitted: number;
+    /** Of other pictures, which decided between fits. */
+    readonly held: number;
+    /** Of the latter with the usual schedule of as many steps. */
+    readonly uncalibrated: number;
+  };
   /** Pictures that it was fitted to. */
   readonly pictures: number;
   /** Seed of the first of them. */

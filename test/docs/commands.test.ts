@@ -4,13 +4,21 @@ import path from "node:path";
 import { Command } from "commander";
 import { describe, expect, it } from "vitest";
 import { cacheCommand } from "../../lib/cli/cache.js";
+import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import { pruneCommand } from "../../lib/cli/prune.js";
-import { checkOptions, compileSchema, generateSchema, loadSchema, profileSchema } from "../../lib/options.js";
+import {
+  calibrateSchema,
+  checkOptions,
+  compileSchema,
+  generateSchema,
+  loadSchema,
+  profileSchema,
+} from "../../lib/options.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
 import { root } from "../support/fixtures.js";
 import { documents, read } from "./documents.js";
@@ -48,6 +56,7 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   generateCommand(program.command("generate"), signal);
   compileCommand(program.command("compile"), signal);
   profileCommand(program.command("profile"), signal);
+  calibrateCommand(program.command("calibrate"), signal);
   cacheCommand(program.command("cache"), signal);
   doctorCommand(program.command("doctor"));
   pruneCommand(program.command("prune"));
@@ -64,10 +73,13 @@ function checkFlowturbo(words: string[]): void {
   let found = "";
   commandLine((name, prompts, flags) => {
     found = name;
-    const options = (schema: typeof compileSchema | typeof profileSchema) => readFlags(schema, flags);
+    const options = (schema: typeof compileSchema | typeof profileSchema | typeof calibrateSchema) =>
+      readFlags(schema, flags);
     if (name === "compile") checkOptions(compileSchema, options(compileSchema), "compile");
     if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
-    if (name === "profile" || name === "generate") checkOptions(loadSchema, readFlags(loadSchema, flags), "load");
+    if (name === "calibrate") checkOptions(calibrateSchema, options(calibrateSchema), "calibrate");
+    if (name === "calibrate" || name === "profile" || name === "generate")
+      checkOptions(loadSchema, readFlags(loadSchema, flags), "load");
     if (name !== "generate") return;
     const { blocks } = checkOptions(
       generateSchema,
@@ -126,7 +138,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(11);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(13);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
