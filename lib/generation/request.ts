@@ -8,8 +8,8 @@ import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError, publicMessage } from "../errors.js";
-import type { GenerateOptions, PictureSource, Size } from "../model.js";
-import { networks } from "../networks/index.js";
+import type { GenerateOptions, PictureSource, Size, Stage } from "../model.js";
+import { networks, sigmaBeforeUpscale, type UpscaleName, upscaleJump } from "../networks/index.js";
 import { checkOptions, generateSchema, type ResolvedGenerateOptions, refusePaths } from "../options.js";
 import { allFinite } from "../program/validate.js";
 import {
@@ -49,6 +49,8 @@ export interface RequestStage extends Size {
   /** Of all pictures, [B, C, h, w]. */
   readonly latentShape: LatentShape;
   readonly schedule: Schedule;
+  /** How it starts from the stage before; absent of the first. */
+  readonly upscale?: UpscaleName | undefined;
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
@@ -260,7 +262,10 @@ export function canRun(checkpoint: Checkpoint, blocks: readonly Block[]): boolea
   return stepTypesOf(blocks).every((type) => checkpoint[networks[type]!.part!] !== null);
 }
 
-/** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
+/**
+ * The usual request: one size, on which an original's `strength` keeps the last part of the schedule.
+ * @param end the noise level that it ends at, above 0 if another stage takes noise over
+ */
 function firstStage(
   options: Pick<
     ResolvedGenerateOptions,
@@ -269,6 +274,7 @@ function firstStage(
   { checkpoint }: ModelFacts,
   pictures: number,
   blocks: readonly Block[] | null,
+  end = 0,
 ): RequestStage {
   const native = nativeSize(checkpoint);
   const size = { width: options.width ?? native.width, height: options.height ?? native.height };
@@ -293,7 +299,10 @@ function firstStage(
       `Strength ${strength} leaves only the last blocks of "${text}", which need the velocity of a block before them. Give a larger strength.`,
     );
   checkSize(checkpoint, size, stepTypesOf(run));
-  const sigmas = sigmaGrids[options.grid ?? row.grid]!(count, checkpoint.scheduler).slice(skipped);
+  const { scheduler } = checkpoint;
+  const all =
+    end > 0 ? upscaleSigmas(count, scheduler, 1, end) : sigmaGrids[options.grid ?? row.grid]!(count, scheduler);
+  const sigmas = all.slice(skipped);
   return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule: scheduleOf(run, sigmas) };
 }
 
@@ -309,12 +318,13 @@ function risingStages(
   for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid }))
     if (value !== undefined)
       throw new OptionError(name, `Stages say sizes and blocks themselves; leave out ${name} or stages.`);
-  return stages.map((stage, index) => {
+  const refuse = (message: string): never => {
+    throw new OptionError("stages", message);
+  };
+  const nameOf = (index: number) => ({ option: "stages", prefix: `stages[${index}].` });
+  for (const [index, stage] of stages.entries()) {
     const before = stages[index - 1];
-    const named = { option: "stages", prefix: `stages[${index}].` };
-    const refuse = (message: string): never => {
-      throw new OptionError("stages", message);
-    };
+    const named = nameOf(index);
     checkSize(checkpoint, stage, [], named);
     if (before && (stage.width < before.width || stage.height < before.height))
       refuse(
@@ -326,16 +336,36 @@ function risingStages(
       );
     if (!before && stage.sigma !== undefined)
       refuse("The first stage has no picture to noise again; leave out its sigma, or give an image and a strength.");
+    if (!before && stage.upscale !== undefined)
+      refuse("The first stage has no stage before it to upscale; leave out its upscale.");
     if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
       refuse(`Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`);
+  }
+  return stages.map((stage, index) => {
+    const named = nameOf(index);
     const all = stageBlocks(stage.blocks, `${named.prefix}blocks`, checkpoint);
     checkSize(checkpoint, stage, stepTypesOf(all), named);
-    if (!before) return firstStage({ ...stage, image, strength }, model, pictures, all);
-    const sigmas = upscaleSigmas(all.length, checkpoint.scheduler, stage.sigma ?? defaultUpscaleSigma);
-    const { width, height } = stage;
+    const end = endOf(stage, stages[index + 1], checkpoint);
+    if (index === 0) return firstStage({ ...stage, image, strength }, model, pictures, all, end);
+    const { width, height, sigma = defaultUpscaleSigma, upscale = "pixels" } = stage;
+    if (end >= sigma)
+      refuse(
+        `Stage ${index + 1} starts at sigma ${sigma}, but the next one takes its latents over at ${end.toFixed(4)}. Give a larger stages[${index}].sigma, or a smaller stages[${index + 1}].sigma.`,
+      );
+    const sigmas = upscaleSigmas(all.length, checkpoint.scheduler, sigma, end);
     const latentShape = latentShapeOf(checkpoint, pictures, stage);
-    return { width, height, latentShape, schedule: scheduleOf(all, sigmas) };
+    return { width, height, latentShape, upscale, schedule: scheduleOf(all, sigmas) };
   });
+}
+
+/** The noise level that a stage ends at: above 0 where the next one takes its latents. */
+function endOf(stage: Size, next: Stage | undefined, checkpoint: Checkpoint): number {
+  if (next?.upscale !== "latents") return 0;
+  const [before, after] = [stage, next].map((size) => {
+    const [, , height, width] = latentShapeOf(checkpoint, 1, size);
+    return [height, width] as const;
+  });
+  return sigmaBeforeUpscale(next.sigma ?? defaultUpscaleSigma, upscaleJump(before!, after!));
 }
 
 function stageBlocks(text: string, name: string, checkpoint: Checkpoint): Block[] {

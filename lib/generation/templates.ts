@@ -87,19 +87,20 @@ export class Templates {
   ): SamplingTemplate {
     const { guidanceScale, sequenceLength, preview } = request;
     const keepsLatents = request.include.includes("latents");
-    const sizes = stages.map(({ schedule: { blocks, sigmas }, latentShape: [, ...area] }, index) => {
+    const sizes = stages.map(({ schedule: { blocks, sigmas }, latentShape: [, ...area], upscale }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
-      return { blocks, sigmas, area, hasInit: original !== undefined, hasMask: Boolean(mask) };
+      return { blocks, sigmas, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
     const key = JSON.stringify([sizes, guidanceScale, sequenceLength, preview, keepsLatents]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae } = this.#checkpoint;
     const template = samplingTemplate({
-      stages: stages.map(({ schedule, latentShape: [, ...area] }, index): SamplingStage => {
+      stages: stages.map(({ schedule, latentShape: [, ...area], upscale }, index): SamplingStage => {
         const { hasInit, hasMask } = sizes[index]!;
         const latentShape = [1, ...area] as const;
-        return { schedule, latentShape, positions: positionsOf(this.#checkpoint, latentShape), hasInit, hasMask };
+        const positions = positionsOf(this.#checkpoint, latentShape);
+        return { schedule, latentShape, upscale, positions, hasInit, hasMask };
       }),
       ...this.#text.shapes(sequenceLength, guidanceScale !== null),
       ...{ guidanceScale, preview, keepsLatents },

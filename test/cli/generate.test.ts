@@ -256,6 +256,11 @@ describe("usage errors", () => {
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
     ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
     ["a stage that is none", ["generate", "x", "--stage", "64x64"], /WIDTHxHEIGHT:BLOCKS/],
+    [
+      "a stage that is upscaled in a way that there is not",
+      ["generate", "x", "--stage", "64x64:H1", "--stage", "128x128:H1@0.5:bogus"],
+      /Expected "pixels" or "latents" for stages\[1\]\.upscale but received "bogus"/,
+    ],
     ["a stage with a word for sigma", ["generate", "x", "--stage", "64x64:H1@much"], /BLOCKS@SIGMA.*H1@much/],
     [
       "a stage with too great a sigma",
