@@ -173,7 +173,7 @@ function parseStage(text: string): Stage {
   if (!match)
     throw new OptionError(
       "stages",
-      `Expected WIDTHxHEIGHT:BLOCKS, with @SIGMA and :UPSCALE where they are wanted, for --stage but received "${text}".`,
+      `Expected WIDTHxHEIGHT:BLOCKS or WIDTHxHEIGHT:BLOCKS@SIGMA, with or without :UPSCALE, for --stage but received "${text}".`,
     );
   const [, width, height, blocks, sigma, upscale] = match;
   return {
