@@ -242,7 +242,7 @@ await writeFile(
 \`npm run bench:stages -- --captions ${values.captions} --larger ${values.larger} --batch ${batch} --guidance ${guidanceScale}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.
 
 The embedded model in one stage, and in two, half the size first. Between two either the finished picture is enlarged, with a decode before
-and an encode after it (*pixels*, today's default), or the latents, at the noise level where the coarse stage then ends, with their noise
+and an encode after it (*pixels*, the default), or the latents, at the noise level where the coarse stage then ends, with their noise
 completed (*latents*: \`upscale: "latents"\`, RALU, arXiv 2507.08422). @ is the level σ at which the fine stage starts. Times are sampling with the upscale, without text encoders and
 the last decoding, as ratios within one round (median, least to greatest); shares are of pictures that the detector finds right.
 ${levels
