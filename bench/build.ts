@@ -46,7 +46,7 @@ async function build(folder: string, batches: readonly number[]): Promise<Build>
   const emit = tensorRtEmitOptions()({
     ...{ name: "predict", dtype: "BF16", overflowsInFloat16: false, isConvolutional: false },
   });
-  const graph = emitStep("predict", "predict", weights, config, { ...emit, guided: true, numTrainTimesteps: 1000 });
+  const graph = emitStep("predict", "predict", weights, config, { ...emit, guidance: true, numTrainTimesteps: 1000 });
   const profiles = batches.map((batch) => ({
     x: [batch, 16, side, side],
     velocity: [2 * batch, 16, side, side],

@@ -73,7 +73,7 @@ export const resultCodec = <T extends z.ZodType>(picture: T) =>
     blocks: z.string(),
     sigmas: numbers,
     stages: z.array(z.strictObject({ width: side, height: side, blocks: z.string(), sigmas: numbers })),
-    evaluations: z.strictObject({ predictor: z.number(), refiner: z.number() }),
+    evaluations: z.strictObject({ predictor: z.number(), refiner: z.number(), rows: z.number() }),
     timings: z.strictObject({
       ...{ load: z.number(), queue: z.number(), encode: z.number(), steps: numbers },
       ...{ upscale: z.number(), edit: z.number(), decode: z.number(), total: z.number() },

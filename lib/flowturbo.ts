@@ -2,27 +2,41 @@
 
 import { createHash } from "node:crypto";
 import type { EventEmitter } from "node:events";
+import { constants } from "node:fs";
+import { access, readFile, stat } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import type { z } from "zod";
-import { type Checkpoint, checkpointName, openCheckpoint } from "./checkpoint/index.js";
+import { type Checkpoint, checkpointName, fingerprintOf, openCheckpoint, readSchedules } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
+import { defaultCacheFolder } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
+import { calibrate } from "./generation/calibrate.js";
+import { calibrationPrompts } from "./generation/calibration-prompts.js";
 import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
-import { canRun, type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
+import {
+  canRun,
+  checkSequenceLength,
+  type EditRequest,
+  pinnedWithCapture,
+  type Request,
+  settleRequest,
+} from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import type {
+  CalibrateOptions,
+  Calibration,
   Costs,
   GenerateOptions,
   GenerateResult,
@@ -34,11 +48,11 @@ import type {
 } from "./model.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
-import { checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
+import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import { type Block, blocksForEach, defaultLadder, parseBlocks } from "./schedule/index.js";
+import { type Block, blocksForEach, type CalibratedSchedule, ladderSteps, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -78,6 +92,7 @@ export class FlowTurbo implements ImageModel {
   readonly #held: { readonly device: Device; readonly draw: number } | null;
   readonly #service: Service;
   readonly #store: CostStore;
+  readonly #cache: string;
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
   readonly #events: HealthMonitor["events"];
   readonly #calls = new Set<Promise<unknown>>();
@@ -110,6 +125,8 @@ export class FlowTurbo implements ImageModel {
     if (folder === embeddedModel) packageFile("models/shapes");
     const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
     const ladder = ladderOf(checkpoint);
+    const cache = checked.cache ?? defaultCacheFolder();
+    const calibrated = await calibratedOf(checkpoint, cache);
 
     // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.
     report("graphs", 1);
@@ -137,10 +154,16 @@ export class FlowTurbo implements ImageModel {
         opened,
         await store.read(),
         {
-          ...{ ladder, text, logger, templates: new Templates(checkpoint, text) },
+          ...{
+            ladder,
+            calibrated,
+            text,
+            logger,
+            templates: new Templates(checkpoint, text),
+          },
           ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
           allowPaths: checked.allowPaths,
-          captured: checked.capture && runtime.capabilities.capture,
+          ...{ captured: checked.capture && runtime.capabilities.capture, cache },
           loadMilliseconds: performance.now() - start,
         },
         {
@@ -162,7 +185,12 @@ export class FlowTurbo implements ImageModel {
     graphs: GraphLibrary,
     { runtime, choice, device }: OpenedRuntime & { readonly choice: RuntimeChoice },
     known: readonly CostEntry[],
-    model: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours" | "unload">,
+    {
+      cache,
+      ...model
+    }: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours" | "unload"> & {
+      readonly cache: string;
+    },
     serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
   ) {
     const { checkpoint } = graphs;
@@ -172,6 +200,7 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.nativeSize = nativeSize(checkpoint);
     this.#graphs = graphs;
+    this.#cache = cache;
     this.#held = device && { device, draw: deviceMemoryNeeded(graphs, device.widening).draw };
     this.#model = {
       ...{ ...model, name: this.name, checkpoint, runtime },
@@ -263,6 +292,40 @@ export class FlowTurbo implements ImageModel {
     return this.#tracked(() => this.#measure(sizes, checked));
   }
 
+  /**
+   * Finds schedules of few steps for this model, and keeps them in a file that later loads read: see `CalibrateOptions`. It takes the
+   * runtime beside what else is drawn, for some hundred evaluations of each picture and schedule.
+   * @throws OptionError for an option that is wrong or a size that the model does not draw; OutputError if the file cannot be written;
+   *   DisposedError; `signal.reason` after an abort
+   */
+  async calibrate(options: CalibrateOptions = {}): Promise<Calibration> {
+    if (this.#disposed) throw new DisposedError("This model");
+    const checked = checkOptions(calibrateSchema, options, "calibrate()");
+    const { checkpoint, text, runtime } = this.#model;
+    const sizes = checked.sizes ?? [this.nativeSize];
+    checkSizes(checkpoint, sizes);
+    const sequenceLength = checked.maxSequenceLength ?? text.defaultSequenceLength;
+    checkSequenceLength(sequenceLength, text.maxSequenceLength);
+    const { pictures, seed, signal, onProgress, reset } = checked;
+    const file = checked.file ?? (await schedulesFile(checkpoint, this.#cache));
+    return this.#tracked(async () => {
+      const schedules = await calibrate(
+        {
+          ...{ checkpoint, text, file, cache: path.join(this.#cache, "calibration") },
+          run: (program) => this.#run(program, signal ?? new AbortController().signal),
+        },
+        {
+          ...{ sizes, pictures, seed, signal, onProgress, reset, sequenceLength },
+          guidanceScales: [...new Set(checked.guidanceScales)],
+          steps: [...new Set(checked.steps)].sort((a, b) => a - b),
+          prompts: checked.prompts ?? (await promptsOf(checkpoint.folder)) ?? calibrationPrompts,
+          batch: checked.batch ?? (runtime.capabilities.anyShape ? 8 : 1),
+        },
+      );
+      return { file, schedules };
+    });
+  }
+
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
     this.#disposed ??= (async () => {
@@ -279,11 +342,11 @@ export class FlowTurbo implements ImageModel {
   }
 
   /** @throws MemoryError if the device cannot hold what one picture takes */
-  #checkMemory({ candidates, guidanceScale, sequenceLength }: Request): void {
+  #checkMemory({ candidates, guidance, sequenceLength }: Request): void {
     if (!this.#held) return;
     const { device, draw } = this.#held;
     for (const stage of candidates[0].stages)
-      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidanceScale !== null });
+      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidance.isOn });
   }
 
   async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
@@ -410,12 +473,43 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
   };
 }
 
+/** Where calibrated schedules are written: beside the model where that is allowed, else in the cache by the model's digest. */
+async function schedulesFile(checkpoint: Checkpoint, cache: string): Promise<string> {
+  const isAllowed = await access(checkpoint.folder, constants.W_OK).then(
+    () => true,
+    () => false,
+  );
+  return isAllowed
+    ? path.join(checkpoint.folder, "schedules.json")
+    : path.join(cache, "schedules", `${await fingerprintOf(checkpoint)}.json`);
+}
+
+/** The prompts that a model brings for calibration, one a line. */
+async function promptsOf(folder: string): Promise<string[] | null> {
+  const text = await readFile(path.join(folder, "prompts.txt"), "utf8").catch(() => null);
+  const lines = text?.split("\n").map((line) => line.trim()) ?? [];
+  const prompts = lines.filter((line) => line !== "");
+  return prompts.length >= 2 ? prompts : null;
+}
+
+/** Schedules that were calibrated for a checkpoint: its own, or those of the cache. */
+async function calibratedOf(checkpoint: Checkpoint, cache: string): Promise<readonly CalibratedSchedule[]> {
+  const own = checkpoint.schedules.calibrated;
+  if (own.length > 0 || !(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
+  const fingerprint = await fingerprintOf(checkpoint);
+  const file = path.join(cache, "schedules", `${fingerprint}.json`);
+  return (await readSchedules(file, async () => fingerprint))?.calibrated ?? [];
+}
+
 /**
  * The checkpoint's own ladder, as far as it can be run; without one the usual.
  * @throws CheckpointError for an entry that is no schedule
  */
-function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] {
-  const { folder, ladder, refiner } = checkpoint;
+function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[] | number)[] {
+  const {
+    folder,
+    schedules: { ladder },
+  } = checkpoint;
   const own = (ladder ?? []).map((text) => {
     try {
       return parseBlocks(text);
@@ -430,5 +524,5 @@ function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] {
     }
   });
   const usable = own.filter((blocks) => canRun(checkpoint, blocks));
-  return usable.length > 0 ? usable : defaultLadder(refiner !== null);
+  return usable.length > 0 ? usable : ladderSteps;
 }

@@ -32,6 +32,10 @@ export { Image } from "./generation/image.js";
 export { type Json, requestFromJson, requestToJson, resultFromJson, resultToJson } from "./json.js";
 export type {
   AcceptEvent,
+  CalibratedEntry,
+  CalibrateOptions,
+  CalibrateProgress,
+  Calibration,
   CompileEnginesOptions,
   Costs,
   DeadlineResult,

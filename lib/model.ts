@@ -205,28 +205,62 @@ export interface GenerateOptions {
   height?: number | undefined;
   /**
    * How a number of steps becomes a schedule. `"flowturbo"`: one Heun block, pseudo corrector blocks, and refiner blocks
-   * at the end where there is a refiner (arXiv 2409.18128). `"euler"`: as diffusers draws. `"heun"`: second order, two
-   * evaluations a step. Default: `"flowturbo"`.
+   * at the end where there is a refiner (arXiv 2409.18128). `"euler"`: as diffusers draws. `"dpmpp_2m"`: DPM-Solver++(2M), as diffusers'
+   * DPMSolverMultistepScheduler with `use_flow_sigmas` (arXiv 2211.01095). `"unipc"`: UniPC of order 2, as its UniPCMultistepScheduler
+   * (arXiv 2302.04867). `"heun"`: second order, two evaluations a step. Default: `"flowturbo"`.
    */
   sampler?: SamplerName | undefined;
-  /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun. */
+  /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun, 20 for dpmpp_2m and unipc. */
   steps?: number | undefined;
   /**
    * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
-   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `P` pseudo corrector, `R` velocity refiner. At most 1000 blocks in 8192 characters.
+   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `A` Adams-Bashforth, `P` pseudo corrector, `R` velocity refiner, `S` skip (no evaluation: it extrapolates
+   * the last two velocities), `D` DPM-Solver++(2M), `U` UniPC. At most 1000 blocks in 8192 characters.
    * Default: what the sampler makes.
    */
   blocks?: string | undefined;
   /**
    * Spacing of the noise levels: `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
-   * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler. Default: `"diffusers"` for euler, otherwise `"shifted"`.
+   * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler, or for dpmpp_2m and unipc of its scheduler of that kind; `"karras"`
+   * (arXiv 2206.00364), `"exponential"` (even in log σ) and `"beta"` (arXiv 2407.12173), between the ends of that scheduler's.
+   * Default: `"shifted"` for flowturbo and heun, otherwise `"diffusers"`.
    */
   grid?: GridName | undefined;
   /**
-   * Scale g of classifier-free guidance, 0 to 1000: the velocity is u + g·(c − u) for the unconditional u and the
-   * conditional c. 1 or less turns it off and halves the work. Default: 4.5.
+   * Noise levels in place of `grid`: for each step the one where it starts, falling, above 0 and up to 1, such as `[1, 0.9, 0.5]`.
+   * 0 at the end may be given or left out. As in diffusers they are shifted as the scheduler shifts; with `shift: 1` they are used as
+   * they are. Default: those of `grid`.
    */
-  guidanceScale?: number | undefined;
+  sigmas?: readonly number[] | undefined;
+  /**
+   * Shift s of the noise levels towards noise, above 0 and up to 100: σ = s·u / (1 + (s − 1)·u). Default: the scheduler's `shift`, or
+   * with `use_dynamic_shifting` what it makes of the picture's size.
+   */
+  shift?: number | undefined;
+  /**
+   * With a scheduler that has `use_dynamic_shifting`: its parameter μ, -10 to 10, in place of the one for the picture's size; the shift
+   * is e^μ, or μ where `time_shift_type` is `"linear"`. Refused with other schedulers. Default: by the picture's size.
+   */
+  mu?: number | undefined;
+  /**
+   * Scale g of classifier-free guidance, 0 to 1000: the velocity is u + g·(c − u) for the unconditional u and the
+   * conditional c. 1 or less turns it off and halves the work. A list has one scale for each step (with `stages`: of all stages
+   * together). A velocity that a step reuses is guided with the step's own scale where both are guided, and otherwise as it was where it
+   * was computed. `R` blocks are guided as the block before them. Default: 4.5.
+   */
+  guidanceScale?: number | readonly number[] | undefined;
+  /**
+   * Where guidance begins, as a part of the steps from 0 to 1: of n steps those from ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided, as by
+   * diffusers' guiders. The others draw with the prompt alone, at half the cost. Below `guidanceStop`. Default: 0.
+   */
+  guidanceStart?: number | undefined;
+  /** Where guidance ends, as a part of the steps from 0 to 1; see `guidanceStart`. Default: 1. */
+  guidanceStop?: number | undefined;
+  /**
+   * `"cfg"`: classifier-free guidance. `"cfg_zero"`: CFG-Zero* (arXiv 2503.18886): u is scaled by ⟨u, c⟩ / ⟨u, u⟩ first, and the first step
+   * is left out where it starts from noise (its velocity counts as zero), so that one step less is run. Default: `"cfg"`.
+   */
+  guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /**
    * Seed of the first picture, a whole number from 0 to 2⁵³ − 4097; picture k uses seed + k, from a generator of its own, so that it can
    * be drawn again alone. The noise is that of torch's CPU generator. Default: random.
@@ -234,7 +268,7 @@ export interface GenerateOptions {
   seed?: number | undefined;
   /** Pictures for each prompt; at most 1024 pictures in one call. Default: 1. */
   count?: number | undefined;
-  /** Sizes to run through from coarse to fine, in place of width, height, sampler, steps, blocks and grid. Default: one size. */
+  /** Sizes to run through from coarse to fine, in place of width, height, sampler, steps, blocks, grid and sigmas. Default: one size. */
   stages?: readonly Stage[] | undefined;
   /** Picture to start from: turned upright, transparency on white, resized and cropped to cover the size. Default: none. */
   image?: PictureSource | undefined;
@@ -496,6 +530,85 @@ export interface ProfileOptions {
   onProgress?: ((progress: ProfileProgress) => void) | undefined;
 }
 
+/** Options of `FlowTurbo.calibrate`. */
+export interface CalibrateOptions {
+  /** Sizes of pictures. Default: the model's native size. */
+  sizes?: readonly Size[] | undefined;
+  /** Guidance scales, 1 to 1000; 1 is without guidance. Scales between two of them are interpolated. Default: `[4.5]`. */
+  guidanceScales?: readonly number[] | undefined;
+  /** Numbers of steps, 2 to 28 each. Default: 3 to 12. */
+  steps?: readonly number[] | undefined;
+  /**
+   * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with. The first two thirds are fitted to, the
+   * rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
+   */
+  prompts?: readonly string[] | undefined;
+  /** Pictures that are fitted to, 2 to 256; half as many decide between fits. Default: 16. */
+  pictures?: number | undefined;
+  /** Seed of the first picture. Default: 0. */
+  seed?: number | undefined;
+  /** Pictures in a launch, 1 to 256. Default: 8, or 1 where each batch needs an engine. */
+  batch?: number | undefined;
+  /** File to write. Default: `schedules.json` in the model's folder, or in the cache if that cannot be written. */
+  file?: string | undefined;
+  /** Fits again what the file holds already, in place of going on. Default: false. */
+  reset?: boolean | undefined;
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
+  maxSequenceLength?: number | undefined;
+  /** Aborts calibrating: the call rejects with `signal.reason`. What was found until then is kept. */
+  signal?: AbortSignal | undefined;
+  /** Called as calibrating proceeds. */
+  onProgress?: ((progress: CalibrateProgress) => void) | undefined;
+}
+
+/** Sent while a model is calibrated. */
+export interface CalibrateProgress {
+  /** `reference`: runs of many steps; `fitting`: a schedule is fitted to them. */
+  readonly phase: "reference" | "fitting";
+  /** Pixels. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Guidance scale of the present schedules. */
+  readonly guidanceScale: number;
+  /** Schedules that are done, and of the reference its part. */
+  readonly done: number;
+  /** Schedules that were asked for. */
+  readonly total: number;
+}
+
+/** A calibrated schedule as schedules.json holds it. */
+export interface CalibratedEntry {
+  /** Pixels of the pictures that it was fitted to. */
+  readonly width: number;
+  /** Pixels. */
+  readonly height: number;
+  /** Guidance scale that it was fitted to; 1 for none. */
+  readonly guidanceScale: number;
+  /** For each step whether it is guided. */
+  readonly guided: readonly boolean[];
+  /** Rows of the transformer for a picture: two for a guided step. */
+  readonly rows: number;
+  /** Noise levels, one more than steps, from 1 to 0. */
+  readonly sigmas: readonly number[];
+  /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
+  readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Mean PSNR to the reference of 100 evaluations, dB: of the pictures that it was fitted to, of those that decided, and of the latter with the usual schedule. */
+  readonly psnr: { readonly fitted: number; readonly held: number; readonly uncalibrated: number };
+  /** Pictures that it was fitted to. */
+  readonly pictures: number;
+  /** Seed of the first of them. */
+  readonly seed: number;
+}
+
+/** What `FlowTurbo.calibrate` gives. */
+export interface Calibration {
+  /** The file that holds the schedules. */
+  readonly file: string;
+  /** The schedules for all that was asked for. */
+  readonly schedules: readonly CalibratedEntry[];
+}
+
 /** Sent while engines are compiled. */
 export interface EngineProgress {
   /** Name of the engine's graph. */
@@ -530,6 +643,8 @@ export interface CompileEnginesOptions {
   targets?: readonly string[] | undefined;
   /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
   guidance?: "on" | "off" | "both" | number | undefined;
+  /** How guided steps are guided: as the option of `generate`. Each mode has engines of its own. Default: `"cfg"`. */
+  guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /** Also what only some pictures need: stages, editing, previews. Default: none. */
   features?: readonly Feature[] | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */

@@ -12,6 +12,7 @@ import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import type {
   AcceptEvent,
+  CalibrateProgress,
   EngineProgress,
   HandlerOptions,
   LoadProgress,
@@ -97,6 +98,7 @@ const either = (values: readonly string[]) =>
 const oneOf = <const T extends string>(values: readonly T[]) => kind(z.enum(values), either(values));
 /** The largest size is for the model to say. */
 const pixels = integer(1, Number.MAX_SAFE_INTEGER, "a whole number of pixels");
+const fraction = kind(z.number().min(0).max(1), "a number from 0 to 1");
 const boolean = kind(z.boolean(), "true or false");
 const path = kind(z.string().min(1), "the path of a folder");
 const callback = <T>() =>
@@ -268,14 +270,50 @@ export const generateSchema = z.strictObject({
   ),
   grid: optional(
     oneOf(Object.keys(sigmaGrids) as GridName[]),
-    `noise levels: ${Object.keys(sigmaGrids).join(" or ")} (default: ${bySampler(({ grid }) => grid)})`,
+    `noise levels: ${Object.keys(sigmaGrids).join(", ")} (default: ${bySampler(({ grid }) => grid)})`,
     "--grid <name>",
   ),
+  sigmas: optional(
+    kind(list(z.number().min(0).max(1), 1, 1001), "a list of falling numbers from 1 to 0"),
+    "noise levels in place of grid, one where each step starts, such as 1,0.9,0.5; shifted as the scheduler shifts (shift 1: as they are)",
+    "--sigmas <list>",
+  ),
+  shift: optional(
+    kind(z.number().gt(0).max(100), "a number above 0 and up to 100"),
+    "shift of the noise levels towards noise (default: the scheduler's)",
+    "--shift <factor>",
+  ),
+  mu: optional(
+    kind(z.number().min(-10).max(10), "a number from -10 to 10"),
+    "with a scheduler that shifts by size: its shift parameter, in place of the one for the size",
+    "--mu <number>",
+  ),
   guidanceScale: defaulted(
-    kind(z.number().min(0).max(1000), "a number from 0 to 1000"),
+    kind(
+      z.union([z.number().min(0).max(1000), list(z.number().min(0).max(1000), 1, 1000)]),
+      "a number from 0 to 1000, or a list of such numbers, one for each step",
+    ),
     4.5,
-    "classifier-free guidance scale; 1 or less turns it off and halves the work",
+    "classifier-free guidance scale, or a list with one for each step; 1 or less turns it off and halves the work",
     "--guidance <scale>",
+  ),
+  guidanceStart: defaulted(
+    fraction,
+    0,
+    "part of the steps, from 0 to 1, after which guidance begins; steps before it cost half",
+    "--guidance-start <part>",
+  ),
+  guidanceStop: defaulted(
+    fraction,
+    1,
+    "part of the steps, from 0 to 1, after which guidance ends; steps after it cost half",
+    "--guidance-stop <part>",
+  ),
+  guidanceMode: defaulted(
+    oneOf(["cfg", "cfg_zero"]),
+    "cfg",
+    "cfg, or cfg_zero (CFG-Zero*: the unconditional velocity is scaled to the conditional one, and the first step is left out)",
+    "--guidance-mode <name>",
   ),
   seed: optional(
     integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
@@ -402,6 +440,47 @@ export const profileSchema = z.strictObject({
   onProgress: optional(callback<(progress: ProfileProgress) => void>(), "called as measuring proceeds"),
 });
 
+export const calibrateSchema = z.strictObject({
+  sizes: profileSchema.shape.sizes,
+  guidanceScales: defaulted(
+    kind(list(z.number().min(1).max(1000), 1, 64), "a list of numbers from 1 to 1000"),
+    [4.5],
+    "guidance scales to calibrate for, such as 2,4.5,7; those between are interpolated; 1 is without guidance",
+    "--guidance <list>",
+  ),
+  steps: defaulted(
+    kind(list(z.int().min(2).max(28), 1, 27), "a list of whole numbers from 2 to 28"),
+    [3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    "numbers of steps to find schedules for",
+    "--steps <list>",
+  ),
+  prompts: optional(
+    kind(list(text.min(1), 2, 1024), "a list of at least 2 prompts"),
+    "what the pictures show that schedules are fitted to (default: prompts.txt of the model, or a list of the package's)",
+  ),
+  pictures: defaulted(integer(2, 256), 16, "pictures that schedules are fitted to", "--pictures <n>"),
+  seed: defaulted(
+    integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
+    0,
+    "seed of the first picture",
+    "--seed <n>",
+  ),
+  batch: optional(
+    integer(1, 256),
+    "pictures in a launch (default: 8, or 1 where each batch needs an engine)",
+    "--batch <n>",
+  ),
+  file: optional(
+    kind(z.string().min(1), "the path of a file"),
+    "file to write (default: schedules.json in the model's folder, or in the cache if that cannot be written)",
+    "--out <file>",
+  ),
+  reset: defaulted(boolean, false, "fit again what the file holds already", "--reset"),
+  maxSequenceLength: tokens,
+  signal: optional(abortSignal, "aborts calibrating"),
+  onProgress: optional(callback<(progress: CalibrateProgress) => void>(), "called as calibrating proceeds"),
+});
+
 export const compileSchema = z.strictObject({
   runtime: defaulted(
     oneOf<"auto" | BuilderName>(["auto", ...builderNames()]),
@@ -422,6 +501,7 @@ export const compileSchema = z.strictObject({
     "--targets <list>",
   ),
   guidance,
+  guidanceMode: generateSchema.shape.guidanceMode,
   features: defaulted(
     kind(list(z.enum<Feature[]>(featureNames())), `${either(featureNames())}, or several`),
     [],
@@ -445,6 +525,30 @@ export type ResolvedGenerateOptions = z.output<typeof generateSchema>;
 export function guidanceModes(mode: "on" | "off" | "both" | number): readonly boolean[] {
   if (typeof mode === "number") return [mode > 1];
   return { on: [true], off: [false], both: [true, false] }[mode];
+}
+
+/** @throws OptionError for an interval of guidance that is empty */
+export function checkGuidanceInterval({
+  guidanceStart: start,
+  guidanceStop: stop,
+}: Pick<ResolvedGenerateOptions, "guidanceStart" | "guidanceStop">): void {
+  if (start >= stop)
+    throw new OptionError(
+      "guidanceStart",
+      `Expected guidanceStart (${start}) below guidanceStop (${stop}). Use guidanceScale 1 to draw without guidance.`,
+    );
+}
+
+/** @throws OptionError for noise levels that rise or repeat */
+export function checkSigmas(sigmas: readonly number[] | undefined): void {
+  if (sigmas?.[0] === 0)
+    throw new OptionError("sigmas", "Expected sigmas that begin above 0; the 0 at the end may be left out.");
+  for (const [index, sigma] of sigmas?.entries() ?? [])
+    if (index > 0 && sigma >= sigmas![index - 1]!)
+      throw new OptionError(
+        "sigmas",
+        `Expected falling sigmas but number ${index + 1}, ${sigma}, is not below number ${index}, ${sigmas![index - 1]}.`,
+      );
 }
 
 /**

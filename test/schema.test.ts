@@ -160,6 +160,8 @@ describe("the schema of a request", () => {
       "fast",
       "decoded",
       "H1P9",
+      "cfg_zero",
+      "karras",
     ],
     ...[
       "AAAA",
@@ -174,6 +176,8 @@ describe("the schema of a request", () => {
       ["latents"],
       ["pixels", "latents"],
       ["rgb"],
+      [1, 0.5, 0],
+      [0.5, 2000],
     ],
     ...[[], [""], ["x", "y"], [1], [null], [[]], Array(64).fill("H1"), Array(65).fill("H1")],
     ...[
@@ -265,7 +269,7 @@ it("the schema of a result agrees with resultFromJson", () => {
     images: [new Image(1, 1, new Uint8Array(3), { prompt: "x", stages: [{ width: 1 }], none: null })],
     ...{ latents: tensor, pixels: tensor, seeds: [1], width: 1, height: 1, blocks: "H1", sigmas: [1, 0] },
     stages: [{ width: 1, height: 1, blocks: "H1", sigmas: [1, 0] }],
-    evaluations: { predictor: 2, refiner: 0 },
+    evaluations: { predictor: 2, refiner: 0, rows: 4 },
     timings: { load: 1, queue: 1, encode: 1, steps: [1], upscale: 1, edit: 1, decode: 1, total: 1 },
     deadline: null,
     warnings: [],

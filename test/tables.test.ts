@@ -39,11 +39,11 @@ networks.toy_text = {
 } satisfies Network;
 
 /** A letter: Adams and Bashforth's method of second order for steps of any length; Euler's where there is no step before. */
-blockTable.A = {
-  name: "Adams–Bashforth",
-  needsVelocity: false,
-  evaluations: ({ from, h, before }) => {
-    const ratio = before === null ? 0 : h / (2 * before);
+blockTable.Q = {
+  name: "toy Adams–Bashforth",
+  needs: 0,
+  evaluations: ({ from, h, sigmas, index }) => {
+    const ratio = index === 0 ? 0 : h / (2 * (from - sigmas[index - 1]!));
     return [{ type: "predict", sigma: from, aIn: 0, aOld: -h * ratio, aNew: h * (1 + ratio), keepsVelocity: true }];
   },
 } satisfies BlockRow;
@@ -127,8 +127,8 @@ describe("rows that a test has added", () => {
     const draw = async (blocks: string) =>
       (await withValues(model, { prompt: "x", seed: 1, width: 64, height: 64, blocks, guidanceScale: 1 })).latents;
     expect(relativeError(await draw("Z3"), await draw("E3"))).toBe(0);
-    expect(relativeError(await draw("A3"), await draw("E3"))).toBeGreaterThan(1e-3);
-    await expect(draw("Q3")).rejects.toThrow(/A Adams–Bashforth, Z toy, each with an optional count/);
+    expect(relativeError(await draw("Q3"), await draw("E3"))).toBeGreaterThan(1e-3);
+    await expect(draw("X3")).rejects.toThrow(/Q toy Adams–Bashforth, Z toy, each with an optional count/);
   });
 
   it("a letter's launches integrate at the order of its method", () => {
@@ -136,7 +136,7 @@ describe("rows that a test has added", () => {
     const error = (n: number) => {
       let [x, velocity] = [1, 0];
       const sigmas = Array.from({ length: n + 1 }, (_, i) => (1 - i / n) ** 1.5);
-      for (const { aIn, aOld, aNew, keepsVelocity } of planSteps(new Array<Block>(n).fill("A" as Block), sigmas)) {
+      for (const { aIn, aOld, aNew, keepsVelocity } of planSteps(new Array<Block>(n).fill("Q" as Block), sigmas)) {
         const next = x + aIn * velocity;
         x += aOld * velocity + aNew * next;
         if (keepsVelocity) velocity = next;
@@ -150,7 +150,7 @@ describe("rows that a test has added", () => {
   it("are in option values, flags, lists of runtimes, required engines and memory", async () => {
     const { generateSchema, loadSchema, optionMeta } = await import("../lib/options.js");
     expect(optionMeta(generateSchema.shape.sampler).description).toBe(
-      "flowturbo, euler, heun, toy (default: flowturbo)",
+      "flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo)",
     );
     expect(optionMeta(generateSchema.shape.steps).description).toContain("6 for toy");
     expect(generateSchema.shape.sampler.safeParse("toy").success).toBe(true);
@@ -185,7 +185,7 @@ describe("rows that a test has added", () => {
     addModelFlags(command, loadSchema, generateSchema);
     // Lines of any width.
     const help = command.helpInformation().replace(/\s+/g, " ");
-    expect(help).toContain("--sampler <name> flowturbo, euler, heun, toy (default: flowturbo)");
+    expect(help).toContain("--sampler <name> flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo)");
     expect(help).toMatch(/--runtime <name> .*toy \(a test\)/);
 
     const { runtimeNames } = await import("../lib/runtimes/index.js");

@@ -179,7 +179,7 @@ const areaOf = ([, , height, width]: LatentShape) => [height, width] as const;
 
 async function stageOf(
   checkpoint: Checkpoint,
-  { sizes, blocks, batch, inpainted, upscale }: Example,
+  { sizes, blocks, batch, guided, inpainted, upscale }: Example,
   index: number,
   inputs: Inputs,
 ): Promise<{ readonly stage: SamplingStage; readonly values: SamplingValues["stages"][number] }> {
@@ -198,7 +198,7 @@ async function stageOf(
     positions[type] = { kind: "value", tensor: await stored(constant as StoredConstant) };
   return {
     stage: {
-      ...{ schedule: scheduleOf(parsed, sigmas), latentShape, upscale, positions },
+      ...{ schedule: scheduleOf(parsed, sigmas, { guidance: guided ? 4 : null }), latentShape, upscale, positions },
       ...{ hasInit: inpainted, hasMask: inpainted },
     },
     values: {
@@ -216,15 +216,17 @@ function schedule(
 ): Program {
   const { program } = samplingTemplate({
     stages: stages.map(({ stage }) => stage),
-    contextShape: condition.context.shape as [number, number, number],
-    pooledShape: condition.pooled.shape as [number, number],
-    guidanceScale: guided ? 4 : null,
+    contextShape: condition.context.shape.slice(1) as [number, number],
+    pooledShape: condition.pooled.shape.slice(1) as [number],
     vaeFactor: vae.config.factor,
     imageChannels: vae.config.outChannels,
     // Compared, as the pictures are.
     keepsLatents: true,
   });
-  return bind(program, slotValues({ stages: stages.map(({ values }) => values), ...condition }));
+  return bind(
+    program,
+    slotValues({ stages: stages.map(({ values }) => values), [guided ? "guided" : "alone"]: condition }),
+  );
 }
 
 const constants = new ConstantReader();

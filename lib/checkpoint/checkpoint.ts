@@ -20,7 +20,8 @@ import {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
-import { isFolder, type JsonObject, readJsonObject, readOptionalJson } from "./files.js";
+import { isFolder, type JsonObject, readJsonObject } from "./files.js";
+import { modelFingerprint, noSchedules, readSchedules, type StoredSchedules } from "./schedules.js";
 import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { openWeights, type Weights } from "./weights.js";
 
@@ -46,8 +47,8 @@ export interface Checkpoint {
   readonly tokenizer3: Tokenizer | null;
   readonly vae: Part<VaeConfig>;
   readonly scheduler: SchedulerConfig;
-  /** Schedules from the richest to the poorest, from schedules.json: those that a benchmark has ranked for this model. */
-  readonly ladder: readonly string[] | null;
+  /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
+  readonly schedules: StoredSchedules;
 }
 
 interface OpenCheckpointOptions {
@@ -66,7 +67,7 @@ const pipelineClasses = [
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
-type PartKey = Exclude<keyof Checkpoint, "folder" | "ladder">;
+type PartKey = Exclude<keyof Checkpoint, "folder" | "schedules">;
 
 /** How a part is found and opened. */
 interface PartRow<Opened> {
@@ -146,28 +147,19 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
     signal?.throwIfAborted();
     return [key, await row.open(partFolder, options)] as const;
   };
-  const [ladder, ...parts] = await Promise.all([
-    readLadder(join(root, "schedules.json")),
-    ...Object.entries(partRows).map(openPart),
-  ]);
+  const parts = await Promise.all(Object.entries(partRows).map(openPart));
   signal?.throwIfAborted();
   // The rows are typed by the key that they open.
-  const checkpoint = { folder: root, ...Object.fromEntries(parts), ladder } as Checkpoint;
-  checkVariant(checkpoint, variant);
-  checkThatPartsFit(checkpoint);
-  return checkpoint;
+  const opened = { folder: root, ...Object.fromEntries(parts), schedules: noSchedules } as Checkpoint;
+  checkVariant(opened, variant);
+  checkThatPartsFit(opened);
+  const schedules = await readSchedules(join(root, "schedules.json"), () => fingerprintOf(opened));
+  return schedules ? { ...opened, schedules } : opened;
 }
 
-/** Whether these are schedules is known where schedules are. @returns null without such a file */
-async function readLadder(file: string): Promise<readonly string[] | null> {
-  const json = await readOptionalJson(file);
-  if (!json) return null;
-  const { ladder } = json;
-  if (Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => typeof blocks === "string")) return ladder;
-  throw new CheckpointError(
-    file,
-    `${file}: expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}. Correct it, or remove the file: the usual schedules are then taken.`,
-  );
+/** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
+export function fingerprintOf({ transformer: { config, weights } }: Pick<Checkpoint, "transformer">): Promise<string> {
+  return modelFingerprint(config, weights.files);
 }
 
 /** The names of the parts that are not null. */

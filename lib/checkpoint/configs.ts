@@ -23,6 +23,12 @@ const size = z.int().positive();
 const epsilon = z.number().positive();
 const factor = z.number().refine((value) => value > 0, "expected a positive number");
 const className = (known: readonly string[]) => z.enum(known as [string, ...string[]]).optional();
+const number = z.number();
+/** A switch that may be absent or null. */
+const flag = z
+  .boolean()
+  .nullish()
+  .transform((value) => value ?? false);
 /** A switch of diffusers or transformers that this package does not implement: it may be present, but not on. */
 const off = z
   .union([z.literal(false), z.null()], { error: "is set, which is not supported; only false or null are" })
@@ -183,20 +189,48 @@ const vaeSchema = z
     factor: 2 ** (config.block_out_channels.length - 1),
   }));
 
+/** `use_…_sigmas` of the scheduler. */
+const spacings = ["karras", "exponential", "beta"] as const;
+
 const schedulerSchema = z
   .object({
     _class_name: className(knownClasses.scheduler),
     num_train_timesteps: size.default(1000),
     shift: factor.default(1),
-    use_dynamic_shifting: off,
-    use_karras_sigmas: off,
-    use_exponential_sigmas: off,
-    use_beta_sigmas: off,
+    use_dynamic_shifting: flag,
+    base_shift: number.default(0.5),
+    max_shift: number.default(1.15),
+    base_image_seq_len: size.default(256),
+    max_image_seq_len: size.default(4096),
+    time_shift_type: z
+      .enum(["exponential", "linear"], 'only "exponential" and "linear" are known')
+      .default("exponential"),
+    use_karras_sigmas: flag,
+    use_exponential_sigmas: flag,
+    use_beta_sigmas: flag,
     invert_sigmas: off,
     shift_terminal: off,
     stochastic_sampling: off,
   })
-  .transform(({ shift, num_train_timesteps: numTrainTimesteps }) => ({ shift, numTrainTimesteps }));
+  .superRefine((config, context) => {
+    const [, second] = spacings.filter((name) => config[`use_${name}_sigmas`]);
+    if (second) refuse(context, `use_${second}_sigmas`, "is on beside another spacing; turn one of them off");
+    if (config.max_image_seq_len <= config.base_image_seq_len)
+      refuse(context, "max_image_seq_len", `is not above base_image_seq_len = ${config.base_image_seq_len}`);
+  })
+  .transform((config) => ({
+    shift: config.shift,
+    numTrainTimesteps: config.num_train_timesteps,
+    /** How the shift follows from the size of a picture, or null. */
+    dynamic: config.use_dynamic_shifting
+      ? {
+          ...{ baseShift: config.base_shift, maxShift: config.max_shift, type: config.time_shift_type },
+          ...{ baseTokens: config.base_image_seq_len, maxTokens: config.max_image_seq_len },
+        }
+      : null,
+    /** Spacing of diffusers' noise levels, or null. */
+    spacing: spacings.find((name) => config[`use_${name}_sigmas`]) ?? null,
+  }));
 
 /** The MMDiT, predictor or refiner (SD3Transformer2DModel). */
 export type TransformerConfig = z.output<typeof transformerSchema>;

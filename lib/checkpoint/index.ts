@@ -1,6 +1,6 @@
 /** A checkpoint folder on disk: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
 
-export { type Checkpoint, openCheckpoint, type Part } from "./checkpoint.js";
+export { type Checkpoint, fingerprintOf, openCheckpoint, type Part } from "./checkpoint.js";
 export {
   type ClipConfig,
   readTransformerConfig,
@@ -10,5 +10,6 @@ export {
 } from "./configs.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
+export { readSchedules, type StoredSchedules, schedulesVersion } from "./schedules.js";
 export { huggingFaceTokenizers, type Tokenizer } from "./tokenizers.js";
 export { openWeights } from "./weights.js";

@@ -10,7 +10,7 @@ import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
 import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
-import { checkOptions, generateSchema, loadSchema } from "../options.js";
+import { checkGuidanceInterval, checkOptions, checkSigmas, generateSchema, loadSchema } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
@@ -77,6 +77,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   checkOptions(loadSchema, loadOptions, "generate");
   const checked = checkOptions(generateSchema, options, "generate");
   if (checked.blocks !== undefined) parseBlocks(checked.blocks);
+  checkGuidanceInterval(checked);
+  checkSigmas(checked.sigmas);
   const rows = prompts.length * checked.count;
   const seeds = Array.from({ length: rows }, (_, index) => (noise ? null : checked.seed! + index));
   const files = outputFiles(flags.out, seeds);

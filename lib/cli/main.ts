@@ -7,8 +7,9 @@
 import { Command, CommanderError } from "commander";
 import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
-import { compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
+import { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
 import { cacheCommand } from "./cache.js";
+import { calibrateCommand } from "./calibrate.js";
 import { compileCommand } from "./compile.js";
 import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
@@ -36,6 +37,7 @@ async function main(): Promise<number> {
   generateCommand(program.command("generate").exitOverride(), controller.signal);
   compileCommand(program.command("compile").exitOverride(), controller.signal);
   profileCommand(program.command("profile").exitOverride(), controller.signal);
+  calibrateCommand(program.command("calibrate").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
   pruneCommand(program.command("prune").exitOverride());
@@ -48,7 +50,7 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = [generateSchema, loadSchema, compileSchema, profileSchema]
+      const flag = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema]
         .map((schema) => flagOf(schema, error.option))
         .find((name) => name !== undefined);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);

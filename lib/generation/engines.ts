@@ -10,7 +10,7 @@ import type { CompileEnginesOptions, Size } from "../model.js";
 import {
   type Feature,
   graphName,
-  keysOf,
+  guidedKeysOf,
   type Network,
   networksOf,
   textEncodersOf,
@@ -123,6 +123,8 @@ export interface EngineNeeds {
   readonly sizes?: readonly Size[] | undefined;
   readonly batches: readonly number[];
   readonly guidance: Parameters<typeof guidanceModes>[0];
+  /** Default: `cfg`. */
+  readonly guidanceMode?: "cfg" | "cfg_zero" | undefined;
   readonly features?: readonly Feature[] | undefined;
   /** Tokens of the T5 encoder; default: as for drawing. */
   readonly maxSequenceLength?: number | undefined;
@@ -144,7 +146,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const features = new Set<string>(needs.features);
   const { factor } = checkpoint.vae.config;
   const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
-  const [, contextTokens] = text.shapes(sequenceLength, false).contextShape;
+  const [contextTokens] = text.shapes(sequenceLength).contextShape;
 
   /** Sizes of pictures that a network is launched for, and those that it starts from where it goes from one to another. */
   const sizesFor = (
@@ -195,7 +197,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   return networksOf(checkpoint)
     .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
     .flatMap(({ name, row }) =>
-      keysOf(name, { guidance: guidanceModes(needs.guidance) }).map((key): RequiredEngine => {
+      guidedKeysOf(name, guidanceModes(needs.guidance), needs.guidanceMode).map((key): RequiredEngine => {
         const graph = graphs.get(graphName(key));
         return {
           graph: graph.name,

@@ -6,6 +6,7 @@
  */
 
 import type { VaeConfig } from "../checkpoint/index.js";
+import { solve } from "../common/linear.js";
 import { type FloatTensor, float32, type Tensor } from "../common/tensor.js";
 import { previewFitSide as fitSide } from "../networks/index.js";
 import type { Program } from "../program/program.js";
@@ -102,21 +103,4 @@ function regress(latents: Float32Array, colours: Float32Array, channels: number)
     bias[colour] = normal[channels]![unknowns + colour]!;
   }
   return { map: float32([3, channels], map), bias: float32([3, 1], bias) };
-}
-
-/** Gauss–Jordan with pivoting; the right-hand sides stand behind the matrix and become the solutions. */
-function solve(rows: Float64Array[], unknowns: number): void {
-  for (let column = 0; column < unknowns; column++) {
-    let pivot = column;
-    for (let r = column + 1; r < unknowns; r++)
-      if (Math.abs(rows[r]![column]!) > Math.abs(rows[pivot]![column]!)) pivot = r;
-    [rows[column], rows[pivot]] = [rows[pivot]!, rows[column]!];
-    const head = rows[column]!;
-    const scale = 1 / head[column]!;
-    for (let i = column; i < head.length; i++) head[i]! *= scale;
-    for (let r = 0; r < unknowns; r++) {
-      const factor = r === column ? 0 : rows[r]![column]!;
-      if (factor !== 0) for (let i = column; i < head.length; i++) rows[r]![i]! -= factor * head[i]!;
-    }
-  }
 }

@@ -11,7 +11,7 @@ import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
 import {
   graphName,
-  keysOf,
+  guidedKeysOf,
   networks,
   type UpscaleName,
   upscaleConstants,
@@ -20,8 +20,8 @@ import {
   upscales,
 } from "../networks/index.js";
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
-import type { Constant, LaunchLabel, Program, Sharing } from "../program/program.js";
-import type { Schedule, StepLaunch, StepType } from "../schedule/index.js";
+import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
+import type { Combination, Schedule, StepLaunch, StepType } from "../schedule/index.js";
 
 /** [B, C, h, w] */
 export type LatentShape = readonly [rows: number, channels: number, height: number, width: number];
@@ -43,11 +43,11 @@ export interface SamplingStage {
 /** What pictures of a kind have in common. */
 export interface SamplingKind {
   readonly stages: readonly SamplingStage[];
-  /** Shapes of the text condition: [R, T, joint] and [R, pooled], R = 2B (unconditional first) with guidance, else B. */
-  readonly contextShape: readonly [rows: number, tokens: number, width: number];
-  readonly pooledShape: readonly [rows: number, width: number];
-  /** Guidance scale, or null to run without guidance. */
-  readonly guidanceScale: number | null;
+  /** Shapes of a row of the text condition: [T, joint] and [pooled]. */
+  readonly contextShape: readonly [tokens: number, width: number];
+  readonly pooledShape: readonly [width: number];
+  /** How guided steps are guided. Default: `cfg`. */
+  readonly guidanceMode?: "cfg" | "cfg_zero";
   /** Pixels of a latent's side, and channels of a picture. */
   readonly vaeFactor: number;
   readonly imageChannels: number;
@@ -69,10 +69,18 @@ export interface SamplingValues {
     /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
     readonly mask?: Tensor | undefined;
   }[];
-  readonly context: Tensor;
-  readonly pooled: Tensor;
+  /** For guided steps, [2B, T, joint] and [2B, pooled], unconditional rows first. */
+  readonly guided?: TextValues | undefined;
+  /** For steps without guidance, [B, T, joint] and [B, pooled]. */
+  readonly alone?: TextValues | undefined;
   /** The linear map from latents to colours, [3, C] and [3, 1], for previews. */
   readonly colours?: { readonly map: Tensor; readonly bias: Tensor } | undefined;
+}
+
+/** A text condition. */
+interface TextValues {
+  readonly context: Tensor;
+  readonly pooled: Tensor;
 }
 
 export interface SamplingTemplate {
@@ -84,12 +92,26 @@ export interface SamplingTemplate {
 }
 
 /** A picture's values by the names of their slots. */
-export function slotValues({ stages, context, pooled, colours }: SamplingValues): Record<string, Tensor> {
-  const values: Record<string, Tensor> = { context, pooled };
+export function slotValues({ stages, guided, alone, colours }: SamplingValues): Record<string, Tensor> {
+  const values: Record<string, Tensor> = {};
+  if (guided) Object.assign(values, { "guided.context": guided.context, "guided.pooled": guided.pooled });
+  if (alone) Object.assign(values, { context: alone.context, pooled: alone.pooled });
   if (colours) Object.assign(values, { "colours.map": colours.map, "colours.bias": colours.bias });
   for (const [index, stage] of stages.entries())
     for (const [name, tensor] of Object.entries(stage)) if (tensor) values[`${stageName(index)}.${name}`] = tensor;
   return values;
+}
+
+/** Whether schedules have steps with guidance, and steps without. */
+export function guidanceOf(stages: readonly { readonly schedule: Schedule }[]): {
+  readonly guided: boolean;
+  readonly alone: boolean;
+} {
+  const steps = stages.flatMap(({ schedule }) => schedule.launches.filter(({ type }) => type !== "combine"));
+  return {
+    guided: steps.some(({ guidance }) => guidance !== null),
+    alone: steps.some(({ guidance }) => guidance === null),
+  };
 }
 
 export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
@@ -144,6 +166,84 @@ function zeros(shape: readonly number[]): Tensor {
   return knownZeros.get(key) ?? knownZeros.set(key, float32(shape, new Float32Array(elementCount(shape))));
 }
 
+/** Whether a velocity is a pair, which guidance makes one of, or alone. */
+type VelocityRows = "pair" | "alone";
+
+/** The velocity that was evaluated last, in one of two pairs of registers. */
+class VelocityBuffer {
+  /** Null where none exists yet. */
+  at: { readonly register: string; readonly rows: VelocityRows; readonly guidance: number | null } | null = null;
+  readonly #builder: ProgramBuilder;
+  readonly #name: string;
+  readonly #shape: LatentShape;
+  readonly #buffers: Partial<Record<VelocityRows, DoubleBuffer>> = {};
+
+  constructor(builder: ProgramBuilder, name: string, shape: LatentShape) {
+    this.#builder = builder;
+    this.#name = name;
+    this.#shape = shape;
+  }
+
+  /** The register to write next. */
+  next(rows: VelocityRows): string {
+    const name = rows === "pair" ? `${this.#name}.velocity` : `${this.#name}.velocity.alone`;
+    this.#buffers[rows] ??= new DoubleBuffer(this.#builder, name, this.#shapeOf(rows), "");
+    const buffer = this.#buffers[rows];
+    // The one that holds the present velocity must not be written.
+    buffer.at = this.at?.rows === rows ? this.at.register : buffer.at;
+    return buffer.next();
+  }
+
+  /** Zeros stand in for a velocity whose coefficients are 0. */
+  none(rows: VelocityRows): string {
+    return this.#builder.value(`${this.#name}.zeros.${rows}`, zeros(this.#shapeOf(rows)));
+  }
+
+  #shapeOf(rows: VelocityRows): readonly number[] {
+    const [batch, ...area] = this.#shape;
+    return [rows === "pair" ? 2 * batch : batch, ...area];
+  }
+}
+
+/** What a stage holds between its launches. */
+class StageState {
+  readonly x: DoubleBuffer;
+  readonly velocity: VelocityBuffer;
+  readonly #builder: ProgramBuilder;
+  readonly #name: string;
+  readonly #memory: Partial<Record<"first" | "second", DoubleBuffer>> = {};
+
+  constructor(builder: ProgramBuilder, name: string, { latentShape }: SamplingStage, noise: string) {
+    this.#builder = builder;
+    this.#name = name;
+    this.x = new DoubleBuffer(builder, `${name}.x`, latentShape, noise);
+    this.velocity = new VelocityBuffer(builder, name, latentShape);
+  }
+
+  /** m₁ of combinations; zeros at first. */
+  get first(): DoubleBuffer {
+    return this.#memoryOf("first");
+  }
+
+  /** m₂ of combinations; zeros at first. */
+  get second(): DoubleBuffer {
+    return this.#memoryOf("second");
+  }
+
+  #memoryOf(which: "first" | "second"): DoubleBuffer {
+    this.#memory[which] ??= new DoubleBuffer(
+      this.#builder,
+      `${this.#name}.${which}`,
+      this.x.shape,
+      this.velocity.none("alone"),
+    );
+    return this.#memory[which];
+  }
+}
+
+/** x' = x + weight·w; the rest stays. */
+const moveBy = (weight: number): Combination => ({ x: [weight, 0, 0], first: [0, 1, 0], second: [0, 0, 1] });
+
 class TemplateWriter {
   readonly builder = new ProgramBuilder();
   readonly #kind: SamplingKind;
@@ -156,8 +256,13 @@ class TemplateWriter {
     this.#kind = kind;
     this.#rows = kind.stages[0]!.latentShape[0];
     this.#blocks = kind.stages.reduce((sum, { schedule }) => sum + schedule.blocks.length, 0);
-    this.builder.slot("context", kind.contextShape);
-    this.builder.slot("pooled", kind.pooledShape);
+    const { guided, alone } = guidanceOf(kind.stages);
+    const slots = (prefix: string, rows: number) => {
+      this.builder.slot(`${prefix}context`, [rows, ...kind.contextShape]);
+      this.builder.slot(`${prefix}pooled`, [rows, ...kind.pooledShape]);
+    };
+    if (guided) slots("guided.", 2 * this.#rows);
+    if (alone) slots("", this.#rows);
   }
 
   /**
@@ -174,24 +279,21 @@ class TemplateWriter {
     const noise = builder.slot(`${name}.noise`, stage.latentShape);
     if (stage.hasInit) builder.slot(`${name}.init`, [1, ...area]);
     if (stage.hasMask) builder.slot(`${name}.mask`, [1, 1, area[1], area[2]]);
-    const x = new DoubleBuffer(builder, `${name}.x`, stage.latentShape, noise);
-    // Zeros stand in for the velocity where none exists yet; its coefficients are 0.
-    const velocityShape = [this.#kind.contextShape[0], ...area];
-    const none = builder.value(`${name}.zeros`, zeros(velocityShape));
-    const velocity = new DoubleBuffer(builder, `${name}.velocity`, velocityShape, none);
+    const state = new StageState(builder, name, stage, noise);
+    const { x } = state;
 
     // 1. Where the stage starts: what the stage before has drawn, upscaled, init latents with noise, or noise.
     if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
     else if (stage.hasInit) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
-    if (stage.hasMask && index > 0) this.#blend(stage, name, noise, x, velocity, sigmas[0]!);
+    if (stage.hasMask && index > 0) this.#blend(stage, name, noise, state, sigmas[0]!);
 
     // 2. Its blocks.
     for (const step of launches) {
-      this.#step(index, name, step, x, velocity);
+      this.#step(index, name, step, state);
       if (!step.last) continue;
       const reached = sigmas[step.block + 1]!;
-      if (stage.hasMask) this.#blend(stage, name, noise, x, velocity, reached);
-      if (this.#kind.preview) this.#preview(index, name, step.block, x, velocity, reached);
+      if (stage.hasMask) this.#blend(stage, name, noise, state, reached);
+      if (this.#kind.preview) this.#preview(index, name, step.block, state, reached);
     }
     this.#blocksBefore += blocks.length;
     return x.at;
@@ -218,39 +320,98 @@ class TemplateWriter {
     return image;
   }
 
-  #step(index: number, name: string, step: StepLaunch, x: DoubleBuffer, velocity: DoubleBuffer): void {
+  /**
+   * The launches of a step: the fused step, and what is combined before and after it. A velocity that was computed with another
+   * number of rows (with guidance, where this step has none, or the reverse) cannot be an operand of the fused step: then it is
+   * added by combinations, as it was guided where it was computed.
+   */
+  #step(index: number, name: string, step: StepLaunch, state: StageState): void {
     const { builder } = this;
-    const { stages, guidanceScale, textSize } = this.#kind;
-    const stage = stages[index]!;
-    const { blocks, sigmas } = stage.schedule;
-    const positions = `${name}.position_embedding.${step.type}`;
-    builder.constants[positions] ??= stage.positions[step.type]!;
+    const { velocity } = state;
+    const { type, sigma, aNew, guidance, combination } = step;
+    const writer = this.#stepWriter(index, step);
+    if (type === "combine") {
+      writer.combine(state, combination!, true);
+      return;
+    }
+    const rows = guidance === null ? "alone" : "pair";
+    const isOther = velocity.at !== null && velocity.at.rows !== rows;
+    let { aIn, aOld } = step;
+    if (isOther) {
+      // x + aIn·w is the point; what the update adds of w is then less by as much.
+      if (aIn !== 0) writer.combine(state, moveBy(aIn), false);
+      [aIn, aOld] = [0, aOld - aIn];
+    }
+    const old = isOther ? null : velocity.at;
+    const positions = `${name}.position_embedding.${type}`;
+    builder.constants[positions] ??= this.#kind.stages[index]!.positions[type]!;
     const perRow = (value: number) => builder.perRow(value, this.#rows);
-    const [nextX, nextVelocity] = [x.next(), velocity.next()];
-    const [from, to] = [sigmas[step.block]!, sigmas[step.block + 1]!];
-    const block = this.#blocksBefore + step.block;
-    builder.launch({
-      graph: this.#graph(step.type),
+    const nextX = state.x.next();
+    const nextVelocity = velocity.next(rows);
+    const prefix = guidance === null ? "" : "guided.";
+    const after = isOther && aOld !== 0;
+    writer.launch(type, {
       inputs: {
-        ...{ x: x.at, velocity: velocity.at, context: "context", pooled: "pooled", position_embedding: positions },
-        ...{ sigma: perRow(step.sigma), a_in: perRow(step.aIn), a_old: perRow(step.aOld), a_new: perRow(step.aNew) },
-        ...(guidanceScale !== null && { guidance: perRow(guidanceScale) }),
+        ...{ x: state.x.at, velocity: old ? old.register : velocity.none(rows) },
+        ...{ context: `${prefix}context`, pooled: `${prefix}pooled`, position_embedding: positions },
+        ...{ sigma: perRow(sigma), a_in: perRow(aIn), a_old: perRow(after ? 0 : aOld), a_new: perRow(aNew) },
+        ...(guidance !== null && { guidance: perRow(guidance) }),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
       mustBeFinite: [nextX],
-      sharing: {
-        size: `${this.#size(stage)}${textSize ?? ""}`,
-        ...sharingOf(step.type, this.#pixels(stage)),
-        ...(index < stages.length - 1 && { deferrable: true }),
-      },
-      label: {
-        kind: "step",
-        name: `block ${block + 1} of ${this.#blocks} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`,
-        ...{ block, last: step.last },
-      },
+      last: step.last && !after && !combination,
     });
-    x.at = nextX;
-    if (step.keepsVelocity) velocity.at = nextVelocity;
+    state.x.at = nextX;
+    if (after) writer.combine(state, moveBy(aOld), step.last && !combination);
+    const evaluated = { register: nextVelocity, rows, guidance } as const;
+    if (step.keepsVelocity) velocity.at = evaluated;
+    if (combination) writer.combine(state, combination, step.last);
+  }
+
+  /** Writes launches of one step: what they have in common. */
+  #stepWriter(index: number, step: StepLaunch) {
+    const { builder } = this;
+    const { stages, textSize } = this.#kind;
+    const stage = stages[index]!;
+    const { blocks, sigmas } = stage.schedule;
+    const [from, to] = [sigmas[step.block]!, sigmas[step.block + 1]!];
+    const block = this.#blocksBefore + step.block;
+    const name = `block ${block + 1} of ${this.#blocks} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`;
+    const launch = (
+      network: string,
+      { last, ...launch }: Pick<Launch, "inputs" | "outputs" | "mustBeFinite"> & { last: boolean },
+    ) =>
+      builder.launch({
+        graph: this.#graph(network, "guidance" in launch.inputs),
+        ...launch,
+        sharing: {
+          size: `${this.#size(stage)}${network === "combine" ? "" : (textSize ?? "")}`,
+          ...sharingOf(network, this.#pixels(stage)),
+          ...(index < stages.length - 1 && { deferrable: true }),
+        },
+        label: { kind: "step", name, block, last },
+      });
+    const combine = ({ x, velocity, first, second }: StageState, weights: Combination, last: boolean) => {
+      const { register, guidance } = velocity.at!;
+      const perRow = (value: number) => builder.perRow(value, this.#rows);
+      const weightsOf = (output: keyof Combination) => {
+        const [w, m1, m2] = weights[output];
+        return { [`${output}_velocity`]: perRow(w), [`${output}_first`]: perRow(m1), [`${output}_second`]: perRow(m2) };
+      };
+      const next = { x_next: x.next(), first_next: first.next(), second_next: second.next() };
+      launch("combine", {
+        inputs: {
+          ...{ x: x.at, velocity: register, first: first.at, second: second.at },
+          ...{ ...weightsOf("x"), ...weightsOf("first"), ...weightsOf("second") },
+          ...(guidance !== null && { guidance: perRow(guidance) }),
+        },
+        outputs: next,
+        mustBeFinite: [next.x_next],
+        last,
+      });
+      [x.at, first.at, second.at] = [next.x_next, next.first_next, next.second_next];
+    };
+    return { launch, combine };
   }
 
   #scaleNoise(stage: SamplingStage, name: string, noise: string, x: string, sigma: number): string {
@@ -299,19 +460,14 @@ class TemplateWriter {
     return { ...Object.fromEntries(constants), scale };
   }
 
-  #blend(
-    stage: SamplingStage,
-    name: string,
-    noise: string,
-    x: DoubleBuffer,
-    velocity: DoubleBuffer,
-    sigma: number,
-  ): void {
-    const [nextX, nextVelocity] = [x.next(), velocity.next()];
+  #blend(stage: SamplingStage, name: string, noise: string, { x, velocity }: StageState, sigma: number): void {
+    const rows = velocity.at?.rows ?? (stage.schedule.launches[0]?.guidance == null ? "alone" : "pair");
+    const [nextX, nextVelocity] = [x.next(), velocity.next(rows)];
     this.builder.launch({
-      graph: this.#graph("inpaint_blend"),
+      graph: this.#graph("inpaint_blend", rows === "pair"),
       inputs: {
-        ...{ x: x.at, velocity: velocity.at, latents: `${name}.init`, noise, mask: `${name}.mask` },
+        ...{ x: x.at, velocity: velocity.at?.register ?? velocity.none(rows) },
+        ...{ latents: `${name}.init`, noise, mask: `${name}.mask` },
         sigma: this.builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
@@ -319,29 +475,23 @@ class TemplateWriter {
       label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
     });
     x.at = nextX;
-    velocity.at = nextVelocity;
+    if (velocity.at) velocity.at = { ...velocity.at, register: nextVelocity };
   }
 
-  #preview(
-    index: number,
-    name: string,
-    stageBlock: number,
-    x: DoubleBuffer,
-    velocity: DoubleBuffer,
-    sigma: number,
-  ): void {
+  #preview(index: number, name: string, stageBlock: number, { x, velocity }: StageState, sigma: number): void {
     const { builder } = this;
-    const { guidanceScale, preview, stages } = this.#kind;
+    const { preview, stages } = this.#kind;
     const isDecoded = preview === "decoded";
     const block = this.#blocksBefore + stageBlock;
     const [, channels, height, width] = x.shape as LatentShape;
     const latents = builder.register(`${name}.preview.latents`, x.shape);
     const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, height, width]);
+    const { register, guidance } = velocity.at!;
     builder.launch({
-      graph: this.#graph("preview"),
+      graph: this.#graph("preview", guidance !== null),
       inputs: {
-        ...{ x: x.at, velocity: velocity.at, sigma: builder.perRow(sigma, this.#rows) },
-        ...(guidanceScale !== null && { guidance: builder.perRow(guidanceScale, this.#rows) }),
+        ...{ x: x.at, velocity: register, sigma: builder.perRow(sigma, this.#rows) },
+        ...(guidance !== null && { guidance: builder.perRow(guidance, this.#rows) }),
         ...{ map: builder.slot("colours.map", [3, channels]), bias: builder.slot("colours.bias", [3, 1]) },
       },
       outputs: { latents, image },
@@ -353,9 +503,9 @@ class TemplateWriter {
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
   }
 
-  /** The network's graph, in the variants that the pictures ask for. */
-  #graph(network: string): string {
-    return graphName(keysOf(network, { guidance: [this.#kind.guidanceScale !== null] })[0]!);
+  /** The network's graph, in the variant for guided pictures or for others. */
+  #graph(network: string, guided = false): string {
+    return graphName(guidedKeysOf(network, [guided], this.#kind.guidanceMode)[0]!);
   }
 
   /** Height and width of a stage in pixels. */

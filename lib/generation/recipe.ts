@@ -13,7 +13,7 @@ import type { Admitted } from "../serving/service.js";
 import type { RequestEvents } from "./events.js";
 import { noiseOf, rowOf } from "./latents.js";
 import type { LatentColours } from "./preview.js";
-import { slotValues } from "./programs.js";
+import { guidanceOf, slotValues } from "./programs.js";
 import { ProgressReporter } from "./progress.js";
 import type { ModelFacts, Request } from "./request.js";
 import { resultOf } from "./result.js";
@@ -60,10 +60,14 @@ export async function draw(
   const encoded = await model.text.encoded(candidate.prompts, pending, texts);
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.unload(model.text.graphs);
-  const conditions: Condition[] = [];
+  const needs = guidanceOf(stages);
+  const conditions: { guided?: Condition | undefined; alone?: Condition | undefined }[] = [];
   for (let index = 0; index < prompts.length; index++) {
-    const negative = encoded[prompts.length + index];
-    conditions.push(model.text.stack(negative ? [negative, encoded[index]!] : [encoded[index]!]));
+    const [prompt, negative] = [encoded[index]!, encoded[prompts.length + index]];
+    conditions.push({
+      ...(needs.guided && { guided: model.text.stack([negative!, prompt]) }),
+      ...(needs.alone && { alone: model.text.stack([prompt]) }),
+    });
     if (isDue()) await rest();
   }
   const encode = performance.now() - encodeStart;

@@ -10,32 +10,47 @@ import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError, publicMessage } from "../errors.js";
 import type { GenerateOptions, PictureSource, Size, Stage } from "../model.js";
 import { networks, sigmaBeforeUpscale, type UpscaleName, upscaleJump } from "../networks/index.js";
-import { checkOptions, generateSchema, type ResolvedGenerateOptions, refusePaths } from "../options.js";
+import {
+  checkGuidanceInterval,
+  checkOptions,
+  checkSigmas,
+  generateSchema,
+  type ResolvedGenerateOptions,
+  refusePaths,
+} from "../options.js";
 import { allFinite } from "../program/validate.js";
 import {
   type Block,
-  blockTable,
+  blocksGrid,
+  type CalibratedSchedule,
   defaultSampler,
+  type FittedSchedule,
+  fittedFor,
   formatBlocks,
+  givenSigmas,
   parseBlocks,
   type Schedule,
   samplers,
   samplersWithBlocks,
   scheduleOf,
   sigmaGrids,
+  sigmaSettings,
   skippedBlocks,
   stepTypesOf,
+  unmetNeed,
   upscaleSigmas,
 } from "../schedule/index.js";
-import type { LatentShape } from "./programs.js";
+import { guidanceOf, type LatentShape } from "./programs.js";
 import { checkSize, latentShapeOf, nativeSize } from "./sizes.js";
 import type { PromptEncoder } from "./text.js";
 
 /** What a request has to know of a model. */
 export interface ModelFacts {
   readonly checkpoint: Checkpoint;
-  /** Schedules for time limits, the richest first. */
-  readonly ladder: readonly (readonly Block[])[];
+  /** Schedules for time limits, the richest first: blocks, or numbers of steps. */
+  readonly ladder: readonly (readonly Block[] | number)[];
+  /** Schedules that were calibrated for the model. */
+  readonly calibrated: readonly CalibratedSchedule[];
   readonly text: Pick<PromptEncoder, "defaultSequenceLength" | "maxSequenceLength">;
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
@@ -51,6 +66,8 @@ export interface RequestStage extends Size {
   readonly schedule: Schedule;
   /** How it starts from the stage before; absent of the first. */
   readonly upscale?: UpscaleName | undefined;
+  /** Whether the schedule was calibrated for the model. */
+  readonly isCalibrated: boolean;
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
@@ -66,6 +83,16 @@ export interface EditRequest {
   readonly mask: PictureSource | null;
   readonly strength: number;
   readonly keepOriginal: boolean;
+}
+
+/** Classifier-free guidance of a request: see the options of these names. */
+export interface GuidanceSettings {
+  readonly scale: number | readonly number[];
+  readonly start: number;
+  readonly stop: number;
+  readonly mode: "cfg" | "cfg_zero";
+  /** Whether some step is guided. */
+  readonly isOn: boolean;
 }
 
 type Kept =
@@ -92,8 +119,7 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly pictures: number;
   /** Ways to draw it, the richest first; one without a time limit. */
   readonly candidates: readonly [Candidate, ...Candidate[]];
-  /** Null without guidance. */
-  readonly guidanceScale: number | null;
+  readonly guidance: GuidanceSettings;
   readonly sequenceLength: number;
   /** Seed of each picture; empty if the noise was given. */
   readonly seeds: readonly number[];
@@ -104,6 +130,9 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   /** For the picture's parameters. */
   readonly sampler: string;
   readonly grid: string;
+  readonly sigmas: readonly number[] | undefined;
+  readonly shift: number | undefined;
+  readonly mu: number | undefined;
   readonly stages: GenerateOptions["stages"];
 }
 
@@ -126,7 +155,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, metadata, deadlineMs, prefer, timeoutMs, priority, guidanceScale, stages } = options;
+  const { count, preview, metadata, deadlineMs, prefer, timeoutMs, priority, stages, sigmas, shift, mu } = options;
   const { include = [], signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
@@ -138,7 +167,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
       prompts.length > maxPictures ? "prompt" : "count",
       `Expected at most ${maxPictures} pictures of one call but received ${prompts.length} prompts with ${count} each. Make several calls; they share launches.`,
     );
+  checkGuidanceInterval(options);
+  checkSigmas(sigmas);
+  checkShift(options, model.checkpoint);
   const candidates = candidatesOf(options, model, pictures);
+  const isOn = candidates.some(({ stages }) => guidanceOf(stages).guided);
 
   // What an edit needs.
   for (const [name, value] of Object.entries({ mask, strength }))
@@ -157,14 +190,17 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   return {
     ...{ count, preview, metadata, deadlineMs, prefer, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
-    ...{ seeds, noises, sampler, stages, include },
+    ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
-    negativePrompts: guidanceScale > 1 ? negativePrompts : [],
-    guidanceScale: guidanceScale > 1 ? guidanceScale : null,
+    negativePrompts: isOn ? negativePrompts : [],
+    guidance: {
+      ...{ scale: options.guidanceScale, start: options.guidanceStart, stop: options.guidanceStop },
+      ...{ mode: options.guidanceMode, isOn },
+    },
     edit:
       image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
     pinBatch: options.pinBatch ?? model.pinBatch,
-    grid: options.grid ?? samplers[sampler]!.grid,
+    grid: options.grid ?? (options.blocks === undefined && stages === undefined ? samplers[sampler]!.grid : blocksGrid),
   };
 }
 
@@ -193,7 +229,11 @@ function candidatesOf(
   pictures: number,
 ): [Candidate, ...Candidate[]] {
   const { deadlineMs, ladder, sampler, blocks, steps, stages, width, height, grid, image, strength } = options;
-  const shape = { ladder, sampler, blocks, steps, stages, width, height, grid, strength, pictures };
+  const { sigmas, shift, mu, guidanceScale, guidanceStart, guidanceStop, guidanceMode } = options;
+  const shape = {
+    ...{ ladder, sampler, blocks, steps, stages, width, height, grid, strength, pictures, sigmas, shift, mu },
+    ...{ guidanceScale, guidanceStart, guidanceStop, guidanceMode },
+  };
   const key = JSON.stringify({ ...shape, isEdit: image !== undefined, isLimited: deadlineMs !== undefined });
   const kept = knownCandidates.get(model) ?? new LruCache(64);
   knownCandidates.set(model, kept);
@@ -205,21 +245,30 @@ function newCandidates(
   model: ModelFacts,
   pictures: number,
 ): [Candidate, ...Candidate[]] {
-  const { deadlineMs, ladder, sampler, blocks, steps, stages } = options;
+  const { deadlineMs, ladder, sampler, blocks, steps, stages, sigmas, guidanceScale } = options;
   if (ladder !== undefined && deadlineMs === undefined)
     throw new OptionError("ladder", "A ladder is for a time limit; give deadlineMs, or leave ladder out.");
-  const fixed = { sampler, blocks, steps, stages };
+  const fixed = { sampler, blocks, steps, stages, sigmas };
   for (const [name, value] of Object.entries(fixed))
     if (ladder !== undefined && value !== undefined)
       throw new OptionError("ladder", `The ladder says what may be run; leave out ${name} or ladder.`);
   const given = blocks === undefined || stages ? null : blocksOf(blocks, model.checkpoint);
   const isFixed = Object.values(fixed).some((value) => value !== undefined);
   if (deadlineMs === undefined || isFixed) return [candidateOf(options, model, pictures, given)];
+  if (typeof guidanceScale !== "number")
+    throw new OptionError(
+      "guidanceScale",
+      "A list of guidance scales is for a number of steps, which a time limit leaves open; give steps, or one scale.",
+    );
   const candidates = new Map<string, Candidate>();
   let refused: unknown;
-  for (const each of ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? model.ladder)
+  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibratedSteps(options, model);
+  for (const each of rungs ?? model.ladder)
     try {
-      const candidate = candidateOf(options, model, pictures, each);
+      const candidate =
+        typeof each === "number"
+          ? candidateOf({ ...options, steps: each }, model, pictures, null)
+          : candidateOf(options, model, pictures, each);
       if (!candidates.has(candidate.text)) candidates.set(candidate.text, candidate);
     } catch (error) {
       // At some strengths what is left of a short schedule is not valid; others may be.
@@ -229,6 +278,29 @@ function newCandidates(
   const [first, ...others] = candidates.values();
   if (!first) throw refused;
   return [first, ...others];
+}
+
+/** Numbers of steps that there are calibrated schedules for, the most first; null if there are none. */
+function calibratedSteps(options: ResolvedGenerateOptions, model: ModelFacts): number[] | null {
+  const steps = [...new Set(model.calibrated.map(({ weights }) => weights.length))].sort((a, b) => b - a);
+  const fitting = steps.filter((each) => fittedSchedule(options, model, each));
+  return fitting.length > 0 ? fitting : null;
+}
+
+/** The calibrated schedule for a request that leaves everything but the number of steps and one guidance scale open. */
+function fittedSchedule(
+  options: Omit<StageOptions, "blocks">,
+  { checkpoint, calibrated }: Pick<ModelFacts, "checkpoint" | "calibrated">,
+  steps: number,
+): FittedSchedule | null {
+  const { sampler = defaultSampler, grid, sigmas, shift, mu, image, guidanceScale } = options;
+  const { guidanceStart, guidanceStop, guidanceMode } = options;
+  const isUsual = [grid, sigmas, shift, mu, image].every((value) => value === undefined) && sampler === defaultSampler;
+  if (!isUsual || guidanceMode !== "cfg" || guidanceStart > 0 || guidanceStop < 1 || typeof guidanceScale !== "number")
+    return null;
+  const native = nativeSize(checkpoint);
+  const { width = native.width, height = native.height } = options;
+  return fittedFor(calibrated, { width, height, guidanceScale: Math.max(1, guidanceScale), steps });
 }
 
 function candidateOf(
@@ -262,24 +334,76 @@ export function canRun(checkpoint: Checkpoint, blocks: readonly Block[]): boolea
   return stepTypesOf(blocks).every((type) => checkpoint[networks[type]!.part!] !== null);
 }
 
+/** @throws OptionError for two shifts, or a parameter that the model's scheduler does not have */
+function checkShift({ shift, mu }: ResolvedGenerateOptions, { scheduler }: Checkpoint): void {
+  if (mu === undefined) return;
+  if (shift !== undefined)
+    throw new OptionError("mu", "Both shift and mu say how noise levels are shifted; leave out one.");
+  if (!scheduler.dynamic)
+    throw new OptionError(
+      "mu",
+      "The model's scheduler does not shift by size (use_dynamic_shifting is off), so that mu would have no effect; give shift.",
+    );
+}
+
+/** The guidance scale of a step, null for none. As diffusers' guiders, the steps ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided. */
+function scaleAt(options: ResolvedGenerateOptions, step: number, steps: number): number | null {
+  const { guidanceScale, guidanceStart, guidanceStop } = options;
+  const scale = typeof guidanceScale === "number" ? guidanceScale : guidanceScale[step]!;
+  const isWithin = Math.trunc(guidanceStart * steps) <= step && step < Math.trunc(guidanceStop * steps);
+  return isWithin && scale > 1 ? scale : null;
+}
+
+/** @throws OptionError for a list of scales of another length */
+function checkScales({ guidanceScale }: ResolvedGenerateOptions, steps: number): void {
+  if (typeof guidanceScale !== "number" && guidanceScale.length !== steps)
+    throw new OptionError(
+      "guidanceScale",
+      `Expected one guidance scale, or ${steps} (one for each step), for guidanceScale but received ${guidanceScale.length}.`,
+    );
+}
+
+/** @throws OptionError where options name different numbers of steps */
+function stepCount(
+  { blocks: text, steps, sigmas, grid }: Pick<StageOptions, "blocks" | "steps" | "sigmas" | "grid">,
+  blocks: readonly Block[] | null,
+  usual: number,
+): number {
+  const levels = sigmas?.filter((sigma) => sigma > 0).length;
+  if (blocks && steps !== undefined && steps !== blocks.length)
+    throw new OptionError("steps", `The blocks "${text}" are ${blocks.length} steps; leave out steps (${steps}).`);
+  if (sigmas && grid !== undefined)
+    throw new OptionError("sigmas", "Both sigmas and grid say which noise levels there are; leave out one.");
+  const count = blocks?.length ?? steps;
+  if (levels !== undefined && count !== undefined && levels !== count)
+    throw new OptionError(
+      "sigmas",
+      `Expected ${count} sigmas, one where each step starts (0 at the end may be left out), but received ${levels}.`,
+    );
+  return count ?? levels ?? usual;
+}
+
+type StageOptions = Omit<ResolvedGenerateOptions, "width" | "height" | "blocks"> &
+  Pick<GenerateOptions, "width" | "height" | "blocks">;
+
 /**
  * The usual request: one size, on which an original's `strength` keeps the last part of the schedule.
+ * @param later steps of later stages
  * @param end the noise level that it ends at, above 0 if another stage takes noise over
  */
 function firstStage(
-  options: Pick<
-    ResolvedGenerateOptions,
-    "width" | "height" | "sampler" | "steps" | "blocks" | "grid" | "image" | "strength"
-  >,
-  { checkpoint }: ModelFacts,
+  options: StageOptions,
+  model: ModelFacts,
   pictures: number,
   blocks: readonly Block[] | null,
+  later = 0,
   end = 0,
 ): RequestStage {
+  const { checkpoint } = model;
   const native = nativeSize(checkpoint);
   const size = { width: options.width ?? native.width, height: options.height ?? native.height };
   checkSize(checkpoint, size, []);
-  const { steps, sampler = defaultSampler, strength = defaultStrength } = options;
+  const { sampler = defaultSampler, strength = defaultStrength, guidanceMode } = options;
   const row = samplers[sampler]!;
   const text = options.blocks ?? formatBlocks(blocks ?? []);
   if (blocks && !row.takesBlocks)
@@ -287,23 +411,56 @@ function firstStage(
       "blocks",
       `Blocks belong to the sampler ${samplersWithBlocks().join(" or ")}; leave out blocks or sampler "${sampler}".`,
     );
-  if (blocks && steps !== undefined && steps !== blocks.length)
-    throw new OptionError("steps", `The blocks "${text}" are ${blocks.length} steps; leave out steps (${steps}).`);
-  const count = blocks?.length ?? steps ?? row.steps;
-  const skipped = options.image === undefined ? 0 : skippedBlocks(count, strength);
-  // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
-  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, checkpoint.refiner !== null);
-  if (blocks && blockTable[run[0]!]!.needsVelocity)
+  const count = stepCount(options, blocks, row.steps);
+  checkScales(options, count + later);
+  const fitted = blocks || options.stages ? null : fittedSchedule(options, model, count);
+  if (fitted) {
+    const scale = options.guidanceScale as number;
+    const schedule = scheduleOf(fitted.blocks, fitted.sigmas, {
+      ...{ weights: fitted.weights, guidance: (block: number) => (fitted.guided[block] && scale > 1 ? scale : null) },
+    });
+    return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule, isCalibrated: true };
+  }
+  const scale = (step: number) => scaleAt(options, step, count + later);
+  const isGuided = Array.from({ length: count }, (_, step) => scale(step)).some((each) => each !== null);
+  // CFG-Zero* leaves the first step out where it starts from noise: the velocity there counts as zero.
+  const zeroInit = guidanceMode === "cfg_zero" && isGuided && options.image === undefined ? 1 : 0;
+  if (zeroInit === count)
     throw new OptionError(
-      "strength",
-      `Strength ${strength} leaves only the last blocks of "${text}", which need the velocity of a block before them. Give a larger strength.`,
+      "guidanceMode",
+      `With "cfg_zero" the first step is left out, so that ${count} step is too few; give at least 2.`,
     );
+  const skipped = options.image === undefined ? zeroInit : skippedBlocks(count, strength);
+  // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
+  const guidance = Math.max(1, ...Array.from({ length: count }, (_, step) => scale(step) ?? 1));
+  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, guidance);
+  if (blocks && unmetNeed(run))
+    throw zeroInit
+      ? new OptionError(
+          "blocks",
+          `With guidanceMode "cfg_zero" the first block of "${text}" is left out, and those after it need its velocity. Put a block before it.`,
+        )
+      : new OptionError(
+          "strength",
+          `Strength ${strength} leaves only the last blocks of "${text}", which need the velocity of a block before them. Give a larger strength.`,
+        );
   checkSize(checkpoint, size, stepTypesOf(run));
-  const { scheduler } = checkpoint;
-  const all =
-    end > 0 ? upscaleSigmas(count, scheduler, 1, end) : sigmaGrids[options.grid ?? row.grid]!(count, scheduler);
-  const sigmas = all.slice(skipped);
-  return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule: scheduleOf(run, sigmas) };
+  const latentShape = latentShapeOf(checkpoint, pictures, size);
+  const settings = { ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options), guidance };
+  const grid = options.grid ?? (blocks ? blocksGrid : row.grid);
+  const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
+  const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
+  const sigmas = options.sigmas ? givenSigmas(options.sigmas, settings) : spaced();
+  const schedule = scheduleOf(run, sigmas.slice(skipped), {
+    guidance: (block) => scale(skipped + block),
+    wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
+  });
+  return { ...size, latentShape, schedule, isCalibrated: false };
+}
+
+function patchesOf({ transformer }: Checkpoint, [, , height, width]: LatentShape): number {
+  const { patchSize } = transformer.config;
+  return (height / patchSize) * (width / patchSize);
 }
 
 /** A request from coarse to fine. */
@@ -314,8 +471,8 @@ function risingStages(
   pictures: number,
 ): RequestStage[] {
   const { checkpoint } = model;
-  const { width, height, blocks, steps, sampler, grid, image, strength } = options;
-  for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid }))
+  const { width, height, blocks, steps, sampler, grid, sigmas } = options;
+  for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid, sigmas }))
     if (value !== undefined)
       throw new OptionError(name, `Stages say sizes and blocks themselves; leave out ${name} or stages.`);
   const refuse = (message: string): never => {
@@ -341,20 +498,26 @@ function risingStages(
     if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
       refuse(`Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`);
   }
+  const parsed = stages.map((stage, index) => stageBlocks(stage.blocks, `${nameOf(index).prefix}blocks`, checkpoint));
+  const counts = parsed.map(({ length }) => length);
+  const sum = (values: readonly number[]) => values.reduce((total, value) => total + value, 0);
   return stages.map((stage, index) => {
-    const named = nameOf(index);
-    const all = stageBlocks(stage.blocks, `${named.prefix}blocks`, checkpoint);
-    checkSize(checkpoint, stage, stepTypesOf(all), named);
+    const all = parsed[index]!;
+    checkSize(checkpoint, stage, stepTypesOf(all), nameOf(index));
     const end = endOf(stage, stages[index + 1], checkpoint);
-    if (index === 0) return firstStage({ ...stage, image, strength }, model, pictures, all, end);
+    if (index === 0) return firstStage({ ...options, ...stage }, model, pictures, all, sum(counts.slice(1)), end);
     const { width, height, sigma = defaultUpscaleSigma, upscale = "pixels" } = stage;
     if (end >= sigma)
       refuse(
         `Stage ${index + 1} starts at sigma ${sigma}, but the next one takes its latents over at ${end.toFixed(4)}. Give a larger stages[${index}].sigma, or a smaller stages[${index + 1}].sigma.`,
       );
-    const sigmas = upscaleSigmas(all.length, checkpoint.scheduler, sigma, end);
     const latentShape = latentShapeOf(checkpoint, pictures, stage);
-    return { width, height, latentShape, upscale, schedule: scheduleOf(all, sigmas) };
+    const settings = sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options);
+    const [start, total] = [sum(counts.slice(0, index)), sum(counts)];
+    const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, sigma, end), {
+      guidance: (block) => scaleAt(options, start + block, total),
+    });
+    return { width, height, latentShape, upscale, schedule, isCalibrated: false };
   });
 }
 

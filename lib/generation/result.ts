@@ -2,7 +2,7 @@
 
 import { packageVersion } from "../common/package.js";
 import type { FloatTensor, Tensor } from "../common/tensor.js";
-import type { GenerateResult, Size, Timings } from "../model.js";
+import type { GenerateResult, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
 import { keepOriginal } from "./edit.js";
 import { Image, toRgbInSlices } from "./image.js";
@@ -27,7 +27,7 @@ export async function resultOf(
     const rgb = await toRgbInSlices(result[template.image] as FloatTensor, 0);
     if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     const parameters = {
-      ...(request.metadata && parametersOf(request, { width, height }, row, blocks)),
+      ...(request.metadata && parametersOf(request, stages, row)),
       ...(request.metadata === "full" && origin),
     };
     images.push(new Image(width, height, rgb, parameters));
@@ -43,6 +43,7 @@ export async function resultOf(
     evaluations: {
       predictor: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0),
       refiner: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.refiner, 0),
+      rows: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.rows, 0),
     },
     deadline:
       deadlineMs === undefined
@@ -60,19 +61,27 @@ export function blocksOf(stages: PreparedCandidate["stages"]): string {
 }
 
 /** What it takes to draw a picture again on the same model. No path: originals and masks are not named. */
-function parametersOf(request: Request, size: Size, row: number, blocks: string): Record<string, unknown> {
-  const { prompts, negativePrompts, guidanceScale, seeds, sampler, grid, stages, edit, sequenceLength } = request;
+function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row: number): Record<string, unknown> {
+  const { prompts, negativePrompts, guidance, seeds, sampler, grid, sigmas, shift, mu, stages, edit, sequenceLength } =
+    request;
   const index = Math.floor(row / request.count);
+  const { width, height, isCalibrated, schedule } = drawn.at(-1)!;
   return {
     prompt: prompts[index],
-    ...(guidanceScale !== null && { negativePrompt: negativePrompts[index] }),
+    ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
-    ...size,
-    ...{ sampler, blocks, grid },
+    ...{ width, height, sampler, blocks: blocksOf(drawn) },
+    // The steps alone draw a calibrated schedule again.
+    ...(isCalibrated ? { steps: schedule.blocks.length, grid: "calibrated" } : sigmas ? { sigmas } : { grid }),
+    ...(shift !== undefined && { shift }),
+    ...(mu !== undefined && { mu }),
     ...(stages && { stages }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
-    guidanceScale: guidanceScale ?? 1,
+    guidanceScale: guidance.isOn ? guidance.scale : 1,
+    ...(guidance.isOn &&
+      (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
+    ...(guidance.isOn && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
     maxSequenceLength: sequenceLength,
   };
 }

@@ -81,17 +81,17 @@ export class Templates {
 
   /** The template of one picture. */
   sampling(
-    request: Pick<Request, "guidanceScale" | "sequenceLength" | "preview" | "include">,
+    request: Pick<Request, "guidance" | "sequenceLength" | "preview" | "include">,
     stages: readonly RequestStage[],
     edit: Edit | null,
   ): SamplingTemplate {
-    const { guidanceScale, sequenceLength, preview } = request;
+    const { guidance, sequenceLength, preview } = request;
     const keepsLatents = request.include.includes("latents");
-    const sizes = stages.map(({ schedule: { blocks, sigmas }, latentShape: [, ...area], upscale }, index) => {
+    const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
-      return { blocks, sigmas, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
+      return { key, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
-    const key = JSON.stringify([sizes, guidanceScale, sequenceLength, preview, keepsLatents]);
+    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, keepsLatents]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae } = this.#checkpoint;
@@ -102,8 +102,8 @@ export class Templates {
         const positions = positionsOf(this.#checkpoint, latentShape);
         return { schedule, latentShape, upscale, positions, hasInit, hasMask };
       }),
-      ...this.#text.shapes(sequenceLength, guidanceScale !== null),
-      ...{ guidanceScale, preview, keepsLatents },
+      ...this.#text.shapes(sequenceLength),
+      ...{ guidanceMode: guidance.mode, preview, keepsLatents },
       ...{ vaeFactor: vae.config.factor, imageChannels: vae.config.outChannels },
       textSize: sequenceLength === this.#text.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
     });

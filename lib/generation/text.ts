@@ -86,24 +86,19 @@ export class PromptEncoder {
     return Math.min(256, this.maxSequenceLength);
   }
 
-  /** Shapes of the condition of one text, or of an unconditional and a conditional one, for a T5 part of that length. */
-  shapes(
-    sequenceLength: number,
-    guidance: boolean,
-  ): {
-    readonly contextShape: readonly [number, number, number];
-    readonly pooledShape: readonly [number, number];
+  /** Shapes of the condition of one text, for a T5 part of that length. */
+  shapes(sequenceLength: number): {
+    readonly contextShape: readonly [tokens: number, width: number];
+    readonly pooledShape: readonly [width: number];
   } {
     const { jointAttentionDim, pooledProjectionDim } = this.#graphs.checkpoint.transformer.config;
-    const rows = guidance ? 2 : 1;
     return {
       // Without an encoder that joins along the tokens its part is zeros.
       contextShape: [
-        rows,
         this.#channelTokens + sequenceLength * Math.max(1, this.#joining("tokens").length),
         jointAttentionDim,
       ],
-      pooledShape: [rows, pooledProjectionDim],
+      pooledShape: [pooledProjectionDim],
     };
   }
 
@@ -215,7 +210,7 @@ export class PromptEncoder {
   }
 
   #assemble(results: Record<string, Tensor>, warnings: readonly string[], sequenceLength: number): EncodedPrompt {
-    const [, tokens, joint] = this.shapes(sequenceLength, false).contextShape;
+    const [tokens, joint] = this.shapes(sequenceLength).contextShape;
     const context = new Float32Array(tokens * joint);
     const pooled: Float32Array[] = [];
     let channel = 0;

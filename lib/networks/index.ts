@@ -9,6 +9,7 @@ import { table } from "../common/table.js";
 import { int64, type Tensor } from "../common/tensor.js";
 import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
 import { emitClip } from "./clip.js";
+import { emitCombine } from "./combine.js";
 import { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
 import { emitStep } from "./step.js";
 import { emitT5, relativeBuckets } from "./t5.js";
@@ -29,8 +30,8 @@ export type Feature = "stages" | "editing" | "previews";
 
 /** Variants of a network, by name; one that is absent or false is not part of a graph's name. */
 export interface Variants {
-  /** Classifier-free guidance: twice the rows, unconditional ones first. */
-  readonly guidance?: boolean;
+  /** Classifier-free guidance: twice the rows, unconditional ones first. `cfg_zero`: with the scale of CFG-Zero*. */
+  readonly guidance?: boolean | "cfg_zero";
 }
 
 /** What identifies a graph of a checkpoint. */
@@ -89,7 +90,7 @@ function step(part: "transformer" | "refiner", type: "predict" | "refine"): Netw
     emit: (name, checkpoint, options, { guidance = false }) => {
       const { weights, config } = checkpoint[part]!;
       const { numTrainTimesteps } = checkpoint.scheduler;
-      return emitStep(name, type, weights, config, { ...options, guided: guidance, numTrainTimesteps });
+      return emitStep(name, type, weights, config, { ...options, guidance, numTrainTimesteps });
     },
   };
 }
@@ -110,6 +111,10 @@ export const networks: Record<string, Network> = {
   },
   predict: step("transformer", "predict"),
   refine: { ...step("refiner", "refine"), deferrable: true },
+  combine: {
+    ...{ part: null, role: "edit", variants: ["guidance"] },
+    emit: (name, { vae }, _, { guidance = false }) => emitCombine(name, vae.config.latentChannels, guidance !== false),
+  },
   vae_decoder: {
     ...{ part: "vae", role: "image", variants: [], maxRows: autoencoderRows },
     emit: (name, { vae }, options) => emitVaeDecoder(name, vae, options),
@@ -136,11 +141,12 @@ export const networks: Record<string, Network> = {
   },
   inpaint_blend: {
     ...{ part: null, role: "edit", variants: ["guidance"], features: { editing: {} } },
-    emit: (name, { vae }, _, { guidance = false }) => emitInpaintBlend(name, vae.config.latentChannels, guidance),
+    emit: (name, { vae }, _, { guidance = false }) =>
+      emitInpaintBlend(name, vae.config.latentChannels, guidance !== false),
   },
   preview: {
     ...{ part: null, role: "edit", variants: ["guidance"], features: { previews: {} } },
-    emit: (name, { vae }, _, { guidance = false }) => emitPreview(name, vae.config.latentChannels, guidance),
+    emit: (name, { vae }, _, { guidance = false }) => emitPreview(name, vae.config.latentChannels, guidance !== false),
   },
 };
 
@@ -157,6 +163,16 @@ export function featureNames(): Feature[] {
 
 /** For each variant its values that are wanted. */
 export type VariantValues = { readonly [Name in keyof Variants]-?: readonly NonNullable<Variants[Name]>[] };
+
+/** The keys of a network for the kinds of guidance that are wanted; only steps differ by its mode. */
+export function guidedKeysOf(
+  network: string,
+  guided: readonly boolean[],
+  mode: "cfg" | "cfg_zero" = "cfg",
+): GraphKey[] {
+  const on = networks[network]!.role === "step" && mode !== "cfg" ? mode : true;
+  return keysOf(network, { guidance: guided.map((each) => each && on) });
+}
 
 /** The keys of a network for every combination of the variants that it comes in. */
 export function keysOf(network: string, values: VariantValues): GraphKey[] {

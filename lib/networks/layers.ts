@@ -37,6 +37,17 @@ export function applyGuidance(g: GraphBuilder, pair: Value, scale: Value): Value
   return g.op("Add", [u, g.op("Mul", [scale, g.op("Sub", [c, u])])]);
 }
 
+/**
+ * CFG-Zero* (arXiv 2503.18886, equation 8): (k·u, c) in place of (u, c), k = ⟨u, c⟩ / (⟨u, u⟩ + 1e-8) of each picture, so that guidance is
+ * k·u + g·(c − k·u). Whatever reuses the pair later reuses the same guided velocity.
+ */
+export function scaledPair(g: GraphBuilder, pair: Value): Value {
+  const [u, c] = g.ops("Split", [pair], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
+  const inner = (a: Value, b: Value) => g.op("ReduceSum", [g.op("Mul", [a, b]), g.ints([1, 2, 3])], { keepdims: 1 });
+  const scale = g.op("Div", [inner(u, c), g.op("Add", [inner(u, u), g.scalar(1e-8, "float32")])]);
+  return g.concat([g.op("Mul", [scale, u]), c], 0);
+}
+
 /** (1 − σ)·z + σ·ε, σ per row: the point of rectified flow between a picture and noise. */
 export function scaleNoise(g: GraphBuilder, latents: Value, noise: Value, sigma: Value): Value {
   const level = perRow(g, sigma);

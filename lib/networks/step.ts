@@ -13,12 +13,15 @@
 import type { TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import { applyGuidance, perRow } from "./layers.js";
+import { applyGuidance, perRow, scaledPair } from "./layers.js";
 import { mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
 export interface StepOptions extends EmitOptions {
-  /** Without guidance the network runs on B rows instead of 2B, and there is no `guidance` input. */
-  readonly guided: boolean;
+  /**
+   * Without guidance the network runs on B rows instead of 2B, and there is no `guidance` input. With `cfg_zero` the unconditional
+   * half that it computes is scaled, see `scaledPair`.
+   */
+  readonly guidance: boolean | "cfg_zero";
   /** The network's timestep is σ times this (1000). */
   readonly numTrainTimesteps: number;
 }
@@ -42,7 +45,8 @@ export function emitStep(
   positionTable(weights, config);
   const g = new GraphBuilder(name);
   const channels = config.outChannels;
-  const rows = options.guided ? "network_rows" : "rows";
+  const guided = options.guidance !== false;
+  const rows = guided ? "network_rows" : "rows";
   const x = g.input("x", "float32", ["rows", channels, "height", "width"]);
   const velocity = g.input("velocity", "float32", [rows, channels, "height", "width"]);
   const context = g.input("context", "float32", [rows, "tokens", config.jointAttentionDim]);
@@ -53,13 +57,13 @@ export function emitStep(
   const aIn = coefficient("a_in");
   const aOld = coefficient("a_old");
   const aNew = coefficient("a_new");
-  const guidance = options.guided ? coefficient("guidance") : null;
+  const guidance = guided ? coefficient("guidance") : null;
 
   const guide = (pair: Value) => (guidance ? applyGuidance(g, pair, guidance) : pair);
-  const twice = (value: Value) => (options.guided ? g.concat([value, value], 0) : value);
+  const twice = (value: Value) => (guided ? g.concat([value, value], 0) : value);
 
-  const guided = guide(velocity);
-  const point = twice(g.op("Add", [x, g.op("Mul", [aIn, guided])]));
+  const old = guide(velocity);
+  const point = twice(g.op("Add", [x, g.op("Mul", [aIn, old])]));
   const latent = type === "refine" ? g.concat([point, velocity], 1) : point;
   const computed = mmdit(g, weights, config, options, {
     latent: g.cast(latent, options.compute),
@@ -67,8 +71,9 @@ export function emitStep(
     ...{ context, pooled, positionEmbedding },
   });
   const output = g.cast(computed, "float32");
-  const next = type === "refine" ? g.op("Add", [output, velocity]) : output;
-  const moved = g.op("Add", [x, g.op("Mul", [aOld, guided])]);
+  const computedPair = type === "refine" ? g.op("Add", [output, velocity]) : output;
+  const next = options.guidance === "cfg_zero" ? scaledPair(g, computedPair) : computedPair;
+  const moved = g.op("Add", [x, g.op("Mul", [aOld, old])]);
   g.output("x_next", g.op("Add", [moved, g.op("Mul", [aNew, guide(next)])]), ["rows", channels, "height", "width"]);
   g.output("velocity_next", next, [rows, channels, "height", "width"]);
   return g.build();

@@ -1,5 +1,5 @@
 /**
- * The blocks that a schedule is made of, one row a letter: what it is called, and the launches that it takes. A new
+ * The blocks that a schedule is made of, one row a letter: what it is called, and the evaluations that it takes. A new
  * linear multistep method is one more row: graphs, runtimes and serving do not use the letters.
  *
  * A schedule is written as one letter a block, from noise to image, each optionally followed by a count: `H1P5R3` and
@@ -9,18 +9,39 @@
 import { table } from "../common/table.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
+import { stiffness } from "./stiffness.js";
 
 /** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
 export type StepType = "predict" | "refine";
+
+/** Weights of w, m₁ and m₂ in a sum: see `Combination`. */
+export type Weights = readonly [w: number, first: number, second: number];
+
+/**
+ * What is done without a network after an evaluation, or in place of one: w is the guided velocity that was evaluated
+ * last, m₁ and m₂ are two more tensors like x, which nothing else changes.
+ *
+ *   x' = x + x·(w, m₁, m₂)      m₁' = first·(w, m₁, m₂)      m₂' = second·(w, m₁, m₂)
+ */
+export interface Combination {
+  /** What is added to x. */
+  readonly x: Weights;
+  /** The next m₁. */
+  readonly first: Weights;
+  /** The next m₂. */
+  readonly second: Weights;
+}
 
 /**
  * One evaluation of a fused step: from the state x and a velocity v,
  *
  *   v' = network(x + a_in·v, σ)      x' = x + a_old·v + a_new·v'
+ *
+ * and then what `combination` says. Of the type `combine` it evaluates nothing, and is the combination alone.
  */
 export interface Evaluation {
   /** The network that is evaluated. */
-  readonly type: StepType;
+  readonly type: StepType | "combine";
   /** Noise level at which the network is evaluated. */
   readonly sigma: number;
   /** Weight of v in the point of evaluation. */
@@ -31,6 +52,10 @@ export interface Evaluation {
   readonly aNew: number;
   /** Whether v' replaces v for the launches that follow. */
   readonly keepsVelocity: boolean;
+  /** What is done after it without a network; absent for nothing. */
+  readonly combination?: Combination;
+  /** Whether it needs m₁ and m₂ to be the last two velocities before it, the latest first. */
+  readonly readsVelocities?: boolean;
 }
 
 /** What a block knows of its place in a schedule. */
@@ -41,16 +66,30 @@ export interface BlockPlace {
   readonly to: number;
   /** `to - from`; negative. */
   readonly h: number;
-  /** Step of the block before; null for the first. */
-  readonly before: number | null;
+  /** Noise levels of the whole schedule; `from` is `sigmas[index]`. */
+  readonly sigmas: readonly number[];
+  /** Index of the block, from 0. */
+  readonly index: number;
+  /** Index of the first block of the run of equal letters that it is in. */
+  readonly run: number;
+  /** Letter of the block after it; null for the last one. */
+  readonly next: string | null;
+  /** Noise levels at which the velocities so far were evaluated, the latest first; of the first of them v is there. */
+  readonly velocities: readonly number[];
+  /** The largest guidance scale of the schedule; 1 without guidance. */
+  readonly guidance: number;
 }
 
 /** A row of the table of blocks. */
 export interface BlockRow {
   /** What the block is called. */
   readonly name: string;
-  /** Whether a velocity from a block before it is needed: then it cannot be the first. */
-  readonly needsVelocity: boolean;
+  /** How many velocities from blocks before it are needed: then it cannot be the first. */
+  readonly needs: number;
+  /** Whether it extrapolates from the velocity at the beginning of the block before it, which that one has to leave. */
+  readonly reusesBeginning?: boolean;
+  /** Whether m₁ and m₂ have a meaning of their own while blocks of this letter follow each other. */
+  readonly ownsMemory?: boolean;
   /** Its evaluations, in order. */
   readonly evaluations: (place: BlockPlace) => readonly Evaluation[];
 }
@@ -62,32 +101,161 @@ const evaluate = (type: StepType, { from }: BlockPlace): Evaluation => ({
 });
 
 /** Evaluates at the guess x + h·v, and steps with the mean of both velocities. */
-const correct = (type: StepType, { to, h }: BlockPlace): Evaluation => ({
-  ...{ type, sigma: to, aIn: h, aOld: h / 2, aNew: h / 2 },
+const correct = (type: StepType, place: BlockPlace): Evaluation => ({
+  ...{ type, sigma: place.to, aIn: place.h, aOld: place.h / 2, aNew: place.h / 2 },
   // After the refiner the velocity that goes on is the one at the point itself, as in FlowTurbo's reference code.
-  keepsVelocity: type === "predict",
+  keepsVelocity: type === "predict" && !(place.next !== null && blockTable[place.next]!.reusesBeginning),
 });
+
+const euler = (place: BlockPlace): Evaluation => ({ ...evaluate("predict", place), aNew: place.h });
 
 const heun = (place: BlockPlace) => [evaluate("predict", place), correct("predict", place)];
 
+/**
+ * Adams-Bashforth of order 2 with unequal steps: the velocity is evaluated at the block's start, where x is known, and
+ * extrapolated along the line through it and the one before. h₋ is the way from where that one was evaluated.
+ */
+function adamsBashforth(place: BlockPlace): Evaluation {
+  const { from, h, velocities } = place;
+  const before = velocities.length > 0 ? from - velocities[0]! : 0;
+  if (before === 0) return euler(place);
+  const extrapolated = (h * h) / (2 * before);
+  return { ...evaluate("predict", place), aOld: -extrapolated, aNew: h + extrapolated };
+}
+
+/** The line through the last two velocities, integrated over the block. */
+function skip({ from, h, velocities }: BlockPlace): Evaluation {
+  const [latest, before] = velocities as [number, number];
+  const middle = from + h / 2;
+  const part = latest === before ? 0 : (middle - latest) / (latest - before);
+  const combination: Combination = { x: [0, h * (1 + part), -h * part], first: [0, 1, 0], second: [0, 0, 1] };
+  return {
+    ...{ type: "combine", sigma: from, aIn: 0, aOld: 0, aNew: 0 },
+    ...{ keepsVelocity: false, combination, readsVelocities: true },
+  };
+}
+
+/** λ = ln(α/σ) with α = 1 − σ, half the logarithm of the signal-to-noise ratio: the time of the solvers below. */
+const lambda = (sigma: number) => Math.log((1 - sigma) / sigma);
+
+/** Ratio of a step in λ to the one before it; 0 where that one begins at σ = 1, which is infinitely far. */
+function ratioOf(sigmas: readonly number[], index: number): number {
+  const [before, from, to] = [sigmas[index - 1]!, sigmas[index]!, sigmas[index + 1]!];
+  return before >= 1 || to <= 0 ? 0 : (lambda(to) - lambda(from)) / (lambda(from) - lambda(before));
+}
+
+/**
+ * DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1 − σ. The data prediction x₀ = x − σ·w is
+ * extrapolated in λ: x' = (σ'/σ)·x + (1 − σ'/σ)·(x₀ + ½·r·(x₀ − x₀₋)), r the ratio of this step in λ to the one before. With
+ * k = (1 − σ'/σ)·r/2 that is x' = x + h·w + k·d, d = x₀ − x₀₋ = m − σ·w, and the memory m = σ·w₋ + k₋·d₋ goes on as
+ * m' = σ'·w + k·(m − σ·w). The first step of a run and the one to σ = 0 are of first order, k = 0.
+ */
+function dpmSolver2M(place: BlockPlace): Evaluation {
+  const { sigmas, index, run } = place;
+  return dataPrediction(place, "D", index === run ? 0 : ratioOf(sigmas, index) / 2);
+}
+
+/**
+ * The same where extrapolation is held back as far as the schedule is stiff (m, see stiffness.ts): r/2 becomes r/(2·m), and the two
+ * steps for which r says nothing, the second one and the one to σ = 0, have 1/(2·m⁶) and 1/(4·m⁶). With four steps or fewer the last one
+ * is of first order.
+ */
+function heldBack(place: BlockPlace): Evaluation {
+  const { sigmas, index, run, guidance } = place;
+  const steps = sigmas.length - 1;
+  const m = stiffness(steps, guidance);
+  const isLast = index === steps - 1;
+  const factor = isLast
+    ? steps > 4
+      ? 1 / (4 * m ** 6)
+      : 0
+    : index === run + 1
+      ? 1 / (2 * m ** 6)
+      : ratioOf(sigmas, index) / (2 * m);
+  return dataPrediction(place, "M", index === run ? 0 : factor);
+}
+
+/** @param factor of x₀ − x₀₋ in the data prediction */
+function dataPrediction({ from, to, h, next }: BlockPlace, letter: "D" | "M", factor: number): Evaluation {
+  const k = (1 - to / from) * factor;
+  const goesOn = next === letter;
+  const combination: Combination = { x: [0, k, 0], first: [to - k * from, k, 0], second: [0, 0, 0] };
+  return {
+    ...{ type: "predict", sigma: from, aIn: 0, aOld: 0, aNew: h - k * from, keepsVelocity: true },
+    ...((k !== 0 || goesOn) && { combination }),
+  };
+}
+
+/**
+ * UniPC of order 2 with B(h) = e^h − 1 ("bh2") and data prediction (Zhao et al. 2023, arXiv 2302.04867), with α = 1 − σ. The
+ * predictor goes from the corrected x to the point of the next evaluation; the corrector moves x after that evaluation, and
+ * asks for no other. So x here is the predicted point, and each block corrects it and predicts the next one:
+ *
+ *   F = x₀ − x₀₋ = m₁ − σ·w,   C = q₋·(c₀·F₋ + c₁·F),   x' = x + (1 − q)·C + h·w − (q/2ρ)·F,   q = 1 − σ'/σ
+ *
+ * with m₁ = x − x₀₋ and m₂ = F₋. C is the corrector less the second-order part of the last predictor.
+ */
+function uniPC({ from, to, h, sigmas, index, run, next }: BlockPlace): Evaluation {
+  // λ is infinite at σ = 1; diffusers moves that level by as much.
+  const level = (at: number) => lambda(Math.min(sigmas[at]!, 1 - 1e-6));
+  const q = 1 - to / from;
+  /** The corrector's weights of F₋ and F. */
+  let [old, own] = [0, 0];
+  if (index > run) {
+    const before = 1 - from / sigmas[index - 1]!;
+    const step = level(index) - level(index - 1);
+    if (index === run + 1) own = before / 2;
+    else {
+      const rho = (level(index - 2) - level(index - 1)) / step;
+      const b = Math.expm1(-step);
+      const phi1 = b / -step - 1;
+      const phi2 = phi1 / -step - 0.5;
+      // c₀ + c₁ = φ₁/b and ρ·c₀ + c₁ = 2φ₂/b.
+      const c0 = (phi1 / b - (2 * phi2) / b) / (1 - rho);
+      [old, own] = [(before * (0.5 - c0)) / rho, before * (phi1 / b - c0)];
+    }
+  }
+  // The predictor's own second-order part, −(q/2ρ)·F.
+  const ahead =
+    index > run && to > 0 ? -q / 2 / ((level(index - 1) - level(index)) / (level(index + 1) - level(index))) : 0;
+  const ofF = (1 - q) * own + ahead;
+  const ofOldF = (1 - q) * old;
+  const goesOn = next === "U";
+  const combination: Combination = {
+    x: [0, ofF, ofOldF],
+    first: [to - ofF * from, ofF, ofOldF],
+    second: [-from, 1, 0],
+  };
+  return {
+    ...{ type: "predict", sigma: from, aIn: 0, aOld: 0, aNew: h - ofF * from, keepsVelocity: true },
+    ...((ofF !== 0 || goesOn) && { combination }),
+  };
+}
+
 const rows = table<BlockRow>()({
-  E: {
-    name: "Euler",
-    needsVelocity: false,
-    evaluations: (place) => [{ ...evaluate("predict", place), aNew: place.h }],
+  E: { name: "Euler", needs: 0, evaluations: (place) => [euler(place)] },
+  H: { name: "Heun", needs: 0, evaluations: heun },
+  A: {
+    name: "Adams-Bashforth",
+    needs: 0,
+    reusesBeginning: true,
+    evaluations: (place) => [adamsBashforth(place)],
   },
-  H: { name: "Heun", needsVelocity: false, evaluations: heun },
   P: {
     name: "pseudo corrector",
-    needsVelocity: false,
+    needs: 0,
     // It reuses the velocity that the block before ended with. Without one it is a Heun step.
-    evaluations: (place) => (place.before === null ? heun(place) : [correct("predict", place)]),
+    evaluations: (place) => (place.velocities.length === 0 ? heun(place) : [correct("predict", place)]),
   },
   R: {
     name: "velocity refiner",
-    needsVelocity: true,
+    needs: 1,
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
   },
+  S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
+  M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },
+  D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver2M(place)] },
+  U: { name: "UniPC", needs: 0, ownsMemory: true, evaluations: (place) => [uniPC(place)] },
 });
 
 /** Letter of a block: see the option `blocks`. */
@@ -122,14 +290,47 @@ export function parseBlocks(text: string): Block[] {
       throw new OptionError("blocks", `Expected at most ${maxBlocks} blocks but "${shown(text)}" has more.`);
     for (let i = 0; i < repeat; i++) blocks.push(letter as Block);
   }
-  const [first] = blocks;
-  if (!first) throw new OptionError("blocks", `The blocks "${shown(text)}" are empty; give at least one.`);
-  if (blockTable[first]!.needsVelocity)
-    throw new OptionError(
-      "blocks",
-      `The blocks "${shown(text)}" start with ${first} (${blockTable[first]!.name}), which needs the velocity of a block before it. Start with H, for example "H1${shown(compact)}".`,
-    );
+  if (blocks.length === 0) throw new OptionError("blocks", `The blocks "${shown(text)}" are empty; give at least one.`);
+  const unmet = unmetNeed(blocks);
+  if (unmet) throw new OptionError("blocks", unmetMessage(blocks, unmet, `The blocks "${shown(text)}"`));
   return blocks;
+}
+
+/** A block that needs more velocities than the blocks before it leave. */
+export interface UnmetNeed {
+  readonly index: number;
+  readonly letter: Block;
+  /** Velocities that there are. */
+  readonly has: number;
+}
+
+/** The first block that lacks a velocity which it needs, or null. */
+export function unmetNeed(blocks: readonly Block[]): UnmetNeed | null {
+  let has = 0;
+  for (const [index, letter] of blocks.entries()) {
+    const { needs, ownsMemory, evaluations } = blockTable[letter]!;
+    if (needs > has) return { index, letter, has };
+    const velocities = new Array<number>(Math.min(has, 2)).fill(0.9);
+    const place = { ...anyPlace, next: blocks[index + 1] ?? null, velocities };
+    // Memory with a meaning of its own leaves no room for more than the velocity that was evaluated last.
+    has = ownsMemory ? 1 : has + evaluations(place).filter(({ keepsVelocity }) => keepsVelocity).length;
+  }
+  return null;
+}
+
+/** Where it does not matter which noise levels a block has. */
+const anyPlace: BlockPlace = {
+  ...{ from: 0.6, to: 0.4, h: -0.2, sigmas: [0.6, 0.4], index: 0, run: 0, next: null },
+  ...{ velocities: [0.9, 0.8], guidance: 1 },
+};
+
+/** @param what what is wrong: "The blocks "R2"" */
+function unmetMessage(blocks: readonly Block[], { index, letter, has }: UnmetNeed, what: string): string {
+  const { name, needs } = blockTable[letter]!;
+  const velocities = needs === 1 ? "the velocity of a block" : `the velocities of ${needs} evaluations`;
+  return index === 0
+    ? `${what} start with ${letter} (${name}), which needs ${velocities} before it. Start with H, for example "H1${shown(formatBlocks(blocks))}".`
+    : `${what} have ${letter} (${name}) as block ${index + 1}, which needs ${velocities} before it, but there ${has === 1 ? "is 1" : `are ${has}`}. Put H, or two blocks such as E, P or A, before it.`;
 }
 
 function shown(text: string): string {
@@ -138,11 +339,10 @@ function shown(text: string): string {
 
 /** The shortest list of blocks, in the order of the table, that launches every step type which is wanted. */
 export function blocksForEach(isWanted: (type: StepType) => boolean): string {
-  const launched = new Set<StepType>();
-  const place: BlockPlace = { from: 1, to: 0, h: -1, before: -1 };
+  const launched = new Set<string>();
   return Object.entries(blockTable)
     .filter(([, { evaluations }]) => {
-      const types = evaluations(place).map(({ type }) => type);
+      const types = evaluations(anyPlace).flatMap(({ type }) => (type === "combine" ? [] : [type]));
       if (!types.every(isWanted) || types.every((type) => launched.has(type))) return false;
       for (const type of types) launched.add(type);
       return true;

@@ -4,14 +4,26 @@ export {
   type BlockRow,
   blocksForEach,
   blockTable,
+  type Combination,
   formatBlocks,
   longestSchedule,
   parseBlocks,
   type StepType,
+  type UnmetNeed,
+  unmetNeed,
+  type Weights,
 } from "./blocks.js";
 export {
-  defaultLadder,
+  type CalibratedSchedule,
+  type FittedSchedule,
+  fittedFor,
+  rowsOf,
+} from "./calibrated.js";
+export { bestGrids, type Gram, gramOf } from "./grid-search.js";
+export {
+  blocksGrid,
   defaultSampler,
+  ladderSteps,
   type SamplerName,
   type SamplerRow,
   samplers,
@@ -23,15 +35,20 @@ export {
   planSteps,
   type Schedule,
   type StepLaunch,
+  type StepWeights,
   scheduleOf,
   stepTypesOf,
 } from "./schedule.js";
 export {
   diffusersSigmas,
   type GridName,
+  givenSigmas,
+  type SchedulerSettings,
+  type SigmaSettings,
   shiftedSigmas,
   shiftSigma,
   sigmaGrids,
+  sigmaSettings,
   skippedBlocks,
   upscaleSigmas,
 } from "./sigmas.js";

@@ -1,16 +1,63 @@
 /**
- * The noise levels that a schedule visits: n + 1 of them for n blocks, from 1 (noise) to 0 (image). Two spacings are in
- * use: the evenly shifted one, and the one that diffusers' FlowMatchEulerDiscreteScheduler arrives at, for exact parity.
+ * The noise levels that a schedule visits: n + 1 of them for n blocks, falling from 1 (noise) to 0 (image). Spacings are those of
+ * diffusers' schedulers, for exact parity, and one that is shifted evenly.
  */
 
 import { table } from "../common/table.js";
+import { betaQuantile } from "./beta.js";
+import { easing, stiffness } from "./stiffness.js";
+
+/** How a scheduler shifts by the size of the picture: `use_dynamic_shifting`. */
+export interface DynamicShift {
+  /** μ is linear in the patches of a picture: its value at `baseTokens` of them. */
+  readonly baseShift: number;
+  /** Its value at `maxTokens` patches. */
+  readonly maxShift: number;
+  /** Patches of a small picture. */
+  readonly baseTokens: number;
+  /** Patches of a large picture. */
+  readonly maxTokens: number;
+  /** The shift is e^μ, or μ itself. */
+  readonly type: "exponential" | "linear";
+}
 
 /** What noise levels depend on: values of the checkpoint's scheduler. */
-export interface SigmaSettings {
+export interface SchedulerSettings {
   /** Shift towards noise, 3 for SD3. */
   readonly shift: number;
   /** Steps that the model was trained with, 1000. */
   readonly numTrainTimesteps: number;
+  /** Null for a shift that is the same for all sizes. */
+  readonly dynamic?: DynamicShift | null;
+  /** Spacing between the ends of diffusers' levels, where the scheduler has one. */
+  readonly spacing?: "karras" | "exponential" | "beta" | null | undefined;
+}
+
+/** The same for one request. */
+export interface SigmaSettings extends Pick<SchedulerSettings, "numTrainTimesteps" | "spacing"> {
+  /** Shift of the noise levels at the request's size. */
+  readonly shift: number;
+  /** Whether the shift follows from the size. */
+  readonly isDynamic?: boolean;
+  /** The largest guidance scale; 1, which is the default, without guidance. */
+  readonly guidance?: number;
+}
+
+/**
+ * The settings for a picture.
+ * @param patches of the picture: tokens that the transformer has for it
+ * @param given a shift, which takes the place of a dynamic one, or μ
+ */
+export function sigmaSettings(
+  { shift, numTrainTimesteps, dynamic, spacing }: SchedulerSettings,
+  patches: number,
+  given: { readonly shift?: number | undefined; readonly mu?: number | undefined } = {},
+): SigmaSettings {
+  if (!dynamic || given.shift !== undefined) return { shift: given.shift ?? shift, numTrainTimesteps, spacing };
+  const { baseShift, maxShift, baseTokens, maxTokens, type } = dynamic;
+  const slope = (maxShift - baseShift) / (maxTokens - baseTokens);
+  const mu = given.mu ?? baseShift + slope * (patches - baseTokens);
+  return { shift: type === "linear" ? mu : Math.exp(mu), numTrainTimesteps, spacing, isDynamic: true };
 }
 
 /** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
@@ -18,33 +65,98 @@ export function shiftSigma(u: number, shift: number): number {
   return (shift * u) / (1 + (shift - 1) * u);
 }
 
+/**
+ * Denser at both ends than evenly shifted levels, and shifted further where few steps meet strong guidance: t = i/n,
+ * u = 1 − (t − a·sin(2πt)/(2π)), shifted by s·m, with m and a of stiffness.ts. For the blocks M and U.
+ */
+function easedSigmas(blocks: number, { shift, guidance = 1 }: SigmaSettings): number[] {
+  const [m, a] = [stiffness(blocks, guidance), easing(blocks, guidance)];
+  return Array.from({ length: blocks + 1 }, (_, i) => {
+    const t = i / blocks;
+    const u = 1 - (t - (a * Math.sin(2 * Math.PI * t)) / (2 * Math.PI));
+    return i === blocks ? 0 : shiftSigma(u, shift * m);
+  });
+}
+
+/** n numbers from `from` to `to`; `from` alone for one. */
+const even = (from: number, to: number, n: number) =>
+  Array.from({ length: n }, (_, i) => (n === 1 ? from : from + ((to - from) * i) / (n - 1)));
+
 /** u_i = 1 − i/n, shifted once. The last two points are far enough apart to be worth an evaluation. */
 export function shiftedSigmas(blocks: number, { shift }: Pick<SigmaSettings, "shift">): number[] {
   return Array.from({ length: blocks + 1 }, (_, i) => shiftSigma(1 - i / blocks, shift));
 }
 
 /**
- * FlowMatchEulerDiscreteScheduler.set_timesteps(n): that scheduler shifts twice, once when it finds its smallest σ and
- * once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929, 0.
+ * FlowMatchEulerDiscreteScheduler.set_timesteps(n) without a spacing: that scheduler shifts twice, once when it finds its smallest σ
+ * and once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929. A dynamic shift is done once.
  */
-export function diffusersSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
-  const smallest = shiftSigma(1 / numTrainTimesteps, shift);
-  const points = Array.from({ length: blocks }, (_, i) => {
-    const even = blocks === 1 ? 1 : 1 + ((smallest - 1) * i) / (blocks - 1);
-    return shiftSigma(even, shift);
-  });
-  return [...points, 0];
+function flowMatchSigmas(blocks: number, { shift, numTrainTimesteps, isDynamic = false }: SigmaSettings): number[] {
+  const smallest = isDynamic ? 1 / numTrainTimesteps : shiftSigma(1 / numTrainTimesteps, shift);
+  return even(1, smallest, blocks).map((u) => shiftSigma(u, shift));
+}
+
+/** Spacings between the ends of those levels, as diffusers has them: `use_karras_sigmas` and so on. q runs evenly from 0 to 1. */
+const spacings = {
+  /** Karras et al. 2022 (arXiv 2206.00364), equation 5, ρ = 7. */
+  karras: (high: number, low: number, q: number) => (high ** (1 / 7) + q * (low ** (1 / 7) - high ** (1 / 7))) ** 7,
+  exponential: (high: number, low: number, q: number) =>
+    Math.exp(Math.log(high) + q * (Math.log(low) - Math.log(high))),
+  /** Quantiles of a beta distribution, α = β = 0.6 (arXiv 2407.12173). */
+  beta: (high: number, low: number, q: number) => low + (high - low) * betaQuantile(1 - q, 0.6, 0.6),
+};
+
+const spaced =
+  (spacing: keyof typeof spacings): Grid =>
+  (blocks, settings) => {
+    const levels = flowMatchSigmas(blocks, settings);
+    const [high, low] = [levels[0]!, levels.at(-1)!];
+    return [...even(0, 1, blocks).map((q) => spacings[spacing](high, low, q)), 0];
+  };
+
+/** FlowMatchEulerDiscreteScheduler.set_timesteps(n), with the spacing that the scheduler's config asks for. */
+export function diffusersSigmas(blocks: number, settings: SigmaSettings): number[] {
+  return settings.spacing ? spaced(settings.spacing)(blocks, settings) : [...flowMatchSigmas(blocks, settings), 0];
+}
+
+/**
+ * DPMSolverMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 − 1/T to 0, shifted, T being the
+ * number of training steps.
+ */
+export function dpmSolverSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
+  return even(1 - 1 / numTrainTimesteps, 0, blocks + 1).map((u) => shiftSigma(u, shift));
+}
+
+/** UniPCMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 to 1/T, shifted; 0 in place of the last. */
+export function uniPCSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
+  const levels = even(1, 1 / numTrainTimesteps, blocks + 1).map((u) => shiftSigma(u, shift));
+  return [levels[0]! - 1e-6, ...levels.slice(1, -1), 0];
+}
+
+/**
+ * Noise levels that were given, as diffusers' pipelines take `sigmas`: shifted as the scheduler shifts, with 0 at the end.
+ * @param levels falling, in (0, 1]; a last one of 0 is the end
+ */
+export function givenSigmas(levels: readonly number[], { shift }: SigmaSettings): number[] {
+  return [...levels.filter((level) => level > 0).map((level) => shiftSigma(level, shift)), 0];
 }
 
 /** Noise levels for a number of blocks. */
-type Grid = (blocks: number, settings: SigmaSettings) => number[];
+export type Grid = (blocks: number, settings: SigmaSettings) => number[];
 
-const rows = table<Grid>()({ shifted: shiftedSigmas, diffusers: diffusersSigmas });
+const rows = table<Grid>()({
+  eased: easedSigmas,
+  shifted: shiftedSigmas,
+  diffusers: diffusersSigmas,
+  karras: spaced("karras"),
+  exponential: spaced("exponential"),
+  beta: spaced("beta"),
+});
 
 /** Name of a spacing of noise levels: see the option `grid`. */
 export type GridName = keyof typeof rows;
 
-/** The table of spacings, by the values of the option `grid`. */
+/** The table of spacings, by the values of the option `grid`. A sampler may have another for "diffusers". */
 export const sigmaGrids: Record<string, Grid> = rows;
 
 /**

@@ -109,7 +109,13 @@ describe("defaults", () => {
       sampleSize: 32,
       factor: 1,
     });
-    expect(await read("scheduler", {})).toEqual({ shift: 1, numTrainTimesteps: 1000 });
+    expect(await read("scheduler", {})).toEqual({
+      ...{ shift: 1, numTrainTimesteps: 1000, dynamic: null, spacing: null },
+    });
+    expect(await read("scheduler", { use_karras_sigmas: true, use_dynamic_shifting: true })).toMatchObject({
+      spacing: "karras",
+      dynamic: { baseShift: 0.5, maxShift: 1.15, baseTokens: 256, maxTokens: 4096, type: "exponential" },
+    });
     expect(await read("scheduler", { shift_terminal: null, use_beta_sigmas: null, shift: 3 })).toMatchObject({
       shift: 3,
     });
@@ -137,10 +143,10 @@ describe("values that are not computed", () => {
     ["vae", { latents_mean: [0] }, "latents_mean"],
     ["vae", { scaling_factor: 0 }, "scaling_factor"],
     ["scheduler", { _class_name: "DDIMScheduler" }, "_class_name"],
-    ["scheduler", { use_dynamic_shifting: true }, "use_dynamic_shifting"],
-    ["scheduler", { use_karras_sigmas: true }, "use_karras_sigmas"],
-    ["scheduler", { use_exponential_sigmas: true }, "use_exponential_sigmas"],
-    ["scheduler", { use_beta_sigmas: true }, "use_beta_sigmas"],
+    ["scheduler", { use_dynamic_shifting: "yes" }, "use_dynamic_shifting"],
+    ["scheduler", { time_shift_type: "cubic" }, "time_shift_type"],
+    ["scheduler", { max_image_seq_len: 256 }, "max_image_seq_len"],
+    ["scheduler", { use_karras_sigmas: true, use_beta_sigmas: true }, "use_beta_sigmas"],
     ["scheduler", { invert_sigmas: true }, "invert_sigmas"],
     ["scheduler", { shift_terminal: 0.02 }, "shift_terminal"],
     ["scheduler", { stochastic_sampling: true }, "stochastic_sampling"],

@@ -79,7 +79,7 @@ describe("flowturbo generate", () => {
     expect(report.files).toEqual(["deep/er/0.webp", "deep/er/1.webp"]);
     expect(report.size).toEqual({ width: 64, height: 64 });
     expect(report.blocks).toBe("H1P2R2");
-    expect(report.evaluations).toEqual({ predictor: 4, refiner: 4 });
+    expect(report.evaluations).toEqual({ predictor: 4, refiner: 4, rows: 8 });
     expect(report.sigmas).toHaveLength(6);
     expect(report.milliseconds.steps).toHaveLength(5);
     for (const value of [report.milliseconds.load, report.milliseconds.encode, report.milliseconds.decode])
@@ -254,7 +254,7 @@ describe("usage errors", () => {
     [
       "a sampler unknown",
       ["generate", "x", "--sampler", "ddim"],
-      /--sampler: Expected "flowturbo", "euler" or "heun".*"ddim"/,
+      /--sampler: Expected "flowturbo", "euler", "dpmpp_2m", "unipc" or "heun".*"ddim"/,
     ],
     ["blocks starting with R", ["generate", "x", "--blocks", "R3P2"], /start with R/],
     ["blocks of another alphabet", ["generate", "x", "--blocks", "H1Z2"], /Expected blocks such as/],

@@ -14,14 +14,14 @@ const positions = {
 type What = "plain" | "started from an original" | "inpainted" | "of two stages" | "previewed";
 
 function kindOf(what: What): SamplingKind {
-  const schedule = scheduleOf(parseBlocks("H1P2"), shiftedSigmas(3, { shift: 3 }));
+  const schedule = scheduleOf(parseBlocks("H1P2"), shiftedSigmas(3, { shift: 3 }), { guidance: 4.5 });
   const stage = (side: number) => ({
     ...{ schedule, latentShape: [1, 4, side, side] as const, positions: { predict: positions } },
     ...{ hasInit: what === "started from an original" || what === "inpainted", hasMask: what === "inpainted" },
   });
   return {
     stages: what === "of two stages" ? [stage(4), stage(8)] : [stage(4)],
-    ...{ contextShape: [2, 3, 5], pooledShape: [2, 6], guidanceScale: 4.5, vaeFactor: 2, imageChannels: 3 },
+    ...{ contextShape: [3, 5], pooledShape: [6], vaeFactor: 2, imageChannels: 3 },
     ...{ preview: what === "previewed" ? "fast" : undefined, keepsLatents: true },
   };
 }
@@ -37,8 +37,7 @@ function valuesOf(kind: SamplingKind) {
       init: hasInit ? values(1, channels, height, width) : undefined,
       mask: hasMask ? values(1, 1, height, width) : undefined,
     })),
-    context: values(...kind.contextShape),
-    pooled: values(...kind.pooledShape),
+    guided: { context: values(2, ...kind.contextShape), pooled: values(2, ...kind.pooledShape) },
     colours: kind.preview && { map: values(3, 4), bias: values(3, 1) },
   });
 }
@@ -65,9 +64,9 @@ describe.each(["plain", "started from an original", "inpainted", "of two stages"
       for (const [name, tensor] of Object.entries(given))
         expect(bound.constants[name]).toEqual({ kind: "value", tensor });
       expect(program).toEqual(before);
-      const { context, ...rest } = given;
+      const { "guided.context": context, ...rest } = given;
       expect(context).toBeDefined();
-      expect(() => validateProgram(bind(program, rest), () => true)).toThrow(/slot "context" has no value/);
+      expect(() => validateProgram(bind(program, rest), () => true)).toThrow(/slot "guided.context" has no value/);
     });
   },
 );
@@ -77,9 +76,9 @@ describe("bind", () => {
 
   it("refuses a name that is no slot, and a value of another shape", () => {
     expect(() => bind(program, { nothing: values(1) })).toThrow(/no slot "nothing"/);
-    expect(() => bind(program, { "stage1.zeros": values(2, 4, 4, 4) })).toThrow(/no slot "stage1.zeros"/);
-    expect(() => bind(program, { pooled: values(1, 6) })).toThrow(
-      /"pooled" is float32 \[2,6\], and the value float32 \[1,6\]/,
+    expect(() => bind(program, { "stage1.zeros.pair": values(2, 4, 4, 4) })).toThrow(/no slot "stage1.zeros.pair"/);
+    expect(() => bind(program, { "guided.pooled": values(1, 6) })).toThrow(
+      /"guided.pooled" is float32 \[2,6\], and the value float32 \[1,6\]/,
     );
   });
 });

@@ -47,7 +47,7 @@ describe.each(fixtureNames)("%s", (name) => {
     });
     expect(relativeError(result.latents, reference.latents!)).toBeLessThan(tolerance);
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(tolerance);
-    expect(result.evaluations).toEqual({ predictor: 7, refiner: 2 });
+    expect(result.evaluations).toEqual({ predictor: 7, refiner: 2, rows: 14 });
     expect(result.stages.map(({ width, blocks }) => `${width} ${blocks}`)).toEqual(["64 H1P2R1", "128 H1P1"]);
   });
 
@@ -235,7 +235,7 @@ describe("inpainting with any schedule", () => {
     const original = await sharp(image).raw().toBuffer();
     for (const picture of images) expect(Buffer.from(picture.data).equals(original)).toBe(true);
     expect(warnings.join()).toMatch(/mask is black everywhere.*this is the original\./);
-    expect(evaluations).toEqual({ predictor: 0, refiner: 0 });
+    expect(evaluations).toEqual({ predictor: 0, refiner: 0, rows: 0 });
   });
 });
 
@@ -407,6 +407,35 @@ describe("stages", () => {
       expect(first!.at(-1)).toBeCloseTo(0.7 / (Math.SQRT2 - (Math.SQRT2 - 1) * 0.7), 12);
       expect(second!.at(-1)).toBeCloseTo(0.5 / 1.5, 12);
       expect([third!.at(-1), last!.at(-1)]).toEqual([0, 0]);
+    });
+
+    it("take guidance by steps, counted over all stages, and a shift, which leaves alone where one hands over to the next", async () => {
+      const stages = rising(0.5, "latents");
+      const shift = 2;
+      const guidanceScale = [3, 1, 2, 1, 1, 1, 4, 1];
+      const options = { prompt: "a red circle", stages, shift, guidanceScale };
+      const result = await withValues(shapes, { ...options, seed: 6 });
+      const [coarse, fine] = result.stages.map(({ sigmas }) => sigmas);
+      const u = (sigma: number) => sigma / (shift - (shift - 1) * sigma);
+      // Even before the shift: from 1 to σ / (2 − σ), and from σ to 0.
+      for (const [i, sigma] of coarse!.entries()) expect(u(sigma)).toBeCloseTo(1 + (u(1 / 3) - 1) * (i / 5), 12);
+      for (const [i, sigma] of fine!.entries()) expect(u(sigma)).toBeCloseTo(u(1 / 2) * (1 - i / 3), 12);
+      // H evaluates twice, P once; with guidance two rows each.
+      expect(result.evaluations).toEqual({ predictor: 10, refiner: 0, rows: 4 + 1 + 2 + 1 + 1 + 2 + 2 + 1 });
+      const batch = await withValues(shapes, { ...options, seed: 5, count: 2 });
+      const own = batch.latents.data.slice(result.latents.data.length);
+      expect(relativeError({ ...result.latents, data: own } as FloatTensor, result.latents)).toBeLessThan(1e-5);
+      // CFG-Zero* leaves the first step out, and starts at the level after it.
+      const zero = await withValues(shapes, {
+        ...options,
+        seed: 6,
+        guidanceMode: "cfg_zero",
+        stages: [{ ...stages[0]!, blocks: "H5" }, stages[1]!],
+      });
+      expect(zero.stages[0]!.sigmas).toEqual(coarse!.slice(1));
+      await expect(shapes.generate({ ...options, guidanceScale: [3, 1, 2, 1, 1] })).rejects.toThrow(
+        /guidance scale, or 8 /,
+      );
     });
 
     it("take part in editing: strength, and a mask that holds at every size", async () => {

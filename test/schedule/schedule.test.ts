@@ -1,52 +1,142 @@
 // The launches that a schedule becomes, against the definition of the blocks written out as it stands in the paper.
 import { describe, expect, it } from "vitest";
-import { type Block, parseBlocks, planSteps, scheduleOf, shiftedSigmas } from "../../lib/schedule/index.js";
+import {
+  type Block,
+  parseBlocks,
+  planSteps,
+  type StepLaunch,
+  scheduleOf,
+  shiftedSigmas,
+  type Weights,
+} from "../../lib/schedule/index.js";
 
 // A toy predictor and refiner on the line: nonlinear in x and σ, so that a wrong evaluation point shows.
 const V = (x: number, sigma: number) => Math.sin(3 * x + sigma) + 0.7 * x * sigma;
 const r = (x: number, v: number, sigma: number) => 0.2 * Math.cos(x - 2 * v + sigma);
 
-/** The blocks as defined: E, H, P after Lu et al.'s FlowTurbo, R keeping its first velocity. */
+/** The blocks as defined, each from its own source: E, H, P, R after FlowTurbo, A by exact integration of a line, S likewise. */
 function reference(x: number, blocks: readonly Block[], sigmas: readonly number[]) {
-  let cache: number | null = null;
+  /** Velocities so far, each with the noise level it was evaluated at. */
+  const known: { at: number; v: number }[] = [];
   let evaluations = 0;
   const predictor = (at: number, sigma: number) => {
     evaluations++;
     return V(at, sigma);
   };
+  const keep = (at: number, v: number) => {
+    known.unshift({ at, v });
+    return v;
+  };
+  /** The integral from one level to another of the line through two velocities, by Simpson's rule, which is exact for it. */
+  const along = (a: { at: number; v: number }, b: { at: number; v: number }, from: number, to: number) => {
+    const line = (s: number) => a.v + ((b.v - a.v) * (s - a.at)) / (b.at - a.at);
+    return ((to - from) / 6) * (line(from) + 4 * line((from + to) / 2) + line(to));
+  };
   for (const [i, block] of blocks.entries()) {
     const [from, to] = [sigmas[i]!, sigmas[i + 1]!];
     const h = to - from;
-    if (block === "E") {
-      cache = predictor(x, from);
-      x += h * cache;
+    const isFirst = known.length === 0;
+    const beforeA = blocks[i + 1] === "A";
+    if (block === "E" || (block === "A" && isFirst)) {
+      x += h * keep(from, predictor(x, from));
+    } else if (block === "A") {
+      const now = { at: from, v: predictor(x, from) };
+      x += along(now, known[0]!, from, to);
+      keep(now.at, now.v);
+    } else if (block === "S") {
+      x += along(known[0]!, known[1]!, from, to);
     } else if (block === "R") {
-      const d0: number = r(x, cache!, from) + cache!;
+      const d0: number = r(x, known[0]!.v, from) + known[0]!.v;
       const d1 = r(x + h * d0, d0, to) + d0;
       x += (h / 2) * (d0 + d1);
-      cache = d0;
+      keep(from, d0);
     } else {
-      const d0: number = block === "P" && cache !== null ? cache : predictor(x, from);
+      const d0: number = block === "P" && !isFirst ? known[0]!.v : keep(from, predictor(x, from));
       const d1 = predictor(x + h * d0, to);
       x += (h / 2) * (d0 + d1);
-      cache = d1;
+      // A extrapolates from the beginning of the block before it.
+      if (!beforeA) keep(to, d1);
     }
   }
   return { x, evaluations };
 }
 
-function launched(x: number, blocks: readonly Block[], sigmas: readonly number[]): number {
-  let velocity = 0;
-  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity } of planSteps(blocks, sigmas)) {
-    const at = x + aIn * velocity;
-    const next = type === "predict" ? V(at, sigma) : r(at, velocity, sigma) + velocity;
-    x = x + aOld * velocity + aNew * next;
-    if (keepsVelocity) velocity = next;
+const lambda = (sigma: number) => Math.log((1 - sigma) / sigma);
+
+/** DPM-Solver++(2M) in data prediction, as it stands in diffusers. */
+function dpmSolver(x: number, sigmas: readonly number[]): number {
+  let last = 0;
+  const n = sigmas.length - 1;
+  for (let i = 0; i < n; i++) {
+    const [s, t] = [sigmas[i]!, sigmas[i + 1]!];
+    const x0 = x - s * V(x, s);
+    const h = t > 0 ? lambda(t) - lambda(s) : Number.POSITIVE_INFINITY;
+    const second = i > 0 && i < n - 1 && sigmas[i - 1]! < 1;
+    const target = second ? x0 + (0.5 * (x0 - last) * h) / (lambda(s) - lambda(sigmas[i - 1]!)) : x0;
+    x = s < 1 ? (t / s) * x - (1 - t) * Math.expm1(-h) * target : t * x + (1 - t) * target;
+    last = x0;
   }
   return x;
 }
 
-const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2P1", "H1R1P1R1", "P1R1", "H8P9R5"];
+/** UniPC, order 2, "bh2", predictor and corrector one after the other, as they stand in diffusers. */
+function uniPC(x: number, given: readonly number[]): number {
+  const sigmas = given.map((sigma) => Math.min(sigma, 1 - 1e-6));
+  const n = sigmas.length - 1;
+  const estimates: number[] = [];
+  let sample = x;
+  for (let i = 0; i < n; i++) {
+    const s = sigmas[i]!;
+    // The network is asked at the level as it was given.
+    const x0 = x - s * V(x, given[i]!);
+    if (i > 0) {
+      const before = sigmas[i - 1]!;
+      const h = lambda(s) - lambda(before);
+      const b = Math.expm1(-h);
+      const base = (s / before) * sample - (1 - s) * b * estimates[i - 1]!;
+      if (i === 1) x = base - (1 - s) * b * 0.5 * (x0 - estimates[0]!);
+      else {
+        const ratio = (lambda(sigmas[i - 2]!) - lambda(before)) / h;
+        const phi1 = b / -h - 1;
+        const phi2 = phi1 / -h - 0.5;
+        // [1 1; ratio 1]·c = [φ₁/b, 2φ₂/b], by Cramer's rule.
+        const c0 = (phi1 / b - (2 * phi2) / b) / (1 - ratio);
+        const c1 = ((2 * phi2) / b - (ratio * phi1) / b) / (1 - ratio);
+        x =
+          base - (1 - s) * b * ((c0 * (estimates[i - 2]! - estimates[i - 1]!)) / ratio + c1 * (x0 - estimates[i - 1]!));
+      }
+    }
+    estimates.push(x0);
+    sample = x;
+    const t = sigmas[i + 1]!;
+    if (t === 0) return x0;
+    const h = lambda(t) - lambda(s);
+    const b = Math.expm1(-h);
+    x = (t / s) * sample - (1 - t) * b * x0;
+    if (i > 0) x -= ((1 - t) * b * 0.5 * (estimates[i - 1]! - x0)) / ((lambda(sigmas[i - 1]!) - lambda(s)) / h);
+  }
+  return x;
+}
+
+function run(x: number, launches: readonly StepLaunch[], field = V): number {
+  let [velocity, first, second] = [0, 0, 0];
+  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity, combination } of launches) {
+    if (type !== "combine") {
+      const at = x + aIn * velocity;
+      const next = type === "predict" ? field(at, sigma) : r(at, velocity, sigma) + velocity;
+      x = x + aOld * velocity + aNew * next;
+      if (keepsVelocity) velocity = next;
+    }
+    if (!combination) continue;
+    const sum = ([w, m1, m2]: Weights) => w * velocity + m1 * first + m2 * second;
+    [x, first, second] = [x + sum(combination.x), sum(combination.first), sum(combination.second)];
+  }
+  return x;
+}
+
+const launched = (x: number, blocks: readonly Block[], sigmas: readonly number[]) => run(x, planSteps(blocks, sigmas));
+
+const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2P1", "H1R1P1R1", "P1R1", "H8P9R5", "A6", "H1A4", "H1P2A3", "H1R1A2R1A1", "E1A2P2A2", "H1S1", "A2S1A1S2A2", "H1P1S1A1", "E2S1P2S1R1"]; // biome-ignore format: a list
 
 describe("planSteps", () => {
   it.each(schedules)("computes %s as defined", (text) => {
@@ -62,10 +152,11 @@ describe("planSteps", () => {
       const blocks = parseBlocks(text);
       return scheduleOf(blocks, shiftedSigmas(blocks.length, { shift: 3 })).evaluations;
     };
-    expect(count("H1P5R3")).toEqual({ predictor: 7, refiner: 6 });
-    expect(count("H1P9")).toEqual({ predictor: 11, refiner: 0 });
-    expect(count("E28")).toEqual({ predictor: 28, refiner: 0 });
-    expect(count("P3")).toEqual({ predictor: 4, refiner: 0 });
+    expect(count("H1P5R3")).toEqual({ predictor: 7, refiner: 6, rows: 7 });
+    expect(count("H1P9")).toEqual({ predictor: 11, refiner: 0, rows: 11 });
+    expect(count("E28")).toEqual({ predictor: 28, refiner: 0, rows: 28 });
+    expect(count("P3")).toEqual({ predictor: 4, refiner: 0, rows: 4 });
+    expect(count("A2S1A1S1")).toEqual({ predictor: 3, refiner: 0, rows: 3 });
   });
 
   it("marks one launch of each block as its last", () => {
@@ -74,6 +165,86 @@ describe("planSteps", () => {
       const steps = planSteps(blocks, shiftedSigmas(blocks.length, { shift: 3 }));
       expect(steps.filter((step) => step.last).map((step) => step.block)).toEqual(blocks.map((_, i) => i));
     }
+  });
+
+  it.each([
+    ["D", dpmSolver],
+    ["U", uniPC],
+  ] as const)("computes %s as diffusers does, from σ = 1 and from below", (letter, solver) => {
+    for (const n of [1, 2, 3, 8])
+      for (const start of [1, 0.9]) {
+        const sigmas = shiftedSigmas(n, { shift: 3 }).map((sigma) => start * sigma);
+        const launches = planSteps(new Array<Block>(n).fill(letter), sigmas);
+        expect(launches).toHaveLength(n);
+        expect(run(0.3, launches)).toBeCloseTo(solver(0.3, sigmas), letter === "U" && start === 1 ? 5 : 11);
+      }
+  });
+
+  it("starts D and U anew after another letter, and goes on from where they end", () => {
+    const sigmas = shiftedSigmas(6, { shift: 3 });
+    for (const [letter, solver] of [
+      ["D", dpmSolver],
+      ["U", uniPC],
+    ] as const) {
+      const before = launched(0.3, ["E", "E"], sigmas.slice(0, 3));
+      const expected = solver(before, sigmas.slice(2));
+      expect(launched(0.3, ["E", "E", letter, letter, letter, letter], sigmas)).toBeCloseTo(expected, 11);
+      // The velocity that E leaves to A here, or D, is the one at the last level before.
+      const whole = launched(0.3, [letter, letter, letter, "A", "A", "A"], sigmas);
+      expect(
+        Math.abs(whole - launched(0.3, new Array<Block>(3000).fill("H"), shiftedSigmas(3000, { shift: 3 }))),
+      ).toBeLessThan(0.05);
+    }
+  });
+
+  it("has R guided as the block before it, and other blocks by their own scale", () => {
+    const sigmas = shiftedSigmas(5, { shift: 3 });
+    const scales = [4, 3, null, 2, 5];
+    const launches = planSteps(parseBlocks("H1R1E1R1E1"), sigmas, { guidance: (block) => scales[block]! });
+    expect(launches.map(({ guidance }) => guidance)).toEqual([4, 4, 4, 4, null, null, null, 5]);
+    expect(
+      scheduleOf(parseBlocks("H1R1E1R1E1"), sigmas, { guidance: (block) => scales[block]! }).evaluations.rows,
+    ).toBe(7);
+  });
+
+  it("takes weights in place of a letter's", () => {
+    const sigmas = [1, 0.7, 0.4, 0.1, 0];
+    const weights = [0, 1, 2, 3].map((i) => ({ in: 0.01 * i, old: 0.1 * i, new: -0.3 - 0.01 * i, older: 0.02 * i }));
+    let x = 0.3;
+    const v: number[] = [];
+    for (const [i, each] of weights.entries()) {
+      const [old = 0, older = 0] = v;
+      const now = V(x + each.in * old, sigmas[i]!);
+      x += each.old * old + each.new * now + each.older * older;
+      v.unshift(now);
+    }
+    const launches = planSteps(parseBlocks("E1A3"), sigmas, { weights });
+    expect(run(0.3, launches)).toBeCloseTo(x, 12);
+    expect(() => planSteps(parseBlocks("E1A3"), sigmas, { weights: weights.slice(1) })).toThrow(RangeError);
+  });
+
+  // dx/dσ = −x + 3σ has x(σ) = c·e^(−σ) + 3σ − 3.
+  it.each([
+    ["E", 0.9, 1.1],
+    ["H", 1.9, 2.2],
+    ["P", 1.8, 2.2],
+    ["A", 1.8, 2.2],
+    ["AS", 1.8, 2.2],
+    ["HAS", 1.8, 2.2],
+    ["HPA", 1.8, 2.2],
+    ["D", 1.8, 2.3],
+    ["U", 1.8, 3.2],
+  ] as const)("converges with %s at the order of its method", (letters, least, most) => {
+    const error = (n: number) => {
+      const blocks = Array.from({ length: n }, (_, i) => (i === 0 ? "H" : letters[i % letters.length]) as Block);
+      if (letters.length === 1) blocks[0] = letters as Block;
+      const sigmas = Array.from({ length: n + 1 }, (_, i) => 0.95 - (0.9 * i) / n - 0.04 * Math.sin((6 * i) / n));
+      const exact = (0.3 - 3 * sigmas[0]! + 3) * Math.exp(sigmas[0]! - sigmas[n]!) + 3 * sigmas[n]! - 3;
+      return Math.abs(run(0.3, planSteps(blocks, sigmas), (x, sigma) => -x + 3 * sigma) - exact);
+    };
+    const order = Math.log2(error(240) / error(480));
+    expect(order).toBeGreaterThan(least);
+    expect(order).toBeLessThan(most);
   });
 
   it("converges at second order with P and at first order with E", () => {

@@ -55,23 +55,24 @@ export function programOf(
   const stages = sigmas.map((sigmas, index): SamplingKind["stages"][number] => {
     const sideHere = side * 2 ** index;
     return {
-      schedule: scheduleOf(list, sigmas),
+      schedule: scheduleOf(list, sigmas, { guidance: guidanceScale }),
       latentShape: [1, 4, sideHere, sideHere],
       positions: { predict: positions(sideHere), refine: positions(sideHere) },
       ...{ hasInit: edit !== undefined, hasMask: edit !== undefined },
     };
   });
   const { program } = samplingTemplate({
-    ...{ stages, guidanceScale, vaeFactor: 2, imageChannels: 3, keepsLatents: true },
-    contextShape: condition.context.shape as [number, number, number],
-    pooledShape: condition.pooled.shape as [number, number],
+    ...{ stages, vaeFactor: 2, imageChannels: 3, keepsLatents: true },
+    contextShape: condition.context.shape.slice(1) as [number, number],
+    pooledShape: condition.pooled.shape.slice(1) as [number],
     ...(extra === "preview" && { preview: "fast" }),
   });
   const values = stages.map(({ latentShape }, index) => ({
     noise: numbers(seed + index / 10, ...latentShape),
     ...edit,
   }));
-  const bound = bind(program, slotValues({ stages: values, ...condition, ...(extra === "preview" && { colours }) }));
+  const text = { [guidanceScale === null ? "alone" : "guided"]: condition };
+  const bound = bind(program, slotValues({ stages: values, ...text, ...(extra === "preview" && { colours }) }));
   return pixelsAtOnce === undefined ? bound : { ...bound, instructions: bound.instructions.map(limited) };
 
   function limited(instruction: Program["instructions"][number]) {

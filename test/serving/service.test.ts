@@ -189,8 +189,8 @@ describe("open-loop arrivals", () => {
   const schedules = ["H1P7R2", "H1P3R1", "H1P1R1", "E8"];
   /** Milliseconds of the device for one request, alone. */
   const work = (blocks: string) => {
-    const counts = { E: 1, H: 2, P: 1, R: 0 };
-    return [...parseBlocks(blocks)].reduce((sum, block) => sum + (block === "R" ? 8 : 20 * counts[block]), 10);
+    const counts: Record<string, number> = { E: 20, H: 40, P: 20, R: 8 };
+    return parseBlocks(blocks).reduce((sum, block) => sum + counts[block]!, 10);
   };
   const mean = schedules.reduce((sum, blocks) => sum + work(blocks), 0) / schedules.length;
 

@@ -41,12 +41,31 @@ function step(network: string, guided: boolean): ClosedForm {
   };
 }
 
+function combine(guided: boolean): ClosedForm {
+  const outputs = ["x", "first", "second"];
+  const weights = outputs.flatMap((output) => ["velocity", "first", "second"].map((term) => `${output}_${term}`));
+  const names = ["x", "velocity", "first", "second", ...weights, ...(guided ? ["guidance"] : [])];
+  const sum = (output: string) => `${output}_velocity w * ${output}_first first * + ${output}_second second * +`;
+  return {
+    inputs: Object.fromEntries(names.map((name) => [name, "float32"])),
+    outputs: ({ x }) => ({ x_next: x!, first_next: x!, second_next: x! }),
+    temporaries: { w: "x" },
+    formulas: [
+      `w ${guide("velocity", guided)}`,
+      `x_next x ${sum("x")} +`,
+      `first_next ${sum("first")}`,
+      `second_next ${sum("second")}`,
+    ],
+  };
+}
+
 const withNoise = "latents 1 sigma - * noise sigma * +";
 
 /** Of the graphs that sample, by name. @param side pixels of a latent's side */
 export const samplingForms = (guided: boolean, side = factor): Record<string, ClosedForm> => ({
   predict: step("point 0.5 * sigma +", guided),
   refine: step("point 0.75 * velocity + sigma 0.5 * -", guided),
+  combine: combine(guided),
   vae_decoder: {
     inputs: { latents: "float32" },
     outputs: ({ latents }) => {
@@ -93,7 +112,7 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
   },
 });
 
-const withVariants = ["predict", "refine", "inpaint_blend", "preview"];
+const withVariants = ["predict", "refine", "combine", "inpaint_blend", "preview"];
 
 /** The graphs under the names that templates give them. */
 export function samplingGraphs(guided: boolean): CompilableGraph[] {
@@ -163,7 +182,7 @@ export function requestOf({ stages, guided = true, inpainted = false, upscale }:
         (_, point) => (0.9 - 0.2 * index) * (1 - point / blocks.length),
       );
       return {
-        schedule: scheduleOf(blocks, sigmas),
+        schedule: scheduleOf(blocks, sigmas, { guidance: guided ? 3.5 : null }),
         latentShape: [batch, channels, side, side],
         ...{ upscale, positions: { predict: positions(11), refine: positions(12) } },
         ...{ hasInit: inpainted, hasMask: inpainted, noise: numbers([batch, channels, side, side], 1 + index) },
@@ -185,12 +204,13 @@ export function requestOf({ stages, guided = true, inpainted = false, upscale }:
 /** The program that draws them: the product's template, with the values bound. */
 export function samplingProgram({ stages, context, pooled, guidanceScale }: Sampling): SamplingTemplate {
   const template = samplingTemplate({
-    ...{ stages, guidanceScale, vaeFactor: factor, imageChannels: 3, keepsLatents: true },
-    contextShape: context.shape as [number, number, number],
-    pooledShape: pooled.shape as [number, number],
+    ...{ stages, vaeFactor: factor, imageChannels: 3, keepsLatents: true },
+    contextShape: context.shape.slice(1) as [number, number],
+    pooledShape: pooled.shape.slice(1) as [number],
   });
   const values = stages.map(({ noise, init, mask }) => ({ noise, init, mask }));
-  return { ...template, program: bind(template.program, slotValues({ stages: values, context, pooled })) };
+  const condition = { [guidanceScale === null ? "alone" : "guided"]: { context, pooled } };
+  return { ...template, program: bind(template.program, slotValues({ stages: values, ...condition })) };
 }
 
 /** The same pictures, computed here. */

@@ -1,0 +1,103 @@
+/**
+ * schedules.json: the schedules that were found for a checkpoint, in its folder, or in the cache where that cannot be written. The
+ * format, version 1:
+ *
+ *   { "version": 1, "model": fingerprint, "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
+ *
+ * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
+ * CalibratedSchedule). Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
+ * numbers come from.
+ */
+
+import { createHash } from "node:crypto";
+import { open } from "node:fs/promises";
+import { z } from "zod";
+import type { FileVersion } from "../common/files.js";
+import { CheckpointError } from "../errors.js";
+import { readOptionalJson } from "./files.js";
+
+/** Of the file's format. */
+export const schedulesVersion = 1;
+
+const calibrated = z
+  .object({
+    width: z.int().positive(),
+    height: z.int().positive(),
+    guidanceScale: z.number().min(1).max(1000),
+    guided: z.array(z.boolean()).min(1).max(1000),
+    sigmas: z.array(z.number().min(0).max(1)),
+    weights: z.array(z.tuple([z.number(), z.number(), z.number()])),
+  })
+  .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
+  .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")
+  .refine(({ sigmas }) => sigmas.at(-1) === 0, "has sigmas that do not end at 0")
+  .refine(({ sigmas }) => sigmas.every((sigma, i) => i === 0 || sigma < sigmas[i - 1]!), "has sigmas that do not fall");
+
+/** What is read of the file. */
+export interface StoredSchedules {
+  readonly ladder: readonly string[] | null;
+  readonly calibrated: readonly Readonly<z.output<typeof calibrated>>[];
+}
+
+/** Of a checkpoint without the file. */
+export const noSchedules: StoredSchedules = { ladder: null, calibrated: [] };
+
+/**
+ * @param fingerprint of the model that the file lies with
+ * @returns null without the file
+ * @throws CheckpointError for a file that is of another version or model, or is not whole. Whether its schedules can be run is known
+ *   where schedules are.
+ */
+export async function readSchedules(file: string, fingerprint: () => Promise<string>): Promise<StoredSchedules | null> {
+  const json = await readOptionalJson(file);
+  if (!json) return null;
+  const remedy = "Correct it, or remove the file: the usual schedules are then taken.";
+  const refuse = (message: string): never => {
+    throw new CheckpointError(file, `${file}: ${message} ${remedy}`);
+  };
+  const { version = schedulesVersion, ladder } = json;
+  if (version !== schedulesVersion)
+    refuse(
+      `expected version ${schedulesVersion} but found ${JSON.stringify(version)}. It was written by another version of flowturbo; run \`flowturbo calibrate\` again.`,
+    );
+  const isLadder = Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => typeof blocks === "string");
+  if (!isLadder && (ladder !== undefined || json.calibrated === undefined))
+    refuse(
+      `expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}.`,
+    );
+  const parsed = z.array(calibrated).safeParse(json.calibrated ?? []);
+  if (!parsed.success) {
+    const [issue] = parsed.error.issues;
+    refuse(`"calibrated" is not whole: ${["calibrated", ...issue!.path].join(".")}: ${issue!.message}.`);
+  }
+  const calibratedSchedules = parsed.data!;
+  if (calibratedSchedules.length > 0 && json.model !== (await fingerprint()))
+    refuse(
+      "its schedules were calibrated for another model than the one in this folder. Run `flowturbo calibrate` for this one.",
+    );
+  return { ladder: (ladder as string[] | undefined) ?? null, calibrated: calibratedSchedules };
+}
+
+/** Bytes of a file that are read at each of so many places. */
+const [sample, places] = [4096, 32];
+
+/** A digest that tells models apart without reading all of their weights: configs, sizes of files, and samples of their bytes. */
+export async function modelFingerprint(config: unknown, files: readonly FileVersion[]): Promise<string> {
+  const hash = createHash("sha256").update(JSON.stringify(config));
+  const buffer = Buffer.alloc(sample);
+  for (const { file } of files) {
+    const handle = await open(file);
+    try {
+      const { size } = await handle.stat();
+      hash.update(`${size};`);
+      for (let place = 0; place < places; place++) {
+        const position = Math.floor((Math.max(0, size - sample) * place) / (places - 1));
+        const { bytesRead } = await handle.read(buffer, 0, sample, position);
+        hash.update(buffer.subarray(0, bytesRead));
+      }
+    } finally {
+      await handle.close();
+    }
+  }
+  return hash.digest("hex");
+}

@@ -1,0 +1,101 @@
+/**
+ * Calibrated schedules: noise levels and weights of each step that were fitted to a model at a size and a guidance scale, and which of
+ * them serves a request. Pure; where they come from is generation/calibrate.ts, where they are kept checkpoint/schedules.ts.
+ */
+
+import type { Block } from "./blocks.js";
+import type { StepWeights } from "./schedule.js";
+
+/** A schedule as it was fitted. */
+export interface CalibratedSchedule {
+  /** Pixels of the pictures that it was fitted to. */
+  readonly width: number;
+  readonly height: number;
+  /** Guidance scale that it was fitted to; 1 for none. */
+  readonly guidanceScale: number;
+  /** For each step whether it is guided. */
+  readonly guided: readonly boolean[];
+  /** Noise levels, one more than steps, from 1 to 0. */
+  readonly sigmas: readonly number[];
+  /** For each step the weights of the velocity that it evaluates, of the one before, and of the one before that. */
+  readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+}
+
+/** What a request runs of it. */
+export interface FittedSchedule {
+  readonly blocks: readonly Block[];
+  readonly sigmas: readonly number[];
+  readonly weights: readonly StepWeights[];
+  /** For each step whether it is guided. */
+  readonly guided: readonly boolean[];
+}
+
+/** What a request asks for. */
+export interface FittedRequest {
+  readonly width: number;
+  readonly height: number;
+  /** 1 for none. */
+  readonly guidanceScale: number;
+  readonly steps: number;
+}
+
+/** A schedule serves scales outside of those that were fitted up to this factor. */
+const scaleReach = 1.15;
+/** And sizes of up to this many times the area, or its inverse. */
+const areaReach = 4.5;
+
+/** Rows of the transformer that a schedule evaluates: two for a guided step. */
+export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
+  guided.reduce((sum, each) => sum + (each ? 2 : 1), 0);
+
+/**
+ * The schedule for a request: of its number of steps, fitted at its size, or else at the nearest within reach; between two guidance scales
+ * that were fitted every number is interpolated linearly, and a scale a little outside takes the nearest.
+ * @returns null where nothing fits
+ */
+export function fittedFor(
+  all: readonly CalibratedSchedule[],
+  { width, height, guidanceScale, steps }: FittedRequest,
+): FittedSchedule | null {
+  const distance = (each: CalibratedSchedule) =>
+    Math.abs(Math.log((each.width * each.height) / (width * height))) +
+    (each.width === width && each.height === height ? 0 : 1e-6);
+  const own = all.filter((each) => each.weights.length === steps && distance(each) <= Math.log(areaReach));
+  const nearest = Math.min(...own.map(distance));
+  const byScale = own.filter((each) => distance(each) === nearest).sort((a, b) => a.guidanceScale - b.guidanceScale);
+  const above = byScale.find((each) => each.guidanceScale >= guidanceScale);
+  const below = byScale.findLast((each) => each.guidanceScale <= guidanceScale);
+  if (above && below) {
+    if (above === below || above.guided.join() !== below.guided.join())
+      return fitted(guidanceScale - below.guidanceScale < above.guidanceScale - guidanceScale ? below : above);
+    return fitted(
+      between(below, above, (guidanceScale - below.guidanceScale) / (above.guidanceScale - below.guidanceScale)),
+    );
+  }
+  const outside = above ?? below;
+  if (!outside) return null;
+  // One without guidance says nothing of one with it.
+  const isNear =
+    Math.max(outside.guidanceScale, guidanceScale) <= scaleReach * Math.min(outside.guidanceScale, guidanceScale);
+  return isNear && outside.guidanceScale > 1 === guidanceScale > 1 ? fitted(outside) : null;
+}
+
+function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): CalibratedSchedule {
+  const mix = (from: number, to: number) => from + (to - from) * part;
+  return {
+    ...a,
+    sigmas: a.sigmas.map((sigma, i) => mix(sigma, b.sigmas[i]!)),
+    weights: a.weights.map(([now, old, older], i) => {
+      const [otherNow, otherOld, otherOlder] = b.weights[i]!;
+      return [mix(now, otherNow), mix(old, otherOld), mix(older, otherOlder)] as const;
+    }),
+  };
+}
+
+function fitted({ sigmas, weights, guided }: CalibratedSchedule): FittedSchedule {
+  return {
+    blocks: weights.map((_, index): Block => (index === 0 ? "E" : "A")),
+    ...{ sigmas, guided },
+    weights: weights.map(([now, old, older]) => ({ in: 0, new: now, old, older })),
+  };
+}
