@@ -60,7 +60,7 @@ export type {
   StepEvent,
   Timings,
 } from "./model.js";
-export type { Feature } from "./networks/index.js";
+export type { Feature, UpscaleName } from "./networks/index.js";
 export type { BuilderName, RuntimeName } from "./runtimes/index.js";
 export type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
 export type { CostEntry } from "./serving/costs.js";

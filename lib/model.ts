@@ -6,7 +6,7 @@
 
 import type { Logger } from "./common/logger.js";
 import type { FloatTensor } from "./common/tensor.js";
-import type { Feature } from "./networks/index.js";
+import type { Feature, UpscaleName } from "./networks/index.js";
 import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
 import type { Block, Evaluations, GridName, QualityName, SamplerName } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
@@ -182,6 +182,12 @@ export interface Stage {
    * sensible. Not for the first stage. Default: 0.6.
    */
   sigma?: number | undefined;
+  /**
+   * What is enlarged of the stage before. `"pixels"`: its finished picture, between a decode and an encode. `"latents"`: its
+   * latents, without the autoencoder (arXiv 2507.08422): the stage before then ends at a noise level above 0 that follows from
+   * `sigma` and both sizes, at twice the size σ / (2 − σ), and its blocks go only as far. Not for the first stage. Default: `"pixels"`.
+   */
+  upscale?: UpscaleName | undefined;
 }
 
 /** Options of `ImageModel.generate`. */

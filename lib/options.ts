@@ -22,7 +22,7 @@ import type {
   StartEvent,
   StepEvent,
 } from "./model.js";
-import { type Feature, featureNames } from "./networks/index.js";
+import { type Feature, featureNames, type UpscaleName, upscales } from "./networks/index.js";
 import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtimes } from "./runtimes/index.js";
 import {
   defaultSampler,
@@ -131,6 +131,7 @@ const text = z.string();
 const texts = (expects: string) => kind(z.union([text, list(text, 1)]), expects);
 const schedule = kind(text.max(longestSchedule), 'a schedule such as "H1P5R3"');
 const size = z.strictObject({ width: pixels, height: pixels });
+const upscale = z.enum(Object.keys(upscales) as UpscaleName[]).optional();
 const sizes = kind(list(size, 1), "sizes such as 1024x1024");
 const tokens = optional(
   integer(1, 512),
@@ -331,8 +332,8 @@ export const generateSchema = z.strictObject({
   count: defaulted(integer(1, 1024), 1, "pictures for each prompt", "--count <n>"),
   stages: optional(
     kind(
-      list(z.strictObject({ width: pixels, height: pixels, blocks: schedule, sigma: z.number().optional() }), 1),
-      "an array of { width, height, blocks, sigma? }",
+      list(z.strictObject({ ...size.shape, blocks: schedule, sigma: z.number().optional(), upscale }), 1),
+      "an array of { width, height, blocks, sigma?, upscale? }",
     ),
     "sizes to run through from coarse to fine, in place of width, height and blocks",
   ),
@@ -576,6 +577,15 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
     );
   }
   const option = String(issue.path[0] ?? "options");
+  // A name that a field of an entry does not take: the entry may be long, and right but for it.
+  if (issue.code === "invalid_value" && issue.path.length === 3) {
+    const [, index, name] = issue.path as [string, number, string];
+    const entry = (input as Record<string, readonly Record<string, unknown>[]>)[option]![index]!;
+    throw new OptionError(
+      option,
+      `Expected ${either(issue.values.map(String))} for ${option}[${index}].${name} but received ${show(entry[name])}.`,
+    );
+  }
   const field = schema.shape[option] as z.ZodType | undefined;
   const expects = field ? optionMeta(field).expects : "an object of options";
   const received = (input as Record<string, unknown> | null | undefined)?.[option];

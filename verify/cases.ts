@@ -18,12 +18,19 @@ import {
 import { latentShapeOf } from "../lib/generation/sizes.js";
 import { positionCrop, positionsOf } from "../lib/generation/templates.js";
 import { type Condition, PromptEncoder } from "../lib/generation/text.js";
-import { graphKey, textEncodersOf } from "../lib/networks/index.js";
+import {
+  graphKey,
+  sigmaBeforeUpscale,
+  textEncodersOf,
+  type UpscaleName,
+  upscaleConstants,
+  upscaleJump,
+} from "../lib/networks/index.js";
 import type { GraphLibrary } from "../lib/networks/library.js";
 import { shapeWith } from "../lib/onnx/index.js";
 import { bind, type Constant, type Program, type StoredConstant } from "../lib/program/program.js";
 import { ConstantReader } from "../lib/program/stored.js";
-import { parseBlocks, scheduleOf, shiftedSigmas, upscaleSigmas } from "../lib/schedule/index.js";
+import { parseBlocks, scheduleOf, upscaleSigmas } from "../lib/schedule/index.js";
 
 export interface Case {
   readonly name: string;
@@ -109,12 +116,11 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
   }
   const encoded = await encoder.encoded(prepared, pending, results);
   const schedules = schedulesOf(checkpoint, options);
-  for (const { name, batch, guided, sizes, blocks, inpainted, quick } of schedules) {
+  for (const example of schedules) {
+    const { name, batch, guided, sizes, quick } = example;
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
-    const stages = await Promise.all(
-      sizes.map((size, index) => stageOf(checkpoint, size, blocks[index]!, index, batch, inpainted, inputs, guided)),
-    );
+    const stages = await Promise.all(sizes.map((_, index) => stageOf(checkpoint, example, index, inputs)));
     cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, guided) });
   }
   return cases;
@@ -133,6 +139,8 @@ interface Example {
   readonly sizes: readonly Size[];
   readonly blocks: readonly string[];
   readonly inpainted: boolean;
+  /** Of the second stage. */
+  readonly upscale: UpscaleName;
   readonly quick: boolean;
 }
 
@@ -143,7 +151,7 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   const one = Math.min(...batches);
   const schedules: Example[] = [];
   const add = (name: string, batch: number, blocks: string[], more: Partial<Example> = {}) => {
-    const chosen = { guided: true, sizes: [size], inpainted: false, quick: false, ...more };
+    const chosen = { guided: true, sizes: [size], inpainted: false, upscale: "pixels", quick: false, ...more } as const;
     const where = chosen.sizes.map(({ width, height }) => `${width} × ${height}`).join(" to ");
     schedules.push({ ...chosen, name: `${name} (${blocks.join(" ")}), batch ${batch}, ${where}`, batch, blocks });
   };
@@ -158,31 +166,39 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   const larger = sizes.find(
     ({ width, height }) => width >= size.width && height >= size.height && width * height > size.width * size.height,
   );
-  if (larger) add("two stages", one, ["H1P2", refined ? "H1P1R1" : "H1P1"], { sizes: [size, larger] });
+  const two = ["H1P2", refined ? "H1P1R1" : "H1P1"];
+  if (larger) add("two stages", one, two, { sizes: [size, larger] });
+  if (larger) add("two stages in latents", one, two, { sizes: [size, larger], upscale: "latents" });
   return schedules;
 }
 
+/** Where the second stage starts. */
+const upscaleSigma = 0.6;
+
+const areaOf = ([, , height, width]: LatentShape) => [height, width] as const;
+
 async function stageOf(
   checkpoint: Checkpoint,
-  { width, height }: Size,
-  blocks: string,
+  { sizes, blocks, batch, guided, inpainted, upscale }: Example,
   index: number,
-  batch: number,
-  inpainted: boolean,
   inputs: Inputs,
-  guided: boolean,
 ): Promise<{ readonly stage: SamplingStage; readonly values: SamplingValues["stages"][number] }> {
   const { scheduler } = checkpoint;
-  const latentShape = latentShapeOf(checkpoint, batch, { width, height });
+  const latentShape = latentShapeOf(checkpoint, batch, sizes[index]!);
   const [, ...area] = latentShape;
-  const parsed = parseBlocks(blocks);
-  const sigmas = index === 0 ? shiftedSigmas(parsed.length, scheduler) : upscaleSigmas(parsed.length, scheduler, 0.6);
+  const parsed = parseBlocks(blocks[index]!);
+  const next = sizes[index + 1];
+  const end =
+    next && upscale === "latents"
+      ? sigmaBeforeUpscale(upscaleSigma, upscaleJump(areaOf(latentShape), areaOf(latentShapeOf(checkpoint, 1, next))))
+      : 0;
+  const sigmas = upscaleSigmas(parsed.length, scheduler, index === 0 ? 1 : upscaleSigma, end);
   const positions: Record<string, Constant> = {};
   for (const [type, constant] of Object.entries(positionsOf(checkpoint, latentShape)))
     positions[type] = { kind: "value", tensor: await stored(constant as StoredConstant) };
   return {
     stage: {
-      ...{ schedule: scheduleOf(parsed, sigmas, { guidance: guided ? 4 : null }), latentShape, positions },
+      ...{ schedule: scheduleOf(parsed, sigmas, { guidance: guided ? 4 : null }), latentShape, upscale, positions },
       ...{ hasInit: inpainted, hasMask: inpainted },
     },
     values: {
@@ -279,6 +295,7 @@ async function inputOf(
         positionCrop(network === "refine" ? checkpoint.refiner! : checkpoint.transformer, shapes.x as LatentShape),
       );
     case "sigma":
+    case "scale":
       return inputs.ramp(shape, 0.8, 0.3);
     case "a_in":
     case "a_old":
@@ -286,6 +303,10 @@ async function inputOf(
       return inputs.ramp(shape, -0.08, -0.12);
     case "guidance":
       return inputs.ramp(shape, 4, 5);
+    case "vertical":
+    case "horizontal":
+    case "weights":
+      return upscaleConstants(areaOf(shapes.latents as LatentShape), areaOf(shapes.noise as LatentShape))[input];
     case "mask":
       return inputs.mask(shape);
     case "image":

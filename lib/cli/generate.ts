@@ -39,8 +39,8 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
       "flowturbo-{seed}.png",
     )
     .option(
-      "--stage <WxH:blocks@sigma>",
-      "a size to run through, from coarse to fine (repeatable), as 128x128:H1P1@0.6",
+      "--stage <WxH:blocks@sigma:upscale>",
+      "a size to run through, from coarse to fine (repeatable), as 128x128:H1P1@0.6 or 128x128:H1P1@0.6:latents",
       (stage: string, before: string[] = []) => [...before, stage],
     )
     .option("--preview <file>", "rewrite this file after each step with the first picture as it is then")
@@ -169,20 +169,22 @@ async function readNoise(file: string, stages: number): Promise<FloatTensor[]> {
   );
 }
 
-/** `128x128:H1P1@0.6` → a stage. */
+/** `128x128:H1P1@0.6:latents` → a stage; what follows the blocks may be left out. */
 function parseStage(text: string): Stage {
-  const match = text.match(/^(\d+)x(\d+):([^@]+)(?:@(\d*\.?\d+))?$/i);
+  const match = text.match(/^(\d+)x(\d+):([^@:]+)(?:@(\d*\.?\d+))?(?::([^@:]+))?$/i);
   if (!match)
     throw new OptionError(
       "stages",
-      `Expected WIDTHxHEIGHT:BLOCKS or WIDTHxHEIGHT:BLOCKS@SIGMA for --stage but received "${text}".`,
+      `Expected WIDTHxHEIGHT:BLOCKS or WIDTHxHEIGHT:BLOCKS@SIGMA, with or without :UPSCALE, for --stage but received "${text}".`,
     );
-  const [, width, height, blocks, sigma] = match;
+  const [, width, height, blocks, sigma, upscale] = match;
   return {
     width: Number(width),
     height: Number(height),
     blocks: blocks!,
     ...(sigma !== undefined && { sigma: Number(sigma) }),
+    // Names that there are not are refused as they are from code.
+    ...(upscale !== undefined && { upscale: upscale as Stage["upscale"] }),
   };
 }
 

@@ -9,7 +9,16 @@
 
 import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import { graphName, guidedKeysOf, networks } from "../networks/index.js";
+import {
+  graphName,
+  guidedKeysOf,
+  networks,
+  type UpscaleName,
+  upscaleConstants,
+  upscaleJump,
+  upscaleScale,
+  upscales,
+} from "../networks/index.js";
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
 import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
 import type { Combination, Schedule, StepLaunch, StepType } from "../schedule/index.js";
@@ -22,6 +31,8 @@ export interface SamplingStage {
   readonly schedule: Schedule;
   /** Of the noise and of the latents, [B, C, h, w]. */
   readonly latentShape: LatentShape;
+  /** How it starts from the stage before; unused for the first. Default: pixels. */
+  readonly upscale?: UpscaleName | undefined;
   /** Positions, [1, patches, width], for each step type that the schedule uses: the two networks differ in width. */
   readonly positions: Readonly<Partial<Record<StepType, Constant>>>;
   /** Whether there are init latents, those of an original: to start from (first stage), and to keep where there is a mask. */
@@ -256,8 +267,8 @@ class TemplateWriter {
 
   /**
    * Writes one stage.
-   * @param before the finished latents of the stage before; unused for the first
-   * @returns the operand that holds the finished latents
+   * @param before the latents that the stage before ended with; unused for the first
+   * @returns the operand that holds those that it ends with
    */
   stage(index: number, before: string): string {
     const { builder } = this;
@@ -271,7 +282,7 @@ class TemplateWriter {
     const state = new StageState(builder, name, stage, noise);
     const { x } = state;
 
-    // 1. Where the stage starts: the upscaled picture of the stage before, init latents with noise, or noise.
+    // 1. Where the stage starts: what the stage before has drawn, upscaled, init latents with noise, or noise.
     if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
     else if (stage.hasInit) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
     if (stage.hasMask && index > 0) this.#blend(stage, name, noise, state, sigmas[0]!);
@@ -416,18 +427,37 @@ class TemplateWriter {
 
   #upscale(index: number, latents: string, noise: string, x: string, sigma: number): string {
     const [before, stage] = [this.#kind.stages[index - 1]!, this.#kind.stages[index]!];
+    const { upscale = "pixels" } = stage;
+    const network = upscales[upscale];
     this.builder.launch({
-      graph: this.#graph("upscale"),
-      inputs: { latents, noise, sigma: this.builder.perRow(sigma, this.#rows) },
+      graph: this.#graph(network),
+      inputs: {
+        ...{ latents, noise, sigma: this.builder.perRow(sigma, this.#rows) },
+        ...(upscale === "latents" && this.#repeats(index, sigma)),
+      },
       outputs: { x },
       mustBeFinite: [x],
       sharing: {
         size: `${this.#size(before)}-${this.#size(stage)}`,
-        ...sharingOf("upscale", this.#pixels(stage)),
+        ...sharingOf(network, this.#pixels(stage)),
       },
       label: { kind: "upscale", name: `upscaling from stage ${index} to stage ${index + 1}` },
     });
     return x;
+  }
+
+  /** What upscaling in latents needs besides. */
+  #repeats(index: number, sigma: number): Record<string, string> {
+    const [before, next] = [index - 1, index].map((each) => {
+      const [, , height, width] = this.#kind.stages[each]!.latentShape;
+      return [height, width] as const;
+    }) as [readonly [number, number], readonly [number, number]];
+    const constants = Object.entries(upscaleConstants(before, next)).map(([name, tensor]): [string, string] => [
+      name,
+      this.builder.value(`${stageName(index)}.upscale.${name}`, tensor),
+    ]);
+    const scale = this.builder.perRow(upscaleScale(sigma, upscaleJump(before, next)), this.#rows);
+    return { ...Object.fromEntries(constants), scale };
   }
 
   #blend(stage: SamplingStage, name: string, noise: string, { x, velocity }: StageState, sigma: number): void {

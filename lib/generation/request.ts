@@ -8,8 +8,8 @@ import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError, publicMessage } from "../errors.js";
-import type { GenerateOptions, PictureSource, Size } from "../model.js";
-import { networks } from "../networks/index.js";
+import type { GenerateOptions, PictureSource, Size, Stage } from "../model.js";
+import { networks, sigmaBeforeUpscale, type UpscaleName, upscaleJump } from "../networks/index.js";
 import {
   checkGuidanceInterval,
   checkOptions,
@@ -65,6 +65,8 @@ export interface RequestStage extends Size {
   /** Of all pictures, [B, C, h, w]. */
   readonly latentShape: LatentShape;
   readonly schedule: Schedule;
+  /** How it starts from the stage before; absent of the first. */
+  readonly upscale?: UpscaleName | undefined;
   /** Whether the schedule was calibrated for the model. */
   readonly isCalibrated: boolean;
 }
@@ -397,14 +399,18 @@ function stepCount(
 type StageOptions = Omit<ResolvedGenerateOptions, "width" | "height" | "blocks"> &
   Pick<GenerateOptions, "width" | "height" | "blocks">;
 
-/** The usual request: one size, on which an original's `strength` keeps the last part of the schedule. */
+/**
+ * The usual request: one size, on which an original's `strength` keeps the last part of the schedule.
+ * @param later steps of later stages
+ * @param end the noise level that it ends at, above 0 if another stage takes noise over
+ */
 function firstStage(
   options: StageOptions,
   model: ModelFacts,
   pictures: number,
   blocks: readonly Block[] | null,
-  /** Steps of later stages. */
   later = 0,
+  end = 0,
 ): RequestStage {
   const { checkpoint } = model;
   const native = nativeSize(checkpoint);
@@ -456,7 +462,8 @@ function firstStage(
   const settings = { ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options), guidance };
   const grid = options.grid ?? (blocks ? blocksGrid : row.grid);
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
-  const sigmas = options.sigmas ? givenSigmas(options.sigmas, settings) : spacing(count, settings);
+  const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
+  const sigmas = options.sigmas ? givenSigmas(options.sigmas, settings) : spaced();
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
     guidance: (block) => scale(skipped + block),
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
@@ -481,15 +488,13 @@ function risingStages(
   for (const [name, value] of Object.entries({ width, height, blocks, steps, sampler, grid, sigmas }))
     if (value !== undefined)
       throw new OptionError(name, `Stages say sizes and blocks themselves; leave out ${name} or stages.`);
-  const parsed = stages.map((stage, index) => stageBlocks(stage.blocks, `stages[${index}].blocks`, checkpoint));
-  const counts = parsed.map(({ length }) => length);
-  const sum = (values: readonly number[]) => values.reduce((total, value) => total + value, 0);
-  return stages.map((stage, index) => {
+  const refuse = (message: string): never => {
+    throw new OptionError("stages", message);
+  };
+  const nameOf = (index: number) => ({ option: "stages", prefix: `stages[${index}].` });
+  for (const [index, stage] of stages.entries()) {
     const before = stages[index - 1];
-    const named = { option: "stages", prefix: `stages[${index}].` };
-    const refuse = (message: string): never => {
-      throw new OptionError("stages", message);
-    };
+    const named = nameOf(index);
     checkSize(checkpoint, stage, [], named);
     if (before && (stage.width < before.width || stage.height < before.height))
       refuse(
@@ -501,19 +506,42 @@ function risingStages(
       );
     if (!before && stage.sigma !== undefined)
       refuse("The first stage has no picture to noise again; leave out its sigma, or give an image and a strength.");
+    if (!before && stage.upscale !== undefined)
+      refuse("The first stage has no stage before it to upscale; leave out its upscale.");
     if (stage.sigma !== undefined && !(stage.sigma > 0 && stage.sigma < 1))
       refuse(`Expected a number between 0 and 1 for stages[${index}].sigma but received ${stage.sigma}.`);
+  }
+  const parsed = stages.map((stage, index) => stageBlocks(stage.blocks, `${nameOf(index).prefix}blocks`, checkpoint));
+  const counts = parsed.map(({ length }) => length);
+  const sum = (values: readonly number[]) => values.reduce((total, value) => total + value, 0);
+  return stages.map((stage, index) => {
     const all = parsed[index]!;
-    checkSize(checkpoint, stage, stepTypesOf(all), named);
-    if (!before) return firstStage({ ...options, ...stage }, model, pictures, all, sum(counts.slice(1)));
+    checkSize(checkpoint, stage, stepTypesOf(all), nameOf(index));
+    const end = endOf(stage, stages[index + 1], checkpoint);
+    if (index === 0) return firstStage({ ...options, ...stage }, model, pictures, all, sum(counts.slice(1)), end);
+    const { width, height, sigma = defaultUpscaleSigma, upscale = "pixels" } = stage;
+    if (end >= sigma)
+      refuse(
+        `Stage ${index + 1} starts at sigma ${sigma}, but the next one takes its latents over at ${end.toFixed(4)}. Give a larger stages[${index}].sigma, or a smaller stages[${index + 1}].sigma.`,
+      );
     const latentShape = latentShapeOf(checkpoint, pictures, stage);
     const settings = sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options);
     const [start, total] = [sum(counts.slice(0, index)), sum(counts)];
-    const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, stage.sigma ?? defaultUpscaleSigma), {
+    const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, sigma, end), {
       guidance: (block) => scaleAt(options, start + block, total),
     });
-    return { width: stage.width, height: stage.height, latentShape, schedule, isCalibrated: false };
+    return { width, height, latentShape, upscale, schedule, isCalibrated: false };
   });
+}
+
+/** The noise level that a stage ends at: above 0 where the next one takes its latents. */
+function endOf(stage: Size, next: Stage | undefined, checkpoint: Checkpoint): number {
+  if (next?.upscale !== "latents") return 0;
+  const [before, after] = [stage, next].map((size) => {
+    const [, , height, width] = latentShapeOf(checkpoint, 1, size);
+    return [height, width] as const;
+  });
+  return sigmaBeforeUpscale(next.sigma ?? defaultUpscaleSigma, upscaleJump(before!, after!));
 }
 
 function stageBlocks(text: string, name: string, checkpoint: Checkpoint): Block[] {

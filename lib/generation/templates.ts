@@ -87,19 +87,20 @@ export class Templates {
   ): SamplingTemplate {
     const { guidance, sequenceLength, preview } = request;
     const keepsLatents = request.include.includes("latents");
-    const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area] }, index) => {
+    const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
-      return { key, area, hasInit: original !== undefined, hasMask: Boolean(mask) };
+      return { key, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
     const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, keepsLatents]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae } = this.#checkpoint;
     const template = samplingTemplate({
-      stages: stages.map(({ schedule, latentShape: [, ...area] }, index): SamplingStage => {
+      stages: stages.map(({ schedule, latentShape: [, ...area], upscale }, index): SamplingStage => {
         const { hasInit, hasMask } = sizes[index]!;
         const latentShape = [1, ...area] as const;
-        return { schedule, latentShape, positions: positionsOf(this.#checkpoint, latentShape), hasInit, hasMask };
+        const positions = positionsOf(this.#checkpoint, latentShape);
+        return { schedule, latentShape, upscale, positions, hasInit, hasMask };
       }),
       ...this.#text.shapes(sequenceLength),
       ...{ guidanceMode: guidance.mode, preview, keepsLatents },

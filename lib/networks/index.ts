@@ -5,6 +5,7 @@
  */
 
 import type { Checkpoint, Part, Tokenizer } from "../checkpoint/index.js";
+import { table } from "../common/table.js";
 import { int64, type Tensor } from "../common/tensor.js";
 import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
 import { emitClip } from "./clip.js";
@@ -13,9 +14,11 @@ import { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
 import { emitStep } from "./step.js";
 import { emitT5, relativeBuckets } from "./t5.js";
 import { emitUpscale } from "./upscale.js";
+import { emitUpscaleLatents } from "./upscale-latents.js";
 import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 
 export { mmditWidth, positionTable } from "./mmdit.js";
+export { sigmaBeforeUpscale, upscaleConstants, upscaleJump, upscaleScale } from "./upscale-latents.js";
 
 /** Parts of a checkpoint that have weights. */
 export type WeightedPart = {
@@ -127,6 +130,11 @@ export const networks: Record<string, Network> = {
     deferrable: true,
     emit: (name, { vae }, options) => emitUpscale(name, vae, options),
   },
+  upscale_latents: {
+    ...{ part: null, role: "edit", variants: [], features: { stages: {} } },
+    deferrable: true,
+    emit: (name, { vae }) => emitUpscaleLatents(name, vae.config.latentChannels),
+  },
   scale_noise: {
     ...{ part: null, role: "edit", variants: [], features: { editing: {} } },
     emit: (name, { vae }) => emitScaleNoise(name, vae.config.latentChannels),
@@ -141,6 +149,12 @@ export const networks: Record<string, Network> = {
     emit: (name, { vae }, _, { guidance = false }) => emitPreview(name, vae.config.latentChannels, guidance !== false),
   },
 };
+
+/** The network of each way from one stage to the next, by the values of a stage's option `upscale`. */
+export const upscales = table<string>()({ pixels: "upscale", latents: "upscale_latents" });
+
+/** What is enlarged between two stages: see the option `upscale` of a stage. */
+export type UpscaleName = keyof typeof upscales;
 
 /** The features that some network names. */
 export function featureNames(): Feature[] {

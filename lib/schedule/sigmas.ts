@@ -160,12 +160,21 @@ export type GridName = keyof typeof rows;
 export const sigmaGrids: Record<string, Grid> = rows;
 
 /**
- * The noise levels of a stage that starts from a re-noised picture: as `shiftedSigmas`, but from `sigma` instead of 1.
- * u_0 = σ / (s − (s − 1)·σ), u_i = u_0·(1 − i/n).
+ * The noise levels of one of several stages: as `shiftedSigmas`, but from `sigma` instead of 1 where it starts from a
+ * re-noised picture, and to `end` instead of 0 where the next one takes noise over.
+ * u_0 = σ / (s − (s − 1)·σ), u_n likewise of the end, u_i = u_0 + (u_n − u_0)·i/n.
  */
-export function upscaleSigmas(blocks: number, { shift }: Pick<SigmaSettings, "shift">, sigma: number): number[] {
-  const start = sigma / (shift - (shift - 1) * sigma);
-  return Array.from({ length: blocks + 1 }, (_, i) => (i === 0 ? sigma : shiftSigma(start * (1 - i / blocks), shift)));
+export function upscaleSigmas(
+  blocks: number,
+  { shift }: Pick<SigmaSettings, "shift">,
+  sigma: number,
+  end = 0,
+): number[] {
+  const [first, last] = [sigma, end].map((level) => level / (shift - (shift - 1) * level)) as [number, number];
+  return Array.from({ length: blocks + 1 }, (_, i) => {
+    if (i === 0) return sigma;
+    return i === blocks ? end : shiftSigma(last + (first - last) * (1 - i / blocks), shift);
+  });
 }
 
 /**

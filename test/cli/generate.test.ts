@@ -142,6 +142,19 @@ describe("flowturbo generate", () => {
     expect(readdirSync(folder).sort()).toEqual(["now.png", "x.png", "x.safetensors"]);
   });
 
+  it.each([
+    ["64x64:H1@0.5:latents", [1, 1 / 3]],
+    ["64x64:H1:latents", [1, 0.6 / 1.4]],
+    ["64x64:H1@0.5:pixels", [1, 0]],
+  ])("upscales between stages as %s says", async (stage, levels) => {
+    const stages = ["--stage", "32x32:E1", "--stage", stage];
+    const { code, stdout } = await run(["generate", "a red circle", ...stages, "--json"], temporaryFolder());
+    expect(code).toBe(0);
+    const [{ sigmas }] = JSON.parse(stdout).stages;
+    expect(sigmas[0]).toBe(levels[0]);
+    expect(sigmas[1]).toBeCloseTo(levels[1]!, 12);
+  });
+
   it("starts from a picture and paints into a part of it", async () => {
     const folder = temporaryFolder();
     const reference = await readAll(fixture("sd3/inpaint.safetensors"));
@@ -256,6 +269,11 @@ describe("usage errors", () => {
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
     ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
     ["a stage that is none", ["generate", "x", "--stage", "64x64"], /WIDTHxHEIGHT:BLOCKS/],
+    [
+      "a stage that is upscaled in a way that there is not",
+      ["generate", "x", "--stage", "64x64:H1", "--stage", "128x128:H1@0.5:bogus"],
+      /Expected "pixels" or "latents" for stages\[1\]\.upscale but received "bogus"/,
+    ],
     ["a stage with a word for sigma", ["generate", "x", "--stage", "64x64:H1@much"], /BLOCKS@SIGMA.*H1@much/],
     [
       "a stage with too great a sigma",

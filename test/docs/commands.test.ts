@@ -88,7 +88,7 @@ function checkFlowturbo(words: string[]): void {
     );
     if (blocks !== undefined) parseBlocks(blocks);
     for (const stage of (flags.stage ?? []) as string[]) {
-      const [, schedule] = stage.match(/^\d+x\d+:(\w+)(?:@0?\.\d+)?$/)!;
+      const [, schedule] = stage.match(/^\d+x\d+:(\w+)(?:@0?\.\d+)?(?::(?:pixels|latents))?$/)!;
       parseBlocks(schedule!);
     }
   }).parse(words, { from: "user" });

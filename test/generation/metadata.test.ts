@@ -39,7 +39,8 @@ const kinds: Record<string, () => GenerateOptions> = {
     ...{ prompt: "x", seed: 1 },
     stages: [
       { width: 32, height: 32, blocks: "H1" },
-      { width: 64, height: 64, blocks: "E1", sigma: 0.5 },
+      { width: 48, height: 40, blocks: "E1", sigma: 0.5 },
+      { width: 64, height: 64, blocks: "E1", sigma: 0.5, upscale: "latents" },
     ],
   }),
   "an edit of a file": () => ({ ...small, steps: 2, image: picture, mask: picture, keepOriginal: false }),

@@ -96,6 +96,11 @@ const cases: [string, Omit<GenerateOptions, "prompt">, EngineNeeds][] = [
   ],
   ["stages", { stages, count: 2 }, { sizes: [small, wide], batches: [2], guidance: "on", features: ["stages"] }],
   [
+    "stages in latents",
+    { stages: [stages[0]!, { ...stages[1]!, upscale: "latents" }], count: 2 },
+    { sizes: [small, wide], batches: [2], guidance: "on", features: ["stages"] },
+  ],
+  [
     "stages that are decoded in several launches",
     { stages: [stages[0]!, { ...large, blocks: "HP" }], count: 9 },
     { sizes: [large, small], batches: [9], guidance: "on", features: ["stages"] },
@@ -143,7 +148,7 @@ it("names every graph once, and each profile once", async () => {
   });
   const names = engines.map(({ graph }) => graph);
   expect(new Set(names).size).toBe(names.length);
-  expect(names).toHaveLength(15);
+  expect(names).toHaveLength(18);
   for (const { graph, profiles } of engines) {
     const shapes = profiles.map(({ inputs }) => JSON.stringify(inputs));
     expect(new Set(shapes).size, graph).toBe(shapes.length);
@@ -172,6 +177,8 @@ describe("no profile is built that is never launched", () => {
       expect(batchesOf(engines([10]), graph)).toEqual([7]);
       expect(batchesOf(engines([8, 2, 9]), graph)).toEqual([2]);
     }
+    // In latents there is no such limit.
+    expect(batchesOf(engines([1, 10]), "upscale_latents")).toEqual([1, 10]);
     expect(batchesOf(engines([1, 10]), "vae_decoder", small)).toEqual([1, 10]);
     expect(batchesOf(engines([4, 10]), "predict.guidance")).toEqual([4, 10]);
     expect(batchesOf(engines([4, 10]), "vae_encoder")).toEqual([1]);

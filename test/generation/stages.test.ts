@@ -5,6 +5,8 @@ import path from "node:path";
 import { FlowTurbo, type GenerateOptions, OptionError, type StepEvent } from "flowturbo";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { judge, score } from "../../bench/shapes/detector.js";
+import { caption, drawScenes } from "../../bench/shapes/world.js";
 import type { FloatTensor } from "../../lib/common/tensor.js";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
 import { withValues } from "../support/with-values.js";
@@ -348,6 +350,114 @@ describe("stages", () => {
     expect([images[0]!.width, images[0]!.height, evaluations.predictor]).toEqual([96, 48, 12]);
   });
 
+  describe("in latents", () => {
+    const rising = (sigma: number, upscale: "pixels" | "latents" | undefined) => [
+      { width: 64, height: 64, blocks: "H1P4" },
+      { width: 128, height: 128, blocks: "H1P2", sigma, upscale },
+    ];
+
+    it("the stage before ends where its noise, repeated, is a part of the next one's", async () => {
+      const result = await withValues(shapes, { prompt: "a red circle", stages: rising(0.5, "latents"), seed: 3 });
+      const [coarse, fine] = result.stages;
+      // At twice the size: σ / (2 − σ).
+      expect(coarse!.sigmas.at(-1)).toBeCloseTo(1 / 3, 12);
+      expect([coarse!.sigmas[0], coarse!.sigmas.length, fine!.sigmas[0], fine!.sigmas.at(-1)]).toEqual([1, 6, 0.5, 0]);
+      expect(result.images[0]!.parameters.stages).toEqual(rising(0.5, "latents"));
+      expect([result.timings.upscale > 0, result.timings.edit]).toEqual([true, 0]);
+      const plain = await withValues(shapes, { prompt: "a red circle", stages: rising(0.5, "pixels"), seed: 3 });
+      expect(plain.stages[0]!.sigmas.at(-1)).toBe(0);
+      const default_ = await withValues(shapes, { prompt: "a red circle", stages: rising(0.5, undefined), seed: 3 });
+      expect(default_.latents.data).toEqual(plain.latents.data);
+    });
+
+    it("draw what the prompts ask for, as the way through pixels does", async () => {
+      const scenes = drawScenes(31, 8);
+      const prompts = scenes.map(caption);
+      for (const upscale of ["pixels", "latents"] as const) {
+        const options = { prompt: prompts, stages: rising(0.45, upscale), seed: 40, guidanceScale: 2 };
+        const { images } = await shapes.generate(options);
+        const verdicts = images.map((image, row) => judge(image, scenes[row]!));
+        const { ground, colours, shapes: right } = score(verdicts);
+        expect([upscale, ground, colours >= 0.85, right >= 0.85]).toEqual([upscale, 1, true, true]);
+      }
+    });
+
+    it("rise by any factor, three times in a run, each picture by its own noise", async () => {
+      const stages = [
+        { width: 32, height: 40, blocks: "H1P1" },
+        { width: 48, height: 40, blocks: "H1R1", sigma: 0.7, upscale: "latents" as const },
+        { width: 56, height: 64, blocks: "H1", sigma: 0.5, upscale: "latents" as const },
+        { width: 64, height: 64, blocks: "H1", sigma: 0.3 },
+      ];
+      const batch = await withValues(shapes, { prompt: "a red circle", stages, seed: 7, count: 2 });
+      const alone = await withValues(shapes, { prompt: "a red circle", stages, seed: 8 });
+      const row = { ...alone.latents, data: batch.latents.data.slice(alone.latents.data.length) } as FloatTensor;
+      expect(relativeError(row, alone.latents)).toBeLessThan(1e-5);
+      // Calls at the same time, which share launches.
+      const calls = await Promise.all(
+        [7, 8].map((seed) => withValues(shapes, { prompt: "a red circle", stages, seed })),
+      );
+      for (const [index, { latents }] of calls.entries()) {
+        const size = latents.data.length;
+        const own = { ...latents, data: batch.latents.data.slice(index * size, (index + 1) * size) } as FloatTensor;
+        expect(relativeError(latents, own)).toBeLessThan(1e-5);
+      }
+      const [first, second, third, last] = batch.stages.map(({ sigmas }) => sigmas);
+      // 8 to 12 latents repeats some columns twice, and no row; 12 to 14 and 10 to 16 some of both.
+      expect(first!.at(-1)).toBeCloseTo(0.7 / (Math.SQRT2 - (Math.SQRT2 - 1) * 0.7), 12);
+      expect(second!.at(-1)).toBeCloseTo(0.5 / 1.5, 12);
+      expect([third!.at(-1), last!.at(-1)]).toEqual([0, 0]);
+    });
+
+    it("take guidance by steps, counted over all stages, and a shift, which leaves alone where one hands over to the next", async () => {
+      const stages = rising(0.5, "latents");
+      const shift = 2;
+      const guidanceScale = [3, 1, 2, 1, 1, 1, 4, 1];
+      const options = { prompt: "a red circle", stages, shift, guidanceScale };
+      const result = await withValues(shapes, { ...options, seed: 6 });
+      const [coarse, fine] = result.stages.map(({ sigmas }) => sigmas);
+      const u = (sigma: number) => sigma / (shift - (shift - 1) * sigma);
+      // Even before the shift: from 1 to σ / (2 − σ), and from σ to 0.
+      for (const [i, sigma] of coarse!.entries()) expect(u(sigma)).toBeCloseTo(1 + (u(1 / 3) - 1) * (i / 5), 12);
+      for (const [i, sigma] of fine!.entries()) expect(u(sigma)).toBeCloseTo(u(1 / 2) * (1 - i / 3), 12);
+      // H evaluates twice, P once; with guidance two rows each.
+      expect(result.evaluations).toEqual({ predictor: 10, refiner: 0, rows: 4 + 1 + 2 + 1 + 1 + 2 + 2 + 1 });
+      const batch = await withValues(shapes, { ...options, seed: 5, count: 2 });
+      const own = batch.latents.data.slice(result.latents.data.length);
+      expect(relativeError({ ...result.latents, data: own } as FloatTensor, result.latents)).toBeLessThan(1e-5);
+      // CFG-Zero* leaves the first step out, and starts at the level after it.
+      const zero = await withValues(shapes, {
+        ...options,
+        seed: 6,
+        guidanceMode: "cfg_zero",
+        stages: [{ ...stages[0]!, blocks: "H5" }, stages[1]!],
+      });
+      expect(zero.stages[0]!.sigmas).toEqual(coarse!.slice(1));
+      await expect(shapes.generate({ ...options, guidanceScale: [3, 1, 2, 1, 1] })).rejects.toThrow(
+        /guidance scale, or 8 /,
+      );
+    });
+
+    it("take part in editing: strength, and a mask that holds at every size", async () => {
+      const image = await drawn("a large red square", 1);
+      const stages = [
+        { width: 32, height: 32, blocks: "H1P3" },
+        { width: 64, height: 64, blocks: "H1P1R1", upscale: "latents" as const },
+      ];
+      const mask = await maskOf(0, 0, 32, 64);
+      const options = { prompt: "a large blue circle", image, strength: 0.5, stages, seed: 2 };
+      const result = await withValues(shapes, { ...options, mask });
+      expect(result.stages[0]!.blocks).toBe("P2");
+      const known = await withValues(shapes, { prompt: "x", image, mask: blackMask(), stages, seed: 1 });
+      for (let c = 0; c < known.latents.shape[1]!; c++)
+        for (let y = 0; y < 16; y++)
+          for (let x = 8; x < 16; x++) {
+            const i = (c * 16 + y) * 16 + x;
+            expect(Math.abs(result.latents.data[i]! - known.latents.data[i]!)).toBeLessThan(1e-5);
+          }
+    });
+  });
+
   it("take part in editing: the mask holds at every size", async () => {
     const image = await drawn("a large red square", 1);
     const result = await withValues(shapes, {
@@ -481,7 +591,32 @@ describe("bad input", () => {
       "stages",
       /stages\[1\]\.sigma but received 0\./,
     ],
-    ["no stages", () => ({ stages: [] }), "stages", /\{ width, height, blocks, sigma\? \}/],
+    ["latents of nothing", () => ({ stages: [{ ...two[0], upscale: "latents" }] }), "stages", /leave out its upscale/],
+    [
+      "pixels of nothing",
+      () => ({ stages: [{ ...two[0], upscale: "pixels" }, two[1]] }),
+      "stages",
+      /leave out its upscale/,
+    ],
+    [
+      "an upscale of something else",
+      () => ({ stages: [two[0], { ...two[1], upscale: "bicubic" }] }),
+      "stages",
+      /Expected "pixels" or "latents" for stages\[1\]\.upscale but received "bicubic"\./,
+    ],
+    [
+      "latents that are taken over before they are there",
+      () => ({
+        stages: [
+          two[0],
+          { width: 48, height: 48, blocks: "H1", sigma: 0.3 },
+          { ...two[1], sigma: 0.8, upscale: "latents" },
+        ],
+      }),
+      "stages",
+      /Stage 2 starts at sigma 0\.3, but the next one takes its latents over at 0\.6667\. Give a larger stages\[1\]\.sigma, or a smaller stages\[2\]\.sigma\./,
+    ],
+    ["no stages", () => ({ stages: [] }), "stages", /\{ width, height, blocks, sigma\?, upscale\? \}/],
     ...(
       [
         [0, 0, 0],

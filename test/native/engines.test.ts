@@ -138,7 +138,7 @@ describeEngines("the engines of a fixture", () => {
       });
       expect(engines.map(({ graph }) => graph).slice(name === "sd3" ? 2 : 3)).toEqual([
         ...["predict", "refine", "vae_decoder", "vae_encoder"],
-        ...["upscale", "scale_noise", "inpaint_blend", "preview"],
+        ...["upscale", "upscale_latents", "scale_noise", "inpaint_blend", "preview"],
       ]);
       for (const { graph, stepType } of engines)
         expect(stepType, graph).toBe(["predict", "refine"].includes(graph) ? graph : null);

@@ -1,7 +1,7 @@
 import { readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
-import { diffusersSigmas, shiftedSigmas } from "../../lib/schedule/index.js";
+import { diffusersSigmas, shiftedSigmas, upscaleSigmas } from "../../lib/schedule/index.js";
 
 describe("shiftedSigmas", () => {
   it("is the shift of even levels, from 1 to 0", () => {
@@ -21,6 +21,31 @@ describe("shiftedSigmas", () => {
         expect((1 - sigmas[i]!) / sigmas[i]!).toBeCloseTo((1 - u) / u / s, 12);
       }
     }
+  });
+});
+
+describe("upscaleSigmas", () => {
+  it("is even in u between two levels, which it meets exactly", () => {
+    for (const [n, shift, from, to] of [
+      [4, 3, 0.6, 0],
+      [5, 2.5, 1, 0.3],
+      [1, 3, 0.9, 0.2],
+      [7, 1, 0.55, 0.05],
+    ] as const) {
+      const sigmas = upscaleSigmas(n, { shift }, from, to);
+      expect(sigmas).toHaveLength(n + 1);
+      expect([sigmas[0], sigmas[n]]).toEqual([from, to]);
+      // u from the odds, divided by the shift: its steps are equal.
+      const even = sigmas.map((sigma) => {
+        const odds = sigma / (1 - sigma) / shift;
+        return odds === Number.POSITIVE_INFINITY ? 1 : odds / (1 + odds);
+      });
+      for (let i = 1; i <= n; i++) expect(even[i]! - even[i - 1]!).toBeCloseTo((even[n]! - even[0]!) / n, 12);
+    }
+  });
+
+  it("from 1 to 0 is the whole grid", () => {
+    expect(upscaleSigmas(6, { shift: 3 }, 1)).toEqual(shiftedSigmas(6, { shift: 3 }));
   });
 });
 

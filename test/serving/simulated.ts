@@ -39,6 +39,10 @@ const networks: Record<string, { inputs: Record<string, string | number>; output
   predict: step,
   refine: step,
   upscale: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
+  upscale_latents: {
+    inputs: { latents: "rows", noise: "rows", sigma: "rows", scale: "rows", vertical: 8, horizontal: 8, weights: 4 },
+    outputs: { x: "rows" },
+  },
   scale_noise: { inputs: { latents: 1, noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
   inpaint_blend: {
     inputs: { x: "rows", velocity: "network_rows", latents: 1, noise: "rows", mask: 1, sigma: "rows" },

@@ -70,6 +70,7 @@ export function checkpointForms(factor: number): Forms {
       formulas: ["latents image 2 *"],
     },
     upscale: { formulas: [`x ${withNoise}`] },
+    upscale_latents: { formulas: ["x latents scale * noise sigma * + weights 0.125 * +"] },
     scale_noise: { formulas: [`x ${withNoise}`] },
   };
   for (const guided of [false, true]) {

@@ -84,6 +84,14 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
     outputs: ({ noise }) => ({ x: noise! }),
     formulas: [`x ${withNoise}`],
   },
+  // Not what the graph computes, but of all its operands: the program is to bring the right ones.
+  upscale_latents: {
+    inputs: Object.fromEntries(
+      ["latents", "noise", "sigma", "scale", "vertical", "horizontal", "weights"].map((name) => [name, "float32"]),
+    ),
+    outputs: ({ noise }) => ({ x: noise! }),
+    formulas: ["x latents scale * noise sigma * + vertical 0.5 * + horizontal 0.25 * + weights 0.125 * +"],
+  },
   scale_noise: {
     inputs: { latents: "float32", noise: "float32", sigma: "float32" },
     outputs: ({ noise }) => ({ x: noise! }),
@@ -122,6 +130,8 @@ export interface Case {
   readonly stages: readonly string[];
   readonly guided?: boolean;
   readonly inpainted?: boolean;
+  /** How later stages start from the one before. */
+  readonly upscale?: "pixels" | "latents";
 }
 
 export const cases: readonly Case[] = [
@@ -131,6 +141,7 @@ export const cases: readonly Case[] = [
   { name: "R", stages: ["H1P2R2"] },
   { name: "without guidance", stages: ["H1P1R1E1"], guided: false },
   { name: "two stages", stages: ["H1P1R1", "H1R1"] },
+  { name: "two stages in latents", stages: ["H1P1R1", "H1R1"], upscale: "latents" },
   { name: "inpainting", stages: ["H1P2R1"], inpainted: true },
 ];
 
@@ -157,7 +168,7 @@ export interface Sampling {
   readonly guidanceScale: number | null;
 }
 
-export function requestOf({ stages, guided = true, inpainted = false }: Case, batch: number): Sampling {
+export function requestOf({ stages, guided = true, inpainted = false, upscale }: Case, batch: number): Sampling {
   const rows = guided ? 2 * batch : batch;
   return {
     stages: stages.map((text, index) => {
@@ -173,7 +184,7 @@ export function requestOf({ stages, guided = true, inpainted = false }: Case, ba
       return {
         schedule: scheduleOf(blocks, sigmas, { guidance: guided ? 3.5 : null }),
         latentShape: [batch, channels, side, side],
-        positions: { predict: positions(11), refine: positions(12) },
+        ...{ upscale, positions: { predict: positions(11), refine: positions(12) } },
         ...{ hasInit: inpainted, hasMask: inpainted, noise: numbers([batch, channels, side, side], 1 + index) },
         ...(inpainted && {
           init: numbers([1, channels, side, side], 21),
@@ -230,13 +241,36 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
       float(float(at(latents, row, place) * float(1 - float(sigma))) + float(at(noise, row, place) * float(sigma))),
     );
 
+  /** From 4 latents a side to 8: each is repeated twice in either direction, and the noise seems twice as large. */
+  const inLatents = (before: FloatTensor, noise: FloatTensor, sigma: number) => {
+    const repeats = float32(
+      [8, 4],
+      Float32Array.from({ length: 32 }, (_, index) => (Math.floor(index / 8) === index % 4 ? 1 : 0)),
+    );
+    const weights = float32([4, 4], new Float32Array(16).fill(1 / 4));
+    const terms: [FloatTensor, number][] = [
+      [noise, sigma],
+      [repeats, 0.5],
+      [repeats, 0.25],
+      [weights, 0.125],
+    ];
+    return each(noise.shape, (row, place) =>
+      terms.reduce(
+        (sum, [tensor, factor]) => float(sum + float(at(tensor, row, place) * float(factor))),
+        float(at(before, row, place) * float(1 - sigma + sigma / 2)),
+      ),
+    );
+  };
+
   let latents: FloatTensor | null = null;
   for (const [index, stage] of request.stages.entries()) {
     const noise = stage.noise;
     const shape = noise.shape;
     const start = stage.schedule.sigmas[0]!;
     const { init } = stage;
-    let x: FloatTensor = index > 0 ? mix(latents!, noise, start) : init ? mix(init, noise, start) : noise;
+    const started = () =>
+      stage.upscale === "latents" ? inLatents(latents!, noise, start) : mix(latents!, noise, start);
+    let x: FloatTensor = index > 0 ? started() : init ? mix(init, noise, start) : noise;
     let velocity: FloatTensor | null = null;
 
     /** x + a_old·g(v) + a_new·g(v'), and v' = network(x + a_in·g(v)). */

@@ -124,14 +124,14 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(stdout).toMatch(/^# verify:gpu: passed\n/);
     expect(report.machine).toMatchObject({ gpu: "Simulated GPU", sm: "8.9", runtime: "tensorrt", driver: "13.0" });
     expect([report.engines.length, report.findings.length]).toEqual([report.planned.engines, report.planned.cases]);
-    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(15);
+    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(16);
     for (const { cached, bytes } of report.engines) expect([cached, bytes > 100]).toEqual([false, true]);
 
     // The simulation rounds after each operation, as plain TypeScript does: not a bit is off.
     for (const { name, differences } of [...report.findings, ...report.pictures])
       for (const { worst } of differences) expect(worst, name).toBe(0);
     const samplers = report.findings.filter(({ kind }) => kind === "sampler");
-    expect(samplers).toHaveLength(11);
+    expect(samplers).toHaveLength(12);
     for (const { name, captured, rounds } of samplers)
       expect([captured, rounds], name).toMatchObject([{ runs: 3, replayed: 3 }, 2]);
     // Five requests: at the same time, padded, and captured twice.
@@ -144,13 +144,13 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect([status, report.passed, report.quick]).toEqual([0, true, true]);
     // Its profiles are among those of the engines that were built above.
     for (const { graph, cached } of report.engines) expect(cached, graph).toBe(true);
-    expect(report.engines).toHaveLength(15);
+    expect(report.engines).toHaveLength(16);
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
     expect(report.findings.length).toBeLessThan(20);
     expect(report.pictures).toHaveLength(2);
-    expect(stdout).toContain("18 of 18 cases (the small set, --quick)");
+    expect(stdout).toContain("19 of 19 cases (the small set, --quick)");
   });
 
   const namesOf = (findings: readonly { readonly name: string; readonly passed: boolean }[]) =>
@@ -223,7 +223,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(names.every((name) => /predict\.guidance|inpainting|pictures/.test(name))).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
-    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(18 + 3 + 1);
+    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(19 + 3 + 1);
     expect(stdout).toMatch(/timed out after 1 s/);
   });
 
@@ -251,7 +251,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(18 + 3 + 1);
+    expect(report.skipped).toHaveLength(19 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {
