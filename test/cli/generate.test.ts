@@ -209,7 +209,7 @@ describe("flowturbo generate", () => {
       expect(bytes.subarray(-8, -4).toString("latin1")).toBe("IEND");
       seen.add(createHash("sha1").update(bytes).digest("hex"));
     }
-    rmSync(path.join(folder, "p"), { recursive: true, force: true });
+    rmSync(path.join(folder, "p"), { recursive: true, force: true, maxRetries: 20, retryDelay: 5 });
     const { code, stdout, stderr } = await finished;
     expect([code, stdout]).toEqual([0, "x.png\n"]);
     expect(stderr).toMatch(/^warning: Previews could not be written to p\/now\.png/);

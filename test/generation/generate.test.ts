@@ -32,11 +32,13 @@ afterAll(async () => {
 });
 
 describe("defaults", () => {
-  it("are the native size, 10 blocks with refiner, guidance 4.5, a random seed", async () => {
+  it("are the native size, 10 steps as they were calibrated, guidance 4.5, a random seed", async () => {
     const result = await model.generate({ prompt: "a large red square" });
     expect([result.width, result.height]).toEqual([64, 64]);
-    expect(result.blocks).toBe("H1P7R2");
-    expect(result.images[0]!.parameters).toMatchObject({ guidanceScale: 4.5, sampler: "flowturbo", grid: "shifted" });
+    expect([result.blocks, result.evaluations.rows]).toEqual(["E1A9", 20]);
+    expect(result.images[0]!.parameters).toMatchObject({
+      ...{ guidanceScale: 4.5, sampler: "flowturbo", grid: "calibrated", steps: 10 },
+    });
     const other = await model.generate({ prompt: "a large red square", steps: 1 });
     expect(other.seeds[0]).not.toBe(result.seeds[0]);
   });
@@ -49,13 +51,23 @@ describe("defaults", () => {
     expect([heun.blocks, heun.evaluations.predictor]).toEqual(["H28", 56]);
   });
 
-  it("of a checkpoint without a refiner have no R", async () => {
+  it("of a checkpoint without calibration and refiner are of the rule, and have no R", async () => {
     const copy = path.join(folder, "without-refiner");
     cpSync(path.join(root, "models/shapes"), copy, { recursive: true });
     rmSync(path.join(copy, "refiner"), { recursive: true });
+    rmSync(path.join(copy, "schedules.json"));
     await using plain = await FlowTurbo.load(copy);
     expect(plain.hasRefiner).toBe(false);
-    expect((await plain.generate({ prompt: "a red circle" })).blocks).toBe("H1P9");
+    const { blocks, images } = await plain.generate({ prompt: "a red circle" });
+    expect([blocks, images[0]!.parameters.grid]).toEqual(["M10", "eased"]);
+    const presets = { fast: "M6", balanced: "M10", best: "M20" } as const;
+    for (const [quality, expected] of Object.entries(presets))
+      expect((await plain.generate({ prompt: "x", quality: quality as "fast", width: 16, height: 16 })).blocks).toBe(
+        expected,
+      );
+    expect((await plain.generate({ prompt: "x", steps: 4, guidanceScale: 2, width: 16, height: 16 })).blocks).toBe(
+      "U4",
+    );
     await expect(plain.generate({ prompt: "x", blocks: "H1R1" })).rejects.toThrow(
       /need a velocity refiner.*no refiner\//,
     );
@@ -136,7 +148,7 @@ describe("pictures", () => {
     }
     const comments = (await sharp(path.join(folder, "a.png")).metadata()).comments;
     const text = comments?.find(({ keyword }) => keyword === "parameters")?.text;
-    expect(JSON.parse(text!)).toMatchObject({ prompt: "a “large” red square", seed: 7, blocks: "H1P1" });
+    expect(JSON.parse(text!)).toMatchObject({ prompt: "a “large” red square", seed: 7, blocks: "M2" });
     await expect(images[0]!.toFile(path.join(folder, "a.gif"))).rejects.toThrow(OptionError);
     await expect(images[0]!.toFile(path.join(folder, "no/such/a.png"))).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_OUTPUT",

@@ -289,10 +289,10 @@ describe("originals", () => {
     const image = await drawn("a large red square", 1);
     const run = async (options: Partial<GenerateOptions>) =>
       (await shapes.generate({ prompt: "x", image, seed: 1, ...options })).stages[0]!;
-    expect((await run({ strength: 0.6 })).blocks).toBe("H1P4R1");
+    expect((await run({ strength: 0.6 })).blocks).toBe("M6");
     expect((await run({ strength: 0.6, blocks: "H1P7R2" })).blocks).toBe("P4R2");
     expect((await run({ strength: 0.6, sampler: "euler", steps: 10 })).blocks).toBe("E6");
-    expect((await run({ strength: 0.05, steps: 10 })).blocks).toBe("H1");
+    expect((await run({ strength: 0.05, steps: 10 })).blocks).toBe("M1");
     expect((await run({ strength: 1, steps: 10 })).sigmas[0]).toBe(1);
   });
 });

@@ -84,20 +84,21 @@ describeEngines("the engines of a fixture", () => {
         ...(name === "sd3" ? [] : ["t5"]),
         "predict.guidance",
         "refine.guidance",
+        "combine.guidance",
         "vae_decoder",
       ];
       expect(built.engines.map(({ graph }) => graph)).toEqual(graphs);
       for (const engine of built.engines) {
         const { graph, stepType, profiles, plan, bytes, sha256, cached, rebuilt } = engine;
         expect([stepType, cached, rebuilt]).toEqual([
-          graph.endsWith(".guidance") ? graph.split(".")[0] : null,
+          ["predict", "refine"].find((type) => graph.startsWith(type)) ?? null,
           false,
           null,
         ]);
         expect(profiles).toHaveLength(["clip_l", "clip_g", "t5"].includes(graph) ? 3 : 6);
         expect([statSync(plan).size, digest(plan), statSync(plan).mode & 0o777]).toEqual([bytes, sha256, 0o600]);
         // Kernels cost 2 to 3 MB for each layer and profile at worst.
-        expect(bytes).toBeGreaterThan(1e5);
+        expect(bytes).toBeGreaterThan(graph.startsWith("combine") ? 1e4 : 1e5);
         expect(bytes).toBeLessThan(1e8);
       }
       const six = built.engines.find(({ graph }) => graph === "predict.guidance")!.profiles;
@@ -137,7 +138,7 @@ describeEngines("the engines of a fixture", () => {
         ...{ guidance: "off", features: ["stages", "editing", "previews"], jobs: 2 },
       });
       expect(engines.map(({ graph }) => graph).slice(name === "sd3" ? 2 : 3)).toEqual([
-        ...["predict", "refine", "vae_decoder", "vae_encoder"],
+        ...["predict", "refine", "combine", "vae_decoder", "vae_encoder"],
         ...["upscale", "upscale_latents", "scale_noise", "inpaint_blend", "preview"],
       ]);
       for (const { graph, stepType } of engines)
@@ -162,6 +163,8 @@ describeEngines("the engines of a fixture", () => {
       "predict",
       "refine.guidance",
       "refine",
+      "combine.guidance",
+      "combine",
       "vae_decoder",
     ]);
     const unguided = required[4]!.profiles;
@@ -548,6 +551,7 @@ describeEngines("flowturbo compile", () => {
       ["t5", null, false],
       ["predict.guidance", "predict", false],
       ["refine.guidance", "refine", false],
+      ["combine.guidance", null, false],
       ["vae_decoder", null, false],
     ]);
     const { profiles, plan, bytes, seconds } = report.engines[3]!;

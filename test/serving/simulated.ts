@@ -38,6 +38,17 @@ const step = {
 const networks: Record<string, { inputs: Record<string, string | number>; outputs: Record<string, string> }> = {
   predict: step,
   refine: step,
+  combine: {
+    inputs: {
+      ...{ x: "rows", velocity: "network_rows", first: "rows", second: "rows", guidance: "rows" },
+      ...Object.fromEntries(
+        ["x", "first", "second"].flatMap((output) =>
+          ["velocity", "first", "second"].map((term) => [`${output}_${term}`, "rows"] as const),
+        ),
+      ),
+    },
+    outputs: { x_next: "rows", first_next: "rows", second_next: "rows" },
+  },
   upscale: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
   upscale_latents: {
     inputs: { latents: "rows", noise: "rows", sigma: "rows", scale: "rows", vertical: 8, horizontal: 8, weights: 4 },

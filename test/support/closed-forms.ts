@@ -77,6 +77,16 @@ export function checkpointForms(factor: number): Forms {
     const name = (network: string) => (guided ? `${network}.guidance` : network);
     forms[name("predict")] = step("point 0.5 * sigma +", guided);
     forms[name("refine")] = step("point 0.75 * velocity + sigma 0.5 * -", guided);
+    const sum = (output: string) => `${output}_velocity mean * ${output}_first first * + ${output}_second second * +`;
+    forms[name("combine")] = {
+      temporaries: { mean: "x" },
+      formulas: [
+        `mean ${guide("velocity", guided)}`,
+        `x_next x ${sum("x")} +`,
+        `first_next ${sum("first")}`,
+        `second_next ${sum("second")}`,
+      ],
+    };
     forms[name("inpaint_blend")] = {
       temporaries: { known: "noise", direction: "noise" },
       formulas: [

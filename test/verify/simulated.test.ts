@@ -124,14 +124,14 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(stdout).toMatch(/^# verify:gpu: passed\n/);
     expect(report.machine).toMatchObject({ gpu: "Simulated GPU", sm: "8.9", runtime: "tensorrt", driver: "13.0" });
     expect([report.engines.length, report.findings.length]).toEqual([report.planned.engines, report.planned.cases]);
-    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(16);
+    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(18);
     for (const { cached, bytes } of report.engines) expect([cached, bytes > 100]).toEqual([false, true]);
 
     // The simulation rounds after each operation, as plain TypeScript does: not a bit is off.
     for (const { name, differences } of [...report.findings, ...report.pictures])
       for (const { worst } of differences) expect(worst, name).toBe(0);
     const samplers = report.findings.filter(({ kind }) => kind === "sampler");
-    expect(samplers).toHaveLength(12);
+    expect(samplers).toHaveLength(13);
     for (const { name, captured, rounds } of samplers)
       expect([captured, rounds], name).toMatchObject([{ runs: 3, replayed: 3 }, 2]);
     // Five requests: at the same time, padded, and captured twice.
@@ -144,7 +144,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect([status, report.passed, report.quick]).toEqual([0, true, true]);
     // Its profiles are among those of the engines that were built above.
     for (const { graph, cached } of report.engines) expect(cached, graph).toBe(true);
-    expect(report.engines).toHaveLength(16);
+    expect(report.engines).toHaveLength(18);
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
@@ -174,7 +174,11 @@ describeAddons("verify:gpu on the simulated library", () => {
     ["a replay in which nothing runs", "skip-replay", /captured, a run with other inputs did not give their results/],
   ])("fails for %s", async (_name, fault, message) => {
     const { names, report, stdout, stderr } = await faulty(fault);
-    expect(names).toEqual(["without guidance (H1P2R1), batch 1, 64 × 64", sampler]);
+    expect(names).toEqual([
+      "multistep (A2S1U3), batch 1, 64 × 64",
+      "without guidance (H1P2R1), batch 1, 64 × 64",
+      sampler,
+    ]);
     for (const { captured } of report.findings.filter(({ kind }) => kind === "sampler"))
       expect(captured).toMatchObject({ runs: 3, replayed: fault === "refuse-capture" ? 0 : 3 });
     for (const text of [stdout, stderr])
@@ -220,7 +224,7 @@ describeAddons("verify:gpu on the simulated library", () => {
   it("gives up after a few processes, and says what was not run", async () => {
     const { names, report, stdout } = await faulty("hang predict.guidance", "--case-timeout", "1");
     expect(names.length).toBeGreaterThanOrEqual(2);
-    expect(names.every((name) => /predict\.guidance|inpainting|pictures/.test(name))).toBe(true);
+    expect(names.every((name) => /predict\.guidance|multistep|inpainting|pictures/.test(name))).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
     expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(19 + 3 + 1);
@@ -251,7 +255,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(19 + 3 + 1);
+    expect(report.skipped).toHaveLength(22 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {
