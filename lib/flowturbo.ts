@@ -388,7 +388,8 @@ export class FlowTurbo implements ImageModel {
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
-        const blocks = blocksForEach((type) => fitsPositions(checkpoint, type, size));
+        // H leaves the two velocities that S extrapolates: its launch is what every method with a memory has.
+        const blocks = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;
         return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
       }),
     );

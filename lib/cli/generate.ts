@@ -51,7 +51,7 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
       `
 Examples:
   $ flowturbo generate "a red circle above a blue square"
-  $ flowturbo generate "a lighthouse at dusk" --model ./stable-diffusion-3.5-medium --blocks H1P9 --seed 7
+  $ flowturbo generate "a lighthouse at dusk" --model ./stable-diffusion-3.5-medium --quality best --seed 7
   $ flowturbo generate "a cat" "a dog" --count 2 --out "pets/{index}-{seed}.webp" --json
   $ flowturbo generate "a red circle" --stage 64x64:H1P2R1 --stage 128x128:H1P1@0.6
   $ flowturbo generate "a bowl of lemons" --image table.jpg --mask bowl.png --strength 0.8`,

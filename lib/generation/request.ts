@@ -28,6 +28,7 @@ import {
   fittedFor,
   formatBlocks,
   givenSigmas,
+  ladderSteps,
   parseBlocks,
   qualities,
   type Schedule,
@@ -281,11 +282,12 @@ function newCandidates(
   return [first, ...others];
 }
 
-/** Numbers of steps that there are calibrated schedules for, the most first; null if there are none. */
+/** Numbers of steps that there are calibrated schedules for, and larger ones of the usual, the most first; null without calibration. */
 function calibratedSteps(options: ResolvedGenerateOptions, model: ModelFacts): number[] | null {
   const steps = [...new Set(model.calibrated.map(({ weights }) => weights.length))].sort((a, b) => b - a);
   const fitting = steps.filter((each) => fittedSchedule(options, model, each));
-  return fitting.length > 0 ? fitting : null;
+  const [most] = fitting;
+  return most === undefined ? null : [...ladderSteps.filter((each) => each > most), ...fitting];
 }
 
 /** The calibrated schedule for a request that leaves everything but the number of steps and one guidance scale open. */
