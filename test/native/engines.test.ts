@@ -577,9 +577,9 @@ describeEngines("flowturbo compile", () => {
       /predict\.guidance: 4 profiles, .* built in .* \(the one in the cache was not used: its SHA-256/,
     );
     const list = await startNode([cli, "cache", "list", "--cache", cache]).finished;
-    expect(list.stdout).toMatch(/6 engines/);
+    expect(list.stdout).toMatch(/7 engines/);
     const clear = await startNode([cli, "cache", "clear", "--cache", cache]).finished;
-    expect(clear.stdout).toMatch(/removed 6 engines/);
+    expect(clear.stdout).toMatch(/removed 7 engines/);
     expect(readdirSync(path.join(cache, "engines"))).toEqual([]);
   }, 120_000);
 
