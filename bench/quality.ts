@@ -192,6 +192,9 @@ async function drawn(
   if (sampler.options) {
     const options = { ...sampler.options, width: size, height: size, guidanceScale: guidance };
     const result = await model.generate({ ...options, prompt: [...captions], seed });
+    // The name says what is measured.
+    if (sampler.family === calibratedFamily && result.images[0]!.parameters.grid !== "calibrated")
+      throw new Error(`There is no calibrated schedule for ${sampler.name} at guidance ${guidance} and ${size} px.`);
     const milliseconds = result.timings.steps.reduce((sum, step) => sum + step, 0);
     return { pictures: [...result.images], milliseconds };
   }

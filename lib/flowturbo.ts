@@ -31,7 +31,7 @@ import {
 } from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
-import { checkSizes, fitsPositions, nativeSize } from "./generation/sizes.js";
+import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./generation/sizes.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import type {
@@ -294,25 +294,34 @@ export class FlowTurbo implements ImageModel {
 
   /**
    * Finds schedules of few steps for this model, and keeps them in a file that later loads read: see `CalibrateOptions`. It takes the
-   * runtime beside what else is drawn, for some hundred evaluations of each picture and schedule.
+   * runtime beside what else is drawn, for some hundred evaluations of each picture and schedule; `dispose` waits for it, unless
+   * `signal` ends it.
    * @throws OptionError for an option that is wrong or a size that the model does not draw; OutputError if the file cannot be written;
    *   DisposedError; `signal.reason` after an abort
    */
   async calibrate(options: CalibrateOptions = {}): Promise<Calibration> {
     if (this.#disposed) throw new DisposedError("This model");
     const checked = checkOptions(calibrateSchema, options, "calibrate()");
-    const { checkpoint, text, runtime } = this.#model;
+    const { checkpoint, text, runtime, keepTextEncoders, unload } = this.#model;
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(checkpoint, sizes);
     const sequenceLength = checked.maxSequenceLength ?? text.defaultSequenceLength;
     checkSequenceLength(sequenceLength, text.maxSequenceLength);
     const { pictures, seed, signal, onProgress, reset } = checked;
-    const file = checked.file ?? (await schedulesFile(checkpoint, this.#cache));
+    for (const size of this.#held ? sizes : []) {
+      const latentShape = latentShapeOf(checkpoint, 1, size);
+      const { device, draw } = this.#held!;
+      checkPictureMemory(this.#graphs, device, draw, { ...size, latentShape, sequenceLength, guided: true });
+    }
     return this.#tracked(async () => {
+      const file = checked.file ?? (await schedulesFile(checkpoint, this.#cache));
       const schedules = await calibrate(
         {
           ...{ checkpoint, text, file, cache: path.join(this.#cache, "calibration") },
           run: (program) => this.#run(program, signal ?? new AbortController().signal),
+          encoded: async () => {
+            if (!keepTextEncoders) await unload(text.graphs);
+          },
         },
         {
           ...{ sizes, pictures, seed, signal, onProgress, reset, sequenceLength },
@@ -493,13 +502,19 @@ async function promptsOf(folder: string): Promise<string[] | null> {
   return prompts.length >= 2 ? prompts : null;
 }
 
-/** Schedules that were calibrated for a checkpoint: its own, or those of the cache. */
+/** Schedules that were calibrated for a checkpoint: its own, and those of the cache. */
 async function calibratedOf(checkpoint: Checkpoint, cache: string): Promise<readonly CalibratedSchedule[]> {
   const own = checkpoint.schedules.calibrated;
-  if (own.length > 0 || !(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
+  if (!(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
   const fingerprint = await fingerprintOf(checkpoint);
   const file = path.join(cache, "schedules", `${fingerprint}.json`);
-  return (await readSchedules(file, async () => fingerprint))?.calibrated ?? [];
+  const { variant } = checkpoint.transformer.weights;
+  const later = (await readSchedules(file, async () => fingerprint, variant))?.calibrated ?? [];
+  // What the user found counts more than what came with the model.
+  const key = ({ width, height, guidanceScale, weights }: CalibratedSchedule) =>
+    [width, height, guidanceScale, weights.length].join();
+  const found = new Set(later.map(key));
+  return [...own.filter((each) => !found.has(key(each))), ...later];
 }
 
 /**

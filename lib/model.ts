@@ -236,7 +236,7 @@ export interface GenerateOptions {
    */
   sigmas?: readonly number[] | undefined;
   /**
-   * Shift s of the noise levels towards noise, above 0 and up to 100: σ = s·u / (1 + (s − 1)·u). Default: the scheduler's `shift`, or
+   * Shift s of the noise levels towards noise, 0.01 to 100: σ = s·u / (1 + (s − 1)·u). Default: the scheduler's `shift`, or
    * with `use_dynamic_shifting` what it makes of the picture's size.
    */
   shift?: number | undefined;
@@ -248,8 +248,9 @@ export interface GenerateOptions {
   /**
    * Scale g of classifier-free guidance, 0 to 1000: the velocity is u + g·(c − u) for the unconditional u and the
    * conditional c. 1 or less turns it off and halves the work. A list has one scale for each step (with `stages`: of all stages
-   * together). A velocity that a step reuses is guided with the step's own scale where both are guided, and otherwise as it was where it
-   * was computed. `R` blocks are guided as the block before them. Default: 4.5.
+   * together; with `image`: of the whole schedule, of which `strength` leaves the end). What A and P reuse is guided with their own scale
+   * where both steps are guided; other methods remember velocities as they were guided where they were computed. `R` blocks are guided
+   * as the block before them. Default: 4.5.
    */
   guidanceScale?: number | readonly number[] | undefined;
   /**
@@ -542,8 +543,8 @@ export interface CalibrateOptions {
   /** Numbers of steps, 2 to 28 each. Default: 3 to 12. */
   steps?: readonly number[] | undefined;
   /**
-   * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with. The first two thirds are fitted to, the
-   * rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
+   * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with, as many as there are pictures at
+   * most. The first two thirds of them are fitted to, the rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
    */
   prompts?: readonly string[] | undefined;
   /** Pictures that are fitted to, 2 to 256; half as many decide between fits. Default: 16. */

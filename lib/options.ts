@@ -283,12 +283,12 @@ export const generateSchema = z.strictObject({
     "--grid <name>",
   ),
   sigmas: optional(
-    kind(list(z.number().min(0).max(1), 1, 1001), "a list of falling numbers from 1 to 0"),
+    kind(list(z.number().min(0).max(1), 1, 1000), "a list of falling numbers from 1 to 0"),
     "noise levels in place of grid, one where each step starts, such as 1,0.9,0.5; shifted as the scheduler shifts (shift 1: as they are)",
     "--sigmas <list>",
   ),
   shift: optional(
-    kind(z.number().gt(0).max(100), "a number above 0 and up to 100"),
+    kind(z.number().min(0.01).max(100), "a number from 0.01 to 100"),
     "shift of the noise levels towards noise (default: the scheduler's)",
     "--shift <factor>",
   ),

@@ -153,7 +153,11 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
   const opened = { folder: root, ...Object.fromEntries(parts), schedules: noSchedules } as Checkpoint;
   checkVariant(opened, variant);
   checkThatPartsFit(opened);
-  const schedules = await readSchedules(join(root, "schedules.json"), () => fingerprintOf(opened));
+  const schedules = await readSchedules(
+    join(root, "schedules.json"),
+    () => fingerprintOf(opened),
+    opened.transformer.weights.variant,
+  );
   return schedules ? { ...opened, schedules } : opened;
 }
 

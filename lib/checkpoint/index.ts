@@ -10,6 +10,12 @@ export {
 } from "./configs.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
-export { readSchedules, type StoredSchedules, schedulesVersion } from "./schedules.js";
+export {
+  calibratedSchema,
+  modelFingerprint,
+  readSchedules,
+  type StoredSchedules,
+  schedulesVersion,
+} from "./schedules.js";
 export { huggingFaceTokenizers, type Tokenizer } from "./tokenizers.js";
 export { openWeights } from "./weights.js";

@@ -2,10 +2,10 @@
  * schedules.json: the schedules that were found for a checkpoint, in its folder, or in the cache where that cannot be written. The
  * format, version 1:
  *
- *   { "version": 1, "model": fingerprint, "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
+ *   { "version": 1, "model": fingerprint, "variant": "fp16", "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
  *
  * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
- * CalibratedSchedule), with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
+ * CalibratedSchedule), `variant` names the weight files that it was made with, where those have a name; with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
  * numbers come from.
  */
 
@@ -19,37 +19,50 @@ import { readOptionalJson } from "./files.js";
 /** Of the file's format. */
 export const schedulesVersion = 1;
 
-const calibrated = z
-  .object({
+/** Levels that are nearer to each other than this, and weights beyond this, are no schedule of float32 numbers. */
+const [leastGap, largestWeight] = [1e-5, 100];
+
+const weight = z.number().min(-largestWeight).max(largestWeight);
+/** A calibrated schedule; what else an entry says is kept. */
+export const calibratedSchema = z
+  .looseObject({
     width: z.int().positive(),
     height: z.int().positive(),
     guidanceScale: z.number().min(1).max(1000),
     guided: z.array(z.boolean()).min(1).max(1000),
     sigmas: z.array(z.number().min(0).max(1)),
-    weights: z.array(z.tuple([z.number(), z.number(), z.number()])),
-    psnr: z.object({ held: z.number(), uncalibrated: z.number() }).optional(),
+    weights: z.array(z.tuple([weight, weight, weight])),
+    psnr: z.looseObject({ held: z.number(), uncalibrated: z.number() }).optional(),
   })
   .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
   .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")
-  .refine(({ sigmas }) => sigmas.at(-1) === 0, "has sigmas that do not end at 0")
-  .refine(({ sigmas }) => sigmas.every((sigma, i) => i === 0 || sigma < sigmas[i - 1]!), "has sigmas that do not fall");
+  .refine(({ sigmas }) => sigmas[0] === 1 && sigmas.at(-1) === 0, "has sigmas that do not go from 1 to 0")
+  .refine(
+    ({ sigmas }) => sigmas.every((sigma, i) => i === 0 || sigma <= sigmas[i - 1]! - leastGap),
+    "has sigmas that do not fall",
+  );
 
 /** What is read of the file. */
 export interface StoredSchedules {
   readonly ladder: readonly string[] | null;
-  readonly calibrated: readonly Readonly<z.output<typeof calibrated>>[];
+  readonly calibrated: readonly Readonly<z.output<typeof calibratedSchema>>[];
 }
 
 /** Of a checkpoint without the file. */
 export const noSchedules: StoredSchedules = { ladder: null, calibrated: [] };
 
 /**
- * @param fingerprint of the model that the file lies with
+ * @param fingerprint of the model that the file lies with, in the variant that is opened
+ * @param variant of its weight files, null for the plain ones
  * @returns null without the file
  * @throws CheckpointError for a file that is of another version or model, or is not whole. Whether its schedules can be run is known
  *   where schedules are.
  */
-export async function readSchedules(file: string, fingerprint: () => Promise<string>): Promise<StoredSchedules | null> {
+export async function readSchedules(
+  file: string,
+  fingerprint: () => Promise<string>,
+  variant: string | null,
+): Promise<StoredSchedules | null> {
   const json = await readOptionalJson(file);
   if (!json) return null;
   const remedy = "Correct it, or remove the file: the usual schedules are then taken.";
@@ -66,18 +79,18 @@ export async function readSchedules(file: string, fingerprint: () => Promise<str
     refuse(
       `expected "ladder" to be a list of schedules such as "H1P7R2", the richest first, but found ${JSON.stringify(ladder) ?? "nothing"}.`,
     );
-  const parsed = z.array(calibrated).safeParse(json.calibrated ?? []);
+  const parsed = z.array(calibratedSchema).safeParse(json.calibrated ?? []);
   if (!parsed.success) {
     const [issue] = parsed.error.issues;
     refuse(`"calibrated" is not whole: ${["calibrated", ...issue!.path].join(".")}: ${issue!.message}.`);
   }
-  // One that is no nearer to the reference than the usual schedule is in the file so that it is not looked for again.
-  const calibratedSchedules = parsed.data!.filter(({ psnr }) => !psnr || psnr.held > psnr.uncalibrated);
-  if (calibratedSchedules.length > 0 && json.model !== (await fingerprint()))
+  const calibrated = parsed.data!;
+  // The same model in another precision has another digest.
+  if (calibrated.length > 0 && (json.variant ?? null) === variant && json.model !== (await fingerprint()))
     refuse(
       "its schedules were calibrated for another model than the one in this folder. Run `flowturbo calibrate` for this one.",
     );
-  return { ladder: (ladder as string[] | undefined) ?? null, calibrated: calibratedSchedules };
+  return { ladder: (ladder as string[] | undefined) ?? null, calibrated };
 }
 
 /** Bytes of a file that are read at each of so many places. */

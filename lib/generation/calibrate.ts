@@ -6,10 +6,16 @@
  */
 
 import { createHash } from "node:crypto";
-import { constants } from "node:fs";
-import { access, readFile } from "node:fs/promises";
+import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import path from "node:path";
-import { type Checkpoint, fingerprintOf, schedulesVersion } from "../checkpoint/index.js";
+import { z } from "zod";
+import {
+  type Checkpoint,
+  calibratedSchema,
+  fingerprintOf,
+  modelFingerprint,
+  schedulesVersion,
+} from "../checkpoint/index.js";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
 import { packageVersion } from "../common/package.js";
 import { elementCount, type Tensor } from "../common/tensor.js";
@@ -61,6 +67,8 @@ export interface CalibrationPlace {
   readonly checkpoint: Checkpoint;
   readonly text: PromptEncoder;
   readonly run: (program: Program) => Promise<Record<string, Tensor>>;
+  /** Called when texts have been encoded: their encoders' memory is not needed any more. */
+  readonly encoded: () => Promise<void>;
   /** Where schedules are written, beside those that are there. */
   readonly file: string;
   /** Folder where references are kept for a run that goes on. */
@@ -82,7 +90,8 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
     sizes.some((size) => size.width === width && size.height === height) &&
     guidanceScales.includes(guidanceScale) &&
     counts.includes(weights.length);
-  const before = await readJson(file, await fingerprintOf(checkpoint));
+  await tryToWrite(file);
+  const before = await readJson(file, checkpoint);
   let json = settings.reset ? { ...before, calibrated: before.calibrated.filter((each) => !isAskedFor(each)) } : before;
   const found: CalibratedEntry[] = [];
   const total = sizes.length * guidanceScales.length * counts.length;
@@ -113,8 +122,9 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
             [stronger, elsewhere].flatMap((each) => each ?? []),
           );
           own.set(steps, entry);
-          json = { ...json, calibrated: sorted([...json.calibrated, entry]) };
-          await makeFolders(path.dirname(file));
+          // Beside what others have found meanwhile.
+          const others = (await readJson(file, checkpoint)).calibrated.filter((each) => keyOf(each) !== keyOf(entry));
+          json = { ...json, calibrated: sorted([...others, entry]) };
           await writeFileAtomic(file, `${formatted(json)}\n`);
         }
         found.push(own.get(steps)!);
@@ -125,6 +135,9 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
   }
   return found;
 }
+
+const keyOf = ({ width, height, guidanceScale, weights }: CalibratedEntry) =>
+  [width, height, guidanceScale, weights.length].join();
 
 const sorted = (entries: CalibratedEntry[]) =>
   entries.sort(
@@ -140,36 +153,64 @@ function formatted({ calibrated, ...others }: SchedulesJson): string {
   return `${JSON.stringify(others, null, 2).slice(0, -2)},\n  "calibrated": [\n${lines}\n  ]\n}`;
 }
 
+/** @throws OutputError where the file cannot be written */
+async function tryToWrite(file: string): Promise<void> {
+  const refuse = (reason: string, cause?: unknown): never => {
+    throw new OutputError(file, `The schedules cannot be written to ${file}: ${reason}`, { cause });
+  };
+  const existing = await stat(file).catch(() => null);
+  if (existing?.isDirectory()) refuse("it is a folder.");
+  const trial = `${file}.${process.pid}.tmp`;
+  try {
+    await makeFolders(path.dirname(file));
+    await writeFile(trial, "");
+    await rm(trial);
+  } catch (cause) {
+    refuse((cause as Error).message, cause);
+  }
+}
+
 /**
  * What the file holds, if it is there. A ladder alone belongs to whatever model it lies with.
- * @throws OptionError for one that is another model's; OutputError for a place where none can be written
+ * @throws OptionError for one that cannot be read, or is another model's
  */
-async function readJson(file: string, model: string): Promise<SchedulesJson> {
-  const folder = path.dirname(file);
+async function readJson(file: string, checkpoint: Checkpoint): Promise<SchedulesJson> {
+  const refuse = (reason: string): never => {
+    throw new OptionError("file", `${file} ${reason}. Remove it, or name another file.`);
+  };
+  const text = await readFile(file, "utf8").catch((error: NodeJS.ErrnoException) =>
+    error.code === "ENOENT" ? "{}" : refuse(`cannot be read (${error.message})`),
+  );
+  let json: unknown;
   try {
-    await makeFolders(folder);
-    await access(folder, constants.W_OK);
+    json = JSON.parse(text);
   } catch (cause) {
-    throw new OutputError(file, `The schedules cannot be written to ${file}: ${(cause as Error).message}`, { cause });
+    refuse(`is not JSON (${(cause as Error).message})`);
   }
-  const text = await readFile(file, "utf8").catch(() => "{}");
-  let json: Partial<SchedulesJson>;
-  try {
-    json = JSON.parse(text) as Partial<SchedulesJson>;
-  } catch (cause) {
-    throw new OptionError(
-      "file",
-      `${file} is not JSON (${(cause as Error).message}). Remove it, or name another file.`,
-    );
-  }
-  const { calibrated = [], version = schedulesVersion } = json;
-  if (version !== schedulesVersion || (json.model ?? model) !== model)
-    throw new OptionError(
-      "file",
-      `${file} holds schedules of another model or version. Remove it, or name another file.`,
-    );
-  return { ...json, version, model, ...{ made: `flowturbo ${packageVersion()}` }, calibrated };
+  const { success, data } = fileSchema.safeParse(json);
+  if (!success) return refuse("is no file of schedules");
+  const [model, { variant }] = [await fingerprintOf(checkpoint), checkpoint.transformer.weights];
+  const { version = schedulesVersion, calibrated = [] } = data;
+  const isOther = data.model !== undefined && data.model !== model && (data.variant ?? null) === variant;
+  if (version !== schedulesVersion || isOther) refuse("holds schedules of another model or version");
+  const made = `flowturbo ${packageVersion()}`;
+  return {
+    ...{
+      ...data,
+      version,
+      model: data.model ?? model,
+      ...((data.variant ?? variant) && { variant: data.variant ?? variant }),
+    },
+    ...{ made, calibrated: calibrated as unknown as CalibratedEntry[] },
+  };
 }
+
+const fileSchema = z.looseObject({
+  version: z.number().optional(),
+  model: z.string().optional(),
+  variant: z.string().nullish(),
+  calibrated: z.array(calibratedSchema).optional(),
+});
 
 /** A size and a guidance scale, with what the reference run says of them. */
 interface Subject {
@@ -188,13 +229,15 @@ interface Subject {
 
 /** Runs the reference, or reads it where it was run before. */
 async function openSubject(
-  { checkpoint, text, run, cache }: CalibrationPlace,
+  { checkpoint, text, run, encoded, cache }: CalibrationPlace,
   settings: CalibrationSettings,
   size: Size,
   scale: number,
   report: (part: number) => void,
 ): Promise<Subject> {
-  const { prompts, pictures: fitted, seed, batch, sequenceLength } = settings;
+  const { pictures: fitted, seed, batch, sequenceLength } = settings;
+  const count = fitted + Math.max(1, fitted >> 1);
+  const prompts = settings.prompts.slice(0, count);
   const latentShape = latentShapeOf(checkpoint, 1, size);
   const [, ...area] = latentShape;
   const { factor, outChannels } = checkpoint.vae.config;
@@ -203,7 +246,7 @@ async function openSubject(
     ...{ run, text, sequenceLength, prompts, latentShape, factor, imageChannels: outChannels, batch },
     positions: positionCrop(checkpoint.transformer, latentShape),
   });
-  const count = fitted + Math.max(1, fitted >> 1);
+  await encoded();
   const [noise] = await noiseOf(
     Array.from({ length: count }, (_, index) => seed + index),
     [[count, ...area]],
@@ -213,16 +256,16 @@ async function openSubject(
     noise!.data.slice(index * elements, (index + 1) * elements),
   );
   // Of the prompts the first part is fitted to, and the rest decides.
-  const border = Math.max(1, Math.ceil((prompts.length * fitted) / count));
+  const border = Math.min(prompts.length - 1, Math.max(1, Math.ceil((prompts.length * fitted) / count)));
   const promptOf = (index: number) =>
-    index < fitted
-      ? index % border
-      : border < prompts.length
-        ? border + ((index - fitted) % (prompts.length - border))
-        : 0;
+    index < fitted ? index % border : border + ((index - fitted) % (prompts.length - border));
   const schedulerSettings = sigmaSettings(checkpoint.scheduler, (area[1] / patchSize) * (area[2] / patchSize));
   const levels = shiftedSigmas(referenceSteps, schedulerSettings);
-  const subject = [await fingerprintOf(checkpoint), prompts, size, scale, seed, fitted, sequenceLength, levels];
+  const parts = [checkpoint.textEncoder, checkpoint.textEncoder2, checkpoint.textEncoder3].map((part) =>
+    part ? modelFingerprint(part.config, part.weights.files) : null,
+  );
+  const digests = await Promise.all([fingerprintOf(checkpoint), ...parts]);
+  const subject = [digests, prompts, size, scale, seed, fitted, sequenceLength, levels];
   const key = createHash("sha256").update(JSON.stringify(subject)).digest("hex").slice(0, 32);
   const kept = new ReferenceFile(path.join(cache, `calibration-${key}.bin`), elements);
   const guidance = scale > 1 ? scale : null;
@@ -259,10 +302,13 @@ async function openSubject(
     }
     await kept.write(reference);
   }
-  const targets = await field.decoded(reference.map(({ end }) => end));
+  const targets = await field.decoded(
+    reference.map(({ end }) => end),
+    sketch,
+  );
   const pictures = starts.map(
     (noise, index): FitPicture => ({
-      ...{ noise, prompt: promptOf(index), target: sketch(targets[index]!) },
+      ...{ noise, prompt: promptOf(index), target: targets[index]! },
     }),
   );
   const grams = reference.slice(0, fitted).map(({ gram }) => gram);

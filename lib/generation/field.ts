@@ -77,12 +77,15 @@ export class VelocityField {
     return velocities;
   }
 
-  /** Decoded pictures, [3, H, W] each, in [-1, 1], not clamped. */
-  async decoded(latents: readonly Float32Array[]): Promise<Float32Array[]> {
+  /** Decoded pictures, [3, H, W] each, in [-1, 1], not clamped. @param reduced what is kept of each, since they are large */
+  async decoded(
+    latents: readonly Float32Array[],
+    reduced: (pixels: Float32Array, index: number) => Float32Array,
+  ): Promise<Float32Array[]> {
     const { latentShape, factor, imageChannels, run } = this.#options;
     const [, ...area] = latentShape;
-    const pictures: Float32Array[] = [];
-    for (const each of latents) {
+    const kept: Float32Array[] = [];
+    for (const [index, each] of latents.entries()) {
       const builder = new ProgramBuilder();
       const image = builder.register("image", [1, imageChannels, area[1] * factor, area[2] * factor]);
       builder.launch({
@@ -92,10 +95,10 @@ export class VelocityField {
         mustBeFinite: [image],
         label: { kind: "decode", name: "decoder" },
       });
-      pictures.push((await run(builder.build([image])))[image]!.data as Float32Array);
+      kept.push(reduced((await run(builder.build([image])))[image]!.data as Float32Array, index));
       if (isDue()) await rest();
     }
-    return pictures;
+    return kept;
   }
 
   async #launch(points: readonly FieldPoint[], guided: boolean): Promise<Float32Array[]> {

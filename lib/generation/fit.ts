@@ -7,6 +7,7 @@
 
 import { solved } from "../common/linear.js";
 import { isDue, rest } from "../common/turns.js";
+import { NotFiniteError } from "../errors.js";
 import type { StepLaunch, Weights } from "../schedule/index.js";
 import type { VelocityField } from "./field.js";
 
@@ -100,17 +101,20 @@ async function finish(
       run.x = plus(run.x, [now, v], [old, run.history[0]], [older, run.history[1]]);
       run.history = [v, ...run.history].slice(0, 2);
       run.step++;
+      if (isDue()) await rest();
     }
   }
 }
 
 /** What is left of each picture after a run. */
 async function residuals({ field, pictures }: FitProblem, runs: readonly Run[]): Promise<Float32Array[]> {
-  const decoded = await field.decoded(runs.map(({ x }) => x));
-  return decoded.map((pixels, index) => {
-    const { target } = pictures[runs[index]!.picture]!;
-    return sketch(pixels).map((value, i) => value - target[i]!);
-  });
+  return field.decoded(
+    runs.map(({ x }) => x),
+    (pixels, index) => {
+      const { target } = pictures[runs[index]!.picture]!;
+      return sketch(pixels).map((value, i) => value - target[i]!);
+    },
+  );
 }
 
 /** Mean square of a residual in units of the whole range, as for a PSNR; what no 8-bit picture shows does not count. */
@@ -305,7 +309,12 @@ export async function fitted(
         const change = await stepOf(columns, at.left, at.errors, damping);
         const candidate = changed(numbers, parameters, change);
         if (!isFalling(candidate)) continue;
-        const next = await evaluate(candidate);
+        // A step too far may leave what the network can compute: it is none.
+        const next = await evaluate(candidate).catch((error: unknown) => {
+          if (error instanceof NotFiniteError) return null;
+          throw error;
+        });
+        if (!next) continue;
         if (best && next.psnr < best.next.psnr) break;
         best = { candidate, next, change };
       }

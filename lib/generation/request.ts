@@ -70,6 +70,8 @@ export interface RequestStage extends Size {
   readonly upscale?: UpscaleName | undefined;
   /** Whether the schedule was calibrated for the model. */
   readonly isCalibrated: boolean;
+  /** For the picture's parameters: the blocks before any are left out, and the name of their noise levels. */
+  readonly whole: { readonly blocks: string; readonly grid: string };
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
@@ -131,7 +133,6 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly pinBatch: number | null;
   /** For the picture's parameters. */
   readonly sampler: string;
-  readonly grid: string;
   readonly sigmas: readonly number[] | undefined;
   readonly shift: number | undefined;
   readonly mu: number | undefined;
@@ -202,7 +203,6 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     edit:
       image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
     pinBatch: options.pinBatch ?? model.pinBatch,
-    grid: options.grid ?? (options.blocks === undefined && stages === undefined ? samplers[sampler]!.grid : blocksGrid),
   };
 }
 
@@ -282,12 +282,11 @@ function newCandidates(
   return [first, ...others];
 }
 
-/** Numbers of steps that there are calibrated schedules for, and larger ones of the usual, the most first; null without calibration. */
+/** Numbers of steps that there are calibrated schedules for, and the usual ones, the most first; null without calibration. */
 function calibratedSteps(options: ResolvedGenerateOptions, model: ModelFacts): number[] | null {
   const steps = [...new Set(model.calibrated.map(({ weights }) => weights.length))].sort((a, b) => b - a);
   const fitting = steps.filter((each) => fittedSchedule(options, model, each));
-  const [most] = fitting;
-  return most === undefined ? null : [...ladderSteps.filter((each) => each > most), ...fitting];
+  return fitting.length === 0 ? null : [...new Set([...ladderSteps, ...fitting])].sort((a, b) => b - a);
 }
 
 /** The calibrated schedule for a request that leaves everything but the number of steps and one guidance scale open. */
@@ -335,6 +334,19 @@ function blocksOf(text: string, checkpoint: Checkpoint): Block[] {
 /** Whether a checkpoint has all networks that blocks evaluate. */
 export function canRun(checkpoint: Checkpoint, blocks: readonly Block[]): boolean {
   return stepTypesOf(blocks).every((type) => checkpoint[networks[type]!.part!] !== null);
+}
+
+/** Levels that are nearer than this to each other are one to float32, and weights that divide by their distance are no numbers. */
+const leastGap = 1e-5;
+
+function checkedLevels(sigmas: readonly number[]): readonly number[] {
+  for (const [index, sigma] of sigmas.entries())
+    if (index > 0 && sigmas[index - 1]! - sigma < leastGap)
+      throw new OptionError(
+        "sigmas",
+        `Expected sigmas at least ${leastGap} apart after shifting but number ${index + 1} is ${sigma} after ${sigmas[index - 1]}.`,
+      );
+  return sigmas;
 }
 
 /** A quality as the number of steps that it stands for. @throws OptionError beside other words for the schedule */
@@ -434,7 +446,8 @@ function firstStage(
     const schedule = scheduleOf(fitted.blocks, fitted.sigmas, {
       ...{ weights: fitted.weights, guidance: (block: number) => (fitted.guided[block] && scale > 1 ? scale : null) },
     });
-    return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule, isCalibrated: true };
+    const whole = { blocks: schedule.text, grid: "calibrated" };
+    return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule, isCalibrated: true, whole };
   }
   const scale = (step: number) => scaleAt(options, step, count + later);
   const isGuided = Array.from({ length: count }, (_, step) => scale(step)).some((each) => each !== null);
@@ -465,12 +478,18 @@ function firstStage(
   const grid = options.grid ?? (blocks ? blocksGrid : row.grid);
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
-  const sigmas = options.sigmas ? givenSigmas(options.sigmas, settings) : spaced();
+  if (!(settings.shift > 0 && Number.isFinite(settings.shift)))
+    throw new OptionError(
+      "mu",
+      `The noise levels' shift would be ${settings.shift}: it has to be above 0. Give shift, or another mu.`,
+    );
+  const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
     guidance: (block) => scale(skipped + block),
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
-  return { ...size, latentShape, schedule, isCalibrated: false };
+  const whole = { blocks: formatBlocks(blocks ?? row.blocks(count, guidance)), grid };
+  return { ...size, latentShape, schedule, isCalibrated: false, whole };
 }
 
 function patchesOf({ transformer }: Checkpoint, [, , height, width]: LatentShape): number {
@@ -532,7 +551,8 @@ function risingStages(
     const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, sigma, end), {
       guidance: (block) => scaleAt(options, start + block, total),
     });
-    return { width, height, latentShape, upscale, schedule, isCalibrated: false };
+    const whole = { blocks: schedule.text, grid: blocksGrid };
+    return { width, height, latentShape, upscale, schedule, isCalibrated: false, whole };
   });
 }
 

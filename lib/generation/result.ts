@@ -62,17 +62,22 @@ export function blocksOf(stages: PreparedCandidate["stages"]): string {
 
 /** What it takes to draw a picture again on the same model. No path: originals and masks are not named. */
 function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row: number): Record<string, unknown> {
-  const { prompts, negativePrompts, guidance, seeds, sampler, grid, sigmas, shift, mu, stages, edit, sequenceLength } =
+  const { prompts, negativePrompts, guidance, seeds, sampler, sigmas, shift, mu, stages, edit, sequenceLength } =
     request;
   const index = Math.floor(row / request.count);
-  const { width, height, isCalibrated, schedule } = drawn.at(-1)!;
+  const { width, height, isCalibrated, schedule, whole } = drawn.at(-1)!;
   return {
     prompt: prompts[index],
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
-    ...{ width, height, sampler, blocks: blocksOf(drawn) },
+    // What an original's strength or the guidance leaves out is left out again.
+    ...{ width, height, sampler, blocks: drawn.map((stage) => stage.whole.blocks).join(" ") },
     // The steps alone draw a calibrated schedule again.
-    ...(isCalibrated ? { steps: schedule.blocks.length, grid: "calibrated" } : sigmas ? { sigmas } : { grid }),
+    ...(isCalibrated
+      ? { steps: schedule.blocks.length, grid: "calibrated" }
+      : sigmas
+        ? { sigmas }
+        : { grid: whole.grid }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),
     ...(stages && { stages }),

@@ -19,6 +19,8 @@ export interface CalibratedSchedule {
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before, and of the one before that. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Mean PSNR to the reference, of it and of the usual schedule on the same pictures, dB. */
+  readonly psnr?: { readonly held: number; readonly uncalibrated: number } | undefined;
 }
 
 /** What a request runs of it. */
@@ -49,9 +51,10 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
   guided.reduce((sum, each) => sum + (each ? 2 : 1), 0);
 
 /**
- * The schedule for a request: of its number of steps, fitted at its size, or else at the nearest within reach; between two guidance scales
- * that were fitted every number is interpolated linearly, and a scale a little outside takes the nearest.
- * @returns null where nothing fits
+ * The schedule for a request: of its number of steps, fitted at its size, or else at the nearest within reach that has one; between two
+ * guidance scales that were fitted every number is interpolated linearly, and a scale a little outside takes the nearest. Schedules
+ * without guidance serve requests without it only, and the others the others.
+ * @returns null where nothing fits, or what does was found to be no better than the usual schedule
  */
 export function fittedFor(
   all: readonly CalibratedSchedule[],
@@ -60,25 +63,27 @@ export function fittedFor(
   const distance = (each: CalibratedSchedule) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
     (each.width === width && each.height === height ? 0 : 1e-6);
-  const own = all.filter((each) => each.weights.length === steps && distance(each) <= Math.log(areaReach));
-  const nearest = Math.min(...own.map(distance));
-  const byScale = own.filter((each) => distance(each) === nearest).sort((a, b) => a.guidanceScale - b.guidanceScale);
-  const above = byScale.find((each) => each.guidanceScale >= guidanceScale);
-  const below = byScale.findLast((each) => each.guidanceScale <= guidanceScale);
-  if (above && below) {
-    if (above === below || above.guided.join() !== below.guided.join())
-      return fitted(guidanceScale - below.guidanceScale < above.guidanceScale - guidanceScale ? below : above);
-    return fitted(
-      between(below, above, (guidanceScale - below.guidanceScale) / (above.guidanceScale - below.guidanceScale)),
-    );
+  const own = all
+    .filter((each) => each.weights.length === steps && distance(each) <= Math.log(areaReach))
+    .filter((each) => each.guidanceScale > 1 === guidanceScale > 1);
+  for (const nearest of [...new Set(own.map(distance))].sort((a, b) => a - b)) {
+    const byScale = own.filter((each) => distance(each) === nearest).sort((a, b) => a.guidanceScale - b.guidanceScale);
+    const above = byScale.find((each) => each.guidanceScale >= guidanceScale);
+    const below = byScale.findLast((each) => each.guidanceScale <= guidanceScale);
+    const [low, high] = [below ?? above!, above ?? below!];
+    const reach = Math.max(low.guidanceScale, guidanceScale) / Math.min(high.guidanceScale, guidanceScale);
+    if (!(above && below) && reach > scaleReach) continue;
+    if (!isBetter(low) || !isBetter(high)) return null;
+    const whole = high.guidanceScale - low.guidanceScale;
+    const part = whole === 0 ? 0 : (guidanceScale - low.guidanceScale) / whole;
+    if (low.guided.join() !== high.guided.join()) return fitted(part < 0.5 ? low : high);
+    return fitted(between(low, high, part));
   }
-  const outside = above ?? below;
-  if (!outside) return null;
-  // One without guidance says nothing of one with it.
-  const isNear =
-    Math.max(outside.guidanceScale, guidanceScale) <= scaleReach * Math.min(outside.guidanceScale, guidanceScale);
-  return isNear && outside.guidanceScale > 1 === guidanceScale > 1 ? fitted(outside) : null;
+  return null;
 }
+
+/** Whether it came nearer than the usual schedule to what decided; one that says nothing of it did. */
+const isBetter = ({ psnr }: CalibratedSchedule) => !psnr || psnr.held > psnr.uncalibrated;
 
 function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): CalibratedSchedule {
   const mix = (from: number, to: number) => from + (to - from) * part;

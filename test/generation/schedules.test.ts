@@ -52,11 +52,27 @@ it.each([
     /calibrated\.0: needs one more of sigmas/,
   ],
   [
-    "a schedule that rises",
-    { calibrated: [{ ...fitted, sigmas: [0.5, 0.6, 0] }] },
+    "a schedule that rests",
+    { calibrated: [{ ...fitted, sigmas: [1, 1, 0] }] },
     /calibrated\.0: has sigmas that do not fall/,
   ],
-  ["a schedule that does not end", { calibrated: [{ ...fitted, sigmas: [1, 0.5, 0.1] }] }, /do not end at 0/],
+  ["a schedule that begins later", { calibrated: [{ ...fitted, sigmas: [0.9, 0.5, 0] }] }, /do not go from 1 to 0/],
+  ["a schedule that does not end", { calibrated: [{ ...fitted, sigmas: [1, 0.5, 0.1] }] }, /do not go from 1 to 0/],
+  [
+    "weights beyond float32",
+    {
+      calibrated: [
+        {
+          ...fitted,
+          weights: [
+            [1e300, 0, 0],
+            [1, 0, 0],
+          ],
+        },
+      ],
+    },
+    /weights\.0\.0: Too big/,
+  ],
   [
     "weights that are none",
     {

@@ -40,8 +40,24 @@ describe("fittedFor", () => {
 
   it("does not mix guided steps and others", () => {
     expect(weight({ guidanceScale: 1 })).toBe(-1);
-    // Nearer to 2 than to 1, or the reverse: one of the two, not between.
-    expect(weight({ guidanceScale: 1.6 })).toBe(-10);
+    // Between 1 and 2 a step is guided, which a schedule without guidance says nothing of.
+    expect(weight({ guidanceScale: 1.3 })).toBeUndefined();
+    expect(weight({ guidanceScale: 1.8 })).toBe(-10);
+  });
+
+  it("takes none where what fits is no better than the usual schedule", () => {
+    const psnr = { held: 20, uncalibrated: 21 };
+    const own = [entry(64, 3, 4, 1), { ...entry(64, 4.5, 4, 2), psnr }, entry(64, 7, 4, 3)];
+    const at = (guidanceScale: number) =>
+      fittedFor(own, { width: 64, height: 64, guidanceScale, steps: 4 })?.weights[0]?.new;
+    expect([at(3), at(4.5), at(4), at(5), at(7)]).toEqual([-1, undefined, undefined, undefined, -3]);
+  });
+
+  it("takes another size where its own has no scale that serves", () => {
+    const own = [entry(64, 2, 4, 1), entry(128, 2, 4, 2), entry(128, 4.5, 4, 3)];
+    const at = (guidanceScale: number) =>
+      fittedFor(own, { width: 64, height: 64, guidanceScale, steps: 4 })?.weights[0]?.new;
+    expect([at(2), at(4.5)]).toEqual([-1, -3]);
   });
 
   it("takes the nearest size within reach", () => {
