@@ -52,6 +52,11 @@ export interface Evaluation {
   readonly aNew: number;
   /** Whether v' replaces v for the launches that follow. */
   readonly keepsVelocity: boolean;
+  /**
+   * Share of the change between the last two velocities that is added to v, v + e·(v − v₋), before it is used here; v itself stays for
+   * the launches that follow. Absent for none.
+   */
+  readonly extrapolation?: number;
   /** What is done after it without a network; absent for nothing. */
   readonly combination?: Combination;
   /** Whether it needs m₁ and m₂ to be the last two velocities before it, the latest first. */
@@ -121,6 +126,21 @@ function adamsBashforth(place: BlockPlace): Evaluation {
   if (before === 0) return euler(place);
   const extrapolated = (h * h) / (2 * before);
   return { ...evaluate("predict", place), aOld: -extrapolated, aNew: h + extrapolated };
+}
+
+/**
+ * The midpoint rule with a refiner: the transformer is evaluated at the block's start, where x is known; its velocity is
+ * extrapolated to the middle along the line through it and the one before, as Adams-Bashforth does; the refiner corrects that at
+ * x + (h/2)·v, and with what it gives x goes over the whole block. With a refiner that changes nothing it is Adams-Bashforth.
+ */
+function refinedMidpoint(place: BlockPlace): Evaluation[] {
+  const { from, h, velocities } = place;
+  const before = velocities.length > 0 ? from - velocities[0]! : 0;
+  const refined: Evaluation = {
+    ...{ type: "refine", sigma: from + h / 2, aIn: h / 2, aOld: 0, aNew: h, keepsVelocity: false },
+    ...(before !== 0 && { extrapolation: h / (2 * before) }),
+  };
+  return [evaluate("predict", place), refined];
 }
 
 /** The line through the last two velocities, integrated over the block. */
@@ -252,6 +272,7 @@ const rows = table<BlockRow>()({
     needs: 1,
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
   },
+  C: { name: "refined midpoint", needs: 0, reusesBeginning: true, evaluations: refinedMidpoint },
   S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
   M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },
   D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver2M(place)] },
