@@ -5,7 +5,7 @@
  *   { "version": 1, "model": fingerprint, "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
  *
  * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
- * CalibratedSchedule). Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
+ * CalibratedSchedule; `refined` may be absent, for false). Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
  * numbers come from.
  */
 
@@ -27,6 +27,7 @@ const calibrated = z
     guided: z.array(z.boolean()).min(1).max(1000),
     sigmas: z.array(z.number().min(0).max(1)),
     weights: z.array(z.tuple([z.number(), z.number(), z.number()])),
+    refined: z.boolean().optional(),
   })
   .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
   .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")

@@ -97,6 +97,8 @@ export interface BlockRow {
   readonly ownsMemory?: boolean;
   /** Its evaluations, in order. */
   readonly evaluations: (place: BlockPlace) => readonly Evaluation[];
+  /** What follows the evaluation of the transformer where that has weights that were fitted; absent for nothing. */
+  readonly afterFitted?: (place: BlockPlace) => readonly Evaluation[];
 }
 
 /** Evaluates the network at the start of the block; x stays. */
@@ -134,13 +136,25 @@ function adamsBashforth(place: BlockPlace): Evaluation {
  * x + (h/2)·v, and with what it gives x goes over the whole block. With a refiner that changes nothing it is Adams-Bashforth.
  */
 function refinedMidpoint(place: BlockPlace): Evaluation[] {
-  const { from, h, velocities } = place;
+  const { h } = place;
+  return [evaluate("predict", place), { ...refinedAtMiddle(place), aIn: h / 2, aOld: 0, aNew: h }];
+}
+
+/**
+ * The same after a step whose weights were fitted, which has moved x already: the refiner's part of the velocity, h·(v' − v), is added. The
+ * middle is half a step back from there.
+ */
+function refinedEnd(place: BlockPlace): Evaluation[] {
+  const { h } = place;
+  return [{ ...refinedAtMiddle(place), aIn: -h / 2, aOld: -h, aNew: h }];
+}
+
+function refinedAtMiddle({ from, h, velocities }: BlockPlace) {
   const before = velocities.length > 0 ? from - velocities[0]! : 0;
-  const refined: Evaluation = {
-    ...{ type: "refine", sigma: from + h / 2, aIn: h / 2, aOld: 0, aNew: h, keepsVelocity: false },
+  return {
+    ...({ type: "refine", sigma: from + h / 2, keepsVelocity: false } as const),
     ...(before !== 0 && { extrapolation: h / (2 * before) }),
   };
-  return [evaluate("predict", place), refined];
 }
 
 /** The line through the last two velocities, integrated over the block. */
@@ -272,7 +286,10 @@ const rows = table<BlockRow>()({
     needs: 1,
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
   },
-  C: { name: "refined midpoint", needs: 0, reusesBeginning: true, evaluations: refinedMidpoint },
+  C: {
+    ...{ name: "refined midpoint", needs: 0, reusesBeginning: true },
+    ...{ evaluations: refinedMidpoint, afterFitted: refinedEnd },
+  },
   S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
   M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },
   D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver2M(place)] },

@@ -19,6 +19,8 @@ export interface CalibratedSchedule {
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before, and of the one before that. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Whether the refiner corrects the last step (a block C): it was trained for that, and brings pictures nearer to the reference. */
+  readonly refined?: boolean | undefined;
 }
 
 /** What a request runs of it. */
@@ -37,6 +39,8 @@ export interface FittedRequest {
   /** 1 for none. */
   readonly guidanceScale: number;
   readonly steps: number;
+  /** Whether the model has a refiner. Default: no. */
+  readonly hasRefiner?: boolean;
 }
 
 /** A schedule serves scales outside of those that were fitted up to this factor. */
@@ -55,7 +59,7 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
  */
 export function fittedFor(
   all: readonly CalibratedSchedule[],
-  { width, height, guidanceScale, steps }: FittedRequest,
+  { width, height, guidanceScale, steps, hasRefiner = false }: FittedRequest,
 ): FittedSchedule | null {
   const distance = (each: CalibratedSchedule) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
@@ -67,9 +71,13 @@ export function fittedFor(
   const below = byScale.findLast((each) => each.guidanceScale <= guidanceScale);
   if (above && below) {
     if (above === below || above.guided.join() !== below.guided.join())
-      return fitted(guidanceScale - below.guidanceScale < above.guidanceScale - guidanceScale ? below : above);
+      return fitted(
+        guidanceScale - below.guidanceScale < above.guidanceScale - guidanceScale ? below : above,
+        hasRefiner,
+      );
     return fitted(
       between(below, above, (guidanceScale - below.guidanceScale) / (above.guidanceScale - below.guidanceScale)),
+      hasRefiner,
     );
   }
   const outside = above ?? below;
@@ -77,13 +85,14 @@ export function fittedFor(
   // One without guidance says nothing of one with it.
   const isNear =
     Math.max(outside.guidanceScale, guidanceScale) <= scaleReach * Math.min(outside.guidanceScale, guidanceScale);
-  return isNear && outside.guidanceScale > 1 === guidanceScale > 1 ? fitted(outside) : null;
+  return isNear && outside.guidanceScale > 1 === guidanceScale > 1 ? fitted(outside, hasRefiner) : null;
 }
 
 function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): CalibratedSchedule {
   const mix = (from: number, to: number) => from + (to - from) * part;
   return {
     ...a,
+    refined: a.refined && b.refined,
     sigmas: a.sigmas.map((sigma, i) => mix(sigma, b.sigmas[i]!)),
     weights: a.weights.map(([now, old, older], i) => {
       const [otherNow, otherOld, otherOlder] = b.weights[i]!;
@@ -92,9 +101,10 @@ function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): Ca
   };
 }
 
-function fitted({ sigmas, weights, guided }: CalibratedSchedule): FittedSchedule {
+function fitted({ sigmas, weights, guided, refined }: CalibratedSchedule, hasRefiner: boolean): FittedSchedule {
+  const last = refined && hasRefiner ? weights.length - 1 : null;
   return {
-    blocks: weights.map((_, index): Block => (index === 0 ? "E" : "A")),
+    blocks: weights.map((_, index): Block => (index === last ? "C" : index === 0 ? "E" : "A")),
     ...{ sigmas, guided },
     weights: weights.map(([now, old, older]) => ({ in: 0, new: now, old, older })),
   };

@@ -61,7 +61,7 @@ export interface ScheduleOptions {
   readonly guidance?: number | null | ((block: number) => number | null);
   /** Training steps of the model, if the networks get the noise level in whole ones, as in diffusers' multistep schedulers. */
   readonly wholeTimestepsOf?: number | undefined;
-  /** For each block the weights to use, where they were fitted. All blocks are then one evaluation of the transformer. */
+  /** For each block the weights to use, where they were fitted. All blocks are then one evaluation of the transformer, which C refines. */
   readonly weights?: readonly StepWeights[];
 }
 
@@ -96,7 +96,10 @@ export function planSteps(
     const [from, to] = [sigmas[index]!, sigmas[index + 1]!];
     const next = blocks[index + 1] ?? null;
     const place = { from, to, h: to - from, sigmas, index, run, next, velocities, guidance: largest };
-    const evaluations = weights ? [weighted(place, weights[index]!)] : blockTable[letter]!.evaluations(place);
+    const row = blockTable[letter]!;
+    const evaluations = weights
+      ? [weighted(place, weights[index]!), ...(row.afterFitted?.(place) ?? [])]
+      : row.evaluations(place);
     // The refiner corrects the velocity of the block before it, which is a pair where that one was guided.
     if (evaluations.some(({ type }) => type === "predict")) scale = scales[index]!;
     for (const [order, { extrapolation, ...each }] of evaluations.entries()) {

@@ -255,6 +255,27 @@ describe("planSteps", () => {
     expect(() => planSteps(parseBlocks("E1A3"), sigmas, { weights: weights.slice(1) })).toThrow(RangeError);
   });
 
+  it("has C add the refiner's part to a step with weights, at the middle of the step", () => {
+    const sigmas = [1, 0.7, 0.3, 0];
+    const weights = [0, 1, 2].map((i) => ({ in: 0, old: 0.1 * i, new: -0.3 - 0.01 * i, older: 0.02 * i }));
+    let x = 0.3;
+    const v: number[] = [];
+    for (const [i, each] of weights.entries()) {
+      const [old = 0, older = 0] = v;
+      v.unshift(V(x, sigmas[i]!));
+      x += each.old * old + each.new * v[0]! + each.older * older;
+    }
+    const plain = x;
+    // The line through the velocities at 0.3 and 0.7, read at 0.15; half of the step of −0.3 back from its end.
+    const ahead = v[0]! + ((v[1]! - v[0]!) / (0.7 - 0.3)) * (0.15 - 0.3);
+    x += -0.3 * r(x + 0.15 * ahead, ahead, 0.15);
+    const launches = planSteps(parseBlocks("E1A1C1"), sigmas, { weights });
+    expect(launches.map(({ type }) => type)).toEqual(["predict", "predict", "predict", "refine"]);
+    expect(run(0.3, launches)).toBeCloseTo(x, 12);
+    expect(run(0.3, planSteps(parseBlocks("E1A2"), sigmas, { weights }))).toBeCloseTo(plain, 12);
+    expect(Math.abs(x - plain)).toBeGreaterThan(1e-3);
+  });
+
   // dx/dσ = −x + 3σ has x(σ) = c·e^(−σ) + 3σ − 3.
   it.each([
     ["E", 0.9, 1.1],
