@@ -131,10 +131,11 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         print(f"note: the refiner is {required.share:.1%} of the predictor; above 5 % its evaluations are no longer nearly free", flush=True)
     if chosen.dry_run:
         return 0
-    schedules_file = chosen.model / "schedules.json"
-    if chosen.last_steps:
-        from .last_steps import LastSteps, LastStepSettings, gains, mark_refined, prepare_last_steps, read_schedules, train_on_last_steps
+    from .last_steps import LastSteps, LastStepSettings, gains, mark_refined, prepare_last_steps, read_schedules, train_on_last_steps
 
+    schedules_file = chosen.model / "schedules.json"
+    improved = {}
+    if chosen.last_steps:
         fitted = read_schedules(schedules_file, size, size)
     if not (chosen.images or chosen.dataset or chosen.latents):
         raise ValueError("Expected the data: --images FOLDER, --dataset NAME or --latents CACHE")
@@ -215,14 +216,15 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         last = LastSteps(state / "last-steps", fitted, ends, told.null, accelerator.device)
         decode = _decoder(chosen.model, accelerator.device) if chosen.last_steps_loss == "pixels" else lambda latents: latents
         refiner = train_on_last_steps(refiner, last, decode, state, ends, chosen.seed, log, **how)
-        measured = gains(refiner, last, decode, log, chosen.last_steps_batch)
-        if accelerator.is_main_process:
-            mark_refined(schedules_file, size, size, {steps: gain > interval for steps, (gain, interval) in measured.items()})
-            log(f"marked in {schedules_file} which schedules the refiner improves")
+        improved = {steps: gain > interval for steps, (gain, interval) in gains(refiner, last, decode, log, chosen.last_steps_batch).items()}
     if accelerator.is_main_process:
         # The dtype of the predictor's file, so that one engine build has one dtype.
         refiner.to(_file_dtype(chosen.model / "transformer")).save_pretrained(out)
         log(f"wrote {out}")
+        # What schedules.json says of the refiner is of the one beside it.
+        if out.resolve() == (chosen.model / "refiner").resolve() and schedules_file.exists():
+            mark_refined(schedules_file, size, size, improved)
+            log(f"{schedules_file}: {sum(improved.values())} schedules end with the refiner")
     return 0
 
 

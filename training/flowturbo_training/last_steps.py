@@ -76,11 +76,14 @@ def read_schedules(file: Path, width: int, height: int) -> list[FittedSteps]:
 
 
 def mark_refined(file: Path, width: int, height: int, improved: dict[FittedSteps, bool]) -> None:
-    """Writes into schedules.json which schedules the refiner improves; other entries stay as they are."""
+    """Writes into schedules.json which schedules the refiner improves. A mark of those that were not measured is of another refiner: it goes."""
     content = json.loads(file.read_text())
-    for entry in content["calibrated"]:
+    for entry in content.get("calibrated", []):
+        entry.pop("refined", None)
         if _is_usable(entry, width, height) and _steps_of(entry) in improved:
             entry["refined"] = improved[_steps_of(entry)]
+    if "calibrated" not in content:
+        return
     # A line for each schedule, as flowturbo writes them.
     lines = ",\n".join(f"    {json.dumps(entry, separators=(',', ':'))}" for entry in content.pop("calibrated"))
     text = f'{json.dumps(content, indent=2)[:-2]},\n  "calibrated": [\n{lines}\n  ]\n}}\n'

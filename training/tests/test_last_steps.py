@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowturbo_training.__main__ import main
 from flowturbo_training.last_steps import (
     FittedSteps,
     LastSteps,
@@ -18,6 +20,8 @@ from flowturbo_training.last_steps import (
 from flowturbo_training.refiner import build_refiner
 from flowturbo_training.sampling import velocity_of
 
+from conftest import FIXTURES
+from test_refiner import pictures  # noqa: F401
 from test_run_ends import NULL, batch, tiny
 
 SETTINGS = LastStepSettings(shift=2.0, shards=5, rows=6, held=1, reference=12, steps=120, batch=4, lr=3e-3, average=0.9)
@@ -133,7 +137,7 @@ def test_schedules_are_read_and_marked(tmp_path):
     file = tmp_path / "schedules.json"
     with pytest.raises(ValueError, match="flowturbo calibrate"):
         read_schedules(file, 64, 64)
-    others = [entry(width=128), entry(guided=[True, True, False]), entry(sigmas=[0.9, 0.8, 0.4, 0])]
+    others = [entry(width=128, refined=True), entry(guided=[True, True, False]), entry(sigmas=[0.9, 0.8, 0.4, 0])]
     content = {"version": 1, "model": "m", "ladder": ["H1P4"], "calibrated": [entry(), *others, entry(sigmas=[1, 0.6, 0.3, 0])]}
     file.write_text(json.dumps(content))
     assert read_schedules(file, 64, 64) == SCHEDULES[1:]
@@ -141,4 +145,27 @@ def test_schedules_are_read_and_marked(tmp_path):
         read_schedules(file, 32, 32)
     mark_refined(file, 64, 64, {SCHEDULES[1]: True, SCHEDULES[2]: False})
     content["calibrated"][0]["refined"], content["calibrated"][-1]["refined"] = True, False
+    # That of another size was of another refiner.
+    del content["calibrated"][1]["refined"]
     assert json.loads(file.read_text()) == content
+
+
+def test_from_the_command_line(pictures, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(FIXTURES / "medium" / "model", model)
+    shutil.rmtree(model / "refiner", ignore_errors=True)
+    common = ["refiner", "--model", str(model), "--size", "64", "--batch", "2", "--steps", "2", "--precision", "no", "--cpu", "--images", str(pictures)]
+    last = ["--last-steps", "16", "--last-steps-for", "3", "--last-steps-batch", "2"]
+    assert main([*common, *last]) == 1
+    assert "flowturbo calibrate" in capsys.readouterr().err and not (model / "refiner").exists()
+    (model / "schedules.json").write_text(json.dumps({"version": 1, "model": "m", "calibrated": [entry()]}))
+    assert main([*common, *last]) == 0
+    printed = capsys.readouterr().out
+    assert "shard 3 of 3" in printed and "last-steps step 3/3" in printed and "8 runs kept apart" in printed
+    (marked,) = json.loads((model / "schedules.json").read_text())["calibrated"]
+    assert marked.pop("refined") in (True, False) and marked == entry()
+    weights = load_file(model / "refiner/diffusion_pytorch_model.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    # A refiner that was not trained for them takes the marks away.
+    assert main(common) == 0
+    assert json.loads((model / "schedules.json").read_text())["calibrated"] == [entry()]
