@@ -1,9 +1,14 @@
 // Blocks C of the public API on the embedded model, against their definition written out on velocities that the same graphs compute
 // one at a time: transformer and refiner, both halves of a pair apart.
+import { cp, mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
 import { FlowTurbo } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { Values } from "../../bench/shapes/baselines.js";
 import { Direct } from "../../bench/shapes/direct.js";
+import { fingerprintOf } from "../../lib/checkpoint/index.js";
+import { embeddedModel } from "../../lib/flowturbo.js";
 import { shiftedSigmas } from "../../lib/schedule/index.js";
 
 const prompt = "a red circle above a small blue square";
@@ -64,6 +69,52 @@ describe("refined midpoint blocks", () => {
     expect(distance(latents, await drawn(blocks, scales, false))).toBeGreaterThan(1e-3);
     const refined = [...blocks].filter((block) => block === "C").length;
     expect(result.evaluations).toEqual({ predictor: blocks.length, refiner: refined, rows: 2 * blocks.length });
+  });
+
+  it("end a calibrated schedule that the refiner improves", async () => {
+    const folder = await mkdtemp(path.join(tmpdir(), "flowturbo-refined-"));
+    try {
+      await cp(embeddedModel, folder, { recursive: true });
+      const sigmas = [1, 0.75, 0.35, 0];
+      const weights = [
+        [-0.3, 0, 0],
+        [-0.5, 0.1, 0],
+        [-0.4, 0.1, -0.05],
+      ] as const;
+      const own = { width: size, height: size, guidanceScale: 2, guided: [true, true, true], sigmas, weights };
+      const model = await fingerprintOf(direct.checkpoint);
+      const calibrated = [{ ...own, refined: true }];
+      await writeFile(path.join(folder, "schedules.json"), JSON.stringify({ version: 1, model, calibrated }));
+
+      const condition = await direct.condition([prompt]);
+      const [predict, refine] = (["predict", "refine"] as const).map((type) => direct.pair(type, condition, 1, size));
+      let x = direct.noise(5, 1, size);
+      const none = new Float32Array(2 * x.length);
+      const pairs: Values[] = [];
+      for (const [i, step] of weights.entries()) {
+        pairs.unshift(await predict!(x, sigmas[i]!, none));
+        for (const [k, weight] of step.entries()) if (weight !== 0) x = plus(x, weight, guided(pairs[k]!, 2));
+      }
+      const fitted = x;
+      // The last step goes from 0.35 to 0; its middle is 0.175.
+      const part = (0.175 - 0.35) / (0.35 - 0.75);
+      const ahead = pairs[0]!.map((v, k) => v + part * (v - pairs[1]![k]!));
+      const refined = await refine!(plus(x, 0.175, guided(ahead, 2)), 0.175, ahead);
+      x = plus(plus(x, 0.35, guided(ahead, 2)), -0.35, guided(refined, 2));
+
+      const loaded = await FlowTurbo.load(folder, { measureCosts: false });
+      try {
+        const request = { prompt, seed: 5, width: size, height: size, steps: 3, guidanceScale: 2 };
+        const { latents, evaluations } = await loaded.generate({ ...request, include: ["latents"] });
+        expect(distance(latents!.data as Float32Array, x)).toBeLessThan(2e-5);
+        expect(distance(fitted, x)).toBeGreaterThan(1e-3);
+        expect(evaluations).toEqual({ predictor: 3, refiner: 1, rows: 6 });
+      } finally {
+        await loaded.dispose();
+      }
+    } finally {
+      await rm(folder, { recursive: true, force: true });
+    }
   });
 
   it("share launches with others, paint a mask, show previews, run without guidance", async () => {
