@@ -83,7 +83,7 @@ export class FlowTurbo implements ImageModel {
   readonly runtime: RuntimeChoice;
   /** Size of a picture that the model was trained for, in pixels. */
   readonly nativeSize: { readonly width: number; readonly height: number };
-  /** Whether schedules may have blocks of the velocity refiner (`R`). */
+  /** Whether schedules may have blocks that evaluate the velocity refiner (`R` and `C`). */
   readonly hasRefiner: boolean;
 
   readonly #model: LoadedModel;

@@ -22,7 +22,7 @@ export interface ImageModel extends AsyncDisposable {
   readonly name: string;
   /** Size of a picture that the model was trained for, in pixels. */
   readonly nativeSize: { readonly width: number; readonly height: number };
-  /** Whether schedules may have blocks of the velocity refiner (`R`). */
+  /** Whether schedules may have blocks that evaluate the velocity refiner (`R` and `C`). */
   readonly hasRefiner: boolean;
   /** What launches cost, as it is known now. */
   readonly costs: Costs;
@@ -217,7 +217,7 @@ export interface GenerateOptions {
   quality?: QualityName | undefined;
   /**
    * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
-   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `A` Adams-Bashforth, `P` pseudo corrector, `R` velocity refiner, `S` skip (no evaluation: it extrapolates
+   * `"H1P5R3"` or `"HPPPPPRRR"`. `E` Euler, `H` Heun, `A` Adams-Bashforth, `P` pseudo corrector, `R` velocity refiner, `C` refined midpoint (Adams-Bashforth with one evaluation of the refiner besides), `S` skip (no evaluation: it extrapolates
    * the last two velocities), `M` damped DPM-Solver++(2M), `D` DPM-Solver++(2M), `U` UniPC. At most 1000 blocks in 8192 characters.
    * Default: what the sampler makes.
    */

@@ -69,17 +69,33 @@ export class Direct {
   }
 
   /** The guided velocity; x holds `rows` latents of `size` px. */
-  velocity({ context, pooled }: Condition, guidance: number, rows: number, size: number): Velocity {
+  velocity(condition: Condition, guidance: number, rows: number, size: number): Velocity {
+    const pairOf = this.pair("predict", condition, rows, size);
+    return async (x, sigma) => {
+      const velocity = await pairOf(x, sigma, new Float32Array(2 * x.length));
+      return x.map((_, i) => velocity[i]! + guidance * (velocity[x.length + i]! - velocity[i]!));
+    };
+  }
+
+  /** Both halves of a velocity, unconditional rows first, from the transformer, or from the refiner, which corrects a given pair. */
+  pair(
+    type: "predict" | "refine",
+    { context, pooled }: Condition,
+    rows: number,
+    size: number,
+  ): (x: Values, sigma: number, given: Values) => Promise<Values> {
     const shape = this.shape(rows, size);
     const pair = [2 * rows, ...shape.slice(1)];
-    const positions = positionCrop(this.checkpoint.transformer, shape);
-    return async (x, sigma) => {
+    const part = this.checkpoint[type === "predict" ? "transformer" : "refiner"];
+    if (!part) throw new RangeError("The model has no refiner.");
+    const positions = positionCrop(part, shape);
+    return async (x, sigma, given) => {
       const row = (value: number) => tensor([rows], new Float32Array(rows).fill(value));
-      const { velocity } = await this.#run({
+      const { velocity_next } = await this.#run({
         constants: {
-          ...{ x: tensor(shape, x), velocity: tensor(pair, new Float32Array(2 * x.length)) },
+          ...{ x: tensor(shape, x), velocity: tensor(pair, given) },
           ...{ context: value(context), pooled: value(pooled), positions },
-          ...{ sigma: row(sigma), zero: row(0), guidance: row(guidance) },
+          ...{ sigma: row(sigma), zero: row(0), guidance: row(1) },
         },
         registers: {
           x_next: { dtype: "float32", shape },
@@ -88,7 +104,7 @@ export class Direct {
         instructions: [
           {
             op: "launch",
-            graph: "predict.guidance",
+            graph: `${type}.guidance`,
             inputs: {
               ...{
                 x: "x",
@@ -104,8 +120,8 @@ export class Direct {
           },
         ],
         results: ["velocity_next"],
-      }).then((results) => ({ velocity: results.velocity_next!.data as Float32Array }));
-      return x.map((_, i) => velocity[i]! + guidance * (velocity[x.length + i]! - velocity[i]!));
+      });
+      return velocity_next!.data as Float32Array;
     };
   }
 

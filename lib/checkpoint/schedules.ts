@@ -5,7 +5,7 @@
  *   { "version": 1, "model": fingerprint, "variant": "fp16", "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
  *
  * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
- * CalibratedSchedule), `variant` names the weight files that it was made with, where those have a name; with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
+ * CalibratedSchedule; `refined` may be absent, for false), `variant` names the weight files that it was made with, where those have a name; with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
  * numbers come from.
  */
 
@@ -33,6 +33,7 @@ export const calibratedSchema = z
     sigmas: z.array(z.number().min(0).max(1)),
     weights: z.array(z.tuple([weight, weight, weight])),
     psnr: z.looseObject({ held: z.number(), uncalibrated: z.number() }).optional(),
+    refined: z.boolean().optional(),
   })
   .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
   .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")

@@ -169,29 +169,66 @@ function zeros(shape: readonly number[]): Tensor {
 /** Whether a velocity is a pair, which guidance makes one of, or alone. */
 type VelocityRows = "pair" | "alone";
 
-/** The velocity that was evaluated last, in one of two pairs of registers. */
+interface EvaluatedVelocity {
+  readonly register: string;
+  readonly rows: VelocityRows;
+  readonly guidance: number | null;
+}
+
+/**
+ * The velocity that was evaluated last, and where steps extrapolate the one before it, in registers of which there is always
+ * one to write.
+ */
 class VelocityBuffer {
-  /** Null where none exists yet. */
-  at: { readonly register: string; readonly rows: VelocityRows; readonly guidance: number | null } | null = null;
   readonly #builder: ProgramBuilder;
   readonly #name: string;
   readonly #shape: LatentShape;
-  readonly #buffers: Partial<Record<VelocityRows, DoubleBuffer>> = {};
+  readonly #keepsBefore: boolean;
+  #at: EvaluatedVelocity | null = null;
+  #before: EvaluatedVelocity | null = null;
 
-  constructor(builder: ProgramBuilder, name: string, shape: LatentShape) {
+  constructor(builder: ProgramBuilder, name: string, { latentShape, schedule }: SamplingStage) {
     this.#builder = builder;
     this.#name = name;
-    this.#shape = shape;
+    this.#shape = latentShape;
+    this.#keepsBefore = schedule.launches.some(({ extrapolation }) => extrapolation !== undefined);
   }
 
-  /** The register to write next. */
+  /** Null where none exists yet. */
+  get at(): EvaluatedVelocity | null {
+    return this.#at;
+  }
+
+  /** The one before it; null where none is kept. */
+  get before(): EvaluatedVelocity | null {
+    return this.#before;
+  }
+
+  /** A velocity that was evaluated. */
+  push(velocity: EvaluatedVelocity): void {
+    if (this.#keepsBefore) this.#before = this.#at;
+    this.#at = velocity;
+  }
+
+  /** The same velocity, changed, in another register. */
+  replace(register: string): void {
+    if (this.#at) this.#at = { ...this.#at, register };
+  }
+
+  /** The register to write next: one that holds no velocity which is still wanted. */
   next(rows: VelocityRows): string {
-    const name = rows === "pair" ? `${this.#name}.velocity` : `${this.#name}.velocity.alone`;
-    this.#buffers[rows] ??= new DoubleBuffer(this.#builder, name, this.#shapeOf(rows), "");
-    const buffer = this.#buffers[rows];
-    // The one that holds the present velocity must not be written.
-    buffer.at = this.at?.rows === rows ? this.at.register : buffer.at;
-    return buffer.next();
+    const held = [this.#at?.register, this.#before?.register];
+    const names = ["a", "b", "c"].map((which) => `${this.#nameOf(rows)}_${which}`);
+    return this.#builder.register(names.find((name) => !held.includes(name))!, this.#shapeOf(rows));
+  }
+
+  /** The register of a velocity that is extrapolated for one launch. */
+  extrapolated(rows: VelocityRows): string {
+    return this.#builder.register(`${this.#nameOf(rows)}.extrapolated`, this.#shapeOf(rows));
+  }
+
+  #nameOf(rows: VelocityRows): string {
+    return `${this.#name}.velocity${rows === "pair" ? "" : ".alone"}`;
   }
 
   /** Zeros stand in for a velocity whose coefficients are 0. */
@@ -213,11 +250,11 @@ class StageState {
   readonly #name: string;
   readonly #memory: Partial<Record<"first" | "second", DoubleBuffer>> = {};
 
-  constructor(builder: ProgramBuilder, name: string, { latentShape }: SamplingStage, noise: string) {
+  constructor(builder: ProgramBuilder, name: string, stage: SamplingStage, noise: string) {
     this.#builder = builder;
     this.#name = name;
-    this.x = new DoubleBuffer(builder, `${name}.x`, latentShape, noise);
-    this.velocity = new VelocityBuffer(builder, name, latentShape);
+    this.x = new DoubleBuffer(builder, `${name}.x`, stage.latentShape, noise);
+    this.velocity = new VelocityBuffer(builder, name, stage);
   }
 
   /** m₁ of combinations; zeros at first. */
@@ -328,7 +365,7 @@ class TemplateWriter {
   #step(index: number, name: string, step: StepLaunch, state: StageState): void {
     const { builder } = this;
     const { velocity } = state;
-    const { type, sigma, aNew, guidance, combination } = step;
+    const { type, sigma, aNew, guidance, extrapolation, combination } = step;
     const writer = this.#stepWriter(index, step);
     if (type === "combine") {
       writer.combine(state, combination!, true);
@@ -342,7 +379,7 @@ class TemplateWriter {
       if (aIn !== 0) writer.combine(state, moveBy(aIn), false);
       [aIn, aOld] = [0, aOld - aIn];
     }
-    const old = isOther ? null : velocity.at;
+    const old = isOther ? null : extrapolation ? writer.extrapolated(state, extrapolation) : velocity.at?.register;
     const positions = `${name}.position_embedding.${type}`;
     builder.constants[positions] ??= this.#kind.stages[index]!.positions[type]!;
     const perRow = (value: number) => builder.perRow(value, this.#rows);
@@ -352,7 +389,7 @@ class TemplateWriter {
     const after = isOther && aOld !== 0;
     writer.launch(type, {
       inputs: {
-        ...{ x: state.x.at, velocity: old ? old.register : velocity.none(rows) },
+        ...{ x: state.x.at, velocity: old ?? velocity.none(rows) },
         ...{ context: `${prefix}context`, pooled: `${prefix}pooled`, position_embedding: positions },
         ...{ sigma: perRow(sigma), a_in: perRow(aIn), a_old: perRow(after ? 0 : aOld), a_new: perRow(aNew) },
         ...(guidance !== null && { guidance: perRow(guidance) }),
@@ -364,7 +401,7 @@ class TemplateWriter {
     state.x.at = nextX;
     if (after) writer.combine(state, moveBy(aOld), step.last && !combination);
     const evaluated = { register: nextVelocity, rows, guidance } as const;
-    if (step.keepsVelocity) velocity.at = evaluated;
+    if (step.keepsVelocity) velocity.push(evaluated);
     if (combination) writer.combine(state, combination, step.last);
   }
 
@@ -380,12 +417,13 @@ class TemplateWriter {
     const launch = (
       network: string,
       { last, ...launch }: Pick<Launch, "inputs" | "outputs" | "mustBeFinite"> & { last: boolean },
+      guided = "guidance" in launch.inputs,
     ) =>
       builder.launch({
-        graph: this.#graph(network, "guidance" in launch.inputs),
+        graph: this.#graph(network, guided),
         ...launch,
         sharing: {
-          size: `${this.#size(stage)}${network === "combine" ? "" : (textSize ?? "")}`,
+          size: `${this.#size(stage)}${networks[network]!.role === "step" ? (textSize ?? "") : ""}`,
           ...sharingOf(network, this.#pixels(stage)),
           ...(index < stages.length - 1 && { deferrable: true }),
         },
@@ -411,7 +449,18 @@ class TemplateWriter {
       });
       [x.at, first.at, second.at] = [next.x_next, next.first_next, next.second_next];
     };
-    return { launch, combine };
+    const extrapolated = ({ velocity }: StageState, weight: number): string => {
+      const { register, rows } = velocity.at!;
+      const next = velocity.extrapolated(rows);
+      const inputs = {
+        velocity: register,
+        before: velocity.before!.register,
+        weight: builder.perRow(weight, this.#rows),
+      };
+      launch("extrapolate", { inputs, outputs: { velocity_next: next }, last: false }, rows === "pair");
+      return next;
+    };
+    return { launch, combine, extrapolated };
   }
 
   #scaleNoise(stage: SamplingStage, name: string, noise: string, x: string, sigma: number): string {
@@ -475,7 +524,7 @@ class TemplateWriter {
       label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
     });
     x.at = nextX;
-    if (velocity.at) velocity.at = { ...velocity.at, register: nextVelocity };
+    velocity.replace(nextVelocity);
   }
 
   #preview(index: number, name: string, stageBlock: number, { x, velocity }: StageState, sigma: number): void {

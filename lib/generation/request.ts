@@ -43,7 +43,7 @@ import {
   upscaleSigmas,
 } from "../schedule/index.js";
 import { guidanceOf, type LatentShape } from "./programs.js";
-import { checkSize, latentShapeOf, nativeSize } from "./sizes.js";
+import { checkSize, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import type { PromptEncoder } from "./text.js";
 
 /** What a request has to know of a model. */
@@ -302,7 +302,13 @@ function fittedSchedule(
     return null;
   const native = nativeSize(checkpoint);
   const { width = native.width, height = native.height } = options;
-  return fittedFor(calibrated, { width, height, guidanceScale: Math.max(1, guidanceScale), steps });
+  return fittedFor(calibrated, {
+    width,
+    height,
+    guidanceScale: Math.max(1, guidanceScale),
+    steps,
+    hasRefiner: checkpoint.refiner !== null && fitsPositions(checkpoint, "refine", { width, height }),
+  });
 }
 
 function candidateOf(

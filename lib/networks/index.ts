@@ -11,6 +11,7 @@ import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
 import { emitClip } from "./clip.js";
 import { emitCombine } from "./combine.js";
 import { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
+import { emitExtrapolate } from "./extrapolate.js";
 import { emitStep } from "./step.js";
 import { emitT5, relativeBuckets } from "./t5.js";
 import { emitUpscale } from "./upscale.js";
@@ -114,6 +115,12 @@ export const networks: Record<string, Network> = {
   combine: {
     ...{ part: null, role: "edit", variants: ["guidance"] },
     emit: (name, { vae }, _, { guidance = false }) => emitCombine(name, vae.config.latentChannels, guidance !== false),
+  },
+  extrapolate: {
+    // It has no weights, but is of use beside the refiner only.
+    ...{ part: "refiner", role: "edit", variants: ["guidance"] },
+    emit: (name, { vae }, _, { guidance = false }) =>
+      emitExtrapolate(name, vae.config.latentChannels, guidance !== false),
   },
   vae_decoder: {
     ...{ part: "vae", role: "image", variants: [], maxRows: autoencoderRows },

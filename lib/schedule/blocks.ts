@@ -52,6 +52,11 @@ export interface Evaluation {
   readonly aNew: number;
   /** Whether v' replaces v for the launches that follow. */
   readonly keepsVelocity: boolean;
+  /**
+   * Share of the change between the last two velocities that is added to v, v + e·(v − v₋), before it is used here; v itself stays for
+   * the launches that follow. Absent for none.
+   */
+  readonly extrapolation?: number;
   /** What is done after it without a network; absent for nothing. */
   readonly combination?: Combination;
   /** Whether it needs m₁ and m₂ to be the last two velocities before it, the latest first. */
@@ -92,6 +97,8 @@ export interface BlockRow {
   readonly ownsMemory?: boolean;
   /** Its evaluations, in order. */
   readonly evaluations: (place: BlockPlace) => readonly Evaluation[];
+  /** What follows the evaluation of the transformer where that has weights that were fitted; absent for nothing. */
+  readonly afterFitted?: (place: BlockPlace) => readonly Evaluation[];
 }
 
 /** Evaluates the network at the start of the block; x stays. */
@@ -121,6 +128,33 @@ function adamsBashforth(place: BlockPlace): Evaluation {
   if (before === 0) return euler(place);
   const extrapolated = (h * h) / (2 * before);
   return { ...evaluate("predict", place), aOld: -extrapolated, aNew: h + extrapolated };
+}
+
+/**
+ * The midpoint rule with a refiner: the transformer is evaluated at the block's start, where x is known; its velocity is
+ * extrapolated to the middle along the line through it and the one before, as Adams-Bashforth does; the refiner corrects that at
+ * x + (h/2)·v, and with what it gives x goes over the whole block. With a refiner that changes nothing it is Adams-Bashforth.
+ */
+function refinedMidpoint(place: BlockPlace): Evaluation[] {
+  const { h } = place;
+  return [evaluate("predict", place), { ...refinedAtMiddle(place), aIn: h / 2, aOld: 0, aNew: h }];
+}
+
+/**
+ * The same after a step whose weights were fitted, which has moved x already: the refiner's part of the velocity, h·(v' − v), is added. The
+ * middle is half a step back from there.
+ */
+function refinedEnd(place: BlockPlace): Evaluation[] {
+  const { h } = place;
+  return [{ ...refinedAtMiddle(place), aIn: -h / 2, aOld: -h, aNew: h }];
+}
+
+function refinedAtMiddle({ from, h, velocities }: BlockPlace) {
+  const before = velocities.length > 0 ? from - velocities[0]! : 0;
+  return {
+    ...({ type: "refine", sigma: from + h / 2, keepsVelocity: false } as const),
+    ...(before !== 0 && { extrapolation: h / (2 * before) }),
+  };
 }
 
 /** The line through the last two velocities, integrated over the block. */
@@ -251,6 +285,10 @@ const rows = table<BlockRow>()({
     name: "velocity refiner",
     needs: 1,
     evaluations: (place) => [evaluate("refine", place), correct("refine", place)],
+  },
+  C: {
+    ...{ name: "refined midpoint", needs: 0, reusesBeginning: true },
+    ...{ evaluations: refinedMidpoint, afterFitted: refinedEnd },
   },
   S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
   M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },

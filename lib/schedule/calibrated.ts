@@ -21,6 +21,8 @@ export interface CalibratedSchedule {
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
   /** Mean PSNR to the reference, of it and of the usual schedule on the same pictures, dB. */
   readonly psnr?: { readonly held: number; readonly uncalibrated: number } | undefined;
+  /** Whether the refiner corrects the last step (a block C): it was trained for that, and brings pictures nearer to the reference. */
+  readonly refined?: boolean | undefined;
 }
 
 /** What a request runs of it. */
@@ -39,6 +41,8 @@ export interface FittedRequest {
   /** 1 for none. */
   readonly guidanceScale: number;
   readonly steps: number;
+  /** Whether the model has a refiner. Default: no. */
+  readonly hasRefiner?: boolean;
 }
 
 /** A schedule serves scales outside of those that were fitted up to this factor. */
@@ -58,7 +62,7 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
  */
 export function fittedFor(
   all: readonly CalibratedSchedule[],
-  { width, height, guidanceScale, steps }: FittedRequest,
+  { width, height, guidanceScale, steps, hasRefiner = false }: FittedRequest,
 ): FittedSchedule | null {
   const distance = (each: CalibratedSchedule) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
@@ -76,8 +80,8 @@ export function fittedFor(
     if (!isBetter(low) || !isBetter(high)) return null;
     const whole = high.guidanceScale - low.guidanceScale;
     const part = whole === 0 ? 0 : (guidanceScale - low.guidanceScale) / whole;
-    if (low.guided.join() !== high.guided.join()) return fitted(part < 0.5 ? low : high);
-    return fitted(between(low, high, part));
+    if (low.guided.join() !== high.guided.join()) return fitted(part < 0.5 ? low : high, hasRefiner);
+    return fitted(between(low, high, part), hasRefiner);
   }
   return null;
 }
@@ -89,6 +93,7 @@ function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): Ca
   const mix = (from: number, to: number) => from + (to - from) * part;
   return {
     ...a,
+    refined: a.refined && b.refined,
     sigmas: a.sigmas.map((sigma, i) => mix(sigma, b.sigmas[i]!)),
     weights: a.weights.map(([now, old, older], i) => {
       const [otherNow, otherOld, otherOlder] = b.weights[i]!;
@@ -97,9 +102,10 @@ function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): Ca
   };
 }
 
-function fitted({ sigmas, weights, guided }: CalibratedSchedule): FittedSchedule {
+function fitted({ sigmas, weights, guided, refined }: CalibratedSchedule, hasRefiner: boolean): FittedSchedule {
+  const last = refined && hasRefiner ? weights.length - 1 : null;
   return {
-    blocks: weights.map((_, index): Block => (index === 0 ? "E" : "A")),
+    blocks: weights.map((_, index): Block => (index === last ? "C" : index === 0 ? "E" : "A")),
     ...{ sigmas, guided },
     weights: weights.map(([now, old, older]) => ({ in: 0, new: now, old, older })),
   };

@@ -61,7 +61,7 @@ export interface ScheduleOptions {
   readonly guidance?: number | null | ((block: number) => number | null);
   /** Training steps of the model, if the networks get the noise level in whole ones, as in diffusers' multistep schedulers. */
   readonly wholeTimestepsOf?: number | undefined;
-  /** For each block the weights to use, where they were fitted. All blocks are then one evaluation of the transformer. */
+  /** For each block the weights to use, where they were fitted. All blocks are then one evaluation of the transformer, which C refines. */
   readonly weights?: readonly StepWeights[];
 }
 
@@ -87,6 +87,8 @@ export function planSteps(
   const largest = Math.max(1, ...scales.map((each) => each ?? 1));
   const launches: StepLaunch[] = [];
   let velocities: readonly number[] = [];
+  /** Whether the velocities so far are pairs, the latest first. */
+  let pairs: readonly boolean[] = [];
   let run = 0;
   let scale: number | null = null;
   for (const [index, letter] of blocks.entries()) {
@@ -94,13 +96,22 @@ export function planSteps(
     const [from, to] = [sigmas[index]!, sigmas[index + 1]!];
     const next = blocks[index + 1] ?? null;
     const place = { from, to, h: to - from, sigmas, index, run, next, velocities, guidance: largest };
-    const evaluations = weights ? [weighted(place, weights[index]!)] : blockTable[letter]!.evaluations(place);
+    const row = blockTable[letter]!;
+    const evaluations = weights
+      ? [weighted(place, weights[index]!), ...(row.afterFitted?.(place) ?? [])]
+      : row.evaluations(place);
     // The refiner corrects the velocity of the block before it, which is a pair where that one was guided.
     if (evaluations.some(({ type }) => type === "predict")) scale = scales[index]!;
-    for (const [order, each] of evaluations.entries()) {
+    for (const [order, { extrapolation, ...each }] of evaluations.entries()) {
       const sigma = steps ? Math.floor(steps * each.sigma) / steps : each.sigma;
-      launches.push({ ...each, sigma, block: index, last: order === evaluations.length - 1, guidance: scale });
-      if (each.keepsVelocity) velocities = [each.sigma, ...velocities].slice(0, 2);
+      launches.push({
+        ...{ ...each, sigma, block: index, last: order === evaluations.length - 1, guidance: scale },
+        // A pair and a single velocity have no difference.
+        ...(extrapolation !== undefined && pairs[0] === pairs[1] && { extrapolation }),
+      });
+      if (!each.keepsVelocity) continue;
+      velocities = [each.sigma, ...velocities].slice(0, 2);
+      pairs = [scale !== null, ...pairs].slice(0, 2);
     }
   }
   return withVelocitiesKept(launches);

@@ -148,7 +148,7 @@ it("names every graph once, and each profile once", async () => {
   });
   const names = engines.map(({ graph }) => graph);
   expect(new Set(names).size).toBe(names.length);
-  expect(names).toHaveLength(18);
+  expect(names).toHaveLength(20);
   for (const { graph, profiles } of engines) {
     const shapes = profiles.map(({ inputs }) => JSON.stringify(inputs));
     expect(new Set(shapes).size, graph).toBe(shapes.length);

@@ -85,6 +85,7 @@ describeEngines("the engines of a fixture", () => {
         "predict.guidance",
         "refine.guidance",
         "combine.guidance",
+        "extrapolate.guidance",
         "vae_decoder",
       ];
       expect(built.engines.map(({ graph }) => graph)).toEqual(graphs);
@@ -98,7 +99,7 @@ describeEngines("the engines of a fixture", () => {
         expect(profiles).toHaveLength(["clip_l", "clip_g", "t5"].includes(graph) ? 3 : 6);
         expect([statSync(plan).size, digest(plan), statSync(plan).mode & 0o777]).toEqual([bytes, sha256, 0o600]);
         // Kernels cost 2 to 3 MB for each layer and profile at worst.
-        expect(bytes).toBeGreaterThan(graph.startsWith("combine") ? 1e4 : 1e5);
+        expect(bytes).toBeGreaterThan(/^(combine|extrapolate)/.test(graph) ? 1e4 : 1e5);
         expect(bytes).toBeLessThan(1e8);
       }
       const six = built.engines.find(({ graph }) => graph === "predict.guidance")!.profiles;
@@ -138,7 +139,7 @@ describeEngines("the engines of a fixture", () => {
         ...{ guidance: "off", features: ["stages", "editing", "previews"], jobs: 2 },
       });
       expect(engines.map(({ graph }) => graph).slice(name === "sd3" ? 2 : 3)).toEqual([
-        ...["predict", "refine", "combine", "vae_decoder", "vae_encoder"],
+        ...["predict", "refine", "combine", "extrapolate", "vae_decoder", "vae_encoder"],
         ...["upscale", "upscale_latents", "scale_noise", "inpaint_blend", "preview"],
       ]);
       for (const { graph, stepType } of engines)
@@ -165,6 +166,8 @@ describeEngines("the engines of a fixture", () => {
       "refine",
       "combine.guidance",
       "combine",
+      "extrapolate.guidance",
+      "extrapolate",
       "vae_decoder",
     ]);
     const unguided = required[4]!.profiles;
@@ -552,6 +555,7 @@ describeEngines("flowturbo compile", () => {
       ["predict.guidance", "predict", false],
       ["refine.guidance", "refine", false],
       ["combine.guidance", null, false],
+      ["extrapolate.guidance", null, false],
       ["vae_decoder", null, false],
     ]);
     const { profiles, plan, bytes, seconds } = report.engines[3]!;
@@ -577,9 +581,9 @@ describeEngines("flowturbo compile", () => {
       /predict\.guidance: 4 profiles, .* built in .* \(the one in the cache was not used: its SHA-256/,
     );
     const list = await startNode([cli, "cache", "list", "--cache", cache]).finished;
-    expect(list.stdout).toMatch(/7 engines/);
+    expect(list.stdout).toMatch(/8 engines/);
     const clear = await startNode([cli, "cache", "clear", "--cache", cache]).finished;
-    expect(clear.stdout).toMatch(/removed 7 engines/);
+    expect(clear.stdout).toMatch(/removed 8 engines/);
     expect(readdirSync(path.join(cache, "engines"))).toEqual([]);
   }, 120_000);
 

@@ -36,12 +36,20 @@ function reference(x: number, blocks: readonly Block[], sigmas: readonly number[
     const [from, to] = [sigmas[i]!, sigmas[i + 1]!];
     const h = to - from;
     const isFirst = known.length === 0;
-    const beforeA = blocks[i + 1] === "A";
+    const beforeA = blocks[i + 1] === "A" || blocks[i + 1] === "C";
     if (block === "E" || (block === "A" && isFirst)) {
       x += h * keep(from, predictor(x, from));
     } else if (block === "A") {
       const now = { at: from, v: predictor(x, from) };
       x += along(now, known[0]!, from, to);
+      keep(now.at, now.v);
+    } else if (block === "C") {
+      // The midpoint rule; the velocity there is read off the line through the last two, and refined.
+      const now = { at: from, v: predictor(x, from) };
+      const middle = (from + to) / 2;
+      const slope = isFirst ? 0 : (now.v - known[0]!.v) / (now.at - known[0]!.at);
+      const guess = now.v + slope * (middle - from);
+      x += h * (guess + r(x + (h / 2) * guess, guess, middle));
       keep(now.at, now.v);
     } else if (block === "S") {
       x += along(known[0]!, known[1]!, from, to);
@@ -119,13 +127,14 @@ function uniPC(x: number, given: readonly number[]): number {
 }
 
 function run(x: number, launches: readonly StepLaunch[], field = V): number {
-  let [velocity, first, second] = [0, 0, 0];
-  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity, combination } of launches) {
+  let [velocity, before, first, second] = [0, 0, 0, 0];
+  for (const { type, sigma, aIn, aOld, aNew, keepsVelocity, extrapolation = 0, combination } of launches) {
     if (type !== "combine") {
-      const at = x + aIn * velocity;
-      const next = type === "predict" ? field(at, sigma) : r(at, velocity, sigma) + velocity;
-      x = x + aOld * velocity + aNew * next;
-      if (keepsVelocity) velocity = next;
+      const old = velocity + extrapolation * (velocity - before);
+      const at = x + aIn * old;
+      const next = type === "predict" ? field(at, sigma) : r(at, old, sigma) + old;
+      x = x + aOld * old + aNew * next;
+      if (keepsVelocity) [before, velocity] = [velocity, next];
     }
     if (!combination) continue;
     const sum = ([w, m1, m2]: Weights) => w * velocity + m1 * first + m2 * second;
@@ -136,7 +145,7 @@ function run(x: number, launches: readonly StepLaunch[], field = V): number {
 
 const launched = (x: number, blocks: readonly Block[], sigmas: readonly number[]) => run(x, planSteps(blocks, sigmas));
 
-const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2P1", "H1R1P1R1", "P1R1", "H8P9R5", "A6", "H1A4", "H1P2A3", "H1R1A2R1A1", "E1A2P2A2", "H1S1", "A2S1A1S2A2", "H1P1S1A1", "E2S1P2S1R1"]; // biome-ignore format: a list
+const schedules = ["E6", "H4", "P5", "H1P4", "H1P2R2", "H2P2R1", "H1P5R3", "E1R2P1", "H1R1P1R1", "P1R1", "H8P9R5", "A6", "H1A4", "H1P2A3", "H1R1A2R1A1", "E1A2P2A2", "H1S1", "A2S1A1S2A2", "H1P1S1A1", "E2S1P2S1R1", "C4", "E1C3", "H1C2", "P3C2A1C1", "A2C1R1C2S1"]; // biome-ignore format: a list
 
 describe("planSteps", () => {
   it.each(schedules)("computes %s as defined", (text) => {
@@ -157,6 +166,7 @@ describe("planSteps", () => {
     expect(count("E28")).toEqual({ predictor: 28, refiner: 0, rows: 28 });
     expect(count("P3")).toEqual({ predictor: 4, refiner: 0, rows: 4 });
     expect(count("A2S1A1S1")).toEqual({ predictor: 3, refiner: 0, rows: 3 });
+    expect(count("E1C3")).toEqual({ predictor: 4, refiner: 3, rows: 4 });
   });
 
   it("marks one launch of each block as its last", () => {
@@ -207,6 +217,28 @@ describe("planSteps", () => {
     ).toBe(7);
   });
 
+  it("has C as Adams-Bashforth where the refiner changes nothing, and not extrapolating from a pair to a single velocity", () => {
+    const sigmas = shiftedSigmas(4, { shift: 3 });
+    const scales = [4, null, null, 2];
+    const extrapolated = (guidance: (block: number) => number | null) =>
+      planSteps(parseBlocks("C4"), sigmas, { guidance }).flatMap(({ type, extrapolation }) =>
+        type === "refine" ? [extrapolation !== undefined] : [],
+      );
+    expect(extrapolated(() => 3)).toEqual([false, true, true, true]);
+    expect(extrapolated((block) => scales[block]!)).toEqual([false, false, true, false]);
+    let [x, v, before] = [0.3, 0, 0];
+    for (const { type, sigma, aIn, aOld, aNew, keepsVelocity, extrapolation = 0 } of planSteps(
+      parseBlocks("C4"),
+      sigmas,
+    )) {
+      const old = v + extrapolation * (v - before);
+      const next = type === "refine" ? old : V(x + aIn * old, sigma);
+      x += aOld * old + aNew * next;
+      if (keepsVelocity) [before, v] = [v, next];
+    }
+    expect(x).toBeCloseTo(launched(0.3, parseBlocks("A4"), sigmas), 12);
+  });
+
   it("takes weights in place of a letter's", () => {
     const sigmas = [1, 0.7, 0.4, 0.1, 0];
     const weights = [0, 1, 2, 3].map((i) => ({ in: 0.01 * i, old: 0.1 * i, new: -0.3 - 0.01 * i, older: 0.02 * i }));
@@ -221,6 +253,27 @@ describe("planSteps", () => {
     const launches = planSteps(parseBlocks("E1A3"), sigmas, { weights });
     expect(run(0.3, launches)).toBeCloseTo(x, 12);
     expect(() => planSteps(parseBlocks("E1A3"), sigmas, { weights: weights.slice(1) })).toThrow(RangeError);
+  });
+
+  it("has C add the refiner's part to a step with weights, at the middle of the step", () => {
+    const sigmas = [1, 0.7, 0.3, 0];
+    const weights = [0, 1, 2].map((i) => ({ in: 0, old: 0.1 * i, new: -0.3 - 0.01 * i, older: 0.02 * i }));
+    let x = 0.3;
+    const v: number[] = [];
+    for (const [i, each] of weights.entries()) {
+      const [old = 0, older = 0] = v;
+      v.unshift(V(x, sigmas[i]!));
+      x += each.old * old + each.new * v[0]! + each.older * older;
+    }
+    const plain = x;
+    // The line through the velocities at 0.3 and 0.7, read at 0.15; half of the step of −0.3 back from its end.
+    const ahead = v[0]! + ((v[1]! - v[0]!) / (0.7 - 0.3)) * (0.15 - 0.3);
+    x += -0.3 * r(x + 0.15 * ahead, ahead, 0.15);
+    const launches = planSteps(parseBlocks("E1A1C1"), sigmas, { weights });
+    expect(launches.map(({ type }) => type)).toEqual(["predict", "predict", "predict", "refine"]);
+    expect(run(0.3, launches)).toBeCloseTo(x, 12);
+    expect(run(0.3, planSteps(parseBlocks("E1A2"), sigmas, { weights }))).toBeCloseTo(plain, 12);
+    expect(Math.abs(x - plain)).toBeGreaterThan(1e-3);
   });
 
   // dx/dσ = −x + 3σ has x(σ) = c·e^(−σ) + 3σ − 3.

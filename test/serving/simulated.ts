@@ -49,6 +49,10 @@ const networks: Record<string, { inputs: Record<string, string | number>; output
     },
     outputs: { x_next: "rows", first_next: "rows", second_next: "rows" },
   },
+  extrapolate: {
+    inputs: { velocity: "network_rows", before: "network_rows", weight: "rows" },
+    outputs: { velocity_next: "network_rows" },
+  },
   upscale: { inputs: { latents: "rows", noise: "rows", sigma: "rows" }, outputs: { x: "rows" } },
   upscale_latents: {
     inputs: { latents: "rows", noise: "rows", sigma: "rows", scale: "rows", vertical: 8, horizontal: 8, weights: 4 },

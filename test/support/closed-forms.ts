@@ -87,6 +87,7 @@ export function checkpointForms(factor: number): Forms {
         `second_next ${sum("second")}`,
       ],
     };
+    forms[name("extrapolate")] = { formulas: ["velocity_next velocity weight velocity before - * +"] };
     forms[name("inpaint_blend")] = {
       temporaries: { known: "noise", direction: "noise" },
       formulas: [

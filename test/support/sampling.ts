@@ -66,6 +66,11 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
   predict: step("point 0.5 * sigma +", guided),
   refine: step("point 0.75 * velocity + sigma 0.5 * -", guided),
   combine: combine(guided),
+  extrapolate: {
+    inputs: { velocity: "float32", before: "float32", weight: "float32" },
+    outputs: ({ velocity }) => ({ velocity_next: velocity! }),
+    formulas: ["velocity_next velocity weight velocity before - * +"],
+  },
   vae_decoder: {
     inputs: { latents: "float32" },
     outputs: ({ latents }) => {
@@ -112,7 +117,7 @@ export const samplingForms = (guided: boolean, side = factor): Record<string, Cl
   },
 });
 
-const withVariants = ["predict", "refine", "combine", "inpaint_blend", "preview"];
+const withVariants = ["predict", "refine", "combine", "extrapolate", "inpaint_blend", "preview"];
 
 /** The graphs under the names that templates give them. */
 export function samplingGraphs(guided: boolean): CompilableGraph[] {
@@ -139,10 +144,11 @@ export const cases: readonly Case[] = [
   { name: "H", stages: ["H2"] },
   { name: "P", stages: ["P3"] },
   { name: "R", stages: ["H1P2R2"] },
-  { name: "without guidance", stages: ["H1P1R1E1"], guided: false },
-  { name: "two stages", stages: ["H1P1R1", "H1R1"] },
+  { name: "C", stages: ["C3"] },
+  { name: "without guidance", stages: ["H1P1R1E1C2"], guided: false },
+  { name: "two stages", stages: ["H1P1R1", "H1C1"] },
   { name: "two stages in latents", stages: ["H1P1R1", "H1R1"], upscale: "latents" },
-  { name: "inpainting", stages: ["H1P2R1"], inpainted: true },
+  { name: "inpainting", stages: ["H1P2R1C2"], inpainted: true },
 ];
 
 /** Deterministic numbers of about the size of normal noise. */
@@ -272,11 +278,20 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
       stage.upscale === "latents" ? inLatents(latents!, noise, start) : mix(latents!, noise, start);
     let x: FloatTensor = index > 0 ? started() : init ? mix(init, noise, start) : noise;
     let velocity: FloatTensor | null = null;
+    /** Where that was evaluated. */
+    let level = 0;
 
     /** x + a_old·g(v) + a_new·g(v'), and v' = network(x + a_in·g(v)). */
-    const evaluate = (type: "predict" | "refine", sigma: number, aIn: number, aOld: number, aNew: number) => {
+    const evaluate = (
+      type: "predict" | "refine",
+      sigma: number,
+      aIn: number,
+      aOld: number,
+      aNew: number,
+      given: FloatTensor | null = velocity,
+    ) => {
       const table = stage.positions[type].tensor;
-      const old = velocity ?? each([rows, ...shape.slice(1)], () => 0);
+      const old = given ?? each([rows, ...shape.slice(1)], () => 0);
       const next = each(old.shape, (row, place) => {
         const point = float(at(x, row, place) + float(float(aIn) * guided(old, row % batch, place)));
         const body =
@@ -305,13 +320,24 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
       if (kind === "E") {
         const { moved, next } = evaluate("predict", from, 0, 0, to - from);
         x = moved;
-        velocity = next;
+        [velocity, level] = [next, from];
       } else if (kind === "R") {
-        velocity = evaluate("refine", from, 0, 0, 0).next;
+        [velocity, level] = [evaluate("refine", from, 0, 0, 0).next, from];
         correct("refine", from, to);
+      } else if (kind === "C") {
+        const now = evaluate("predict", from, 0, 0, 0).next;
+        const weight = velocity && float((to - from) / (2 * (from - level)));
+        const ahead = each(now.shape, (row, place) => {
+          const own = at(now, row, place);
+          return velocity ? float(own + float(weight! * float(own - at(velocity, row, place)))) : own;
+        });
+        x = evaluate("refine", (from + to) / 2, (to - from) / 2, 0, to - from, ahead).moved;
+        [velocity, level] = [now, from];
       } else {
-        if (kind === "H" || velocity === null) velocity = evaluate("predict", from, 0, 0, 0).next;
-        velocity = correct("predict", from, to);
+        if (kind === "H" || velocity === null) [velocity, level] = [evaluate("predict", from, 0, 0, 0).next, from];
+        const corrected = correct("predict", from, to);
+        // C extrapolates from the beginning of the block before it.
+        if (stage.schedule.blocks[block + 1] !== "C") [velocity, level] = [corrected, to];
       }
       if (stage.mask && init) {
         const { mask } = stage;

@@ -124,7 +124,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(stdout).toMatch(/^# verify:gpu: passed\n/);
     expect(report.machine).toMatchObject({ gpu: "Simulated GPU", sm: "8.9", runtime: "tensorrt", driver: "13.0" });
     expect([report.engines.length, report.findings.length]).toEqual([report.planned.engines, report.planned.cases]);
-    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(18);
+    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(20);
     for (const { cached, bytes } of report.engines) expect([cached, bytes > 100]).toEqual([false, true]);
 
     // The simulation rounds after each operation, as plain TypeScript does: not a bit is off.
@@ -144,13 +144,13 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect([status, report.passed, report.quick]).toEqual([0, true, true]);
     // Its profiles are among those of the engines that were built above.
     for (const { graph, cached } of report.engines) expect(cached, graph).toBe(true);
-    expect(report.engines).toHaveLength(18);
+    expect(report.engines).toHaveLength(20);
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
     expect(report.findings.length).toBeLessThan(25);
     expect(report.pictures).toHaveLength(2);
-    expect(stdout).toContain("22 of 22 cases (the small set, --quick)");
+    expect(stdout).toContain("24 of 24 cases (the small set, --quick)");
   });
 
   const namesOf = (findings: readonly { readonly name: string; readonly passed: boolean }[]) =>
@@ -227,7 +227,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(names.every((name) => /predict\.guidance|multistep|inpainting|pictures/.test(name))).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
-    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(22 + 3 + 1);
+    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(24 + 3 + 1);
     expect(stdout).toMatch(/timed out after 1 s/);
   });
 
@@ -255,7 +255,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(22 + 3 + 1);
+    expect(report.skipped).toHaveLength(24 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {

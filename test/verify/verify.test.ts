@@ -149,7 +149,7 @@ describe("verify:gpu", () => {
         [
           ...["clip_g", "clip_l", "t5", "predict", "predict.guidance", "refine", "refine.guidance", "scale_noise"],
           ...["vae_decoder", "vae_encoder", "inpaint_blend", "inpaint_blend.guidance", "preview", "preview.guidance"],
-          ...["combine", "combine.guidance"],
+          ...["combine", "combine.guidance", "extrapolate", "extrapolate.guidance"],
         ].sort(),
       );
       const names = bundle.cases.filter(({ example }) => example.kind === "sampler").map(({ example }) => example.name);

@@ -94,6 +94,11 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-steps", type=int, default=2000, help="steps of training on them")
     parser.add_argument("--runs-batch", type=int, default=4, help="runs in a batch, on each device")
     parser.add_argument("--runs-lr", type=float, help="learning rate there (default: that of --lr)")
+    parser.add_argument("--last-steps", type=int, default=0, help="then train on the last steps of the schedules in MODEL/schedules.json from so many starts (0: do not)")
+    parser.add_argument("--last-steps-for", type=int, default=2000, metavar="STEPS", help="steps of training on them")
+    parser.add_argument("--last-steps-batch", type=int, default=4, help="runs in a batch, on each device")
+    parser.add_argument("--last-steps-lr", type=float, help="learning rate there (default: that of --lr)")
+    parser.add_argument("--last-steps-loss", default="pixels", choices=("pixels", "latents"), help="compared as pictures, which takes the decoder's memory, or as latents")
     parser.add_argument("--caption-dropout", type=float, default=0.1)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -126,6 +131,12 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         print(f"note: the refiner is {required.share:.1%} of the predictor; above 5 % its evaluations are no longer nearly free", flush=True)
     if chosen.dry_run:
         return 0
+    from .last_steps import LastSteps, LastStepSettings, gains, mark_refined, prepare_last_steps, read_schedules, train_on_last_steps
+
+    schedules_file = chosen.model / "schedules.json"
+    improved = {}
+    if chosen.last_steps:
+        fitted = read_schedules(schedules_file, size, size)
     if not (chosen.images or chosen.dataset or chosen.latents):
         raise ValueError("Expected the data: --images FOLDER, --dataset NAME or --latents CACHE")
     if not (chosen.model / "model_index.json").exists():
@@ -185,11 +196,44 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         predictor.to("cpu")
         accelerator.wait_for_everyone()
         refiner = train_on_run_ends(refiner, told.null, state / "runs", state, runs, chosen.seed, log, **how)
+    if chosen.last_steps:
+        rows = min(8, chosen.last_steps)
+        scales = len({steps.guidance for steps in fitted})
+        trained = -(-chosen.last_steps // rows)
+        # An eighth of the runs besides is kept apart, of each scale.
+        held = max(1, trained // (8 * scales))
+        ends = LastStepSettings(
+            shift=float(scheduler.get("shift", 1.0)), rows=rows, held=held, shards=trained + held * scales, steps=chosen.last_steps_for,
+            batch=chosen.last_steps_batch, lr=chosen.last_steps_lr or chosen.lr, clip=chosen.clip, average=chosen.average,
+        )  # fmt: skip
+        process = (accelerator.process_index, accelerator.num_processes)
+        told = CachedBatches(cache, dropout=0)
+        prepare_last_steps(
+            predictor, told, told.null, fitted, state / "last-steps", ends, chosen.seed, log, device=accelerator.device, part=process
+        )
+        predictor.to("cpu")
+        accelerator.wait_for_everyone()
+        last = LastSteps(state / "last-steps", fitted, ends, told.null, accelerator.device)
+        decode = _decoder(chosen.model, accelerator.device) if chosen.last_steps_loss == "pixels" else lambda latents: latents
+        refiner = train_on_last_steps(refiner, last, decode, state, ends, chosen.seed, log, **how)
+        improved = {steps: gain > interval for steps, (gain, interval) in gains(refiner, last, decode, log, chosen.last_steps_batch).items()}
     if accelerator.is_main_process:
         # The dtype of the predictor's file, so that one engine build has one dtype.
         refiner.to(_file_dtype(chosen.model / "transformer")).save_pretrained(out)
         log(f"wrote {out}")
+        # What schedules.json says of the refiner is of the one beside it.
+        if out.resolve() == (chosen.model / "refiner").resolve() and schedules_file.exists():
+            mark_refined(schedules_file, size, size, improved)
+            log(f"{schedules_file}: {sum(improved.values())} schedules end with the refiner")
     return 0
+
+
+def _decoder(model: Path, device: torch.device):
+    """Latents as the sampler has them → pictures, with a gradient."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
+    return lambda latents: vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
 
 
 def _file_dtype(folder: Path) -> torch.dtype:
