@@ -225,10 +225,11 @@ export interface GenerateOptions {
   /**
    * Spacing of the noise levels: `"eased"`, denser at both ends and shifted further where few steps meet strong guidance; `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
    * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler, or for dpmpp_2m and unipc of its scheduler of that kind; `"karras"`
-   * (arXiv 2206.00364), `"exponential"` (even in log σ) and `"beta"` (arXiv 2407.12173), between the ends of that scheduler's.
+   * (arXiv 2206.00364), `"exponential"` (even in log σ) and `"beta"` (arXiv 2407.12173), between the ends of that scheduler's. `"calibrated"` is what
+   * was calibrated for the model, and is refused where nothing was.
    * Default: what was calibrated for the model, or `"eased"`, for flowturbo; `"shifted"` for heun and for `blocks`; otherwise `"diffusers"`.
    */
-  grid?: GridName | undefined;
+  grid?: GridName | "calibrated" | undefined;
   /**
    * Noise levels in place of `grid`: for each step the one where it starts, falling, above 0 and up to 1, such as `[1, 0.9, 0.5]`.
    * 0 at the end may be given or left out. As in diffusers they are shifted as the scheduler shifts; with `shift: 1` they are used as

@@ -278,8 +278,8 @@ export const generateSchema = z.strictObject({
     "--blocks <schedule>",
   ),
   grid: optional(
-    oneOf(Object.keys(sigmaGrids) as GridName[]),
-    `noise levels: ${Object.keys(sigmaGrids).join(", ")} (default: ${bySampler(({ grid }) => grid)})`,
+    oneOf([...(Object.keys(sigmaGrids) as GridName[]), "calibrated"]),
+    `noise levels: ${Object.keys(sigmaGrids).join(", ")}, calibrated (default: ${bySampler(({ grid }) => grid)})`,
     "--grid <name>",
   ),
   sigmas: optional(

@@ -297,7 +297,8 @@ function fittedSchedule(
 ): FittedSchedule | null {
   const { sampler = defaultSampler, grid, sigmas, shift, mu, image, guidanceScale } = options;
   const { guidanceStart, guidanceStop, guidanceMode } = options;
-  const isUsual = [grid, sigmas, shift, mu, image].every((value) => value === undefined) && sampler === defaultSampler;
+  const own = [grid === "calibrated" ? undefined : grid, sigmas, shift, mu, image];
+  const isUsual = own.every((value) => value === undefined) && sampler === defaultSampler;
   if (!isUsual || guidanceMode !== "cfg" || guidanceStart > 0 || guidanceStop < 1 || typeof guidanceScale !== "number")
     return null;
   const native = nativeSize(checkpoint);
@@ -457,6 +458,11 @@ function firstStage(
   }
   const scale = (step: number) => scaleAt(options, step, count + later);
   const isGuided = Array.from({ length: count }, (_, step) => scale(step)).some((each) => each !== null);
+  if (options.grid === "calibrated")
+    throw new OptionError(
+      "grid",
+      `No schedule of ${count} steps was calibrated for this request: its size, its guidance and what else it says of its schedule. Leave out grid, or run \`flowturbo calibrate\`.`,
+    );
   // CFG-Zero* leaves the first step out where it starts from noise: the velocity there counts as zero.
   const zeroInit = guidanceMode === "cfg_zero" && isGuided && options.image === undefined ? 1 : 0;
   if (zeroInit === count)

@@ -71,13 +71,12 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
     // What an original's strength or the guidance leaves out is left out again.
-    ...{ width, height, sampler, blocks: drawn.map((stage) => stage.whole.blocks).join(" ") },
-    // The steps alone draw a calibrated schedule again.
+    ...{ width, height, sampler },
+    // The steps draw a calibrated schedule again; its blocks alone do not.
     ...(isCalibrated
-      ? { steps: schedule.blocks.length, grid: "calibrated" }
-      : sigmas
-        ? { sigmas }
-        : { grid: whole.grid }),
+      ? { steps: schedule.blocks.length }
+      : { blocks: drawn.map((stage) => stage.whole.blocks).join(" ") }),
+    ...(sigmas ? { sigmas } : { grid: whole.grid }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),
     ...(stages && { stages }),

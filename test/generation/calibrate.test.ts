@@ -120,6 +120,23 @@ describe("calibrate", () => {
     expect(accepted).toEqual(["U28", "U1"]);
   });
 
+  it("is refused by name where nothing was calibrated", async () => {
+    await using model = await load();
+    for (const options of [
+      { steps: 9 },
+      { steps: 3, shift: 2 },
+      { blocks: "E3" },
+      { steps: 3, guidanceScale: 9 },
+      { steps: 3, sampler: "euler" as const },
+    ])
+      await expect(
+        model.generate({ prompt: "x", ...size, guidanceScale: 2, grid: "calibrated", ...options }),
+      ).rejects.toMatchObject({
+        ...{ code: "ERR_FLOWTURBO_OPTION", option: "grid" },
+        message: expect.stringMatching(/No schedule of \d steps was calibrated/),
+      });
+  });
+
   it("refuses what it cannot do before any work", async () => {
     await using model = await load();
     for (const [options, option] of [
@@ -190,6 +207,7 @@ describe("calibrate", () => {
     await using model = await load();
     for (const options of [
       { steps: 3, guidanceScale: 2 },
+      { steps: 3, guidanceScale: 2, grid: "calibrated" },
       { steps: 5, guidanceMode: "cfg_zero" },
       { blocks: "H1P3", guidanceMode: "cfg_zero" },
       { sigmas: [1, 0.8, 0.5], guidanceMode: "cfg_zero" },
@@ -198,20 +216,8 @@ describe("calibrate", () => {
       { steps: 4, shift: 2, guidanceStart: 0.25 },
     ] as Partial<GenerateOptions>[]) {
       const request = { prompt: "a red circle", seed: 4, ...size };
-      const [first] = (await model.generate({ ...request, ...options })).images;
-      const {
-        grid,
-        sampler: _,
-        model: __,
-        software: ___,
-        runtime: ____,
-        ...rest
-      } = first!.parameters as Record<string, unknown>;
-      const { blocks, steps, ...others } = rest;
-      // What was calibrated is drawn again by its steps.
-      const again =
-        grid === "calibrated" ? { steps, ...others } : { blocks, ...(grid !== undefined && { grid }), ...others };
-      const [second] = (await model.generate(again as unknown as GenerateOptions)).images;
+      const [first] = (await model.generate({ ...request, ...options, metadata: "parameters" })).images;
+      const [second] = (await model.generate(first!.parameters as unknown as GenerateOptions)).images;
       expect(second!.data, JSON.stringify(options)).toEqual(first!.data);
     }
   });
