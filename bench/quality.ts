@@ -23,7 +23,7 @@ import { Direct } from "./shapes/direct.js";
 import { Features, frechetDistance } from "./shapes/frechet.js";
 import { shareInterval } from "./shapes/pictures.js";
 import { caption, drawScenes, type Pixels, randomNumbers, render } from "./shapes/world.js";
-import { environment, report, root, spread } from "./support.js";
+import { environment, report, resultsFolder, root, spread } from "./support.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -522,7 +522,7 @@ const table = [
   ),
 ].join("\n");
 
-const results = path.join(root, "bench/results");
+const results = resultsFolder;
 const name = [
   flags.quick ? "quality-quick" : "quality",
   ...(size === model.nativeSize.width ? [] : [`${size}`]),
