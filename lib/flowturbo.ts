@@ -12,6 +12,7 @@ import { SharedTask } from "./common/abort.js";
 import { defaultCacheFolder } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
+import { filledLines } from "./common/text.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
@@ -497,8 +498,7 @@ async function schedulesFile(checkpoint: Checkpoint, cache: string): Promise<str
 /** The prompts that a model brings for calibration, one a line. */
 async function promptsOf(folder: string): Promise<string[] | null> {
   const text = await readFile(path.join(folder, "prompts.txt"), "utf8").catch(() => null);
-  const lines = text?.split("\n").map((line) => line.trim()) ?? [];
-  const prompts = lines.filter((line) => line !== "");
+  const prompts = filledLines(text ?? "");
   return prompts.length >= 2 ? prompts : null;
 }
 

@@ -2,6 +2,7 @@
 
 import { readFile } from "node:fs/promises";
 import type { Command } from "commander";
+import { filledLines } from "../common/text.js";
 import { OptionError } from "../errors.js";
 import type { CalibratedEntry, CalibrateProgress } from "../model.js";
 import { calibrateSchema, checkOptions, loadSchema } from "../options.js";
@@ -53,8 +54,7 @@ async function readPrompts(file: string): Promise<string[]> {
   const text = await readFile(file, "utf8").catch((cause: Error) => {
     throw new OptionError("prompts", `The prompts of ${file} cannot be read: ${cause.message}`, { cause });
   });
-  const lines = text.split("\n").map((line) => line.trim());
-  return lines.filter((line) => line !== "");
+  return filledLines(text);
 }
 
 /** PSNR to the reference on pictures that were not fitted to. */

@@ -1,4 +1,4 @@
-/** Texts in messages: those of callers, and those of other errors. */
+/** Texts in messages, those of callers and of other errors, and texts of files. */
 
 /** At most so many characters of a text, with an ellipsis where it is longer. */
 export function clipped(text: string, most: number): string {
@@ -8,4 +8,12 @@ export function clipped(text: string, most: number): string {
 /** The message of whatever was thrown. */
 export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
+}
+
+/** The lines of a text that hold something, without white space around them. */
+export function filledLines(text: string): string[] {
+  return text
+    .split("\n")
+    .map((line) => line.trim())
+    .filter((line) => line !== "");
 }

@@ -91,7 +91,8 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
     guidanceScales.includes(guidanceScale) &&
     counts.includes(weights.length);
   await tryToWrite(file);
-  const before = await readJson(file, checkpoint);
+  const [model, { variant }] = [await fingerprintOf(checkpoint), checkpoint.transformer.weights];
+  const before = await readJson(file, model, variant);
   let json = settings.reset ? { ...before, calibrated: before.calibrated.filter((each) => !isAskedFor(each)) } : before;
   const found: CalibratedEntry[] = [];
   const total = sizes.length * guidanceScales.length * counts.length;
@@ -123,7 +124,9 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
           );
           own.set(steps, entry);
           // Beside what others have found meanwhile.
-          const others = (await readJson(file, checkpoint)).calibrated.filter((each) => keyOf(each) !== keyOf(entry));
+          const others = (await readJson(file, model, variant)).calibrated.filter(
+            (each) => keyOf(each) !== keyOf(entry),
+          );
           json = { ...json, calibrated: sorted([...others, entry]) };
           await writeFileAtomic(file, `${formatted(json)}\n`);
         }
@@ -174,7 +177,7 @@ async function tryToWrite(file: string): Promise<void> {
  * What the file holds, if it is there. A ladder alone belongs to whatever model it lies with.
  * @throws OptionError for one that cannot be read, or is another model's
  */
-async function readJson(file: string, checkpoint: Checkpoint): Promise<SchedulesJson> {
+async function readJson(file: string, model: string, variant: string | null): Promise<SchedulesJson> {
   const refuse = (reason: string): never => {
     throw new OptionError("file", `${file} ${reason}. Remove it, or name another file.`);
   };
@@ -189,19 +192,14 @@ async function readJson(file: string, checkpoint: Checkpoint): Promise<Schedules
   }
   const { success, data } = fileSchema.safeParse(json);
   if (!success) return refuse("is no file of schedules");
-  const [model, { variant }] = [await fingerprintOf(checkpoint), checkpoint.transformer.weights];
   const { version = schedulesVersion, calibrated = [] } = data;
   const isOther = data.model !== undefined && data.model !== model && (data.variant ?? null) === variant;
   if (version !== schedulesVersion || isOther) refuse("holds schedules of another model or version");
-  const made = `flowturbo ${packageVersion()}`;
+  const named = data.variant ?? variant;
   return {
-    ...{
-      ...data,
-      version,
-      model: data.model ?? model,
-      ...((data.variant ?? variant) && { variant: data.variant ?? variant }),
-    },
-    ...{ made, calibrated: calibrated as unknown as CalibratedEntry[] },
+    ...data,
+    ...{ version, model: data.model ?? model, ...(named && { variant: named }), made: `flowturbo ${packageVersion()}` },
+    calibrated: calibrated as unknown as CalibratedEntry[],
   };
 }
 

@@ -42,8 +42,6 @@ export class VelocityField {
   readonly #options: FieldOptions;
   /** Of each prompt, and at the end of the empty one. */
   readonly #encoded: readonly EncodedPrompt[];
-  /** Rows of the transformer that have been evaluated. */
-  rows = 0;
 
   private constructor(options: FieldOptions, encoded: readonly EncodedPrompt[]) {
     this.#options = options;
@@ -141,7 +139,6 @@ export class VelocityField {
       label: { kind: "step", name: `velocity at sigma ${points[0]!.sigma.toFixed(4)}` },
     });
     const { data } = (await run(builder.build(["velocity_next"]))).velocity_next as FloatTensor;
-    this.rows += pairs;
     return points.map(({ scale }, row) => {
       const conditional = data.subarray((pairs - rows + row) * size, (pairs - rows + row + 1) * size);
       if (scale === null) return conditional.slice();

@@ -79,6 +79,8 @@ export interface Candidate {
   /** Schedules of its stages, such as "H1P7R2 H1P1". */
   readonly text: string;
   readonly stages: readonly RequestStage[];
+  /** Whether some step of it is guided. */
+  readonly isGuided: boolean;
 }
 
 /** What a request edits. */
@@ -174,7 +176,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSigmas(sigmas);
   checkShift(options, model.checkpoint);
   const candidates = candidatesOf(options, model, pictures);
-  const isOn = candidates.some(({ stages }) => guidanceOf(stages).guided);
+  const isOn = candidates.some(({ isGuided }) => isGuided);
 
   // What an edit needs.
   for (const [name, value] of Object.entries({ mask, strength }))
@@ -321,7 +323,8 @@ function candidateOf(
   const stages = options.stages
     ? risingStages(options, options.stages, model, pictures)
     : [firstStage(options, model, pictures, blocks)];
-  return { text: stages.map(({ schedule }) => schedule.text).join(" "), stages };
+  const text = stages.map(({ schedule }) => schedule.text).join(" ");
+  return { text, stages, isGuided: guidanceOf(stages).guided };
 }
 
 /** @throws OptionError for blocks that are none, or that need a refiner which is not there */
@@ -457,14 +460,14 @@ function firstStage(
     return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule, isCalibrated: true, whole };
   }
   const scale = (step: number) => scaleAt(options, step, count + later);
-  const isGuided = Array.from({ length: count }, (_, step) => scale(step)).some((each) => each !== null);
+  const guidance = Math.max(1, ...Array.from({ length: count }, (_, step) => scale(step) ?? 1));
   if (options.grid === "calibrated")
     throw new OptionError(
       "grid",
       `No schedule of ${count} steps was calibrated for this request: its size, its guidance and what else it says of its schedule. Leave out grid, or run \`flowturbo calibrate\`.`,
     );
   // CFG-Zero* leaves the first step out where it starts from noise: the velocity there counts as zero.
-  const zeroInit = guidanceMode === "cfg_zero" && isGuided && options.image === undefined ? 1 : 0;
+  const zeroInit = guidanceMode === "cfg_zero" && guidance > 1 && options.image === undefined ? 1 : 0;
   if (zeroInit === count)
     throw new OptionError(
       "guidanceMode",
@@ -472,7 +475,6 @@ function firstStage(
     );
   const skipped = options.image === undefined ? zeroInit : skippedBlocks(count, strength);
   // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
-  const guidance = Math.max(1, ...Array.from({ length: count }, (_, step) => scale(step) ?? 1));
   const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, guidance);
   if (blocks && unmetNeed(run))
     throw zeroInit
