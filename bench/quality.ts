@@ -53,7 +53,7 @@ const modelShift = direct.checkpoint.scheduler.shift;
 interface Sampler {
   readonly name: string;
   readonly family: string;
-  /** Guided evaluations of the predictor. */
+  /** Guided evaluations of the predictor, of two rows each; one of a single row is half of one. A calibrated schedule may take less. */
   readonly evaluations: number;
   /** By the public API, or on a velocity. */
   readonly options?: Omit<GenerateOptions, "prompt" | "seed">;
@@ -87,6 +87,21 @@ const blocksOf = (h: number, p: number, r: number) => "H".repeat(h) + "P".repeat
 const calibratedFamily = "FlowTurbo, calibrated";
 const usualFamily = "FlowTurbo, uncalibrated";
 
+/**
+ * Calibrated schedules that leave some steps without guidance, where none of no more rows is nearer: a time limit chooses from them, and
+ * `steps` takes the nearest of its number.
+ */
+function calibratedPatterns(): boolean[][] {
+  const { calibrated } = JSON.parse(readFileSync(path.join(root, "models/shapes/schedules.json"), "utf8")) as {
+    calibrated: { width: number; guidanceScale: number; guided: boolean[]; rows: number; psnr: { held: number } }[];
+  };
+  const own = calibrated.filter((each) => each.width === size && each.guidanceScale === guidance);
+  const best = own.filter(({ rows, psnr }) => own.every((other) => other.rows > rows || other.psnr.held <= psnr.held));
+  const isNearest = (each: (typeof own)[number]) =>
+    own.every((other) => other.guided.length !== each.guided.length || other.psnr.held <= each.psnr.held);
+  return best.filter((each) => !isNearest(each)).map(({ guided }) => guided);
+}
+
 /** A quick look takes a cheaper one. */
 const reference = flags.quick
   ? api("reference", "H20", 40, { blocks: "H20" })
@@ -111,6 +126,12 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
   const withR = [[1, 1, 2], [1, 2, 1], [1, 2, 2], [1, 3, 1], [1, 4, 1], [1, 5, 1]] as const; // biome-ignore format: a table
   const all = [
     ...counts.map((n) => api(calibratedFamily, `calibrated ${n}`, n, { steps: n })),
+    ...calibratedPatterns().map((guided) => {
+      const rows = guided.reduce((sum, each) => sum + (each ? 2 : 1), 0);
+      const guidanceScale = guided.map((each) => (each ? guidance : 1));
+      const name = `calibrated ${guided.length}, ${rows} rows`;
+      return api(calibratedFamily, name, rows / 2, { steps: guided.length, guidanceScale });
+    }),
     ...counts.map((n) => api(usualFamily, `uncalibrated ${n}`, n, { steps: n, grid: "eased" })),
     ...[...counts, 14, 20, 28].map((n) =>
       api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n }),
@@ -126,6 +147,16 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
     ...[...counts, 14, 16].map((n) => api("UniPC", `UniPC ${n}`, n, { sampler: "unipc", steps: n })),
     // What each ingredient brings: a second order, noise levels of its own, and holding back.
     ...[4, 6, 8, 10, 12].map((n) => api("Adams-Bashforth, shifted grid", `A${n} shifted`, n, { blocks: `A${n}` })),
+    ...[3, 4, 6, 8, 10, 12].map((n) =>
+      api("uncalibrated, first step unguided", `uncalibrated ${n}, first unguided`, n - 0.5, {
+        ...{ steps: n, grid: "eased", guidanceStart: 1.01 / n },
+      }),
+    ),
+    ...[3, 4, 6, 8, 10, 12].map((n) =>
+      api("uncalibrated, last step unguided", `uncalibrated ${n}, last unguided`, n - 0.5, {
+        ...{ steps: n, grid: "eased", guidanceStop: 1 - 0.5 / n },
+      }),
+    ),
     ...[4, 6, 8, 10, 12].map((n) => api("M on the shifted grid", `M${n} shifted`, n, { blocks: `M${n}` })),
     ...[4, 6, 8, 10, 12].map((n) => api("D on the eased grid", `D${n} eased`, n, { blocks: `D${n}`, grid: "eased" })),
     ...[2, 3, 4, 6, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
@@ -176,6 +207,8 @@ interface Record_ {
   readonly features: readonly (readonly number[])[];
   /** Against the reference, dB, one for each picture. */
   readonly psnr: readonly number[];
+  /** Rows of the predictor for a picture, as the product counts them. */
+  readonly rows?: number;
 }
 
 const slug = (name: string) => name.replaceAll(/[^A-Za-z0-9.]+/g, "-");
@@ -188,22 +221,22 @@ async function drawn(
   sampler: Sampler,
   captions: readonly string[],
   seed: number,
-): Promise<{ pictures: Pixels[]; milliseconds: number }> {
+): Promise<{ pictures: Pixels[]; milliseconds: number; rows: number }> {
   if (sampler.options) {
-    const options = { ...sampler.options, width: size, height: size, guidanceScale: guidance };
+    const options = { guidanceScale: guidance, ...sampler.options, width: size, height: size };
     const result = await model.generate({ ...options, prompt: [...captions], seed });
     // The name says what is measured.
     if (sampler.family === calibratedFamily && result.images[0]!.parameters.grid !== "calibrated")
       throw new Error(`There is no calibrated schedule for ${sampler.name} at guidance ${guidance} and ${size} px.`);
     const milliseconds = result.timings.steps.reduce((sum, step) => sum + step, 0);
-    return { pictures: [...result.images], milliseconds };
+    return { pictures: [...result.images], milliseconds, rows: result.evaluations.rows };
   }
   const rows = captions.length;
   const velocity = direct.velocity(await direct.condition(captions), guidance, rows, size);
   const before = direct.sampled.milliseconds;
   const latents = await sampler.run!(velocity, direct.noise(seed, rows, size));
   const milliseconds = direct.sampled.milliseconds - before;
-  return { pictures: await direct.decode(latents, rows, size), milliseconds };
+  return { pictures: await direct.decode(latents, rows, size), milliseconds, rows: 2 * sampler.evaluations };
 }
 
 function psnr(a: Pixels, b: Uint8Array): number {
@@ -221,9 +254,9 @@ async function referencePictures(shard: number): Promise<Uint8Array[]> {
   const file = path.join(folder, `reference-${shard}.rgb`);
   if (!existsSync(file) || !existsSync(recordFile(reference, shard))) {
     const own = scenes.slice(shard * shardSize, shard * shardSize + rows);
-    const { pictures } = await drawn(reference, own.map(caption), shard * shardSize);
+    const { pictures, rows: evaluated } = await drawn(reference, own.map(caption), shard * shardSize);
     write(file, Buffer.concat(pictures.map(({ data }) => data)));
-    write(recordFile(reference, shard), JSON.stringify(await judgedRecord(pictures, shard, null)));
+    write(recordFile(reference, shard), JSON.stringify(await judgedRecord(pictures, shard, null, evaluated)));
   }
   const bytes = readFileSync(file);
   return Array.from({ length: rows }, (_, row) => bytes.subarray(row * size * size * 3, (row + 1) * size * size * 3));
@@ -239,8 +272,10 @@ async function judgedRecord(
   pictures: readonly Pixels[],
   shard: number,
   references: readonly Uint8Array[] | null,
+  rows: number,
 ): Promise<Record_> {
   return {
+    rows,
     verdicts: pictures.map((picture, row) => judge(picture, scenes[shard * shardSize + row]!)),
     features: (await features.of(pictures)).map((row) => row.map((value) => Number(value.toPrecision(6)))),
     psnr: references ? pictures.map((picture, row) => psnr(picture, references[row]!)) : [],
@@ -317,8 +352,8 @@ for (let shard = part - 1; shard < shards; shard += parts) {
   for (const sampler of order) {
     const file = recordFile(sampler, shard);
     if (existsSync(file)) continue;
-    const { pictures } = await drawn(sampler, captions, shard * shardSize);
-    write(file, JSON.stringify(await judgedRecord(pictures, shard, references)));
+    const { pictures, rows } = await drawn(sampler, captions, shard * shardSize);
+    write(file, JSON.stringify(await judgedRecord(pictures, shard, references, rows)));
   }
   status(`shard ${shard + 1} of ${shards}`);
 }
@@ -329,7 +364,8 @@ if (process.stderr.isTTY) process.stderr.write("\r\x1b[K");
 interface Row {
   readonly name: string;
   readonly family: string;
-  readonly evaluations: number;
+  /** Rows of the predictor for a picture: two for a guided evaluation. */
+  readonly rows: number;
   readonly captions: number;
   readonly ground: number;
   readonly colours: number;
@@ -405,7 +441,8 @@ const rows = [reference, ...contenders].map((sampler): Row => {
   // A resample repeats rows, which raises the distance itself: its spread is used, about the value found.
   const spreadHalf = (high - low) / 2;
   return {
-    ...{ name: sampler.name, family: sampler.family, evaluations: sampler.evaluations, captions: verdicts.length },
+    ...{ name: sampler.name, family: sampler.family, captions: verdicts.length },
+    rows: records[0]!.rows ?? 2 * sampler.evaluations,
     ...{ ground, colours, shapes, relation, accuracy, accuracyInterval: shareInterval(accuracy, verdicts.length) },
     ...{ frechet, frechetInterval: [Math.max(0, frechet - spreadHalf), frechet + spreadHalf] as const },
     psnr: decibels.length ? mean(decibels) : Number.NaN,
@@ -428,10 +465,11 @@ const rivalFamilies = [
   "UniPC",
 ];
 const defaults = [calibratedFamily, usualFamily];
-/** For each number of evaluations the default schedules and the best of their rivals. */
+/** For each number of steps the default schedules, and the best of their rivals with as many guided steps. */
 const byCount = counts.flatMap((n) => {
-  const own = defaults.flatMap((family) => rows.filter((row) => row.family === family && row.evaluations === n));
-  const rivals = rows.filter((row) => rivalFamilies.includes(row.family) && row.evaluations === n);
+  const names = [`calibrated ${n}`, `uncalibrated ${n}`];
+  const own = rows.filter((row) => defaults.includes(row.family) && names.includes(row.name));
+  const rivals = rows.filter((row) => rivalFamilies.includes(row.family) && row.rows === 2 * n);
   if (own.length === 0 || rivals.length === 0) return [];
   const nearest = rivals.reduce((a, b) => (a.psnr >= b.psnr ? a : b));
   const surest = rivals.reduce((a, b) => (a.accuracy >= b.accuracy ? a : b));
@@ -456,36 +494,36 @@ const equals = (
   if (!rival) return [];
   const own = rows
     .filter(({ family }) => family === calibratedFamily)
-    .sort((a, b) => a.evaluations - b.evaluations)
+    .sort((a, b) => a.rows - b.rows)
     .find((row) => isAsGood(row, rival));
-  return [{ rival, own: own ?? null, part: own ? own.evaluations / rival.evaluations : null, bar }];
+  return [{ rival, own: own ?? null, part: own ? own.rows / rival.rows : null, bar }];
 });
-/** Schedules than which none is nearer to the reference at as many evaluations or fewer. */
+/** Schedules than which none is nearer to the reference with as many rows or fewer. */
 const front = rows
   .slice(1)
-  .filter((row) => rows.slice(1).every((other) => other.evaluations > row.evaluations || other.psnr <= row.psnr))
-  .sort((a, b) => a.evaluations - b.evaluations);
+  .filter((row) => rows.slice(1).every((other) => other.rows > row.rows || other.psnr <= row.psnr))
+  .sort((a, b) => a.rows - b.rows);
 const misses = byCount.flatMap(({ n, own, nearest, surest }) =>
   own.flatMap((row) => [
     ...(row.psnr < nearest.psnr
       ? [`${row.name} is ${(nearest.psnr - row.psnr).toFixed(2)} dB behind ${nearest.name}`]
       : []),
     ...(row.accuracyInterval[1] < surest.accuracyInterval[0]
-      ? [`${row.name} is less often right than ${surest.name} (${n} evaluations)`]
+      ? [`${row.name} is less often right than ${surest.name} (${n} steps)`]
       : []),
   ]),
 );
 const findings = [
-  `The reference (${best.name}, ${best.evaluations} evaluations) has ${percent(best.accuracy)} % right and a Fréchet distance of ${best.frechet.toFixed(2)}.`,
+  `The reference (${best.name}, ${best.rows} row evaluations) has ${percent(best.accuracy)} % right and a Fréchet distance of ${best.frechet.toFixed(2)}.`,
   ...equals.map(({ rival, own, part, bar }) =>
     own
-      ? `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): ${own.name} (${own.psnr.toFixed(1)} dB), in ${(100 * part!).toFixed(0)} % of its evaluations (bar ${100 * bar} %).`
+      ? `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): ${own.name} (${own.psnr.toFixed(1)} dB), in ${(100 * part!).toFixed(0)} % of its row evaluations (bar ${100 * bar} %).`
       : `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): no calibrated schedule here.`,
   ),
   misses.length === 0
-    ? `At every number of evaluations from ${counts[0]} to ${counts.at(-1)} both defaults are nearer to the reference than Euler, DPM++(2M) and UniPC, and as often right.`
-    : `Where a default is behind Euler, DPM++(2M) or UniPC with as many evaluations: ${misses.join("; ")}.`,
-  `On the front of PSNR against evaluations: ${front.map(({ name }) => name).join(", ")}.`,
+    ? `At every number of steps from ${counts[0]} to ${counts.at(-1)} both defaults are nearer to the reference than Euler, DPM++(2M) and UniPC with as many guided steps, and as often right.`
+    : `Where a default is behind Euler, DPM++(2M) or UniPC with as many guided steps: ${misses.join("; ")}.`,
+  `On the front of PSNR against row evaluations: ${front.map(({ name }) => name).join(", ")}.`,
 ];
 const pairs = rows
   .filter(({ family }) => family === "FlowTurbo H*P*R*")
@@ -514,11 +552,11 @@ findings.push(
 );
 
 const table = [
-  "| sampler | evaluations | time | ground | colours | shapes | relations | all right, % | Fréchet distance | PSNR, dB |",
+  "| sampler | row evaluations | time | ground | colours | shapes | relations | all right, % | Fréchet distance | PSNR, dB |",
   "|---|---|---|---|---|---|---|---|---|---|",
   ...rows.map(
     (row) =>
-      `| ${row.name} | ${row.evaluations} | ${row.time.toFixed(3)} | ${percent(row.ground)} | ${percent(row.colours)} | ${percent(row.shapes)} | ${percent(row.relation)} | ${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])}) | ${row.frechet.toFixed(2)} (${row.frechetInterval[0].toFixed(2)}–${row.frechetInterval[1].toFixed(2)}) | ${Number.isNaN(row.psnr) ? "" : `${row.psnr.toFixed(2)} (±${((row.psnrInterval[1] - row.psnrInterval[0]) / 2).toFixed(2)})`} |`,
+      `| ${row.name} | ${row.rows} | ${row.time.toFixed(3)} | ${percent(row.ground)} | ${percent(row.colours)} | ${percent(row.shapes)} | ${percent(row.relation)} | ${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])}) | ${row.frechet.toFixed(2)} (${row.frechetInterval[0].toFixed(2)}–${row.frechetInterval[1].toFixed(2)}) | ${Number.isNaN(row.psnr) ? "" : `${row.psnr.toFixed(2)} (±${((row.psnrInterval[1] - row.psnrInterval[0]) / 2).toFixed(2)})`} |`,
   ),
 ].join("\n");
 
@@ -541,12 +579,12 @@ const plots = (
     ["psnr", "PSNR against the reference, dB", (row) => row.psnr, (row) => [...row.psnrInterval]],
   ] as [string, string, (row: Row) => number, (row: Row) => number[]][]
 ).flatMap(([measure, label, of, interval]) =>
-  (["evaluations", "time"] as const).map((cost) => {
-    const file = `${name}-${measure}-${cost}.svg`;
+  (["rows", "time"] as const).map((cost) => {
+    const file = `${name}-${measure}-${cost === "time" ? cost : "evaluations"}.svg`;
     const chart = svg({
       title: `${label.split(",")[0]} (${count} captions, ${size} px)`,
       x: {
-        label: cost === "time" ? `sampling time, as a part of ${best.name}` : "guided evaluations (two rows each)",
+        label: cost === "time" ? `sampling time, as a part of ${best.name}` : "row evaluations (two for a guided step)",
         scale: "log",
         from: Math.min(...rows.map((row) => row[cost])) * 0.9,
         to: Math.max(...rows.slice(1).map((row) => row[cost])) * 1.1,
@@ -585,7 +623,7 @@ const lines = [
   "",
   `\`npm run bench:quality --${flags.quick ? " --quick" : ""} --captions ${count} --size ${size} --guidance ${guidance}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.`,
   "",
-  `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, of 8 captions at once, over that of ${best.name} in the same round (median of ${times[slugOf(reference)]!.length}; with this machine's unrest, evaluations are the firmer measure). Shares in per cent with`,
+  `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, of 8 captions at once, over that of ${best.name} in the same round (median of ${times[slugOf(reference)]!.length}; with this machine's unrest, row evaluations are the firmer measure). Shares in per cent with`,
   `95 % intervals (Wilson; bootstrap for the distance). Two sets of exact renders are ${floor.toFixed(2)} apart: the floor of the Fréchet distance.`,
   `Euler's tuned grid is \`shifted\` with the shift that comes nearest to the reference on 16 other captions: ${[...tuned].map(([n, s]) => `${n} steps ${s}`).join(", ")}.`,
   "",
@@ -593,16 +631,16 @@ const lines = [
   "",
   table,
   "",
-  "The defaults against the best of Euler (three grids), DPM++(2M) and UniPC with as many evaluations:",
+  "The defaults against the best of Euler (three grids), DPM++(2M) and UniPC with as many guided steps, of two rows each; a calibrated schedule may leave guidance out of some:",
   "",
-  "| evaluations | calibrated, dB | uncalibrated, dB | nearest rival | dB | calibrated right, % | uncalibrated right, % | surest rival | right, % |",
-  "|---|---|---|---|---|---|---|---|---|",
+  "| steps | rows, calibrated | calibrated, dB | uncalibrated, dB | nearest rival | dB | calibrated right, % | uncalibrated right, % | surest rival | right, % |",
+  "|---|---|---|---|---|---|---|---|---|---|",
   ...byCount.map(({ n, own, nearest, surest }) => {
     const of = (family: string) => own.find((row) => row.family === family);
     const [fitted, usual] = defaults.map(of);
     const decibels = (row: Row | undefined) => (row ? row.psnr.toFixed(2) : "");
     const share = (row: Row | undefined) => (row ? percent(row.accuracy) : "");
-    return `| ${n} | ${decibels(fitted)} | ${decibels(usual)} | ${nearest.name} | ${decibels(nearest)} | ${share(fitted)} | ${share(usual)} | ${surest.name} | ${share(surest)} |`;
+    return `| ${n} | ${fitted?.rows ?? ""} | ${decibels(fitted)} | ${decibels(usual)} | ${nearest.name} | ${decibels(nearest)} | ${share(fitted)} | ${share(usual)} | ${surest.name} | ${share(surest)} |`;
   }),
   "",
   "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor). The difference is the mean over the",

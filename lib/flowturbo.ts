@@ -308,7 +308,7 @@ export class FlowTurbo implements ImageModel {
     checkSizes(checkpoint, sizes);
     const sequenceLength = checked.maxSequenceLength ?? text.defaultSequenceLength;
     checkSequenceLength(sequenceLength, text.maxSequenceLength);
-    const { pictures, seed, signal, onProgress, reset } = checked;
+    const { pictures, seed, signal, onProgress, reset, intervals } = checked;
     for (const size of this.#held ? sizes : []) {
       const latentShape = latentShapeOf(checkpoint, 1, size);
       const { device, draw } = this.#held!;
@@ -325,7 +325,7 @@ export class FlowTurbo implements ImageModel {
           },
         },
         {
-          ...{ sizes, pictures, seed, signal, onProgress, reset, sequenceLength },
+          ...{ sizes, pictures, seed, signal, onProgress, reset, intervals, sequenceLength },
           guidanceScales: [...new Set(checked.guidanceScales)],
           steps: [...new Set(checked.steps)].sort((a, b) => a - b),
           prompts: checked.prompts ?? (await promptsOf(checkpoint.folder)) ?? calibrationPrompts,

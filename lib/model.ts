@@ -251,7 +251,8 @@ export interface GenerateOptions {
    * conditional c. 1 or less turns it off and halves the work. A list has one scale for each step (with `stages`: of all stages
    * together; with `image`: of the whole schedule, of which `strength` leaves the end). What A and P reuse is guided with their own scale
    * where both steps are guided; other methods remember velocities as they were guided where they were computed. `R` blocks are guided
-   * as the block before them. Default: 4.5.
+   * as the block before them. With one scale and no interval a calibrated schedule says which of its steps are guided, and by what multiple
+   * of the scale; a list names the steps. Default: 4.5.
    */
   guidanceScale?: number | readonly number[] | undefined;
   /**
@@ -544,6 +545,12 @@ export interface CalibrateOptions {
   /** Numbers of steps, 2 to 28 each. Default: 3 to 12. */
   steps?: readonly number[] | undefined;
   /**
+   * Whether schedules are found too that leave the first or the last steps without guidance, which costs half as much: one for each number of
+   * steps, and further ones as long as they come nearer than as many rows of guided steps. `deadlineMs` chooses from them, and requests
+   * whose `guidanceStart`, `guidanceStop` or list of scales guides the same steps draw with them. Default: true.
+   */
+  intervals?: boolean | undefined;
+  /**
    * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with, as many as there are pictures at
    * most. The first two thirds of them are fitted to, the rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
    */
@@ -594,6 +601,8 @@ export interface CalibratedEntry {
   readonly guided: readonly boolean[];
   /** Rows of the transformer for a picture: two for a guided step. */
   readonly rows: number;
+  /** For each step the guidance scale that it runs with, as a multiple of `guidanceScale`; absent where all are 1. */
+  readonly scales?: readonly number[] | undefined;
   /** Noise levels, one more than steps, from 1 to 0. */
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
@@ -604,7 +613,7 @@ export interface CalibratedEntry {
     readonly fitted: number;
     /** Of other pictures, which decided between fits. */
     readonly held: number;
-    /** Of the latter with the usual schedule of as many steps. */
+    /** Of the latter with the usual schedule of as many steps, the same of them guided. */
     readonly uncalibrated: number;
   };
   /** Pictures that it was fitted to. */

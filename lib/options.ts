@@ -463,6 +463,12 @@ export const calibrateSchema = z.strictObject({
     "numbers of steps to find schedules for",
     "--steps <list>",
   ),
+  intervals: defaulted(
+    boolean,
+    true,
+    "leave the schedules out whose first or last steps are not guided",
+    "--no-intervals",
+  ),
   prompts: optional(
     kind(list(text.min(1), 2, 1024), "a list of at least 2 prompts"),
     "what the pictures show that schedules are fitted to (default: prompts.txt of the model, or a list of the package's)",

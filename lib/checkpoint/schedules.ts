@@ -2,11 +2,13 @@
  * schedules.json: the schedules that were found for a checkpoint, in its folder, or in the cache where that cannot be written. The
  * format, version 1:
  *
- *   { "version": 1, "model": fingerprint, "variant": "fp16", "ladder": ["H1P7", …], "calibrated": [{ width, height, guidanceScale, guided, sigmas, weights }, …] }
+ *   { "version": 1, "model": fingerprint, "variant": "fp16", "ladder": ["H1P7", …],
+ *     "calibrated": [{ width, height, guidanceScale, guided, scales, sigmas, weights, psnr, refined }, …] }
  *
- * `ladder` lists schedules for time limits, the richest first; `calibrated` holds noise levels and weights of each step (the fields of
- * CalibratedSchedule; `refined` may be absent, for false), `variant` names the weight files that it was made with, where those have a name; with `psnr` of what was fitted and of the usual schedule on the same pictures. Either may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the
- * numbers come from.
+ * `ladder` lists schedules for time limits, the richest first. `calibrated` holds noise levels, weights and guidance of each step (the
+ * fields of CalibratedSchedule): `scales` may be absent where all are 1, `refined` for false, and `psnr`, which is of what was fitted and
+ * of the usual schedule on the same pictures. `variant` names the weight files that they were made with, where those have a name. Either
+ * list may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the numbers come from.
  */
 
 import { createHash } from "node:crypto";
@@ -19,6 +21,9 @@ import { readOptionalJson } from "./files.js";
 /** Of the file's format. */
 export const schedulesVersion = 1;
 
+/** Of guidance scales, as multiples of the whole. */
+const [leastScale, largestScale] = [0.01, 100];
+
 /** Levels that are nearer to each other than this, and weights beyond this, are no schedule of float32 numbers. */
 const [leastGap, largestWeight] = [1e-5, 100];
 
@@ -30,12 +35,17 @@ export const calibratedSchema = z
     height: z.int().positive(),
     guidanceScale: z.number().min(1).max(1000),
     guided: z.array(z.boolean()).min(1).max(1000),
+    scales: z.array(z.number().min(leastScale).max(largestScale)).optional(),
     sigmas: z.array(z.number().min(0).max(1)),
     weights: z.array(z.tuple([weight, weight, weight])),
     psnr: z.looseObject({ held: z.number(), uncalibrated: z.number() }).optional(),
     refined: z.boolean().optional(),
   })
   .refine(({ weights, guided }) => weights.length === guided.length, "has another number of weights than of guided")
+  .refine(
+    ({ scales, guided }) => scales === undefined || scales.length === guided.length,
+    "has another number of scales than of guided",
+  )
   .refine(({ weights, sigmas }) => sigmas.length === weights.length + 1, "needs one more of sigmas than of weights")
   .refine(({ sigmas }) => sigmas[0] === 1 && sigmas.at(-1) === 0, "has sigmas that do not go from 1 to 0")
   .refine(

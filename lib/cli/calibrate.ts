@@ -57,11 +57,17 @@ async function readPrompts(file: string): Promise<string[]> {
   return filledLines(text);
 }
 
+/** Which steps are guided, from 1, such as `2-4`. */
+function interval(guided: readonly boolean[]): string {
+  const [first, last] = [guided.indexOf(true), guided.lastIndexOf(true)];
+  return first < 0 ? "none" : first === last ? String(first + 1) : `${first + 1}-${last + 1}`;
+}
+
 /** PSNR to the reference on pictures that were not fitted to. */
 function table(schedules: readonly CalibratedEntry[]): string {
-  const heads = ["size", "guidance", "steps", "rows", "dB", "dB uncalibrated"];
-  const rows = schedules.map(({ width, height, guidanceScale, weights, rows, psnr }) => [
-    ...[`${width}x${height}`, String(guidanceScale), String(weights.length), String(rows)],
+  const heads = ["size", "guidance", "steps", "guided", "rows", "dB", "dB uncalibrated"];
+  const rows = schedules.map(({ width, height, guidanceScale, guided, rows, psnr }) => [
+    ...[`${width}x${height}`, String(guidanceScale), String(guided.length), interval(guided), String(rows)],
     ...[psnr.held.toFixed(2), psnr.uncalibrated.toFixed(2)],
   ]);
   const widths = heads.map((head, column) => Math.max(head.length, ...rows.map((row) => row[column]!.length)));

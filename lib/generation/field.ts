@@ -23,6 +23,16 @@ export interface FieldPoint {
   readonly scale: number | null;
 }
 
+/** A velocity as it was asked for. */
+export interface GuidedVelocity {
+  /** [C, h, w] */
+  readonly value: Float32Array;
+  /** The conditional velocity less the unconditional one; null without guidance. */
+  readonly difference: Float32Array | null;
+  /** Guidance scale; null for none. */
+  readonly scale: number | null;
+}
+
 export interface FieldOptions {
   readonly run: (program: Program) => Promise<Record<string, Tensor>>;
   readonly text: PromptEncoder;
@@ -57,9 +67,8 @@ export class VelocityField {
     return new VelocityField(options, await text.encoded(prepared, pending, results));
   }
 
-  /** Guided velocities, [C, h, w] each. */
-  async velocities(points: readonly FieldPoint[]): Promise<Float32Array[]> {
-    const velocities: Float32Array[] = new Array(points.length);
+  async velocities(points: readonly FieldPoint[]): Promise<GuidedVelocity[]> {
+    const velocities: GuidedVelocity[] = new Array(points.length);
     for (const guided of [true, false]) {
       const indices = points.flatMap(({ scale }, index) => ((scale !== null) === guided ? [index] : []));
       for (let start = 0; start < indices.length; start += this.#options.batch) {
@@ -99,7 +108,7 @@ export class VelocityField {
     return kept;
   }
 
-  async #launch(points: readonly FieldPoint[], guided: boolean): Promise<Float32Array[]> {
+  async #launch(points: readonly FieldPoint[], guided: boolean): Promise<GuidedVelocity[]> {
     const { latentShape, positions, text, run } = this.#options;
     const [, ...area] = latentShape;
     const size = elementCount(area);
@@ -141,13 +150,14 @@ export class VelocityField {
     const { data } = (await run(builder.build(["velocity_next"]))).velocity_next as FloatTensor;
     return points.map(({ scale }, row) => {
       const conditional = data.subarray((pairs - rows + row) * size, (pairs - rows + row + 1) * size);
-      if (scale === null) return conditional.slice();
-      const velocity = new Float32Array(size);
+      if (scale === null) return { value: conditional.slice(), difference: null, scale };
+      const [value, difference] = [new Float32Array(size), new Float32Array(size)];
       for (let i = 0; i < size; i++) {
         const u = data[row * size + i]!;
-        velocity[i] = u + scale * (conditional[i]! - u);
+        difference[i] = conditional[i]! - u;
+        value[i] = u + scale * difference[i]!;
       }
-      return velocity;
+      return { value, difference, scale };
     });
   }
 }

@@ -1,15 +1,15 @@
 /**
- * Fits the numbers of a schedule (noise levels, weights of each step) so that it ends where a run of many steps ends. Only forward
- * evaluations are used, so that any runtime will do: Levenberg–Marquardt on the decoded pictures, with derivatives by differences.
- * A change of a weight acts on the steps after its own, and a change of a noise level on its own step and those after it, so that
- * only these are run again. Between two sets of differences Broyden's update keeps the derivatives.
+ * Fits the numbers of a schedule (noise levels, weights and guidance scale of each step) so that it ends where a run of many steps
+ * ends. Only forward evaluations are used, so that any runtime will do: Levenberg–Marquardt on the decoded pictures, with derivatives by
+ * differences. A change of a weight or a scale acts on the steps after its own, and a change of a noise level on its own step and those
+ * after it, so that only these are run again. Between two sets of differences Broyden's update keeps the derivatives.
  */
 
 import { solved } from "../common/linear.js";
 import { isDue, rest } from "../common/turns.js";
 import { NotFiniteError } from "../errors.js";
 import type { StepLaunch, Weights } from "../schedule/index.js";
-import type { VelocityField } from "./field.js";
+import type { GuidedVelocity, VelocityField } from "./field.js";
 
 /** The numbers of a schedule of n steps. */
 export interface StepNumbers {
@@ -17,6 +17,8 @@ export interface StepNumbers {
   readonly sigmas: readonly number[];
   /** Weights of the velocity of the step itself, of the one before and of the one before that; n of each. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Guidance scale of each step, null for none; n. */
+  readonly scales: readonly (number | null)[];
 }
 
 /** A picture to come near to. */
@@ -29,8 +31,6 @@ export interface FitPicture {
 
 export interface FitProblem {
   readonly field: VelocityField;
-  /** Guidance scale of each step, null for none. */
-  readonly scales: readonly (number | null)[];
   readonly pictures: readonly FitPicture[];
   readonly signal?: AbortSignal | undefined;
 }
@@ -66,7 +66,7 @@ function mixed(place: number): number {
 interface Run {
   readonly picture: number;
   x: Float32Array;
-  history: readonly Float32Array[];
+  history: readonly GuidedVelocity[];
   step: number;
   readonly numbers: StepNumbers;
 }
@@ -80,25 +80,36 @@ const plus = (x: Float32Array, ...terms: readonly (readonly [number, Float32Arra
   return sum;
 };
 
+/**
+ * A velocity as a step of scale `scale` reuses it in its update, as the fused step does (networks/step.ts): guided anew where both are
+ * guided, else as it was guided where it was evaluated.
+ */
+const reused = (velocity: GuidedVelocity, scale: number | null): Float32Array =>
+  scale === null || velocity.scale === null || scale === velocity.scale
+    ? velocity.value
+    : plus(velocity.value, [scale - velocity.scale, velocity.difference!]);
+
 /** Takes all runs to the end; those at the same step share launches. @param seen is told the state before each step of each run */
 async function finish(
-  { field, scales, pictures, signal }: FitProblem,
+  { field, pictures, signal }: FitProblem,
   runs: readonly Run[],
   seen?: (run: number, step: number, state: Snapshot) => void,
 ): Promise<void> {
-  for (let step = Math.min(...runs.map((run) => run.step)); step < scales.length; step++) {
+  const steps = runs[0]!.numbers.weights.length;
+  for (let step = Math.min(...runs.map((run) => run.step)); step < steps; step++) {
     signal?.throwIfAborted();
     const active = runs.filter((run) => run.step === step);
     for (const [index, run] of runs.entries()) if (run.step === step) seen?.(index, step, run);
     const velocities = await field.velocities(
       active.map(({ x, picture, numbers }) => ({
-        ...{ x, sigma: numbers.sigmas[step]!, prompt: pictures[picture]!.prompt, scale: scales[step]! },
+        ...{ x, sigma: numbers.sigmas[step]!, prompt: pictures[picture]!.prompt, scale: numbers.scales[step]! },
       })),
     );
     for (const [index, run] of active.entries()) {
       const [now, old, older] = run.numbers.weights[step]!;
       const v = velocities[index]!;
-      run.x = plus(run.x, [now, v], [old, run.history[0]], [older, run.history[1]]);
+      const [last, before] = run.history;
+      run.x = plus(run.x, [now, v.value], [old, last && reused(last, v.scale)], [older, before?.value]);
       run.history = [v, ...run.history].slice(0, 2);
       run.step++;
       if (isDue()) await rest();
@@ -140,7 +151,7 @@ export async function psnrOf(problem: FitProblem, numbers: StepNumbers): Promise
 /** The same of launches as programs run them, for schedules of other letters. */
 export async function launchedPsnr(problem: FitProblem, launches: readonly StepLaunch[]): Promise<number> {
   const { field, pictures, signal } = problem;
-  const runs = begin(problem, { sigmas: [], weights: [] });
+  const runs = begin(problem, { sigmas: [], weights: [], scales: [] });
   const states = runs.map(({ x }): Record<"x" | "velocity" | "first" | "second", Float32Array> => {
     const none = new Float32Array(x.length);
     return { x, velocity: none, first: none, second: none };
@@ -152,10 +163,10 @@ export async function launchedPsnr(problem: FitProblem, launches: readonly StepL
       const points = states.map(({ x, velocity }, run) => ({
         ...{ x: plus(x, [aIn, velocity]), sigma, prompt: pictures[run]!.prompt, scale: guidance },
       }));
-      for (const [run, next] of (await field.velocities(points)).entries()) {
+      for (const [run, { value }] of (await field.velocities(points)).entries()) {
         const state = states[run]!;
-        state.x = plus(state.x, [aOld, state.velocity], [aNew, next]);
-        if (keepsVelocity) state.velocity = next;
+        state.x = plus(state.x, [aOld, state.velocity], [aNew, value]);
+        if (keepsVelocity) state.velocity = value;
       }
     }
     if (!combination) continue;
@@ -175,39 +186,46 @@ export async function launchedPsnr(problem: FitProblem, launches: readonly StepL
 /** One number of a schedule, with the size of its changes. */
 interface Parameter {
   readonly step: number;
-  /** Which weight, or the noise level. */
-  readonly which: 0 | 1 | 2 | "sigma";
+  /** Which weight, or the noise level, or the guidance scale. */
+  readonly which: 0 | 1 | 2 | "sigma" | "scale";
   readonly unit: number;
 }
 
-/** What is fitted: all but the first noise level and the last. */
-function parametersOf({ sigmas, weights }: StepNumbers): Parameter[] {
+/** What is fitted: all but the first noise level and the last, and guidance scales where they are wanted. */
+function parametersOf({ sigmas, weights, scales }: StepNumbers, withScales: boolean): Parameter[] {
   return weights.flatMap((_, step): Parameter[] => {
     const h = sigmas[step]! - sigmas[step + 1]!;
     const of = (which: 0 | 1 | 2): Parameter => ({ step, which, unit: h });
-    if (step === 0) return [of(0)];
+    const scale = withScales ? scales[step]! : null;
+    const ofScale: Parameter[] = scale === null ? [] : [{ step, which: "scale", unit: scale }];
+    if (step === 0) return [of(0), ...ofScale];
     const gap = Math.min(h, sigmas[step - 1]! - sigmas[step]!);
-    return [{ step, which: "sigma", unit: gap }, of(0), of(1), ...(step > 1 ? [of(2)] : [])];
+    return [{ step, which: "sigma", unit: gap }, of(0), of(1), ...(step > 1 ? [of(2)] : []), ...ofScale];
   });
 }
 
 /** @param by of each parameter, in its unit */
 function changed(
-  { sigmas, weights }: StepNumbers,
+  { sigmas, weights, scales }: StepNumbers,
   parameters: readonly Parameter[],
   by: ArrayLike<number>,
 ): StepNumbers {
   const levels = [...sigmas];
+  const guidance = [...scales];
   const rows = weights.map((row) => [...row] as [number, number, number]);
   for (const [index, { step, which, unit }] of parameters.entries()) {
     const change = by[index]! * unit;
     if (which === "sigma") levels[step]! += change;
+    else if (which === "scale") guidance[step]! += change;
     else rows[step]![which] += change;
   }
-  return { sigmas: levels, weights: rows };
+  return { sigmas: levels, weights: rows, scales: guidance };
 }
 
-const isFalling = ({ sigmas }: StepNumbers) => sigmas.every((sigma, i) => i === 0 || sigma < sigmas[i - 1]! - 1e-4);
+/** Whether levels fall and scales are above 0. */
+const isSchedule = ({ sigmas, scales }: StepNumbers) =>
+  sigmas.every((sigma, i) => i === 0 || sigma < sigmas[i - 1]! - 1e-4) &&
+  scales.every((scale) => scale === null || scale > 0.05);
 
 /** Change of a parameter for a difference, in its unit. */
 const difference = 0.02;
@@ -225,7 +243,7 @@ async function derivatives(
   left: readonly Float32Array[],
 ): Promise<Float32Array[][]> {
   const columns: Float32Array[][] = parameters.map(() => new Array(problem.pictures.length));
-  const each = problem.pictures[0]!.noise.byteLength * 3 * parameters.length;
+  const each = problem.pictures[0]!.noise.byteLength * 5 * parameters.length;
   const size = Math.max(1, Math.floor(groupBytes / each));
   for (let start = 0; start < problem.pictures.length; start += size) {
     const runs: Run[] = [];
@@ -259,16 +277,31 @@ function perturbed(
     const by = parameters.map((_, other) => (other === index ? difference : 0));
     return { picture, ...states[step]!, step, numbers: changed(numbers, parameters, by) };
   }
-  // x is linear in a weight: the step itself needs no evaluation.
+  // x is linear in a weight and in a scale: the step itself needs no evaluation.
   const after = states[step + 1]!;
-  const vector = which === 2 ? states[step]!.history[1] : after.history[which];
-  return { picture, x: plus(after.x, [difference * unit, vector]), history: after.history, step: step + 1, numbers };
+  const by = difference * unit;
+  const [now, old] = after.history as [GuidedVelocity, GuidedVelocity | undefined];
+  const older = states[step]!.history[1];
+  if (which === "scale") {
+    const [nowBy, oldBy] = numbers.weights[step]!;
+    const x = plus(
+      after.x,
+      [by * nowBy, now.difference ?? undefined],
+      [by * oldBy, (old?.scale !== null && old?.difference) || undefined],
+    );
+    const other = { ...now, value: plus(now.value, [by, now.difference ?? undefined]), scale: now.scale! + by };
+    return { picture, x, history: [other, ...after.history.slice(1)], step: step + 1, numbers };
+  }
+  const vector = [now.value, old && reused(old, now.scale), older?.value][which];
+  return { picture, x: plus(after.x, [by, vector]), history: after.history, step: step + 1, numbers };
 }
 
 export interface FitSettings {
   /** Sets of differences, and steps for each. */
   readonly sets: number;
   readonly stepsPerSet: number;
+  /** Whether guidance scales are fitted too. Default: no. */
+  readonly withScales?: boolean;
 }
 
 export interface Fit {
@@ -282,7 +315,7 @@ export interface Fit {
 export async function fitted(
   problem: FitProblem,
   start: StepNumbers,
-  { sets, stepsPerSet }: FitSettings,
+  { sets, stepsPerSet, withScales = false }: FitSettings,
 ): Promise<Fit> {
   let numbers = start;
   const evaluate = async (candidate: StepNumbers) => {
@@ -299,16 +332,17 @@ export async function fitted(
   let at = await evaluate(numbers);
   const before = at.psnr;
   for (let set = 0; set < sets; set++) {
-    const parameters = parametersOf(numbers);
+    const parameters = parametersOf(numbers, withScales);
     const columns = await derivatives(problem, numbers, parameters, at.states, at.left);
     const start = at.psnr;
     for (let step = 0; step < stepsPerSet; step++) {
       // From here with more and more damping, until that makes it worse; the best is taken.
       let best: { candidate: StepNumbers; next: typeof at; change: Float64Array } | null = null;
+      const equations = await normalEquations(columns, at.left, at.errors);
       for (const damping of dampings) {
-        const change = await stepOf(columns, at.left, at.errors, damping);
+        const change = dampedStep(equations, damping);
         const candidate = changed(numbers, parameters, change);
-        if (!isFalling(candidate)) continue;
+        if (!isSchedule(candidate)) continue;
         // A step too far may leave what the network can compute: it is none.
         const next = await evaluate(candidate).catch((error: unknown) => {
           if (error instanceof NotFiniteError) return null;
@@ -330,13 +364,17 @@ export async function fitted(
   return { numbers, before, after: at.psnr };
 }
 
-/** The step in all parameters; pictures weigh by the inverse of their error, since what counts is the mean of their decibels. */
-async function stepOf(
+interface NormalEquations {
+  readonly normal: readonly Float64Array[];
+  readonly right: Float64Array;
+}
+
+/** For a step in all parameters; pictures weigh by the inverse of their error, since what counts is the mean of their decibels. */
+async function normalEquations(
   columns: readonly (readonly Float32Array[])[],
   left: readonly Float32Array[],
   errors: readonly number[],
-  damping: number,
-): Promise<Float64Array> {
+): Promise<NormalEquations> {
   const mean = Math.exp(errors.reduce((sum, error) => sum + Math.log(error), 0) / errors.length);
   const weights = errors.map((error) => Math.min(8, Math.max(1 / 8, mean / error)));
   const n = columns.length;
@@ -352,9 +390,17 @@ async function stepOf(
     }
   }
   for (let a = 0; a < n; a++) for (let b = 0; b < a; b++) normal[a]![b] = normal[b]![a]!;
-  const trace = normal.reduce((sum, row, a) => sum + row[a]!, 0) / n;
-  for (let a = 0; a < n; a++) normal[a]![a]! += (damping + 1e-6) * (normal[a]![a]! + 1e-3 * trace);
-  return solved(normal, right);
+  return { normal, right };
+}
+
+function dampedStep({ normal, right }: NormalEquations, damping: number): Float64Array {
+  const trace = normal.reduce((sum, row, a) => sum + row[a]!, 0) / normal.length;
+  const rows = normal.map((row, a) => {
+    const copy = Float64Array.from(row);
+    copy[a]! += (damping + 1e-6) * (row[a]! + 1e-3 * trace);
+    return copy;
+  });
+  return solved(rows, Float64Array.from(right));
 }
 
 function inner(a: Float32Array, b: Float32Array): number {

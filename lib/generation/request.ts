@@ -31,6 +31,7 @@ import {
   ladderSteps,
   parseBlocks,
   qualities,
+  rowsOf,
   type Schedule,
   samplers,
   samplersWithBlocks,
@@ -71,7 +72,12 @@ export interface RequestStage extends Size {
   /** Whether the schedule was calibrated for the model. */
   readonly isCalibrated: boolean;
   /** For the picture's parameters: the blocks before any are left out, and the name of their noise levels. */
-  readonly whole: { readonly blocks: string; readonly grid: string };
+  readonly whole: {
+    readonly blocks: string;
+    readonly grid: string;
+    /** One scale, or one for each step: a time limit may choose a schedule that leaves guidance out of some. */
+    readonly guidanceScale: number | readonly number[];
+  };
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
@@ -93,7 +99,6 @@ export interface EditRequest {
 
 /** Classifier-free guidance of a request: see the options of these names. */
 export interface GuidanceSettings {
-  readonly scale: number | readonly number[];
   readonly start: number;
   readonly stop: number;
   readonly mode: "cfg" | "cfg_zero";
@@ -199,8 +204,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
     negativePrompts: isOn ? negativePrompts : [],
     guidance: {
-      ...{ scale: options.guidanceScale, start: options.guidanceStart, stop: options.guidanceStop },
-      ...{ mode: options.guidanceMode, isOn },
+      ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
     edit:
       image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
@@ -266,14 +270,16 @@ function newCandidates(
     );
   const candidates = new Map<string, Candidate>();
   let refused: unknown;
-  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibratedSteps(options, model);
+  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibratedRungs(options, model);
   for (const each of rungs ?? model.ladder)
     try {
+      const rung = typeof each === "number" ? { steps: each } : each;
       const candidate =
-        typeof each === "number"
-          ? candidateOf({ ...options, steps: each }, model, pictures, null)
-          : candidateOf(options, model, pictures, each);
-      if (!candidates.has(candidate.text)) candidates.set(candidate.text, candidate);
+        "steps" in rung
+          ? candidateOf({ ...options, ...rung }, model, pictures, null)
+          : candidateOf(options, model, pictures, rung);
+      const key = candidate.stages.map(({ schedule }) => schedule.key).join();
+      if (!candidates.has(key)) candidates.set(key, candidate);
     } catch (error) {
       // At some strengths what is left of a short schedule is not valid; others may be.
       if (ladder !== undefined || !(error instanceof OptionError)) throw error;
@@ -284,32 +290,65 @@ function newCandidates(
   return [first, ...others];
 }
 
-/** Numbers of steps that there are calibrated schedules for, and the usual ones, the most first; null without calibration. */
-function calibratedSteps(options: ResolvedGenerateOptions, model: ModelFacts): number[] | null {
-  const steps = [...new Set(model.calibrated.map(({ weights }) => weights.length))].sort((a, b) => b - a);
-  const fitting = steps.filter((each) => fittedSchedule(options, model, each));
-  return fitting.length === 0 ? null : [...new Set([...ladderSteps, ...fitting])].sort((a, b) => b - a);
+/** A number of steps, and where not all of them are guided alike, the scale of each. */
+type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: number };
+
+/**
+ * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows, and the usual
+ * ones of other numbers of steps; what costs most first. Null without calibration.
+ * @param options with one guidance scale
+ */
+function calibratedRungs(options: ResolvedGenerateOptions, model: ModelFacts): Rung[] | null {
+  const scale = options.guidanceScale as number;
+  const patterns = [...new Map(model.calibrated.map(({ guided }) => [guided.join(), guided])).values()];
+  const asked: readonly Rung[] = leavesGuidanceOpen(options)
+    ? patterns.map((guided) => ({
+        steps: guided.length,
+        guidanceScale: guided.map((each) => (each ? Math.max(1, scale) : 1)),
+      }))
+    : [...new Set(patterns.map(({ length }) => length))].map((steps) => ({ steps, guidanceScale: scale }));
+  const found = asked.flatMap((rung) => {
+    const fitted = fittedSchedule({ ...options, ...rung }, model, rung.steps);
+    if (!fitted) return [];
+    const rows = rowsOf({ guided: fitted.guidance.map((each) => each !== null) });
+    return [{ rung, rows, psnr: fitted.psnr ?? Number.NEGATIVE_INFINITY }];
+  });
+  if (found.length === 0) return null;
+  const best = found.filter(({ rows, psnr }) => found.every((other) => other.rows > rows || other.psnr <= psnr));
+  const known = new Set(found.map(({ rung }) => rung.steps));
+  const usual = ladderSteps
+    .filter((steps) => !known.has(steps))
+    .map((steps) => ({ rung: { steps, guidanceScale: scale }, rows: scale > 1 ? 2 * steps : steps }));
+  return [...best, ...usual].sort((a, b) => b.rows - a.rows).map(({ rung }) => rung);
 }
 
-/** The calibrated schedule for a request that leaves everything but the number of steps and one guidance scale open. */
+/** Whether a request says no more of its guidance than its scale. */
+function leavesGuidanceOpen(options: Omit<StageOptions, "blocks">): boolean {
+  return typeof options.guidanceScale === "number" && options.guidanceStart === 0 && options.guidanceStop === 1;
+}
+
+/**
+ * The calibrated schedule for a request that leaves everything but the number of steps and guidance at one scale open. Which steps are
+ * guided is the schedule's choice where the request says no more than the scale.
+ */
 function fittedSchedule(
   options: Omit<StageOptions, "blocks">,
   { checkpoint, calibrated }: Pick<ModelFacts, "checkpoint" | "calibrated">,
   steps: number,
 ): FittedSchedule | null {
-  const { sampler = defaultSampler, grid, sigmas, shift, mu, image, guidanceScale } = options;
-  const { guidanceStart, guidanceStop, guidanceMode } = options;
+  const { sampler = defaultSampler, grid, sigmas, shift, mu, image, guidanceMode } = options;
   const own = [grid === "calibrated" ? undefined : grid, sigmas, shift, mu, image];
   const isUsual = own.every((value) => value === undefined) && sampler === defaultSampler;
-  if (!isUsual || guidanceMode !== "cfg" || guidanceStart > 0 || guidanceStop < 1 || typeof guidanceScale !== "number")
-    return null;
+  const scales = Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps));
+  const guided = leavesGuidanceOpen(options) ? null : scales.map((each) => each !== null);
+  const [guidanceScale, ...others] = new Set(scales.filter((each) => each !== null));
+  if (!isUsual || guidanceMode !== "cfg" || others.length > 0) return null;
   const native = nativeSize(checkpoint);
   const { width = native.width, height = native.height } = options;
   return fittedFor(calibrated, {
     width,
     height,
-    guidanceScale: Math.max(1, guidanceScale),
-    steps,
+    ...{ steps, guided, guidanceScale: guidanceScale ?? 1 },
     hasRefiner: checkpoint.refiner !== null && fitsPositions(checkpoint, "refine", { width, height }),
   });
 }
@@ -440,7 +479,7 @@ function firstStage(
   const native = nativeSize(checkpoint);
   const size = { width: options.width ?? native.width, height: options.height ?? native.height };
   checkSize(checkpoint, size, []);
-  const { sampler = defaultSampler, strength = defaultStrength, guidanceMode } = options;
+  const { sampler = defaultSampler, strength = defaultStrength, guidanceScale, guidanceMode } = options;
   const row = samplers[sampler]!;
   const text = options.blocks ?? formatBlocks(blocks ?? []);
   if (blocks && !row.takesBlocks)
@@ -452,11 +491,9 @@ function firstStage(
   checkScales(options, count + later);
   const fitted = blocks || options.stages ? null : fittedSchedule(options, model, count);
   if (fitted) {
-    const scale = options.guidanceScale as number;
-    const schedule = scheduleOf(fitted.blocks, fitted.sigmas, {
-      ...{ weights: fitted.weights, guidance: (block: number) => (fitted.guided[block] && scale > 1 ? scale : null) },
-    });
-    const whole = { blocks: schedule.text, grid: "calibrated" };
+    const { blocks: steps, sigmas, weights, guidance } = fitted;
+    const schedule = scheduleOf(steps, sigmas, { weights, guidance: (block) => guidance[block]! });
+    const whole = { blocks: schedule.text, grid: "calibrated", guidanceScale };
     return { ...size, latentShape: latentShapeOf(checkpoint, pictures, size), schedule, isCalibrated: true, whole };
   }
   const scale = (step: number) => scaleAt(options, step, count + later);
@@ -502,7 +539,7 @@ function firstStage(
     guidance: (block) => scale(skipped + block),
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
-  const whole = { blocks: formatBlocks(blocks ?? row.blocks(count, guidance)), grid };
+  const whole = { blocks: formatBlocks(blocks ?? row.blocks(count, guidance)), grid, guidanceScale };
   return { ...size, latentShape, schedule, isCalibrated: false, whole };
 }
 
@@ -565,7 +602,7 @@ function risingStages(
     const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, sigma, end), {
       guidance: (block) => scaleAt(options, start + block, total),
     });
-    const whole = { blocks: schedule.text, grid: blocksGrid };
+    const whole = { blocks: schedule.text, grid: blocksGrid, guidanceScale: options.guidanceScale };
     return { width, height, latentShape, upscale, schedule, isCalibrated: false, whole };
   });
 }

@@ -82,7 +82,7 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     ...(stages && { stages }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
-    guidanceScale: guidance.isOn ? guidance.scale : 1,
+    guidanceScale: guidance.isOn ? whole.guidanceScale : 1,
     ...(guidance.isOn &&
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
     ...(guidance.isOn && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),

@@ -16,10 +16,12 @@ import path from "node:path";
 import { promisify } from "node:util";
 import { embeddedModel, FlowTurbo, type GenerateOptions, OptionError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { settleRequest } from "../../lib/generation/request.js";
 import { root } from "../support/fixtures.js";
 
 const size = { width: 16, height: 16 };
-const asked = { sizes: [size], guidanceScales: [2, 4], steps: [3, 2], pictures: 2, seed: 3 };
+const asked = { sizes: [size], guidanceScales: [2, 4], steps: [3, 2], pictures: 2, seed: 3, intervals: false };
 
 describe("calibrate", () => {
   let folder: string;
@@ -118,6 +120,88 @@ describe("calibrate", () => {
         .generate({ ...request, deadlineMs, onAccept: ({ blocks }) => void accepted.push(blocks) })
         .catch((error) => accepted.push(error.blocks));
     expect(accepted).toEqual(["U28", "U1"]);
+  });
+
+  it("finds schedules that leave out guidance, and what is drawn is what was measured", {
+    timeout: 120_000,
+  }, async () => {
+    const own = path.join(folder, "intervals");
+    cpSync(copy, own, { recursive: true });
+    rmSync(path.join(own, "schedules.json"), { force: true });
+    const prompts = ["a red circle", "a blue square", "a green triangle above a red square"];
+    const request = { ...size, guidanceScale: 4 };
+    await using finder = await load(own);
+    const { schedules } = await finder.calibrate({
+      ...{ sizes: [size], guidanceScales: [4], steps: [2, 3], pictures: 2, seed: 3, prompts },
+    });
+    const rows = schedules.map(({ guided }) => guided.map((each) => (each ? 2 : 1)).join(""));
+    // All guided, and one step less at one of the ends, for each number of steps.
+    expect(rows.slice(0, 2)).toEqual(["22", expect.stringMatching(/^(12|21)$/)]);
+    expect(rows.filter((each) => each.length === 3).slice(0, 2)).toEqual(["222", expect.stringMatching(/^(122|221)$/)]);
+    for (const each of schedules) {
+      expect(each.rows).toBe(each.guided.reduce((sum, guided) => sum + (guided ? 2 : 1), 0));
+      for (const [step, factor] of (each.scales ?? []).entries()) if (!each.guided[step]) expect(factor).toBe(1);
+    }
+    expect(schedules.some(({ scales }) => scales)).toBe(true);
+
+    // The picture that decided: the product's own reference and picture have the PSNR that was written.
+    const file = path.join(own, "schedules.json");
+    const json = JSON.parse(readFileSync(file, "utf8"));
+    for (const entry of json.calibrated) entry.psnr.uncalibrated = 0;
+    writeFileSync(file, JSON.stringify(json));
+    await using model = await load(own);
+    const picture = { ...request, prompt: prompts[2]!, seed: 5, include: ["pixels" as const] };
+    const reference = (await model.generate({ ...picture, blocks: "H50" })).pixels!.data;
+    const drawn: string[] = [];
+    for (const { guided, psnr } of schedules) {
+      const guidanceScale = guided.map((each) => (each ? 4 : 1));
+      const result = await model.generate({ ...picture, steps: guided.length, guidanceScale, metadata: "parameters" });
+      expect(result.images[0]!.parameters!.grid).toBe("calibrated");
+      const square = result.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
+      expect(-10 * Math.log10(square / reference.length / 4)).toBeCloseTo(psnr.held, 2);
+      drawn.push(`${result.blocks} ${result.evaluations.rows}`);
+    }
+    expect(drawn[1]).toBe("E1A1 3");
+    // The interval in other words.
+    const [, { guided: two }] = schedules as [unknown, { guided: boolean[] }];
+    const interval = two[0] ? { guidanceStop: 0.5 } : { guidanceStart: 0.5 };
+    const asInterval = await model.generate({ ...picture, steps: 2, guidanceScale: 4, ...interval });
+    const asList = await model.generate({ ...picture, steps: 2, guidanceScale: two.map((each) => (each ? 4 : 1)) });
+    expect(asInterval.pixels!.data).toEqual(asList.pixels!.data);
+  });
+
+  it("chooses for a time limit from what leaves out guidance, where that is nearer", async () => {
+    const entry = (guided: boolean[], held: number) => ({
+      ...{ ...size, guidanceScale: 4, guided, psnr: { held, uncalibrated: 1 } },
+      sigmas: [...guided.map((_, i) => 1 - i / guided.length), 0],
+      weights: guided.map(() => [-1 / guided.length, 0, 0] as const),
+      scales: guided.map((each, i) => (each ? 1 + i / 8 : 1)),
+    });
+    const calibrated = [
+      ...[entry([true, true], 20), entry([true, true, true], 25)],
+      // Nearer than two guided steps; and no nearer than what costs less.
+      ...[entry([true, true, false], 23), entry([false, true, true, false], 22)],
+    ];
+    const model = {
+      ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: [4], calibrated },
+      text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
+      ...{ captured: false, pinBatch: null, allowPaths: false },
+    };
+    const request = { ...size, prompt: "a red circle", guidanceScale: 4, deadlineMs: 1000 };
+    const rowsOf = (options: Partial<GenerateOptions>) =>
+      settleRequest({ ...request, ...options }, model).candidates.map(({ stages: [stage] }) => [
+        stage!.schedule.evaluations.rows,
+        stage!.isCalibrated,
+      ]);
+    const usual = [28, 20, 14, 10, 8, 6, 5].map((steps) => [2 * steps, false]);
+    expect(rowsOf({})).toEqual([...usual, [6, true], [5, true], [4, true], [2, false]]);
+    // Where the request says which steps are guided, that holds.
+    expect(rowsOf({ guidanceStop: 0.99 }).some(([, isCalibrated]) => isCalibrated)).toBe(true);
+    expect(rowsOf({ guidanceScale: 1 }).some(([, isCalibrated]) => isCalibrated)).toBe(false);
+    const [stage] = settleRequest({ ...request }, model).candidates[8]!.stages;
+    expect(stage!.schedule.launches.map(({ guidance }) => guidance)).toEqual([4, 4.5, null]);
+    // What draws it again.
+    expect(stage!.whole).toEqual({ blocks: "E1A2", grid: "calibrated", guidanceScale: [4, 4, 1] });
   });
 
   it("is refused by name where nothing was calibrated", async () => {
@@ -254,7 +338,7 @@ describe("calibrate", () => {
     const report = JSON.parse(stdout);
     expect([report.file, report.schedules.length, report.schedules[0].rows]).toEqual([out, 1, 2]);
     expect(existsSync(out)).toBe(true);
-    expect((await run(...args)).stdout).toMatch(/16x16 +1 +2 +2 +[\d.]+ +[\d.]+\n.*elsewhere\/schedules\.json/);
+    expect((await run(...args)).stdout).toMatch(/16x16 +1 +2 +none +2 +[\d.]+ +[\d.]+\n.*elsewhere\/schedules\.json/);
     const failure = await run("--prompts", path.join(folder, "absent.txt")).catch((error) => error);
     expect([failure.code, failure.stderr]).toEqual([2, expect.stringMatching(/absent\.txt cannot be read/)]);
   });

@@ -19,7 +19,7 @@ const field = {
   velocities: async (points: readonly FieldPoint[]) =>
     points.map(({ x, sigma, prompt }) => {
       evaluations++;
-      return velocityAt(x, sigma, prompt);
+      return { value: velocityAt(x, sigma, prompt), difference: null, scale: null };
     }),
   // A decoder that is not the identity.
   decoded: async (
@@ -35,7 +35,7 @@ const field = {
 } as unknown as VelocityField;
 
 const noise = (seed: number) => Float32Array.from({ length: size }, (_, i) => Math.sin(17 * seed + 3 * i) * 1.5);
-async function problemOf(seeds: readonly number[], steps: number): Promise<FitProblem> {
+async function problemOf(seeds: readonly number[]): Promise<FitProblem> {
   const pictures = await Promise.all(
     seeds.map(async (seed) => {
       let x = noise(seed);
@@ -53,18 +53,19 @@ async function problemOf(seeds: readonly number[], steps: number): Promise<FitPr
       return { noise: noise(seed), prompt: seed % 2, target: (await field.decoded([x], (pixels) => pixels))[0]! };
     }),
   );
-  return { field, pictures, scales: new Array<null>(steps).fill(null) };
+  return { field, pictures };
 }
 const euler = (sigmas: readonly number[]): StepNumbers => ({
   sigmas,
   weights: sigmas.slice(1).map((to, i) => [to - sigmas[i]!, 0, 0] as const),
+  scales: sigmas.slice(1).map(() => null),
 });
 
 describe("fitting a schedule", () => {
   it("brings few steps nearer to many, on pictures that it has not seen as well", async () => {
     const steps = 4;
-    const problem = await problemOf([1, 2, 3, 4, 5, 6], steps);
-    const judge = await problemOf([11, 12, 13, 14], steps);
+    const problem = await problemOf([1, 2, 3, 4, 5, 6]);
+    const judge = await problemOf([11, 12, 13, 14]);
     const start = euler(shiftedSigmas(steps, { shift: 1 }));
     const { numbers, before, after } = await fitted(problem, start, { sets: 2, stepsPerSet: 3 });
     expect(before).toBeCloseTo(await psnrOf(problem, start), 9);
@@ -76,7 +77,7 @@ describe("fitting a schedule", () => {
   });
 
   it("never ends worse than it starts", async () => {
-    const problem = await problemOf([1, 2], 3);
+    const problem = await problemOf([1, 2]);
     const start = euler([1, 0.62, 0.3, 0]);
     const once = await fitted(problem, start, { sets: 3, stepsPerSet: 3 });
     const again = await fitted(problem, once.numbers, { sets: 1, stepsPerSet: 3 });
@@ -86,7 +87,7 @@ describe("fitting a schedule", () => {
 
   it("runs only what a change acts on", async () => {
     const steps = 5;
-    const problem = await problemOf([1], steps);
+    const problem = await problemOf([1]);
     evaluations = 0;
     await fitted(problem, euler(shiftedSigmas(steps, { shift: 1 })), { sets: 1, stepsPerSet: 0 });
     // The start; for each level its own step and those after it, for each weight those after its step.
@@ -95,8 +96,102 @@ describe("fitting a schedule", () => {
     expect(evaluations).toBe(steps + levels + weights);
   });
 
+  it("fits the guidance scale of each step, at no evaluation of its own step", async () => {
+    const steps = 4;
+    const { pictures } = await problemOf([1, 2, 3, 4]);
+    // With a scale of 1 the velocity that the pictures were drawn with; the rest of it grows with the noise.
+    const difference = (x: Float32Array, sigma: number) => x.map((value, i) => sigma * Math.sin(3 * value + i));
+    let asked = 0;
+    const guided = {
+      ...field,
+      velocities: async (points: readonly FieldPoint[]) =>
+        points.map(({ x, sigma, prompt, scale }) => {
+          asked++;
+          const [v, d] = [velocityAt(x, sigma, prompt), difference(x, sigma)];
+          const by = scale === null ? 0 : scale - 1;
+          return { value: v.map((value, i) => value + by * d[i]!), difference: scale === null ? null : d, scale };
+        }),
+    } as unknown as VelocityField;
+    const problem = { field: guided, pictures };
+    const start = { ...euler(shiftedSigmas(steps, { shift: 1 })), scales: [2, 2, null, 2] };
+    const alone = await fitted(problem, start, { sets: 1, stepsPerSet: 3 });
+    expect(alone.numbers.scales).toEqual([2, 2, null, 2]);
+    const { numbers, after } = await fitted(problem, alone.numbers, { sets: 2, stepsPerSet: 3, withScales: true });
+    expect(after).toBeGreaterThan(alone.after + 3);
+    expect(numbers.scales[2]).toBeNull();
+    // Towards the scale that leaves nothing to correct, where the difference counts most.
+    expect(numbers.scales[0]).toBeLessThan(1.7);
+    const counts: number[] = [];
+    for (const withScales of [false, true]) {
+      asked = 0;
+      await fitted(problem, start, { sets: 1, stepsPerSet: 0, withScales });
+      counts.push(asked / pictures.length);
+    }
+    // For the scales of the first, second and last step those after them.
+    expect(counts[1]! - counts[0]!).toBe(3 + 2 + 0);
+  });
+
+  it("runs weights, levels and scales as they are written out by hand, and ends where it says", async () => {
+    const { pictures } = await problemOf([1, 2, 3]);
+    const d = (x: Float32Array, sigma: number) => x.map((value, i) => sigma * Math.sin(value + i));
+    const guided = {
+      ...field,
+      velocities: async (points: readonly FieldPoint[]) =>
+        points.map(({ x, sigma, prompt, scale }) => {
+          const [v, difference] = [velocityAt(x, sigma, prompt), d(x, sigma)];
+          return scale === null
+            ? { value: v, difference: null, scale }
+            : { value: v.map((value, i) => value + scale * difference[i]!), difference, scale };
+        }),
+    } as unknown as VelocityField;
+    const problem = { field: guided, pictures };
+    const numbers: StepNumbers = {
+      sigmas: [1, 0.8, 0.55, 0.3, 0],
+      weights: [
+        [-0.2, 0, 0],
+        [-0.3, 0.05, 0],
+        [-0.3, 0.06, -0.01],
+        [-0.35, 0.06, -0.01],
+      ],
+      scales: [null, 1.4, 0.8, 1.1],
+    };
+    // A schedule with these numbers run step by step: an old velocity has the step's own scale where both are guided.
+    const run = async ({ sigmas, weights, scales }: StepNumbers) => {
+      let sum = 0;
+      for (const { noise, prompt, target } of pictures) {
+        let x = noise;
+        const known: { v: Float32Array; d: Float32Array; scale: number | null }[] = [];
+        for (const [step, [now, old, older]] of weights.entries()) {
+          const [sigma, scale] = [sigmas[step]!, scales[step]!];
+          known.unshift({ v: velocityAt(x, sigma, prompt), d: d(x, sigma), scale });
+          const as = (index: number, own: number | null) => {
+            const each = known[index];
+            const by = each && (own === null || each.scale === null ? each.scale : own);
+            return (i: number) => (each ? each.v[i]! + (by ?? 0) * each.d[i]! : 0);
+          };
+          const [a, b, c] = [as(0, scale), as(1, scale), as(2, null)];
+          x = x.map((value, i) => value + now * a(i) + old * b(i) + older * c(i));
+        }
+        const [picture] = await field.decoded([x], (pixels) => pixels);
+        const square = picture!.reduce((total, value, i) => total + (value - target[i]!) ** 2, 0);
+        sum -= 10 * Math.log10(square / picture!.length / 4);
+      }
+      return sum / pictures.length;
+    };
+    expect(await psnrOf(problem, numbers)).toBeCloseTo(await run(numbers), 4);
+    // One step of the fit with little damping goes where all derivatives are right: it has to gain, and to end where it says.
+    const {
+      numbers: found,
+      before,
+      after,
+    } = await fitted(problem, numbers, { sets: 1, stepsPerSet: 1, withScales: true });
+    expect(after).toBeGreaterThan(before + 3);
+    expect(await run(found)).toBeCloseTo(after, 4);
+    expect(found.scales[0]).toBeNull();
+  });
+
   it("measures launches as it measures weights", async () => {
-    const problem = await problemOf([1, 2, 3], 5);
+    const problem = await problemOf([1, 2, 3]);
     const sigmas = shiftedSigmas(5, { shift: 1 });
     expect(await launchedPsnr(problem, planSteps(["E", "E", "E", "E", "E"], sigmas))).toBeCloseTo(
       await psnrOf(problem, euler(sigmas)),
@@ -107,7 +202,7 @@ describe("fitting a schedule", () => {
   });
 
   it("goes on where a step leaves what the network can compute", async () => {
-    const problem = await problemOf([1, 2], 3);
+    const problem = await problemOf([1, 2]);
     const start = euler([1, 0.62, 0.3, 0]);
     let left = 3 + 3 * 2 + 60;
     const fragile = {
@@ -123,7 +218,7 @@ describe("fitting a schedule", () => {
   });
 
   it("stops where the caller does", async () => {
-    const problem = { ...(await problemOf([1], 3)), signal: AbortSignal.abort(new Error("stopped")) };
+    const problem = { ...(await problemOf([1])), signal: AbortSignal.abort(new Error("stopped")) };
     await expect(fitted(problem, euler([1, 0.6, 0.3, 0]), { sets: 1, stepsPerSet: 1 })).rejects.toThrow("stopped");
   });
 });

@@ -16,7 +16,7 @@ const blocksFor = (all: CalibratedSchedule[], guidanceScale: number, hasRefiner?
     width: 64,
     height: 64,
     guidanceScale,
-    steps: 3,
+    ...{ steps: 3, guided: null },
     ...(hasRefiner !== undefined && { hasRefiner }),
   })?.blocks.join("");
 

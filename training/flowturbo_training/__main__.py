@@ -77,7 +77,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", type=Path, help="cache and state of training (default: OUT.state)")
     parser.add_argument("--layers", type=int, default=1, choices=(1, 2))
     parser.add_argument("--heads", type=int, help="attention heads, for a narrower refiner (with --init fresh)")
-    parser.add_argument("--init", default="block", choices=("block", "fresh"), help="from the predictor's last blocks, or fresh")
+    parser.add_argument("--init", default="block", choices=("block", "fresh", "trained"), help="from the predictor's last blocks, fresh, or from MODEL/refiner")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=16, help="rows on each device")
     parser.add_argument("--lr", type=float, default=2e-5)
@@ -95,6 +95,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-batch", type=int, default=4, help="runs in a batch, on each device")
     parser.add_argument("--runs-lr", type=float, help="learning rate there (default: that of --lr)")
     parser.add_argument("--last-steps", type=int, default=0, help="then train on the last steps of the schedules in MODEL/schedules.json from so many starts (0: do not)")
+    parser.add_argument("--last-steps-of", help="numbers of steps of the schedules, such as 4,5,6 (default: all)")
     parser.add_argument("--last-steps-for", type=int, default=2000, metavar="STEPS", help="steps of training on them")
     parser.add_argument("--last-steps-batch", type=int, default=4, help="runs in a batch, on each device")
     parser.add_argument("--last-steps-lr", type=float, help="learning rate there (default: that of --lr)")
@@ -114,6 +115,10 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     from .requirements import load_config, requirements_of
 
     config = load_config(chosen.model)
+    layers, heads, initial = chosen.layers, chosen.heads, chosen.init
+    if initial == "trained":
+        trained_config = load_config(chosen.model / "refiner")
+        layers, heads, initial = trained_config["num_layers"], trained_config["num_attention_heads"], "fresh"
     vae_file = chosen.model / "vae" / "config.json"
     vae = json.loads(vae_file.read_text()) if vae_file.exists() else {}
     factor = 2 ** (len(vae["block_out_channels"]) - 1) if vae else 8
@@ -123,7 +128,7 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     clip_file = chosen.model / "text_encoder" / "config.json"
     clip = json.loads(clip_file.read_text()).get("max_position_embeddings", 77) if clip_file.exists() else 77
     required = requirements_of(
-        chosen.model, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init, size=size, factor=factor,
+        chosen.model, layers=layers, heads=heads, initialise_from=initial, size=size, factor=factor,
         batch=chosen.batch, text_tokens=clip + t5, checkpointing=chosen.gradient_checkpointing,
     )  # fmt: skip
     print("\n".join(required.lines()), flush=True)
@@ -136,7 +141,10 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     schedules_file = chosen.model / "schedules.json"
     improved = {}
     if chosen.last_steps:
-        fitted = read_schedules(schedules_file, size, size)
+        counts = [int(n) for n in chosen.last_steps_of.split(",")] if chosen.last_steps_of else None
+        fitted = [steps for steps in read_schedules(schedules_file, size, size) if counts is None or len(steps.weights) in counts]
+        if not fitted:
+            raise ValueError(f"{schedules_file} has no schedules of {chosen.last_steps_of} steps: run `flowturbo calibrate` for them first")
     if not (chosen.images or chosen.dataset or chosen.latents):
         raise ValueError("Expected the data: --images FOLDER, --dataset NAME or --latents CACHE")
     if not (chosen.model / "model_index.json").exists():
@@ -186,7 +194,10 @@ def run_refiner(chosen: argparse.Namespace) -> int:
         lr=chosen.runs_lr or chosen.lr, clip=chosen.clip, average=chosen.average,
     )  # fmt: skip
     torch.manual_seed(chosen.seed)
-    refiner = build_refiner(predictor, layers=chosen.layers, heads=chosen.heads, initialise_from=chosen.init).float()
+    if chosen.init == "trained":
+        refiner = SD3Transformer2DModel.from_pretrained(chosen.model / "refiner", torch_dtype=torch.float32)
+    else:
+        refiner = build_refiner(predictor, layers=layers, heads=heads, initialise_from=initial).float()
     how = {"accelerator": accelerator, "checkpointing": chosen.gradient_checkpointing}
     refiner = train_refiner(predictor, refiner, batches, state, settings, chosen.seed, log, **how)
     if runs:

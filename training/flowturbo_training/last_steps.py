@@ -4,7 +4,7 @@
 differs from picture to picture; in the last step, after which nothing enlarges a mistake, the refiner can take part of it away. That
 step goes from sigma to 0, h = -sigma; v is the velocity (both halves, unguided) that it evaluates, v_before the one of the step before:
 
-    x'    = x + now·guide(v) + old·guide(v_before) + older·guide(...)      the step as it was fitted
+    x'    = x + now·guide(v) + old·guide(v_before) + older·…               the step as it was fitted
     v_mid = v + e·(v - v_before)                                           extrapolated to the middle of the step
     x''   = x' + h·guide(r(x' - h/2·guide(v_mid) ⊕ v_mid, sigma/2))        block C of flowturbo on a calibrated schedule
     loss  = mean |decode(x'') - decode(x_ref)|² / mean |decode(x') - decode(x_ref)|²
@@ -41,6 +41,11 @@ class FittedSteps:
     guidance: float
     sigmas: tuple[float, ...]
     weights: tuple[tuple[float, float, float], ...]
+    scales: tuple[float, ...]
+    """Guidance of each step, as a multiple of `guidance`."""
+
+    def guidance_of(self, step: int) -> float:
+        return self.guidance if self.guidance == 1 else self.guidance * self.scales[step]
 
 
 @dataclass
@@ -97,7 +102,8 @@ def _is_usable(entry: dict, width: int, height: int) -> bool:
 
 
 def _steps_of(entry: dict) -> FittedSteps:
-    return FittedSteps(float(entry["guidanceScale"]), tuple(entry["sigmas"]), tuple(tuple(w) for w in entry["weights"]))
+    scales = tuple(entry.get("scales") or [1.0] * len(entry["weights"]))
+    return FittedSteps(float(entry["guidanceScale"]), tuple(entry["sigmas"]), tuple(tuple(w) for w in entry["weights"]), scales)
 
 
 def guide(velocity: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -115,8 +121,10 @@ def run_fitted(
     known: list[torch.Tensor] = []
     for i, (sigma, weights) in enumerate(zip(steps.sigmas, steps.weights)):
         known = [evaluate(x, sigma) if i > 0 or first is None else first, *known[:2]]
-        for weight, velocity in zip(weights, known):
-            x = x + weight * guide(velocity, steps.guidance)
+        # The velocity before is guided as the step is, the one before that as its own step was: so flowturbo's graphs do it.
+        scales = [steps.guidance_of(i), steps.guidance_of(i), steps.guidance_of(max(0, i - 2))]
+        for weight, velocity, scale in zip(weights, known, scales):
+            x = x + weight * guide(velocity, scale)
     return x, known[0], known[1]
 
 
@@ -127,9 +135,10 @@ def refine_end(
     start, last = steps.sigmas[-3], steps.sigmas[-2]
     h = -last
     ahead = v + h / (2 * (last - start)) * (v - before)
-    point = x - h / 2 * guide(ahead, steps.guidance)
+    scale = steps.guidance_of(len(steps.weights) - 1)
+    point = x - h / 2 * guide(ahead, scale)
     rows = torch.cat([torch.cat([point] * (len(v) // len(x))), ahead], 1)
-    return x + h * guide(refiner(rows, x.new_full((len(v),), last / 2), context, pooled), steps.guidance)
+    return x + h * guide(refiner(rows, x.new_full((len(v),), last / 2), context, pooled), scale)
 
 
 @torch.no_grad()
@@ -181,7 +190,7 @@ def prepare_last_steps(
             x, v, before = run_fitted(evaluate, start, steps, first)
             # Rows first, so that rows can be read alone.
             tensors |= {f"x.{k}": x} | {f"{name}.{k}": w.unflatten(0, (-1, len(x))).transpose(0, 1) for name, w in (("v", v), ("before", before))}
-        note = {"schedules": json.dumps([[steps.guidance, steps.sigmas, steps.weights] for steps in own])}
+        note = {"schedules": json.dumps([[steps.guidance, steps.sigmas, steps.weights, steps.scales] for steps in own])}
         kept = {name: value.cpu().contiguous() for name, value in tensors.items()}
         replace_atomically(path, lambda beside: save_file(kept, beside, note))
         log(f"last steps: shard {shard + 1} of {settings.shards}: {len(start)} starts, {len(own)} schedules, guidance {guidance:g}")
@@ -300,7 +309,8 @@ def _condition(null: tuple[torch.Tensor, ...], context: torch.Tensor, pooled: to
 
 
 def _schedules_in(file) -> list[FittedSteps]:
-    return [FittedSteps(g, tuple(sigmas), tuple(tuple(w) for w in weights)) for g, sigmas, weights in json.loads(file.metadata()["schedules"])]
+    stored = json.loads(file.metadata()["schedules"])
+    return [FittedSteps(g, tuple(sigmas), tuple(tuple(w) for w in weights), tuple(scales)) for g, sigmas, weights, scales in stored]
 
 
 def _file(folder: Path, shard: int) -> Path:

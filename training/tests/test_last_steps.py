@@ -27,9 +27,9 @@ from test_run_ends import NULL, batch, tiny
 SETTINGS = LastStepSettings(shift=2.0, shards=5, rows=6, held=1, reference=12, steps=120, batch=4, lr=3e-3, average=0.9)
 WEIGHTS = ((-0.3, 0.0, 0.0), (-0.45, 0.1, 0.0), (-0.4, 0.1, -0.05))
 SCHEDULES = [
-    FittedSteps(1.0, (1.0, 0.7, 0.35, 0.0), WEIGHTS),
-    FittedSteps(2.5, (1.0, 0.8, 0.4, 0.0), WEIGHTS),
-    FittedSteps(2.5, (1.0, 0.6, 0.3, 0.0), WEIGHTS),
+    FittedSteps(1.0, (1.0, 0.7, 0.35, 0.0), WEIGHTS, (1.0, 1.0, 1.0)),
+    FittedSteps(2.5, (1.0, 0.8, 0.4, 0.0), WEIGHTS, (1.2, 0.7, 1.1)),
+    FittedSteps(2.5, (1.0, 0.6, 0.3, 0.0), WEIGHTS, (1.0, 1.0, 1.0)),
 ]
 
 
@@ -60,24 +60,27 @@ def test_runs_are_the_schedules_and_a_killed_preparation_goes_on(tmp_path):
         latents, context, pooled = batch(rng, 6)
         x = torch.randn(latents.shape, generator=rng.torch)
         g, known = steps.guidance, []
-        for sigma, weights in zip(steps.sigmas, steps.weights):
+        # Each step reuses the velocity before it at its own scale, and the one before that at the scale of that one's step.
+        own = [g * scale for scale in steps.scales]
+        for i, (sigma, weights) in enumerate(zip(steps.sigmas, steps.weights)):
             at = torch.full((6,), sigma)
             u = network(x, at, NULL[0].expand(6, -1, -1), NULL[1].expand(6, -1))
             c = network(x, at, context, pooled)
             known.insert(0, (u, c))
-            x = x + sum(w * ((1 - g) * u + g * c) for w, (u, c) in zip(weights, known))
+            scales = [own[i], own[i], own[i - 2]]
+            x = x + sum(w * ((1 - s) * u + s * c) for w, (u, c), s in zip(weights, known, scales))
         read, end, v, before, condition, _ = runs.read(runs.trained[shard], k, [4, 2])
         assert read == steps and torch.allclose(end, x[[4, 2]], atol=1e-4)
-        for own, (u, c) in ((v, known[0]), (before, known[1])):
+        for found, (u, c) in ((v, known[0]), (before, known[1])):
             expected = c[[4, 2]] if g == 1 else torch.cat([u[[4, 2]], c[[4, 2]]])
-            assert torch.allclose(own, expected, atol=1e-4)
+            assert torch.allclose(found, expected, atol=1e-4)
         assert len(condition[0]) == len(v)
 
 
 @pytest.mark.parametrize("steps", SCHEDULES[:2])
 def test_the_end_is_the_formula(steps):
     """As flowturbo launches it: x + a_in·guide(v), x' = x + a_old·guide(v) + a_new·guide(refiner + v), v extrapolated to the middle."""
-    g = steps.guidance
+    g = steps.guidance * steps.scales[-1]
     torch.manual_seed(0)
     x, v = torch.randn(2, 4, 8, 8), torch.randn(2 if g == 1 else 4, 4, 8, 8)
     before, context, pooled = torch.randn_like(v), torch.randn(len(v), 6, 16), torch.randn(len(v), 12)
