@@ -53,7 +53,14 @@ import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import { type Block, blocksForEach, type CalibratedSchedule, ladderSteps, parseBlocks } from "./schedule/index.js";
+import {
+  areSomeMixed,
+  type Block,
+  blocksForEach,
+  type CalibratedSchedule,
+  ladderSteps,
+  parseBlocks,
+} from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -396,7 +403,7 @@ export class FlowTurbo implements ImageModel {
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
     const { signal, onProgress, rounds, batches, maxSequenceLength } = options;
     const requests = sizes.flatMap((size) =>
-      guidanceModes(options.guidance).map((guidance): GenerateOptions => {
+      guidanceModes(options.guidance, areSomeMixed(this.#model.calibrated)).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
         // H leaves the two velocities that S extrapolates: its launch is what every method with a memory has.
         const blocks = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;

@@ -546,8 +546,9 @@ export interface CalibrateOptions {
   steps?: readonly number[] | undefined;
   /**
    * Whether schedules are found too that leave the first or the last steps without guidance, which costs half as much: one for each number of
-   * steps, and further ones as long as they come nearer than as many rows of guided steps. `deadlineMs` chooses from them, and requests
-   * whose `guidanceStart`, `guidanceStop` or list of scales guides the same steps draw with them. Default: true.
+   * steps, and further ones as long as they come nearer than all of no more rows. `steps` and `quality` draw with the nearest of their
+   * number of steps, `deadlineMs` chooses from all, and requests whose `guidanceStart`, `guidanceStop` or list of scales guides the same steps draw
+   * with them. Steps without guidance are other graphs: `compile` and `profile` of a model with such schedules include them. Default: true.
    */
   intervals?: boolean | undefined;
   /**

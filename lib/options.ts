@@ -536,10 +536,13 @@ export const compileSchema = z.strictObject({
 
 export type ResolvedGenerateOptions = z.output<typeof generateSchema>;
 
-/** Whether steps run with guidance: which of the two, for the option `guidance` of measuring and compiling. */
-export function guidanceModes(mode: "on" | "off" | "both" | number): readonly boolean[] {
-  if (typeof mode === "number") return [mode > 1];
-  return { on: [true], off: [false], both: [true, false] }[mode];
+/**
+ * Whether steps run with guidance: which of the two, for the option `guidance` of measuring and compiling.
+ * @param areMixed whether guided requests may leave guidance out of some steps, as some calibrated schedules do
+ */
+export function guidanceModes(mode: "on" | "off" | "both" | number, areMixed: boolean): readonly boolean[] {
+  const isGuided = typeof mode === "number" ? mode > 1 : mode !== "off";
+  return [...(isGuided ? [true] : []), ...(!isGuided || mode === "both" || areMixed ? [false] : [])];
 }
 
 /** @throws OptionError for an interval of guidance that is empty */

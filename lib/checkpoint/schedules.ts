@@ -22,7 +22,7 @@ import { readOptionalJson } from "./files.js";
 export const schedulesVersion = 1;
 
 /** Of guidance scales, as multiples of the whole. */
-const [leastScale, largestScale] = [0.01, 100];
+const [leastScale, largestScale] = [1e-5, 1000];
 
 /** Levels that are nearer to each other than this, and weights beyond this, are no schedule of float32 numbers. */
 const [leastGap, largestWeight] = [1e-5, 100];

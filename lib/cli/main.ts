@@ -17,6 +17,12 @@ import { generateCommand } from "./generate.js";
 import { profileCommand } from "./profile.js";
 import { pruneCommand } from "./prune.js";
 
+// Whoever reads stdout may have seen enough, as `flowturbo --help | head` has: that is no failure.
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+  if (error.code !== "EPIPE") throw error;
+  process.exit();
+});
+
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
 
 async function main(): Promise<number> {

@@ -12,6 +12,7 @@ import { makeFolders, writeFileAtomic } from "../common/files.js";
 import { packageVersion } from "../common/package.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { CalibratedEntry, CalibrateProgress, Size } from "../model.js";
+import { rowsOf } from "../schedule/index.js";
 import { type ReferencePlace, type ReferenceSettings, referenceOf } from "./calibration-reference.js";
 import { isWorthwhile, ScheduleSearch } from "./schedule-search.js";
 
@@ -53,34 +54,38 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
         onProgress?.({ phase, ...size, guidanceScale, done: done + part, total });
       const search = searchOf(place, settings, size, guidanceScale, report);
       const isHere = (each: CalibratedEntry) => isOf(each, size, guidanceScale);
-      /** What was fitted to a number of steps and rows. */
-      const alike = (steps: number, rows: number) => (each: CalibratedEntry) =>
-        each.weights.length === steps && each.rows === rows;
+      /** What was fitted to a number of steps, so many of them without guidance; those of scale 1 have none that could be without. */
+      const alike = (steps: number, without: number) => (each: CalibratedEntry) =>
+        each.guided.length === steps && withoutOf(each) === without;
       /** One of the file, if it is not to be fitted again, or a new one, which is then written. */
       const entry = async (
         steps: number,
-        rows: number,
+        without: number,
         find: (search: ScheduleSearch, neighbours: readonly CalibratedEntry[]) => Promise<CalibratedEntry>,
       ) => {
-        const near = file.entries.filter(alike(steps, rows));
-        const [own, elsewhere] = [near.find(isHere), near.find((each) => each.guidanceScale === guidanceScale && !isHere(each))]; // biome-ignore format: a pair
-        const neighbours = [own, stronger.find(alike(steps, rows)), elsewhere].filter((each) => each !== undefined);
-        const one = own && !settings.reset ? own : await find(await search(), neighbours);
-        if (one !== own) await file.add(one, (each) => isHere(each) && alike(steps, rows)(each));
+        const near = file.entries.filter(alike(steps, without));
+        const own = near.find(isHere);
+        const elsewhere = near.find((each) => each.guidanceScale === guidanceScale && !isHere(each));
+        const neighbours = [own, stronger.find(alike(steps, without)), elsewhere].filter((each) => each !== undefined);
+        const one = own?.psnr && !settings.reset ? own : await find(await search(), neighbours);
+        if (one !== own) await file.add(one, (each) => isHere(each) && alike(steps, without)(each));
         found.push(one);
         here.push(one);
         return one;
       };
       const here: CalibratedEntry[] = [];
       for (const steps of counts) {
-        const all = guidanceScale > 1 ? 2 * steps : steps;
-        let last = await entry(steps, all, (search, neighbours) => search.whole(steps, neighbours));
+        let last = await entry(steps, 0, (search, neighbours) => search.whole(steps, neighbours));
         // As long as it pays, one guided step less at one of the ends.
-        while (intervals && guidanceScale > 1 && last.rows > steps + 1) {
-          if (last.rows < all && !isWorthwhile(last, here)) break;
+        for (let without = 1; intervals && guidanceScale > 1 && without < steps; without++) {
+          if (without > 1 && !isWorthwhile(last, [...file.entries.filter(isHere), ...here])) break;
           const more = last;
-          last = await entry(steps, last.rows - 1, (search, neighbours) => search.shorter(more, neighbours));
+          last = await entry(steps, without, (search, neighbours) => search.shorter(more, neighbours));
         }
+        if (settings.reset)
+          await file.remove(
+            (each) => isHere(each) && each.guided.length === steps && !here.some(alike(steps, withoutOf(each))),
+          );
         done++;
         report("fitting");
       }
@@ -112,6 +117,9 @@ function searchOf(
 const isOf = (each: CalibratedEntry, { width, height }: Size, guidanceScale: number) =>
   each.width === width && each.height === height && each.guidanceScale === guidanceScale;
 
+/** Steps without guidance, of a schedule that has some with it. */
+const withoutOf = ({ guided }: CalibratedEntry) => (guided.includes(true) ? guided.filter((each) => !each).length : 0);
+
 /** The file of schedules while it grows. */
 class ScheduleFile {
   readonly #file: string;
@@ -136,6 +144,14 @@ class ScheduleFile {
     return this.#json.calibrated;
   }
 
+  /** Takes out what an earlier run has found and this one has not looked at. */
+  async remove(isStale: (each: CalibratedEntry) => boolean): Promise<void> {
+    if (!this.#json.calibrated.some(isStale)) return;
+    const now = await readJson(this.#file, this.#model, this.#variant);
+    this.#json = { ...now, calibrated: now.calibrated.filter((each) => !isStale(each)) };
+    await writeFileAtomic(this.#file, `${formatted(this.#json)}\n`);
+  }
+
   /** Writes an entry in place of those that it replaces, beside what others have found meanwhile. */
   async add(entry: CalibratedEntry, replaces: (each: CalibratedEntry) => boolean): Promise<void> {
     const now = await readJson(this.#file, this.#model, this.#variant);
@@ -150,7 +166,7 @@ const sorted = (entries: CalibratedEntry[]) =>
       a.width * a.height - b.width * b.height ||
       a.guidanceScale - b.guidanceScale ||
       a.weights.length - b.weights.length ||
-      b.rows - a.rows,
+      rowsOf(b) - rowsOf(a),
   );
 
 /** JSON with a line for each schedule. */

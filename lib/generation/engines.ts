@@ -21,6 +21,7 @@ import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
 import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
 import { openBuilder } from "../runtimes/index.js";
+import { areSomeMixed } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
@@ -144,6 +145,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   checkSizes(checkpoint, sizes);
   const batches = [...new Set(needs.batches)].sort((a, b) => a - b);
   const features = new Set<string>(needs.features);
+  const modes = guidanceModes(needs.guidance, areSomeMixed(checkpoint.schedules.calibrated));
   const { factor } = checkpoint.vae.config;
   const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
   const [contextTokens] = text.shapes(sequenceLength).contextShape;
@@ -197,7 +199,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   return networksOf(checkpoint)
     .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
     .flatMap(({ name, row }) =>
-      guidedKeysOf(name, guidanceModes(needs.guidance), needs.guidanceMode).map((key): RequiredEngine => {
+      guidedKeysOf(name, modes, needs.guidanceMode).map((key): RequiredEngine => {
         const graph = graphs.get(graphName(key));
         return {
           graph: graph.name,

@@ -191,12 +191,12 @@ interface Parameter {
   readonly unit: number;
 }
 
-/** What is fitted: all but the first noise level and the last, and guidance scales where they are wanted. */
-function parametersOf({ sigmas, weights, scales }: StepNumbers, withScales: boolean): Parameter[] {
+/** What is fitted: all but the first noise level and the last. */
+export function parametersOf({ sigmas, weights, scales }: StepNumbers): Parameter[] {
   return weights.flatMap((_, step): Parameter[] => {
     const h = sigmas[step]! - sigmas[step + 1]!;
     const of = (which: 0 | 1 | 2): Parameter => ({ step, which, unit: h });
-    const scale = withScales ? scales[step]! : null;
+    const scale = scales[step]!;
     const ofScale: Parameter[] = scale === null ? [] : [{ step, which: "scale", unit: scale }];
     if (step === 0) return [of(0), ...ofScale];
     const gap = Math.min(h, sigmas[step - 1]! - sigmas[step]!);
@@ -205,7 +205,7 @@ function parametersOf({ sigmas, weights, scales }: StepNumbers, withScales: bool
 }
 
 /** @param by of each parameter, in its unit */
-function changed(
+export function changed(
   { sigmas, weights, scales }: StepNumbers,
   parameters: readonly Parameter[],
   by: ArrayLike<number>,
@@ -228,14 +228,14 @@ const isSchedule = ({ sigmas, scales }: StepNumbers) =>
   scales.every((scale) => scale === null || scale > 0.05);
 
 /** Change of a parameter for a difference, in its unit. */
-const difference = 0.02;
+export const difference = 0.02;
 /** Damping of Levenberg and Marquardt, as parts of the normal matrix's diagonal. */
 const dampings = [1e-3, 1e-2, 1e-1, 1];
 /** Memory of the states of one group of runs of differences. */
 const groupBytes = 256 * 2 ** 20;
 
 /** Derivatives of the residuals: for each parameter and picture. */
-async function derivatives(
+export async function derivatives(
   problem: FitProblem,
   numbers: StepNumbers,
   parameters: readonly Parameter[],
@@ -300,8 +300,6 @@ export interface FitSettings {
   /** Sets of differences, and steps for each. */
   readonly sets: number;
   readonly stepsPerSet: number;
-  /** Whether guidance scales are fitted too. Default: no. */
-  readonly withScales?: boolean;
 }
 
 export interface Fit {
@@ -311,28 +309,30 @@ export interface Fit {
   readonly after: number;
 }
 
+/** Runs a schedule: the states before its steps and at its end, and what is left of each picture. */
+export async function evaluate(problem: FitProblem, numbers: StepNumbers) {
+  const runs = begin(problem, numbers);
+  const states: Snapshot[][] = runs.map(() => []);
+  await finish(problem, runs, (run, step, { x, history }) => {
+    states[run]![step] = { x, history };
+  });
+  for (const [index, { x, history }] of runs.entries()) states[index]!.push({ x, history });
+  const left = await residuals(problem, runs);
+  const errors = left.map(errorOf);
+  return { states, left, errors, psnr: decibels(errors) };
+}
+
 /** Fits from a start. It ends no worse than it starts, on the pictures that it is fitted to. */
 export async function fitted(
   problem: FitProblem,
   start: StepNumbers,
-  { sets, stepsPerSet, withScales = false }: FitSettings,
+  { sets, stepsPerSet }: FitSettings,
 ): Promise<Fit> {
   let numbers = start;
-  const evaluate = async (candidate: StepNumbers) => {
-    const runs = begin(problem, candidate);
-    const states: Snapshot[][] = runs.map(() => []);
-    await finish(problem, runs, (run, step, { x, history }) => {
-      states[run]![step] = { x, history };
-    });
-    for (const [index, { x, history }] of runs.entries()) states[index]!.push({ x, history });
-    const left = await residuals(problem, runs);
-    const errors = left.map(errorOf);
-    return { states, left, errors, psnr: decibels(errors) };
-  };
-  let at = await evaluate(numbers);
+  let at = await evaluate(problem, numbers);
   const before = at.psnr;
   for (let set = 0; set < sets; set++) {
-    const parameters = parametersOf(numbers, withScales);
+    const parameters = parametersOf(numbers);
     const columns = await derivatives(problem, numbers, parameters, at.states, at.left);
     const start = at.psnr;
     for (let step = 0; step < stepsPerSet; step++) {
@@ -344,7 +344,7 @@ export async function fitted(
         const candidate = changed(numbers, parameters, change);
         if (!isSchedule(candidate)) continue;
         // A step too far may leave what the network can compute: it is none.
-        const next = await evaluate(candidate).catch((error: unknown) => {
+        const next = await evaluate(problem, candidate).catch((error: unknown) => {
           if (error instanceof NotFiniteError) return null;
           throw error;
         });

@@ -25,10 +25,11 @@ import {
   type CalibratedSchedule,
   defaultSampler,
   type FittedSchedule,
-  fittedFor,
+  fittedSchedules,
   formatBlocks,
   givenSigmas,
   ladderSteps,
+  nearestOf,
   parseBlocks,
   qualities,
   rowsOf,
@@ -270,8 +271,9 @@ function newCandidates(
     );
   const candidates = new Map<string, Candidate>();
   let refused: unknown;
-  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibratedRungs(options, model);
-  for (const each of rungs ?? model.ladder)
+  const calibrated = ladder ? null : calibratedRungs(options, model);
+  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibrated ?? model.ladder;
+  for (const each of rungs)
     try {
       const rung = typeof each === "number" ? { steps: each } : each;
       const candidate =
@@ -285,41 +287,47 @@ function newCandidates(
       if (ladder !== undefined || !(error instanceof OptionError)) throw error;
       refused = error;
     }
-  const [first, ...others] = candidates.values();
+  const found = [...candidates.values()];
+  // A file's ladder, or the caller's, is in its own order.
+  if (calibrated) found.sort((a, b) => rowsOfCandidate(b) - rowsOfCandidate(a));
+  const [first, ...others] = found;
   if (!first) throw refused;
   return [first, ...others];
 }
 
-/** A number of steps, and where not all of them are guided alike, the scale of each. */
+const rowsOfCandidate = ({ stages }: Candidate) =>
+  stages.reduce((sum, { schedule }) => sum + schedule.evaluations.rows, 0);
+
+/** A number of steps, and the guidance scale of each. */
 type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: number };
 
 /**
  * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows, and the usual
- * ones of other numbers of steps; what costs most first. Null without calibration.
+ * ones of other numbers of steps. Null without calibration.
  * @param options with one guidance scale
  */
 function calibratedRungs(options: ResolvedGenerateOptions, model: ModelFacts): Rung[] | null {
   const scale = options.guidanceScale as number;
-  const patterns = [...new Map(model.calibrated.map(({ guided }) => [guided.join(), guided])).values()];
-  const asked: readonly Rung[] = leavesGuidanceOpen(options)
-    ? patterns.map((guided) => ({
-        steps: guided.length,
-        guidanceScale: guided.map((each) => (each ? Math.max(1, scale) : 1)),
-      }))
-    : [...new Set(patterns.map(({ length }) => length))].map((steps) => ({ steps, guidanceScale: scale }));
-  const found = asked.flatMap((rung) => {
-    const fitted = fittedSchedule({ ...options, ...rung }, model, rung.steps);
-    if (!fitted) return [];
-    const rows = rowsOf({ guided: fitted.guidance.map((each) => each !== null) });
-    return [{ rung, rows, psnr: fitted.psnr ?? Number.NEGATIVE_INFINITY }];
-  });
+  const counts = [...new Set(model.calibrated.map(({ guided }) => guided.length))];
+  const found = leavesGuidanceOpen(options)
+    ? fittedSchedulesOf(options, model)
+    : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
   if (found.length === 0) return null;
-  const best = found.filter(({ rows, psnr }) => found.every((other) => other.rows > rows || other.psnr <= psnr));
-  const known = new Set(found.map(({ rung }) => rung.steps));
-  const usual = ladderSteps
-    .filter((steps) => !known.has(steps))
-    .map((steps) => ({ rung: { steps, guidanceScale: scale }, rows: scale > 1 ? 2 * steps : steps }));
-  return [...best, ...usual].sort((a, b) => b.rows - a.rows).map(({ rung }) => rung);
+  const all = found.map(({ guidance, psnr }) => ({
+    ...{ steps: guidance.length, psnr, guided: guidance.map((each) => each !== null) },
+    rows: rowsOf({ guided: guidance.map((each) => each !== null) }),
+  }));
+  const best = all.filter(({ rows, psnr }) =>
+    all.every((other) => other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr),
+  );
+  const known = new Set(all.map(({ steps }) => steps));
+  return [
+    ...best.map(({ steps, guided }) => ({
+      steps,
+      guidanceScale: leavesGuidanceOpen(options) ? guided.map((each) => (each ? scale : 1)) : scale,
+    })),
+    ...ladderSteps.filter((steps) => !known.has(steps)).map((steps) => ({ steps, guidanceScale: scale })),
+  ];
 }
 
 /** Whether a request says no more of its guidance than its scale. */
@@ -333,22 +341,31 @@ function leavesGuidanceOpen(options: Omit<StageOptions, "blocks">): boolean {
  */
 function fittedSchedule(
   options: Omit<StageOptions, "blocks">,
-  { checkpoint, calibrated }: Pick<ModelFacts, "checkpoint" | "calibrated">,
+  model: Pick<ModelFacts, "checkpoint" | "calibrated">,
   steps: number,
 ): FittedSchedule | null {
+  const scales = Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps));
+  const guided = leavesGuidanceOpen(options) ? undefined : scales.map((each) => each !== null);
+  const [guidanceScale = 1, ...others] = new Set(scales.filter((each) => each !== null));
+  if (others.length > 0) return null;
+  const found = fittedSchedulesOf({ ...options, guidanceScale }, model, guided);
+  return nearestOf(found.filter(({ guidance }) => guidance.length === steps));
+}
+
+/** Calibrated schedules of all numbers of steps. @param options with one guidance scale @param guided the steps that are, if that is not left open */
+function fittedSchedulesOf(
+  options: Omit<StageOptions, "blocks">,
+  { checkpoint, calibrated }: Pick<ModelFacts, "checkpoint" | "calibrated">,
+  guided?: readonly boolean[],
+): FittedSchedule[] {
   const { sampler = defaultSampler, grid, sigmas, shift, mu, image, guidanceMode } = options;
   const own = [grid === "calibrated" ? undefined : grid, sigmas, shift, mu, image];
-  const isUsual = own.every((value) => value === undefined) && sampler === defaultSampler;
-  const scales = Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps));
-  const guided = leavesGuidanceOpen(options) ? null : scales.map((each) => each !== null);
-  const [guidanceScale, ...others] = new Set(scales.filter((each) => each !== null));
-  if (!isUsual || guidanceMode !== "cfg" || others.length > 0) return null;
+  const isUsual = own.every((value) => value === undefined) && sampler === defaultSampler && guidanceMode === "cfg";
+  if (!isUsual) return [];
   const native = nativeSize(checkpoint);
   const { width = native.width, height = native.height } = options;
-  return fittedFor(calibrated, {
-    width,
-    height,
-    ...{ steps, guided, guidanceScale: guidanceScale ?? 1 },
+  return fittedSchedules(calibrated, {
+    ...{ width, height, guided, guidanceScale: Math.max(1, options.guidanceScale as number) },
     hasRefiner: checkpoint.refiner !== null && fitsPositions(checkpoint, "refine", { width, height }),
   });
 }

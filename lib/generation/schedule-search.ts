@@ -22,16 +22,23 @@ export interface SearchSubject {
 /** Sets of differences, and steps for each, of one fit. */
 const effort = { sets: 1, stepsPerSet: 3 };
 /** Where fits begin: one that is ahead before it is fitted may end behind another, so that a few are fitted. */
-const mostStarts = 3;
+const mostStarts = 2;
 /** Those that are behind the first by this much are not, dB. */
-const farBehind = 5;
+const farBehind = 3;
 /** What was fitted elsewhere is taken alone where it is ahead of all others by this much, dB. */
 const clearlyAhead = 1;
+/** A fit that gained so much goes on with new differences, dB, up to so many times. */
+const [stillMoving, mostFits] = [0.3, 3];
 
 interface Found {
   readonly numbers: StepNumbers;
   /** Mean PSNR on the pictures that decide, dB. */
   readonly held: number;
+}
+
+/** What a fit ended with, and what it gained. */
+interface Fitted extends Found {
+  readonly gain: number;
 }
 
 /** Problems with the pictures that are fitted to, and with those that decide. */
@@ -72,25 +79,30 @@ export class ScheduleSearch {
     patterns: readonly (readonly boolean[])[],
     neighbours: readonly CalibratedEntry[],
   ): Promise<CalibratedEntry> {
+    let best: Fitted | null = null;
+    for (const start of await this.#starts(patterns, neighbours)) best = better(best, await this.#fitted(start));
+    for (let fits = 1; fits < mostFits && best!.gain > stillMoving; fits++) best = await this.#fitted(best!);
+    return this.#entryOf(best!);
+  }
+
+  /** A closer fit may be no better on what it has not seen: what is better there is taken. */
+  async #fitted(start: Found): Promise<Fitted> {
     const { problem, judge } = problemsOf(this.#subject);
-    let best: Found | null = null;
-    for (const start of await this.#starts(patterns, neighbours)) {
-      const { numbers } = await fitted(problem, start, effort);
-      best = better(best, { numbers, held: await psnrOf(judge, numbers) });
-    }
-    return this.#entryOf(await this.#withScales(best!));
+    const { numbers } = await fitted(problem, start.numbers, effort);
+    const held = await psnrOf(judge, numbers);
+    return { ...better(start, { numbers, held }), gain: held - start.held };
   }
 
   async #starts(
     patterns: readonly (readonly boolean[])[],
     neighbours: readonly CalibratedEntry[],
-  ): Promise<readonly StepNumbers[]> {
+  ): Promise<readonly Found[]> {
     const { scale, reference } = this.#subject;
     const { judge } = problemsOf(this.#subject);
     const steps = patterns[0]!.length;
     const grid = this.#grids.get(steps)!;
     const plain = [extrapolated(grid, 0), extrapolated(grid, 1), damped(usualSigmas(reference, steps, scale), scale)];
-    const starts: { numbers: StepNumbers; isFitted: boolean; score: number }[] = [];
+    const starts: (Found & { readonly isFitted: boolean })[] = [];
     for (const guided of patterns) {
       const scalesOf = (factors?: readonly number[]) =>
         guided.map((each, step) => (each ? scale * (factors?.[step] ?? 1) : null));
@@ -101,23 +113,13 @@ export class ScheduleSearch {
           isFitted: true,
         })),
       ];
-      for (const each of all) starts.push({ ...each, score: await psnrOf(judge, each.numbers) });
+      for (const each of all) starts.push({ ...each, held: await psnrOf(judge, each.numbers) });
     }
-    starts.sort((a, b) => b.score - a.score);
+    starts.sort((a, b) => b.held - a.held);
     const [first] = starts as [(typeof starts)[number]];
     const second = starts.find(({ isFitted }) => !isFitted)!;
-    if (first.isFitted && first.score > second.score + clearlyAhead) return [first.numbers];
-    return starts
-      .filter(({ score }) => score > first.score - farBehind)
-      .slice(0, mostStarts)
-      .map(({ numbers }) => numbers);
-  }
-
-  /** Fits again, guidance scales too. A closer fit may be no better on what it has not seen. */
-  async #withScales(found: Found): Promise<Found> {
-    const { problem, judge } = problemsOf(this.#subject);
-    const { numbers } = await fitted(problem, found.numbers, { ...effort, withScales: true });
-    return better(found, { numbers, held: await psnrOf(judge, numbers) });
+    if (first.isFitted && first.held > second.held + clearlyAhead) return [first];
+    return starts.filter(({ held }) => held > first.held - farBehind).slice(0, mostStarts);
   }
 
   async #entryOf({ numbers, held }: Found): Promise<CalibratedEntry> {
@@ -145,11 +147,12 @@ export class ScheduleSearch {
 }
 
 /** Whether a schedule comes nearer than all of no more rows. */
-export function isWorthwhile({ rows, psnr }: CalibratedEntry, others: readonly CalibratedEntry[]): boolean {
-  return others.every((other) => other.rows > rows || other.psnr.held <= psnr.held);
+export function isWorthwhile(entry: CalibratedEntry, others: readonly CalibratedEntry[]): boolean {
+  // A file that somebody has edited may say nothing of how near a schedule comes.
+  return others.every((other) => rowsOf(other) > rowsOf(entry) || !other.psnr || other.psnr.held <= entry.psnr.held);
 }
 
-const better = (a: Found | null, b: Found): Found => (a && a.held >= b.held ? a : b);
+const better = <T extends Found>(a: T | null, b: T): T => (a && a.held >= b.held ? a : b);
 
 /** Noise levels of the usual schedule. */
 const usualSigmas = ({ sigmas }: Reference, steps: number, guidance: number) =>

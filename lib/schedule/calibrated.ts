@@ -44,9 +44,8 @@ export interface FittedRequest {
   readonly height: number;
   /** 1 for none. */
   readonly guidanceScale: number;
-  readonly steps: number;
-  /** For each step whether it is guided; null to leave that to the schedule. */
-  readonly guided: readonly boolean[] | null;
+  /** For each step whether it is guided; absent to leave that, and the number of steps, to the schedules. */
+  readonly guided?: readonly boolean[] | undefined;
   /** Whether the model has a refiner. Default: no. */
   readonly hasRefiner?: boolean;
 }
@@ -61,69 +60,105 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
   guided.reduce((sum, each) => sum + (each ? 2 : 1), 0);
 
 /**
- * The schedule for a request: of its number of steps, fitted at its size, or else at the nearest within reach that has one; between two
- * guidance scales that were fitted every number is interpolated linearly, and a scale a little outside takes the nearest. Where the
- * request leaves open which steps are guided, the schedule that came nearest to the reference, and of equal ones the cheapest.
- * @returns null where nothing fits, or what does was found to be no better than the usual schedule
+ * The schedules for a request, of each number of steps, as they were fitted at its size, or else at the nearest within reach where there
+ * are some; between two guidance scales that were fitted every number is interpolated linearly, and only where nothing lies on both sides
+ * a scale a little outside takes the nearest. Those are left out that are no better than the usual schedule: than the one with the
+ * same steps guided, and where the request leaves that open, also than the one that guides all.
  */
-export function fittedFor(all: readonly CalibratedSchedule[], request: FittedRequest): FittedSchedule | null {
-  const { width, height, guidanceScale, steps, guided, hasRefiner = false } = request;
+export function fittedSchedules(all: readonly CalibratedSchedule[], request: FittedRequest): FittedSchedule[] {
+  const { width, height, guidanceScale, guided, hasRefiner = false } = request;
   const distance = (each: CalibratedSchedule) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
     (each.width === width && each.height === height ? 0 : 1e-6);
   const own = all
-    .filter((each) => (guided ? each.guided.join() === guided.join() : each.guided.length === steps))
+    .filter((each) => guided === undefined || each.guided.join() === guided.join())
     .filter((each) => distance(each) <= Math.log(areaReach) && each.guidanceScale > 1 === guidanceScale > 1);
-  for (const nearest of [...new Set(own.map(distance))].sort((a, b) => a - b)) {
-    const near = own.filter((each) => distance(each) === nearest);
-    const patterns = [...new Set(near.map((each) => each.guided.join()))];
-    const found = patterns.flatMap(
-      (pattern) =>
-        atScale(
-          near.filter((each) => each.guided.join() === pattern),
-          guidanceScale,
-        ) ?? [],
-    );
-    if (found.length === 0) continue;
-    const [best] = found
-      .filter(({ isBetter }) => isBetter)
-      .sort((a, b) => heldOf(b.schedule) - heldOf(a.schedule) || rowsOf(a.schedule) - rowsOf(b.schedule));
-    return best ? fitted(best.schedule, guidanceScale, hasRefiner) : null;
-  }
-  return null;
+  return [...new Set(own.map(({ guided: { length } }) => length))].flatMap((steps) => {
+    const ofSteps = own.filter((each) => each.guided.length === steps);
+    const distances = [...new Set(ofSteps.map(distance))].sort((a, b) => a - b);
+    for (const nearest of distances) {
+      const near = ofSteps.filter((each) => distance(each) === nearest);
+      const found = atScale(near, guidanceScale);
+      if (found.length === 0) continue;
+      const whole = guided ? undefined : found.find(({ schedule }) => isWhole(schedule.guided))?.schedule;
+      const usual = whole?.psnr?.uncalibrated ?? Number.NEGATIVE_INFINITY;
+      return found
+        .filter(({ schedule, isBetter }) => isBetter && (!schedule.psnr || schedule.psnr.held > usual))
+        .map(({ schedule }) => fitted(schedule, guidanceScale, hasRefiner));
+    }
+    return [];
+  });
 }
 
-/** What there is at a guidance scale of schedules that differ in theirs only; null where it is out of reach. */
-function atScale(schedules: readonly CalibratedSchedule[], guidanceScale: number) {
-  const byScale = [...schedules].sort((a, b) => a.guidanceScale - b.guidanceScale);
-  const above = byScale.find((each) => each.guidanceScale >= guidanceScale);
-  const below = byScale.findLast((each) => each.guidanceScale <= guidanceScale);
-  const [low, high] = [below ?? above!, above ?? below!];
-  const reach = Math.max(low.guidanceScale, guidanceScale) / Math.min(high.guidanceScale, guidanceScale);
-  if (!(above && below) && reach > scaleReach) return null;
-  const whole = high.guidanceScale - low.guidanceScale;
-  const part = whole === 0 ? 0 : (guidanceScale - low.guidanceScale) / whole;
-  return { schedule: between(low, high, part), isBetter: isBetter(low) && isBetter(high) };
+/** Of schedules for a number of steps the one that comes nearest, of equal ones the cheapest; null of none. */
+export function nearestOf(schedules: readonly FittedSchedule[]): FittedSchedule | null {
+  const known = ({ psnr }: FittedSchedule) => psnr ?? Number.NEGATIVE_INFINITY;
+  const rows = ({ guidance }: FittedSchedule) => rowsOf({ guided: guidance.map((each) => each !== null) });
+  const order = [...schedules].sort((a, b) => {
+    // Of those that nobody measured the one that guides most.
+    if (a.psnr === null && b.psnr === null) return rows(b) - rows(a);
+    return known(b) - known(a) || rows(a) - rows(b);
+  });
+  return order[0] ?? null;
 }
 
-const heldOf = ({ psnr }: CalibratedSchedule) => psnr?.held ?? Number.NEGATIVE_INFINITY;
+/** Whether all steps are guided, or none. */
+export const isWhole = (guided: readonly boolean[]) => guided.every((each) => each === guided[0]);
 
-/** Whether it came nearer than the usual schedule to what decided; one that says nothing of it did. */
+/** Whether there are schedules that guide some of their steps and not the others. */
+export function areSomeMixed(all: readonly CalibratedSchedule[]): boolean {
+  return all.some(({ guided }) => !isWhole(guided));
+}
+
+interface AtScale {
+  readonly schedule: CalibratedSchedule;
+  /** Whether it is better than the usual schedule that guides the same steps, or what it lies between is. */
+  readonly isBetter: boolean;
+}
+
+/** Schedules of a size and a number of steps at a guidance scale, one for each pattern of guided steps. */
+function atScale(near: readonly CalibratedSchedule[], scale: number): AtScale[] {
+  const patterns = [...new Set(near.map(({ guided }) => guided.join()))].map((pattern) =>
+    near.filter(({ guided }) => guided.join() === pattern).sort((a, b) => a.guidanceScale - b.guidanceScale),
+  );
+  const pairs = patterns.map((own) => ({
+    above: own.find((each) => each.guidanceScale >= scale),
+    below: own.findLast((each) => each.guidanceScale <= scale),
+  }));
+  const inside = pairs.flatMap(({ above, below }) => (above && below ? [between(below, above, scale)] : []));
+  if (inside.length > 0) return inside;
+  const factor = ({ guidanceScale }: CalibratedSchedule) =>
+    Math.max(guidanceScale, scale) / Math.min(guidanceScale, scale);
+  return pairs
+    .map(({ above, below }) => above ?? below!)
+    .filter((each) => factor(each) <= scaleReach)
+    .map((schedule) => ({ schedule, isBetter: isBetter(schedule) }));
+}
+
+/** One that says nothing of it is. */
 const isBetter = ({ psnr }: CalibratedSchedule) => !psnr || psnr.held > psnr.uncalibrated;
 
-function between(a: CalibratedSchedule, b: CalibratedSchedule, part: number): CalibratedSchedule {
+/** Between two that differ in their guidance scale only. */
+function between(a: CalibratedSchedule, b: CalibratedSchedule, scale: number): AtScale {
+  if (a === b) return { schedule: a, isBetter: isBetter(a) };
+  const part = (scale - a.guidanceScale) / (b.guidanceScale - a.guidanceScale);
   const mix = (from: number, to: number) => from + (to - from) * part;
-  return {
+  const psnr = a.psnr &&
+    b.psnr && {
+      held: mix(a.psnr.held, b.psnr.held),
+      uncalibrated: mix(a.psnr.uncalibrated, b.psnr.uncalibrated),
+    };
+  const schedule = {
     ...a,
-    refined: a.refined && b.refined,
+    ...{ refined: a.refined && b.refined, psnr },
     scales: a.guided.map((_, i) => mix(a.scales?.[i] ?? 1, b.scales?.[i] ?? 1)),
-    psnr: a.psnr && b.psnr && { ...a.psnr, held: mix(a.psnr.held, b.psnr.held) },
     sigmas: a.sigmas.map((sigma, i) => mix(sigma, b.sigmas[i]!)),
     weights: a.weights.map(([now, old, older], i) => {
       const [otherNow, otherOld, otherOlder] = b.weights[i]!;
       return [mix(now, otherNow), mix(old, otherOld), mix(older, otherOlder)] as const;
     }),
   };
+  return { schedule, isBetter: isBetter(a) && isBetter(b) };
 }
 
 function fitted(

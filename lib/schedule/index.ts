@@ -14,9 +14,11 @@ export {
   type Weights,
 } from "./blocks.js";
 export {
+  areSomeMixed,
   type CalibratedSchedule,
   type FittedSchedule,
-  fittedFor,
+  fittedSchedules,
+  nearestOf,
   rowsOf,
 } from "./calibrated.js";
 export { bestGrids, type Gram, gramOf } from "./grid-search.js";

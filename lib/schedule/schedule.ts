@@ -19,7 +19,7 @@ export interface StepLaunch extends Evaluation {
   /** Index of the block that it belongs to, and whether it is the last one of it. */
   readonly block: number;
   readonly last: boolean;
-  /** Scale of classifier-free guidance, above 1; null for an evaluation of the conditional row alone. */
+  /** Scale of classifier-free guidance, above 0; null for an evaluation of the conditional row alone. */
   readonly guidance: number | null;
 }
 

@@ -398,6 +398,12 @@ describe("flowturbo doctor", () => {
     expect(plain.stdout).toMatch(/✘ tensorrt/);
   });
 
+  it("a reader that has seen enough is no failure", async () => {
+    const { child, finished } = start(["generate", "--help"], temporaryFolder());
+    child.stdout!.destroy();
+    expect(await finished).toMatchObject({ code: 0, stderr: "" });
+  });
+
   it("help and version", async () => {
     const folder = temporaryFolder();
     expect((await run(["--version"], folder)).stdout).toMatch(/^\d+\.\d+\.\d+\n$/);

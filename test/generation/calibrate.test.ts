@@ -159,6 +159,10 @@ describe("calibrate", () => {
       expect(result.images[0]!.parameters!.grid).toBe("calibrated");
       const square = result.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
       expect(-10 * Math.log10(square / reference.length / 4)).toBeCloseTo(psnr.held, 2);
+      // The usual schedule with the same steps guided.
+      const usual = await model.generate({ ...picture, steps: guided.length, guidanceScale, grid: "eased" });
+      const usualSquare = usual.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
+      expect(-10 * Math.log10(usualSquare / reference.length / 4)).toBeCloseTo(psnr.uncalibrated, 2);
       drawn.push(`${result.blocks} ${result.evaluations.rows}`);
     }
     expect(drawn[1]).toBe("E1A1 3");
@@ -179,6 +183,8 @@ describe("calibrate", () => {
     });
     const calibrated = [
       ...[entry([true, true], 20), entry([true, true, true], 25)],
+      // Without guidance, for requests without it.
+      ...[{ ...entry([false, false, false], 35), guidanceScale: 1 }],
       // Nearer than two guided steps; and no nearer than what costs less.
       ...[entry([true, true, false], 23), entry([false, true, true, false], 22)],
     ];
@@ -197,10 +203,15 @@ describe("calibrate", () => {
     expect(rowsOf({})).toEqual([...usual, [6, true], [5, true], [4, true], [2, false]]);
     // Where the request says which steps are guided, that holds.
     expect(rowsOf({ guidanceStop: 0.99 }).some(([, isCalibrated]) => isCalibrated)).toBe(true);
-    expect(rowsOf({ guidanceScale: 1 }).some(([, isCalibrated]) => isCalibrated)).toBe(false);
+    expect(rowsOf({ guidanceScale: 1 }).filter(([, isCalibrated]) => isCalibrated)).toEqual([[3, true]]);
+    // By what they cost, whatever steps are guided.
+    const halves = rowsOf({ guidanceStart: 0.5 }).map(([rows]) => rows as number);
+    expect(halves).toEqual([...halves].sort((a, b) => b - a));
     const [stage] = settleRequest({ ...request }, model).candidates[8]!.stages;
     expect(stage!.schedule.launches.map(({ guidance }) => guidance)).toEqual([4, 4.5, null]);
     // What draws it again.
+    const [again] = settleRequest({ ...size, prompt: "x", steps: 3, guidanceScale: [4, 4, 1] }, model).candidates;
+    expect(again.stages[0]!.schedule.key).toBe(stage!.schedule.key);
     expect(stage!.whole).toEqual({ blocks: "E1A2", grid: "calibrated", guidanceScale: [4, 4, 1] });
   });
 

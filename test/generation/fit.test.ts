@@ -2,7 +2,19 @@
 import { describe, expect, it } from "vitest";
 import { NotFiniteError } from "../../lib/errors.js";
 import type { FieldPoint, VelocityField } from "../../lib/generation/field.js";
-import { type FitProblem, fitted, launchedPsnr, psnrOf, type StepNumbers, sketch } from "../../lib/generation/fit.js";
+import {
+  changed,
+  derivatives,
+  difference,
+  evaluate,
+  type FitProblem,
+  fitted,
+  launchedPsnr,
+  parametersOf,
+  psnrOf,
+  type StepNumbers,
+  sketch,
+} from "../../lib/generation/fit.js";
 import { planSteps, shiftedSigmas } from "../../lib/schedule/index.js";
 
 const size = 12;
@@ -100,35 +112,31 @@ describe("fitting a schedule", () => {
     const steps = 4;
     const { pictures } = await problemOf([1, 2, 3, 4]);
     // With a scale of 1 the velocity that the pictures were drawn with; the rest of it grows with the noise.
-    const difference = (x: Float32Array, sigma: number) => x.map((value, i) => sigma * Math.sin(3 * value + i));
+    const more = (x: Float32Array, sigma: number) => x.map((value, i) => sigma * Math.sin(3 * value + i));
     let asked = 0;
     const guided = {
       ...field,
       velocities: async (points: readonly FieldPoint[]) =>
         points.map(({ x, sigma, prompt, scale }) => {
           asked++;
-          const [v, d] = [velocityAt(x, sigma, prompt), difference(x, sigma)];
+          const [v, d] = [velocityAt(x, sigma, prompt), more(x, sigma)];
           const by = scale === null ? 0 : scale - 1;
           return { value: v.map((value, i) => value + by * d[i]!), difference: scale === null ? null : d, scale };
         }),
     } as unknown as VelocityField;
     const problem = { field: guided, pictures };
     const start = { ...euler(shiftedSigmas(steps, { shift: 1 })), scales: [2, 2, null, 2] };
-    const alone = await fitted(problem, start, { sets: 1, stepsPerSet: 3 });
-    expect(alone.numbers.scales).toEqual([2, 2, null, 2]);
-    const { numbers, after } = await fitted(problem, alone.numbers, { sets: 2, stepsPerSet: 3, withScales: true });
-    expect(after).toBeGreaterThan(alone.after + 3);
+    const { numbers, before, after } = await fitted(problem, start, { sets: 2, stepsPerSet: 3 });
+    expect(after).toBeGreaterThan(before + 3);
     expect(numbers.scales[2]).toBeNull();
     // Towards the scale that leaves nothing to correct, where the difference counts most.
     expect(numbers.scales[0]).toBeLessThan(1.7);
-    const counts: number[] = [];
-    for (const withScales of [false, true]) {
-      asked = 0;
-      await fitted(problem, start, { sets: 1, stepsPerSet: 0, withScales });
-      counts.push(asked / pictures.length);
-    }
+    asked = 0;
+    await fitted(problem, start, { sets: 1, stepsPerSet: 0 });
+    const levels = 3 + 2 + 1;
+    const weights = 1 * 3 + 2 * 2 + 3 * 1 + 3 * 0;
     // For the scales of the first, second and last step those after them.
-    expect(counts[1]! - counts[0]!).toBe(3 + 2 + 0);
+    expect(asked / pictures.length).toBe(steps + levels + weights + (3 + 2 + 0));
   });
 
   it("runs weights, levels and scales as they are written out by hand, and ends where it says", async () => {
@@ -138,10 +146,10 @@ describe("fitting a schedule", () => {
       ...field,
       velocities: async (points: readonly FieldPoint[]) =>
         points.map(({ x, sigma, prompt, scale }) => {
-          const [v, difference] = [velocityAt(x, sigma, prompt), d(x, sigma)];
+          const [v, more] = [velocityAt(x, sigma, prompt), d(x, sigma)];
           return scale === null
             ? { value: v, difference: null, scale }
-            : { value: v.map((value, i) => value + scale * difference[i]!), difference, scale };
+            : { value: v.map((value, i) => value + scale * more[i]!), difference: more, scale };
         }),
     } as unknown as VelocityField;
     const problem = { field: guided, pictures };
@@ -179,12 +187,22 @@ describe("fitting a schedule", () => {
       return sum / pictures.length;
     };
     expect(await psnrOf(problem, numbers)).toBeCloseTo(await run(numbers), 4);
-    // One step of the fit with little damping goes where all derivatives are right: it has to gain, and to end where it says.
-    const {
-      numbers: found,
-      before,
-      after,
-    } = await fitted(problem, numbers, { sets: 1, stepsPerSet: 1, withScales: true });
+    // Derivatives, found from where a change acts on, are those of whole runs.
+    const parameters = parametersOf(numbers);
+    expect(parameters.filter(({ which }) => which === "scale").map(({ step }) => step)).toEqual([1, 2, 3]);
+    const { states, left } = await evaluate(problem, numbers);
+    const columns = await derivatives(problem, numbers, parameters, states, left);
+    for (const [index, { step, which }] of parameters.entries()) {
+      const by = parameters.map((_, other) => (other === index ? difference : 0));
+      const { left: whole } = await evaluate(problem, changed(numbers, parameters, by));
+      for (const [picture, values] of whole.entries())
+        for (const [i, value] of values.entries())
+          expect(columns[index]![picture]![i]!, `${which} of step ${step}`).toBeCloseTo(
+            (value - left[picture]![i]!) / difference,
+            3,
+          );
+    }
+    const { numbers: found, before, after } = await fitted(problem, numbers, { sets: 1, stepsPerSet: 1 });
     expect(after).toBeGreaterThan(before + 3);
     expect(await run(found)).toBeCloseTo(after, 4);
     expect(found.scales[0]).toBeNull();

@@ -1,6 +1,6 @@
 // Which calibrated schedule serves a request.
 import { describe, expect, it } from "vitest";
-import { type CalibratedSchedule, fittedFor } from "../../lib/schedule/index.js";
+import { areSomeMixed, type CalibratedSchedule, fittedSchedules, nearestOf } from "../../lib/schedule/index.js";
 
 const entry = (side: number, guidanceScale: number, steps: number, value: number): CalibratedSchedule => ({
   ...{ width: side, height: side, guidanceScale },
@@ -9,9 +9,13 @@ const entry = (side: number, guidanceScale: number, steps: number, value: number
   weights: Array.from({ length: steps }, () => [-value, value / 10, value / 100] as const),
 });
 const all = [entry(64, 1, 4, 1), entry(64, 2, 4, 10), entry(64, 6, 4, 30), entry(128, 2, 4, 50), entry(64, 2, 6, 70)];
+/** The schedule for a request of a number of steps. */
+const fittedFor = (all: readonly CalibratedSchedule[], { steps, ...request }: ReturnType<typeof asked>) =>
+  nearestOf(fittedSchedules(all, request).filter(({ guidance }) => guidance.length === steps));
 /** A request at one scale, all of its steps guided, or none at scale 1. */
 const asked = ({ guidanceScale = 2, steps = 4, width = 64, height = 64 }) => ({
-  ...{ width, height, guidanceScale, steps, guided: new Array<boolean>(steps).fill(guidanceScale > 1) },
+  ...{ width, height, guidanceScale, steps },
+  guided: new Array<boolean>(steps).fill(guidanceScale > 1) as boolean[] | undefined,
 });
 const weight = (request: Parameters<typeof asked>[0]) => fittedFor(all, asked(request))?.weights[0]?.new;
 
@@ -64,7 +68,7 @@ describe("fittedFor", () => {
     });
     const [whole, first, last, both] = [[true, true, true], [false, true, true], [true, true, false], [false, true, false]] as [boolean[], boolean[], boolean[], boolean[]]; // biome-ignore format: a table
     const open = (own: CalibratedSchedule[], guidanceScale = 2) =>
-      fittedFor(own, { ...asked({ steps: 3, guidanceScale }), guided: null })?.guidance;
+      fittedFor(own, { ...asked({ steps: 3, guidanceScale }), guided: undefined })?.guidance;
     expect(open([of(whole, 20), of(first, 21), of(last, 19)])).toEqual([null, 2, 2]);
     expect(open([of(whole, 20), of(last, 20), of(both, 20)])).toEqual([null, 2, null]);
     // One that is no better than the usual schedule that guides the same steps is none, and where all are so there is none.
@@ -77,6 +81,16 @@ describe("fittedFor", () => {
       [3, 3, 3],
       [4, 4, null],
     ]);
+    // Nor is one that is no better than the usual schedule that guides all.
+    expect(open([of(whole, 20, 2, 25), of(first, 24, 2, 10)])).toBeUndefined();
+    expect(open([of(whole, 20, 2, 25), of(first, 26, 2, 10)])).toEqual([null, 2, 2]);
+    // A scale that lies between what was fitted is not that of a pattern for which it lies outside.
+    expect(open([of(whole, 20), of(whole, 12, 4), of(first, 30)], 2.2)).toEqual([2.2, 2.2, 2.2]);
+    expect(open([of(whole, 20), of(first, 30)], 2.2)).toEqual([null, 2.2, 2.2]);
+    // Of those that nobody measured the one that guides most.
+    const unmeasured = [first, whole, both].map((guided) => ({ ...of(guided, 1), psnr: undefined }));
+    expect(open(unmeasured)).toEqual([2, 2, 2]);
+    expect([areSomeMixed(unmeasured), areSomeMixed([of(whole, 1)]), areSomeMixed([])]).toEqual([true, false, false]);
     // What is of another size says nothing of what is best here.
     expect(open([of(whole, 20), { ...of(first, 30), width: 96 }])).toEqual([2, 2, 2]);
   });

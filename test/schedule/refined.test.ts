@@ -1,6 +1,6 @@
 // Which calibrated schedules have the refiner correct their last step.
 import { describe, expect, it } from "vitest";
-import { type CalibratedSchedule, fittedFor } from "../../lib/schedule/calibrated.js";
+import { type CalibratedSchedule, fittedSchedules, nearestOf } from "../../lib/schedule/calibrated.js";
 
 const entry = (guidanceScale: number, refined?: boolean): CalibratedSchedule => ({
   ...{ width: 64, height: 64, guidanceScale, guided: [true, true, true], sigmas: [1, 0.7, 0.3, 0] },
@@ -12,13 +12,9 @@ const entry = (guidanceScale: number, refined?: boolean): CalibratedSchedule => 
   ...(refined !== undefined && { refined }),
 });
 const blocksFor = (all: CalibratedSchedule[], guidanceScale: number, hasRefiner?: boolean) =>
-  fittedFor(all, {
-    width: 64,
-    height: 64,
-    guidanceScale,
-    ...{ steps: 3, guided: null },
-    ...(hasRefiner !== undefined && { hasRefiner }),
-  })?.blocks.join("");
+  nearestOf(
+    fittedSchedules(all, { width: 64, height: 64, guidanceScale, ...(hasRefiner !== undefined && { hasRefiner }) }),
+  )?.blocks.join("");
 
 describe("a calibrated schedule that the refiner was found to improve", () => {
   it("ends with C where there is a refiner", () => {

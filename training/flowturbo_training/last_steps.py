@@ -5,7 +5,7 @@ differs from picture to picture; in the last step, after which nothing enlarges 
 step goes from sigma to 0, h = -sigma; v is the velocity (both halves, unguided) that it evaluates, v_before the one of the step before:
 
     x'    = x + now·guide(v) + old·guide(v_before) + older·…               the step as it was fitted
-    v_mid = v + e·(v - v_before)                                           extrapolated to the middle of the step
+    v_mid = v + e·(v - v_before)                                           extrapolated to the middle of the step, where both are guided or none
     x''   = x' + h·guide(r(x' - h/2·guide(v_mid) ⊕ v_mid, sigma/2))        block C of flowturbo on a calibrated schedule
     loss  = mean |decode(x'') - decode(x_ref)|² / mean |decode(x') - decode(x_ref)|²
 
@@ -39,13 +39,11 @@ class FittedSteps:
     """An entry of schedules.json: where each step evaluates, and the weights of its velocity and of the two before."""
 
     guidance: float
+    """That it was fitted to; 1 for none."""
     sigmas: tuple[float, ...]
     weights: tuple[tuple[float, float, float], ...]
-    scales: tuple[float, ...]
-    """Guidance of each step, as a multiple of `guidance`."""
-
-    def guidance_of(self, step: int) -> float:
-        return self.guidance if self.guidance == 1 else self.guidance * self.scales[step]
+    scales: tuple[float | None, ...]
+    """Guidance scale of each step, None for none."""
 
 
 @dataclass
@@ -70,7 +68,7 @@ class LastStepSettings:
 
 
 def read_schedules(file: Path, width: int, height: int) -> list[FittedSteps]:
-    """The calibrated schedules of a size with guidance in all steps or in none, of three steps or more."""
+    """The calibrated schedules of a size, of three steps or more."""
     if not file.exists():
         raise ValueError(f"{file} is missing: run `flowturbo calibrate` for this model first")
     entries = json.loads(file.read_text()).get("calibrated", [])
@@ -96,36 +94,40 @@ def mark_refined(file: Path, width: int, height: int, improved: dict[FittedSteps
 
 
 def _is_usable(entry: dict, width: int, height: int) -> bool:
-    guided = entry["guidanceScale"] > 1
-    fits = (entry["width"], entry["height"]) == (width, height) and entry["sigmas"][0] == 1
-    return fits and len(entry["weights"]) > 2 and all(g == guided for g in entry["guided"])
+    return (entry["width"], entry["height"]) == (width, height) and entry["sigmas"][0] == 1 and len(entry["weights"]) > 2
 
 
 def _steps_of(entry: dict) -> FittedSteps:
-    scales = tuple(entry.get("scales") or [1.0] * len(entry["weights"]))
-    return FittedSteps(float(entry["guidanceScale"]), tuple(entry["sigmas"]), tuple(tuple(w) for w in entry["weights"]), scales)
+    whole = float(entry["guidanceScale"])
+    factors = entry.get("scales") or [1.0] * len(entry["weights"])
+    scales = tuple(whole * factor if guided else None for factor, guided in zip(factors, entry["guided"]))
+    return FittedSteps(whole, tuple(entry["sigmas"]), tuple(tuple(w) for w in entry["weights"]), scales)
 
 
-def guide(velocity: torch.Tensor, guidance: float) -> torch.Tensor:
+def guide(velocity: torch.Tensor, scale: float | None) -> torch.Tensor:
     """u + g·(c - u) of a pair [2B, …]; a velocity without guidance is what it is."""
-    if guidance == 1:
+    if scale is None:
         return velocity
     without, with_ = velocity.chunk(2)
-    return without + guidance * (with_ - without)
+    return without + scale * (with_ - without)
 
 
 def run_fitted(
-    evaluate: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Tensor, steps: FittedSteps, first: torch.Tensor | None = None
+    evaluate: Callable[[torch.Tensor, float, bool], torch.Tensor], x: torch.Tensor, steps: FittedSteps, first: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Where a calibrated schedule ends [B, …], and its last two velocities [2B or B, …], the latest first; `first` is that at x, if known."""
-    known: list[torch.Tensor] = []
-    for i, (sigma, weights) in enumerate(zip(steps.sigmas, steps.weights)):
-        known = [evaluate(x, sigma) if i > 0 or first is None else first, *known[:2]]
-        # The velocity before is guided as the step is, the one before that as its own step was: so flowturbo's graphs do it.
-        scales = [steps.guidance_of(i), steps.guidance_of(i), steps.guidance_of(max(0, i - 2))]
-        for weight, velocity, scale in zip(weights, known, scales):
-            x = x + weight * guide(velocity, scale)
-    return x, known[0], known[1]
+    """Where a calibrated schedule ends [B, …], and its last two velocities [2B or B, …], the latest first; `first` is that at x, a pair if guided."""
+    known: list[tuple[torch.Tensor, float | None]] = []
+    for i, (sigma, weights, scale) in enumerate(zip(steps.sigmas, steps.weights, steps.scales)):
+        if i == 0:
+            v = first[len(first) - len(x) :] if scale is None else first
+        else:
+            v = evaluate(x, sigma, scale is not None)
+        known = [(v, scale), *known[:2]]
+        for place, (weight, (velocity, own)) in enumerate(zip(weights, known)):
+            # The velocity before is guided as the step is where both are guided, the one before that as its own step was: so flowturbo's graphs do it.
+            anew = place == 1 and scale is not None and own is not None
+            x = x + weight * guide(velocity, scale if anew else own)
+    return x, known[0][0], known[1][0]
 
 
 def refine_end(
@@ -134,8 +136,8 @@ def refine_end(
     """x'' of the formula above; context and pooled have as many rows as v."""
     start, last = steps.sigmas[-3], steps.sigmas[-2]
     h = -last
-    ahead = v + h / (2 * (last - start)) * (v - before)
-    scale = steps.guidance_of(len(steps.weights) - 1)
+    scale = steps.scales[-1]
+    ahead = v + h / (2 * (last - start)) * (v - before) if len(v) == len(before) else v
     point = x - h / 2 * guide(ahead, scale)
     rows = torch.cat([torch.cat([point] * (len(v) // len(x))), ahead], 1)
     return x + h * guide(refiner(rows, x.new_full((len(v),), last / 2), context, pooled), scale)
@@ -173,17 +175,17 @@ def prepare_last_steps(
         guidance = scales[shard % len(scales)]
         latents, context, pooled = (v.to(device).float() for v in batch(rng, settings.rows))
         start = torch.randn(latents.shape, generator=rng.torch).to(device)
-        condition = _condition(null, context, pooled, guidance)
+        whole = None if guidance == 1 else guidance
 
-        def evaluate(x, sigma):
-            rows = torch.cat([x] * (1 if guidance == 1 else 2))
-            given = (v.to(dtype) for v in condition)
+        def evaluate(x, sigma, guided):
+            rows = torch.cat([x] * (2 if guided else 1))
+            given = (v.to(dtype) for v in _condition(null, context, pooled, guided))
             return network(rows.to(dtype), x.new_full((len(rows),), sigma).to(dtype), *given).float()
 
         # All runs begin at sigma = 1 with the same velocity.
-        first = evaluate(start, 1.0)
+        first = evaluate(start, 1.0, whole is not None)
         sigmas = shifted_sigmas(settings.reference, settings.shift)
-        tensors = {"reference": _fine_run(evaluate, start, sigmas, guidance, first)}
+        tensors = {"reference": _fine_run(evaluate, start, sigmas, whole, first)}
         tensors |= {"context": context, "pooled": pooled}
         own = [steps for steps in schedules if steps.guidance == guidance]
         for k, steps in enumerate(own):
@@ -196,11 +198,11 @@ def prepare_last_steps(
         log(f"last steps: shard {shard + 1} of {settings.shards}: {len(start)} starts, {len(own)} schedules, guidance {guidance:g}")
 
 
-def _fine_run(evaluate, x: torch.Tensor, sigmas: list[float], guidance: float, first: torch.Tensor) -> torch.Tensor:
+def _fine_run(evaluate, x: torch.Tensor, sigmas: list[float], guidance: float | None, first: torch.Tensor) -> torch.Tensor:
     before = None
     for i, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:])):
         h = then - now
-        v = guide(evaluate(x, now) if i > 0 else first, guidance)
+        v = guide(evaluate(x, now, guidance is not None) if i > 0 else first, guidance)
         more = 0 if before is None else h * h / (2 * (now - sigmas[i - 1]))
         x = x + (h + more) * v - (0 if before is None else more * before)
         before = v
@@ -233,7 +235,7 @@ class LastSteps:
             return torch.cat([values[i : i + 1] for i in rows]).to(self.device).float()
 
         v, before = (of(f"{name}.{k}").transpose(0, 1).flatten(0, 1) for name in ("v", "before"))
-        return steps, of(f"x.{k}"), v, before, _condition(self.null, of("context"), of("pooled"), steps.guidance), of("reference")
+        return steps, of(f"x.{k}"), v, before, _condition(self.null, of("context"), of("pooled"), steps.scales[-1] is not None), of("reference")
 
 
 def train_on_last_steps(
@@ -289,7 +291,8 @@ def gains(refiner: torch.nn.Module, runs: LastSteps, decode: Decode, log, batch:
     for steps, parts in values.items():
         each = torch.cat(parts).double()
         result[steps] = (each.mean().item(), 1.96 * each.std().item() / len(each) ** 0.5)
-        log("last steps: guidance {:g}, {} steps: {:+.2f} ± {:.2f} dB on {} runs kept apart".format(steps.guidance, len(steps.weights), *result[steps], len(each)))
+        rows = sum(1 if scale is None else 2 for scale in steps.scales)
+        log("last steps: guidance {:g}, {} steps, {} rows: {:+.2f} ± {:.2f} dB on {} runs kept apart".format(steps.guidance, len(steps.weights), rows, *result[steps], len(each)))
     return result
 
 
@@ -301,15 +304,16 @@ def _scales(schedules: list[FittedSteps]) -> list[float]:
     return sorted({steps.guidance for steps in schedules})
 
 
-def _condition(null: tuple[torch.Tensor, ...], context: torch.Tensor, pooled: torch.Tensor, guidance: float) -> list[torch.Tensor]:
+def _condition(null: tuple[torch.Tensor, ...], context: torch.Tensor, pooled: torch.Tensor, guided: bool) -> list[torch.Tensor]:
     """Context and pooled as the sampler takes them: with guidance the empty caption's rows first."""
-    if guidance == 1:
+    if not guided:
         return [context, pooled]
     return [torch.cat([empty.expand_as(own), own]) for empty, own in zip(null, (context, pooled))]
 
 
 def _schedules_in(file) -> list[FittedSteps]:
-    stored = json.loads(file.metadata()["schedules"])
+    # A shard of an earlier version has no scales: its schedules are others than any.
+    stored = (entry if len(entry) == 4 else [*entry, []] for entry in json.loads(file.metadata()["schedules"]))
     return [FittedSteps(g, tuple(sigmas), tuple(tuple(w) for w in weights), tuple(scales)) for g, sigmas, weights, scales in stored]
 
 

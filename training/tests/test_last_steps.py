@@ -27,9 +27,9 @@ from test_run_ends import NULL, batch, tiny
 SETTINGS = LastStepSettings(shift=2.0, shards=5, rows=6, held=1, reference=12, steps=120, batch=4, lr=3e-3, average=0.9)
 WEIGHTS = ((-0.3, 0.0, 0.0), (-0.45, 0.1, 0.0), (-0.4, 0.1, -0.05))
 SCHEDULES = [
-    FittedSteps(1.0, (1.0, 0.7, 0.35, 0.0), WEIGHTS, (1.0, 1.0, 1.0)),
-    FittedSteps(2.5, (1.0, 0.8, 0.4, 0.0), WEIGHTS, (1.2, 0.7, 1.1)),
-    FittedSteps(2.5, (1.0, 0.6, 0.3, 0.0), WEIGHTS, (1.0, 1.0, 1.0)),
+    FittedSteps(1.0, (1.0, 0.7, 0.35, 0.0), WEIGHTS, (None, None, None)),
+    FittedSteps(2.5, (1.0, 0.8, 0.4, 0.0), WEIGHTS, (3.0, 1.75, 2.75)),
+    FittedSteps(2.5, (1.0, 0.6, 0.3, 0.0), WEIGHTS, (None, 2.5, None)),
 ]
 
 
@@ -59,41 +59,42 @@ def test_runs_are_the_schedules_and_a_killed_preparation_goes_on(tmp_path):
         rng = StepRandomness(0, "last-steps/runs", shard)
         latents, context, pooled = batch(rng, 6)
         x = torch.randn(latents.shape, generator=rng.torch)
-        g, known = steps.guidance, []
-        # Each step reuses the velocity before it at its own scale, and the one before that at the scale of that one's step.
-        own = [g * scale for scale in steps.scales]
+        known, own = [], steps.scales
+        # Each step reuses the velocity before it at its own scale if both are guided, and the one before that as it was guided.
         for i, (sigma, weights) in enumerate(zip(steps.sigmas, steps.weights)):
             at = torch.full((6,), sigma)
             u = network(x, at, NULL[0].expand(6, -1, -1), NULL[1].expand(6, -1))
             c = network(x, at, context, pooled)
             known.insert(0, (u, c))
-            scales = [own[i], own[i], own[i - 2]]
-            x = x + sum(w * ((1 - s) * u + s * c) for w, (u, c), s in zip(weights, known, scales))
+            scales = [own[i], own[i] if own[i] and own[i - 1] else own[i - 1], own[i - 2]]
+            x = x + sum(w * (c if s is None else (1 - s) * u + s * c) for w, (u, c), s in zip(weights, known, scales))
         read, end, v, before, condition, _ = runs.read(runs.trained[shard], k, [4, 2])
         assert read == steps and torch.allclose(end, x[[4, 2]], atol=1e-4)
-        for found, (u, c) in ((v, known[0]), (before, known[1])):
-            expected = c[[4, 2]] if g == 1 else torch.cat([u[[4, 2]], c[[4, 2]]])
+        for found, (u, c), scale in ((v, known[0], own[2]), (before, known[1], own[1])):
+            expected = c[[4, 2]] if scale is None else torch.cat([u[[4, 2]], c[[4, 2]]])
             assert torch.allclose(found, expected, atol=1e-4)
         assert len(condition[0]) == len(v)
 
 
-@pytest.mark.parametrize("steps", SCHEDULES[:2])
+@pytest.mark.parametrize("steps", SCHEDULES)
 def test_the_end_is_the_formula(steps):
     """As flowturbo launches it: x + a_in·guide(v), x' = x + a_old·guide(v) + a_new·guide(refiner + v), v extrapolated to the middle."""
-    g = steps.guidance * steps.scales[-1]
+    g = steps.scales[-1]
     torch.manual_seed(0)
-    x, v = torch.randn(2, 4, 8, 8), torch.randn(2 if g == 1 else 4, 4, 8, 8)
-    before, context, pooled = torch.randn_like(v), torch.randn(len(v), 6, 16), torch.randn(len(v), 12)
+    x, v = torch.randn(2, 4, 8, 8), torch.randn(2 if g is None else 4, 4, 8, 8)
+    before = torch.randn(2 if steps.scales[-2] is None else 4, 4, 8, 8)
+    context, pooled = torch.randn(len(v), 6, 16), torch.randn(len(v), 12)
     refiner = build_refiner(tiny())
     torch.nn.init.normal_(refiner.proj_out.weight, std=0.3)
     network = velocity_of(refiner.eval().requires_grad_(False))
-    guided = (lambda w: w) if g == 1 else (lambda w: (1 - g) * w[:2] + g * w[2:])
+    guided = (lambda w: w) if g is None else (lambda w: (1 - g) * w[:2] + g * w[2:])
     last, start = steps.sigmas[2], steps.sigmas[1]
-    slope = (v - before) / (last - start)
+    # A pair and a single velocity have no difference.
+    slope = (v - before) / (last - start) if v.shape == before.shape else torch.zeros_like(v)
     middle = v + slope * (last / 2 - last)
     a_in, a_old, a_new = last / 2, last, -last
     point = x + a_in * guided(middle)
-    refined = network(torch.cat([point if g == 1 else torch.cat([point, point]), middle], 1), torch.full((len(v),), last / 2), context, pooled) + middle
+    refined = network(torch.cat([point if g is None else torch.cat([point, point]), middle], 1), torch.full((len(v),), last / 2), context, pooled) + middle
     expected = x + a_old * guided(middle) + a_new * guided(refined)
     result = refine_end(network, x, v, before, context, pooled, steps)
     assert torch.allclose(result, expected, atol=1e-5)
@@ -140,8 +141,10 @@ def test_schedules_are_read_and_marked(tmp_path):
     file = tmp_path / "schedules.json"
     with pytest.raises(ValueError, match="flowturbo calibrate"):
         read_schedules(file, 64, 64)
-    others = [entry(width=128, refined=True), entry(guided=[True, True, False]), entry(sigmas=[0.9, 0.8, 0.4, 0])]
-    content = {"version": 1, "model": "m", "ladder": ["H1P4"], "calibrated": [entry(), *others, entry(sigmas=[1, 0.6, 0.3, 0])]}
+    others = [entry(width=128, refined=True), entry(sigmas=[0.9, 0.8, 0.4, 0])]
+    content = {"version": 1, "model": "m", "ladder": ["H1P4"], "calibrated": [
+        entry(scales=[1.2, 0.7, 1.1]), *others, entry(sigmas=[1, 0.6, 0.3, 0], guided=[False, True, False]),
+    ]}  # fmt: skip
     file.write_text(json.dumps(content))
     assert read_schedules(file, 64, 64) == SCHEDULES[1:]
     with pytest.raises(ValueError, match="32 x 32"):
