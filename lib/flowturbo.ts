@@ -2,17 +2,21 @@
 
 import { createHash } from "node:crypto";
 import type { EventEmitter } from "node:events";
-import { constants } from "node:fs";
-import { access, readFile, stat } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import type { z } from "zod";
-import { type Checkpoint, checkpointName, fingerprintOf, openCheckpoint, readSchedules } from "./checkpoint/index.js";
+import {
+  type Checkpoint,
+  calibratedSchedulesOf,
+  calibrationFile,
+  calibrationPromptsOf,
+  checkpointName,
+  openCheckpoint,
+} from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
 import { defaultCacheFolder } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
-import { filledLines } from "./common/text.js";
 import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
@@ -23,7 +27,6 @@ import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import {
-  canRun,
   checkSequenceLength,
   type EditRequest,
   pinnedWithCapture,
@@ -33,6 +36,7 @@ import {
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./generation/sizes.js";
+import { canRun } from "./generation/stages.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import type {
@@ -53,14 +57,7 @@ import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import {
-  areSomeMixed,
-  type Block,
-  blocksForEach,
-  type CalibratedSchedule,
-  ladderSteps,
-  parseBlocks,
-} from "./schedule/index.js";
+import { areSomeMixed, type Block, blocksForEach, ladderSteps, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -134,7 +131,7 @@ export class FlowTurbo implements ImageModel {
     const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
     const ladder = ladderOf(checkpoint);
     const cache = checked.cache ?? defaultCacheFolder();
-    const calibrated = await calibratedOf(checkpoint, cache);
+    const calibrated = await calibratedSchedulesOf(checkpoint, cache);
 
     // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.
     report("graphs", 1);
@@ -322,7 +319,7 @@ export class FlowTurbo implements ImageModel {
       checkPictureMemory(this.#graphs, device, draw, { ...size, latentShape, sequenceLength, guided: true });
     }
     return this.#tracked(async () => {
-      const file = checked.file ?? (await schedulesFile(checkpoint, this.#cache));
+      const file = checked.file ?? (await calibrationFile(checkpoint, this.#cache));
       const schedules = await calibrate(
         {
           ...{ checkpoint, text, file, cache: path.join(this.#cache, "calibration") },
@@ -335,7 +332,7 @@ export class FlowTurbo implements ImageModel {
           ...{ sizes, pictures, seed, signal, onProgress, reset, intervals, sequenceLength },
           guidanceScales: [...new Set(checked.guidanceScales)],
           steps: [...new Set(checked.steps)].sort((a, b) => a - b),
-          prompts: checked.prompts ?? (await promptsOf(checkpoint.folder)) ?? calibrationPrompts,
+          prompts: checked.prompts ?? (await calibrationPromptsOf(checkpoint.folder)) ?? calibrationPrompts,
           batch: checked.batch ?? (runtime.capabilities.anyShape ? 8 : 1),
         },
       );
@@ -489,39 +486,6 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
     runtime: { name: runtime.name, ...settings },
     machine: { cpu: os.cpus()[0]?.model ?? "unknown", cores: os.availableParallelism(), arch: process.arch },
   };
-}
-
-/** Where calibrated schedules are written: beside the model where that is allowed, else in the cache by the model's digest. */
-async function schedulesFile(checkpoint: Checkpoint, cache: string): Promise<string> {
-  const isAllowed = await access(checkpoint.folder, constants.W_OK).then(
-    () => true,
-    () => false,
-  );
-  return isAllowed
-    ? path.join(checkpoint.folder, "schedules.json")
-    : path.join(cache, "schedules", `${await fingerprintOf(checkpoint)}.json`);
-}
-
-/** The prompts that a model brings for calibration, one a line. */
-async function promptsOf(folder: string): Promise<string[] | null> {
-  const text = await readFile(path.join(folder, "prompts.txt"), "utf8").catch(() => null);
-  const prompts = filledLines(text ?? "");
-  return prompts.length >= 2 ? prompts : null;
-}
-
-/** Schedules that were calibrated for a checkpoint: its own, and those of the cache. */
-async function calibratedOf(checkpoint: Checkpoint, cache: string): Promise<readonly CalibratedSchedule[]> {
-  const own = checkpoint.schedules.calibrated;
-  if (!(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
-  const fingerprint = await fingerprintOf(checkpoint);
-  const file = path.join(cache, "schedules", `${fingerprint}.json`);
-  const { variant } = checkpoint.transformer.weights;
-  const later = (await readSchedules(file, async () => fingerprint, variant))?.calibrated ?? [];
-  // What the user found counts more than what came with the model.
-  const key = ({ width, height, guidanceScale, weights }: CalibratedSchedule) =>
-    [width, height, guidanceScale, weights.length].join();
-  const found = new Set(later.map(key));
-  return [...own.filter((each) => !found.has(key(each))), ...later];
 }
 
 /**

@@ -1,7 +1,7 @@
 /**
  * The options of the public functions as schemas: one place for checks, defaults and flags of the command line. Their
  * types, with what each option means, are in model.ts; a test holds the two together. Values come from the tables of
- * samplers, runtimes and networks. What depends on a checkpoint (sizes, a refiner) is checked in generation/request.ts.
+ * samplers, runtimes and networks. What depends on a checkpoint (sizes, a refiner) is checked in generation/request.ts and generation/stages.ts.
  */
 
 import { inspect } from "node:util";

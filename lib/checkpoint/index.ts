@@ -1,5 +1,6 @@
 /** A checkpoint folder on disk: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
 
+export { calibratedSchedulesOf, calibrationFile, calibrationPromptsOf } from "./calibration.js";
 export { type Checkpoint, fingerprintOf, openCheckpoint, type Part } from "./checkpoint.js";
 export {
   type ClipConfig,

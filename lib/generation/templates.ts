@@ -10,6 +10,7 @@ import { mmditWidth, networksOf, positionTable } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork } from "../serving/prediction.js";
+import type { Candidate } from "./candidates.js";
 import type { Edit } from "./edit.js";
 import {
   encoderProgram,
@@ -18,7 +19,8 @@ import {
   type SamplingTemplate,
   samplingTemplate,
 } from "./programs.js";
-import type { Candidate, Request, RequestStage } from "./request.js";
+import type { Request } from "./request.js";
+import type { RequestStage } from "./stages.js";
 import type { PreparedPrompts, PromptEncoder } from "./text.js";
 
 /** A candidate with the programs that draw it: costs are predicted from them, and the recipe binds values to them. */

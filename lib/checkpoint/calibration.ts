@@ -1,0 +1,44 @@
+/** Where a checkpoint's calibration is: beside its weights, or in the cache where that folder cannot be written. */
+
+import { constants } from "node:fs";
+import { access, readFile, stat } from "node:fs/promises";
+import path from "node:path";
+import { filledLines } from "../common/text.js";
+import { type Checkpoint, fingerprintOf } from "./checkpoint.js";
+import { readSchedules, type StoredSchedules } from "./schedules.js";
+
+/** Where calibrated schedules are written: beside the model where that is allowed, else in the cache by the model's digest. */
+export async function calibrationFile(checkpoint: Checkpoint, cache: string): Promise<string> {
+  const isAllowed = await access(checkpoint.folder, constants.W_OK).then(
+    () => true,
+    () => false,
+  );
+  return isAllowed
+    ? path.join(checkpoint.folder, "schedules.json")
+    : path.join(cache, "schedules", `${await fingerprintOf(checkpoint)}.json`);
+}
+
+/** The prompts that a model brings for calibration, one a line. */
+export async function calibrationPromptsOf(folder: string): Promise<string[] | null> {
+  const text = await readFile(path.join(folder, "prompts.txt"), "utf8").catch(() => null);
+  const prompts = filledLines(text ?? "");
+  return prompts.length >= 2 ? prompts : null;
+}
+
+/** Schedules that were calibrated for a checkpoint: its own, and those of the cache. */
+export async function calibratedSchedulesOf(
+  checkpoint: Checkpoint,
+  cache: string,
+): Promise<StoredSchedules["calibrated"]> {
+  const own = checkpoint.schedules.calibrated;
+  if (!(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
+  const fingerprint = await fingerprintOf(checkpoint);
+  const file = path.join(cache, "schedules", `${fingerprint}.json`);
+  const { variant } = checkpoint.transformer.weights;
+  const later = (await readSchedules(file, async () => fingerprint, variant))?.calibrated ?? [];
+  // What the user found counts more than what came with the model.
+  const key = ({ width, height, guidanceScale, weights }: StoredSchedules["calibrated"][number]) =>
+    [width, height, guidanceScale, weights.length].join();
+  const found = new Set(later.map(key));
+  return [...own.filter((each) => !found.has(key(each))), ...later];
+}

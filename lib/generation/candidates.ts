@@ -1,0 +1,148 @@
+/**
+ * The ways to draw a request: one, or with a time limit several, whose schedules differ. Which of them is taken is the service's choice.
+ */
+
+import { LruCache } from "../common/lru-cache.js";
+import { OptionError } from "../errors.js";
+import type { ResolvedGenerateOptions } from "../options.js";
+import { type Block, ladderSteps, rowsOf } from "../schedule/index.js";
+import { guidanceOf } from "./programs.js";
+import {
+  blocksOf,
+  firstStage,
+  fittedSchedule,
+  fittedSchedulesOf,
+  leavesGuidanceOpen,
+  type RequestStage,
+  risingStages,
+  type StageFacts,
+} from "./stages.js";
+
+/** What candidates have to know of a model. */
+export interface CandidateFacts extends StageFacts {
+  /** Schedules for time limits, the richest first: blocks, or numbers of steps. */
+  readonly ladder: readonly (readonly Block[] | number)[];
+}
+
+/** A way to draw a request. Those of a time limit differ in their schedules only. */
+export interface Candidate {
+  /** Schedules of its stages, such as "H1P7R2 H1P1". */
+  readonly text: string;
+  readonly stages: readonly RequestStage[];
+  /** Whether some step of it is guided. */
+  readonly isGuided: boolean;
+}
+
+const knownCandidates = new WeakMap<CandidateFacts, LruCache<[Candidate, ...Candidate[]]>>();
+
+/** One way to draw a request, or with a time limit those of the ladder, each schedule once. Requests of a kind share them. */
+export function candidatesOf(
+  options: ResolvedGenerateOptions,
+  model: CandidateFacts,
+  pictures: number,
+): [Candidate, ...Candidate[]] {
+  const { deadlineMs, ladder, sampler, blocks, steps, stages, width, height, grid, image, strength } = options;
+  const { sigmas, shift, mu, guidanceScale, guidanceStart, guidanceStop, guidanceMode } = options;
+  const shape = {
+    ...{ ladder, sampler, blocks, steps, stages, width, height, grid, strength, pictures, sigmas, shift, mu },
+    ...{ guidanceScale, guidanceStart, guidanceStop, guidanceMode },
+  };
+  const key = JSON.stringify({ ...shape, isEdit: image !== undefined, isLimited: deadlineMs !== undefined });
+  const kept = knownCandidates.get(model) ?? new LruCache(64);
+  knownCandidates.set(model, kept);
+  return kept.get(key) ?? kept.set(key, newCandidates(options, model, pictures));
+}
+
+function newCandidates(
+  options: ResolvedGenerateOptions,
+  model: CandidateFacts,
+  pictures: number,
+): [Candidate, ...Candidate[]] {
+  const { deadlineMs, ladder, sampler, blocks, steps, stages, sigmas, guidanceScale } = options;
+  if (ladder !== undefined && deadlineMs === undefined)
+    throw new OptionError("ladder", "A ladder is for a time limit; give deadlineMs, or leave ladder out.");
+  const fixed = { sampler, blocks, steps, stages, sigmas };
+  for (const [name, value] of Object.entries(fixed))
+    if (ladder !== undefined && value !== undefined)
+      throw new OptionError("ladder", `The ladder says what may be run; leave out ${name} or ladder.`);
+  const given = blocks === undefined || stages ? null : blocksOf(blocks, model.checkpoint);
+  const isFixed = Object.values(fixed).some((value) => value !== undefined);
+  if (deadlineMs === undefined || isFixed) return [candidateOf(options, model, pictures, given)];
+  if (typeof guidanceScale !== "number")
+    throw new OptionError(
+      "guidanceScale",
+      "A list of guidance scales is for a number of steps, which a time limit leaves open; give steps, or one scale.",
+    );
+  const candidates = new Map<string, Candidate>();
+  let refused: unknown;
+  const calibrated = ladder ? null : calibratedRungs(options, model);
+  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibrated ?? model.ladder;
+  for (const each of rungs)
+    try {
+      const rung = typeof each === "number" ? { steps: each } : each;
+      const candidate =
+        "steps" in rung
+          ? candidateOf({ ...options, ...rung }, model, pictures, null)
+          : candidateOf(options, model, pictures, rung);
+      const key = candidate.stages.map(({ schedule }) => schedule.key).join();
+      if (!candidates.has(key)) candidates.set(key, candidate);
+    } catch (error) {
+      // At some strengths what is left of a short schedule is not valid; others may be.
+      if (ladder !== undefined || !(error instanceof OptionError)) throw error;
+      refused = error;
+    }
+  const found = [...candidates.values()];
+  // A file's ladder, or the caller's, is in its own order.
+  if (calibrated) found.sort((a, b) => rowsOfCandidate(b) - rowsOfCandidate(a));
+  const [first, ...others] = found;
+  if (!first) throw refused;
+  return [first, ...others];
+}
+
+const rowsOfCandidate = ({ stages }: Candidate) =>
+  stages.reduce((sum, { schedule }) => sum + schedule.evaluations.rows, 0);
+
+/** A number of steps, and the guidance scale of each. */
+type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: number };
+
+/**
+ * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows, and the usual
+ * ones of other numbers of steps. Null without calibration.
+ * @param options with one guidance scale
+ */
+function calibratedRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Rung[] | null {
+  const scale = options.guidanceScale as number;
+  const counts = [...new Set(model.calibrated.map(({ guided }) => guided.length))];
+  const found = leavesGuidanceOpen(options)
+    ? fittedSchedulesOf(options, model)
+    : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
+  if (found.length === 0) return null;
+  const all = found.map(({ guidance, psnr }) => ({
+    ...{ steps: guidance.length, psnr, guided: guidance.map((each) => each !== null) },
+    rows: rowsOf({ guided: guidance.map((each) => each !== null) }),
+  }));
+  const best = all.filter(({ rows, psnr }) =>
+    all.every((other) => other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr),
+  );
+  const known = new Set(all.map(({ steps }) => steps));
+  return [
+    ...best.map(({ steps, guided }) => ({
+      steps,
+      guidanceScale: leavesGuidanceOpen(options) ? guided.map((each) => (each ? scale : 1)) : scale,
+    })),
+    ...ladderSteps.filter((steps) => !known.has(steps)).map((steps) => ({ steps, guidanceScale: scale })),
+  ];
+}
+
+function candidateOf(
+  options: ResolvedGenerateOptions,
+  model: CandidateFacts,
+  pictures: number,
+  blocks: readonly Block[] | null,
+): Candidate {
+  const stages = options.stages
+    ? risingStages(options, options.stages, model, pictures)
+    : [firstStage(options, model, pictures, blocks)];
+  const text = stages.map(({ schedule }) => schedule.text).join(" ");
+  return { text, stages, isGuided: guidanceOf(stages).guided };
+}
