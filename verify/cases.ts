@@ -163,6 +163,8 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   }
   // What remembers more than one velocity: skipping, and a method with memory of its own.
   add("multistep", one, ["A2S1U3"], { quick: true });
+  // The predictor and the refiner in one block.
+  if (refined) add("refined midpoint", one, ["A2C2"], { quick: true });
   add("without guidance", one, [refined ? "H1P2R1" : "H1P2"], { guided: false, quick: true });
   add("inpainting", one, [refined ? "H1P2R1" : "H1P2"], { inpainted: true, quick: true });
   const larger = sizes.find(

@@ -131,7 +131,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     for (const { name, differences } of [...report.findings, ...report.pictures])
       for (const { worst } of differences) expect(worst, name).toBe(0);
     const samplers = report.findings.filter(({ kind }) => kind === "sampler");
-    expect(samplers).toHaveLength(13);
+    expect(samplers).toHaveLength(14);
     for (const { name, captured, rounds } of samplers)
       expect([captured, rounds], name).toMatchObject([{ runs: 3, replayed: 3 }, 2]);
     // Five requests: at the same time, padded, and captured twice.
@@ -148,9 +148,9 @@ describeAddons("verify:gpu on the simulated library", () => {
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
-    expect(report.findings.length).toBeLessThan(25);
+    expect(report.findings.length).toBeLessThan(26);
     expect(report.pictures).toHaveLength(2);
-    expect(stdout).toContain("24 of 24 cases (the small set, --quick)");
+    expect(stdout).toContain("25 of 25 cases (the small set, --quick)");
   });
 
   const namesOf = (findings: readonly { readonly name: string; readonly passed: boolean }[]) =>
@@ -176,6 +176,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     const { names, report, stdout, stderr } = await faulty(fault);
     expect(names).toEqual([
       "multistep (A2S1U3), batch 1, 64 × 64",
+      "refined midpoint (A2C2), batch 1, 64 × 64",
       "without guidance (H1P2R1), batch 1, 64 × 64",
       sampler,
     ]);
@@ -224,10 +225,10 @@ describeAddons("verify:gpu on the simulated library", () => {
   it("gives up after a few processes, and says what was not run", async () => {
     const { names, report, stdout } = await faulty("hang predict.guidance", "--case-timeout", "1");
     expect(names.length).toBeGreaterThanOrEqual(2);
-    expect(names.every((name) => /predict\.guidance|multistep|inpainting|pictures/.test(name))).toBe(true);
+    expect(names.every((name) => /predict\.guidance|multistep|midpoint|inpainting|pictures/.test(name))).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
-    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(24 + 3 + 1);
+    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(25 + 3 + 1);
     expect(stdout).toMatch(/timed out after 1 s/);
   });
 
@@ -255,7 +256,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(24 + 3 + 1);
+    expect(report.skipped).toHaveLength(25 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {
