@@ -145,16 +145,11 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
     ...[3, 4, 5, 6, 8, 10].map((n) => turbo("Heun", n, 0, 0)),
     ...[...counts, 14, 16].map((n) => api("DPM-Solver++(2M)", `DPM++ ${n}`, n, { sampler: "dpmpp_2m", steps: n })),
     ...[...counts, 14, 16].map((n) => api("UniPC", `UniPC ${n}`, n, { sampler: "unipc", steps: n })),
-    // What each ingredient brings: a second order, noise levels of its own, and holding back.
+    // What each ingredient brings: a second order, noise levels of its own, holding back, and guidance that is.
     ...[4, 6, 8, 10, 12].map((n) => api("Adams-Bashforth, shifted grid", `A${n} shifted`, n, { blocks: `A${n}` })),
-    ...[3, 4, 6, 8, 10, 12].map((n) =>
-      api("uncalibrated, first step unguided", `uncalibrated ${n}, first unguided`, n - 0.5, {
-        ...{ steps: n, grid: "eased", guidanceStart: 1.01 / n },
-      }),
-    ),
-    ...[3, 4, 6, 8, 10, 12].map((n) =>
-      api("uncalibrated, last step unguided", `uncalibrated ${n}, last unguided`, n - 0.5, {
-        ...{ steps: n, grid: "eased", guidanceStop: 1 - 0.5 / n },
+    ...counts.map((n) =>
+      api("uncalibrated, one guidance scale", `uncalibrated ${n}, one scale`, n, {
+        ...{ steps: n, grid: "eased", guidanceScale: new Array<number>(n).fill(guidance) },
       }),
     ),
     ...[4, 6, 8, 10, 12].map((n) => api("M on the shifted grid", `M${n} shifted`, n, { blocks: `M${n}` })),

@@ -252,7 +252,8 @@ export interface GenerateOptions {
    * together; with `image`: of the whole schedule, of which `strength` leaves the end). What A and P reuse is guided with their own scale
    * where both steps are guided; other methods remember velocities as they were guided where they were computed. `R` blocks are guided
    * as the block before them. With one scale and no interval a calibrated schedule says which of its steps are guided, and by what multiple
-   * of the scale; a list names the steps. Default: 4.5.
+   * of the scale; without calibration the default sampler takes less of one scale in steps that go far, the last above all (see the guide
+   * to schedules). A list, given blocks and the other samplers take scales as they are. Default: 4.5.
    */
   guidanceScale?: number | readonly number[] | undefined;
   /**

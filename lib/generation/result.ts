@@ -8,6 +8,7 @@ import { keepOriginal } from "./edit.js";
 import { Image, toRgbInSlices } from "./image.js";
 import { stacked } from "./latents.js";
 import type { Request } from "./request.js";
+import type { RequestStage } from "./stages.js";
 import type { PreparedCandidate } from "./templates.js";
 
 export async function resultOf(
@@ -65,21 +66,14 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
   const { prompts, negativePrompts, guidance, seeds, sampler, sigmas, shift, mu, stages, edit, sequenceLength } =
     request;
   const index = Math.floor(row / request.count);
-  const { width, height, isCalibrated, schedule, whole } = drawn.at(-1)!;
+  const { width, height, whole } = drawn.at(-1)!;
   return {
     prompt: prompts[index],
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
-    // What an original's strength or the guidance leaves out is left out again.
-    ...{ width, height, sampler },
-    // The steps draw a calibrated schedule again; its blocks alone do not.
-    ...(isCalibrated
-      ? { steps: schedule.blocks.length }
-      : { blocks: drawn.map((stage) => stage.whole.blocks).join(" ") }),
-    ...(sigmas ? { sigmas } : { grid: whole.grid }),
+    ...(stages ? { stages } : { width, height, sampler, ...scheduleOf(whole, sigmas) }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),
-    ...(stages && { stages }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
     guidanceScale: guidance.isOn ? whole.guidanceScale : 1,
@@ -88,6 +82,11 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     ...(guidance.isOn && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
     maxSequenceLength: sequenceLength,
   };
+}
+
+/** What an original's strength or the guidance leaves out is left out again. A schedule's own blocks are no given ones: guidance differs. */
+function scheduleOf({ blocks, steps, grid }: RequestStage["whole"], sigmas: Request["sigmas"]) {
+  return { ...(blocks === null ? { steps } : { blocks }), ...(sigmas ? { sigmas } : { grid }) };
 }
 
 /** What drew it: names, and no path. */

@@ -5,7 +5,7 @@
  */
 
 import type { CalibratedEntry, Size } from "../model.js";
-import { bestGrids, planSteps, rowsOf, samplers, sigmaGrids } from "../schedule/index.js";
+import { bestGrids, defaultSampler, planSteps, rowsOf, samplers, sigmaGrids } from "../schedule/index.js";
 import type { Reference } from "./calibration-reference.js";
 import { fitted, launchedPsnr, psnrOf, type StepNumbers } from "./fit.js";
 
@@ -104,10 +104,13 @@ export class ScheduleSearch {
     const plain = [extrapolated(grid, 0), extrapolated(grid, 1), damped(usualSigmas(reference, steps, scale), scale)];
     const starts: (Found & { readonly isFitted: boolean })[] = [];
     for (const guided of patterns) {
-      const scalesOf = (factors?: readonly number[]) =>
+      const scalesOf = (factors: readonly number[] | undefined) =>
         guided.map((each, step) => (each ? scale * (factors?.[step] ?? 1) : null));
       const all = [
-        ...plain.map((each) => ({ numbers: { ...each, scales: scalesOf() }, isFitted: false })),
+        ...plain.map((each) => ({
+          numbers: { ...each, scales: usualScales(each.sigmas, guided, scale) },
+          isFitted: false,
+        })),
         ...neighbours.map(({ sigmas, weights, scales }) => ({
           numbers: { sigmas, weights, scales: scalesOf(scales) },
           isFitted: true,
@@ -127,9 +130,9 @@ export class ScheduleSearch {
     const { problem, judge } = problemsOf(this.#subject);
     const guided = numbers.scales.map((each) => each !== null);
     const steps = guided.length;
-    const launches = planSteps(samplers.flowturbo!.blocks(steps, scale), usualSigmas(reference, steps, scale), {
-      guidance: (block) => (guided[block] ? scale : null),
-    });
+    const usual = usualSigmas(reference, steps, scale);
+    const scales = usualScales(usual, guided, scale);
+    const launches = planSteps(usualSampler.blocks(steps, scale), usual, { guidance: (block) => scales[block]! });
     const factors = numbers.scales.map((each) => (each === null ? 1 : round(each / scale)));
     return {
       ...{ width: size.width, height: size.height, guidanceScale: scale, guided, rows: rowsOf({ guided }) },
@@ -154,9 +157,20 @@ export function isWorthwhile(entry: CalibratedEntry, others: readonly Calibrated
 
 const better = <T extends Found>(a: T | null, b: T): T => (a && a.held >= b.held ? a : b);
 
+const usualSampler = samplers[defaultSampler]!;
+
+/** Guidance scales of the usual schedule, on any levels. */
+function usualScales(sigmas: readonly number[], guided: readonly boolean[], guidance: number): (number | null)[] {
+  const steps = guided.length;
+  return guided.map((each, step) => {
+    const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
+    return each ? usualSampler.scale!({ from, to, steps, guidance }) : null;
+  });
+}
+
 /** Noise levels of the usual schedule. */
 const usualSigmas = ({ sigmas }: Reference, steps: number, guidance: number) =>
-  sigmaGrids[samplers.flowturbo!.grid]!(steps, { ...sigmas, guidance });
+  sigmaGrids[usualSampler.grid]!(steps, { ...sigmas, guidance });
 
 /** Significant digits of numbers that are written. */
 const round = (value: number) => Number(value.toPrecision(7));

@@ -48,11 +48,11 @@ export interface RequestStage extends Size {
   readonly schedule: Schedule;
   /** How it starts from the stage before; absent of the first. */
   readonly upscale?: UpscaleName | undefined;
-  /** Whether the schedule was calibrated for the model. */
-  readonly isCalibrated: boolean;
   /** For the picture's parameters: the blocks before any are left out, and the name of their noise levels. */
   readonly whole: {
-    readonly blocks: string;
+    /** As they were given; null for a number of steps. */
+    readonly blocks: string | null;
+    readonly steps: number;
     readonly grid: string;
     /** One scale, or one for each step: a time limit may choose a schedule that leaves guidance out of some. */
     readonly guidanceScale: number | readonly number[];
@@ -208,8 +208,8 @@ export function firstStage(
   if (fitted) {
     const { blocks: steps, sigmas, weights, guidance } = fitted;
     const schedule = scheduleOf(steps, sigmas, { weights, guidance: (block) => guidance[block]! });
-    const whole = { blocks: schedule.text, grid: "calibrated", guidanceScale };
-    return { ...size, latentShape, schedule, isCalibrated: true, whole };
+    const whole = { blocks: null, steps: count, grid: "calibrated", guidanceScale };
+    return { ...size, latentShape, schedule, whole };
   }
   if (options.grid === "calibrated")
     throw new OptionError(
@@ -233,12 +233,18 @@ export function firstStage(
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
   const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
+  const isTapered = row.scale !== undefined && !blocks && typeof guidanceScale === "number";
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
-    guidance: (block) => scale(skipped + block),
+    guidance: (block) => {
+      const step = skipped + block;
+      const guidance = scale(step);
+      const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
+      return guidance !== null && isTapered ? row.scale!({ from, to, steps: count, guidance }) : guidance;
+    },
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
-  const whole = { blocks: formatBlocks(blocks ?? row.blocks(count, strongest)), grid, guidanceScale };
-  return { ...size, latentShape, schedule, isCalibrated: false, whole };
+  const whole = { blocks: blocks && formatBlocks(blocks), steps: count, grid, guidanceScale };
+  return { ...size, latentShape, schedule, whole };
 }
 
 /**
@@ -332,8 +338,10 @@ export function risingStages(
     const schedule = scheduleOf(all, upscaleSigmas(all.length, settings, sigma, end), {
       guidance: (block) => scaleAt(options, start + block, total),
     });
-    const whole = { blocks: schedule.text, grid: blocksGrid, guidanceScale: options.guidanceScale };
-    return { width, height, latentShape, upscale, schedule, isCalibrated: false, whole };
+    const whole = {
+      ...{ blocks: schedule.text, steps: all.length, grid: blocksGrid, guidanceScale: options.guidanceScale },
+    };
+    return { width, height, latentShape, upscale, schedule, whole };
   });
 }
 

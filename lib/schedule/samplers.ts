@@ -6,7 +6,7 @@
 import { table } from "../common/table.js";
 import type { Block } from "./blocks.js";
 import { dpmSolverSigmas, type Grid, type GridName, uniPCSigmas } from "./sigmas.js";
-import { isMild } from "./stiffness.js";
+import { type GuidedStep, isMild, taperedScale } from "./stiffness.js";
 
 export interface SamplerRow {
   /** Number of blocks where none is given. */
@@ -21,6 +21,8 @@ export interface SamplerRow {
   readonly wholeTimesteps?: boolean;
   /** The blocks for a number of steps, at least 1, and the largest guidance scale, 1 without guidance. */
   readonly blocks: (steps: number, guidance: number) => Block[];
+  /** The guidance scale of a step of its own blocks, where one scale is named for all. Absent where that scale is taken as it is. */
+  readonly scale?: (step: GuidedStep) => number;
 }
 
 const repeat = (block: Block, times: number) => new Array<Block>(times).fill(block);
@@ -32,6 +34,7 @@ const rows = table<SamplerRow>()({
     grid: "eased",
     takesBlocks: true,
     blocks: (steps, guidance) => repeat(isMild(guidance) ? "U" : "M", steps),
+    scale: taperedScale,
   },
   euler: { steps: 28, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("E", steps) },
   dpmpp_2m: {

@@ -25,6 +25,33 @@ export function isMild(guidance: number): boolean {
   return guidance <= 2.5;
 }
 
+/** A step of a schedule whose guidance is one scale. */
+export interface GuidedStep {
+  /** Noise levels where it begins and ends. */
+  readonly from: number;
+  readonly to: number;
+  /** Of the whole schedule. */
+  readonly steps: number;
+  /** Guidance scale of the schedule, above 1. */
+  readonly guidance: number;
+}
+
+/**
+ * The guidance scale that a step takes where one scale g is named for n steps. What guidance adds to the velocity shrinks on the way from
+ * noise to picture, and a step takes all of it as it is at its beginning: too much, the more so the larger the part r = 1 − σ'/σ is that it
+ * goes of the way to its estimate of the picture. The last step goes all of it.
+ *
+ *   1 + (g − 1)·f,  f = 1 − r^e·(1 − (1 − σ)^1.5),  e = n/√(g − 1) − 4, at least 1 and at most 2
+ *
+ * With many steps r and σ of the last step are small, and f is near 1. e is larger there, since extrapolation follows the change by itself.
+ * Found on the embedded model at scales 2, 4.5 and 7 and 3 to 16 steps (bench/results/quality-guidance-4.5.md).
+ */
+export function taperedScale({ from, to, steps, guidance }: GuidedStep): number {
+  const exponent = Math.min(2, Math.max(1, steps / Math.sqrt(guidance - 1) - 4));
+  const f = 1 - (1 - to / from) ** exponent * (1 - (1 - from) ** 1.5);
+  return 1 + (guidance - 1) * f;
+}
+
 /** How much denser levels are at both ends of a schedule, 0 for even ones. Few steps with mild guidance have none to spare. */
 export function easing(steps: number, guidance: number): number {
   if (isMild(guidance)) return 0.3 * Math.min(1, Math.max(0, (steps - 6) / 2));

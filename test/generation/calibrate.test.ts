@@ -160,7 +160,12 @@ describe("calibrate", () => {
       const square = result.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
       expect(-10 * Math.log10(square / reference.length / 4)).toBeCloseTo(psnr.held, 2);
       // The usual schedule with the same steps guided.
-      const usual = await model.generate({ ...picture, steps: guided.length, guidanceScale, grid: "eased" });
+      const steps = guided.length;
+      const interval = {
+        guidanceStart: (guided.indexOf(true) + 0.1) / steps,
+        guidanceStop: Math.min(1, (guided.lastIndexOf(true) + 1.1) / steps),
+      };
+      const usual = await model.generate({ ...picture, ...interval, steps, grid: "eased" });
       const usualSquare = usual.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
       expect(-10 * Math.log10(usualSquare / reference.length / 4)).toBeCloseTo(psnr.uncalibrated, 2);
       drawn.push(`${result.blocks} ${result.evaluations.rows}`);
@@ -197,7 +202,7 @@ describe("calibrate", () => {
     const rowsOf = (options: Partial<GenerateOptions>) =>
       settleRequest({ ...request, ...options }, model).candidates.map(({ stages: [stage] }) => [
         stage!.schedule.evaluations.rows,
-        stage!.isCalibrated,
+        stage!.whole.grid === "calibrated",
       ]);
     const usual = [28, 20, 14, 10, 8, 6, 5].map((steps) => [2 * steps, false]);
     expect(rowsOf({})).toEqual([...usual, [6, true], [5, true], [4, true], [2, false]]);
@@ -212,7 +217,7 @@ describe("calibrate", () => {
     // What draws it again.
     const [again] = settleRequest({ ...size, prompt: "x", steps: 3, guidanceScale: [4, 4, 1] }, model).candidates;
     expect(again.stages[0]!.schedule.key).toBe(stage!.schedule.key);
-    expect(stage!.whole).toEqual({ blocks: "E1A2", grid: "calibrated", guidanceScale: [4, 4, 1] });
+    expect(stage!.whole).toEqual({ blocks: null, steps: 3, grid: "calibrated", guidanceScale: [4, 4, 1] });
   });
 
   it("is refused by name where nothing was calibrated", async () => {
@@ -309,8 +314,16 @@ describe("calibrate", () => {
       { deadlineMs: 60_000, ladder: ["H1P4"] },
       { steps: 4, guidanceScale: [3, 3, 1, 2] },
       { steps: 4, shift: 2, guidanceStart: 0.25 },
+      { steps: 3, sampler: "dpmpp_2m" },
+      { steps: 6, grid: "eased", guidanceScale: 5 },
+      {
+        stages: [
+          { ...size, blocks: "H1P1" },
+          { width: 32, height: 32, blocks: "E1", sigma: 0.5 },
+        ],
+      },
     ] as Partial<GenerateOptions>[]) {
-      const request = { prompt: "a red circle", seed: 4, ...size };
+      const request = { prompt: "a red circle", seed: 4, ...(options.stages ? {} : size) };
       const [first] = (await model.generate({ ...request, ...options, metadata: "parameters" })).images;
       const [second] = (await model.generate(first!.parameters as unknown as GenerateOptions)).images;
       expect(second!.data, JSON.stringify(options)).toEqual(first!.data);

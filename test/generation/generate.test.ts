@@ -17,6 +17,7 @@ import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { writeSafetensors } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
+import { sigmaGrids } from "../../lib/schedule/index.js";
 import { fixture, readAll, relativeError, root } from "../support/fixtures.js";
 import { withValues } from "../support/with-values.js";
 
@@ -68,6 +69,23 @@ describe("defaults", () => {
     expect((await plain.generate({ prompt: "x", steps: 4, guidanceScale: 2, width: 16, height: 16 })).blocks).toBe(
       "U4",
     );
+    // One scale is taken less of where a step goes far; scales for each step, and blocks, are as they are given.
+    const four = { prompt: "a red circle", seed: 3, width: 64, height: 64, include: ["pixels" as const] };
+    const pixels = async (options: Partial<GenerateOptions>) =>
+      (await plain.generate({ ...four, ...options })).pixels!.data;
+    const sigmas = sigmaGrids.eased!(4, { shift: 2.5, numTrainTimesteps: 1000, guidance: 4.5 });
+    const tapered = [0, 1, 2, 3].map((step) => {
+      const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
+      return 1 + 3.5 * (1 - (1 - to / from) * (1 - (1 - from) ** 1.5));
+    });
+    const unshifted = sigmas.map((sigma) => sigma / (2.5 - 1.5 * sigma));
+    const usual = await pixels({ steps: 4, guidanceScale: 4.5 });
+    const distance = (other: ArrayLike<number>) =>
+      Math.max(...Array.from(usual, (value, i) => Math.abs(value - other[i]!)));
+    expect(distance(await pixels({ steps: 4, guidanceScale: tapered, sigmas: unshifted }))).toBeLessThan(1e-4);
+    const flat = await pixels({ steps: 4, guidanceScale: [4.5, 4.5, 4.5, 4.5] });
+    expect(distance(flat)).toBeGreaterThan(0.1);
+    expect(await pixels({ blocks: "M4", grid: "eased", guidanceScale: 4.5 })).toEqual(flat);
     await expect(plain.generate({ prompt: "x", blocks: "H1R1" })).rejects.toThrow(
       /need a velocity refiner.*no refiner\//,
     );
