@@ -35,9 +35,18 @@ export interface PeersResult {
     readonly start: readonly { readonly name: string; readonly ratio: Spread; readonly peak: Spread }[];
   }[];
 }
+export interface QualityResult {
+  /** Of the page. */
+  readonly name: string;
+  readonly captions: number;
+  readonly size: number;
+  readonly guidance: number;
+  readonly findings: readonly string[];
+}
 export interface Results {
   readonly peers?: PeersResult | undefined;
-  readonly quality?: { readonly findings: readonly string[] } | undefined;
+  /** Pages of the quality benchmark that are quoted. */
+  readonly quality?: readonly QualityResult[] | undefined;
   readonly gpu?: { readonly measured: boolean } | undefined;
 }
 
@@ -90,12 +99,12 @@ export function figures({ peers, quality, gpu }: Results): string {
       "[bench/results/peers.md](bench/results/peers.md).",
     );
   } else lines.push("Not measured yet: `npm run bench` writes the figures here.");
-  if (quality)
+  for (const { name, captions, size, guidance, findings } of quality ?? [])
     lines.push(
       "",
-      "Quality on the embedded model ([bench/results/quality.md](bench/results/quality.md)):",
+      `Quality on the embedded model at ${size} px and guidance ${guidance}, ${captions} captions ([bench/results/${name}.md](bench/results/${name}.md)):`,
       "",
-      ...quality.findings.map((line) => `- ${line}`),
+      ...findings.map((line) => `- ${line}`),
     );
   if (gpu) {
     const said = gpu.measured ? "On a GPU" : "On a GPU nothing has been measured yet";
@@ -110,7 +119,11 @@ export function readResults(): Results {
     const file = path.join(results, `${name}.json`);
     return existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : undefined;
   };
-  return { peers: read("peers"), quality: read("quality"), gpu: read("gpu") };
+  const quality = ["quality", "quality-guidance-4.5"].flatMap((name) => {
+    const result = read(name);
+    return result ? [{ ...result, name }] : [];
+  });
+  return { peers: read("peers"), quality, gpu: read("gpu") };
 }
 
 /** A document with the figures put between its comments. @throws Error if it lacks them */

@@ -27,8 +27,9 @@ export function isMild(guidance: number): boolean {
 
 /** A step of a schedule whose guidance is one scale. */
 export interface GuidedStep {
-  /** Noise levels where it begins and ends. */
+  /** Noise level where it begins. */
   readonly from: number;
+  /** Where it ends, lower. */
   readonly to: number;
   /** Of the whole schedule. */
   readonly steps: number;

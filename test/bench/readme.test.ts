@@ -39,7 +39,10 @@ describe("the README's figures", () => {
   it("say what was not measured", () => {
     expect(figures({})).toMatch(/^Not measured yet/);
     expect(figures({ gpu: { measured: false } })).toMatch(/nothing has been measured yet/);
-    expect(figures({ quality: { findings: ["H1P5 is as good."] } })).toContain("- H1P5 is as good.");
+    const quality = { name: "quality-x", captions: 200, size: 64, guidance: 3, findings: ["H1P5 is as good."] };
+    expect(figures({ quality: [quality] })).toMatch(
+      /64 px and guidance 3, 200 captions \(\[bench\/results\/quality-x\.md\].*\n\n- H1P5 is as good\./,
+    );
   });
 
   it("go between the comments, again and again", () => {

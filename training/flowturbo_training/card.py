@@ -49,6 +49,11 @@ pairs), guidance {guidance:g}, on captions that were not trained on. `reuse` is 
 |---|---|---|---|---|---|
 {rows}
 
+## Schedules
+
+`schedules.json` holds schedules of few steps that `flowturbo calibrate` found for these weights at 64 and 128 px, with the captions in `prompts.txt`, which are none of the
+benchmarks'. Other weights need others: run it again after a training.
+
 ## Licence
 
 Apache-2.0, weights and code.
