@@ -26,7 +26,7 @@ const mostStarts = 2;
 /** Those that are behind the first by this much are not, dB. */
 const farBehind = 3;
 /** What was fitted elsewhere is taken alone where it is ahead of all others by this much, dB. */
-const clearlyAhead = 1;
+const clearlyAhead = 2;
 /** A fit that gained so much goes on with new differences, dB, up to so many times. */
 const [stillMoving, mostFits] = [0.3, 3];
 
