@@ -314,7 +314,7 @@ async function samplingTimes(): Promise<Record<string, number[]>> {
   const stored = existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as Record<string, number[]>) : {};
   const all = [reference, ...contenders];
   if (!flags["time-again"] && all.every((sampler) => stored[slugOf(sampler)])) return stored;
-  const rounds = flags.quick ? 1 : 7;
+  const rounds = flags.quick ? 1 : size > model.nativeSize.width ? 3 : 5;
   const captions = drawScenes(8_500_003, 8).map(caption);
   const times: Record<string, number[]> = {};
   for (let round = 0; round < rounds; round++) {
@@ -542,9 +542,10 @@ const pairs = rows
     };
   });
 const better = pairs.filter(({ gainInterval: [low] }) => low > 0);
-findings.push(
-  `The refiner against reusing the velocity, PSNR picture by picture: better in ${better.length} of ${pairs.length} schedules (${better.map(({ trained, gain }) => `${trained.name} +${gain.toFixed(2)} dB`).join(", ")}), worse in ${pairs.filter(({ gainInterval: [, high] }) => high < 0).length}.`,
-);
+if (pairs.length > 0)
+  findings.push(
+    `The refiner against reusing the velocity, PSNR picture by picture: better in ${better.length} of ${pairs.length} schedules (${better.map(({ trained, gain }) => `${trained.name} +${gain.toFixed(2)} dB`).join(", ")}), worse in ${pairs.filter(({ gainInterval: [, high] }) => high < 0).length}.`,
+  );
 
 const table = [
   "| sampler | row evaluations | time | ground | colours | shapes | relations | all right, % | Fréchet distance | PSNR, dB |",
@@ -599,6 +600,22 @@ const plots = (
   }),
 );
 
+const refinerLines = [
+  "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor). The difference is the mean over the",
+  "pictures, each with its own noise and caption; in the last column whether the intervals of the two means lie apart as well.",
+  "",
+  "| schedule | difference of PSNR, dB | PSNR refined | PSNR reused | all right refined, % | all right reused, % | apart |",
+  "|---|---|---|---|---|---|---|",
+  ...pairs.map(({ trained, reused, gain, gainInterval, apart }) => {
+    const d = (row: Row) =>
+      `${row.psnr.toFixed(2)} (${row.psnrInterval[0].toFixed(2)}–${row.psnrInterval[1].toFixed(2)})`;
+    const a = (row: Row) =>
+      `${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])})`;
+    const difference = `${gain >= 0 ? "+" : ""}${gain.toFixed(2)} (±${((gainInterval[1] - gainInterval[0]) / 2).toFixed(2)})`;
+    return `| ${trained.name} | ${difference} | ${d(trained)} | ${d(reused)} | ${a(trained)} | ${a(reused)} | ${apart ? "yes" : "no"} |`;
+  }),
+  "",
+];
 const { cpu, cores, node, onnxruntime, commit } = environment() as Record<string, string>;
 await report(name, {
   captions: count,
@@ -616,7 +633,7 @@ await report(name, {
 const lines = [
   "# Quality against cost",
   "",
-  `\`npm run bench:quality --${flags.quick ? " --quick" : ""} --captions ${count} --size ${size} --guidance ${guidance}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.`,
+  `\`npm run bench:quality --${flags.quick ? " --quick" : ""} --captions ${count} --size ${size} --guidance ${guidance}${flags.only === undefined ? "" : ` --only "${flags.only}"`}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.`,
   "",
   `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, of 8 captions at once, over that of ${best.name} in the same round (median of ${times[slugOf(reference)]!.length}; with this machine's unrest, row evaluations are the firmer measure). Shares in per cent with`,
   `95 % intervals (Wilson; bootstrap for the distance). Two sets of exact renders are ${floor.toFixed(2)} apart: the floor of the Fréchet distance.`,
@@ -638,20 +655,7 @@ const lines = [
     return `| ${n} | ${fitted?.rows ?? ""} | ${decibels(fitted)} | ${decibels(usual)} | ${nearest.name} | ${decibels(nearest)} | ${share(fitted)} | ${share(usual)} | ${surest.name} | ${share(surest)} |`;
   }),
   "",
-  "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor). The difference is the mean over the",
-  "pictures, each with its own noise and caption; in the last column whether the intervals of the two means lie apart as well.",
-  "",
-  "| schedule | difference of PSNR, dB | PSNR refined | PSNR reused | all right refined, % | all right reused, % | apart |",
-  "|---|---|---|---|---|---|---|",
-  ...pairs.map(({ trained, reused, gain, gainInterval, apart }) => {
-    const d = (row: Row) =>
-      `${row.psnr.toFixed(2)} (${row.psnrInterval[0].toFixed(2)}–${row.psnrInterval[1].toFixed(2)})`;
-    const a = (row: Row) =>
-      `${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])})`;
-    const difference = `${gain >= 0 ? "+" : ""}${gain.toFixed(2)} (±${((gainInterval[1] - gainInterval[0]) / 2).toFixed(2)})`;
-    return `| ${trained.name} | ${difference} | ${d(trained)} | ${d(reused)} | ${a(trained)} | ${a(reused)} | ${apart ? "yes" : "no"} |`;
-  }),
-  "",
+  ...(pairs.length > 0 ? refinerLines : []),
   ...plots.map((file) => `![](${file})`),
   "",
 ];
