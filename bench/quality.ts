@@ -191,6 +191,13 @@ const schedulesKey = createHash("sha256")
   .update(readFileSync(path.join(root, "models/shapes/schedules.json")))
   .digest("hex")
   .slice(0, 8);
+/** What the schedules of flowturbo's own rules are made of. */
+const rulesKey = createHash("sha256")
+  .update(
+    ["stiffness", "samplers", "sigmas"].map((name) => readFileSync(path.join(root, `lib/schedule/${name}.ts`))).join(),
+  )
+  .digest("hex")
+  .slice(0, 8);
 /** Another refiner leaves what was drawn without one as it is. */
 const refinerKey = digest(["refiner"]);
 const folder = path.join(root, "bench/.work/quality", key);
@@ -260,7 +267,8 @@ async function referencePictures(shard: number): Promise<Uint8Array[]> {
 const slugOf = ({ name, family, options }: Sampler) =>
   slug(name) +
   (options?.blocks?.includes("R") ? `-${refinerKey}` : "") +
-  (family === calibratedFamily ? `-${schedulesKey}` : "");
+  (family === calibratedFamily ? `-${schedulesKey}` : "") +
+  (family.startsWith("uncalibrated") || family === usualFamily ? `-${rulesKey}` : "");
 const recordFile = (sampler: Sampler, shard: number) => path.join(folder, `${slugOf(sampler)}-${shard}.json`);
 
 async function judgedRecord(

@@ -303,7 +303,7 @@ export const generateSchema = z.strictObject({
       "a number from 0 to 1000, or a list of such numbers, one for each step",
     ),
     4.5,
-    "classifier-free guidance scale, or a list with one for each step; 1 or less turns it off and halves the work",
+    "classifier-free guidance scale, of which the default sampler takes less in steps that go far, or a list with one for each step; 1 or less turns it off and halves the work",
     "--guidance <scale>",
   ),
   guidanceStart: defaulted(

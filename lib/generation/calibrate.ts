@@ -73,16 +73,19 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
         here.push(one);
         return one;
       };
+      /** What is fitted again in this run decides nothing before that. */
+      const isReset = ({ guided }: CalibratedEntry) => settings.reset && counts.includes(guided.length);
       const here: CalibratedEntry[] = [];
       for (const steps of counts) {
         let last = await entry(steps, 0, (search, neighbours) => search.whole(steps, neighbours));
         // As long as it pays, one guided step less at one of the ends.
         for (let without = 1; intervals && guidanceScale > 1 && without < steps; without++) {
-          if (without > 1 && !isWorthwhile(last, [...file.entries.filter(isHere), ...here])) break;
+          const others = file.entries.filter((each) => isHere(each) && !isReset(each));
+          if (without > 1 && !isWorthwhile(last, [...others, ...here])) break;
           const more = last;
           last = await entry(steps, without, (search, neighbours) => search.shorter(more, neighbours));
         }
-        if (settings.reset)
+        if (settings.reset && intervals)
           await file.remove(
             (each) => isHere(each) && each.guided.length === steps && !here.some(alike(steps, withoutOf(each))),
           );

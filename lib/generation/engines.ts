@@ -3,7 +3,8 @@
  * for. Both follow from the table of networks: a profile is a graph's own dimensions, with numbers for their names.
  */
 
-import { openCheckpoint } from "../checkpoint/index.js";
+import { calibratedSchedulesOf, openCheckpoint } from "../checkpoint/index.js";
+import { defaultCacheFolder } from "../common/files.js";
 import { checkInstallation } from "../common/package.js";
 import { OptionError } from "../errors.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
@@ -21,7 +22,7 @@ import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { checkOptions, compileSchema, guidanceModes } from "../options.js";
 import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
 import { openBuilder } from "../runtimes/index.js";
-import { areSomeMixed } from "../schedule/index.js";
+import { areSomeMixed, type CalibratedSchedule } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
 import { checkSequenceLength } from "./request.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
@@ -72,7 +73,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const checkpoint = await openCheckpoint(folder, { variant: checked.variant, signal });
-  const required = requiredEngines(new GraphLibrary(checkpoint), checked);
+  const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
+  const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, calibrated });
 
   // 2. The library and the cache.
   const { compiler, emitOptions, name } = await openBuilder(checked.runtime, {
@@ -127,6 +129,8 @@ export interface EngineNeeds {
   /** Default: `cfg`. */
   readonly guidanceMode?: "cfg" | "cfg_zero" | undefined;
   readonly features?: readonly Feature[] | undefined;
+  /** What was calibrated for the model; default: what lies with it. */
+  readonly calibrated?: readonly CalibratedSchedule[] | undefined;
   /** Tokens of the T5 encoder; default: as for drawing. */
   readonly maxSequenceLength?: number | undefined;
 }
@@ -145,7 +149,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   checkSizes(checkpoint, sizes);
   const batches = [...new Set(needs.batches)].sort((a, b) => a - b);
   const features = new Set<string>(needs.features);
-  const modes = guidanceModes(needs.guidance, areSomeMixed(checkpoint.schedules.calibrated));
+  const modes = guidanceModes(needs.guidance, areSomeMixed(needs.calibrated ?? checkpoint.schedules.calibrated));
   const { factor } = checkpoint.vae.config;
   const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
   const [contextTokens] = text.shapes(sequenceLength).contextShape;

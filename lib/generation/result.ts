@@ -67,6 +67,8 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     request;
   const index = Math.floor(row / request.count);
   const { width, height, whole } = drawn.at(-1)!;
+  // Noise levels depend on guidance, even where the steps that had it are left out.
+  const isGuided = [whole.guidanceScale].flat().some((scale) => scale > 1);
   return {
     prompt: prompts[index],
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
@@ -76,10 +78,10 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     ...(mu !== undefined && { mu }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
-    guidanceScale: guidance.isOn ? whole.guidanceScale : 1,
-    ...(guidance.isOn &&
+    guidanceScale: isGuided ? whole.guidanceScale : 1,
+    ...(isGuided &&
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
-    ...(guidance.isOn && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
+    ...(isGuided && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
     maxSequenceLength: sequenceLength,
   };
 }

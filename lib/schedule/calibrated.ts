@@ -67,17 +67,18 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
  */
 export function fittedSchedules(all: readonly CalibratedSchedule[], request: FittedRequest): FittedSchedule[] {
   const { width, height, guidanceScale, guided, hasRefiner = false } = request;
+  // By area; of equal ones by shape.
   const distance = (each: CalibratedSchedule) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
-    (each.width === width && each.height === height ? 0 : 1e-6);
+    1e-6 * Math.abs(Math.log((each.width * height) / (each.height * width)));
   const own = all
     .filter((each) => guided === undefined || each.guided.join() === guided.join())
     .filter((each) => distance(each) <= Math.log(areaReach) && each.guidanceScale > 1 === guidanceScale > 1);
   return [...new Set(own.map(({ guided: { length } }) => length))].flatMap((steps) => {
     const ofSteps = own.filter((each) => each.guided.length === steps);
-    const distances = [...new Set(ofSteps.map(distance))].sort((a, b) => a - b);
-    for (const nearest of distances) {
-      const near = ofSteps.filter((each) => distance(each) === nearest);
+    const nearestFirst = [...ofSteps].sort((a, b) => distance(a) - distance(b));
+    for (const size of new Set(nearestFirst.map(sizeOf))) {
+      const near = ofSteps.filter((each) => sizeOf(each) === size);
       const found = atScale(near, guidanceScale);
       if (found.length === 0) continue;
       const whole = guided ? undefined : found.find(({ schedule }) => isWhole(schedule.guided))?.schedule;
@@ -89,6 +90,8 @@ export function fittedSchedules(all: readonly CalibratedSchedule[], request: Fit
     return [];
   });
 }
+
+const sizeOf = ({ width, height }: CalibratedSchedule) => `${width}x${height}`;
 
 /** Of schedules for a number of steps the one that comes nearest, of equal ones the cheapest; null of none. */
 export function nearestOf(schedules: readonly FittedSchedule[]): FittedSchedule | null {

@@ -25,6 +25,9 @@ export function isMild(guidance: number): boolean {
   return guidance <= 2.5;
 }
 
+/** A step from noise straight to the picture is guided a little even so: what is asked for is not left out. */
+const leastPart = 0.1;
+
 /** A step of a schedule whose guidance is one scale. */
 export interface GuidedStep {
   /** Noise level where it begins. */
@@ -42,15 +45,17 @@ export interface GuidedStep {
  * noise to picture, and a step takes all of it as it is at its beginning: too much, the more so the larger the part r = 1 − σ'/σ is that it
  * goes of the way to its estimate of the picture. The last step goes all of it.
  *
- *   1 + (g − 1)·f,  f = 1 − r^e·(1 − (1 − σ)^1.5),  e = n/√(g − 1) − 4, at least 1 and at most 2
+ *   1 + (g − 1)·f,  f = 1 − r^e·(1 − (1 − σ)^1.5), at least 0.1,  e = n/√(g − 1) − 4, at least 1 and at most 2
  *
  * With many steps r and σ of the last step are small, and f is near 1. e is larger there, since extrapolation follows the change by itself.
  * Found on the embedded model at scales 2, 4.5 and 7 and 3 to 16 steps (bench/results/quality-guidance-4.5.md).
  */
 export function taperedScale({ from, to, steps, guidance }: GuidedStep): number {
   const exponent = Math.min(2, Math.max(1, steps / Math.sqrt(guidance - 1) - 4));
-  const f = 1 - (1 - to / from) ** exponent * (1 - (1 - from) ** 1.5);
-  return 1 + (guidance - 1) * f;
+  // Shifting rounds, so that the first level may be above 1 by a unit in the last place.
+  const signal = Math.max(0, 1 - from);
+  const f = 1 - (1 - to / from) ** exponent * (1 - signal ** 1.5);
+  return 1 + (guidance - 1) * Math.max(leastPart, f);
 }
 
 /** How much denser levels are at both ends of a schedule, 0 for even ones. Few steps with mild guidance have none to spare. */

@@ -210,8 +210,9 @@ describe("calibrate", () => {
     expect(rowsOf({ guidanceStop: 0.99 }).some(([, isCalibrated]) => isCalibrated)).toBe(true);
     expect(rowsOf({ guidanceScale: 1 }).filter(([, isCalibrated]) => isCalibrated)).toEqual([[3, true]]);
     // By what they cost, whatever steps are guided.
-    const halves = rowsOf({ guidanceStart: 0.5 }).map(([rows]) => rows as number);
-    expect(halves).toEqual([...halves].sort((a, b) => b - a));
+    const stops = rowsOf({ guidanceStop: 0.7 }).map(([rows]) => rows as number);
+    expect(stops.length).toBeGreaterThan(1);
+    expect(stops).toEqual([...stops].sort((a, b) => b - a));
     const [stage] = settleRequest({ ...request }, model).candidates[8]!.stages;
     expect(stage!.schedule.launches.map(({ guidance }) => guidance)).toEqual([4, 4.5, null]);
     // What draws it again.
@@ -317,6 +318,13 @@ describe("calibrate", () => {
       { steps: 3, sampler: "dpmpp_2m" },
       { steps: 6, grid: "eased", guidanceScale: 5 },
       {
+        steps: 6,
+        guidanceScale: 4,
+        guidanceStop: 0.2,
+        guidanceMode: "cfg_zero",
+      },
+      { steps: 5, guidanceScale: [3, 1, 1, 1, 1], guidanceMode: "cfg_zero" },
+      {
         stages: [
           { ...size, blocks: "H1P1" },
           { width: 32, height: 32, blocks: "E1", sigma: 0.5 },
@@ -327,6 +335,15 @@ describe("calibrate", () => {
       const [first] = (await model.generate({ ...request, ...options, metadata: "parameters" })).images;
       const [second] = (await model.generate(first!.parameters as unknown as GenerateOptions)).images;
       expect(second!.data, JSON.stringify(options)).toEqual(first!.data);
+    }
+    // An original is not named: it is given again. What its strength leaves out was guided.
+    const image = { data: new Uint8Array(3 * 16 * 16).fill(90), width: 16, height: 16, channels: 3 as const };
+    const edit = { prompt: "a red circle", seed: 4, ...size, image, strength: 0.5 };
+    for (const options of [{ steps: 4, guidanceStop: 0.5 }, { steps: 6 }] as const) {
+      const [first] = (await model.generate({ ...edit, ...options, metadata: "parameters" })).images;
+      const { inpainted, ...parameters } = first!.parameters;
+      const [second] = (await model.generate({ ...(parameters as unknown as GenerateOptions), image })).images;
+      expect([inpainted, second!.data]).toEqual([false, first!.data]);
     }
   });
 

@@ -166,7 +166,12 @@ describe("pictures", () => {
     }
     const comments = (await sharp(path.join(folder, "a.png")).metadata()).comments;
     const text = comments?.find(({ keyword }) => keyword === "parameters")?.text;
-    expect(JSON.parse(text!)).toMatchObject({ prompt: "a “large” red square", seed: 7, steps: 2, sampler: "flowturbo" });
+    expect(JSON.parse(text!)).toMatchObject({
+      prompt: "a “large” red square",
+      seed: 7,
+      steps: 2,
+      sampler: "flowturbo",
+    });
     await expect(images[0]!.toFile(path.join(folder, "a.gif"))).rejects.toThrow(OptionError);
     await expect(images[0]!.toFile(path.join(folder, "no/such/a.png"))).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_OUTPUT",

@@ -30,6 +30,21 @@ describe("fittedFor", () => {
     expect(weights[1]).toEqual({ in: 0, new: -10, old: 1, older: 0.1 });
   });
 
+  it("takes one of two sizes of equal area, the one of the nearer shape", () => {
+    const wide = { ...entry(64, 2, 4, 10), width: 128, height: 32, psnr: { held: 30, uncalibrated: 20 } };
+    const high = { ...entry(64, 2, 4, 20), width: 32, height: 128, psnr: { held: 30, uncalibrated: 20 } };
+    for (const both of [
+      [wide, high],
+      [high, wide],
+    ]) {
+      expect(fittedFor(both, asked({ width: 128, height: 40 }))!.weights[0]!.new).toBe(-10);
+      expect(fittedFor(both, asked({ width: 40, height: 128 }))!.weights[0]!.new).toBe(-20);
+      const between = fittedFor(both, asked({}))!;
+      expect([-10, -20]).toContain(between.weights[0]!.new);
+      for (const sigma of between.sigmas) expect(sigma).not.toBeNaN();
+    }
+  });
+
   it("interpolates between scales, every number, and falls still", () => {
     expect(weight({ guidanceScale: 3 })).toBeCloseTo(-15, 12);
     const { sigmas, weights } = fittedFor(all, asked({ guidanceScale: 4 }))!;

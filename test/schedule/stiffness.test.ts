@@ -46,6 +46,28 @@ describe("guidance of the default schedule", () => {
     }
   });
 
+  it("is a number at every shift, though shifting rounds", () => {
+    for (let shift = 0.1; shift < 12; shift += 0.01)
+      for (const [steps, guidance] of [
+        [1, 4.5],
+        [4, 4.5],
+        [10, 2],
+        [20, 7],
+      ] as const) {
+        const sigmas = sigmaGrids.eased!(steps, { shift, numTrainTimesteps: 1000, guidance });
+        for (const [step, to] of sigmas.slice(1).entries()) {
+          const one = scale!({ from: sigmas[step]!, to, steps, guidance });
+          expect(one > 1 && one < guidance, `shift ${shift}, step ${step} of ${steps}, scale ${guidance}: ${one}`).toBe(
+            true,
+          );
+        }
+      }
+  });
+
+  it("is not left out where a single step goes all of the way", () => {
+    expect(scale!({ from: 1, to: 0, steps: 1, guidance: 5 })).toBeCloseTo(1.4, 12);
+  });
+
   it("is the default sampler's alone", () => {
     for (const [name, row] of Object.entries(samplers))
       expect(row.scale !== undefined, name).toBe(name === "flowturbo");
