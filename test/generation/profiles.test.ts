@@ -222,3 +222,22 @@ describe("no profile is built that is never launched", () => {
     }
   });
 });
+
+it("has steps without guidance beside those with it where calibrated schedules run both", async () => {
+  const graphs = new GraphLibrary(await openCheckpoint(fixture("medium", "model")));
+  const calibrated = (guided: boolean[]) => [
+    {
+      ...small,
+      guidanceScale: 4,
+      guided,
+      sigmas: [1, 0.8, 0],
+      weights: [[-0.2, 0, 0] as const, [-0.8, 0, 0] as const],
+    },
+  ];
+  const steps = (guided: boolean[]) =>
+    requiredEngines(graphs, { sizes: [small], batches: [1], guidance: "on", calibrated: calibrated(guided) })
+      .map(({ graph }) => graph)
+      .filter((graph) => graph.startsWith("predict"));
+  expect(steps([true, true])).toEqual(["predict.guidance"]);
+  expect(steps([false, true])).toEqual(["predict.guidance", "predict"]);
+});
