@@ -1,10 +1,11 @@
 /** Where a checkpoint's calibration is: beside its weights, or in the cache where that folder cannot be written. */
 
 import { constants } from "node:fs";
-import { access, readFile, stat } from "node:fs/promises";
+import { access, readFile } from "node:fs/promises";
 import path from "node:path";
 import { filledLines } from "../common/text.js";
 import { type Checkpoint, fingerprintOf } from "./checkpoint.js";
+import { exists } from "./files.js";
 import { readSchedules, type StoredSchedules } from "./schedules.js";
 
 /** Where calibrated schedules are written: beside the model where that is allowed, else in the cache by the model's digest. */
@@ -15,8 +16,10 @@ export async function calibrationFile(checkpoint: Checkpoint, cache: string): Pr
   );
   return isAllowed
     ? path.join(checkpoint.folder, "schedules.json")
-    : path.join(cache, "schedules", `${await fingerprintOf(checkpoint)}.json`);
+    : cachedFile(cache, await fingerprintOf(checkpoint));
 }
+
+const cachedFile = (cache: string, fingerprint: string) => path.join(cache, "schedules", `${fingerprint}.json`);
 
 /** The prompts that a model brings for calibration, one a line. */
 export async function calibrationPromptsOf(folder: string): Promise<string[] | null> {
@@ -31,11 +34,12 @@ export async function calibratedSchedulesOf(
   cache: string,
 ): Promise<StoredSchedules["calibrated"]> {
   const own = checkpoint.schedules.calibrated;
-  if (!(await stat(path.join(cache, "schedules")).catch(() => null))) return own;
+  // Most caches have none: then the model's digest, which reads its weights, is not needed.
+  if (!(await exists(path.join(cache, "schedules")))) return own;
   const fingerprint = await fingerprintOf(checkpoint);
-  const file = path.join(cache, "schedules", `${fingerprint}.json`);
   const { variant } = checkpoint.transformer.weights;
-  const later = (await readSchedules(file, async () => fingerprint, variant))?.calibrated ?? [];
+  const later =
+    (await readSchedules(cachedFile(cache, fingerprint), async () => fingerprint, variant))?.calibrated ?? [];
   // What the user found counts more than what came with the model.
   const key = ({ width, height, guidanceScale, weights }: StoredSchedules["calibrated"][number]) =>
     [width, height, guidanceScale, weights.length].join();

@@ -117,10 +117,10 @@ function calibratedRungs(options: ResolvedGenerateOptions, model: CandidateFacts
     ? fittedSchedulesOf(options, model)
     : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
   if (found.length === 0) return null;
-  const all = found.map(({ guidance, psnr }) => ({
-    ...{ steps: guidance.length, psnr, guided: guidance.map((each) => each !== null) },
-    rows: rowsOf({ guided: guidance.map((each) => each !== null) }),
-  }));
+  const all = found.map(({ guidance, psnr }) => {
+    const guided = guidance.map((each) => each !== null);
+    return { steps: guided.length, guided, rows: rowsOf({ guided }), psnr };
+  });
   const best = all.filter(({ rows, psnr }) =>
     all.every((other) => other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr),
   );

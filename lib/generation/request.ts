@@ -1,6 +1,6 @@
 /**
  * Options of `generate` × a model → a settled request: everything about it that is known before any work. Every refusal
- * of generate() that needs the model, and no file, is here. Pure, but for a seed that is drawn where none is given.
+ * of generate() that needs the model, and no file, is here, or in stages.ts and candidates.ts. Pure, but for a seed that is drawn where none is given.
  */
 
 import { randomInt } from "node:crypto";

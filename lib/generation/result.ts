@@ -73,7 +73,7 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     prompt: prompts[index],
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
     seed: seeds[row] ?? null,
-    ...(stages ? { stages } : { width, height, sampler, ...scheduleOf(whole, sigmas) }),
+    ...(stages ? { stages } : { width, height, sampler, ...scheduleParameters(whole, sigmas) }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
@@ -87,7 +87,7 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
 }
 
 /** What an original's strength or the guidance leaves out is left out again. A schedule's own blocks are no given ones: guidance differs. */
-function scheduleOf({ blocks, steps, grid }: RequestStage["whole"], sigmas: Request["sigmas"]) {
+function scheduleParameters({ blocks, steps, grid }: RequestStage["whole"], sigmas: Request["sigmas"]) {
   return { ...(blocks === null ? { steps } : { blocks }), ...(sigmas ? { sigmas } : { grid }) };
 }
 

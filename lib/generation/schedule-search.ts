@@ -5,7 +5,7 @@
  */
 
 import type { CalibratedEntry, Size } from "../model.js";
-import { bestGrids, defaultSampler, planSteps, rowsOf, samplers, sigmaGrids } from "../schedule/index.js";
+import { bestGrids, defaultSampler, ownScales, planSteps, rowsOf, samplers, sigmaGrids } from "../schedule/index.js";
 import type { Reference } from "./calibration-reference.js";
 import { fitted, launchedPsnr, psnrOf, type StepNumbers } from "./fit.js";
 
@@ -160,13 +160,12 @@ const better = <T extends Found>(a: T | null, b: T): T => (a && a.held >= b.held
 const usualSampler = samplers[defaultSampler]!;
 
 /** Guidance scales of the usual schedule, on any levels. */
-function usualScales(sigmas: readonly number[], guided: readonly boolean[], guidance: number): (number | null)[] {
-  const steps = guided.length;
-  return guided.map((each, step) => {
-    const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
-    return each ? usualSampler.scale!({ from, to, steps, guidance }) : null;
-  });
-}
+const usualScales = (sigmas: readonly number[], guided: readonly boolean[], scale: number) =>
+  ownScales(
+    usualSampler,
+    sigmas,
+    guided.map((each) => (each ? scale : null)),
+  );
 
 /** Noise levels of the usual schedule. */
 const usualSigmas = ({ sigmas }: Reference, steps: number, guidance: number) =>

@@ -18,6 +18,7 @@ import {
   formatBlocks,
   givenSigmas,
   nearestOf,
+  ownScales,
   parseBlocks,
   type SamplerRow,
   type Schedule,
@@ -216,8 +217,8 @@ export function firstStage(
       "grid",
       `No schedule of ${count} steps was calibrated for this request: its size, its guidance and what else it says of its schedule. Leave out grid, or run \`flowturbo calibrate\`.`,
     );
-  const scale = (step: number) => scaleAt(options, step, count + later);
-  const strongest = Math.max(1, ...Array.from({ length: count }, (_, step) => scale(step) ?? 1));
+  const named = Array.from({ length: count }, (_, step) => scaleAt(options, step, count + later));
+  const strongest = Math.max(1, ...named.map((scale) => scale ?? 1));
   const { run, skipped } = blocksLeft(options, row, { blocks, count, strongest });
   checkSize(checkpoint, size, stepTypesOf(run));
   const settings = {
@@ -233,14 +234,9 @@ export function firstStage(
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
   const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
-  const isTapered = row.scale !== undefined && !blocks && typeof guidanceScale === "number";
+  const scales = blocks || typeof guidanceScale !== "number" ? named : ownScales(row, sigmas, named);
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
-    guidance: (block) => {
-      const step = skipped + block;
-      const guidance = scale(step);
-      const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
-      return guidance !== null && isTapered ? row.scale!({ from, to, steps: count, guidance }) : guidance;
-    },
+    guidance: (block) => scales[skipped + block]!,
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
   const whole = { blocks: blocks && formatBlocks(blocks), steps: count, grid, guidanceScale };

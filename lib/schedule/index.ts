@@ -26,6 +26,7 @@ export {
   blocksGrid,
   defaultSampler,
   ladderSteps,
+  ownScales,
   type QualityName,
   qualities,
   type SamplerName,

@@ -56,6 +56,23 @@ export const samplers: Record<string, SamplerRow> = rows;
 
 export const defaultSampler = "flowturbo" satisfies SamplerName;
 
+/**
+ * The guidance scales that a sampler's own blocks run with, where one scale is named for all of them.
+ * @param sigmas one more than steps
+ * @param scales the named one for each step that is guided, null for the others
+ */
+export function ownScales(
+  { scale }: SamplerRow,
+  sigmas: readonly number[],
+  scales: readonly (number | null)[],
+): readonly (number | null)[] {
+  if (!scale) return scales;
+  return scales.map((guidance, step) => {
+    const [from, to] = [sigmas[step]!, sigmas[step + 1]!];
+    return guidance === null ? null : scale({ from, to, steps: scales.length, guidance });
+  });
+}
+
 /** Samplers that blocks may be given for. */
 export function samplersWithBlocks(): string[] {
   return Object.keys(samplers).filter((name) => samplers[name]!.takesBlocks);
