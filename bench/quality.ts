@@ -21,7 +21,7 @@ import { euler, reusing, taylorSeer, type Values, type Velocity } from "./shapes
 import { judge, score, type Verdict } from "./shapes/detector.js";
 import { Direct } from "./shapes/direct.js";
 import { Features, frechetDistance } from "./shapes/frechet.js";
-import { shareInterval } from "./shapes/pictures.js";
+import { psnr, shareInterval } from "./shapes/pictures.js";
 import { caption, drawScenes, type Pixels, randomNumbers, render } from "./shapes/world.js";
 import { environment, report, resultsFolder, root, spread } from "./support.js";
 
@@ -239,12 +239,6 @@ async function drawn(
   const latents = await sampler.run!(velocity, direct.noise(seed, rows, size));
   const milliseconds = direct.sampled.milliseconds - before;
   return { pictures: await direct.decode(latents, rows, size), milliseconds, rows: 2 * sampler.evaluations };
-}
-
-function psnr(a: Pixels, b: Uint8Array): number {
-  let sum = 0;
-  for (let i = 0; i < b.length; i++) sum += (a.data[i]! - b[i]!) ** 2;
-  return 10 * Math.log10(255 ** 2 / Math.max(sum / b.length, 1e-4));
 }
 
 const scenes = drawScenes(7_000_003, count);

@@ -10,8 +10,8 @@ import { mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSyn
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
-import type { Pixels } from "./shapes/world.js";
-import { caption, drawScenes } from "./shapes/world.js";
+import { psnr } from "./shapes/pictures.js";
+import { caption, drawScenes, type Pixels } from "./shapes/world.js";
 import { machineLine, report, root, table } from "./support.js";
 
 const { values: flags } = parseArgs({
@@ -64,10 +64,6 @@ const settings = {
   cache: path.join(root, "bench/.work/transfer/cache"),
 };
 
-function psnr(a: Pixels, b: Pixels): number {
-  const sum = a.data.reduce((total, value, i) => total + (value - b.data[i]!) ** 2, 0);
-  return 10 * Math.log10(255 ** 2 / Math.max(sum / a.data.length, 1e-4));
-}
 const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 interface Row extends Case {
@@ -104,7 +100,7 @@ for (const each of cases) {
   const reference = await drawn(embedded, { blocks: "H50" });
   const decibels = async (model: FlowTurbo, options: Omit<GenerateOptions, "prompt">) => {
     const { pictures, rows } = await drawn(model, options);
-    return { values: pictures.map((picture, i) => psnr(picture, reference.pictures[i]!)), rows };
+    return { values: pictures.map((picture, i) => psnr(picture, reference.pictures[i]!.data)), rows };
   };
   for (const steps of counts) {
     const calibrated = await decibels(stranger, { steps, grid: "calibrated" });
