@@ -117,7 +117,7 @@ def run_refiner(chosen: argparse.Namespace) -> int:
     config = load_config(chosen.model)
     layers, heads, initial = chosen.layers, chosen.heads, chosen.init
     if initial == "trained":
-        trained_config = load_config(chosen.model / "refiner")
+        trained_config = load_config(chosen.model / "refiner" / "config.json")
         layers, heads, initial = trained_config["num_layers"], trained_config["num_attention_heads"], "fresh"
     vae_file = chosen.model / "vae" / "config.json"
     vae = json.loads(vae_file.read_text()) if vae_file.exists() else {}

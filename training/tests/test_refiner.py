@@ -87,6 +87,12 @@ def test_from_pictures_to_a_refiner_and_on_after_a_stop(name, pictures, tmp_path
     landing = load_file(model / "refiner/diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(landing[k], after[k]) for k in weights) and all(torch.isfinite(w).all() for w in landing.values())
 
+    # A trained refiner is where another training begins: no steps of it leave the weights as they are.
+    again = ["--init", "trained", "--steps", "0", "--out", str(tmp_path / "again")]
+    assert main([*common, "--latents", str(cache), *again]) == 0
+    kept = load_file(tmp_path / "again/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(landing[k], kept[k]) for k in weights)
+
 
 def test_a_dataset_on_disk(pictures, tmp_path, fixture_model, capsys):
     datasets = pytest.importorskip("datasets")
