@@ -23,7 +23,7 @@ import { Direct } from "./shapes/direct.js";
 import { Features, frechetDistance } from "./shapes/frechet.js";
 import { psnr, shareInterval } from "./shapes/pictures.js";
 import { caption, drawScenes, type Pixels, randomNumbers, render } from "./shapes/world.js";
-import { environment, report, resultsFolder, root, spread } from "./support.js";
+import { environment, meanInterval, report, resultsFolder, root, spread } from "./support.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -405,7 +405,6 @@ function bootstrap<T>(
   return [found[Math.floor(times * 0.025)]!, found[Math.ceil(times * 0.975) - 1]!];
 }
 
-const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const right = ({ ground, colours, shapes, relation }: Verdict) => ground && colours && shapes && relation !== false;
 
 const finished = Array.from({ length: shards }, (_, shard) => shard).filter((shard) =>
@@ -430,9 +429,7 @@ const rows = [reference, ...contenders].map((sampler): Row => {
   const decibels = records.flatMap((record) => record.psnr);
   const { ground, colours, shapes, relation } = score(verdicts);
   const accuracy = verdicts.filter(right).length / verdicts.length;
-  const half = decibels.length
-    ? 1.96 * Math.sqrt(mean(decibels.map((d) => (d - mean(decibels)) ** 2)) / decibels.length)
-    : 0;
+  const { mean: psnr, margin } = decibels.length ? meanInterval(decibels) : { mean: Number.NaN, margin: Number.NaN };
   const [low, high] = bootstrap(own, (sample) => frechetDistance(sample, truth), resamples);
   const frechet = frechetDistance(own, truth);
   // A resample repeats rows, which raises the distance itself: its spread is used, about the value found.
@@ -442,8 +439,7 @@ const rows = [reference, ...contenders].map((sampler): Row => {
     rows: records[0]!.rows ?? 2 * sampler.evaluations,
     ...{ ground, colours, shapes, relation, accuracy, accuracyInterval: shareInterval(accuracy, verdicts.length) },
     ...{ frechet, frechetInterval: [Math.max(0, frechet - spreadHalf), frechet + spreadHalf] as const },
-    psnr: decibels.length ? mean(decibels) : Number.NaN,
-    psnrInterval: decibels.length ? [mean(decibels) - half, mean(decibels) + half] : [Number.NaN, Number.NaN],
+    ...{ psnr, psnrInterval: [psnr - margin, psnr + margin] as const },
     milliseconds: spread(times[slugOf(sampler)]!).median,
     time: spread(times[slugOf(sampler)]!.map((time, round) => time / times[slugOf(reference)]![round]!)).median,
   };
@@ -531,15 +527,13 @@ const pairs = rows
       recordsOf(contenders.find((sampler) => sampler.name === name)!).flatMap((record) => record.psnr),
     ) as [number[], number[]];
     // The same captions and the same noise: the difference picture by picture.
-    const differences = refined.map((value, i) => value - kept[i]!);
-    const gain = mean(differences);
-    const half = 1.96 * Math.sqrt(mean(differences.map((d) => (d - gain) ** 2)) / differences.length);
+    const { mean: gain, margin } = meanInterval(refined.map((value, i) => value - kept[i]!));
     const [a, b] = [trained.psnrInterval, reused.psnrInterval];
     return {
       trained,
       reused,
       gain,
-      gainInterval: [gain - half, gain + half] as const,
+      gainInterval: [gain - margin, gain + margin] as const,
       apart: a[0] > b[1] || b[0] > a[1],
     };
   });

@@ -10,7 +10,7 @@ import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions, type RgbPicture } from "flowturbo";
 import sharp from "sharp";
-import { format, machineLine, report, root, spread, table } from "./support.js";
+import { format, machineLine, mean, meanInterval, report, root, spread, table } from "./support.js";
 
 const { values } = parseArgs({
   options: { originals: { type: "string", default: "24" }, seeds: { type: "string", default: "4" } },
@@ -95,7 +95,6 @@ await sharp({
   .png({ compressionLevel: 9 })
   .toFile(path.join(root, "docs/images/inpainting.png"));
 
-const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const means = Object.fromEntries(Object.entries(seams).map(([name, values]) => [name, mean(values)]));
 
 /** Mean difference from Euler on the same originals and noise, and half the width of its 95 % interval (by originals). */
@@ -103,9 +102,7 @@ function difference(name: string): { mean: number; margin: number } | null {
   if (name === "original" || name === "Euler") return null;
   const each = seams[name]!.map((value, i) => value - seams.Euler![i]!);
   const groups = Array.from({ length: count }, (_, k) => mean(each.slice(k * seeds, (k + 1) * seeds)));
-  const centre = mean(groups);
-  const variance = groups.reduce((sum, value) => sum + (value - centre) ** 2, 0) / (count - 1);
-  return { mean: centre, margin: 1.96 * Math.sqrt(variance / count) };
+  return meanInterval(groups);
 }
 const differences = Object.fromEntries(Object.keys(seams).map((name) => [name, difference(name)]));
 const shownDifference = (name: string) => {

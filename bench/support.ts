@@ -175,11 +175,20 @@ export function machineLine(more: Record<string, string> = {}): string {
 
 /** Least squares through points: y = fixed + slope·x. */
 export function line(points: readonly (readonly [x: number, y: number])[]): { fixed: number; slope: number } {
-  const mean = (values: number[]) => values.reduce((a, b) => a + b, 0) / values.length;
   const [mx, my] = [mean(points.map(([x]) => x)), mean(points.map(([, y]) => y))];
   const slope =
     points.reduce((sum, [x, y]) => sum + (x - mx) * (y - my), 0) / points.reduce((sum, [x]) => sum + (x - mx) ** 2, 0);
   return { fixed: my - slope * mx, slope };
+}
+
+export const mean = (values: readonly number[]): number =>
+  values.reduce((sum, value) => sum + value, 0) / values.length;
+
+/** A mean and half the width of its 95 % interval; 0 wide for fewer than two values. */
+export function meanInterval(values: readonly number[]): { mean: number; margin: number } {
+  const centre = mean(values);
+  const variance = mean(values.map((value) => (value - centre) ** 2)) / Math.max(1, values.length - 1);
+  return { mean: centre, margin: 1.96 * Math.sqrt(variance) };
 }
 
 export const format = ({ median, min, max }: Spread, digits = 2): string =>

@@ -12,7 +12,7 @@ import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
 import { psnr } from "./shapes/pictures.js";
 import { caption, drawScenes, type Pixels } from "./shapes/world.js";
-import { machineLine, report, root, table } from "./support.js";
+import { machineLine, mean, meanInterval, report, root, table } from "./support.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -64,8 +64,6 @@ const settings = {
   cache: path.join(root, "bench/.work/transfer/cache"),
 };
 
-const mean = (values: readonly number[]) => values.reduce((sum, value) => sum + value, 0) / values.length;
-
 interface Row extends Case {
   readonly steps: number;
   /** Rows of the predictor for a picture. */
@@ -107,11 +105,9 @@ for (const each of cases) {
     const usual = await decibels(stranger, { steps, grid: "eased" });
     const rival = await decibels(stranger, { steps, sampler: "dpmpp_2m" });
     const own = isOwn(each) ? await decibels(embedded, { steps, grid: "calibrated" }) : null;
-    const differences = calibrated.values.map((value, i) => value - usual.values[i]!);
-    const gain = mean(differences);
-    const half = (1.96 * Math.sqrt(mean(differences.map((d) => (d - gain) ** 2)))) / Math.sqrt(differences.length);
+    const { mean: gain, margin } = meanInterval(calibrated.values.map((value, i) => value - usual.values[i]!));
     rows.push({
-      ...{ ...each, steps, rows: calibrated.rows, gain, gainInterval: [gain - half, gain + half] },
+      ...{ ...each, steps, rows: calibrated.rows, gain, gainInterval: [gain - margin, gain + margin] },
       ...{ calibrated: mean(calibrated.values), uncalibrated: mean(usual.values), dpmpp: mean(rival.values) },
       own: own && mean(own.values),
     });

@@ -21,7 +21,7 @@ import {
 } from "../networks/index.js";
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
 import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
-import type { Combination, Schedule, StepLaunch, StepType } from "../schedule/index.js";
+import { type Combination, moveBy, type Schedule, type StepLaunch, type StepType } from "../schedule/index.js";
 
 /** [B, C, h, w] */
 export type LatentShape = readonly [rows: number, channels: number, height: number, width: number];
@@ -277,9 +277,6 @@ class StageState {
     return this.#memory[which];
   }
 }
-
-/** x' = x + weight·w; the rest stays. */
-const moveBy = (weight: number): Combination => ({ x: [weight, 0, 0], first: [0, 1, 0], second: [0, 0, 1] });
 
 class TemplateWriter {
   readonly builder = new ProgramBuilder();

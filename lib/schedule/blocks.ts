@@ -32,6 +32,9 @@ export interface Combination {
   readonly second: Weights;
 }
 
+/** x' = x + weight·w; the rest stays. */
+export const moveBy = (weight: number): Combination => ({ x: [weight, 0, 0], first: [0, 1, 0], second: [0, 0, 1] });
+
 /**
  * One evaluation of a fused step: from the state x and a velocity v,
  *

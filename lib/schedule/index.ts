@@ -7,6 +7,7 @@ export {
   type Combination,
   formatBlocks,
   longestSchedule,
+  moveBy,
   parseBlocks,
   type StepType,
   type UnmetNeed,

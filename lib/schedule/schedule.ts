@@ -7,9 +7,9 @@ import {
   type Block,
   type BlockPlace,
   blockTable,
-  type Combination,
   type Evaluation,
   formatBlocks,
+  moveBy,
   type StepType,
   unmetNeed,
 } from "./blocks.js";
@@ -124,12 +124,9 @@ function weighted({ from, velocities }: BlockPlace, weights: StepWeights): Evalu
   return {
     ...{ type: "predict", sigma: from, keepsVelocity: true },
     ...{ aIn: reuses ? weights.in : 0, aOld: reuses ? weights.old : 0, aNew: weights.new },
-    ...(older !== 0 && { combination: { ...nothing, x: [0, 0, older] as const }, readsVelocities: true }),
+    ...(older !== 0 && { combination: { ...moveBy(0), x: [0, 0, older] as const }, readsVelocities: true }),
   };
 }
-
-/** A combination that leaves everything as it is. */
-const nothing: Combination = { x: [0, 0, 0], first: [0, 1, 0], second: [0, 0, 1] };
 
 /** Where a launch reads the two velocities before it, those that evaluate them put them into memory. */
 function withVelocitiesKept(launches: readonly StepLaunch[]): StepLaunch[] {
@@ -139,7 +136,7 @@ function withVelocitiesKept(launches: readonly StepLaunch[]): StepLaunch[] {
     if (readsVelocities) for (const each of evaluated.filter((other) => other < index).slice(-2)) kept.add(each);
   return launches.map((launch, index) =>
     kept.has(index)
-      ? { ...launch, combination: { ...(launch.combination ?? nothing), first: [1, 0, 0], second: [0, 1, 0] } }
+      ? { ...launch, combination: { ...(launch.combination ?? moveBy(0)), first: [1, 0, 0], second: [0, 1, 0] } }
       : launch,
   );
 }
