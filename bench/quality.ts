@@ -22,6 +22,7 @@ import { judge, score, type Verdict } from "./shapes/detector.js";
 import { Direct } from "./shapes/direct.js";
 import { Features, frechetDistance } from "./shapes/frechet.js";
 import { psnr, shareInterval } from "./shapes/pictures.js";
+import { type CalibratedEntry, calibratedEntries, shapesVariant } from "./shapes/variants.js";
 import { caption, drawScenes, type Pixels, randomNumbers, render } from "./shapes/world.js";
 import { environment, meanInterval, report, resultsFolder, root, spread } from "./support.js";
 
@@ -38,7 +39,8 @@ const { values: flags } = parseArgs({
   },
 });
 const threads = flags.threads ? { threads: Number(flags.threads) } : {};
-const model = await FlowTurbo.load(undefined, { ...threads, measureCosts: false });
+const settings = { ...threads, measureCosts: false };
+const model = await FlowTurbo.load(undefined, settings);
 const direct = await Direct.open(undefined, threads);
 const count = Number(flags.captions ?? (flags.quick ? 100 : 1000));
 const guidance = Number(flags.guidance);
@@ -60,6 +62,8 @@ interface Sampler {
   readonly run?: (velocity: Velocity, noise: Values) => Promise<Values>;
   /** What the product runs with the same launches: timed in its place, so that all are timed alike. */
   readonly launches?: Sampler["options"];
+  /** Drawn by the model without its refiner. */
+  readonly unrefined?: boolean;
 }
 
 const api = (
@@ -85,22 +89,32 @@ const evaluationsOf = (blocks: string) =>
 const blocksOf = (h: number, p: number, r: number) => "H".repeat(h) + "P".repeat(p) + "R".repeat(r);
 
 const calibratedFamily = "FlowTurbo, calibrated";
+const unrefinedFamily = "calibrated, without the refiner";
 const usualFamily = "FlowTurbo, uncalibrated";
 
 /**
  * Calibrated schedules that leave some steps without guidance, where none of no more rows is nearer: a time limit chooses from them, and
  * `steps` takes the nearest of its number.
  */
-function calibratedPatterns(): boolean[][] {
-  const { calibrated } = JSON.parse(readFileSync(path.join(root, "models/shapes/schedules.json"), "utf8")) as {
-    calibrated: { width: number; guidanceScale: number; guided: boolean[]; rows: number; psnr: { held: number } }[];
-  };
-  const own = calibrated.filter((each) => each.width === size && each.guidanceScale === guidance);
-  const best = own.filter(({ rows, psnr }) => own.every((other) => other.rows > rows || other.psnr.held <= psnr.held));
-  const isNearest = (each: (typeof own)[number]) =>
-    own.every((other) => other.guided.length !== each.guided.length || other.psnr.held <= each.psnr.held);
+function calibratedPatterns(): (readonly boolean[])[] {
+  const best = ownSchedules.filter(({ rows, psnr }) =>
+    ownSchedules.every((other) => other.rows > rows || other.psnr.held <= psnr.held),
+  );
   return best.filter((each) => !isNearest(each)).map(({ guided }) => guided);
 }
+
+/** What was calibrated for this size and scale. */
+const ownSchedules = calibratedEntries.filter((each) => each.width === size && each.guidanceScale === guidance);
+
+/** Whether `steps` takes it. */
+const isNearest = (each: CalibratedEntry) =>
+  ownSchedules.every((other) => other.guided.length !== each.guided.length || other.psnr.held <= each.psnr.held);
+
+/** Numbers of steps whose schedule ends with the refiner. */
+const refinedCounts = ownSchedules
+  .filter((each) => each.refined && isNearest(each))
+  .map(({ guided }) => guided.length)
+  .sort((a, b) => a - b);
 
 /** A quick look takes a cheaper one. */
 const reference = flags.quick
@@ -132,6 +146,10 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
       const name = `calibrated ${guided.length}, ${rows} rows`;
       return api(calibratedFamily, name, rows / 2, { steps: guided.length, guidanceScale });
     }),
+    ...refinedCounts.map((n) => ({
+      ...api(unrefinedFamily, `calibrated ${n}, unrefined`, n, { steps: n }),
+      unrefined: true,
+    })),
     ...counts.map((n) => api(usualFamily, `uncalibrated ${n}`, n, { steps: n, grid: "eased" })),
     ...[...counts, 14, 20, 28].map((n) =>
       api("Euler, diffusers' grid", `Euler ${n}`, n, { sampler: "euler", steps: n }),
@@ -219,6 +237,12 @@ const write = (file: string, data: string | Uint8Array) => {
   renameSync(`${file}.${process.pid}.tmp`, file);
 };
 
+const variants: { withoutRefiner?: Promise<FlowTurbo> } = {};
+function modelWithoutRefiner(): Promise<FlowTurbo> {
+  variants.withoutRefiner ??= FlowTurbo.load(shapesVariant("unrefined", { without: ["refiner"] }), settings);
+  return variants.withoutRefiner;
+}
+
 async function drawn(
   sampler: Sampler,
   captions: readonly string[],
@@ -226,9 +250,13 @@ async function drawn(
 ): Promise<{ pictures: Pixels[]; milliseconds: number; rows: number }> {
   if (sampler.options) {
     const options = { guidanceScale: guidance, ...sampler.options, width: size, height: size };
-    const result = await model.generate({ ...options, prompt: [...captions], seed });
+    const drawing = sampler.unrefined ? await modelWithoutRefiner() : model;
+    const result = await drawing.generate({ ...options, prompt: [...captions], seed });
     // The name says what is measured.
-    if (sampler.family === calibratedFamily && result.images[0]!.parameters.grid !== "calibrated")
+    if (
+      [calibratedFamily, unrefinedFamily].includes(sampler.family) &&
+      result.images[0]!.parameters.grid !== "calibrated"
+    )
       throw new Error(`There is no calibrated schedule for ${sampler.name} at guidance ${guidance} and ${size} px.`);
     const milliseconds = result.timings.steps.reduce((sum, step) => sum + step, 0);
     return { pictures: [...result.images], milliseconds, rows: result.evaluations.rows };
@@ -260,8 +288,10 @@ async function referencePictures(shard: number): Promise<Uint8Array[]> {
 
 const slugOf = ({ name, family, options }: Sampler) =>
   slug(name) +
-  (options?.blocks?.includes("R") ? `-${refinerKey}` : "") +
-  (family === calibratedFamily ? `-${schedulesKey}` : "") +
+  (options?.blocks?.includes("R") || (family === calibratedFamily && refinedCounts.length > 0)
+    ? `-${refinerKey}`
+    : "") +
+  ([calibratedFamily, unrefinedFamily].includes(family) ? `-${schedulesKey}` : "") +
   (family.startsWith("uncalibrated") || family === usualFamily ? `-${rulesKey}` : "");
 const recordFile = (sampler: Sampler, shard: number) => path.join(folder, `${slugOf(sampler)}-${shard}.json`);
 
@@ -416,6 +446,7 @@ if (finished.length < shards || parts > 1) {
 }
 const times = await samplingTimes();
 await model.dispose();
+await (await variants.withoutRefiner)?.dispose();
 const recordsOf = (sampler: Sampler) =>
   finished.map((shard) => JSON.parse(readFileSync(recordFile(sampler, shard), "utf8")) as Record_);
 const truth = await renders(9_000_011, Math.max(count, 1000));
@@ -519,28 +550,22 @@ const findings = [
   `On the front of PSNR against row evaluations: ${front.map(({ name }) => name).join(", ")}.`,
 ];
 const pairs = rows
-  .filter(({ family }) => family === "FlowTurbo H*P*R*")
-  .map((row) => ({ trained: row, reused: rows.find(({ name }) => name === `${row.name} reused`) }))
-  .filter((pair): pair is { trained: Row; reused: Row } => pair.reused !== undefined)
-  .map(({ trained, reused }) => {
-    const [refined, kept] = [trained, reused].map(({ name }) =>
+  .map((row) => ({ trained: row, without: named(`${row.name} reused`) ?? named(`${row.name}, unrefined`) }))
+  .filter((pair): pair is { trained: Row; without: Row } => pair.without !== undefined)
+  .map(({ trained, without }) => {
+    const [refined, kept] = [trained, without].map(({ name }) =>
       recordsOf(contenders.find((sampler) => sampler.name === name)!).flatMap((record) => record.psnr),
     ) as [number[], number[]];
     // The same captions and the same noise: the difference picture by picture.
     const { mean: gain, margin } = meanInterval(refined.map((value, i) => value - kept[i]!));
-    const [a, b] = [trained.psnrInterval, reused.psnrInterval];
-    return {
-      trained,
-      reused,
-      gain,
-      gainInterval: [gain - margin, gain + margin] as const,
-      apart: a[0] > b[1] || b[0] > a[1],
-    };
+    const [a, b] = [trained.psnrInterval, without.psnrInterval];
+    const apart = a[0] > b[1] || b[0] > a[1];
+    return { trained, without, gain, gainInterval: [gain - margin, gain + margin] as const, apart };
   });
 const better = pairs.filter(({ gainInterval: [low] }) => low > 0);
 if (pairs.length > 0)
   findings.push(
-    `The refiner against reusing the velocity, PSNR picture by picture: better in ${better.length} of ${pairs.length} schedules (${better.map(({ trained, gain }) => `${trained.name} +${gain.toFixed(2)} dB`).join(", ")}), worse in ${pairs.filter(({ gainInterval: [, high] }) => high < 0).length}.`,
+    `The refiner against going without it, PSNR picture by picture: better in ${better.length} of ${pairs.length} schedules (${better.map(({ trained, gain }) => `${trained.name} +${gain.toFixed(2)} dB`).join(", ")}), worse in ${pairs.filter(({ gainInterval: [, high] }) => high < 0).length}.`,
   );
 
 const table = [
@@ -597,18 +622,19 @@ const plots = (
 );
 
 const refinerLines = [
-  "The refiner against merely reusing the velocity (R blocks, the same evaluations of the predictor). The difference is the mean over the",
-  "pictures, each with its own noise and caption; in the last column whether the intervals of the two means lie apart as well.",
+  "The refiner against going without it, with the same evaluations of the predictor: R blocks against reusing the velocity, and calibrated schedules that",
+  "end with the refiner (C) against the same schedule alone. The difference is the mean over the pictures, each with its own noise and caption;",
+  "in the last column whether the intervals of the two means lie apart as well.",
   "",
-  "| schedule | difference of PSNR, dB | PSNR refined | PSNR reused | all right refined, % | all right reused, % | apart |",
+  "| schedule | difference of PSNR, dB | PSNR refined | PSNR without | all right refined, % | all right without, % | apart |",
   "|---|---|---|---|---|---|---|",
-  ...pairs.map(({ trained, reused, gain, gainInterval, apart }) => {
+  ...pairs.map(({ trained, without, gain, gainInterval, apart }) => {
     const d = (row: Row) =>
       `${row.psnr.toFixed(2)} (${row.psnrInterval[0].toFixed(2)}–${row.psnrInterval[1].toFixed(2)})`;
     const a = (row: Row) =>
       `${percent(row.accuracy)} (${percent(row.accuracyInterval[0])}–${percent(row.accuracyInterval[1])})`;
     const difference = `${gain >= 0 ? "+" : ""}${gain.toFixed(2)} (±${((gainInterval[1] - gainInterval[0]) / 2).toFixed(2)})`;
-    return `| ${trained.name} | ${difference} | ${d(trained)} | ${d(reused)} | ${a(trained)} | ${a(reused)} | ${apart ? "yes" : "no"} |`;
+    return `| ${trained.name} | ${difference} | ${d(trained)} | ${d(without)} | ${a(trained)} | ${a(without)} | ${apart ? "yes" : "no"} |`;
   }),
   "",
 ];

@@ -6,11 +6,11 @@
  *   npm run bench:transfer [-- --captions 48 --steps 4,6,8,10 --threads 1]
  */
 
-import { mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
 import { psnr } from "./shapes/pictures.js";
+import { calibratedEntries, shapesVariant } from "./shapes/variants.js";
 import { caption, drawScenes, type Pixels } from "./shapes/world.js";
 import { machineLine, mean, meanInterval, report, root, table } from "./support.js";
 
@@ -23,13 +23,6 @@ const { values: flags } = parseArgs({
 });
 const captions = drawScenes(7_700_001, Number(flags.captions)).map(caption);
 const counts = flags.steps.split(",").map(Number);
-const shapes = path.join(root, "models/shapes");
-
-interface Entry {
-  readonly width: number;
-  readonly guidanceScale: number;
-}
-const schedules = JSON.parse(readFileSync(path.join(shapes, "schedules.json"), "utf8")) as { calibrated: Entry[] };
 
 interface Case {
   readonly size: number;
@@ -45,17 +38,12 @@ const cases: readonly Case[] = [
 
 /** Whether something was calibrated for this very size and scale. */
 const isOwn = ({ size, guidance }: Case) =>
-  schedules.calibrated.some(({ width, guidanceScale }) => width === size && guidanceScale === guidance);
+  calibratedEntries.some(({ width, guidanceScale }) => width === size && guidanceScale === guidance);
 
 /** The embedded model without what was calibrated for a size, or all of it where that size or scale has none of its own. */
 async function strangerTo({ size, guidance }: Case): Promise<FlowTurbo> {
-  const folder = path.join(root, "bench/.work/transfer", `${size}-${guidance}`);
-  rmSync(folder, { recursive: true, force: true });
-  mkdirSync(folder, { recursive: true });
-  for (const name of readdirSync(shapes))
-    if (name !== "schedules.json") symlinkSync(path.join(shapes, name), path.join(folder, name));
-  const calibrated = schedules.calibrated.filter(({ width }) => width !== size || !isOwn({ size, guidance }));
-  writeFileSync(path.join(folder, "schedules.json"), JSON.stringify({ ...schedules, calibrated }));
+  const isOwnSize = isOwn({ size, guidance });
+  const folder = shapesVariant(`transfer/${size}-${guidance}`, { isKept: ({ width }) => width !== size || !isOwnSize });
   return FlowTurbo.load(folder, settings);
 }
 const settings = {
@@ -117,8 +105,8 @@ for (const each of cases) {
 }
 await embedded.dispose();
 
-const scales = [...new Set(schedules.calibrated.map((each) => each.guidanceScale))];
-const sizes = [...new Set(schedules.calibrated.map((each) => each.width))];
+const scales = [...new Set(calibratedEntries.map((each) => each.guidanceScale))];
+const sizes = [...new Set(calibratedEntries.map((each) => each.width))];
 const worse = rows.filter(({ gainInterval: [, high] }) => high < 0);
 const better = rows.filter(({ gainInterval: [low] }) => low > 0);
 await report(
