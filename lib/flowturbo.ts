@@ -330,6 +330,10 @@ export class FlowTurbo implements ImageModel {
         },
         {
           ...{ sizes, pictures, seed, signal, onProgress, reset, intervals, sequenceLength },
+          named: [
+            ...(["pictures", "seed"] as const).filter((name) => options[name] !== undefined),
+            ...(options.prompts || options.maxSequenceLength ? (["prompts"] as const) : []),
+          ],
           guidanceScales: [...new Set(checked.guidanceScales)],
           steps: [...new Set(checked.steps)].sort((a, b) => a - b),
           prompts: checked.prompts ?? (await calibrationPromptsOf(checkpoint.folder)) ?? calibrationPrompts,

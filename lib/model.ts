@@ -554,10 +554,10 @@ export interface CalibrateOptions {
   intervals?: boolean | undefined;
   /**
    * What the pictures show that schedules are fitted to: at least 2 prompts such as the model will be used with, as many as there are pictures at
-   * most. The first two thirds of them are fitted to, the rest decides between fits. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
+   * most. The first two fifths of them are fitted to, the next fifth decides between fits, and the rest says how near they come. Default: `prompts.txt` in the model's folder, one a line, or a list of the package's.
    */
   prompts?: readonly string[] | undefined;
-  /** Pictures that are fitted to, 2 to 256; half as many decide between fits. Default: 16. */
+  /** Pictures that are fitted to, 2 to 256; half as many decide between fits, and as many say how near they come. Default: 16. */
   pictures?: number | undefined;
   /** Seed of the first picture. Default: 0. */
   seed?: number | undefined;
@@ -565,7 +565,10 @@ export interface CalibrateOptions {
   batch?: number | undefined;
   /** File to write. Default: `schedules.json` in the model's folder, or in the cache if that cannot be written. */
   file?: string | undefined;
-  /** Fits again what the file holds already, in place of going on. Default: false. */
+  /**
+   * Fits again what the file holds already, in place of going on. What it holds of other `pictures`, `seed`, `prompts` or
+   * `maxSequenceLength` than those that are named is fitted again in any case. Default: false.
+   */
   reset?: boolean | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
@@ -585,10 +588,12 @@ export interface CalibrateProgress {
   readonly height: number;
   /** Guidance scale of the present schedules. */
   readonly guidanceScale: number;
-  /** Schedules that are done, and of the reference its part. */
+  /** Schedules and references that are done, of a reference under way its part. */
   readonly done: number;
-  /** Schedules that were asked for. */
+  /** Schedules that were asked for, and a reference for each size and scale. */
   readonly total: number;
+  /** Launches of this calibration so far, of at most `batch` pictures each. */
+  readonly launches: number;
 }
 
 /** A calibrated schedule as schedules.json holds it. */
@@ -613,7 +618,7 @@ export interface CalibratedEntry {
   readonly psnr: {
     /** Of the pictures that it was fitted to. */
     readonly fitted: number;
-    /** Of other pictures, which decided between fits. */
+    /** Of pictures that were neither fitted to nor decided between fits. */
     readonly held: number;
     /** Of the latter with the usual schedule of as many steps, the same of them guided. */
     readonly uncalibrated: number;
@@ -622,6 +627,8 @@ export interface CalibratedEntry {
   readonly pictures: number;
   /** Seed of the first of them. */
   readonly seed: number;
+  /** Digest of the prompts that they show. */
+  readonly prompts: string;
 }
 
 /** What `FlowTurbo.calibrate` gives. */

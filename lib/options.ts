@@ -473,7 +473,12 @@ export const calibrateSchema = z.strictObject({
     kind(list(text.min(1), 2, 1024), "a list of at least 2 prompts"),
     "what the pictures show that schedules are fitted to (default: prompts.txt of the model, or a list of the package's)",
   ),
-  pictures: defaulted(integer(2, 256), 16, "pictures that schedules are fitted to", "--pictures <n>"),
+  pictures: defaulted(
+    integer(2, 256),
+    16,
+    "pictures that schedules are fitted to (one and a half times as many are drawn besides, to decide and to measure)",
+    "--pictures <n>",
+  ),
   seed: defaulted(
     integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
     0,

@@ -4,7 +4,7 @@ import { constants } from "node:fs";
 import { access, readFile } from "node:fs/promises";
 import path from "node:path";
 import { filledLines } from "../common/text.js";
-import { type Checkpoint, fingerprintOf } from "./checkpoint.js";
+import { type Checkpoint, fingerprintOf, identityOf } from "./checkpoint.js";
 import { exists } from "./files.js";
 import { readSchedules, type StoredSchedules } from "./schedules.js";
 
@@ -36,10 +36,8 @@ export async function calibratedSchedulesOf(
   const own = checkpoint.schedules.calibrated;
   // Most caches have none: then the model's digest, which reads its weights, is not needed.
   if (!(await exists(path.join(cache, "schedules")))) return own;
-  const fingerprint = await fingerprintOf(checkpoint);
-  const { variant } = checkpoint.transformer.weights;
-  const later =
-    (await readSchedules(cachedFile(cache, fingerprint), async () => fingerprint, variant))?.calibrated ?? [];
+  const file = cachedFile(cache, await fingerprintOf(checkpoint));
+  const later = (await readSchedules(file, identityOf(checkpoint)))?.calibrated ?? [];
   // What the user found counts more than what came with the model.
   const key = ({ width, height, guidanceScale, weights }: StoredSchedules["calibrated"][number]) =>
     [width, height, guidanceScale, weights.length].join();

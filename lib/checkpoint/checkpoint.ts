@@ -21,7 +21,14 @@ import {
   type VaeConfig,
 } from "./configs.js";
 import { isFolder, type JsonObject, readJsonObject } from "./files.js";
-import { modelFingerprint, noSchedules, readSchedules, type StoredSchedules } from "./schedules.js";
+import {
+  type ModelIdentity,
+  modelFingerprint,
+  noSchedules,
+  readSchedules,
+  type StoredSchedules,
+  sampledWeights,
+} from "./schedules.js";
 import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { openWeights, type Weights } from "./weights.js";
 
@@ -153,17 +160,23 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
   const opened = { folder: root, ...Object.fromEntries(parts), schedules: noSchedules } as Checkpoint;
   checkVariant(opened, variant);
   checkThatPartsFit(opened);
-  const schedules = await readSchedules(
-    join(root, "schedules.json"),
-    () => fingerprintOf(opened),
-    opened.transformer.weights.variant,
-  );
+  const schedules = await readSchedules(join(root, "schedules.json"), identityOf(opened));
   return schedules ? { ...opened, schedules } : opened;
 }
 
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
 export function fingerprintOf({ transformer: { config, weights } }: Pick<Checkpoint, "transformer">): Promise<string> {
   return modelFingerprint(config, weights.files);
+}
+
+/** What tells the checkpoint's transformer from others, in whatever precision. */
+export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelIdentity {
+  const { weights } = checkpoint.transformer;
+  return {
+    variant: weights.variant,
+    fingerprint: () => fingerprintOf(checkpoint),
+    samples: () => sampledWeights(weights),
+  };
 }
 
 /** The names of the parts that are not null. */

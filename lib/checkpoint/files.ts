@@ -19,23 +19,28 @@ export async function readText(file: string): Promise<string> {
   });
 }
 
-/** @throws CheckpointError if the file is missing, cannot be read, is not JSON or holds something else than an object */
-export async function readJsonObject(file: string): Promise<JsonObject> {
+const downloadAgain = "Download the file again.";
+
+/**
+ * @param remedy said of a file that is not whole
+ * @throws CheckpointError if the file is missing, cannot be read, is not JSON or holds something else than an object
+ */
+export async function readJsonObject(file: string, remedy = downloadAgain): Promise<JsonObject> {
   const text = await readText(file);
   let json: unknown;
   try {
     json = JSON.parse(text);
   } catch (cause) {
     const { message } = cause as Error;
-    throw new CheckpointError(file, `${file} is not JSON (${message}). Download the file again.`, { cause });
+    throw new CheckpointError(file, `${file} is not JSON (${message}). ${remedy}`, { cause });
   }
   if (isRecord(json)) return json;
-  throw new CheckpointError(file, `${file} does not hold a JSON object. Download the file again.`);
+  throw new CheckpointError(file, `${file} does not hold a JSON object. ${remedy}`);
 }
 
 /** @throws CheckpointError for a file that is there and cannot be used. @returns undefined without the file */
-export async function readOptionalJson(file: string): Promise<JsonObject | undefined> {
-  return (await exists(file)) ? readJsonObject(file) : undefined;
+export async function readOptionalJson(file: string, remedy?: string): Promise<JsonObject | undefined> {
+  return (await exists(file)) ? readJsonObject(file, remedy) : undefined;
 }
 
 export async function exists(path: string): Promise<boolean> {

@@ -1,7 +1,7 @@
 /** A checkpoint folder on disk: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
 
 export { calibratedSchedulesOf, calibrationFile, calibrationPromptsOf } from "./calibration.js";
-export { type Checkpoint, fingerprintOf, openCheckpoint, type Part } from "./checkpoint.js";
+export { type Checkpoint, fingerprintOf, identityOf, openCheckpoint, type Part } from "./checkpoint.js";
 export {
   type ClipConfig,
   readTransformerConfig,
@@ -13,7 +13,10 @@ export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
 export {
   calibratedSchema,
+  isModelOf,
+  type ModelIdentity,
   modelFingerprint,
+  namedModelSchema,
   readSchedules,
   type StoredSchedules,
   schedulesVersion,

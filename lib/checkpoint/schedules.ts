@@ -2,21 +2,24 @@
  * schedules.json: the schedules that were found for a checkpoint, in its folder, or in the cache where that cannot be written. The
  * format, version 1:
  *
- *   { "version": 1, "model": fingerprint, "variant": "fp16", "ladder": ["H1P7", …],
+ *   { "version": 1, "model": fingerprint, "variant": "fp16", "samples": [0.0123, …], "ladder": ["H1P7", …],
  *     "calibrated": [{ width, height, guidanceScale, guided, scales, sigmas, weights, psnr, refined }, …] }
  *
  * `ladder` lists schedules for time limits, the richest first. `calibrated` holds noise levels, weights and guidance of each step (the
  * fields of CalibratedSchedule): `scales` may be absent where all are 1, `refined` for false, and `psnr`, which is of what was fitted and
- * of the usual schedule on the same pictures. `variant` names the weight files that they were made with, where those have a name. Either
- * list may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the numbers come from.
+ * of the usual schedule on the same pictures. `variant` names the weight files that they were made with, where those have a name;
+ * `samples` are some of the weights, by which the same model is known in files of another precision. Either list may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the numbers come from.
  */
 
 import { createHash } from "node:crypto";
 import { open } from "node:fs/promises";
 import { z } from "zod";
 import type { FileVersion } from "../common/files.js";
+import { bytesPerElement, elementCount } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import { readOptionalJson } from "./files.js";
+import { readTensor } from "./safetensors.js";
+import type { Weights } from "./weights.js";
 
 /** Of the file's format. */
 export const schedulesVersion = 1;
@@ -62,28 +65,51 @@ export interface StoredSchedules {
 /** Of a checkpoint without the file. */
 export const noSchedules: StoredSchedules = { ladder: null, calibrated: [] };
 
+/** What tells a model's transformer from others. */
+export interface ModelIdentity {
+  /** Of its weight files, null for the plain ones. */
+  readonly variant: string | null;
+  /** Of these very files: see `modelFingerprint`. */
+  fingerprint(): Promise<string>;
+  /** Some of its weights: see `sampledWeights`. */
+  samples(): Promise<readonly number[]>;
+}
+
+/** What a file of schedules says of the model that they are for. */
+export interface NamedModel {
+  readonly model?: string | undefined;
+  readonly variant?: string | null | undefined;
+  readonly samples?: readonly number[] | undefined;
+}
+
+/** Whether schedules are those of a model: of these very files, or of the same weights in files of another precision. */
+export async function isModelOf({ model, variant, samples }: NamedModel, identity: ModelIdentity): Promise<boolean> {
+  if ((variant ?? null) === identity.variant) return model === (await identity.fingerprint());
+  const own = await identity.samples();
+  return samples?.length === own.length && own.every((value, i) => isRounded(value, samples[i]!));
+}
+
+/** Whether two numbers are one, each rounded to bfloat16 or finer. */
+const isRounded = (a: number, b: number) => Math.abs(a - b) <= 2 ** -7 * Math.max(Math.abs(a), Math.abs(b)) + 1e-6;
+
 /**
- * @param fingerprint of the model that the file lies with, in the variant that is opened
- * @param variant of its weight files, null for the plain ones
+ * @param identity of the model that the file lies with
  * @returns null without the file
  * @throws CheckpointError for a file that is of another version or model, or is not whole. Whether its schedules can be run is known
  *   where schedules are.
  */
-export async function readSchedules(
-  file: string,
-  fingerprint: () => Promise<string>,
-  variant: string | null,
-): Promise<StoredSchedules | null> {
-  const json = await readOptionalJson(file);
+export async function readSchedules(file: string, identity: ModelIdentity): Promise<StoredSchedules | null> {
+  const remedy =
+    "Correct it, or remove the file: the usual schedules are then taken, and `flowturbo calibrate` finds others.";
+  const json = await readOptionalJson(file, remedy);
   if (!json) return null;
-  const remedy = "Correct it, or remove the file: the usual schedules are then taken.";
   const refuse = (message: string): never => {
     throw new CheckpointError(file, `${file}: ${message} ${remedy}`);
   };
   const { version = schedulesVersion, ladder } = json;
   if (version !== schedulesVersion)
     refuse(
-      `expected version ${schedulesVersion} but found ${JSON.stringify(version)}. It was written by another version of flowturbo; run \`flowturbo calibrate\` again.`,
+      `expected version ${schedulesVersion} but found ${JSON.stringify(version)}. It was written by another version of flowturbo.`,
     );
   const isLadder = Array.isArray(ladder) && ladder.length > 0 && ladder.every((blocks) => typeof blocks === "string");
   if (!isLadder && (ladder !== undefined || json.calibrated === undefined))
@@ -96,12 +122,40 @@ export async function readSchedules(
     refuse(`"calibrated" is not whole: ${["calibrated", ...issue!.path].join(".")}: ${issue!.message}.`);
   }
   const calibrated = parsed.data!;
-  // The same model in another precision has another digest.
-  if (calibrated.length > 0 && (json.variant ?? null) === variant && json.model !== (await fingerprint()))
-    refuse(
-      "its schedules were calibrated for another model than the one in this folder. Run `flowturbo calibrate` for this one.",
-    );
+  const named = namedModelSchema.safeParse(json);
+  if (calibrated.length > 0 && !(named.success && (await isModelOf(named.data, identity))))
+    refuse("its schedules were calibrated for another model than the one in this folder.");
   return { ladder: (ladder as string[] | undefined) ?? null, calibrated };
+}
+
+/** The fields of a `NamedModel`. */
+export const namedModelSchema = z.looseObject({
+  model: z.string().optional(),
+  variant: z.string().nullish(),
+  samples: z.array(z.number()).optional(),
+});
+
+/** Weights that are sampled. */
+const sampled = 48;
+
+/** Single weights from all over a network, of tensors in the order of their names. */
+export async function sampledWeights({ names, find }: Pick<Weights, "names" | "find">): Promise<number[]> {
+  const sorted = [...names].sort();
+  const values: number[] = [];
+  for (let place = 0; place < sampled; place++) {
+    const tensor = find(sorted[Math.floor((sorted.length * place) / sampled)]!)!;
+    // Another place in each: neighbouring tensors of equal shape have something in common.
+    const index = Math.floor((elementCount(tensor.shape) * (2 * place + 1)) / (2 * sampled));
+    const length = bytesPerElement[tensor.dtype];
+    const { data } = await readTensor(tensor.file, {
+      ...tensor,
+      shape: [1],
+      offset: tensor.offset + index * length,
+      length,
+    });
+    values.push(Number(data[0]!.toPrecision(6)));
+  }
+  return values;
 }
 
 /** Bytes of a file that are read at each of so many places. */

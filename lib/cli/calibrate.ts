@@ -40,9 +40,9 @@ async function calibrate(flags: Flags, signal: AbortSignal): Promise<void> {
   checkOptions(loadSchema, loadOptions, "calibrate");
   checkOptions(calibrateSchema, options, "calibrate");
   const { schedules, ...report } = await withModel(flags, loadOptions, async (model, progress) => {
-    const onProgress = ({ phase, width, height, guidanceScale, done, total }: CalibrateProgress) => {
+    const onProgress = ({ phase, width, height, guidanceScale, done, total, launches }: CalibrateProgress) => {
       const what = phase === "reference" ? "running the reference" : "fitting schedules";
-      progress.show(`${what}, ${width}x${height}, guidance ${guidanceScale}`, done, total);
+      progress.show(`${what}, ${width}x${height}, guidance ${guidanceScale}, ${launches} launches`, done, total);
     };
     const { file, schedules } = await model.calibrate({ ...options, onProgress });
     return { schedules, file, model: model.folder, runtime: model.runtime.name };

@@ -4,10 +4,18 @@
  * stopped goes on.
  */
 
+import { createHash } from "node:crypto";
 import { readFile, rm, stat, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { z } from "zod";
-import { calibratedSchema, fingerprintOf, schedulesVersion } from "../checkpoint/index.js";
+import {
+  calibratedSchema,
+  identityOf,
+  isModelOf,
+  type ModelIdentity,
+  namedModelSchema,
+  schedulesVersion,
+} from "../checkpoint/index.js";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
 import { packageVersion } from "../common/package.js";
 import { OptionError, OutputError } from "../errors.js";
@@ -24,6 +32,8 @@ export interface CalibrationSettings extends ReferenceSettings {
   readonly intervals: boolean;
   /** Whether what the file holds is fitted again. */
   readonly reset: boolean;
+  /** Of the settings those that were named: what the file holds of others is fitted again as well. */
+  readonly named: readonly ("pictures" | "seed" | "prompts")[];
   readonly onProgress?: ((progress: CalibrateProgress) => void) | undefined;
 }
 
@@ -36,6 +46,8 @@ export interface CalibrationPlace extends ReferencePlace {
 interface SchedulesJson {
   readonly version: number;
   readonly model: string;
+  readonly variant?: string | null | undefined;
+  readonly samples?: readonly number[] | undefined;
   readonly calibrated: readonly CalibratedEntry[];
 }
 
@@ -44,15 +56,29 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
   const { sizes, guidanceScales, steps: counts, intervals, onProgress } = settings;
   const file = await ScheduleFile.open(place);
   const found: CalibratedEntry[] = [];
-  const total = sizes.length * guidanceScales.length * counts.length;
+  const prompts = digestOfPrompts(settings);
+  const own = { pictures: settings.pictures, seed: settings.seed, prompts };
+  const isAsAsked = (each: CalibratedEntry) => settings.named.every((name) => each[name] === own[name]);
+  const total = sizes.length * guidanceScales.length * (counts.length + 1);
+  const progress: Progress = { launches: 0, now: null };
+  const observed = { ...place, run: withLaunchesTold(place.run, progress, onProgress) };
   let done = 0;
   for (const size of sizes) {
     // Strong guidance first: what was fitted to it is a good start for milder guidance, and not the reverse.
     let stronger: readonly CalibratedEntry[] = [];
     for (const guidanceScale of [...guidanceScales].sort((a, b) => b - a)) {
-      const report = (phase: CalibrateProgress["phase"], part = 0) =>
-        onProgress?.({ phase, ...size, guidanceScale, done: done + part, total });
-      const search = searchOf(place, settings, size, guidanceScale, report);
+      const report = (phase: CalibrateProgress["phase"], part = 0) => {
+        progress.now = { phase, ...size, guidanceScale, done: done + part, total };
+        onProgress?.({ ...progress.now, launches: progress.launches });
+      };
+      // The reference of a size and a scale counts as a schedule does.
+      let isReferenceDone = false;
+      const referenceDone = () => {
+        if (!isReferenceDone) done++;
+        isReferenceDone = true;
+        report("fitting");
+      };
+      const search = searchOf(observed, settings, { size, scale: guidanceScale }, report, referenceDone);
       const isHere = (each: CalibratedEntry) => isOf(each, size, guidanceScale);
       /** What was fitted to a number of steps, so many of them without guidance; those of scale 1 have none that could be without. */
       const alike = (steps: number, without: number) => (each: CalibratedEntry) =>
@@ -67,7 +93,7 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
         const own = near.find(isHere);
         const elsewhere = near.find((each) => each.guidanceScale === guidanceScale && !isHere(each));
         const neighbours = [own, stronger.find(alike(steps, without)), elsewhere].filter((each) => each !== undefined);
-        const one = own?.psnr && !settings.reset ? own : await find(await search(), neighbours);
+        const one = own?.psnr && !settings.reset && isAsAsked(own) ? own : await find(await search(), neighbours);
         if (one !== own) await file.add(one, (each) => isHere(each) && alike(steps, without)(each));
         found.push(one);
         here.push(one);
@@ -92,27 +118,56 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
         done++;
         report("fitting");
       }
+      referenceDone();
       stronger = here;
     }
   }
   return found;
 }
 
+/** Of what pictures show that schedules are fitted to. */
+const digestOfPrompts = ({ prompts, sequenceLength }: CalibrationSettings) =>
+  createHash("sha256")
+    .update(JSON.stringify([prompts, sequenceLength]))
+    .digest("hex")
+    .slice(0, 16);
+
+interface Progress {
+  launches: number;
+  /** What was reported last. */
+  now: Omit<CalibrateProgress, "launches"> | null;
+}
+
+/** A fit takes many launches: each is told, so that what is shown moves. */
+function withLaunchesTold(
+  run: ReferencePlace["run"],
+  progress: Progress,
+  onProgress: CalibrationSettings["onProgress"],
+): ReferencePlace["run"] {
+  return async (program) => {
+    const result = await run(program);
+    progress.launches++;
+    if (progress.now) onProgress?.({ ...progress.now, launches: progress.launches });
+    return result;
+  };
+}
+
 /** The search at a size and a guidance scale, whose reference is run when it is needed first. */
 function searchOf(
   place: CalibrationPlace,
   settings: CalibrationSettings,
-  size: Size,
-  scale: number,
+  { size, scale }: { readonly size: Size; readonly scale: number },
   report: (phase: CalibrateProgress["phase"], part?: number) => void,
+  referenceDone: () => void,
 ): () => Promise<ScheduleSearch> {
   let opened: ScheduleSearch | null = null;
   return async () => {
     if (!opened) {
       const reference = await referenceOf(place, settings, size, scale, (part) => report("reference", part));
-      opened = new ScheduleSearch({ ...settings, reference, size, scale }, settings.steps);
+      const prompts = digestOfPrompts(settings);
+      opened = new ScheduleSearch({ ...settings, reference, size, scale, prompts }, settings.steps);
     }
-    report("fitting");
+    referenceDone();
     return opened;
   };
 }
@@ -126,21 +181,19 @@ const withoutOf = ({ guided }: CalibratedEntry) => (guided.includes(true) ? guid
 /** The file of schedules while it grows. */
 class ScheduleFile {
   readonly #file: string;
-  readonly #model: string;
-  readonly #variant: string | null;
+  readonly #identity: ModelIdentity;
   #json: SchedulesJson;
 
-  private constructor(file: string, model: string, variant: string | null, json: SchedulesJson) {
+  private constructor(file: string, identity: ModelIdentity, json: SchedulesJson) {
     this.#file = file;
-    this.#model = model;
-    this.#variant = variant;
+    this.#identity = identity;
     this.#json = json;
   }
 
   static async open({ checkpoint, file }: CalibrationPlace): Promise<ScheduleFile> {
     await tryToWrite(file);
-    const [model, { variant }] = [await fingerprintOf(checkpoint), checkpoint.transformer.weights];
-    return new ScheduleFile(file, model, variant, await readJson(file, model, variant));
+    const identity = identityOf(checkpoint);
+    return new ScheduleFile(file, identity, await readJson(file, identity));
   }
 
   get entries(): readonly CalibratedEntry[] {
@@ -150,14 +203,14 @@ class ScheduleFile {
   /** Takes out what an earlier run has found and this one has not looked at. */
   async remove(isStale: (each: CalibratedEntry) => boolean): Promise<void> {
     if (!this.#json.calibrated.some(isStale)) return;
-    const now = await readJson(this.#file, this.#model, this.#variant);
+    const now = await readJson(this.#file, this.#identity);
     this.#json = { ...now, calibrated: now.calibrated.filter((each) => !isStale(each)) };
     await writeFileAtomic(this.#file, `${formatted(this.#json)}\n`);
   }
 
   /** Writes an entry in place of those that it replaces, beside what others have found meanwhile. */
   async add(entry: CalibratedEntry, replaces: (each: CalibratedEntry) => boolean): Promise<void> {
-    const now = await readJson(this.#file, this.#model, this.#variant);
+    const now = await readJson(this.#file, this.#identity);
     this.#json = { ...now, calibrated: sorted([...now.calibrated.filter((each) => !replaces(each)), entry]) };
     await writeFileAtomic(this.#file, `${formatted(this.#json)}\n`);
   }
@@ -199,7 +252,7 @@ async function tryToWrite(file: string): Promise<void> {
  * What the file holds, if it is there. A ladder alone belongs to whatever model it lies with.
  * @throws OptionError for one that cannot be read, or is another model's
  */
-async function readJson(file: string, model: string, variant: string | null): Promise<SchedulesJson> {
+async function readJson(file: string, identity: ModelIdentity): Promise<SchedulesJson> {
   const refuse = (reason: string): never => {
     throw new OptionError("file", `${file} ${reason}. Remove it, or name another file.`);
   };
@@ -215,19 +268,19 @@ async function readJson(file: string, model: string, variant: string | null): Pr
   const { success, data } = fileSchema.safeParse(json);
   if (!success) return refuse("is no file of schedules");
   const { version = schedulesVersion, calibrated = [] } = data;
-  const isOther = data.model !== undefined && data.model !== model && (data.variant ?? null) === variant;
+  const isOther = data.model !== undefined && !(await isModelOf(data, identity));
   if (version !== schedulesVersion || isOther) refuse("holds schedules of another model or version");
-  const named = data.variant ?? variant;
+  // What names the model stays: these are the same weights, perhaps in another precision.
+  const { variant } = identity;
+  const own = { model: await identity.fingerprint(), ...(variant && { variant }), samples: await identity.samples() };
   return {
     ...data,
-    ...{ version, model: data.model ?? model, ...(named && { variant: named }), made: `flowturbo ${packageVersion()}` },
-    calibrated: calibrated as unknown as CalibratedEntry[],
+    ...(data.model === undefined ? own : { model: data.model }),
+    ...{ version, made: `flowturbo ${packageVersion()}`, calibrated: calibrated as unknown as CalibratedEntry[] },
   };
 }
 
-const fileSchema = z.looseObject({
+const fileSchema = namedModelSchema.extend({
   version: z.number().optional(),
-  model: z.string().optional(),
-  variant: z.string().nullish(),
   calibrated: z.array(calibratedSchema).optional(),
 });

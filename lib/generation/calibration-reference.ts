@@ -22,8 +22,8 @@ import type { PromptEncoder } from "./text.js";
 
 /** Steps of the reference, of two evaluations each. */
 const referenceSteps = 50;
-/** Memory of the states of the reference run of one group of pictures. */
-const groupBytes = 512 * 2 ** 20;
+/** Memory of the states of the reference run of one group of pictures, and how many that are: each group is kept on disk when it is done. */
+const [groupBytes, groupPictures] = [512 * 2 ** 20, 8];
 
 export interface ReferencePlace {
   readonly checkpoint: Checkpoint;
@@ -37,7 +37,10 @@ export interface ReferencePlace {
 
 export interface ReferenceSettings {
   readonly prompts: readonly string[];
-  /** Pictures that are fitted to; half as many, of other prompts and noise, decide between fits. */
+  /**
+   * Pictures that are fitted to. Half as many, of other prompts and noise, decide between fits, and as many, of others again, say how near
+   * the schedule that was chosen comes: what decided would flatter it.
+   */
   readonly pictures: number;
   readonly seed: number;
   /** Pictures of a launch. */
@@ -50,6 +53,7 @@ export interface ReferenceSettings {
 export interface Reference {
   readonly field: VelocityField;
   readonly fitted: readonly FitPicture[];
+  readonly deciding: readonly FitPicture[];
   readonly held: readonly FitPicture[];
   /** Noise levels of the run, and of each fitted picture the inner products of what it went through. */
   readonly levels: readonly number[];
@@ -68,14 +72,15 @@ export async function referenceOf(
 ): Promise<Reference> {
   const { checkpoint, encoded, cache } = place;
   const { pictures: fitted, seed, sequenceLength } = settings;
-  const count = fitted + Math.max(1, fitted >> 1);
+  const parts = [fitted, Math.max(1, fitted >> 1), fitted];
+  const count = parts.reduce((sum, part) => sum + part);
   const prompts = settings.prompts.slice(0, count);
   const latentShape = latentShapeOf(checkpoint, 1, size);
   const [, ...area] = latentShape;
   const field = await openField(place, settings, prompts, size);
   await encoded();
   const starts = await noises(count, seed, area);
-  const promptOf = dealtPrompts(prompts.length, count, fitted);
+  const promptOf = dealtPrompts(prompts.length, parts);
   const { patchSize } = checkpoint.transformer.config;
   const sigmas = sigmaSettings(checkpoint.scheduler, (area[1] / patchSize) * (area[2] / patchSize));
   const levels = shiftedSigmas(referenceSteps, sigmas);
@@ -84,7 +89,10 @@ export async function referenceOf(
   const elements = elementCount(area);
   const kept = new TraceFile(path.join(cache, `calibration-${key}.bin`), elements);
   const traces = await kept.read();
-  const group = Math.max(1, Math.floor(groupBytes / (elements * 4 * (2 * referenceSteps + 1))));
+  const group = Math.min(
+    groupPictures,
+    Math.max(1, Math.floor(groupBytes / (elements * 4 * (2 * referenceSteps + 1)))),
+  );
   while (traces.length < count) {
     const first = traces.length;
     const some = starts.slice(first, first + group).map((x, row) => ({ x, prompt: promptOf(first + row) }));
@@ -101,7 +109,8 @@ export async function referenceOf(
   );
   const all = starts.map((noise, index): FitPicture => ({ noise, prompt: promptOf(index), target: targets[index]! }));
   const grams = traces.slice(0, fitted).map(({ gram }) => gram);
-  return { field, fitted: all.slice(0, fitted), held: all.slice(fitted), levels, grams, sigmas };
+  const [deciding, held] = [all.slice(fitted, fitted + parts[1]!), all.slice(fitted + parts[1]!)];
+  return { field, fitted: all.slice(0, fitted), deciding, held, levels, grams, sigmas };
 }
 
 function openField(
@@ -127,10 +136,19 @@ async function noises(count: number, seed: number, area: readonly number[]): Pro
   return Array.from({ length: count }, (_, index) => noise!.data.slice(index * elements, (index + 1) * elements));
 }
 
-/** The prompt of each picture: of the prompts the first part is fitted to, and the rest decides. */
-function dealtPrompts(prompts: number, count: number, fitted: number): (index: number) => number {
-  const border = Math.min(prompts - 1, Math.max(1, Math.ceil((prompts * fitted) / count)));
-  return (index) => (index < fitted ? index % border : border + ((index - fitted) % (prompts - border)));
+/** The prompt of each picture: every part has prompts of its own, but for the last two where there are only two prompts. */
+function dealtPrompts(prompts: number, parts: readonly number[]): (index: number) => number {
+  const [fitted, deciding] = parts as [number, number];
+  const count = parts.reduce((sum, part) => sum + part);
+  const between = (low: number, value: number, high: number) => Math.min(high, Math.max(low, Math.round(value)));
+  const first = between(1, (prompts * fitted) / count, Math.max(1, prompts - 2));
+  const second = prompts < 3 ? first : between(first + 1, (prompts * (fitted + deciding)) / count, prompts - 1);
+  return (index) => {
+    if (index < fitted) return index % first;
+    if (prompts < 3) return first;
+    if (index < fitted + deciding) return first + ((index - fitted) % (second - first));
+    return second + ((index - fitted - deciding) % (prompts - second));
+  };
 }
 
 /** What tells models apart that end elsewhere from the same noise. */

@@ -1,13 +1,14 @@
 /**
  * The search for one schedule: noise levels by dynamic programming over a reference run (schedule/grid-search.ts), then levels, weights
  * and guidance scales of all steps fitted together on decoded pictures (fit.ts), from several starts; and how far guidance may stop short
- * of the first or the last steps. Pictures that are fitted to are kept apart from those that decide.
+ * of the first or the last steps. Pictures that are fitted to are kept apart from those that decide, and both from those that say how near
+ * the schedule comes that was chosen.
  */
 
 import type { CalibratedEntry, Size } from "../model.js";
 import { bestGrids, defaultSampler, ownScales, planSteps, rowsOf, samplers, sigmaGrids } from "../schedule/index.js";
 import type { Reference } from "./calibration-reference.js";
-import { fitted, launchedPsnr, psnrOf, type StepNumbers } from "./fit.js";
+import { type FitPicture, fitted, launchedPsnr, psnrOf, type StepNumbers } from "./fit.js";
 
 /** A size and a guidance scale. */
 export interface SearchSubject {
@@ -16,6 +17,8 @@ export interface SearchSubject {
   /** 1 for none. */
   readonly scale: number;
   readonly seed: number;
+  /** Digest of the prompts, which the entry names. */
+  readonly prompts: string;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -33,7 +36,7 @@ const [stillMoving, mostFits] = [0.3, 3];
 interface Found {
   readonly numbers: StepNumbers;
   /** Mean PSNR on the pictures that decide, dB. */
-  readonly held: number;
+  readonly decided: number;
 }
 
 /** What a fit ended with, and what it gained. */
@@ -41,9 +44,10 @@ interface Fitted extends Found {
   readonly gain: number;
 }
 
-/** Problems with the pictures that are fitted to, and with those that decide. */
-function problemsOf({ reference: { field, fitted, held }, signal }: SearchSubject) {
-  return { problem: { field, pictures: fitted, signal }, judge: { field, pictures: held, signal } };
+/** Problems with the pictures that are fitted to, with those that decide, and with those that are shown neither. */
+function problemsOf({ reference: { field, fitted, deciding, held }, signal }: SearchSubject) {
+  const of = (pictures: readonly FitPicture[]) => ({ field, pictures, signal });
+  return { problem: of(fitted), judge: of(deciding), unseen: of(held) };
 }
 
 /** Finds schedules at a size and a guidance scale. */
@@ -89,8 +93,8 @@ export class ScheduleSearch {
   async #fitted(start: Found): Promise<Fitted> {
     const { problem, judge } = problemsOf(this.#subject);
     const { numbers } = await fitted(problem, start.numbers, effort);
-    const held = await psnrOf(judge, numbers);
-    return { ...better(start, { numbers, held }), gain: held - start.held };
+    const decided = await psnrOf(judge, numbers);
+    return { ...better(start, { numbers, decided }), gain: decided - start.decided };
   }
 
   async #starts(
@@ -116,18 +120,18 @@ export class ScheduleSearch {
           isFitted: true,
         })),
       ];
-      for (const each of all) starts.push({ ...each, held: await psnrOf(judge, each.numbers) });
+      for (const each of all) starts.push({ ...each, decided: await psnrOf(judge, each.numbers) });
     }
-    starts.sort((a, b) => b.held - a.held);
+    starts.sort((a, b) => b.decided - a.decided);
     const [first] = starts as [(typeof starts)[number]];
     const second = starts.find(({ isFitted }) => !isFitted)!;
-    if (first.isFitted && first.held > second.held + clearlyAhead) return [first];
-    return starts.filter(({ held }) => held > first.held - farBehind).slice(0, mostStarts);
+    if (first.isFitted && first.decided > second.decided + clearlyAhead) return [first];
+    return starts.filter(({ decided }) => decided > first.decided - farBehind).slice(0, mostStarts);
   }
 
-  async #entryOf({ numbers, held }: Found): Promise<CalibratedEntry> {
-    const { size, scale, seed, reference } = this.#subject;
-    const { problem, judge } = problemsOf(this.#subject);
+  async #entryOf({ numbers }: Found): Promise<CalibratedEntry> {
+    const { size, scale, seed, prompts, reference } = this.#subject;
+    const { problem, unseen } = problemsOf(this.#subject);
     const guided = numbers.scales.map((each) => each !== null);
     const steps = guided.length;
     const usual = usualSigmas(reference, steps, scale);
@@ -141,10 +145,10 @@ export class ScheduleSearch {
       weights: numbers.weights.map(([now, old, older]) => [round(now), round(old), round(older)] as const),
       psnr: {
         fitted: round(await psnrOf(problem, numbers)),
-        held: round(held),
-        uncalibrated: round(await launchedPsnr(judge, launches)),
+        held: round(await psnrOf(unseen, numbers)),
+        uncalibrated: round(await launchedPsnr(unseen, launches)),
       },
-      ...{ pictures: reference.fitted.length, seed },
+      ...{ pictures: reference.fitted.length, seed, prompts },
     };
   }
 }
@@ -155,7 +159,7 @@ export function isWorthwhile(entry: CalibratedEntry, others: readonly Calibrated
   return others.every((other) => rowsOf(other) > rowsOf(entry) || !other.psnr || other.psnr.held <= entry.psnr.held);
 }
 
-const better = <T extends Found>(a: T | null, b: T): T => (a && a.held >= b.held ? a : b);
+const better = <T extends Found>(a: T | null, b: T): T => (a && a.decided >= b.decided ? a : b);
 
 const usualSampler = samplers[defaultSampler]!;
 

@@ -14,9 +14,10 @@ import {
 import os from "node:os";
 import path from "node:path";
 import { promisify } from "node:util";
-import { embeddedModel, FlowTurbo, type GenerateOptions, OptionError } from "flowturbo";
+import { type CalibrateOptions, embeddedModel, FlowTurbo, type GenerateOptions, OptionError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { openCheckpoint, readSafetensorsHeader, readTensor, writeSafetensors } from "../../lib/checkpoint/index.js";
+import type { FloatTensor } from "../../lib/common/tensor.js";
 import { settleRequest } from "../../lib/generation/request.js";
 import { root } from "../support/fixtures.js";
 
@@ -44,7 +45,7 @@ describe("calibrate", () => {
     const controller = new AbortController();
     const stopped = model.calibrate({
       ...{ ...asked, signal: controller.signal },
-      onProgress: ({ phase, done }) => phase === "fitting" && done >= 1 && controller.abort(new Error("enough")),
+      onProgress: ({ phase, done }) => phase === "fitting" && done >= 2 && controller.abort(new Error("enough")),
     });
     await expect(stopped).rejects.toThrow("enough");
     const kept = JSON.parse(readFileSync(file(), "utf8"));
@@ -60,7 +61,7 @@ describe("calibrate", () => {
     expect(written).toBe(file());
     // The reference at the scale where it was stopped is there already.
     expect(progress.some((text) => text.startsWith("reference 4"))).toBe(false);
-    expect(progress.at(-1)).toBe("fitting 2 4/4");
+    expect(progress.at(-1)).toBe("fitting 2 6/6");
     expect(schedules.map(({ guidanceScale, weights, rows }) => [guidanceScale, weights.length, rows])).toEqual([
       [4, 2, 4],
       [4, 3, 6],
@@ -144,38 +145,51 @@ describe("calibrate", () => {
     }
     expect(schedules.some(({ scales }) => scales)).toBe(true);
 
-    // The picture that decided: the product's own reference and picture have the PSNR that was written.
+    // The pictures that were not looked at: the product's own references and pictures have the PSNR that was written.
     const file = path.join(own, "schedules.json");
     const json = JSON.parse(readFileSync(file, "utf8"));
     for (const entry of json.calibrated) entry.psnr.uncalibrated = 0;
     writeFileSync(file, JSON.stringify(json));
     await using model = await load(own);
-    const picture = { ...request, prompt: prompts[2]!, seed: 5, include: ["pixels" as const] };
-    const reference = (await model.generate({ ...picture, blocks: "H50" })).pixels!.data;
+    const picture = { ...request, prompt: prompts[2]!, include: ["pixels" as const] };
+    // Two are fitted to and one decides before them.
+    const seeds = [6, 7];
+    const drawnAs = (options: Partial<GenerateOptions>) =>
+      Promise.all(seeds.map((seed) => model.generate({ ...picture, ...options, seed })));
+    const references = (await drawnAs({ blocks: "H50" })).map(({ pixels }) => pixels!.data);
+    const decibels = (results: Awaited<ReturnType<typeof drawnAs>>) =>
+      results.reduce((sum, { pixels }, index) => {
+        const reference = references[index]!;
+        const square = pixels!.data.reduce((all, value, i) => all + (value - reference[i]!) ** 2, 0);
+        return sum - (10 * Math.log10(square / reference.length / 4)) / seeds.length;
+      }, 0);
     const drawn: string[] = [];
     for (const { guided, psnr } of schedules) {
       const guidanceScale = guided.map((each) => (each ? 4 : 1));
-      const result = await model.generate({ ...picture, steps: guided.length, guidanceScale, metadata: "parameters" });
+      const results = await drawnAs({ steps: guided.length, guidanceScale, metadata: "parameters" });
+      const [result] = results as [(typeof results)[number]];
       expect(result.images[0]!.parameters!.grid).toBe("calibrated");
-      const square = result.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
-      expect(-10 * Math.log10(square / reference.length / 4)).toBeCloseTo(psnr.held, 2);
+      expect(decibels(results)).toBeCloseTo(psnr.held, 2);
       // The usual schedule with the same steps guided.
       const steps = guided.length;
       const interval = {
         guidanceStart: (guided.indexOf(true) + 0.1) / steps,
         guidanceStop: Math.min(1, (guided.lastIndexOf(true) + 1.1) / steps),
       };
-      const usual = await model.generate({ ...picture, ...interval, steps, grid: "eased" });
-      const usualSquare = usual.pixels!.data.reduce((sum, value, i) => sum + (value - reference[i]!) ** 2, 0);
-      expect(-10 * Math.log10(usualSquare / reference.length / 4)).toBeCloseTo(psnr.uncalibrated, 2);
+      expect(decibels(await drawnAs({ ...interval, steps, grid: "eased" }))).toBeCloseTo(psnr.uncalibrated, 2);
       drawn.push(`${result.blocks} ${result.evaluations.rows}`);
     }
     expect(drawn[1]).toBe("E1A1 3");
     // The interval in other words.
     const [, { guided: two }] = schedules as [unknown, { guided: boolean[] }];
     const interval = two[0] ? { guidanceStop: 0.5 } : { guidanceStart: 0.5 };
-    const asInterval = await model.generate({ ...picture, steps: 2, guidanceScale: 4, ...interval });
-    const asList = await model.generate({ ...picture, steps: 2, guidanceScale: two.map((each) => (each ? 4 : 1)) });
+    const asInterval = await model.generate({ ...picture, seed: 5, steps: 2, guidanceScale: 4, ...interval });
+    const asList = await model.generate({
+      ...picture,
+      seed: 5,
+      steps: 2,
+      guidanceScale: two.map((each) => (each ? 4 : 1)),
+    });
     expect(asInterval.pixels!.data).toEqual(asList.pixels!.data);
   });
 
@@ -274,6 +288,72 @@ describe("calibrate", () => {
     await expect(model.calibrate({ ...asked, file: "/proc/none/schedules.json" })).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_OUTPUT",
     });
+  });
+
+  it("finds again what was found with other pictures, seeds or prompts than those that are named", async () => {
+    await using model = await load();
+    const few = {
+      sizes: [size],
+      guidanceScales: [2],
+      steps: [2],
+      intervals: false,
+      file: path.join(folder, "again.json"),
+    };
+    const entry = async (options: CalibrateOptions) => (await model.calibrate({ ...few, ...options })).schedules[0]!;
+    const first = await entry({ pictures: 2, seed: 3, prompts: ["a red circle", "a blue square"] });
+    expect(await entry({ pictures: 2 })).toEqual(first);
+    expect(await entry({ prompts: ["a red circle", "a blue square"], pictures: 2, seed: 3 })).toEqual(first);
+    const others = await entry({ pictures: 2, seed: 4, prompts: ["a red circle", "a blue square"] });
+    expect([others.seed, others.prompts]).toEqual([4, first.prompts]);
+    const again = await entry({ pictures: 2, seed: 4, prompts: ["a red circle", "a green square"] });
+    expect(again.prompts).not.toBe(first.prompts);
+    expect(JSON.parse(readFileSync(few.file, "utf8")).calibrated).toEqual([again]);
+  });
+
+  it("knows its model in files of another precision, and no other", async () => {
+    const twice = path.join(folder, "twice");
+    cpSync(copy, twice, { recursive: true });
+    const place = path.join(twice, "transformer/diffusion_pytorch_model");
+    const tensors: Record<string, FloatTensor> = {};
+    for (const [name, entry] of await readSafetensorsHeader(`${place}.safetensors`))
+      tensors[name] = await readTensor(`${place}.safetensors`, entry);
+    // Rounded to seven digits of binary, as in bfloat16.
+    const rounded = (value: number) => Number(value.toPrecision(3));
+    const write = (change: (data: Float32Array) => Float32Array) =>
+      writeSafetensors(
+        `${place}.coarse.safetensors`,
+        Object.fromEntries(Object.entries(tensors).map(([name, each]) => [name, { ...each, data: change(each.data) }])),
+      );
+    const open = () => FlowTurbo.load(twice, { cache, measureCosts: false, variant: "coarse" });
+    await write((data) => data.map(rounded));
+    const file = path.join(twice, "schedules.json");
+    const before = JSON.parse(readFileSync(file, "utf8"));
+    expect(before.samples).toHaveLength(48);
+    {
+      await using model = await open();
+      // What is found with it is added, and the file keeps the name of the model that it was begun with.
+      await model.calibrate({ ...{ sizes: [size], guidanceScales: [3], steps: [2], pictures: 2, intervals: false } });
+      const after = JSON.parse(readFileSync(file, "utf8"));
+      expect([after.model, after.variant, after.samples]).toEqual([before.model, undefined, before.samples]);
+      expect(after.calibrated).toHaveLength(before.calibrated.length + 1);
+    }
+    await write((data) => data.map((value) => 1.05 * value));
+    await expect(open()).rejects.toThrow(/calibrated for another model than the one in this folder/);
+    // A file that says nothing of the weights cannot be known again.
+    await write((data) => data);
+    writeFileSync(file, JSON.stringify({ ...before, samples: undefined }));
+    await expect(open()).rejects.toThrow(/calibrated for another model/);
+  });
+
+  it("that is not whole is refused with what to do", async () => {
+    const broken = path.join(folder, "broken");
+    cpSync(copy, broken, { recursive: true });
+    for (const text of ["{", "[]", '{"version":2,"calibrated":[]}']) {
+      writeFileSync(path.join(broken, "schedules.json"), text);
+      await expect(load(broken)).rejects.toThrow(
+        /schedules\.json.*remove the file: the usual schedules are then taken/,
+      );
+    }
   });
 
   it("of another model is refused where it lies, by name", async () => {
