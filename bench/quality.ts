@@ -90,6 +90,8 @@ const blocksOf = (h: number, p: number, r: number) => "H".repeat(h) + "P".repeat
 
 const calibratedFamily = "FlowTurbo, calibrated";
 const unrefinedFamily = "calibrated, without the refiner";
+/** What was fitted, in part: levels alone, or levels and scales, with the weights of Adams and Bashforth. */
+const partsFamilies = ["calibrated levels", "calibrated levels and scales"] as const;
 const usualFamily = "FlowTurbo, uncalibrated";
 
 /**
@@ -105,6 +107,9 @@ function calibratedPatterns(): (readonly boolean[])[] {
 
 /** What was calibrated for this size and scale. */
 const ownSchedules = calibratedEntries.filter((each) => each.width === size && each.guidanceScale === guidance);
+
+/** Those that guide every step. */
+const wholeSchedules = ownSchedules.filter(({ guided }) => guided.every(Boolean));
 
 /** Whether `steps` takes it. */
 const isNearest = (each: CalibratedEntry) =>
@@ -170,6 +175,17 @@ function samplers(tuned: ReadonlyMap<number, number>): Sampler[] {
         ...{ steps: n, grid: "eased", guidanceScale: new Array<number>(n).fill(guidance) },
       }),
     ),
+    ...wholeSchedules
+      .filter(({ guided }) => guided.length % 2 === 0)
+      .flatMap(({ guided: { length: n }, sigmas, scales = [] }) => {
+        const blocks = `A${n}`;
+        const list = Array.from({ length: n }, (_, step) => guidance * (scales[step] ?? 1));
+        const [levels, both] = partsFamilies;
+        return [
+          api(levels, `A${n}, calibrated levels`, n, { blocks, sigmas }),
+          api(both, `A${n}, calibrated levels and scales`, n, { blocks, sigmas, guidanceScale: list }),
+        ];
+      }),
     ...[4, 6, 8, 10, 12].map((n) => api("M on the shifted grid", `M${n} shifted`, n, { blocks: `M${n}` })),
     ...[4, 6, 8, 10, 12].map((n) => api("D on the eased grid", `D${n} eased`, n, { blocks: `D${n}`, grid: "eased" })),
     ...[2, 3, 4, 6, 8, 10].map((n) => turbo("FlowTurbo H1P*", 1, n, 0)),
@@ -291,7 +307,7 @@ const slugOf = ({ name, family, options }: Sampler) =>
   (options?.blocks?.includes("R") || (family === calibratedFamily && refinedCounts.length > 0)
     ? `-${refinerKey}`
     : "") +
-  ([calibratedFamily, unrefinedFamily].includes(family) ? `-${schedulesKey}` : "") +
+  ([calibratedFamily, unrefinedFamily, ...partsFamilies].includes(family) ? `-${schedulesKey}` : "") +
   (family.startsWith("uncalibrated") || family === usualFamily ? `-${rulesKey}` : "");
 const recordFile = (sampler: Sampler, shard: number) => path.join(folder, `${slugOf(sampler)}-${shard}.json`);
 
@@ -499,9 +515,16 @@ const byCount = counts.flatMap((n) => {
   const surest = rivals.reduce((a, b) => (a.accuracy >= b.accuracy ? a : b));
   return [{ n, own, nearest, surest }];
 });
-/** Whether a schedule is as good as another: nearer or within half a decibel's interval, and right and distant within their intervals. */
+const psnrOf = (name: string) =>
+  recordsOf(contenders.find((sampler) => sampler.name === name)!).flatMap((record) => record.psnr);
+/** How much nearer one is than another, with the same captions and the same noise: the mean of the differences picture by picture, dB. */
+function gainOver(name: string, other: string): { mean: number; margin: number } {
+  const [own, others] = [psnrOf(name), psnrOf(other)];
+  return meanInterval(own.map((value, i) => value - others[i]!));
+}
+/** Whether a schedule is as good as another: at most half a decibel behind, and right and distant within the intervals. */
 const isAsGood = (row: Row, than: Row) =>
-  row.psnrInterval[1] >= than.psnr &&
+  gainOver(row.name, than.name).mean >= -0.5 &&
   row.accuracyInterval[1] >= than.accuracy &&
   row.frechetInterval[0] <= than.frechet;
 /** What a calibrated schedule needs for the quality of others, and what was asked of it. */
@@ -522,6 +545,13 @@ const equals = (
     .find((row) => isAsGood(row, rival));
   return [{ rival, own: own ?? null, part: own ? own.rows / rival.rows : null, bar }];
 });
+const nearestCalibrated = rows.filter(({ family }) => family === calibratedFamily).sort((a, b) => b.psnr - a.psnr)[0];
+/** What calibration adds to flowturbo's own rule, picture by picture. */
+const gains = counts.flatMap((n) =>
+  named(`calibrated ${n}`) && named(`uncalibrated ${n}`)
+    ? [{ n, ...gainOver(`calibrated ${n}`, `uncalibrated ${n}`) }]
+    : [],
+);
 /** Schedules than which none is nearer to the reference with as many rows or fewer. */
 const front = rows
   .slice(1)
@@ -542,22 +572,23 @@ const findings = [
   ...equals.map(({ rival, own, part, bar }) =>
     own
       ? `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): ${own.name} (${own.psnr.toFixed(1)} dB), in ${(100 * part!).toFixed(0)} % of its row evaluations (bar ${100 * bar} %).`
-      : `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): no calibrated schedule here.`,
+      : `As good as ${rival.name} (${rival.psnr.toFixed(1)} dB): no calibrated schedule here${nearestCalibrated ? `; the nearest is ${nearestCalibrated.name} (${nearestCalibrated.psnr.toFixed(1)} dB, ${((100 * nearestCalibrated.rows) / rival.rows).toFixed(0)} % of its row evaluations, bar ${100 * bar} %)` : ""}.`,
   ),
   misses.length === 0
     ? `At every number of steps from ${counts[0]} to ${counts.at(-1)} both defaults are nearer to the reference than Euler, DPM++(2M) and UniPC with as many guided steps, and as often right.`
     : `Where a default is behind Euler, DPM++(2M) or UniPC with as many guided steps: ${misses.join("; ")}.`,
+  ...(gains.length > 0
+    ? [
+        `Calibrated over uncalibrated, picture by picture: ${gains.map(({ n, mean, margin }) => `${n} steps ${mean >= 0 ? "+" : ""}${mean.toFixed(2)} (±${margin.toFixed(2)})`).join(", ")} dB.`,
+      ]
+    : []),
   `On the front of PSNR against row evaluations: ${front.map(({ name }) => name).join(", ")}.`,
 ];
 const pairs = rows
   .map((row) => ({ trained: row, without: named(`${row.name} reused`) ?? named(`${row.name}, unrefined`) }))
   .filter((pair): pair is { trained: Row; without: Row } => pair.without !== undefined)
   .map(({ trained, without }) => {
-    const [refined, kept] = [trained, without].map(({ name }) =>
-      recordsOf(contenders.find((sampler) => sampler.name === name)!).flatMap((record) => record.psnr),
-    ) as [number[], number[]];
-    // The same captions and the same noise: the difference picture by picture.
-    const { mean: gain, margin } = meanInterval(refined.map((value, i) => value - kept[i]!));
+    const { mean: gain, margin } = gainOver(trained.name, without.name);
     const [a, b] = [trained.psnrInterval, without.psnrInterval];
     const apart = a[0] > b[1] || b[0] > a[1];
     return { trained, without, gain, gainInterval: [gain - margin, gain + margin] as const, apart };

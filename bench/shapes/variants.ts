@@ -13,6 +13,9 @@ export interface CalibratedEntry {
   readonly width: number;
   readonly guidanceScale: number;
   readonly guided: readonly boolean[];
+  /** Guidance scale of each step as a multiple of the whole; absent where all are 1. */
+  readonly scales?: readonly number[];
+  readonly sigmas: readonly number[];
   readonly rows: number;
   readonly psnr: { readonly held: number; readonly uncalibrated: number };
   readonly refined?: boolean;
