@@ -106,8 +106,9 @@ const rowsOfCandidate = ({ stages }: Candidate) =>
 type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: number };
 
 /**
- * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows, and the usual
- * ones of other numbers of steps. Null without calibration.
+ * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows that was fitted
+ * at the same size, and the usual ones of other numbers of steps. Of equal rows those of the request's size come first. Null without
+ * calibration.
  * @param options with one guidance scale
  */
 function calibratedRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Rung[] | null {
@@ -117,12 +118,15 @@ function calibratedRungs(options: ResolvedGenerateOptions, model: CandidateFacts
     ? fittedSchedulesOf(options, model)
     : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
   if (found.length === 0) return null;
-  const all = found.map(({ guidance, psnr }) => {
+  const all = found.map(({ width, height, guidance, psnr }) => {
     const guided = guidance.map((each) => each !== null);
-    return { steps: guided.length, guided, rows: rowsOf({ guided }), psnr };
+    return { steps: guided.length, guided, rows: rowsOf({ guided }), size: `${width}x${height}`, psnr };
   });
-  const best = all.filter(({ rows, psnr }) =>
-    all.every((other) => other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr),
+  // How near few steps come differs between sizes, so that a PSNR of another size says nothing.
+  const best = all.filter(({ rows, size, psnr }) =>
+    all.every(
+      (other) => other.size !== size || other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr,
+    ),
   );
   const known = new Set(all.map(({ steps }) => steps));
   return [
