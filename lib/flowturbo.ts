@@ -57,7 +57,7 @@ import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import { areSomeMixed, type Block, blocksForEach, ladderSteps, parseBlocks } from "./schedule/index.js";
+import { areSomeMixed, type Block, blocksForEach, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -489,10 +489,10 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
 }
 
 /**
- * The checkpoint's own ladder, as far as it can be run; without one the usual.
+ * The checkpoint's own ladder, as far as it can be run; null without one.
  * @throws CheckpointError for an entry that is no schedule
  */
-function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[] | number)[] {
+function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] | null {
   const {
     folder,
     schedules: { ladder },
@@ -511,5 +511,5 @@ function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[] | number)[
     }
   });
   const usable = own.filter((blocks) => canRun(checkpoint, blocks));
-  return usable.length > 0 ? usable : ladderSteps;
+  return usable.length > 0 ? usable : null;
 }

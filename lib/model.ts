@@ -304,8 +304,8 @@ export interface GenerateOptions {
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /**
-   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `blocks`, `steps` and `stages` leave the schedule open,
-   * one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before
+   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `sampler`, `quality`, `steps`, `blocks`, `sigmas` and `stages`
+   * leave the schedule open, one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before
    * any work. Once accepted, a request is drawn to its end: new ones are accepted only as far as they do not make it late,
    * and a shorter schedule is taken if its turn comes late. If the machine is slower than it was measured, the pictures
    * still come, late (`stats().requests.late`). Use `timeoutMs` to end a call in any case. Default: no limit.
@@ -316,7 +316,10 @@ export interface GenerateOptions {
    * TimeoutError at once, whatever it waits for. Default: no limit.
    */
   timeoutMs?: number | undefined;
-  /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
+  /**
+   * With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the ladder of the model's schedules.json, or what was
+   * calibrated for it and the usual schedules of other numbers of steps.
+   */
   ladder?: readonly string[] | undefined;
   /**
    * With `deadlineMs`: what counts more. `"admission"`: the richest schedule of the ladder that leaves room, within the same limit, for

@@ -394,7 +394,7 @@ export const generateSchema = z.strictObject({
   ),
   ladder: optional(
     kind(list(schedule, 1, 64), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),
-    "schedules to choose from with deadlineMs, the richest first (default: the model's)",
+    "schedules to choose from with deadlineMs, the richest first (default: the model's ladder, or calibrated and usual ones)",
   ),
   prefer: defaulted(
     oneOf(["admission", "quality"]),
