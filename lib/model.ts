@@ -108,7 +108,10 @@ export interface LoadOptions {
    * Default: looked for in the environment, beside onnxruntime-node's library and in Python's packages.
    */
   cudaProviderFolder?: string | undefined;
-  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+  /**
+   * Folder of engines and costs, of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
+   * Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`.
+   */
   cache?: string | undefined;
   /**
    * On a GPU: each picture is a program of its own, replayed as one CUDA graph from its second run on. That is the least
@@ -566,7 +569,10 @@ export interface CalibrateOptions {
   seed?: number | undefined;
   /** Pictures in a launch, 1 to 256. Default: 8, or 1 where each batch needs an engine. */
   batch?: number | undefined;
-  /** File to write. Default: `schedules.json` in the model's folder, or in the cache if that cannot be written. */
+  /**
+   * File to write. A model reads no other than its own: put it into the model's folder as `schedules.json`. Default: that file, or one in
+   * the cache, which is read too, if that folder cannot be written.
+   */
   file?: string | undefined;
   /** Fits again what the file holds already, in place of going on. Default: false. */
   reset?: boolean | undefined;
@@ -612,6 +618,8 @@ export interface CalibratedEntry {
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Whether the model's refiner, if it has one, corrects the last step (a block C): it was trained for this schedule. Absent for false. */
+  readonly refined?: boolean | undefined;
   /** Mean PSNR to the reference of 100 evaluations, dB. */
   readonly psnr: {
     /** Of the pictures that it was fitted to. */
@@ -675,7 +683,7 @@ export interface CompileEnginesOptions {
   features?: readonly Feature[] | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
-  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+  /** Folder of the cache: engines are in `engines`. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
   cache?: string | undefined;
   /** Engines that are built at the same time, 1 to 64. Default: 1. */
   jobs?: number | undefined;
