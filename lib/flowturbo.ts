@@ -398,13 +398,16 @@ export class FlowTurbo implements ImageModel {
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
-    const { signal, onProgress, rounds, batches, maxSequenceLength } = options;
+    const { signal, onProgress, rounds, batches, maxSequenceLength, guidanceMode } = options;
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance, areSomeMixed(this.#model.calibrated)).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
         // H leaves the two velocities that S extrapolates: its launch is what every method with a memory has.
-        const blocks = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;
-        return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
+        const every = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;
+        // CFG-Zero* leaves the first block out.
+        const blocks = guidance && guidanceMode === "cfg_zero" ? `E1${every}` : every;
+        const guided = { guidanceScale: guidance ? 2 : 1, guidanceMode };
+        return { prompt: "", seed: 0, ...guided, maxSequenceLength, signal, ...size, blocks };
       }),
     );
     const { text, templates } = this.#model;

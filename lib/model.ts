@@ -531,6 +531,8 @@ export interface ProfileOptions {
   batches?: readonly number[] | undefined;
   /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
   guidance?: "on" | "off" | "both" | number | undefined;
+  /** How guided steps are guided: as the option of `generate`. Each mode has launches of its own. Default: `"cfg"`. */
+  guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /** Timed runs of each launch, 1 to 1000. Default: 9. */
   rounds?: number | undefined;
   /** Forgets the table before: also what was measured at other sizes and batches. Default: false. */

@@ -438,6 +438,7 @@ export const profileSchema = z.strictObject({
   ),
   batches: defaulted(integers(256), [1, 2, 4, 8], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   guidance,
+  guidanceMode: generateSchema.shape.guidanceMode,
   rounds: defaulted(integer(1, 1000), 9, "timed runs of each launch", "--rounds <n>"),
   reset: defaulted(
     boolean,
