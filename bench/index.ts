@@ -10,39 +10,12 @@
  */
 
 import { spawnSync } from "node:child_process";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { parseArgs } from "node:util";
+import { benchmarks, measurements } from "./pages.js";
 import { refreshReadme } from "./readme.js";
 import { resultsFolder, root } from "./support.js";
-
-interface Benchmark {
-  readonly name: string;
-  readonly about: string;
-  /** Pages that it writes, by name; default: one of its own name. */
-  readonly pages?: readonly string[];
-  /** Its arguments where only minutes are given; without, it runs when it is asked for, or in full. */
-  readonly brief?: readonly string[];
-}
-const benchmarks: readonly Benchmark[] = [
-  {
-    ...{ name: "peers", about: "against onnxruntime-node and diffusers" },
-    brief: ["--rounds", "3", "--no-compile"],
-  },
-  { name: "scaling", about: "time and memory against steps, batch, size, layers", brief: ["--rounds", "1"] },
-  { name: "trials", about: "what was tried to make a step cheaper", brief: ["--rounds", "3", "--only", "shapes"] },
-  { name: "gpu", about: "on a GPU", brief: [] },
-  { name: "overhead", about: "the pipeline against bare session runs" },
-  { name: "event-loop", about: "delay of the event loop" },
-  { name: "cold-start", about: "from process start to PNG, by part" },
-  { name: "memory", about: "peak memory with 16-bit weights" },
-  { name: "concurrency", about: "many callers at once" },
-  { name: "executor", about: "the native executor, a launch at a time" },
-  { name: "seam", about: "seams of inpainting" },
-  { name: "stages", about: "one stage against two" },
-  { name: "quality", about: "quality against cost, every sampler", pages: ["quality", "quality-128"] },
-  { name: "build", about: "engines at full width" },
-];
 
 const { values: flags, positionals } = parseArgs({
   options: {
@@ -79,28 +52,10 @@ for (const [index, { name, about, brief }] of chosen.entries()) {
   console.log(`${name}: ${((performance.now() - start) / 60_000).toFixed(1)} minutes`);
 }
 
-const pages = available
-  .flatMap(({ name, pages }) => pages ?? [name])
-  .filter((name) => existsSync(path.join(resultsFolder, `${name}.md`)));
-const text = [
-  "# Measurements",
-  "",
-  "Each page and each plot says the machine, the versions and the commit. The machines are shared and noisy: ratios of runs that were taken in",
-  "turn mean something, milliseconds little. `npm run bench` measures again, the first pages in brief; `npm run bench:<name>` measures one at full length.",
-  "",
-  ...pages.map((name) => `- ${titleOf(name)}: [${name}.md](${name}.md), [${name}.json](${name}.json)`),
-  "",
-];
-writeFileSync(path.join(resultsFolder, "README.md"), text.join("\n"));
+writeFileSync(path.join(resultsFolder, "README.md"), measurements(resultsFolder));
 if (resultsFolder === path.join(root, "bench/results")) refreshReadme();
 console.log(`\nwritten to ${path.relative(root, resultsFolder)}/README.md`);
 if (failed.length) {
   console.error(`failed: ${failed.join(", ")}`);
   process.exitCode = 1;
-}
-
-function titleOf(page: string): string {
-  return readFileSync(path.join(resultsFolder, `${page}.md`), "utf8")
-    .split("\n")[0]!
-    .replace(/^#\s*/, "");
 }

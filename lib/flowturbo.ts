@@ -57,7 +57,7 @@ import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import { areSomeMixed, type Block, blocksForEach, ladderSteps, parseBlocks } from "./schedule/index.js";
+import { areSomeMixed, type Block, blocksForEach, parseBlocks } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -402,13 +402,16 @@ export class FlowTurbo implements ImageModel {
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
-    const { signal, onProgress, rounds, batches, maxSequenceLength } = options;
+    const { signal, onProgress, rounds, batches, maxSequenceLength, guidanceMode } = options;
     const requests = sizes.flatMap((size) =>
       guidanceModes(options.guidance, areSomeMixed(this.#model.calibrated)).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
         // H leaves the two velocities that S extrapolates: its launch is what every method with a memory has.
-        const blocks = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;
-        return { prompt: "", seed: 0, guidanceScale: guidance ? 2 : 1, maxSequenceLength, signal, ...size, blocks };
+        const every = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;
+        // CFG-Zero* leaves the first block out.
+        const blocks = guidance && guidanceMode === "cfg_zero" ? `E1${every}` : every;
+        const guided = { guidanceScale: guidance ? 2 : 1, guidanceMode };
+        return { prompt: "", seed: 0, ...guided, maxSequenceLength, signal, ...size, blocks };
       }),
     );
     const { text, templates } = this.#model;
@@ -493,10 +496,10 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
 }
 
 /**
- * The checkpoint's own ladder, as far as it can be run; without one the usual.
+ * The checkpoint's own ladder, as far as it can be run; null without one.
  * @throws CheckpointError for an entry that is no schedule
  */
-function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[] | number)[] {
+function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] | null {
   const {
     folder,
     schedules: { ladder },
@@ -515,5 +518,5 @@ function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[] | number)[
     }
   });
   const usable = own.filter((blocks) => canRun(checkpoint, blocks));
-  return usable.length > 0 ? usable : ladderSteps;
+  return usable.length > 0 ? usable : null;
 }

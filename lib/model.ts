@@ -108,7 +108,10 @@ export interface LoadOptions {
    * Default: looked for in the environment, beside onnxruntime-node's library and in Python's packages.
    */
   cudaProviderFolder?: string | undefined;
-  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+  /**
+   * Folder of engines and costs, of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
+   * Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`.
+   */
   cache?: string | undefined;
   /**
    * On a GPU: each picture is a program of its own, replayed as one CUDA graph from its second run on. That is the least
@@ -304,8 +307,8 @@ export interface GenerateOptions {
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
   /**
-   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `blocks`, `steps` and `stages` leave the schedule open,
-   * one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before
+   * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `sampler`, `quality`, `steps`, `blocks`, `sigmas` and `stages`
+   * leave the schedule open, one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before
    * any work. Once accepted, a request is drawn to its end: new ones are accepted only as far as they do not make it late,
    * and a shorter schedule is taken if its turn comes late. If the machine is slower than it was measured, the pictures
    * still come, late (`stats().requests.late`). Use `timeoutMs` to end a call in any case. Default: no limit.
@@ -316,7 +319,10 @@ export interface GenerateOptions {
    * TimeoutError at once, whatever it waits for. Default: no limit.
    */
   timeoutMs?: number | undefined;
-  /** With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the model's own, or the usual ones. */
+  /**
+   * With `deadlineMs`: schedules to choose from, the richest first; 1 to 64. Default: the ladder of the model's schedules.json, or what was
+   * calibrated for it and the usual schedules of other numbers of steps.
+   */
   ladder?: readonly string[] | undefined;
   /**
    * With `deadlineMs`: what counts more. `"admission"`: the richest schedule of the ladder that leaves room, within the same limit, for
@@ -525,6 +531,8 @@ export interface ProfileOptions {
   batches?: readonly number[] | undefined;
   /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
   guidance?: "on" | "off" | "both" | number | undefined;
+  /** How guided steps are guided: as the option of `generate`. Each mode has launches of its own. Default: `"cfg"`. */
+  guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /** Timed runs of each launch, 1 to 1000. Default: 9. */
   rounds?: number | undefined;
   /** Forgets the table before: also what was measured at other sizes and batches. Default: false. */
@@ -563,7 +571,10 @@ export interface CalibrateOptions {
   seed?: number | undefined;
   /** Pictures in a launch, 1 to 256. Default: 8, or 1 where each batch needs an engine. */
   batch?: number | undefined;
-  /** File to write. Default: `schedules.json` in the model's folder, or in the cache if that cannot be written. */
+  /**
+   * File to write. A model reads no other than its own: put it into the model's folder as `schedules.json`. Default: that file, or one in
+   * the cache, which is read too, if that folder cannot be written.
+   */
   file?: string | undefined;
   /**
    * Fits again what the file holds already, in place of going on. What it holds of other `pictures`, `seed`, `prompts` or
@@ -614,6 +625,8 @@ export interface CalibratedEntry {
   readonly sigmas: readonly number[];
   /** For each step the weights of the velocity that it evaluates, of the one before and of the one before that. */
   readonly weights: readonly (readonly [now: number, old: number, older: number])[];
+  /** Whether the model's refiner, if it has one, corrects the last step (a block C): it was trained for this schedule. Absent for false. */
+  readonly refined?: boolean | undefined;
   /** Mean PSNR to the reference of 100 evaluations, dB. */
   readonly psnr: {
     /** Of the pictures that it was fitted to. */
@@ -679,7 +692,7 @@ export interface CompileEnginesOptions {
   features?: readonly Feature[] | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
   maxSequenceLength?: number | undefined;
-  /** Folder of the caches of engines and of costs. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
+  /** Folder of the cache: engines are in `engines`. Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
   cache?: string | undefined;
   /** Engines that are built at the same time, 1 to 64. Default: 1. */
   jobs?: number | undefined;

@@ -25,6 +25,7 @@ import type {
 import { type Feature, featureNames, type UpscaleName, upscales } from "./networks/index.js";
 import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtimes } from "./runtimes/index.js";
 import {
+  blocksGrid,
   defaultSampler,
   type GridName,
   longestSchedule,
@@ -156,7 +157,7 @@ const cudaProviderFolder = optional(
 );
 const cache = optional(
   path,
-  "folder of the caches of engines and of costs (default: flowturbo in the user's cache folder)",
+  "folder of engines, costs, references of calibrate, and schedules whose model's folder cannot be written (default: flowturbo in the user's cache folder)",
   "--cache <folder>",
 );
 const variant = optional(
@@ -279,7 +280,7 @@ export const generateSchema = z.strictObject({
   ),
   grid: optional(
     oneOf([...(Object.keys(sigmaGrids) as GridName[]), "calibrated"]),
-    `noise levels: ${Object.keys(sigmaGrids).join(", ")}, calibrated (default: ${bySampler(({ grid }) => grid)})`,
+    `noise levels: ${Object.keys(sigmaGrids).join(", ")}, calibrated (default: calibrated where such a schedule was found, otherwise ${bySampler(({ grid }) => grid)}; ${blocksGrid} for blocks)`,
     "--grid <name>",
   ),
   sigmas: optional(
@@ -394,7 +395,7 @@ export const generateSchema = z.strictObject({
   ),
   ladder: optional(
     kind(list(schedule, 1, 64), 'an array of schedules such as ["H1P7R2", "H1P3R1"]'),
-    "schedules to choose from with deadlineMs, the richest first (default: the model's)",
+    "schedules to choose from with deadlineMs, the richest first (default: the model's ladder, or calibrated and usual ones)",
   ),
   prefer: defaulted(
     oneOf(["admission", "quality"]),
@@ -437,6 +438,7 @@ export const profileSchema = z.strictObject({
   ),
   batches: defaulted(integers(256), [1, 2, 4, 8], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   guidance,
+  guidanceMode: generateSchema.shape.guidanceMode,
   rounds: defaulted(integer(1, 1000), 9, "timed runs of each launch", "--rounds <n>"),
   reset: defaulted(
     boolean,
@@ -466,8 +468,9 @@ export const calibrateSchema = z.strictObject({
   intervals: defaulted(
     boolean,
     true,
-    "leave the schedules out whose first or last steps are not guided",
+    "whether schedules are found too whose first or last steps are not guided",
     "--no-intervals",
+    "leave the schedules out whose first or last steps are not guided",
   ),
   prompts: optional(
     kind(list(text.min(1), 2, 1024), "a list of at least 2 prompts"),
@@ -492,7 +495,7 @@ export const calibrateSchema = z.strictObject({
   ),
   file: optional(
     kind(z.string().min(1), "the path of a file"),
-    "file to write (default: schedules.json in the model's folder, or in the cache if that cannot be written)",
+    "file to write; models read it as schedules.json in their folder (default: that file, or one in the cache if it cannot be written)",
     "--out <file>",
   ),
   reset: defaulted(boolean, false, "fit again what the file holds already", "--reset"),

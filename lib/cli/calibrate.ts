@@ -16,7 +16,7 @@ interface Flags extends CommonFlags {
 
 export function calibrateCommand(command: Command, signal: AbortSignal): void {
   command.description(
-    "Find schedules of few steps for a model, by size and guidance scale, and keep them: later runs draw with them.",
+    "Find schedules of few steps for a model, by size and guidance scale, and keep them in its folder: later runs draw with them.",
   );
   addModelFlags(command, loadSchema, calibrateSchema);
   addJsonFlag(command)
@@ -25,10 +25,11 @@ export function calibrateCommand(command: Command, signal: AbortSignal): void {
       "after",
       `
 What was found before is kept, so that a run that was stopped goes on. Calibrate on the machine that is fastest: the file serves all.
+A file of --out is read by no run until it lies in the model's folder as schedules.json.
 
 Examples:
   $ flowturbo calibrate --model ./stable-diffusion-3.5-medium --sizes 1024x1024 --guidance 3,4.5,7 --steps 6,8,10
-  $ flowturbo calibrate --model ./stable-diffusion-3.5-medium --prompts prompts.txt --out schedules.json`,
+  $ flowturbo calibrate --model ./stable-diffusion-3.5-medium --prompts prompts.txt --out ./found/medium.json`,
     )
     .action((flags: Flags) => calibrate(flags, signal));
 }

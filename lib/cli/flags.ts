@@ -25,13 +25,17 @@ export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): 
   for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
     const { flag, description, help = description } = optionMeta(field);
     if (!flag) continue;
-    const option = new Option(flag, help);
-    const preset = field.safeParse(undefined);
-    // Flags that turn something off have no default to show.
-    if (preset.success && preset.data !== undefined && preset.data !== false && !option.negate)
-      option.default(undefined, String(preset.data));
-    command.addOption(option);
+    const preset = new Option(flag).negate ? null : presetText(field);
+    // In the text: a default of commander's would be among the flags that were given.
+    command.addOption(new Option(flag, preset === null ? help : `${help} (default: ${preset})`));
   }
+}
+
+/** A field's default as a flag would say it; null for one that has none, and for a switch that is off. */
+function presetText(field: z.ZodType): string | null {
+  const { success, data } = field.safeParse(undefined);
+  if (!success || data === undefined || data === false) return null;
+  return Array.isArray(data) && data.length === 0 ? "none" : String(data);
 }
 
 export function addJsonFlag(command: Command): Command {

@@ -20,8 +20,8 @@ import {
 
 /** What candidates have to know of a model. */
 export interface CandidateFacts extends StageFacts {
-  /** Schedules for time limits, the richest first: blocks, or numbers of steps. */
-  readonly ladder: readonly (readonly Block[] | number)[];
+  /** The model's own schedules for time limits, the richest first; null where nobody wrote any. */
+  readonly ladder: readonly (readonly Block[])[] | null;
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
@@ -75,11 +75,11 @@ function newCandidates(
     );
   const candidates = new Map<string, Candidate>();
   let refused: unknown;
-  const calibrated = ladder ? null : calibratedRungs(options, model);
-  const rungs = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? calibrated ?? model.ladder;
-  for (const each of rungs)
+  // A ladder was written on purpose, which calibrating never does. A calibrated grid that is named has no blocks.
+  const ofModel = options.grid === "calibrated" ? null : model.ladder;
+  const written = ladder?.map((text) => blocksOf(text, model.checkpoint)) ?? ofModel;
+  for (const rung of written ?? openRungs(options, model))
     try {
-      const rung = typeof each === "number" ? { steps: each } : each;
       const candidate =
         "steps" in rung
           ? candidateOf({ ...options, ...rung }, model, pictures, null)
@@ -92,8 +92,8 @@ function newCandidates(
       refused = error;
     }
   const found = [...candidates.values()];
-  // A file's ladder, or the caller's, is in its own order.
-  if (calibrated) found.sort((a, b) => rowsOfCandidate(b) - rowsOfCandidate(a));
+  // What was written is in its own order.
+  if (!written) found.sort((a, b) => rowsOfCandidate(b) - rowsOfCandidate(a));
   const [first, ...others] = found;
   if (!first) throw refused;
   return [first, ...others];
@@ -106,23 +106,25 @@ const rowsOfCandidate = ({ stages }: Candidate) =>
 type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: number };
 
 /**
- * Schedules for a time limit where some were calibrated: those that come nearer to the reference than any of no more rows, and the usual
- * ones of other numbers of steps. Null without calibration.
+ * Schedules for a time limit where none were written: of calibrated ones those that come nearer to the reference than any of no more rows
+ * that was fitted at the same size, and the usual ones of other numbers of steps. Of equal rows those of the request's size come first.
  * @param options with one guidance scale
  */
-function calibratedRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Rung[] | null {
+function openRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Rung[] {
   const scale = options.guidanceScale as number;
   const counts = [...new Set(model.calibrated.map(({ guided }) => guided.length))];
   const found = leavesGuidanceOpen(options)
     ? fittedSchedulesOf(options, model)
     : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
-  if (found.length === 0) return null;
-  const all = found.map(({ guidance, psnr }) => {
+  const all = found.map(({ width, height, guidance, psnr }) => {
     const guided = guidance.map((each) => each !== null);
-    return { steps: guided.length, guided, rows: rowsOf({ guided }), psnr };
+    return { steps: guided.length, guided, rows: rowsOf({ guided }), size: `${width}x${height}`, psnr };
   });
-  const best = all.filter(({ rows, psnr }) =>
-    all.every((other) => other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr),
+  // How near few steps come differs between sizes, so that a PSNR of another size says nothing.
+  const best = all.filter(({ rows, size, psnr }) =>
+    all.every(
+      (other) => other.size !== size || other.rows > rows || psnr === null || other.psnr === null || other.psnr <= psnr,
+    ),
   );
   const known = new Set(all.map(({ steps }) => steps));
   return [

@@ -29,6 +29,9 @@ export interface CalibratedSchedule {
 
 /** What a request runs of it. */
 export interface FittedSchedule {
+  /** Pixels of the pictures that it was fitted to. A PSNR says nothing beside one of another size. */
+  readonly width: number;
+  readonly height: number;
   readonly blocks: readonly Block[];
   readonly sigmas: readonly number[];
   readonly weights: readonly StepWeights[];
@@ -62,19 +65,19 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
 /**
  * The schedules for a request, of each number of steps, as they were fitted at its size, or else at the nearest within reach where there
  * are some; between two guidance scales that were fitted every number is interpolated linearly, and only where nothing lies on both sides
- * a scale a little outside takes the nearest. Those are left out that are no better than the usual schedule: than the one with the
+ * a scale a little outside takes the nearest. Those of the nearest size come first. Left out is what is no better than the usual schedule: than the one with the
  * same steps guided, and where the request leaves that open, also than the one that guides all.
  */
 export function fittedSchedules(all: readonly CalibratedSchedule[], request: FittedRequest): FittedSchedule[] {
   const { width, height, guidanceScale, guided, hasRefiner = false } = request;
   // By area; of equal ones by shape.
-  const distance = (each: CalibratedSchedule) =>
+  const distance = (each: Pick<CalibratedSchedule, "width" | "height">) =>
     Math.abs(Math.log((each.width * each.height) / (width * height))) +
     1e-6 * Math.abs(Math.log((each.width * height) / (each.height * width)));
   const own = all
     .filter((each) => guided === undefined || each.guided.join() === guided.join())
     .filter((each) => distance(each) <= Math.log(areaReach) && each.guidanceScale > 1 === guidanceScale > 1);
-  return [...new Set(own.map(({ guided: { length } }) => length))].flatMap((steps) => {
+  const ofEach = [...new Set(own.map(({ guided: { length } }) => length))].flatMap((steps) => {
     const ofSteps = own.filter((each) => each.guided.length === steps);
     const nearestFirst = [...ofSteps].sort((a, b) => distance(a) - distance(b));
     for (const size of new Set(nearestFirst.map(sizeOf))) {
@@ -89,6 +92,7 @@ export function fittedSchedules(all: readonly CalibratedSchedule[], request: Fit
     }
     return [];
   });
+  return ofEach.sort((a, b) => distance(a) - distance(b));
 }
 
 const sizeOf = ({ width, height }: CalibratedSchedule) => `${width}x${height}`;
@@ -165,14 +169,14 @@ function between(a: CalibratedSchedule, b: CalibratedSchedule, scale: number): A
 }
 
 function fitted(
-  { sigmas, weights, guided, scales, refined, psnr }: CalibratedSchedule,
+  { width, height, sigmas, weights, guided, scales, refined, psnr }: CalibratedSchedule,
   guidanceScale: number,
   hasRefiner: boolean,
 ): FittedSchedule {
   const last = refined && hasRefiner ? weights.length - 1 : null;
   return {
     blocks: weights.map((_, index): Block => (index === last ? "C" : index === 0 ? "E" : "A")),
-    ...{ sigmas, psnr: psnr?.held ?? null },
+    ...{ width, height, sigmas, psnr: psnr?.held ?? null },
     guidance: guided.map((each, index) => (each ? guidanceScale * (scales?.[index] ?? 1) : null)),
     weights: weights.map(([now, old, older]) => ({ in: 0, new: now, old, older })),
   };

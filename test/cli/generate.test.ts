@@ -1,6 +1,6 @@
 import { execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { cpSync, existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { stripVTControlCharacters } from "node:util";
 import sharp from "sharp";
@@ -9,6 +9,14 @@ import { writeSafetensors } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
 import { cli, run, start, temporaryFolder } from "./support.js";
+
+/** What a PNG file says about itself. */
+function writtenParameters(file: string): unknown {
+  const bytes = readFileSync(file);
+  const start = bytes.indexOf("iTXt");
+  const text = bytes.subarray(start + 4, start + 4 + bytes.readUInt32BE(start - 4)).toString();
+  return JSON.parse(text.slice(text.indexOf("{")));
+}
 
 describe("flowturbo generate", () => {
   it("draws a picture into the working folder and prints its name only", async () => {
@@ -155,6 +163,63 @@ describe("flowturbo generate", () => {
     expect(sigmas[1]).toBeCloseTo(levels[1]!, 12);
   });
 
+  // The same that diffusers draws: each flag reaches the schedule, and what the picture says of itself.
+  it.each([
+    ["sigmas_explicit", ["--sigmas", "1,0.9,0.7,0.4,0.15"], [5, 10], { sigmas: [1, 0.9, 0.7, 0.4, 0.15] }],
+    ["sigmas_explicit_shift1", ["--sigmas", "1,0.9,0.7,0.4,0.15", "--shift", "1"], [5, 10], { shift: 1 }],
+    ["grid_karras", ["--steps", "6", "--grid", "karras"], [6, 12], { steps: 6, grid: "karras" }],
+    ["grid_dynamic_linear", ["--steps", "6", "--mu", "1.5"], [6, 12], { steps: 6, mu: 1.5 }],
+    ["cfg_zero", ["--steps", "6", "--guidance-mode", "cfg_zero"], [5, 10], { steps: 6, guidanceMode: "cfg_zero" }],
+    [
+      ...["guidance_interval", ["--steps", "10", "--guidance-start", "0.1", "--guidance-stop", "0.6"]],
+      ...[[10, 15], { guidanceStart: 0.1, guidanceStop: 0.6 }],
+    ],
+  ] as [string, string[], [number, number], object][])(
+    "draws %s as its flags say",
+    async (name, flags, [predictor, rows], parameters) => {
+      const folder = temporaryFolder();
+      const file = fixture(`sd3/${name}.safetensors`);
+      const reference = await readAll(file);
+      const prompts = ["a red circle above a small blue square", "the photo of a café, 3 dogs & a cat's bowl!"];
+      let model = fixture("sd3/model");
+      if (flags.includes("--mu")) {
+        cpSync(model, path.join(folder, "model"), { recursive: true });
+        model = path.join(folder, "model");
+        const config = path.join(model, "scheduler/scheduler_config.json");
+        const shifting = { use_dynamic_shifting: true, time_shift_type: "linear" };
+        writeFileSync(config, JSON.stringify({ ...JSON.parse(readFileSync(config, "utf8")), ...shifting }));
+      }
+      const { code, stdout, stderr } = await run(
+        [
+          ...["generate", ...prompts.slice(0, reference.noise!.shape[0]), "--model", model, "--noise", file],
+          ...["--negative", "blurry, low quality", "--max-sequence-length", "32", "--height", "48", "--width", "32"],
+          ...["--sampler", "euler", ...flags, "--out", "{index}.png", "--save-latents", "x.safetensors", "--json"],
+        ],
+        folder,
+      );
+      expect([code, stderr]).toEqual([0, ""]);
+      const { sigmas, evaluations } = JSON.parse(stdout);
+      expect(evaluations).toEqual({ predictor, refiner: 0, rows });
+      const levels = [...reference.sigmas!.data].slice(name === "cfg_zero" ? 1 : 0);
+      expect(sigmas).toEqual(levels.map((sigma) => expect.closeTo(sigma, 6)));
+      expect(writtenParameters(path.join(folder, "0.png"))).toMatchObject({ sampler: "euler", ...parameters });
+      const saved = await readAll(path.join(folder, "x.safetensors"));
+      expect(relativeError(saved.latents!, reference.latents!)).toBeLessThan(1e-5);
+    },
+  );
+
+  it.each([
+    ["fast", 6],
+    ["balanced", 10],
+  ])("draws as many steps as --quality %s stands for", async (quality, steps) => {
+    const folder = temporaryFolder();
+    const flags = ["--quality", quality, "--grid", "eased", "--width", "16", "--height", "16", "--out", "x.png"];
+    const { code, stdout } = await run(["generate", "a red circle", ...flags, "--json"], folder);
+    expect(code).toBe(0);
+    expect(JSON.parse(stdout).evaluations).toEqual({ predictor: steps, refiner: 0, rows: 2 * steps });
+    expect(writtenParameters(path.join(folder, "x.png"))).toMatchObject({ steps, grid: "eased" });
+  });
+
   it("starts from a picture and paints into a part of it", async () => {
     const folder = temporaryFolder();
     const reference = await readAll(fixture("sd3/inpaint.safetensors"));
@@ -264,6 +329,22 @@ describe("usage errors", () => {
       /Blocks belong to the sampler flowturbo/,
     ],
     ["blocks with other steps", ["generate", "x", "--blocks", "H2", "--steps", "5"], /2 steps/],
+    ["sigmas that rise", ["generate", "x", "--sigmas", "1,0.5,0.9"], /^error: --sigmas: Expected falling sigmas/],
+    ["sigmas that are words", ["generate", "x", "--sigmas", "1,half"], /^error: --sigmas: Expected a list of falling/],
+    ["a grid unknown", ["generate", "x", "--grid", "linear"], /^error: --grid: Expected "eased",.*"linear"/],
+    ["no shift", ["generate", "x", "--shift", "0"], /^error: --shift: Expected a number from 0.01 to 100/],
+    ["mu without its scheduler", ["generate", "x", "--mu", "1"], /^error: --mu: .*does not shift by size/],
+    ["a word for mu", ["generate", "x", "--mu", "much"], /^error: --mu: Expected a number from -10 to 10.*"much"/],
+    ["a start beyond the end", ["generate", "x", "--guidance-start", "1.5"], /^error: --guidance-start: Expected a n/],
+    [
+      "an interval that is empty",
+      ["generate", "x", "--guidance-start", "0.6", "--guidance-stop", "0.5"],
+      /^error: --guidance-start: Expected guidanceStart \(0\.6\) below guidanceStop \(0\.5\)/,
+    ],
+    ["a stop before the start", ["generate", "x", "--guidance-stop", "-1"], /^error: --guidance-stop: Expected a n/],
+    ["guidance unknown", ["generate", "x", "--guidance-mode", "apg"], /^error: --guidance-mode: Expected "cfg" or/],
+    ["a quality unknown", ["generate", "x", "--quality", "good"], /^error: --quality: Expected "fast", "balanced" or/],
+    ["a quality beside steps", ["generate", "x", "--quality", "fast", "--steps", "3"], /^error: --quality: Both/],
     ["no steps", ["generate", "x", "--steps", "0"], /--steps: Expected a whole number from 1/],
     ["a negative seed", ["generate", "x", "--seed", "-1"], /--seed: Expected a whole number/],
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],

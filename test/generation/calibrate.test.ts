@@ -208,7 +208,7 @@ describe("calibrate", () => {
       ...[entry([true, true, false], 23), entry([false, true, true, false], 22)],
     ];
     const model = {
-      ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: [4], calibrated },
+      ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: null, calibrated },
       text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
       ...{ captured: false, pinBatch: null, allowPaths: false },
     };

@@ -152,6 +152,20 @@ describe("costs", () => {
     expect(await stored()).toEqual(new Set());
   });
 
+  it("are measured of the guidance that is named", async () => {
+    await using own = await FlowTurbo.load(undefined, { cache: path.join(cache, "modes"), measureCosts: false });
+    const options = { sizes: [{ width: 16, height: 16 }], batches: [1], rounds: 1, guidance: "both" } as const;
+    const { entries } = await own.profile({ ...options, guidanceMode: "cfg_zero" });
+    const steps = new Set(entries.map(({ graph }) => graph).filter((graph) => /^(predict|refine)/.test(graph)));
+    expect([...steps].sort()).toEqual([
+      ...["predict", "predict.guidance-cfg_zero", "refine", "refine.guidance-cfg_zero"],
+    ]);
+    // A time limit then needs no measuring.
+    const request = { prompt: "a red circle", width: 16, height: 16, guidanceMode: "cfg_zero", seed: 1 } as const;
+    expect((await own.generate({ ...request, deadlineMs: 60_000 })).deadline!.predictedMs).toBeGreaterThan(0);
+    expect(own.costs.entries.map(({ graph }) => graph)).not.toContain("predict.guidance");
+  });
+
   it("are measured in the background on first use, and kept", async () => {
     const folder = path.join(cache, "fresh");
     const fresh = await FlowTurbo.load(undefined, { cache: folder, maxBatch: 2 });
