@@ -258,7 +258,8 @@ export interface GenerateOptions {
   guidanceScale?: number | readonly number[] | undefined;
   /**
    * Where guidance begins, as a part of the steps from 0 to 1: of n steps those from ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided, as by
-   * diffusers' guiders. The others draw with the prompt alone, at half the cost. Below `guidanceStop`. Default: 0.
+   * diffusers' guiders. The others draw with the prompt alone, at half the cost. An interval in which no step is guided is refused, and
+   * `deadlineMs` leaves out schedules that have none. Below `guidanceStop`. Default: 0.
    */
   guidanceStart?: number | undefined;
   /** Where guidance ends, as a part of the steps from 0 to 1; see `guidanceStart`. Default: 1. */

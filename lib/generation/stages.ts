@@ -70,20 +70,35 @@ export type StageOptions = Omit<ResolvedGenerateOptions, "width" | "height" | "b
   Pick<GenerateOptions, "width" | "height" | "blocks">;
 
 /** The guidance scale of a step, null for none. As diffusers' guiders, the steps ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided. */
-function scaleAt(options: ResolvedGenerateOptions, step: number, steps: number): number | null {
+function scaleAt(options: Omit<StageOptions, "blocks">, step: number, steps: number): number | null {
   const { guidanceScale, guidanceStart, guidanceStop } = options;
   const scale = typeof guidanceScale === "number" ? guidanceScale : guidanceScale[step]!;
   const isWithin = Math.trunc(guidanceStart * steps) <= step && step < Math.trunc(guidanceStop * steps);
   return isWithin && scale > 1 ? scale : null;
 }
 
-/** @throws OptionError for a list of scales of another length */
-function checkScales({ guidanceScale }: ResolvedGenerateOptions, steps: number): void {
+/**
+ * @param steps of all stages
+ * @throws OptionError for a list of scales of another length, or an interval in which no step is guided
+ */
+function checkGuidance(options: ResolvedGenerateOptions, steps: number): void {
+  const { guidanceScale, guidanceStart, guidanceStop } = options;
   if (typeof guidanceScale !== "number" && guidanceScale.length !== steps)
     throw new OptionError(
       "guidanceScale",
       `Expected one guidance scale, or ${steps} (one for each step), for guidanceScale but received ${guidanceScale.length}.`,
     );
+  if (guidesNone(options, steps))
+    throw new OptionError(
+      "guidanceStart",
+      `With guidanceStart ${guidanceStart} and guidanceStop ${guidanceStop} no step would be guided: of ${steps} step${steps === 1 ? "" : "s"} those from ⌊${steps} · guidanceStart⌋ to ⌊${steps} · guidanceStop⌋ − 1 are. Give an interval with at least one guided step, or guidanceScale 1 to draw without guidance.`,
+    );
+}
+
+/** Whether guidance is asked for, and its interval leaves it out of every step. */
+function guidesNone(options: Omit<StageOptions, "blocks">, steps: number): boolean {
+  const isAskedFor = [options.guidanceScale].flat().some((scale) => scale > 1);
+  return isAskedFor && Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps)).every((each) => !each);
 }
 
 /** Whether a request says no more of its guidance than its scale. */
@@ -93,13 +108,15 @@ export function leavesGuidanceOpen(options: Omit<StageOptions, "blocks">): boole
 
 /**
  * The calibrated schedule for a request that leaves everything but the number of steps and guidance at one scale open. Which steps are
- * guided is the schedule's choice where the request says no more than the scale.
+ * guided is the schedule's choice where the request says no more than the scale. Null as well where guidance is asked for and no step of
+ * so many would have it, which is refused.
  */
 export function fittedSchedule(
   options: Omit<StageOptions, "blocks">,
   model: StageFacts,
   steps: number,
 ): FittedSchedule | null {
+  if (guidesNone(options, steps)) return null;
   const scales = Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps));
   const guided = leavesGuidanceOpen(options) ? undefined : scales.map((each) => each !== null);
   const [guidanceScale = 1, ...others] = new Set(scales.filter((each) => each !== null));
@@ -203,7 +220,7 @@ export function firstStage(
       `Blocks belong to the sampler ${samplersWithBlocks().join(" or ")}; leave out blocks or sampler "${sampler}".`,
     );
   const count = stepCount(options, blocks, row.steps);
-  checkScales(options, count + later);
+  checkGuidance(options, count + later);
   const latentShape = latentShapeOf(checkpoint, pictures, size);
   const fitted = blocks || options.stages ? null : fittedSchedule(options, model, count);
   if (fitted) {
