@@ -266,7 +266,8 @@ export interface GenerateOptions {
   guidanceStop?: number | undefined;
   /**
    * `"cfg"`: classifier-free guidance. `"cfg_zero"`: CFG-Zero* (arXiv 2503.18886): u is scaled by ⟨u, c⟩ / ⟨u, u⟩ first, and the first step
-   * is left out where it starts from noise (its velocity counts as zero), so that one step less is run. Default: `"cfg"`.
+   * is left out where it starts from noise (its velocity counts as zero), so that one step less is run. It does so without an `image`, and
+   * with one where `strength` keeps the whole schedule and that begins at σ = 1. Default: `"cfg"`.
    */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /**

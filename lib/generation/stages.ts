@@ -236,8 +236,6 @@ export function firstStage(
     );
   const named = Array.from({ length: count }, (_, step) => scaleAt(options, step, count + later));
   const strongest = Math.max(1, ...named.map((scale) => scale ?? 1));
-  const { run, skipped } = blocksLeft(options, row, { blocks, count, strongest });
-  checkSize(checkpoint, size, stepTypesOf(run));
   const settings = {
     ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options),
     guidance: strongest,
@@ -251,8 +249,11 @@ export function firstStage(
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
   const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
+  const { run, skipped, start } = blocksLeft(options, row, { blocks, count, strongest, sigmas });
+  checkSize(checkpoint, size, stepTypesOf(run));
   const scales = blocks || typeof guidanceScale !== "number" ? named : ownScales(row, sigmas, named);
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
+    start,
     guidance: (block) => scales[skipped + block]!,
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
@@ -260,26 +261,46 @@ export function firstStage(
   return { ...size, latentShape, schedule, whole };
 }
 
+/** What is run of a schedule's blocks. */
+interface BlocksLeft {
+  readonly run: readonly Block[];
+  /** Blocks before them that are not. */
+  readonly skipped: number;
+  /** Noise level of what they start from, where it is not the one after the skipped blocks. */
+  readonly start?: number;
+}
+
 /**
- * What is run of a schedule's blocks: those that `strength` keeps, or all but the first, which CFG-Zero* leaves out where it starts from
- * noise (the velocity there counts as zero).
+ * What is run of a schedule's blocks: those that `strength` keeps, less the first one of all where CFG-Zero* leaves it out. It does where
+ * the schedule starts from noise: without an original, or at a strength that keeps the whole schedule, of which the first level is 1. The
+ * velocity there counts as zero, so that what comes after starts from the same noise.
  * @param strongest the largest guidance scale of its steps, 1 without guidance
+ * @param sigmas of the whole schedule
  */
 function blocksLeft(
   { image, strength = defaultStrength, guidanceMode, blocks: text }: StageOptions,
   row: SamplerRow,
-  { blocks, count, strongest }: { blocks: readonly Block[] | null; count: number; strongest: number },
-): { readonly run: readonly Block[]; readonly skipped: number } {
-  const zeroInit = guidanceMode === "cfg_zero" && strongest > 1 && image === undefined ? 1 : 0;
-  if (zeroInit === count)
+  whole: {
+    readonly blocks: readonly Block[] | null;
+    readonly count: number;
+    readonly strongest: number;
+    readonly sigmas: readonly number[];
+  },
+): BlocksLeft {
+  const { blocks, count, strongest, sigmas } = whole;
+  const cut = image === undefined ? 0 : skippedBlocks(count, strength);
+  // Shifting rounds, and UniPC has a level a little below 1 for it.
+  const isNoise = image === undefined || (cut === 0 && sigmas[0]! > 1 - leastGap);
+  const zeroInit = guidanceMode === "cfg_zero" && strongest > 1 && isNoise;
+  if (zeroInit && count === 1)
     throw new OptionError(
       "guidanceMode",
       `With "cfg_zero" the first step is left out, so that ${count} step is too few; give at least 2.`,
     );
-  const skipped = image === undefined ? zeroInit : skippedBlocks(count, strength);
+  const skipped = zeroInit ? 1 : cut;
   // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
   const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, strongest);
-  if (!blocks || !unmetNeed(run)) return { run, skipped };
+  if (!blocks || !unmetNeed(run)) return { run, skipped, ...(zeroInit && { start: 1 }) };
   const named = text ?? formatBlocks(blocks);
   throw zeroInit
     ? new OptionError(
