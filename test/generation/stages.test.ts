@@ -178,17 +178,29 @@ describe("CFG-Zero* with an original", () => {
 });
 
 describe("inpainting with any schedule", () => {
-  it.each(["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6"])("%s keeps the known latents", async (blocks) => {
+  /** Every letter, changes between those that have memory, steps without guidance, and samplers' own blocks. */
+  const schedules: [string, Partial<GenerateOptions>][] = [
+    ...["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6", "M8", "U8", "D8", "A8", "C6", "E2S1P2S1", "M3A2U3D2"].map(
+      (blocks): [string, Partial<GenerateOptions>] => [blocks, { blocks }],
+    ),
+    ...["M6", "U6", "A6"].map((blocks): [string, Partial<GenerateOptions>] => [
+      `${blocks} with guidance in some steps`,
+      { blocks, guidanceScale: [4, 1, 3, 1, 1, 4] },
+    ]),
+    ["the default, with strong guidance", { steps: 8 }],
+    ["the default, with mild guidance", { steps: 8, guidanceScale: 2 }],
+    ["dpmpp_2m", { sampler: "dpmpp_2m", steps: 8 }],
+    ["unipc", { sampler: "unipc", steps: 8 }],
+  ];
+  it.each(schedules)("%s keeps the known latents", async (_, options) => {
     const image = await drawn("a large red square", 1);
     const mask = await maskOf(16, 16, 24, 32);
+    const events: StepEvent[] = [];
     const result = await withValues(shapes, {
-      prompt: "a large blue circle",
-      image,
-      mask,
-      strength: 1,
-      blocks,
-      seed: 5,
-      count: 2,
+      ...{ prompt: "a large blue circle", image, mask, strength: 1, seed: 5, count: 2 },
+      ...options,
+      preview: "fast",
+      onStep: (event) => events.push(event),
     });
     // The encoder alone: nothing to paint returns the original's latents.
     const { latents } = await withValues(shapes, {
@@ -207,6 +219,15 @@ describe("inpainting with any schedule", () => {
             const actual = result.latents.data[((row * channels + c) * 16 + y) * 16 + x]!;
             expect(Math.abs(actual - latents.data[(c * 16 + y) * 16 + x]!)).toBeLessThan(1e-5);
           }
+    // On the way x and the velocity are known there too: every estimate of the end, x − σ·v, is the original.
+    const previews = events.flatMap((event) => event.previews);
+    expect(previews.length).toBeGreaterThan(2);
+    const end = previews.at(-1)!;
+    for (const { data } of previews)
+      for (const [i, value] of data.entries()) {
+        const [x, y] = [Math.floor(i / 3) % 16, Math.floor(i / 48)];
+        if (x < 4 || x >= 10 || y < 4 || y >= 12) expect(Math.abs(value - end.data[i]!)).toBeLessThanOrEqual(1);
+      }
   });
 
   it.each(["fast", "decoded"] as const)("a black mask is the original, also with %s previews", async (preview) => {
