@@ -222,6 +222,13 @@ export function firstStage(
   const count = stepCount(options, blocks, row.steps);
   checkGuidance(options, count + later);
   const latentShape = latentShapeOf(checkpoint, pictures, size);
+  // Those of a model's own ladder were not asked for.
+  const asked = options.blocks === undefined ? options.ladder && "ladder" : "blocks";
+  if (blocks && asked && options.grid === "calibrated")
+    throw new OptionError(
+      "grid",
+      `The option ${asked} and grid "calibrated" exclude each other: a calibrated schedule has steps of its own. Leave out ${asked}, or grid.`,
+    );
   const fitted = blocks || options.stages ? null : fittedSchedule(options, model, count);
   if (fitted) {
     const { blocks: steps, sigmas, weights, guidance } = fitted;
