@@ -62,7 +62,7 @@ export type {
 } from "./model.js";
 export type { Feature, UpscaleName } from "./networks/index.js";
 export type { BuilderName, RuntimeName } from "./runtimes/index.js";
-export type { Block, Evaluations, GridName, SamplerName } from "./schedule/index.js";
+export type { Block, Evaluations, GridName, QualityName, SamplerName } from "./schedule/index.js";
 export type { CostEntry } from "./serving/costs.js";
 export type { Health, HealthError, ModelEvents } from "./serving/health.js";
 export type { Histogram, Stats } from "./serving/stats.js";

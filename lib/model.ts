@@ -261,14 +261,16 @@ export interface GenerateOptions {
   guidanceScale?: number | readonly number[] | undefined;
   /**
    * Where guidance begins, as a part of the steps from 0 to 1: of n steps those from ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided, as by
-   * diffusers' guiders. The others draw with the prompt alone, at half the cost. Below `guidanceStop`. Default: 0.
+   * diffusers' guiders. The others draw with the prompt alone, at half the cost. An interval in which no step is guided is refused, and
+   * `deadlineMs` leaves out schedules that have none. Below `guidanceStop`. Default: 0.
    */
   guidanceStart?: number | undefined;
   /** Where guidance ends, as a part of the steps from 0 to 1; see `guidanceStart`. Default: 1. */
   guidanceStop?: number | undefined;
   /**
    * `"cfg"`: classifier-free guidance. `"cfg_zero"`: CFG-Zero* (arXiv 2503.18886): u is scaled by ⟨u, c⟩ / ⟨u, u⟩ first, and the first step
-   * is left out where it starts from noise (its velocity counts as zero), so that one step less is run. Default: `"cfg"`.
+   * is left out where it starts from noise (its velocity counts as zero), so that one step less is run. It does so without an `image`, and
+   * with one where `strength` keeps the whole schedule and that begins at σ = 1. Default: `"cfg"`.
    */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /**

@@ -87,9 +87,10 @@ function newCandidates(
       const key = candidate.stages.map(({ schedule }) => schedule.key).join();
       if (!candidates.has(key)) candidates.set(key, candidate);
     } catch (error) {
-      // At some strengths what is left of a short schedule is not valid; others may be.
+      // At some strengths what is left of a short schedule is not valid, and an interval of guidance may miss all of few steps; other
+      // schedules may do. Where none does, it is said of the richest.
       if (ladder !== undefined || !(error instanceof OptionError)) throw error;
-      refused = error;
+      refused ??= error;
     }
   const found = [...candidates.values()];
   // What was written is in its own order.

@@ -308,7 +308,7 @@ class TemplateWriter {
     const { builder } = this;
     const stage = this.#kind.stages[index]!;
     const name = stageName(index);
-    const { blocks, sigmas, launches } = stage.schedule;
+    const { blocks, sigmas, start, launches } = stage.schedule;
     const [, ...area] = stage.latentShape;
     const noise = builder.slot(`${name}.noise`, stage.latentShape);
     if (stage.hasInit) builder.slot(`${name}.init`, [1, ...area]);
@@ -318,8 +318,9 @@ class TemplateWriter {
 
     // 1. Where the stage starts: what the stage before has drawn, upscaled, init latents with noise, or noise.
     if (index > 0) x.at = this.#upscale(index, before, noise, x.next(), sigmas[0]!);
-    else if (stage.hasInit) x.at = this.#scaleNoise(stage, name, noise, x.next(), sigmas[0]!);
-    if (stage.hasMask && index > 0) this.#blend(stage, name, noise, state, sigmas[0]!);
+    else if (stage.hasInit) x.at = this.#scaleNoise(stage, name, noise, x.next(), start);
+    // Of those only init latents have the known region at the level where the blocks begin.
+    if (stage.hasMask && (index > 0 || start !== sigmas[0])) this.#blend(stage, name, noise, state, sigmas[0]!);
 
     // 2. Its blocks.
     for (const step of launches) {

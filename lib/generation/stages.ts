@@ -70,20 +70,35 @@ export type StageOptions = Omit<ResolvedGenerateOptions, "width" | "height" | "b
   Pick<GenerateOptions, "width" | "height" | "blocks">;
 
 /** The guidance scale of a step, null for none. As diffusers' guiders, the steps ⌊n·start⌋ to ⌊n·stop⌋ − 1 are guided. */
-function scaleAt(options: ResolvedGenerateOptions, step: number, steps: number): number | null {
+function scaleAt(options: Omit<StageOptions, "blocks">, step: number, steps: number): number | null {
   const { guidanceScale, guidanceStart, guidanceStop } = options;
   const scale = typeof guidanceScale === "number" ? guidanceScale : guidanceScale[step]!;
   const isWithin = Math.trunc(guidanceStart * steps) <= step && step < Math.trunc(guidanceStop * steps);
   return isWithin && scale > 1 ? scale : null;
 }
 
-/** @throws OptionError for a list of scales of another length */
-function checkScales({ guidanceScale }: ResolvedGenerateOptions, steps: number): void {
+/**
+ * @param steps of all stages
+ * @throws OptionError for a list of scales of another length, or an interval in which no step is guided
+ */
+function checkGuidance(options: ResolvedGenerateOptions, steps: number): void {
+  const { guidanceScale, guidanceStart, guidanceStop } = options;
   if (typeof guidanceScale !== "number" && guidanceScale.length !== steps)
     throw new OptionError(
       "guidanceScale",
       `Expected one guidance scale, or ${steps} (one for each step), for guidanceScale but received ${guidanceScale.length}.`,
     );
+  if (guidesNone(options, steps))
+    throw new OptionError(
+      "guidanceStart",
+      `With guidanceStart ${guidanceStart} and guidanceStop ${guidanceStop} no step would be guided: of ${steps} step${steps === 1 ? "" : "s"} those from ⌊${steps} · guidanceStart⌋ to ⌊${steps} · guidanceStop⌋ − 1 are. Give an interval with at least one guided step, or guidanceScale 1 to draw without guidance.`,
+    );
+}
+
+/** Whether guidance is asked for, and its interval leaves it out of every step. */
+function guidesNone(options: Omit<StageOptions, "blocks">, steps: number): boolean {
+  const isAskedFor = [options.guidanceScale].flat().some((scale) => scale > 1);
+  return isAskedFor && Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps)).every((each) => !each);
 }
 
 /** Whether a request says no more of its guidance than its scale. */
@@ -93,13 +108,15 @@ export function leavesGuidanceOpen(options: Omit<StageOptions, "blocks">): boole
 
 /**
  * The calibrated schedule for a request that leaves everything but the number of steps and guidance at one scale open. Which steps are
- * guided is the schedule's choice where the request says no more than the scale.
+ * guided is the schedule's choice where the request says no more than the scale. Null as well where guidance is asked for and no step of
+ * so many would have it, which is refused.
  */
 export function fittedSchedule(
   options: Omit<StageOptions, "blocks">,
   model: StageFacts,
   steps: number,
 ): FittedSchedule | null {
+  if (guidesNone(options, steps)) return null;
   const scales = Array.from({ length: steps }, (_, step) => scaleAt(options, step, steps));
   const guided = leavesGuidanceOpen(options) ? undefined : scales.map((each) => each !== null);
   const [guidanceScale = 1, ...others] = new Set(scales.filter((each) => each !== null));
@@ -203,8 +220,15 @@ export function firstStage(
       `Blocks belong to the sampler ${samplersWithBlocks().join(" or ")}; leave out blocks or sampler "${sampler}".`,
     );
   const count = stepCount(options, blocks, row.steps);
-  checkScales(options, count + later);
+  checkGuidance(options, count + later);
   const latentShape = latentShapeOf(checkpoint, pictures, size);
+  // Those of a model's own ladder were not asked for.
+  const asked = options.blocks === undefined ? options.ladder && "ladder" : "blocks";
+  if (blocks && asked && options.grid === "calibrated")
+    throw new OptionError(
+      "grid",
+      `The option ${asked} and grid "calibrated" exclude each other: a calibrated schedule has steps of its own. Leave out ${asked}, or grid.`,
+    );
   const fitted = blocks || options.stages ? null : fittedSchedule(options, model, count);
   if (fitted) {
     const { blocks: steps, sigmas, weights, guidance } = fitted;
@@ -219,8 +243,6 @@ export function firstStage(
     );
   const named = Array.from({ length: count }, (_, step) => scaleAt(options, step, count + later));
   const strongest = Math.max(1, ...named.map((scale) => scale ?? 1));
-  const { run, skipped } = blocksLeft(options, row, { blocks, count, strongest });
-  checkSize(checkpoint, size, stepTypesOf(run));
   const settings = {
     ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options),
     guidance: strongest,
@@ -234,8 +256,11 @@ export function firstStage(
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
   const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
+  const { run, skipped, start } = blocksLeft(options, row, { blocks, count, strongest, sigmas });
+  checkSize(checkpoint, size, stepTypesOf(run));
   const scales = blocks || typeof guidanceScale !== "number" ? named : ownScales(row, sigmas, named);
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
+    start,
     guidance: (block) => scales[skipped + block]!,
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
   });
@@ -243,26 +268,46 @@ export function firstStage(
   return { ...size, latentShape, schedule, whole };
 }
 
+/** What is run of a schedule's blocks. */
+interface BlocksLeft {
+  readonly run: readonly Block[];
+  /** Blocks before them that are not. */
+  readonly skipped: number;
+  /** Noise level of what they start from, where it is not the one after the skipped blocks. */
+  readonly start?: number;
+}
+
 /**
- * What is run of a schedule's blocks: those that `strength` keeps, or all but the first, which CFG-Zero* leaves out where it starts from
- * noise (the velocity there counts as zero).
+ * What is run of a schedule's blocks: those that `strength` keeps, less the first one of all where CFG-Zero* leaves it out. It does where
+ * the schedule starts from noise: without an original, or at a strength that keeps the whole schedule, of which the first level is 1. The
+ * velocity there counts as zero, so that what comes after starts from the same noise.
  * @param strongest the largest guidance scale of its steps, 1 without guidance
+ * @param sigmas of the whole schedule
  */
 function blocksLeft(
   { image, strength = defaultStrength, guidanceMode, blocks: text }: StageOptions,
   row: SamplerRow,
-  { blocks, count, strongest }: { blocks: readonly Block[] | null; count: number; strongest: number },
-): { readonly run: readonly Block[]; readonly skipped: number } {
-  const zeroInit = guidanceMode === "cfg_zero" && strongest > 1 && image === undefined ? 1 : 0;
-  if (zeroInit === count)
+  whole: {
+    readonly blocks: readonly Block[] | null;
+    readonly count: number;
+    readonly strongest: number;
+    readonly sigmas: readonly number[];
+  },
+): BlocksLeft {
+  const { blocks, count, strongest, sigmas } = whole;
+  const cut = image === undefined ? 0 : skippedBlocks(count, strength);
+  // Shifting rounds, and UniPC has a level a little below 1 for it.
+  const isNoise = image === undefined || (cut === 0 && sigmas[0]! > 1 - leastGap);
+  const zeroInit = guidanceMode === "cfg_zero" && strongest > 1 && isNoise;
+  if (zeroInit && count === 1)
     throw new OptionError(
       "guidanceMode",
       `With "cfg_zero" the first step is left out, so that ${count} step is too few; give at least 2.`,
     );
-  const skipped = image === undefined ? zeroInit : skippedBlocks(count, strength);
+  const skipped = zeroInit ? 1 : cut;
   // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
   const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, strongest);
-  if (!blocks || !unmetNeed(run)) return { run, skipped };
+  if (!blocks || !unmetNeed(run)) return { run, skipped, ...(zeroInit && { start: 1 }) };
   const named = text ?? formatBlocks(blocks);
   throw zeroInit
     ? new OptionError(

@@ -39,9 +39,11 @@ export interface Schedule {
   readonly text: string;
   /** Noise levels, falling from 1 (noise) to 0 (image); one more than blocks. */
   readonly sigmas: readonly number[];
+  /** Noise level of what it starts from: the first of `sigmas`, but 1 where a step from noise was left out. */
+  readonly start: number;
   readonly launches: readonly StepLaunch[];
   readonly evaluations: Evaluations;
-  /** Equal for schedules with equal launches. */
+  /** Equal for schedules with equal starts and launches. */
   readonly key: string;
 }
 
@@ -57,6 +59,8 @@ export interface StepWeights {
 }
 
 export interface ScheduleOptions {
+  /** Noise level of what it starts from. Default: the first one. */
+  readonly start?: number | undefined;
   /** Guidance scale of a block, null for none. Default: none. */
   readonly guidance?: number | null | ((block: number) => number | null);
   /** Training steps of the model, if the networks get the noise level in whole ones, as in diffusers' multistep schedulers. */
@@ -172,6 +176,7 @@ export function scheduleOf(
   options: ScheduleOptions = {},
 ): Schedule {
   const launches = planSteps(blocks, sigmas, options);
-  const key = JSON.stringify([sigmas, launches]);
-  return { blocks, text: formatBlocks(blocks), sigmas, launches, evaluations: evaluationsOf(launches), key };
+  const { start = sigmas[0]! } = options;
+  const key = JSON.stringify([start, sigmas, launches]);
+  return { blocks, text: formatBlocks(blocks), sigmas, start, launches, evaluations: evaluationsOf(launches), key };
 }

@@ -78,9 +78,14 @@ function easedSigmas(blocks: number, { shift, guidance = 1 }: SigmaSettings): nu
   });
 }
 
-/** n numbers from `from` to `to`; `from` alone for one. */
-const even = (from: number, to: number, n: number) =>
-  Array.from({ length: n }, (_, i) => (n === 1 ? from : from + ((to - from) * i) / (n - 1)));
+/**
+ * n numbers from `from` to `to`; `from` alone for one. They are rounded as those of `numpy.linspace`: a whole training step is cut off
+ * a level, and a level that is smaller in its last bit may be a step earlier.
+ */
+function even(from: number, to: number, n: number): number[] {
+  const step = (to - from) / (n - 1);
+  return Array.from({ length: n }, (_, i) => (i === 0 ? from : i === n - 1 ? to : i * step + from));
+}
 
 /** u_i = 1 − i/n, shifted once. The last two points are far enough apart to be worth an evaluation. */
 export function shiftedSigmas(blocks: number, { shift }: Pick<SigmaSettings, "shift">): number[] {
@@ -121,10 +126,11 @@ export function diffusersSigmas(blocks: number, settings: SigmaSettings): number
 
 /**
  * DPMSolverMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 − 1/T to 0, shifted, T being the
- * number of training steps.
+ * number of training steps. As there they are the complements of even levels from 1 to 1/T, so that they are rounded alike.
  */
 export function dpmSolverSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
-  return even(1 - 1 / numTrainTimesteps, 0, blocks + 1).map((u) => shiftSigma(u, shift));
+  const alphas = even(1, 1 / numTrainTimesteps, blocks + 1);
+  return alphas.map((alpha) => shiftSigma(1 - alpha, shift)).reverse();
 }
 
 /** UniPCMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 to 1/T, shifted; 0 in place of the last. */

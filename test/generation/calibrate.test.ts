@@ -240,7 +240,6 @@ describe("calibrate", () => {
     for (const options of [
       { steps: 9 },
       { steps: 3, shift: 2 },
-      { blocks: "E3" },
       { steps: 3, guidanceScale: 9 },
       { steps: 3, sampler: "euler" as const },
     ])
@@ -250,6 +249,16 @@ describe("calibrate", () => {
         ...{ code: "ERR_FLOWTURBO_OPTION", option: "grid" },
         message: expect.stringMatching(/No schedule of \d steps was calibrated/),
       });
+    for (const options of [{ blocks: "E3" }, { ladder: ["E3"], deadlineMs: 1000 }]) {
+      const [name] = Object.keys(options);
+      const expected = `The option ${name} and grid "calibrated" exclude each other.*Leave out ${name}, or grid`;
+      await expect(
+        model.generate({ prompt: "x", ...size, guidanceScale: 2, grid: "calibrated", ...options }),
+      ).rejects.toMatchObject({
+        ...{ code: "ERR_FLOWTURBO_OPTION", option: "grid" },
+        message: expect.stringMatching(new RegExp(expected)),
+      });
+    }
   });
 
   it("refuses what it cannot do before any work", async () => {

@@ -123,18 +123,84 @@ async function maskOf(left: number, top: number, width: number, height: number, 
     .toBuffer();
 }
 
+describe("CFG-Zero* with an original", () => {
+  const options = { prompt: "a large blue circle", sampler: "euler", steps: 6, seed: 5 } as const;
+  const zero = { ...options, guidanceMode: "cfg_zero" } as const;
+
+  it.each([
+    ["euler", "shifted"],
+    ["flowturbo", undefined],
+    ["unipc", undefined],
+  ] as const)("leaves out the first step where strength 1 starts from noise: %s", async (sampler, grid) => {
+    const image = await drawn("a large red square", 1);
+    const same = { ...zero, sampler, grid };
+    const alone = await withValues(shapes, same);
+    // 5.7 of 6 steps are all of them.
+    for (const strength of [1, 0.95]) {
+      const edited = await withValues(shapes, { ...same, image, strength });
+      expect(edited.sigmas).toEqual(alone.sigmas);
+      expect(edited.evaluations).toEqual({ predictor: 5, refiner: 0, rows: 10 });
+      expect(relativeError(edited.latents, alone.latents)).toBeLessThan(1e-5);
+    }
+  });
+
+  it.each([
+    ["a strength that keeps a part", { strength: 0.5 }, 3],
+    ["noise levels that begin below 1", { strength: 1, steps: undefined, sigmas: [0.9, 0.5], shift: 1 }, 2],
+    ["a sampler that begins below 1", { strength: 1, sampler: "dpmpp_2m" }, 6],
+    ["no guidance", { strength: 1, guidanceScale: 1 }, 6],
+  ] as const)("leaves out none with %s", async (_, edit, steps) => {
+    const image = await drawn("a large red square", 1);
+    const result = await withValues(shapes, { ...zero, image, ...edit });
+    const usual = await withValues(shapes, { ...options, image, ...edit });
+    expect(result.sigmas).toEqual(usual.sigmas);
+    expect(result.evaluations.predictor).toBe(steps);
+  });
+
+  it("puts the known region back at the level after the step that is left out", async () => {
+    const image = await drawn("a large red square", 1);
+    const known = (await withValues(shapes, { prompt: "", image, mask: blackMask(), seed: 5 })).latents;
+    const isNew = (i: number) =>
+      i % 16 >= 4 && i % 16 < 10 && Math.floor(i / 16) % 16 >= 4 && Math.floor(i / 16) % 16 < 12;
+    const data = known.data.map((_, i) => Math.sin(7 * i + 1) * 1.4);
+    const sigmas = [1, 0.6];
+    const start = data.map((noise, i) => (isNew(i) ? noise : 0.4 * known.data[i]! + 0.6 * noise));
+    const same = { ...zero, steps: undefined, seed: undefined, sigmas, shift: 1 };
+    const noise = { ...known, data } as FloatTensor;
+    const mask = await maskOf(16, 16, 24, 32);
+    const painted = await withValues(shapes, { ...same, image, mask, strength: 1, noise });
+    const expected = await withValues(shapes, { ...same, noise: { ...known, data: start } as FloatTensor });
+    expect(painted.sigmas).toEqual([0.6, 0]);
+    for (const [i, value] of painted.latents.data.entries())
+      expect(Math.abs(value - (isNew(i) ? expected.latents : known).data[i]!)).toBeLessThan(1e-4);
+    await expect(shapes.generate({ ...zero, image, strength: 1, steps: 1 })).rejects.toThrow(/give at least 2/);
+  });
+});
+
 describe("inpainting with any schedule", () => {
-  it.each(["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6"])("%s keeps the known latents", async (blocks) => {
+  /** Every letter, changes between those that have memory, steps without guidance, and samplers' own blocks. */
+  const schedules: [string, Partial<GenerateOptions>][] = [
+    ...["E10", "H5", "P10", "H1P9", "H1P7R2", "H2P2R6", "M8", "U8", "D8", "A8", "C6", "E2S1P2S1", "M3A2U3D2"].map(
+      (blocks): [string, Partial<GenerateOptions>] => [blocks, { blocks }],
+    ),
+    ...["M6", "U6", "A6"].map((blocks): [string, Partial<GenerateOptions>] => [
+      `${blocks} with guidance in some steps`,
+      { blocks, guidanceScale: [4, 1, 3, 1, 1, 4] },
+    ]),
+    ["the default, with strong guidance", { steps: 8 }],
+    ["the default, with mild guidance", { steps: 8, guidanceScale: 2 }],
+    ["dpmpp_2m", { sampler: "dpmpp_2m", steps: 8 }],
+    ["unipc", { sampler: "unipc", steps: 8 }],
+  ];
+  it.each(schedules)("%s keeps the known latents", async (_, options) => {
     const image = await drawn("a large red square", 1);
     const mask = await maskOf(16, 16, 24, 32);
+    const events: StepEvent[] = [];
     const result = await withValues(shapes, {
-      prompt: "a large blue circle",
-      image,
-      mask,
-      strength: 1,
-      blocks,
-      seed: 5,
-      count: 2,
+      ...{ prompt: "a large blue circle", image, mask, strength: 1, seed: 5, count: 2 },
+      ...options,
+      preview: "fast",
+      onStep: (event) => events.push(event),
     });
     // The encoder alone: nothing to paint returns the original's latents.
     const { latents } = await withValues(shapes, {
@@ -153,6 +219,15 @@ describe("inpainting with any schedule", () => {
             const actual = result.latents.data[((row * channels + c) * 16 + y) * 16 + x]!;
             expect(Math.abs(actual - latents.data[(c * 16 + y) * 16 + x]!)).toBeLessThan(1e-5);
           }
+    // On the way x and the velocity are known there too: every estimate of the end, x − σ·v, is the original.
+    const previews = events.flatMap((event) => event.previews);
+    expect(previews.length).toBeGreaterThan(2);
+    const end = previews.at(-1)!;
+    for (const { data } of previews)
+      for (const [i, value] of data.entries()) {
+        const [x, y] = [Math.floor(i / 3) % 16, Math.floor(i / 48)];
+        if (x < 4 || x >= 10 || y < 4 || y >= 12) expect(Math.abs(value - end.data[i]!)).toBeLessThanOrEqual(1);
+      }
   });
 
   it.each(["fast", "decoded"] as const)("a black mask is the original, also with %s previews", async (preview) => {

@@ -87,6 +87,32 @@ function dpmSolver(x: number, sigmas: readonly number[]): number {
   return x;
 }
 
+/**
+ * The damped DPM-Solver++(2M): the same update, in which extrapolation has the weight r/2m, and 1/2m⁶ in the second step and 1/4m⁶ in the
+ * last one, where there are more than four.
+ * @param guidance the largest scale
+ * @param steps of the whole schedule, of which these levels may be the end
+ */
+function damped(x: number, sigmas: readonly number[], guidance: number, steps = sigmas.length - 1): number {
+  const m = guidance <= 1 ? 1 : Math.min(4, 1 + 2 * ((guidance - 1) / steps) ** 3);
+  const n = sigmas.length - 1;
+  let last = 0;
+  for (let i = 0; i < n; i++) {
+    const [s, t] = [sigmas[i]!, sigmas[i + 1]!];
+    const x0 = x - s * V(x, s);
+    let weight = 0;
+    if (i === n - 1) weight = steps > 4 ? 1 / (4 * m ** 6) : 0;
+    else if (i === 1) weight = 1 / (2 * m ** 6);
+    else if (i > 1) weight = (lambda(t) - lambda(s)) / (lambda(s) - lambda(sigmas[i - 1]!)) / (2 * m);
+    // A first step has nothing to extrapolate from, whatever else it is.
+    const target = i === 0 ? x0 : x0 + weight * (x0 - last);
+    // What is left of the noise is scaled down, and the rest of the way is the picture's.
+    x = target + (t / s) * (x - target);
+    last = x0;
+  }
+  return x;
+}
+
 /** UniPC, order 2, "bh2", predictor and corrector one after the other, as they stand in diffusers. */
 function uniPC(x: number, given: readonly number[]): number {
   const sigmas = given.map((sigma) => Math.min(sigma, 1 - 1e-6));
@@ -126,13 +152,13 @@ function uniPC(x: number, given: readonly number[]): number {
   return x;
 }
 
-function run(x: number, launches: readonly StepLaunch[], field = V): number {
+function run(x: number, launches: readonly StepLaunch[], field = V, refiner = r): number {
   let [velocity, before, first, second] = [0, 0, 0, 0];
   for (const { type, sigma, aIn, aOld, aNew, keepsVelocity, extrapolation = 0, combination } of launches) {
     if (type !== "combine") {
       const old = velocity + extrapolation * (velocity - before);
       const at = x + aIn * old;
-      const next = type === "predict" ? field(at, sigma) : r(at, old, sigma) + old;
+      const next = type === "predict" ? field(at, sigma) : refiner(at, old, sigma) + old;
       x = x + aOld * old + aNew * next;
       if (keepsVelocity) [before, velocity] = [velocity, next];
     }
@@ -207,6 +233,33 @@ describe("planSteps", () => {
     }
   });
 
+  it("computes M as defined, from σ = 1 and from below, after another letter too", () => {
+    for (const guidance of [null, 1.5, 4.5, 12])
+      for (const n of [1, 2, 3, 4, 5, 8, 20])
+        for (const start of [1, 0.9]) {
+          const sigmas = shiftedSigmas(n, { shift: 3 }).map((sigma) => start * sigma);
+          const launches = planSteps(new Array<Block>(n).fill("M"), sigmas, { guidance });
+          expect(launches).toHaveLength(n);
+          expect(run(0.3, launches)).toBeCloseTo(damped(0.3, sigmas, guidance ?? 1), 11);
+          if (n < 3) continue;
+          const before = launched(0.3, ["E", "E"], sigmas.slice(0, 3));
+          const mixed = planSteps(["E", "E", ...new Array<Block>(n - 2).fill("M")], sigmas, { guidance });
+          expect(run(0.3, mixed)).toBeCloseTo(damped(before, sigmas.slice(2), guidance ?? 1, n), 11);
+        }
+  });
+
+  it("has M hold extrapolation back the more, the stronger guidance is", () => {
+    const sigmas = shiftedSigmas(8, { shift: 3 });
+    const from = (guidance: number | null) => run(0.3, planSteps(parseBlocks("M8"), sigmas, { guidance }));
+    // Only the largest scale of the schedule counts.
+    const scales = [null, 5, 2, 3, null, 1.5, 4, 5];
+    const mixed = planSteps(parseBlocks("M8"), sigmas, { guidance: (block) => scales[block]! });
+    expect(run(0.3, mixed)).toBe(from(5));
+    const first = launched(0.3, parseBlocks("E8"), sigmas);
+    const distances = [1, 5, 9, 13].map((guidance) => Math.abs(from(guidance) - first));
+    for (const [i, distance] of distances.slice(1).entries()) expect(distance).toBeLessThan(distances[i]!);
+  });
+
   it("has R guided as the block before it, and other blocks by their own scale", () => {
     const sigmas = shiftedSigmas(5, { shift: 3 });
     const scales = [4, 3, null, 2, 5];
@@ -277,6 +330,13 @@ describe("planSteps", () => {
   });
 
   // dx/dσ = −x + 3σ has x(σ) = c·e^(−σ) + 3σ − 3.
+  const decay = (x: number, sigma: number) => -x + 3 * sigma;
+  const errorOf = (blocks: readonly Block[], refiner = r, guidance: number | null = null) => {
+    const n = blocks.length;
+    const sigmas = Array.from({ length: n + 1 }, (_, i) => 0.95 - (0.9 * i) / n - 0.04 * Math.sin((6 * i) / n));
+    const exact = (0.3 - 3 * sigmas[0]! + 3) * Math.exp(sigmas[0]! - sigmas[n]!) + 3 * sigmas[n]! - 3;
+    return Math.abs(run(0.3, planSteps(blocks, sigmas, { guidance }), decay, refiner) - exact);
+  };
   it.each([
     ["E", 0.9, 1.1],
     ["H", 1.9, 2.2],
@@ -286,18 +346,35 @@ describe("planSteps", () => {
     ["HAS", 1.8, 2.2],
     ["HPA", 1.8, 2.2],
     ["D", 1.8, 2.3],
+    ["M", 1.8, 2.3],
     ["U", 1.8, 3.2],
   ] as const)("converges with %s at the order of its method", (letters, least, most) => {
     const error = (n: number) => {
       const blocks = Array.from({ length: n }, (_, i) => (i === 0 ? "H" : letters[i % letters.length]) as Block);
       if (letters.length === 1) blocks[0] = letters as Block;
-      const sigmas = Array.from({ length: n + 1 }, (_, i) => 0.95 - (0.9 * i) / n - 0.04 * Math.sin((6 * i) / n));
-      const exact = (0.3 - 3 * sigmas[0]! + 3) * Math.exp(sigmas[0]! - sigmas[n]!) + 3 * sigmas[n]! - 3;
-      return Math.abs(run(0.3, planSteps(blocks, sigmas), (x, sigma) => -x + 3 * sigma) - exact);
+      return errorOf(blocks);
     };
     const order = Math.log2(error(240) / error(480));
     expect(order).toBeGreaterThan(least);
     expect(order).toBeLessThan(most);
+  });
+
+  it("converges at second order with M also with guidance, and with C whether the refiner knows the velocity or changes nothing", () => {
+    const orderOf = (letter: Block, ...rest: [refiner?: typeof r, guidance?: number]) => {
+      const [coarse, fine] = [240, 480].map((n) => errorOf(new Array<Block>(n).fill(letter), ...rest));
+      return Math.log2(coarse! / fine!);
+    };
+    const orders = {
+      guided: orderOf("M", r, 7),
+      knowing: orderOf("C", (x, v, sigma) => decay(x, sigma) - v),
+      idle: orderOf("C", () => 0),
+    };
+    for (const [name, order] of Object.entries(orders)) {
+      expect(order, name).toBeGreaterThan(1.8);
+      expect(order, name).toBeLessThan(2.3);
+    }
+    // One that is wrong leaves an error that no number of steps takes away.
+    expect(orderOf("C", () => 0.1)).toBeLessThan(0.1);
   });
 
   it("converges at second order with P and at first order with E", () => {

@@ -1,7 +1,14 @@
 import { readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
-import { diffusersSigmas, shiftedSigmas, upscaleSigmas } from "../../lib/schedule/index.js";
+import {
+  type Block,
+  diffusersSigmas,
+  planSteps,
+  samplers,
+  shiftedSigmas,
+  upscaleSigmas,
+} from "../../lib/schedule/index.js";
 
 describe("shiftedSigmas", () => {
   it("is the shift of even levels, from 1 to 0", () => {
@@ -66,6 +73,31 @@ describe("diffusersSigmas", () => {
       const computed = diffusersSigmas(n, { shift: s, numTrainTimesteps: 1000 });
       expect(computed).toHaveLength(n + 1);
       for (const [i, sigma] of computed.entries()) expect(sigma).toBeCloseTo(sigmas[i]!, 6);
+    }
+  });
+});
+
+describe("levels and timesteps of multistep samplers", () => {
+  // From diffusers 0.42, for 1 to 30 steps at shifts 1, 2.5 and 3: test/fixtures/generate/timesteps.py.
+  const file = path.join(import.meta.dirname, "../fixtures/multistep-timesteps.json");
+  type Printed = Record<string, Record<string, { timesteps: number[]; sigmas: number[] }>>;
+  const printed = JSON.parse(readFileSync(file, "utf8")) as Printed;
+
+  it.each(["dpmpp_2m", "unipc"])("of %s equal diffusers' in every bit", (name) => {
+    const { blocks, diffusersSigmas, wholeTimesteps } = samplers[name]!;
+    expect(wholeTimesteps).toBe(true);
+    const cases = Object.entries(printed[name]!);
+    expect(cases).toHaveLength(90);
+    for (const [key, expected] of cases) {
+      const [steps, shift] = key.split(",").map(Number) as [number, number];
+      const sigmas = diffusersSigmas!(steps, { shift, numTrainTimesteps: 1000 });
+      expect(sigmas, key).toEqual(expected.sigmas);
+      const launches = planSteps(blocks(steps, 1) as Block[], sigmas, { wholeTimestepsOf: 1000 });
+      // The networks get the level of the timestep.
+      expect(
+        launches.map(({ sigma }) => sigma),
+        key,
+      ).toEqual(expected.timesteps.map((timestep) => timestep / 1000));
     }
   });
 });
