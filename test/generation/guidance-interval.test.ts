@@ -8,7 +8,7 @@ import type { GenerateOptions } from "../../lib/model.js";
 let facts: ModelFacts;
 beforeAll(async () => {
   facts = {
-    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: [20, 10, 4, 1], calibrated: [] },
+    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: null, calibrated: [] },
     text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
     ...{ captured: false, pinBatch: null, allowPaths: false },
   };
