@@ -7,8 +7,9 @@ import type { GenerateOptions } from "../../lib/model.js";
 
 let facts: ModelFacts;
 beforeAll(async () => {
+  const ladder = [20, 10, 4, 1].map((steps) => new Array<"M">(steps).fill("M"));
   facts = {
-    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: null, calibrated: [] },
+    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder, calibrated: [] },
     text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
     ...{ captured: false, pinBatch: null, allowPaths: false },
   };
@@ -93,7 +94,7 @@ describe("an interval of guidance", () => {
     });
     const calibrated = [entry(1, [false, false], 40), entry(4.5, [true, true, false, false], 20)];
     const options = { width: 64, height: 64, deadlineMs: 1000, guidanceStart: 0, guidanceStop: 0.49 };
-    const model = { ...facts, calibrated: [...calibrated, entry(4.5, [true, false, false, false], 20)] };
+    const model = { ...facts, ladder: null, calibrated: [...calibrated, entry(4.5, [true, false, false, false], 20)] };
     const found = settle(options, model).candidates.map(({ stages: [stage] }) => stage!);
     expect(found.every(({ schedule }) => schedule.evaluations.rows > schedule.evaluations.predictor)).toBe(true);
     expect(found.filter(({ whole }) => whole.grid === "calibrated").map(({ whole }) => whole.steps)).toEqual([4]);
