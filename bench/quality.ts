@@ -356,6 +356,9 @@ async function tunedShifts(): Promise<Map<number, number>> {
   return new Map(numbers.map((n) => [n, known.get(n)!]));
 }
 
+/** Pictures of a launch that is timed. */
+const timedPictures = size > model.nativeSize.width ? 2 : 8;
+
 /** Sampling alone, milliseconds for a picture: rounds of every sampler in turn on the same captions. */
 async function samplingTimes(): Promise<Record<string, number[]>> {
   const file = path.join(folder, `times.json`);
@@ -363,7 +366,7 @@ async function samplingTimes(): Promise<Record<string, number[]>> {
   const all = [reference, ...contenders];
   if (!flags["time-again"] && all.every((sampler) => stored[slugOf(sampler)])) return stored;
   const rounds = flags.quick ? 1 : size > model.nativeSize.width ? 3 : 5;
-  const captions = drawScenes(8_500_003, 8).map(caption);
+  const captions = drawScenes(8_500_003, timedPictures).map(caption);
   const times: Record<string, number[]> = {};
   for (let round = 0; round < rounds; round++) {
     for (const sampler of round % 2 ? [...all].reverse() : all) {
@@ -593,6 +596,10 @@ const pairs = rows
     const apart = a[0] > b[1] || b[0] > a[1];
     return { trained, without, gain, gainInterval: [gain - margin, gain + margin] as const, apart };
   });
+if (gains.length > 0 && refinedCounts.length === 0)
+  findings.push(
+    "No calibrated schedule here ends with the refiner: trained for their last steps it adds too little (training/README.md has what was tried).",
+  );
 const better = pairs.filter(({ gainInterval: [low] }) => low > 0);
 if (pairs.length > 0)
   findings.push(
@@ -688,7 +695,7 @@ const lines = [
   "",
   `\`npm run bench:quality --${flags.quick ? " --quick" : ""} --captions ${count} --size ${size} --guidance ${guidance}${flags.only === undefined ? "" : ` --only "${flags.only}"`}\` on ${cpu}, ${cores} cores, Node ${node}, ONNX Runtime ${onnxruntime}, commit ${commit}.`,
   "",
-  `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, of 8 captions at once, over that of ${best.name} in the same round (median of ${times[slugOf(reference)]!.length}; with this machine's unrest, row evaluations are the firmer measure). Shares in per cent with`,
+  `${count} captions, one picture each, seeds 0 to ${count - 1}. Time is sampling alone, of ${timedPictures} captions at once, over that of ${best.name} in the same round (median of ${times[slugOf(reference)]!.length}; with this machine's unrest, row evaluations are the firmer measure). Shares in per cent with`,
   `95 % intervals (Wilson; bootstrap for the distance). Two sets of exact renders are ${floor.toFixed(2)} apart: the floor of the Fréchet distance.`,
   `Euler's tuned grid is \`shifted\` with the shift that comes nearest to the reference on 16 other captions: ${[...tuned].map(([n, s]) => `${n} steps ${s}`).join(", ")}.`,
   "",
