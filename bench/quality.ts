@@ -359,12 +359,17 @@ async function tunedShifts(): Promise<Map<number, number>> {
 /** Pictures of a launch that is timed. */
 const timedPictures = size > model.nativeSize.width ? 2 : 8;
 
-/** Sampling alone, milliseconds for a picture: rounds of every sampler in turn on the same captions. */
+/**
+ * Sampling alone, milliseconds for a picture: rounds of every sampler in turn on the same captions. Those that have no times yet are
+ * timed in rounds with the reference, and their times are brought to its times of the first measurement: ratios are what is shown.
+ */
 async function samplingTimes(): Promise<Record<string, number[]>> {
   const file = path.join(folder, `times.json`);
   const stored = existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as Record<string, number[]>) : {};
-  const all = [reference, ...contenders];
-  if (!flags["time-again"] && all.every((sampler) => stored[slugOf(sampler)])) return stored;
+  const known = flags["time-again"] ? undefined : stored[slugOf(reference)];
+  const missing = contenders.filter((sampler) => !known || !stored[slugOf(sampler)]);
+  if (known && missing.length === 0) return stored;
+  const all = [reference, ...missing];
   const rounds = flags.quick ? 1 : size > model.nativeSize.width ? 3 : 5;
   const captions = drawScenes(8_500_003, timedPictures).map(caption);
   const times: Record<string, number[]> = {};
@@ -380,8 +385,13 @@ async function samplingTimes(): Promise<Record<string, number[]>> {
     }
     status(`timing: round ${round + 1} of ${rounds}`);
   }
-  write(file, JSON.stringify(times));
-  return times;
+  const now = [...times[slugOf(reference)]!];
+  if (known)
+    for (const own of Object.values(times))
+      for (const [round, time] of own.entries()) own[round] = (time * known[round]!) / now[round]!;
+  const result = known ? { ...stored, ...times, [slugOf(reference)]: known } : times;
+  write(file, JSON.stringify(result));
+  return result;
 }
 
 const status = (text: string) => {
