@@ -3,13 +3,14 @@
  * benchmark has seen, and writes `psnr.held` and `psnr.uncalibrated` of each into the file. Calibration measures that on as many pictures
  * as it fits to; these are more, so that what decides between patterns of guided steps is firmer. Against 100 evaluations.
  *
- *   npx tsx --tsconfig bench/tsconfig.json bench/measure-schedules.ts [-- --captions 96 --size 64 --guidance 2 --file models/shapes/schedules.json --threads 1]
+ *   npx tsx --tsconfig bench/tsconfig.json bench/measure-schedules.ts [--captions 96 --size 64 --guidance 2 --file models/shapes/schedules.json --threads 1]
  */
 
 import { readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { parseArgs } from "node:util";
 import { FlowTurbo, type GenerateOptions } from "flowturbo";
+import { formatted } from "../lib/generation/calibrate.js";
 import { type CalibratedEntry, shapesFolder, shapesVariant } from "./shapes/variants.js";
 import { caption, drawScenes } from "./shapes/world.js";
 import { mean, root } from "./support.js";
@@ -89,12 +90,7 @@ for (const guidanceScale of scales) {
         ? { ...entry, psnr: { ...entry.psnr, held, uncalibrated } }
         : entry,
     );
-    const { calibrated: _, ...others } = now;
-    const lines = calibrated.map((entry) => `    ${JSON.stringify(entry)}`).join(",\n");
-    writeFileSync(
-      flags.file,
-      `${JSON.stringify(others, null, 2).slice(0, -2)},\n  "calibrated": [\n${lines}\n  ]\n}\n`,
-    );
+    writeFileSync(flags.file, formatted({ ...now, calibrated }));
   }
 }
 await model.dispose();

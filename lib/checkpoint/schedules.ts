@@ -8,7 +8,8 @@
  * `ladder` lists schedules for time limits, the richest first. `calibrated` holds noise levels, weights and guidance of each step (the
  * fields of CalibratedSchedule): `scales` may be absent where all are 1, `refined` for false, and `psnr`, which is of what was fitted and
  * of the usual schedule on the same pictures. `variant` names the weight files that they were made with, where those have a name;
- * `samples` are some of the weights, by which the same model is known in files of another precision. Either list may be absent; `version` and `model` may be where there is only a ladder. Other fields say where the numbers come from.
+ * `samples` are some of the weights, by which the same model is known in files of another precision. Either list may be absent; `version`
+ * and `model` may be where there is only a ladder. Other fields say where the numbers come from.
  */
 
 import { createHash } from "node:crypto";

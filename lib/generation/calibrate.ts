@@ -22,7 +22,7 @@ import { OptionError, OutputError } from "../errors.js";
 import type { CalibratedEntry, CalibrateProgress, Size } from "../model.js";
 import { rowsOf } from "../schedule/index.js";
 import { type ReferencePlace, type ReferenceSettings, referenceOf } from "./calibration-reference.js";
-import { isWorthwhile, ScheduleSearch } from "./schedule-search.js";
+import { isWorthwhile, ScheduleSearch, type SearchSubject } from "./schedule-search.js";
 
 export interface CalibrationSettings extends ReferenceSettings {
   readonly sizes: readonly Size[];
@@ -78,7 +78,7 @@ export async function calibrate(place: CalibrationPlace, settings: CalibrationSe
         isReferenceDone = true;
         report("fitting");
       };
-      const search = searchOf(observed, settings, { size, scale: guidanceScale }, report, referenceDone);
+      const search = searchOf(observed, settings, { size, scale: guidanceScale, prompts }, report, referenceDone);
       const isHere = (each: CalibratedEntry) => isOf(each, size, guidanceScale);
       /** What was fitted to a number of steps, so many of them without guidance; those of scale 1 have none that could be without. */
       const alike = (steps: number, without: number) => (each: CalibratedEntry) =>
@@ -156,7 +156,7 @@ function withLaunchesTold(
 function searchOf(
   place: CalibrationPlace,
   settings: CalibrationSettings,
-  { size, scale }: { readonly size: Size; readonly scale: number },
+  { size, scale, prompts }: Pick<SearchSubject, "size" | "scale" | "prompts">,
   report: (phase: CalibrateProgress["phase"], part?: number) => void,
   referenceDone: () => void,
 ): () => Promise<ScheduleSearch> {
@@ -164,7 +164,6 @@ function searchOf(
   return async () => {
     if (!opened) {
       const reference = await referenceOf(place, settings, size, scale, (part) => report("reference", part));
-      const prompts = digestOfPrompts(settings);
       opened = new ScheduleSearch({ ...settings, reference, size, scale, prompts }, settings.steps);
     }
     referenceDone();
@@ -205,14 +204,14 @@ class ScheduleFile {
     if (!this.#json.calibrated.some(isStale)) return;
     const now = await readJson(this.#file, this.#identity);
     this.#json = { ...now, calibrated: now.calibrated.filter((each) => !isStale(each)) };
-    await writeFileAtomic(this.#file, `${formatted(this.#json)}\n`);
+    await writeFileAtomic(this.#file, formatted(this.#json));
   }
 
   /** Writes an entry in place of those that it replaces, beside what others have found meanwhile. */
   async add(entry: CalibratedEntry, replaces: (each: CalibratedEntry) => boolean): Promise<void> {
     const now = await readJson(this.#file, this.#identity);
     this.#json = { ...now, calibrated: sorted([...now.calibrated.filter((each) => !replaces(each)), entry]) };
-    await writeFileAtomic(this.#file, `${formatted(this.#json)}\n`);
+    await writeFileAtomic(this.#file, formatted(this.#json));
   }
 }
 
@@ -225,10 +224,10 @@ const sorted = (entries: CalibratedEntry[]) =>
       rowsOf(b) - rowsOf(a),
   );
 
-/** JSON with a line for each schedule. */
-function formatted({ calibrated, ...others }: SchedulesJson): string {
+/** The text of a file of schedules: JSON with a line for each schedule. */
+export function formatted({ calibrated, ...others }: { readonly calibrated: readonly unknown[] }): string {
   const lines = calibrated.map((each) => `    ${JSON.stringify(each)}`).join(",\n");
-  return `${JSON.stringify(others, null, 2).slice(0, -2)},\n  "calibrated": [\n${lines}\n  ]\n}`;
+  return `${JSON.stringify(others, null, 2).slice(0, -2)},\n  "calibrated": [\n${lines}\n  ]\n}\n`;
 }
 
 /** @throws OutputError where the file cannot be written */
@@ -270,14 +269,17 @@ async function readJson(file: string, identity: ModelIdentity): Promise<Schedule
   const { version = schedulesVersion, calibrated = [] } = data;
   const isOther = data.model !== undefined && !(await isModelOf(data, identity));
   if (version !== schedulesVersion || isOther) refuse("holds schedules of another model or version");
-  // What names the model stays: these are the same weights, perhaps in another precision.
-  const { variant } = identity;
-  const own = { model: await identity.fingerprint(), ...(variant && { variant }), samples: await identity.samples() };
   return {
     ...data,
-    ...(data.model === undefined ? own : { model: data.model }),
+    // What names the model stays: these are the same weights, perhaps in another precision.
+    ...(data.model === undefined ? await namedModelOf(identity) : { model: data.model }),
     ...{ version, made: `flowturbo ${packageVersion()}`, calibrated: calibrated as unknown as CalibratedEntry[] },
   };
+}
+
+/** What a file that is begun says of its model. */
+async function namedModelOf({ variant, fingerprint, samples }: ModelIdentity) {
+  return { model: await fingerprint(), ...(variant && { variant }), samples: await samples() };
 }
 
 const fileSchema = namedModelSchema.extend({

@@ -65,8 +65,8 @@ export const rowsOf = ({ guided }: Pick<CalibratedSchedule, "guided">) =>
 /**
  * The schedules for a request, of each number of steps, as they were fitted at its size, or else at the nearest within reach where there
  * are some; between two guidance scales that were fitted every number is interpolated linearly, and only where nothing lies on both sides
- * a scale a little outside takes the nearest. Those of the nearest size come first. Left out is what is no better than the usual schedule: than the one with the
- * same steps guided, and where the request leaves that open, also than the one that guides all.
+ * a scale a little outside takes the nearest. Those of the nearest size come first. Left out is what is no better than the usual
+ * schedule: than the one with the same steps guided, and where the request leaves that open, also than the one that guides all.
  */
 export function fittedSchedules(all: readonly CalibratedSchedule[], request: FittedRequest): FittedSchedule[] {
   const { width, height, guidanceScale, guided, hasRefiner = false } = request;

@@ -326,7 +326,7 @@ describe("calibrate", () => {
     const tensors: Record<string, FloatTensor> = {};
     for (const [name, entry] of await readSafetensorsHeader(`${place}.safetensors`))
       tensors[name] = await readTensor(`${place}.safetensors`, entry);
-    // Rounded to seven digits of binary, as in bfloat16.
+    // Rounded about as much as in bfloat16.
     const rounded = (value: number) => Number(value.toPrecision(3));
     const write = (change: (data: Float32Array) => Float32Array) =>
       writeSafetensors(
