@@ -10,7 +10,7 @@
 //   GET /stats                                        counters and histograms
 //
 // Errors are JSON, { code, message }, with the status of the table of errors: 400 for a wrong option, 429 for a full
-// queue, 503 for a time limit that cannot be met now; Retry-After where waiting helps. Messages hold nothing of the
+// queue and for a time limit that cannot be met now; Retry-After where waiting helps. Messages hold nothing of the
 // server. A client that closes its connection aborts its call. SIGTERM and SIGINT end the service: it accepts nothing
 // more, and what is in flight has --drain seconds to finish. A second signal ends it at once.
 import { once } from "node:events";

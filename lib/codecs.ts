@@ -74,6 +74,7 @@ export const resultCodec = <T extends z.ZodType>(picture: T) =>
     sigmas: numbers,
     stages: z.array(z.strictObject({ width: side, height: side, blocks: z.string(), sigmas: numbers })),
     evaluations: z.strictObject({ predictor: z.number(), refiner: z.number(), rows: z.number() }),
+    tokens: z.strictObject({ text: z.int().nonnegative(), image: z.int().nonnegative() }),
     timings: z.strictObject({
       ...{ load: z.number(), queue: z.number(), encode: z.number(), steps: numbers },
       ...{ upscale: z.number(), edit: z.number(), decode: z.number(), total: z.number() },

@@ -266,6 +266,16 @@ export class DisposedError extends FlowTurboError {
   }
 }
 
+/** The model takes no new calls, since `drain()` was called; those under way are done. Another process may take this one. */
+export class DrainingError extends FlowTurboError {
+  constructor(what: string) {
+    super(
+      "ERR_FLOWTURBO_DRAINING",
+      `${what} takes no new calls: it ends when those under way are done. Try again elsewhere, or later.`,
+    );
+  }
+}
+
 /** A line of the table of errors. */
 export interface ErrorRow {
   /** Its class. */
@@ -353,10 +363,16 @@ const rows = {
     sentence: "The GPU was lost for a moment. Try again.",
   },
   ERR_FLOWTURBO_OUTPUT: { type: OutputError, status: 500, retryable: false, sentence: "A file could not be written." },
-  ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 503, retryable: true, sentence: null },
+  ERR_FLOWTURBO_DEADLINE: { type: DeadlineError, status: 429, retryable: true, sentence: null },
   ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE: { type: DeadlineError, status: 422, retryable: false, sentence: null },
   ERR_FLOWTURBO_TIMEOUT: { type: TimeoutError, status: 504, retryable: true, sentence: null },
   ERR_FLOWTURBO_QUEUE_FULL: { type: QueueFullError, status: 429, retryable: true, sentence: null },
+  ERR_FLOWTURBO_DRAINING: {
+    type: DrainingError,
+    status: 503,
+    retryable: true,
+    sentence: "The service takes no new calls. Try again.",
+  },
   ERR_FLOWTURBO_DISPOSED: {
     type: DisposedError,
     status: 503,

@@ -17,7 +17,7 @@ import { SharedTask } from "./common/abort.js";
 import { defaultCacheFolder } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
-import { CheckpointError, DisposedError, OptionError, TimeoutError } from "./errors.js";
+import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
 import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
@@ -37,6 +37,7 @@ import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./generation/sizes.js";
 import { canRun } from "./generation/stages.js";
+import { generateStream } from "./generation/stream.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import type {
@@ -45,6 +46,7 @@ import type {
   Costs,
   GenerateOptions,
   GenerateResult,
+  GenerateStream,
   ImageModel,
   LoadOptions,
   LoadProgress,
@@ -102,6 +104,7 @@ export class FlowTurbo implements ImageModel {
   readonly #events: HealthMonitor["events"];
   readonly #calls = new Set<Promise<unknown>>();
   #colours: SharedTask<LatentColours> | null = null;
+  #drained: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
 
   /**
@@ -229,11 +232,11 @@ export class FlowTurbo implements ImageModel {
    *   GPU cannot hold what a picture takes, and later if its memory ran out at a launch; DeviceLostError if the GPU was lost; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
    *   if the network's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
-   *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
+   *   TimeoutError after `timeoutMs`; DisposedError; DrainingError after `drain`; `signal.reason` after an abort
    */
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const start = performance.now();
-    if (this.#disposed) throw new DisposedError("This model");
+    this.#checkOpen();
     const request = settleRequest(options, this.#model);
     request.signal?.throwIfAborted();
     this.#checkMemory(request);
@@ -251,6 +254,11 @@ export class FlowTurbo implements ImageModel {
     }
   }
 
+  /** As `generate`, to be iterated over: see `ImageModel.generateStream`. */
+  generateStream(options: GenerateOptions): GenerateStream {
+    return generateStream((each) => this.generate(each), options);
+  }
+
   /** Counters and histograms of all calls. */
   stats(): Stats {
     return this.#service.stats();
@@ -258,7 +266,7 @@ export class FlowTurbo implements ImageModel {
 
   /** Whether calls are answered, and what is wrong if something is: for the probes of an orchestrator. */
   health(): Health {
-    return this.#service.health(this.#disposed !== null);
+    return this.#service.health(this.#disposed ? "disposed" : this.#drained ? "draining" : null);
   }
 
   /** Listens to what befalls the runtime: see `ImageModel.on`. */
@@ -287,10 +295,10 @@ export class FlowTurbo implements ImageModel {
 
   /**
    * Measures what every launch of a picture costs, at each size and batch, and keeps the table for later loads.
-   * @throws OptionError for a size that the model does not draw; DisposedError; `signal.reason` after an abort
+   * @throws OptionError for a size that the model does not draw; DisposedError; DrainingError after `drain`; `signal.reason` after an abort
    */
   async profile(options: ProfileOptions = {}): Promise<Costs> {
-    if (this.#disposed) throw new DisposedError("This model");
+    this.#checkOpen();
     const checked = checkOptions(profileSchema, options, "profile()");
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(this.#model.checkpoint, sizes);
@@ -302,10 +310,10 @@ export class FlowTurbo implements ImageModel {
    * runtime beside what else is drawn, for some hundred evaluations of each picture and schedule; `dispose` waits for it, unless
    * `signal` ends it.
    * @throws OptionError for an option that is wrong or a size that the model does not draw; OutputError if the file cannot be written;
-   *   DisposedError; `signal.reason` after an abort
+   *   DisposedError; DrainingError after `drain`; `signal.reason` after an abort
    */
   async calibrate(options: CalibrateOptions = {}): Promise<Calibration> {
-    if (this.#disposed) throw new DisposedError("This model");
+    this.#checkOpen();
     const checked = checkOptions(calibrateSchema, options, "calibrate()");
     const { checkpoint, text, runtime, keepTextEncoders, unload } = this.#model;
     const sizes = checked.sizes ?? [this.nativeSize];
@@ -344,6 +352,15 @@ export class FlowTurbo implements ImageModel {
     });
   }
 
+  /**
+   * Takes no new calls from now on: they reject with a DrainingError, and `health().ready` is false.
+   * @returns a promise, the same for every call, that resolves when the work of calls under way is done (not handlers of their events)
+   */
+  drain(): Promise<void> {
+    this.#drained ??= Promise.all(this.#calls).then(() => {});
+    return this.#drained;
+  }
+
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
     this.#disposed ??= (async () => {
@@ -357,6 +374,12 @@ export class FlowTurbo implements ImageModel {
   /** As `dispose`, for `await using`. */
   [Symbol.asyncDispose](): Promise<void> {
     return this.dispose();
+  }
+
+  /** @throws DisposedError or DrainingError where no calls are taken any more */
+  #checkOpen(): void {
+    if (this.#disposed) throw new DisposedError("This model");
+    if (this.#drained) throw new DrainingError("This model");
   }
 
   /** @throws MemoryError if the device cannot hold what one picture takes */

@@ -8,6 +8,7 @@ export {
   DeadlineError,
   DeviceLostError,
   DisposedError,
+  DrainingError,
   type ErrorRow,
   errorTable,
   FlowTurboError,
@@ -29,6 +30,7 @@ export {
 export { embeddedModel, FlowTurbo } from "./flowturbo.js";
 export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./generation/engines.js";
 export { Image } from "./generation/image.js";
+export { generateStream } from "./generation/stream.js";
 export { type Json, requestFromJson, requestToJson, resultFromJson, resultToJson } from "./json.js";
 export type {
   AcceptEvent,
@@ -40,8 +42,10 @@ export type {
   Costs,
   DeadlineResult,
   EngineProgress,
+  GenerateEvent,
   GenerateOptions,
   GenerateResult,
+  GenerateStream,
   HandlerOptions,
   ImageFormat,
   ImageModel,

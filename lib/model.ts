@@ -31,9 +31,15 @@ export interface ImageModel extends AsyncDisposable {
    * @throws OptionError before any work if an option is wrong or does not fit the model; DeadlineError before any work if
    *   no schedule is done within `deadlineMs`; QueueFullError if too many requests wait; NotFiniteError naming the step
    *   if the network's values overflow; MemoryError if a GPU cannot hold what a picture takes; RuntimeDiedError if the runtime's process ended while it worked on this call;
-   *   TimeoutError after `timeoutMs`; DisposedError; `signal.reason` after an abort
+   *   TimeoutError after `timeoutMs`; DisposedError; DrainingError after `drain`; `signal.reason` after an abort
    */
   generate(options: GenerateOptions): Promise<GenerateResult>;
+  /**
+   * As `generate`, to be iterated over: `for await (const event of model.generateStream({ prompt }))`. The call starts at once; its events
+   * come in order, the result last, and what it rejects with is thrown after the events that came before. Drawing never waits for who
+   * reads. Leaving the loop ends the call. Handlers among the options are called as well.
+   */
+  generateStream(options: GenerateOptions): GenerateStream;
   /** Counters and histograms of all calls since the model was loaded. */
   stats(): Stats;
   /** Whether calls are answered, and what is wrong if something is: for the probes of an orchestrator. */
@@ -45,6 +51,12 @@ export interface ImageModel extends AsyncDisposable {
   on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
   /** Undoes one `on` with the same name and listener. */
   off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this;
+  /**
+   * Takes no new calls from now on: they reject with a DrainingError, and `health().ready` is false. Resolves when the work of calls
+   * under way is done (not handlers of their events); `dispose` then frees everything. Every call gives the same promise. Of a model that
+   * is disposed it resolves as well.
+   */
+  drain(): Promise<void>;
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void>;
 }
@@ -66,8 +78,12 @@ export type ImageFormat = "png" | "jpeg" | "webp";
 export interface Picture extends RgbPicture {
   /** How it was made, as far as the option `metadata` says; encoded files carry it as text. */
   readonly parameters: Readonly<Record<string, unknown>>;
-  /** The encoded file, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
-  encode(format: ImageFormat): Promise<Buffer>;
+  /**
+   * The encoded file, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription).
+   * @param options `quality` of jpeg and webp, 1 to 100; default: 95
+   * @throws OptionError for another quality, or one for png, which loses nothing
+   */
+  encode(format: ImageFormat, options?: { quality?: number | undefined }): Promise<Buffer>;
   /** As `encode("png")`. */
   toPNG(): Promise<Buffer>;
   /**
@@ -216,7 +232,11 @@ export interface GenerateOptions {
   sampler?: SamplerName | undefined;
   /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun, 20 for dpmpp_2m and unipc. */
   steps?: number | undefined;
-  /** Number of steps by what counts, for flowturbo: `"fast"` 6, `"balanced"` 10, `"best"` 20. In place of `steps`. Default: `"balanced"`. */
+  /**
+   * Number of steps by what counts, for flowturbo: `"fast"` 6, `"balanced"` 10, `"best"` 20. In place of `steps`. Where the model's
+   * schedules.json has a `ladder`, its schedules count instead: `"best"` is the first, `"balanced"` the one in the middle (of an even
+   * number the earlier one), `"fast"` the last; a named `grid: "calibrated"` passes over it. Default: the `steps` of the sampler.
+   */
   quality?: QualityName | undefined;
   /**
    * The schedule itself, in place of `steps`: one letter a block from noise to image, each with an optional count, such as
@@ -295,9 +315,15 @@ export interface GenerateOptions {
   keepOriginal?: boolean | undefined;
   /**
    * What step events show in `previews`: `"fast"`, a linear map of the latents to colours, one pixel a latent; or
-   * `"decoded"`, the full decoder, which costs a decode for each block. Default: nothing.
+   * `"decoded"`, the full decoder, which costs a decode for each block that shows one. Default: nothing.
    */
   preview?: "fast" | "decoded" | undefined;
+  /**
+   * With `preview`: at most so many steps have previews, 1 to 1000; only for those are they computed. Of n steps (of all stages
+   * together) they are the k numbered ⌈i·n/(k + 1)⌉ for i = 1 to k, counted from 1, and never the last; k is this number, or n − 1 if that
+   * is less. Events of the other steps have no previews. Default: every step.
+   */
+  previewCount?: number | undefined;
   /**
    * What the pictures' files say about themselves (`Picture.parameters`): `"parameters"`, what it takes to draw them again, such as
    * prompts, seed, size and schedule; `"full"`, the names of model, software and runtime too; `false`, nothing. Never a path.
@@ -410,10 +436,36 @@ export interface StepEvent {
   /** Milliseconds that the block took in the runtime. A launch that was shared counts in full. */
   readonly milliseconds: number;
   /**
-   * If the option `preview` asks for them: each picture as the run sees it now, the estimate x − σ·v. Those of `"fast"`
-   * have one pixel for each latent. Otherwise empty, and where a later event came before the handler had time for this one.
+   * If the option `preview` asks for them, and `previewCount` at this step: each picture as the run sees it now, the estimate x − σ·v. Those
+   * of `"fast"` have one pixel for each latent. Otherwise empty, and where a later event came before the handler had time for this one.
    */
   readonly previews: readonly Picture[];
+}
+
+/** What a stream of a call has: its events, named by `type`, and at the end its result. */
+export type GenerateEvent =
+  | (AcceptEvent & { readonly type: "accept" })
+  | (StartEvent & { readonly type: "start" })
+  | (StepEvent & { readonly type: "step" })
+  | { readonly type: "result"; readonly result: GenerateResult };
+
+/**
+ * A call of `generateStream`: an async iterator for one reader. Leaving it before its end, by `break`, `return()` or `await using`, aborts
+ * the call and waits until it has ended.
+ */
+export interface GenerateStream extends AsyncIterable<GenerateEvent>, AsyncDisposable {
+  /**
+   * The next event. Events that nobody has asked for wait, any number of them; of the step events that wait only the newest keeps its
+   * `previews`.
+   * @throws once, after the last event, what `generate` rejects with
+   */
+  next(): Promise<IteratorResult<GenerateEvent, undefined>>;
+  /** Ends the call, unless it has ended, and gives up what waits. Resolves when it has ended. */
+  return(): Promise<IteratorResult<GenerateEvent, undefined>>;
+  /** The stream itself. */
+  [Symbol.asyncIterator](): GenerateStream;
+  /** As `return`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** Where the time of a call went, in milliseconds. Launches that were shared count in full. */
@@ -501,6 +553,16 @@ export interface GenerateResult {
   readonly stages: readonly StageResult[];
   /** Evaluations of the two networks for one picture. */
   readonly evaluations: Evaluations;
+  /** What the networks read, in tokens. */
+  readonly tokens: {
+    /**
+     * Of the prompts, all of the call together: of each as many as the text encoder that reads most of it reads, special tokens
+     * included and padding not. Negative prompts do not count, nor does how many pictures are drawn of a prompt.
+     */
+    readonly text: number;
+    /** Patches of one picture in the transformer, at its final size. */
+    readonly image: number;
+  };
   /** Where the time went. */
   readonly timings: Timings;
   /** How the time limit was kept; null without one. */

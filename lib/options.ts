@@ -269,8 +269,8 @@ export const generateSchema = z.strictObject({
   quality: optional(
     oneOf(Object.keys(qualities) as QualityName[]),
     `number of steps by what counts: ${Object.entries(qualities)
-      .map(([name, steps]) => `${name} (${steps})`)
-      .join(", ")}`,
+      .map(([name, { steps }]) => `${name} (${steps})`)
+      .join(", ")}; or the last, middle and first schedule of the model's ladder, where it has one`,
     "--quality <name>",
   ),
   blocks: optional(
@@ -359,6 +359,10 @@ export const generateSchema = z.strictObject({
   preview: optional(
     oneOf(["fast", "decoded"]),
     "what each step event shows: fast (a linear map of the latents), decoded (the full decoder)",
+  ),
+  previewCount: optional(
+    integer(1, 1000),
+    "with preview: at most so many steps show previews, evenly over the schedule, the last never (default: every step)",
   ),
   metadata: defaulted(
     kind(z.union([z.enum(["full", "parameters"]), z.literal(false)]), '"full", "parameters" or false'),

@@ -44,6 +44,7 @@ it("an error has the code that the table has for its class", () => {
     new errors.DeadlineError("m", { deadlineMs: 1, bestMs: 2, blocks: "H1", retryAfterMs: null }),
     new errors.QueueFullError("m", 1, 2),
     new errors.DisposedError("This"),
+    new errors.DrainingError("This"),
     new errors.TimeoutError(1),
   ];
   expect(made.map(({ code }) => code).sort()).toEqual(Object.keys(errorTable).sort());

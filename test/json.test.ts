@@ -59,6 +59,7 @@ const options = fc.record(
     strength: fc.constantFrom(0.25, 1),
     keepOriginal: fc.boolean(),
     preview: fc.constantFrom("fast" as const, "decoded" as const),
+    previewCount: fc.integer({ min: 1, max: 1000 }),
     metadata: fc.constantFrom("full" as const, "parameters" as const, false as const),
     noise: fc.oneof(tensor, fc.array(tensor, { minLength: 1, maxLength: 3 })),
     maxSequenceLength: fc.integer({ min: 1, max: 512 }),

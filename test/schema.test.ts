@@ -271,6 +271,7 @@ it("the schema of a result agrees with resultFromJson", () => {
     ...{ latents: tensor, pixels: tensor, seeds: [1], width: 1, height: 1, blocks: "H1", sigmas: [1, 0] },
     stages: [{ width: 1, height: 1, blocks: "H1", sigmas: [1, 0] }],
     evaluations: { predictor: 2, refiner: 0, rows: 4 },
+    tokens: { text: 5, image: 1 },
     timings: { load: 1, queue: 1, encode: 1, steps: [1], upscale: 1, edit: 1, decode: 1, total: 1 },
     deadline: null,
     warnings: [],

@@ -25,6 +25,8 @@ export const huggingFaceTokenizers = new Dependency(
 export interface Tokens {
   /** [length] ids, padded or truncated; the end token stays when the text is truncated. */
   readonly ids: BigInt64Array;
+  /** Ids before the padding, special tokens included. */
+  readonly count: number;
   readonly truncated: boolean;
   /** The beginning of what truncation cut off, as far as it can be told from its tokens ("" if nothing was). */
   readonly dropped: string;
@@ -280,8 +282,10 @@ async function tokenizer(
       }
       const truncated = found.length > room;
       const ids = new BigInt64Array(length).fill(BigInt(pad));
-      ids.set([...before, ...found.slice(0, room), end].map(BigInt));
-      return { ids, truncated, dropped: truncated ? beginning(found.slice(room), more) : "", unread };
+      const taken = [...before, ...found.slice(0, room), end];
+      ids.set(taken.map(BigInt));
+      const dropped = truncated ? beginning(found.slice(room), more) : "";
+      return { ids, count: taken.length, truncated, dropped, unread };
     },
   };
 

@@ -6,6 +6,7 @@
 import path from "node:path";
 import { writeFileAtomic } from "../common/files.js";
 import type { FloatTensor } from "../common/tensor.js";
+import { clipped } from "../common/text.js";
 import { isDue, rest } from "../common/turns.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
@@ -42,8 +43,13 @@ export class Image implements Picture {
     this.parameters = parameters;
   }
 
-  /** Encoded, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription). */
-  async encode(format: ImageFormat): Promise<Buffer> {
+  /**
+   * Encoded, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription).
+   * @param options `quality` of jpeg and webp, 1 to 100; default: 95
+   * @throws OptionError for another quality, or one for png, which loses nothing
+   */
+  async encode(format: ImageFormat, options: { quality?: number | undefined } = {}): Promise<Buffer> {
+    const quality = checkedQuality(format, options.quality);
     const raw = { width: this.width, height: this.height, channels: 3 as const };
     const { software } = this.parameters;
     const isDescribed = Object.keys(this.parameters).length > 0;
@@ -57,8 +63,8 @@ export class Image implements Picture {
     const description = { ImageDescription: inAscii(text), ...named };
     const described = isDescribed ? picture.withExif({ IFD0: description }) : picture;
     return format === "jpeg"
-      ? described.jpeg({ quality: 95, chromaSubsampling: "4:4:4" }).toBuffer()
-      : described.webp({ quality: 95 }).toBuffer();
+      ? described.jpeg({ quality, chromaSubsampling: "4:4:4" }).toBuffer()
+      : described.webp({ quality }).toBuffer();
   }
 
   /** As `encode("png")`. */
@@ -77,6 +83,25 @@ export class Image implements Picture {
       throw new OutputError(file, `Cannot write ${file}: ${cause.message}`, { cause });
     });
   }
+}
+
+/** Of jpeg and webp, where none is named. */
+const defaultQuality = 95;
+
+/** @throws OptionError for what no encoder of the format takes */
+function checkedQuality(format: ImageFormat, quality: number | undefined): number {
+  if (quality === undefined) return defaultQuality;
+  if (format === "png")
+    throw new OptionError(
+      "quality",
+      `The format png loses nothing and takes no quality; leave out quality (${quality}), or use jpeg or webp.`,
+    );
+  if (!Number.isInteger(quality) || quality < 1 || quality > 100)
+    throw new OptionError(
+      "quality",
+      `Expected a whole number from 1 to 100 for quality but received ${clipped(String(quality), 80)}.`,
+    );
+  return quality;
 }
 
 /** The same picture at another size, smoothly. */

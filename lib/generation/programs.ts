@@ -53,8 +53,10 @@ export interface SamplingKind {
   readonly imageChannels: number;
   /** Added to the sizes of steps, where the text is not as long as usual: for a table of costs. */
   readonly textSize?: string | undefined;
-  /** After each block, the picture as it would end from there: by a linear map to colours, or decoded. */
+  /** After blocks, the picture as it would end from there: by a linear map to colours, or decoded. */
   readonly preview?: "fast" | "decoded" | undefined;
+  /** After how many blocks, over all stages, at most; default: after each. */
+  readonly previewCount?: number | undefined;
   /** Whether the final latents are a result besides the picture: every result is copied on its way here. */
   readonly keepsLatents: boolean;
 }
@@ -89,6 +91,19 @@ export interface SamplingTemplate {
   readonly latents: string;
   /** Decoded picture [B, 3, H, W], a result. */
   readonly image: string;
+  /** Indices of the blocks, over all stages, that previews follow. */
+  readonly previewed: ReadonlySet<number>;
+}
+
+/**
+ * The blocks that previews follow: all of them, or `count` evenly over the schedule, of n blocks the ⌈i·n/(count + 1)⌉-th for i = 1 to `count`.
+ * Those are never the last one, where the picture itself follows.
+ * @returns indices from 0
+ */
+export function previewedBlocks(blocks: number, count: number | undefined): ReadonlySet<number> {
+  if (count === undefined) return new Set(Array.from({ length: blocks }, (_, index) => index));
+  const most = Math.max(0, Math.min(count, blocks - 1));
+  return new Set(Array.from({ length: most }, (_, index) => Math.ceil(((index + 1) * blocks) / (most + 1)) - 1));
 }
 
 /** A picture's values by the names of their slots. */
@@ -119,7 +134,8 @@ export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
   let latents = "";
   for (const index of kind.stages.keys()) latents = writer.stage(index, latents);
   const image = writer.decode(latents, kind.stages.length - 1, "image", { kind: "decode", name: "decoder" });
-  return { program: writer.builder.build([...(kind.keepsLatents ? [latents] : []), image]), latents, image };
+  const program = writer.builder.build([...(kind.keepsLatents ? [latents] : []), image]);
+  return { program, latents, image, previewed: writer.previewed };
 }
 
 /** The program that encodes a picture, [1, 3, H, W]; its result is "latents", [1, C, h, w]. */
@@ -280,6 +296,8 @@ class StageState {
 
 class TemplateWriter {
   readonly builder = new ProgramBuilder();
+  /** Blocks, over all stages, that previews follow. */
+  readonly previewed: ReadonlySet<number>;
   readonly #kind: SamplingKind;
   readonly #rows: number;
   /** Blocks of the stages before the present one, and of all. */
@@ -290,6 +308,7 @@ class TemplateWriter {
     this.#kind = kind;
     this.#rows = kind.stages[0]!.latentShape[0];
     this.#blocks = kind.stages.reduce((sum, { schedule }) => sum + schedule.blocks.length, 0);
+    this.previewed = previewedBlocks(kind.preview ? this.#blocks : 0, kind.previewCount);
     const { guided, alone } = guidanceOf(kind.stages);
     const slots = (prefix: string, rows: number) => {
       this.builder.slot(`${prefix}context`, [rows, ...kind.contextShape]);
@@ -328,7 +347,7 @@ class TemplateWriter {
       if (!step.last) continue;
       const reached = sigmas[step.block + 1]!;
       if (stage.hasMask) this.#blend(stage, name, noise, state, reached);
-      if (this.#kind.preview) this.#preview(index, name, step.block, state, reached);
+      if (this.previewed.has(this.#blocksBefore + step.block)) this.#preview(index, name, step.block, state, reached);
     }
     this.#blocksBefore += blocks.length;
     return x.at;

@@ -9,7 +9,6 @@ import type { LaunchLabel } from "../program/program.js";
 import type { LaunchReport } from "../runtimes/runtime.js";
 import type { Block, Schedule } from "../schedule/index.js";
 import { Image, toRgb } from "./image.js";
-import type { Request } from "./request.js";
 
 /** Turns reports of rows into times, previews and step events. A step is done when all rows have done it. */
 export class ProgressReporter {
@@ -27,15 +26,16 @@ export class ProgressReporter {
   readonly #blocks: readonly { stage: number; block: Block; sigma: number }[];
   readonly #stages: number;
   readonly #rows: number;
-  readonly #preview: Request["preview"];
+  readonly #previewed: ReadonlySet<number>;
   readonly #onStep: (event: StepEvent) => void;
   /** For each block: rows that have done it, and their previews. */
   readonly #done = new Map<number, { rows: number; readonly previews: Image[][] }>();
 
+  /** @param previewed blocks that are done by the launch of their preview; the others by their own last launch */
   constructor(
     stages: readonly { readonly schedule: Schedule }[],
     rows: number,
-    preview: Request["preview"],
+    previewed: ReadonlySet<number>,
     onStep: (event: StepEvent) => void,
   ) {
     this.#blocks = stages.flatMap(({ schedule: { blocks, sigmas } }, stage) =>
@@ -43,7 +43,7 @@ export class ProgressReporter {
     );
     this.#stages = stages.length;
     this.#rows = rows;
-    this.#preview = preview;
+    this.#previewed = previewed;
     this.#onStep = onStep;
   }
 
@@ -59,7 +59,7 @@ export class ProgressReporter {
     this.#done.set(step, done);
     for (const value of Object.values(values) as FloatTensor[])
       done.previews[row] = [new Image(value.shape[3]!, value.shape[2]!, toRgb(value, 0))];
-    if (!label.last || label.kind !== (this.#preview ? "preview" : "step")) return;
+    if (!label.last || label.kind !== (this.#previewed.has(step) ? "preview" : "step")) return;
     if (++done.rows < this.#rows) return;
     this.#done.delete(step);
     this.#onStep({

@@ -47,9 +47,9 @@ export async function draw(
   events: RequestEvents | null,
   start: number,
 ): Promise<GenerateResult> {
-  const { prompts, count, pictures, preview, reports, signal } = request;
+  const { prompts, count, pictures, reports, signal } = request;
   const { stages, template } = candidate;
-  const progress = new ProgressReporter(stages, pictures, preview, (event) => events?.send("onStep", event));
+  const progress = new ProgressReporter(stages, pictures, template.previewed, (event) => events?.send("onStep", event));
   const run = (rows: readonly Program[]) => admitted.run({ rows, reports, onLaunch: progress.observe.bind(progress) });
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
@@ -71,6 +71,7 @@ export async function draw(
     if (isDue()) await rest();
   }
   const encode = performance.now() - encodeStart;
+  const tokens = encoded.slice(0, prompts.length).reduce((sum, prompt) => sum + prompt.tokens, 0);
   const warnings = [...new Set(encoded.flatMap((prompt) => prompt.warnings)), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
 
@@ -84,8 +85,7 @@ export async function draw(
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
   const noises = (request.noises ?? (await noiseOf(request.seeds, shapes))).slice(-stages.length);
-  const hasPreviews = preview && stages.some(({ schedule }) => schedule.blocks.length > 0);
-  const colours = hasPreviews ? await model.colours(signal) : undefined;
+  const colours = template.previewed.size > 0 ? await model.colours(signal) : undefined;
   const programs: Program[] = [];
   for (let row = 0; row < pictures; row++) {
     const values = noises.map((noise, index) => {
@@ -99,7 +99,7 @@ export async function draw(
 
   // 4. Decode: the last launch of each program was the decoder; its pixels become pictures.
   const { steps, milliseconds } = progress;
-  return resultOf(model, request, candidate, admitted, warnings, results, {
+  return resultOf(model, request, candidate, admitted, { tokens, warnings }, results, {
     ...{ load: model.loadMilliseconds, queue: admitted.queuedMs, encode, steps, upscale: milliseconds.upscale },
     ...{ edit: milliseconds.edit, decode: milliseconds.decode, total: performance.now() - start },
   });

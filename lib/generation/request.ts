@@ -17,7 +17,7 @@ import {
   refusePaths,
 } from "../options.js";
 import { allFinite } from "../program/validate.js";
-import { defaultSampler, qualities } from "../schedule/index.js";
+import { defaultSampler, formatBlocks, qualities } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
 import type { PromptEncoder } from "./text.js";
@@ -52,6 +52,7 @@ export interface GuidanceSettings {
 type Kept =
   | "count"
   | "preview"
+  | "previewCount"
   | "metadata"
   | "deadlineMs"
   | "prefer"
@@ -94,7 +95,7 @@ const maxPictures = 1024;
 
 /** @throws OptionError that names the option and the remedy */
 export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
-  const options = withQuality(checkOptions(generateSchema, given, "generate()"));
+  const options = withQuality(checkOptions(generateSchema, given, "generate()"), model.ladder);
   const {
     image,
     mask,
@@ -102,7 +103,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, metadata, deadlineMs, prefer, timeoutMs, priority, stages, sigmas, shift, mu } = options;
+  const { count, preview, previewCount, metadata, deadlineMs, prefer, timeoutMs, priority } = options;
+  const { stages, sigmas, shift, mu } = options;
   const { include = [], signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
@@ -113,6 +115,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     throw new OptionError(
       prompts.length > maxPictures ? "prompt" : "count",
       `Expected at most ${maxPictures} pictures of one call but received ${prompts.length} prompts with ${count} each. Make several calls; they share launches.`,
+    );
+  if (previewCount !== undefined && preview === undefined)
+    throw new OptionError(
+      "previewCount",
+      "The option previewCount says how many steps have previews; give preview too, or leave previewCount out.",
     );
   checkGuidanceInterval(options);
   checkSigmas(sigmas);
@@ -135,7 +142,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, metadata, deadlineMs, prefer, timeoutMs, priority },
+    ...{ count, preview, previewCount, metadata, deadlineMs, prefer, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
@@ -165,8 +172,11 @@ export function pinnedWithCapture(): OptionError {
   );
 }
 
-/** A quality as the number of steps that it stands for. @throws OptionError beside other words for the schedule */
-function withQuality(options: ResolvedGenerateOptions): ResolvedGenerateOptions {
+/**
+ * A quality as what it stands for: a schedule of the model's own ladder, or else a number of steps.
+ * @throws OptionError beside other words for the schedule
+ */
+function withQuality(options: ResolvedGenerateOptions, own: ModelFacts["ladder"]): ResolvedGenerateOptions {
   const { quality, steps, blocks, sigmas, stages, sampler, ladder } = options;
   if (quality === undefined) return options;
   for (const [name, value] of Object.entries({ steps, blocks, sigmas, stages, ladder }))
@@ -174,7 +184,10 @@ function withQuality(options: ResolvedGenerateOptions): ResolvedGenerateOptions 
       throw new OptionError("quality", `Both quality and ${name} say what is run; leave out one.`);
   if (sampler !== undefined && sampler !== defaultSampler)
     throw new OptionError("quality", `A quality is of the sampler ${defaultSampler}; give steps for "${sampler}".`);
-  return { ...options, steps: qualities[quality]! };
+  const row = qualities[quality]!;
+  // A ladder was written on purpose. A calibrated grid that is named has no blocks.
+  if (own === null || options.grid === "calibrated") return { ...options, steps: row.steps };
+  return { ...options, blocks: formatBlocks(own[row.rung(own.length)]!) };
 }
 
 /** @throws OptionError for two shifts, or a parameter that the model's scheduler does not have */

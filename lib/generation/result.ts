@@ -1,5 +1,6 @@
 /** What a call of `generate` results in, put together from the results of its pictures' programs. */
 
+import type { Checkpoint } from "../checkpoint/index.js";
 import { packageVersion } from "../common/package.js";
 import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Timings } from "../model.js";
@@ -8,15 +9,16 @@ import { keepOriginal } from "./edit.js";
 import { Image, toRgbInSlices } from "./image.js";
 import { stacked } from "./latents.js";
 import type { Request } from "./request.js";
-import type { RequestStage } from "./stages.js";
+import { patchesOf, type RequestStage } from "./stages.js";
 import type { PreparedCandidate } from "./templates.js";
 
+/** @param text tokens of the prompts, and what the caller should know */
 export async function resultOf(
-  model: { readonly name: string; readonly runtime: { readonly name: string } },
+  model: { readonly name: string; readonly runtime: { readonly name: string }; readonly checkpoint: Checkpoint },
   request: Request,
-  { text, stages, kept, template }: PreparedCandidate,
+  { text: drawn, stages, kept, template }: PreparedCandidate,
   admitted: Admitted,
-  warnings: readonly string[],
+  text: { readonly tokens: number; readonly warnings: readonly string[] },
   results: readonly Record<string, Tensor>[],
   timings: Timings,
 ): Promise<GenerateResult> {
@@ -36,7 +38,8 @@ export async function resultOf(
   const { deadlineMs, include } = request;
   const valuesOf = (name: string) => stacked(results.map((result) => result[name]!));
   return {
-    ...{ images, width, height, blocks, timings, warnings, seeds: request.seeds },
+    ...{ images, width, height, blocks, timings, warnings: text.warnings, seeds: request.seeds },
+    tokens: { text: text.tokens, image: patchesOf(model.checkpoint, stages.at(-1)!.latentShape) },
     latents: include.includes("latents") ? await valuesOf(template.latents) : null,
     pixels: include.includes("pixels") ? await valuesOf(template.image) : null,
     sigmas: stages.flatMap(({ schedule }) => schedule.sigmas),
@@ -50,7 +53,7 @@ export async function resultOf(
       deadlineMs === undefined
         ? null
         : {
-            ...{ deadlineMs, blocks: text, reason: admitted.reason! },
+            ...{ deadlineMs, blocks: drawn, reason: admitted.reason! },
             ...{ predictedMs: admitted.predictedMs!, actualMs: timings.total },
           },
   };

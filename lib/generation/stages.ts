@@ -320,7 +320,8 @@ function blocksLeft(
       );
 }
 
-function patchesOf({ transformer }: Checkpoint, [, , height, width]: LatentShape): number {
+/** Tokens of one picture in the transformer. */
+export function patchesOf({ transformer }: Checkpoint, [, , height, width]: LatentShape): number {
   const { patchSize } = transformer.config;
   return (height / patchSize) * (width / patchSize);
 }

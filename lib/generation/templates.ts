@@ -83,17 +83,17 @@ export class Templates {
 
   /** The template of one picture. */
   sampling(
-    request: Pick<Request, "guidance" | "sequenceLength" | "preview" | "include">,
+    request: Pick<Request, "guidance" | "sequenceLength" | "preview" | "previewCount" | "include">,
     stages: readonly RequestStage[],
     edit: Edit | null,
   ): SamplingTemplate {
-    const { guidance, sequenceLength, preview } = request;
+    const { guidance, sequenceLength, preview, previewCount } = request;
     const keepsLatents = request.include.includes("latents");
     const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
       return { key, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
-    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, keepsLatents]);
+    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, keepsLatents]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae } = this.#checkpoint;
@@ -105,7 +105,7 @@ export class Templates {
         return { schedule, latentShape, upscale, positions, hasInit, hasMask };
       }),
       ...this.#text.shapes(sequenceLength),
-      ...{ guidanceMode: guidance.mode, preview, keepsLatents },
+      ...{ guidanceMode: guidance.mode, preview, previewCount, keepsLatents },
       ...{ vaeFactor: vae.config.factor, imageChannels: vae.config.outChannels },
       textSize: sequenceLength === this.#text.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
     });

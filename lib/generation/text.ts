@@ -22,6 +22,8 @@ export interface EncodedPrompt {
   readonly context: Float32Array;
   /** [pooled] */
   readonly pooled: Float32Array;
+  /** Tokens that the encoder which reads most of the prompt reads, without padding. */
+  readonly tokens: number;
   /** One message for each tokenizer that had to cut the prompt. */
   readonly warnings: readonly string[];
 }
@@ -29,6 +31,8 @@ export interface EncodedPrompt {
 /** The program that encodes a prompt, with a message for each tokenizer that had to cut it. */
 export interface EncoderProgram {
   readonly program: Program;
+  /** As `EncodedPrompt.tokens`. */
+  readonly tokens: number;
   readonly warnings: readonly string[];
 }
 
@@ -142,8 +146,8 @@ export class PromptEncoder {
     results: readonly Record<string, Tensor>[],
   ): Promise<EncodedPrompt[]> {
     const all = new Map(known);
-    for (const [index, [prompt, { warnings }]] of [...missing].entries()) {
-      const encoded = this.#assemble(results[index]!, warnings, sequenceLength);
+    for (const [index, [prompt, { tokens, warnings }]] of [...missing].entries()) {
+      const encoded = { ...this.#assemble(results[index]!, sequenceLength), tokens, warnings };
       all.set(prompt, encoded);
       this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
       if (isDue()) await rest();
@@ -168,10 +172,12 @@ export class PromptEncoder {
     const builder = new ProgramBuilder();
     const warnings: string[] = [];
     const results: string[] = [];
+    let most = 0;
     for (const encoder of this.#encoders) {
       const { name: graph, text, tokenizer } = encoder;
       const tokens = tokensOf(encoder, sequenceLength);
-      const { ids, truncated, dropped, unread } = await tokenizer.encode(prompt, tokens);
+      const { ids, count, truncated, dropped, unread } = await tokenizer.encode(prompt, tokens);
+      most = Math.max(most, count);
       if (truncated)
         warnings.push(
           `The prompt "${clipped(prompt, 60)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${clipped(dropped, 60)}".`,
@@ -190,7 +196,7 @@ export class PromptEncoder {
       });
       results.push(...Object.values(outputs));
     }
-    return { program: builder.build(results), warnings };
+    return { program: builder.build(results), tokens: most, warnings };
   }
 
   /** Tokens of the encoders that stand beside each other along the channels; all have the same number (77). */
@@ -209,7 +215,7 @@ export class PromptEncoder {
     return known;
   }
 
-  #assemble(results: Record<string, Tensor>, warnings: readonly string[], sequenceLength: number): EncodedPrompt {
+  #assemble(results: Record<string, Tensor>, sequenceLength: number): Pick<EncodedPrompt, "context" | "pooled"> {
     const [tokens, joint] = this.shapes(sequenceLength).contextShape;
     const context = new Float32Array(tokens * joint);
     const pooled: Float32Array[] = [];
@@ -229,7 +235,7 @@ export class PromptEncoder {
       const projection = results[`${name}.pooled`] as FloatTensor | undefined;
       if (projection) pooled.push(projection.data);
     }
-    return { context, pooled: concatenate(pooled), warnings };
+    return { context, pooled: concatenate(pooled) };
   }
 }
 

@@ -78,14 +78,25 @@ export function samplersWithBlocks(): string[] {
   return Object.keys(samplers).filter((name) => samplers[name]!.takesBlocks);
 }
 
-/** Numbers of steps by what counts: see the option `quality`. */
-const qualityRows = table<number>()({ fast: 6, balanced: 10, best: 20 });
+/** What a preset stands for: see the option `quality`. */
+export interface QualityRow {
+  /** Number of steps. */
+  readonly steps: number;
+  /** Which schedule of a model's own ladder it is: an index from 0, the richest, of so many. */
+  readonly rung: (rungs: number) => number;
+}
+
+const qualityRows = table<QualityRow>()({
+  fast: { steps: 6, rung: (rungs) => rungs - 1 },
+  balanced: { steps: 10, rung: (rungs) => Math.floor((rungs - 1) / 2) },
+  best: { steps: 20, rung: () => 0 },
+});
 
 /** Name of a preset of the number of steps: see the option `quality`. */
 export type QualityName = keyof typeof qualityRows;
 
 /** The presets of the number of steps, for the default sampler. */
-export const qualities: Record<string, number> = qualityRows;
+export const qualities: Record<string, QualityRow> = qualityRows;
 
 /** Noise levels of blocks that are given, where none are named. */
 export const blocksGrid = "shifted" satisfies GridName;

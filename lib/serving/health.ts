@@ -44,7 +44,7 @@ export interface HealthError {
 export interface Health {
   /** Whether this process can go on; false once it has lost its GPU for good (TensorRT), which only another process gets again. For liveness probes, which make an orchestrator restart it. */
   readonly live: boolean;
-  /** Whether a call that is made now would be worked on: the model is not disposed, and its runtime could be started when it was last tried. */
+  /** Whether a call that is made now would be worked on: the model is neither disposed nor draining, and its runtime could be started when it was last tried. */
   readonly ready: boolean;
   /** Whether something is wrong though calls are taken; `reasons` say what. */
   readonly degraded: boolean;
@@ -130,10 +130,14 @@ export class HealthMonitor implements RuntimeListener {
     };
   }
 
-  /** @param running the launch that runs now */
-  report(running: SlowLaunch | null, isDisposed: boolean): Health {
+  /**
+   * @param running the launch that runs now
+   * @param closed why no calls are taken; null where they are
+   */
+  report(running: SlowLaunch | null, closed: "draining" | "disposed" | null): Health {
     const reasons: string[] = [];
-    if (isDisposed) reasons.push("The model has been disposed.");
+    if (closed === "disposed") reasons.push("The model has been disposed.");
+    if (closed === "draining") reasons.push("The model takes no new calls: it ends when those under way are done.");
     if (this.#fatal) reasons.push(this.#fatal.message);
     else if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
     else if (this.#lost) reasons.push(`The runtime was lost; the next call starts it again: ${this.#lost.message}`);
@@ -150,7 +154,7 @@ export class HealthMonitor implements RuntimeListener {
     if (isSlow) reasons.push(slowText(running));
     return {
       live: this.#fatal === null,
-      ready: !isDisposed && !this.#isDown && this.#fatal === null,
+      ready: closed === null && !this.#isDown && this.#fatal === null,
       degraded: reasons.length > 0,
       reasons,
       restarts: this.#restarts,

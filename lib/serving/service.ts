@@ -79,9 +79,9 @@ export class Service {
     });
   }
 
-  /** Whether calls are answered. */
-  health(isDisposed: boolean): Health {
-    return this.#monitor.report(this.#dispatcher.running, isDisposed);
+  /** Whether calls are answered. @param closed why none are taken; null where they are */
+  health(closed: "draining" | "disposed" | null): Health {
+    return this.#monitor.report(this.#dispatcher.running, closed);
   }
 
   /**

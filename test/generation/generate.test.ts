@@ -6,6 +6,7 @@ import { monitorEventLoopDelay } from "node:perf_hooks";
 import {
   CheckpointError,
   DisposedError,
+  DrainingError,
   FlowTurbo,
   FlowTurboError,
   type GenerateOptions,
@@ -350,6 +351,72 @@ describe("abort and disposal", () => {
     });
     await expect(work).rejects.toBe(thrown);
     expect((await model.generate({ prompt: "x", steps: 1 })).images).toHaveLength(1);
+  });
+
+  it("drain takes no new calls, waits for those under way, and goes before dispose", async () => {
+    const other = await FlowTurbo.load(undefined, { measureCosts: false });
+    const order: string[] = [];
+    const work = Promise.all(
+      [1, 2].map((seed) => other.generate({ prompt: "x", steps: 3, seed }).then(() => order.push("drawn"))),
+    );
+    const drained = other.drain();
+    expect(other.drain()).toBe(drained);
+    expect(other.health()).toMatchObject({
+      live: true,
+      ready: false,
+      reasons: [expect.stringMatching(/no new calls/)],
+    });
+    for (const call of [() => other.generate({ prompt: "x" }), () => other.profile(), () => other.calibrate()])
+      await expect(call()).rejects.toMatchObject({ code: "ERR_FLOWTURBO_DRAINING" });
+    await expect(other.generateStream({ prompt: "x" }).next()).rejects.toBeInstanceOf(DrainingError);
+    void drained.then(() => order.push("drained"));
+    await Promise.all([work, drained]);
+    expect([...order].sort()).toEqual(["drained", "drawn", "drawn"]);
+    expect(other.stats().requests).toMatchObject({ completed: 2, failed: 0 });
+    expect(other.stats().running.requests).toBe(0);
+    await other.dispose();
+    expect(other.health().reasons).toEqual(["The model has been disposed."]);
+    await expect(other.generate({ prompt: "x" })).rejects.toBeInstanceOf(DisposedError);
+    await other.drain();
+  });
+
+  it("drain of a model that is idle, whose call failed, or that is disposed resolves", async () => {
+    const other = await FlowTurbo.load(undefined, { measureCosts: false });
+    const controller = new AbortController();
+    const call = other.generate({ prompt: "x", steps: 1000, signal: controller.signal });
+    const drained = other.drain();
+    controller.abort();
+    await expect(call).rejects.toBe(controller.signal.reason);
+    await drained;
+    await other.dispose();
+    const gone = await FlowTurbo.load(undefined, { measureCosts: false });
+    await gone.dispose();
+    await gone.drain();
+    const idle = await FlowTurbo.load(undefined, { measureCosts: false });
+    await idle.drain();
+    await idle.dispose();
+  });
+
+  it("says how many tokens were read", async () => {
+    // As transformers tokenises these: `token_ids.json` (20 and 25 of T5, 9 and 21 of CLIP, special tokens included).
+    await using large = await FlowTurbo.load(fixture("large", "model"), { measureCosts: false });
+    const ids: Record<string, Record<string, number[]>> = JSON.parse(
+      readFileSync(fixture("large", "token_ids.json"), "utf8"),
+    );
+    const prompts = ["a red circle above a small blue square", "the photo of a café, 3 dogs & a cat's bowl!"];
+    const counts = prompts.map((prompt) =>
+      Math.max(ids.tokenizer_3![prompt]!.indexOf(1) + 1, ids.tokenizer_1![prompt]!.indexOf(606) + 1),
+    );
+    const { transformer, vae } = {
+      transformer: JSON.parse(readFileSync(fixture("large", "model/transformer/config.json"), "utf8")),
+      vae: JSON.parse(readFileSync(fixture("large", "model/vae/config.json"), "utf8")),
+    };
+    const side = 2 ** (vae.block_out_channels.length - 1) * transformer.patch_size;
+    const size = { width: 4 * side, height: 2 * side };
+    const options = { ...size, steps: 1, maxSequenceLength: 32, negativePrompt: "blurry" };
+    const { tokens } = await large.generate({ ...options, prompt: prompts, count: 2 });
+    expect(tokens).toEqual({ text: counts[0]! + counts[1]!, image: 8 });
+    expect((await large.generate({ ...options, prompt: prompts[1]! })).tokens.text).toBe(counts[1]);
   });
 
   it("dispose waits for the work under way, may be called twice, and ends the model", async () => {

@@ -3,6 +3,7 @@ import { readFileSync } from "node:fs";
 import sharp from "sharp";
 import { describe, expect, it } from "vitest";
 import { maskAt, originalAt, readMask, readOriginal } from "../../lib/generation/edit.js";
+import { Image } from "../../lib/generation/image.js";
 import { coveringBox, type Raster, resampled } from "../../lib/generation/resample.js";
 import { fixture } from "../support/fixtures.js";
 
@@ -176,5 +177,49 @@ describe("kinds of pictures", () => {
     const png = await colours.clone().png().toBuffer();
     for (const source of [new Uint8Array(png), { width, height, data: smooth }])
       expect(Buffer.from((await readOriginal(source)).data).equals(smooth)).toBe(true);
+  });
+});
+
+describe("encoding", () => {
+  const noise = Uint8Array.from({ length: 3 * 64 * 64 }, (_, k) => (k * k * 31 + k * 17) % 256);
+  const image = new Image(64, 64, noise, { prompt: "x" });
+
+  it.each(["jpeg", "webp"] as const)("%s takes a quality: 95 without one, smaller files with less", async (format) => {
+    const sizes = await Promise.all(
+      [1, 50, 95, 100].map(async (quality) => (await image.encode(format, { quality })).length),
+    );
+    expect(sizes).toEqual([...sizes].sort((a, b) => a - b));
+    expect(new Set(sizes).size).toBe(4);
+    const usual = await image.encode(format);
+    expect(usual.equals(await image.encode(format, { quality: 95 }))).toBe(true);
+    expect(usual.equals(await image.encode(format, {}))).toBe(true);
+    const least = await sharp(await image.encode(format, { quality: 1 })).metadata();
+    expect([least.format, least.width, least.exif !== undefined]).toEqual([format, 64, true]);
+  });
+
+  it("has the quantisation tables of libjpeg's own quality", async () => {
+    // The first entry of the standard luminance table, 16, scaled as libjpeg scales it: (16 * scale + 50) / 100.
+    for (const [quality, first] of [
+      [50, 16],
+      [75, 8],
+      [25, 32],
+    ] as const) {
+      const file = await image.encode("jpeg", { quality });
+      const table = file.indexOf(Buffer.from([0xff, 0xdb]));
+      expect(file[table + 5]).toBe(first);
+    }
+  });
+
+  it("refuses a quality out of range, and one for png", async () => {
+    for (const quality of [0, 101, 50.5, Number.NaN, "90"])
+      await expect(image.encode("jpeg", { quality: quality as number })).rejects.toMatchObject({
+        code: "ERR_FLOWTURBO_OPTION",
+        option: "quality",
+        message: expect.stringContaining("from 1 to 100"),
+      });
+    await expect(image.encode("png", { quality: 90 })).rejects.toMatchObject({
+      option: "quality",
+      message: expect.stringMatching(/png .*leave out quality/),
+    });
   });
 });

@@ -120,3 +120,35 @@ it("is read with the model and chosen from, whatever the number of evaluations",
     expect((await model.generate(request)).blocks).toBe("H1P3");
   }
 });
+
+it("is what `quality` chooses from: its first, its middle and its last schedule", async () => {
+  const copy = path.join(folder, "qualities");
+  cpSync(embeddedModel, copy, { recursive: true });
+  const drawn = async (ladder: string[], options: object) => {
+    writeFileSync(path.join(copy, "schedules.json"), JSON.stringify({ ladder }));
+    await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
+    const request = { prompt: "a red circle", width: 16, height: 16, seed: 1, ...options };
+    const results = [];
+    for (const quality of ["best", "balanced", "fast"] as const)
+      results.push(await model.generate({ ...request, quality }));
+    return { blocks: results.map(({ blocks }) => blocks), results };
+  };
+  expect((await drawn(["H1P3", "H1P2", "H1P1", "H1"], {})).blocks).toEqual(["H1P3", "H1P2", "H1"]);
+  expect((await drawn(["E5", "E3", "E2"], {})).blocks).toEqual(["E5", "E3", "E2"]);
+  expect((await drawn(["E5", "E3"], {})).blocks).toEqual(["E5", "E5", "E3"]);
+  expect((await drawn(["E4"], {})).blocks).toEqual(["E4", "E4", "E4"]);
+  // As the blocks themselves, which the picture's parameters name.
+  const { results } = await drawn(["E5", "E3", "E2"], {});
+  expect(results[2]!.images[0]!.parameters).toMatchObject({ blocks: "E2" });
+  writeFileSync(path.join(copy, "schedules.json"), JSON.stringify({ ladder: ["E5", "E3", "E2"] }));
+  await using model = await FlowTurbo.load(copy, { cache: folder, measureCosts: false });
+  const request = { prompt: "a red circle", width: 16, height: 16, seed: 1 };
+  const same = await model.generate({ ...request, blocks: "E2" });
+  expect(results[2]!.images[0]!.data).toEqual(same.images[0]!.data);
+  // Without the option the ladder says nothing, and beside other words for the schedule it is refused.
+  expect((await model.generate(request)).stages[0]!.sigmas).toHaveLength(11);
+  await expect(model.generate({ ...request, quality: "fast", steps: 4 })).rejects.toMatchObject({ option: "quality" });
+  await expect(model.generate({ ...request, quality: "fast", grid: "calibrated" })).rejects.toThrow(
+    /No schedule of 6 steps/,
+  );
+});

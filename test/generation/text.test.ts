@@ -1,4 +1,5 @@
 // Text conditions against transformers' (the fixtures' embeds.safetensors), and what the cache and the limits do.
+import { readFileSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { PromptEncoder } from "../../lib/generation/text.js";
@@ -39,6 +40,26 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     const against = encoder.stack(await encode([negative, negative]));
     expect(relativeError(against.context, expected.negative_prompt_embeds!)).toBeLessThan(1e-4);
     expect(relativeError(against.pooled, expected.negative_pooled!)).toBeLessThan(1e-4);
+  });
+
+  it("counts the tokens of the encoder that reads most, without padding, as transformers' ids have them", async () => {
+    const ids: Record<string, Record<string, number[]>> = JSON.parse(
+      readFileSync(fixture(name, "token_ids.json"), "utf8"),
+    );
+    const texts = Object.keys(ids.tokenizer_1!);
+    const counts = texts.map((text) =>
+      Math.max(
+        ...Object.entries(ids).map(([tokenizer, all]) => {
+          // What comes after the first end of text is padding; each of these was cut or padded to its length.
+          const end = tokenizer === "tokenizer_3" ? 1 : 606;
+          return all[text]!.indexOf(end) + 1;
+        }),
+      ),
+    );
+    expect(Math.min(...counts)).toBe(2);
+    expect((await encode(texts)).map(({ tokens }) => tokens)).toEqual(counts);
+    // From the cache.
+    expect((await encode(texts)).map(({ tokens }) => tokens)).toEqual(counts);
   });
 
   it("encodes a prompt once", async () => {

@@ -13,7 +13,7 @@ afterEach(() => {
 const died = (message = "It died.") => new RuntimeDiedError(message, null, "SIGKILL");
 
 it("is ready and not degraded while nothing happens", () => {
-  expect(new HealthMonitor().report(null, false)).toEqual({
+  expect(new HealthMonitor().report(null, null)).toEqual({
     ...{ live: true, ready: true, degraded: false, reasons: [], restarts: 0, lastError: null, oldestLaunch: null },
   });
 });
@@ -21,7 +21,7 @@ it("is ready and not degraded while nothing happens", () => {
 it("is degraded from a loss until a minute after the restart, and ready all the time", () => {
   const monitor = new HealthMonitor();
   monitor.lost(died());
-  expect(monitor.report(null, false)).toMatchObject({
+  expect(monitor.report(null, null)).toMatchObject({
     ready: true,
     degraded: true,
     reasons: ["The runtime was lost; the next call starts it again: It died."],
@@ -29,11 +29,11 @@ it("is degraded from a loss until a minute after the restart, and ready all the 
   });
   monitor.restarted();
   vi.advanceTimersByTime(59_000);
-  expect(monitor.report(null, false)).toMatchObject({
+  expect(monitor.report(null, null)).toMatchObject({
     ...{ ready: true, degraded: true, restarts: 1, reasons: ["The runtime was started again 59 s ago."] },
   });
   vi.advanceTimersByTime(2000);
-  expect(monitor.report(null, false)).toMatchObject({ degraded: false, reasons: [], restarts: 1 });
+  expect(monitor.report(null, null)).toMatchObject({ degraded: false, reasons: [], restarts: 1 });
   expect(monitor.counters).toEqual({ restarts: 1, slowLaunches: 0 });
 });
 
@@ -41,24 +41,24 @@ it("is not ready where the runtime is lost again before it ran, until it runs", 
   const monitor = new HealthMonitor();
   monitor.lost(died());
   monitor.lost(died("It cannot start."));
-  expect(monitor.report(null, false)).toMatchObject({
+  expect(monitor.report(null, null)).toMatchObject({
     ready: false,
     reasons: ["The runtime could not be started again: It cannot start."],
   });
   monitor.restarted();
-  expect(monitor.report(null, false).ready).toBe(true);
-  expect(monitor.report(null, true)).toMatchObject({ ready: false, degraded: true });
+  expect(monitor.report(null, null).ready).toBe(true);
+  expect(monitor.report(null, "disposed")).toMatchObject({ ready: false, degraded: true });
 });
 
 it("is neither live nor ready once the GPU is lost, whatever comes", () => {
   const monitor = new HealthMonitor();
   monitor.lost(new DeviceLostError("This process has lost the GPU."));
   const dead = { live: false, ready: false, degraded: true, reasons: ["This process has lost the GPU."] };
-  expect(monitor.report(null, false)).toMatchObject({ ...dead, restarts: 0 });
+  expect(monitor.report(null, null)).toMatchObject({ ...dead, restarts: 0 });
   monitor.lost(new DeviceLostError("Again."));
   monitor.restarted();
   vi.advanceTimersByTime(3_600_000);
-  expect(monitor.report(null, false)).toMatchObject(dead);
+  expect(monitor.report(null, null)).toMatchObject(dead);
 });
 
 it("is live, and ready, where a GPU was lost with the process that used it", () => {
@@ -66,29 +66,29 @@ it("is live, and ready, where a GPU was lost with the process that used it", () 
   const error = new DeviceLostError("Its process has lost the GPU.", { permanent: false });
   monitor.failed(error);
   monitor.lost(error);
-  expect(monitor.report(null, false)).toMatchObject({
+  expect(monitor.report(null, null)).toMatchObject({
     ...{ live: true, ready: true, degraded: true, lastError: { code: "ERR_FLOWTURBO_DEVICE_RESET" } },
     reasons: ["The runtime was lost; the next call starts it again: Its process has lost the GPU."],
   });
   monitor.restarted();
-  expect(monitor.report(null, false)).toMatchObject({ live: true, ready: true, restarts: 1 });
+  expect(monitor.report(null, null)).toMatchObject({ live: true, ready: true, restarts: 1 });
 });
 
 it("says since when the runtime is silent, and which launch is slow, while that is so", () => {
   const monitor = new HealthMonitor();
   monitor.silent(4200);
-  expect(monitor.report(null, false).reasons).toEqual(["The runtime has not answered for 4 s."]);
+  expect(monitor.report(null, null).reasons).toEqual(["The runtime has not answered for 4 s."]);
   monitor.silent(null);
   const launch = { graph: "predict", size: "64x64", batch: 1, milliseconds: 12_000, usualMs: 20 };
   monitor.slow(launch);
   const later = { ...launch, milliseconds: 14_000 };
-  expect(monitor.report(later, false)).toMatchObject({
+  expect(monitor.report(later, null)).toMatchObject({
     degraded: true,
     oldestLaunch: later,
     reasons: ['A launch of "predict" runs for 14 s; it usually takes 20 ms.'],
   });
   // The next launch of the graph is not slow.
-  expect(monitor.report({ ...launch, milliseconds: 10 }, false).degraded).toBe(false);
+  expect(monitor.report({ ...launch, milliseconds: 10 }, null).degraded).toBe(false);
   expect(monitor.counters.slowLaunches).toBe(1);
 });
 
