@@ -8,6 +8,7 @@ import { Command, CommanderError } from "commander";
 import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
 import { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
+import { serverSchema } from "../server/options.js";
 import { cacheCommand } from "./cache.js";
 import { calibrateCommand } from "./calibrate.js";
 import { compileCommand } from "./compile.js";
@@ -16,6 +17,7 @@ import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
 import { profileCommand } from "./profile.js";
 import { pruneCommand } from "./prune.js";
+import { serveCommand } from "./serve.js";
 
 // Whoever reads stdout may have seen enough, as `flowturbo --help | head` has: that is no failure.
 process.stdout.on("error", (error: NodeJS.ErrnoException) => {
@@ -45,6 +47,10 @@ async function main(): Promise<number> {
   profileCommand(program.command("profile").exitOverride(), controller.signal);
   calibrateCommand(program.command("calibrate").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
+  serveCommand(program.command("serve").exitOverride(), controller.signal, () => {
+    // A server is ended by a signal: that is no failure.
+    interrupted = undefined;
+  });
   doctorCommand(program.command("doctor").exitOverride());
   pruneCommand(program.command("prune").exitOverride());
 
@@ -56,7 +62,7 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema]
+      const flag = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
         .map((schema) => flagOf(schema, error.option))
         .find((name) => name !== undefined);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);

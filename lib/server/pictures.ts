@@ -1,0 +1,95 @@
+/** Pictures of requests: bytes, checked by their headers before anything decodes them. */
+
+import type sharpModule from "sharp";
+import { sharp } from "../generation/sharp.js";
+import type { Body } from "./bodies.js";
+import { type Failure, invalid } from "./failure.js";
+import type { Limits } from "./options.js";
+
+/** Formats that hold pixels: no vector graphics, which may name other files. */
+const formats = ["png", "jpeg", "webp", "gif", "heif", "tiff"];
+
+/** What a request edits, as the options of `generate` take it. */
+export interface Edited {
+  readonly image: Uint8Array;
+  /** White is painted. */
+  readonly mask: Uint8Array | null;
+  /** Pixels, upright. */
+  readonly width: number;
+  readonly height: number;
+}
+
+interface Measured {
+  readonly width: number;
+  readonly height: number;
+  readonly hasAlpha: boolean;
+}
+
+/** @returns null for a request without a picture. @throws Failure that names the field */
+export async function editedOf({ fields, files }: Body, limits: Limits): Promise<Edited | null> {
+  const { image, images, mask } = fields;
+  if (image !== undefined && images !== undefined)
+    throw invalid("images", "Both image and images say what is edited; leave out one.");
+  const picture = files.image ?? bytesOf("image", image === undefined ? images?.[0]?.image_url : [image].flat()[0]);
+  const given = files.mask ?? bytesOf("mask", typeof mask === "string" ? mask : mask?.image_url);
+  if (picture === undefined) {
+    if (given) throw invalid("mask", "A mask needs a picture to work on; give image.");
+    return null;
+  }
+  const { width, height } = await measure("image", picture, limits);
+  if (given === undefined) return { image: picture, mask: null, width, height };
+  const size = await measure("mask", given, limits);
+  if (size.width !== width || size.height !== height)
+    throw invalid(
+      "mask",
+      `Expected a mask of the picture's size, ${width}x${height}, but received one of ${size.width}x${size.height}.`,
+    );
+  if (!size.hasAlpha)
+    throw invalid(
+      "mask",
+      "Expected a mask with an alpha channel, whose transparent parts are painted, but received one without.",
+    );
+  return { image: picture, mask: await paintedParts(given), width, height };
+}
+
+/** Base64 or a data: URL as bytes. */
+function bytesOf(param: string, text: string | undefined): Uint8Array | undefined {
+  if (text === undefined) return undefined;
+  const data = text.replace(/^data:image\/[\w.+-]+;base64,/, "");
+  if (/^\w+:/.test(data))
+    throw invalid(
+      param,
+      `Expected base64 or a data: URL for ${param}. Nothing is fetched from other URLs; send the bytes.`,
+    );
+  if (!/^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(data)) throw invalid(param, `Expected base64 for ${param}.`);
+  return Buffer.from(data, "base64");
+}
+
+async function measure(param: string, bytes: Uint8Array, { maxInputPixels }: Limits): Promise<Measured> {
+  const open: typeof sharpModule = await sharp.load();
+  const unreadable = () => invalid(param, `Expected a PNG, JPEG, WebP, GIF, AVIF or TIFF picture for ${param}.`);
+  const found = await open(bytes, { limitInputPixels: false })
+    .metadata()
+    .catch((): Failure => unreadable());
+  if (found instanceof Error) throw found;
+  const { format, width, height, autoOrient, hasAlpha } = found;
+  if (!format || !formats.includes(format) || !width || !height) throw unreadable();
+  if (width * height > maxInputPixels)
+    throw invalid(param, `Expected at most ${maxInputPixels} pixels for ${param} but received ${width}x${height}.`);
+  return { ...(autoOrient ?? { width, height }), hasAlpha: hasAlpha === true };
+}
+
+/** A mask in OpenAI's meaning (transparent is painted) in the library's: white is painted. */
+async function paintedParts(mask: Uint8Array): Promise<Uint8Array> {
+  const open: typeof sharpModule = await sharp.load();
+  return open(mask)
+    .autoOrient()
+    .extractChannel("alpha")
+    .negate()
+    .toColourspace("b-w")
+    .png({ compressionLevel: 1 })
+    .toBuffer()
+    .catch((cause: Error) => {
+      throw Object.assign(invalid("mask", "The picture for mask is damaged."), { cause });
+    });
+}

@@ -1,0 +1,160 @@
+/** Checked fields × a model → a call of `generate`, and how its pictures are answered. Every refusal that needs no model's work is here. */
+
+import type { GenerateOptions, ImageFormat, ImageModel } from "../model.js";
+import { parseBlocks, qualities } from "../schedule/index.js";
+import type { Body } from "./bodies.js";
+import { Failure, invalid } from "./failure.js";
+import { type Fields, type Kind, sizePattern } from "./fields.js";
+import type { Limits } from "./options.js";
+import { type Edited, editedOf } from "./pictures.js";
+
+export type ApiQuality = "low" | "medium" | "high";
+
+/** How pictures are answered. */
+export interface Rendering {
+  readonly format: ImageFormat;
+  /** Of jpeg and webp, 1 to 100; undefined for the format's own. */
+  readonly quality: number | undefined;
+  /** The quality that was asked for; null where something else says how many steps there are. */
+  readonly asked: ApiQuality | null;
+}
+
+export interface Settled {
+  readonly options: GenerateOptions;
+  readonly rendering: Rendering;
+  readonly isEdit: boolean;
+  /** Pixels of the picture that is edited; 0 for none. */
+  readonly inputPixels: number;
+}
+
+/** A quality of the API and the library's name for it. */
+const presets: Record<string, { readonly name: ApiQuality; readonly quality: "fast" | "balanced" | "best" }> = {
+  low: { name: "low", quality: "fast" },
+  medium: { name: "medium", quality: "balanced" },
+  high: { name: "high", quality: "best" },
+  standard: { name: "medium", quality: "balanced" },
+  hd: { name: "high", quality: "best" },
+};
+
+/** @throws Failure that names the field and the remedy */
+export async function settle(body: Body, model: ImageModel, limits: Limits, kind: Kind): Promise<Settled> {
+  const { fields } = body;
+  refuseUnsupported(fields, kind);
+  const preset = fields.quality === undefined ? undefined : presets[fields.quality];
+  checkSchedule(fields, preset !== undefined, limits);
+  const edited = await editedOf(body, limits);
+  if (!edited && kind === "edit")
+    throw invalid("image", "Expected a picture for image, which is required.", "missing_required_parameter");
+  if (!edited && fields.strength !== undefined)
+    throw invalid("strength", "The field strength is for edits; it needs an image.");
+  const size = sizeOf(fields, model, edited);
+  for (const [param, { width, height }] of [
+    ["size", size] as const,
+    ...(fields.stages ?? []).map((stage) => ["stages", stage] as const),
+  ])
+    if (width * height > limits.maxPixels)
+      throw invalid(
+        param,
+        `Expected at most ${limits.maxPixels} pixels for a picture but ${width}x${height} has more.`,
+      );
+  const { deadline_ms: deadlineMs = limits.deadlineMs ?? undefined, partial_images: previewCount = 0 } = fields;
+  const isStaged = fields.stages !== undefined;
+  const named = {
+    ...{ negativePrompt: fields.negative_prompt, sampler: fields.sampler, steps: fields.num_inference_steps },
+    ...{
+      blocks: fields.blocks,
+      guidanceScale: fields.guidance_scale,
+      seed: fields.seed,
+      stages: fields.stages,
+      deadlineMs,
+    },
+    ...{ quality: preset?.quality, count: fields.n, strength: fields.strength ?? (edited?.mask ? 1 : undefined) },
+  };
+  return {
+    options: {
+      prompt: fields.prompt,
+      ...(!isStaged && size),
+      ...Object.fromEntries(Object.entries(named).filter(([, value]) => value !== undefined)),
+      ...(edited && { image: edited.image, ...(edited.mask && { mask: edited.mask }) }),
+      ...(previewCount > 0 && { preview: fields.preview ?? "decoded", previewCount }),
+      ...{ metadata: "parameters", allowPaths: false },
+    },
+    rendering: {
+      format: fields.output_format ?? "png",
+      quality: fields.output_compression === undefined ? undefined : Math.max(1, fields.output_compression),
+      asked: preset?.name ?? null,
+    },
+    isEdit: edited !== null,
+    inputPixels: edited ? size.width * size.height : 0,
+  };
+}
+
+/** What cannot be had is said, not left out. */
+function refuseUnsupported(fields: Fields, kind: Kind): void {
+  const refuse = (param: string, message: string) => {
+    throw invalid(param, message, "unsupported_value");
+  };
+  if (fields.background === "transparent")
+    refuse("background", 'The models draw no transparent background. Use "opaque" or "auto".');
+  if (fields.response_format === "url")
+    refuse("response_format", 'This server keeps no pictures at URLs. Use "b64_json".');
+  if ((fields.output_format ?? "png") === "png" && fields.output_compression !== undefined)
+    refuse(
+      "output_compression",
+      'The format png has no quality. Leave output_compression out, or use "jpeg" or "webp".',
+    );
+  if (kind !== "job" && fields.partial_images && !fields.stream)
+    refuse("partial_images", "Partial images need a stream. Set stream to true, or leave partial_images out.");
+  if (fields.preview !== undefined && !fields.partial_images)
+    refuse("preview", "The field preview says what partial images are; give partial_images, or leave preview out.");
+}
+
+/** How many steps there are is said once, and not above the limit. */
+function checkSchedule(fields: Fields, isPreset: boolean, { maxSteps }: Limits): void {
+  const { num_inference_steps: steps, blocks, stages } = fields;
+  const said = Object.entries({ quality: isPreset || undefined, num_inference_steps: steps, blocks, stages }).filter(
+    ([, value]) => value !== undefined,
+  );
+  if (said.length > 1) {
+    const [[first], [second]] = said as [[string, unknown], [string, unknown]];
+    throw invalid(second, `Both ${first} and ${second} say what is run; leave out one.`);
+  }
+  for (const name of ["size", "sampler"] as const)
+    if (stages && fields[name] !== undefined && fields[name] !== "auto")
+      throw invalid(name, `The field stages says which sizes and steps are run; leave out ${name}, or stages.`);
+  const texts = stages?.map((stage) => stage.blocks) ?? (blocks === undefined ? [] : [blocks]);
+  const count = texts.reduce((sum, text) => sum + parseBlocks(text).length, 0);
+  const param = stages ? "stages" : "blocks";
+  if (count > maxSteps) throw invalid(param, `Expected at most ${maxSteps} steps for ${param} but received ${count}.`);
+  const preset = fields.quality === undefined ? undefined : presets[fields.quality];
+  const most = preset ? qualities[preset.quality]! : 0;
+  if (most > maxSteps)
+    throw invalid(
+      "quality",
+      `The quality "${fields.quality}" has ${most} steps, and this server draws at most ${maxSteps}.`,
+    );
+}
+
+function sizeOf(
+  { size, stages }: Fields,
+  { nativeSize }: ImageModel,
+  edited: Edited | null,
+): { width: number; height: number } {
+  const last = stages?.at(-1);
+  if (last) return { width: last.width, height: last.height };
+  const match = size?.match(sizePattern);
+  if (match) return { width: Number(match[1]), height: Number(match[2]) };
+  if (!edited) return { ...nativeSize };
+  // As many pixels as the model was trained for, in the proportions of the picture; sides are multiples of 16.
+  const scale = Math.sqrt((nativeSize.width * nativeSize.height) / (edited.width * edited.height));
+  const side = (pixels: number) => Math.max(16, 16 * Math.round((pixels * scale) / 16));
+  return { width: side(edited.width), height: side(edited.height) };
+}
+
+/** @throws Failure with 404 for a model that there is not */
+export function unknownModel(id: string, ids: readonly string[]): Failure {
+  return new Failure(404, `There is no model ${JSON.stringify(id.slice(0, 64))} here; there is ${ids.join(", ")}.`, {
+    param: "model",
+    code: "model_not_found",
+  });
+}
