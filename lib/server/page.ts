@@ -1,7 +1,7 @@
 /** The page at `/`: files of the package, read once. */
 
 import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import type { FastifyInstance } from "fastify";
 import { packageFile } from "../common/package.js";
@@ -11,16 +11,15 @@ const types: Record<string, string> = {
   ".css": "text/css; charset=utf-8",
   ".js": "text/javascript; charset=utf-8",
 };
-/** Files of the folder `page`, and the addresses that they have. */
-const files = { "": "index.html", "page.css": "page.css", "page.js": "page.js" };
-
 /** Nothing but the page's own files, and no script or style within the page. */
 const policy =
   "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 export function addPage(app: FastifyInstance): void {
-  for (const [address, name] of Object.entries(files)) {
-    const content = readFileSync(packageFile(`page/${name}`));
+  const folder = packageFile("page");
+  for (const name of readdirSync(folder)) {
+    const content = readFileSync(path.join(folder, name));
+    const address = name === "index.html" ? "" : name;
     const tag = `"${createHash("sha256").update(content).digest("base64url").slice(0, 22)}"`;
     app.get(`/${address}`, { config: { isOpen: true } }, async (request, reply) => {
       reply.headers({
