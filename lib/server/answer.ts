@@ -46,8 +46,7 @@ export async function answerOf(
 ): Promise<Answer> {
   const data: { b64_json: string }[] = [];
   for (const image of result.images) data.push({ b64_json: await encoded(image, rendering) });
-  const { width, height, seeds, blocks, evaluations, deadline, warnings } = result;
-  const tokens = (result as any).tokens ?? { text: 0, image: 0 };
+  const { width, height, seeds, blocks, evaluations, deadline, warnings, tokens } = result;
   const { load: _, ...timings } = result.timings;
   // The picture that is edited is resized to the size that is drawn.
   const [images, edited] = [tokens.image * result.images.length, inputPixels > 0 ? tokens.image : 0];
@@ -82,11 +81,11 @@ export function seconds(milliseconds = Date.now()): number {
 
 /** The quality whose number of steps an evaluation count reaches. */
 export function qualityOf(evaluations: number): ApiQuality {
-  if (evaluations >= qualities.best!) return "high";
-  return evaluations >= qualities.balanced! ? "medium" : "low";
+  if (evaluations >= qualities.best!.steps) return "high";
+  return evaluations >= qualities.balanced!.steps ? "medium" : "low";
 }
 
 async function encoded(picture: Picture, { format, quality }: Rendering): Promise<string> {
-  const file = await (picture as any).encode(format, format === "png" || quality === undefined ? {} : { quality });
-  return file.toString("base64") as string;
+  const file = await picture.encode(format, format === "png" || quality === undefined ? {} : { quality });
+  return file.toString("base64");
 }

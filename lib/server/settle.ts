@@ -127,7 +127,7 @@ function checkSchedule(fields: Fields, isPreset: boolean, { maxSteps }: Limits):
   const param = stages ? "stages" : "blocks";
   if (count > maxSteps) throw invalid(param, `Expected at most ${maxSteps} steps for ${param} but received ${count}.`);
   const preset = fields.quality === undefined ? undefined : presets[fields.quality];
-  const most = preset ? qualities[preset.quality]! : 0;
+  const most = preset ? qualities[preset.quality]!.steps : 0;
   if (most > maxSteps)
     throw invalid(
       "quality",

@@ -23,14 +23,23 @@ afterAll(() => server.close());
 /** Fields that OpenAI's API does not have go along with its own. */
 const quick = { num_inference_steps: 4, guidance_scale: 2, seed: 7 } as object;
 const pixelsOf = async (b64: string) => {
-  const { data, info } = await sharp(Buffer.from(b64, "base64")).removeAlpha().raw().toBuffer({ resolveWithObject: true });
+  const { data, info } = await sharp(Buffer.from(b64, "base64"))
+    .removeAlpha()
+    .raw()
+    .toBuffer({ resolveWithObject: true });
   return { data, width: info.width, height: info.height, channels: info.channels };
 };
 
 describe("generate", () => {
   it("gives the picture that the library draws, with seeds, blocks, timings and usage beside it", async () => {
     const response = await client.images.generate({ prompt: "a red circle", n: 2, ...quick });
-    const drawn = await server.model.generate({ prompt: "a red circle", count: 2, steps: 4, guidanceScale: 2, seed: 7 });
+    const drawn = await server.model.generate({
+      prompt: "a red circle",
+      count: 2,
+      steps: 4,
+      guidanceScale: 2,
+      seed: 7,
+    });
     expect(response.data).toHaveLength(2);
     for (const [index, { b64_json }] of response.data!.entries()) {
       const { data, width, height } = await pixelsOf(b64_json!);
@@ -39,19 +48,31 @@ describe("generate", () => {
     }
     expect(Math.abs(response.created - Date.now() / 1000)).toBeLessThan(60);
     expect(response).toMatchObject({ size: "64x64", quality: "low", output_format: "png", background: "opaque" });
-    expect(response).toMatchObject({ model: "shapes", seeds: [7, 8], blocks: drawn.blocks, warnings: [], deadline: null });
+    expect(response).toMatchObject({
+      model: "shapes",
+      seeds: [7, 8],
+      blocks: drawn.blocks,
+      warnings: [],
+      deadline: null,
+    });
     const { timings } = response as unknown as { timings: { steps: number[]; total: number } };
     expect(timings.steps).toHaveLength(4);
     expect(timings.total).toBeGreaterThan(timings.steps.reduce((sum, step) => sum + step, 0) / 2);
-    // 64 × 64 pixels are 8 × 8 latents, of which the transformer sees patches of 2 × 2.
-    expect(response.usage).toMatchObject({ output_tokens: 2 * 16, input_tokens_details: { image_tokens: 0 } });
+    // 64 × 64 pixels are 16 × 16 latents, of which the transformer sees patches of 2 × 2.
+    expect(response.usage).toMatchObject({ output_tokens: 2 * 64, input_tokens_details: { image_tokens: 0 } });
     expect(response.usage!.input_tokens_details.text_tokens).toBeGreaterThanOrEqual(3);
-    expect(response.usage!.total_tokens).toBe(response.usage!.input_tokens + 32);
+    expect(response.usage!.total_tokens).toBe(response.usage!.input_tokens + 128);
   });
 
   it("takes quality, size, format and compression", async () => {
     const response = await client.images.generate({
-      ...{ prompt: "a blue square", quality: "low", size: "128x64" as never, output_format: "webp", output_compression: 40 },
+      ...{
+        prompt: "a blue square",
+        quality: "low",
+        size: "128x64" as never,
+        output_format: "webp",
+        output_compression: 40,
+      },
       ...{ response_format: "b64_json", background: "auto", user: "somebody", model: "shapes" },
     });
     expect(response).toMatchObject({ size: "128x64", quality: "low", output_format: "webp" });
@@ -59,10 +80,18 @@ describe("generate", () => {
     expect(await sharp(file).metadata()).toMatchObject({ format: "webp", width: 128, height: 64 });
     expect((response as never as { timings: { steps: number[] } }).timings.steps).toHaveLength(6);
     const fine = await client.images.generate({
-      ...{ prompt: "a blue square", output_format: "webp", output_compression: 100, size: "128x64" as never, quality: "low" },
+      ...{
+        prompt: "a blue square",
+        output_format: "webp",
+        output_compression: 100,
+        size: "128x64" as never,
+        quality: "low",
+      },
       seed: (response as never as { seeds: number[] }).seeds[0],
     } as never);
-    expect(Buffer.from((fine as never as typeof response).data![0]!.b64_json!, "base64").length).toBeGreaterThan(file.length);
+    expect(Buffer.from((fine as never as typeof response).data![0]!.b64_json!, "base64").length).toBeGreaterThan(
+      file.length,
+    );
   });
 
   it.each(["png", "jpeg", "webp"] as const)("writes %s", async (output_format) => {
@@ -79,7 +108,8 @@ describe("edit", () => {
   /** The right half is transparent, which is painted. */
   const mask = async () => {
     const data = Buffer.alloc(64 * 64 * 4, 255);
-    for (let row = 0; row < 64; row++) for (let column = 32; column < 64; column++) data[4 * (64 * row + column) + 3] = 0;
+    for (let row = 0; row < 64; row++)
+      for (let column = 32; column < 64; column++) data[4 * (64 * row + column) + 3] = 0;
     return sharp(data, { raw: { width: 64, height: 64, channels: 4 } })
       .png()
       .toBuffer();
@@ -99,7 +129,7 @@ describe("edit", () => {
       if (before.data[index] !== after.data[index]) changed[Math.floor(index / 3) % 64 < 32 ? "left" : "right"]++;
     expect(changed.left).toBe(0);
     expect(changed.right).toBeGreaterThan(1000);
-    expect(response.usage).toMatchObject({ input_tokens_details: { image_tokens: 16 } });
+    expect(response.usage).toMatchObject({ input_tokens_details: { image_tokens: 64 } });
   });
 
   it("takes a list of one picture, and streams", async () => {
@@ -118,13 +148,27 @@ describe("edit", () => {
 
   it("refuses a mask of another size, one without alpha, and what is no picture, by name", async () => {
     const image = await toFile(await original(), "original.png", { type: "image/png" });
-    const small = await toFile(await sharp(await mask()).resize(32, 32).png().toBuffer(), "mask.png");
+    const small = await toFile(
+      await sharp(await mask())
+        .resize(32, 32)
+        .png()
+        .toBuffer(),
+      "mask.png",
+    );
     const opaque = await toFile(await original(), "mask.png");
     const noise = await toFile(Buffer.from("not a picture"), "image.png");
     const edit = (files: Partial<Parameters<OpenAI["images"]["edit"]>[0]>) =>
       client.images.edit({ image, prompt: "a red circle", ...files } as never);
-    await expect(edit({ mask: small })).rejects.toMatchObject({ status: 400, param: "mask", message: expect.stringContaining("64x64") });
-    await expect(edit({ mask: opaque })).rejects.toMatchObject({ status: 400, param: "mask", message: expect.stringContaining("alpha") });
+    await expect(edit({ mask: small })).rejects.toMatchObject({
+      status: 400,
+      param: "mask",
+      message: expect.stringContaining("64x64"),
+    });
+    await expect(edit({ mask: opaque })).rejects.toMatchObject({
+      status: 400,
+      param: "mask",
+      message: expect.stringContaining("alpha"),
+    });
     await expect(edit({ image: noise })).rejects.toMatchObject({ status: 400, param: "image" });
     await expect(edit({ image: [image, image] })).rejects.toMatchObject({ status: 400, param: "image" });
   });
@@ -156,11 +200,16 @@ describe("stream", () => {
       expect(distance).toBeGreaterThan(0);
       before = distance;
     }
-    expect(seen[3]).toMatchObject({ usage: { output_tokens: 16 }, seeds: [7] });
+    expect(seen[3]).toMatchObject({ usage: { output_tokens: 64 }, seeds: [7] });
   });
 
   it("gives one event for each of several pictures, and no partial ones unless they are asked for", async () => {
-    const stream = await client.images.generate({ prompt: "a red circle", n: 2, stream: true, ...quick } as OpenAI.ImageGenerateParamsStreaming);
+    const stream = await client.images.generate({
+      prompt: "a red circle",
+      n: 2,
+      stream: true,
+      ...quick,
+    } as OpenAI.ImageGenerateParamsStreaming);
     const seen: (OpenAI.ImageGenStreamEvent & { image_index?: number })[] = [];
     for await (const event of stream) seen.push(event);
     expect(seen.map(({ type, image_index }) => [type, image_index])).toEqual([
@@ -180,7 +229,9 @@ describe("abort", () => {
   it("stops the work within a step", async () => {
     const controller = new AbortController();
     const before = server.model.stats();
-    const asked = client.images.generate({ prompt: "a red circle", num_inference_steps: 50 } as never, { signal: controller.signal });
+    const asked = client.images.generate({ prompt: "a red circle", num_inference_steps: 50 } as never, {
+      signal: controller.signal,
+    });
     asked.catch(() => {});
     await expect.poll(() => server.model.stats().running.requests, { interval: 5 }).toBe(1);
     controller.abort();
@@ -223,10 +274,17 @@ describe("errors", () => {
     await expect(client.images.generate({ prompt: "x", background: "transparent" })).rejects.toMatchObject({
       ...{ status: 400, param: "background", code: "unsupported_value", type: "invalid_request_error" },
     });
-    await expect(client.images.generate({ prompt: "x", response_format: "url" })).rejects.toMatchObject({ param: "response_format" });
-    await expect(client.images.generate({ prompt: "x", style: "vivid" } as never)).rejects.toMatchObject({ param: "style" });
+    await expect(client.images.generate({ prompt: "x", response_format: "url" })).rejects.toMatchObject({
+      param: "response_format",
+    });
+    await expect(client.images.generate({ prompt: "x", style: "vivid" } as never)).rejects.toMatchObject({
+      param: "style",
+    });
     await expect(client.images.generate({ prompt: "x", n: 11 })).rejects.toMatchObject({ status: 400, param: "n" });
-    await expect(client.images.generate({ prompt: "x", size: "65x64" as never })).rejects.toMatchObject({ status: 400, param: "size" });
+    await expect(client.images.generate({ prompt: "x", size: "65x64" as never })).rejects.toMatchObject({
+      status: 400,
+      param: "size",
+    });
   });
 
   it("does not try again what will fail again, and tries again what may not", async () => {
@@ -239,12 +297,17 @@ describe("errors", () => {
       },
     });
     // No schedule fits in a tenth of a millisecond: 422 would not be tried again anyway, 409 would.
-    await expect(counting.images.generate({ prompt: "x", deadline_ms: 0.1 } as never)).rejects.toMatchObject({ status: 422 });
+    await expect(counting.images.generate({ prompt: "x", deadline_ms: 0.1 } as never)).rejects.toMatchObject({
+      status: 422,
+    });
     expect(calls).toBe(1);
     const again = { idempotencyKey: "one" };
     await counting.images.generate({ prompt: "x", ...quick }, { headers: { "idempotency-key": again.idempotencyKey } });
     calls = 0;
-    const reused = counting.images.generate({ prompt: "y", ...quick }, { headers: { "idempotency-key": again.idempotencyKey } });
+    const reused = counting.images.generate(
+      { prompt: "y", ...quick },
+      { headers: { "idempotency-key": again.idempotencyKey } },
+    );
     await expect(reused).rejects.toMatchObject({ status: 409 });
     expect(calls).toBe(1);
   });
