@@ -3,20 +3,14 @@
  * since an EventSource cannot send a key.
  */
 
-/** An answer that is an error, or none at all. */
+/**
+ * An answer that is an error, or none at all: the HTTP status (0 without an answer), the field that is wrong, and the milliseconds until
+ * the same call may succeed, or null.
+ */
 export class ApiError extends Error {
-  /** HTTP status; 0 if there was no answer. */
-  status;
-  /** The field that is wrong, or null. */
-  param;
-  /** Milliseconds until the same call may succeed, or null. */
-  retryAfterMs;
-
   constructor(message, { status = 0, param = null, retryAfterMs = null } = {}) {
     super(message);
-    this.status = status;
-    this.param = param;
-    this.retryAfterMs = retryAfterMs;
+    Object.assign(this, { status, param, retryAfterMs });
   }
 }
 
@@ -29,43 +23,29 @@ const mostAttempts = 8;
 export function sleep(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     signal?.throwIfAborted();
-    const end = () => {
+    const timer = setTimeout(resolve, milliseconds);
+    const stop = () => {
       clearTimeout(timer);
       reject(signal.reason);
     };
-    const timer = setTimeout(() => {
-      signal?.removeEventListener("abort", end);
-      resolve();
-    }, milliseconds);
-    signal?.addEventListener("abort", end, { once: true });
+    signal?.addEventListener("abort", stop, { once: true });
   });
 }
 
-/** A name for one attempt of a call. Not crypto.randomUUID, which plain http has only on localhost. */
-export function randomName() {
-  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-/** What the answer says about waiting, in milliseconds; null if nothing. */
-function retryAfter({ headers }) {
-  const exact = headers.get("retry-after-ms");
-  const seconds = headers.get("retry-after");
-  const milliseconds = exact !== null ? Number(exact) : seconds !== null ? 1000 * Number(seconds) : Number.NaN;
-  return Number.isFinite(milliseconds) ? Math.max(0, milliseconds) : null;
-}
-
 async function errorOf(response) {
-  const { status } = response;
-  const body = await response.json().catch(() => null);
-  const message = body?.error?.message ?? `The server answered with status ${status}.`;
-  return new ApiError(message, { status, param: body?.error?.param ?? null, retryAfterMs: retryAfter(response) });
+  const { status, headers } = response;
+  const { error } = await response.json().catch(() => ({}));
+  const wait = headers.get("retry-after-ms");
+  const message = error?.message ?? `The server answered with status ${status}.`;
+  return new ApiError(message, { status, param: error?.param, retryAfterMs: wait === null ? null : Number(wait) });
 }
 
 /**
  * Reads text/event-stream (HTML standard, 9.2.6) from bytes.
+ * @param onBytes called when some have come
  * @yields { id, data } of each event; id is the last one that was sent, "" if none was
  */
-export async function* serverSentEvents(reader) {
+async function* serverSentEvents(reader, onBytes) {
   const decoder = new TextDecoder();
   let rest = "";
   let id = "";
@@ -73,6 +53,7 @@ export async function* serverSentEvents(reader) {
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
+    onBytes();
     const lines = (rest + decoder.decode(value, { stream: true })).split(/\r\n|\n|\r(?!$)/);
     rest = lines.pop();
     for (const line of lines) {
@@ -101,12 +82,8 @@ export class Api {
     this.#askKey = askKey;
   }
 
-  get hasKey() {
-    return this.#key !== null;
-  }
-
   /** Asks for a key, and keeps it until the tab is closed. Resolves with whether there is a new one. */
-  askKey(message) {
+  #ask(message) {
     this.#question ??= this.#askKey(message)
       .then((key) => {
         if (key === null) return false;
@@ -124,11 +101,10 @@ export class Api {
   async fetch(path, { headers, signal, ...init } = {}) {
     for (;;) {
       const key = this.#key;
-      const authorization = key === null ? {} : { authorization: `Bearer ${key}` };
       const response = await fetch(path, {
         ...init,
         signal: signal ?? null,
-        headers: { ...headers, ...authorization },
+        headers: { ...headers, ...(key !== null && { authorization: `Bearer ${key}` }) },
         cache: "no-store",
       }).catch(() => {
         signal?.throwIfAborted();
@@ -137,15 +113,17 @@ export class Api {
       if (response.ok) return response;
       const error = await errorOf(response);
       // Another call may have got a key meanwhile.
-      if (error.status !== 401 || (this.#key === key && !(await this.askKey(error.message)))) throw error;
+      if (error.status !== 401 || (this.#key === key && !(await this.#ask(error.message)))) throw error;
     }
   }
 
   /** The JSON of an answer. @throws as fetch() */
   async json(path, { body, headers, ...init } = {}) {
-    const sent = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
-    const type = body === undefined ? {} : { "content-type": "application/json" };
-    const response = await this.fetch(path, { ...sent, ...init, headers: { ...type, ...headers } });
+    if (body !== undefined) {
+      init = { method: "POST", body: JSON.stringify(body) };
+      headers = { "content-type": "application/json", ...headers };
+    }
+    const response = await this.fetch(path, { ...init, headers });
     return response.json().catch(() => {
       throw new ApiError("The answer of the server broke off.");
     });
@@ -154,7 +132,7 @@ export class Api {
   /**
    * The events of a stream, which is opened again after the last event that came if the connection is lost.
    * @param isLast whether an event ends the stream
-   * @param onLost called with whether the connection is lost now
+   * @param onLost called when the connection is lost
    * @yields the data of each event
    * @throws ApiError if it cannot be opened, or the signal's reason
    */
@@ -175,16 +153,7 @@ export class Api {
           signal: either,
           headers: { accept: "text/event-stream", ...(last !== "" && { "last-event-id": last }) },
         });
-        const reader = response.body.getReader();
-        const counted = {
-          async read() {
-            const chunk = await reader.read();
-            heard();
-            return chunk;
-          },
-        };
-        for await (const { id, data } of serverSentEvents(counted)) {
-          if (failures > 0) onLost(false);
+        for await (const { id, data } of serverSentEvents(response.body.getReader(), heard)) {
           failures = 0;
           last = id;
           const event = JSON.parse(data);
@@ -201,7 +170,7 @@ export class Api {
       }
       failures += 1;
       if (failures > mostAttempts) throw new ApiError("The connection to the server is lost.");
-      onLost(true);
+      onLost();
       await sleep(Math.min(8000, 250 * 2 ** failures), signal);
     }
   }

@@ -28,13 +28,12 @@ export class History {
       // Servers under several paths of one origin do not mix.
       const request = indexedDB.open(`flowturbo ${location.pathname}`, 1);
       request.onupgradeneeded = () => request.result.createObjectStore("pictures", { keyPath: "id" });
-      this.#database = await settled(request);
-      const kept = await settled(this.#store("readonly").getAll());
+      const database = await settled(request);
+      const kept = await settled(database.transaction("pictures").objectStore("pictures").getAll());
+      this.#database = database;
       this.entries = [...this.entries, ...kept.reverse()];
       this.#trim();
-    } catch {
-      this.#database = null;
-    }
+    } catch {}
   }
 
   /** Adds a picture, and gives up the oldest ones if there are too many. */
@@ -79,17 +78,11 @@ export class History {
     this.#urls.delete(id);
   }
 
-  #store(mode) {
-    return this.#database.transaction("pictures", mode).objectStore("pictures");
-  }
-
   /** What cannot be written is not kept; the page has it all the same. */
   #write(change) {
     if (this.#database === null) return;
     try {
-      const request = change(this.#store("readwrite"));
-      request.onerror = (event) => event.preventDefault();
-      request.transaction.onabort = () => {};
+      change(this.#database.transaction("pictures", "readwrite").objectStore("pictures"));
     } catch {
       this.#database = null;
     }

@@ -3,14 +3,16 @@
  * It shows nothing: what happens is told to `onChange`.
  */
 
-import { ApiError, randomName, sleep } from "./api.js";
+import { ApiError, sleep } from "./api.js";
 
 /** Milliseconds between two questions about the place in the queue, which has no events of its own. */
 const placeInterval = 2000;
 /** How often a request is sent again where the server was not ready, or did not answer. */
 const mostAttempts = 4;
 
-export const isEnd = ({ type }) => type === "job.completed" || type === "job.failed" || type === "job.cancelled";
+const isEnd = ({ type }) => type === "job.completed" || type === "job.failed" || type === "job.cancelled";
+
+const newName = () => `${Date.now()}-${Math.random()}`;
 
 /** A job that was cancelled by the person. */
 export class Cancelled extends Error {}
@@ -26,7 +28,7 @@ export class Job {
   id = null;
 
   /**
-   * @param onChange called with what happened: an event of the server, or { type: "waiting" | "loading" | "lost" | "again", … }
+   * @param onChange called with what happened: an event of the server, or { type: "waiting" | "loading" | "lost", … }
    * @param onId called with its name, once it has one
    */
   constructor(api, { onChange, onId }) {
@@ -51,7 +53,7 @@ export class Job {
     }
     const stop = this.#stopStream.signal;
     const places = new AbortController();
-    const onLost = (isLost) => this.#onChange({ type: isLost ? "lost" : "again" });
+    const onLost = () => this.#onChange({ type: "lost" });
     try {
       for await (const event of this.#api.events(`${this.#path()}/events`, { signal: stop, isLast: isEnd, onLost })) {
         if (event.type === "job.queued") void this.#askPlace(AbortSignal.any([stop, places.signal]));
@@ -87,7 +89,7 @@ export class Job {
   async #send(request) {
     const { signal } = this.#stopWaiting;
     let waited = false;
-    let name = randomName();
+    let name = newName();
     for (let attempt = 1; ; attempt += 1) {
       signal.throwIfAborted();
       try {
@@ -99,16 +101,16 @@ export class Job {
         if (error.status === 429 && error.retryAfterMs !== null && !waited) {
           waited = true;
           await this.#wait(error);
-        } else if (error.status === 503 && attempt < mostAttempts) {
+        } else if (error.status === 503 && error.retryAfterMs !== null && attempt < mostAttempts) {
           this.#onChange({ type: "loading", message: error.message });
-          await sleep(error.retryAfterMs ?? 500, signal);
+          await sleep(error.retryAfterMs, signal);
           await this.#api.ready(signal);
         } else if (error.status === 0 && attempt < mostAttempts) {
           this.#onChange({ type: "lost" });
           await sleep(500 * 2 ** attempt, signal);
           continue;
         } else throw error;
-        name = randomName();
+        name = newName();
       }
     }
   }
@@ -126,7 +128,7 @@ export class Job {
       for (;;) {
         await sleep(placeInterval, signal);
         const { place, predicted_ms } = await this.#api.json(this.#path(), { signal });
-        if (place !== null) this.#onChange({ type: "place", place, predicted_ms });
+        if (place !== null) this.#onChange({ type: "job.queued", place, predicted_ms });
       }
     } catch {
       // The events tell what is wrong.

@@ -21,7 +21,7 @@ export class MaskEditor {
   /** Diameter of the brush, in percent of the shorter side. */
   brush = 15;
 
-  /** @param onChange called when the painted part has changed */
+  /** @param onChange called with the part of the picture that is painted, from 0 to 1, when that has changed */
   constructor({ source, mask, onChange }) {
     this.#source = source.getContext("2d");
     this.#mask = mask.getContext("2d", { willReadFrequently: true });
@@ -33,12 +33,9 @@ export class MaskEditor {
       this.#stroke(event);
     });
     mask.addEventListener("pointermove", (event) => {
-      if (!mask.hasPointerCapture(event.pointerId)) return;
-      // A quick stroke has more points than there are events.
-      const points = event.getCoalescedEvents?.() ?? [];
-      for (const point of points.length > 0 ? points : [event]) this.#stroke(point);
+      if (mask.hasPointerCapture(event.pointerId)) this.#stroke(event);
     });
-    for (const name of ["pointerup", "pointercancel"]) mask.addEventListener(name, () => this.#onChange());
+    for (const name of ["pointerup", "pointercancel"]) mask.addEventListener(name, () => this.#changed());
   }
 
   /** The picture, or null. */
@@ -64,11 +61,8 @@ export class MaskEditor {
     if (canvas.width !== width || canvas.height !== height) {
       const before = new OffscreenCanvas(canvas.width, canvas.height);
       before.getContext("2d").drawImage(canvas, 0, 0);
-      canvas.width = width;
-      canvas.height = height;
+      for (const each of [canvas, this.#source.canvas]) Object.assign(each, { width, height });
       this.#mask.drawImage(before, 0, 0, width, height);
-      this.#source.canvas.width = width;
-      this.#source.canvas.height = height;
     }
     const scale = Math.max(width / this.#picture.width, height / this.#picture.height);
     const [w, h] = [scale * this.#picture.width, scale * this.#picture.height];
@@ -76,78 +70,65 @@ export class MaskEditor {
     this.#source.fillRect(0, 0, width, height);
     this.#source.imageSmoothingQuality = "high";
     this.#source.drawImage(this.#picture, (width - w) / 2, (height - h) / 2, w, h);
-    this.#onChange();
+    this.#changed();
   }
 
   clear() {
     const { width, height } = this.size;
     this.#mask.clearRect(0, 0, width, height);
-    this.#onChange();
+    this.#changed();
   }
 
-  /** Paints or erases, by the tool, a rectangle in pixels; all of it by default. */
-  rectangle(x = 0, y = 0, width = this.size.width, height = this.size.height) {
-    this.#prepare();
+  /** Paints or erases a rectangle in pixels. */
+  rectangle(x, y, width, height, tool = this.tool) {
+    this.#prepare(tool);
     this.#mask.fillRect(x, y, width, height);
-    this.#onChange();
+    this.#changed();
   }
 
   /** Paints all of it, whatever the tool. */
-  paintAll() {
-    const { tool } = this;
-    this.tool = "paint";
-    this.rectangle();
-    this.tool = tool;
+  fill() {
+    const { width, height } = this.size;
+    this.rectangle(0, 0, width, height, "paint");
   }
 
   /** Takes a mask as it was sent. */
   loadMask(bitmap) {
     const { width, height } = this.size;
-    this.tool = "paint";
-    this.rectangle();
-    this.#mask.globalCompositeOperation = "destination-out";
+    this.fill();
+    this.#prepare("erase");
     this.#mask.drawImage(bitmap, 0, 0, width, height);
-    this.#onChange();
+    this.#changed();
+  }
+
+  /** What is sent, as data: URLs: the picture, and where something is painted the mask. */
+  urls() {
+    const image = this.#source.canvas.toDataURL("image/png");
+    if (this.#painted() === 0) return { image };
+    const canvas = Object.assign(document.createElement("canvas"), this.size);
+    const context = canvas.getContext("2d");
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.globalCompositeOperation = "destination-out";
+    context.drawImage(this.#mask.canvas, 0, 0);
+    return { image, mask: canvas.toDataURL("image/png") };
+  }
+
+  #changed() {
+    if (this.#picture !== null) this.#onChange(this.#painted());
   }
 
   /** The part of the pixels that is painted, from 0 to 1. */
-  painted() {
-    const { data } = this.#pixels();
+  #painted() {
+    const { width, height } = this.size;
+    const { data } = this.#mask.getImageData(0, 0, width, height);
     let count = 0;
     for (let index = 3; index < data.length; index += 4) if (data[index] > 127) count += 1;
     return (4 * count) / data.length;
   }
 
-  /** The picture as a data: URL. */
-  pictureUrl() {
-    return this.#source.canvas.toDataURL("image/png");
-  }
-
-  /** The mask as a data: URL, transparent where it is painted; null if nothing is painted. */
-  maskUrl() {
-    if (this.painted() === 0) return null;
-    const pixels = this.#pixels();
-    const { data } = pixels;
-    for (let index = 0; index < data.length; index += 4) {
-      const isPainted = data[index + 3] > 127;
-      data.fill(0, index, index + 3);
-      data[index + 3] = isPainted ? 0 : 255;
-    }
-    const canvas = document.createElement("canvas");
-    canvas.width = pixels.width;
-    canvas.height = pixels.height;
-    canvas.getContext("2d").putImageData(pixels, 0, 0);
-    return canvas.toDataURL("image/png");
-  }
-
-  #pixels() {
-    const { width, height } = this.size;
-    return this.#mask.getImageData(0, 0, width, height);
-  }
-
-  #prepare() {
+  #prepare(tool) {
     // Erasing needs an opaque colour as well. How strong it looks is for the style sheet.
-    this.#mask.globalCompositeOperation = this.tool === "erase" ? "destination-out" : "source-over";
+    this.#mask.globalCompositeOperation = tool === "erase" ? "destination-out" : "source-over";
     this.#mask.fillStyle = this.#mask.strokeStyle = "#e5007d";
     this.#mask.lineCap = this.#mask.lineJoin = "round";
     this.#mask.lineWidth = (this.brush / 100) * Math.min(this.size.width, this.size.height);
@@ -157,7 +138,7 @@ export class MaskEditor {
     const { width, height } = this.size;
     const box = this.#mask.canvas.getBoundingClientRect();
     const point = [((clientX - box.left) / box.width) * width, ((clientY - box.top) / box.height) * height];
-    this.#prepare();
+    this.#prepare(this.tool);
     this.#mask.beginPath();
     this.#mask.moveTo(...(this.#last ?? point));
     this.#mask.lineTo(...point);
