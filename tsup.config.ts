@@ -14,21 +14,22 @@ const values: NonNullable<Options["esbuildPlugins"]>[number] = {
   },
 };
 
-// The entry points, flat in dist/: the library, its JSON Schemas, the server, the command line, the process that runs the graphs and the
-// one that lists graphics adapters.
+// The entry points, flat in dist/: the library, its JSON Schemas, the server, the provider for the AI SDK, the command line, the
+// process that runs the graphs and the one that lists graphics adapters.
 // They find each other by relative URL, so none may move into a subfolder.
 export default defineConfig({
   entry: {
     index: "lib/index.ts",
     schema: "lib/schema.ts",
     server: "lib/server/index.ts",
+    ai: "lib/ai.ts",
     cli: "lib/cli/main.ts",
     "onnxruntime-host": "lib/runtimes/onnxruntime/host.ts",
     "adapters-probe": "lib/runtimes/onnxruntime/adapters-probe.ts",
   },
   format: "esm",
   target: "node20",
-  dts: { entry: { index: "lib/index.ts", schema: "lib/schema.ts", server: "lib/server/index.ts" } },
+  dts: { entry: { index: "lib/index.ts", schema: "lib/schema.ts", server: "lib/server/index.ts", ai: "lib/ai.ts" } },
   esbuildPlugins: [values],
   clean: true,
   splitting: true,

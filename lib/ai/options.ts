@@ -1,0 +1,150 @@
+/** What a call asks for beyond the arguments that all providers share: `providerOptions.flowturbo`, checked. */
+
+import { inspect } from "node:util";
+import { z } from "zod";
+import type { DrawRequest } from "../clients/drawer.js";
+import { clipped } from "../common/text.js";
+import type { ImageFormat, Stage } from "../model.js";
+import { generateSchema, optionMeta } from "../options.js";
+import type { QualityName, SamplerName } from "../schedule/index.js";
+import { ArgumentError } from "./errors.js";
+
+/** `providerOptions.flowturbo` of a call of `generateImage`. */
+export interface FlowTurboImageOptions {
+  /** Number of steps; see `GenerateOptions.steps`. */
+  numInferenceSteps?: number | undefined;
+  /** Number of steps by what counts, in place of `numInferenceSteps`: `"fast"`, `"balanced"` or `"best"`. */
+  quality?: QualityName | undefined;
+  /** Scale of classifier-free guidance, 0 to 1000. Default: 4.5. */
+  guidanceScale?: number | undefined;
+  /** What the pictures should not show. Default: nothing. */
+  negativePrompt?: string | undefined;
+  /** The schedule, such as `"H1P5R3"`, in place of `numInferenceSteps`. */
+  blocks?: string | undefined;
+  /** How steps become a schedule. Default: `"flowturbo"`. */
+  sampler?: SamplerName | undefined;
+  /** With pictures to edit: part of the schedule that runs on the picture, above 0 and up to 1. Default: 0.6. */
+  strength?: number | undefined;
+  /** Milliseconds from the call to the pictures: the richest schedule that fits is drawn, or the call is refused. */
+  deadlineMs?: number | undefined;
+  /** Sizes to run through from coarse to fine, in place of the size and a schedule. */
+  stages?: Stage[] | undefined;
+  /** Format of the pictures. Default: `"png"`. */
+  outputFormat?: ImageFormat | undefined;
+  /** Quality of jpeg and webp files, 0 to 100. Default: the encoder's of this package, or of the server. */
+  outputCompression?: number | undefined;
+}
+
+interface Field {
+  readonly schema: z.ZodType;
+  readonly expects: string;
+  /** Its name in a request to draw. */
+  readonly as: keyof DrawRequest;
+}
+
+const ofLibrary = (as: "steps" | "quality" | "blocks" | "sampler" | "strength" | "deadlineMs" | "stages"): Field => {
+  const schema = generateSchema.shape[as];
+  return { schema, expects: optionMeta(schema).expects, as };
+};
+
+const fields: Record<keyof FlowTurboImageOptions, Field> = {
+  numInferenceSteps: ofLibrary("steps"),
+  quality: ofLibrary("quality"),
+  guidanceScale: { schema: z.number().min(0).max(1000), expects: "a number from 0 to 1000", as: "guidanceScale" },
+  negativePrompt: { schema: z.string(), expects: "a string", as: "negativePrompt" },
+  blocks: ofLibrary("blocks"),
+  sampler: ofLibrary("sampler"),
+  strength: ofLibrary("strength"),
+  deadlineMs: ofLibrary("deadlineMs"),
+  stages: ofLibrary("stages"),
+  outputFormat: { schema: z.enum(["png", "jpeg", "webp"]), expects: '"png", "jpeg" or "webp"', as: "format" },
+  outputCompression: {
+    schema: z.int().min(0).max(100),
+    expects: "a whole number from 0 to 100",
+    as: "compression",
+  },
+};
+
+/** Arguments of `generateImage` itself, which someone may look for among the options. */
+const own: Record<string, string> = {
+  prompt: "prompt",
+  seed: "seed",
+  size: "size",
+  width: "size",
+  height: "size",
+  aspectratio: "aspectRatio",
+  n: "n",
+  count: "n",
+  image: "prompt.images",
+  images: "prompt.images",
+  mask: "prompt.mask",
+  signal: "abortSignal",
+  abortsignal: "abortSignal",
+};
+
+/** Names of the same things in the library, in its HTTP interface and elsewhere that are not near in letters. */
+const others: Record<string, keyof FlowTurboImageOptions> = {
+  steps: "numInferenceSteps",
+  guidance: "guidanceScale",
+  cfg: "guidanceScale",
+  cfgscale: "guidanceScale",
+  negative: "negativePrompt",
+  schedule: "blocks",
+  scheduler: "sampler",
+  timeout: "deadlineMs",
+  deadline: "deadlineMs",
+  format: "outputFormat",
+};
+
+/** @throws ArgumentError for a name that there is not, with the one that is near, and for a value that is wrong */
+export function readOptions(given: Readonly<Record<string, unknown>> | undefined): Partial<DrawRequest> {
+  const read: Record<string, unknown> = {};
+  for (const [name, value] of Object.entries(given ?? {})) {
+    if (!Object.hasOwn(fields, name)) throw unknownName(name);
+    if (value === undefined) continue;
+    const { schema, expects, as } = fields[name as keyof FlowTurboImageOptions];
+    const { success, data } = schema.safeParse(value);
+    if (!success) {
+      const shown = clipped(inspect(value, { depth: 0, breakLength: Infinity, maxStringLength: 80 }), 80);
+      throw new ArgumentError(
+        "providerOptions",
+        `Expected ${expects} for providerOptions.flowturbo.${name} but received ${shown}.`,
+      );
+    }
+    read[as] = data;
+  }
+  return read;
+}
+
+function unknownName(name: string): ArgumentError {
+  const plain = name.toLowerCase().replaceAll(/[^a-z]/g, "");
+  const argument = Object.hasOwn(own, plain) ? own[plain] : undefined;
+  const near = argument === undefined ? nearestName(plain) : undefined;
+  const remedy = argument
+    ? `It is an argument of generateImage itself: ${argument}.`
+    : near
+      ? `Did you mean ${near}?`
+      : `There are ${Object.keys(fields).join(", ")}.`;
+  const shown = JSON.stringify(clipped(name, 80));
+  return new ArgumentError("providerOptions", `providerOptions.flowturbo has no option ${shown}. ${remedy}`);
+}
+
+function nearestName(plain: string): string | undefined {
+  if (Object.hasOwn(others, plain)) return others[plain];
+  const found = Object.keys(fields)
+    .map((name) => ({ name, distance: editDistance(plain.slice(0, 40), name.toLowerCase()) }))
+    .sort((a, b) => a.distance - b.distance)[0]!;
+  return found.distance <= Math.max(2, found.name.length / 3) ? found.name : undefined;
+}
+
+/** Letters to insert, delete or replace (Levenshtein). */
+function editDistance(from: string, to: string): number {
+  let row = Array.from({ length: to.length + 1 }, (_, index) => index);
+  for (const [i, letter] of [...from].entries()) {
+    const next = [i + 1];
+    for (let j = 0; j < to.length; j++)
+      next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (letter === to[j] ? 0 : 1)));
+    row = next;
+  }
+  return row.at(-1)!;
+}

@@ -1,0 +1,49 @@
+/** Draws with a model of this process. */
+
+import type { GenerateOptions, ImageModel } from "../model.js";
+import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
+import { sharedOptions } from "./drawer.js";
+import { whiteMask } from "./masks.js";
+
+/** Pictures of one call of `generate`. */
+const maxImages = 1024;
+
+/** @param open gives the model: it is called for each request, and loads the model when it is first called, if it likes */
+export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageModel> | ImageModel): Drawer {
+  return {
+    address: "flowturbo:in-process",
+    async info({ signal } = {}): Promise<DrawerInfo> {
+      const { name, nativeSize } = await open(signal);
+      return { name, nativeSize, maxImages };
+    },
+    async draw(request, { signal, onStep }: DrawControls = {}): Promise<Drawn> {
+      const mask = request.mask && (await whiteMask(request.mask));
+      const model = await open(signal);
+      signal?.throwIfAborted();
+      const result = await model.generate({
+        ...shared(request),
+        ...{ prompt: request.prompt, negativePrompt: request.negativePrompt, count: request.count },
+        ...{ image: request.image, mask, signal },
+        // Who asked for the picture knows what they asked for; they need not be told of this machine.
+        metadata: "parameters",
+        ...(onStep && { reports: "each" as const, onStep: ({ step, steps }) => onStep(step + 1, steps) }),
+      });
+      const { width, height, seeds, blocks, evaluations, deadline, warnings, tokens } = result;
+      const { load: _, ...timings } = result.timings;
+      const quality = request.compression === undefined ? {} : { quality: Math.max(1, request.compression) };
+      return {
+        pictures: await Promise.all(result.images.map((image) => image.encode(request.format, quality))),
+        ...{ width, height, seeds, blocks, evaluations, timings, deadline, warnings, model: model.name },
+        usage: {
+          input: tokens.text + (request.image ? tokens.image : 0),
+          output: tokens.image * result.images.length,
+        },
+        headers: null,
+      };
+    },
+  };
+}
+
+function shared(request: DrawRequest): Partial<GenerateOptions> {
+  return Object.fromEntries(sharedOptions.map((name) => [name, request[name]]));
+}
