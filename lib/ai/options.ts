@@ -3,6 +3,7 @@
 import { inspect } from "node:util";
 import { z } from "zod";
 import type { DrawRequest } from "../clients/drawer.js";
+import { nearest } from "../common/near.js";
 import { clipped } from "../common/text.js";
 import type { ImageFormat, Stage } from "../model.js";
 import { generateSchema, optionMeta } from "../options.js";
@@ -23,7 +24,7 @@ export interface FlowTurboImageOptions {
   blocks?: string | undefined;
   /** How steps become a schedule. Default: `"flowturbo"`. */
   sampler?: SamplerName | undefined;
-  /** With pictures to edit: part of the schedule that runs on the picture, above 0 and up to 1. Default: 0.6. */
+  /** With a picture to edit: part of the schedule that runs on it, above 0 and up to 1. Default: 0.6, or 1 with a mask. */
   strength?: number | undefined;
   /** Milliseconds from the call to the pictures: the richest schedule that fits is drawn, or the call is refused. */
   deadlineMs?: number | undefined;
@@ -31,7 +32,7 @@ export interface FlowTurboImageOptions {
   stages?: Stage[] | undefined;
   /** Format of the pictures. Default: `"png"`. */
   outputFormat?: ImageFormat | undefined;
-  /** Quality of jpeg and webp files, 0 to 100. Default: the encoder's of this package, or of the server. */
+  /** Quality of jpeg and webp files, 0 to 100. Default: 95. */
   outputCompression?: number | undefined;
 }
 
@@ -96,7 +97,7 @@ const others: Record<string, keyof FlowTurboImageOptions> = {
   format: "outputFormat",
 };
 
-/** @throws ArgumentError for a name that there is not, with the one that is near, and for a value that is wrong */
+/** @throws ArgumentError for a name that there is not, with the one that is near, and for a value that is wrong or fits no other */
 export function readOptions(given: Readonly<Record<string, unknown>> | undefined): Partial<DrawRequest> {
   const read: Record<string, unknown> = {};
   for (const [name, value] of Object.entries(given ?? {})) {
@@ -113,13 +114,18 @@ export function readOptions(given: Readonly<Record<string, unknown>> | undefined
     }
     read[as] = data;
   }
+  if (read.compression !== undefined && (read.format ?? "png") === "png")
+    throw new ArgumentError(
+      "providerOptions",
+      'The format png has no quality. Leave providerOptions.flowturbo.outputCompression out, or set outputFormat to "jpeg" or "webp".',
+    );
   return read;
 }
 
 function unknownName(name: string): ArgumentError {
   const plain = name.toLowerCase().replaceAll(/[^a-z]/g, "");
   const argument = Object.hasOwn(own, plain) ? own[plain] : undefined;
-  const near = argument === undefined ? nearestName(plain) : undefined;
+  const near = Object.hasOwn(others, plain) ? others[plain] : nearest(name, Object.keys(fields));
   const remedy = argument
     ? `It is an argument of generateImage itself: ${argument}.`
     : near
@@ -127,24 +133,4 @@ function unknownName(name: string): ArgumentError {
       : `There are ${Object.keys(fields).join(", ")}.`;
   const shown = JSON.stringify(clipped(name, 80));
   return new ArgumentError("providerOptions", `providerOptions.flowturbo has no option ${shown}. ${remedy}`);
-}
-
-function nearestName(plain: string): string | undefined {
-  if (Object.hasOwn(others, plain)) return others[plain];
-  const found = Object.keys(fields)
-    .map((name) => ({ name, distance: editDistance(plain.slice(0, 40), name.toLowerCase()) }))
-    .sort((a, b) => a.distance - b.distance)[0]!;
-  return found.distance <= Math.max(2, found.name.length / 3) ? found.name : undefined;
-}
-
-/** Letters to insert, delete or replace (Levenshtein). */
-function editDistance(from: string, to: string): number {
-  let row = Array.from({ length: to.length + 1 }, (_, index) => index);
-  for (const [i, letter] of [...from].entries()) {
-    const next = [i + 1];
-    for (let j = 0; j < to.length; j++)
-      next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (letter === to[j] ? 0 : 1)));
-    row = next;
-  }
-  return row.at(-1)!;
 }

@@ -1,6 +1,10 @@
-/** Draws with a model of this process. */
+/**
+ * Draws with a model of this process. What a request leaves open of an edit is as over HTTP: a picture of the original's
+ * proportions, and with a mask all of the schedule.
+ */
 
-import type { GenerateOptions, ImageModel } from "../model.js";
+import { sharp } from "../generation/sharp.js";
+import type { GenerateOptions, ImageModel, Size } from "../model.js";
 import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
 import { sharedOptions } from "./drawer.js";
 import { whiteMask } from "./masks.js";
@@ -22,6 +26,7 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
       signal?.throwIfAborted();
       const result = await model.generate({
         ...shared(request),
+        ...(request.image && (await editDefaults(request, request.image, model))),
         ...{ prompt: request.prompt, negativePrompt: request.negativePrompt, count: request.count },
         ...{ image: request.image, mask, signal },
         // Who asked for the picture knows what they asked for; they need not be told of this machine.
@@ -46,4 +51,32 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
 
 function shared(request: DrawRequest): Partial<GenerateOptions> {
   return Object.fromEntries(sharedOptions.map((name) => [name, request[name]]));
+}
+
+/** Where a request to edit says neither size nor strength. What is no picture is for the model to refuse. */
+async function editDefaults(request: DrawRequest, image: Uint8Array, { nativeSize }: ImageModel) {
+  const isSized = request.width !== undefined || request.stages !== undefined;
+  const found = isSized ? null : await sizeOfPicture(image);
+  return {
+    ...(found && sizeLike(found, nativeSize)),
+    strength: request.strength ?? (request.mask ? 1 : undefined),
+  };
+}
+
+/** Upright; null for what is no picture. */
+async function sizeOfPicture(image: Uint8Array): Promise<Size | null> {
+  const read = await sharp.load();
+  return read(image)
+    .metadata()
+    .then(
+      ({ autoOrient }) => autoOrient,
+      () => null,
+    );
+}
+
+/** About as many pixels as the model was trained for, in the proportions of a picture; sides are multiples of 16. */
+function sizeLike(picture: Size, native: Readonly<Size>): Size {
+  const scale = Math.sqrt((native.width * native.height) / (picture.width * picture.height));
+  const side = (pixels: number) => Math.max(16, 16 * Math.round((pixels * scale) / 16));
+  return { width: side(picture.width), height: side(picture.height) };
 }

@@ -74,6 +74,14 @@ export function remoteDrawer(settings: RemoteSettings, model: string | null): Dr
       const response = await call("GET", path, undefined, controls);
       const answer = await json<ModelAnswer & { readonly data?: readonly ModelAnswer[] }>(response, undefined);
       const found = answer.data?.[0] ?? answer;
+      if (!found.native_size) {
+        const told = { status: 503, headers: headersOf(response), body: null, error: null, isRetryable: true };
+        throw new RemoteError(`The model ${found.id} is still loading.`, {
+          ...told,
+          url: response.url,
+          request: undefined,
+        });
+      }
       const [width, height] = found.native_size.split("x").map(Number) as [number, number];
       return { name: found.id, nativeSize: { width, height }, maxImages: found.limits.max_images };
     },
@@ -89,7 +97,8 @@ export function remoteDrawer(settings: RemoteSettings, model: string | null): Dr
 /** A model as the server describes it. */
 interface ModelAnswer {
   readonly id: string;
-  readonly native_size: string;
+  /** null while it loads. */
+  readonly native_size: string | null;
   readonly limits: { readonly max_images: number };
 }
 
@@ -125,7 +134,7 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     ...(width !== undefined && height !== undefined && { size: `${width}x${height}` }),
     ...(quality !== undefined && { quality: qualities[quality] }),
     output_format: wanted.format,
-    output_compression: wanted.compression,
+    ...(wanted.format !== "png" && { output_compression: wanted.compression }),
     seed: wanted.seed,
     num_inference_steps: wanted.steps,
     guidance_scale: wanted.guidanceScale,

@@ -8,6 +8,7 @@ import {
   type ProviderV3,
 } from "@ai-sdk/provider";
 import { createProviderRegistry, generateImage, RetryError } from "ai";
+import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { readOptions } from "../../lib/ai/options.js";
 import { parseRatio, sizeOfRatio } from "../../lib/ai/sizes.js";
@@ -107,6 +108,8 @@ describe("generateImage", () => {
       ...{ guidanceScale: 1.5, sampler: "euler", deadlineMs: 9e5 },
     });
     expect(image.mediaType).toBe("image/jpeg");
+    expect(() => readOptions({ outputCompression: 50 })).toThrow("The format png has no quality");
+    expect(() => readOptions({ outputCompression: 50, outputFormat: "webp" })).not.toThrow();
     expect(await pixelsOf(image.uint8Array)).toMatchObject({ width: 48, height: 80 });
   });
 
@@ -177,6 +180,25 @@ describe("edits", () => {
       expect(await pixelsOf((await call(undefined, [given])).image.uint8Array)).toEqual(expected);
   });
 
+  it("draw a picture of the original's proportions, and with a mask all of the schedule", async () => {
+    const wide = await sharp(await original())
+      .resize(200, 100, { fit: "fill" })
+      .png()
+      .toBuffer();
+    const mask = await sharp(await whiteMask())
+      .resize(200, 100, { fit: "fill" })
+      .png()
+      .toBuffer();
+    const draw = (prompt: { images: Buffer[]; text: string; mask?: Buffer }) =>
+      generateImage({ model: provider().image(), prompt, seed: 4, providerOptions: { flowturbo: few } });
+    const same = { seed: 4, image: wide, width: 96, height: 48 };
+    const plain = await draw({ images: [wide], text: "a red circle" });
+    expect(await pixelsOf(plain.image.uint8Array)).toEqual(pixelsIn((await direct(same)).images[0]!));
+    const masked = await draw({ images: [wide], text: "a red circle", mask });
+    const expected = await direct({ ...same, mask, strength: 1 });
+    expect(await pixelsOf(masked.image.uint8Array)).toEqual(pixelsIn(expected.images[0]!));
+  });
+
   it("take one picture, and say so of several", async () => {
     const image = await original();
     const { warnings } = await call(undefined, [image, image]);
@@ -207,7 +229,8 @@ describe("options", () => {
     ["num_inference_steps", "Did you mean numInferenceSteps?"],
     ["steps", "Did you mean numInferenceSteps?"],
     ["guidance_scale", "Did you mean guidanceScale?"],
-    ["guidence", "There are numInferenceSteps, "],
+    ["guidence_scale", "Did you mean guidanceScale?"],
+    ["zoom", "There are numInferenceSteps, "],
     ["negative_prompt", "Did you mean negativePrompt?"],
     ["seed", "It is an argument of generateImage itself: seed."],
     ["mask", "It is an argument of generateImage itself: prompt.mask."],
