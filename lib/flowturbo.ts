@@ -40,6 +40,7 @@ import { canRun } from "./generation/stages.js";
 import { generateStream } from "./generation/stream.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
+import { type CallTrace, traced } from "./generation/traces.js";
 import type {
   CalibrateOptions,
   Calibration,
@@ -69,6 +70,9 @@ import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 
 /** Folder of the model that comes with the package. */
 export const embeddedModel = packagePath("models/shapes");
+
+/** Nobody is told of a request of the model's own. */
+const unwatched = { events: null, trace: null };
 
 /** Pictures to edit that are decoded at a time: each may take some 300 MB. */
 const decodedAtOnce = 2;
@@ -235,9 +239,15 @@ export class FlowTurbo implements ImageModel {
    *   TimeoutError after `timeoutMs`; DisposedError; DrainingError after `drain`; `signal.reason` after an abort
    */
   async generate(options: GenerateOptions): Promise<GenerateResult> {
+    const about = { model: this.name, runtime: this.runtime.name };
+    return traced(about, options, (trace) => this.#generate(options, trace));
+  }
+
+  async #generate(options: GenerateOptions, trace: CallTrace | null): Promise<GenerateResult> {
     const start = performance.now();
     this.#checkOpen();
     const request = settleRequest(options, this.#model);
+    trace?.settled(request);
     request.signal?.throwIfAborted();
     this.#checkMemory(request);
     const { timeoutMs } = request;
@@ -247,7 +257,7 @@ export class FlowTurbo implements ImageModel {
     try {
       // dispose() waits for the work, and not for handlers: one of them may be waiting for dispose().
       return await events.around(
-        this.#tracked(() => this.#serve({ ...request, signal: events.signal }, events, start)),
+        this.#tracked(() => this.#serve({ ...request, signal: events.signal }, start, { events, trace })),
       );
     } finally {
       clearTimeout(timer);
@@ -390,7 +400,12 @@ export class FlowTurbo implements ImageModel {
       checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidance.isOn });
   }
 
-  async #serve(request: Request, events: RequestEvents | null, start: number): Promise<GenerateResult> {
+  /** @param watchers who is told how it goes; none for a request of the model's own */
+  async #serve(
+    request: Request,
+    start: number,
+    { events, trace }: { readonly events: RequestEvents | null; readonly trace: CallTrace | null },
+  ): Promise<GenerateResult> {
     const { candidates, pinBatch, signal, priority, prefer, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
     const { width, height } = stages.at(-1)!;
@@ -404,13 +419,21 @@ export class FlowTurbo implements ImageModel {
     const texts = [...request.prompts, ...request.negativePrompts];
     const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
     const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
-    const admitted = await this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
+    const admitting = this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
+      trace?.accepted(prepared[candidate]!, { place, predictedMs });
       const blocks = blocksOf(prepared[candidate]!.stages);
       events?.send("onAccept", { predictedMs, place, blocks, seeds: request.seeds });
     });
+    const admitted = await admitting.catch((error) => {
+      trace?.left(error);
+      throw error;
+    });
     const candidate = prepared[admitted.candidate]!;
-    events?.send("onStart", { queuedMs: admitted.queuedMs, blocks: blocksOf(candidate.stages) });
-    return admitted.complete(draw(this.#model, request, candidate, admitted, events, start));
+    const { queuedMs } = admitted;
+    trace?.started(candidate, queuedMs);
+    events?.send("onStart", { queuedMs, blocks: blocksOf(candidate.stages) });
+    const observed = trace?.observed(admitted) ?? admitted;
+    return admitted.complete(draw(this.#model, request, candidate, observed, events, start));
   }
 
   /** Decoded pictures are large: few at a time, whatever number of requests bring some. */
@@ -455,7 +478,7 @@ export class FlowTurbo implements ImageModel {
     for (const request of requests.filter(({ guidanceScale }) => guidanceScale === requests[0]!.guidanceScale))
       for (const count of new Set([1, Math.min(...batches), Math.max(...batches)]))
         for (let round = 0; round < 5; round++)
-          await this.#serve(settleRequest({ ...request, count }, this.#model), null, performance.now());
+          await this.#serve(settleRequest({ ...request, count }, this.#model), performance.now(), unwatched);
     await this.#service.store();
     return this.costs;
   }

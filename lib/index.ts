@@ -1,6 +1,7 @@
 /** The public API. */
 export type { Logger } from "./common/logger.js";
 export type { FloatTensor, IntTensor, Tensor } from "./common/tensor.js";
+export { withTraceparent } from "./common/tracing.js";
 export {
   CacheError,
   CheckpointError,
@@ -46,15 +47,18 @@ export type {
   GenerateOptions,
   GenerateResult,
   GenerateStream,
+  GenerateTrace,
   HandlerOptions,
   ImageFormat,
   ImageModel,
+  LaunchTrace,
   LoadOptions,
   LoadProgress,
   Picture,
   PictureSource,
   ProfileOptions,
   ProfileProgress,
+  QueueTrace,
   RgbPicture,
   RuntimeChoice,
   Size,

@@ -571,6 +571,72 @@ export interface GenerateResult {
   readonly warnings: readonly string[];
 }
 
+/**
+ * The context of the tracing channel `flowturbo:generate` of `node:diagnostics_channel`: one object for each call of `generate`, filled in as
+ * the call goes on.
+ */
+export interface GenerateTrace {
+  /** What the call does, by OpenTelemetry's name for it. */
+  readonly operation: "generate_content";
+  /** As `ImageModel.name`. */
+  readonly model: string;
+  /** Name of the runtime that it runs on. */
+  readonly runtime: string;
+  /** The W3C header `traceparent` of the request that is answered, as `withTraceparent` was told it; null without one. */
+  readonly traceparent: string | null;
+  /** The options as they were given, prompts and pictures among them. */
+  readonly options: GenerateOptions;
+  /** Pictures that are drawn. This and what follows is absent until it is known. */
+  readonly pictures?: number;
+  /** Seed of each picture; empty if the noise was given. */
+  readonly seeds?: readonly number[];
+  /** Pixels. */
+  readonly width?: number;
+  /** Pixels. */
+  readonly height?: number;
+  /** Blocks of the schedule, over all stages; from when it is accepted. With a time limit fewer may be drawn in the end. */
+  readonly steps?: number;
+  /** The schedule, as `GenerateResult.blocks`; as `steps`. */
+  readonly blocks?: string;
+  /** What the call results in. */
+  readonly result?: GenerateResult;
+  /** What the call rejects with: an error, or the reason of an abort. */
+  readonly error?: unknown;
+}
+
+/** The context of the tracing channel `flowturbo:queue`: a call from when it is accepted until its turn has come. */
+export interface QueueTrace {
+  /** The call's own context. */
+  readonly generate: GenerateTrace;
+  /** As `AcceptEvent.place`. */
+  readonly place: number;
+  /** As `AcceptEvent.predictedMs`. */
+  readonly predictedMs: number | null;
+  /** As `StartEvent.queuedMs`; absent until its turn has come. */
+  readonly queuedMs?: number;
+  /** What ended the call before its turn came. */
+  readonly error?: unknown;
+}
+
+/**
+ * The context of the tracing channel `flowturbo:launch`: a launch with pictures or texts of a call, when it is over. One that several calls
+ * share is published for each of them.
+ */
+export interface LaunchTrace {
+  /** The call's own context. */
+  readonly generate: GenerateTrace;
+  /** Name of the graph that was launched. */
+  readonly graph: string;
+  /** What it ran on besides rows, such as "64x64", in pixels, or "77 tokens". */
+  readonly size: string;
+  /** Rows that were computed: those of all calls in it, and padding. A row is one picture or text. */
+  readonly batch: number;
+  /** Rows of all calls in it, without padding. */
+  readonly rows: number;
+  /** How long it took, all rows together. It ended about when this is published. */
+  readonly milliseconds: number;
+}
+
 /** Sent while costs are measured. */
 export interface ProfileProgress {
   /** Launches that are done. */

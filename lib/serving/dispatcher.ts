@@ -25,6 +25,14 @@ import { type AssignedLaunch, Scheduler, type SchedulerOptions, type Submission 
 import type { StatsRecorder } from "./stats.js";
 import { LaunchWatch, type SlowLaunch } from "./watch.js";
 
+/** One finished launch, as the jobs are told that have a row in it. */
+export interface JobLaunch extends LaunchReport {
+  /** Rows in it of all jobs. */
+  readonly rows: number;
+  /** Rows that were computed: those, and padding. */
+  readonly batch: number;
+}
+
 export interface Job {
   /** A program for each row; see rows.ts. */
   readonly rows: readonly Program[];
@@ -38,7 +46,7 @@ export interface Job {
    * Called for each row of each launch, once, in the order of a row's launches. `first` is true for one row of the job in
    * each launch; `milliseconds` are those of the launch, all rows together. An error it throws rejects the job.
    */
-  readonly onLaunch?: ((row: number, report: LaunchReport, first: boolean) => void) | undefined;
+  readonly onLaunch?: ((row: number, report: JobLaunch, first: boolean) => void) | undefined;
   /** Called for each row that begins again, since what it had made is gone. Must not throw. */
   readonly onRestart?: ((row: number) => void) | undefined;
 }
@@ -171,7 +179,7 @@ export class Dispatcher {
           signal: controller.signal,
           onLaunch: (report) => {
             this.#launched(specs[report.index]!, 1, 1, report.milliseconds);
-            onLaunch?.(row, report, true);
+            onLaunch?.(row, { ...report, rows: 1, batch: 1 }, true);
           },
         }),
       ),
@@ -335,7 +343,7 @@ export class Dispatcher {
       const launch = active.rows[row]!.launches[index]!;
       const values = gathered.reported(report.index, at, report.values);
       try {
-        active.job.onLaunch?.(row, { launch, index, milliseconds, values }, first);
+        active.job.onLaunch?.(row, { launch, index, milliseconds, values, rows: rows.length, batch }, first);
       } catch (error) {
         this.#stop(job, error);
       }
