@@ -3,6 +3,7 @@
 import type { IncomingMessage } from "node:http";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { FastifyInstance, FastifyPluginAsync, FastifyReply, FastifyRequest } from "fastify";
+import { currentTraceparent, withTraceparent } from "../common/tracing.js";
 import { checkOptions } from "../options.js";
 import type { Answer } from "./answer.js";
 import { type Body, isForm, readBody } from "./bodies.js";
@@ -105,7 +106,9 @@ class ImageService {
       });
     app.addHook("onRequest", async (request) => this.#admit(request));
     app.setErrorHandler((error, request, reply) => this.#fail(error, request, reply));
-    if (app.hasContentTypeParser("multipart/form-data")) app.removeContentTypeParser("multipart/form-data");
+    // Fastify reads texts too, and the app around may read forms.
+    for (const type of ["text/plain", "multipart/form-data"])
+      if (app.hasContentTypeParser(type)) app.removeContentTypeParser(type);
     app.addContentTypeParser("multipart/form-data", (_request: FastifyRequest, payload: IncomingMessage) =>
       readForm(payload, payload.headers, maxBodyBytes),
     );
@@ -182,10 +185,9 @@ class ImageService {
   /** The first that happens to a request. */
   #arrive(request: FastifyRequest, reply: FastifyReply): void {
     const start = performance.now();
-    const trace = request.headers.traceparent;
-    const [, traceId] =
-      (typeof trace === "string" && trace.match(/^00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$/)) || [];
-    request.flowturbo = traceId ? { trace_id: traceId } : {};
+    // As far as it is one.
+    const traceparent = withTraceparent(traceparentOf(request), currentTraceparent);
+    request.flowturbo = traceparent ? { trace_id: traceparent.split("-")[1] } : {};
     reply.header("x-request-id", request.id);
     reply.header("x-content-type-options", "nosniff");
     this.#open.add(reply);
@@ -342,13 +344,13 @@ class ImageService {
   async #begin(kind: Kind, body: Body, request: FastifyRequest): Promise<Run> {
     const { id, model } = this.#models.get(body.fields.model);
     const settled = await settle(body, model, this.#limits, kind);
-    const run = new Run({
-      id: `${kind === "job" ? "job" : "img"}_${crypto.randomUUID()}`,
-      model,
-      modelId: id,
-      settled,
-      fullSize: kind !== "job",
-    });
+    // Tracers learn which trace the call belongs to.
+    const create = () =>
+      new Run({
+        id: `${kind === "job" ? "job" : "img"}_${crypto.randomUUID()}`,
+        ...{ model, modelId: id, settled, fullSize: kind !== "job" },
+      });
+    const run = withTraceparent(traceparentOf(request), create);
     this.#runs.add(run);
     void run.answer
       .then(
@@ -460,6 +462,10 @@ class ImageService {
     await Promise.race([sent, sleep(lastWords, undefined, { ref: false })]);
     this.#ended.abort();
   }
+}
+
+function traceparentOf({ headers }: FastifyRequest): string | undefined {
+  return typeof headers.traceparent === "string" ? headers.traceparent : undefined;
 }
 
 function probe(reply: FastifyReply, obstacles: readonly string[]): FastifyReply {

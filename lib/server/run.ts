@@ -122,20 +122,20 @@ export class Run {
           if (previews.length === 0) return;
           const index = partials++;
           // The next event waits until these pictures are encoded; drawing does not.
-          return Promise.all(
-            previews.map(async (picture, image) => {
-              const b64_json = await partialOf(picture, rendering, fullSize ? size : null);
-              const { width, height } = fullSize ? size : picture;
+          const encoding = previews.map((picture) => partialOf(picture, rendering, fullSize ? size : null));
+          return Promise.all(encoding).then((files) => {
+            for (const [image_index, b64_json] of files.entries()) {
+              const { width, height } = fullSize ? size : previews[image_index]!;
               this.#tell({
                 type: "partial",
                 partial: {
-                  ...{ b64_json, partial_image_index: index, image_index: image, step: step + 1, background },
+                  ...{ b64_json, partial_image_index: index, image_index, step: step + 1, background },
                   ...{ output_format: rendering.format, size: `${width}x${height}` },
                   quality: rendering.asked ?? qualityOf(steps),
                 },
               });
-            }),
-          );
+            }
+          });
         },
       });
       const answer = await answerOf(result, settled, this.modelId);

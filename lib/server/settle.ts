@@ -48,10 +48,8 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
   if (!edited && fields.strength !== undefined)
     throw invalid("strength", "The field strength is for edits; it needs an image.");
   const size = sizeOf(fields, model, edited);
-  for (const [param, { width, height }] of [
-    ["size", size] as const,
-    ...(fields.stages ?? []).map((stage) => ["stages", stage] as const),
-  ])
+  const param = fields.stages ? "stages" : "size";
+  for (const { width, height } of fields.stages ?? [size])
     if (width * height > limits.maxPixels)
       throw invalid(
         param,
