@@ -199,13 +199,18 @@ function webhooksOf({ webhookHost }: Flags) {
 function number(option: string, text: string, most: number): number {
   const value = /^\d+(\.\d+)?$/.test(text) ? Number(text) : Number.NaN;
   if (!(value <= most))
-    throw new OptionError(option, `Expected a number from 0 to ${most} for --${option} but received "${text}".`);
+    throw new OptionError(option, `Expected a number from 0 to ${most} for ${flag(option)} but received "${text}".`);
   return value;
 }
 
 function whole(option: string, text: string, most: number): number {
   const value = number(option, text, most);
   if (!Number.isInteger(value))
-    throw new OptionError(option, `Expected a whole number for --${option} but received "${text}".`);
+    throw new OptionError(option, `Expected a whole number for ${flag(option)} but received "${text}".`);
   return value;
+}
+
+/** `maxQueue` → `--max-queue` */
+function flag(option: string): string {
+  return `--${option.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
 }

@@ -488,5 +488,5 @@ function stopped(): Failure {
 function linger({ raw }: FastifyRequest, reply: FastifyReply): void {
   if (raw.complete || raw.destroyed || reply.raw.destroyed === false) return;
   raw.resume();
-  setTimeout(() => raw.socket.destroy(), 500).unref();
+  setTimeout(() => raw.destroy(), 500).unref();
 }
