@@ -46,7 +46,9 @@ function published(): { name: string; symbol: ts.Symbol }[] {
       if (type && ts.isTypeLiteralNode(type) && own.name !== "nativeSize") members(`${name}.${own.name}`, type.members);
     }
   };
-  for (const statement of program.getSourceFile(file)!.statements) {
+  // What several entry points declare is in files of its own, which this one imports.
+  const parts = program.getSourceFiles().filter(({ fileName }) => path.dirname(fileName) === path.dirname(file));
+  for (const statement of parts.flatMap(({ statements }) => [...statements])) {
     const isNamed =
       ts.isInterfaceDeclaration(statement) ||
       ts.isClassDeclaration(statement) ||
