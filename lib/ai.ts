@@ -131,7 +131,7 @@ interface Source {
 }
 
 function serverSource(settings: ServerSettings): Source {
-  const remote = { ...settings, apiKey: settings.apiKey ?? process.env.FLOWTURBO_API_KEY };
+  const remote = { ...settings, apiKey: settings.apiKey ?? (process.env.FLOWTURBO_API_KEY || undefined) };
   return {
     drawer: (id) => remoteDrawer(remote, id === defaultId ? null : id),
     nameOf: (id) => id,

@@ -15,6 +15,7 @@ import { compileCommand } from "./compile.js";
 import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
+import { mcpCommand } from "./mcp.js";
 import { profileCommand } from "./profile.js";
 import { pruneCommand } from "./prune.js";
 import { serveCommand } from "./serve.js";
@@ -47,10 +48,12 @@ async function main(): Promise<number> {
   profileCommand(program.command("profile").exitOverride(), controller.signal);
   calibrateCommand(program.command("calibrate").exitOverride(), controller.signal);
   cacheCommand(program.command("cache").exitOverride(), controller.signal);
-  serveCommand(program.command("serve").exitOverride(), controller.signal, () => {
-    // A server is ended by a signal: that is no failure.
+  // A server is ended by a signal: that is no failure.
+  const endServing = () => {
     interrupted = undefined;
-  });
+  };
+  serveCommand(program.command("serve").exitOverride(), controller.signal, endServing);
+  mcpCommand(program.command("mcp").exitOverride(), controller.signal, endServing);
   doctorCommand(program.command("doctor").exitOverride());
   pruneCommand(program.command("prune").exitOverride());
 

@@ -1,0 +1,114 @@
+/** The tools as their callers see them: what they take and give. The descriptions are read by language models. */
+
+import { z } from "zod";
+import { generateSchema } from "../options.js";
+
+const field = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
+
+const drawn = {
+  prompt: z.string().min(1).max(32_000).describe("What the picture shows, in English."),
+  negative_prompt: field(z.string().max(32_000), "What the picture should not show."),
+  size: field(
+    z.string().regex(/^[1-9]\d{0,4}x[1-9]\d{0,4}$/, 'Expected a size such as "1024x768"'),
+    'Width x height in pixels, both multiples of 16, such as "1024x768". Default: the size that the model was trained for; of an edit, as many pixels in the proportions of its picture.',
+  ),
+  count: field(z.int().min(1).max(10), "Number of pictures, 1 to 10. Default: 1."),
+  seed: field(
+    z
+      .int()
+      .min(0)
+      .max(Number.MAX_SAFE_INTEGER - 4096),
+    "Seed of the first picture; picture k uses seed + k. The same seed and options draw the same picture. Default: random.",
+  ),
+  quality: field(
+    z.enum(["fast", "balanced", "best"]),
+    "Number of steps by what counts. Not together with steps or blocks. Default: balanced.",
+  ),
+  steps: field(z.int().min(1).max(1000), "Number of steps, 1 to 1000, in place of quality."),
+  guidance_scale: field(
+    z.number().min(0).max(1000),
+    "How closely the picture follows the prompt; 1 or less turns guidance off and halves the work. Default: 4.5.",
+  ),
+  sampler: field(generateSchema.shape.sampler.unwrap(), "How steps become a schedule. Default: flowturbo."),
+  blocks: field(
+    z.string().min(1).max(8192),
+    'The schedule itself, one letter a step, such as "H1P5R3", in place of steps and quality.',
+  ),
+  deadline_ms: field(
+    z
+      .number()
+      .gt(0)
+      .max(2 ** 31),
+    "Milliseconds to the picture: the richest schedule that fits is drawn, or the call is refused at once.",
+  ),
+  output_format: field(
+    z.enum(["png", "jpeg", "webp"]),
+    "Format of the picture; jpeg and webp are smaller. Default: as the server was started, mostly png.",
+  ),
+};
+
+const edited = {
+  image: z
+    .string()
+    .min(1)
+    .describe("The picture to edit: the absolute path of a file of this machine, a data: URL, or base64."),
+  mask: field(
+    z.string().min(1),
+    "Where to paint, as image: a picture whose transparent parts are painted, or, where nothing is transparent, the white ones; the rest is kept. Default: everything is drawn anew from the picture.",
+  ),
+  strength: field(
+    z.number().gt(0).max(1),
+    "How much of the picture is drawn anew, above 0 and up to 1. Default: 0.6, or 1 with a mask.",
+  ),
+};
+
+const saved = {
+  save_to: field(
+    z.string().min(1).max(1000),
+    'File or folder to write the pictures to, inside the folder that the server was started with, such as "cat.png" or "pets/". Files that exist are not replaced. Default: nothing is written.',
+  ),
+};
+
+export interface ToolSchema {
+  readonly title: string;
+  readonly description: string;
+  readonly input: z.ZodType<ToolInput>;
+}
+
+/** What a tool is called with. */
+export type ToolInput = z.output<z.ZodObject<typeof drawn & typeof saved>> &
+  Partial<z.output<z.ZodObject<typeof edited>>>;
+
+/** @param model name of it, for the description; @param canSave whether there is a folder that pictures may be written to */
+export function toolSchemas(model: string, canSave: boolean): Record<"generate" | "edit", ToolSchema> {
+  const further = canSave ? saved : {};
+  return {
+    generate: {
+      title: "Draw pictures",
+      description: `Draws pictures of a text with the model ${model}, and returns them.`,
+      input: z.strictObject({ ...drawn, ...further }),
+    },
+    edit: {
+      title: "Edit a picture",
+      description: `Draws a picture anew after a text with the model ${model}, all of it or where a mask says, and returns it.`,
+      input: z.strictObject({ ...drawn, ...edited, ...further }),
+    },
+  };
+}
+
+/** What a tool says of its pictures. */
+export const toolOutput = z.object({
+  seeds: z.array(z.number()).describe("Seed of each picture."),
+  width: z.number().describe("Pixels."),
+  height: z.number().describe("Pixels."),
+  model: z.string().describe("The model's name."),
+  blocks: z.string().describe("The schedule that ran."),
+  steps: z.number().describe("Steps that ran."),
+  milliseconds: z
+    .object({ total: z.number(), queue: z.number(), encode: z.number(), steps: z.number(), decode: z.number() })
+    .describe("Where the time went."),
+  warnings: z.array(z.string()).describe("What the caller should know, such as a prompt that was cut."),
+  files: z.array(z.string()).describe("Files that were written, if save_to was given."),
+});
+
+export type ToolOutput = z.output<typeof toolOutput>;
