@@ -7,7 +7,21 @@ const lib = path.resolve(import.meta.dirname, "../lib");
 
 /** Each room, and the rooms that it may import from besides itself; `common` and `errors` are open to all. */
 const rooms: Record<string, string[]> = {
-  cli: ["flowturbo", "server", "generation", "options", "model", "checkpoint", "runtimes", "schedule"],
+  cli: [
+    "flowturbo",
+    "server",
+    "mcp",
+    "clients",
+    "generation",
+    "options",
+    "model",
+    "checkpoint",
+    "runtimes",
+    "schedule",
+  ],
+  ai: ["flowturbo", "clients", "options", "model", "schedule"],
+  mcp: ["clients", "generation", "options", "model"],
+  clients: ["generation", "model", "schedule"],
   server: ["generation", "options", "model", "serving", "schedule"],
   index: ["flowturbo", "json", "generation", "model", "serving", "networks", "runtimes", "schedule"],
   flowturbo: ["generation", "options", "model", "serving", "networks", "runtimes", "checkpoint", "program", "schedule", "onnx"], // biome-ignore format: one line
