@@ -195,7 +195,10 @@ $("clear-history").onclick = () => {
 async function modelsOf() {
   for (;;) {
     try {
-      return (await api.json("v1/models")).data;
+      const { data } = await api.json("v1/models");
+      const loaded = data.filter((model) => model.native_size !== null);
+      if (loaded.length > 0) return loaded;
+      throw new ApiError("The model is loading.", { status: 503, retryAfterMs: 0 });
     } catch (error) {
       const isLoading = error.status === 503 && error.retryAfterMs !== null;
       if (!isLoading && error.status !== 0) {
