@@ -103,7 +103,7 @@ export class Api {
       const key = this.#key;
       const response = await fetch(path, {
         ...init,
-        signal: signal ?? null,
+        signal,
         headers: { ...headers, ...(key !== null && { authorization: `Bearer ${key}` }) },
         cache: "no-store",
       }).catch(() => {
@@ -112,8 +112,10 @@ export class Api {
       });
       if (response.ok) return response;
       const error = await errorOf(response);
-      // Another call may have got a key meanwhile.
-      if (error.status !== 401 || (this.#key === key && !(await this.#ask(error.message)))) throw error;
+      if (error.status !== 401) throw error;
+      const message = key === null ? error.message : "The server does not know this key.";
+      // Another call may have got one meanwhile.
+      if (this.#key === key && !(await this.#ask(message))) throw error;
     }
   }
 

@@ -15,26 +15,11 @@ const blockNames = {
   U: "UniPC",
 };
 
-/** The phases of a schedule such as "H1P7R2": runs of one kind of block; those of several stages follow each other. */
-function phasesOf(blocks) {
-  const phases = [];
-  for (const stage of blocks.split(/\s+/)) {
-    let last = null;
-    for (const [, letter, count] of stage.matchAll(/([A-Z])(\d*)/g)) {
-      if (last?.letter !== letter) {
-        last = { letter, count: 0 };
-        phases.push(last);
-      }
-      last.count += Number(count || 1);
-    }
-  }
-  return phases;
-}
-
-/** Where the time went: a kind (a class), a name and milliseconds each, in order. */
+/** Where the time went: a kind (a class), a name and milliseconds each, in order. Steps by the phases of a schedule such as "H1P7R2". */
 function timesOf({ blocks, timings }) {
   let step = 0;
-  const phases = phasesOf(blocks).map(({ letter, count }, index) => {
+  const phases = [...blocks.matchAll(/([A-Z])(\d*)/g)].map(([, letter, digits], index) => {
+    const count = Number(digits || 1);
     const times = timings.steps.slice(step, step + count);
     step += count;
     const name = `${plural(count, "step")}, ${blockNames[letter] ?? letter}`;
@@ -45,13 +30,11 @@ function timesOf({ blocks, timings }) {
     ["encode", "Reading the prompt", timings.encode],
     ["edit", "Reading the picture", timings.edit],
     ...phases,
-    ["upscale", "Enlarging", timings.upscale],
     ["decode", "Decoding", timings.decode],
   ].filter(([, , milliseconds]) => milliseconds > 0);
 }
 
-function evaluationsOf(evaluations) {
-  const { predictor = evaluations, refiner = 0 } = evaluations;
+function evaluationsOf({ predictor, refiner }) {
   return `${plural(predictor, "evaluation")}${refiner > 0 ? `, and ${refiner} of the refiner` : ""}`;
 }
 

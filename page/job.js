@@ -23,7 +23,6 @@ export class Job {
   #onId;
   #stopWaiting = new AbortController();
   #stopStream = new AbortController();
-  #cancelled = false;
   /** Its name on the server, or null. */
   id = null;
 
@@ -39,24 +38,23 @@ export class Job {
 
   /** Draws. Resolves with the answer. @throws ApiError, Cancelled */
   async draw(request) {
-    const job = await this.#send(request);
-    return this.follow(job.id);
+    const { id } = await this.#send(request);
+    return this.follow(id);
   }
 
   /** Follows a job that is on the server, from its beginning. Resolves as draw(). */
   async follow(id) {
     this.id = id;
     this.#onId(id);
-    if (this.#cancelled) {
-      await this.#api.fetch(this.#path(), { method: "DELETE" });
-      throw new Cancelled();
-    }
+    if (this.#stopWaiting.signal.aborted) await this.cancel();
     const stop = this.#stopStream.signal;
     const places = new AbortController();
     const onLost = () => this.#onChange({ type: "lost" });
     try {
-      for await (const event of this.#api.events(`${this.#path()}/events`, { signal: stop, isLast: isEnd, onLost })) {
-        if (event.type === "job.queued") void this.#askPlace(AbortSignal.any([stop, places.signal]));
+      const path = `${this.#path()}/events`;
+      for await (const event of this.#api.events(path, { signal: stop, isLast: isEnd, onLost })) {
+        // The events tell what is wrong.
+        if (event.type === "job.queued") this.#askPlace(places.signal).catch(() => {});
         else places.abort();
         this.#onChange(event);
         if (event.type === "job.cancelled") throw new Cancelled();
@@ -74,7 +72,6 @@ export class Job {
 
   /** Stops it as soon as possible. @throws ApiError if the server refuses */
   async cancel() {
-    this.#cancelled = true;
     this.#stopWaiting.abort(new Cancelled());
     // A request under way is cancelled when it has a name.
     if (this.id === null) return;
@@ -124,14 +121,10 @@ export class Job {
   }
 
   async #askPlace(signal) {
-    try {
-      for (;;) {
-        await sleep(placeInterval, signal);
-        const { place, predicted_ms } = await this.#api.json(this.#path(), { signal });
-        if (place !== null) this.#onChange({ type: "job.queued", place, predicted_ms });
-      }
-    } catch {
-      // The events tell what is wrong.
+    for (;;) {
+      await sleep(placeInterval, signal);
+      const { place, predicted_ms } = await this.#api.json(this.#path(), { signal });
+      if (place !== null) this.#onChange({ type: "job.queued", place, predicted_ms });
     }
   }
 }
