@@ -282,6 +282,12 @@ describe.skipIf(noChromium)(`in Chromium${noChromium ? `: ${noChromium}` : ""}`,
     await whenIdle();
     expect(await items.count()).toBe(60);
     expect(await items.nth(1).textContent()).toBe(newest);
+    const kept = await page.evaluate(`new Promise((resolve) => {
+      indexedDB.open("flowturbo " + location.pathname).onsuccess = ({ target }) => {
+        target.result.transaction("pictures").objectStore("pictures").count().onsuccess = (event) => resolve(event.target.result);
+      };
+    })`);
+    expect(kept).toBe(60);
     await page.reload();
     await whenIdle();
     await items.nth(59).waitFor();
