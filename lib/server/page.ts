@@ -22,6 +22,9 @@ export function addPage(app: FastifyInstance): void {
     const address = name === "index.html" ? "" : name;
     const tag = `"${createHash("sha256").update(content).digest("base64url").slice(0, 22)}"`;
     app.get(`/${address}`, { config: { isOpen: true } }, async (request, reply) => {
+      // Without the slash the page's own addresses, which are relative, would be those of the folder above.
+      const { pathname } = new URL(request.url, "http://localhost");
+      if (address === "" && !pathname.endsWith("/")) return reply.redirect(`${path.posix.basename(pathname)}/`, 308);
       reply.headers({
         "content-type": types[path.extname(name)]!,
         "content-security-policy": policy,

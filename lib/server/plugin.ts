@@ -115,7 +115,8 @@ class ImageService {
     app.addHook("preClose", () => this.#drain());
 
     app.addHook("onRoute", ({ url, method }) => {
-      const address = url.slice(app.prefix.length);
+      // Under a prefix "/" is also the prefix alone, and of the two Fastify tells one whole.
+      const address = url.slice(app.prefix.length) || "/";
       this.#methods[address] = [...(this.#methods[address] ?? []), ...[method].flat()];
     });
 
