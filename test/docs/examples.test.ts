@@ -1,12 +1,14 @@
 // What the documents show, run as a reader would run it.
-import { spawn } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import sharp from "sharp";
-import { describe, expect, it } from "vitest";
+import { afterAll, describe, expect, it } from "vitest";
 import { figures, readResults, withFigures } from "../../bench/readme.js";
 import { errorTable, FlowTurboError } from "../../lib/errors.js";
+import { FlowTurbo } from "../../lib/index.js";
+import { createServer } from "../../lib/server/index.js";
 import { root } from "../support/fixtures.js";
 import { documents, read } from "./documents.js";
 
@@ -16,14 +18,38 @@ const blocksOf = (markdown: string) =>
 const samplesOf = (markdown: string) =>
   blocksOf(markdown).flatMap(({ language, code }) => (language === "js" ? [code] : []));
 
+/** The address that documents have for a server. */
+const address = "http://127.0.0.1:7860";
+let serving: Promise<{ readonly address: string; end(): Promise<void> }> | null = null;
+afterAll(async () => (await serving)?.end());
+
+/** A server for the samples that need one. */
+async function serve() {
+  const model = await FlowTurbo.load(undefined, { measureCosts: false });
+  const app = await createServer({ models: { shapes: model }, page: false, logger: false });
+  const address = await app.listen({ port: 0 });
+  while ((await fetch(`${address}/readyz`)).status !== 200) await new Promise((resolve) => setTimeout(resolve, 50));
+  const end = async () => {
+    await app.close();
+    await model.dispose();
+  };
+  return { address, end };
+}
+
 /** Runs a sample in a folder of its own, then `check` on what it left there. */
 async function runSample(sample: string, check?: (folder: string) => Promise<void>): Promise<void> {
   const folder = mkdtempSync(path.join(os.tmpdir(), "flowturbo-sample-"));
   try {
     // The reader's checkpoint is not here: the embedded model stands in for it.
+    serving ??= sample.includes(address) ? serve() : null;
     const code = sample
       .replace('"./stable-diffusion-3.5-medium"', "undefined")
-      .replace('"flowturbo"', JSON.stringify(path.join(root, "dist/index.js")));
+      .replaceAll(/"flowturbo(?:\/(\w+))?"/g, (_, entry = "index") =>
+        JSON.stringify(path.join(root, `dist/${entry}.js`)),
+      )
+      .replaceAll(address, (await serving)?.address ?? address);
+    // Other packages as the reader has installed them.
+    symlinkSync(path.join(root, "node_modules"), path.join(folder, "node_modules"));
     writeFileSync(path.join(folder, "sample.mjs"), code);
     const child = spawn(process.execPath, ["sample.mjs"], { cwd: folder, stdio: ["ignore", "ignore", "inherit"] });
     expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(0);
@@ -38,11 +64,23 @@ describe("the documents", () => {
     .filter((document) => document !== "README.md")
     .flatMap((document) => samplesOf(read(document)).map((code, at) => ({ document, at, code })));
 
-  it("show code in languages that are checked: js here, sh and $ lines in commands.test.ts", () => {
+  it("show code in languages that are checked: js, json and python here, sh and $ lines in commands.test.ts", () => {
     for (const document of documents)
       for (const { language, code } of blocksOf(read(document))) {
-        expect(["", "js", "sh"], `${document}: ${code}`).toContain(language);
+        expect(["", "js", "json", "python", "sh"], `${document}: ${code}`).toContain(language);
         if (language === "") expect(code, document).not.toMatch(/\b(import|await|const) /);
+        if (language === "json") expect(() => JSON.parse(code), `${document}: ${code}`).not.toThrow();
+      }
+  });
+
+  const hasPython = spawnSync("python3", ["--version"]).status === 0;
+  it.skipIf(!hasPython)("show Python that is Python", () => {
+    const parse = "import ast, sys; ast.parse(sys.stdin.read())";
+    for (const document of documents)
+      for (const { language, code } of blocksOf(read(document))) {
+        if (language !== "python") continue;
+        const { status, stderr } = spawnSync("python3", ["-c", parse], { input: code, encoding: "utf8" });
+        expect(status, `${document}: ${code}\n${stderr}`).toBe(0);
       }
   });
 
