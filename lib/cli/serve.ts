@@ -9,6 +9,7 @@ import type { LoadOptions } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { type CreateServerOptions, createServer } from "../server/index.js";
 import { serverSchema } from "../server/options.js";
+import { loadPackages } from "../server/packages.js";
 import { addFlags, readFlags } from "./flags.js";
 import { type LogFormat, logger, logLevels } from "./log.js";
 
@@ -96,6 +97,8 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
     ...webhooksOf(flags),
   };
   checkOptions(serverSchema, { ...settings, models: folders }, "serve");
+
+  await loadPackages();
 
   // 2. Models load while the server listens: probes tell how far it is.
   const ending = new AbortController();

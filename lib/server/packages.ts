@@ -29,3 +29,8 @@ export const promClient = new Dependency(
   () => null,
   remedy,
 );
+
+/** @throws InstallationError if one of them is missing */
+export async function loadPackages(): Promise<void> {
+  for (const each of [fastify, busboy, cors, promClient]) await each.load();
+}

@@ -1,5 +1,6 @@
 // The package as a user gets it: what the tarball holds, and that it works in an empty folder with node and npm alone.
-import { execFileSync, spawnSync } from "node:child_process";
+import { execFileSync, spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
 import {
   existsSync,
   mkdirSync,
@@ -45,6 +46,11 @@ describe("the package", () => {
       "dist/index.d.ts",
       "dist/schema.js",
       "dist/schema.d.ts",
+      "dist/server.js",
+      "dist/server.d.ts",
+      "dist/ai.js",
+      "dist/ai.d.ts",
+      "page/index.html",
       "dist/cli.js",
       "dist/onnxruntime-host.js",
       "dist/adapters-probe.js",
@@ -59,7 +65,7 @@ describe("the package", () => {
     const ladder = "models/shapes/schedules.json";
     expect(files.includes(ladder)).toBe(existsSync(path.join(root, ladder)));
     const expected =
-      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
+      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|page\/[\w-]+\.(html|css|js)$|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
   });
@@ -157,6 +163,39 @@ describe("the package, installed with nothing but node and npm on the PATH", () 
        console.log(requestJsonSchema.required, Object.keys(requestJsonSchema.properties).length > 20);`,
     );
     expect(run("node", "schema.js").stdout).toBe("[ 'prompt' ] true\n");
+  }, 180_000);
+
+  it("serves once the packages of the server are there, and says which until then", async () => {
+    const { stderr, status } = cli("serve", "--port", "0");
+    expect(status).toBe(1);
+    const command = stderr
+      .match(/npm install ((?:[@\w/-]+ ?)+)$/m)![1]!
+      .trim()
+      .split(" ");
+    expect(stderr).toMatch(/^error: fastify cannot be loaded/);
+    expect(cli("mcp").stderr).toContain("npm install @modelcontextprotocol/sdk");
+    const installed = run("npm", "install", "--no-audit", "--no-fund", ...command);
+    expect(installed.status, installed.stderr).toBe(0);
+    const child = spawn(path.join(bin, "node"), ["node_modules/.bin/flowturbo", "serve", "--port", "0"], {
+      ...{ cwd: app, env: { ...process.env, PATH: bin }, stdio: ["ignore", "pipe", "inherit"] },
+    });
+    let log = "";
+    child.stdout!.on("data", (chunk) => {
+      log += chunk;
+    });
+    try {
+      await expect.poll(() => log, { timeout: 30_000 }).toMatch(/listening at http/);
+      const url = log.match(/listening at (http:[\w.:/]+)/)![1]!;
+      await expect.poll(async () => (await fetch(`${url}/readyz`)).status, { timeout: 30_000 }).toBe(200);
+      expect(await (await fetch(url)).text()).toContain("<title>");
+      const body = JSON.stringify({ prompt: "a red circle", num_inference_steps: 2 });
+      const headers = { "content-type": "application/json" };
+      const drawn = await fetch(`${url}/v1/images/generations`, { method: "POST", headers, body });
+      expect(((await drawn.json()) as { data: unknown[] }).data).toHaveLength(1);
+    } finally {
+      child.kill("SIGTERM");
+    }
+    expect(await once(child, "close")).toEqual([0, null]);
   }, 180_000);
 
   it("pruned, it draws the same picture", () => {
