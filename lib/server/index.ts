@@ -43,6 +43,8 @@ export async function createServer({
     // While it ends, the plugin answers: probes, jobs, and what was accepted.
     return503OnClosing: false,
     forceCloseConnections: true,
+    // Fastify's limit is also one for ending, and requests under way may have longer than its ten seconds: `drainMs` says it.
+    pluginTimeout: 0,
     genReqId: requestId,
     // A client that sends its request slower than that is cut off.
     requestTimeout: 30_000,

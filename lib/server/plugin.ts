@@ -113,6 +113,10 @@ class ImageService {
       readForm(payload, payload.headers, maxBodyBytes),
     );
     app.addHook("preClose", () => this.#drain());
+    if (this.#drainMs < this.#settings.drainMs)
+      app.log.warn(
+        `Requests under way have ${this.#drainMs} ms when the app closes, not ${this.#settings.drainMs}: Fastify's pluginTimeout is ${app.initialConfig.pluginTimeout} ms. Give fastify() a longer one, or 0.`,
+      );
 
     app.addHook("onRoute", ({ url, method }) => {
       // Under a prefix "/" is also the prefix alone, and of the two Fastify tells one whole.
@@ -441,6 +445,13 @@ class ImageService {
     };
   }
 
+  /** Fastify stops waiting for the hooks of an app that ends after its `pluginTimeout`: by then all is said. */
+  get #drainMs(): number {
+    const { drainMs } = this.#settings;
+    const { pluginTimeout = 0 } = this.#app.initialConfig;
+    return pluginTimeout > 0 ? Math.min(drainMs, Math.max(0, pluginTimeout - 3 * lastWords)) : drainMs;
+  }
+
   /** Takes no more requests; what is under way has some time, and is then aborted. */
   async #drain(): Promise<void> {
     this.#isDraining = true;
@@ -450,7 +461,7 @@ class ImageService {
       while (!isOver() && performance.now() < end) await sleep(Math.min(20, Math.max(1, end - performance.now())));
     };
     const sent = this.#webhooks.idle();
-    await waitFor(this.#settings.drainMs);
+    await waitFor(this.#drainMs);
     for (const run of this.#runs)
       run.stop(
         new Failure(503, "The server ended before the pictures were done.", {
