@@ -1,9 +1,10 @@
 /** `flowturbo/server`: a server for models, as a Fastify plugin for an app of yours, or as an app of its own. */
 
 import { randomUUID } from "node:crypto";
-import type { IncomingMessage } from "node:http";
-import type { FastifyInstance, FastifyServerOptions } from "fastify";
-import { Failure } from "./failure.js";
+import { type IncomingMessage, STATUS_CODES } from "node:http";
+import type { Socket } from "node:net";
+import type { FastifyInstance, FastifyReply, FastifyRequest, FastifyServerOptions } from "fastify";
+import { Failure, failureOf } from "./failure.js";
 import type { ImageServerOptions } from "./options.js";
 import { fastify } from "./packages.js";
 import { imageServer } from "./plugin.js";
@@ -51,17 +52,55 @@ export async function createServer({
     http: { headersTimeout: 10_000, connectionsCheckingInterval: 2_000, maxHeaderSize: 16_384 },
     routerOptions: { maxParamLength: 256 },
     keepAliveTimeout: 10_000,
+    // What reaches no route has the same form of answer.
+    frameworkErrors: (error, request, reply) =>
+      refuse(error.code === "FST_ERR_MAX_PARAM_LENGTH" ? notFound() : failureOf(error), request, reply),
+    clientErrorHandler: refuseConnection,
   });
-  app.setNotFoundHandler((request, reply) => {
-    const failure = new Failure(404, "There is nothing at this address.", { code: "not_found" });
-    return reply
-      .code(404)
-      .headers({ ...failure.allHeaders, "x-request-id": request.id })
-      .send(failure.envelope);
-  });
+  app.setNotFoundHandler((request, reply) => refuse(notFound(), request, reply));
   await app.register(imageServer, options);
   return app;
 }
+
+const notFound = () => new Failure(404, "There is nothing at this address.", { code: "not_found" });
+
+function refuse(failure: Failure, request: FastifyRequest, reply: FastifyReply): void {
+  void reply
+    .code(failure.status)
+    .headers({ ...failure.allHeaders, "x-request-id": request.id })
+    .send(failure.envelope);
+}
+
+/** Answers bytes that are no request, in whole or in time, and closes the connection. */
+function refuseConnection(this: FastifyInstance, error: NodeJS.ErrnoException, socket: Socket): void {
+  this.log.debug({ code: error.code }, "no request");
+  // In the middle of an answer another one would be a part of it.
+  const { _httpMessage: answer } = socket as { _httpMessage?: { _headerSent: boolean } };
+  if (socket.writable && !answer?._headerSent && error.code !== "ECONNRESET") {
+    const failure = brokenRequests[error.code ?? ""] ?? brokenRequest;
+    const body = JSON.stringify(failure.envelope);
+    const headers = {
+      "content-type": "application/json; charset=utf-8",
+      "content-length": Buffer.byteLength(body),
+      connection: "close",
+      "x-request-id": randomUUID(),
+      ...failure.allHeaders,
+    };
+    const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`);
+    socket.write(`HTTP/1.1 ${failure.status} ${STATUS_CODES[failure.status]}\r\n${lines.join("")}\r\n${body}`);
+  }
+  socket.destroySoon();
+}
+
+const brokenRequest = new Failure(400, "What came is not a request of HTTP/1.1.", { code: "invalid_request" });
+/** By the codes of Node's errors. */
+const brokenRequests: Record<string, Failure> = {
+  ERR_HTTP_REQUEST_TIMEOUT: new Failure(408, "The request did not come in time.", {
+    ...{ code: "request_timeout", retryable: true },
+  }),
+  HPE_HEADER_OVERFLOW: new Failure(431, "The headers are too large.", { code: "headers_too_large" }),
+  HPE_CHUNK_EXTENSIONS_OVERFLOW: new Failure(413, "The body is too large.", { code: "invalid_request" }),
+};
 
 /** The id that a proxy or client gave, if it is one, so that its log and this one's can be compared. */
 function requestId({ headers }: IncomingMessage): string {
