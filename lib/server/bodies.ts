@@ -43,7 +43,7 @@ function filesOf({ files }: Form, schema: z.ZodObject) {
   const found: { image?: Uint8Array; mask?: Uint8Array } = {};
   for (const [given, values] of files) {
     const name = plainName(given);
-    if (!(name in schema.shape)) throw unknown(name, Object.keys(schema.shape));
+    if (!Object.hasOwn(schema.shape, name)) throw unknown(name, Object.keys(schema.shape));
     if (name !== "image" && name !== "mask") throw invalid(name, `Expected a text for ${name} but received a file.`);
     if (values.length > 1 || found[name]) throw invalid(name, `Expected one picture for ${name} but received several.`);
     found[name] = values[0]!;
@@ -53,24 +53,28 @@ function filesOf({ files }: Form, schema: z.ZodObject) {
 
 /** Texts as the values that their fields take: the first reading that the schema accepts. */
 function textsOf({ texts }: Form, schema: z.ZodObject): Record<string, unknown> {
-  const values: Record<string, unknown> = {};
+  const values = new Map<string, unknown>();
   for (const [given, text] of texts) {
     const name = plainName(given);
-    const field = schema.shape[name] as z.ZodType | undefined;
+    if (values.has(name)) throw invalid(clipped(name, 64), `The field ${shown(name)} is given more than once.`);
+    const field = Object.hasOwn(schema.shape, name) ? (schema.shape[name] as z.ZodType) : undefined;
     const readings = [() => text, () => number(text), () => JSON.parse(text)];
-    values[name] = text;
+    values.set(name, text);
     for (const reading of readings)
       try {
         const value = reading();
         if (!field?.safeParse(value).success) continue;
-        values[name] = value;
+        values.set(name, value);
         break;
       } catch {
         // Not JSON.
       }
   }
-  return values;
+  // Whatever they are called, they are the object's own.
+  return Object.fromEntries(values);
 }
+
+const shown = (name: string) => JSON.stringify(clipped(name, 64));
 
 /** Numbers as people write them, with or without a sign and a fraction. */
 function number(text: string): unknown {
@@ -101,10 +105,9 @@ function sentence(issue: z.core.$ZodIssue): string {
 }
 
 function unknown(name: string, names: readonly string[]): Failure {
-  const shown = JSON.stringify(clipped(name, 64));
-  const reason = refusedFields[name];
-  if (reason) return invalid(name, `The field ${shown} is not supported. ${reason}`, "unsupported_parameter");
+  const reason = Object.hasOwn(refusedFields, name) ? refusedFields[name] : undefined;
+  if (reason) return invalid(name, `The field ${shown(name)} is not supported. ${reason}`, "unsupported_parameter");
   const near = nearest(name, names);
   const advice = near ? `Did you mean "${near}"?` : `There are ${names.join(", ")}.`;
-  return invalid(clipped(name, 64), `There is no field ${shown} here. ${advice}`, "unknown_parameter");
+  return invalid(clipped(name, 64), `There is no field ${shown(name)} here. ${advice}`, "unknown_parameter");
 }

@@ -91,9 +91,7 @@ describe.skipIf(!hasProc)("a runtime whose process is killed", () => {
       () => stream(server, large).then(readAll),
       (all) => all.at(-1)?.event !== "image_generation.completed",
     );
-    expect(sent).toMatchObject([
-      { event: "error", data: { error: { code: "runtime_died", type: "server_error" } } },
-    ]);
+    expect(sent).toMatchObject([{ event: "error", data: { error: { code: "runtime_died", type: "server_error" } } }]);
 
     const told = await failed(
       async () => {
