@@ -58,6 +58,8 @@ export async function createServer({
     clientErrorHandler: refuseConnection,
   });
   app.setNotFoundHandler((request, reply) => refuse(notFound(), request, reply));
+  // Bodies to addresses that there are not.
+  app.setErrorHandler((error, request, reply) => refuse(failureOf(error), request, reply));
   await app.register(imageServer, options);
   return app;
 }

@@ -41,6 +41,8 @@ declare module "fastify" {
 const plainBody = 2 ** 20;
 /** Milliseconds that aborted requests have to be answered. */
 const lastWords = 1000;
+/** Milliseconds that the rest of a refused body is read. */
+const lingerMs = 500;
 
 /**
  * OpenAI's images API, jobs, probes, metrics and a page, over models of yours. When the app that it is part of closes, it takes
@@ -405,7 +407,7 @@ class ImageService {
   #fail(error: unknown, request: FastifyRequest, reply: FastifyReply): FastifyReply {
     const failure = failureOf(error);
     this.#logFailure(failure, request);
-    if (!request.raw.complete) reply.header("connection", "close");
+    if (!request.raw.complete) lingerAtEnd(request, reply);
     return reply.code(failure.status).headers(failure.allHeaders).send(failure.envelope);
   }
 
@@ -494,11 +496,23 @@ function stopped(): Failure {
 }
 
 /**
- * What is left of a body is no request. It is thrown away for a moment, since a connection that is closed while data comes in is reset, and
- * the client may lose the answer.
+ * Ends a connection on which a body still comes in: the answer goes out with the end of what the server sends, and the rest of the body is
+ * thrown away for a moment. A connection that is closed while data comes in is reset, and the client may lose the answer.
  */
+function lingerAtEnd({ raw }: FastifyRequest, reply: FastifyReply): void {
+  const { socket } = raw;
+  reply.header("connection", "close");
+  // Node's HTTP server calls it after the last answer.
+  socket.destroySoon = () => {
+    raw.resume();
+    socket.end();
+    setTimeout(() => socket.destroy(), lingerMs).unref();
+  };
+}
+
+/** The same for connections that are kept: what is left of a body is no request. */
 function linger({ raw }: FastifyRequest, reply: FastifyReply): void {
   if (raw.complete || raw.destroyed || reply.raw.destroyed === false) return;
   raw.resume();
-  setTimeout(() => raw.destroy(), 500).unref();
+  setTimeout(() => raw.destroy(), lingerMs).unref();
 }
