@@ -68,9 +68,10 @@ function bytesOf(param: string, text: string | undefined): Uint8Array | undefine
 async function measure(param: string, bytes: Uint8Array, { maxInputPixels }: Limits): Promise<Measured> {
   const open: typeof sharpModule = await sharp.load();
   const unreadable = () => invalid(param, `Expected a PNG, JPEG, WebP, GIF, AVIF or TIFF picture for ${param}.`);
-  const found = await open(bytes, { limitInputPixels: false })
-    .metadata()
-    .catch((): Failure => unreadable());
+  // An empty picture is refused at once, the others by what is read of them.
+  const found = await (async () => open(bytes, { limitInputPixels: false }).metadata())().catch(
+    (): Failure => unreadable(),
+  );
   if (found instanceof Error) throw found;
   const { format, width, height, autoOrient, hasAlpha } = found;
   if (!format || !formats.includes(format) || !width || !height) throw unreadable();
