@@ -281,3 +281,220 @@ describe("a body that is broken", () => {
     await expectService();
   });
 });
+describe("a picture", () => {
+  /** Polynomial of PNG's checksums. */
+  const table = Uint32Array.from({ length: 256 }, (_, byte) => {
+    let value = byte;
+    for (let bit = 0; bit < 8; bit++) value = value & 1 ? (value >>> 1) ^ 0xedb88320 : value >>> 1;
+    return value;
+  });
+  const crc = (data: Uint8Array) =>
+    ~data.reduce((value, byte) => table[(value ^ byte) & 0xff]! ^ (value >>> 8), 0xffffffff) >>> 0;
+  const pngChunk = (type: string, data: Uint8Array) => {
+    const named = Buffer.concat([Buffer.from(type), data]);
+    const [length, check] = [Buffer.alloc(4), Buffer.alloc(4)];
+    length.writeUInt32BE(data.length);
+    check.writeUInt32BE(crc(named));
+    return Buffer.concat([length, named, check]);
+  };
+  const png = (width: number, height: number, ...chunks: [string, Uint8Array][]) => {
+    const header = Buffer.alloc(13);
+    header.writeUInt32BE(width, 0);
+    header.writeUInt32BE(height, 4);
+    header.set([8, 2], 8);
+    const all: [string, Uint8Array][] = [["IHDR", header], ...chunks, ["IEND", Buffer.alloc(0)]];
+    return Buffer.concat([
+      Buffer.from("\x89PNG\r\n\x1a\n", "latin1"),
+      ...all.map(([type, data]) => pngChunk(type, data)),
+    ]);
+  };
+  const pixels = (width: number, height: number): [string, Uint8Array] => [
+    "IDAT",
+    deflateSync(Buffer.alloc(height * (3 * width + 1)), { level: 9 }),
+  ];
+  const lossless = (side: number) => {
+    const bits = (side - 1) | ((side - 1) << 14);
+    const data = Buffer.concat([Buffer.from([0x2f]), Buffer.alloc(4), Buffer.alloc(64)]);
+    data.writeInt32LE(bits, 1);
+    const [size, riff] = [Buffer.alloc(4), Buffer.alloc(4)];
+    size.writeUInt32LE(data.length + 1);
+    riff.writeUInt32LE(data.length + 13);
+    return Buffer.concat([Buffer.from("RIFF"), riff, Buffer.from("WEBPVP8L"), size, data, Buffer.alloc(1)]);
+  };
+  /** Of a screen and one frame, of which hardly anything is there. */
+  const gif = (screen: number, frame: number) => {
+    const word = (value: number) => [value & 0xff, value >> 8];
+    const head = [...word(screen), ...word(screen), 0x80, 0, 0, 0, 0, 0, 255, 255, 255];
+    const image = [0x2c, 0, 0, 0, 0, ...word(frame), ...word(frame), 0, 2, 2, 0x4c, 0x01, 0, 0x3b];
+    return Buffer.concat([Buffer.from("GIF89a"), Buffer.from([...head, ...image])]);
+  };
+  const svg = (body: string, before = "") =>
+    Buffer.from(
+      `<?xml version="1.0"?>${before}<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="64" height="64">${body}</svg>`,
+    );
+  const entities = `<!DOCTYPE svg [<!ENTITY a "aaaaaaaaaa">${"bcdefghij".replace(/./g, (name) => `<!ENTITY ${name} "${`&${String.fromCharCode(name.charCodeAt(0) - 1)};`.repeat(10)}">`)}]>`; // biome-ignore format: one line
+  const plain = () => sharp({ create: { width: 64, height: 32, channels: 3, background: "#c04020" } });
+  const damaged = (file: Buffer, at: number) => {
+    const copy = Buffer.from(file);
+    for (let index = 0; index < 8; index++) copy[Math.floor(copy.length * at) + index]! ^= 0x5a;
+    return copy;
+  };
+  const noisy = async (format: "png" | "jpeg" | "webp") =>
+    sharp({ create: { width: 256, height: 256, channels: 3, noise: { type: "gaussian", mean: 128, sigma: 40 }, background: "#000" } })[format]().toBuffer(); // biome-ignore format: one line
+  const cut = (file: Buffer) => file.subarray(0, file.length / 2);
+
+  async function edit(image: Uint8Array, mask?: Uint8Array) {
+    const body = new FormData();
+    for (const [name, value] of Object.entries({ ...quick, strength: 1 })) body.append(name, String(value));
+    body.append("image", new Blob([image as Uint8Array<ArrayBuffer>]), "image");
+    if (mask) body.append("mask", new Blob([mask as Uint8Array<ArrayBuffer>]), "mask");
+    const response = await fetch(`${server.url}${edits}`, { method: "POST", body });
+    // biome-ignore lint/suspicious/noExplicitAny: whatever the server sends
+    return { status: response.status, body: (await response.json()) as any };
+  }
+  // 200 ms, and what a machine adds that is busy with other things.
+  let longestProbe = 0;
+  beforeAll(async () => {
+    longestProbe = 200 + 4 * (await probed(() => sleep(1000)));
+  });
+  /** The longest that a probe took while something was done, in milliseconds. */
+  async function probed(work: () => Promise<unknown>): Promise<number> {
+    let [isOver, longest] = [false, 0];
+    const done = work().finally(() => {
+      isOver = true;
+    });
+    while (!isOver) {
+      const from = performance.now();
+      expect((await fetch(`${server.url}/livez`)).status).toBe(200);
+      longest = Math.max(longest, performance.now() - from);
+      await sleep(10);
+    }
+    await done;
+    return longest;
+  }
+
+  const bombs: [string, () => Uint8Array | Promise<Uint8Array>][] = [
+    ["a PNG that claims 30000 x 30000 pixels", () => png(30_000, 30_000, pixels(30, 30))],
+    ["a PNG that claims 2147483647 x 1 pixels", () => png(2 ** 31 - 1, 1, pixels(30, 30))],
+    ["a PNG of 9000 x 9000 equal pixels", () => png(9000, 9000, pixels(9000, 9000))],
+    ["a PNG of no pixels", () => png(0, 0, pixels(1, 1))],
+    ["a WebP that claims 16383 x 16383 pixels", () => lossless(16_383)],
+    ["a GIF that claims 40000 x 40000 pixels", () => gif(40_000, 40_000)],
+    ["a GIF with a frame of 65535 x 65535 pixels", () => gif(1, 65_535)],
+    ["an SVG with a file in it", () => svg('<image xlink:href="file:///etc/passwd" width="64" height="64"/>')],
+    ["an SVG with an address in it", () => svg('<image href="http://127.0.0.1:9/x.png" width="64" height="64"/>')],
+    ["an SVG with ten billion characters", () => svg("<text>&j;</text>", entities)],
+    ["an SVG of 100000 levels", () => svg(`${"<g>".repeat(100_000)}${"</g>".repeat(100_000)}`)],
+    ["a PNG whose pixels are damaged", async () => damaged(await noisy("png"), 0.5)],
+    ["a PNG whose header is damaged", async () => damaged(await noisy("png"), 0)],
+    ["half a PNG", async () => cut(await noisy("png"))],
+    ["half a JPEG", async () => cut(await noisy("jpeg"))],
+    ["half a WebP", async () => cut(await noisy("webp"))],
+    ["a PNG without pixels", () => png(64, 64)],
+    ["a PNG with a pixel of 64 x 64", () => png(64, 64, pixels(1, 1))],
+    ["nothing", () => Buffer.alloc(0)],
+    ["a text", () => Buffer.from("a picture of a red circle")],
+    ["a page", () => Buffer.from("<html><img src=x></html>")],
+    ["a million NUL bytes", () => Buffer.alloc(1_000_000)],
+  ];
+  it.each(bombs)("that cannot be taken is refused with its field, as picture and as mask: %s", async (_, make) => {
+    const file = await make();
+    const before = hasProc ? server.memory().now : 0;
+    const good = await plain().png().toBuffer();
+    let answers: Awaited<ReturnType<typeof edit>>[] = [];
+    const longest = await probed(async () => {
+      answers = [await edit(file), await edit(good, file)];
+    });
+    for (const [index, param] of ["image", "mask"].entries()) {
+      const { status, body } = answers[index]!;
+      expect([status, body]).toEqual([400, { error: { message: expect.any(String), type: "invalid_request_error", param, code: "invalid_value" } }]); // biome-ignore format: one line
+      expect(body.error.message).not.toMatch(/\/(work|tmp|etc)|pngload|vips/i);
+    }
+    if (file.length > 0 && file.length < mebibyte) {
+      const body = { ...quick, image: Buffer.from(file).toString("base64") };
+      expect(await post(`${server.url}${edits}`, body)).toMatchObject({
+        status: 400,
+        body: { error: { param: "image" } },
+      });
+    }
+    if (hasProc) expect((server.memory().now - before) / mebibyte).toBeLessThan(150);
+    expect(longest).toBeLessThan(longestProbe);
+    await expectService();
+  });
+
+  it("of as many pixels as may be is drawn with, in bounded memory and while others are served", async () => {
+    const file = png(8000, 8000, pixels(8000, 8000));
+    expect(file.length).toBeLessThan(mebibyte);
+    const before = hasProc ? server.memory().most : 0;
+    let answer: Awaited<ReturnType<typeof edit>> | undefined;
+    const longest = await probed(async () => {
+      const drawn = edit(file).then((result) => {
+        answer = result;
+      });
+      expect((await post(`${server.url}${generations}`, quick)).status).toBe(200);
+      expect(answer).toBe(undefined);
+      await drawn;
+    });
+    expect([answer!.status, answer!.body.size]).toEqual([200, "64x64"]);
+    if (hasProc) expect((server.memory().most - before) / mebibyte).toBeLessThan(700);
+    expect(longest).toBeLessThan(longestProbe);
+    await expectService();
+  });
+
+  it.each([
+    ["a text", "zTXt"],
+    ["a colour profile", "iCCP"],
+  ])("with 256 MiB of compressed zeros as %s takes no memory", async (_, type) => {
+    const piece = deflateSync(Buffer.alloc(256 * mebibyte), { level: 9 });
+    const file = png(64, 64, [type, Buffer.concat([Buffer.from("Comment\0\0"), piece])], pixels(64, 64));
+    const before = hasProc ? server.memory().most : 0;
+    const longest = await probed(async () => {
+      // Both are right: it is a picture beside that.
+      expect([200, 400]).toContain((await edit(file)).status);
+    });
+    if (hasProc) expect((server.memory().most - before) / mebibyte).toBeLessThan(200);
+    expect(longest).toBeLessThan(longestProbe);
+    await expectService();
+  });
+
+  it.each<[string, () => Promise<Buffer>, string]>([
+    ["a GIF that claims more than its frame has", () => Promise.resolve(gif(65_535, 1)), "64x64"],
+    ["a JPEG that its EXIF turns", () => plain().withMetadata({ orientation: 6 }).jpeg().toBuffer(), "48x96"],
+    ["a JPEG in CMYK", () => plain().toColourspace("cmyk").jpeg().toBuffer(), "96x48"],
+    ["a PNG of 16 bits", () => plain().toColourspace("rgb16").png().toBuffer(), "96x48"],
+    ["a PNG with a palette", () => plain().png({ palette: true, colours: 2 }).toBuffer(), "96x48"],
+    ["a grey PNG with transparency", () => plain().ensureAlpha(0.5).toColourspace("b-w").png().toBuffer(), "96x48"],
+    ["an interlaced PNG", () => plain().png({ progressive: true }).toBuffer(), "96x48"],
+    ["an AVIF", () => plain().avif().toBuffer(), "96x48"],
+    ["a TIFF", () => plain().tiff().toBuffer(), "96x48"],
+    [
+      "a picture of one pixel",
+      () =>
+        sharp({ create: { width: 1, height: 1, channels: 3, background: "#fff" } })
+          .png()
+          .toBuffer(),
+      "64x64",
+    ],
+  ])("of an unusual kind is drawn with: %s", async (_, make, size) => {
+    const { status, body } = await edit(await make());
+    expect([status, body.size ?? body]).toEqual([200, size]);
+  });
+
+  it("whose shape the model does not draw is refused with size", async () => {
+    const row = sharp({ create: { width: 10_000, height: 1, channels: 3, background: "#fff" } });
+    const { status, body } = await edit(await row.png().toBuffer());
+    expect([status, body.error.param]).toEqual([400, "size"]);
+  });
+
+  it("that moves is refused", async () => {
+    const frames = await Promise.all(["#f00", "#0f0"].map((background) => sharp({ create: { width: 64, height: 32, channels: 3, background } }).png().toBuffer())); // biome-ignore format: one line
+    for (const format of ["gif", "webp"] as const) {
+      const file = await sharp(frames, { join: { animated: true } })
+        [format]()
+        .toBuffer();
+      const { status, body } = await edit(file);
+      expect([status, body.error.param]).toEqual([400, "image"]);
+      expect(body.error.message).toMatch(/2 frames/);
+    }
+  });
+});
