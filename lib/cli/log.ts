@@ -84,10 +84,15 @@ function textOf(line: string): string {
   const clock = new Date(time).toTimeString().slice(0, 8);
   const { method, route, status, ms, ...others } = rest;
   const what = msg === "answered" ? `${method} ${route} ${status} ${ms} ms` : msg;
-  const further = Object.entries(others).map(
-    ([name, value]) => `${name}=${typeof value === "string" ? value : JSON.stringify(value)}`,
-  );
+  const further = Object.entries(others).map(([name, value]) => `${name}=${shown(value)}`);
   const name = level >= 40 ? `${levelNames[level]}: ` : "";
   const error = err ? `\n${err.stack ?? err.message}` : "";
   return `${clock} ${name}${[what, ...further].join(" ")}${error}`;
+}
+
+/** What clients name may hold anything, and a terminal obeys some of it. */
+function shown(value: unknown): string {
+  if (typeof value === "string" && /^[\w.:/-]+$/.test(value)) return value;
+  const text = JSON.stringify(value) ?? "";
+  return text.replace(/[^\x20-\x7e]/g, (letter) => `\\u${letter.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }

@@ -102,6 +102,11 @@ export class Job {
     return this.endedAt !== null;
   }
 
+  /** Whether it was more than asked for. */
+  get wasAccepted(): boolean {
+    return this.run.place !== null;
+  }
+
   get status(): JobView["status"] {
     if (this.#isCancelled) return "cancelled";
     if (this.failure) return "failed";
@@ -213,6 +218,10 @@ export class JobStore {
     if (!job || job.owner !== owner)
       throw new Failure(404, "There is no such job; results are kept for a limited time.", { code: "job_not_found" });
     return job;
+  }
+
+  remove(job: Job): void {
+    this.#jobs.delete(job.id);
   }
 
   #waitingBefore(job: Job): number {

@@ -61,7 +61,8 @@ function bytesOf(param: string, text: string | undefined): Uint8Array | undefine
       param,
       `Expected base64 or a data: URL for ${param}. Nothing is fetched from other URLs; send the bytes.`,
     );
-  if (!/^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(data)) throw invalid(param, `Expected base64 for ${param}.`);
+  // Lines may be broken. Without the breaks the pattern looks at each letter a bounded number of times.
+  if (!/^[A-Za-z0-9+/]+={0,2}$/.test(data.replace(/\s+/g, ""))) throw invalid(param, `Expected base64 for ${param}.`);
   return Buffer.from(data, "base64");
 }
 

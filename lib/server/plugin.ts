@@ -294,8 +294,15 @@ class ImageService {
     const key = this.#keyOf(request, "job");
     const begin = async () => {
       const run = await this.#begin("job", body, request);
-      const job = this.#jobs.add(run, owner, (ended) => this.#jobEnded(ended, webhook));
-      await run.accepted;
+      const job = this.#jobs.add(run, owner, (ended) => {
+        if (key !== null) this.#jobsByKey.weigh(key, starting, ended.bytes);
+        this.#jobEnded(ended, webhook);
+      });
+      await run.accepted.catch((error) => {
+        // What is refused was never a job.
+        this.#jobs.remove(job);
+        throw error;
+      });
       return job;
     };
     const starting = key === null ? begin() : this.#jobsByKey.valueOf(key, body, begin);
@@ -306,6 +313,7 @@ class ImageService {
   }
 
   #jobEnded(job: Job, webhook: string | undefined): void {
+    if (!job.wasAccepted) return;
     this.#metrics.jobEnded(job.status);
     if (webhook === undefined) return;
     const { result: _, ...data } = job.view;

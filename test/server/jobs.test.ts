@@ -161,6 +161,8 @@ describe("a job", () => {
       expect(await get(`${jobs(small.url)}/${fourth}`)).toMatchObject({ status: "queued", place: 2 });
       const refused = await ask();
       expect([refused.status, refused.body.error.code]).toEqual([429, "queue_full"]);
+      const metrics = await (await fetch(`${small.url}/metrics`)).text();
+      expect(metrics).not.toContain('flowturbo_jobs_total{status="failed"}');
       expect(Number(refused.headers.get("retry-after-ms"))).toBeGreaterThan(0);
       // The third goes: the fourth moves up.
       await fetch(`${jobs(small.url)}/${third}`, { method: "DELETE" });
