@@ -113,15 +113,15 @@ describe("a body that is broken", () => {
     `${head(address, type, `Content-Length: ${Buffer.byteLength(body)}`, "Connection: close")}${body}`;
   const bare = "Content-Type: multipart/form-data";
   it.each([
-    ["chunks of no size", head(generations, json, chunked) + "ZZZ\r\n{}\r\n0\r\n\r\n", 400],
+    ["chunks of no size", `${head(generations, json, chunked)}ZZZ\r\n{}\r\n0\r\n\r\n`, 400],
     [
       "chunks with an endless extension",
-      head(generations, json, chunked) + `1;${"x".repeat(100_000)}\r\n{\r\n0\r\n\r\n`,
+      `${head(generations, json, chunked)}1;${"x".repeat(100_000)}\r\n{\r\n0\r\n\r\n`,
       413,
     ],
-    ["two lengths", head(generations, json, "Content-Length: 2", "Content-Length: 3") + "{}", 400],
-    ["a length and chunks", head(generations, json, "Content-Length: 2", chunked) + "0\r\n\r\n", 400],
-    ["a length that is no number", head(generations, json, "Content-Length: 2x") + "{}", 400],
+    ["two lengths", `${head(generations, json, "Content-Length: 2", "Content-Length: 3")}{}`, 400],
+    ["a length and chunks", `${head(generations, json, "Content-Length: 2", chunked)}0\r\n\r\n`, 400],
+    ["a length that is no number", `${head(generations, json, "Content-Length: 2x")}{}`, 400],
     ["a form without a boundary", whole(edits, bare, field("prompt", "x")), 400],
     ["a form with another boundary", whole(edits, `${bare}; boundary=y`, field("prompt", "x")), 400],
     [
@@ -216,7 +216,7 @@ describe("a body that is broken", () => {
     ["lists in lists", "[".repeat(deep), [400]],
     ["closed lists in lists", "[".repeat(deep) + "]".repeat(deep), [400]],
     ["objects in objects", '{"a":'.repeat(deep), [400]],
-    ["closed objects in objects", '{"a":'.repeat(deep) + "1" + "}".repeat(deep), [400]],
+    ["closed objects in objects", `${'{"a":'.repeat(deep)}1${"}".repeat(deep)}`, [400]],
     ["a prompt of lists in lists", `{"prompt":${"[".repeat(deep)}${"]".repeat(deep)}}`, [400]],
     ["stages of lists in lists", withQuick(`"stages":${"[".repeat(deep)}${"]".repeat(deep)}`), [400]],
     ["a list of a hundred thousand stages", withQuick(`"stages":[${"0,".repeat(deep)}0]`), [400]],
