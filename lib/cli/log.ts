@@ -43,7 +43,7 @@ export function logger(level: string, format: LogFormat = process.stdout.isTTY ?
     announce(address: string): void {
       if (format === "text")
         process.stdout.write(
-          `flowturbo serves at ${address} (a page), ${address}/v1 (OpenAI's API). Ctrl-C ends it.\n`,
+          `flowturbo is listening at ${address} (a page) and ${address}/v1 (OpenAI's API). Ctrl-C ends it.\n`,
         );
     },
   };
@@ -65,7 +65,8 @@ function textStream(): Writable {
       const text = chunk
         .toString("utf8")
         .split("\n")
-        .filter((line) => line !== "")
+        // What Fastify says of its address is announced with more words.
+        .filter((line) => line !== "" && !line.includes('"msg":"Server listening at'))
         .map((line) => `${textOf(line)}\n`)
         .join("");
       process.stdout.write(text, () => done());

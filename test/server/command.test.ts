@@ -145,7 +145,7 @@ it("writes text where people read it", async () => {
   const url = await address();
   await fetch(`${url}/v1/models`);
   await expect.poll(() => output.stdout).toMatch(/^\d\d:\d\d:\d\d GET \/v1\/models 200 \d+ ms/m);
-  expect(output.stdout).toContain(`flowturbo serves at ${url}`);
+  expect(output.stdout).toContain(`flowturbo is listening at ${url}`);
   child.kill("SIGINT");
   expect(await ended).toBe(0);
 });
