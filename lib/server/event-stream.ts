@@ -4,6 +4,7 @@
  */
 
 import type { FastifyReply } from "fastify";
+import { whenOver } from "./endings.js";
 
 export interface EventStreamOptions {
   /** Milliseconds between two comments that keep the connection open. */
@@ -43,7 +44,7 @@ export class EventStream {
     this.#raw.on("error", () => {});
     const { keepAliveMs, stuckMs } = this.#options;
     this.#timer = setInterval(() => this.#check(), Math.min(keepAliveMs, stuckMs) / 3);
-    this.#raw.once("close", () => this.#stop());
+    whenOver(reply.request.raw, this.#raw, () => this.#stop());
   }
 
   /** @param event its name, its data, its id where the stream can be resumed, and whether a later event makes up for it */

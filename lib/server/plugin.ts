@@ -7,6 +7,7 @@ import { currentTraceparent, withTraceparent } from "../common/tracing.js";
 import { checkOptions } from "../options.js";
 import type { Answer } from "./answer.js";
 import { type Body, isForm, readBody } from "./bodies.js";
+import { whenOver } from "./endings.js";
 import { EventStream } from "./event-stream.js";
 import { Failure, failureOf, HangUp } from "./failure.js";
 import { bodySchemas, type Kind } from "./fields.js";
@@ -198,7 +199,7 @@ class ImageService {
     reply.header("x-request-id", request.id);
     reply.header("x-content-type-options", "nosniff");
     this.#open.add(reply);
-    reply.raw.once("close", () => {
+    whenOver(request.raw, reply.raw, () => {
       this.#open.delete(reply);
       const status = reply.raw.writableFinished ? reply.raw.statusCode : 499;
       const milliseconds = performance.now() - start;
@@ -347,7 +348,7 @@ class ImageService {
       });
       // A client that has all of it gets the end at once.
       if (job.isOver) resolve();
-      reply.raw.once("close", () => {
+      whenOver(request.raw, reply.raw, () => {
         stop();
         resolve();
       });
@@ -399,17 +400,11 @@ class ImageService {
   /** Keeps a run going while the client is there. @returns what says that it need not be kept going any more */
   #follow(run: Run, request: FastifyRequest, reply: FastifyReply, listener?: (event: RunEvent) => void): () => void {
     const unfollow = run.follow(listener);
-    const { socket } = request.raw;
-    const leave = () => {
-      socket.off("close", leave);
-      reply.raw.off("close", leave);
+    const forget = whenOver(request.raw, reply.raw, unfollow);
+    return () => {
+      forget();
       unfollow();
     };
-    // Where requests are sent without waiting for answers, only the first one's answer has the connection.
-    socket.once("close", leave);
-    reply.raw.once("close", leave);
-    if (socket.destroyed) leave();
-    return leave;
   }
 
   #fail(error: unknown, request: FastifyRequest, reply: FastifyReply): FastifyReply {
