@@ -199,9 +199,14 @@ class ImageService {
     reply.header("x-request-id", request.id);
     reply.header("x-content-type-options", "nosniff");
     this.#open.add(reply);
+    let isSent = false;
+    // Node says so of an answer too whose connection was closed in the middle of it.
+    reply.raw.once("finish", () => {
+      isSent = !request.raw.socket.destroyed;
+    });
     whenOver(request.raw, reply.raw, () => {
       this.#open.delete(reply);
-      const status = reply.raw.writableFinished ? reply.raw.statusCode : 499;
+      const status = isSent ? reply.raw.statusCode : 499;
       const milliseconds = performance.now() - start;
       const route = request.routeOptions.url ?? "none";
       this.#metrics.answered(route, request.method, status, milliseconds);
