@@ -1,8 +1,21 @@
 // A model that answers at once with pictures of noise: for what the server does around drawing, whatever the pictures are.
-import { setTimeout as sleep } from "node:timers/promises";
+import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
 import { Image } from "../../lib/generation/image.js";
-import type { GenerateOptions, GenerateResult, ImageModel } from "../../lib/model.js";
+import type { GenerateOptions, GenerateResult, ImageFormat, ImageModel } from "../../lib/model.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
+
+/** Encoded once. */
+class Stub extends Image {
+  readonly #files = new Map<ImageFormat, Promise<Buffer>>();
+
+  override encode(format: ImageFormat): Promise<Buffer> {
+    const known = this.#files.get(format);
+    if (known) return known;
+    const file = super.encode(format);
+    this.#files.set(format, file);
+    return file;
+  }
+}
 
 export interface StubOptions {
   /** Side of its pictures in pixels, whatever size is asked for. */
@@ -19,7 +32,7 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
     state = (Math.imul(state, 1_664_525) + 1_013_904_223) >>> 0;
     noise[index] = state >>> 24;
   }
-  const picture = new Image(side, side, noise);
+  const picture = new Stub(side, side, noise);
   const generate = async (options: GenerateOptions): Promise<GenerateResult> => {
     const { width = 64, height = 64, seed = 1, count = 1, signal, onAccept, onStart, onStep, stages } = options;
     const given = stages?.map((stage) => stage.blocks) ?? (options.blocks === undefined ? [] : [options.blocks]);
@@ -33,7 +46,8 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
       Math.ceil(((index + 1) * steps) / (previewCount + 1)),
     );
     const handled = { signal: signal ?? new AbortController().signal };
-    await null;
+    // A model reads the prompt before it says that it takes a call.
+    await nextTurn();
     signal?.throwIfAborted();
     await onAccept?.({ place: 0, predictedMs: null, blocks, seeds }, handled);
     await onStart?.({ queuedMs: 0, blocks }, handled);
