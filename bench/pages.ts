@@ -33,6 +33,7 @@ export const benchmarks: readonly Benchmark[] = [
     ...{ name: "operation", about: "a server process under load, hang-ups, kills and a quota" },
     pages: [["operation", "A service in operation (load, retries, hang-ups, kills, memory, a quota)"]],
   },
+  { name: "serve", about: "the server over HTTP: requests per second, overload, hang-ups, memory" },
   { name: "concurrency", about: "many callers at once" },
   { name: "executor", about: "the native executor, a launch at a time" },
   { name: "seam", about: "seams of inpainting" },
