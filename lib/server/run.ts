@@ -89,7 +89,8 @@ export class Run {
       if (!isFollowing) return;
       isFollowing = false;
       if (listener) this.#listeners.delete(listener);
-      if (--this.#followers === 0) this.stop(new HangUp());
+      // Most leave when it is over. An error takes time to make, as its stack is walked.
+      if (--this.#followers === 0 && !this.isOver) this.stop(new HangUp());
     };
   }
 
