@@ -1,51 +1,82 @@
 // What the documents say about installing, as far as a text can be checked without Docker and other package managers.
+import { spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
+import { providerFiles } from "../../lib/runtimes/onnxruntime/cuda-provider.js";
 import { root } from "../support/fixtures.js";
 
 const read = (file: string) => readFileSync(path.join(root, file), "utf8");
 
-describe("examples/Dockerfile", () => {
-  const instructions = read("examples/Dockerfile")
+describe.each(["Dockerfile", "Dockerfile.nvidia"])("examples/%s", (name) => {
+  const text = read(`examples/${name}`);
+  const instructions = text
     .replaceAll("\\\n", " ")
     .split("\n")
     .filter((line) => line !== "" && !line.startsWith("#"));
   const at = (pattern: RegExp) => instructions.findIndex((line) => pattern.test(line));
+  const entry: string[] = JSON.parse(instructions[at(/^ENTRYPOINT /)]!.slice("ENTRYPOINT ".length));
+  const port = instructions[at(/^EXPOSE /)]!.match(/^EXPOSE (\d+)$/)![1]!;
 
   it("installs without the download, prunes in the same stage, and runs as a user without rights", () => {
-    const [install, prune, final, copy, user, command] = [
+    const order = [
+      at(/^FROM \S+ AS install$/),
       at(/^RUN ONNXRUNTIME_NODE_INSTALL=skip npm ci --omit=dev$/),
       at(/^RUN npx --no flowturbo prune$/),
       at(/^FROM [^ ]+$/),
       at(/^COPY --from=install \/app\/node_modules /),
-      at(/^USER node$/),
-      at(/^CMD /),
+      at(/^USER (node|1000:1000)$/),
+      at(/^STOPSIGNAL SIGTERM$/),
+      at(/^ENTRYPOINT /),
     ];
-    const order = [at(/^FROM \S+ AS install$/), install, prune, final, copy, user, command];
     expect(order).not.toContain(-1);
     expect(order).toEqual([...order].sort((a, b) => a! - b!));
-    // No binaries for musl.
+    // No binaries for musl, and no name of a registry's host.
     for (const line of instructions.filter((each) => each.startsWith("FROM")))
-      expect(line).toMatch(/^FROM node:\d+-slim/);
+      expect(line).toMatch(/^FROM (node:\d+-(bookworm-)?slim|python:[\d.]+-slim|nvidia\/cuda:13[\w.-]+-cudnn-runtime-ubuntu[\d.]+)( AS \w+)?$/); // biome-ignore format: one line
   });
 
-  it("publishes a port that the service listens on, on all interfaces of the container, and asks for its health", () => {
-    const port = instructions[at(/^EXPOSE /)]!.match(/^EXPOSE (\d+)$/)![1]!;
-    const command: string[] = JSON.parse(instructions[at(/^CMD /)]!.slice(4));
-    expect(command).toEqual(["node", "server.js", "--host", "0.0.0.0", "--port", port]);
+  it("serves on all interfaces of the container, at the port that it publishes, and asks whether it can draw", () => {
+    const [program, script, command, ...flags] = entry;
+    expect([program, script, command]).toEqual(["node", "node_modules/flowturbo/bin/flowturbo.js", "serve"]);
+    expect(flags).toEqual(["--host", "0.0.0.0", "--port", port]);
     const check = instructions[at(/^HEALTHCHECK /)]!;
-    const [program, flag, code] = JSON.parse(check.slice(check.indexOf("["))) as string[];
-    expect([program, flag]).toEqual(["node", "-e"]);
-    expect(code).toContain(`127.0.0.1:${port}/health`);
+    const [runner, flag, code] = JSON.parse(check.slice(check.indexOf("["))) as string[];
+    expect([runner, flag]).toEqual(["node", "-e"]);
+    expect(code).toContain(`127.0.0.1:${port}/readyz`);
     expect(() => new Function(code!)).not.toThrow();
-    // The flags are those of the service.
-    for (const name of ["host", "port"]) expect(read("examples/service.js")).toContain(`${name}: { type: "string"`);
   });
 
-  it("keeps this machine's modules out of the image", () => {
-    expect(read("examples/Dockerfile.dockerignore").split("\n")).toContain("node_modules");
+  it("needs a key: without one the very command ends", () => {
+    const args = [path.join(root, "bin/flowturbo.js"), ...entry.slice(2)];
+    const env = { ...process.env, FLOWTURBO_API_KEY: "" };
+    const { status, stderr } = spawnSync(process.execPath, args, { encoding: "utf8", timeout: 20_000, env });
+    expect([status, stderr]).toEqual([2, expect.stringContaining("without a key")]);
+    expect(text).toContain("--env FLOWTURBO_API_KEY");
   });
+
+  it("keeps the cache in a volume that its user can write to", () => {
+    const folder = "/var/cache/flowturbo";
+    expect(instructions).toContain("ENV XDG_CACHE_HOME=/var/cache");
+    expect(instructions[at(/^RUN mkdir /)]).toMatch(
+      /^RUN mkdir -p \/var\/cache\/flowturbo && chown \S+ \/var\/cache\/flowturbo$/,
+    );
+    expect(instructions).toContain(`VOLUME ["${folder}"]`);
+    expect(read("examples/compose.yaml")).toContain(`:${folder}`);
+  });
+});
+
+it("examples/Dockerfile.nvidia takes the provider of onnxruntime-node's own version, and says that it has not run", () => {
+  const text = read("examples/Dockerfile.nvidia");
+  expect(text).toContain("has not been built, nor run on a GPU");
+  for (const file of providerFiles) expect(text).toContain(`/provider/wheel/onnxruntime/capi/${file}`);
+  expect(text).toContain("COPY --from=install /app/node_modules/onnxruntime-node/package.json");
+  expect(text).toMatch(/^ENV FLOWTURBO_ONNXRUNTIME_CUDA_DIR=\/opt\/onnxruntime-cuda$/m);
+});
+
+it("this machine's modules, checkpoints and keys are kept out of the images", () => {
+  const ignored = read("examples/Dockerfile.dockerignore").split("\n");
+  for (const name of ["node_modules", "models", ".env*", "*keys*"]) expect(ignored).toContain(name);
 });
 
 it("the README's quick start has the variable that keeps a download from failing, and pruning", () => {
