@@ -24,6 +24,8 @@ export function logger(level: string, format: LogFormat = process.stdout.isTTY ?
     throw new OptionError("logLevel", `Expected ${logLevels.join(", ")} for --log-level but received "${level}".`);
   if (format !== "json" && format !== "text")
     throw new OptionError("logFormat", `Expected json or text for --log-format but received "${format}".`);
+  // A disk that is full, or a reader that has left, takes no lines. What is served goes on without them, and they come again once they are taken.
+  process.stdout.removeAllListeners("error").on("error", () => {});
   const stream = format === "text" ? textStream() : process.stdout;
   const options: CreateServerOptions["logger"] = { level, stream };
   const write = (number: number, msg: string) => {
