@@ -1,13 +1,17 @@
 // What befalls a server: a runtime that dies, signals, clients that are slow, leave or send what no client of good will sends, pictures that
 // are bombs, and a disk that is full. It answers, within bounded memory, and serves on.
 
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import net from "node:net";
 import os from "node:os";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import Fastify from "fastify";
+import { imageServer } from "flowturbo/server";
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
 import { answerIn, connect, killAll, postText, type ServerProcess, startProcess } from "./process.js";
-import { events, quick as few, post } from "./support.js";
+import { stubModel } from "./stub.js";
+import { events, quick as few, post, serverOf } from "./support.js";
 
 const hasProc = process.platform === "linux";
 const cache = mkdtempSync(path.join(os.tmpdir(), "flowturbo-faults-"));
@@ -228,6 +232,84 @@ function isRunning(pid: number): boolean {
     return false;
   }
 }
+
+describe("an app that closes", () => {
+  const body = { prompt: "x", num_inference_steps: 1 };
+  const ask = (url: string) => post(`${url}${drawing}`, body);
+
+  it("gives what is under way longer than Fastify gives its hooks, if it may", async () => {
+    const { url, app } = await serverOf({ stub: stubModel({ side: 16, stepMs: 11_000 }) }, { drainMs: 60_000 });
+    const answer = ask(url);
+    await sleep(300);
+    const closed = app.close();
+    expect((await answer).status).toBe(200);
+    await closed;
+  }, 40_000);
+
+  it("as a part of another app has as long as that one gives its hooks, and says so", async () => {
+    const lines: string[] = [];
+    const app = Fastify({ pluginTimeout: 4000, logger: { level: "warn", stream: { write: (line) => void lines.push(line) } } }); // biome-ignore format: one line
+    await app.register(imageServer, { models: { stub: stubModel({ side: 16, stepMs: 30_000 }) }, warm: [] });
+    const url = await app.listen({ host: "127.0.0.1", port: 0 });
+    expect(lines.map((line) => JSON.parse(line).msg)).toEqual([
+      "Requests under way have 1000 ms when the app closes, not 30000: Fastify's pluginTimeout is 4000 ms. Give fastify() a longer one, or 0.",
+    ]);
+    const answer = ask(url);
+    await sleep(300);
+    const from = performance.now();
+    await app.close();
+    expect(performance.now() - from).toBeLessThan(3900);
+    expectFailure(await answer, { status: 503, code: "draining", retry: true });
+  });
+});
+
+describe.skipIf(!hasProc)("a disk that is full", () => {
+  afterEach(killAll);
+  const folders: string[] = [];
+  afterAll(() => {
+    for (const folder of folders) rmSync(folder, { recursive: true, force: true });
+  });
+  const folder = () => {
+    const made = mkdtempSync(path.join(os.tmpdir(), "flowturbo-full-"));
+    folders.push(made);
+    return made;
+  };
+  async function expectService(server: ServerProcess): Promise<void> {
+    // Costs are measured meanwhile, and written.
+    for (const seed of [1, 2, 3]) expect((await draw(server, { ...quick, seed })).status).toBe(200);
+    await sleep(2000);
+    expect((await draw(server, { ...quick, n: 2 })).status).toBe(200);
+    server.child.kill("SIGTERM");
+    expect(await server.ended).toEqual({ code: 0, signal: null });
+    expect(server.log().filter(({ level }) => level >= 50)).toEqual([]);
+    expect(server.stderr()).toBe("");
+  }
+
+  it("takes no byte of the cache: the server starts, draws, and says so in its log", async () => {
+    const cacheFolder = folder();
+    await expectService(await startProcess(["--cache", cacheFolder], { before: "ulimit -f 0" }));
+    const files = readdirSync(cacheFolder, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile());
+    // Nothing half written.
+    expect(files.filter(({ name }) => name.endsWith(".json"))).toEqual([]);
+  });
+
+  it("or a cache that is no folder: the same", async () => {
+    const file = path.join(folder(), "cache");
+    writeFileSync(file, "no folder");
+    await expectService(await startProcess(["--cache", path.join(file, "below")]));
+  });
+
+  it("under its log: it draws on", async () => {
+    const { port } = await new Promise<{ port: number }>((resolve) => {
+      const other = net.createServer().listen(0, "127.0.0.1", () => {
+        const address = other.address() as net.AddressInfo;
+        other.close(() => resolve(address));
+      });
+    });
+    const server = await startProcess(["--cache", cache], { stdout: { file: "/dev/full", port } });
+    await expectService(server);
+  });
+});
 
 describe("clients that are slow to send", () => {
   afterEach(killAll);

@@ -52,7 +52,7 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
     await onAccept?.({ place: 0, predictedMs: null, blocks, seeds }, handled);
     await onStart?.({ queuedMs: 0, blocks }, handled);
     for (let step = 0; step < steps; step++) {
-      if (stepMs > 0) await sleep(stepMs);
+      if (stepMs > 0) await sleep(stepMs, undefined, signal && { signal }).catch(() => {});
       signal?.throwIfAborted();
       const hasPreview = options.preview !== undefined && previewed.includes(step + 1) && step + 1 < steps;
       await onStep?.(
