@@ -22,8 +22,10 @@ const part = 0.2;
 const callers = 16;
 /** In a turn. */
 const requests = 192;
-/** A picture of long steps, of which it can be seen when they stop. */
-const long = { size: "128x128", num_inference_steps: 20, guidance_scale: 2 };
+/** A picture of steps that are all alike, and long beside the way of a hang-up to the graphs. */
+const long = { size: "256x256", sampler: "euler", num_inference_steps: 12, guidance_scale: 2 };
+/** In steps: what the processor time of a step differs by, beside the step that is under way. */
+const tolerance = 0.2;
 const trials = 10;
 
 interface Impatient {
@@ -59,9 +61,9 @@ export async function hangups(setting: Setting): Promise<Findings> {
   return {
     bars: [
       {
-        bar: "After a hang-up at most a step's work is still done",
+        bar: `After a hang-up at most the step under way is finished: its processor time, and ${tolerance} of it by which steps differ`,
         value: `${format(stops.stepsAfter)} steps in ${trials} trials (${stops.stepMs.toFixed(0)} ms of processor time each)`,
-        met: stops.stepsAfter.max <= 1,
+        met: stops.stepsAfter.max <= 1 + tolerance,
       },
       {
         bar: `${percent(part)} of ${callers} connections' requests are given up: the others are drawn faster by what that saves, at least ${least.toFixed(3)} times`,
@@ -109,7 +111,8 @@ ${table([
   ["some hang up", turns.perSecond.impatient.toFixed(1), quantile(stayed, 0.5).toFixed(0), turns.rows.impatient],
 ])}
 
-Steps after a hang-up are processor time of the process that runs graphs, from the hang-up on, by that of a step of the same picture (${long.size}, ${long.num_inference_steps} steps), which is drawn alone.`,
+Steps after a hang-up are processor time of the process that runs graphs, from the hang-up on, by a ${long.num_inference_steps}th of that of the whole picture
+(${long.size}, ${long.num_inference_steps} Euler steps), which is drawn alone.`,
   };
 }
 
