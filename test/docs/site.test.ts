@@ -17,10 +17,19 @@ it("is made without a warning, with every guide", () => {
     expect(status, stdout + stderr).toBe(0);
     for (const page of ["Using_your_checkpoint", "Training_a_refiner", "Choosing_a_schedule", "Stages"])
       expect(existsSync(path.join(out, `documents/${page}.html`)), page).toBe(true);
-    for (const page of ["Building_engines_ahead_of_time", "Serving_from_Node", "Bundlers_and_small_installations"])
+    for (const page of [
+      "Building_engines_ahead_of_time",
+      "Serving_from_Node",
+      "A_server",
+      "Bundlers_and_small_installations",
+    ])
       expect(existsSync(path.join(out, `documents/${page}.html`)), page).toBe(true);
-    // Both entry points of the package.
-    for (const page of ["classes/index.FlowTurbo", "variables/schema.requestJsonSchema"])
+    // The entry points of the package.
+    for (const page of [
+      "classes/index.FlowTurbo",
+      "variables/schema.requestJsonSchema",
+      "functions/server.createServer",
+    ])
       expect(existsSync(path.join(out, `${page}.html`)), page).toBe(true);
   } finally {
     rmSync(out, { recursive: true, force: true });
