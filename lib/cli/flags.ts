@@ -5,6 +5,7 @@
 
 import { type Command, Option } from "commander";
 import type { z } from "zod";
+import type { Size } from "../model.js";
 import { optionMeta } from "../options.js";
 
 /** Flags of commands that are no options of the library. */
@@ -35,7 +36,9 @@ export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): 
 function presetText(field: z.ZodType): string | null {
   const { success, data } = field.safeParse(undefined);
   if (!success || data === undefined || data === false) return null;
-  return Array.isArray(data) && data.length === 0 ? "none" : String(data);
+  if (Array.isArray(data) && data.length === 0) return "none";
+  const { width, height } = data as Partial<Size>;
+  return width === undefined ? String(data) : `${width}x${height}`;
 }
 
 export function addJsonFlag(command: Command): Command {

@@ -86,7 +86,7 @@ export const serverSchema = z.strictObject({
   maxSize: described(
     size.default({ width: 1536, height: 1536 }),
     "a size such as 1024x1024",
-    "largest picture, by its pixels (default: 1536x1536)",
+    "largest picture, by its pixels",
     "--max-size <WxH>",
   ),
   maxSteps: described(whole(1, 1000).default(50), wholeText(1, 1000), "most steps of a request", "--max-steps <n>"),
