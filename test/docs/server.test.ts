@@ -81,7 +81,9 @@ it("has every code of errors with its status", () => {
   }));
   const known = new Set(table.flatMap((row) => row.codes));
   const sources = readdirSync(path.join(root, "lib/server")).map((file) => read(`lib/server/${file}`));
-  const named = [...sources.join("\n").matchAll(/\bcode: "([a-z_]+)"|"((?:un|missing_)[a-z]+_[a-z_]+)",?\s*\)/g)];
+  const named = [
+    ...sources.join("\n").matchAll(/\bcode: "([a-z_]+)"|(?:, |\n\s+)"((?:un|missing_)[a-z]+_[a-z_]+)",?\s*\)/g),
+  ];
   expect(named.length).toBeGreaterThan(20);
   for (const [, code, other] of named) expect(known).toContain(code ?? other);
   for (const [name, { status, retryable }] of Object.entries(errorTable)) {
