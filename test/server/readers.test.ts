@@ -63,12 +63,12 @@ describe("a stream of events", () => {
 
   it("cuts off a reader that takes nothing, and no other", async () => {
     const client = await open({ maxWaiting: 1024, stuckMs: 600, keepAliveMs: 150 });
+    const from = performance.now();
     client.socket.pause();
     for (let index = 0; index < 80; index++) stream.send({ type: "kept", data: { text: "k".repeat(256 * 1024) } });
-    const from = performance.now();
     const connections = () => new Promise<number>((resolve) => app.server.getConnections((_, count) => resolve(count)));
     await vi.waitFor(async () => expect(await connections()).toBe(0), waiting);
-    expect(performance.now() - from).toBeGreaterThan(350);
+    expect(performance.now() - from).toBeGreaterThan(500);
     // What is sent to nobody is nothing.
     stream.send({ type: "kept", data: {} });
     stream.end();
