@@ -406,11 +406,11 @@ export class FlowTurbo implements ImageModel {
     start: number,
     { events, trace }: { readonly events: RequestEvents | null; readonly trace: CallTrace | null },
   ): Promise<GenerateResult> {
-    const { candidates, pinBatch, signal, priority, prefer, pictures, deadlineMs = null } = request;
+    const { candidates, pinBatch, signal, priority, prefer, ticket, pictures, deadlineMs = null } = request;
     const { stages } = candidates[0];
     const { width, height } = stages.at(-1)!;
     const terms: Terms = {
-      ...{ priority, prefer, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
+      ...{ priority, prefer, ticket, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
     if (request.edit) this.#service.refuseEarly(terms);

@@ -358,6 +358,12 @@ export interface GenerateOptions {
    * fits, even if later requests are refused for it. Default: `"admission"`.
    */
   prefer?: "admission" | "quality" | undefined;
+  /**
+   * Names the caller from one call to the next, 1 to 256 characters. One that was refused and comes back with the same ticket when it was told to
+   * (`retryAfterMs`) has the room that it was told of: other calls leave it free, as far as such callers come. Default: none; room that is told of is then
+   * kept for nobody.
+   */
+  ticket?: string | undefined;
   /** Order of requests, −100 to 100: higher numbers first, then earlier deadlines. Each 10 s of waiting raise it by one. Default: 0. */
   priority?: number | undefined;
   /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */

@@ -406,6 +406,10 @@ export const generateSchema = z.strictObject({
     "admission",
     "with deadlineMs: a schedule that leaves room for the requests expected at the present load, or the richest that fits",
   ),
+  ticket: optional(
+    kind(text.min(1).max(256), "a text of 1 to 256 characters"),
+    "names the caller from one call to the next: one that was refused, and comes back when it was told to, has the room that it was told of",
+  ),
   priority: defaulted(
     integer(-100, 100),
     0,

@@ -67,6 +67,7 @@ const options = fc.record(
     timeoutMs: fc.double({ min: 1, max: 1e6, noNaN: true }),
     ladder: fc.array(fc.constantFrom("H1", "H1P2"), { minLength: 1, maxLength: 4 }),
     prefer: fc.constantFrom("admission", "quality"),
+    ticket: fc.string({ minLength: 1, maxLength: 256 }),
     priority: fc.integer({ min: -100, max: 100 }),
     pinBatch: fc.integer({ min: 1, max: 256 }),
     include: fc.uniqueArray(fc.constantFrom("latents" as const, "pixels" as const)),

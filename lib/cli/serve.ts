@@ -3,7 +3,7 @@
 import { readFileSync } from "node:fs";
 import type { Command } from "commander";
 import { checkpointName } from "../checkpoint/index.js";
-import { OptionError } from "../errors.js";
+import { DeviceLostError, OptionError } from "../errors.js";
 import { embeddedModel, FlowTurbo } from "../flowturbo.js";
 import type { LoadOptions } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
@@ -106,7 +106,12 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   const models = Object.fromEntries(
     Object.entries(folders).map(([id, folder]) => {
       const loading = FlowTurbo.load(folder, { ...loadOptions, logger: log.child });
-      loading.catch(end);
+      // Only another process gets a GPU again that is lost for good: whoever restarts services has to see the end of this one.
+      const watch = (model: FlowTurbo) =>
+        model.on("lost", ({ error }) => {
+          if (error instanceof DeviceLostError && error.permanent) end(error);
+        });
+      loading.then(watch, end);
       return [id, loading];
     }),
   );

@@ -56,6 +56,7 @@ type Kept =
   | "metadata"
   | "deadlineMs"
   | "prefer"
+  | "ticket"
   | "timeoutMs"
   | "priority"
   | "signal"
@@ -103,7 +104,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, previewCount, metadata, deadlineMs, prefer, timeoutMs, priority } = options;
+  const { count, preview, previewCount, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } = options;
   const { stages, sigmas, shift, mu } = options;
   const { include = [], signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
@@ -142,7 +143,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, previewCount, metadata, deadlineMs, prefer, timeoutMs, priority },
+    ...{ count, preview, previewCount, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
     ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },

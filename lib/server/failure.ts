@@ -3,6 +3,7 @@
  * again. Messages hold nothing of the server.
  */
 
+import { messageOf } from "../common/text.js";
 import { errorTable, FlowTurboError, OptionError, publicMessage } from "../errors.js";
 import { fieldOf } from "./fields.js";
 
@@ -106,9 +107,14 @@ export function failureOf(error: unknown): Failure {
       ...{ retryable: row.retryable, retryAfterMs, cause: error },
     });
   }
-  // Fastify's own: bodies that are too large, broken or of another type.
-  if (typeof statusCode === "number" && statusCode >= 400 && statusCode < 500 && typeof code === "string")
-    return new Failure(statusCode, fastifyMessages[code] ?? "The request is malformed.", { code: "invalid_request" });
+  if (typeof statusCode === "number" && statusCode >= 400 && statusCode < 500) {
+    // Fastify's own: bodies that are too large, broken or of another type. Others come from hooks of the app around, which word them for
+    // clients.
+    const isFastifys = typeof code !== "string" || code.startsWith("FST_");
+    const known = fastifyMessages[String(code)] ?? "The request is malformed.";
+    const message = isFastifys && typeof code === "string" ? known : messageOf(error);
+    return new Failure(statusCode, message, { code: "invalid_request" });
+  }
   return new Failure(500, publicMessage(error), { code: "internal_error", cause: error });
 }
 

@@ -2,6 +2,7 @@
 
 import type sharpModule from "sharp";
 import { sharp } from "../generation/sharp.js";
+import type { Size } from "../model.js";
 import type { Body } from "./bodies.js";
 import { type Failure, invalid } from "./failure.js";
 import type { Limits } from "./options.js";
@@ -37,7 +38,9 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
     return null;
   }
   const { width, height } = await measure("image", picture, limits);
-  if (given === undefined) return { image: picture, mask: null, width, height };
+  const smaller = reducedSize(width, height, limits);
+  const reduced = smaller ? await resizedTo(smaller, "image", picture) : picture;
+  if (given === undefined) return { image: reduced, mask: null, width, height };
   const size = await measure("mask", given, limits);
   if (size.width !== width || size.height !== height)
     throw invalid(
@@ -49,7 +52,30 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
       "mask",
       "Expected a mask with an alpha channel, whose transparent parts are painted, but received one without.",
     );
-  return { image: picture, mask: await paintedParts(given), width, height };
+  const shownMask = smaller ? await resizedTo(smaller, "mask", given) : given;
+  return { image: reduced, mask: await paintedParts(shownMask), width, height };
+}
+
+/**
+ * The size that a picture far larger than any that is drawn is brought to first; null for others. The library resizes as Pillow does, in
+ * JavaScript, which takes seconds for tens of millions of pixels.
+ */
+function reducedSize(width: number, height: number, { maxPixels }: Limits): Size | null {
+  const scale = Math.sqrt(Math.max(4_000_000, 2 * maxPixels) / (width * height));
+  const side = (pixels: number) => Math.max(1, Math.round(scale * pixels));
+  return scale < 1 ? { width: side(width), height: side(height) } : null;
+}
+
+async function resizedTo({ width, height }: Size, param: string, bytes: Uint8Array): Promise<Uint8Array> {
+  const open: typeof sharpModule = await sharp.load();
+  return open(bytes)
+    .autoOrient()
+    .resize(width, height, { fit: "fill" })
+    .png({ compressionLevel: 1 })
+    .toBuffer()
+    .catch((cause: Error) => {
+      throw Object.assign(invalid(param, `The picture for ${param} is damaged.`), { cause });
+    });
 }
 
 /** Base64 or a data: URL as bytes. */

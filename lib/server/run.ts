@@ -59,6 +59,8 @@ export class Run {
   predictedMs: number | null = null;
   readonly #controller = new AbortController();
   readonly #listeners = new Set<(event: RunEvent) => void>();
+  /** That it was accepted, and has started: whoever follows later hears of both. */
+  readonly #milestones: RunEvent[] = [];
   #followers = 0;
 
   constructor({ id, model, modelId, settled, fullSize }: RunOptions) {
@@ -80,9 +82,10 @@ export class Run {
     return this.status === "completed" || this.status === "failed" || this.status === "cancelled";
   }
 
-  /** Keeps the run going until the function that it returns is called. @param listener hears of what happens from now on */
+  /** Keeps the run going until the function that it returns is called. @param listener hears that it was accepted and has started, and what happens from now on */
   follow(listener?: (event: RunEvent) => void): () => void {
     this.#followers++;
+    for (const event of this.#milestones) listener?.(event);
     if (listener) this.#listeners.add(listener);
     let isFollowing = true;
     return () => {
@@ -149,6 +152,7 @@ export class Run {
   }
 
   #tell(event: RunEvent): void {
+    if (event.type === "accepted" || event.type === "started") this.#milestones.push(event);
     for (const listener of [...this.#listeners]) listener(event);
   }
 }

@@ -50,6 +50,8 @@ export interface Terms {
   readonly deadlineMs: number | null;
   /** What counts more where a time limit leaves a choice of candidates. */
   readonly prefer: Preference;
+  /** Who calls, so that a caller that was refused is known when it comes back; undefined for nobody. */
+  readonly ticket?: string | undefined;
   readonly pictures: number;
   /** Of the finished pictures, such as "64x64". */
   readonly size: string;
@@ -134,6 +136,11 @@ export class Predictor {
     this.#retry.called(performance.now());
   }
 
+  /** How many places of the queue are kept for callers who were told to come about now; none for one of them. */
+  placesKept({ ticket }: Terms): number {
+    return this.#retry.expected(ticket, performance.now());
+  }
+
   /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
   choose(priority: Priority, terms: Terms, candidates: readonly CandidateWork[]): Choice | DeadlineError {
     const { deadlineMs, arrival } = terms;
@@ -159,8 +166,15 @@ export class Predictor {
     const margin = this.margin.value;
     const leanest = Math.min(...predictions.map(({ own }) => own));
     const room = this.#room(terms, now);
+    // Room that other callers were told of is left free for them. Who comes back for its own has it.
+    const backlog = elapsed + [...this.#accepted].reduce((sum, other) => sum + leftOf(other), 0);
+    const isBack = this.#retry.claims(terms.ticket, now);
+    const leavesRoom = ({ own }: { readonly own: number }) => isBack || this.#retry.isFree(backlog + own, margin, now);
+    const free = predictions.map((each) =>
+      leavesRoom(each) ? each : { ...each, milliseconds: Number.POSITIVE_INFINITY },
+    );
     // Costs can have been reset at this very moment: nothing is promised on a guess, and nothing impossible by one.
-    const choice = isKnown ? chooseCandidate(predictions, deadlineMs, margin, room) : null;
+    const choice = isKnown ? chooseCandidate(free, deadlineMs, margin, room) : null;
     if (choice) {
       this.#arrived(terms, leanest, now, true);
       return choice;
@@ -171,8 +185,12 @@ export class Predictor {
     // What disturbs the machine at present will be over: impossible is what does not fit on a usual day.
     const aloneMs = limitFor(leanest / Math.max(1, this.#costs.drift), deadlineMargin);
     const calm = isKnown ? this.#calmAfter(leanest, deadlineMs) : 0;
-    const retryAfterMs =
-      aloneMs <= deadlineMs || !isKnown ? this.#limitAfter(best, elapsed, priority, deadlineMs, now, calm) : null;
+    const isKept = isKnown && chooseCandidate(predictions, deadlineMs, margin, room) !== null;
+    const retryAfterMs = isKept
+      ? this.#retry.afterAll(leanest, { ticket: terms.ticket, deadlineMs }, now)
+      : aloneMs <= deadlineMs || !isKnown
+        ? this.#limitAfter(best, elapsed, priority, deadlineMs, now, calm, terms.ticket)
+        : null;
     // What is impossible takes nothing from others.
     if (retryAfterMs !== null) this.#arrived(terms, leanest, now, false);
     const limit = `${Math.round(deadlineMs)} ms`;
@@ -181,11 +199,13 @@ export class Predictor {
         ? ""
         : !isKnown
           ? `, by a guess, since the costs have just been forgotten; try again in ${retryAfterMs} ms`
-          : bestMs <= deadlineMs
-            ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
-            : calm > 0
-              ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
-              : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
+          : isKept
+            ? `, but that room is kept for callers who were told to come back; try again in ${retryAfterMs} ms`
+            : bestMs <= deadlineMs
+              ? `, but ${Math.round(elapsed)} ms went into measuring what it would take; try again in ${retryAfterMs} ms`
+              : calm > 0
+                ? `, since the machine has lately been slower than usual. Usually it would take ${aloneMs} ms alone; try again in ${retryAfterMs} ms`
+                : `, since others are served. Alone it would take ${aloneMs} ms; try again in ${retryAfterMs} ms`;
     return new DeadlineError(
       `No schedule of ${candidates.length === 1 ? "one" : candidates.length} is done in ${limit}: the best possible time is ${bestMs} ms, with ${best.text}${why}.`,
       { deadlineMs, bestMs, blocks: best.text, retryAfterMs },
@@ -203,6 +223,7 @@ export class Predictor {
     deadlineMs: number,
     now: number,
     calm: number,
+    ticket: string | undefined,
   ) {
     const slower = this.#costs.driftAfter(calm) / this.#costs.drift;
     const missing = (best.milliseconds - elapsed) * slower - deadlineMs / this.margin.after(calm);
@@ -210,7 +231,7 @@ export class Predictor {
     const endings = best.isHarmless
       ? this.#endings(now, (other) => comparePriorities(other.priority, priority, now) < 0)
       : this.#allEndings(now);
-    return this.#retry.whenDone(endings, missing, best.own, now, calm);
+    return this.#retry.whenDone(endings, missing, best.own, now, calm, { ticket, deadlineMs });
   }
 
   /** In how many milliseconds the margin and the drift let work fit a limit again, if nothing disturbs the machine. */
@@ -281,7 +302,7 @@ export class Predictor {
     const last = candidates.at(-1);
     const work = last ? this.price(last, terms).cost : unknownCost;
     this.#priceAgain();
-    return this.#retry.whenPlace(this.#allEndings(now), places, work, now);
+    return this.#retry.whenPlace(this.#allEndings(now), places, work, now, terms.ticket);
   }
 
   /** Endings of all that is accepted. Many callers who are refused at about the same time have the same ones. */

@@ -2,8 +2,8 @@
  * When a refused caller is told to come back: when there will be room for it beside all who have been told so before, so
  * that callers who obey find room and do not all come at once.
  *
- * Each refusal reserves the room that its caller waits for, until the moment that it was told. Nothing is kept free when
- * it comes: it takes what there is then, as anybody does. Callers who never come, or come whenever they like, take no room
+ * Each refusal reserves the room that its caller waits for, until the moment that it was told. Where the caller is known by a ticket, others leave that
+ * room free, and it has it when it comes back; otherwise nothing is kept free when it comes: it takes what there is then, as anybody does. Callers who never come, or come whenever they like, take no room
  * by that: a reservation counts as much as earlier ones were followed by a call at the moment that was told.
  */
 
@@ -31,6 +31,9 @@ const intervalWeight = 1 / 32;
 const followedWeight = 1 / 64;
 const leastFollowed = 1 / 16;
 
+/** Who comes so many milliseconds before the moment that it was told is on time: clocks differ. */
+const early = 5;
+
 interface Reservation {
   /** Moment that the caller was told. */
   readonly at: number;
@@ -40,13 +43,27 @@ interface Reservation {
   calls: number;
   /** Milliseconds of work that it will bring. */
   readonly work: number;
+  /** Who was told; undefined if that is not known, and nothing can be kept. */
+  readonly ticket: string | undefined;
+  /** The time limit that it comes with; null for none. */
+  readonly deadlineMs: number | null;
 }
+
+/** A caller that is refused. */
+interface Caller {
+  readonly ticket: string | undefined;
+  readonly deadlineMs: number | null;
+}
+
+const nobody: Caller = { ticket: undefined, deadlineMs: null };
 
 export class Retry {
   readonly #random: () => number;
   #reservations: Reservation[] = [];
   /** Those whose moment has come, until it is known whether their callers have. */
   #due: Reservation[] = [];
+  /** Of both, those whose callers have come back. */
+  readonly #claimed = new WeakSet<Reservation>();
   /** Part of the reservations that were followed by a call. */
   #followed = 1;
   /** Moment of the last call, and the mean time between two, in milliseconds. */
@@ -74,17 +91,24 @@ export class Retry {
    * @param work milliseconds that it will bring
    * @returns milliseconds from now
    */
-  whenPlace(endings: Iterable<Ending>, places: (ending: Ending) => number, work: number, now: number): number {
+  whenPlace(
+    endings: Iterable<Ending>,
+    places: (ending: Ending) => number,
+    work: number,
+    now: number,
+    ticket?: string | undefined,
+  ): number {
+    const caller = { ticket, deadlineMs: null };
     const wanted = this.#share * this.#before(now).length + 1;
     let at = 0;
     let most = 0;
     for (const ending of endings) {
       at = ending.at + ending.launch;
       most = Math.max(most, places(ending));
-      if (most >= wanted) return this.#reserve(at, work, now);
+      if (most >= wanted) return this.#reserve(at, work, now, caller);
     }
     // After all those there are, it goes on at the same pace.
-    return this.#reserve((at * wanted) / Math.max(1, most), work, now);
+    return this.#reserve((at * wanted) / Math.max(1, most), work, now, caller);
   }
 
   /**
@@ -92,7 +116,14 @@ export class Retry {
    * @param missing milliseconds of work that have to be done first
    * @param least milliseconds that it has to wait in any case; it then reserves nothing, since others go before it
    */
-  whenDone(endings: Iterable<Ending>, missing: number, work: number, now: number, least = 0): number {
+  whenDone(
+    endings: Iterable<Ending>,
+    missing: number,
+    work: number,
+    now: number,
+    least = 0,
+    caller: Caller = nobody,
+  ): number {
     const reserved = this.#before(now).reduce((sum, reservation) => sum + reservation.work, 0);
     const wanted = missing + this.#share * reserved;
     let before = { at: 0, done: 0 };
@@ -101,12 +132,59 @@ export class Retry {
         if (ending.done >= wanted) {
           const part = (wanted - before.done) / (ending.done - before.done);
           const at = before.at + part * (ending.at - before.at) + ending.launch;
-          return this.#reserve(Math.max(least, at), least > 0 ? null : work, now);
+          return this.#reserve(Math.max(least, at), least > 0 ? null : work, now, caller);
         }
         before = ending;
       }
     const at = before.at + Math.max(0, wanted - before.done);
-    return this.#reserve(Math.max(least, at), least > 0 ? null : work, now);
+    return this.#reserve(Math.max(least, at), least > 0 ? null : work, now, caller);
+  }
+
+  /** For a caller that would take the room of others who were told to come: after the last of them. */
+  afterAll(work: number, caller: Caller, now: number): number {
+    const last = this.#kept(now).reduce((latest, { at, work }) => Math.max(latest, at + work), now);
+    // No caution: each would add its part to all those before.
+    const milliseconds = Math.max(1, Math.ceil(last - now));
+    this.#remember(milliseconds, work, caller, now);
+    return milliseconds;
+  }
+
+  /** Whether a caller comes back for its own room, when it was told to; it then has it no more. */
+  claims(ticket: string | undefined, now: number): boolean {
+    if (ticket === undefined) return false;
+    const own = this.#kept(now).find((each) => each.ticket === ticket && each.at - now <= early);
+    if (own) this.#claimed.add(own);
+    return own !== undefined;
+  }
+
+  /**
+   * Whether work of so many milliseconds leaves room for those who were told to come.
+   * @param backlog of all that is accepted, and the new request
+   * @param margin factor that predictions have to leave free
+   */
+  isFree(backlog: number, margin: number, now: number): boolean {
+    let reserved = 0;
+    for (const { at, work, deadlineMs } of this.#kept(now)) {
+      if (deadlineMs === null) continue;
+      reserved += this.#share * work;
+      if (backlog + reserved - Math.max(0, at - now) > deadlineMs / margin) return false;
+    }
+    return true;
+  }
+
+  /** How many callers other than this one are to come for a place in the queue about now. */
+  expected(ticket: string | undefined, now: number): number {
+    const due = this.#kept(now).filter(({ at, window, deadlineMs }) => deadlineMs === null && at - now <= window);
+    if (ticket !== undefined && due.some((each) => each.ticket === ticket && each.at - now <= early)) return 0;
+    return Math.floor(this.#share * due.length);
+  }
+
+  /** What is kept free: reservations of known callers who are still to come, or may be on their way, in their order. */
+  #kept(now: number): Reservation[] {
+    this.#settle(now);
+    return [...this.#due, ...this.#reservations]
+      .filter((each) => each.ticket !== undefined && !this.#claimed.has(each))
+      .sort((a, b) => a.at - b.at);
   }
 
   /** How much of what is reserved will be asked for. */
@@ -136,12 +214,16 @@ export class Retry {
   }
 
   /** @param work null to reserve nothing */
-  #reserve(wait: number, work: number | null, now: number): number {
+  #reserve(wait: number, work: number | null, now: number, caller: Caller): number {
     const milliseconds = Math.max(1, Math.ceil(wait * (1 + caution + jitter * this.#random())));
+    if (work !== null) this.#remember(milliseconds, work, caller, now);
+    return milliseconds;
+  }
+
+  #remember(milliseconds: number, work: number, { ticket, deadlineMs }: Caller, now: number): void {
     const { part, intervals, least, most } = attention;
     const window = Math.min(most, Math.max(least, Math.min(part * milliseconds, intervals * this.#interval)));
-    if (work !== null && this.#reservations.length < mostReservations)
-      this.#reservations.push({ at: now + milliseconds, work, window, calls: 0 });
-    return milliseconds;
+    if (this.#reservations.length < mostReservations)
+      this.#reservations.push({ at: now + milliseconds, work, window, calls: 0, ticket, deadlineMs });
   }
 }

@@ -213,13 +213,13 @@ export class Service {
 
   /** Before work that a request needs to be admitted, such as decoding a picture. @throws QueueFullError */
   refuseEarly(terms: Terms): void {
-    if (!this.#admission.isFull(terms.pictures)) return;
+    if (!this.#isFull(terms)) return;
     this.#predictor.called();
     this.#refuseIfFull(terms, []);
   }
 
   #refuseIfFull(terms: Terms, candidates: readonly CandidateWork[]): void {
-    if (!this.#admission.isFull(terms.pictures)) return;
+    if (!this.#isFull(terms)) return;
     const { waiting } = this.#admission;
     const retryAfterMs = this.#predictor.placeAfter(this.#options.maxQueue, terms, candidates);
     this.#refuse(
@@ -230,6 +230,13 @@ export class Service {
       ),
       "queueFull",
     );
+  }
+
+  /** Also if the places that are free are kept for others. */
+  #isFull(terms: Terms): boolean {
+    if (this.#admission.isFull(terms.pictures)) return true;
+    const kept = this.#predictor.placesKept(terms);
+    return kept > 0 && this.#admission.waiting > 0 && this.#admission.waiting + kept >= this.#options.maxQueue;
   }
 
   #refuse(error: Error, why: Refusal): never {

@@ -184,6 +184,7 @@ export interface Asked {
   readonly prefer?: Terms["prefer"];
   readonly priority?: number;
   readonly pictures?: number;
+  readonly ticket?: string;
 }
 
 export interface Simulation {
@@ -231,9 +232,16 @@ export function simulate(
     random: () => random.even(),
     ...rest,
   });
-  const ask = async ({ ladder, deadlineMs = null, prefer = "admission", priority = 0, pictures = 1 }: Asked) => {
+  const ask = async ({
+    ladder,
+    deadlineMs = null,
+    prefer = "admission",
+    priority = 0,
+    pictures = 1,
+    ticket,
+  }: Asked) => {
     const arrival = performance.now();
-    const terms: Terms = { arrival, deadlineMs, prefer, priority, pictures, size, pin: null };
+    const terms: Terms = { arrival, deadlineMs, prefer, priority, ticket, pictures, size, pin: null };
     const candidates = ladder.map(
       (text): CandidateWork => ({ text, demands: [{ program: rowOf(text), rows: pictures }] }),
     );
