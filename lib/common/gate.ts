@@ -59,11 +59,13 @@ export class Gate<Order = void> {
   /**
    * Resolves when the entry is inside, with the function that lets it leave; more calls of that do nothing. An entry that
    * weighs more than the capacity goes in when nothing else is inside.
+   * @param mayExceed whether it may wait though as many wait as may
    * @throws RangeError if the gate is full; `signal.reason` if the signal aborts before
    */
-  async enter(order: Order, weight = 1, signal?: AbortSignal): Promise<() => void> {
+  async enter(order: Order, weight = 1, signal?: AbortSignal, mayExceed = false): Promise<() => void> {
     signal?.throwIfAborted();
-    if (this.isFull(weight)) throw new RangeError(`${this.#waiting.size} entries wait, which is as many as may.`);
+    if (!mayExceed && this.isFull(weight))
+      throw new RangeError(`${this.#waiting.size} entries wait, which is as many as may.`);
     await new Promise<void>((resolve, reject) => {
       const unfollow = onAbort(signal, () => {
         this.#waiting.delete(entry);

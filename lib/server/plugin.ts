@@ -1,5 +1,6 @@
 /** The server as a Fastify plugin: its routes, who may use them, and how it ends. What requests mean is in the other files. */
 
+import { createHash } from "node:crypto";
 import type { IncomingMessage } from "node:http";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { FastifyInstance, FastifyPluginAsync, FastifyReply, FastifyRequest } from "fastify";
@@ -365,11 +366,14 @@ class ImageService {
   async #begin(kind: Kind, body: Body, request: FastifyRequest): Promise<Run> {
     const { id, model } = this.#models.get(body.fields.model);
     const settled = await settle(body, model, this.#limits, kind);
+    // Who is refused and asks again for the same has the room that it was told of.
+    const ticket = ticketOf(body, this.#keyOf(request, kind) ?? String(this.#ownerOf(request)));
     // Tracers learn which trace the call belongs to.
     const create = () =>
       new Run({
         id: `${kind === "job" ? "job" : "img"}_${crypto.randomUUID()}`,
-        ...{ model, modelId: id, settled, fullSize: kind !== "job" },
+        ...{ model, modelId: id, fullSize: kind !== "job" },
+        settled: { ...settled, options: { ...settled.options, ticket } },
       });
     const run = traced(request, create);
     this.#runs.add(run);
@@ -489,6 +493,16 @@ class ImageService {
 /** In Node 20 and 22 every promise of the process costs more from the first context on: none is made where the client names no trace. */
 function traced<T>({ headers: { traceparent } }: FastifyRequest, fn: () => T): T {
   return typeof traceparent === "string" ? withTraceparent(traceparent, fn) : fn();
+}
+
+/** The same for a client that asks again for the same; of pictures their sizes say enough. */
+function ticketOf({ fields, files }: Body, client: string): string {
+  const short = (_name: string, value: unknown) =>
+    typeof value === "string" && value.length > 1e5 ? `${value.slice(0, 1000)}${value.length}` : value;
+  const sizes = Object.values(files).map(({ length }) => length);
+  return createHash("sha256")
+    .update(JSON.stringify([client, fields, sizes], short))
+    .digest("base64");
 }
 
 function probe(reply: FastifyReply, obstacles: readonly string[]): FastifyReply {

@@ -136,9 +136,14 @@ export class Predictor {
     this.#retry.called(performance.now());
   }
 
-  /** How many places of the queue are kept for callers who were told to come about now; none for one of them. */
-  placesKept({ ticket }: Terms): number {
-    return this.#retry.expected(ticket, performance.now());
+  /** How many places of the queue are kept for callers who were told to come about now. */
+  get placesKept(): number {
+    return this.#retry.expected(performance.now());
+  }
+
+  /** Whether a caller comes back that was refused, when it was told to. */
+  isBack({ ticket }: Terms): boolean {
+    return this.#retry.isBack(ticket, performance.now());
   }
 
   /** The candidate for a new request: without a time limit the first, otherwise the first that fits. */
@@ -148,6 +153,7 @@ export class Predictor {
     const elapsed = now - arrival;
     this.#priceAgain();
     if (deadlineMs === null) {
+      this.#retry.claims(terms.ticket, now);
       const own = this.#millisecondsOf(candidates[0]!, terms);
       this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now, true);
       const predictedMs = own === null ? null : elapsed + this.#finishing(priority, now)(own).own;

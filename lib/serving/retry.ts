@@ -151,10 +151,14 @@ export class Retry {
 
   /** Whether a caller comes back for its own room, when it was told to; it then has it no more. */
   claims(ticket: string | undefined, now: number): boolean {
-    if (ticket === undefined) return false;
-    const own = this.#kept(now).find((each) => each.ticket === ticket && each.at - now <= early);
+    const own = this.#ownOf(ticket, now);
     if (own) this.#claimed.add(own);
     return own !== undefined;
+  }
+
+  /** Whether a caller comes back for its own room, when it was told to. */
+  isBack(ticket: string | undefined, now: number): boolean {
+    return this.#ownOf(ticket, now) !== undefined;
   }
 
   /**
@@ -172,11 +176,15 @@ export class Retry {
     return true;
   }
 
-  /** How many callers other than this one are to come for a place in the queue about now. */
-  expected(ticket: string | undefined, now: number): number {
+  /** How many callers are to come for a place in the queue about now. */
+  expected(now: number): number {
     const due = this.#kept(now).filter(({ at, window, deadlineMs }) => deadlineMs === null && at - now <= window);
-    if (ticket !== undefined && due.some((each) => each.ticket === ticket && each.at - now <= early)) return 0;
     return Math.floor(this.#share * due.length);
+  }
+
+  #ownOf(ticket: string | undefined, now: number): Reservation | undefined {
+    if (ticket === undefined) return undefined;
+    return this.#kept(now).find((each) => each.ticket === ticket && each.at - now <= early);
   }
 
   /** What is kept free: reservations of known callers who are still to come, or may be on their way, in their order. */

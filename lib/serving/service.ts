@@ -114,6 +114,7 @@ export class Service {
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
     // Also what is refused: the costs that it is refused by may be wrong.
     this.#calibration.remember(candidates);
+    const isBack = this.#predictor.isBack(terms);
     const chosen = this.#predictor.choose(priority, terms, candidates);
     if (chosen instanceof DeadlineError) {
       if (this.#accepted.size === 0) this.#calibration.rest({ isAfterWork: false });
@@ -131,7 +132,7 @@ export class Service {
     this.#accepted.add(accepted);
     this.#stats.requests.accepted++;
     onAccept?.({ ...chosen, place: this.#admission.placeOf(priority, pictures) });
-    const entering = this.#admission.enter(priority, pictures, signal);
+    const entering = this.#admission.enter(priority, pictures, signal, isBack);
     const leave = await entering.catch((error) => {
       this.#end(accepted, terms, this.#endingOf(error, signal));
       throw error;
@@ -232,11 +233,17 @@ export class Service {
     );
   }
 
-  /** Also if the places that are free are kept for others. */
+  /**
+   * Also if the places that are free are kept for others. Who comes back when it was told to has a place, for which the queue may be a
+   * quarter longer: the times that are told are forecasts.
+   */
   #isFull(terms: Terms): boolean {
+    const { maxQueue } = this.#options;
+    const { waiting } = this.#admission;
+    if (this.#predictor.isBack(terms)) return waiting >= maxQueue + Math.ceil(maxQueue / 4);
     if (this.#admission.isFull(terms.pictures)) return true;
-    const kept = this.#predictor.placesKept(terms);
-    return kept > 0 && this.#admission.waiting > 0 && this.#admission.waiting + kept >= this.#options.maxQueue;
+    const kept = this.#predictor.placesKept;
+    return kept > 0 && waiting > 0 && waiting + kept >= maxQueue;
   }
 
   #refuse(error: Error, why: Refusal): never {
