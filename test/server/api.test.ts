@@ -150,6 +150,29 @@ describe("edits", () => {
     expect(body.size).toBe("128x32");
   });
 
+  it("make a large original smaller first, and its mask with it", async () => {
+    const size = { width: 2400, height: 2400 };
+    const large = await sharp({ create: { ...size, channels: 3, background: "#2050a0" } })
+      .jpeg()
+      .toBuffer();
+    // The left half is kept.
+    const half = await sharp({
+      create: { width: 1200, height: 2400, channels: 4, background: { r: 0, g: 0, b: 0, alpha: 1 } },
+    })
+      .extend({ right: 1200, background: { r: 0, g: 0, b: 0, alpha: 0 } })
+      .png()
+      .toBuffer();
+    const { status, body } = await post(edits(), {
+      ...quick,
+      ...{ image: large.toString("base64"), mask: half.toString("base64") },
+    });
+    expect([status, body.size]).toEqual([200, "64x64"]);
+    const drawn = await sharp(Buffer.from(body.data[0].b64_json, "base64")).removeAlpha().raw().toBuffer();
+    const [left, right] = [drawn.subarray(0, 3), drawn.subarray(3 * 63, 3 * 64)];
+    for (const [index, value] of [0x20, 0x50, 0xa0].entries()) expect(Math.abs(left[index]! - value)).toBeLessThan(4);
+    expect([...right].some((value, index) => Math.abs(value - [0x20, 0x50, 0xa0][index]!) > 8)).toBe(true);
+  });
+
   it("read base64 in lines, and millions of blanks in no time", async () => {
     const lines = (await picture()).toString("base64").replace(/.{10}/g, "$&\r\n");
     expect((await post(edits(), { ...quick, strength: 0.8, image: lines })).status).toBe(200);
@@ -553,6 +576,24 @@ describe("the plugin", () => {
       expect((await app.inject("/pictures/")).statusCode).toBe(404);
       const job = await app.inject({ method: "POST", url: "/pictures/v1/jobs", payload: quick });
       expect(job.headers.location).toBe(`/pictures/v1/jobs/${job.json().id}`);
+    } finally {
+      await app.close();
+    }
+  });
+
+  it("answers errors of hooks around it as they are worded, in its own envelope", async () => {
+    const app = Fastify();
+    app.addHook("onRequest", async (request) => {
+      if (request.headers.cookie === undefined)
+        throw Object.assign(new Error("Log in first."), { statusCode: 403, code: "NO_COOKIE" });
+    });
+    await app.register(imageServer, { models: { shapes: model }, warm: [], page: false });
+    try {
+      const refused = await app.inject({ method: "POST", url: "/v1/images/generations", payload: quick });
+      expect([refused.statusCode, refused.json().error.message]).toEqual([403, "Log in first."]);
+      const headers = { cookie: "a=b" };
+      const drawn = await app.inject({ method: "POST", url: "/v1/images/generations", payload: quick, headers });
+      expect(drawn.statusCode).toBe(200);
     } finally {
       await app.close();
     }
