@@ -425,6 +425,8 @@ class ImageService {
 
   /** What the client is not told is for the log. */
   #logFailure(failure: Failure, request: FastifyRequest): void {
+    // A hook of the app around may have thrown before anything here was asked.
+    request.flowturbo ??= {};
     request.flowturbo.code = failure.code;
     if (failure.status < 500) return;
     const { cause } = failure;

@@ -97,8 +97,9 @@ describe("a body of a hundred megabytes", () => {
     const text = head(edits, form, chunked) + chunk(part);
     for (let index = 0; index < 3; index++) await flood(text, chunk(megabyte), 100);
     const before = server.memory().most;
-    for (let index = 0; index < 6; index++) await flood(text, chunk(megabyte), 100);
-    expect((server.memory().most - before) / mebibyte).toBeLessThan(100);
+    // Each that were kept would add the 32 MiB that a body may have; what is collected late adds some of that for a while.
+    for (let index = 0; index < 12; index++) await flood(text, chunk(megabyte), 100);
+    expect((server.memory().most - before) / mebibyte).toBeLessThan(200);
     await expectService();
   });
 });
