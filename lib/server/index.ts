@@ -7,7 +7,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest, FastifyServerOption
 import { Failure, failureOf } from "./failure.js";
 import type { ImageServerOptions } from "./options.js";
 import { fastify } from "./packages.js";
-import { imageServer } from "./plugin.js";
+import { imageServer, lingerAtEnd } from "./plugin.js";
 
 export type { Answer, Usage } from "./answer.js";
 export type { ErrorEnvelope } from "./failure.js";
@@ -67,6 +67,7 @@ export async function createServer({
 const notFound = () => new Failure(404, "There is nothing at this address.", { code: "not_found" });
 
 function refuse(failure: Failure, request: FastifyRequest, reply: FastifyReply): void {
+  if (!request.raw.complete) lingerAtEnd(request, reply);
   void reply
     .code(failure.status)
     .headers({ ...failure.allHeaders, "x-request-id": request.id })

@@ -524,7 +524,7 @@ function stopped(): Failure {
  * Ends a connection on which a body still comes in: the answer goes out with the end of what the server sends, and the rest of the body is
  * thrown away for a moment. A connection that is closed while data comes in is reset, and the client may lose the answer.
  */
-function lingerAtEnd({ raw }: FastifyRequest, reply: FastifyReply): void {
+export function lingerAtEnd({ raw }: FastifyRequest, reply: FastifyReply): void {
   const { socket } = raw;
   reply.header("connection", "close");
   // Node's HTTP server calls it after the last answer.
