@@ -240,8 +240,9 @@ export class Service {
   #isFull(terms: Terms): boolean {
     const { maxQueue } = this.#options;
     const { waiting } = this.#admission;
-    if (this.#predictor.isBack(terms)) return waiting >= maxQueue + Math.ceil(maxQueue / 4);
-    if (this.#admission.isFull(terms.pictures)) return true;
+    const isFull = this.#admission.isFull(terms.pictures);
+    if (this.#predictor.isBack(terms)) return isFull && waiting >= maxQueue + Math.ceil(maxQueue / 4);
+    if (isFull) return true;
     const kept = this.#predictor.placesKept;
     return kept > 0 && waiting > 0 && waiting + kept >= maxQueue;
   }
