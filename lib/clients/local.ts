@@ -4,6 +4,7 @@
  */
 
 import { sharp } from "../generation/sharp.js";
+import { sizeLike } from "../generation/sizes.js";
 import type { GenerateOptions, ImageModel, Size } from "../model.js";
 import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
 import { sharedOptions } from "./drawer.js";
@@ -72,11 +73,4 @@ async function sizeOfPicture(image: Uint8Array): Promise<Size | null> {
       ({ autoOrient }) => autoOrient,
       () => null,
     );
-}
-
-/** About as many pixels as the model was trained for, in the proportions of a picture; sides are multiples of 16. */
-function sizeLike(picture: Size, native: Readonly<Size>): Size {
-  const scale = Math.sqrt((native.width * native.height) / (picture.width * picture.height));
-  const side = (pixels: number) => Math.max(16, 16 * Math.round((pixels * scale) / 16));
-  return { width: side(picture.width), height: side(picture.height) };
 }

@@ -13,6 +13,13 @@ export function nativeSize({ transformer, vae }: Checkpoint): Size {
   return { width: side, height: side };
 }
 
+/** About as many pixels as the model was trained for, in the proportions of a picture; sides are multiples of 16. */
+export function sizeLike(picture: Readonly<Size>, native: Readonly<Size>): Size {
+  const scale = Math.sqrt((native.width * native.height) / (picture.width * picture.height));
+  const side = (pixels: number) => Math.max(16, 16 * Math.round((pixels * scale) / 16));
+  return { width: side(picture.width), height: side(picture.height) };
+}
+
 export function latentShapeOf({ transformer, vae }: Checkpoint, rows: number, { width, height }: Size): LatentShape {
   return [rows, transformer.config.outChannels, height / vae.config.factor, width / vae.config.factor];
 }

@@ -2,8 +2,8 @@
 
 import { publicMessage } from "../errors.js";
 import type { ImageModel, Size } from "../model.js";
+import { seconds } from "./answer.js";
 import { Failure } from "./failure.js";
-import { unknownModel } from "./settle.js";
 
 interface Entry {
   readonly id: string;
@@ -14,7 +14,7 @@ interface Entry {
 
 export class Models {
   readonly #entries = new Map<string, Entry>();
-  readonly created = Math.floor(Date.now() / 1000);
+  readonly created = seconds();
   /** Resolves when every model has been loaded and warmed up. @throws what that throws */
   readonly ready: Promise<void>;
 
@@ -73,7 +73,12 @@ export class Models {
    */
   get(id: string | undefined): { readonly id: string; readonly model: ImageModel } {
     const entry = id === undefined ? [...this.#entries.values()][0]! : this.#entries.get(id);
-    if (!entry) throw unknownModel(id!, this.ids);
+    if (!entry) {
+      const name = JSON.stringify(id!.slice(0, 64));
+      throw new Failure(404, `There is no model ${name} here; there is ${this.ids.join(", ")}.`, {
+        ...{ param: "model", code: "model_not_found" },
+      });
+    }
     const { model, error } = entry;
     if (model) return { id: entry.id, model };
     if (error) throw new Failure(503, `The model ${entry.id} could not be loaded.`, { code: "model_unavailable" });

@@ -5,30 +5,12 @@ import { Dependency } from "../common/dependency.js";
 const all = ["fastify", "@fastify/busboy", "@fastify/cors", "prom-client"];
 const remedy = () => `The server needs packages that flowturbo does not bring: npm install ${all.join(" ")}`;
 
-export const fastify = new Dependency(
-  "fastify",
-  () => import("fastify"),
-  () => null,
-  remedy,
-);
-export const busboy = new Dependency(
-  "@fastify/busboy",
-  () => import("@fastify/busboy"),
-  () => null,
-  remedy,
-);
-export const cors = new Dependency(
-  "@fastify/cors",
-  () => import("@fastify/cors"),
-  () => null,
-  remedy,
-);
-export const promClient = new Dependency(
-  "prom-client",
-  () => import("prom-client"),
-  () => null,
-  remedy,
-);
+const optional = <T>(name: string, load: () => Promise<T>) => new Dependency(name, load, () => null, remedy);
+
+export const fastify = optional("fastify", () => import("fastify"));
+export const busboy = optional("@fastify/busboy", () => import("@fastify/busboy"));
+export const cors = optional("@fastify/cors", () => import("@fastify/cors"));
+export const promClient = optional("prom-client", () => import("prom-client"));
 
 /** @throws InstallationError if one of them is missing */
 export async function loadPackages(): Promise<void> {

@@ -6,7 +6,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import type { FastifyInstance, FastifyPluginAsync, FastifyReply, FastifyRequest } from "fastify";
 import { currentTraceparent, withTraceparent } from "../common/tracing.js";
 import { checkOptions } from "../options.js";
-import type { Answer } from "./answer.js";
+import { type Answer, seconds } from "./answer.js";
 import { type Body, isForm, readBody } from "./bodies.js";
 import { whenOver } from "./endings.js";
 import { EventStream } from "./event-stream.js";
@@ -267,7 +267,7 @@ class ImageService {
       if (event.type !== "partial") return;
       const { step: _, ...partial } = event.partial;
       const type = streamEvent(run.isEdit, "partial_image");
-      stream?.send({ type, data: { type, ...partial, created_at: Math.floor(Date.now() / 1000) }, isDroppable: true });
+      stream?.send({ type, data: { type, ...partial, created_at: seconds() }, isDroppable: true });
     });
     try {
       // What is refused is refused with a status.
@@ -492,9 +492,8 @@ class ImageService {
   }
 }
 
-/** In Node 20 and 22 every promise of the process costs more from the first context on: none is made where the client names no trace. */
 function traced<T>({ headers: { traceparent } }: FastifyRequest, fn: () => T): T {
-  return typeof traceparent === "string" ? withTraceparent(traceparent, fn) : fn();
+  return withTraceparent(typeof traceparent === "string" ? traceparent : null, fn);
 }
 
 /** The same for a client that asks again for the same; of pictures their sizes say enough. */

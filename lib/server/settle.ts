@@ -1,9 +1,10 @@
 /** Checked fields × a model → a call of `generate`, and how its pictures are answered. Every refusal that needs no model's work is here. */
 
+import { sizeLike } from "../generation/sizes.js";
 import type { GenerateOptions, ImageFormat, ImageModel } from "../model.js";
 import { parseBlocks, qualities } from "../schedule/index.js";
 import type { Body } from "./bodies.js";
-import { Failure, invalid } from "./failure.js";
+import { invalid } from "./failure.js";
 import { type Fields, type Kind, sizePattern } from "./fields.js";
 import type { Limits } from "./options.js";
 import { type Edited, editedOf } from "./pictures.js";
@@ -142,17 +143,5 @@ function sizeOf(
   if (last) return { width: last.width, height: last.height };
   const match = size?.match(sizePattern);
   if (match) return { width: Number(match[1]), height: Number(match[2]) };
-  if (!edited) return { ...nativeSize };
-  // As many pixels as the model was trained for, in the proportions of the picture; sides are multiples of 16.
-  const scale = Math.sqrt((nativeSize.width * nativeSize.height) / (edited.width * edited.height));
-  const side = (pixels: number) => Math.max(16, 16 * Math.round((pixels * scale) / 16));
-  return { width: side(edited.width), height: side(edited.height) };
-}
-
-/** @throws Failure with 404 for a model that there is not */
-export function unknownModel(id: string, ids: readonly string[]): Failure {
-  return new Failure(404, `There is no model ${JSON.stringify(id.slice(0, 64))} here; there is ${ids.join(", ")}.`, {
-    param: "model",
-    code: "model_not_found",
-  });
+  return edited ? sizeLike(edited, nativeSize) : { ...nativeSize };
 }

@@ -6,6 +6,7 @@
 
 import { createHmac, randomUUID } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
+import { seconds } from "./answer.js";
 import { invalid } from "./failure.js";
 
 export interface WebhookOptions {
@@ -59,14 +60,14 @@ export class Webhooks {
     const body = JSON.stringify({
       type,
       timestamp: new Date().toISOString(),
-      created_at: Math.floor(Date.now() / 1000),
+      created_at: seconds(),
       id,
       data,
     });
     for (const delay of delays) {
       try {
         await sleep(delay, undefined, { signal, ref: false });
-        const timestamp = String(Math.floor(Date.now() / 1000));
+        const timestamp = String(seconds());
         const headers = {
           "content-type": "application/json",
           ...{ "webhook-id": id, "webhook-timestamp": timestamp },

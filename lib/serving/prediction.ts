@@ -175,9 +175,9 @@ export class Predictor {
     // Room that other callers were told of is left free for them. Who comes back for its own has it.
     const backlog = elapsed + [...this.#accepted].reduce((sum, other) => sum + leftOf(other), 0);
     const isBack = this.#retry.claims(terms.ticket, now);
-    const leavesRoom = ({ own }: { readonly own: number }) => isBack || this.#retry.isFree(backlog + own, margin, now);
+    const most = isBack ? Number.POSITIVE_INFINITY : this.#retry.mostWork(margin, now) - backlog;
     const free = predictions.map((each) =>
-      leavesRoom(each) ? each : { ...each, milliseconds: Number.POSITIVE_INFINITY },
+      each.own <= most ? each : { ...each, milliseconds: Number.POSITIVE_INFINITY },
     );
     // Costs can have been reset at this very moment: nothing is promised on a guess, and nothing impossible by one.
     const choice = isKnown ? chooseCandidate(free, deadlineMs, margin, room) : null;

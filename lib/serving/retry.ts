@@ -162,18 +162,18 @@ export class Retry {
   }
 
   /**
-   * Whether work of so many milliseconds leaves room for those who were told to come.
-   * @param backlog of all that is accepted, and the new request
+   * How many milliseconds of work leave room for those who were told to come: of all that is accepted, and a new request.
    * @param margin factor that predictions have to leave free
    */
-  isFree(backlog: number, margin: number, now: number): boolean {
+  mostWork(margin: number, now: number): number {
+    let most = Number.POSITIVE_INFINITY;
     let reserved = 0;
     for (const { at, work, deadlineMs } of this.#kept(now)) {
       if (deadlineMs === null) continue;
       reserved += this.#share * work;
-      if (backlog + reserved - Math.max(0, at - now) > deadlineMs / margin) return false;
+      most = Math.min(most, deadlineMs / margin - reserved + Math.max(0, at - now));
     }
-    return true;
+    return most;
   }
 
   /** How many callers are to come for a place in the queue about now. */

@@ -102,27 +102,26 @@ describe("room", () => {
     const retry = new Retry(() => 0);
     const told = retry.whenDone([], 100, 50, 0, 0, caller("a"));
     expect(told).toBe(115);
-    // 60 ms of work would be done before; 170 would leave no more than 50 of 100 ms then.
-    expect(retry.isFree(60, 1, 0)).toBe(true);
-    expect(retry.isFree(170, 1, 0)).toBe(false);
+    // What is done in 115 ms, and 50 of the 100 ms that it then has.
+    expect(retry.mostWork(1, 0)).toBe(165);
     expect(retry.claims("b", told)).toBe(false);
     expect(retry.claims("a", told - 20)).toBe(false);
     expect(retry.claims("a", told)).toBe(true);
     expect(retry.claims("a", told)).toBe(false);
-    expect(retry.isFree(170, 1, told)).toBe(true);
+    expect(retry.mostWork(1, told)).toBe(Number.POSITIVE_INFINITY);
   });
 
   it("is given up when its caller does not come", () => {
     const retry = new Retry(() => 0);
     const told = retry.whenDone([], 100, 50, 0, 0, caller("a"));
-    expect(retry.isFree(90, 1, told + 1)).toBe(false);
-    expect(retry.isFree(90, 1, told + 2000)).toBe(true);
+    expect(retry.mostWork(1, told + 1)).toBe(50);
+    expect(retry.mostWork(1, told + 2000)).toBe(Number.POSITIVE_INFINITY);
   });
 
   it("is kept for nobody who is not known", () => {
     const retry = new Retry(() => 0);
     retry.whenDone([], 100, 50, 0, 0, caller(undefined));
-    expect(retry.isFree(1000, 1, 0)).toBe(true);
+    expect(retry.mostWork(1, 0)).toBe(Number.POSITIVE_INFINITY);
   });
 
   it("is told one after another to those who would take that of others", () => {
