@@ -5,6 +5,7 @@
  *   --copy FILE --addon tensorrt|tensorrt-rtx   copy that addon to FILE (binding.gyp)
  *   --simulated   also the simulated device, the executor's test and the stand-in for TensorRT, into .cache/simulated
  *   --sanitize address,undefined   all of it with sanitizers, into .cache/native-sanitize-address-undefined instead
+ *   --target executor_tests   only what this target of CMakeLists.txt needs
  */
 
 import { spawnSync } from "node:child_process";
@@ -22,6 +23,7 @@ const { values } = parseArgs({
     copy: { type: "string" },
     sanitize: { type: "string" },
     simulated: { type: "boolean" },
+    target: { type: "string" },
   },
 });
 const absent = (tool) => spawnSync(tool, ["--version"]).error !== undefined;
@@ -53,6 +55,7 @@ for (const step of ["configure", "build"]) {
       `--CDFLOWTURBO_SIMULATED_STUBS=${join(work, "stubs")}`,
       `--CDFLOWTURBO_SIMULATED_OUTPUT=${simulated}`,
       `--CDFLOWTURBO_SANITIZE=${values.sanitize ?? ""}`,
+      ...(values.target && step === "build" ? ["--target", values.target] : []),
     ],
     { cwd: root, stdio: ["ignore", "inherit", "inherit"] },
   );

@@ -16,12 +16,19 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { fail, libraries, root } from "./headers.mjs";
 
-const run = (command, args, env = {}) =>
-  spawnSync(command, args, { cwd: root, stdio: "inherit", env: { ...process.env, ...env } }).status;
+const run = (command, args, env = {}) => {
+  // What hangs is a failure with a name, and not the end of everything that was to follow.
+  const { status, error } = spawnSync(command, args, {
+    ...{ cwd: root, stdio: "inherit", env: { ...process.env, ...env } },
+    ...{ timeout: 20 * 60_000, killSignal: "SIGABRT" },
+  });
+  if (error) console.error(`${path.basename(command)}: ${error.message}`);
+  return status;
+};
 const folderOf = (sanitize) => path.join(root, ".cache", `native-sanitize-${sanitize.replaceAll(",", "-")}`);
-const build = (sanitize) => {
-  if (run(process.execPath, [path.join(root, "scripts/build-native.mjs"), "--sanitize", sanitize]) !== 0)
-    fail(`The addons could not be built with ${sanitize} sanitizers.`);
+const build = (sanitize, ...rest) => {
+  if (run(process.execPath, [path.join(root, "scripts/build-native.mjs"), "--sanitize", sanitize, ...rest]) !== 0)
+    fail(`The native code could not be built with ${sanitize} sanitizers.`);
 };
 const executor = (sanitize, env) => {
   for (const kind of libraries) {
@@ -41,7 +48,7 @@ const executor = (sanitize, env) => {
 };
 
 const ubsan = { UBSAN_OPTIONS: "halt_on_error=1:print_stacktrace=1" };
-build("thread");
+build("thread", "--target", "executor_tests");
 executor("thread", { TSAN_OPTIONS: "halt_on_error=1:second_deadlock_stack=1" });
 build("address,undefined");
 executor("address,undefined", { ASAN_OPTIONS: "detect_leaks=1:abort_on_error=1", ...ubsan });

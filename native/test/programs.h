@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -194,9 +195,14 @@ struct Fixture {
   std::shared_ptr<Engine> engine;
 };
 
+// What never comes is a failure, not a test that never ends.
 template <typename Condition>
 void waitUntil(Condition condition) {
-  while (!condition()) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  const auto latest = std::chrono::steady_clock::now() + std::chrono::minutes(2);
+  while (!condition()) {
+    CHECK(std::chrono::steady_clock::now() < latest);
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
 }
 
 inline void copiesRows() {

@@ -27,7 +27,7 @@ describe("an interval of guidance", () => {
   it.each<[string, Partial<GenerateOptions>, number]>([
     ["steps", { ...between, steps: 10 }, 10],
     ["the usual number of steps", between, 10],
-    ["a quality", { ...between, quality: "fast" }, 6],
+    ["a quality, which is a step of the ladder", { ...between, quality: "fast" }, 1],
     ["another sampler", { ...between, sampler: "euler", steps: 5 }, 5],
     ["blocks", { ...between, blocks: "H1P9" }, 10],
     ["sigmas", { ...between, sigmas: [1, 0.5, 0] }, 2],

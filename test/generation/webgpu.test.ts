@@ -109,7 +109,9 @@ describe.skipIf(noSwiftShader)(`on SwiftShader${noSwiftShader ? `: ${noSwiftShad
       ]);
     });
     afterAll(() => Promise.all([model?.dispose(), cpu?.dispose()]));
-    const picture: GenerateOptions = { ...text, prompt: "a red circle", blocks: "H1P2", seed: 3 };
+    // As small as they can be: a step takes most of a second.
+    const small = { ...text, width: 32, height: 32 };
+    const picture: GenerateOptions = { ...small, prompt: "a red circle", blocks: "H1P2", seed: 3 };
 
     it("says what it runs on", () => {
       expect(model.runtime).toEqual({ name: "webgpu", passedOver: [] });
@@ -158,24 +160,24 @@ describe.skipIf(noSwiftShader)(`on SwiftShader${noSwiftShader ? `: ${noSwiftShad
     });
 
     it("shares its process with another model, which both outlive", { timeout: 5 * minutes }, async () => {
-      const small: GenerateOptions = { ...picture, blocks: "H1" };
+      const short: GenerateOptions = { ...picture, blocks: "H1" };
       const before = hosts();
       const told: string[] = [];
       model.on("lost", () => told.push("lost")).on("restart", () => told.push("restart"));
       const other = await load(folder);
       try {
         other.on("lost", () => told.push("other lost")).on("restart", () => told.push("other restart"));
-        const [one, two] = await Promise.all([withValues(model, small), withValues(other, small)]);
+        const [one, two] = await Promise.all([withValues(model, short), withValues(other, short)]);
         expect(relativeError(two.latents, one.latents)).toBe(0);
         expect(hosts()).toEqual(before);
         for (const pid of before) process.kill(pid, "SIGKILL");
-        const again = await Promise.all([withValues(model, small), withValues(other, small)]);
+        const again = await Promise.all([withValues(model, short), withValues(other, short)]);
         for (const { latents } of again) expect(relativeError(latents, one.latents)).toBe(0);
         expect(told.sort()).toEqual(["lost", "other lost", "other restart", "restart"]);
         const after = hosts();
         await other.dispose();
         expect(hosts()).toEqual(after);
-        expect(relativeError((await withValues(model, small)).latents, one.latents)).toBe(0);
+        expect(relativeError((await withValues(model, short)).latents, one.latents)).toBe(0);
       } finally {
         await other.dispose();
       }
