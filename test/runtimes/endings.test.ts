@@ -59,7 +59,8 @@ async function endingOf(way: string, act: (script: { pid: number; host: number; 
   script.stdin.write("go on\n");
   const ending = await ended;
   expect(await gone(host!, 10_000), `the child ${host} outlives ${way}`).toBe(true);
-  return { ...ending, stderr };
+  // What it wrote may arrive after it has ended.
+  return { ...ending, stderr: () => stderr };
 }
 
 describe.skipIf(process.platform !== "linux")("ending during a launch", () => {
@@ -70,7 +71,7 @@ describe.skipIf(process.platform !== "linux")("ending during a launch", () => {
   it.concurrent("an uncaught exception", async () => {
     const { code, stderr } = await endingOf("throw", () => {});
     expect(code).toBe(1);
-    expect(stderr).toContain("uncaught, as the test wants");
+    await expect.poll(stderr).toContain("uncaught, as the test wants");
   });
 
   it.concurrent.each(["SIGINT", "SIGTERM", "SIGKILL"] as const)("%s", async (signal) => {
