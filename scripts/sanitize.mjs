@@ -16,15 +16,10 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import path from "node:path";
 import { fail, libraries, root } from "./headers.mjs";
 
-const run = (command, args, env = {}) => {
-  // What hangs is a failure with a name, and not the end of everything that was to follow.
-  const { status, error } = spawnSync(command, args, {
-    ...{ cwd: root, stdio: "inherit", env: { ...process.env, ...env } },
-    ...{ timeout: 20 * 60_000, killSignal: "SIGABRT" },
-  });
-  if (error) console.error(`${path.basename(command)}: ${error.message}`);
-  return status;
-};
+const run = (command, args, env = {}, limits = {}) =>
+  spawnSync(command, args, { cwd: root, stdio: "inherit", env: { ...process.env, ...env }, ...limits }).status;
+// They take seconds: one that hangs has failed.
+const executorLimits = { timeout: 20 * 60_000, killSignal: "SIGABRT" };
 const folderOf = (sanitize) => path.join(root, ".cache", `native-sanitize-${sanitize.replaceAll(",", "-")}`);
 const build = (sanitize, ...rest) => {
   if (run(process.execPath, [path.join(root, "scripts/build-native.mjs"), "--sanitize", sanitize, ...rest]) !== 0)
@@ -33,7 +28,7 @@ const build = (sanitize, ...rest) => {
 const executor = (sanitize, env) => {
   for (const kind of libraries) {
     console.log(`The executor for ${kind}, -fsanitize=${sanitize}:`);
-    if (run(path.join(folderOf(sanitize), "simulated", kind, "executor_test"), [], env) !== 0)
+    if (run(path.join(folderOf(sanitize), "simulated", kind, "executor_test"), [], env, executorLimits) !== 0)
       fail(`The executor's test for ${kind} failed with ${sanitize} sanitizers.`);
   }
   const simulated = path.join(folderOf(sanitize), "simulated");
@@ -43,7 +38,8 @@ const executor = (sanitize, env) => {
     return;
   }
   console.log(`The executor on the stand-in, -fsanitize=${sanitize}:`);
-  if (run(path.join(simulated, "stand-in/executor_driver"), [], { LD_LIBRARY_PATH: simulated, ...env }) !== 0)
+  const standIn = { LD_LIBRARY_PATH: simulated, ...env };
+  if (run(path.join(simulated, "stand-in/executor_driver"), [], standIn, executorLimits) !== 0)
     fail(`The executor's test on the stand-in failed with ${sanitize} sanitizers.`);
 };
 

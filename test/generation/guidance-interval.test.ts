@@ -22,6 +22,15 @@ const stepsOf = (options: Partial<GenerateOptions>, model?: ModelFacts) =>
 
 const between = { guidanceStart: 0.55, guidanceStop: 0.58 };
 const size = { width: 32, height: 32 };
+const refusalOf = (steps: number) =>
+  expect.objectContaining({
+    ...{ code: "ERR_FLOWTURBO_OPTION", option: "guidanceStart" },
+    message: expect.stringMatching(
+      new RegExp(
+        `guidanceStart [\\d.]+ and guidanceStop [\\d.]+ no step would be guided: of ${steps} steps? .*at least one guided step, or guidanceScale 1 `,
+      ),
+    ),
+  });
 
 describe("an interval of guidance", () => {
   it.each<[string, Partial<GenerateOptions>, number]>([
@@ -49,16 +58,12 @@ describe("an interval of guidance", () => {
       10,
     ],
   ])("that holds no step is refused: %s", (_, options, steps) => {
-    expect(() => settle(options)).toThrow(
-      expect.objectContaining({
-        ...{ code: "ERR_FLOWTURBO_OPTION", option: "guidanceStart" },
-        message: expect.stringMatching(
-          new RegExp(
-            `guidanceStart [\\d.]+ and guidanceStop [\\d.]+ no step would be guided: of ${steps} steps? .*at least one guided step, or guidanceScale 1 `,
-          ),
-        ),
-      }),
-    );
+    expect(() => settle(options)).toThrow(refusalOf(steps));
+  });
+
+  it("that holds no step is refused: a quality of a model that has no ladder of its own", () => {
+    const options: Partial<GenerateOptions> = { ...between, quality: "fast" };
+    expect(() => settle(options, { ...facts, ladder: null })).toThrow(refusalOf(6));
   });
 
   it("that holds one step guides it, and without guidance any interval is as good", () => {

@@ -6,11 +6,9 @@ import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { embeddedModel } from "../../lib/flowturbo.js";
 import { describeAddons, temporaryFolder } from "../native/support.js";
 import { checkpointForms, writeForms } from "../support/closed-forms.js";
-import { root } from "../support/fixtures.js";
+import { simulatedFolder } from "../support/simulated.js";
 import { killAll, startProcess } from "./process.js";
 import { post, quick } from "./support.js";
-
-const simulated = path.join(root, ".cache/simulated");
 
 describeAddons("a GPU that is lost for good", () => {
   afterAll(killAll);
@@ -19,10 +17,10 @@ describeAddons("a GPU that is lost for good", () => {
     const forms = temporaryFolder();
     writeForms(forms, checkpointForms((await openCheckpoint(embeddedModel)).vae.config.factor));
     const server = await startProcess(
-      ["--runtime", "tensorrt", "--tensorrt-dir", path.join(simulated, "tensorrt"), "--cache", temporaryFolder()],
+      ["--runtime", "tensorrt", "--tensorrt-dir", path.join(simulatedFolder, "tensorrt"), "--cache", temporaryFolder()],
       {
         env: {
-          ...{ LD_LIBRARY_PATH: simulated, FLOWTURBO_SIMULATED_FORMS: forms },
+          ...{ LD_LIBRARY_PATH: simulatedFolder, FLOWTURBO_SIMULATED_FORMS: forms },
           FLOWTURBO_SIMULATED_FAULT: "lost vae_encoder",
         },
       },
