@@ -48,7 +48,8 @@ describe.skipIf(process.platform !== "linux")("the runtime of a model", () => {
 
   it("may be killed at any moment of a call: it draws or fails by a typed error, and the next one draws", async () => {
     let drawn = 0;
-    for (let wait = 0; wait < 120; wait += 8) {
+    // To behind the end of a call, however slow this machine is.
+    for (let wait = 0; wait < 120 || drawn === 0; wait += 8) {
       const call = model.generate(options).then(
         () => "drawn",
         (error) => error,
@@ -60,7 +61,6 @@ describe.skipIf(process.platform !== "linux")("the runtime of a model", () => {
       else expect(outcome).toBeInstanceOf(RuntimeDiedError);
       await expectPicture(model.generate(options));
     }
-    expect(drawn).toBeGreaterThan(0);
   });
 
   it("may be killed while a model loads", async () => {

@@ -123,7 +123,9 @@ describe("costs", () => {
       expect(high).toBeGreaterThanOrEqual(milliseconds);
       expect(runs).toBeGreaterThanOrEqual(3);
     }
-    expect(costs.estimate("predict.guidance", "32x32", 1)).toBeCloseTo(step(1).milliseconds * costs.drift, 6);
+    // Two rows that were measured to take less than one say that one does not take more.
+    const least = Math.min(step(1).milliseconds, step(2).milliseconds);
+    expect(costs.estimate("predict.guidance", "32x32", 1)).toBeCloseTo(least * costs.drift, 6);
     expect(costs.estimate("predict.guidance", "8x8", 1)).toBeNull();
     const [file] = readdirSync(costs.folder);
     const { entries } = JSON.parse(readFileSync(path.join(costs.folder, file!), "utf8"));
