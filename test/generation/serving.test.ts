@@ -131,7 +131,7 @@ describe("costs", () => {
     const { entries } = JSON.parse(readFileSync(path.join(costs.folder, file!), "utf8"));
     expect(entries.length).toBeGreaterThanOrEqual(costs.entries.length);
     await using again = await FlowTurbo.load(undefined, { cache: own, measureCosts: false });
-    // Of an entry that changed, the stored moment is later than that of the one before, even by a clock that went back.
+    // An entry that was measured twice in one millisecond is stored with a later moment than its own.
     const timeless = ({ entries }: Costs) => entries.map(({ at: _, ...entry }) => entry);
     expect(timeless(again.costs)).toEqual(timeless(costs));
     // Other settings of the runtime are another table.
