@@ -18,7 +18,7 @@ export interface RandomCheckpoint {
 
 const heads = 24;
 const headDim = 64;
-const width = heads * headDim;
+const mediumWidth = heads * headDim;
 
 /**
  * @param layers 6 layers are 0.99 GB
@@ -34,7 +34,7 @@ export async function randomCheckpoint(layers: number, dual: boolean | number = 
     num_layers: layers,
     num_attention_heads: heads,
     attention_head_dim: headDim,
-    caption_projection_dim: width,
+    caption_projection_dim: mediumWidth,
     dual_attention_layers: Array.from({ length: second }, (_, layer) => layer),
     pos_embed_max_size: 96,
   });
@@ -56,7 +56,7 @@ export function randomMedium(): Promise<RandomCheckpoint> {
     attention_head_dim: headDim,
     num_attention_heads: heads,
     joint_attention_dim: 4096,
-    caption_projection_dim: width,
+    caption_projection_dim: mediumWidth,
     pooled_projection_dim: 2048,
     pos_embed_max_size: 384,
     dual_attention_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
@@ -64,8 +64,14 @@ export function randomMedium(): Promise<RandomCheckpoint> {
   });
 }
 
+/** Shapes of tensors by name. */
+export type Shapes = Record<string, number[]>;
+
 type Config = Record<string, unknown> & {
   num_layers: number;
+  num_attention_heads: number;
+  attention_head_dim: number;
+  qk_norm: string | null;
   pos_embed_max_size: number;
   joint_attention_dim: number;
   pooled_projection_dim: number;
@@ -75,16 +81,8 @@ type Config = Record<string, unknown> & {
 /** Writes transformer/ into `folder`, unless it was written before. @param others writes the other parts */
 async function writeOnce(folder: string, config: Config, others?: () => void): Promise<RandomCheckpoint> {
   const file = path.join(folder, "transformer/diffusion_pytorch_model.safetensors");
-  const shapes = tensorShapes(config);
-  const header: Record<string, unknown> = {};
-  let offset = 0;
-  for (const [name, shape] of Object.entries(shapes)) {
-    const end = offset + 2 * shape.reduce((a, b) => a * b, 1);
-    header[name] = { dtype: "BF16", shape, data_offsets: [offset, end] };
-    offset = end;
-  }
-  const json = Buffer.from(JSON.stringify(header));
-  const bytes = 8 + json.length + offset;
+  const tensors = tensorShapes(config);
+  const { json, bytes } = headerOf(tensors);
   const stamp = createHash("sha256").update(json).digest("hex");
   const stampFile = path.join(folder, "stamp");
   if (existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp) return { folder, bytes };
@@ -93,6 +91,26 @@ async function writeOnce(folder: string, config: Config, others?: () => void): P
   mkdirSync(path.join(folder, "transformer"), { recursive: true });
   others?.();
   writeFileSync(path.join(folder, "transformer/config.json"), JSON.stringify(config, null, 2));
+  await writeRandom(file, tensors);
+  writeFileSync(stampFile, stamp);
+  return { folder, bytes };
+}
+
+function headerOf(tensors: Shapes): { json: Buffer; bytes: number } {
+  const header: Record<string, unknown> = {};
+  let offset = 0;
+  for (const [name, shape] of Object.entries(tensors)) {
+    const end = offset + 2 * shape.reduce((a, b) => a * b, 1);
+    header[name] = { dtype: "BF16", shape, data_offsets: [offset, end] };
+    offset = end;
+  }
+  const json = Buffer.from(JSON.stringify(header));
+  return { json, bytes: 8 + json.length + offset };
+}
+
+/** Writes a .safetensors file with random bfloat16 weights. @returns its bytes */
+export async function writeRandom(file: string, tensors: Shapes): Promise<number> {
+  const { json, bytes } = headerOf(tensors);
   const length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(json.length));
   const handle = await open(file, "w");
@@ -101,13 +119,12 @@ async function writeOnce(folder: string, config: Config, others?: () => void): P
     await handle.write(json);
     // One block of small values again and again: their order does not matter, their size keeps the network finite.
     const block = randomBlock(2 ** 22);
-    for (let left = offset; left > 0; left -= block.length)
+    for (let left = bytes - 8 - json.length; left > 0; left -= block.length)
       await handle.write(block.subarray(0, Math.min(left, block.length)));
   } finally {
     await handle.close();
   }
-  writeFileSync(stampFile, stamp);
-  return { folder, bytes };
+  return bytes;
 }
 
 /** bfloat16 values, uniform in ±0.02, from a fixed linear congruential generator. */
@@ -124,9 +141,11 @@ function randomBlock(bytes: number): Buffer {
   return block;
 }
 
-function tensorShapes(config: Config): Record<string, number[]> {
+/** The transformer's tensors, under diffusers' names. */
+export function tensorShapes(config: Config): Shapes {
   const layers = config.num_layers;
-  const shapes: Record<string, number[]> = {
+  const width = config.num_attention_heads * config.attention_head_dim;
+  const shapes: Shapes = {
     "pos_embed.pos_embed": [1, config.pos_embed_max_size ** 2, width],
     "pos_embed.proj.weight": [width, 16, 2, 2],
     "pos_embed.proj.bias": [width],
@@ -151,10 +170,11 @@ function tensorShapes(config: Config): Record<string, number[]> {
     for (const part of ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0"])
       linear(`${block}.attn.${part}`, width, width);
     if (!last) linear(`${block}.attn.to_add_out`, width, width);
-    for (const norm of ["norm_q", "norm_k", "norm_added_q", "norm_added_k"])
-      shapes[`${block}.attn.${norm}.weight`] = [headDim];
+    const norms = config.qk_norm === null ? [] : ["norm_q", "norm_k", "norm_added_q", "norm_added_k"];
+    for (const norm of norms) shapes[`${block}.attn.${norm}.weight`] = [config.attention_head_dim];
     if (dual) for (const part of ["to_q", "to_k", "to_v", "to_out.0"]) linear(`${block}.attn2.${part}`, width, width);
-    if (dual) for (const norm of ["norm_q", "norm_k"]) shapes[`${block}.attn2.${norm}.weight`] = [headDim];
+    if (dual)
+      for (const norm of ["norm_q", "norm_k"]) shapes[`${block}.attn2.${norm}.weight`] = [config.attention_head_dim];
     for (const part of last ? ["ff"] : ["ff", "ff_context"]) {
       linear(`${block}.${part}.net.0.proj`, width, 4 * width);
       linear(`${block}.${part}.net.2`, 4 * width, width);
