@@ -29,8 +29,8 @@ networks.toy_text = {
     const g = new GraphBuilder(name);
     const ids = g.input("ids", "int64", ["rows", "tokens"]);
     const layers = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
-    const table = layers.stored("text_model.embeddings.token_embedding.weight", [config.vocabSize, config.hiddenSize]);
-    const tokens = g.cast(g.op("Gather", [table, ids]), "float32");
+    const table = "text_model.embeddings.token_embedding.weight";
+    const tokens = layers.rowsOf(table, [config.vocabSize, config.hiddenSize], ids);
     const width = transformer.config.jointAttentionDim;
     const zeros = g.tensor([config.hiddenSize, width], new Float32Array(config.hiddenSize * width), "float32");
     g.output("hidden", g.op("MatMul", [tokens, zeros]), ["rows", "tokens", width]);

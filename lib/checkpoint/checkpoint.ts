@@ -21,6 +21,7 @@ import {
   type VaeConfig,
 } from "./configs.js";
 import { isFolder, type JsonObject, readJsonObject } from "./files.js";
+import { checkQuantisation } from "./quantised.js";
 import {
   type ModelIdentity,
   modelFingerprint,
@@ -121,6 +122,8 @@ function network<Config>(
   const open = async (folder: string, options: OpenCheckpointOptions) => {
     const read = [readConfig(join(folder, "config.json")), openWeights(folder, basename, options)] as const;
     const [config, weights] = await Promise.all(read);
+    const { quantization_config: quantization } = await readJsonObject(join(folder, "config.json"));
+    await checkQuantisation(weights, quantization, options);
     return { config, weights };
   };
   return { name, classes, open };

@@ -9,6 +9,7 @@
 import { type FileHandle, open } from "node:fs/promises";
 import { writeFileAtomic } from "../common/files.js";
 import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
+import { widen } from "../common/widen.js";
 import { CheckpointError, OutputError } from "../errors.js";
 import { isRecord } from "./files.js";
 
@@ -63,7 +64,7 @@ export async function readSafetensorsHeader(
 /**
  * The dtype of an entry as one that this package computes with.
  *
- * @throws CheckpointError that names file and tensor if it is not F32, F16 or BF16.
+ * @throws CheckpointError that names file and tensor if it is another.
  */
 export function supportedDType(file: string, entry: HeaderEntry): StoredDType {
   if (Object.hasOwn(bytesPerElement, entry.dtype)) return entry.dtype as StoredDType;
@@ -75,26 +76,26 @@ export function supportedDType(file: string, entry: HeaderEntry): StoredDType {
 }
 
 /**
- * Reads one tensor into memory, widened to float32. For values such as starting noise, never for weights.
+ * Reads one tensor into memory, widened to float32 and without a scale. For values such as starting noise, never for weights.
  *
- * @throws CheckpointError if its dtype is not F32, F16 or BF16, or the file has become shorter than its header says.
+ * @throws CheckpointError if its dtype is not supported, or the file has become shorter than its header says.
  */
 export async function readTensor(file: string, entry: HeaderEntry): Promise<FloatTensor> {
   const dtype = supportedDType(file, entry);
-  const bytes = await withFile(file, (handle) => readExactly(handle, entry.offset, entry.length));
+  const bytes = await readBytes(file, entry.offset, entry.length);
   if (bytes.length < entry.length) throw fault(file, `ends inside the tensor "${entry.name}". ${downloadAgain}`);
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const data = new Float32Array(elementCount(entry.shape));
-  for (let i = 0; i < data.length; i++) {
-    if (dtype === "F32") data[i] = view.getFloat32(4 * i, true);
-    else if (dtype === "F16") data[i] = halfToFloat(view.getUint16(2 * i, true));
-    else {
-      // bfloat16 is the upper half of a float32: the same two bytes above two zero bytes.
-      scratch.setUint32(0, view.getUint16(2 * i, true) << 16);
-      data[i] = scratch.getFloat32(0);
-    }
-  }
+  widen(bytes, dtype, data);
   return float32(entry.shape, data);
+}
+
+/**
+ * At most `length` bytes from `position`; fewer only at the end of the file.
+ *
+ * @throws CheckpointError if the file cannot be read.
+ */
+export function readBytes(file: string, position: number, length: number): Promise<Buffer> {
+  return withFile(file, (handle) => readExactly(handle, position, length));
 }
 
 /**
@@ -253,17 +254,6 @@ async function readExactly(handle: FileHandle, position: number, length: number)
     filled += bytesRead;
   }
   return bytes.subarray(0, filled);
-}
-
-const scratch = new DataView(new ArrayBuffer(4));
-
-function halfToFloat(bits: number): number {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 0x1f;
-  const fraction = bits & 0x3ff;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  if (exponent === 0x1f) return fraction ? Number.NaN : sign * Number.POSITIVE_INFINITY;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
 function littleEndian(data: Float32Array): Buffer {

@@ -12,9 +12,10 @@ import type { FileVersion } from "../common/files.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import { exists } from "./files.js";
-import { readSafetensorsHeader, type SafetensorsHeader, supportedDType } from "./safetensors.js";
+import { resolveTensor } from "./quantised.js";
+import { readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
 
-/** An opened part. `find` throws a CheckpointError for a tensor whose dtype is not F32, F16 or BF16. */
+/** An opened part. `find` throws what `resolveTensor` throws. */
 export interface Weights extends WeightSource {
   /** The variant that was found, or null for the files without a variant in their names. */
   readonly variant: string | null;
@@ -85,11 +86,10 @@ function source(
     files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),
     names: [...tensors.keys()],
     find(name: string): StoredTensor | undefined {
-      const opened = tensors.get(name);
-      const entry = opened?.header.get(name);
-      if (!opened || !entry) return undefined;
-      const { shape, offset, length } = entry;
-      return { name, dtype: supportedDType(opened.file, entry), shape, file: opened.file, offset, length };
+      return resolveTensor((stored) => {
+        const opened = tensors.get(stored);
+        return opened && { file: opened.file, entry: opened.header.get(stored)! };
+      }, name);
     },
   };
 }

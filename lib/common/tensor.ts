@@ -7,7 +7,10 @@
 export type DType = "float32" | "int64";
 
 /** Element types of tensors in .safetensors files that this package can compute with. */
-export type StoredDType = "F32" | "F16" | "BF16";
+export type StoredDType = ComputedDType | "F8_E4M3" | "F8_E5M2" | "I8";
+
+/** Those of them that networks are computed in. */
+export type ComputedDType = "F32" | "F16" | "BF16";
 
 /** 32-bit floating point values in memory. */
 export interface FloatTensor {
@@ -40,6 +43,17 @@ export interface StoredTensor {
   readonly file: string;
   readonly offset: number;
   readonly length: number;
+  /** What the stored values are multiplied by: see {@link StoredScale}. Absent where they are the weight's values. */
+  readonly scale?: StoredScale | undefined;
+}
+
+/**
+ * The scale of a quantised tensor, whose values are stored · scale · factor. The scale is [] or [1] for the whole tensor, or
+ * [rows] for each of its rows, the first axis.
+ */
+export interface StoredScale {
+  readonly tensor: StoredTensor;
+  readonly factor: number;
 }
 
 /** Where a network finds its weights: by the names that the checkpoint uses. */
@@ -50,7 +64,12 @@ export interface WeightSource {
   find(name: string): StoredTensor | undefined;
 }
 
-export const bytesPerElement: Record<StoredDType, number> = { F32: 4, F16: 2, BF16: 2 };
+export const bytesPerElement: Record<StoredDType, number> = { F32: 4, F16: 2, BF16: 2, F8_E4M3: 1, F8_E5M2: 1, I8: 1 };
+
+/** Whether values of the type take 8 bits: no runtime computes networks in it. */
+export function is8Bit(dtype: StoredDType): dtype is Exclude<StoredDType, ComputedDType> {
+  return bytesPerElement[dtype] === 1;
+}
 
 /** Number of elements of a shape (1 for a scalar). */
 export function elementCount(shape: readonly number[]): number {

@@ -5,6 +5,7 @@
  */
 
 import { gigabytes } from "../common/memory.js";
+import { elementCount, is8Bit } from "../common/tensor.js";
 import { MemoryError } from "../errors.js";
 import { mmditWidth, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
@@ -32,16 +33,18 @@ export function deviceMemoryNeeded(
 ): { readonly encode: number; readonly draw: number } {
   const needed = { encode: 0, draw: 0 };
   for (const { graph, role } of graphs.essential)
-    for (const bytes of weightsOf(graph, widening)) needed[role === "text" ? "encode" : "draw"] += bytes;
+    for (const bytes of weightsOf(graphs, graph, widening)) needed[role === "text" ? "encode" : "draw"] += bytes;
   return needed;
 }
 
 /** Bytes of each weight of a graph on the device. */
-function weightsOf(graph: OnnxGraph, widening: NonNullable<Device["widening"]>): number[] {
+function weightsOf(graphs: GraphLibrary, graph: OnnxGraph, widening: NonNullable<Device["widening"]>): number[] {
   const folded = widening(graph) === "folded";
-  return [...graph.externals.values()].map(({ dtype, length }) =>
-    folded && dtype !== "F32" && graph.widened.has(dtype) ? 2 * length : length,
-  );
+  const computed = bytesOf(graphs.optionsOf(graph.name));
+  return [...graph.externals.values()].map(({ dtype, shape, length }) => {
+    if (!folded || dtype === "F32" || !graph.widened.has(dtype)) return length;
+    return is8Bit(dtype) ? computed * elementCount(shape) : 2 * length;
+  });
 }
 
 /** @throws MemoryError with both numbers if a program's graphs cannot be on the device together, or a weight in a buffer */
@@ -60,7 +63,7 @@ export function checkDeviceMemory(graphs: GraphLibrary, device: Device): void {
   }
   if (largestBuffer === undefined) return;
   for (const { graph } of graphs.essential) {
-    const largest = Math.max(0, ...weightsOf(graph, widening ?? (() => "lazy")));
+    const largest = Math.max(0, ...weightsOf(graphs, graph, widening ?? (() => "lazy")));
     if (largest > largestBuffer)
       throw new MemoryError(
         `A weight of ${graph.name} takes ${gigabytes(largest)} GB, but buffers of ${name} hold at most ${gigabytes(largestBuffer)} GB. Use another GPU or runtime.`,

@@ -28,11 +28,10 @@ export function emitClip(
   const headDim = size / heads;
 
   const embeddings = "text_model.embeddings";
-  const vocabulary = l.table(`${embeddings}.token_embedding.weight`, [config.vocabSize, size]);
-  const tokens = g.op("Gather", [vocabulary, ids]);
+  const tokens = l.rowsOf(`${embeddings}.token_embedding.weight`, [config.vocabSize, size], ids);
   const table = l.weight(`${embeddings}.position_embedding.weight`, [config.maxPositionEmbeddings, size]);
   const positions = l.slice(table, 0, 0, length);
-  let x = l.add(g.cast(tokens, l.compute), positions);
+  let x = l.add(tokens, positions);
 
   let penultimate: Value = x;
   for (let index = 0; index < config.numHiddenLayers; index++) {

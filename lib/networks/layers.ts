@@ -3,12 +3,12 @@
  * checked against the shape that the config implies, linear and normalisation layers, attention.
  *
  * Element types: a network computes in one type (`compute`). Weights stored in another are cast where they are used,
- * which on the CPU means: 16-bit weights stay 16-bit in memory and are widened for the duration of one layer.
+ * which on the CPU means: 16-bit and 8-bit weights stay so in memory and are widened for the duration of one layer.
  */
 
-import type { StoredTensor, WeightSource } from "../common/tensor.js";
+import { is8Bit, type StoredScale, type StoredTensor, type WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
-import type { ElementType, EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
+import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
@@ -59,7 +59,7 @@ export function scaleNoise(g: GraphBuilder, latents: Value, noise: Value, sigma:
 const end = Number.MAX_SAFE_INTEGER;
 
 export class Layers {
-  readonly compute: ElementType;
+  readonly compute: EmitOptions["compute"];
   readonly #shared = new Map<string, Value>();
 
   constructor(
@@ -72,23 +72,23 @@ export class Layers {
     this.compute = options.compute;
   }
 
-  /** A weight in its stored type. @throws CheckpointError if it is absent or has another shape. */
-  stored(name: string, shape: readonly number[]): Value {
-    return this.g.external(requireTensor(this.weights, name, shape));
-  }
-
   has(name: string): boolean {
     return this.weights.find(name) !== undefined;
   }
 
-  /** A weight in the type that the network computes in. */
+  /** A weight in the type that the network computes in. @throws CheckpointError if it is absent or has another shape. */
   weight(name: string, shape: readonly number[]): Value {
-    return this.g.cast(this.stored(name, shape), this.compute);
+    const tensor = requireTensor(this.weights, name, shape);
+    return is8Bit(tensor.dtype) ? this.#dequantised(tensor) : this.g.cast(this.g.external(tensor), this.compute);
   }
 
-  /** A weight of which rows are taken; what is taken still has to be cast. */
-  table(name: string, shape: readonly number[]): Value {
-    return this.options.tables === "stored" ? this.stored(name, shape) : this.weight(name, shape);
+  /** The rows `ids` of a weight, in the type that the network computes in. */
+  rowsOf(name: string, shape: readonly number[], ids: Value): Value {
+    const tensor = requireTensor(this.weights, name, shape);
+    // A table of quantised values is widened as a whole: its rows may have scales of their own.
+    const asStored = this.options.tables === "stored" && !is8Bit(tensor.dtype);
+    const table = asStored ? this.g.external(tensor) : this.weight(name, shape);
+    return this.g.cast(this.g.op("Gather", [table, ids]), this.compute);
   }
 
   scalar(value: number): Value {
@@ -98,15 +98,22 @@ export class Layers {
   /** y = x Wᵀ + b over the last axis, for x of [rows, in] or [rows, tokens, in]. */
   linear(x: Value, name: string, from: number, to: number, { rank = 3, bias = true } = {}): Value {
     const { g } = this;
-    const weight = this.weight(`${name}.weight`, [to, from]);
+    const tensor = requireTensor(this.weights, `${name}.weight`, [to, from]);
+    // A scale for the whole or for each output is the same on the product, which is smaller than the weight.
+    const later = this.options.eightBit === "cast" && this.compute === "float32" ? tensor.scale : undefined;
+    const weight = later ? g.cast(g.external(tensor), this.compute) : this.weight(`${name}.weight`, [to, from]);
     const addend = bias ? this.weight(`${name}.bias`, [to]) : null;
     return g.scoped(name, () => {
       if (this.options.linear === "matmul") {
         const product = g.op("MatMul", [x, g.op("Transpose", [weight], { perm: [1, 0] })]);
-        return addend ? g.op("Add", [product, addend]) : product;
+        const scaled = later ? this.mul(product, this.#scale(later)) : product;
+        return addend ? g.op("Add", [scaled, addend]) : scaled;
       }
       const flat = rank === 2 ? x : g.op("Reshape", [x, g.ints([-1, from])]);
-      const y = g.op("Gemm", addend ? [flat, weight, addend] : [flat, weight], { transB: 1 });
+      const inGemm = addend && !later ? [flat, weight, addend] : [flat, weight];
+      let y = g.op("Gemm", inGemm, { transB: 1 });
+      if (later) y = this.mul(y, this.#scale(later));
+      if (later && addend) y = this.add(y, addend);
       return rank === 2 ? y : this.rows(y, [-1, to]);
     });
   }
@@ -252,6 +259,31 @@ export class Layers {
       for (let row = 0; row < tokens; row++) mask.fill(-60000, row * tokens + row + 1, (row + 1) * tokens);
       return this.g.tensor([1, 1, tokens, tokens], mask, this.compute);
     });
+  }
+
+  /** An 8-bit weight in the type that the network computes in, restored in float32, since a scale has that precision. */
+  #dequantised(tensor: StoredTensor): Value {
+    const { g } = this;
+    const { scale, shape } = tensor;
+    const stored = g.external(tensor);
+    if (this.options.eightBit === "dequantize") {
+      const factors = scale ? g.cast(g.external(scale.tensor), "float32") : g.scalar(1, "float32");
+      const attributes = scale && scale.tensor.shape.length > 0 ? { axis: 0 } : {};
+      const restored: Value = { ...g.op("DequantizeLinear", [stored, factors], attributes), type: "float32" };
+      const exact = scale && scale.factor !== 1 ? this.mul(restored, g.scalar(scale.factor, "float32")) : restored;
+      return g.cast(exact, this.compute);
+    }
+    if (!scale) return g.cast(stored, this.compute);
+    return g.cast(this.mul(g.cast(stored, "float32"), this.#scale(scale, shape.length)), this.compute);
+  }
+
+  /** The scale of a quantised weight in float32: a scalar, or [rows, 1, …] with as many dimensions as are asked for. */
+  #scale({ tensor, factor }: StoredScale, dimensions = 1): Value {
+    const { g } = this;
+    const perRow = tensor.shape.length > 0 && dimensions > 1;
+    const shape = perRow ? [...tensor.shape, ...new Array<number>(dimensions - 1).fill(1)] : tensor.shape;
+    const stored = g.cast(g.external({ ...tensor, shape }), "float32");
+    return factor === 1 ? stored : this.mul(stored, g.scalar(factor, "float32"));
   }
 
   #weightAndBias(name: string, shape: readonly [number, ...number[]]): [Value, Value] {

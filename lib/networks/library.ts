@@ -2,7 +2,7 @@
 
 import type { Checkpoint, Part } from "../checkpoint/index.js";
 import type { FileVersion } from "../common/files.js";
-import type { StoredDType } from "../common/tensor.js";
+import { type ComputedDType, elementCount, type StoredDType } from "../common/tensor.js";
 import { cpuEmitOptions, type EmitOptions, type EmittedNetwork, type OnnxGraph } from "../onnx/index.js";
 import { graphKey, graphName, keysOf, type Network, networks, networksOf, weightedParts } from "./index.js";
 
@@ -28,10 +28,10 @@ export class GraphLibrary {
     return new GraphLibrary(this.checkpoint, options, this.#graphs);
   }
 
-  /** Bytes of 16-bit weights among the essential graphs: what widening them once would double. */
+  /** Bytes of 16-bit weights among the essential graphs, and of 8-bit ones as if they were 16-bit: what widening them once would double. */
   get bytesOf16Bit(): number {
     const weights = this.essential.flatMap(({ graph }) => [...graph.externals.values()]);
-    return weights.reduce((sum, { dtype, length }) => sum + (dtype === "F32" ? 0 : length), 0);
+    return weights.reduce((sum, { dtype, shape }) => sum + (dtype === "F32" ? 0 : 2 * elementCount(shape)), 0);
   }
 
   /** The weights' files, as they were when the checkpoint was opened. */
@@ -75,8 +75,15 @@ export class GraphLibrary {
   }
 }
 
-/** The type that most of a part's values are stored in. */
-function prevailingDType(weights: Part<unknown>["weights"]): StoredDType {
-  const bytes = (dtype: StoredDType) => weights.bytesByDType[dtype] ?? 0;
-  return (["BF16", "F16", "F32"] as const).reduce((most, dtype) => (bytes(dtype) > bytes(most) ? dtype : most));
+/**
+ * The type that most of a part's values are stored in, 8-bit ones apart. Where most are 8-bit and none is 16-bit it is BF16, which has
+ * all values of both float8 types: what is F32 there are scales.
+ */
+function prevailingDType(weights: Part<unknown>["weights"]): ComputedDType {
+  const bytes = (...dtypes: StoredDType[]) =>
+    dtypes.reduce((sum, dtype) => sum + (weights.bytesByDType[dtype] ?? 0), 0);
+  const in8Bit = bytes("F8_E4M3", "F8_E5M2", "I8");
+  const in16Bit = bytes("F16") > bytes("BF16") ? "F16" : "BF16";
+  const rest = in8Bit > bytes("F32", "BF16", "F16") ? 0 : bytes("F32");
+  return bytes(in16Bit) >= rest ? in16Bit : "F32";
 }

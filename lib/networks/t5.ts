@@ -27,15 +27,12 @@ export function emitT5(name: string, { weights, config }: Part<T5Config>, option
   }[config.activation];
 
   const table = l.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight";
-  let x = g.cast(g.op("Gather", [l.table(table, [config.vocabSize, dModel]), ids]), l.compute);
+  let x = l.rowsOf(table, [config.vocabSize, dModel], ids);
 
   // One bias for all layers, from the first: [T, T] → [1, heads, T, T].
-  const biasTable = l.table("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [
-    config.relativeAttentionNumBuckets,
-    numHeads,
-  ]);
-  const perPair = g.op("Transpose", [g.op("Gather", [biasTable, buckets])], { perm: [2, 0, 1] });
-  const bias = g.cast(g.op("Unsqueeze", [perPair, g.ints([0])]), l.compute);
+  const biasTable = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+  const perPair = l.rowsOf(biasTable, [config.relativeAttentionNumBuckets, numHeads], buckets);
+  const bias = g.op("Unsqueeze", [g.op("Transpose", [perPair], { perm: [2, 0, 1] }), g.ints([0])]);
 
   for (let index = 0; index < config.numLayers; index++) {
     const attention = `encoder.block.${index}.layer.0`;

@@ -1,6 +1,6 @@
 /** Which of several ways to write the same arithmetic in ONNX: each runtime says what it wants. */
 
-import type { StoredDType } from "../common/tensor.js";
+import type { ComputedDType } from "../common/tensor.js";
 
 /** How graphs are emitted for a runtime. */
 export interface EmitOptions {
@@ -30,9 +30,14 @@ export interface EmitOptions {
   readonly rmsNorm: "operator" | "simplified";
   /**
    * Tables of which rows are taken (embeddings): `stored` takes them in the type of the checkpoint and casts them then;
-   * `compute` casts the table, for a device that does not have that type.
+   * `compute` casts the table, for a device that does not have that type. 8-bit tables are always cast.
    */
   readonly tables: "stored" | "compute";
+  /**
+   * 8-bit weights: `cast` widens them by Cast, for which ONNX Runtime has the quicker kernel, and multiplies by the scale;
+   * `dequantize` by DequantizeLinear, the only operator that TensorRT takes float8 and int8 weights from.
+   */
+  readonly eightBit: "cast" | "dequantize";
   /**
    * Sine and cosine of angles up to a thousand: the operators, or a `polynomial`, for WebGPU, whose own may be wrong by half a
    * thousandth within half a turn, and by any amount beyond.
@@ -53,6 +58,7 @@ export const cpuEmitOptions: EmitOptions = {
   attention: "operator",
   rmsNorm: "operator",
   tables: "stored",
+  eightBit: "cast",
   sine: "operator",
   patches: "conv",
 };
@@ -60,8 +66,8 @@ export const cpuEmitOptions: EmitOptions = {
 /** A network as far as it matters to how it is emitted. */
 export interface EmittedNetwork {
   readonly name: string;
-  /** Type that most of its weights are stored in; null for one without weights. */
-  readonly dtype: StoredDType | null;
+  /** Type that most of its weights are stored in, of those that are not 8-bit; null for one without weights. */
+  readonly dtype: ComputedDType | null;
   /** Whether it must not be computed in float16. */
   readonly overflowsInFloat16: boolean;
   /** Whether it goes through the autoencoder: convolutions and group norms. */

@@ -5,10 +5,10 @@
  */
 
 import { createHash } from "node:crypto";
-import { elementCount, type StoredDType, type StoredTensor } from "../common/tensor.js";
+import { elementCount, is8Bit, type StoredDType, type StoredTensor } from "../common/tensor.js";
 import { MessageWriter } from "./protobuf.js";
 
-export type ElementType = "float32" | "float16" | "bfloat16" | "int64" | "bool";
+export type ElementType = "float32" | "float16" | "bfloat16" | "float8e4m3" | "float8e5m2" | "int8" | "int64" | "bool";
 
 /** A value of the graph under construction. */
 export interface Value {
@@ -42,7 +42,7 @@ export interface OnnxGraph {
   /** Dimensions of inputs and outputs by name. The first is "rows" or "network_rows" where there is one for each row. */
   readonly inputs: ReadonlyMap<string, readonly Dimension[]>;
   readonly outputs: ReadonlyMap<string, readonly Dimension[]>;
-  /** Types of 16-bit weights that the graph computes with in float32. */
+  /** Types of 16-bit weights that the graph computes with in float32, and of 8-bit weights that it casts. */
   readonly widened: ReadonlySet<StoredDType>;
   /** SHA-256 of the graph without the places of its external data: the same wherever the checkpoint lies. */
   readonly fingerprint: string;
@@ -56,8 +56,15 @@ const leastOpset = 21;
 const firstOpset: Readonly<Record<string, number>> = { Attention: 23, RMSNormalization: 23, "Conv bfloat16": 22 };
 const irVersion = 11;
 
-const onnxType: Record<ElementType, number> = { float32: 1, int64: 7, bool: 9, float16: 10, bfloat16: 16 };
-const storedType: Record<StoredDType, ElementType> = { F32: "float32", F16: "float16", BF16: "bfloat16" };
+/** Types of constants, whose values are written here. */
+type ConstantType = Exclude<ElementType, "float8e4m3" | "float8e5m2">;
+
+const onnxType: Record<ElementType, number> = {
+  ...{ float32: 1, int8: 3, int64: 7, bool: 9, float16: 10, bfloat16: 16, float8e4m3: 17, float8e5m2: 19 },
+};
+const storedType: Record<StoredDType, ElementType> = {
+  ...{ F32: "float32", F16: "float16", BF16: "bfloat16", F8_E4M3: "float8e4m3", F8_E5M2: "float8e5m2", I8: "int8" },
+};
 
 /** Operators whose result type is not that of their first input. */
 const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool" };
@@ -148,7 +155,7 @@ export class GraphBuilder {
   cast(value: Value, type: ElementType): Value {
     if (value.type === type) return value;
     const stored = this.#externals.get(value.name);
-    if (stored && type === "float32") this.#widened.add(stored.dtype);
+    if (stored && (type === "float32" || is8Bit(stored.dtype))) this.#widened.add(stored.dtype);
     const result = this.#fresh("Cast", type);
     this.#node("Cast", [value.name], [result.name], { to: onnxType[type] });
     return result;
@@ -160,12 +167,12 @@ export class GraphBuilder {
   }
 
   /** A constant scalar in the element type asked for. */
-  scalar(value: number, type: ElementType): Value {
+  scalar(value: number, type: ConstantType): Value {
     return this.#constant(`${type}(${value})`, type, [], [value]);
   }
 
   /** A constant tensor of a few values in the element type asked for. */
-  tensor(shape: readonly number[], values: ArrayLike<number>, type: ElementType): Value {
+  tensor(shape: readonly number[], values: ArrayLike<number>, type: ConstantType): Value {
     return this.#initializer(`constant_${this.#counter++}`, type, shape, values);
   }
 
@@ -248,13 +255,13 @@ export class GraphBuilder {
     this.#nodes.push(node);
   }
 
-  #constant(key: string, type: ElementType, shape: readonly number[], values: readonly number[]): Value {
+  #constant(key: string, type: ConstantType, shape: readonly number[], values: readonly number[]): Value {
     const value = this.#constants.get(key) ?? this.#initializer(key, type, shape, values);
     this.#constants.set(key, value);
     return value;
   }
 
-  #initializer(name: string, type: ElementType, shape: readonly number[], values: ArrayLike<number>): Value {
+  #initializer(name: string, type: ConstantType, shape: readonly number[], values: ArrayLike<number>): Value {
     if (values.length !== elementCount(shape))
       throw new RangeError(`The constant ${name} of shape [${shape}] has ${values.length} values.`);
     const bytes = new Uint8Array(rawData[type](values).buffer);
@@ -301,10 +308,11 @@ function attribute(name: string, value: Attribute): MessageWriter {
 }
 
 /** Values as raw little-endian data. */
-const rawData: Record<ElementType, (values: ArrayLike<number>) => NodeJS.TypedArray<ArrayBuffer>> = {
+const rawData: Record<ConstantType, (values: ArrayLike<number>) => NodeJS.TypedArray<ArrayBuffer>> = {
   float32: (values) => Float32Array.from(values),
   bfloat16: (values) => Uint16Array.from(values, bfloat16Bits),
   float16: (values) => Uint16Array.from(values, float16Bits),
+  int8: (values) => Int8Array.from(values),
   int64: (values) => BigInt64Array.from(Array.from(values), BigInt),
   bool: (values) => Uint8Array.from(values),
 };

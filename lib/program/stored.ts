@@ -6,7 +6,8 @@
 
 import { open } from "node:fs/promises";
 import { LruCache } from "../common/lru-cache.js";
-import { bytesPerElement, type StoredDType, type Tensor } from "../common/tensor.js";
+import { bytesPerElement, type Tensor } from "../common/tensor.js";
+import { widen } from "../common/widen.js";
 import { RuntimeError } from "../errors.js";
 import type { Constant, StoredConstant } from "./program.js";
 
@@ -62,27 +63,4 @@ async function readRows(constant: StoredConstant): Promise<Float32Array> {
     await file.close();
   }
   return values;
-}
-
-/** Converts little-endian values of a .safetensors file to float32. Exact: each format is a subset of float32. */
-export function widen(bytes: Uint8Array, dtype: StoredDType, into: Float32Array): void {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (dtype === "F32") {
-    for (let index = 0; index < into.length; index++) into[index] = view.getFloat32(4 * index, true);
-  } else if (dtype === "BF16") {
-    const bits = new Uint32Array(into.buffer, into.byteOffset, into.length);
-    for (let index = 0; index < into.length; index++) bits[index] = view.getUint16(2 * index, true) << 16;
-  } else {
-    for (let index = 0; index < into.length; index++) into[index] = fromHalf(view.getUint16(2 * index, true));
-  }
-}
-
-/** IEEE 754 binary16: 1 sign, 5 exponent and 10 fraction bits. */
-function fromHalf(bits: number): number {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 0x1f;
-  const fraction = bits & 0x3ff;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  if (exponent === 31) return fraction ? Number.NaN : sign * Number.POSITIVE_INFINITY;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }

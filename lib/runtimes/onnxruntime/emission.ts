@@ -10,7 +10,7 @@ import type { DeviceFeatures, Widening } from "./protocol.js";
 
 /** Both providers have kernels for these; CUDA takes a GroupNormalization apart, and WebGPU has none. */
 function written({ attention }: Pick<DeviceFeatures, "attention">) {
-  const common = { linear: "gemm", groupNorm: "instance", rmsNorm: "simplified" } as const;
+  const common = { linear: "gemm", groupNorm: "instance", rmsNorm: "simplified", eightBit: "cast" } as const;
   return { ...common, attention: attention ? "contrib" : "matmul" } as const;
 }
 

@@ -36,6 +36,7 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
       attention: "matmul",
       rmsNorm: "operator",
       tables: "stored",
+      eightBit: "dequantize",
       sine: "operator",
       patches: "conv",
     };

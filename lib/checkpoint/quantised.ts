@@ -1,0 +1,229 @@
+/**
+ * Quantised weights: finding the scale that belongs to a tensor, checking both, and naming what cannot be read. 8-bit values without
+ * their scale are other weights, so that a scale which should be there and is not is an error, and never 1.
+ */
+
+import { elementCount, is8Bit, type StoredScale, type StoredTensor } from "../common/tensor.js";
+import { CheckpointError } from "../errors.js";
+import { isRecord } from "./files.js";
+import { type HeaderEntry, readBytes, readTensor, supportedDType } from "./safetensors.js";
+
+/** A tensor of a header, and the file that has it. */
+export interface LocatedEntry {
+  /** Absolute path without symbolic links. */
+  readonly file: string;
+  readonly entry: HeaderEntry;
+}
+
+/** Finds a tensor by the name that diffusers or transformers gives it, without the prefix of its network. */
+export type Lookup = (name: string) => LocatedEntry | undefined;
+
+/** Where a scale of `X.weight` is, in place of `.weight`, and what it is multiplied by. */
+const scaleNames: readonly { readonly suffix: string; readonly factor: number; readonly dtypes: readonly string[] }[] =
+  [
+    { suffix: ".scale_weight", factor: 1, dtypes: ["F8_E4M3", "F8_E5M2", "I8"] },
+    { suffix: ".weight_scale", factor: 1, dtypes: ["F8_E4M3", "F8_E5M2", "I8"] },
+    // bitsandbytes: the largest magnitude of each row, which is stored as 127.
+    { suffix: ".SCB", factor: 1 / 127, dtypes: ["I8"] },
+  ];
+
+/** ComfyUI's mark of a network whose linear weights have scales. It has no elements. */
+const scaledMark = "scaled_fp8";
+
+const takeOthers = "Take the model's weights in F16 or BF16, or quantise it again.";
+
+/**
+ * A tensor as networks read it, with its scale where it has one.
+ *
+ * @param lookup also asked for the scale's name and for `scaled_fp8`
+ * @throws CheckpointError if its dtype is not one that this package computes with, or its scale is missing or of another shape
+ */
+export function resolveTensor(lookup: Lookup, name: string): StoredTensor | undefined {
+  const found = lookup(name);
+  if (!found) return undefined;
+  const stored = storedTensor(found, name);
+  if (!is8Bit(stored.dtype)) return stored;
+  const scale = scaleOf(lookup, stored);
+  return scale ? { ...stored, scale } : stored;
+}
+
+function storedTensor({ file, entry }: LocatedEntry, name: string): StoredTensor {
+  const { shape, offset, length } = entry;
+  return { name, dtype: supportedDType(file, entry), shape, file, offset, length };
+}
+
+function scaleOf(lookup: Lookup, { name, dtype, shape, file }: StoredTensor): StoredScale | undefined {
+  const fail = (what: string): never => {
+    throw new CheckpointError(file, `${file}: the quantised tensor "${name}" (${dtype}) ${what}. ${takeOthers}`);
+  };
+  const module = name.endsWith(".weight") ? name.slice(0, -".weight".length) : undefined;
+  for (const { suffix, factor, dtypes } of module === undefined ? [] : scaleNames) {
+    const scaleName = `${module}${suffix}`;
+    const found = lookup(scaleName);
+    if (!found || !dtypes.includes(dtype)) continue;
+    const scale = storedTensor(found, scaleName);
+    const [rows = 1] = shape;
+    const forRows = scale.shape.join() === `${rows}` || scale.shape.join() === `${rows},1`;
+    if (is8Bit(scale.dtype) || (elementCount(scale.shape) !== 1 && !forRows))
+      fail(
+        `has a scale "${scaleName}" of ${scale.dtype} [${scale.shape}]; expected F32 with one value, or one for each of its ${rows} rows`,
+      );
+    return { tensor: { ...scale, shape: elementCount(scale.shape) === 1 ? [] : [rows] }, factor };
+  }
+  if (dtype === "I8") fail("has no scale: expected SCB, weight_scale or scale_weight beside it");
+  if (module !== undefined && shape.length > 1 && lookup(scaledMark))
+    fail(
+      `has no scale, though "${scaledMark}" says that there is one: expected scale_weight or weight_scale beside it`,
+    );
+  return undefined;
+}
+
+/** What tells a quantisation that cannot be read, and how its weights are had without it. */
+interface Unreadable {
+  readonly title: string;
+  /** Of config.json's quantization_config. */
+  readonly methods: readonly string[];
+  /** Names that only its files have. */
+  readonly tensors: RegExp | null;
+  readonly remedy: string;
+}
+
+const dequantize = (library: string) =>
+  `in Python, load the part with ${library}, call dequantize() on it and save_pretrained(folder)`;
+const original = "take the model that it was made from";
+
+/** The first that applies is named. */
+const unreadable: readonly Unreadable[] = [
+  {
+    title: "bitsandbytes in 4 bits (NF4, FP4)",
+    methods: ["bitsandbytes", "bitsandbytes_4bit"],
+    tensors: /\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.)/,
+    remedy: dequantize("transformers or diffusers and bitsandbytes"),
+  },
+  {
+    title: "quanto",
+    methods: ["quanto"],
+    tensors: /\.weight\._(data|scale|shift)$/,
+    remedy:
+      "in Python, load the part with optimum-quanto, replace each weight by weight.dequantize() and call save_pretrained(folder)",
+  },
+  {
+    title: "torchao",
+    methods: ["torchao"],
+    tensors: /[.:_]weight(_|:_?)(qdata|tensor_data|tensor_impl)/,
+    remedy:
+      "in Python, load the part with torchao, replace each weight by weight.dequantize() and call save_pretrained(folder)",
+  },
+  {
+    title: "SVDQuant (nunchaku)",
+    methods: ["svdquant", "nunchaku"],
+    tensors: /\.(wscales|smooth_factor(_orig)?|smooth|proj_down|wcscales|wtscale)$/,
+    remedy: `its low-rank part and 4-bit part are in the order of its kernels; ${original}`,
+  },
+  {
+    title: "GPTQ or AWQ",
+    methods: ["gptq", "awq", "auto-round"],
+    tensors: /\.(qweight|qzeros|g_idx)$/,
+    remedy: `${original}, or ${dequantize("transformers and gptqmodel")}`,
+  },
+  {
+    title: "GGUF",
+    methods: ["gguf"],
+    tensors: null,
+    remedy: `${original}, or ${dequantize("diffusers (GGUFQuantizationConfig)")}`,
+  },
+  {
+    title: "FP4 or FP8 with a scale for each block",
+    methods: ["fp8", "nvfp4", "mxfp4", "mxfp8", "modelopt", "nvidia_modelopt"],
+    tensors: /\.(weight_scale_2|weight_scale_inv|weight_quantizer\._\w+)$/,
+    remedy: original,
+  },
+  {
+    title: "compressed-tensors",
+    methods: ["compressed-tensors", "fbgemm_fp8"],
+    tensors: /\.weight_(packed|shape)$/,
+    remedy: dequantize("transformers and compressed-tensors"),
+  },
+  { title: "HQQ", methods: ["hqq"], tensors: /\.W_q$/, remedy: dequantize("transformers and hqq") },
+];
+
+/** Weights as far as their quantisation is checked. */
+interface CheckedWeights {
+  readonly origin: string;
+  /** Names of all tensors: those of networks, whatever is before them, and what a quantisation keeps besides. */
+  readonly names: readonly string[];
+  find(name: string): StoredTensor | undefined;
+}
+
+/**
+ * Refuses weights whose quantisation is another than those that `resolveTensor` reads, and damaged ones. Scales are read, and as
+ * much of each 8-bit matrix as it takes to find two different values.
+ *
+ * @param quantization `quantization_config` of config.json, undefined where it has none
+ * @param named names for `find` of the tensors to check; default: all
+ * @throws CheckpointError that names the quantisation or the tensor, and the remedy
+ */
+export async function checkQuantisation(
+  weights: CheckedWeights,
+  quantization: unknown,
+  { signal, named = weights.names }: { signal?: AbortSignal | undefined; named?: readonly string[] } = {},
+): Promise<void> {
+  refuseUnreadable(weights, quantization);
+  const extra = new RegExp(`\\.(${["weight_format", "comfy_quant", "scale_input", "input_scale"].join("|")})$`);
+  for (const name of named) {
+    if (!name.endsWith(".weight") || extra.test(name)) continue;
+    const tensor = weights.find(name);
+    if (!tensor || !is8Bit(tensor.dtype)) continue;
+    signal?.throwIfAborted();
+    if (tensor.scale) await checkScale(tensor, tensor.scale);
+    await checkValues(tensor);
+  }
+}
+
+function refuseUnreadable({ origin, names }: CheckedWeights, quantization: unknown): void {
+  const config = isRecord(quantization) ? quantization : {};
+  const method = typeof config.quant_method === "string" ? config.quant_method.toLowerCase() : undefined;
+  const readable = method === undefined || (method === "bitsandbytes" && config.load_in_4bit !== true);
+  const row =
+    unreadable.find(({ tensors }) => tensors && names.some((name) => tensors.test(name))) ??
+    (readable ? undefined : unreadable.find(({ methods }) => methods.includes(method)));
+  if (!row && readable) return;
+  const { title, remedy } = row ?? { title: `"${method}"`, remedy: original };
+  throw new CheckpointError(
+    origin,
+    `The weights of ${origin} are quantised by ${title}, which cannot be read. To have weights without it: ${remedy}. 8-bit weights that can be read are F8_E4M3 and F8_E5M2, with scales or without, and bitsandbytes int8.`,
+  );
+}
+
+/** One value of a scale may be zero, for a row of zeros; all of them are damage, since no network has such a weight. */
+async function checkScale({ name, file }: StoredTensor, { tensor }: StoredScale): Promise<void> {
+  const { data } = await readTensor(tensor.file, tensor);
+  const wrong = data.find((value) => !Number.isFinite(value) || value < 0);
+  if (wrong === undefined && data.some((value) => value > 0)) return;
+  throw new CheckpointError(
+    file,
+    `${file}: the scale "${tensor.name}" of the quantised tensor "${name}" ${wrong === undefined ? "is zero throughout" : `has the value ${wrong}`}, so that the weight cannot be restored. The file is damaged or was quantised wrongly: download it again. ${takeOthers}`,
+  );
+}
+
+/** Bytes of a tensor that are read at a time. */
+const piece = 1 << 16;
+
+/**
+ * A matrix of which every value is the same, and not zero, is what is left where a quantiser clipped or rounded all of it, and has
+ * nothing of what was learnt. Zeros are left alone: layers that begin with zeros are.
+ */
+async function checkValues({ name, dtype, shape, file, offset, length }: StoredTensor): Promise<void> {
+  if (shape.length < 2 || length < 2) return;
+  let first: number | undefined;
+  for (let start = 0; start < length; start += piece) {
+    const bytes = await readBytes(file, offset + start, Math.min(piece, length - start));
+    first ??= bytes[0];
+    if (bytes.some((byte) => byte !== first)) return;
+  }
+  if (first === 0) return;
+  throw new CheckpointError(
+    file,
+    `${file}: all values of the quantised tensor "${name}" (${dtype}) are the same. Its quantisation has lost what the weight was, or the file is damaged: download it again. ${takeOthers}`,
+  );
+}
