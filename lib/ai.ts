@@ -11,6 +11,7 @@ import type { Drawer, Drawn, DrawRequest } from "./clients/drawer.js";
 import { localDrawer } from "./clients/local.js";
 import { remoteDrawer } from "./clients/remote.js";
 import { following, untilAborted } from "./common/abort.js";
+import { seedOf } from "./common/seed.js";
 import { OptionError } from "./errors.js";
 import type { ImageModel } from "./model.js";
 
@@ -302,7 +303,7 @@ async function drawAll(
   try {
     return await Promise.all(
       starts.map((start) => {
-        const seed = request.seed === undefined ? undefined : request.seed + start;
+        const seed = request.seed === undefined ? undefined : seedOf(BigInt(request.seed) + BigInt(start));
         const count = Math.min(most, request.count - start);
         return drawer.draw({ ...request, seed, count }, { ...controls, signal: ending.signal });
       }),

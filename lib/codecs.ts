@@ -5,9 +5,10 @@
  */
 
 import { z } from "zod";
+import { type Seed, seedOf, seedToJson } from "./common/seed.js";
 import { elementCount } from "./common/tensor.js";
 import type { RgbPicture } from "./model.js";
-import { generateSchema, tensor } from "./options.js";
+import { generateSchema, optionMeta, seedJson, tensor } from "./options.js";
 
 const bytes = z.codec(
   z.base64(),
@@ -33,12 +34,18 @@ const tensorJson = z.codec(
     }),
   },
 );
+const seed = z.codec(
+  seedJson,
+  z.custom<Seed>(() => true),
+  { decode: seedOf, encode: seedToJson },
+);
 const rgb = { width: side, height: side, data: bytes };
 const isRgb = ({ width, height, data }: RgbPicture) => data.length === 3 * width * height;
 const notRgb = "the data does not have 3 bytes for each pixel";
 const rgbJson = z.strictObject(rgb).refine(isRgb, notRgb);
 /** A picture to read: an encoded file, or its pixels. */
 export const source = z.union([z.strictObject({ file: bytes }), rgbJson]);
+const large = "above 2^53 - 1 as text of digits";
 const encodings =
   "{ file }, an encoded file, or { width, height, data } with 3 bytes (RGB) for each pixel; bytes as base64";
 /** A picture of a result. */
@@ -48,6 +55,12 @@ const { signal: _, onAccept: __, onStart: ___, onStep: ____, allowPaths: _____, 
 /** A request: all options but those that only code of the same process can give, and `allowPaths`, which is the server's. */
 export const requestCodec = z.strictObject({
   ...plain,
+  seed: seed.optional().describe(`${optionMeta(plain.seed).description}; ${large}`),
+  seeds: z
+    .array(seed)
+    .min(1)
+    .optional()
+    .describe(`${optionMeta(plain.seeds).description}; ${large}`),
   image: source.optional().describe(`picture to start from: ${encodings}`),
   mask: source
     .optional()
@@ -67,7 +80,7 @@ export const resultCodec = <T extends z.ZodType>(picture: T) =>
     images: z.array(picture),
     latents: tensorJson.nullable(),
     pixels: tensorJson.nullable(),
-    seeds: numbers,
+    seeds: z.array(seed),
     width: side,
     height: side,
     blocks: z.string(),

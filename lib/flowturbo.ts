@@ -17,6 +17,7 @@ import { SharedTask } from "./common/abort.js";
 import { defaultCacheFolder } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
+import { seedToJson } from "./common/seed.js";
 import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
@@ -330,7 +331,8 @@ export class FlowTurbo implements ImageModel {
     checkSizes(checkpoint, sizes);
     const sequenceLength = checked.maxSequenceLength ?? text.defaultSequenceLength;
     checkSequenceLength(sequenceLength, text.maxSequenceLength);
-    const { pictures, seed, signal, onProgress, reset, intervals } = checked;
+    const { pictures, signal, onProgress, reset, intervals } = checked;
+    const seed = seedToJson(checked.seed);
     for (const size of this.#held ? sizes : []) {
       const latentShape = latentShapeOf(checkpoint, 1, size);
       const { device, draw } = this.#held!;

@@ -1,5 +1,6 @@
 /** The public API. */
 export type { Logger } from "./common/logger.js";
+export type { Seed } from "./common/seed.js";
 export type { FloatTensor, IntTensor, Tensor } from "./common/tensor.js";
 export { withTraceparent } from "./common/tracing.js";
 export {

@@ -5,6 +5,7 @@
  */
 
 import type { Logger } from "./common/logger.js";
+import type { Seed } from "./common/seed.js";
 import type { FloatTensor } from "./common/tensor.js";
 import type { Feature, UpscaleName } from "./networks/index.js";
 import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
@@ -294,10 +295,16 @@ export interface GenerateOptions {
    */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /**
-   * Seed of the first picture, a whole number from 0 to 2⁵³ − 4097; picture k uses seed + k, from a generator of its own, so that it can
-   * be drawn again alone. The noise is that of torch's CPU generator. Default: random.
+   * Seed of the first picture, a whole number from 0 to 18446744073709551615 (2⁶⁴ − 1); one above 9007199254740991, which a number cannot hold
+   * exactly, as a BigInt or as text of digits. Picture k uses seed + k (0 follows the largest), from a generator of its own, so that it can be drawn again
+   * alone. The noise is that of torch's CPU generator, which looks at the low 32 bits. Default: random.
    */
-  seed?: number | undefined;
+  seed?: number | bigint | string | undefined;
+  /**
+   * In place of `seed`: the seed of each picture, prompt by prompt, as many as there are pictures, from 0 to 18446744073709551615 each and given as
+   * `seed` is. Refused beside `seed` and `noise`. Default: from `seed` on.
+   */
+  seeds?: readonly (number | bigint | string)[] | undefined;
   /** Pictures for each prompt; at most 1024 pictures in one call. Default: 1. */
   count?: number | undefined;
   /** Sizes to run through from coarse to fine, in place of width, height, sampler, steps, blocks, grid and sigmas. Default: one size. */
@@ -413,8 +420,8 @@ export interface AcceptEvent {
   readonly place: number;
   /** The schedule, as `GenerateResult.blocks`; with a time limit a shorter one may be drawn in the end. */
   readonly blocks: string;
-  /** Seed of each picture; empty if the noise was given. */
-  readonly seeds: readonly number[];
+  /** Seed of each picture, a BigInt where a number would not be exact; empty if the noise was given. */
+  readonly seeds: readonly Seed[];
 }
 
 /** Sent when a request's turn has come. */
@@ -545,8 +552,8 @@ export interface GenerateResult {
   readonly latents: FloatTensor | null;
   /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped; null unless `include` asks for them. */
   readonly pixels: FloatTensor | null;
-  /** Seed of each picture; empty if the noise was given. */
-  readonly seeds: readonly number[];
+  /** Seed of each picture, a BigInt where a number would not be exact; empty if the noise was given. */
+  readonly seeds: readonly Seed[];
   /** Pixels. */
   readonly width: number;
   /** Pixels. */
@@ -594,8 +601,8 @@ export interface GenerateTrace {
   readonly options: GenerateOptions;
   /** Pictures that are drawn. This and what follows is absent until it is known. */
   readonly pictures?: number;
-  /** Seed of each picture; empty if the noise was given. */
-  readonly seeds?: readonly number[];
+  /** Seed of each picture, as `GenerateResult.seeds`. */
+  readonly seeds?: readonly Seed[];
   /** Pixels. */
   readonly width?: number;
   /** Pixels. */
@@ -703,8 +710,8 @@ export interface CalibrateOptions {
   prompts?: readonly string[] | undefined;
   /** Pictures that are fitted to, 2 to 256; half as many decide between fits, and as many say how near they come. Default: 16. */
   pictures?: number | undefined;
-  /** Seed of the first picture. Default: 0. */
-  seed?: number | undefined;
+  /** Seed of the first picture, as `GenerateOptions.seed`. Default: 0. */
+  seed?: number | bigint | string | undefined;
   /** Pictures in a launch, 1 to 256. Default: 8, or 1 where each batch needs an engine. */
   batch?: number | undefined;
   /**
@@ -774,8 +781,8 @@ export interface CalibratedEntry {
   };
   /** Pictures that it was fitted to. */
   readonly pictures: number;
-  /** Seed of the first of them. */
-  readonly seed: number;
+  /** Seed of the first of them; text of digits where a number would not be exact. */
+  readonly seed: number | string;
   /** Digest of the prompts that they show. */
   readonly prompts: string;
 }

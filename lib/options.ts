@@ -7,6 +7,7 @@
 import { inspect } from "node:util";
 import { z } from "zod";
 import type { Logger } from "./common/logger.js";
+import { largestSeed } from "./common/seed.js";
 import type { FloatTensor } from "./common/tensor.js";
 import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
@@ -129,6 +130,18 @@ const picture = kind(
   "the path of a picture, an encoded picture, or { width, height, data }",
 );
 const text = z.string();
+const oneSeed = `a whole number from 0 to ${largestSeed}, above ${Number.MAX_SAFE_INTEGER} as a BigInt or as text of digits`;
+const seedInJson = `Expected a whole number from 0 to ${largestSeed}, above ${Number.MAX_SAFE_INTEGER} as text of digits`;
+/** A seed as JSON has it: a number that is exact, or text. */
+export const seedJson = z.union([
+  z.int({ error: seedInJson }).min(0, { error: seedInJson }),
+  z
+    .string({ error: seedInJson })
+    .regex(/^\d{1,20}$/, { error: seedInJson, abort: true })
+    .refine((digits) => BigInt(digits) <= largestSeed, { error: seedInJson }),
+]);
+/** A seed as code gives it. */
+const seedGiven = z.union([...seedJson.options, z.bigint().min(0n).max(largestSeed)]);
 const texts = (expects: string) => kind(z.union([text, list(text, 1)]), expects);
 const schedule = kind(text.max(longestSchedule), 'a schedule such as "H1P5R3"');
 const size = z.strictObject({ width: pixels, height: pixels });
@@ -326,9 +339,14 @@ export const generateSchema = z.strictObject({
     "--guidance-mode <name>",
   ),
   seed: optional(
-    integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
+    kind(seedGiven, oneSeed),
     "seed of the first picture; picture k uses seed + k (default: random)",
     "--seed <n>",
+  ),
+  seeds: optional(
+    kind(list(seedGiven, 1), `a list of seeds, each ${oneSeed}`),
+    "seeds in place of seed, one for each picture, such as 7,1,12",
+    "--seeds <list>",
   ),
   count: defaulted(integer(1, 1024), 1, "pictures for each prompt", "--count <n>"),
   stages: optional(
@@ -490,12 +508,7 @@ export const calibrateSchema = z.strictObject({
     "pictures that schedules are fitted to (one and a half times as many are drawn besides, to decide and to measure)",
     "--pictures <n>",
   ),
-  seed: defaulted(
-    integer(0, Number.MAX_SAFE_INTEGER - 4096, "a whole number of at least 0"),
-    0,
-    "seed of the first picture",
-    "--seed <n>",
-  ),
+  seed: defaulted(kind(seedGiven, oneSeed), 0, "seed of the first picture", "--seed <n>"),
   batch: optional(
     integer(1, 256),
     "pictures in a launch (default: 8, or 1 where each batch needs an engine)",
@@ -570,6 +583,21 @@ export function checkGuidanceInterval({
     throw new OptionError(
       "guidanceStart",
       `Expected guidanceStart (${start}) below guidanceStop (${stop}). Use guidanceScale 1 to draw without guidance.`,
+    );
+}
+
+/** @throws OptionError for a list of seeds beside something else that pictures start from, or of another length than there are pictures */
+export function checkSeeds(
+  { seed, seeds, noise }: Pick<ResolvedGenerateOptions, "seed" | "seeds" | "noise">,
+  pictures: number,
+): void {
+  for (const [name, value] of Object.entries({ seed, noise }))
+    if (seeds && value !== undefined)
+      throw new OptionError("seeds", `Both seeds and ${name} say what pictures start from; leave out one.`);
+  if (seeds && seeds.length !== pictures)
+    throw new OptionError(
+      "seeds",
+      `Expected as many seeds as pictures, ${pictures} (count for each prompt), but received ${seeds.length}. Give ${pictures}, or change count.`,
     );
 }
 

@@ -158,6 +158,8 @@ export function formRequest() {
   for (const name of [...names, ...choices]) {
     const { value, type, valueAsNumber } = fields[name];
     if (value !== "") request[name] = type === "number" || type === "range" ? valueAsNumber : value;
+    // A larger seed is exact as text only.
+    if (name === "seed" && Number.isSafeInteger(Number(value)) && value !== "") request.seed = Number(value);
   }
   if (models.length < 2) delete request.model;
   if ("blocks" in request || "num_inference_steps" in request) delete request.quality;

@@ -29,6 +29,8 @@ const rgb = fc
   .uint8Array({ minLength: 12, maxLength: 12 })
   .map((data) => ({ width: 2, height: 2, data: new Uint8Array(data) }));
 const encoded = fc.uint8Array({ minLength: 1 }).map((data) => new Uint8Array(data));
+/** As a request comes back with it: a number where that is exact. */
+const seed = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n }).map((value) => (value < 2n ** 53n ? Number(value) : value));
 /** Every option but signal, callbacks and allowPaths; `satisfies` holds the list complete. */
 const options = fc.record(
   {
@@ -48,7 +50,8 @@ const options = fc.record(
     guidanceStart: fc.constantFrom(0, 0.25),
     guidanceStop: fc.constantFrom(0.5, 1),
     guidanceMode: fc.constantFrom("cfg" as const, "cfg_zero" as const),
-    seed: fc.integer({ min: 0, max: Number.MAX_SAFE_INTEGER - 4096 }),
+    seed,
+    seeds: fc.array(seed, { minLength: 1, maxLength: 4 }),
     count: fc.integer({ min: 1, max: 1024 }),
     stages: fc.array(
       fc.record({ width: fc.constant(64), height: fc.constant(64), blocks: fc.constant("H1"), sigma: fc.constant(0.5) }), // biome-ignore format: one line

@@ -19,10 +19,10 @@ circular.self = circular;
 
 describe("a value of the wrong kind", () => {
   it.each([
-    ["a bigint", "seed", 1n, /for seed but received 1n\.$/],
+    ["a bigint", "steps", 1n, /for steps but received 1n\.$/],
     ["a symbol", "seed", Symbol("s"), /for seed but received Symbol\(s\)\.$/],
     ["a function", "seed", () => 1, /received a function\.$/],
-    ["a string", "seed", "4", /received "4"\.$/],
+    ["a string", "steps", "4", /received "4"\.$/],
     ["a long string", "seed", "4".repeat(1e6), /received "4{76}\.\.\.\.$/],
     ["an object that holds itself", "seed", circular, /for seed but received .*name: 'me'/],
     ["an object whose toJSON() throws", "seed", { toJSON: () => JSON.parse("{") }, /for seed but received/],

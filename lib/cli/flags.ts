@@ -66,9 +66,10 @@ function readText(field: z.ZodType, text: string): unknown {
   return readings.find((reading) => field.safeParse(reading).success) ?? number(text);
 }
 
-/** A text that is not a number is returned as text. */
+/** A text that is not a number, or whose whole number would become another, is returned as text. */
 function number(text: string): number | string {
-  return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : text;
+  const isNumber = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text);
+  return isNumber && (!/^[+-]?\d+$/.test(text) || Number.isSafeInteger(Number(text))) ? Number(text) : text;
 }
 
 function size(text: string): { width: number; height: number } | null {

@@ -5,12 +5,20 @@
 import { randomInt } from "node:crypto";
 import type { Command } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
+import { seedsFrom, seedToJson } from "../common/seed.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
 import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
-import { checkGuidanceInterval, checkOptions, checkSigmas, generateSchema, loadSchema } from "../options.js";
+import {
+  checkGuidanceInterval,
+  checkOptions,
+  checkSeeds,
+  checkSigmas,
+  generateSchema,
+  loadSchema,
+} from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
@@ -21,6 +29,7 @@ import { withModel } from "./with-model.js";
 interface Flags extends CommonFlags {
   out: string;
   noise?: string;
+  seeds?: string;
   saveLatents?: string;
   stage?: string[];
   preview?: string;
@@ -64,7 +73,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   const stages = flags.stage?.map(parseStage);
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
   const options = {
-    ...(!noise && { seed: randomInt(2 ** 32) }),
+    ...(!noise && flags.seeds === undefined && { seed: randomInt(2 ** 32) }),
     ...readFlags(generateSchema, flags),
     prompt: prompts,
     signal,
@@ -80,7 +89,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   checkGuidanceInterval(checked);
   checkSigmas(checked.sigmas);
   const rows = prompts.length * checked.count;
-  const seeds = Array.from({ length: rows }, (_, index) => (noise ? null : checked.seed! + index));
+  checkSeeds(checked, rows);
+  const seeds = noise ? new Array<null>(rows).fill(null) : (checked.seeds ?? seedsFrom(checked.seed!, rows));
   const files = outputFiles(flags.out, seeds);
   if (flags.preview !== undefined) formatOf(flags.preview);
   const others = [flags.saveLatents, flags.preview].filter((file) => file !== undefined);
@@ -135,7 +145,7 @@ function summary(files: string[], result: GenerateResult, model: FlowTurbo) {
   ]);
   return {
     files,
-    seeds,
+    seeds: seeds.map(seedToJson),
     size: { width, height },
     ...{ blocks, sigmas, stages, evaluations },
     milliseconds: Object.fromEntries(milliseconds),

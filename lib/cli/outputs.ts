@@ -15,7 +15,7 @@ import { formatOf } from "../generation/image.js";
  * @param seeds null for a picture whose noise was given: `{seed}` is then "noise"
  * @throws OptionError for an unknown extension, an unknown placeholder, or two pictures with one name
  */
-export function outputFiles(pattern: string, seeds: readonly (number | null)[]): string[] {
+export function outputFiles(pattern: string, seeds: readonly (number | bigint | string | null)[]): string[] {
   formatOf(pattern);
   const unknown = pattern.match(/\{(?!seed\}|index\})[^{}/\\]*\}/);
   if (unknown) throw new OptionError("out", `Expected {seed} or {index} in --out but received "${unknown[0]}".`);

@@ -43,8 +43,8 @@ export interface Drawn {
   readonly pictures: readonly Uint8Array[] | readonly string[];
   readonly width: number;
   readonly height: number;
-  /** Seed of each picture. */
-  readonly seeds: readonly number[];
+  /** Seed of each picture; text of digits where a number would not be exact. */
+  readonly seeds: readonly (number | string)[];
   readonly blocks: string;
   readonly evaluations: Evaluations;
   readonly timings: Omit<Timings, "load">;

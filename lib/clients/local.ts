@@ -3,6 +3,7 @@
  * proportions, and with a mask all of the schedule.
  */
 
+import { seedToJson } from "../common/seed.js";
 import { sharp } from "../generation/sharp.js";
 import { sizeLike } from "../generation/sizes.js";
 import type { GenerateOptions, ImageModel, Size } from "../model.js";
@@ -39,7 +40,17 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
       const quality = request.compression === undefined ? {} : { quality: Math.max(1, request.compression) };
       return {
         pictures: await Promise.all(result.images.map((image) => image.encode(request.format, quality))),
-        ...{ width, height, seeds, blocks, evaluations, timings, deadline, warnings, model: model.name },
+        ...{
+          width,
+          height,
+          seeds: seeds.map(seedToJson),
+          blocks,
+          evaluations,
+          timings,
+          deadline,
+          warnings,
+          model: model.name,
+        },
         usage: {
           input: tokens.text + (request.image ? tokens.image : 0),
           output: tokens.image * result.images.length,

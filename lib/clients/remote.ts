@@ -5,6 +5,7 @@
 
 import { onAbort } from "../common/abort.js";
 import { packageVersion } from "../common/package.js";
+import { seedToJson } from "../common/seed.js";
 import { clipped, messageOf } from "../common/text.js";
 import type { QualityName } from "../schedule/index.js";
 import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
@@ -108,7 +109,7 @@ interface Answer {
   readonly size: string;
   readonly usage: { readonly input_tokens: number; readonly output_tokens: number };
   readonly model: string;
-  readonly seeds: readonly number[];
+  readonly seeds: readonly (number | string)[];
   readonly blocks: string;
   readonly evaluations: Drawn["evaluations"];
   readonly timings: Drawn["timings"];
@@ -135,7 +136,7 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     ...(quality !== undefined && { quality: qualities[quality] }),
     output_format: wanted.format,
     ...(wanted.format !== "png" && { output_compression: wanted.compression }),
-    seed: wanted.seed,
+    ...(wanted.seed !== undefined && { seed: seedToJson(wanted.seed) }),
     num_inference_steps: wanted.steps,
     guidance_scale: wanted.guidanceScale,
     negative_prompt: wanted.negativePrompt,

@@ -8,6 +8,7 @@ import { readFile } from "node:fs/promises";
 import path from "node:path";
 import { type Checkpoint, fingerprintOf, modelFingerprint } from "../checkpoint/index.js";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
+import { seedsFrom } from "../common/seed.js";
 import { elementCount, type Tensor } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
 import type { Size } from "../model.js";
@@ -42,7 +43,7 @@ export interface ReferenceSettings {
    * the schedule that was chosen comes: what decided would flatter it.
    */
   readonly pictures: number;
-  readonly seed: number;
+  readonly seed: number | string;
   /** Pictures of a launch. */
   readonly batch: number;
   readonly sequenceLength: number;
@@ -127,11 +128,8 @@ function openField(
   });
 }
 
-async function noises(count: number, seed: number, area: readonly number[]): Promise<Float32Array[]> {
-  const [noise] = await noiseOf(
-    Array.from({ length: count }, (_, index) => seed + index),
-    [[count, ...area]],
-  );
+async function noises(count: number, seed: number | string, area: readonly number[]): Promise<Float32Array[]> {
+  const [noise] = await noiseOf(seedsFrom(seed, count), [[count, ...area]]);
   const elements = elementCount(area);
   return Array.from({ length: count }, (_, index) => noise!.data.slice(index * elements, (index + 1) * elements));
 }

@@ -1,14 +1,12 @@
 /** Tensors of several pictures, one row each: noise from seeds, rows taken out, results put together. */
 
+import type { Seed } from "../common/seed.js";
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
 import { NoiseGenerator } from "./noise.js";
 
 /** Noise of each shape, [B, C, h, w], for B pictures: each has one generator, which draws for one shape after another. */
-export async function noiseOf(
-  seeds: readonly number[],
-  shapes: readonly (readonly number[])[],
-): Promise<FloatTensor[]> {
+export async function noiseOf(seeds: readonly Seed[], shapes: readonly (readonly number[])[]): Promise<FloatTensor[]> {
   const tensors = shapes.map((shape) => float32(shape, new Float32Array(elementCount(shape))));
   for (const [row, seed] of seeds.entries()) {
     const generator = new NoiseGenerator(seed);

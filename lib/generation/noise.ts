@@ -5,6 +5,7 @@
  * one from 53-bit uniforms. Equal to torch's up to the rounding of its vectorised logarithm and cosine (1e-6).
  */
 
+import type { Seed } from "../common/seed.js";
 import { isDue, rest } from "../common/turns.js";
 
 const stateSize = 624;
@@ -16,9 +17,9 @@ class MersenneTwister {
   #index = stateSize;
 
   /** @param seed its low 32 bits count, as in torch */
-  constructor(seed: number) {
+  constructor(seed: Seed) {
     const state = this.#state;
-    state[0] = seed % 2 ** 32;
+    state[0] = Number(BigInt.asUintN(32, BigInt(seed)));
     for (let i = 1; i < stateSize; i++) {
       const previous = state[i - 1]! ^ (state[i - 1]! >>> 30);
       state[i] = Math.imul(1812433253, previous) + i;
@@ -47,13 +48,13 @@ class MersenneTwister {
 
 /**
  * Standard normal values of one picture's generator.
- * @param seed a whole number from 0 to 2^53 − 1
+ * @param seed a whole number from 0 to 2^64 − 1
  */
 export class NoiseGenerator {
   readonly #twister: MersenneTwister;
   #spare: number | null = null;
 
-  constructor(seed: number) {
+  constructor(seed: Seed) {
     this.#twister = new MersenneTwister(seed);
   }
 

@@ -5,12 +5,14 @@
 
 import { randomInt } from "node:crypto";
 import type { Checkpoint } from "../checkpoint/index.js";
+import { type Seed, seedOf, seedsFrom } from "../common/seed.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { GenerateOptions, PictureSource } from "../model.js";
 import {
   checkGuidanceInterval,
   checkOptions,
+  checkSeeds,
   checkSigmas,
   generateSchema,
   type ResolvedGenerateOptions,
@@ -78,7 +80,7 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly guidance: GuidanceSettings;
   readonly sequenceLength: number;
   /** Seed of each picture; empty if the noise was given. */
-  readonly seeds: readonly number[];
+  readonly seeds: readonly Seed[];
   /** Given noise, one tensor for each stage; null to draw it from the seeds. */
   readonly noises: readonly FloatTensor[] | null;
   readonly edit: EditRequest | null;
@@ -134,10 +136,10 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
       throw new OptionError(name, `The option ${name} needs an image to work on; give one, or leave ${name} out.`);
 
   // Noise.
+  checkSeeds(options, pictures);
   const noises = options.noise === undefined ? null : ([options.noise].flat() as FloatTensor[]);
   if (noises) checkNoise(noises, candidates[0].stages, model.checkpoint.vae.config.factor);
-  const seed = options.seed ?? randomInt(2 ** 32);
-  const seeds = noises ? [] : Array.from({ length: pictures }, (_, index) => seed + index);
+  const seeds = noises ? [] : (options.seeds?.map(seedOf) ?? seedsFrom(options.seed ?? randomInt(2 ** 32), pictures));
 
   // Text.
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);

@@ -2,6 +2,7 @@
 
 import type { Checkpoint } from "../checkpoint/index.js";
 import { packageVersion } from "../common/package.js";
+import { seedToJson } from "../common/seed.js";
 import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
@@ -75,7 +76,7 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
   return {
     prompt: prompts[index],
     ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
-    seed: seeds[row] ?? null,
+    seed: seeds.length > 0 ? seedToJson(seeds[row]!) : null,
     ...(stages ? { stages } : { width, height, sampler, ...scheduleParameters(whole, sigmas) }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),

@@ -16,7 +16,7 @@ export interface SearchSubject {
   readonly size: Size;
   /** 1 for none. */
   readonly scale: number;
-  readonly seed: number;
+  readonly seed: number | string;
   /** Digest of the prompts, which the entry names. */
   readonly prompts: string;
   readonly signal?: AbortSignal | undefined;

@@ -46,7 +46,11 @@ export class OutputFolder {
    * @returns the files
    * @throws OutputError for a file that is there already, that lies outside through a link, or that cannot be written
    */
-  async write(pattern: string, pictures: readonly Uint8Array[], seeds: readonly number[]): Promise<string[]> {
+  async write(
+    pattern: string,
+    pictures: readonly Uint8Array[],
+    seeds: readonly (number | string)[],
+  ): Promise<string[]> {
     const { dir, name, ext } = path.parse(pattern);
     const full = pictures.length > 1 && !name.includes("{seed}") ? `${name}-{index}` : name;
     const files = pictures.map((_, index) =>

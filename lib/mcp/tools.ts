@@ -1,7 +1,7 @@
 /** The tools as their callers see them: what they take and give. The descriptions are read by language models. */
 
 import { z } from "zod";
-import { generateSchema } from "../options.js";
+import { generateSchema, seedJson } from "../options.js";
 
 const field = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
 
@@ -14,11 +14,8 @@ const drawn = {
   ),
   count: field(z.int().min(1).max(10), "Number of pictures, 1 to 10. Default: 1."),
   seed: field(
-    z
-      .int()
-      .min(0)
-      .max(Number.MAX_SAFE_INTEGER - 4096),
-    "Seed of the first picture; picture k uses seed + k. The same seed and options draw the same picture. Default: random.",
+    seedJson,
+    "Seed of the first picture, 0 to 2^64 - 1, above 2^53 - 1 as text of digits; picture k uses seed + k. The same seed and options draw the same picture. Default: random.",
   ),
   quality: field(
     z.enum(["fast", "balanced", "best"]),
@@ -98,7 +95,7 @@ export function toolSchemas(model: string, canSave: boolean): Record<"generate" 
 
 /** What a tool says of its pictures. */
 export const toolOutput = z.object({
-  seeds: z.array(z.number()).describe("Seed of each picture."),
+  seeds: z.array(z.union([z.number(), z.string()])).describe("Seed of each picture; text of digits above 2^53 - 1."),
   width: z.number().describe("Pixels."),
   height: z.number().describe("Pixels."),
   model: z.string().describe("The model's name."),

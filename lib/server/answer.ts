@@ -1,5 +1,6 @@
 /** A result → the answer that OpenAI's API has for it, with what this server knows beside it. */
 
+import { seedToJson } from "../common/seed.js";
 import { resized } from "../generation/image.js";
 import type { GenerateResult, ImageFormat, Picture } from "../model.js";
 import { qualities } from "../schedule/index.js";
@@ -24,7 +25,9 @@ export interface PictureFacts {
 }
 
 /** How pictures were drawn. */
-export interface Drawn extends Pick<GenerateResult, "seeds" | "blocks" | "evaluations" | "deadline" | "warnings"> {
+export interface Drawn extends Pick<GenerateResult, "blocks" | "evaluations" | "deadline" | "warnings"> {
+  /** Seed of each picture; text of digits where a number would not be exact. */
+  readonly seeds: readonly (number | string)[];
   /** Id of the model. */
   readonly model: string;
   readonly usage: Usage;
@@ -61,7 +64,7 @@ export async function answerOf(
       output_tokens_details: { text_tokens: 0, image_tokens: images },
       total_tokens: tokens.text + edited + images,
     },
-    ...{ model, seeds, blocks, evaluations, timings, deadline, warnings },
+    ...{ model, seeds: seeds.map(seedToJson), blocks, evaluations, timings, deadline, warnings },
   };
 }
 

@@ -4,6 +4,7 @@
  */
 
 import { z } from "zod";
+import { seedJson } from "../options.js";
 import { type SamplerName, samplers } from "../schedule/index.js";
 import type { Limits } from "./options.js";
 
@@ -51,11 +52,8 @@ function common({ maxImages, maxSteps }: Limits) {
       'What partial images are: "decoded", by the model\'s decoder, or "fast", by a linear map, nearly free and blurred. Default: "decoded".',
     ),
     seed: described(
-      z
-        .int()
-        .min(0)
-        .max(Number.MAX_SAFE_INTEGER - 4096),
-      "Seed of the first picture; picture k has seed + k. Default: random.",
+      seedJson,
+      "Seed of the first picture, 0 to 2^64 - 1, above 2^53 - 1 as text of digits; picture k has seed + k. Default: random.",
     ),
     num_inference_steps: described(z.int().min(1).max(maxSteps), `Number of steps, ${steps}. Default: by quality.`),
     guidance_scale: described(

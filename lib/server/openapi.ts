@@ -219,7 +219,7 @@ const answers: Json = {
       },
     }),
     model: text,
-    seeds: { type: "array", items: integer },
+    seeds: { type: "array", items: { type: ["integer", "string"] } },
     blocks: text,
     evaluations: object({ predictor: number, refiner: number, rows: number }),
     timings: { type: "object", additionalProperties: true },

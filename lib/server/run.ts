@@ -3,6 +3,7 @@
  * read its events. It is stopped when the last of them has left.
  */
 
+import { seedToJson } from "../common/seed.js";
 import type { ImageModel } from "../model.js";
 import { type Answer, answerOf, type PictureFacts, partialOf, qualityOf, seconds } from "./answer.js";
 import { type Failure, failureOf, HangUp } from "./failure.js";
@@ -25,7 +26,7 @@ export type RunEvent =
       readonly place: number;
       readonly predictedMs: number | null;
       readonly blocks: string;
-      readonly seeds: readonly number[];
+      readonly seeds: readonly (number | string)[];
     }
   | { readonly type: "started"; readonly queuedMs: number; readonly blocks: string }
   | { readonly type: "step"; readonly step: number; readonly steps: number; readonly sigma: number }
@@ -115,7 +116,7 @@ export class Run {
         onAccept: ({ place, predictedMs, blocks, seeds }) => {
           Object.assign(this, { status: "queued", place, predictedMs });
           accept();
-          this.#tell({ type: "accepted", place, predictedMs, blocks, seeds });
+          this.#tell({ type: "accepted", place, predictedMs, blocks, seeds: seeds.map(seedToJson) });
         },
         onStart: ({ queuedMs, blocks }) => {
           Object.assign(this, { status: "in_progress", place: 0 });

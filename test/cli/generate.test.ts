@@ -113,6 +113,21 @@ describe("flowturbo generate", () => {
     expect(together.every((value, i) => Math.abs(value - alone[i]!) <= 1)).toBe(true);
   });
 
+  it("shows seeds that no number holds as they are, and draws what their low 32 bits draw", async () => {
+    const folder = temporaryFolder();
+    const args = ["generate", "a blue square", "--count", "2", "--steps", "2", "--json", "--out", "{seed}.png"];
+    const { stdout } = await run([...args, "--seeds", "6687881544318117707,9"], folder);
+    const low = String(6687881544318117707n & 0xffffffffn);
+    await run([...args, "--seeds", `${low},9`], folder);
+    const report = JSON.parse(stdout);
+    expect(report.seeds).toEqual(["6687881544318117707", 9]);
+    expect(report.files).toEqual(["6687881544318117707.png", "9.png"]);
+    const png = (name: string) => readFileSync(path.join(folder, `${name}.png`));
+    expect(png("6687881544318117707").toString("latin1")).toContain('"seed":"6687881544318117707"');
+    const pixels = (name: string) => sharp(png(name)).raw().toBuffer();
+    expect((await pixels("6687881544318117707")).equals(await pixels(low))).toBe(true);
+  });
+
   it("writes the same bytes for the same seed", async () => {
     const folder = temporaryFolder();
     for (const name of ["a.png", "b.png"])
@@ -347,6 +362,14 @@ describe("usage errors", () => {
     ["a quality beside steps", ["generate", "x", "--quality", "fast", "--steps", "3"], /^error: --quality: Both/],
     ["no steps", ["generate", "x", "--steps", "0"], /--steps: Expected a whole number from 1/],
     ["a negative seed", ["generate", "x", "--seed", "-1"], /--seed: Expected a whole number/],
+    [
+      "a seed of too many bits",
+      ["generate", "x", "--seed", "18446744073709551616"],
+      /^error: --seed: Expected a whole number from 0 to 18446744073709551615, .*received "18446744073709551616"\.$/m,
+    ],
+    ["seeds and a seed", ["generate", "x", "--seeds", "1", "--seed", "1"], /^error: --seeds: Both seeds and seed say/],
+    ["too many seeds", ["generate", "x", "--seeds", "1,2"], /^error: --seeds: Expected as many .* 1 .*received 2\./],
+    ["a negative seed in a list", ["generate", "x", "--seeds", "1,-2"], /^error: --seeds: Expected a list of seeds/],
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
     ["an unknown runtime", ["generate", "x", "--runtime", "magic"], /--runtime/],
     ["a stage that is none", ["generate", "x", "--stage", "64x64"], /WIDTHxHEIGHT:BLOCKS/],

@@ -80,7 +80,7 @@ describe("generateImage", () => {
   });
 
   it("draws a hundred pictures in one call, so that no two have one seed", async () => {
-    const seeds: (number | undefined)[] = [];
+    const seeds: unknown[] = [];
     const counting = changed((options) => {
       seeds.push(options.seed, options.count);
       return direct({ ...options, steps: 1, count: 2 });

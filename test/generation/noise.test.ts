@@ -1,6 +1,8 @@
+import { readFileSync } from "node:fs";
 import path from "node:path";
 import { describe, expect, it } from "vitest";
 import { readSafetensorsHeader, readTensor } from "../../lib/checkpoint/index.js";
+import { seedOf } from "../../lib/common/seed.js";
 import { NoiseGenerator } from "../../lib/generation/noise.js";
 
 const fixture = (name: string) => path.join(import.meta.dirname, "../fixtures", name);
@@ -17,6 +19,15 @@ describe("NoiseGenerator", () => {
       let worst = 0;
       for (let i = 0; i < drawn.length; i++) worst = Math.max(worst, Math.abs(drawn[i]! - expected[i]!));
       expect(worst).toBeLessThan(1e-5);
+    }
+  });
+
+  it("draws torch's noise for seeds of 64 bits", () => {
+    const known = Object.entries(JSON.parse(readFileSync(fixture("seeds.json"), "utf8")) as Record<string, number[]>);
+    expect(known.length).toBeGreaterThan(5);
+    for (const [seed, expected] of known) {
+      const drawn = new NoiseGenerator(seedOf(seed)).draw(expected.length);
+      for (const [i, value] of expected.entries()) expect(Math.abs(drawn[i]! - value), seed).toBeLessThan(1e-5);
     }
   });
 
