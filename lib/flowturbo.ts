@@ -137,6 +137,8 @@ export class FlowTurbo implements ImageModel {
     await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
     const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
+    const { className, notes } = checkpoint.scheduler;
+    for (const note of notes) logger.warn?.(`The model's scheduler, ${className}, ${note}.`);
     const ladder = ladderOf(checkpoint);
     const cache = checked.cache ?? defaultCacheFolder();
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);

@@ -9,6 +9,7 @@
 import { z } from "zod";
 import { CheckpointError } from "../errors.js";
 import { isRecord, type JsonObject, readJsonObject } from "./files.js";
+import { type SchedulerConfig, schedulerClasses, schedulerClassOf, schedulerSchema } from "./schedulers.js";
 
 /** Classes for each part, as model_index.json and config.json name them. */
 export const knownClasses = {
@@ -16,24 +17,13 @@ export const knownClasses = {
   clip: ["CLIPTextModelWithProjection"],
   t5: ["T5EncoderModel"],
   vae: ["AutoencoderKL"],
-  scheduler: ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"],
+  scheduler: schedulerClasses,
 } as const;
 
 const size = z.int().positive();
 const epsilon = z.number().positive();
 const factor = z.number().refine((value) => value > 0, "expected a positive number");
 const className = (known: readonly string[]) => z.enum(known as [string, ...string[]]).optional();
-const number = z.number();
-/** A switch that may be absent or null. */
-const flag = z
-  .boolean()
-  .nullish()
-  .transform((value) => value ?? false);
-/** A switch of diffusers or transformers that this package does not implement: it may be present, but not on. */
-const off = z
-  .union([z.literal(false), z.null()], { error: "is set, which is not supported; only false or null are" })
-  .optional();
-
 const onlyNull = z.null({ error: "is set, which is not supported; only null is" }).optional();
 
 /** snake_case → camelCase */
@@ -189,49 +179,6 @@ const vaeSchema = z
     factor: 2 ** (config.block_out_channels.length - 1),
   }));
 
-/** `use_…_sigmas` of the scheduler. */
-const spacings = ["karras", "exponential", "beta"] as const;
-
-const schedulerSchema = z
-  .object({
-    _class_name: className(knownClasses.scheduler),
-    num_train_timesteps: size.default(1000),
-    shift: factor.default(1),
-    use_dynamic_shifting: flag,
-    base_shift: number.default(0.5),
-    max_shift: number.default(1.15),
-    base_image_seq_len: size.default(256),
-    max_image_seq_len: size.default(4096),
-    time_shift_type: z
-      .enum(["exponential", "linear"], 'only "exponential" and "linear" are known')
-      .default("exponential"),
-    use_karras_sigmas: flag,
-    use_exponential_sigmas: flag,
-    use_beta_sigmas: flag,
-    invert_sigmas: off,
-    shift_terminal: off,
-    stochastic_sampling: off,
-  })
-  .superRefine((config, context) => {
-    const [, second] = spacings.filter((name) => config[`use_${name}_sigmas`]);
-    if (second) refuse(context, `use_${second}_sigmas`, "is on beside another spacing; turn one of them off");
-    if (config.max_image_seq_len <= config.base_image_seq_len)
-      refuse(context, "max_image_seq_len", `is not above base_image_seq_len = ${config.base_image_seq_len}`);
-  })
-  .transform((config) => ({
-    shift: config.shift,
-    numTrainTimesteps: config.num_train_timesteps,
-    /** How the shift follows from the size of a picture, or null. */
-    dynamic: config.use_dynamic_shifting
-      ? {
-          ...{ baseShift: config.base_shift, maxShift: config.max_shift, type: config.time_shift_type },
-          ...{ baseTokens: config.base_image_seq_len, maxTokens: config.max_image_seq_len },
-        }
-      : null,
-    /** Spacing of diffusers' noise levels, or null. */
-    spacing: spacings.find((name) => config[`use_${name}_sigmas`]) ?? null,
-  }));
-
 /** The MMDiT, predictor or refiner (SD3Transformer2DModel). */
 export type TransformerConfig = z.output<typeof transformerSchema>;
 /** A CLIP text encoder (CLIPTextModelWithProjection). */
@@ -240,15 +187,15 @@ export type ClipConfig = z.output<typeof clipSchema>;
 export type T5Config = z.output<typeof t5Schema>;
 /** The VAE (AutoencoderKL). */
 export type VaeConfig = z.output<typeof vaeSchema>;
-/** What is used of the scheduler: its sigmas. The sampler is the caller's choice. */
-export type SchedulerConfig = Readonly<z.output<typeof schedulerSchema>>;
+export type { SchedulerConfig };
 
 /** Each reads one JSON file. @throws CheckpointError that names the file and the key. */
 export const readTransformerConfig = (file: string): Promise<TransformerConfig> => read(file, transformerSchema);
 export const readClipConfig = (file: string): Promise<ClipConfig> => read(file, clipSchema, unwrapText);
 export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Schema, unwrapText);
 export const readVaeConfig = (file: string): Promise<VaeConfig> => read(file, vaeSchema);
-export const readSchedulerConfig = (file: string): Promise<SchedulerConfig> => read(file, schedulerSchema);
+export const readSchedulerConfig = async (file: string): Promise<SchedulerConfig> =>
+  read(file, schedulerSchema(await schedulerClassOf(file)));
 
 async function read<T>(
   file: string,

@@ -22,6 +22,7 @@ import {
   parseBlocks,
   type SamplerRow,
   type Schedule,
+  type Solver,
   samplers,
   samplersWithBlocks,
   scheduleOf,
@@ -243,9 +244,10 @@ export function firstStage(
     );
   const named = Array.from({ length: count }, (_, step) => scaleAt(options, step, count + later));
   const strongest = Math.max(1, ...named.map((scale) => scale ?? 1));
+  const solver = solverOf(checkpoint, sampler);
   const settings = {
     ...sigmaSettings(checkpoint.scheduler, patchesOf(checkpoint, latentShape), options),
-    guidance: strongest,
+    ...{ guidance: strongest, solver },
   };
   if (!(settings.shift > 0 && Number.isFinite(settings.shift)))
     throw new OptionError(
@@ -263,9 +265,25 @@ export function firstStage(
     start,
     guidance: (block) => scales[skipped + block]!,
     wholeTimestepsOf: row.wholeTimesteps ? settings.numTrainTimesteps : undefined,
+    solver: solver ? { ...solver, skipped, steps: count } : undefined,
   });
   const whole = { blocks: blocks && formatBlocks(blocks), steps: count, grid, guidanceScale };
   return { ...size, latentShape, schedule, whole };
+}
+
+/**
+ * How the model's scheduler steps, if the sampler is the one of its name.
+ * @throws OptionError for a config that the sampler does not compute
+ */
+function solverOf({ scheduler: { solver, className } }: Checkpoint, sampler: string): Solver | null {
+  if (solver?.sampler !== sampler) return null;
+  const [first] = solver.unsupported;
+  if (first)
+    throw new OptionError(
+      "sampler",
+      `The model's scheduler, ${className}, has ${first.key} ${JSON.stringify(first.value)}, which the sampler "${sampler}" does not compute. Set ${first.key} to ${first.instead} in scheduler/scheduler_config.json, or take another sampler.`,
+    );
+  return solver;
 }
 
 /** What is run of a schedule's blocks. */

@@ -9,6 +9,7 @@
 import { table } from "../common/table.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
+import { type Solver, type SolverPlace, usualSolver } from "./solvers.js";
 import { stiffness } from "./stiffness.js";
 
 /** Which network a launch evaluates: the transformer, or FlowTurbo's velocity refiner. */
@@ -86,6 +87,8 @@ export interface BlockPlace {
   readonly velocities: readonly number[];
   /** The largest guidance scale of the schedule; 1 without guidance. */
   readonly guidance: number;
+  /** How D and U step, as the model's scheduler says; absent for diffusers' defaults. */
+  readonly solver?: (Solver & SolverPlace) | undefined;
 }
 
 /** A row of the table of blocks. */
@@ -182,14 +185,37 @@ function ratioOf(sigmas: readonly number[], index: number): number {
 }
 
 /**
- * DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1 − σ. The data prediction x₀ = x − σ·w is
+ * DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, algorithm 2) with α = 1 − σ. The data prediction x₀ = x − σ·w is
  * extrapolated in λ: x' = (σ'/σ)·x + (1 − σ'/σ)·(x₀ + ½·r·(x₀ − x₀₋)), r the ratio of this step in λ to the one before. With
  * k = (1 − σ'/σ)·r/2 that is x' = x + h·w + k·d, d = x₀ − x₀₋ = m − σ·w, and the memory m = σ·w₋ + k₋·d₋ goes on as
- * m' = σ'·w + k·(m − σ·w). The first step of a run and the one to σ = 0 are of first order, k = 0.
+ * m' = σ'·w + k·(m − σ·w). The first step of a run and the one to σ = 0 are of first order, k = 0. A step of third order has k₋·d₋
+ * besides, and keeps d in the second memory.
  */
-function dpmSolver2M(place: BlockPlace): Evaluation {
-  const { sigmas, index, run } = place;
-  return dataPrediction(place, "D", index === run ? 0 : ratioOf(sigmas, index) / 2);
+function dpmSolver(place: BlockPlace): Evaluation {
+  const { sigmas, index, run, from, to, solver } = place;
+  const order = Math.min(dpmSolverOrder(place), index - run + 1);
+  if (order === 1 || to <= 0 || sigmas[index - 1]! >= 1) return dataPrediction(place, "D", 0);
+  const q = 1 - to / from;
+  const r = ratioOf(sigmas, index);
+  if (order === 2 && solver?.type !== "heun") return dataPrediction(place, "D", (q * r) / 2);
+  const h = lambda(to) - lambda(from);
+  // Weights of the first and the second derivative of x₀ in the step.
+  const first = 1 - to - q / h;
+  if (order === 2) return dataPrediction(place, "D", first * r);
+  const second = (1 - to - q / h) / h - (1 - to) / 2;
+  const r0 = 1 / r;
+  const r1 = (lambda(sigmas[index - 1]!) - lambda(Math.min(sigmas[index - 2]!, 1))) / h;
+  const [line, bend] = [first * (1 + r0 / (r0 + r1)) - second / (r0 + r1), (second - first * r0) / (r0 + r1)];
+  return dataPrediction(place, "D", line / r0, bend / r1);
+}
+
+/** Order of a step, were there enough steps before it. */
+function dpmSolverOrder({ sigmas, index, solver }: BlockPlace): number {
+  const { order, lowerOrderFinal, eulerAtFinal } = solver ?? usualSolver;
+  const left = sigmas.length - 1 - index;
+  const lowers = lowerOrderFinal && (solver?.steps ?? sigmas.length - 1) < 15;
+  if (left === 1 && (eulerAtFinal || lowers)) return 1;
+  return left === 2 && lowers ? Math.min(order, 2) : order;
 }
 
 /**
@@ -209,14 +235,17 @@ function heldBack(place: BlockPlace): Evaluation {
     : index === run + 1
       ? 1 / (2 * m ** 6)
       : ratioOf(sigmas, index) / (2 * m);
-  return dataPrediction(place, "M", index === run ? 0 : factor);
+  return dataPrediction(place, "M", index === run ? 0 : (1 - place.to / place.from) * factor);
 }
 
-/** @param factor of x₀ − x₀₋ in the data prediction */
-function dataPrediction({ from, to, h, next }: BlockPlace, letter: "D" | "M", factor: number): Evaluation {
-  const k = (1 - to / from) * factor;
+/** @param k weight of d = x₀ − x₀₋ in the step @param before weight of the d before it */
+function dataPrediction(place: BlockPlace, letter: "D" | "M", k: number, before = 0): Evaluation {
+  const { from, to, h, next, index, run, solver } = place;
   const goesOn = next === letter;
-  const combination: Combination = { x: [0, k, 0], first: [to - k * from, k, 0], second: [0, 0, 0] };
+  const combination: Combination = {
+    ...{ x: [0, k, before], first: [to - k * from, k, before] },
+    second: solver?.order === 3 && index > run ? [-from, 1, 0] : [0, 0, 0],
+  };
   return {
     ...{ type: "predict", sigma: from, aIn: 0, aOld: 0, aNew: h - k * from, keepsVelocity: true },
     ...((k !== 0 || goesOn) && { combination }),
@@ -230,31 +259,38 @@ function dataPrediction({ from, to, h, next }: BlockPlace, letter: "D" | "M", fa
  *
  *   F = x₀ − x₀₋ = m₁ − σ·w,   C = q₋·(c₀·F₋ + c₁·F),   x' = x + (1 − q)·C + h·w − (q/2ρ)·F,   q = 1 − σ'/σ
  *
- * with m₁ = x − x₀₋ and m₂ = F₋. C is the corrector less the second-order part of the last predictor.
+ * with m₁ = x − x₀₋ and m₂ = F₋. C is the corrector less the second-order part of the last predictor. With B(h) = h ("bh1") both parts
+ * have other weights than q; of order 1 there is no second-order part.
  */
-function uniPC({ from, to, h, sigmas, index, run, next }: BlockPlace): Evaluation {
+function uniPC({ from, to, h, sigmas, index, run, next, solver }: BlockPlace): Evaluation {
+  const { order, lowerOrderFinal, uncorrected } = solver ?? usualSolver;
   // λ is infinite at σ = 1; diffusers moves that level by as much.
   const level = (at: number) => lambda(Math.min(sigmas[at]!, 1 - 1e-6));
+  const isLinear = solver?.type === "bh1";
   const q = 1 - to / from;
   /** The corrector's weights of F₋ and F. */
   let [old, own] = [0, 0];
-  if (index > run) {
-    const before = 1 - from / sigmas[index - 1]!;
+  if (index > run && !uncorrected.some((each) => each === (solver?.skipped ?? 0) + index - 1)) {
     const step = level(index) - level(index - 1);
-    if (index === run + 1) own = before / 2;
+    const before = isLinear ? (1 - from) * step : 1 - from / sigmas[index - 1]!;
+    if (index === run + 1 || order === 1) own = before / 2;
     else {
       const rho = (level(index - 2) - level(index - 1)) / step;
-      const b = Math.expm1(-step);
-      const phi1 = b / -step - 1;
+      const phi1 = Math.expm1(-step) / -step - 1;
       const phi2 = phi1 / -step - 0.5;
+      const b = isLinear ? -step : Math.expm1(-step);
       // c₀ + c₁ = φ₁/b and ρ·c₀ + c₁ = 2φ₂/b.
       const c0 = (phi1 / b - (2 * phi2) / b) / (1 - rho);
       [old, own] = [(before * (0.5 - c0)) / rho, before * (phi1 / b - c0)];
     }
   }
   // The predictor's own second-order part, −(q/2ρ)·F.
-  const ahead =
-    index > run && to > 0 ? -q / 2 / ((level(index - 1) - level(index)) / (level(index + 1) - level(index))) : 0;
+  let ahead = 0;
+  if (index > run && order > 1 && to > 0 && !(lowerOrderFinal && index === sigmas.length - 2)) {
+    const step = level(index + 1) - level(index);
+    const weight = isLinear ? (1 - to) * step : q;
+    ahead = weight / 2 / ((level(index) - level(index - 1)) / step);
+  }
   const ofF = (1 - q) * own + ahead;
   const ofOldF = (1 - q) * old;
   const goesOn = next === "U";
@@ -295,7 +331,7 @@ const rows = table<BlockRow>()({
   },
   S: { name: "skip", needs: 2, evaluations: (place) => [skip(place)] },
   M: { name: "damped DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [heldBack(place)] },
-  D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver2M(place)] },
+  D: { name: "DPM-Solver++(2M)", needs: 0, ownsMemory: true, evaluations: (place) => [dpmSolver(place)] },
   U: { name: "UniPC", needs: 0, ownsMemory: true, evaluations: (place) => [uniPC(place)] },
 });
 

@@ -58,3 +58,4 @@ export {
   skippedBlocks,
   upscaleSigmas,
 } from "./sigmas.js";
+export type { Solver } from "./solvers.js";

@@ -13,6 +13,7 @@ import {
   type StepType,
   unmetNeed,
 } from "./blocks.js";
+import type { Solver, SolverPlace } from "./solvers.js";
 
 /** One launch of a fused step, and what is combined after it. */
 export interface StepLaunch extends Evaluation {
@@ -63,6 +64,8 @@ export interface ScheduleOptions {
   readonly start?: number | undefined;
   /** Guidance scale of a block, null for none. Default: none. */
   readonly guidance?: number | null | ((block: number) => number | null);
+  /** How D and U step, as the model's scheduler says, and where the blocks are in the whole. Default: as diffusers does without a config. */
+  readonly solver?: (Solver & SolverPlace) | undefined;
   /** Training steps of the model, if the networks get the noise level in whole ones, as in diffusers' multistep schedulers. */
   readonly wholeTimestepsOf?: number | undefined;
   /** For each block the weights to use, where they were fitted. All blocks are then one evaluation of the transformer, which C refines. */
@@ -79,7 +82,7 @@ export interface ScheduleOptions {
 export function planSteps(
   blocks: readonly Block[],
   sigmas: readonly number[],
-  { guidance = null, wholeTimestepsOf: steps, weights }: ScheduleOptions = {},
+  { guidance = null, wholeTimestepsOf: steps, weights, solver }: ScheduleOptions = {},
 ): StepLaunch[] {
   if (sigmas.length !== blocks.length + 1)
     throw new RangeError(`${blocks.length} blocks need ${blocks.length + 1} noise levels; got ${sigmas.length}.`);
@@ -99,7 +102,7 @@ export function planSteps(
     if (letter !== blocks[run]) run = index;
     const [from, to] = [sigmas[index]!, sigmas[index + 1]!];
     const next = blocks[index + 1] ?? null;
-    const place = { from, to, h: to - from, sigmas, index, run, next, velocities, guidance: largest };
+    const place = { from, to, h: to - from, sigmas, index, run, next, velocities, guidance: largest, solver };
     const row = blockTable[letter]!;
     const evaluations = weights
       ? [weighted(place, weights[index]!), ...(row.afterFitted?.(place) ?? [])]

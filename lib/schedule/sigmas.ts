@@ -5,6 +5,7 @@
 
 import { table } from "../common/table.js";
 import { betaQuantile } from "./beta.js";
+import type { Solver } from "./solvers.js";
 import { easing, stiffness } from "./stiffness.js";
 
 /** How a scheduler shifts by the size of the picture: `use_dynamic_shifting`. */
@@ -31,16 +32,22 @@ export interface SchedulerSettings {
   readonly dynamic?: DynamicShift | null;
   /** Spacing between the ends of diffusers' levels, where the scheduler has one. */
   readonly spacing?: "karras" | "exponential" | "beta" | null | undefined;
+  /** Level of the last step, to which the others are stretched: `shift_terminal`. Null for none. */
+  readonly terminal?: number | null;
+  /** How the scheduler steps, where a sampler of this package steps alike; null otherwise. */
+  readonly solver?: Solver | null;
 }
 
 /** The same for one request. */
-export interface SigmaSettings extends Pick<SchedulerSettings, "numTrainTimesteps" | "spacing"> {
+export interface SigmaSettings extends Pick<SchedulerSettings, "numTrainTimesteps" | "spacing" | "terminal"> {
   /** Shift of the noise levels at the request's size. */
   readonly shift: number;
   /** Whether the shift follows from the size. */
   readonly isDynamic?: boolean;
   /** The largest guidance scale; 1, which is the default, without guidance. */
   readonly guidance?: number;
+  /** How the scheduler steps, if the request's sampler takes its steps. */
+  readonly solver?: Pick<Solver, "end" | "karras"> | null | undefined;
 }
 
 /**
@@ -49,15 +56,17 @@ export interface SigmaSettings extends Pick<SchedulerSettings, "numTrainTimestep
  * @param given a shift, which takes the place of a dynamic one, or μ
  */
 export function sigmaSettings(
-  { shift, numTrainTimesteps, dynamic, spacing }: SchedulerSettings,
+  { shift, dynamic, ...scheduler }: SchedulerSettings,
   patches: number,
   given: { readonly shift?: number | undefined; readonly mu?: number | undefined } = {},
 ): SigmaSettings {
-  if (!dynamic || given.shift !== undefined) return { shift: given.shift ?? shift, numTrainTimesteps, spacing };
+  const { numTrainTimesteps, spacing, terminal } = scheduler;
+  const fixed = { numTrainTimesteps, spacing, ...(terminal && { terminal }) };
+  if (!dynamic || given.shift !== undefined) return { ...fixed, shift: given.shift ?? shift };
   const { baseShift, maxShift, baseTokens, maxTokens, type } = dynamic;
   const slope = (maxShift - baseShift) / (maxTokens - baseTokens);
   const mu = given.mu ?? baseShift + slope * (patches - baseTokens);
-  return { shift: type === "linear" ? mu : Math.exp(mu), numTrainTimesteps, spacing, isDynamic: true };
+  return { ...fixed, shift: type === "linear" ? mu : Math.exp(mu), isDynamic: true };
 }
 
 /** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
@@ -92,13 +101,25 @@ export function shiftedSigmas(blocks: number, { shift }: Pick<SigmaSettings, "sh
   return Array.from({ length: blocks + 1 }, (_, i) => shiftSigma(1 - i / blocks, shift));
 }
 
+/** Levels stretched so that the last one is `terminal`, and 1 stays. One level of 1, which nothing stretches, stays too. */
+function stretched(levels: number[], { terminal }: Pick<SigmaSettings, "terminal">): number[] {
+  const last = levels.at(-1);
+  if (!terminal || last === undefined || last === 1) return levels;
+  const factor = (1 - last) / (1 - terminal);
+  return levels.map((level) => 1 - (1 - level) / factor);
+}
+
 /**
  * FlowMatchEulerDiscreteScheduler.set_timesteps(n) without a spacing: that scheduler shifts twice, once when it finds its smallest σ
  * and once more over the linear spacing down to it. n = 4, shift 3: 1, .857692, .602151, .008929. A dynamic shift is done once.
  */
-function flowMatchSigmas(blocks: number, { shift, numTrainTimesteps, isDynamic = false }: SigmaSettings): number[] {
+function flowMatchSigmas(blocks: number, settings: SigmaSettings): number[] {
+  const { shift, numTrainTimesteps, isDynamic = false } = settings;
   const smallest = isDynamic ? 1 / numTrainTimesteps : shiftSigma(1 / numTrainTimesteps, shift);
-  return even(1, smallest, blocks).map((u) => shiftSigma(u, shift));
+  return stretched(
+    even(1, smallest, blocks).map((u) => shiftSigma(u, shift)),
+    settings,
+  );
 }
 
 /** Spacings between the ends of those levels, as diffusers has them: `use_karras_sigmas` and so on. q runs evenly from 0 to 1. */
@@ -128,23 +149,48 @@ export function diffusersSigmas(blocks: number, settings: SigmaSettings): number
  * DPMSolverMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 − 1/T to 0, shifted, T being the
  * number of training steps. As there they are the complements of even levels from 1 to 1/T, so that they are rounded alike.
  */
-export function dpmSolverSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
+export function dpmSolverSigmas(blocks: number, { shift, numTrainTimesteps, solver }: SigmaSettings): number[] {
   const alphas = even(1, 1 / numTrainTimesteps, blocks + 1);
-  return alphas.map((alpha) => shiftSigma(1 - alpha, shift)).reverse();
-}
-
-/** UniPCMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 to 1/T, shifted; 0 in place of the last. */
-export function uniPCSigmas(blocks: number, { shift, numTrainTimesteps }: SigmaSettings): number[] {
-  const levels = even(1, 1 / numTrainTimesteps, blocks + 1).map((u) => shiftSigma(u, shift));
-  return [levels[0]! - 1e-6, ...levels.slice(1, -1), 0];
+  const levels = alphas.map((alpha) => shiftSigma(1 - alpha, shift)).reverse();
+  return withEnd(levels.slice(0, -1), solver);
 }
 
 /**
- * Noise levels that were given, as diffusers' pipelines take `sigmas`: shifted as the scheduler shifts, with 0 at the end.
+ * UniPCMultistepScheduler.set_timesteps(n) with `use_flow_sigmas`: even levels from 1 to 1/T, shifted; 0 in place of the last. With
+ * `use_karras_sigmas` they are those of Karras et al., mapped to s/(1 + s) and not shifted.
+ */
+export function uniPCSigmas(blocks: number, settings: SigmaSettings): number[] {
+  const { shift, numTrainTimesteps, solver } = settings;
+  if (solver?.karras) {
+    const { high, low } = solver.karras;
+    const levels = even(0, 1, blocks).map((q) => spacings.karras(high, low, q));
+    return withEnd(
+      levels.map((level) => level / (level + 1)),
+      solver,
+    );
+  }
+  const linear = even(1, 1 / numTrainTimesteps, blocks + 1).slice(0, -1);
+  const levels = stretched(
+    linear.map((u) => shiftSigma(u, shift)),
+    settings,
+  );
+  // As there: λ is infinite at 1.
+  return withEnd([levels[0]! - 1e-6, ...levels.slice(1)], solver);
+}
+
+/** Levels with the one after the last step. */
+const withEnd = (levels: number[], solver: SigmaSettings["solver"]): number[] => [
+  ...levels,
+  solver?.end === "last" ? levels.at(-1)! : (solver?.end ?? 0),
+];
+
+/**
+ * Noise levels that were given, as diffusers' pipelines take `sigmas`: shifted and stretched as the scheduler does, with 0 at the end.
  * @param levels falling, in (0, 1]; a last one of 0 is the end
  */
-export function givenSigmas(levels: readonly number[], { shift }: SigmaSettings): number[] {
-  return [...levels.filter((level) => level > 0).map((level) => shiftSigma(level, shift)), 0];
+export function givenSigmas(levels: readonly number[], settings: Pick<SigmaSettings, "shift" | "terminal">): number[] {
+  const shifted = levels.filter((level) => level > 0).map((level) => shiftSigma(level, settings.shift));
+  return [...stretched(shifted, settings), 0];
 }
 
 /** Noise levels for a number of blocks. */

@@ -85,7 +85,7 @@ describe("opens", () => {
       sampleSize: 128,
       factor: 8,
     });
-    expect(checkpoint.scheduler).toEqual({ shift: 3, numTrainTimesteps: 1000, dynamic: null, spacing: null });
+    expect(checkpoint.scheduler).toMatchObject({ shift: 3, numTrainTimesteps: 1000, dynamic: null, spacing: null });
     expect(checkpoint.tokenizer!.maxLength).toBe(77);
     expect(checkpoint.tokenizer3!.maxLength).toBe(512);
     expect(checkpoint.vae.weights.find("decoder.conv_in.weight")!.shape).toEqual([16, 16, 3, 3]);

@@ -12,6 +12,7 @@ import {
   readT5Config,
   readTransformerConfig,
   readVaeConfig,
+  type SchedulerConfig,
 } from "../../lib/checkpoint/configs.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { temporaryFolder } from "./folders.js";
@@ -110,7 +111,8 @@ describe("defaults", () => {
       factor: 1,
     });
     expect(await read("scheduler", {})).toEqual({
-      ...{ shift: 1, numTrainTimesteps: 1000, dynamic: null, spacing: null },
+      ...{ className: "FlowMatchEulerDiscreteScheduler", shift: 1, numTrainTimesteps: 1000, dynamic: null },
+      ...{ spacing: null, terminal: null, solver: null, notes: [] },
     });
     expect(await read("scheduler", { use_karras_sigmas: true, use_dynamic_shifting: true })).toMatchObject({
       spacing: "karras",
@@ -119,6 +121,39 @@ describe("defaults", () => {
     expect(await read("scheduler", { shift_terminal: null, use_beta_sigmas: null, shift: 3 })).toMatchObject({
       shift: 3,
     });
+  });
+
+  const flow = { use_flow_sigmas: true, prediction_type: "flow_prediction", flow_shift: 3 };
+
+  test("schedulers whose steps are another's are read, and said to be", async () => {
+    const newNoise = [expect.stringMatching(/draws new noise/)];
+    const lcm = await read("scheduler", { _class_name: "FlowMatchLCMScheduler", shift: 3, upscale_mode: "area" });
+    expect(lcm).toMatchObject({ shift: 3, notes: newNoise });
+    expect(await read("scheduler", { stochastic_sampling: true })).toMatchObject({ notes: newNoise });
+    for (const _class_name of ["DEISMultistepScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler"])
+      expect(await read("scheduler", { _class_name, ...flow })).toMatchObject({
+        ...{ shift: 3, solver: null, notes: [expect.stringMatching(/its shift is used/)] },
+      });
+  });
+
+  test("the pipeline's shift by size where the class has no keys for it", async () => {
+    const config = { _class_name: "UniPCMultistepScheduler", ...flow, use_dynamic_shifting: true };
+    expect(await read("scheduler", config)).toMatchObject({ dynamic: { baseShift: 0.5, maxShift: 1.16 } });
+  });
+
+  test.each([
+    ["UniPCMultistepScheduler", { solver_order: 3 }, "solver_order"],
+    ["UniPCMultistepScheduler", { thresholding: true }, "thresholding"],
+    ["UniPCMultistepScheduler", { predict_x0: false }, "predict_x0"],
+    ["UniPCMultistepScheduler", { lower_order_final: false }, "lower_order_final"],
+    ["UniPCMultistepScheduler", { use_beta_sigmas: true }, "use_beta_sigmas"],
+    ["UniPCMultistepScheduler", { use_karras_sigmas: true, trained_betas: [0.1] }, "beta_schedule"],
+    ["DPMSolverMultistepScheduler", { algorithm_type: "sde-dpmsolver++" }, "algorithm_type"],
+    ["DPMSolverMultistepScheduler", { use_karras_sigmas: true }, "use_karras_sigmas"],
+    ["DPMSolverMultistepScheduler", { use_lu_lambdas: true }, "use_lu_lambdas"],
+  ])("steps of %s with %j are not computed", async (_class_name, config, key) => {
+    const { solver } = (await read("scheduler", { _class_name, ...flow, ...config })) as SchedulerConfig;
+    expect(solver!.unsupported.map((each) => each.key)).toEqual([key]);
   });
 });
 
@@ -148,8 +183,17 @@ describe("values that are not computed", () => {
     ["scheduler", { max_image_seq_len: 256 }, "max_image_seq_len"],
     ["scheduler", { use_karras_sigmas: true, use_beta_sigmas: true }, "use_beta_sigmas"],
     ["scheduler", { invert_sigmas: true }, "invert_sigmas"],
-    ["scheduler", { shift_terminal: 0.02 }, "shift_terminal"],
-    ["scheduler", { stochastic_sampling: true }, "stochastic_sampling"],
+    ["scheduler", { shift_terminal: 1 }, "shift_terminal"],
+    ["scheduler", { _class_name: "FlowMatchLCMScheduler", scale_factors: [0.5, 0.75] }, "scale_factors"],
+    ["scheduler", { _class_name: "UniPCMultistepScheduler", prediction_type: "epsilon" }, "use_flow_sigmas"],
+    ["scheduler", { _class_name: "DEISMultistepScheduler", use_flow_sigmas: true }, "prediction_type"],
+    [
+      ...([
+        "scheduler",
+        { _class_name: "DPMSolverMultistepScheduler", use_flow_sigmas: true, prediction_type: "epsilon" },
+      ] as const),
+      "prediction_type",
+    ],
     ["scheduler", { shift: 0 }, "shift"],
   ];
   for (const [kind, config, key] of cases)
