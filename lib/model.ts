@@ -332,6 +332,17 @@ export interface GenerateOptions {
    */
   previewCount?: number | undefined;
   /**
+   * Whether step events hold the `latents` after the step, as diffusers gives them to `callback_on_step_end`. They are copied only if this is true and
+   * events are listened to. Default: false.
+   */
+  stepLatents?: boolean | undefined;
+  /**
+   * `"image"`, or `"latent"`, as diffusers' `output_type`: the decoder is left out, in costs and time limits too. The result has no `images`, and `latents` whatever
+   * `include` says, before any decoding: a part that a mask keeps is what the autoencoder makes of the original, since `keepOriginal` is about pixels.
+   * Refused with `include` of `"pixels"`, and with `paddingMaskCrop`. Default: `"image"`.
+   */
+  outputType?: "image" | "latent" | undefined;
+  /**
    * What the pictures' files say about themselves (`Picture.parameters`): `"parameters"`, what it takes to draw them again, such as
    * prompts, seed, size and schedule; `"full"`, the names of model, software and runtime too; `false`, nothing. Never a path.
    * Default: `"full"`.
@@ -395,13 +406,13 @@ export interface GenerateOptions {
   onStart?: ((event: StartEvent, options: HandlerOptions) => unknown) | undefined;
   /**
    * Called after each block, in order; as `onAccept`. No event is left out, but one that is overtaken while it waits
-   * for a promise loses its `previews`.
+   * for a promise loses its `previews` and its `latents`.
    */
   onStep?: ((event: StepEvent, options: HandlerOptions) => unknown) | undefined;
   /**
    * When step events come: `"each"` as soon as the block is done, which takes a few percent of the speed of steps of a few
    * milliseconds; `"bunched"` those of 200 ms together, or earlier where launches are shared. A launch that is shared
-   * is reported at once if one of its requests asks for it. Default: `"each"` with `preview`, otherwise `"bunched"`.
+   * is reported at once if one of its requests asks for it. Default: `"each"` with `preview` or `stepLatents`, otherwise `"bunched"`.
    */
   reports?: "each" | "bunched" | undefined;
 }
@@ -453,6 +464,12 @@ export interface StepEvent {
    * of `"fast"` have one pixel for each latent. Otherwise empty, and where a later event came before the handler had time for this one.
    */
   readonly previews: readonly Picture[];
+  /**
+   * If the option `stepLatents` asks for them: x after the block at this noise level, [B, C, h, w] of the block's stage, as diffusers' `latents` at the end of a
+   * step: with a mask, after the known region was put back. Those of the last block are `GenerateResult.latents`. Otherwise null, and where a later event came before
+   * the handler had time for this one.
+   */
+  readonly latents: FloatTensor | null;
 }
 
 /** What a stream of a call has: its events, named by `type`, and at the end its result. */
@@ -469,7 +486,7 @@ export type GenerateEvent =
 export interface GenerateStream extends AsyncIterable<GenerateEvent>, AsyncDisposable {
   /**
    * The next event. Events that nobody has asked for wait, any number of them; of the step events that wait only the newest keeps its
-   * `previews`.
+   * `previews` and `latents`.
    * @throws once, after the last event, what `generate` rejects with
    */
   next(): Promise<IteratorResult<GenerateEvent, undefined>>;
@@ -546,9 +563,9 @@ export interface StageResult {
 
 /** What a call of `generate` results in. B pictures: prompt by prompt, `count` for each. */
 export interface GenerateResult {
-  /** The pictures, B of them. */
+  /** The pictures, B of them; none with `outputType` `"latent"`. */
   readonly images: readonly Picture[];
-  /** Final latents, [B, C, H/f, W/f], as the transformer sees them; null unless `include` asks for them. */
+  /** Final latents, [B, C, H/f, W/f], as the transformer sees them; null unless `include` or `outputType` asks for them. */
   readonly latents: FloatTensor | null;
   /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped; null unless `include` asks for them. */
   readonly pixels: FloatTensor | null;

@@ -382,6 +382,13 @@ export const generateSchema = z.strictObject({
     integer(1, 1000),
     "with preview: at most so many steps show previews, evenly over the schedule, the last never (default: every step)",
   ),
+  stepLatents: defaulted(boolean, false, "whether step events hold the latents after the step"),
+  outputType: defaulted(
+    oneOf(["image", "latent"]),
+    "image",
+    "image, or latent: the decoder is left out, and the result holds latents and no pictures",
+    "--output-type <type>",
+  ),
   metadata: defaulted(
     kind(z.union([z.enum(["full", "parameters"]), z.literal(false)]), '"full", "parameters" or false'),
     "full",
@@ -452,7 +459,7 @@ export const generateSchema = z.strictObject({
   onStep: optional(handler<StepEvent>(), "called after each step, in order"),
   reports: optional(
     oneOf(["each", "bunched"]),
-    "when step events come: each as soon as its step is done, or those of 200 ms bunched (default: each with preview, otherwise bunched)",
+    "when step events come: each as soon as its step is done, or those of 200 ms bunched (default: each with preview or stepLatents, otherwise bunched)",
   ),
 });
 

@@ -16,7 +16,7 @@ export interface JsonSchema {
 /**
  * What `requestFromJson` takes: every option of `generate` but `signal`, `onAccept`, `onStart`, `onStep` and `allowPaths`, with descriptions, ranges and defaults;
  * pictures and noise as base64. What no JSON Schema can say is left to `requestFromJson`: that pixels and tensors have as
- * many bytes as their size asks for. What depends on a model is left to `generate`.
+ * many bytes as their size asks for, and that digits of a seed are a number of 64 bits. What depends on a model is left to `generate`.
  */
 export const requestJsonSchema: JsonSchema = jsonSchema("A request of flowturbo", requestCodec);
 

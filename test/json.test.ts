@@ -63,6 +63,8 @@ const options = fc.record(
     keepOriginal: fc.boolean(),
     preview: fc.constantFrom("fast" as const, "decoded" as const),
     previewCount: fc.integer({ min: 1, max: 1000 }),
+    stepLatents: fc.boolean(),
+    outputType: fc.constantFrom("image" as const, "latent" as const),
     metadata: fc.constantFrom("full" as const, "parameters" as const, false as const),
     noise: fc.oneof(tensor, fc.array(tensor, { minLength: 1, maxLength: 3 })),
     maxSequenceLength: fc.integer({ min: 1, max: 512 }),

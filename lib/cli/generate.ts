@@ -54,7 +54,7 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
     )
     .option("--preview <file>", "rewrite this file after each step with the first picture as it is then")
     .option("--noise <file>", "start from `noise` [B,C,h,w] of a .safetensors file (later stages: `noise_2`, …)")
-    .option("--save-latents <file>", "write `latents` and decoded `image` to a .safetensors file")
+    .option("--save-latents <file>", "write `latents` and decoded `image` (if any) to a .safetensors file")
     .addHelpText(
       "after",
       `
@@ -90,21 +90,30 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   checkSigmas(checked.sigmas);
   const rows = prompts.length * checked.count;
   checkSeeds(checked, rows);
+  const isLatent = checked.outputType === "latent";
+  if (isLatent && flags.saveLatents === undefined)
+    throw new OptionError(
+      "outputType",
+      'With "latent" there are no pictures to write; say with --save-latents where the latents go.',
+    );
   const seeds = noise ? new Array<null>(rows).fill(null) : (checked.seeds ?? seedsFrom(checked.seed!, rows));
-  const files = outputFiles(flags.out, seeds);
+  const files = isLatent ? [] : outputFiles(flags.out, seeds);
   if (flags.preview !== undefined) formatOf(flags.preview);
+  const written = isLatent ? [flags.saveLatents!] : files;
   const others = [flags.saveLatents, flags.preview].filter((file) => file !== undefined);
   const undoOutputs = await prepareOutputs([...files, ...others]);
 
   // 2. Load, draw, write.
   const report = await withModel(flags, loadOptions, async (model, progress) => {
-    const include = flags.saveLatents === undefined ? [] : (["latents", "pixels"] as const);
+    const include = flags.saveLatents === undefined || isLatent ? [] : (["latents", "pixels"] as const);
     const { result, warnings } = await draw(model, { ...checked, include }, flags.preview, progress);
     progress.show("writing");
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
-    if (flags.saveLatents)
-      await writeSafetensors(flags.saveLatents, { latents: result.latents!, image: result.pixels! });
-    return { ...summary(files, result, model), warnings };
+    if (flags.saveLatents) {
+      const { latents, pixels } = result;
+      await writeSafetensors(flags.saveLatents, { latents: latents!, ...(pixels && { image: pixels }) });
+    }
+    return { ...summary(written, result, model), warnings };
   }).catch(async (error) => {
     await undoOutputs();
     throw error;
@@ -112,7 +121,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
 
   // 3. Say what was done.
   if (!flags.json) for (const warning of report.warnings) process.stderr.write(`warning: ${warning}\n`);
-  print(flags.json, report, files.join("\n"));
+  print(flags.json, report, written.join("\n"));
 }
 
 /** Draws, and rewrites the preview's file on the way: it is written, or given up, when this returns. */

@@ -1,7 +1,7 @@
 /**
  * The events of one request on their way to its handlers: in order, one at a time. A handler may return a promise; the
  * next event waits for it. Drawing never waits, since its launches are shared with other callers: events wait here
- * instead. Of those that wait only the latest step event keeps its previews, so that a slow handler holds one set of
+ * instead. Of those that wait only the latest step event keeps its previews and latents, so that a slow handler holds one set of
  * pictures and no more.
  */
 
@@ -35,8 +35,8 @@ export class RequestEvents {
   send<Name extends Delivery["name"]>(name: Name, event: Extract<Delivery, { name: Name }>["event"]): void {
     if (!this.#handlers[name] || this.signal.aborted) return;
     const last = this.#waiting.at(-1);
-    if (last?.name === "onStep" && last.event.previews.length > 0)
-      this.#waiting[this.#waiting.length - 1] = { name: "onStep", event: { ...last.event, previews: [] } };
+    if (last?.name === "onStep")
+      this.#waiting[this.#waiting.length - 1] = { name: "onStep", event: overtaken(last.event) };
     this.#waiting.push({ name, event } as Delivery);
     if (!this.#isBusy) this.#deliver();
   }
@@ -91,6 +91,11 @@ export class RequestEvents {
     this.#isBusy = false;
     for (const resolve of this.#idle.splice(0)) resolve();
   }
+}
+
+/** A step event after which another has come. */
+export function overtaken<Event extends StepEvent>(event: Event): Event {
+  return event.previews.length > 0 || event.latents ? { ...event, previews: [], latents: null } : event;
 }
 
 function isThenable(value: unknown): value is PromiseLike<unknown> {

@@ -57,8 +57,12 @@ export interface SamplingKind {
   readonly preview?: "fast" | "decoded" | undefined;
   /** After how many blocks, over all stages, at most; default: after each. */
   readonly previewCount?: number | undefined;
-  /** Whether the final latents are a result besides the picture: every result is copied on its way here. */
+  /** Whether the final latents are a result: every result is copied on its way here. */
   readonly keepsLatents: boolean;
+  /** Whether the decoder ends it. Default: true. */
+  readonly decodes?: boolean | undefined;
+  /** Whether the latents after each block go with the reports. Default: false. */
+  readonly reportsLatents?: boolean | undefined;
 }
 
 /** What differs between them. */
@@ -89,8 +93,8 @@ export interface SamplingTemplate {
   readonly program: Program;
   /** Final latents [B, C, h, w], a result only if the kind keeps them. */
   readonly latents: string;
-  /** Decoded picture [B, 3, H, W], a result. */
-  readonly image: string;
+  /** Decoded picture [B, 3, H, W], a result; null where nothing is decoded. */
+  readonly image: string | null;
   /** Indices of the blocks, over all stages, that previews follow. */
   readonly previewed: ReadonlySet<number>;
 }
@@ -133,8 +137,10 @@ export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
   const writer = new TemplateWriter(kind);
   let latents = "";
   for (const index of kind.stages.keys()) latents = writer.stage(index, latents);
-  const image = writer.decode(latents, kind.stages.length - 1, "image", { kind: "decode", name: "decoder" });
-  const program = writer.builder.build([...(kind.keepsLatents ? [latents] : []), image]);
+  const { keepsLatents, decodes = true } = kind;
+  const decoder = { kind: "decode", name: "decoder" } as const;
+  const image = decodes ? writer.decode(latents, kind.stages.length - 1, "image", decoder) : null;
+  const program = writer.builder.build([...(keepsLatents ? [latents] : []), ...(image === null ? [] : [image])]);
   return { program, latents, image, previewed: writer.previewed };
 }
 
@@ -346,8 +352,9 @@ class TemplateWriter {
       this.#step(index, name, step, state);
       if (!step.last) continue;
       const reached = sigmas[step.block + 1]!;
-      if (stage.hasMask) this.#blend(stage, name, noise, state, reached);
-      if (this.previewed.has(this.#blocksBefore + step.block)) this.#preview(index, name, step.block, state, reached);
+      const block = this.#blocksBefore + step.block;
+      if (stage.hasMask) this.#blend(stage, name, noise, state, reached, block);
+      if (this.previewed.has(block)) this.#preview(index, name, block, state, reached);
     }
     this.#blocksBefore += blocks.length;
     return x.at;
@@ -422,6 +429,11 @@ class TemplateWriter {
     if (combination) writer.combine(state, combination, step.last);
   }
 
+  /** What is reported with the launch that ends the blocks' own work on x. */
+  #reportOf(x: string | undefined): Pick<Launch, "reported"> {
+    return this.#kind.reportsLatents ? { reported: [x!] } : {};
+  }
+
   /** Writes launches of one step: what they have in common. */
   #stepWriter(index: number, step: StepLaunch) {
     const { builder } = this;
@@ -430,6 +442,7 @@ class TemplateWriter {
     const { blocks, sigmas } = stage.schedule;
     const [from, to] = [sigmas[step.block]!, sigmas[step.block + 1]!];
     const block = this.#blocksBefore + step.block;
+    const isFollowed = stage.hasMask || this.previewed.has(block);
     const name = `block ${block + 1} of ${this.#blocks} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`;
     const launch = (
       network: string,
@@ -439,12 +452,14 @@ class TemplateWriter {
       builder.launch({
         graph: this.#graph(network, guided),
         ...launch,
+        // Those of an edit are what the known region was put into.
+        ...(last && !stage.hasMask && this.#reportOf(launch.outputs.x_next)),
         sharing: {
           size: `${this.#size(stage)}${networks[network]!.role === "step" ? (textSize ?? "") : ""}`,
           ...sharingOf(network, this.#pixels(stage)),
           ...(index < stages.length - 1 && { deferrable: true }),
         },
-        label: { kind: "step", name, block, last },
+        label: { kind: "step", name, block, last: last && !isFollowed },
       });
     const combine = ({ x, velocity, first, second }: StageState, weights: Combination, last: boolean) => {
       const { register, guidance } = velocity.at!;
@@ -526,7 +541,15 @@ class TemplateWriter {
     return { ...Object.fromEntries(constants), scale };
   }
 
-  #blend(stage: SamplingStage, name: string, noise: string, { x, velocity }: StageState, sigma: number): void {
+  /** @param block that it is a part of; absent where a stage starts */
+  #blend(
+    stage: SamplingStage,
+    name: string,
+    noise: string,
+    { x, velocity }: StageState,
+    sigma: number,
+    block?: number,
+  ): void {
     const rows = velocity.at?.rows ?? (stage.schedule.launches[0]?.guidance == null ? "alone" : "pair");
     const [nextX, nextVelocity] = [x.next(), velocity.next(rows)];
     this.builder.launch({
@@ -537,18 +560,21 @@ class TemplateWriter {
         sigma: this.builder.perRow(sigma, this.#rows),
       },
       outputs: { x_next: nextX, velocity_next: nextVelocity },
+      ...(block !== undefined && this.#reportOf(nextX)),
       sharing: { size: this.#size(stage), ...sharingOf("inpaint_blend", this.#pixels(stage)) },
-      label: { kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
+      label: {
+        ...{ kind: "edit", name: `the known region at sigma ${sigma.toFixed(4)}` },
+        ...(block !== undefined && { block, last: !this.previewed.has(block) }),
+      },
     });
     x.at = nextX;
     velocity.replace(nextVelocity);
   }
 
-  #preview(index: number, name: string, stageBlock: number, { x, velocity }: StageState, sigma: number): void {
+  #preview(index: number, name: string, block: number, { x, velocity }: StageState, sigma: number): void {
     const { builder } = this;
     const { preview, stages } = this.#kind;
     const isDecoded = preview === "decoded";
-    const block = this.#blocksBefore + stageBlock;
     const [, channels, height, width] = x.shape as LatentShape;
     const latents = builder.register(`${name}.preview.latents`, x.shape);
     const image = builder.register(`${name}.preview.colours`, [this.#rows, 3, height, width]);

@@ -49,7 +49,7 @@ export async function draw(
 ): Promise<GenerateResult> {
   const { prompts, count, pictures, reports, signal } = request;
   const { stages, template } = candidate;
-  const progress = new ProgressReporter(stages, pictures, template.previewed, (event) => events?.send("onStep", event));
+  const progress = new ProgressReporter(stages, pictures, (event) => events?.send("onStep", event));
   const run = (rows: readonly Program[]) => admitted.run({ rows, reports, onLaunch: progress.observe.bind(progress) });
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
@@ -97,7 +97,7 @@ export async function draw(
   }
   const results = await run(programs);
 
-  // 4. Decode: the last launch of each program was the decoder; its pixels become pictures.
+  // 4. Decode: the last launch of each program was the decoder, unless latents are what is wanted; its pixels become pictures.
   const { steps, milliseconds } = progress;
   return resultOf(model, request, candidate, admitted, { tokens, warnings }, results, {
     ...{ load: model.loadMilliseconds, queue: admitted.queuedMs, encode, steps, upscale: milliseconds.upscale },

@@ -56,6 +56,8 @@ type Kept =
   | "preview"
   | "previewCount"
   | "metadata"
+  | "outputType"
+  | "stepLatents"
   | "deadlineMs"
   | "prefer"
   | "ticket"
@@ -106,9 +108,17 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     keepOriginal,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
-  const { count, preview, previewCount, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } = options;
+  const { count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } =
+    options;
   const { stages, sigmas, shift, mu } = options;
-  const { include = [], signal, onAccept, onStart, onStep, reports = preview ? "each" : "bunched" } = options;
+  const {
+    include = [],
+    signal,
+    onAccept,
+    onStart,
+    onStep,
+    reports = preview || options.stepLatents ? "each" : "bunched",
+  } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
@@ -123,6 +133,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     throw new OptionError(
       "previewCount",
       "The option previewCount says how many steps have previews; give preview too, or leave previewCount out.",
+    );
+  if (outputType === "latent" && include.includes("pixels"))
+    throw new OptionError(
+      "include",
+      'With outputType "latent" nothing is decoded, so that there are no pixels; leave "pixels" out of include, or leave out outputType.',
     );
   checkGuidanceInterval(options);
   checkSigmas(sigmas);
@@ -145,8 +160,10 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const sampler = options.sampler ?? defaultSampler;
   return {
-    ...{ count, preview, previewCount, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
+    ...{ count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
+    // Without a handler nobody sees them.
+    stepLatents: options.stepLatents && onStep !== undefined,
     ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
     negativePrompts: isOn ? negativePrompts : [],

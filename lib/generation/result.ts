@@ -27,8 +27,9 @@ export async function resultOf(
   const blocks = blocksOf(stages);
   const origin = originOf(model);
   const images: Image[] = [];
-  for (const [row, result] of results.entries()) {
-    const rgb = await toRgbInSlices(result[template.image] as FloatTensor, 0);
+  const { image } = template;
+  for (const [row, result] of image === null ? [] : results.entries()) {
+    const rgb = await toRgbInSlices(result[image!] as FloatTensor, 0);
     if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     const parameters = {
       ...(request.metadata && parametersOf(request, stages, row)),
@@ -36,13 +37,13 @@ export async function resultOf(
     };
     images.push(new Image(width, height, rgb, parameters));
   }
-  const { deadlineMs, include } = request;
+  const { deadlineMs, include, outputType } = request;
   const valuesOf = (name: string) => stacked(results.map((result) => result[name]!));
   return {
     ...{ images, width, height, blocks, timings, warnings: text.warnings, seeds: request.seeds },
     tokens: { text: text.tokens, image: patchesOf(model.checkpoint, stages.at(-1)!.latentShape) },
-    latents: include.includes("latents") ? await valuesOf(template.latents) : null,
-    pixels: include.includes("pixels") ? await valuesOf(template.image) : null,
+    latents: outputType === "latent" || include.includes("latents") ? await valuesOf(template.latents) : null,
+    pixels: include.includes("pixels") && image !== null ? await valuesOf(image) : null,
     sigmas: stages.flatMap(({ schedule }) => schedule.sigmas),
     stages: stages.map(({ width, height, schedule: { text, sigmas } }) => ({ width, height, blocks: text, sigmas })),
     evaluations: {

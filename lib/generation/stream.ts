@@ -1,12 +1,13 @@
 /**
  * A call of `generate` that is iterated over: its events and then its result, in order. Any model can offer this over its own `generate`. The
  * call starts at once and never waits for who reads, as with handlers: events wait here, and of the step events that wait only the newest
- * keeps its previews. Written without a generator: the `return` of one would wait for a `next` that is pending.
+ * keeps its previews and latents. Written without a generator: the `return` of one would wait for a `next` that is pending.
  */
 
 import { following } from "../common/abort.js";
 import type { GenerateEvent, GenerateOptions, GenerateResult, GenerateStream, ImageModel } from "../model.js";
 import { checkOptions, generateSchema } from "../options.js";
+import { overtaken } from "./events.js";
 
 type Next = IteratorResult<GenerateEvent, undefined>;
 const over: Next = { done: true, value: undefined };
@@ -100,8 +101,7 @@ class Stream implements GenerateStream {
       return;
     }
     const last = this.#waiting.at(-1);
-    if (event.type === "step" && last?.type === "step" && last.previews.length > 0)
-      this.#waiting[this.#waiting.length - 1] = { ...last, previews: [] };
+    if (event.type === "step" && last?.type === "step") this.#waiting[this.#waiting.length - 1] = overtaken(last);
     this.#waiting.push(event);
   }
 

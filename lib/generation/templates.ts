@@ -60,7 +60,7 @@ export class Templates {
     const warnings: string[] = [];
     let [stages, used] = [all, edit];
     if (edit?.every(({ mask }) => mask?.empty)) {
-      const through = kept ? "" : ", through the autoencoder";
+      const through = kept && request.outputType === "image" ? "" : ", through the autoencoder";
       warnings.push(`The mask is black everywhere, so that nothing is to be painted: this is the original${through}.`);
       stages = [{ ...all.at(-1)!, schedule: scheduleOf([], [0]) }];
       used = edit.slice(-1).map((stage) => ({ ...stage, mask: null }));
@@ -83,17 +83,23 @@ export class Templates {
 
   /** The template of one picture. */
   sampling(
-    request: Pick<Request, "guidance" | "sequenceLength" | "preview" | "previewCount" | "include">,
+    request: Pick<
+      Request,
+      "guidance" | "sequenceLength" | "preview" | "previewCount" | "include" | "outputType" | "stepLatents"
+    >,
     stages: readonly RequestStage[],
     edit: Edit | null,
   ): SamplingTemplate {
     const { guidance, sequenceLength, preview, previewCount } = request;
-    const keepsLatents = request.include.includes("latents");
+    const decodes = request.outputType === "image";
+    const keepsLatents = !decodes || request.include.includes("latents");
+    const reportsLatents = request.stepLatents;
     const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
       return { key, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
-    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, keepsLatents]);
+    const results = [keepsLatents, decodes, reportsLatents];
+    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, results]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae } = this.#checkpoint;
@@ -105,7 +111,7 @@ export class Templates {
         return { schedule, latentShape, upscale, positions, hasInit, hasMask };
       }),
       ...this.#text.shapes(sequenceLength),
-      ...{ guidanceMode: guidance.mode, preview, previewCount, keepsLatents },
+      ...{ guidanceMode: guidance.mode, preview, previewCount, keepsLatents, decodes, reportsLatents },
       ...{ vaeFactor: vae.config.factor, imageChannels: vae.config.outChannels },
       textSize: sequenceLength === this.#text.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
     });

@@ -48,9 +48,9 @@ export interface LaunchLabel {
   readonly kind: "encode" | "step" | "upscale" | "edit" | "preview" | "decode";
   /** For messages: "block 3 of 10 (P, sigma 0.75 to 0.66)". */
   readonly name: string;
-  /** For steps and previews: index of the block, from 0, over all stages. */
+  /** For what belongs to a block: its index, from 0, over all stages. */
   readonly block?: number;
-  /** Whether this is the last launch of its block, or of the block's preview. */
+  /** Whether this is the last launch of its block: of its step, or of the known region or the preview that follows. */
   readonly last?: boolean;
 }
 

@@ -128,6 +128,18 @@ describe("flowturbo generate", () => {
     expect((await pixels("6687881544318117707")).equals(await pixels(low))).toBe(true);
   });
 
+  it("writes latents alone where that is what is asked for", async () => {
+    const folder = temporaryFolder();
+    const args = ["generate", "a blue square", "--seed", "3", "--steps", "2", "--json", "--save-latents"];
+    const { stdout } = await run([...args, "alone.safetensors", "--output-type", "latent"], folder);
+    expect(JSON.parse(stdout)).toMatchObject({ files: ["alone.safetensors"], seeds: [3] });
+    expect(readdirSync(folder)).toEqual(["alone.safetensors"]);
+    await run([...args, "both.safetensors"], folder);
+    const alone = await readAll(path.join(folder, "alone.safetensors"));
+    expect(Object.keys(alone)).toEqual(["latents"]);
+    expect(alone.latents).toEqual((await readAll(path.join(folder, "both.safetensors"))).latents);
+  });
+
   it("writes the same bytes for the same seed", async () => {
     const folder = temporaryFolder();
     for (const name of ["a.png", "b.png"])
@@ -392,6 +404,11 @@ describe("usage errors", () => {
     ["a stage with a width", ["generate", "x", "--stage", "64x64:H1", "--width", "64"], /--width: .*leave out width/],
     ["a stage with blocks", ["generate", "x", "--stage", "64x64:H1", "--blocks", "H1"], /--blocks: .*leave out blocks/],
     ["stages that fall", ["generate", "x", "--stage", "64x64:H1", "--stage", "32x32:H1"], /rising sizes/],
+    [
+      "latents without a place",
+      ["generate", "x", "--output-type", "latent"],
+      /--output-type: .*say with --save-latents/,
+    ],
     ["a mask without an image", ["generate", "x", "--mask", "m.png"], /--mask: .*needs an image/],
     [
       "a strength of zero",

@@ -21,7 +21,7 @@ function deferred<T = void>() {
 }
 
 const step = (index: number, previews: StepEvent["previews"] = []): StepEvent => ({
-  ...{ step: index, steps: 10, stage: 0, stages: 1, block: "E", sigma: 0.5, milliseconds: 1, previews },
+  ...{ step: index, steps: 10, stage: 0, stages: 1, block: "E", sigma: 0.5, milliseconds: 1, previews, latents: null },
 });
 const accept: AcceptEvent = { predictedMs: null, place: 0, blocks: "E1", seeds: [1] };
 const start: StartEvent = { queuedMs: 0, blocks: "E1" };

@@ -6,6 +6,7 @@ import path from "node:path";
 import { setImmediate } from "node:timers/promises";
 import { FlowTurbo, type GenerateEvent, type GenerateOptions, type GenerateResult, generateStream } from "flowturbo";
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
+import { float32 } from "../../lib/common/tensor.js";
 import { Image } from "../../lib/generation/image.js";
 
 /** Everything that no promise's owner has seen; the process would end. */
@@ -37,6 +38,7 @@ function byHand() {
       {
         ...{ step: index, steps: 9, stage: 0, stages: 1, block: "E", sigma: 0.5, milliseconds: 1 },
         previews: [picture],
+        latents: float32([1], new Float32Array([index])),
       },
       { signal: options.signal! },
     );
@@ -70,9 +72,10 @@ describe("a stream", () => {
     for (const index of [1, 2, 3]) step(index);
     end();
     await setImmediate();
-    expect(names([first.value!, ...(await all(stream))])).toEqual([
-      ...["step 0 (1)", "step 1 (0)", "step 2 (0)", "step 3 (1)", "result"],
-    ]);
+    const events = [first.value!, ...(await all(stream))];
+    expect(names(events)).toEqual(["step 0 (1)", "step 1 (0)", "step 2 (0)", "step 3 (1)", "result"]);
+    const latents = events.map((event) => (event.type === "step" ? (event.latents?.data[0] ?? null) : null));
+    expect(latents).toEqual([0, null, null, 3, null]);
   });
 
   it("throws what the call failed with, once, after the events that came before it", async () => {

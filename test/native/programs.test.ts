@@ -47,6 +47,22 @@ describeAddons("programs of a schedule", () => {
         expect(simulated.counts().graphLaunches).toBe(2);
         simulated.reset();
       });
+
+      it.each([false, true])("with the state after each block in its reports (capture: %s)", async (capture) => {
+        await using runtime = simulatedRuntime(kind, new SimulatedEngines(folder), { capture });
+        for (const graph of samplingGraphs(example.guided ?? true)) runtime.add(graph);
+        const request = requestOf(example, 2);
+        const { program } = samplingProgram(request, true);
+        const { steps } = draw(request);
+        for (let run = 0; run < 2; run++) {
+          const reported: unknown[] = [];
+          await runtime.run(program, {
+            onLaunch: ({ values }) => reported.push(...Object.values(values).map(({ data }) => data.slice())),
+          });
+          expect(reported).toEqual(steps);
+        }
+        simulated.reset();
+      });
     });
   });
 });

@@ -60,6 +60,7 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
         {
           ...{ step, steps, stage: 0, stages: 1, block: "P", sigma: 1 - (step + 1) / steps, milliseconds: stepMs },
           previews: hasPreview ? pictures : [],
+          latents: null,
         },
         handled,
       );

@@ -208,19 +208,28 @@ export function requestOf({ stages, guided = true, inpainted = false, upscale }:
 }
 
 /** The program that draws them: the product's template, with the values bound. */
-export function samplingProgram({ stages, context, pooled, guidanceScale }: Sampling): SamplingTemplate {
+export function samplingProgram(
+  { stages, context, pooled, guidanceScale }: Sampling,
+  reportsLatents = false,
+): SamplingTemplate & { readonly image: string } {
   const template = samplingTemplate({
-    ...{ stages, vaeFactor: factor, imageChannels: 3, keepsLatents: true },
+    ...{ stages, vaeFactor: factor, imageChannels: 3, keepsLatents: true, reportsLatents },
     contextShape: context.shape.slice(1) as [number, number],
     pooledShape: pooled.shape.slice(1) as [number],
   });
   const values = stages.map(({ noise, init, mask }) => ({ noise, init, mask }));
   const condition = { [guidanceScale === null ? "alone" : "guided"]: { context, pooled } };
-  return { ...template, program: bind(template.program, slotValues({ stages: values, ...condition })) };
+  return {
+    ...template,
+    image: template.image!,
+    program: bind(template.program, slotValues({ stages: values, ...condition })),
+  };
 }
 
 /** The same pictures, computed here. */
-export function draw(request: Sampling): { latents: Float32Array; image: Float32Array } {
+export function draw(request: Sampling): { latents: Float32Array; image: Float32Array; steps: Float32Array[] } {
+  /** The state after each block. */
+  const steps: Float32Array[] = [];
   const batch = request.stages[0]!.noise.shape[0]!;
   const rows = request.context.shape[0]!;
   const scale = request.guidanceScale;
@@ -350,6 +359,7 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
         x = blend(x, (row, place) => at(known, row, place));
         velocity = blend(velocity, (row, place) => float(at(noise, row, place) - at(init, row, place)));
       }
+      steps.push(x.data);
     }
     latents = x;
   }
@@ -357,5 +367,5 @@ export function draw(request: Sampling): { latents: Float32Array; image: Float32
   const image = each([batch, 3, height * factor, width * factor], (row, place) =>
     float(float(at(latents!, row, place) * 0.5) + 0.25),
   );
-  return { latents: latents!.data, image: image.data };
+  return { latents: latents!.data, image: image.data, steps };
 }
