@@ -97,6 +97,11 @@ export class FlowTurbo implements ImageModel {
   readonly nativeSize: { readonly width: number; readonly height: number };
   /** Whether schedules may have blocks that evaluate the velocity refiner (`R` and `C`). */
   readonly hasRefiner: boolean;
+  /**
+   * What is missing or there twice in the checkpoint's folder, and how it was read because of it: a single file beside newer
+   * shards, files of T5 that were not downloaded. `logger.warn` was told the same.
+   */
+  readonly warnings: readonly string[];
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
@@ -124,7 +129,7 @@ export class FlowTurbo implements ImageModel {
     if (typeof folder !== "string")
       throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, signal, onProgress, logger = {} } = checked;
+    const { variant, textEncoder3, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
     const report = (phase: LoadProgress["phase"], done: number) => {
       signal?.throwIfAborted();
@@ -136,9 +141,9 @@ export class FlowTurbo implements ImageModel {
     checkInstallation();
     await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
-    const [checkpoint] = await Promise.all([openCheckpoint(folder, { variant, signal }), sharp.load()]);
-    const { className, notes } = checkpoint.scheduler;
-    for (const note of notes) logger.warn?.(`The model's scheduler, ${className}, ${note}.`);
+    const opening = openCheckpoint(folder, { variant, textEncoder3, signal });
+    const [checkpoint] = await Promise.all([opening, sharp.load()]);
+    for (const warning of checkpoint.warnings) logger.warn?.(warning);
     const ladder = ladderOf(checkpoint);
     const cache = checked.cache ?? defaultCacheFolder();
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -213,6 +218,7 @@ export class FlowTurbo implements ImageModel {
     this.folder = checkpoint.folder;
     this.runtime = choice;
     this.hasRefiner = checkpoint.refiner !== null;
+    this.warnings = checkpoint.warnings;
     this.nativeSize = nativeSize(checkpoint);
     this.#graphs = graphs;
     this.#cache = cache;

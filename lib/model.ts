@@ -141,6 +141,11 @@ export interface LoadOptions {
   /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
   /**
+   * Whether T5, the third and largest text encoder, is used where the model has it. `false` leaves it out, as
+   * `text_encoder_3=None` does in diffusers: its part of the context is zeros, and neither its files nor its tokenizer's are read. A model whose files of T5 are missing is drawn without it in any case, and says so in `warnings`. Default: true.
+   */
+  textEncoder3?: boolean | undefined;
+  /**
    * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
    * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
    */
@@ -838,6 +843,11 @@ export interface CompileEnginesOptions {
   tensorrtFolder?: string | undefined;
   /** Precision variant of the weight files to read, such as `"fp16"`. Default: the files without a variant. */
   variant?: string | undefined;
+  /**
+   * Whether T5, the third and largest text encoder, is used where the model has it. `false` leaves it out, as
+   * `text_encoder_3=None` does in diffusers: its part of the context is zeros, and neither its files nor its tokenizer's are read. No engine is built for it. Default: true.
+   */
+  textEncoder3?: boolean | undefined;
   /** Sizes of pictures. Default: the model's native size. */
   sizes?: readonly Size[] | undefined;
   /** Numbers of pictures in a launch, 1 to 1024 each. Default: 1. */

@@ -179,6 +179,14 @@ const variant = optional(
   "--variant <name>",
 );
 
+const textEncoder3 = defaulted(
+  boolean,
+  true,
+  "whether T5, the third text encoder, is used where the model has it; otherwise its part of the text is zeros",
+  "--no-t5",
+  "leave T5 out, the third and largest text encoder: its part of the text is zeros",
+);
+
 const withTargets = builderNames().filter((name) => runtimes[name]!.builder!.takesTargets);
 const samplerNames = Object.keys(samplers) as SamplerName[];
 const bySampler = (value: (row: SamplerRow) => string | number) =>
@@ -210,6 +218,7 @@ export const loadSchema = z.strictObject({
     "free the text encoders' memory after each use; they are loaded again for new prompts",
   ),
   variant,
+  textEncoder3,
   threads: optional(
     integer(1, 1024),
     "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
@@ -541,6 +550,7 @@ export const compileSchema = z.strictObject({
   ),
   tensorrtFolder,
   variant,
+  textEncoder3,
   sizes: profileSchema.shape.sizes,
   batches: defaulted(integers(1024), [1], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   targets: described(

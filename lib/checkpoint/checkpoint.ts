@@ -5,7 +5,7 @@
  */
 
 import { readdir } from "node:fs/promises";
-import { join, resolve } from "node:path";
+import { basename, join, resolve } from "node:path";
 import { CheckpointError } from "../errors.js";
 import {
   type ClipConfig,
@@ -20,7 +20,7 @@ import {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
-import { isFolder, type JsonObject, readJsonObject } from "./files.js";
+import { exists, isFolder, isRecord, type JsonObject, readJsonObject } from "./files.js";
 import { checkQuantisation } from "./quantised.js";
 import {
   type ModelIdentity,
@@ -31,7 +31,7 @@ import {
   sampledWeights,
 } from "./schedules.js";
 import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
-import { openWeights, type Weights } from "./weights.js";
+import { type Naming, namings, openWeights, type Weights } from "./weights.js";
 
 /** A network of the checkpoint: how large it is, and where its weights lie. */
 export interface Part<Config> {
@@ -57,25 +57,29 @@ export interface Checkpoint {
   readonly scheduler: SchedulerConfig;
   /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
   readonly schedules: StoredSchedules;
+  /** What is missing or there twice, and how the folder is read because of it. */
+  readonly warnings: readonly string[];
 }
 
 interface OpenCheckpointOptions {
   /** Variant of the weight files to read, for example "fp16". Parts without it are read without; some part must have it. */
   readonly variant?: string | undefined;
+  /** False leaves T5 out, whatever the folder has. Default: true. */
+  readonly textEncoder3?: boolean | undefined;
   /** Checked between reads. */
   readonly signal?: AbortSignal | undefined;
 }
 
-const pipelineClasses = [
-  "StableDiffusion3Pipeline",
-  "StableDiffusion3Img2ImgPipeline",
-  "StableDiffusion3InpaintPipeline",
-] as const;
+/** Pipelines of SD3 differ in parts that are added to the same ones: a ControlNet, an image encoder, guiders. */
+const pipelineClass = /^StableDiffusion3\w*Pipeline$/;
+
+/** Files that name the parts, the one that counts first: that of pipelines, and that of modular ones. */
+const indexFiles = ["model_index.json", "modular_model_index.json"] as const;
 
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
-type PartKey = Exclude<keyof Checkpoint, "folder" | "schedules">;
+type PartKey = Exclude<keyof Checkpoint, "folder" | "schedules" | "warnings">;
 
 /** How a part is found and opened. */
 interface PartRow<Opened> {
@@ -96,9 +100,9 @@ const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]
     ...{ name: "scheduler", classes: knownClasses.scheduler, required: true },
     open: (folder) => readSchedulerConfig(join(folder, "scheduler_config.json")),
   },
-  textEncoder: network("text_encoder", knownClasses.clip, readClipConfig),
-  textEncoder2: network("text_encoder_2", knownClasses.clip, readClipConfig),
-  textEncoder3: network("text_encoder_3", knownClasses.t5, readT5Config),
+  textEncoder: network("text_encoder", knownClasses.clip, readClipConfig, namings.clip),
+  textEncoder2: network("text_encoder_2", knownClasses.clip, readClipConfig, namings.clip),
+  textEncoder3: network("text_encoder_3", knownClasses.t5, readT5Config, namings.t5),
   tokenizer: { name: "tokenizer", classes: clipTokenizers, open: (folder) => openClipTokenizer(folder) },
   tokenizer2: { name: "tokenizer_2", classes: clipTokenizers, open: (folder) => openClipTokenizer(folder) },
   tokenizer3: { name: "tokenizer_3", classes: t5Tokenizers, open: (folder) => openT5Tokenizer(folder) },
@@ -112,15 +116,21 @@ const textParts = [
   ["textEncoder3", "tokenizer3"],
 ] as const;
 
+/** T5: the one text encoder that pictures can be drawn without while the folder has it. */
+const t5Parts = [partRows.textEncoder3.name, partRows.tokenizer3.name];
+const withoutT5 = "To draw without T5, load the model with textEncoder3: false (--no-t5).";
+
 function network<Config>(
   name: string,
   classes: readonly string[] | null,
   readConfig: (file: string) => Promise<Config>,
+  naming: Naming = namings.plain,
 ): PartRow<Part<Config>> {
   // The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way.
   const basename = name.startsWith("text_encoder") ? "model" : "diffusion_pytorch_model";
   const open = async (folder: string, options: OpenCheckpointOptions) => {
-    const read = [readConfig(join(folder, "config.json")), openWeights(folder, basename, options)] as const;
+    const opening = openWeights(folder, basename, { ...options, naming });
+    const read = [readConfig(join(folder, "config.json")), opening] as const;
     const [config, weights] = await Promise.all(read);
     const { quantization_config: quantization } = await readJsonObject(join(folder, "config.json"));
     await checkQuantisation(weights, quantization, options);
@@ -138,33 +148,71 @@ const layout =
  * @throws CheckpointError that names the file or part and the remedy. `signal.reason` after an abort.
  */
 export async function openCheckpoint(folder: string, options: OpenCheckpointOptions = {}): Promise<Checkpoint> {
-  const { variant, signal } = options;
+  const { variant, textEncoder3 = true, signal } = options;
   const root = resolve(folder);
   signal?.throwIfAborted();
-  const index = join(root, "model_index.json");
   await explainOtherLayouts(root);
-  const present = readModelIndex(index, await readJsonObject(index));
+  const index = await indexOf(root);
+  const places = readModelIndex(index, await readJsonObject(index), textEncoder3);
+  const warnings: string[] = [];
+  const lacking = await whatIsMissing(root, places.get(partRows.textEncoder3.name));
+  if (lacking) {
+    warnings.push(
+      `${lacking}, though ${basename(index)} names it: pictures are drawn without T5, whose part of the text is zeros. ` +
+        "Download the checkpoint's remaining files, or leave T5 out with textEncoder3: false (--no-t5).",
+    );
+    for (const part of t5Parts) places.delete(part);
+  }
   signal?.throwIfAborted();
   const openPart = async ([key, row]: [string, PartRow<unknown>]) => {
-    const partFolder = join(root, row.name);
+    const place = row.classes ? places.get(row.name) : { folder: row.name };
+    if (!place) return [key, null] as const;
+    const partFolder = join(root, place.folder);
     const found = await isFolder(partFolder);
-    if (row.classes ? !present.has(row.name) : !found) return [key, null] as const;
+    if (!found && !row.classes) return [key, null] as const;
     if (!found)
       throw new CheckpointError(
         partFolder,
-        `The folder ${partFolder} is missing, though model_index.json names this part. Download the checkpoint's remaining files.`,
+        `The folder ${partFolder} is missing, though ${basename(index)} names this part${place.origin ? ` (of ${place.origin})` : ""}. ` +
+          "Download the checkpoint's remaining files.",
       );
     signal?.throwIfAborted();
-    return [key, await row.open(partFolder, options)] as const;
+    const variantOfPart = variant ?? place.variant;
+    return [key, await row.open(partFolder, { ...options, variant: variantOfPart })] as const;
   };
-  const parts = await Promise.all(Object.entries(partRows).map(openPart));
+  const openOrAdvise = async (row: [string, PartRow<unknown>]) =>
+    openPart(row).catch((error) => {
+      if (!(error instanceof CheckpointError) || !t5Parts.includes(row[1].name)) throw error;
+      throw new CheckpointError(error.path, `${error.message} ${withoutT5}`, { cause: error });
+    });
+  const parts = await Promise.all(Object.entries(partRows).map(openOrAdvise));
   signal?.throwIfAborted();
   // The rows are typed by the key that they open.
-  const opened = { folder: root, ...Object.fromEntries(parts), schedules: noSchedules } as Checkpoint;
+  const openedParts = Object.fromEntries(parts) as unknown as Pick<Checkpoint, PartKey>;
+  const opened: Checkpoint = { folder: root, ...openedParts, schedules: noSchedules, warnings };
   checkVariant(opened, variant);
   checkThatPartsFit(opened);
+  for (const { warnings: ofPart } of weightsOf(opened)) warnings.push(...ofPart);
+  const { className, notes } = opened.scheduler;
+  for (const note of notes) warnings.push(`The model's scheduler, ${className}, ${note}.`);
   const schedules = await readSchedules(join(root, "schedules.json"), identityOf(opened));
   return schedules ? { ...opened, schedules } : opened;
+}
+
+/** The file that names a folder's parts: as `StableDiffusion3Pipeline.from_pretrained`, and else as `ModularPipeline` does. */
+async function indexOf(root: string): Promise<string> {
+  const [usual, modular] = indexFiles.map((name) => join(root, name)) as [string, string];
+  return !(await exists(usual)) && (await exists(modular)) ? modular : usual;
+}
+
+/** What is missing of a network that the index names, in words; null for one that is there, and for one that is not named. */
+async function whatIsMissing(root: string, place: Place | undefined): Promise<string | null> {
+  if (!place) return null;
+  const folder = join(root, place.folder);
+  if (!(await isFolder(folder))) return `The folder ${folder} is missing`;
+  const names = await readdir(folder).catch((): string[] => []);
+  const isWeights = (name: string) => /\.(safetensors|bin|pth?|ckpt|gguf|msgpack|h5)$/.test(name);
+  return names.some(isWeights) ? null : `The folder ${folder} holds no weights`;
 }
 
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
@@ -182,24 +230,36 @@ export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelId
   };
 }
 
-/** The names of the parts that are not null. */
-function readModelIndex(file: string, json: JsonObject): Set<string> {
+/** Where the index says that a part is. */
+interface Place {
+  /** In the checkpoint's folder. */
+  readonly folder: string;
+  /** The variant that a modular index names for this part. */
+  readonly variant?: string | undefined;
+  /** The repository that a modular index names for this part. */
+  readonly origin?: string | undefined;
+}
+
+/** The parts that are not null, by their names. @param hasT5 whether T5 is wanted */
+function readModelIndex(file: string, json: JsonObject, hasT5: boolean): Map<string, Place> {
   const refuse = (message: string): never => {
     throw new CheckpointError(file, message);
   };
+  const isModular = basename(file) === indexFiles[1];
   const pipeline = json._class_name;
-  if (!(pipelineClasses as readonly unknown[]).includes(pipeline))
+  if (typeof pipeline !== "string" || !pipelineClass.test(pipeline))
     refuse(
-      `${file}: _class_name is ${JSON.stringify(pipeline) ?? "absent"}; known are ${pipelineClasses.join(", ")}. ` +
-        "Only Stable Diffusion 3 and 3.5 checkpoints can be read.",
+      `${file}: _class_name is ${JSON.stringify(pipeline) ?? "absent"}; known are StableDiffusion3Pipeline and others ` +
+        "whose names begin and end like it. Only Stable Diffusion 3 and 3.5 checkpoints can be read.",
     );
-  const present = new Set<string>();
+  const places = new Map<string, Place>();
   for (const { name: part, classes, required } of Object.values<PartRow<unknown>>(partRows)) {
-    if (!classes) continue;
-    const entry = json[part];
+    if (!classes || (!hasT5 && t5Parts.includes(part))) continue;
+    // A modular pipeline does not list what it was saved without.
+    const entry = json[part] ?? (json[part] === null || isModular ? null : undefined);
     if (entry === undefined)
       refuse(`${file} lacks the part "${part}". A part that a checkpoint does without is [null, null].`);
-    const name = Array.isArray(entry) ? (entry[1] as unknown) : entry;
+    const name = classIn(entry);
     if (name === null && required)
       refuse(`${file}: the part "${part}" is null, but no picture can be made without it.`);
     if (name === null) continue;
@@ -207,18 +267,42 @@ function readModelIndex(file: string, json: JsonObject): Set<string> {
       refuse(
         `${file}: the part "${part}" is of the unknown class ${JSON.stringify(name)}; known for it are ${classes.join(", ")}.`,
       );
-    present.add(part);
+    places.set(part, placeOf(file, part, entry));
   }
+  // diffusers keeps the tokenizer of a T5 that is left out.
+  if (!places.has(partRows.textEncoder3.name)) places.delete(partRows.tokenizer3.name);
   for (const keys of textParts) {
     const pair = keys.map((key) => partRows[key].name);
-    const has = pair.find((part) => present.has(part));
-    const lacks = pair.find((part) => !present.has(part));
+    const has = pair.find((part) => places.has(part));
+    const lacks = pair.find((part) => !places.has(part));
     if (has && lacks)
       refuse(
         `${file}: "${lacks}" is null but "${has}" is not; a text encoder needs its tokenizer. Make both null or neither.`,
       );
   }
-  return present;
+  return places;
+}
+
+/** The class of an entry: [library, class], [library, class, loading] of a modular pipeline, or the class alone. */
+function classIn(entry: unknown): unknown {
+  if (!Array.isArray(entry)) return entry;
+  const [, name = null, loading] = entry as readonly unknown[];
+  const hint = isRecord(loading) && Array.isArray(loading.type_hint) ? loading.type_hint[1] : undefined;
+  return hint ?? name;
+}
+
+/** Where a part's entry says that it is: a folder of its own name, unless it is one of a modular pipeline. */
+function placeOf(file: string, part: string, entry: unknown): Place {
+  const loading: unknown = Array.isArray(entry) ? entry[2] : undefined;
+  if (!isRecord(loading)) return { folder: part };
+  const text = (key: string) => (typeof loading[key] === "string" && loading[key] !== "" ? loading[key] : undefined);
+  const folder = text("subfolder") ?? ".";
+  if (/^[/\\]|[:\0]/.test(folder) || folder.split(/[/\\]/).includes(".."))
+    throw new CheckpointError(
+      file,
+      `${file}: the part "${part}" has the subfolder "${folder}", which leaves the folder.`,
+    );
+  return { folder, variant: text("variant"), origin: text("pretrained_model_name_or_path") ?? text("repo") };
 }
 
 /** Folders and files that people have instead of a diffusers folder, each with what to do about it. */
@@ -235,7 +319,7 @@ async function explainOtherLayouts(root: string): Promise<void> {
       `${root} is an ONNX folder (as optimum exports them): its networks are already exported, which cannot be read. Pass the ` +
         `diffusers folder that it was exported from. ${layout}`,
     );
-  if (names.includes("model_index.json")) return;
+  if (indexFiles.some((name) => names.includes(name))) return;
   if (names.includes("snapshots")) {
     const commits = await readdir(join(root, "snapshots")).catch((): string[] => []);
     refuse(
@@ -261,10 +345,14 @@ function singleFile(file: string): string {
   );
 }
 
+function weightsOf(checkpoint: Checkpoint): readonly Weights[] {
+  const parts = Object.keys(partRows).map((key) => checkpoint[key as PartKey]);
+  return parts.flatMap((part) => (part && "weights" in part ? [part.weights] : []));
+}
+
 function checkVariant(checkpoint: Checkpoint, variant: string | undefined): void {
   const { folder } = checkpoint;
-  const parts = Object.keys(partRows).map((key) => checkpoint[key as PartKey]);
-  const weights = parts.flatMap((part) => (part && "weights" in part ? [part.weights] : []));
+  const weights = weightsOf(checkpoint);
   if (variant === undefined || weights.some((part) => part.variant !== null)) return;
   const found = [...new Set(weights.flatMap((part) => part.variantsFound))].sort();
   throw new CheckpointError(

@@ -10,13 +10,17 @@ export function isRecord(value: unknown): value is JsonObject {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** @throws CheckpointError if the file is missing or cannot be read */
+/**
+ * A file's text, without a byte order mark: some editors of Windows put one before it.
+ * @throws CheckpointError if the file is missing or cannot be read
+ */
 export async function readText(file: string): Promise<string> {
-  return readFile(file, "utf8").catch((cause: NodeJS.ErrnoException) => {
+  const text = await readFile(file, "utf8").catch((cause: NodeJS.ErrnoException) => {
     if (cause.code === "ENOENT")
       throw new CheckpointError(file, `${file} is missing. Download the checkpoint's remaining files.`, { cause });
     throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
   });
+  return text.replace(/^\ufeff/, "");
 }
 
 const downloadAgain = "Download the file again.";

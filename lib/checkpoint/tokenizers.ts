@@ -1,8 +1,9 @@
 /**
  * Prompts to token ids, exactly as transformers' tokenizers give them with `padding="max_length", truncation=True`.
- * SD3 checkpoints ship CLIP's tokenizers as vocab.json + merges.txt alone, so the description that a tokenizer.json would
- * hold is made here, as transformers 5 makes it. CLIP and T5 have no padding mask, which is why padding ids matter:
- * tokenizer_2 pads with "!" and the files must say so. The BPE and unigram models are @huggingface/tokenizers'.
+ * SD3 checkpoints ship CLIP's tokenizers as vocab.json + merges.txt, as tokenizer.json, or as both, so the description that
+ * a tokenizer is made of is put together here, as transformers 5 does it: where files disagree, the same one counts. CLIP
+ * and T5 have no padding mask, which is why padding ids matter: tokenizer_2 pads with "!" and the files must say so. The
+ * BPE and unigram models are @huggingface/tokenizers'.
  */
 
 import { join } from "node:path";
@@ -44,7 +45,7 @@ export interface Tokenizer {
   readonly vocabSize: number;
   /**
    * The ids of a text of any length, in slices that leave the event loop free.
-   * @throws RangeError if length is less than 2
+   * @throws RangeError for a length that the special tokens do not fit into: less than 2 for CLIP, less than 1 for T5
    */
   encode(text: string, length: number): Promise<Tokens>;
 }
@@ -72,37 +73,39 @@ const clipMaxLength = 77;
 const t5MaxLength = 512;
 
 /**
- * CLIP's tokenizer from vocab.json and merges.txt, or from the same two in a tokenizer.json.
+ * CLIP's tokenizer from tokenizer.json, or else from vocab.json and merges.txt.
  *
  * @throws CheckpointError for a missing or damaged file, or a special token that the vocabulary lacks.
  */
 export async function openClipTokenizer(folder: string, bounds = usualBounds): Promise<Tokenizer> {
-  const [names, { vocab, merges, file }] = await Promise.all([readSpecialTokens(folder), readClipVocabulary(folder)]);
+  const { vocab, merges, file, json } = await readClipVocabulary(folder);
+  const names = await readTokens(folder, json);
   const end = names.token("eos_token") ?? plainToken("<|endoftext|>");
   const start = names.token("bos_token") ?? plainToken("<|startoftext|>");
   const pad = names.token("pad_token") ?? plainToken("<|endoftext|>");
   const unknown = names.token("unk_token") ?? plainToken("<|endoftext|>");
-  const idOf = (token: AddedToken): number => {
-    const id = vocab[token.content] ?? names.ids.get(token.content);
-    if (id === undefined)
-      throw new CheckpointError(
-        file,
-        `${file} lacks the special token "${token.content}" that ${join(folder, "tokenizer_config.json")} (or its ` +
-          "default) names. Download the tokenizer's files again.",
-      );
-    return id;
-  };
   // Special tokens are cut out of the text before anything else, so that "!" in a prompt for tokenizer_2 is its
   // padding token and not the word "!</w>": transformers does so, and the models saw it in training.
-  const added = new Map<string, AddedToken>();
-  for (const token of [...names.added, start, end, pad, unknown])
-    if (!added.has(token.content)) added.set(token.content, token);
+  const added = withIds(vocab, Object.keys(vocab).length, [
+    ...names.listed,
+    ...names.withoutListed([start, end, unknown, names.token("sep_token"), pad, ...names.others]),
+    ...names.withoutListed(names.extra ?? []),
+  ]);
+  const idOf = ({ content }: AddedToken): number => {
+    // One that is in no list would get an id behind the vocabulary, where the encoder has no row.
+    if (Object.hasOwn(vocab, content) || names.isListed(content)) return added.get(content)!.id;
+    throw new CheckpointError(
+      file,
+      `${file} lacks the special token "${content}" that ${join(folder, "tokenizer_config.json")} (or its ` +
+        "default) names. Download the tokenizer's files again.",
+    );
+  };
 
   const description = {
     version: "1.0",
     truncation: null,
     padding: null,
-    added_tokens: [...added.values()].map((token) => ({ ...token, id: idOf(token) })),
+    added_tokens: [...added.values()],
     normalizer: {
       type: "Sequence",
       normalizers: [
@@ -150,7 +153,7 @@ export async function openClipTokenizer(folder: string, bounds = usualBounds): P
   };
   const ids = [...Object.values(vocab), ...description.added_tokens.map(({ id }) => id)];
   const facts = { pad: idOf(pad), vocabulary: ids, maxLength: names.maxLength(clipMaxLength) };
-  return tokenizer(file, description, names.config, facts, isolated([...added.keys()], bounds));
+  return tokenizer(file, description, end.content, facts, isolated([...added.keys()], bounds));
 }
 
 /**
@@ -166,42 +169,33 @@ export async function openT5Tokenizer(folder: string, bounds = usualBounds): Pro
       `${folder} has spiece.model, but no tokenizer.json. Download tokenizer.json from the checkpoint's page, or make it in ` +
         "Python: transformers.T5TokenizerFast.from_pretrained(folder).save_pretrained(folder).",
     );
-  const [names, json] = await Promise.all([readSpecialTokens(folder), readJsonObject(file)]);
-  const model = json.model as JsonObject | undefined;
-  const vocab = model?.vocab;
-  if (
-    model?.type !== "Unigram" ||
-    !Array.isArray(vocab) ||
-    !vocab.every((item) => Array.isArray(item) && typeof item[0] === "string")
-  )
+  const json = await readJsonObject(file);
+  const names = await readTokens(folder, json);
+  const model = json.model;
+  const vocab = isRecord(model) && model.type === "Unigram" ? model.vocab : undefined;
+  if (!isUnigramVocabulary(vocab))
     throw new CheckpointError(file, `${file} does not describe a T5 tokenizer: its model is not a unigram vocabulary.`);
-  const ids = new Map(vocab.map((item, id) => [item[0] as string, id]));
-  const jsonAdded = (Array.isArray(json.added_tokens) ? json.added_tokens : []).filter(isRecord);
-  for (const token of jsonAdded) if (typeof token.content === "string") ids.set(token.content, Number(token.id));
-  const idOf = (name: string, fallback: string): number => {
-    const token = names.token(name)?.content ?? fallback;
-    const id = ids.get(token);
-    if (id === undefined)
-      throw new CheckpointError(file, `${file} lacks the ${name} "${token}". Download the tokenizer's files again.`);
-    return id;
+  const pieces = Object.fromEntries(vocab.map(([piece], id) => [piece, id]));
+  const token = (name: string, fallback: string) => names.token(name) ?? plainToken(fallback);
+  const [end, unknown, pad] = [token("eos_token", "</s>"), token("unk_token", "<unk>"), token("pad_token", "<pad>")];
+  const sentinels = typeof names.config.extra_ids === "number" ? names.config.extra_ids : 100;
+  const usual = Array.from({ length: Math.min(Math.max(0, sentinels), vocab.length) }, (_, i) => `<extra_id_${i}>`);
+  // Sentinels that the vocabulary lacks would get ids that the encoder has no rows for; no prompt needs them.
+  const extra = names.extra ?? usual.filter((content) => Object.hasOwn(pieces, content)).map(plainToken);
+  const added = withIds(pieces, vocab.length, [
+    ...names.listed,
+    ...names.withoutListed([names.token("bos_token"), end, unknown, names.token("sep_token"), pad, ...names.others]),
+    ...names.withoutListed(extra),
+  ]);
+  const idOf = (name: string, { content }: AddedToken): number => {
+    if (Object.hasOwn(pieces, content) || names.isListed(content)) return added.get(content)!.id;
+    throw new CheckpointError(file, `${file} lacks the ${name} "${content}". Download the tokenizer's files again.`);
   };
   // Of a file of any converter transformers 5 keeps only the vocabulary, the character map and the end token, and
   // splits at white space in its own way: two converters' files must not give two pictures.
   const normalizer = findPrecompiled(json.normalizer);
-  const added = new Map(jsonAdded.map((token) => [token.content as string, token]));
-  for (const name of ["eos_token", "unk_token", "pad_token"]) {
-    const token = names.token(name);
-    if (token && !added.has(token.content)) added.set(token.content, { ...token, id: idOf(name, token.content) });
-  }
-  const sentinels = typeof names.config.extra_ids === "number" ? names.config.extra_ids : 100;
-  for (let i = 0; i < Math.min(sentinels, vocab.length); i++) {
-    const content = `<extra_id_${i}>`;
-    const id = ids.get(content);
-    if (id !== undefined && !added.has(content)) added.set(content, { ...plainToken(content), id });
-  }
-  const end = names.token("eos_token")?.content ?? "</s>";
   const description = {
-    ...json,
+    version: "1.0",
     truncation: null,
     padding: null,
     added_tokens: [...added.values()],
@@ -215,16 +209,21 @@ export async function openT5Tokenizer(folder: string, bounds = usualBounds): Pro
     },
     post_processor: {
       type: "TemplateProcessing",
-      single: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end, type_id: 0 } }],
-      pair: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end, type_id: 0 } }],
-      special_tokens: { [end]: { id: end, ids: [idOf("eos_token", "</s>")], tokens: [end] } },
+      single: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end.content, type_id: 0 } }],
+      pair: [{ Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: end.content, type_id: 0 } }],
+      special_tokens: {
+        [end.content]: { id: end.content, ids: [idOf("eos_token", end)], tokens: [end.content] },
+      },
     },
     decoder: { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
+    // Whatever the file says, transformers 5 takes the third token for unknown characters.
+    model: { type: "Unigram", unk_id: 2, vocab, byte_fallback: false },
   };
-  const facts = { pad: idOf("pad_token", "<pad>"), vocabulary: ids.values(), maxLength: names.maxLength(t5MaxLength) };
+  const ids = [...Object.values(pieces), ...[...added.values()].map(({ id }) => id)];
+  const facts = { pad: idOf("pad_token", pad), vocabulary: ids, maxLength: names.maxLength(t5MaxLength) };
   // Unknown characters in a row are one token, also those of two words where the sign of a word's beginning is unknown.
-  const words = ids.has("\u2581") ? [] : [" "];
-  return tokenizer(file, description, names.config, facts, isolated([...added.keys(), ...words], bounds));
+  const words = Object.hasOwn(pieces, "\u2581") ? [] : [" "];
+  return tokenizer(file, description, end.content, facts, isolated([...added.keys(), ...words], bounds));
 }
 
 /** The bounds where no token reaches from one word into the next; else all of the text is one word, of which more is read. */
@@ -236,7 +235,7 @@ function isolated(tokens: readonly string[], bounds: Bounds): Bounds & { readonl
 async function tokenizer(
   file: string,
   description: object,
-  config: JsonObject,
+  end: string,
   { pad, vocabulary, maxLength }: { pad: number; vocabulary: Iterable<number>; maxLength: number },
   bounds: Bounds & { readonly isolated: boolean },
 ): Promise<Tokenizer> {
@@ -244,7 +243,7 @@ async function tokenizer(
   let inner: HuggingFaceTokenizer;
   let special: readonly number[];
   try {
-    inner = new Tokenizer(description, config);
+    inner = new Tokenizer(description, { eos_token: end });
     inner.encode("a");
     special = inner.encode("").ids;
   } catch (cause) {
@@ -257,8 +256,8 @@ async function tokenizer(
     maxLength,
     vocabSize: largest + 1,
     async encode(text, length) {
-      if (!Number.isInteger(length) || length < 2)
-        throw new RangeError(`Expected a length of at least 2 tokens but received ${length}.`);
+      if (!Number.isInteger(length) || length < special.length)
+        throw new RangeError(`Expected a length of at least ${special.length} tokens but received ${length}.`);
       // Both kinds end with exactly one special token, and truncation keeps it.
       const [before, end] = [special.slice(0, -1), special.at(-1)!];
       const room = length - special.length;
@@ -302,82 +301,154 @@ async function tokenizer(
 
 interface AddedToken {
   readonly content: string;
-  readonly single_word: boolean;
   readonly lstrip: boolean;
   readonly rstrip: boolean;
   /** Whether it is looked for before or after the text is normalized. */
   readonly normalized: boolean;
   readonly special: boolean;
+  readonly singleWord: boolean;
 }
 
+/** Names of special tokens that transformers knows, in its order; those of a file's own end in _token, too. */
+const tokenNames = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
 /**
- * tokenizer_config.json is authoritative once it lists its added tokens; before transformers 4.34 it did not, and
- * special_tokens_map.json overrides it.
+ * The tokens that a folder's files name and add, as transformers 5 reads them: tokenizer_config.json is authoritative once
+ * it lists its added tokens. Before transformers 4.34 it did not: then special_tokens_map.json overrides it, and the added
+ * tokens are those of added_tokens.json and of tokenizer.json, which counts where both have an id.
+ * @param json tokenizer.json, where there is one
  */
-async function readSpecialTokens(folder: string) {
-  const [config = {}, map = {}] = await Promise.all([
-    readOptionalJson(join(folder, "tokenizer_config.json")),
-    readOptionalJson(join(folder, "special_tokens_map.json")),
+async function readTokens(folder: string, json: JsonObject | null) {
+  const read = (name: string) => readOptionalJson(join(folder, name));
+  const [config = {}, map = {}, encoder = {}] = await Promise.all([
+    read("tokenizer_config.json"),
+    read("special_tokens_map.json"),
+    read("added_tokens.json"),
   ]);
+  refuseUnknown(folder, config, json);
   const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
-  // Tokens of added_tokens_decoder, and their ids.
-  const added: AddedToken[] = [];
-  const ids = new Map<string, number>();
-  for (const [id, value] of Object.entries(decoder ?? {})) {
-    const token = addedToken(value);
-    if (!token || !Number.isSafeInteger(Number(id))) continue;
-    added.push(token);
-    ids.set(token.content, Number(id));
-  }
   const named = decoder ? config : { ...config, ...map };
+  const first = [config.extra_special_tokens, config.additional_special_tokens].find(Array.isArray);
+  const further = !decoder && Array.isArray(map.extra_special_tokens) ? map.extra_special_tokens : undefined;
+  const extra = first || further ? tokensOf([...(first ?? []), ...(further ?? [])]) : null;
+
+  const byId = new Map<number, AddedToken>();
+  const list = (id: unknown, token: AddedToken | undefined) => {
+    if (token && token.content !== "" && Number.isSafeInteger(Number(id))) byId.set(Number(id), token);
+  };
+  if (decoder) for (const [id, value] of Object.entries(decoder)) list(id, addedToken(value));
+  else {
+    const special = new Set([
+      ...tokenNames.map((name) => addedToken(named[name])?.content),
+      ...(extra ?? []).map(({ content }) => content),
+    ]);
+    for (const [content, id] of Object.entries(encoder)) {
+      const isSpecial = special.has(content);
+      list(id, { ...plainToken(content), special: isSpecial, normalized: !isSpecial });
+    }
+    for (const value of Array.isArray(json?.added_tokens) ? json.added_tokens : [])
+      if (isRecord(value)) list(value.id, addedToken(value));
+  }
+  const listed = [...byId].sort(([id], [other]) => id - other).map(([, token]) => token);
+  const contents = new Set(listed.map(({ content }) => content));
+  const whole = listed.find((token) => token.singleWord);
+  if (whole)
+    throw new CheckpointError(
+      join(folder, "tokenizer_config.json"),
+      `${folder}: the added token "${whole.content}" is marked single_word, which is not supported. Set it to false.`,
+    );
+  const token = (name: string) => {
+    const value = addedToken(named[name], !decoder && map[name] !== undefined);
+    // The last one with the same text, as in a table.
+    return listed.findLast(({ content }) => content === value?.content) ?? value;
+  };
+  const own = Object.keys(named).filter((name) => name.endsWith("_token") && !tokenNames.includes(name));
   return {
-    ...{ config, added, ids },
-    token: (name: string) => {
-      const token = addedToken(named[name]);
-      return added.find(({ content }) => content === token?.content) ?? token;
-    },
+    ...{ config, listed, extra, token },
+    /** Tokens with a name that neither CLIP nor T5 uses. */
+    others: ["cls_token", "mask_token", ...own].map(token),
+    isListed: (content: string) => contents.has(content),
+    withoutListed: (tokens: readonly (AddedToken | undefined)[]) =>
+      tokens.filter((each): each is AddedToken => each !== undefined && !contents.has(each.content)),
     maxLength: (limit: number) => {
-      const declared = config.model_max_length;
+      const declared = config.model_max_length ?? config.max_len;
       return typeof declared === "number" && declared >= 2 ? Math.min(Math.floor(declared), limit) : limit;
     },
   };
 }
 
-function plainToken(content: string): AddedToken {
-  return { content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true };
+/** What transformers would heed and is not done here. @throws CheckpointError for it */
+function refuseUnknown(folder: string, config: JsonObject, json: JsonObject | null): void {
+  const sideOf = (key: string, name: string) => config[key] ?? (isRecord(json?.[name]) && json[name].direction);
+  const left = [
+    ["padding_side", "padding"],
+    ["truncation_side", "truncation"],
+  ].find(([key, name]) => String(sideOf(key!, name!)).toLowerCase() === "left");
+  const what = left ? `${left[0]} is left` : config.split_special_tokens === true ? "split_special_tokens is true" : "";
+  const file = join(folder, "tokenizer_config.json");
+  if (what !== "")
+    throw new CheckpointError(file, `${file}: ${what}, which is not supported for a text encoder of SD3.`);
 }
 
-/** A token is spelled as a string or as an object with `content`. */
-function addedToken(value: unknown): AddedToken | undefined {
+/**
+ * Tokens with their ids, in the order in which they are added: that of the vocabulary for one that is in it, else the next
+ * free one, whatever id a file gives it.
+ */
+function withIds(vocab: Record<string, number>, size: number, tokens: readonly AddedToken[]) {
+  const added = new Map<string, AddedToken & { readonly id: number }>();
+  let next = size;
+  for (const token of tokens) {
+    const { content } = token;
+    const known = Object.hasOwn(vocab, content) ? vocab[content] : undefined;
+    const id = known ?? added.get(content)?.id ?? next;
+    added.set(content, { ...token, id });
+    next = Math.max(next, id + 1);
+  }
+  return added;
+}
+
+function plainToken(content: string): AddedToken {
+  return { content, lstrip: false, rstrip: false, normalized: false, special: true, singleWord: false };
+}
+
+/** A token is spelled as a string or as an object with `content`. @param isSpecial for an object that does not say */
+function addedToken(value: unknown, isSpecial = false): AddedToken | undefined {
   if (typeof value === "string") return plainToken(value);
   if (!isRecord(value) || typeof value.content !== "string") return undefined;
+  const special = typeof value.special === "boolean" ? value.special : isSpecial;
   return {
     content: value.content,
-    single_word: value.single_word === true,
     lstrip: value.lstrip === true,
     rstrip: value.rstrip === true,
-    normalized: value.normalized === true,
-    special: true,
+    normalized: typeof value.normalized === "boolean" ? value.normalized : !special,
+    special,
+    singleWord: value.single_word === true,
   };
 }
+
+const tokensOf = (values: readonly unknown[]) => values.flatMap((value) => addedToken(value) ?? []);
 
 async function readClipVocabulary(folder: string) {
   const vocabFile = join(folder, "vocab.json");
   const mergesFile = join(folder, "merges.txt");
   const combined = join(folder, "tokenizer.json");
-  if (!(await exists(vocabFile)) && (await exists(combined))) {
-    const model = (await readJsonObject(combined)).model;
+  const json = (await readOptionalJson(combined)) ?? null;
+  if (json) {
+    const { model } = json;
     if (!isRecord(model) || !Array.isArray(model.merges))
       throw new CheckpointError(combined, `${combined} does not describe a CLIP tokenizer: its model has no merges.`);
-    return {
-      file: combined,
-      vocab: checkVocabulary(combined, model.vocab),
-      merges: checkMerges(combined, model.merges),
-    };
+    const vocab = checkVocabulary(combined, model.vocab);
+    return { file: combined, vocab, merges: checkMerges(combined, model.merges), json };
   }
   const [vocab, text] = await Promise.all([readJsonObject(vocabFile), readText(mergesFile)]);
   const lines = text.split(/\r?\n/).filter((line, i) => line !== "" && !(i === 0 && line.startsWith("#version")));
-  return { file: vocabFile, vocab: checkVocabulary(vocabFile, vocab), merges: checkMerges(mergesFile, lines) };
+  return { file: vocabFile, vocab: checkVocabulary(vocabFile, vocab), merges: checkMerges(mergesFile, lines), json };
+}
+
+function isUnigramVocabulary(vocab: unknown): vocab is readonly [piece: string, score: number][] {
+  const isPiece = (item: unknown) =>
+    Array.isArray(item) && typeof item[0] === "string" && typeof item[1] === "number" && item.length === 2;
+  return Array.isArray(vocab) && vocab.length > 2 && vocab.every(isPiece);
 }
 
 function checkVocabulary(file: string, vocab: unknown): Record<string, number> {

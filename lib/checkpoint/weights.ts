@@ -1,19 +1,21 @@
 /**
  * The weights of one part of a checkpoint: one .safetensors file, or shards that an index names, each perhaps with
  * variants of another precision ("fp16"). Diffusers and transformers have spelled a variant's index in three ways; all
- * occur on the hub. Only headers are read. Names in an index must stay in the part's folder, since the index is data
- * from the internet; the files themselves may be symbolic links, since a Hugging Face cache consists of them.
+ * occur on the hub. Saving a part again leaves the files of its other layout behind: where several are there, the one that
+ * diffusers or transformers reads counts, and a warning names the others. Only headers are read. Names in an index must
+ * stay in the part's folder, since the index is data from the internet; the files themselves may be symbolic links, since
+ * a Hugging Face cache consists of them.
  */
 
-import { readdir, readFile, realpath, stat } from "node:fs/promises";
+import { readdir, realpath, stat } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
 import type { FileVersion } from "../common/files.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
-import { exists } from "./files.js";
+import { exists, readJsonObject } from "./files.js";
 import { resolveTensor } from "./quantised.js";
-import { readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
+import { type HeaderEntry, readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
 
 /** An opened part. `find` throws what `resolveTensor` throws. */
 export interface Weights extends WeightSource {
@@ -21,6 +23,8 @@ export interface Weights extends WeightSource {
   readonly variant: string | null;
   /** Variants that the folder offers besides the plain files. */
   readonly variantsFound: readonly string[];
+  /** What is there twice, with which is read. */
+  readonly warnings: readonly string[];
   /** Absolute paths without symbolic links, with what tells one version of a file from another. */
   readonly files: readonly FileVersion[];
   /** Names of all tensors, for messages and tests. */
@@ -32,13 +36,35 @@ export interface Weights extends WeightSource {
 interface OpenWeightsOptions {
   /** For example "fp16". A part that has no such files is opened without a variant, as diffusers does. */
   readonly variant?: string | undefined;
+  /** Whose names the tensors have. Default: the file's own. */
+  readonly naming?: Naming | undefined;
   readonly signal?: AbortSignal | undefined;
 }
+
+/** The name that a network gives a tensor, from the one in a file. */
+export type Naming = (stored: string) => string;
+
+/**
+ * transformers adds the prefix of a model's inner model where names lack it, and removes it where they have it twice: the
+ * text model of CLIP is saved either way. T5's table of tokens has two names, too. Of a tensor that a file has under several
+ * names, the first one by the alphabet counts.
+ */
+export const namings = {
+  plain: (stored) => stored,
+  clip: (stored) => {
+    const name = stored.replace(/^(text_model\.)+/, "");
+    return /^(embeddings|encoder|final_layer_norm)\./.test(name) ? `text_model.${name}` : name;
+  },
+  t5: (stored) => {
+    const name = stored.replace(/^transformer\./, "");
+    return name === "encoder.embed_tokens.weight" ? "shared.weight" : name;
+  },
+} as const satisfies Record<string, Naming>;
 
 /**
  * Opens `basename.safetensors`, or the shards of `basename.safetensors.index.json`, or a variant of either.
  *
- * @param basename "model" for text encoders, "diffusion_pytorch_model" for the others.
+ * @param basename "model" for text encoders, "diffusion_pytorch_model" for the others: also whose rules hold.
  * @throws CheckpointError if there are none, or an index or header is wrong. `signal.reason` after an abort.
  */
 export async function openWeights(
@@ -46,24 +72,44 @@ export async function openWeights(
   basename: string,
   options: OpenWeightsOptions = {},
 ): Promise<Weights> {
-  const { variant, signal } = options;
+  const { variant, signal, naming = namings.plain } = options;
   signal?.throwIfAborted();
   const present = await listFolder(folder);
   const variantsFound = findVariants(present, basename);
-  for (const candidate of variant === undefined ? [null] : [variant, null]) {
-    const single = fileName(basename, candidate);
-    const index = indexNames(basename, candidate).find((name) => present.includes(name));
-    const found = { variant: candidate, variantsFound };
-    if (present.includes(single)) {
-      const file = await openFile(join(folder, single), signal);
-      return source(folder, found, [file], new Map([...file.header.keys()].map((name) => [name, file])));
-    }
-    if (index !== undefined) {
-      const { files, tensors } = await openShards(folder, index, signal);
-      return source(folder, found, files, tensors);
-    }
-  }
-  throw new CheckpointError(folder, explainAbsence(folder, basename, variant, present, variantsFound));
+  const ways = (of: string | null) => sources(basename, of).filter((name) => present.includes(name));
+  // As diffusers decides, by the beginning of what follows the first dot: a variant that is there in part is not passed over.
+  const ofVariant = present.filter((name) => variant !== undefined && name.split(".")[1]?.startsWith(variant));
+  const isThere =
+    ofVariant.length > 0 || (variant !== undefined && ways(null).length === 0 && ways(variant).length > 0);
+  const found = isThere ? variant! : null;
+  const [name, ...others] = ways(found);
+  if (name === undefined)
+    throw new CheckpointError(
+      folder,
+      found !== null && variantsFound.length === 0
+        ? `${folder} holds ${list(ofVariant)}, but not ${fileName(basename, found)} and no index. Download the checkpoint's remaining files.`
+        : explainAbsence(folder, basename, variant, present, variantsFound),
+    );
+  const warnings = others.map(
+    (other) =>
+      `${join(folder, name)} is read, as ${libraryOf(basename)} does, and not ${join(folder, other)} beside it, which may ` +
+      "hold other weights. Remove the one that is out of date.",
+  );
+  const at = { folder, naming, signal };
+  const { files, tensors, ...read } = name.endsWith(".json") ? await openShards(name, at) : await openSingle(name, at);
+  return source(folder, { variant: found, variantsFound, warnings: [...warnings, ...read.warnings] }, files, tensors);
+}
+
+/** Where a part lies, and how its tensors are named. */
+interface Place {
+  readonly folder: string;
+  readonly naming: Naming;
+  readonly signal: AbortSignal | undefined;
+}
+
+async function openSingle(name: string, { folder, naming, signal }: Place) {
+  const file = await openFile(join(folder, name), naming, signal);
+  return { files: [file], tensors: new Map([...file.header.keys()].map((name) => [name, file])), warnings: [] };
 }
 
 interface OpenedFile extends FileVersion {
@@ -72,7 +118,7 @@ interface OpenedFile extends FileVersion {
 
 function source(
   folder: string,
-  found: Pick<Weights, "variant" | "variantsFound">,
+  found: Pick<Weights, "variant" | "variantsFound" | "warnings">,
   files: readonly OpenedFile[],
   tensors: ReadonlyMap<string, OpenedFile>,
 ): Weights {
@@ -94,7 +140,7 @@ function source(
   };
 }
 
-async function openFile(path: string, signal: AbortSignal | undefined): Promise<OpenedFile> {
+async function openFile(path: string, naming: Naming, signal: AbortSignal | undefined): Promise<OpenedFile> {
   signal?.throwIfAborted();
   const file = await realpath(path).catch((cause) => {
     // readdir lists a link whether or not its target exists: an interrupted download leaves such links behind.
@@ -104,27 +150,26 @@ async function openFile(path: string, signal: AbortSignal | undefined): Promise<
       { cause },
     );
   });
-  const header = await readSafetensorsHeader(file, { signal });
+  const stored = await readSafetensorsHeader(file, { signal });
+  const header = new Map<string, HeaderEntry>();
+  // From the last by the alphabet to the first, which stays.
+  for (const name of [...stored.keys()].sort().reverse()) header.set(naming(name), stored.get(name)!);
   const { size, mtimeMs } = await stat(file);
   return { file, size, mtimeMs, header };
 }
 
 const indexSchema = z.object({ weight_map: z.record(z.string(), z.string()) });
 
-async function openShards(folder: string, indexName: string, signal: AbortSignal | undefined) {
+async function openShards(indexName: string, { folder, naming, signal }: Place) {
   const indexFile = join(folder, indexName);
-  const text = readFile(indexFile, "utf8");
-  const json: unknown = await text.then(JSON.parse).catch((cause: Error) => {
-    throw new CheckpointError(indexFile, `Cannot read ${indexFile}: ${cause.message}`, { cause });
-  });
-  const parsed = indexSchema.safeParse(json);
+  const parsed = indexSchema.safeParse(await readJsonObject(indexFile));
   if (!parsed.success)
     throw new CheckpointError(
       indexFile,
       `${indexFile} is not an index of shards: expected "weight_map", which maps the names of tensors to files.`,
     );
   const weightMap = Object.entries(parsed.data.weight_map);
-  const shardNames = [...new Set(weightMap.map(([, shard]) => shard))];
+  const shardNames = [...new Set(weightMap.map(([, shard]) => shard))].sort();
   for (const shard of shardNames) checkShardName(indexFile, shard);
 
   const opened = new Map(
@@ -136,22 +181,30 @@ async function openShards(folder: string, indexName: string, signal: AbortSignal
             path,
             `${path} is missing, though ${indexFile} names it. Download the checkpoint's remaining files.`,
           );
-        return [shard, await openFile(path, signal)] as const;
+        return [shard, await openFile(path, naming, signal)] as const;
       }),
     ),
   );
-  const tensors = new Map<string, OpenedFile>();
-  for (const [name, shard] of weightMap) {
-    const file = opened.get(shard)!;
-    if (!file.header.has(name))
+  for (const [name, shard] of weightMap)
+    if (!opened.get(shard)!.header.has(naming(name)))
       throw new CheckpointError(
         join(folder, shard),
         `${join(folder, shard)} lacks the tensor "${name}" that ${indexFile} says it holds. Index and shards are of ` +
           "different downloads: download them again.",
       );
-    tensors.set(name, file);
-  }
-  return { files: [...opened.values()], tensors };
+  // All that the shards hold, one after another, as diffusers and transformers read them: the last one counts, not the index.
+  const tensors = new Map<string, OpenedFile>();
+  const twice: string[] = [];
+  for (const file of opened.values())
+    for (const name of file.header.keys()) {
+      const before = tensors.get(name);
+      if (before) twice.push(`"${name}" is in ${before.file} and in ${file.file}, and the latter is read`);
+      tensors.set(name, file);
+    }
+  const [first, ...more] = twice;
+  const further = more.length > 0 ? ` So are ${more.length} more tensors.` : "";
+  const warnings = first ? [`The tensor ${first}.${further} The shards may be of different downloads.`] : [];
+  return { files: [...opened.values()], tensors, warnings };
 }
 
 function checkShardName(indexFile: string, shard: string): void {
@@ -177,9 +230,23 @@ function indexNames(basename: string, variant: string | null): string[] {
   if (variant === null) return [`${basename}.safetensors.index.json`];
   return [
     `${basename}.safetensors.index.${variant}.json`,
-    `${basename}.${variant}.safetensors.index.json`,
     `${basename}.safetensors.${variant}.index.json`,
+    `${basename}.${variant}.safetensors.index.json`,
   ];
+}
+
+/** Files that say where the weights are, the one that counts most first. */
+function sources(basename: string, variant: string | null): string[] {
+  const single = fileName(basename, variant);
+  const [index, older, oldest] = indexNames(basename, variant);
+  const names =
+    libraryOf(basename) === "transformers" ? [single, index, older, oldest] : [index, older, single, oldest];
+  return names.filter((name) => name !== undefined);
+}
+
+/** The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way. */
+function libraryOf(basename: string): "transformers" | "diffusers" {
+  return basename === "model" ? "transformers" : "diffusers";
 }
 
 function findVariants(present: readonly string[], basename: string): string[] {

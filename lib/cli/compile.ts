@@ -6,7 +6,7 @@ import { compileEngines, type Engine } from "../generation/engines.js";
 import type { EngineProgress } from "../model.js";
 import { checkOptions, compileSchema } from "../options.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
-import { megabytes, print } from "./print.js";
+import { megabytes, print, showWarnings } from "./print.js";
 import { bar, withProgress } from "./progress.js";
 
 export function compileCommand(command: Command, signal: AbortSignal): void {
@@ -40,6 +40,7 @@ async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
     progress.show("opening the model");
     return compileEngines(flags.model ?? embeddedModel, { ...options, onProgress: show });
   });
+  if (!flags.json) showWarnings(report.warnings);
   print(flags.json, report, `${report.runtime} ${report.version}\n${report.engines.map(describe).join("\n")}`);
 }
 

@@ -50,8 +50,12 @@ export function readFlags(schema: z.ZodObject, given: object): Record<string, un
   const options: Record<string, unknown> = {};
   for (const [name, field] of Object.entries(schema.shape) as [string, z.ZodType][]) {
     const { flag } = optionMeta(field);
-    const value = flag && (given as Record<string, unknown>)[new Option(flag).attributeName()];
-    if (value !== undefined) options[name] = typeof value === "string" ? readText(field, value) : value;
+    if (!flag) continue;
+    const option = new Option(flag);
+    const value = (given as Record<string, unknown>)[option.attributeName()];
+    // Commander has one attribute for --x and --no-x: false, from the one that turns off, or what the other one was given.
+    const isOwn = option.negate ? value === false : value !== false;
+    if (value !== undefined && isOwn) options[name] = typeof value === "string" ? readText(field, value) : value;
   }
   return options;
 }

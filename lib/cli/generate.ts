@@ -120,7 +120,6 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   });
 
   // 3. Say what was done.
-  if (!flags.json) for (const warning of report.warnings) process.stderr.write(`warning: ${warning}\n`);
   print(flags.json, report, written.join("\n"));
 }
 

@@ -1,8 +1,13 @@
-/** What commands print on stdout: a text, or one JSON object with --json. */
+/** What commands print: on stdout a text, or one JSON object with --json; on stderr warnings. */
 
 /** @param report the JSON object; @param text without the last line's end */
 export function print(json: boolean | undefined, report: object, text: string): void {
   process.stdout.write(`${json ? JSON.stringify(report) : text}\n`);
+}
+
+/** On stderr: with --json, warnings are in the object. */
+export function showWarnings(warnings: readonly string[]): void {
+  for (const warning of warnings) process.stderr.write(`warning: ${warning}\n`);
 }
 
 /** Milliseconds to the microsecond, below which clocks tell nothing. */

@@ -1,21 +1,29 @@
-/** What the commands that run a model have in common: it is loaded for their work, and disposed after it. */
+/** What the commands that run a model have in common: it is loaded for their work, its warnings are shown, and it is disposed after it. */
 
 import { FlowTurbo } from "../flowturbo.js";
 import type { LoadOptions } from "../model.js";
 import type { CommonFlags } from "./flags.js";
+import { showWarnings } from "./print.js";
 import { type Progress, withProgress } from "./progress.js";
 
-export async function withModel<T>(
+/** The report of the command's work with all warnings, the model's first; without `--json` they are shown as they come. */
+export async function withModel<T extends object>(
   { model: folder, json }: CommonFlags,
   options: LoadOptions,
   work: (model: FlowTurbo, progress: Progress) => Promise<T>,
-): Promise<T> {
+): Promise<T & { readonly warnings: readonly string[] }> {
   return withProgress(!json, async (progress) => {
     progress.show("loading the model");
     // Measuring in the background would disturb a measurement, and delay the end of a process that draws once.
     const model = await FlowTurbo.load(folder, { ...options, measureCosts: false });
     try {
-      return await work(model, progress);
+      progress.clear();
+      if (!json) showWarnings(model.warnings);
+      const report: T & { readonly warnings?: readonly string[] } = await work(model, progress);
+      const { warnings = [] } = report;
+      progress.clear();
+      if (!json) showWarnings(warnings);
+      return { ...report, warnings: [...model.warnings, ...warnings] };
     } finally {
       progress.clear();
       await model.dispose();

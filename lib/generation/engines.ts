@@ -58,6 +58,8 @@ export interface CompileReport {
   readonly cache: string;
   /** The engines, one for each graph. */
   readonly engines: readonly Engine[];
+  /** What is missing or there twice in the checkpoint's folder, and how it was read because of it. */
+  readonly warnings: readonly string[];
 }
 
 /**
@@ -72,7 +74,9 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   checkInstallation();
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
-  const checkpoint = await openCheckpoint(folder, { variant: checked.variant, signal });
+  const checkpoint = await openCheckpoint(folder, {
+    ...{ variant: checked.variant, textEncoder3: checked.textEncoder3, signal },
+  });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
   const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, calibrated });
 
@@ -112,7 +116,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     }),
   );
   await Promise.all(workers);
-  return { runtime: name, version: compiler.version, cache: compiler.folder, engines };
+  const { warnings } = checkpoint;
+  return { runtime: name, version: compiler.version, cache: compiler.folder, engines, warnings };
 }
 
 export interface RequiredEngine {

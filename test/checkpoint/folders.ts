@@ -32,3 +32,26 @@ export async function editJson(file: string, edit: (json: any) => void): Promise
   edit(json);
   await writeFile(file, JSON.stringify(json));
 }
+
+/** A .safetensors file of tensors of bytes, each with its own name as its value, padded to 64 bytes. */
+export function safetensors(names: readonly string[]): Buffer {
+  const length = 64;
+  const header: Record<string, unknown> = { __metadata__: { format: "pt" } };
+  for (const [place, name] of names.entries())
+    header[name] = { dtype: "F32", shape: [length / 4], data_offsets: [place * length, (place + 1) * length] };
+  const text = Buffer.from(JSON.stringify(header));
+  const start = Buffer.alloc(8);
+  start.writeBigUInt64LE(BigInt(text.length));
+  return Buffer.concat([start, text, ...names.map((name) => Buffer.from(name.padEnd(length)))]);
+}
+
+/** Numbers from 0 to 1, the same ones for a seed (mulberry32). */
+export function randomFrom(seed: number): () => number {
+  let state = seed;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
