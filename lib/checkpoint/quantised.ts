@@ -30,6 +30,9 @@ const scaleNames: readonly { readonly suffix: string; readonly factor: number; r
 /** ComfyUI's mark of a network whose linear weights have scales. It has no elements. */
 const scaledMark = "scaled_fp8";
 
+/** bitsandbytes' order of int8 values: 0 for rows. The others are those of kernels that it no longer has. */
+const formatSuffix = ".weight_format";
+
 const takeOthers = "Take the model's weights in F16 or BF16, or quantise it again.";
 
 /**
@@ -41,15 +44,19 @@ const takeOthers = "Take the model's weights in F16 or BF16, or quantise it agai
 export function resolveTensor(lookup: Lookup, name: string): StoredTensor | undefined {
   const found = lookup(name);
   if (!found) return undefined;
+  if (name.endsWith(formatSuffix) && found.entry.dtype === "U8") return { ...located(found), name, dtype: "U8" };
   const stored = storedTensor(found, name);
   if (!is8Bit(stored.dtype)) return stored;
   const scale = scaleOf(lookup, stored);
   return scale ? { ...stored, scale } : stored;
 }
 
-function storedTensor({ file, entry }: LocatedEntry, name: string): StoredTensor {
-  const { shape, offset, length } = entry;
-  return { name, dtype: supportedDType(file, entry), shape, file, offset, length };
+function storedTensor(found: LocatedEntry, name: string): StoredTensor {
+  return { ...located(found), name, dtype: supportedDType(found.file, found.entry) };
+}
+
+function located({ file, entry: { shape, offset, length } }: LocatedEntry) {
+  return { shape, file, offset, length };
 }
 
 function scaleOf(lookup: Lookup, { name, dtype, shape, file }: StoredTensor): StoredScale | undefined {
@@ -169,13 +176,14 @@ export async function checkQuantisation(
   { signal, named = weights.names }: { signal?: AbortSignal | undefined; named?: readonly string[] } = {},
 ): Promise<void> {
   refuseUnreadable(weights, quantization);
-  const extra = new RegExp(`\\.(${["weight_format", "comfy_quant", "scale_input", "input_scale"].join("|")})$`);
   for (const name of named) {
-    if (!name.endsWith(".weight") || extra.test(name)) continue;
+    if (!name.endsWith(".weight")) continue;
     const tensor = weights.find(name);
     if (!tensor || !is8Bit(tensor.dtype)) continue;
     signal?.throwIfAborted();
     if (tensor.scale) await checkScale(tensor, tensor.scale);
+    const format = weights.find(name.replace(/\.weight$/, formatSuffix));
+    if (format) await checkFormat(tensor, format);
     await checkValues(tensor);
   }
 }
@@ -203,6 +211,15 @@ async function checkScale({ name, file }: StoredTensor, { tensor }: StoredScale)
   throw new CheckpointError(
     file,
     `${file}: the scale "${tensor.name}" of the quantised tensor "${name}" ${wrong === undefined ? "is zero throughout" : `has the value ${wrong}`}, so that the weight cannot be restored. The file is damaged or was quantised wrongly: download it again. ${takeOthers}`,
+  );
+}
+
+async function checkFormat({ name, file }: StoredTensor, format: StoredTensor): Promise<void> {
+  const [order] = await readBytes(format.file, format.offset, 1);
+  if (order === 0) return;
+  throw new CheckpointError(
+    file,
+    `${file}: "${format.name}" is ${order}, so that the values of "${name}" are in another order than rows, as older versions of bitsandbytes kept them for their kernels. ${takeOthers}`,
   );
 }
 

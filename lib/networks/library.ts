@@ -71,9 +71,12 @@ export class GraphLibrary {
     const weights = part && this.checkpoint[part]?.weights;
     if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
     const dtype = weights ? prevailingDType(weights) : null;
-    return this.#options({ name: network, dtype, overflowsInFloat16, isConvolutional: role === "image" });
+    const eightBit = eightBitDTypes.filter((each) => weights?.bytesByDType[each]);
+    return this.#options({ name: network, dtype, eightBit, overflowsInFloat16, isConvolutional: role === "image" });
   }
 }
+
+const eightBitDTypes = ["F8_E4M3", "F8_E5M2", "I8"] as const;
 
 /**
  * The type that most of a part's values are stored in, 8-bit ones apart. Where most are 8-bit and none is 16-bit it is BF16, which has
@@ -82,7 +85,7 @@ export class GraphLibrary {
 function prevailingDType(weights: Part<unknown>["weights"]): ComputedDType {
   const bytes = (...dtypes: StoredDType[]) =>
     dtypes.reduce((sum, dtype) => sum + (weights.bytesByDType[dtype] ?? 0), 0);
-  const in8Bit = bytes("F8_E4M3", "F8_E5M2", "I8");
+  const in8Bit = bytes(...eightBitDTypes);
   const in16Bit = bytes("F16") > bytes("BF16") ? "F16" : "BF16";
   const rest = in8Bit > bytes("F32", "BF16", "F16") ? 0 : bytes("F32");
   return bytes(in16Bit) >= rest ? in16Bit : "F32";

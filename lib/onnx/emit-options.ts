@@ -1,6 +1,6 @@
 /** Which of several ways to write the same arithmetic in ONNX: each runtime says what it wants. */
 
-import type { ComputedDType } from "../common/tensor.js";
+import type { ComputedDType, StoredDType } from "../common/tensor.js";
 
 /** How graphs are emitted for a runtime. */
 export interface EmitOptions {
@@ -68,6 +68,8 @@ export interface EmittedNetwork {
   readonly name: string;
   /** Type that most of its weights are stored in, of those that are not 8-bit; null for one without weights. */
   readonly dtype: ComputedDType | null;
+  /** Types of its 8-bit weights. */
+  readonly eightBit: readonly StoredDType[];
   /** Whether it must not be computed in float16. */
   readonly overflowsInFloat16: boolean;
   /** Whether it goes through the autoencoder: convolutions and group norms. */

@@ -17,10 +17,11 @@ const computeTypes = { F32: "float32", F16: "float16", BF16: "bfloat16" } as con
  * How graphs are emitted for TensorRT: each network in the element type of its own weights. One that overflows in float16
  * computes in bfloat16 then, or in float32 where a target (SM 7.5) has none. Networks without weights are float32.
  * @param targets SM numbers
- * @throws OptionError where a target has no bfloat16 and other weights are stored in it
+ * @throws OptionError where a target has no bfloat16 and other weights are stored in it, or does not have their float8 type
  */
 export function tensorRtEmitOptions(targets: readonly number[] = []): (network: EmittedNetwork) => EmitOptions {
-  return ({ name, dtype, overflowsInFloat16 }) => {
+  return ({ name, dtype, eightBit, overflowsInFloat16 }) => {
+    checkFloat8(name, eightBit, targets);
     let compute: EmitOptions["compute"] = dtype ? computeTypes[dtype] : "float32";
     const old = targets.find((sm) => sm < 80);
     if (overflowsInFloat16 && compute !== "float32") compute = old ? "float32" : "bfloat16";
@@ -41,6 +42,19 @@ export function tensorRtEmitOptions(targets: readonly number[] = []): (network: 
       patches: "conv",
     };
   };
+}
+
+/** @throws OptionError for float8 weights that TensorRT has no kernel for on the targets */
+function checkFloat8(name: string, eightBit: EmittedNetwork["eightBit"], targets: readonly number[]): void {
+  const remedy = "Use weights in F16 or BF16, or another runtime: cuda, webgpu and onnxruntime take them everywhere.";
+  if (eightBit.includes("F8_E5M2"))
+    throw new OptionError("runtime", `The weights of ${name} are F8_E5M2, which TensorRT does not have. ${remedy}`);
+  const old = eightBit.includes("F8_E4M3") ? targets.find((sm) => sm < 89) : undefined;
+  if (old !== undefined)
+    throw new OptionError(
+      "targets",
+      `The weights of ${name} are F8_E4M3, which TensorRT does not have for compute capability ${old / 10} (it has from 8.9). ${remedy}`,
+    );
 }
 
 export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
