@@ -21,6 +21,7 @@ import { seedToJson } from "./common/seed.js";
 import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
+import { defaultsOf } from "./generation/defaults.js";
 import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
@@ -52,6 +53,7 @@ import type {
   ImageModel,
   LoadOptions,
   LoadProgress,
+  ModelDefaults,
   ProfileOptions,
   Size,
 } from "./model.js";
@@ -61,7 +63,7 @@ import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
-import { areSomeMixed, type Block, blocksForEach, parseBlocks } from "./schedule/index.js";
+import { areSomeMixed, type Block, blocksForEach, parseBlocks, type ScheduleDefaults } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
@@ -102,6 +104,8 @@ export class FlowTurbo implements ImageModel {
    * shards, files of T5 that were not downloaded. `logger.warn` was told the same.
    */
   readonly warnings: readonly string[];
+  /** What is drawn with where a request says nothing. */
+  readonly defaults: ModelDefaults;
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
@@ -144,6 +148,7 @@ export class FlowTurbo implements ImageModel {
     const opening = openCheckpoint(folder, { variant, textEncoder3, signal });
     const [checkpoint] = await Promise.all([opening, sharp.load()]);
     for (const warning of checkpoint.warnings) logger.warn?.(warning);
+    const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(checkpoint);
     const cache = checked.cache ?? defaultCacheFolder();
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -176,6 +181,7 @@ export class FlowTurbo implements ImageModel {
         {
           ...{
             ladder,
+            defaults,
             calibrated,
             text,
             logger,
@@ -209,6 +215,7 @@ export class FlowTurbo implements ImageModel {
       cache,
       ...model
     }: Omit<LoadedModel, "name" | "checkpoint" | "runtime" | "colours" | "unload"> & {
+      readonly defaults: ScheduleDefaults;
       readonly cache: string;
     },
     serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
@@ -220,6 +227,8 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.warnings = checkpoint.warnings;
     this.nativeSize = nativeSize(checkpoint);
+    const { distilled, sampler, steps, guidanceScale } = model.defaults;
+    this.defaults = { distilled, sampler, steps, guidanceScale };
     this.#graphs = graphs;
     this.#cache = cache;
     this.#held = device && { device, draw: deviceMemoryNeeded(graphs, device.widening).draw };
@@ -334,6 +343,11 @@ export class FlowTurbo implements ImageModel {
   async calibrate(options: CalibrateOptions = {}): Promise<Calibration> {
     this.#checkOpen();
     const checked = checkOptions(calibrateSchema, options, "calibrate()");
+    if (this.defaults.distilled)
+      throw new OptionError(
+        "distilled",
+        "The model was distilled: its pictures of many steps, which calibrating comes near to, are not those that it was made for. Load it with distilled: false to calibrate it all the same.",
+      );
     const { checkpoint, text, runtime, keepTextEncoders, unload } = this.#model;
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(checkpoint, sizes);
@@ -459,8 +473,9 @@ export class FlowTurbo implements ImageModel {
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
     const { signal, onProgress, rounds, batches, maxSequenceLength, guidanceMode } = options;
+    const { guidance: asked = this.defaults.distilled ? "off" : "on" } = options;
     const requests = sizes.flatMap((size) =>
-      guidanceModes(options.guidance, areSomeMixed(this.#model.calibrated)).map((guidance): GenerateOptions => {
+      guidanceModes(asked, areSomeMixed(this.#model.calibrated)).map((guidance): GenerateOptions => {
         const { checkpoint } = this.#model;
         // H leaves the two velocities that S extrapolates: its launch is what every method with a memory has.
         const every = `H1S1${blocksForEach((type) => fitsPositions(checkpoint, type, size))}`;

@@ -55,6 +55,7 @@ export type {
   LaunchTrace,
   LoadOptions,
   LoadProgress,
+  ModelDefaults,
   Picture,
   PictureSource,
   ProfileOptions,

@@ -146,6 +146,13 @@ export interface LoadOptions {
    */
   textEncoder3?: boolean | undefined;
   /**
+   * Whether the model was distilled to few steps without guidance. Such a model draws by default with the sampler `"euler"`, the 4 or 8
+   * steps that it was made for, and `guidanceScale: 1`; options of a request win. `calibrate` refuses it. Default: it is recognised by the
+   * word turbo, TurboX, lightning, flash or LCM in the name of its folder, repository or file or in `_name_or_path` of its configs, or by a
+   * FlowMatchLCMScheduler; `model.defaults` says what was found, and `logger.info` why.
+   */
+  distilled?: boolean | undefined;
+  /**
    * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
    * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
    */
@@ -194,6 +201,18 @@ export interface LoadOptions {
   onProgress?: ((progress: LoadProgress) => void) | undefined;
 }
 
+/** What a model draws with where a request says nothing. */
+export interface ModelDefaults {
+  /** Whether the model was distilled to few steps without guidance: see `LoadOptions.distilled`. */
+  readonly distilled: boolean;
+  /** Sampler without `blocks`, `stages` and `ladder`, which are flowturbo's. */
+  readonly sampler: SamplerName;
+  /** Steps of that sampler; of a distilled model those of every sampler. */
+  readonly steps: number;
+  /** Scale of classifier-free guidance; 1 is none. */
+  readonly guidanceScale: number;
+}
+
 /** One size of a run from coarse to fine. */
 export interface Stage {
   /** Pixels; as `GenerateOptions.width`. Not below the stage before. */
@@ -233,13 +252,16 @@ export interface GenerateOptions {
    * model (`calibrate`), or else UniPC where guidance is mild and a multistep method that holds extrapolation back where it is strong; with
    * `blocks` any schedule, those of FlowTurbo (arXiv 2409.18128) among them. `"euler"`: as diffusers draws. `"dpmpp_2m"`: DPM-Solver++(2M), as diffusers'
    * DPMSolverMultistepScheduler with `use_flow_sigmas` (arXiv 2211.01095). `"unipc"`: UniPC of order 2, as its UniPCMultistepScheduler
-   * (arXiv 2302.04867). `"heun"`: second order, two evaluations a step. Default: `"flowturbo"`.
+   * (arXiv 2302.04867). `"heun"`: second order, two evaluations a step. Where the model's scheduler is of the class
+   * of dpmpp_2m or unipc, order, solver type and last steps are those of its config; a config that they cannot follow is refused.
+   * Default: `"flowturbo"`, or `"euler"` for a distilled model.
    */
   sampler?: SamplerName | undefined;
-  /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun, 20 for dpmpp_2m and unipc. */
+  /** Number of blocks, 1 to 1000. Default: 10 for flowturbo, 28 for euler and heun, 20 for dpmpp_2m and unipc; for a distilled model the steps that it was made for. */
   steps?: number | undefined;
   /**
-   * Number of steps by what counts, for flowturbo: `"fast"` 6, `"balanced"` 10, `"best"` 20. In place of `steps`. Where the model's
+   * Number of steps by what counts, for flowturbo: `"fast"` 6, `"balanced"` 10, `"best"` 20; for a distilled model half the steps that it was
+   * made for, those, and 8, with euler. In place of `steps`. Where the model's
    * schedules.json has a `ladder`, its schedules count instead: `"best"` is the first, `"balanced"` the one in the middle (of an even
    * number the earlier one), `"fast"` the last; a named `grid: "calibrated"` passes over it. Default: the `steps` of the sampler.
    */
@@ -262,7 +284,7 @@ export interface GenerateOptions {
   /**
    * Noise levels in place of `grid`: for each step the one where it starts, falling, above 0 and up to 1, such as `[1, 0.9, 0.5]`.
    * 0 at the end may be given or left out. As in diffusers they are shifted as the scheduler shifts; with `shift: 1` they are used as
-   * they are. Default: those of `grid`.
+   * they are. With a scheduler that has `shift_terminal` they are stretched after, so that the last one is that. Default: those of `grid`.
    */
   sigmas?: readonly number[] | undefined;
   /**
@@ -282,7 +304,7 @@ export interface GenerateOptions {
    * where both steps are guided; other methods remember velocities as they were guided where they were computed. `R` blocks are guided
    * as the block before them. With one scale and no interval a calibrated schedule says which of its steps are guided, and by what multiple
    * of the scale; without calibration the default sampler takes less of one scale in steps that go far, the last above all (see the guide
-   * to schedules). A list, given blocks and the other samplers take scales as they are. Default: 4.5.
+   * to schedules). A list, given blocks and the other samplers take scales as they are. Default: 4.5, or 1 for a distilled model.
    */
   guidanceScale?: number | readonly number[] | undefined;
   /**
@@ -694,7 +716,7 @@ export interface ProfileOptions {
   sizes?: readonly Size[] | undefined;
   /** Numbers of pictures in a launch, 1 to 256 each. Default: 1, 2, 4, 8. */
   batches?: readonly number[] | undefined;
-  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
+  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`, or `"off"` for a distilled model. */
   guidance?: "on" | "off" | "both" | number | undefined;
   /** How guided steps are guided: as the option of `generate`. Each mode has launches of its own. Default: `"cfg"`. */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
@@ -854,7 +876,7 @@ export interface CompileEnginesOptions {
   batches?: readonly number[] | undefined;
   /** Compute capabilities to build for, such as `"8.9"`; TensorRT-RTX only. Default: that of the present GPU. */
   targets?: readonly string[] | undefined;
-  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`. */
+  /** Steps with classifier-free guidance, without, or both; a number from 0 is a guidance scale, which says whether there is guidance. Default: `"on"`, or `"off"` for a distilled model. */
   guidance?: "on" | "off" | "both" | number | undefined;
   /** How guided steps are guided: as the option of `generate`. Each mode has engines of its own. Default: `"cfg"`. */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;

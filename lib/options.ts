@@ -28,6 +28,7 @@ import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtime
 import {
   blocksGrid,
   defaultSampler,
+  distilledDefaults,
   type GridName,
   longestSchedule,
   type QualityName,
@@ -152,10 +153,9 @@ const tokens = optional(
   "tokens of the T5 encoder (default: 256, or what the tokenizer takes)",
   "--max-sequence-length <tokens>",
 );
-const guidance = defaulted(
+const guidance = optional(
   kind(z.union([z.enum(["on", "off", "both"]), z.number().min(0)]), '"on", "off", "both" or a guidance scale'),
-  "on",
-  "steps with classifier-free guidance: on, off, both, or a scale as for generate",
+  "steps with classifier-free guidance: on, off, both, or a scale as for generate (default: on, or off for a distilled model)",
   "--guidance <mode>",
 );
 const tensorrtFolder = optional(
@@ -219,6 +219,11 @@ export const loadSchema = z.strictObject({
   ),
   variant,
   textEncoder3,
+  distilled: optional(
+    boolean,
+    "draw by default as models are drawn that were distilled to few steps without guidance (default: where the scheduler or a name such as turbo says so)",
+    "--distilled",
+  ),
   threads: optional(
     integer(1, 1024),
     "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
@@ -286,13 +291,23 @@ export const generateSchema = z.strictObject({
   ),
   width: optional(pixels, "width of a picture (default: the model's native size)", "--width <pixels>"),
   height: optional(pixels, "height of a picture (default: the model's native size)", "--height <pixels>"),
-  sampler: optional(oneOf(samplerNames), `${samplerNames.join(", ")} (default: ${defaultSampler})`, "--sampler <name>"),
-  steps: optional(integer(1, 1000), `number of steps (default: ${bySampler(({ steps }) => steps)})`, "--steps <n>"),
+  sampler: optional(
+    oneOf(samplerNames),
+    `${samplerNames.join(", ")} (default: ${defaultSampler}, or ${distilledDefaults(4).sampler} for a distilled model)`,
+    "--sampler <name>",
+  ),
+  steps: optional(
+    integer(1, 1000),
+    `number of steps (default: ${bySampler(({ steps }) => steps)}; those that a distilled model was made for)`,
+    "--steps <n>",
+  ),
   quality: optional(
     oneOf(Object.keys(qualities) as QualityName[]),
     `number of steps by what counts: ${Object.entries(qualities)
       .map(([name, { steps }]) => `${name} (${steps})`)
-      .join(", ")}; or the last, middle and first schedule of the model's ladder, where it has one`,
+      .join(
+        ", ",
+      )}, or for a distilled model half its steps, its steps and 8; or the last, middle and first schedule of the model's ladder, where it has one`,
     "--quality <name>",
   ),
   blocks: optional(
@@ -320,13 +335,12 @@ export const generateSchema = z.strictObject({
     "with a scheduler that shifts by size: its shift parameter, in place of the one for the size",
     "--mu <number>",
   ),
-  guidanceScale: defaulted(
+  guidanceScale: optional(
     kind(
       z.union([z.number().min(0).max(1000), list(z.number().min(0).max(1000), 1, 1000)]),
       "a number from 0 to 1000, or a list of such numbers, one for each step",
     ),
-    4.5,
-    "classifier-free guidance scale, of which the default sampler takes less in steps that go far, or a list with one for each step; 1 or less turns it off and halves the work",
+    "classifier-free guidance scale, of which the default sampler takes less in steps that go far, or a list with one for each step; 1 or less turns it off and halves the work (default: 4.5, or 1 for a distilled model)",
     "--guidance <scale>",
   ),
   guidanceStart: defaulted(
@@ -580,7 +594,10 @@ export const compileSchema = z.strictObject({
   onProgress: optional(callback<(progress: EngineProgress) => void>(), "called as compiling proceeds"),
 });
 
-export type ResolvedGenerateOptions = z.output<typeof generateSchema>;
+/** With the guidance scale, whose default is the model's. */
+export type ResolvedGenerateOptions = Omit<z.output<typeof generateSchema>, "guidanceScale"> & {
+  readonly guidanceScale: number | readonly number[];
+};
 
 /**
  * Whether steps run with guidance: which of the two, for the option `guidance` of measuring and compiling.

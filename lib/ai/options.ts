@@ -16,7 +16,7 @@ export interface FlowTurboImageOptions {
   numInferenceSteps?: number | undefined;
   /** Number of steps by what counts, in place of `numInferenceSteps`: `"fast"`, `"balanced"` or `"best"`. */
   quality?: QualityName | undefined;
-  /** Scale of classifier-free guidance, 0 to 1000. Default: 4.5. */
+  /** Scale of classifier-free guidance, 0 to 1000. Default: the model's, 4.5, or 1 for one that was distilled. */
   guidanceScale?: number | undefined;
   /** What the pictures should not show. Default: nothing. */
   negativePrompt?: string | undefined;

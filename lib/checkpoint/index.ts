@@ -9,6 +9,7 @@ export {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
+export { type Distilled, distilledOf } from "./distilled.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
 export {

@@ -29,7 +29,14 @@ export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): 
     const preset = new Option(flag).negate ? null : presetText(field);
     // In the text: a default of commander's would be among the flags that were given.
     command.addOption(new Option(flag, preset === null ? help : `${help} (default: ${preset})`));
+    if (hasOpposite(field, flag)) command.addOption(new Option(flag.replace("--", "--no-"), `the opposite of ${flag}`));
   }
+}
+
+/** Whether a switch may be on, off, or not given, which is a third thing. */
+function hasOpposite(field: z.ZodType, flag: string): boolean {
+  const { negate, required, optional } = new Option(flag);
+  return !(negate || required || optional) && field.safeParse(undefined).data === undefined;
 }
 
 /** A field's default as a flag would say it; null for one that has none, and for a switch that is off. */
@@ -54,19 +61,27 @@ export function readFlags(schema: z.ZodObject, given: object): Record<string, un
     const option = new Option(flag);
     const value = (given as Record<string, unknown>)[option.attributeName()];
     // Commander has one attribute for --x and --no-x: false, from the one that turns off, or what the other one was given.
-    const isOwn = option.negate ? value === false : value !== false;
+    const isOwn = hasOpposite(field, flag) || option.negate === (value === false);
     if (value !== undefined && isOwn) options[name] = typeof value === "string" ? readText(field, value) : value;
   }
   return options;
 }
 
 /**
- * The first reading of a flag's text that a field takes: as it is, as a number, as false, as a list of texts, numbers or sizes.
+ * The first reading of a flag's text that a field takes: as it is, as a number, as false or true, as a list of texts, numbers or sizes.
  * Without one, the schema refuses what was given.
  */
 function readText(field: z.ZodType, text: string): unknown {
   const items = text.split(",").map((item) => item.trim());
-  const readings = [text, number(text), text === "false" ? false : text, items, items.map(number), items.map(size)];
+  const readings = [
+    text,
+    number(text),
+    text === "false" ? false : text,
+    text === "true" ? true : text,
+    items,
+    items.map(number),
+    items.map(size),
+  ];
   return readings.find((reading) => field.safeParse(reading).success) ?? number(text);
 }
 

@@ -5,7 +5,7 @@
 import { LruCache } from "../common/lru-cache.js";
 import { OptionError } from "../errors.js";
 import type { ResolvedGenerateOptions } from "../options.js";
-import { type Block, ladderSteps, rowsOf } from "../schedule/index.js";
+import { type Block, defaultSampler, rowsOf, type ScheduleDefaults, usualDefaults } from "../schedule/index.js";
 import { guidanceOf } from "./programs.js";
 import {
   blocksOf,
@@ -22,12 +22,16 @@ import {
 export interface CandidateFacts extends StageFacts {
   /** The model's own schedules for time limits, the richest first; null where nobody wrote any. */
   readonly ladder: readonly (readonly Block[])[] | null;
+  /** What is drawn with where a request says nothing. Default: as for a model that was not distilled. */
+  readonly defaults?: ScheduleDefaults;
 }
 
 /** A way to draw a request. Those of a time limit differ in their schedules only. */
 export interface Candidate {
   /** Schedules of its stages, such as "H1P7R2 H1P1". */
   readonly text: string;
+  /** Name of the sampler. */
+  readonly sampler: string;
   readonly stages: readonly RequestStage[];
   /** Whether some step of it is guided. */
   readonly isGuided: boolean;
@@ -113,10 +117,11 @@ type Rung = Pick<ResolvedGenerateOptions, "guidanceScale"> & { readonly steps: n
  */
 function openRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Rung[] {
   const scale = options.guidanceScale as number;
+  const settled = { ...options, sampler: samplerOf(options, model, null) };
   const counts = [...new Set(model.calibrated.map(({ guided }) => guided.length))];
   const found = leavesGuidanceOpen(options)
-    ? fittedSchedulesOf(options, model)
-    : counts.flatMap((steps) => fittedSchedule(options, model, steps) ?? []);
+    ? fittedSchedulesOf(settled, model)
+    : counts.flatMap((steps) => fittedSchedule(settled, model, steps) ?? []);
   const all = found.map(({ width, height, guidance, psnr }) => {
     const guided = guidance.map((each) => each !== null);
     return { steps: guided.length, guided, rows: rowsOf({ guided }), size: `${width}x${height}`, psnr };
@@ -133,7 +138,9 @@ function openRungs(options: ResolvedGenerateOptions, model: CandidateFacts): Run
       steps,
       guidanceScale: leavesGuidanceOpen(options) ? guided.map((each) => (each ? scale : 1)) : scale,
     })),
-    ...ladderSteps.filter((steps) => !known.has(steps)).map((steps) => ({ steps, guidanceScale: scale })),
+    ...(model.defaults ?? usualDefaults).ladder
+      .filter((steps) => !known.has(steps))
+      .map((steps) => ({ steps, guidanceScale: scale })),
   ];
 }
 
@@ -143,9 +150,29 @@ function candidateOf(
   pictures: number,
   blocks: readonly Block[] | null,
 ): Candidate {
+  const sampler = samplerOf(options, model, blocks);
   const stages = options.stages
     ? risingStages(options, options.stages, model, pictures)
-    : [firstStage(options, model, pictures, blocks)];
+    : [firstStage({ ...options, sampler, steps: stepsOf(options, model, blocks) }, model, pictures, blocks)];
   const text = stages.map(({ schedule }) => schedule.text).join(" ");
-  return { text, stages, isGuided: guidanceOf(stages).guided };
+  return { text, sampler, stages, isGuided: guidanceOf(stages).guided };
+}
+
+/** Blocks and calibrated schedules are of the sampler that takes them, whatever the model. */
+function samplerOf(
+  { sampler, stages, grid }: ResolvedGenerateOptions,
+  { defaults = usualDefaults }: CandidateFacts,
+  blocks: readonly Block[] | null,
+) {
+  return sampler ?? (blocks || stages || grid === "calibrated" ? defaultSampler : defaults.sampler);
+}
+
+/** A distilled model has a number of steps that is its own, whatever the sampler. */
+function stepsOf(
+  { steps, sigmas, grid }: ResolvedGenerateOptions,
+  { defaults = usualDefaults }: CandidateFacts,
+  blocks: readonly Block[] | null,
+): number | undefined {
+  const isOpen = steps === undefined && sigmas === undefined && grid !== "calibrated" && !blocks;
+  return isOpen && defaults.distilled ? defaults.steps : steps;
 }

@@ -24,6 +24,7 @@ import type { CompiledEngine, ProfileShapes } from "../runtimes/builder.js";
 import { openBuilder } from "../runtimes/index.js";
 import { areSomeMixed, type CalibratedSchedule } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
+import { defaultsOf } from "./defaults.js";
 import { checkSequenceLength } from "./request.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
@@ -78,7 +79,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     ...{ variant: checked.variant, textEncoder3: checked.textEncoder3, signal },
   });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
-  const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, calibrated });
+  const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
+  const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });
 
   // 2. The library and the cache.
   const { compiler, emitOptions, name } = await openBuilder(checked.runtime, {

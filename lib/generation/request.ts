@@ -19,7 +19,7 @@ import {
   refusePaths,
 } from "../options.js";
 import { allFinite } from "../program/validate.js";
-import { defaultSampler, formatBlocks, qualities } from "../schedule/index.js";
+import { formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
 import type { PromptEncoder } from "./text.js";
@@ -100,7 +100,9 @@ const maxPictures = 1024;
 
 /** @throws OptionError that names the option and the remedy */
 export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
-  const options = withQuality(checkOptions(generateSchema, given, "generate()"), model.ladder);
+  const checked = checkOptions(generateSchema, given, "generate()");
+  const { guidanceScale = (model.defaults ?? usualDefaults).guidanceScale } = checked;
+  const options = withQuality({ ...checked, guidanceScale }, model);
   const {
     image,
     mask,
@@ -158,7 +160,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
 
   // Text.
   checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
-  const sampler = options.sampler ?? defaultSampler;
+  const { sampler } = candidates[0];
   return {
     ...{ count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
     ...{ prompts, pictures, candidates, sequenceLength },
@@ -196,18 +198,21 @@ export function pinnedWithCapture(): OptionError {
  * A quality as what it stands for: a schedule of the model's own ladder, or else a number of steps.
  * @throws OptionError beside other words for the schedule
  */
-function withQuality(options: ResolvedGenerateOptions, own: ModelFacts["ladder"]): ResolvedGenerateOptions {
+function withQuality(
+  options: ResolvedGenerateOptions,
+  { ladder: own, defaults = usualDefaults }: ModelFacts,
+): ResolvedGenerateOptions {
   const { quality, steps, blocks, sigmas, stages, sampler, ladder } = options;
   if (quality === undefined) return options;
   for (const [name, value] of Object.entries({ steps, blocks, sigmas, stages, ladder }))
     if (value !== undefined)
       throw new OptionError("quality", `Both quality and ${name} say what is run; leave out one.`);
-  if (sampler !== undefined && sampler !== defaultSampler)
-    throw new OptionError("quality", `A quality is of the sampler ${defaultSampler}; give steps for "${sampler}".`);
-  const row = qualities[quality]!;
+  if (sampler !== undefined && sampler !== defaults.sampler)
+    throw new OptionError("quality", `A quality is of the sampler ${defaults.sampler}; give steps for "${sampler}".`);
   // A ladder was written on purpose. A calibrated grid that is named has no blocks.
-  if (own === null || options.grid === "calibrated") return { ...options, steps: row.steps };
-  return { ...options, blocks: formatBlocks(own[row.rung(own.length)]!) };
+  if (own === null || options.grid === "calibrated")
+    return { ...options, steps: defaults.quality[quality as QualityName] };
+  return { ...options, blocks: formatBlocks(own[qualities[quality]!.rung(own.length)]!) };
 }
 
 /** @throws OptionError for two shifts, or a parameter that the model's scheduler does not have */

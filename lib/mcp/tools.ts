@@ -24,7 +24,7 @@ const drawn = {
   steps: field(z.int().min(1).max(1000), "Number of steps, 1 to 1000, in place of quality."),
   guidance_scale: field(
     z.number().min(0).max(1000),
-    "How closely the picture follows the prompt; 1 or less turns guidance off and halves the work. Default: 4.5.",
+    "How closely the picture follows the prompt; 1 or less turns guidance off and halves the work. Default: the model's, 4.5 or 1.",
   ),
   sampler: field(generateSchema.shape.sampler.unwrap(), "How steps become a schedule. Default: flowturbo."),
   blocks: field(

@@ -58,7 +58,7 @@ function common({ maxImages, maxSteps }: Limits) {
     num_inference_steps: described(z.int().min(1).max(maxSteps), `Number of steps, ${steps}. Default: by quality.`),
     guidance_scale: described(
       z.number().min(0).max(1000),
-      "Scale of classifier-free guidance; 1 or less turns it off and halves the work. Default: 4.5.",
+      "Scale of classifier-free guidance; 1 or less turns it off and halves the work. Default: the model's, 4.5 or 1.",
     ),
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
     sampler: described(

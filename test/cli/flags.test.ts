@@ -62,7 +62,7 @@ describe.each(commands)("the help of %s", (name, add, schemas: readonly z.ZodObj
 });
 
 it.each([
-  [generateCommand, "--guidance <scale>", "4.5"],
+  [generateCommand, "--guidance <scale>", "4.5, or 1 for a distilled model"],
   [generateCommand, "--guidance-stop <part>", "1"],
   [calibrateCommand, "--steps <list>", "3,4,5,6,7,8,9,10,11,12"],
   [calibrateCommand, "--pictures <n>", "16"],

@@ -91,14 +91,22 @@ describe.each(fixtureNames)("%s", (name) => {
 describe.each(fixtureNames)("%s with a scheduler that shifts by size", (name) => {
   let folder: string;
   /** The checkpoint with other values in its scheduler's config. */
-  async function withScheduler(values: object): Promise<FlowTurbo> {
-    const own = path.join(folder, JSON.stringify(values).replaceAll(/\W+/g, "-"));
+  async function withScheduler(values: object, className?: string): Promise<FlowTurbo> {
+    const own = path.join(folder, JSON.stringify([className, values]).replaceAll(/\W+/g, "-"));
     await mkdir(path.join(own, "scheduler"), { recursive: true });
     for (const entry of await readdir(fixture(name, "model")))
       if (entry !== "scheduler") await symlink(fixture(name, "model", entry), path.join(own, entry));
     const file = "scheduler/scheduler_config.json";
     const config = JSON.parse(await readFile(fixture(name, "model", file), "utf8"));
     await writeFile(path.join(own, file), JSON.stringify({ ...config, ...values }));
+    if (className) {
+      const index = JSON.parse(await readFile(fixture(name, "model", "model_index.json"), "utf8"));
+      await rm(path.join(own, "model_index.json"));
+      await writeFile(
+        path.join(own, "model_index.json"),
+        JSON.stringify({ ...index, scheduler: ["diffusers", className] }),
+      );
+    }
     return FlowTurbo.load(own);
   }
   beforeAll(async () => {
@@ -115,6 +123,24 @@ describe.each(fixtureNames)("%s with a scheduler that shifts by size", (name) =>
     await using model = await withScheduler({ use_dynamic_shifting: true, time_shift_type: "linear" });
     await compare(model, name, "grid_dynamic_linear", { ...euler, steps: 6, mu: 1.5 });
     await expect(model.generate({ prompt: "x", mu: 1, shift: 2 })).rejects.toThrow(/Both shift and mu/);
+  });
+
+  const flow = { use_flow_sigmas: true, prediction_type: "flow_prediction", flow_shift: 3, solver_order: 2 };
+
+  it.each([
+    ["unipc", "UniPCMultistepScheduler", { solver_order: 3 }],
+    ["dpmpp_2m", "DPMSolverMultistepScheduler", { thresholding: true }],
+  ] as const)("or is that of %s", async (sampler, className, other) => {
+    await using model = await withScheduler(flow, className);
+    await compare(model, name, sampler, { sampler, steps: 8 });
+    // What its own sampler does not compute matters to no other.
+    await using unsupported = await withScheduler({ ...flow, ...other }, className);
+    const [[key, value]] = Object.entries(other) as [[string, unknown]];
+    const asked = { prompt: "x", ...small, steps: 1 };
+    await expect(unsupported.generate({ ...asked, sampler })).rejects.toThrow(
+      new RegExp(`${className}, has ${key} ${value}, which the sampler "${sampler}" does not compute. Set ${key} to `),
+    );
+    await unsupported.generate(asked);
   });
 
   it("or spaces the noise levels", async () => {
