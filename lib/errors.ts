@@ -76,6 +76,40 @@ export class CheckpointError extends FlowTurboError {
   }
 }
 
+/**
+ * Why a model of the hub cannot be had: `gated`: its licence has to be accepted first; `unauthorized`: the token is not accepted;
+ * `not_found`: there is no such model, or it is private; `no_revision`: the model has no such revision; `layout`: it lacks files that are
+ * needed, or is of another kind; `offline`: the cache lacks something, and requests are forbidden; `unreachable`: the hub cannot be
+ * reached, or is overloaded; `damaged`: what comes is not what the hub's hash says; `cache`: the cache cannot be written, or its disk is
+ * full; `refused`: anything else that the hub says, or an address of it that is none.
+ */
+export type HubReason =
+  | "gated"
+  | "unauthorized"
+  | "not_found"
+  | "no_revision"
+  | "layout"
+  | "offline"
+  | "unreachable"
+  | "damaged"
+  | "cache"
+  | "refused";
+
+/**
+ * A model of the Hugging Face hub cannot be downloaded. The code is `ERR_FLOWTURBO_HUB_UNREACHABLE` where the same call may succeed later,
+ * and goes on where this one stopped.
+ */
+export class HubError extends FlowTurboError {
+  /** `owner/name`; empty where no model is meant. */
+  readonly repository: string;
+  readonly reason: HubReason;
+  constructor(repository: string, reason: HubReason, message: string, options?: ErrorOptions) {
+    super(reason === "unreachable" ? "ERR_FLOWTURBO_HUB_UNREACHABLE" : "ERR_FLOWTURBO_HUB", message, options);
+    this.repository = repository;
+    this.reason = reason;
+  }
+}
+
 /** A runtime could not compile or run a graph. */
 export class RuntimeError extends FlowTurboError {
   constructor(message: string, options?: ErrorOptions & { code?: FlowTurboErrorCode }) {
@@ -306,6 +340,18 @@ const rows = {
     status: 500,
     retryable: false,
     sentence: "The model's files cannot be used.",
+  },
+  ERR_FLOWTURBO_HUB: {
+    type: HubError,
+    status: 500,
+    retryable: false,
+    sentence: "The model's files cannot be downloaded.",
+  },
+  ERR_FLOWTURBO_HUB_UNREACHABLE: {
+    type: HubError,
+    status: 503,
+    retryable: true,
+    sentence: "The model's files cannot be downloaded now. Try again.",
   },
   ERR_FLOWTURBO_RUNTIME: { type: RuntimeError, status: 500, retryable: false, sentence: "The model could not be run." },
   ERR_FLOWTURBO_RUNTIME_DIED: {

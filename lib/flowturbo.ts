@@ -10,6 +10,7 @@ import {
   calibratedSchedulesOf,
   calibrationFile,
   calibrationPromptsOf,
+  checkModelIndex,
   checkpointName,
   openCheckpoint,
 } from "./checkpoint/index.js";
@@ -43,6 +44,7 @@ import { generateStream } from "./generation/stream.js";
 import { Templates } from "./generation/templates.js";
 import { PromptEncoder } from "./generation/text.js";
 import { type CallTrace, traced } from "./generation/traces.js";
+import { locateModel } from "./hub/index.js";
 import type {
   CalibrateOptions,
   Calibration,
@@ -123,8 +125,9 @@ export class FlowTurbo implements ImageModel {
 
   /**
    * Opens a checkpoint in the diffusers layout and starts a runtime for it. Weights are not read: the runtime maps them.
-   * @param folder default: the embedded model
-   * @throws CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
+   * @param folder a folder, or a model of the Hugging Face hub as `owner/name` or `owner/name@revision`, which is downloaded into the
+   *   cache that Python's programs share; a folder of that name comes first. Default: the embedded model
+   * @throws HubError if it is to be downloaded and cannot be; CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
    *   InstallationError if a package or file that it needs is missing or has no binaries for this platform, RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
    *   `signal.reason` after an abort
    */
@@ -140,12 +143,17 @@ export class FlowTurbo implements ImageModel {
       onProgress?.({ phase, done, total: 3 });
     };
 
-    // 1. The folder: configs, headers of the weights, tokenizers. What the pictures need at the end is loaded meanwhile.
-    report("checkpoint", 0);
+    // 1. The folder, which may have to be downloaded: configs, headers of the weights, tokenizers. What the pictures need at the end is loaded meanwhile.
+    signal?.throwIfAborted();
     checkInstallation();
     await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
-    const opening = openCheckpoint(folder, { variant, textEncoder3, signal });
+    const root = await locateModel(folder, {
+      ...{ ...checked, checkIndex: checkModelIndex },
+      onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
+    });
+    report("checkpoint", 0);
+    const opening = openCheckpoint(root, { variant, textEncoder3, signal });
     const [checkpoint] = await Promise.all([opening, sharp.load()]);
     for (const warning of checkpoint.warnings) logger.warn?.(warning);
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);

@@ -16,6 +16,8 @@ export {
   FlowTurboError,
   type FlowTurboErrorCode,
   type FlowTurboErrorOptions,
+  HubError,
+  type HubReason,
   InstallationError,
   LaunchError,
   MemoryError,

@@ -102,12 +102,17 @@ export type PictureSource = string | Uint8Array | RgbPicture;
 
 /** Sent while a model loads. */
 export interface LoadProgress {
-  /** `checkpoint`: configs, headers and tokenizers are read; `graphs`: the graphs are listed; `runtime`: a runtime starts, and graphs are emitted for it. */
-  readonly phase: "checkpoint" | "graphs" | "runtime";
-  /** Phases that are done. */
+  /**
+   * `download`: files of a model of the hub that are not in the cache; `checkpoint`: configs, headers and tokenizers are read; `graphs`: the
+   * graphs are listed; `runtime`: a runtime starts, and graphs are emitted for it.
+   */
+  readonly phase: "download" | "checkpoint" | "graphs" | "runtime";
+  /** Phases that are done, of the three after `download`; while downloading, bytes. */
   readonly done: number;
-  /** Phases that there are. */
+  /** Phases that there are, or bytes: more of those become known when the indexes of shards have been read. */
   readonly total: number;
+  /** While downloading: the files under way, with their bytes. */
+  readonly files?: readonly { readonly path: string; readonly done: number; readonly total: number }[];
 }
 
 /** Options of `FlowTurbo.load`. */

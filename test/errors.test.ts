@@ -20,8 +20,12 @@ it("every class but the base has a code, and every code one class", () => {
   const named = classes.map(([name]) => name).filter((name) => name !== "FlowTurboError");
   const types = Object.values(errorTable).map(({ type }) => type.name);
   expect([...new Set(types)].sort()).toEqual(named.sort());
-  // A limit that others prevent, and one that cannot be met, are told apart by the code; so is a GPU that comes back.
-  expect(types.filter((name, index) => types.indexOf(name) !== index)).toEqual(["DeviceLostError", "DeadlineError"]);
+  // A limit that others prevent, and one that cannot be met, are told apart by the code; so is a GPU that comes back, and a hub that does.
+  expect(types.filter((name, index) => types.indexOf(name) !== index)).toEqual([
+    "HubError",
+    "DeviceLostError",
+    "DeadlineError",
+  ]);
 });
 
 it("an error has the code that the table has for its class", () => {
@@ -29,6 +33,8 @@ it("an error has the code that the table has for its class", () => {
     new errors.OptionError("o", "m"),
     new errors.InstallationError("p", "r", "m"),
     new errors.CheckpointError("p", "m"),
+    new errors.HubError("o/n", "gated", "m"),
+    new errors.HubError("o/n", "unreachable", "m"),
     new errors.RuntimeError("m"),
     new errors.RuntimeDiedError("m", 1, null),
     new errors.RuntimeUnavailableError("r", "m"),

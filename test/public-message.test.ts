@@ -272,6 +272,8 @@ describe("publicMessage", () => {
     const cause = new Error(`secret ${folder}`);
     const made = [
       new errors.CheckpointError(folder, folder, { cause }),
+      new errors.HubError(folder, "cache", folder, { cause }),
+      new errors.HubError(folder, "unreachable", folder, { cause }),
       new errors.RuntimeError(folder, { cause }),
       new errors.RuntimeDiedError(folder, 1, null),
       new errors.RuntimeUnavailableError("tensorrt", folder, { cause }),

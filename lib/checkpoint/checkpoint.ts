@@ -230,6 +230,11 @@ export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelId
   };
 }
 
+/** @throws CheckpointError if a model_index.json is of a model that cannot be read: for what is about to be downloaded */
+export async function checkModelIndex(file: string): Promise<void> {
+  readModelIndex(file, await readJsonObject(file), true);
+}
+
 /** Where the index says that a part is. */
 interface Place {
   /** In the checkpoint's folder. */
@@ -333,7 +338,8 @@ async function explainOtherLayouts(root: string): Promise<void> {
 }
 
 function unreadable(root: string, { code, message }: NodeJS.ErrnoException): string {
-  if (code === "ENOENT") return `The folder ${root} does not exist. Pass a downloaded checkpoint's folder. ${layout}`;
+  if (code === "ENOENT")
+    return `The folder ${root} does not exist. Pass a downloaded checkpoint's folder, or owner/name of a model on the hub. ${layout}`;
   if (code !== "ENOTDIR") return `Cannot read the folder ${root}: ${message}`;
   return root.endsWith(".safetensors") ? singleFile(root) : `${root} is not a folder. ${layout}`;
 }

@@ -1,7 +1,14 @@
 /** A checkpoint folder on disk: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
 
 export { calibratedSchedulesOf, calibrationFile, calibrationPromptsOf } from "./calibration.js";
-export { type Checkpoint, fingerprintOf, identityOf, openCheckpoint, type Part } from "./checkpoint.js";
+export {
+  type Checkpoint,
+  checkModelIndex,
+  fingerprintOf,
+  identityOf,
+  openCheckpoint,
+  type Part,
+} from "./checkpoint.js";
 export {
   type ClipConfig,
   readTransformerConfig,

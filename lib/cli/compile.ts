@@ -1,13 +1,15 @@
 /** `flowturbo compile`: every engine that a model needs, ahead of time, each with a progress bar. */
 
 import type { Command } from "commander";
+import { checkModelIndex } from "../checkpoint/index.js";
 import { embeddedModel } from "../flowturbo.js";
 import { compileEngines, type Engine } from "../generation/engines.js";
+import { locateModel } from "../hub/index.js";
 import type { EngineProgress } from "../model.js";
 import { checkOptions, compileSchema } from "../options.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { megabytes, print, showWarnings } from "./print.js";
-import { bar, withProgress } from "./progress.js";
+import { bar, showDownload, withProgress } from "./progress.js";
 
 export function compileCommand(command: Command, signal: AbortSignal): void {
   command.description("Build the TensorRT engines of a model ahead of time, one for each network.");
@@ -26,7 +28,7 @@ Examples:
 async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
   const options = { ...readFlags(compileSchema, flags), signal };
   checkOptions(compileSchema, options, "compile");
-  const report = await withProgress(!flags.json, (progress) => {
+  const report = await withProgress(!flags.json, async (progress) => {
     // A bar for each engine: those under way are redrawn, those that are done stay.
     const bars = new Map<string, string>();
     const show = ({ graph, engine, engines, phase, detail, done, total }: EngineProgress) => {
@@ -38,7 +40,13 @@ async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
       if (bars.size > 0) progress.show([...bars.values()].join("\n  "));
     };
     progress.show("opening the model");
-    return compileEngines(flags.model ?? embeddedModel, { ...options, onProgress: show });
+    const onDownload = showDownload(progress);
+    const folder = await locateModel(flags.model ?? embeddedModel, {
+      ...options,
+      onDownload,
+      checkIndex: checkModelIndex,
+    });
+    return compileEngines(folder, { ...options, onProgress: show });
   });
   if (!flags.json) showWarnings(report.warnings);
   print(flags.json, report, `${report.runtime} ${report.version}\n${report.engines.map(describe).join("\n")}`);

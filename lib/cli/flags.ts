@@ -3,8 +3,11 @@
  * lib/options.ts. The few flags that are no options of the library are here where several commands have them.
  */
 
+import { existsSync } from "node:fs";
 import { type Command, Option } from "commander";
 import type { z } from "zod";
+import { checkpointName } from "../checkpoint/index.js";
+import { parseHubName } from "../hub/index.js";
 import type { Size } from "../model.js";
 import { optionMeta } from "../options.js";
 
@@ -17,8 +20,17 @@ export interface CommonFlags {
 
 /** Adds `--model`, and the flag of every field that has one. */
 export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
-  command.option("--model <folder>", "checkpoint in the diffusers layout (default: the embedded shapes model)");
+  command.option(
+    "--model <folder>",
+    "checkpoint in the diffusers layout, or a model of the Hugging Face hub as owner/name[@revision] (default: the embedded shapes model)",
+  );
   addFlags(command, ...schemas);
+}
+
+/** What clients call the model of a folder, or of the hub. */
+export function modelName(model: string): string {
+  const name = existsSync(model) ? null : parseHubName(model);
+  return checkpointName(name ? (name.file ?? name.repository) : model);
 }
 
 /** Adds the flag of every field that has one. */

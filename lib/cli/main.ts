@@ -18,6 +18,7 @@ import { generateCommand } from "./generate.js";
 import { mcpCommand } from "./mcp.js";
 import { profileCommand } from "./profile.js";
 import { pruneCommand } from "./prune.js";
+import { pullCommand } from "./pull.js";
 import { serveCommand } from "./serve.js";
 
 // Whoever reads stdout may have seen enough, as `flowturbo --help | head` has: that is no failure.
@@ -54,6 +55,7 @@ async function main(): Promise<number> {
   };
   serveCommand(program.command("serve").exitOverride(), controller.signal, endServing);
   mcpCommand(program.command("mcp").exitOverride(), controller.signal, endServing);
+  pullCommand(program.command("pull").exitOverride(), controller.signal);
   doctorCommand(program.command("doctor").exitOverride());
   pruneCommand(program.command("prune").exitOverride());
 

@@ -5,7 +5,6 @@
  */
 
 import type { Command } from "commander";
-import { checkpointName } from "../checkpoint/index.js";
 import type { Drawer } from "../clients/drawer.js";
 import { localDrawer } from "../clients/local.js";
 import { remoteDrawer } from "../clients/remote.js";
@@ -17,7 +16,7 @@ import { mcpSdk } from "../mcp/sdk.js";
 import { createMcpServer } from "../mcp/server.js";
 import type { ImageFormat } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
-import { addModelFlags, readFlags } from "./flags.js";
+import { addModelFlags, modelName, readFlags } from "./flags.js";
 
 interface Flags {
   model?: string;
@@ -119,7 +118,7 @@ function processSource(flags: Flags, signal: AbortSignal): Source {
   };
   return {
     drawer: localDrawer(open),
-    model: checkpointName(folder),
+    model: modelName(folder),
     async dispose() {
       const model = await loading?.catch(() => null);
       await model?.dispose();

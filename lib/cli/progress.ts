@@ -3,6 +3,7 @@
  */
 
 import ora from "ora";
+import { megabytes } from "./print.js";
 
 export interface Progress {
   /** Shows what is going on, with a bar where `total` is known. */
@@ -45,7 +46,43 @@ function createProgress(enabled: boolean): Progress {
 
 /** `████░░░░ 250/1000` */
 export function bar(done: number, total: number): string {
+  return `${blocks(done, total)} ${done}/${total}`;
+}
+
+function blocks(done: number, total: number): string {
   const width = 24;
   const filled = Math.round((width * done) / total);
-  return `${"█".repeat(filled)}${"░".repeat(width - filled)} ${done}/${total}`;
+  return `${"█".repeat(filled)}${"░".repeat(width - filled)}`;
+}
+
+/** What is downloaded, in bytes. */
+interface Bytes {
+  readonly done: number;
+  readonly total: number;
+}
+
+interface Downloads extends Bytes {
+  readonly files: readonly (Bytes & { readonly path: string })[];
+}
+
+/** The speed is that of so many milliseconds. */
+const speedOverMs = 5000;
+
+/** Shows a download: a bar for all of it with its speed, and one for each file under way. */
+export function showDownload(progress: Progress, now: () => number = performance.now.bind(performance)) {
+  const seen: { at: number; done: number }[] = [];
+  const barOf = ({ done, total }: Bytes) => `${blocks(done, total || 1)} ${megabytes(done)} of ${megabytes(total)}`;
+  return ({ done, total, files }: Downloads): void => {
+    const at = now();
+    seen.push({ at, done });
+    while (seen.length > 2 && at - seen[0]!.at > speedOverMs) seen.shift();
+    const first = seen[0]!;
+    // What was there before counts for nothing, and what has to be downloaded again for less.
+    const speed = at > first.at ? Math.max(0, (1000 * (done - first.done)) / (at - first.at)) : 0;
+    const lines = [
+      `${barOf({ done, total })}, ${megabytes(speed)}/s`,
+      ...files.map((file) => `${barOf(file)} ${file.path}`),
+    ];
+    progress.show(lines.join("\n  "));
+  };
 }

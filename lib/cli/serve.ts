@@ -2,7 +2,6 @@
 
 import { readFileSync } from "node:fs";
 import type { Command } from "commander";
-import { checkpointName } from "../checkpoint/index.js";
 import { DeviceLostError, OptionError } from "../errors.js";
 import { embeddedModel, FlowTurbo } from "../flowturbo.js";
 import type { LoadOptions } from "../model.js";
@@ -10,7 +9,7 @@ import { checkOptions, loadSchema } from "../options.js";
 import { type CreateServerOptions, createServer } from "../server/index.js";
 import { serverSchema } from "../server/options.js";
 import { loadPackages } from "../server/packages.js";
-import { addFlags, readFlags } from "./flags.js";
+import { addFlags, modelName, readFlags } from "./flags.js";
 import { type LogFormat, logger, logLevels } from "./log.js";
 
 interface Flags {
@@ -37,7 +36,7 @@ export function serveCommand(command: Command, signal: AbortSignal, whenEnded: (
     )
     .option(
       "--model <[name=]folder>",
-      "checkpoint to serve under that name, or its folder's (repeatable; default: the embedded shapes model)",
+      "checkpoint, or owner/name[@revision] of a model of the hub, to serve under that name, or its own (repeatable; default: the embedded shapes model)",
       repeated,
     )
     .option(
@@ -149,7 +148,7 @@ function foldersOf(given: readonly string[]): Record<string, string> {
   const folders: Record<string, string> = {};
   for (const text of given.length > 0 ? given : [embeddedModel]) {
     const [, name, folder] = text.match(/^([\w.:-]+)=(.+)$/s) ?? [null, null, text];
-    const id = name ?? checkpointName(folder!);
+    const id = name ?? modelName(folder!);
     if (folders[id] !== undefined)
       throw new OptionError("model", `Two models are called "${id}". Name them: --model <name>=<folder>.`);
     folders[id] = folder!;

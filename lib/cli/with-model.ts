@@ -1,10 +1,10 @@
 /** What the commands that run a model have in common: it is loaded for their work, its warnings are shown, and it is disposed after it. */
 
 import { FlowTurbo } from "../flowturbo.js";
-import type { LoadOptions } from "../model.js";
+import type { LoadOptions, LoadProgress } from "../model.js";
 import type { CommonFlags } from "./flags.js";
 import { showWarnings } from "./print.js";
-import { type Progress, withProgress } from "./progress.js";
+import { type Progress, showDownload, withProgress } from "./progress.js";
 
 /** The report of the command's work with all warnings, the model's first; without `--json` they are shown as they come. */
 export async function withModel<T extends object>(
@@ -15,7 +15,12 @@ export async function withModel<T extends object>(
   return withProgress(!json, async (progress) => {
     progress.show("loading the model");
     // Measuring in the background would disturb a measurement, and delay the end of a process that draws once.
-    const model = await FlowTurbo.load(folder, { ...options, measureCosts: false });
+    const download = showDownload(progress);
+    const onProgress = (at: LoadProgress) => {
+      if (at.phase === "download") download({ files: [], ...at });
+      else progress.show("loading the model");
+    };
+    const model = await FlowTurbo.load(folder, { ...options, onProgress, measureCosts: false });
     try {
       progress.clear();
       if (!json) showWarnings(model.warnings);

@@ -3,10 +3,11 @@
  * for. Both follow from the table of networks: a profile is a graph's own dimensions, with numbers for their names.
  */
 
-import { calibratedSchedulesOf, openCheckpoint } from "../checkpoint/index.js";
+import { calibratedSchedulesOf, checkModelIndex, openCheckpoint } from "../checkpoint/index.js";
 import { defaultCacheFolder } from "../common/files.js";
 import { checkInstallation } from "../common/package.js";
 import { OptionError } from "../errors.js";
+import { locateModel } from "../hub/index.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
 import {
   type Feature,
@@ -65,8 +66,8 @@ export interface CompileReport {
 
 /**
  * Builds every engine that a checkpoint needs for the sizes and batches given, or finds it in the cache.
- * @param folder a checkpoint in the diffusers layout
- * @throws OptionError, InstallationError, CheckpointError, RuntimeUnavailableError, CompileError, MemoryError, CacheError, `signal.reason`
+ * @param folder a checkpoint in the diffusers layout, or a model of the hub as `FlowTurbo.load` takes it
+ * @throws OptionError, InstallationError, HubError, CheckpointError, RuntimeUnavailableError, CompileError, MemoryError, CacheError, `signal.reason`
  */
 export async function compileEngines(folder: string, options: CompileEnginesOptions = {}): Promise<CompileReport> {
   const checked = checkOptions(compileSchema, options, "compileEngines()");
@@ -75,7 +76,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   checkInstallation();
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
-  const checkpoint = await openCheckpoint(folder, {
+  const root = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
+  const checkpoint = await openCheckpoint(root, {
     ...{ variant: checked.variant, textEncoder3: checked.textEncoder3, signal },
   });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());

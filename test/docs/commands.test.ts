@@ -12,6 +12,7 @@ import { generateCommand } from "../../lib/cli/generate.js";
 import { mcpCommand } from "../../lib/cli/mcp.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import { pruneCommand } from "../../lib/cli/prune.js";
+import { pullCommand } from "../../lib/cli/pull.js";
 import { serveCommand } from "../../lib/cli/serve.js";
 import {
   calibrateSchema,
@@ -65,6 +66,7 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   cacheCommand(program.command("cache"), signal);
   serveCommand(program.command("serve"), signal, () => {});
   mcpCommand(program.command("mcp"), signal, () => {});
+  pullCommand(program.command("pull"), signal);
   doctorCommand(program.command("doctor"));
   pruneCommand(program.command("prune"));
   const visit = (command: Command) => {

@@ -1,0 +1,153 @@
+/**
+ * Which files of a repository are downloaded: those that are read, in one precision, and nothing beside them (weights in other
+ * forms and precisions, single-file checkpoints, pictures). The rule is that of lib/checkpoint/weights.ts, over a listing in
+ * place of a folder; a test holds the two together.
+ */
+
+export interface Wanted {
+  /** Precision variant, such as "fp16". A part without it is taken without a variant, as diffusers does. */
+  readonly variant?: string | undefined;
+  /** Whether the third text encoder (T5) is taken, where there is one. Default: true. */
+  readonly textEncoder3?: boolean | undefined;
+}
+
+/** Paths of the files of a repository. */
+type Paths = Pick<ReadonlyMap<string, unknown>, "has" | "keys"> | ReadonlySet<string>;
+
+/** A repository lacks what is needed, or is of another kind. */
+export class SelectionError extends Error {}
+
+export const modelIndex = "model_index.json";
+
+/** Files of the root that are read where they are there. */
+const rootFiles = ["schedules.json", "prompts.txt"];
+
+const tokenizerFiles = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+const vocabularyFiles = ["vocab.json", "merges.txt", "tokenizer.json", "spiece.model"];
+
+interface PartRow {
+  readonly name: string;
+  /** What is taken of it besides weights, where it is there. */
+  readonly files: readonly string[];
+  /** The name that weights begin with, and which of the two forms is read where both are there. Absent from parts without weights. */
+  readonly weights?: { readonly basename: string; readonly first: "single" | "index" };
+  /** Whether it is the third text encoder's. */
+  readonly t5?: boolean;
+  /** A part that model_index.json does not name. */
+  readonly unnamed?: boolean;
+}
+
+const ofDiffusers = { basename: "diffusion_pytorch_model", first: "index" } as const;
+const ofTransformers = { basename: "model", first: "single" } as const;
+const config = ["config.json"];
+const vocabulary = [...tokenizerFiles, ...vocabularyFiles];
+
+const partRows: readonly PartRow[] = [
+  { name: "scheduler", files: ["scheduler_config.json"] },
+  { name: "transformer", files: config, weights: ofDiffusers },
+  { name: "vae", files: config, weights: ofDiffusers },
+  { name: "refiner", files: config, weights: ofDiffusers, unnamed: true },
+  { name: "text_encoder", files: config, weights: ofTransformers },
+  { name: "text_encoder_2", files: config, weights: ofTransformers },
+  { name: "text_encoder_3", files: config, weights: ofTransformers, t5: true },
+  { name: "tokenizer", files: vocabulary },
+  { name: "tokenizer_2", files: vocabulary },
+  { name: "tokenizer_3", files: vocabulary, t5: true },
+];
+
+/** What is taken, before the indexes are read. */
+export interface Selection {
+  readonly files: readonly string[];
+  /** Indexes of shards: the files that they name are taken too. They are among `files`. */
+  readonly indexes: readonly string[];
+}
+
+/**
+ * @param index what model_index.json holds
+ * @throws SelectionError if a part that it names is missing, has no weights that can be read, or none has the variant
+ */
+export function select(paths: Paths, index: unknown, { variant, textEncoder3 = true }: Wanted): Selection {
+  const named = (index ?? {}) as Record<string, unknown>;
+  const folders = new Set([...paths.keys()].map((path) => path.split("/")[0]));
+  const files = [modelIndex, ...rootFiles.filter((name) => paths.has(name))];
+  const indexes: string[] = [];
+  const variants = new Set<string>();
+  let hasVariant = false;
+  for (const { name: part, files: wanted, weights, t5, unnamed } of partRows) {
+    const entry = named[part];
+    const isNamed = (Array.isArray(entry) ? entry[1] : entry) != null;
+    if (unnamed ? !folders.has(part) : !isNamed || (t5 && !textEncoder3)) continue;
+    if (!folders.has(part))
+      throw new SelectionError(`lacks the folder ${part}, though model_index.json names this part`);
+    files.push(...wanted.map((name) => `${part}/${name}`).filter((path) => paths.has(path)));
+    if (!weights) continue;
+    for (const found of variantsOf(paths, part, weights.basename)) variants.add(found);
+    const chosen = chooseWeights(paths, part, weights, variant);
+    hasVariant ||= chosen.isVariant;
+    files.push(chosen.path);
+    if (chosen.path.endsWith(".json")) indexes.push(chosen.path);
+  }
+  if (variant === undefined || hasVariant) return { files, indexes };
+  const found = [...variants].sort().map((name) => `"${name}"`);
+  throw new SelectionError(
+    `has no part with the variant "${variant}"; ${found.length > 0 ? `variants found: ${found.join(", ")}` : "it has no variants"}`,
+  );
+}
+
+/** @param json what the index holds. @throws SelectionError for a shard that is missing, or lies in another folder */
+export function shardsOf(paths: Paths, index: string, json: unknown): string[] {
+  const map = (json as { weight_map?: unknown } | null)?.weight_map;
+  const names = typeof map === "object" && map !== null ? [...new Set(Object.values(map))] : [];
+  if (names.length === 0) throw new SelectionError(`has in ${index} no index of shards`);
+  return names.map((name) => {
+    const path = `${index.slice(0, index.lastIndexOf("/"))}/${name}`;
+    if (typeof name !== "string" || name.includes("/") || !name.endsWith(".safetensors") || !paths.has(path))
+      throw new SelectionError(`lacks the file ${path} that ${index} names`);
+    return path;
+  });
+}
+
+function chooseWeights(
+  paths: Paths,
+  part: string,
+  { basename, first }: NonNullable<PartRow["weights"]>,
+  variant: string | undefined,
+): { path: string; isVariant: boolean } {
+  for (const candidate of variant === undefined ? [null] : [variant, null]) {
+    const forms = { single: [singleName(basename, candidate)], index: indexNames(basename, candidate) };
+    const order = first === "single" ? [...forms.single, ...forms.index] : [...forms.index, ...forms.single];
+    const path = order.map((name) => `${part}/${name}`).find((each) => paths.has(each));
+    if (path !== undefined) return { path, isVariant: candidate !== null };
+  }
+  const variants = variantsOf(paths, part, basename).map((name) => `"${name}"`);
+  const others = [...paths.keys()].some(
+    (path) => path.startsWith(`${part}/`) && /\.(bin|msgpack|h5|onnx|ckpt)$/.test(path),
+  );
+  throw new SelectionError(
+    `has no weights for ${part} in .safetensors files${variant === undefined ? "" : ` ("${variant}" or plain)`}` +
+      (variants.length > 0 ? `; variants found: ${variants.join(", ")}` : others ? ", only in other forms" : ""),
+  );
+}
+
+function singleName(basename: string, variant: string | null): string {
+  return variant === null ? `${basename}.safetensors` : `${basename}.${variant}.safetensors`;
+}
+
+/** The present spelling first, then the two older ones. */
+function indexNames(basename: string, variant: string | null): string[] {
+  if (variant === null) return [`${basename}.safetensors.index.json`];
+  return [
+    `${basename}.safetensors.index.${variant}.json`,
+    `${basename}.${variant}.safetensors.index.json`,
+    `${basename}.safetensors.${variant}.index.json`,
+  ];
+}
+
+function variantsOf(paths: Paths, part: string, basename: string): string[] {
+  const spellings = [singleName(basename, "*"), ...indexNames(basename, "*")].map(
+    (name) => new RegExp(`^${part}/${name.replaceAll(".", "\\.").replace("*", "([\\w-]+)")}$`),
+  );
+  const found = [...paths.keys()].flatMap((path) => spellings.flatMap((spelling) => spelling.exec(path)?.[1] ?? []));
+  // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
+  return [...new Set(found)].filter((variant) => !/-\d+-of-\d+$/.test(variant)).sort();
+}
