@@ -353,6 +353,13 @@ export interface GenerateOptions {
   /** With `mask`: whether the kept part is the original pixel for pixel; otherwise it goes through the autoencoder. Default: true. */
   keepOriginal?: boolean | undefined;
   /**
+   * With `mask`: draws only a part of `image`, so that small things get all of the model's pixels. As diffusers' `padding_mask_crop` it is the rectangle around
+   * what is not black in the mask, with so many pixels more on each side (a whole number from 0), grown to the shape of `width` × `height`. It is drawn at that size and put back:
+   * the pictures have the size of `image`, and outside the rectangle they are `image` to the pixel; inside too where the mask is black, mixed where it is grey, unless
+   * `keepOriginal` is false. `latents`, `pixels` and previews are of the part. Default: all of `image` is drawn.
+   */
+  paddingMaskCrop?: number | undefined;
+  /**
    * What step events show in `previews`: `"fast"`, a linear map of the latents to colours, one pixel a latent; or
    * `"decoded"`, the full decoder, which costs a decode for each block that shows one. Default: nothing.
    */
@@ -603,9 +610,9 @@ export interface GenerateResult {
   readonly pixels: FloatTensor | null;
   /** Seed of each picture, a BigInt where a number would not be exact; empty if the noise was given. */
   readonly seeds: readonly Seed[];
-  /** Pixels. */
+  /** Pixels of the pictures; with `paddingMaskCrop` those of the original, and `stages` has what was drawn. */
   readonly width: number;
-  /** Pixels. */
+  /** Pixels, as `width`. */
   readonly height: number;
   /** The schedule that ran, such as "H1P7R2"; those of several stages follow each other after a space. */
   readonly blocks: string;

@@ -397,6 +397,11 @@ export const generateSchema = z.strictObject({
     "--no-keep-original",
     "with --mask: take the kept part through the autoencoder instead of pixel for pixel from the original",
   ),
+  paddingMaskCrop: optional(
+    integer(0, Number.MAX_SAFE_INTEGER, "a whole number of pixels from 0"),
+    "with mask: draw only its surroundings, with so many pixels around it, and put them back into the picture, which keeps its size",
+    "--padding-mask-crop <pixels>",
+  ),
   preview: optional(
     oneOf(["fast", "decoded"]),
     "what each step event shows: fast (a linear map of the latents), decoded (the full decoder)",

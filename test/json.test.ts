@@ -61,6 +61,7 @@ const options = fc.record(
     mask: fc.oneof(rgb, encoded),
     strength: fc.constantFrom(0.25, 1),
     keepOriginal: fc.boolean(),
+    paddingMaskCrop: fc.nat(),
     preview: fc.constantFrom("fast" as const, "decoded" as const),
     previewCount: fc.integer({ min: 1, max: 1000 }),
     stepLatents: fc.boolean(),

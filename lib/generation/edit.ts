@@ -8,27 +8,66 @@ import { type FloatTensor, float32 } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
+import { type Crop, cropRegion, cut, filled } from "./crop.js";
 import type { EditRequest } from "./request.js";
 import { coveringBox, type Raster, resampled } from "./resample.js";
 import { sharp } from "./sharp.js";
 
-/** An original, and a mask where there is one, for each stage of a request. */
-export type Edit = readonly { readonly original: Original; readonly mask: Mask | null }[];
+/** An original, and a mask where there is one, for each stage of a request; and what they were cut out of, where they were. */
+export type Edit = readonly {
+  readonly original: Original;
+  readonly mask: Mask | null;
+  readonly crop?: Crop | undefined;
+}[];
 
 /**
  * @param sizes of the stages
  * @param factor pixels of a latent's side
  * @throws OptionError for a picture that cannot be read
  */
-export async function readEdit({ image, mask }: EditRequest, sizes: readonly Size[], factor: number): Promise<Edit> {
+export async function readEdit(
+  { image, mask, paddingMaskCrop }: EditRequest,
+  sizes: readonly Size[],
+  factor: number,
+): Promise<Edit> {
   const picture = await readOriginal(image);
   const painted = mask === null ? null : await readMask(mask);
+  if (painted && paddingMaskCrop !== null) return croppedEdit(picture, painted, paddingMaskCrop, sizes, factor);
   const edit: Edit[number][] = [];
   for (const { width, height } of sizes)
     edit.push({
       original: await originalAt(picture, width, height),
       mask: painted && (await maskAt(painted, picture, width, height, factor)),
     });
+  return edit;
+}
+
+/** An edit of a part of the picture: the mask's surroundings, by the shape of the last stage. A mask of another size is stretched to the picture. */
+async function croppedEdit(
+  picture: Raster,
+  painted: Raster,
+  padding: number,
+  sizes: readonly Size[],
+  factor: number,
+): Promise<Edit> {
+  const { width, height } = picture;
+  const isAlike = painted.width === width && painted.height === height;
+  const box = { left: 0, top: 0, width: painted.width, height: painted.height };
+  const data = isAlike ? painted.data : await resampled(painted, width, height, box);
+  const whole = { width, height, channels: painted.channels, data };
+  const grey = await greyOf(whole);
+  const region = await cropRegion({ width, height, channels: 1, data: grey }, sizes.at(-1)!, padding);
+  const crop: Crop = { picture, mask: grey, region };
+  const [part, partOfMask] = [await cut(picture, region), await cut(whole, region)];
+  const edit: Edit[number][] = [];
+  for (const { width, height } of sizes) {
+    const original = await originalOf(await filled(part, width, height), width, height);
+    const values = await filled(partOfMask, width, height);
+    const mask = await maskOf({ width, height, channels: whole.channels, data: values }, factor);
+    edit.push({ original, mask, crop });
+  }
+  // What is too small for a latent is painted nowhere.
+  if (edit.every(({ mask }) => mask!.empty)) grey.fill(0);
   return edit;
 }
 
@@ -77,7 +116,10 @@ export async function readMask(source: PictureSource): Promise<Raster> {
 
 /** A picture at width × height: resized, and cropped to cover it. */
 export async function originalAt(picture: Raster, width: number, height: number): Promise<Original> {
-  const rgb = await resampled(picture, width, height, coveringBox(picture, width, height));
+  return originalOf(await resampled(picture, width, height, coveringBox(picture, width, height)), width, height);
+}
+
+async function originalOf(rgb: Uint8Array, width: number, height: number): Promise<Original> {
   const plane = width * height;
   const data = new Float32Array(3 * plane);
   for (let start = 0; start < plane; start += width) {
@@ -103,15 +145,30 @@ export async function maskAt(
   const isAlike =
     Math.abs(mask.width * picture.height - mask.height * picture.width) <= Math.max(picture.width, picture.height);
   const box = isAlike ? coveringBox(mask, width, height) : { left: 0, top: 0, width: mask.width, height: mask.height };
-  const values = await resampled(mask, width, height, box);
-  const grey = (i: number) =>
-    mask.channels === 1
-      ? values[i]!
-      : // As Pillow's "L".
-        (values[3 * i]! * 19595 + values[3 * i + 1]! * 38470 + values[3 * i + 2]! * 7471 + 0x8000) >> 16;
+  const data = await resampled(mask, width, height, box);
+  return maskOf({ width, height, channels: mask.channels, data }, factor);
+}
+
+/** One byte a pixel, as Pillow's "L". */
+async function greyOf({ width, height, channels, data }: Raster): Promise<Uint8Array> {
+  const grey = new Uint8Array(width * height);
+  for (let start = 0; start < grey.length; start += width) {
+    for (let i = start; i < start + width; i++)
+      grey[i] =
+        channels === 1
+          ? data[i]!
+          : (data[3 * i]! * 19595 + data[3 * i + 1]! * 38470 + data[3 * i + 2]! * 7471 + 0x8000) >> 16;
+    if (isDue()) await rest();
+  }
+  return grey;
+}
+
+async function maskOf(mask: Raster, factor: number): Promise<Mask> {
+  const { width, height } = mask;
+  const grey = await greyOf(mask);
   const pixels = new Uint8Array(width * height);
   for (let start = 0; start < pixels.length; start += width) {
-    for (let i = start; i < start + width; i++) pixels[i] = grey(i) >= 128 ? 1 : 0;
+    for (let i = start; i < start + width; i++) pixels[i] = grey[i]! >= 128 ? 1 : 0;
     if (isDue()) await rest();
   }
   const [h, w] = [height / factor, width / factor];

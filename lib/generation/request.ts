@@ -40,6 +40,8 @@ export interface EditRequest {
   readonly mask: PictureSource | null;
   readonly strength: number;
   readonly keepOriginal: boolean;
+  /** Pixels around the mask's rectangle that are drawn with it; null to draw the whole picture. */
+  readonly paddingMaskCrop: number | null;
 }
 
 /** Classifier-free guidance of a request: see the options of these names. */
@@ -108,6 +110,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     mask,
     strength,
     keepOriginal,
+    paddingMaskCrop,
     maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
   } = options;
   const { count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } =
@@ -152,6 +155,17 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     if (value !== undefined && image === undefined)
       throw new OptionError(name, `The option ${name} needs an image to work on; give one, or leave ${name} out.`);
 
+  if (paddingMaskCrop !== undefined && (image === undefined || mask === undefined))
+    throw new OptionError(
+      "paddingMaskCrop",
+      "The option paddingMaskCrop says what is cut out around a mask; give image and mask, or leave it out.",
+    );
+  if (paddingMaskCrop !== undefined && outputType === "latent")
+    throw new OptionError(
+      "paddingMaskCrop",
+      'With paddingMaskCrop what was drawn is put back into the picture as pixels, and outputType "latent" makes none; leave out one.',
+    );
+
   // Noise.
   checkSeeds(options, pictures);
   const noises = options.noise === undefined ? null : ([options.noise].flat() as FloatTensor[]);
@@ -173,7 +187,12 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
       ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
     edit:
-      image === undefined ? null : { image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
+      image === undefined
+        ? null
+        : {
+            ...{ image, mask: mask ?? null, strength: strength ?? defaultStrength, keepOriginal },
+            paddingMaskCrop: paddingMaskCrop ?? null,
+          },
     pinBatch: options.pinBatch ?? model.pinBatch,
   };
 }

@@ -6,6 +6,7 @@ import { seedToJson } from "../common/seed.js";
 import type { FloatTensor, Tensor } from "../common/tensor.js";
 import type { GenerateResult, Timings } from "../model.js";
 import type { Admitted } from "../serving/service.js";
+import { pasted } from "./crop.js";
 import { keepOriginal } from "./edit.js";
 import { Image, toRgbInSlices } from "./image.js";
 import { stacked } from "./latents.js";
@@ -17,20 +18,27 @@ import type { PreparedCandidate } from "./templates.js";
 export async function resultOf(
   model: { readonly name: string; readonly runtime: { readonly name: string }; readonly checkpoint: Checkpoint },
   request: Request,
-  { text: drawn, stages, kept, template }: PreparedCandidate,
+  { text: drawn, stages, kept, crop, template }: PreparedCandidate,
   admitted: Admitted,
   text: { readonly tokens: number; readonly warnings: readonly string[] },
   results: readonly Record<string, Tensor>[],
   timings: Timings,
 ): Promise<GenerateResult> {
-  const { width, height } = stages.at(-1)!;
+  const size = stages.at(-1)!;
+  const { width, height } = crop?.picture ?? size;
   const blocks = blocksOf(stages);
   const origin = originOf(model);
   const images: Image[] = [];
   const { image } = template;
   for (const [row, result] of image === null ? [] : results.entries()) {
-    const rgb = await toRgbInSlices(result[image!] as FloatTensor, 0);
-    if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
+    let rgb = await toRgbInSlices(result[image!] as FloatTensor, 0);
+    if (crop)
+      rgb = await pasted(
+        crop,
+        { ...{ width: size.width, height: size.height }, channels: 3, data: rgb },
+        kept !== undefined,
+      );
+    else if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     const parameters = {
       ...(request.metadata && parametersOf(request, stages, row)),
       ...(request.metadata === "full" && origin),
@@ -83,6 +91,7 @@ function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row:
     ...(mu !== undefined && { mu }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
+    ...(edit && edit.paddingMaskCrop !== null && { paddingMaskCrop: edit.paddingMaskCrop }),
     guidanceScale: isGuided ? whole.guidanceScale : 1,
     ...(isGuided &&
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),

@@ -11,6 +11,7 @@ import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork } from "../serving/prediction.js";
 import type { Candidate } from "./candidates.js";
+import type { Crop } from "./crop.js";
 import type { Edit } from "./edit.js";
 import {
   encoderProgram,
@@ -34,6 +35,8 @@ export interface PreparedCandidate extends CandidateWork {
   readonly masks: readonly (FloatTensor | undefined)[];
   /** What the pictures keep of the original, pixel for pixel. */
   readonly kept: Edit[number] | undefined;
+  /** What they are put back into. */
+  readonly crop: Crop | undefined;
   readonly template: SamplingTemplate;
   /** What the caller should know. */
   readonly warnings: readonly string[];
@@ -78,7 +81,7 @@ export class Templates {
       { program: template.program, rows: request.pictures },
     ];
     const masks = stages.map((_, index) => used?.[index]?.mask?.latents);
-    return { text, demands, prompts, stages, encoders, masks, kept, template, warnings };
+    return { text, demands, prompts, stages, encoders, masks, kept, crop: edit?.at(-1)?.crop, template, warnings };
   }
 
   /** The template of one picture. */

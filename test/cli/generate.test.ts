@@ -409,6 +409,11 @@ describe("usage errors", () => {
       ["generate", "x", "--output-type", "latent"],
       /--output-type: .*say with --save-latents/,
     ],
+    [
+      "a padding without a mask",
+      ["generate", "x", "--image", "i.png", "--padding-mask-crop", "8"],
+      /^error: --padding-mask-crop: .*give image and mask/,
+    ],
     ["a mask without an image", ["generate", "x", "--mask", "m.png"], /--mask: .*needs an image/],
     [
       "a strength of zero",
