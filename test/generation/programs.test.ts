@@ -4,6 +4,7 @@ import { encoderProgram, type SamplingKind, samplingTemplate, slotValues } from 
 import { bind, type Program } from "../../lib/program/program.js";
 import { validateProgram } from "../../lib/program/validate.js";
 import { parseBlocks, scheduleOf, shiftedSigmas } from "../../lib/schedule/index.js";
+import { cases, requestOf } from "../support/sampling.js";
 
 const positions = {
   kind: "stored",
@@ -70,6 +71,33 @@ describe.each(["plain", "started from an original", "inpainted", "of two stages"
     });
   },
 );
+
+describe("a block", () => {
+  it.each(cases)("ends with one launch, and reports its latents once where they are asked for: $name", (example) => {
+    const { stages, context, pooled } = requestOf(example, 1);
+    for (const preview of [undefined, "fast", "decoded"] as const) {
+      const { program } = samplingTemplate({
+        ...{ stages, vaeFactor: 2, imageChannels: 3, keepsLatents: true, reportsLatents: true, preview },
+        contextShape: context.shape.slice(1) as [number, number],
+        pooledShape: pooled.shape.slice(1) as [number],
+      });
+      const launches = program.instructions.filter((each) => each.op === "launch");
+      const blocks = stages.reduce((sum, { schedule }) => sum + schedule.blocks.length, 0);
+      for (let block = 0; block < blocks; block++) {
+        const own = launches.filter(({ label }) => label.block === block);
+        expect(own.map(({ label }) => Boolean(label.last))).toEqual(own.map((_, index) => index === own.length - 1));
+        const reporting = own.filter(({ reported, label }) => reported && label.kind !== "preview");
+        expect(reporting).toHaveLength(1);
+        // Nothing but a preview follows it, and the next block, or the stage's end, begins with what it reports.
+        const [{ reported }] = reporting as [(typeof own)[number]];
+        const after = launches.slice(launches.indexOf(reporting[0]!) + 1);
+        expect(after.filter(({ label }) => label.block === block && label.kind !== "preview")).toEqual([]);
+        const next = after.find(({ label }) => label.kind !== "preview")!;
+        expect(Object.values(next.inputs)).toContain(reported![0]);
+      }
+    }
+  });
+});
 
 describe("bind", () => {
   const { program } = samplingTemplate(kindOf("plain"));
