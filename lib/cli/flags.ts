@@ -72,9 +72,10 @@ export function readFlags(schema: z.ZodObject, given: object): Record<string, un
     if (!flag) continue;
     const option = new Option(flag);
     const value = (given as Record<string, unknown>)[option.attributeName()];
-    // Commander has one attribute for --x and --no-x: false, from the one that turns off, or what the other one was given.
-    const isOwn = hasOpposite(field, flag) || option.negate === (value === false);
-    if (value !== undefined && isOwn) options[name] = typeof value === "string" ? readText(field, value) : value;
+    // Commander has one attribute for --no-x and --x <text>: false from the former, a text from the latter, true from neither.
+    const switched = hasOpposite(field, flag) ? value !== undefined : value === !option.negate;
+    const isOwn = option.required ? typeof value === "string" : switched;
+    if (isOwn) options[name] = typeof value === "string" ? readText(field, value) : value;
   }
   return options;
 }

@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
+import { requiredEngines } from "../../lib/generation/engines.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { copyModel, editJson, fixture, shapes, temporaryFolder } from "./folders.js";
@@ -177,10 +178,12 @@ describe("folders of other kinds", () => {
   });
 });
 
+const index = "model_index.json";
+
 describe("model_index.json", () => {
-  const index = "model_index.json";
   const cases: [string, object, RegExp][] = [
     ["an unknown pipeline", { _class_name: "FluxPipeline" }, /FluxPipeline.*StableDiffusion3Pipeline/],
+    ["a pipeline of SD 1", { _class_name: "StableDiffusionPipeline" }, /StableDiffusionPipeline.*known are/],
     ["no pipeline", { _class_name: undefined }, /_class_name is absent/],
     ["a missing entry", { vae: undefined }, /lacks the part "vae"/],
     [
@@ -209,10 +212,12 @@ describe("model_index.json", () => {
     await expectError(model, /model_index\.json is not JSON/);
   });
 
-  test("the other pipelines and schedulers of SD3", async () => {
-    for (const pipeline of ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"]) {
+  test("the other pipelines and schedulers of SD3, with parts of their own", async () => {
+    const pipelines = ["Img2Img", "Inpaint", "ControlNet", "ControlNetInpainting", "PAG", "PAGImg2Img", "Modular"];
+    for (const pipeline of pipelines.map((kind) => `StableDiffusion3${kind}Pipeline`)) {
       const scheduler = ["diffusers", "FlowMatchHeunDiscreteScheduler"];
-      const model = await damaged(index, { _class_name: pipeline, scheduler }, "sd3");
+      const controlnet = ["diffusers", "SD3ControlNetModel"];
+      const model = await damaged(index, { _class_name: pipeline, scheduler, controlnet }, "sd3");
       await writeFile(
         join(model, "scheduler", "scheduler_config.json"),
         '{"_class_name":"FlowMatchHeunDiscreteScheduler","num_train_timesteps":1000,"shift":3.0}',
@@ -220,6 +225,89 @@ describe("model_index.json", () => {
       expect((await openCheckpoint(model)).scheduler.shift).toBe(3);
     }
   });
+});
+
+describe("T5", () => {
+  const error = /Download.* To draw without T5, load the model with textEncoder3: false \(--no-t5\)\./;
+
+  test("whose download is not whole is refused, with how to draw without it", async () => {
+    const model = await copyModel("large");
+    const weights = join(model, "text_encoder_3", "model.safetensors");
+    await rename(weights, join(model, "text_encoder_3", "model-00001-of-00002.safetensors"));
+    await writeFile(
+      join(model, "text_encoder_3", "model.safetensors.index.json"),
+      '{"weight_map":{"shared.weight":"model-00001-of-00002.safetensors","a":"model-00002-of-00002.safetensors"}}',
+    );
+    await expectError(model, /model-00002-of-00002\.safetensors is missing/);
+    await expectError(model, error);
+    await rm(join(model, "tokenizer_3"), { recursive: true });
+    expect(await openCheckpoint(model, { textEncoder3: false })).toMatchObject({
+      textEncoder3: null,
+      tokenizer3: null,
+    });
+  });
+
+  test("that the index does not name at all is not missed by those who leave it out", async () => {
+    const model = await damaged(index, { text_encoder_3: undefined, tokenizer_3: undefined });
+    await expectError(model, /lacks the part "text_encoder_3"/);
+    expect(await openCheckpoint(model, { textEncoder3: false })).toMatchObject({ textEncoder3: null, warnings: [] });
+  });
+
+  test("left out: no engine is needed for it", async () => {
+    for (const textEncoder3 of [true, false]) {
+      const graphs = new GraphLibrary(await openCheckpoint(fixture("large", "model"), { textEncoder3 }));
+      const required = requiredEngines(graphs, { sizes: [{ width: 64, height: 64 }], batches: [1], guidance: "on" });
+      expect(required.map(({ graph }) => graph).includes("t5")).toBe(textEncoder3);
+    }
+  });
+});
+
+describe("modular_model_index.json", () => {
+  const entry = (library: string, name: string, loading: object) => [
+    library,
+    name,
+    { type_hint: [library, name], ...loading },
+  ];
+  const modular = async (changes: object) => {
+    const model = await copyModel("sd3");
+    const parts: object = {
+      transformer: entry("diffusers", "SD3Transformer2DModel", { repo: "somebody/sd3", subfolder: "transformer" }),
+      vae: entry("diffusers", "AutoencoderKL", { subfolder: "vae" }),
+      scheduler: entry("diffusers", "FlowMatchEulerDiscreteScheduler", { subfolder: "scheduler" }),
+      text_encoder: entry("transformers", "CLIPTextModelWithProjection", { subfolder: "text_encoder" }),
+      tokenizer: entry("transformers", "CLIPTokenizer", { subfolder: "tokenizer" }),
+      text_encoder_2: entry("transformers", "CLIPTextModelWithProjection", { subfolder: "text_encoder_2" }),
+      tokenizer_2: entry("transformers", "CLIPTokenizer", { subfolder: "tokenizer_2" }),
+    };
+    const json = { _class_name: "StableDiffusion3ModularPipeline", ...parts, ...changes };
+    await writeFile(join(model, "modular_model_index.json"), JSON.stringify(json));
+    return model;
+  };
+
+  test("counts where there is no model_index.json", async () => {
+    const model = await modular({ vae: "of another model" });
+    expect(await openCheckpoint(model)).toMatchObject({ textEncoder3: null });
+    await rm(join(model, index));
+    await expectError(model, /modular_model_index\.json: the part "vae" is of the unknown class "of another model"/);
+  });
+
+  for (const [what, changes, message] of [
+    ["no vae", { vae: undefined }, /"vae" is null/],
+    [
+      "a part of another repository",
+      { vae: entry("diffusers", "AutoencoderKL", { repo: "a/b", subfolder: "vae_2" }) },
+      /vae_2 is missing, though modular_model_index\.json names this part \(of a\/b\)/,
+    ],
+    ...["../vae", "/vae", "a/../../vae", "..\\vae", "C:vae"].map(
+      (subfolder) =>
+        [subfolder, { vae: entry("diffusers", "AutoencoderKL", { subfolder }) }, /which leaves the folder/] as const,
+    ),
+  ] as const)
+    test(what, async () => {
+      const model = await modular(changes);
+      await rm(join(model, index));
+      await expectError(model, message);
+    });
 });
 
 describe("missing parts", () => {

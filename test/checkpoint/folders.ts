@@ -1,5 +1,6 @@
 /** Checkpoint folders for tests: the fixtures, and copies of them in temporary folders that a test may damage. */
 
+import { readFileSync, writeFileSync } from "node:fs";
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -54,4 +55,32 @@ export function randomFrom(seed: number): () => number {
     t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
     return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
   };
+}
+
+/** A .safetensors file with each tensor under the name that is given for it. @returns the names */
+export function renameTensors(file: string, rename: (name: string) => string): string[] {
+  const { header, data } = splitSafetensors(file);
+  const renamed = Object.entries(header).map(([name, entry]) => [name === "__metadata__" ? name : rename(name), entry]);
+  joinSafetensors(file, Object.fromEntries(renamed), data);
+  return renamed.map(([name]) => name as string).filter((name) => name !== "__metadata__");
+}
+
+/** Multiplies the values of a .safetensors file of float32. */
+export function scaleTensors(file: string, by: number): void {
+  const { header, data } = splitSafetensors(file);
+  for (let at = 0; at < data.length; at += 4) data.writeFloatLE(data.readFloatLE(at) * by, at);
+  joinSafetensors(file, header, data);
+}
+
+function splitSafetensors(file: string) {
+  const bytes = readFileSync(file);
+  const length = Number(bytes.readBigUInt64LE());
+  return { header: JSON.parse(bytes.toString("utf8", 8, 8 + length)) as object, data: bytes.subarray(8 + length) };
+}
+
+function joinSafetensors(file: string, header: object, data: Buffer): void {
+  const text = Buffer.from(JSON.stringify(header));
+  const start = Buffer.alloc(8);
+  start.writeBigUInt64LE(BigInt(text.length));
+  writeFileSync(file, Buffer.concat([start, text, data]));
 }

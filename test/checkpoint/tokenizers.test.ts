@@ -36,6 +36,19 @@ describe("ids equal transformers'", () => {
           expect(await ids(tokenizers[key]!, text, wanted.length), `${key}: ${text}`).toEqual(wanted);
     });
 
+  test("medium, as transformers 5.24 saves it: tokenizer.json alone", async () => {
+    const layout = fixture("medium", "layout");
+    const tokenizers: Record<string, Tokenizer> = {
+      tokenizer_1: await openClipTokenizer(join(layout, "tokenizer")),
+      tokenizer_2: await openClipTokenizer(join(layout, "tokenizer_2")),
+      tokenizer_3: await openT5Tokenizer(join(layout, "tokenizer_3")),
+    };
+    const expected: Record<string, Record<string, number[]>> = await readJson(fixture("medium", "token_ids.json"));
+    for (const [key, texts] of Object.entries(expected))
+      for (const [text, wanted] of Object.entries(texts))
+        expect(await ids(tokenizers[key]!, text, wanted.length), `${key}: ${text}`).toEqual(wanted);
+  });
+
   test("special tokens in a text, white space, forms of letters, one endless word", async () => {
     const tokenizers = await openAll("large");
     const expected: Record<string, Record<string, number[]>> = await readJson(
@@ -64,6 +77,8 @@ describe("truncation", () => {
     expect(sentence.ids[3]).toBe(1n);
     expect(sentence.dropped.length).toBeGreaterThan(0);
     await expect(clip!.encode("a", 1)).rejects.toThrow(RangeError);
+    expect([...(await t5!.encode("a red circle", 1)).ids]).toEqual([1n]);
+    await expect(t5!.encode("a", 0)).rejects.toThrow(RangeError);
   });
 
   test("maxLength: from the file, within the model's limit, whatever the file says", async () => {
@@ -134,6 +149,24 @@ describe("files", () => {
           json.pad_token = "<nothing>";
         }),
       /lacks the special token "<nothing>"/,
+    ],
+    [
+      "padding on the left",
+      "tokenizer",
+      (f) =>
+        editJson(join(f, "tokenizer_config.json"), (json) => {
+          json.padding_side = "left";
+        }),
+      /tokenizer_config\.json: padding_side is left/,
+    ],
+    [
+      "a token that is whole words only",
+      "tokenizer",
+      (f) =>
+        editJson(join(f, "tokenizer_config.json"), (json) => {
+          json.added_tokens_decoder = { 607: { content: "<cat>", single_word: true } };
+        }),
+      /"<cat>" is marked single_word/,
     ],
     ["only spiece.model", "tokenizer_3", (f) => rm(join(f, "tokenizer.json")), /no tokenizer\.json.*save_pretrained/],
     ["T5 without a unigram model", "tokenizer_3", (f) => writeFile(join(f, "tokenizer.json"), "{}"), /unigram/],

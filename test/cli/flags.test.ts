@@ -1,10 +1,10 @@
 // What the help of each command says of its flags.
 import { Command, type Option } from "commander";
 import { describe, expect, it } from "vitest";
-import type { z } from "zod";
+import { z } from "zod";
 import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
-import { readFlags } from "../../lib/cli/flags.js";
+import { addModelFlags, readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import {
@@ -58,6 +58,32 @@ describe.each(commands)("the help of %s", (name, add, schemas: readonly z.ZodObj
     // Commander itself has true for what a flag turns off.
     const given = schemas.flatMap((schema) => Object.values(readFlags(schema, command.opts())));
     expect(given.filter((value) => value !== true)).toEqual([]);
+  });
+});
+
+describe("flags that share a name", () => {
+  const schema = z.strictObject({
+    textEncoder3: loadSchema.shape.textEncoder3,
+    t5Weights: z
+      .enum(["stored", "int8"])
+      .default("stored")
+      .meta({ flag: "--t5 <weights>", description: "T5's weights" }),
+  });
+  const given = (...flags: string[]) => {
+    const command = new Command().exitOverride();
+    addModelFlags(command, schema);
+    return readFlags(schema, command.parse(flags, { from: "user" }).opts());
+  };
+
+  it.each([
+    [[], {}],
+    [["--no-t5"], { textEncoder3: false }],
+    [["--t5", "int8"], { t5Weights: "int8" }],
+    // As everywhere, the last one counts.
+    [["--t5", "int8", "--no-t5"], { textEncoder3: false }],
+    [["--no-t5", "--t5", "int8"], { t5Weights: "int8" }],
+  ])("%j", (flags, options) => {
+    expect(given(...flags)).toEqual(options);
   });
 });
 

@@ -32,6 +32,33 @@ describe("flowturbo generate", () => {
     expect(text).toContain('"seed":3');
   });
 
+  it("tells how a folder was read that has something twice or not at all, and draws without T5", async () => {
+    const folder = temporaryFolder();
+    cpSync(fixture("large", "model"), path.join(folder, "model"), { recursive: true });
+    rmSync(path.join(folder, "model/text_encoder_3"), { recursive: true });
+    const flags = [
+      "generate",
+      "a",
+      "--model",
+      "model",
+      "--steps",
+      "1",
+      "--width",
+      "64",
+      "--height",
+      "64",
+      "--out",
+      "a.png",
+    ];
+    const told = await run(flags, folder);
+    expect(told).toMatchObject({ code: 0, stdout: "a.png\n" });
+    expect(told.stderr).toMatch(/^warning: The folder .*text_encoder_3 is missing.*without T5.*\n$/);
+    const { stdout, stderr } = await run([...flags, "--json"], folder);
+    expect([stderr, JSON.parse(stdout).warnings]).toEqual(["", [told.stderr.slice("warning: ".length).trim()]]);
+    const without = await run([...flags, "--no-t5"], folder);
+    expect(without).toMatchObject({ code: 0, stderr: "", stdout: "a.png\n" });
+  });
+
   it("says in its files as much as --metadata asks for", async () => {
     const folder = temporaryFolder();
     const drawn = async (...flags: string[]) => {
