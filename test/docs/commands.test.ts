@@ -149,7 +149,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(17);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(19);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
