@@ -22,7 +22,7 @@ export interface FlowTurboImageOptions {
   negativePrompt?: string | undefined;
   /** The schedule, such as `"H1P5R3"`, in place of `numInferenceSteps`. */
   blocks?: string | undefined;
-  /** How steps become a schedule. Default: `"flowturbo"`. */
+  /** How steps become a schedule. Default: `"flowturbo"`, or `"euler"` for a distilled model. */
   sampler?: SamplerName | undefined;
   /** With a picture to edit: part of the schedule that runs on it, above 0 and up to 1. Default: 0.6, or 1 with a mask. */
   strength?: number | undefined;

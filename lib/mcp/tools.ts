@@ -26,7 +26,10 @@ const drawn = {
     z.number().min(0).max(1000),
     "How closely the picture follows the prompt; 1 or less turns guidance off and halves the work. Default: the model's, 4.5 or 1.",
   ),
-  sampler: field(generateSchema.shape.sampler.unwrap(), "How steps become a schedule. Default: flowturbo."),
+  sampler: field(
+    generateSchema.shape.sampler.unwrap(),
+    "How steps become a schedule. Default: flowturbo, or euler for a distilled model.",
+  ),
   blocks: field(
     z.string().min(1).max(8192),
     'The schedule itself, one letter a step, such as "H1P5R3", in place of steps and quality.',

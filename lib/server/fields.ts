@@ -63,7 +63,7 @@ function common({ maxImages, maxSteps }: Limits) {
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
     sampler: described(
       z.enum(Object.keys(samplers) as [SamplerName, ...SamplerName[]]),
-      "How steps become a schedule. Default: flowturbo.",
+      "How steps become a schedule. Default: flowturbo, or euler for a distilled model.",
     ),
     blocks: described(
       z.string().min(1).max(8192),
