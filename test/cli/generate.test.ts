@@ -127,6 +127,24 @@ describe("flowturbo generate", () => {
     expect(data.length).toBe(64 * 64 * 3);
   });
 
+  it("draws as a distilled model where the flag says so, and shows what loading warned of", async () => {
+    const folder = temporaryFolder();
+    cpSync(fixture("large/model"), path.join(folder, "model"), { recursive: true });
+    const config = path.join(folder, "model/scheduler/scheduler_config.json");
+    const values = JSON.parse(readFileSync(config, "utf8"));
+    writeFileSync(config, JSON.stringify({ ...values, stochastic_sampling: true }));
+    const args = ["generate", "a red circle", "--model", "model", "--width", "32", "--height", "32", "--json"];
+    const drawn = async (whether: string) =>
+      JSON.parse((await run([...args, "--distilled", whether], folder)).stdout) as Record<string, unknown>;
+    expect(await drawn("true")).toMatchObject({
+      blocks: "E4",
+      warnings: [expect.stringMatching(/FlowMatchEulerDiscreteScheduler, draws new noise at each step/)],
+    });
+    expect(await drawn("false")).toMatchObject({ evaluations: { rows: 20 } });
+    const wrong = await run([...args, "--distilled", "perhaps"], folder);
+    expect(wrong.stderr).toMatch(/--distilled.*true or false.*perhaps/);
+  });
+
   it("names the pictures of a batch apart and seeds them one by one", async () => {
     const folder = temporaryFolder();
     const args = ["generate", "a blue square", "--seed", "10", "--steps", "2"];
