@@ -80,7 +80,8 @@ export interface Picture extends RgbPicture {
   /** How it was made, as far as the option `metadata` says; encoded files carry it as text. */
   readonly parameters: Readonly<Record<string, unknown>>;
   /**
-   * The encoded file, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription).
+   * The encoded file, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription,
+   * in which there is room for 64,800 characters: longer texts are shortened, and the field `truncated` names them).
    * @param options `quality` of jpeg and webp, 1 to 100; default: 95
    * @throws OptionError for another quality, or one for png, which loses nothing
    */

@@ -710,15 +710,37 @@ function fieldsOf(value: unknown): number {
   return Object.keys(value).length;
 }
 
-/** @throws OptionError for a picture that is given by a path where `allowPaths` is false; no file is looked at */
+/** @throws OptionError for a picture that is given by a URL, or by a path where `allowPaths` is false; no file is looked at */
 export function refusePaths(options: Pick<ResolvedGenerateOptions, "image" | "mask" | "allowPaths">): void {
-  for (const option of ["image", "mask"] as const)
-    if (!options.allowPaths && typeof options[option] === "string")
+  for (const option of ["image", "mask"] as const) {
+    const source = options[option];
+    if (typeof source !== "string") continue;
+    if (!options.allowPaths)
       throw new OptionError(
         option,
         `Expected an encoded picture, or { width, height, data }, for ${option} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
       );
+    const remedy = remedies[source.match(/^[a-z]+(?=:)/i)?.[0].toLowerCase() ?? ""];
+    if (remedy)
+      throw new OptionError(
+        option,
+        `Expected the path of a file for ${option} but received a URL, ${show(source)}. ${remedy}`,
+        { publicMessage: `Expected a picture for ${option} but received a URL. ${remedy}` },
+      );
+  }
 }
+
+const download =
+  "Nothing is downloaded: save the picture to a file and give its path, or from code give its bytes, new Uint8Array(await (await fetch(url)).arrayBuffer()).";
+/** What to do in place of giving a URL, by its scheme. A file whose name begins like one can be given as ./name. */
+const remedies: Readonly<Record<string, string>> = {
+  http: download,
+  https: download,
+  ftp: download,
+  blob: download,
+  data: 'Give the picture\'s bytes, Buffer.from(url.slice(url.indexOf(",") + 1), "base64"), or on the command line a file.',
+  file: "Give the path, which fileURLToPath(url) of node:url makes of it.",
+};
 
 /** What a field of a schema says about itself. */
 export function optionMeta(field: z.ZodType): OptionMeta {

@@ -7,9 +7,11 @@ import type { Command } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
 import { seedsFrom, seedToJson } from "../common/seed.js";
 import type { FloatTensor } from "../common/tensor.js";
+import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
+import { inspect, optionsOf, overridden } from "../generation/parameters.js";
 import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
 import {
   checkGuidanceInterval,
@@ -18,6 +20,7 @@ import {
   checkSigmas,
   generateSchema,
   loadSchema,
+  refusePaths,
 } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
@@ -28,6 +31,7 @@ import { withModel } from "./with-model.js";
 
 interface Flags extends CommonFlags {
   out: string;
+  from?: string;
   noise?: string;
   seeds?: string;
   saveLatents?: string;
@@ -38,7 +42,7 @@ interface Flags extends CommonFlags {
 export function generateCommand(command: Command, signal: AbortSignal): void {
   command
     .description("Draw a picture for each prompt.")
-    .argument("<prompt...>", "what to draw; several prompts form one batch");
+    .argument("[prompt...]", "what to draw; several prompts form one batch");
   addModelFlags(command, loadSchema, generateSchema);
   addJsonFlag(command);
   command
@@ -46,6 +50,10 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
       "--out <file>",
       "file or pattern with {seed} and {index} (from 0); .png, .jpg or .webp",
       "flowturbo-{seed}.png",
+    )
+    .option(
+      "--from <picture>",
+      "draw a picture of flowturbo again: options are those in its file, where none are given",
     )
     .option(
       "--stage <WxH:blocks@sigma:upscale>",
@@ -63,7 +71,8 @@ Examples:
   $ flowturbo generate "a lighthouse at dusk" --model ./stable-diffusion-3.5-medium --quality best --seed 7
   $ flowturbo generate "a cat" "a dog" --count 2 --out "pets/{index}-{seed}.webp" --json
   $ flowturbo generate "a red circle" --stage 64x64:H1P2R1 --stage 128x128:H1P1@0.6
-  $ flowturbo generate "a bowl of lemons" --image table.jpg --mask bowl.png --strength 0.8`,
+  $ flowturbo generate "a bowl of lemons" --image table.jpg --mask bowl.png --strength 0.8
+  $ flowturbo generate --from flowturbo-7.png --steps 20`,
     )
     .action((prompts: string[], flags: Flags) => generate(prompts, flags, signal));
 }
@@ -72,15 +81,21 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   const loadOptions = { ...readFlags(loadSchema, flags), signal };
   const stages = flags.stage?.map(parseStage);
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
-  const options = {
-    ...(!noise && flags.seeds === undefined && { seed: randomInt(2 ** 32) }),
+  const given: Record<string, unknown> = {
     ...readFlags(generateSchema, flags),
-    prompt: prompts,
-    signal,
+    ...(prompts.length > 0 && { prompt: prompts }),
     ...(noise && { noise }),
     ...(stages && { stages }),
+  };
+  const drawn = flags.from === undefined ? null : await readFrom(flags.from, given);
+  const options: Record<string, unknown> = {
+    ...(!noise && (drawn?.options ?? given).seeds === undefined && { seed: randomInt(2 ** 32) }),
+    ...(drawn?.options ?? given),
+    signal,
     ...(flags.preview !== undefined && { preview: "fast" }),
   };
+  if (options.prompt === undefined)
+    throw new OptionError("prompt", "Expected a prompt, or a picture of flowturbo with --from.");
 
   // 1. What can be checked without the model.
   checkOptions(loadSchema, loadOptions, "generate");
@@ -88,7 +103,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   if (checked.blocks !== undefined) parseBlocks(checked.blocks);
   checkGuidanceInterval(checked);
   checkSigmas(checked.sigmas);
-  const rows = prompts.length * checked.count;
+  refusePaths(checked);
+  const rows = [checked.prompt].flat().length * checked.count;
   checkSeeds(checked, rows);
   const isLatent = checked.outputType === "latent";
   if (isLatent && flags.saveLatents === undefined)
@@ -106,14 +122,19 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   // 2. Load, draw, write.
   const report = await withModel(flags, loadOptions, async (model, progress) => {
     const include = flags.saveLatents === undefined || isLatent ? [] : (["latents", "pixels"] as const);
-    const { result, warnings } = await draw(model, { ...checked, include }, flags.preview, progress);
+    const isOther = drawn?.model !== undefined && drawn.model !== model.name;
+    // What was calibrated for one model is of no use to another.
+    const isOpen = isOther && given.grid === undefined && checked.grid === "calibrated";
+    const settled = { ...checked, ...(isOpen && { grid: undefined }), include };
+    const { result, warnings } = await draw(model, settled, flags.preview, progress);
     progress.show("writing");
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
     if (flags.saveLatents) {
       const { latents, pixels } = result;
       await writeSafetensors(flags.saveLatents, { latents: latents!, ...(pixels && { image: pixels }) });
     }
-    return { ...summary(written, result, model), warnings };
+    const other = isOther ? [otherModel(drawn.model!, model.name)] : [];
+    return { ...summary(written, result, model), warnings: [...(drawn?.warnings ?? []), ...other, ...warnings] };
   }).catch(async (error) => {
     await undoOutputs();
     throw error;
@@ -121,6 +142,51 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
 
   // 3. Say what was done.
   print(flags.json, report, written.join("\n"));
+}
+
+/**
+ * The options in a picture's file, under those that are given.
+ * @throws OptionError for a file without them, and where something is needed that no file holds
+ */
+async function readFrom(file: string, given: Readonly<Record<string, unknown>>) {
+  const { writer, parameters } = await inspect(file, "from");
+  if (!parameters)
+    throw new OptionError(
+      "from",
+      writer
+        ? `The picture "${file}" for --from was written by ${writer}, whose parameters are others. \`flowturbo inspect\` prints them; give a prompt and flags.`
+        : `The picture "${file}" for --from holds no parameters of flowturbo: it was not drawn by flowturbo, was drawn with --metadata false, or went through a program that removed them. Give a prompt and flags.`,
+    );
+  const { options: own, unknown, needs } = optionsOf(parameters);
+  const absent = needs.find((name) => given[name] === undefined && !(name === "noise" && given.seed !== undefined));
+  if (absent)
+    throw new OptionError(
+      absent,
+      `The picture "${file}" was drawn from ${needed[absent]}, which no picture's file holds. Give it with --${absent}${absent === "noise" ? ", or another start with --seed" : ""}.`,
+    );
+  const options = overridden(own, given);
+  const truncated = [parameters.truncated ?? []].flat().map(String);
+  const isShort = truncated.filter((name) => given[name] === undefined);
+  return {
+    options,
+    model: typeof parameters.model === "string" ? parameters.model : undefined,
+    warnings: [
+      ...isShort.map(
+        (name) =>
+          `The file ${file} had no room for all of its parameters: ${clipped(name, 80)} was shortened or left out, so that this is another picture.`,
+      ),
+      ...unknown.map(
+        (name) =>
+          `The parameter ${clipped(name, 80)} in ${file} is not one that this version of flowturbo takes, and was left out.`,
+      ),
+    ],
+  };
+}
+
+const needed = { image: "an original", mask: "a mask", noise: "noise that was given" } as const;
+
+function otherModel(before: string, now: string): string {
+  return `The picture was drawn by the model "${clipped(before, 80)}" and is drawn again by "${now}", so that it is another one. Give --model to choose.`;
 }
 
 /** Draws, and rewrites the preview's file on the way: it is written, or given up, when this returns. */

@@ -15,6 +15,7 @@ import { compileCommand } from "./compile.js";
 import { doctorCommand } from "./doctor.js";
 import { flagOf } from "./flags.js";
 import { generateCommand } from "./generate.js";
+import { inspectCommand } from "./inspect.js";
 import { mcpCommand } from "./mcp.js";
 import { profileCommand } from "./profile.js";
 import { pruneCommand } from "./prune.js";
@@ -45,6 +46,7 @@ async function main(): Promise<number> {
     .version(packageVersion())
     .exitOverride();
   generateCommand(program.command("generate").exitOverride(), controller.signal);
+  inspectCommand(program.command("inspect").exitOverride());
   compileCommand(program.command("compile").exitOverride(), controller.signal);
   profileCommand(program.command("profile").exitOverride(), controller.signal);
   calibrateCommand(program.command("calibrate").exitOverride(), controller.signal);

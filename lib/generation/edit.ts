@@ -2,13 +2,14 @@
  * Pictures in: the original and the mask of an edit, read and brought to the size of each stage.
  */
 
-import { access } from "node:fs/promises";
+import { open as openFile } from "node:fs/promises";
 import type { Sharp } from "sharp";
 import { type FloatTensor, float32 } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
 import { OptionError } from "../errors.js";
 import type { PictureSource, Size } from "../model.js";
 import { type Crop, cropRegion, cut, filled } from "./crop.js";
+import { headLength, undecodable } from "./file-kinds.js";
 import type { EditRequest } from "./request.js";
 import { coveringBox, type Raster, resampled } from "./resample.js";
 import { sharp } from "./sharp.js";
@@ -201,8 +202,9 @@ async function decoded(
   // Of a file a client is told the same for each cause, so that it does not learn what is there.
   const expected = `Expected a whole, still picture of at most ${maxPixels / 1e6} megapixels for ${option} but the given one cannot be used.`;
   const read = await sharp.load();
+  let head = isPath ? new Uint8Array() : source.subarray(0, headLength);
   try {
-    if (isPath) await access(source);
+    if (isPath) head = await headOf(source);
     const open = () => read(source, { limitInputPixels: maxPixels, failOn: "warning" });
     const { pages } = await open().metadata();
     if ((pages ?? 1) > 1)
@@ -216,11 +218,25 @@ async function decoded(
     return { width: info.width, height: info.height, channels: info.channels, data };
   } catch (cause) {
     if (cause instanceof OptionError) throw cause;
-    const detail = (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");
+    const kind = undecodable(head);
+    const detail = kind
+      ? `it is ${kind.name}. ${kind.remedy.replace(/\.$/, "")}`
+      : (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");
     throw new OptionError(
       option,
       `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${detail}.`,
       { cause, publicMessage: expected },
     );
+  }
+}
+
+/** The first bytes of a file. */
+async function headOf(file: string): Promise<Uint8Array> {
+  const handle = await openFile(file);
+  try {
+    const { buffer, bytesRead } = await handle.read(new Uint8Array(headLength), 0, headLength);
+    return buffer.subarray(0, bytesRead);
+  } finally {
+    await handle.close();
   }
 }

@@ -1,6 +1,5 @@
 /**
- * Pictures out: the decoder's values to RGB, and RGB to files. Encoding is sharp's; the one thing done by hand is the
- * PNG text chunk with the generation parameters, which sharp has no way to write.
+ * Pictures out: the decoder's values to RGB, and RGB to files with the generation parameters as text.
  */
 
 import path from "node:path";
@@ -10,6 +9,7 @@ import { clipped } from "../common/text.js";
 import { isDue, rest } from "../common/turns.js";
 import { OptionError, OutputError } from "../errors.js";
 import type { ImageFormat, Picture, RgbPicture } from "../model.js";
+import { exifOf, withText } from "./metadata.js";
 import { sharp } from "./sharp.js";
 
 const formats: Record<string, ImageFormat> = { ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp" };
@@ -44,24 +44,21 @@ export class Image implements Picture {
   }
 
   /**
-   * Encoded, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription).
+   * Encoded, with the parameters as text where there are any (PNG: the chunk "parameters"; JPEG and WebP: EXIF ImageDescription,
+   * in which there is room for 64,800 characters: longer texts are shortened, and the field `truncated` names them).
    * @param options `quality` of jpeg and webp, 1 to 100; default: 95
    * @throws OptionError for another quality, or one for png, which loses nothing
    */
   async encode(format: ImageFormat, options: { quality?: number | undefined } = {}): Promise<Buffer> {
     const quality = checkedQuality(format, options.quality);
     const raw = { width: this.width, height: this.height, channels: 3 as const };
-    const { software } = this.parameters;
     const isDescribed = Object.keys(this.parameters).length > 0;
-    const text = JSON.stringify(this.parameters);
     const picture = (await sharp.load())(this.data, { raw });
     if (format === "png") {
       const png = await picture.png().toBuffer();
-      return isDescribed ? withText(png, "parameters", text) : png;
+      return isDescribed ? withText(png, "parameters", JSON.stringify(this.parameters)) : png;
     }
-    const named = typeof software === "string" && { Software: software };
-    const description = { ImageDescription: inAscii(text), ...named };
-    const described = isDescribed ? picture.withExif({ IFD0: description }) : picture;
+    const described = isDescribed ? picture.withExif({ IFD0: exifOf(this.parameters) }) : picture;
     return format === "jpeg"
       ? described.jpeg({ quality, chromaSubsampling: "4:4:4" }).toBuffer()
       : described.webp({ quality }).toBuffer();
@@ -144,39 +141,4 @@ function* lines(image: FloatTensor, row: number, rgb: Uint8ClampedArray): Genera
     }
     yield;
   }
-}
-
-/** JSON with every other character escaped: EXIF texts are ASCII, and libvips would replace what is not by what looks alike. */
-function inAscii(json: string): string {
-  return json.replace(/[^\x20-\x7e]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
-}
-
-/** Inserts an iTXt chunk behind the header chunk of a PNG (RFC 2083 with the 1.2 extensions; UTF-8, uncompressed). */
-function withText(png: Buffer, keyword: string, text: string): Buffer {
-  const headerEnd = 8 + 12 + 13;
-  const body = Buffer.concat([
-    Buffer.from("iTXt", "latin1"),
-    Buffer.from(`${keyword}\0`, "latin1"),
-    // No compression, no language, no translated keyword.
-    Buffer.from([0, 0, 0, 0]),
-    Buffer.from(text, "utf8"),
-  ]);
-  const chunk = Buffer.alloc(body.length + 8);
-  chunk.writeUInt32BE(body.length - 4, 0);
-  body.copy(chunk, 4);
-  chunk.writeUInt32BE(crc32(body), body.length + 4);
-  return Buffer.concat([png.subarray(0, headerEnd), chunk, png.subarray(headerEnd)]);
-}
-
-const crcTable = Uint32Array.from({ length: 256 }, (_, n) => {
-  let c = n;
-  for (let k = 0; k < 8; k++) c = c & 1 ? 0xedb88320 ^ (c >>> 1) : c >>> 1;
-  return c;
-});
-
-/** As PNG wants it; node:zlib has one only from Node 20.15. */
-function crc32(bytes: Uint8Array): number {
-  let crc = 0xffffffff;
-  for (const byte of bytes) crc = crcTable[(crc ^ byte) & 0xff]! ^ (crc >>> 8);
-  return (crc ^ 0xffffffff) >>> 0;
 }

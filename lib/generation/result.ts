@@ -74,8 +74,12 @@ export function blocksOf(stages: PreparedCandidate["stages"]): string {
   return stages.map(({ schedule }) => schedule.text).join(" ");
 }
 
-/** What it takes to draw a picture again on the same model. No path: originals and masks are not named. */
-function parametersOf(request: Request, drawn: PreparedCandidate["stages"], row: number): Record<string, unknown> {
+/** What it takes to draw a picture again on the same model, by the names of the options (parameters.ts reads them). No path: originals and masks are not named. */
+export function parametersOf(
+  request: Request,
+  drawn: PreparedCandidate["stages"],
+  row: number,
+): Record<string, unknown> {
   const { prompts, negativePrompts, guidance, seeds, sampler, sigmas, shift, mu, stages, edit, sequenceLength } =
     request;
   const index = Math.floor(row / request.count);

@@ -9,6 +9,7 @@ import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
+import { inspectCommand } from "../../lib/cli/inspect.js";
 import { mcpCommand } from "../../lib/cli/mcp.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import { pruneCommand } from "../../lib/cli/prune.js";
@@ -60,6 +61,7 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   const { signal } = new AbortController();
   const program = new Command("flowturbo").exitOverride();
   generateCommand(program.command("generate"), signal);
+  inspectCommand(program.command("inspect"));
   compileCommand(program.command("compile"), signal);
   profileCommand(program.command("profile"), signal);
   calibrateCommand(program.command("calibrate"), signal);
@@ -92,7 +94,7 @@ function checkFlowturbo(words: string[]): void {
     if (name !== "generate") return;
     const { blocks } = checkOptions(
       generateSchema,
-      { ...readFlags(generateSchema, flags), prompt: prompts },
+      { ...readFlags(generateSchema, flags), prompt: flags.from === undefined ? prompts : "of a file" },
       "generate",
     );
     if (blocks !== undefined) parseBlocks(blocks);
@@ -149,7 +151,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(19);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(20);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));

@@ -126,6 +126,49 @@ describe("kinds of pictures", () => {
     for (let i = 0; i < 3 * width * height; i++) expect(read.data[i]).toBe(greys[Math.floor(i / 3)]);
   });
 
+  it("16 bits by their higher byte, whatever they are", async () => {
+    const every = Uint16Array.from({ length: 65536 }, (_, i) => i);
+    const raw = { width: 256, height: 256, channels: 1 as const };
+    const grey = await sharp(every, { raw }).toColourspace("grey16").png().toBuffer();
+    const three = Uint16Array.from({ length: 3 * 65536 }, (_, i) => (i * 21845 + 7 * (i % 3)) % 65536);
+    const rgb = await sharp(three, { raw: { ...raw, channels: 3 } })
+      .toColourspace("rgb16")
+      .png()
+      .toBuffer();
+    for (const file of [grey, rgb]) expect((await sharp(file).metadata()).depth).toBe("ushort");
+    const [ofGrey, ofRgb] = [(await readOriginal(grey)).data, (await readOriginal(rgb)).data];
+    expect(ofGrey.every((value, i) => value === Math.floor(i / 3) >> 8)).toBe(true);
+    expect(ofRgb.every((value, i) => value === three[i]! >> 8)).toBe(true);
+  });
+
+  it.each(["tiff", "jpeg"] as const)(
+    "CMYK without a profile through libvips' own, as LittleCMS does it: %s",
+    async (kind) => {
+      const { cmyk } = JSON.parse(readFileSync(fixture("pictures.json"), "utf8"));
+      const read = await readOriginal(Buffer.from(cmyk[kind], "base64"));
+      // 12 x 16 colours, each a pixel of the TIFF and a block of the JPEG.
+      const side = read.width / 12;
+      const worst = Math.max(
+        ...cmyk.rgb.map((value: number, i: number) => {
+          const [x, y] = [Math.floor(i / 3) % 12, Math.floor(i / 36)].map((at) => Math.floor((at + 0.5) * side));
+          return Math.abs(read.data[3 * (y! * read.width + x!) + (i % 3)]! - value);
+        }),
+      );
+      expect(cmyk.rgb).toHaveLength(3 * 12 * 16);
+      expect(worst).toBeLessThanOrEqual(1);
+    },
+  );
+
+  it("CMYK with a profile through it", async () => {
+    // sRGB colours through libvips' own and back.
+    const embedded = await colours.clone().withIccProfile("cmyk").toColourspace("cmyk").tiff().toBuffer();
+    const { icc, space } = await sharp(embedded).metadata();
+    expect([space, icc!.length > 1000]).toEqual(["cmyk", true]);
+    const read = await readOriginal(embedded);
+    const error = read.data.reduce((sum, value, i) => sum + Math.abs(value - smooth[i]!), 0) / smooth.length;
+    expect(error).toBeLessThan(20);
+  });
+
   it("transparent parts are on white, in 8 and 16 bits", async () => {
     for (const space of ["srgb", "rgb16", "grey16"] as const) {
       const clear = await colours.clone().ensureAlpha(0).toColourspace(space).png().toBuffer();

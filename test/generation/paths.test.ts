@@ -38,6 +38,27 @@ describe("paths", () => {
     expect(images).toHaveLength(1);
   });
 
+  it("are no URLs, which are refused with a word on how to get bytes", async () => {
+    for (const name of ["image", "mask"] as const)
+      for (const [url, remedy] of [
+        ["https://example.com/a.png", /Nothing is downloaded.*fetch/],
+        ["HTTP://example.com/a.png", /Nothing is downloaded.*fetch/],
+        ["data:image/png;base64,AAAA", /bytes.*base64/],
+        [`file://${file}`, /fileURLToPath/],
+      ] as const) {
+        const options = { ...small, image: file, [name]: url };
+        for (const error of [await refusal(open.generate(options)), await refusal(requestToJson(options))]) {
+          expect(error.option).toBe(name);
+          expect(error.message).toMatch(/received a URL/);
+          expect(error.message).toMatch(remedy);
+        }
+      }
+    // A file of such a name, by its folder.
+    const colon = path.join(folder, "data:x.png");
+    await new Image(8, 8, new Uint8Array(192)).toFile(colon);
+    expect((await open.generate({ ...small, image: colon })).images).toHaveLength(1);
+  });
+
   it("are refused where load() or the call says so, whatever the other says, and whether or not there is a file", async () => {
     const calls: [FlowTurbo, Partial<GenerateOptions>][] = [
       [closed, {}],
