@@ -8,7 +8,7 @@ import { z } from "zod";
 import { type Seed, seedOf, seedToJson } from "./common/seed.js";
 import { elementCount } from "./common/tensor.js";
 import type { RgbPicture } from "./model.js";
-import { generateSchema, optionMeta, seedJson, tensor } from "./options.js";
+import { embedsSchema, generateSchema, optionMeta, seedJson, tensor } from "./options.js";
 
 const bytes = z.codec(
   z.base64(),
@@ -52,7 +52,10 @@ const encodings =
 export const pictureJson = z.strictObject({ ...rgb, parameters: z.record(z.string(), z.json()) }).refine(isRgb, notRgb);
 
 const { signal: _, onAccept: __, onStart: ___, onStep: ____, allowPaths: _____, ...plain } = generateSchema.shape;
-/** A request: all options but those that only code of the same process can give, and `allowPaths`, which is the server's. */
+/**
+ * A request: all options but those that only code of the same process can give, and `allowPaths`, which is the server's. That it has a
+ * prompt or embeddings is for others to check: zod writes nothing by a codec with checks of the whole.
+ */
 export const requestCodec = z.strictObject({
   ...plain,
   seed: seed.optional().describe(`${optionMeta(plain.seed).description}; ${large}`),
@@ -61,6 +64,11 @@ export const requestCodec = z.strictObject({
     .min(1)
     .optional()
     .describe(`${optionMeta(plain.seeds).description}; ${large}`),
+  promptEmbeds: embedsSchema(tensorJson)
+    .optional()
+    .describe(
+      "embeddings of prompts, as encode() returns them, in place of prompt; float32 values, little-endian, as base64",
+    ),
   image: source.optional().describe(`picture to start from: ${encodings}`),
   mask: source
     .optional()

@@ -28,27 +28,23 @@ import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
+import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
-import {
-  checkSequenceLength,
-  type EditRequest,
-  pinnedWithCapture,
-  type Request,
-  settleRequest,
-} from "./generation/request.js";
+import { type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./generation/sizes.js";
 import { canRun } from "./generation/stages.js";
 import { generateStream } from "./generation/stream.js";
-import { Templates } from "./generation/templates.js";
-import { PromptEncoder } from "./generation/text.js";
+import { Templates, textDemands } from "./generation/templates.js";
+import { PromptEncoder, promptOf, tokensOfPrompts, warningsOf } from "./generation/text.js";
 import { type CallTrace, traced } from "./generation/traces.js";
 import { locateModel } from "./hub/index.js";
 import type {
   CalibrateOptions,
   Calibration,
   Costs,
+  EncodeOptions,
   GenerateOptions,
   GenerateResult,
   GenerateStream,
@@ -57,11 +53,20 @@ import type {
   LoadProgress,
   ModelDefaults,
   ProfileOptions,
+  PromptEmbeds,
   Size,
 } from "./model.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
-import { calibrateSchema, checkOptions, guidanceModes, loadSchema, profileSchema } from "./options.js";
+import {
+  calibrateSchema,
+  checkOptions,
+  encodeSchema,
+  guidanceModes,
+  loadSchema,
+  profileSchema,
+  type ResolvedEncodeOptions,
+} from "./options.js";
 import type { Program } from "./program/program.js";
 import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
@@ -295,6 +300,20 @@ export class FlowTurbo implements ImageModel {
     return generateStream((each) => this.generate(each), options);
   }
 
+  /**
+   * What the text encoders make of prompts: see `ImageModel.encode`.
+   * @throws OptionError before any work if an option is wrong or does not fit the model; QueueFullError if too many requests wait;
+   *   NotFiniteError if an encoder's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
+   *   DisposedError; DrainingError after `drain`; `signal.reason` after an abort
+   */
+  async encode(options: EncodeOptions): Promise<PromptEmbeds> {
+    const start = performance.now();
+    this.#checkOpen();
+    const checked = checkOptions(encodeSchema, options, "encode()");
+    checked.signal?.throwIfAborted();
+    return this.#tracked(() => this.#encode(checked, start));
+  }
+
   /** Counters and histograms of all calls. */
   stats(): Stats {
     return this.#service.stats();
@@ -432,6 +451,37 @@ export class FlowTurbo implements ImageModel {
       checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidance.isOn });
   }
 
+  async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {
+    const { text, pinBatch, keepTextEncoders, unload, logger } = this.#model;
+    const texts = settleTexts(options, text);
+    const rows = texts.prompts.length;
+    const prepared = await text.prepare(
+      [...texts.prompts, ...texts.negativePrompts],
+      texts.sequenceLength,
+      pinBatch,
+      signal,
+    );
+    // Texts wait their turn as pictures do, of a size that no picture has. What is cached need not wait.
+    const terms: Terms = {
+      ...{ priority: 0, prefer: "admission", arrival: start, deadlineMs: null, pictures: rows, size: "text" },
+      ...{ pin: pinBatch, signal },
+    };
+    const encoded = await text.encode(prepared, async (programs) => {
+      const admitted = await this.#service.admit(terms, [{ text: "", demands: textDemands(programs) }]);
+      const results = await admitted.complete(admitted.run({ rows: programs.map(({ program }) => program) }));
+      if (!keepTextEncoders) await unload(text.graphs);
+      return results;
+    });
+    const [positive, negative] = [text.stack(encoded.slice(0, rows)), text.stack(encoded.slice(rows))];
+    const warnings = [...warningsOf(encoded), ...texts.warnings];
+    for (const warning of warnings) logger.warn?.(warning);
+    return {
+      ...{ promptEmbeds: positive.context, pooledPromptEmbeds: positive.pooled },
+      ...{ negativePromptEmbeds: negative.context, negativePooledPromptEmbeds: negative.pooled },
+      ...{ tokens: tokensOfPrompts(encoded.slice(0, rows)), warnings },
+    };
+  }
+
   /** @param watchers who is told how it goes; none for a request of the model's own */
   async #serve(
     request: Request,
@@ -448,7 +498,7 @@ export class FlowTurbo implements ImageModel {
     if (request.edit) this.#service.refuseEarly(terms);
     const edit = request.edit && (await this.#readEdit(request.edit, stages, signal));
     const { text, templates } = this.#model;
-    const texts = [...request.prompts, ...request.negativePrompts];
+    const texts = request.texts ? [...request.texts.prompts, ...request.texts.negativePrompts] : [];
     const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
     const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
     const admitting = this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
@@ -499,7 +549,7 @@ export class FlowTurbo implements ImageModel {
       const settled = settleRequest(request, this.#model);
       const { stages } = settled.candidates[0];
       programs.push(
-        (await text.program("", settled.sequenceLength)).program,
+        ...(await text.programs(promptOf(""), settled.sequenceLength)),
         templates.sampling(settled, stages, null).program,
         encoderProgram("slot", stages[0]!.latentShape, this.#model.checkpoint.vae.config.factor),
       );

@@ -45,6 +45,7 @@ export type {
   CompileEnginesOptions,
   Costs,
   DeadlineResult,
+  EncodeOptions,
   EngineProgress,
   GenerateEvent,
   GenerateOptions,
@@ -62,6 +63,7 @@ export type {
   PictureSource,
   ProfileOptions,
   ProfileProgress,
+  PromptEmbeds,
   QueueTrace,
   RgbPicture,
   RuntimeChoice,
@@ -70,6 +72,7 @@ export type {
   StageResult,
   StartEvent,
   StepEvent,
+  TextOptions,
   Timings,
 } from "./model.js";
 export type { Feature, UpscaleName } from "./networks/index.js";

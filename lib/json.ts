@@ -11,7 +11,7 @@ import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
 import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
-import { checkOptions, generateSchema, refuseOversized, refusePaths } from "./options.js";
+import { checkOptions, generateSchema, hasPrompt, refuseOversized, refusePaths } from "./options.js";
 
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
@@ -50,6 +50,8 @@ export async function requestToJson(options: GenerateOptions): Promise<Json> {
 export function requestFromJson(json: unknown): GenerateOptions {
   refuseOversized(json);
   const { image, mask, ...options } = decoded(requestCodec, json, "request");
+  if (!hasPrompt(options))
+    throw new OptionError("prompt", "The JSON of this request is wrong at prompt: it is required, or promptEmbeds.");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
   return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
 }

@@ -41,6 +41,14 @@ export interface ImageModel extends AsyncDisposable {
    * reads. Leaving the loop ends the call. Handlers among the options are called as well.
    */
   generateStream(options: GenerateOptions): GenerateStream;
+  /**
+   * What the text encoders make of prompts, for `generate({ promptEmbeds })`: to encode once what is drawn often, or to change it in
+   * between. It waits for its turn as a call of `generate` does.
+   * @throws OptionError before any work if an option is wrong or does not fit the model; QueueFullError if too many requests wait;
+   *   NotFiniteError if an encoder's values overflow; RuntimeDiedError if the runtime's process ended while it worked on this call;
+   *   DisposedError; DrainingError after `drain`; `signal.reason` after an abort
+   */
+  encode(options: EncodeOptions): Promise<PromptEmbeds>;
   /** Counters and histograms of all calls since the model was loaded. */
   stats(): Stats;
   /** Whether calls are answered, and what is wrong if something is: for the probes of an orchestrator. */
@@ -240,15 +248,82 @@ export interface Stage {
   upscale?: UpscaleName | undefined;
 }
 
-/** Options of `ImageModel.generate`. */
-export interface GenerateOptions {
+/** How texts are encoded: options of `ImageModel.generate` and of `ImageModel.encode`. */
+export interface TextOptions {
   /**
-   * What to draw: a string, or several for one batch. Text encoders read a few hundred tokens; a warning says what of a longer
-   * prompt they ignore. Of a word (what stands between white space) of more than 1024 characters the rest is ignored.
+   * What the second text encoder (CLIP-G) reads in place of `prompt`: one text for all prompts, or one for each. As diffusers' `prompt_2`.
+   * Default: `prompt`.
    */
-  prompt: string | readonly string[];
+  prompt2?: string | readonly string[] | undefined;
+  /**
+   * What the third text encoder (T5) reads in place of `prompt`: one text for all prompts, or one for each. As diffusers' `prompt_3`. A
+   * model without T5 has no use for it, which is a warning of the result. Default: `prompt`.
+   */
+  prompt3?: string | readonly string[] | undefined;
   /** What the pictures should not show: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
   negativePrompt?: string | readonly string[] | undefined;
+  /** As `prompt2`, of the negative prompt. Default: `negativePrompt`. */
+  negativePrompt2?: string | readonly string[] | undefined;
+  /** As `prompt3`, of the negative prompt. Default: `negativePrompt`. */
+  negativePrompt3?: string | readonly string[] | undefined;
+  /**
+   * As diffusers' `clip_skip`: both CLIP encoders give the hidden states k layers before the last but one, hidden_states[−(k + 2)], a whole
+   * number of at least 0 and below the layers of each. Of the prompt only: the negative prompt and the pooled embeddings stay as they
+   * are. Each k above 0 has graphs of its own, with the encoders' weights once more. Default: 0.
+   */
+  clipSkip?: number | undefined;
+  /**
+   * Whether prompts may say how much their parts count, as the Python library compel has it: `(text:1.3)` or `(text)1.3`, from 0 to 100;
+   * `(text)++`, `word++` and `word--` are 1.1 and 0.9 for each sign; groups in groups multiply; `\\(` is a parenthesis. Each token is moved away
+   * from the empty text's embedding, or below 1 towards it, and parts below 1 (16 of a text at most) are also blended with what the
+   * encoders make of the text where no token attends to them. For that they have graphs of their own, with the weights once more.
+   * Pooled embeddings are of the text without weights. Default: false.
+   */
+  promptWeighting?: boolean | undefined;
+  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
+  maxSequenceLength?: number | undefined;
+}
+
+/** Options of `ImageModel.encode`. */
+export interface EncodeOptions extends TextOptions {
+  /** What to encode: a string, or several, which are rows. */
+  prompt: string | readonly string[];
+  /** Aborts: the call rejects with `signal.reason`. */
+  signal?: AbortSignal | undefined;
+}
+
+/**
+ * Embeddings of n prompts, as diffusers' `encode_prompt` returns them: what `ImageModel.encode` gives, and the option `promptEmbeds` of
+ * `generate` takes. T tokens: those of CLIP (77) and those of T5 (zeros for a model without it).
+ */
+export interface PromptEmbeds {
+  /** [n, T, joint], what the transformer attends to. */
+  promptEmbeds: FloatTensor;
+  /** [n, pooled], of both CLIP encoders. */
+  pooledPromptEmbeds: FloatTensor;
+  /** As `promptEmbeds`, of the negative prompts; `generate` needs it only with guidance. */
+  negativePromptEmbeds?: FloatTensor | undefined;
+  /** As `pooledPromptEmbeds`, of the negative prompts; together with `negativePromptEmbeds`. */
+  negativePooledPromptEmbeds?: FloatTensor | undefined;
+  /** As `GenerateResult.tokens.text`, which it becomes in turn. */
+  tokens?: number | undefined;
+  /** What the caller of `encode` should know, such as a prompt that was cut; `generate` takes no notice. */
+  warnings?: readonly string[] | undefined;
+}
+
+/** Options of `ImageModel.generate`. */
+export interface GenerateOptions extends TextOptions {
+  /**
+   * What to draw: a string, or several for one batch. Text encoders read a few hundred tokens; a warning says what of a longer
+   * prompt they ignore. Of a word (what stands between white space) of more than 1024 characters the rest is ignored. Required, but with
+   * `promptEmbeds`.
+   */
+  prompt?: string | readonly string[] | undefined;
+  /**
+   * Embeddings in place of texts, such as `encode` gives: `count` pictures are drawn for each row. Options that say how texts are encoded
+   * are refused beside it. Default: none; `prompt` is encoded.
+   */
+  promptEmbeds?: PromptEmbeds | undefined;
   /** Pixels, a multiple of the autoencoder's factor and the patch size (16 for SD3). Default: the model's native width. */
   width?: number | undefined;
   /** Pixels, as `width`. Default: the model's native height. */
@@ -390,8 +465,6 @@ export interface GenerateOptions {
   metadata?: "full" | "parameters" | false | undefined;
   /** Starting noise [B, C, h, w] in place of a seed, with h and w in latents; one tensor, or one for each stage. Default: drawn from the seed. */
   noise?: FloatTensor | readonly FloatTensor[] | undefined;
-  /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */
-  maxSequenceLength?: number | undefined;
   /**
    * Milliseconds from the call to the pictures, above 0 and up to 2³¹. Where `sampler`, `quality`, `steps`, `blocks`, `sigmas` and `stages`
    * leave the schedule open, one of the ladder that fits is taken, by measured costs and by `prefer`; if none fits the call rejects with a DeadlineError before

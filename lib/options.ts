@@ -121,6 +121,7 @@ export const tensor = z.custom<FloatTensor>((value) => {
   const { dtype, shape, data } = (value ?? {}) as Partial<FloatTensor>;
   return dtype === "float32" && data instanceof Float32Array && Array.isArray(shape);
 });
+const float32Tensor = "a float32 tensor { dtype, shape, data }";
 const picture = kind(
   z.custom<PictureSource>((value) => {
     if (typeof value === "string" || value instanceof Uint8Array) return true;
@@ -282,13 +283,63 @@ export const loadSchema = z.strictObject({
   onProgress: optional(callback<(progress: LoadProgress) => void>(), "called as loading proceeds"),
 });
 
-export const generateSchema = z.strictObject({
-  prompt: required(texts("a string or a non-empty array of strings"), "what to draw; several prompts form one batch"),
-  negativePrompt: optional(
-    texts("a string, or an array of as many strings as there are prompts"),
-    "what the pictures should not show (default: nothing)",
-    "--negative <text>",
+const prompt = texts("a string or a non-empty array of strings");
+const promptText = "what to draw; several prompts form one batch";
+const textForEach = texts("a string, or an array of as many strings as there are prompts");
+/** Options that say how texts are encoded, of `generate` and of `encode`. */
+const textOptions = {
+  prompt2: optional(textForEach, "what the second text encoder reads (default: the prompt)", "--prompt2 <text>"),
+  prompt3: optional(textForEach, "what the T5 encoder reads (default: the prompt)", "--prompt3 <text>"),
+  negativePrompt: optional(textForEach, "what the pictures should not show (default: nothing)", "--negative <text>"),
+  negativePrompt2: optional(
+    textForEach,
+    "negative prompt of the second text encoder (default: the negative prompt)",
+    "--negative2 <text>",
   ),
+  negativePrompt3: optional(
+    textForEach,
+    "negative prompt of the T5 encoder (default: the negative prompt)",
+    "--negative3 <text>",
+  ),
+  clipSkip: defaulted(
+    integer(0, 1000, "a whole number of at least 0"),
+    0,
+    "layers before the last but one that CLIP's hidden states of the prompt are taken from",
+    "--clip-skip <layers>",
+  ),
+  promptWeighting: defaulted(
+    boolean,
+    false,
+    "read weights of parts of the prompts, such as (word:1.3)",
+    "--prompt-weighting",
+  ),
+  maxSequenceLength: tokens,
+};
+
+export const encodeSchema = z.strictObject({
+  prompt: required(prompt, "what to encode; several prompts are rows"),
+  ...textOptions,
+  signal: optional(abortSignal, "aborts encoding"),
+});
+
+/** Tensors in memory, or with another schema of tensors in another form. */
+export const embedsSchema = <T extends z.ZodType>(tensor: T) =>
+  z.strictObject({
+    promptEmbeds: tensor,
+    pooledPromptEmbeds: tensor,
+    negativePromptEmbeds: tensor.optional(),
+    negativePooledPromptEmbeds: tensor.optional(),
+    tokens: z.int().nonnegative().optional(),
+    warnings: list(z.string()).optional(),
+  });
+
+const generateFields = z.strictObject({
+  prompt: optional(prompt, promptText),
+  promptEmbeds: optional(
+    kind(embedsSchema(tensor), `embeddings as encode() returns them, each ${float32Tensor}`),
+    "embeddings of prompts, as encode() returns them, in place of prompt",
+  ),
+  ...textOptions,
   width: optional(pixels, "width of a picture (default: the model's native size)", "--width <pixels>"),
   height: optional(pixels, "height of a picture (default: the model's native size)", "--height <pixels>"),
   sampler: optional(
@@ -424,10 +475,9 @@ export const generateSchema = z.strictObject({
     "--metadata <mode>",
   ),
   noise: optional(
-    kind(z.union([tensor, list(tensor, 1)]), "a float32 tensor { dtype, shape, data }, or one for each stage"),
+    kind(z.union([tensor, list(tensor, 1)]), `${float32Tensor}, or one for each stage`),
     "starting noise [B, C, h, w] in place of a seed, one for each stage",
   ),
-  maxSequenceLength: tokens,
   deadlineMs: optional(
     kind(
       z
@@ -490,6 +540,12 @@ export const generateSchema = z.strictObject({
     "when step events come: each as soon as its step is done, or those of 200 ms bunched (default: each with preview or stepLatents, otherwise bunched)",
   ),
 });
+
+/** What a request draws has to be said. */
+export const hasPrompt = ({ prompt, promptEmbeds }: { readonly prompt?: unknown; readonly promptEmbeds?: unknown }) =>
+  prompt !== undefined || promptEmbeds !== undefined;
+
+export const generateSchema = generateFields.refine(hasPrompt, { path: ["prompt"] });
 
 export const profileSchema = z.strictObject({
   sizes: optional(
@@ -603,6 +659,7 @@ export const compileSchema = z.strictObject({
 export type ResolvedGenerateOptions = Omit<z.output<typeof generateSchema>, "guidanceScale"> & {
   readonly guidanceScale: number | readonly number[];
 };
+export type ResolvedEncodeOptions = z.output<typeof encodeSchema>;
 
 /**
  * Whether steps run with guidance: which of the two, for the option `guidance` of measuring and compiling.
@@ -694,13 +751,21 @@ export function refuseOversized(input: unknown): void {
   const refuse = (option: string, length: number, most: number, what: string) => {
     if (length > most) throw new OptionError(option, `Expected at most ${most} ${what} but received ${length}.`);
   };
+  const refuseShape = (option: string, shape: unknown) => {
+    if (Array.isArray(shape)) refuse(option, shape.length, longestShape, `dimensions in a shape of ${option}`);
+  };
   refuse("options", fieldsOf(input), mostFields, "options");
   for (const [option, value] of Object.entries(input)) {
     if (Array.isArray(value)) refuse(option, value.length, longestList, `entries for ${option}`);
     for (const each of Array.isArray(value) ? value : [value]) {
       refuse(option, fieldsOf(each), mostFields, `fields for ${option}`);
-      if (Array.isArray(each?.shape))
-        refuse(option, each.shape.length, longestShape, `dimensions in a shape of ${option}`);
+      // A tensor, or an object of tensors and lists.
+      const fields: [string, unknown][] = fieldsOf(each) > 0 ? Object.entries(each) : [];
+      for (const [name, value] of fields) {
+        if (name === "shape") refuseShape(option, value);
+        else if (Array.isArray(value)) refuse(option, value.length, longestList, `entries for ${option}.${name}`);
+        else refuseShape(option, (value as { shape?: unknown } | null | undefined)?.shape);
+      }
     }
   }
 }

@@ -18,7 +18,10 @@ export interface JsonSchema {
  * pictures and noise as base64. What no JSON Schema can say is left to `requestFromJson`: that pixels and tensors have as
  * many bytes as their size asks for, and that digits of a seed are a number of 64 bits. What depends on a model is left to `generate`.
  */
-export const requestJsonSchema: JsonSchema = jsonSchema("A request of flowturbo", requestCodec);
+export const requestJsonSchema: JsonSchema = {
+  ...jsonSchema("A request of flowturbo", requestCodec),
+  anyOf: ["prompt", "promptEmbeds"].map((name) => ({ required: [name], properties: { [name]: {} } })),
+};
 
 /** What `resultToJson` gives. */
 export const resultJsonSchema: JsonSchema = jsonSchema("A result of flowturbo", resultCodec(pictureJson));

@@ -31,11 +31,29 @@ const rgb = fc
 const encoded = fc.uint8Array({ minLength: 1 }).map((data) => new Uint8Array(data));
 /** As a request comes back with it: a number where that is exact. */
 const seed = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n }).map((value) => (value < 2n ** 53n ? Number(value) : value));
+const texts = fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 }));
 /** Every option but signal, callbacks and allowPaths; `satisfies` holds the list complete. */
 const options = fc.record(
   {
-    prompt: fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 })),
-    negativePrompt: fc.oneof(fc.string(), fc.array(fc.string(), { minLength: 1 })),
+    prompt: texts,
+    negativePrompt: texts,
+    prompt2: texts,
+    prompt3: texts,
+    negativePrompt2: texts,
+    negativePrompt3: texts,
+    clipSkip: fc.integer({ min: 0, max: 1000 }),
+    promptWeighting: fc.boolean(),
+    promptEmbeds: fc.record(
+      {
+        promptEmbeds: tensor,
+        pooledPromptEmbeds: tensor,
+        negativePromptEmbeds: tensor,
+        negativePooledPromptEmbeds: tensor,
+        tokens: fc.nat(),
+        warnings: fc.array(fc.string()),
+      },
+      { requiredKeys: ["promptEmbeds", "pooledPromptEmbeds"] },
+    ),
     width: fc.integer({ min: 1, max: 4096 }),
     height: fc.integer({ min: 1, max: 4096 }),
     sampler: fc.constantFrom("flowturbo" as const, "euler" as const, "heun" as const),

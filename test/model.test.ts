@@ -4,15 +4,23 @@ import path from "node:path";
 import ts from "typescript";
 import { describe, expect, expectTypeOf, it } from "vitest";
 import type { z } from "zod";
-import type { CompileEnginesOptions, GenerateOptions, ImageModel, LoadOptions, ProfileOptions } from "../lib/index.js";
+import type {
+  CompileEnginesOptions,
+  EncodeOptions,
+  GenerateOptions,
+  ImageModel,
+  LoadOptions,
+  ProfileOptions,
+} from "../lib/index.js";
 import { FlowTurbo } from "../lib/index.js";
-import { compileSchema, generateSchema, loadSchema, optionMeta, profileSchema } from "../lib/options.js";
+import { compileSchema, encodeSchema, generateSchema, loadSchema, optionMeta, profileSchema } from "../lib/options.js";
 import { blockTable, samplers, sigmaGrids } from "../lib/schedule/index.js";
 import { root } from "./support/fixtures.js";
 
 it("the interfaces of the options are what the schemas take", () => {
   expectTypeOf<LoadOptions>().toEqualTypeOf<z.input<typeof loadSchema>>();
   expectTypeOf<GenerateOptions>().toEqualTypeOf<z.input<typeof generateSchema>>();
+  expectTypeOf<EncodeOptions>().toEqualTypeOf<z.input<typeof encodeSchema>>();
   expectTypeOf<ProfileOptions>().toEqualTypeOf<z.input<typeof profileSchema>>();
   expectTypeOf<CompileEnginesOptions>().toEqualTypeOf<z.input<typeof compileSchema>>();
   expectTypeOf<FlowTurbo>().toExtend<ImageModel>();
@@ -21,7 +29,7 @@ it("the interfaces of the options are what the schemas take", () => {
 });
 
 it("every field of a schema describes itself", () => {
-  for (const schema of [loadSchema, generateSchema, profileSchema, compileSchema])
+  for (const schema of [loadSchema, generateSchema, encodeSchema, profileSchema, compileSchema])
     for (const [name, field] of Object.entries(schema.shape)) {
       const { description, expects } = optionMeta(field as z.ZodType);
       expect(description, name).toMatch(/\w{3}/);
@@ -71,7 +79,13 @@ describe("dist/index.d.ts", () => {
   });
 
   it("says for every option what happens without it", () => {
-    for (const options of ["LoadOptions", "GenerateOptions", "ProfileOptions", "CompileEnginesOptions"]) {
+    for (const options of [
+      "LoadOptions",
+      "GenerateOptions",
+      "TextOptions",
+      "ProfileOptions",
+      "CompileEnginesOptions",
+    ]) {
       const members = published().filter(({ name }) => name.startsWith(`${options}.`));
       expect(members.length).toBeGreaterThan(5);
       // Absent, these do nothing.
@@ -82,7 +96,12 @@ describe("dist/index.d.ts", () => {
   });
 
   it("names every row of the tables, and the bounds that the schemas check", () => {
-    const of = (name: string) => documentation(published().find((each) => each.name === name)!.symbol);
+    const all = published();
+    // An interface has those of the one that it extends.
+    const of = (name: string) => {
+      const inherited = name.replace(/^\w+/, "TextOptions");
+      return documentation(all.find((each) => each.name === name || each.name === inherited)!.symbol);
+    };
     const { sampler, steps, grid, blocks } = {
       ...{ sampler: of("GenerateOptions.sampler"), steps: of("GenerateOptions.steps") },
       ...{ grid: of("GenerateOptions.grid"), blocks: of("GenerateOptions.blocks") },
@@ -94,7 +113,7 @@ describe("dist/index.d.ts", () => {
     for (const name of Object.keys(sigmaGrids)) expect(grid).toContain(`"${name}"`);
     for (const [letter, { name }] of Object.entries(blockTable)) expect(blocks).toContain(`\`${letter}\` ${name}`);
 
-    const schemas = { LoadOptions: loadSchema, GenerateOptions: generateSchema, ProfileOptions: profileSchema, CompileEnginesOptions: compileSchema }; // biome-ignore format: one line
+    const schemas = { LoadOptions: loadSchema, GenerateOptions: generateSchema, EncodeOptions: encodeSchema, ProfileOptions: profileSchema, CompileEnginesOptions: compileSchema }; // biome-ignore format: one line
     for (const [options, schema] of Object.entries(schemas))
       for (const [name, field] of Object.entries(schema.shape)) {
         // "a whole number from 1 to 1024" → both, in the comment.

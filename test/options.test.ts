@@ -80,6 +80,12 @@ describe("a list or an object that is absurdly long", () => {
     ["noise", { noise: zeros }, /entries for noise/],
     ["noise", { noise: { dtype: "float32", shape: zeros, data: "" } }, /at most 16 dimensions in a shape of noise/],
     ["noise", { noise: [{ dtype: "float32", shape: zeros, data: "" }] }, /dimensions in a shape of noise/],
+    ["promptEmbeds", { promptEmbeds: { warnings: zeros } }, /entries for promptEmbeds.warnings/],
+    [
+      "promptEmbeds",
+      { promptEmbeds: { pooledPromptEmbeds: { shape: zeros } } },
+      /dimensions in a shape of promptEmbeds/,
+    ],
     ["ladder", { ladder: zeros }, /entries for ladder/],
     ["seed", { seed: zeros }, /entries for seed/],
     ["options", fields, /at most 1000 options but received/],

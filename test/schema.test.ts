@@ -218,6 +218,9 @@ describe("the schema of a request", () => {
       { ...tensor([1], 4), dtype: "float16" },
     ],
     ...[
+      { promptEmbeds: tensor([1], 4), pooledPromptEmbeds: tensor([1], 4), tokens: 3, warnings: [""] },
+      { promptEmbeds: tensor([1], 4), pooledPromptEmbeds: tensor([1], 4), negativePromptEmbeds: null },
+      { promptEmbeds: tensor([1], 4) },
       { ...tensor([1], 4), shape: [-1] },
       { ...tensor([1], 4), shape: [0.5] },
       { ...tensor([1], 4), more: 1 },
@@ -252,6 +255,12 @@ describe("the schema of a request", () => {
       { prompt: "x", image: await picture.toPNG(), mask: picture, strength: 0.5, keepOriginal: false },
       { prompt: "x", noise: float32([1, 1, 2, 2], new Float32Array(4)), deadlineMs: 10.5, ladder: ["H1"] },
       { prompt: "x", stages: [stage, { ...stage, sigma: 0.5 }] },
+      {
+        promptEmbeds: {
+          promptEmbeds: float32([1], new Float32Array(1)),
+          pooledPromptEmbeds: float32([], new Float32Array(1)),
+        },
+      },
     ]) {
       const json = JSON.parse(JSON.stringify(await requestToJson(request)));
       expect([isRequest(json), isTaken(json)]).toEqual([true, true]);

@@ -17,7 +17,7 @@ import {
 } from "../lib/generation/programs.js";
 import { latentShapeOf } from "../lib/generation/sizes.js";
 import { positionCrop, positionsOf } from "../lib/generation/templates.js";
-import { type Condition, PromptEncoder } from "../lib/generation/text.js";
+import { type Condition, PromptEncoder, promptOf } from "../lib/generation/text.js";
 import {
   graphKey,
   sigmaBeforeUpscale,
@@ -107,11 +107,11 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
 
   const encoder = new PromptEncoder(graphs);
   const texts = [...new Set(["", ...prompts])].slice(0, 1 + Math.max(...options.batches));
-  const prepared = await encoder.prepare(texts, encoder.defaultSequenceLength);
+  const prepared = await encoder.prepare(texts.map(promptOf), encoder.defaultSequenceLength);
   const pending = await encoder.pending(prepared);
   const results: Record<string, Tensor>[] = [];
-  for (const [text, { program }] of pending.missing) {
-    cases.push({ name: `text "${text}", all encoders`, kind: "texts", quick: text === "", program });
+  for (const { text, graph, program } of pending.missing.values()) {
+    cases.push({ name: `text "${text}", ${graph}`, kind: "texts", quick: text === "", program });
     results.push(await run(program));
   }
   const encoded = await encoder.encoded(prepared, pending, results);

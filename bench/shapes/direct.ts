@@ -12,7 +12,7 @@ import { embeddedModel } from "../../lib/flowturbo.js";
 import { toRgb } from "../../lib/generation/image.js";
 import { NoiseGenerator } from "../../lib/generation/noise.js";
 import { positionCrop } from "../../lib/generation/templates.js";
-import { PromptEncoder } from "../../lib/generation/text.js";
+import { PromptEncoder, promptOf } from "../../lib/generation/text.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import type { Constant, Program } from "../../lib/program/program.js";
 import { Executor } from "../../lib/runtimes/onnxruntime/executor.js";
@@ -62,10 +62,11 @@ export class Direct {
 
   async condition(captions: readonly string[]): Promise<Condition> {
     const texts = [...captions.map(() => ""), ...captions];
-    const prepared = await this.#prompts.prepare(texts, this.#prompts.defaultSequenceLength);
-    const pending = await this.#prompts.pending(prepared);
-    const results = await Promise.all([...pending.missing.values()].map(({ program }) => this.#run(program)));
-    return this.#prompts.stack(await this.#prompts.encoded(prepared, pending, results));
+    const prepared = await this.#prompts.prepare(texts.map(promptOf), this.#prompts.defaultSequenceLength);
+    const encoded = await this.#prompts.encode(prepared, (programs) =>
+      Promise.all(programs.map(({ program }) => this.#run(program))),
+    );
+    return this.#prompts.stack(encoded);
   }
 
   /** The guided velocity; x holds `rows` latents of `size` px. */

@@ -36,6 +36,8 @@ export interface Tokens {
    * those of the whole text. See `Bounds`.
    */
   readonly unread: string | null;
+  /** For each text the ids that are its own: from one index to before another. */
+  readonly spans: readonly (readonly [from: number, to: number])[];
 }
 
 export interface Tokenizer {
@@ -44,10 +46,11 @@ export interface Tokenizer {
   /** Largest id + 1: the embedding must have at least this many rows. */
   readonly vocabSize: number;
   /**
-   * The ids of a text of any length, in slices that leave the event loop free.
+   * The ids of a text of any length, in slices that leave the event loop free. Of several texts, each is tokenised by itself and
+   * their ids follow each other.
    * @throws RangeError for a length that the special tokens do not fit into: less than 2 for CLIP, less than 1 for T5
    */
-  encode(text: string, length: number): Promise<Tokens>;
+  encode(text: string | readonly string[], length: number): Promise<Tokens>;
 }
 
 /** How much of a text is tokenised. The ids are those of the whole text unless one of these is exceeded. */
@@ -265,26 +268,31 @@ async function tokenizer(
       let unread: Tokens["unread"] = null;
       let more = false;
       let read = 0;
-      for (const piece of pieces(text)) {
-        if (isDue()) await rest();
-        if (!piece) continue;
-        // A few more than there is room for: they say what is dropped.
-        more = found.length > room + shownTokens || (read >= bounds.perToken * length && found.length > room);
-        if (more) break;
-        if (read >= bounds.perToken * length) {
-          unread = `more than ${bounds.perToken * length} characters for ${length} tokens`;
-          break;
+      const ends: number[] = [];
+      for (const each of [text].flat()) {
+        for (const piece of pieces(each)) {
+          if (isDue()) await rest();
+          if (!piece) continue;
+          // A few more than there is room for: they say what is dropped.
+          more = found.length > room + shownTokens || (read >= bounds.perToken * length && found.length > room);
+          if (more) break;
+          if (read >= bounds.perToken * length) {
+            unread = `more than ${bounds.perToken * length} characters for ${length} tokens`;
+            break;
+          }
+          for (const id of inner.encode(piece.text, { add_special_tokens: false }).ids) found.push(id);
+          read += piece.text.length;
+          if (piece.cut && found.length <= room) unread = `a word of more than ${piece.text.length} characters`;
         }
-        for (const id of inner.encode(piece.text, { add_special_tokens: false }).ids) found.push(id);
-        read += piece.text.length;
-        if (piece.cut && found.length <= room) unread = `a word of more than ${piece.text.length} characters`;
+        ends.push(before.length + Math.min(found.length, room));
       }
       const truncated = found.length > room;
       const ids = new BigInt64Array(length).fill(BigInt(pad));
       const taken = [...before, ...found.slice(0, room), end];
       ids.set(taken.map(BigInt));
       const dropped = truncated ? beginning(found.slice(room), more) : "";
-      return { ids, count: taken.length, truncated, dropped, unread };
+      const spans = ends.map((end, index) => [ends[index - 1] ?? before.length, end] as const);
+      return { ids, count: taken.length, truncated, dropped, unread, spans };
     },
   };
 

@@ -162,7 +162,7 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>) 
   if (absent)
     throw new OptionError(
       absent,
-      `The picture "${file}" was drawn from ${needed[absent]}, which no picture's file holds. Give it with --${absent}${absent === "noise" ? ", or another start with --seed" : ""}.`,
+      `The picture "${file}" was drawn from ${needed[absent].what}, which no picture's file holds. ${needed[absent].remedy}.`,
     );
   const options = overridden(own, given);
   const truncated = [parameters.truncated ?? []].flat().map(String);
@@ -183,7 +183,12 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>) 
   };
 }
 
-const needed = { image: "an original", mask: "a mask", noise: "noise that was given" } as const;
+const needed = {
+  prompt: { what: "embeddings of prompts", remedy: "Give a prompt, for another picture" },
+  image: { what: "an original", remedy: "Give it with --image" },
+  mask: { what: "a mask", remedy: "Give it with --mask" },
+  noise: { what: "noise that was given", remedy: "Give it with --noise, or another start with --seed" },
+} as const;
 
 function otherModel(before: string, now: string): string {
   return `The picture was drawn by the model "${clipped(before, 80)}" and is drawn again by "${now}", so that it is another one. Give --model to choose.`;

@@ -26,7 +26,7 @@ import { openBuilder } from "../runtimes/index.js";
 import { areSomeMixed, type CalibratedSchedule } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
 import { defaultsOf } from "./defaults.js";
-import { checkSequenceLength } from "./request.js";
+import { checkSequenceLength } from "./prompts.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
 

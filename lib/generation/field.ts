@@ -10,7 +10,7 @@ import { graphName } from "../networks/index.js";
 import { ProgramBuilder } from "../program/builder.js";
 import type { Constant, Program } from "../program/program.js";
 import type { LatentShape } from "./programs.js";
-import type { EncodedPrompt, PromptEncoder } from "./text.js";
+import { type EncodedPrompt, type PromptEncoder, promptOf } from "./text.js";
 
 /** Where a velocity is asked for. */
 export interface FieldPoint {
@@ -60,11 +60,13 @@ export class VelocityField {
 
   static async open(options: FieldOptions): Promise<VelocityField> {
     const { text, sequenceLength, prompts, run } = options;
-    const prepared = await text.prepare([...prompts, ""], sequenceLength);
-    const pending = await text.pending(prepared);
-    const results: Record<string, Tensor>[] = [];
-    for (const { program } of pending.missing.values()) results.push(await run(program));
-    return new VelocityField(options, await text.encoded(prepared, pending, results));
+    const prepared = await text.prepare([...prompts, ""].map(promptOf), sequenceLength);
+    const encoded = await text.encode(prepared, async (programs) => {
+      const results: Record<string, Tensor>[] = [];
+      for (const { program } of programs) results.push(await run(program));
+      return results;
+    });
+    return new VelocityField(options, encoded);
   }
 
   async velocities(points: readonly FieldPoint[]): Promise<GuidedVelocity[]> {

@@ -95,7 +95,7 @@ const isRecord = (value: unknown): value is Record<string, unknown> =>
 /** Files are not taken by the names that another file has for them. */
 const { image: _, mask: __, ...readable } = generateSchema.shape;
 /** Fields that are no options. */
-const facts = ["model", "software", "runtime", "inpainted", "truncated"];
+const facts = ["model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
 
 /** Parameters as options. */
 export interface Redrawing {
@@ -103,7 +103,7 @@ export interface Redrawing {
   /** Fields that no option has the name of, or whose values it does not take. */
   readonly unknown: readonly string[];
   /** The option that has to be given with them, since it is in no file; null for none. */
-  readonly needs: readonly ("image" | "mask" | "noise")[];
+  readonly needs: readonly ("prompt" | "image" | "mask" | "noise")[];
 }
 
 /** The options that parameters stand for. */
@@ -119,6 +119,7 @@ export function optionsOf(parameters: Parameters): Redrawing {
   }
   const isEdit = parameters.strength !== undefined || parameters.inpainted !== undefined;
   const needs = [
+    ...(parameters.promptEmbeds === true ? (["prompt"] as const) : []),
     ...(isEdit ? (["image"] as const) : []),
     ...(parameters.inpainted === true ? (["mask"] as const) : []),
     ...(isOfNoise ? (["noise"] as const) : []),

@@ -18,7 +18,7 @@ import { ProgressReporter } from "./progress.js";
 import type { ModelFacts, Request } from "./request.js";
 import { resultOf } from "./result.js";
 import type { PreparedCandidate, Templates } from "./templates.js";
-import type { Condition, PromptEncoder } from "./text.js";
+import { type Condition, type PromptEncoder, tokensOfPrompts, warningsOf } from "./text.js";
 
 /** What a loaded model draws with. */
 export interface LoadedModel extends ModelFacts {
@@ -47,23 +47,24 @@ export async function draw(
   events: RequestEvents | null,
   start: number,
 ): Promise<GenerateResult> {
-  const { prompts, count, pictures, reports, signal } = request;
+  const { count, pictures, reports, signal, embeds } = request;
   const { stages, template } = candidate;
   const progress = new ProgressReporter(stages, pictures, (event) => events?.send("onStep", event));
   const run = (rows: readonly Program[]) => admitted.run({ rows, reports, onLaunch: progress.observe.bind(progress) });
 
   // 1. Text: what the cache lacks is encoded. One condition for each prompt, unconditional first.
   const encodeStart = performance.now();
-  const pending = await model.text.pending(candidate.prompts);
-  const encoders = [...pending.missing.values()].map(({ program }) => program);
-  const texts = encoders.length > 0 ? await admitted.run({ rows: encoders }) : [];
-  const encoded = await model.text.encoded(candidate.prompts, pending, texts);
+  const encoded = await model.text.encode(candidate.prompts, (programs) =>
+    admitted.run({ rows: programs.map(({ program }) => program) }),
+  );
   // Before the engines of the steps need the memory.
   if (!model.keepTextEncoders) await model.unload(model.text.graphs);
   const needs = guidanceOf(stages);
   const conditions: { guided?: Condition | undefined; alone?: Condition | undefined }[] = [];
-  for (let index = 0; index < prompts.length; index++) {
-    const [prompt, negative] = [encoded[index]!, encoded[prompts.length + index]];
+  const prompts = pictures / count;
+  const all = embeds ? [...embeds.prompts, ...embeds.negativePrompts] : encoded;
+  for (let index = 0; index < prompts; index++) {
+    const [prompt, negative] = [all[index]!, all[prompts + index]];
     conditions.push({
       ...(needs.guided && { guided: model.text.stack([negative!, prompt]) }),
       ...(needs.alone && { alone: model.text.stack([prompt]) }),
@@ -71,8 +72,8 @@ export async function draw(
     if (isDue()) await rest();
   }
   const encode = performance.now() - encodeStart;
-  const tokens = encoded.slice(0, prompts.length).reduce((sum, prompt) => sum + prompt.tokens, 0);
-  const warnings = [...new Set(encoded.flatMap((prompt) => prompt.warnings)), ...candidate.warnings];
+  const tokens = embeds?.tokens ?? tokensOfPrompts(encoded.slice(0, prompts));
+  const warnings = [...warningsOf(encoded), ...(request.texts?.warnings ?? []), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
 
   // 2. Init image: latents of the original for each stage that needs them, the same for all pictures.

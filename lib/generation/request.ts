@@ -21,12 +21,12 @@ import {
 import { allFinite } from "../program/validate.js";
 import { formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
+import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
-import type { PromptEncoder } from "./text.js";
 
 /** What a request has to know of a model. */
 export interface ModelFacts extends CandidateFacts {
-  readonly text: Pick<PromptEncoder, "defaultSequenceLength" | "maxSequenceLength">;
+  readonly text: PromptFacts;
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
   readonly pinBatch: number | null;
@@ -74,9 +74,11 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   /** What the result holds besides the pictures. */
   readonly include: NonNullable<GenerateOptions["include"]>;
   readonly reports: NonNullable<GenerateOptions["reports"]>;
-  readonly prompts: readonly string[];
-  /** One for each prompt; none without guidance. */
-  readonly negativePrompts: readonly string[];
+  /** What is drawn, in texts; null where `embeds` say it. Negative prompts are none without guidance. */
+  readonly texts: Texts | null;
+  readonly embeds: Embeds | null;
+  readonly clipSkip: number;
+  readonly promptWeighting: boolean;
   /** B: `count` for each prompt. */
   readonly pictures: number;
   /** Ways to draw it, the richest first; one without a time limit. */
@@ -105,14 +107,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   const checked = checkOptions(generateSchema, given, "generate()");
   const { guidanceScale = (model.defaults ?? usualDefaults).guidanceScale } = checked;
   const options = withQuality({ ...checked, guidanceScale }, model);
-  const {
-    image,
-    mask,
-    strength,
-    keepOriginal,
-    paddingMaskCrop,
-    maxSequenceLength: sequenceLength = model.text.defaultSequenceLength,
-  } = options;
+  const { image, mask, strength, keepOriginal, paddingMaskCrop } = options;
   const { count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } =
     options;
   const { stages, sigmas, shift, mu } = options;
@@ -126,13 +121,15 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
-  const prompts = typeof options.prompt === "string" ? [options.prompt] : options.prompt;
-  const negativePrompts = perPrompt(options.negativePrompt ?? "", prompts.length);
-  const pictures = prompts.length * count;
+  const embeds = settleEmbeds(options, model.text);
+  const { prompt = "" } = options;
+  const settled = embeds ? null : settleTexts({ ...options, prompt }, model.text);
+  const rows = embeds?.rows ?? settled!.prompts.length;
+  const pictures = rows * count;
   if (pictures > maxPictures)
     throw new OptionError(
-      prompts.length > maxPictures ? "prompt" : "count",
-      `Expected at most ${maxPictures} pictures of one call but received ${prompts.length} prompts with ${count} each. Make several calls; they share launches.`,
+      rows <= maxPictures ? "count" : embeds ? "promptEmbeds" : "prompt",
+      `Expected at most ${maxPictures} pictures of one call but received ${rows} prompts with ${count} each. Make several calls; they share launches.`,
     );
   if (previewCount !== undefined && preview === undefined)
     throw new OptionError(
@@ -149,6 +146,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkShift(options, model.checkpoint);
   const candidates = candidatesOf(options, model, pictures);
   const isOn = candidates.some(({ isGuided }) => isGuided);
+  if (embeds && isOn && embeds.negativePrompts.length === 0)
+    throw new OptionError(
+      "promptEmbeds",
+      "Guidance needs promptEmbeds.negativePromptEmbeds and promptEmbeds.negativePooledPromptEmbeds; give them, or guidanceScale 1.",
+    );
 
   // What an edit needs.
   for (const [name, value] of Object.entries({ mask, strength }))
@@ -172,17 +174,16 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   if (noises) checkNoise(noises, candidates[0].stages, model.checkpoint.vae.config.factor);
   const seeds = noises ? [] : (options.seeds?.map(seedOf) ?? seedsFrom(options.seed ?? randomInt(2 ** 32), pictures));
 
-  // Text.
-  checkSequenceLength(sequenceLength, model.text.maxSequenceLength);
   const { sampler } = candidates[0];
   return {
     ...{ count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
-    ...{ prompts, pictures, candidates, sequenceLength },
+    ...{ embeds, pictures, candidates, sequenceLength: (embeds ?? settled!).sequenceLength },
+    texts: settled && { ...settled, negativePrompts: isOn ? settled.negativePrompts : [] },
+    ...{ clipSkip: options.clipSkip, promptWeighting: options.promptWeighting },
     // Without a handler nobody sees them.
     stepLatents: options.stepLatents && onStep !== undefined,
     ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
-    negativePrompts: isOn ? negativePrompts : [],
     guidance: {
       ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
@@ -195,15 +196,6 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
           },
     pinBatch: options.pinBatch ?? model.pinBatch,
   };
-}
-
-/** @throws OptionError for more tokens than the T5 tokenizer takes */
-export function checkSequenceLength(length: number, most: number): void {
-  if (length > most)
-    throw new OptionError(
-      "maxSequenceLength",
-      `Expected at most ${most} for maxSequenceLength but received ${length}: the model's T5 tokenizer takes no more.`,
-    );
 }
 
 export function pinnedWithCapture(): OptionError {
@@ -263,14 +255,4 @@ function checkNoise(noises: readonly FloatTensor[], stages: readonly RequestStag
       refuse(`The ${which} has ${noise.data.length} values, which its shape does not.`);
     if (!allFinite(noise.data)) refuse(`Expected finite values for ${which} but it holds NaN or an infinity.`);
   }
-}
-
-function perPrompt(value: string | readonly string[], prompts: number): readonly string[] {
-  if (typeof value === "string") return new Array<string>(prompts).fill(value);
-  if (value.length !== prompts)
-    throw new OptionError(
-      "negativePrompt",
-      `Expected one negative prompt, or ${prompts} (one for each prompt), for negativePrompt but received ${value.length}.`,
-    );
-  return value;
 }

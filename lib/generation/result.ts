@@ -80,15 +80,13 @@ export function parametersOf(
   drawn: PreparedCandidate["stages"],
   row: number,
 ): Record<string, unknown> {
-  const { prompts, negativePrompts, guidance, seeds, sampler, sigmas, shift, mu, stages, edit, sequenceLength } =
-    request;
+  const { guidance, seeds, sampler, sigmas, shift, mu, stages, edit } = request;
   const index = Math.floor(row / request.count);
   const { width, height, whole } = drawn.at(-1)!;
   // Noise levels depend on guidance, even where the steps that had it are left out.
   const isGuided = [whole.guidanceScale].flat().some((scale) => scale > 1);
   return {
-    prompt: prompts[index],
-    ...(negativePrompts.length > 0 && { negativePrompt: negativePrompts[index] }),
+    ...textParameters(request, index),
     seed: seeds.length > 0 ? seedToJson(seeds[row]!) : null,
     ...(stages ? { stages } : { width, height, sampler, ...scheduleParameters(whole, sigmas) }),
     ...(shift !== undefined && { shift }),
@@ -100,7 +98,21 @@ export function parametersOf(
     ...(isGuided &&
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
     ...(isGuided && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
-    maxSequenceLength: sequenceLength,
+    ...(request.texts && { maxSequenceLength: request.sequenceLength }),
+  };
+}
+
+/** The texts of a row as they were given, and how they were encoded; of embeddings only that there were some. */
+function textParameters({ texts, clipSkip, promptWeighting }: Request, index: number): Record<string, unknown> {
+  if (!texts) return { promptEmbeds: true };
+  const isGuided = texts.negativePrompts.length > 0;
+  const given = Object.entries({ ...(isGuided && { negativePrompt: [] }), ...texts.given })
+    .filter(([option]) => isGuided || !option.startsWith("negative"))
+    .map(([option, rows]) => [option, rows[index] ?? ""]);
+  return {
+    ...Object.fromEntries(given),
+    ...(clipSkip > 0 && { clipSkip }),
+    ...(promptWeighting && { promptWeighting }),
   };
 }
 

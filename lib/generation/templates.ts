@@ -9,7 +9,7 @@ import type { FloatTensor } from "../common/tensor.js";
 import { mmditWidth, networksOf, positionTable } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
-import type { CandidateWork } from "../serving/prediction.js";
+import type { CandidateWork, Demand } from "../serving/prediction.js";
 import type { Candidate } from "./candidates.js";
 import type { Crop } from "./crop.js";
 import type { Edit } from "./edit.js";
@@ -22,7 +22,7 @@ import {
 } from "./programs.js";
 import type { Request } from "./request.js";
 import type { RequestStage } from "./stages.js";
-import type { PreparedPrompts, PromptEncoder } from "./text.js";
+import type { EncoderProgram, PreparedPrompts, PromptEncoder } from "./text.js";
 
 /** A candidate with the programs that draw it: costs are predicted from them, and the recipe binds values to them. */
 export interface PreparedCandidate extends CandidateWork {
@@ -74,9 +74,8 @@ export class Templates {
       return original ? encoderProgram(original.pixels, latentShape, factor) : null;
     });
     const template = this.sampling(request, stages, used);
-    const [encoder] = prompts.programs.values();
     const demands = [
-      ...(encoder ? [{ program: encoder.program, rows: prompts.programs.size }] : []),
+      ...textDemands(prompts.programs.values()),
       ...encoders.flatMap((program) => (program ? [{ program, rows: 1 }] : [])),
       { program: template.program, rows: request.pictures },
     ];
@@ -120,6 +119,18 @@ export class Templates {
     });
     return this.#kept.set(key, template);
   }
+}
+
+/** The programs that encode texts, as many of a kind as there are. */
+export function textDemands(programs: Iterable<EncoderProgram>): Demand[] {
+  const kinds = new Map<string, { program: Program; rows: number }>();
+  for (const { graph, program, weights } of programs) {
+    const kind = `${graph} ${weights?.masked.length ?? 0}`;
+    const known = kinds.get(kind);
+    if (known) known.rows++;
+    else kinds.set(kind, { program, rows: 1 });
+  }
+  return [...kinds.values()];
 }
 
 /** What a stage needs of an edit: later stages start from the stage before, and need the original only to keep a part of it. */

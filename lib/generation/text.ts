@@ -1,7 +1,7 @@
 /**
- * Prompts to the condition that the transformer reads. Each prompt is encoded once and kept in a bounded cache, alone:
- * whether it was a prompt or a negative prompt, and beside which others, does not matter. Launches that are pinned to a
- * batch have entries of their own: their bits must not depend on what came before.
+ * Prompts to the condition that the transformer reads. Each text encoder reads a text of its own; what it makes of a text is kept in a
+ * bounded cache, so that it reads a text once: whether it was a prompt or a negative prompt, and beside which others, does not matter.
+ * Launches that are pinned to a batch have entries of their own: their bits must not depend on what came before.
  *
  *   context [T_clip + T_t5, joint]  CLIP-L ⊕ CLIP-G along the channels, zero-padded to `joint`, then T5 along the tokens
  *   pooled  [pooled]                CLIP-L ⊕ CLIP-G projections
@@ -11,11 +11,34 @@ import { LruCache } from "../common/lru-cache.js";
 import { type FloatTensor, float32, int64, type Tensor } from "../common/tensor.js";
 import { clipped } from "../common/text.js";
 import { isDue, rest } from "../common/turns.js";
-import { type TextEncoder, type TextRole, textEncodersOf, tokensOf } from "../networks/index.js";
+import {
+  graphName,
+  type PromptName,
+  promptNames,
+  type TextEncoder,
+  type TextRole,
+  textEncodersOf,
+  tokensOf,
+} from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
 import { ProgramBuilder } from "../program/builder.js";
 import type { Program } from "../program/program.js";
+import { type Fragment, type TokenWeights, tokenWeights, unweighted, weightedStates } from "./weighting.js";
+
+/** A prompt as the text encoders read it. */
+export interface Prompt {
+  /** What each encoder reads, in parts with their weights. */
+  readonly texts: Readonly<Record<PromptName, readonly Fragment[]>>;
+  /** Layers before the last but one that the hidden states of CLIP are taken from; 0 for that one. */
+  readonly clipSkip: number;
+}
+
+/** A prompt of one text for all encoders. */
+export function promptOf(text: string): Prompt {
+  const fragments = unweighted(text);
+  return { texts: { prompt: fragments, prompt2: fragments, prompt3: fragments }, clipSkip: 0 };
+}
 
 export interface EncodedPrompt {
   /** [tokens, joint], row-major. */
@@ -24,29 +47,58 @@ export interface EncodedPrompt {
   readonly pooled: Float32Array;
   /** Tokens that the encoder which reads most of the prompt reads, without padding. */
   readonly tokens: number;
-  /** One message for each tokenizer that had to cut the prompt. */
+  /** One message for each tokenizer that had to cut its text. */
   readonly warnings: readonly string[];
 }
 
-/** The program that encodes a prompt, with a message for each tokenizer that had to cut it. */
+/** A text that one encoder is to read. */
+interface Reading {
+  /** Two with the same key result in the same. */
+  readonly key: string;
+  readonly encoder: TextEncoder;
+  /** Tokens of a launch. */
+  readonly tokens: number;
+  readonly fragments: readonly Fragment[];
+  /** The variant of the encoder's graph. */
+  readonly skip: number;
+  /** Key of the empty text, where this one has weights; null without. */
+  readonly empty: string | null;
+}
+
+/** The program that reads a text with one encoder. */
 export interface EncoderProgram {
   readonly program: Program;
-  /** As `EncodedPrompt.tokens`. */
+  /** Name of the graph. */
+  readonly graph: string;
+  /** What it was made for. */
+  readonly text: string;
+  /** Tokens that are read, without padding. */
   readonly tokens: number;
   readonly warnings: readonly string[];
+  /** Null for a text without weights. */
+  readonly weights: TokenWeights | null;
 }
 
-/** Prompts of a request, with programs for those that the cache lacks. */
+/** What an encoder makes of a text. */
+interface EncodedText extends Pick<EncoderProgram, "tokens" | "warnings"> {
+  /** [tokens, width] */
+  readonly hidden: Float32Array;
+  /** [width], of encoders that have a projection. */
+  readonly pooled: Float32Array | null;
+}
+
+/** Prompts of a request, with programs for the texts that the cache lacks. */
 export interface PreparedPrompts {
-  readonly prompts: readonly string[];
+  readonly prompts: readonly Prompt[];
   readonly sequenceLength: number;
   readonly pin: number | null;
+  /** By the keys of what is read. */
   readonly programs: ReadonlyMap<string, EncoderProgram>;
 }
 
-/** What a request takes from the cache, and the programs of the rest: one for each prompt, they may share launches. */
+/** What a request takes from the cache, and the programs of the rest: one for each text of each encoder, they may share launches. */
 export interface PendingPrompts {
-  readonly known: ReadonlyMap<string, EncodedPrompt>;
+  readonly known: ReadonlyMap<string, EncodedText>;
   readonly missing: ReadonlyMap<string, EncoderProgram>;
 }
 
@@ -56,28 +108,30 @@ export interface Condition {
   readonly pooled: FloatTensor;
 }
 
-/** Memory that cached conditions may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
+/** Memory that cached texts may take: a dozen prompts of SD3.5, thousands of the embedded model's. */
 const cacheBytes = 128 * 2 ** 20;
 
 export class PromptEncoder {
   readonly #graphs: GraphLibrary;
   readonly #encoders: readonly TextEncoder[];
-  readonly #cache = new LruCache<EncodedPrompt>(
+  readonly #cache = new LruCache<EncodedText>(
     cacheBytes,
-    // A prompt, which is the key, may be longer than what it is encoded to; two bytes a character at most.
-    ({ context, pooled }, key) => context.byteLength + pooled.byteLength + 2 * key.length,
+    // A text, which is in the key, may be longer than what it is encoded to; two bytes a character at most.
+    ({ hidden, pooled }, key) => hidden.byteLength + (pooled?.byteLength ?? 0) + 2 * key.length,
   );
   /** Inputs by graph and sequence length: the same arrays for all texts, so that they may share launches. */
   readonly #constants = new Map<string, Readonly<Record<string, Tensor>>>();
+  /** Names of the graphs that programs were made for. */
+  readonly #used = new Set<string>();
 
   constructor(graphs: GraphLibrary) {
     this.#graphs = graphs;
     this.#encoders = textEncodersOf(graphs.checkpoint);
   }
 
-  /** Names of the text encoders' graphs. */
+  /** Names of the graphs of text encoders that may have been launched. */
   get graphs(): string[] {
-    return this.#encoders.map(({ name }) => name);
+    return [...this.#used];
   }
 
   /** The longest T5 part that the tokenizer allows; 512 without T5, whose part is then zeros. */
@@ -88,6 +142,17 @@ export class PromptEncoder {
   /** As diffusers: 256, or what the tokenizer takes if that is less. */
   get defaultSequenceLength(): number {
     return Math.min(256, this.maxSequenceLength);
+  }
+
+  /** The largest `clipSkip` that all encoders with such a variant have layers for. */
+  get maxClipSkip(): number {
+    const { checkpoint } = this.#graphs;
+    return Math.min(...this.#encoders.flatMap(({ text }) => text.mostSkipped?.(checkpoint) ?? []));
+  }
+
+  /** Whether some encoder reads the text of that option. */
+  reads(name: PromptName): boolean {
+    return this.#encoders.some(({ text }) => promptNames[text.tokenizer] === name);
   }
 
   /** Shapes of the condition of one text, for a T5 part of that length. */
@@ -107,56 +172,85 @@ export class PromptEncoder {
   }
 
   /**
-   * Tokenises the prompts that the cache lacks, and makes the programs that encode them.
+   * Tokenises the texts that the cache lacks, and makes the programs that encode them.
    * @param pin batch that all launches are padded to
    */
   async prepare(
-    prompts: readonly string[],
+    prompts: readonly Prompt[],
     sequenceLength: number,
     pin: number | null = null,
     signal?: AbortSignal,
   ): Promise<PreparedPrompts> {
     const programs = new Map<string, EncoderProgram>();
-    for (const prompt of prompts) {
-      if (programs.has(prompt) || this.#cache.has(keyOf(prompt, sequenceLength, pin))) continue;
-      programs.set(prompt, await this.program(prompt, sequenceLength));
-      signal?.throwIfAborted();
-    }
+    for (const prompt of prompts)
+      for (const reading of this.#readings(prompt, sequenceLength, pin)) {
+        if (programs.has(reading.key) || this.#cache.has(reading.key)) continue;
+        programs.set(reading.key, await this.#program(reading));
+        signal?.throwIfAborted();
+      }
     return { prompts, sequenceLength, pin, programs };
   }
 
-  /** Which of the prompts the cache holds by now, and which are to be encoded: other requests may have encoded some. */
+  /** Which of the texts the cache holds by now, and which are to be encoded: other requests may have encoded some. */
   async pending({ prompts, sequenceLength, pin, programs }: PreparedPrompts): Promise<PendingPrompts> {
-    const known = new Map<string, EncodedPrompt>();
+    const known = new Map<string, EncodedText>();
     const missing = new Map<string, EncoderProgram>();
-    for (const prompt of prompts) {
-      const encoded = this.#cache.get(keyOf(prompt, sequenceLength, pin));
-      if (encoded) known.set(prompt, encoded);
-      // One that was in the cache when the request was prepared may have left it since.
-      else missing.set(prompt, programs.get(prompt) ?? (await this.program(prompt, sequenceLength)));
-      if (isDue()) await rest();
-    }
+    for (const prompt of prompts)
+      for (const reading of this.#readings(prompt, sequenceLength, pin)) {
+        const { key } = reading;
+        if (known.has(key) || missing.has(key)) continue;
+        const encoded = this.#cache.get(key);
+        if (encoded) known.set(key, encoded);
+        // One that was in the cache when the request was prepared may have left it since.
+        else missing.set(key, programs.get(key) ?? (await this.#program(reading)));
+        if (isDue()) await rest();
+      }
     return { known, missing };
   }
 
-  /** All prompts of a request, in order. @param results of the missing prompts' programs */
+  /** All prompts of a request, in order; equal ones are one. @param results of the missing texts' programs */
   async encoded(
     { prompts, sequenceLength, pin }: PreparedPrompts,
     { known, missing }: PendingPrompts,
     results: readonly Record<string, Tensor>[],
   ): Promise<EncodedPrompt[]> {
-    const all = new Map(known);
-    for (const [index, [prompt, { tokens, warnings }]] of [...missing].entries()) {
-      const encoded = { ...this.#assemble(results[index]!, sequenceLength), tokens, warnings };
-      all.set(prompt, encoded);
-      this.#cache.set(keyOf(prompt, sequenceLength, pin), encoded);
+    const resultOf = new Map([...missing.keys()].map((key, index) => [key, results[index]!]));
+    const texts = new Map(known);
+    const numbers = new Map<string, number>();
+    const assembled = new Map<string, EncodedPrompt>();
+    const all: EncodedPrompt[] = [];
+    for (const prompt of prompts) {
+      const readings = this.#readings(prompt, sequenceLength, pin);
+      for (const { key, empty } of readings) {
+        if (texts.has(key)) continue;
+        // The empty text comes before those that it is compared with.
+        texts.set(key, finished(resultOf.get(key)!, missing.get(key)!, empty === null ? null : texts.get(empty)!));
+        this.#cache.set(key, texts.get(key)!);
+        if (isDue()) await rest();
+      }
+      // By their numbers: keys hold texts of any length.
+      const numberOf = (key: string) => numbers.get(key) ?? numbers.set(key, numbers.size).get(key)!;
+      const key = readings.map((reading) => numberOf(reading.key)).join();
+      const encoded = assembled.get(key) ?? this.#assemble(readings, texts, sequenceLength);
+      assembled.set(key, encoded);
+      all.push(encoded);
       if (isDue()) await rest();
     }
-    return prompts.map((prompt) => all.get(prompt)!);
+    return all;
+  }
+
+  /** Encodes what the cache lacks. @param run gives the results of programs, in order */
+  async encode(
+    prepared: PreparedPrompts,
+    run: (programs: readonly EncoderProgram[]) => Promise<readonly Record<string, Tensor>[]>,
+  ): Promise<EncodedPrompt[]> {
+    const pending = await this.pending(prepared);
+    const programs = [...pending.missing.values()];
+    return this.encoded(prepared, pending, programs.length > 0 ? await run(programs) : []);
   }
 
   /** The conditions of several prompts as one, row after row. */
-  stack(prompts: readonly EncodedPrompt[]): Condition {
+  stack(prompts: readonly Pick<EncodedPrompt, "context" | "pooled">[]): Condition {
     const { jointAttentionDim: joint } = this.#graphs.checkpoint.transformer.config;
     const pooled = concatenate(prompts.map((prompt) => prompt.pooled));
     const context = concatenate(prompts.map((prompt) => prompt.context));
@@ -167,36 +261,83 @@ export class PromptEncoder {
     };
   }
 
-  /** The program that encodes one prompt. Its results are named `<graph>.<output>`. */
-  async program(prompt: string, sequenceLength: number): Promise<EncoderProgram> {
-    const builder = new ProgramBuilder();
-    const warnings: string[] = [];
-    const results: string[] = [];
-    let most = 0;
-    for (const encoder of this.#encoders) {
-      const { name: graph, text, tokenizer } = encoder;
+  /** The programs that encode a prompt, whatever the cache holds. */
+  async programs(prompt: Prompt, sequenceLength: number): Promise<Program[]> {
+    const programs: Program[] = [];
+    for (const reading of this.#readings(prompt, sequenceLength, null))
+      programs.push((await this.#program(reading)).program);
+    return programs;
+  }
+
+  /** What the encoders read for a prompt, in their order; before a text with weights the empty one, which it is compared with. */
+  #readings(prompt: Prompt, sequenceLength: number, pin: number | null): Reading[] {
+    return this.#encoders.flatMap((encoder) => {
+      const fragments = prompt.texts[promptNames[encoder.text.tokenizer]];
       const tokens = tokensOf(encoder, sequenceLength);
-      const { ids, count, truncated, dropped, unread } = await tokenizer.encode(prompt, tokens);
-      most = Math.max(most, count);
-      if (truncated)
-        warnings.push(
-          `The prompt "${clipped(prompt, 60)}" is longer than the ${tokens} tokens that ${graph} takes; it ignores the end: "${clipped(dropped, 60)}".`,
-        );
-      if (unread) warnings.push(`The prompt "${clipped(prompt, 60)}" has ${unread}; ${graph} ignores the rest of it.`);
-      const inputs: Record<string, string> = { ids: builder.value(`${graph}.ids`, int64([1, tokens], ids)) };
-      for (const [input, tensor] of Object.entries(this.#constantsOf(graph, text, tokens)))
-        inputs[input] = builder.value(`${graph}.${input}`, tensor);
+      const skip = encoder.text.mostSkipped ? prompt.clipSkip : 0;
+      const reading = (fragments: readonly Fragment[], empty: string | null): Reading => {
+        const [first] = fragments;
+        const text = fragments.length === 1 && first!.weight === 1 ? `=${first!.text}` : JSON.stringify(fragments);
+        return {
+          key: `${encoder.name}:${skip}:${tokens}:${pin ?? ""}:${text}`,
+          encoder,
+          tokens,
+          fragments,
+          skip,
+          empty,
+        };
+      };
+      if (fragments.every(({ weight }) => weight === 1)) return [reading(fragments, null)];
+      const empty = reading(unweighted(""), null);
+      return [empty, reading(fragments, empty.key)];
+    });
+  }
+
+  /**
+   * The program that reads a text with one encoder. Its results are named `hidden`, `pooled`, and `hidden_1`, … for each part with a
+   * weight below 1.
+   */
+  async #program({ encoder, tokens, fragments, skip }: Reading): Promise<EncoderProgram> {
+    const { name, text: role, tokenizer } = encoder;
+    const texts = fragments.map(({ text }) => text);
+    const text = texts.join(" ");
+    const { ids, count, truncated, dropped, unread, spans } = await tokenizer.encode(texts, tokens);
+    const warnings: string[] = [];
+    if (truncated)
+      warnings.push(
+        `The prompt "${clipped(text, 60)}" is longer than the ${tokens} tokens that ${name} takes; it ignores the end: "${clipped(dropped, 60)}".`,
+      );
+    if (unread) warnings.push(`The prompt "${clipped(text, 60)}" has ${unread}; ${name} ignores the rest of it.`);
+
+    const builder = new ProgramBuilder();
+    const weights = tokenWeights(fragments, spans, tokens);
+    const inputs: Record<string, string> = { ids: builder.value("ids", int64([1, tokens], ids)) };
+    for (const [input, tensor] of Object.entries(this.#constantsOf(name, role, tokens)))
+      inputs[input] = builder.value(input, tensor);
+    const results: string[] = [];
+    const launch = (graph: string, more: Record<string, string>, wanted: (output: string) => string | null) => {
+      this.#used.add(graph);
       const outputs: Record<string, string> = {};
-      for (const [output, dimensions] of this.#graphs.get(graph).outputs)
-        outputs[output] = builder.register(`${graph}.${output}`, shapeWith(dimensions, { rows: 1, tokens }));
+      for (const [output, dimensions] of this.#graphs.get(graph).outputs) {
+        const result = wanted(output);
+        outputs[output] = builder.register(result ?? `unused_${output}`, shapeWith(dimensions, { rows: 1, tokens }));
+        if (result !== null) results.push(result);
+      }
       builder.launch({
-        ...{ graph, inputs, outputs, mustBeFinite: Object.values(outputs) },
+        ...{ graph, inputs: { ...inputs, ...more }, outputs, mustBeFinite: Object.values(outputs) },
         sharing: { size: `${tokens} tokens` },
-        label: { kind: "encode", name: `text encoder ${graph}` },
+        label: { kind: "encode", name: `text encoder ${name}` },
       });
-      results.push(...Object.values(outputs));
+    };
+    const variant = skip > 0 ? { skip } : {};
+    const graph = graphName({ network: name, ...variant });
+    launch(graph, {}, (output) => output);
+    for (const [index, { mask }] of (weights?.masked ?? []).entries()) {
+      const more = { mask: builder.value(`mask_${index + 1}`, float32([1, tokens], mask)) };
+      const masked = graphName({ network: name, ...variant, masked: true });
+      launch(masked, more, (output) => (output === "hidden" ? `hidden_${index + 1}` : null));
     }
-    return { program: builder.build(results), tokens: most, warnings };
+    return { program: builder.build(results), graph, text, tokens: count, warnings, weights };
   }
 
   /** Tokens of the encoders that stand beside each other along the channels; all have the same number (77). */
@@ -208,39 +349,74 @@ export class PromptEncoder {
     return this.#encoders.filter(({ text }) => text.joins === joins);
   }
 
-  #constantsOf(graph: string, { constants }: TextRole, tokens: number): Readonly<Record<string, Tensor>> {
-    const key = `${graph} ${tokens}`;
+  #constantsOf(name: string, { constants }: TextRole, tokens: number): Readonly<Record<string, Tensor>> {
+    const key = `${name} ${tokens}`;
     const known = this.#constants.get(key) ?? constants?.(this.#graphs.checkpoint, tokens) ?? {};
     this.#constants.set(key, known);
     return known;
   }
 
-  #assemble(results: Record<string, Tensor>, sequenceLength: number): Pick<EncodedPrompt, "context" | "pooled"> {
-    const [tokens, joint] = this.shapes(sequenceLength).contextShape;
-    const context = new Float32Array(tokens * joint);
+  #assemble(
+    readings: readonly Reading[],
+    texts: ReadonlyMap<string, EncodedText>,
+    sequenceLength: number,
+  ): EncodedPrompt {
+    const [length, joint] = this.shapes(sequenceLength).contextShape;
+    const context = new Float32Array(length * joint);
     const pooled: Float32Array[] = [];
-    let channel = 0;
-    let token = this.#channelTokens;
-    for (const { name, text } of this.#encoders) {
-      const { data, shape } = results[`${name}.hidden`] as FloatTensor;
-      const [, length, width] = shape as [number, number, number];
-      if (text.joins === "tokens") {
-        context.set(data, token * joint);
-        token += length;
+    const warnings: string[] = [];
+    let [channel, token, most] = [0, this.#channelTokens, 0];
+    const compared = new Set(readings.map(({ empty }) => empty));
+    for (const { key, encoder, tokens } of readings) {
+      // The empty text before one with weights is no part of the condition.
+      if (compared.has(key)) continue;
+      const encoded = texts.get(key)!;
+      const { hidden } = encoded;
+      if (encoder.text.joins === "tokens") {
+        context.set(hidden, token * joint);
+        token += tokens;
       } else {
-        for (let row = 0; row < length; row++)
-          context.set(data.subarray(row * width, (row + 1) * width), row * joint + channel);
+        const width = hidden.length / tokens;
+        for (let row = 0; row < tokens; row++)
+          context.set(hidden.subarray(row * width, (row + 1) * width), row * joint + channel);
         channel += width;
       }
-      const projection = results[`${name}.pooled`] as FloatTensor | undefined;
-      if (projection) pooled.push(projection.data);
+      if (encoded.pooled) pooled.push(encoded.pooled);
+      warnings.push(...encoded.warnings);
+      most = Math.max(most, encoded.tokens);
     }
-    return { context, pooled: concatenate(pooled) };
+    return { context, pooled: concatenate(pooled), tokens: most, warnings };
   }
 }
 
-function keyOf(prompt: string, sequenceLength: number, pin: number | null): string {
-  return `${sequenceLength}:${pin ?? ""}:${prompt}`;
+/** Tokens that are read of prompts, all together. */
+export function tokensOfPrompts(prompts: readonly EncodedPrompt[]): number {
+  return prompts.reduce((sum, { tokens }) => sum + tokens, 0);
+}
+
+/** What the caller should know of prompts, each once. */
+export function warningsOf(prompts: readonly EncodedPrompt[]): string[] {
+  return [...new Set(prompts.flatMap(({ warnings }) => warnings))];
+}
+
+/** @param empty what the encoder makes of the empty text; null for a text without weights */
+function finished(
+  { hidden, pooled, ...others }: Record<string, Tensor>,
+  { tokens, warnings, weights }: EncoderProgram,
+  empty: EncodedText | null,
+): EncodedText {
+  const masked = (weights?.masked ?? []).map((_, index) => others[`hidden_${index + 1}`]!.data as Float32Array);
+  const plain = hidden!.data as Float32Array;
+  return {
+    hidden: weights && empty ? weightedStates([plain, ...masked], empty.hidden, weights) : owned(plain),
+    pooled: pooled ? owned(pooled.data as Float32Array) : null,
+    ...{ tokens, warnings },
+  };
+}
+
+/** Values that keep no memory but their own: what a process sends is one buffer for all values of a message. */
+function owned(values: Float32Array): Float32Array {
+  return values.byteLength === values.buffer.byteLength ? values : values.slice();
 }
 
 function concatenate(parts: readonly Float32Array[]): Float32Array {

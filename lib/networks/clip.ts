@@ -1,7 +1,7 @@
 /**
  * The CLIP text encoder with projection (transformers' CLIPTextModelWithProjection), as SD3 uses it: the hidden states
- * of the last layer but one, without the final norm, and the pooled projection of the end-of-text token. The mask is
- * causal only: padding takes part, as in the models' training.
+ * of the last layer but one, or of one before it, without the final norm, and the pooled projection of the end-of-text
+ * token. The mask is causal only, unless one is given: padding takes part, as in the models' training.
  */
 
 import type { ClipConfig, Part } from "../checkpoint/index.js";
@@ -11,15 +11,24 @@ import { Layers } from "./layers.js";
 /** The eos_token_id in the configs of the public checkpoints, which is not the id that their tokenizers emit. */
 const legacyEos = 2;
 
+/** How the encoder of one graph differs. */
+export interface ClipVariant {
+  /** Takes the hidden states so many layers before the last but one, from 0: hidden_states[−(skip + 2)]. Default: 0. */
+  readonly skip?: number | undefined;
+  /** Has an input `mask`, 0 for tokens that none attends to. Default: false. */
+  readonly masked?: boolean | undefined;
+}
+
 /**
- * Inputs: ids int64 [B, length]. Outputs, float32: hidden [B, length, hiddenSize], pooled [B, projectionDim].
+ * Inputs: ids int64 [B, length]; where masked, mask float32 [B, length]. Outputs, float32: hidden [B, length, hiddenSize],
+ * pooled [B, projectionDim].
  * @param length number of tokens, fixed by the tokenizer (77)
  */
 export function emitClip(
   name: string,
   { weights, config }: Part<ClipConfig>,
   length: number,
-  options: EmitOptions,
+  { skip = 0, masked = false, ...options }: EmitOptions & ClipVariant,
 ): OnnxGraph {
   const g = new GraphBuilder(name);
   const { hiddenSize: size, numAttentionHeads: heads } = config;
@@ -33,15 +42,18 @@ export function emitClip(
   const positions = l.slice(table, 0, 0, length);
   let x = l.add(tokens, positions);
 
-  let penultimate: Value = x;
+  const attended = masked
+    ? { bias: l.maskBias(g.input("mask", "float32", ["rows", length]), length) }
+    : { causal: length };
+  let hidden: Value = x;
   for (let index = 0; index < config.numHiddenLayers; index++) {
-    if (index === config.numHiddenLayers - 1) penultimate = x;
+    if (index === config.numHiddenLayers - 1 - skip) hidden = x;
     const prefix = `text_model.encoder.layers.${index}`;
     const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
     const project = (part: string) => l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size);
     const mixed = l.attention(project("q"), project("k"), project("v"), heads, headDim, {
       scale: headDim ** -0.5,
-      causal: length,
+      ...attended,
     });
     x = l.add(x, l.linear(mixed, `${prefix}.self_attn.out_proj`, size, size));
     const norm2 = l.layerNorm(x, `${prefix}.layer_norm2`, size, config.layerNormEps);
@@ -52,7 +64,7 @@ export function emitClip(
         : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
     x = l.add(x, l.linear(activated, `${prefix}.mlp.fc2`, config.intermediateSize, size));
   }
-  g.output("hidden", g.cast(penultimate, "float32"), ["rows", length, size]);
+  g.output("hidden", g.cast(hidden, "float32"), ["rows", length, size]);
 
   const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
   const last = g.op("Squeeze", [g.op("MatMul", [endOfText(l, config, ids, length), final]), g.ints([1])]);

@@ -33,6 +33,10 @@ export type Feature = "stages" | "editing" | "previews";
 export interface Variants {
   /** Classifier-free guidance: twice the rows, unconditional ones first. `cfg_zero`: with the scale of CFG-Zero*. */
   readonly guidance?: boolean | "cfg_zero";
+  /** Of CLIP: the hidden states so many layers before the last but one, 1 or more. */
+  readonly skip?: number | false;
+  /** Of a text encoder: with a mask of tokens that none attends to. */
+  readonly masked?: boolean;
 }
 
 /** What identifies a graph of a checkpoint. */
@@ -50,7 +54,15 @@ export interface TextRole {
   readonly joins: "channels" | "tokens";
   /** Inputs besides the ids that depend on the number of tokens only. */
   readonly constants?: (checkpoint: Checkpoint, tokens: number) => Readonly<Record<string, Tensor>>;
+  /** Largest value of the variant `skip`; absent where there is no such variant. */
+  readonly mostSkipped?: (checkpoint: Checkpoint) => number;
 }
+
+/** The option that gives the text of an encoder with this tokenizer. */
+export const promptNames = { tokenizer: "prompt", tokenizer2: "prompt2", tokenizer3: "prompt3" } as const;
+
+/** Options that give texts to encoders. */
+export type PromptName = (typeof promptNames)[TextRole["tokenizer"]];
 
 export interface Network {
   /** The part that owns its weights; null for arithmetic without weights. */
@@ -79,9 +91,13 @@ export const previewFitSide = 16;
 
 function clip(part: "textEncoder" | "textEncoder2", tokenizer: "tokenizer" | "tokenizer2"): Network {
   return {
-    ...{ part, role: "text", variants: [] },
-    text: { tokenizer, joins: "channels" },
-    emit: (name, checkpoint, options) => emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, options),
+    ...{ part, role: "text", variants: ["skip", "masked"] },
+    text: {
+      ...{ tokenizer, joins: "channels" },
+      mostSkipped: (checkpoint) => checkpoint[part]!.config.numHiddenLayers - 1,
+    },
+    emit: (name, checkpoint, options, { skip, masked }) =>
+      emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, { ...options, skip: skip || 0, masked }),
   };
 }
 
@@ -101,14 +117,14 @@ export const networks: Record<string, Network> = {
   clip_l: clip("textEncoder", "tokenizer"),
   clip_g: clip("textEncoder2", "tokenizer2"),
   t5: {
-    ...{ part: "textEncoder3", role: "text", variants: [], overflowsInFloat16: true },
+    ...{ part: "textEncoder3", role: "text", variants: ["masked"], overflowsInFloat16: true },
     text: {
       ...{ tokenizer: "tokenizer3", joins: "tokens" },
       constants: ({ textEncoder3 }, tokens) => ({
         relative_buckets: int64([tokens, tokens], relativeBuckets(textEncoder3!.config, tokens)),
       }),
     },
-    emit: (name, { textEncoder3 }, options) => emitT5(name, textEncoder3!, options),
+    emit: (name, { textEncoder3 }, options, { masked }) => emitT5(name, textEncoder3!, { ...options, masked }),
   },
   predict: step("transformer", "predict"),
   refine: { ...step("refiner", "refine"), deferrable: true },
@@ -168,8 +184,8 @@ export function featureNames(): Feature[] {
   return [...new Set(Object.values(networks).flatMap(({ features }) => Object.keys(features ?? {}) as Feature[]))];
 }
 
-/** For each variant its values that are wanted. */
-export type VariantValues = { readonly [Name in keyof Variants]-?: readonly NonNullable<Variants[Name]>[] };
+/** For each variant its values that are wanted; one that is absent is not. */
+export type VariantValues = { readonly [Name in keyof Variants]?: readonly NonNullable<Variants[Name]>[] };
 
 /** The keys of a network for the kinds of guidance that are wanted; only steps differ by its mode. */
 export function guidedKeysOf(
@@ -184,7 +200,7 @@ export function guidedKeysOf(
 /** The keys of a network for every combination of the variants that it comes in. */
 export function keysOf(network: string, values: VariantValues): GraphKey[] {
   return networks[network]!.variants.reduce<GraphKey[]>(
-    (keys, name) => keys.flatMap((key) => values[name].map((value) => ({ ...key, [name]: value }))),
+    (keys, name) => keys.flatMap((key) => values[name]?.map((value) => ({ ...key, [name]: value })) ?? key),
     [{ network }],
   );
 }
@@ -206,9 +222,11 @@ export function graphName({ network, ...variants }: GraphKey): string {
 /** The key of a name. @throws RangeError for a name that `graphName` does not give */
 export function graphKey(name: string): GraphKey {
   const [network, ...present] = name.split(".") as [string, ...string[]];
-  const variants = present.map((each): [string, boolean | string] => {
+  const variants = present.map((each): [string, boolean | number | string] => {
     const dash = each.indexOf("-");
-    return dash < 0 ? [each, true] : [each.slice(0, dash), each.slice(dash + 1)];
+    if (dash < 0) return [each, true];
+    const value = each.slice(dash + 1);
+    return [each.slice(0, dash), /^\d+$/.test(value) ? Number(value) : value];
   });
   const key = { network, ...Object.fromEntries(variants) };
   if (graphName(key) !== name) throw new RangeError(`"${name}" is no name of a graph.`);

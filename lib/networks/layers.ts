@@ -251,6 +251,19 @@ export class Layers {
     return this.joinHeads(g.op("Transpose", [mixed], { perm: [0, 2, 1, 3] }), heads, headDim);
   }
 
+  /**
+   * What is added to scores so that no token attends to those whose mask is 0, nor, where there is a number of tokens, to
+   * those after itself: [rows, 1, 1 or tokens, tokens].
+   * @param mask [rows, tokens], 1 or 0, float32
+   */
+  maskBias(mask: Value, causal?: number): Value {
+    const { g } = this;
+    const scaled = g.op("Mul", [g.op("Sub", [mask, g.scalar(1, "float32")]), g.scalar(60000, "float32")]);
+    const bias = g.cast(g.op("Unsqueeze", [scaled, g.ints([1, 2])]), this.compute);
+    // Their sum would not be finite in float16.
+    return causal === undefined ? bias : g.op("Min", [bias, this.#causalMask(causal)]);
+  }
+
   /** [1, 1, tokens, tokens], added to scores. */
   #causalMask(tokens: number): Value {
     return this.#once(`causal:${tokens}`, () => {

@@ -1,6 +1,6 @@
 /**
  * The T5 encoder (transformers' T5EncoderModel): RMS norms, relative position buckets instead of position embeddings,
- * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one.
+ * no scaling of the scores, no biases, and no padding mask, since SD3 was trained without one; another mask may be given.
  */
 
 import type { Part, T5Config } from "../checkpoint/index.js";
@@ -8,9 +8,14 @@ import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../o
 import { Layers } from "./layers.js";
 
 /**
- * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`). Output, float32: hidden [B, T, dModel].
+ * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`); where masked, mask float32 [B, T], 0 for
+ * tokens that none attends to. Output, float32: hidden [B, T, dModel].
  */
-export function emitT5(name: string, { weights, config }: Part<T5Config>, options: EmitOptions): OnnxGraph {
+export function emitT5(
+  name: string,
+  { weights, config }: Part<T5Config>,
+  { masked = false, ...options }: EmitOptions & { readonly masked?: boolean | undefined },
+): OnnxGraph {
   const g = new GraphBuilder(name);
   const { dModel, dFf, numHeads, dKv } = config;
   const inner = numHeads * dKv;
@@ -29,10 +34,11 @@ export function emitT5(name: string, { weights, config }: Part<T5Config>, option
   const table = l.has("shared.weight") ? "shared.weight" : "encoder.embed_tokens.weight";
   let x = l.rowsOf(table, [config.vocabSize, dModel], ids);
 
-  // One bias for all layers, from the first: [T, T] → [1, heads, T, T].
+  // One bias for all layers, from the first: [T, T] → [1, heads, T, T], with a mask [B, heads, T, T].
   const biasTable = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
   const perPair = l.rowsOf(biasTable, [config.relativeAttentionNumBuckets, numHeads], buckets);
-  const bias = g.op("Unsqueeze", [g.op("Transpose", [perPair], { perm: [2, 0, 1] }), g.ints([0])]);
+  const relative = g.op("Unsqueeze", [g.op("Transpose", [perPair], { perm: [2, 0, 1] }), g.ints([0])]);
+  const bias = masked ? l.add(relative, l.maskBias(g.input("mask", "float32", ["rows", "tokens"]))) : relative;
 
   for (let index = 0; index < config.numLayers; index++) {
     const attention = `encoder.block.${index}.layer.0`;

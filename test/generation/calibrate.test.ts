@@ -19,6 +19,8 @@ import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { openCheckpoint, readSafetensorsHeader, readTensor, writeSafetensors } from "../../lib/checkpoint/index.js";
 import type { FloatTensor } from "../../lib/common/tensor.js";
 import { settleRequest } from "../../lib/generation/request.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import { root } from "../support/fixtures.js";
 
 const size = { width: 16, height: 16 };
@@ -207,9 +209,10 @@ describe("calibrate", () => {
       // Nearer than two guided steps; and no nearer than what costs less.
       ...[entry([true, true, false], 23), entry([false, true, true, false], 22)],
     ];
+    const checkpoint = await openCheckpoint(embeddedModel);
     const model = {
-      ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: null, calibrated },
-      text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
+      ...{ checkpoint, ladder: null, calibrated },
+      text: new PromptEncoder(new GraphLibrary(checkpoint)),
       ...{ captured: false, pinBatch: null, allowPaths: false },
     };
     const request = { ...size, prompt: "a red circle", guidanceScale: 4, deadlineMs: 1000 };

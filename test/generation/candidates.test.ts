@@ -3,6 +3,8 @@ import { embeddedModel, type GenerateOptions } from "flowturbo";
 import { expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { settleRequest } from "../../lib/generation/request.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import { type CalibratedSchedule, parseBlocks } from "../../lib/schedule/index.js";
 
 const entry = (side: number, guided: boolean[], held: number): CalibratedSchedule => ({
@@ -18,9 +20,10 @@ async function candidates(
   calibrated: readonly CalibratedSchedule[],
   ladder: string[] | null = null,
 ): Promise<[string, number, number][]> {
+  const checkpoint = await openCheckpoint(embeddedModel);
   const model = {
-    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: ladder?.map(parseBlocks) ?? null, calibrated },
-    text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
+    ...{ checkpoint, ladder: ladder?.map(parseBlocks) ?? null, calibrated },
+    text: new PromptEncoder(new GraphLibrary(checkpoint)),
     ...{ captured: false, pinBatch: null, allowPaths: false },
   };
   const request = { prompt: "a red circle", guidanceScale: 4, deadlineMs: 1000, ...options };

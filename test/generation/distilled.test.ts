@@ -8,6 +8,8 @@ import { FlowTurbo, type GenerateOptions, type LoadOptions, OptionError } from "
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { distilledOf, openCheckpoint } from "../../lib/checkpoint/index.js";
 import { settleRequest } from "../../lib/generation/request.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import { distilledDefaults, formatBlocks, parseBlocks } from "../../lib/schedule/index.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
 import { withValues } from "../support/with-values.js";
@@ -139,14 +141,15 @@ describe("draws by default", () => {
 
 it("has a ladder and qualities of its own", async () => {
   const request = async (options: Partial<GenerateOptions>, ladder: string[] | null = null) => {
+    const checkpoint = await openCheckpoint(fixture("large", "model"));
     const facts = {
       ...{
-        checkpoint: await openCheckpoint(fixture("large", "model")),
+        checkpoint,
         calibrated: [],
         defaults: distilledDefaults(4),
       },
       ladder: ladder?.map(parseBlocks) ?? null,
-      text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
+      text: new PromptEncoder(new GraphLibrary(checkpoint)),
       ...{ captured: false, pinBatch: null, allowPaths: false },
     };
     const { candidates, sampler } = settleRequest({ prompt: "x", ...options }, facts);

@@ -3,14 +3,17 @@ import { beforeAll, describe, expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { embeddedModel } from "../../lib/flowturbo.js";
 import { type ModelFacts, settleRequest } from "../../lib/generation/request.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
 import type { GenerateOptions } from "../../lib/model.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 
 let facts: ModelFacts;
 beforeAll(async () => {
   const ladder = [20, 10, 4, 1].map((steps) => new Array<"M">(steps).fill("M"));
+  const checkpoint = await openCheckpoint(embeddedModel);
   facts = {
-    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder, calibrated: [] },
-    text: { defaultSequenceLength: 256, maxSequenceLength: 512 },
+    ...{ checkpoint, ladder, calibrated: [] },
+    text: new PromptEncoder(new GraphLibrary(checkpoint)),
     ...{ captured: false, pinBatch: null, allowPaths: false },
   };
 });

@@ -1,4 +1,5 @@
 // Texts in the files of pictures: written so that readers take them, read back as options, and those of other tools known.
+
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
@@ -12,6 +13,8 @@ import { fitted, textsOf } from "../../lib/generation/metadata.js";
 import { inspect, optionsOf, overridden } from "../../lib/generation/parameters.js";
 import { settleRequest } from "../../lib/generation/request.js";
 import { parametersOf } from "../../lib/generation/result.js";
+import { PromptEncoder } from "../../lib/generation/text.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
 import type { CalibratedSchedule } from "../../lib/schedule/index.js";
 import { fixture } from "../support/fixtures.js";
 
@@ -222,9 +225,10 @@ const calibrated: CalibratedSchedule[] = [guided(3), guided(5, false), guided(10
 }));
 
 it("the options of a request come back from what its pictures say", async () => {
+  const checkpoint = await openCheckpoint(embeddedModel);
   const model = {
-    ...{ checkpoint: await openCheckpoint(embeddedModel), ladder: null, calibrated },
-    text: { defaultSequenceLength: 16, maxSequenceLength: 77 },
+    ...{ checkpoint, ladder: null, calibrated },
+    text: new PromptEncoder(new GraphLibrary(checkpoint)),
     ...{ captured: false, pinBatch: null, allowPaths: true },
   };
   const image = { width: 2, height: 2, data: new Uint8Array(12) };
@@ -256,6 +260,9 @@ it("the options of a request come back from what its pictures say", async () => 
     guidanceStop: sometimes(fc.constantFrom(0.67, 1)),
     guidanceMode: sometimes(fc.constantFrom("cfg" as const, "cfg_zero" as const)),
     maxSequenceLength: sometimes(fc.integer({ min: 1, max: 77 })),
+    prompt2: sometimes(fc.string()),
+    negativePrompt2: sometimes(fc.string()),
+    promptWeighting: fc.boolean(),
     edit: fc.option(fc.record({ strength: sometimes(fc.constantFrom(0.5, 1)), mask: fc.boolean(), keepOriginal: fc.boolean() })), // biome-ignore format: one line
   });
   let settled = 0;

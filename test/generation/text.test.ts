@@ -2,7 +2,8 @@
 import { readFileSync } from "node:fs";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
-import { PromptEncoder } from "../../lib/generation/text.js";
+import { float32 } from "../../lib/common/tensor.js";
+import { type Prompt, PromptEncoder, promptOf } from "../../lib/generation/text.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { fixture, fixtureNames, readAll, relativeError, root } from "../support/fixtures.js";
@@ -11,22 +12,25 @@ const prompts = ["a red circle above a small blue square", "the photo of a café
 const negative = "blurry, low quality";
 
 describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
+  let graphs: GraphLibrary;
   let runtime: OnnxRuntime;
   let encoder: PromptEncoder;
   let programs = 0;
   beforeAll(async () => {
     const checkpoint = await openCheckpoint(fixture(name, "model"));
-    const graphs = new GraphLibrary(checkpoint);
+    graphs = new GraphLibrary(checkpoint);
     runtime = new OnnxRuntime({ weights: "lazy", host: new URL(`file://${root}/dist/onnxruntime-host.js`) });
     for (const { graph } of graphs.essential) runtime.add(graph);
     encoder = new PromptEncoder(graphs);
   });
   afterAll(() => runtime.dispose());
 
-  const encode = async (texts: string[], pin: number | null = null) => {
-    const prepared = await encoder.prepare(texts, 32, pin);
+  const encode = async (texts: (string | Prompt)[], pin: number | null = null) => {
+    const prompts = texts.map((text) => (typeof text === "string" ? promptOf(text) : text));
+    const prepared = await encoder.prepare(prompts, 32, pin);
     const pending = await encoder.pending(prepared);
     const missing = [...pending.missing.values()];
+    for (const { graph } of missing) if (!runtime.has(graph)) runtime.add(graphs.get(graph));
     programs += missing.length;
     const results = await Promise.all(missing.map(({ program }) => runtime.run(program)));
     return encoder.encoded(prepared, pending, results);
@@ -62,31 +66,48 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     expect((await encode(texts)).map(({ tokens }) => tokens)).toEqual(counts);
   });
 
-  it("encodes a prompt once", async () => {
+  const encoders = name === "sd3" ? 2 : 3;
+
+  it("encodes a text once with each encoder", async () => {
     await encode([...prompts, negative]);
-    const before = programs;
+    let before = programs;
     await encode([negative, prompts[1]!, prompts[0]!, negative]);
     expect(programs).toBe(before);
     await encode([negative, "something new"]);
-    expect(programs).toBe(before + 1);
+    expect(programs).toBe(before + encoders);
+    // Other texts beside it, or the same in another place, are no reason to encode it again.
+    const { texts } = promptOf("something new");
+    const mixed = { texts: { ...texts, prompt2: promptOf(negative).texts.prompt2 }, clipSkip: 0 };
+    before = programs;
+    const [one] = await encode([mixed]);
+    expect(programs).toBe(before);
+    await encode([{ ...mixed, texts: { ...mixed.texts, prompt3: promptOf("for T5 alone").texts.prompt3 } }]);
+    expect(programs).toBe(before + (name === "sd3" ? 0 : 1));
+    // Only CLIP has other hidden states; its pooled embeddings are the same.
+    before = programs;
+    const [skipped] = await encode([{ ...mixed, clipSkip: 1 }]);
+    expect(programs).toBe(before + 2);
+    expect(skipped!.pooled).toEqual(one!.pooled);
+    const of = (values: Float32Array) => float32([values.length], values);
+    expect(relativeError(of(skipped!.context), of(one!.context))).toBeGreaterThan(0.01);
   });
 
   it("encodes anew for launches that are pinned to another batch", async () => {
     await encode(["pinned or not"]);
     const before = programs;
-    const { programs: anew } = await encoder.prepare(["pinned or not", "pinned or not"], 32, 4);
-    expect([...anew.keys()]).toEqual(["pinned or not"]);
+    const { programs: anew } = await encoder.prepare(["pinned or not", "pinned or not"].map(promptOf), 32, 4);
+    expect([...anew.values()].map(({ text }) => text)).toEqual(new Array(encoders).fill("pinned or not"));
     for (const pin of [4, 4, 2, null]) await encode(["pinned or not"], pin);
-    expect(programs).toBe(before + 2);
+    expect(programs).toBe(before + 2 * encoders);
   });
 
   it("asks the cache again when its turn comes: another request may have encoded the same meanwhile", async () => {
-    const waiting = await encoder.prepare(["the same for two", prompts[0]!], 32);
-    expect(waiting.programs.size).toBe(1);
+    const waiting = await encoder.prepare(["the same for two", prompts[0]!].map(promptOf), 32);
+    expect(waiting.programs.size).toBe(encoders);
     const [first] = await encode(["the same for two"]);
     const pending = await encoder.pending(waiting);
     expect([...pending.missing.keys()]).toEqual([]);
-    expect((await encoder.encoded(waiting, pending, []))[0]).toBe(first);
+    expect((await encoder.encoded(waiting, pending, []))[0]).toEqual(first);
   });
 
   it("says what it had to cut", async () => {

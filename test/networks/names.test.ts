@@ -2,7 +2,9 @@ import { describe, expect, it } from "vitest";
 import { graphKey, graphName, keysOf, networks } from "../../lib/networks/index.js";
 
 describe("names of graphs", () => {
-  const keys = Object.keys(networks).flatMap((network) => keysOf(network, { guidance: [true, false] }));
+  const keys = Object.keys(networks).flatMap((network) =>
+    keysOf(network, { guidance: [true, false], skip: [false, 1, 12], masked: [true, false] }),
+  );
 
   it("are one for each key, and give the key back", () => {
     const names = keys.map(graphName);
@@ -13,6 +15,7 @@ describe("names of graphs", () => {
     }
     expect(names).toContain("predict.guidance");
     expect(names).toContain("predict");
+    expect(names).toContain("clip_l.masked.skip-12");
   });
 
   it.each([
@@ -23,6 +26,8 @@ describe("names of graphs", () => {
     ["predict.", /variant ""/],
     ["predict.guidance.guidance", /no name/],
     ["", /no network ""/],
+    ["t5.skip-1", /t5 has no variant "skip"/],
+    ["clip_l.skip-01", /no name/],
   ])("refuse %j", (name, message) => {
     expect(() => graphKey(name)).toThrow(RangeError);
     expect(() => graphKey(name)).toThrow(message);
