@@ -30,6 +30,7 @@ export const benchmarks: readonly Benchmark[] = [
   { name: "cold-start", about: "from process start to PNG, by part" },
   { name: "memory", about: "peak memory with 16-bit weights" },
   { name: "checkpoints", about: "disk, memory and time of the public checkpoints, by their shapes" },
+  { name: "single-file", about: "a checkpoint in one file: memory of a load, time to refuse a wrong tensor" },
   {
     ...{ name: "operation", about: "a server process under load, hang-ups, kills and a quota" },
     pages: [["operation", "A service in operation (load, retries, hang-ups, kills, memory, a quota)"]],

@@ -96,9 +96,9 @@ if (warning !== null) process.emitWarning(warning, { type: "FlowTurboWarning", c
  * is answered when it is done.
  */
 export class FlowTurbo implements ImageModel {
-  /** Name of the checkpoint's folder, or of the repository whose snapshot it is; "shapes" for the embedded model. */
+  /** Name of the checkpoint's folder, of its file without ".safetensors", or of the repository whose snapshot it is; "shapes" for the embedded model. */
   readonly name: string;
-  /** Folder of the checkpoint. */
+  /** Folder of the checkpoint, or its file where it is one. */
   readonly folder: string;
   /** The runtime that the model runs on, and why those that would be preferred were passed over. */
   readonly runtime: RuntimeChoice;
@@ -129,19 +129,23 @@ export class FlowTurbo implements ImageModel {
   #disposed: Promise<void> | null = null;
 
   /**
-   * Opens a checkpoint in the diffusers layout and starts a runtime for it. Weights are not read: the runtime maps them.
-   * @param folder a folder, or a model of the Hugging Face hub as `owner/name` or `owner/name@revision`, which is downloaded into the
-   *   cache that Python's programs share; a folder of that name comes first. Default: the embedded model
-   * @throws HubError if it is to be downloaded and cannot be; CheckpointError if the folder is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
+   * Opens a checkpoint and starts a runtime for it: a folder in the diffusers layout, or one .safetensors file in Stability's and
+   * ComfyUI's layout, whose missing parts are taken from `base`. Weights are not read: the runtime maps them.
+   * @param folder a folder, a file, or a model of the Hugging Face hub as `owner/name` or `owner/name@revision`, which is downloaded into the
+   *   cache that Python's programs share; a path of that name comes first. Default: the embedded model
+   * @throws HubError if it is to be downloaded and cannot be; CheckpointError if it is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
    *   InstallationError if a package or file that it needs is missing or has no binaries for this platform, RuntimeUnavailableError if the runtime asked for cannot be used here, MemoryError if the model does not fit;
    *   `signal.reason` after an abort
    */
   static async load(folder: string = embeddedModel, options: LoadOptions = {}): Promise<FlowTurbo> {
     const start = performance.now();
     if (typeof folder !== "string")
-      throw new OptionError("folder", `Expected the path of a folder for folder but received ${typeof folder}.`);
+      throw new OptionError(
+        "folder",
+        `Expected the path of a folder or file for folder but received ${typeof folder}.`,
+      );
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, textEncoder3, signal, onProgress, logger = {} } = checked;
+    const { variant, base, textEncoder3, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
     const report = (phase: LoadProgress["phase"], done: number) => {
       signal?.throwIfAborted();
@@ -158,7 +162,7 @@ export class FlowTurbo implements ImageModel {
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
     });
     report("checkpoint", 0);
-    const opening = openCheckpoint(root, { variant, textEncoder3, signal });
+    const opening = openCheckpoint(root, { variant, base, textEncoder3, signal });
     const [checkpoint] = await Promise.all([opening, sharp.load()]);
     for (const warning of checkpoint.warnings) logger.warn?.(warning);
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
@@ -630,14 +634,14 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
  */
 function ladderOf(checkpoint: Checkpoint): readonly (readonly Block[])[] | null {
   const {
-    folder,
+    schedulesFile,
     schedules: { ladder },
   } = checkpoint;
   const own = (ladder ?? []).map((text) => {
     try {
       return parseBlocks(text);
     } catch (cause) {
-      const file = path.join(folder, "schedules.json");
+      const file = schedulesFile!;
       const reason = (cause as Error).message;
       throw new CheckpointError(
         file,

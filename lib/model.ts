@@ -167,6 +167,13 @@ export interface LoadOptions {
    */
   distilled?: boolean | undefined;
   /**
+   * For a checkpoint in one file: a folder in the diffusers layout, from which is taken what the file does not hold or say (text encoders,
+   * VAE, tokenizers, scheduler, numbers of heads). Its transformer's weights may be missing. A CheckpointError for a folder whose
+   * configurations are not those of the file's shapes, and for a model that is a folder itself. Default: the values of the public
+   * SD3 and SD3.5 models, and the tokenizers that come with the package.
+   */
+  base?: string | undefined;
+  /**
    * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
    * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
    */
@@ -956,6 +963,13 @@ export interface CompileEnginesOptions {
    * `text_encoder_3=None` does in diffusers: its part of the context is zeros, and neither its files nor its tokenizer's are read. No engine is built for it. Default: true.
    */
   textEncoder3?: boolean | undefined;
+  /**
+   * For a checkpoint in one file: a folder in the diffusers layout, from which is taken what the file does not hold or say (text encoders,
+   * VAE, tokenizers, scheduler, numbers of heads). Its transformer's weights may be missing. A CheckpointError for a folder whose
+   * configurations are not those of the file's shapes, and for a model that is a folder itself. Default: the values of the public
+   * SD3 and SD3.5 models, and the tokenizers that come with the package.
+   */
+  base?: string | undefined;
   /** Sizes of pictures. Default: the model's native size. */
   sizes?: readonly Size[] | undefined;
   /** Numbers of pictures in a launch, 1 to 1024 each. Default: 1. */

@@ -187,6 +187,11 @@ const textEncoder3 = defaulted(
   "--no-t5",
   "leave T5 out, the third and largest text encoder: its part of the text is zeros",
 );
+const base = optional(
+  path,
+  "for a model in one file: diffusers folder with what the file does not hold, such as text encoders or tokenizers",
+  "--base <folder>",
+);
 
 const withTargets = builderNames().filter((name) => runtimes[name]!.builder!.takesTargets);
 const samplerNames = Object.keys(samplers) as SamplerName[];
@@ -225,6 +230,7 @@ export const loadSchema = z.strictObject({
     "draw by default as models are drawn that were distilled to few steps without guidance (default: where the scheduler or a name such as turbo says so)",
     "--distilled",
   ),
+  base,
   threads: optional(
     integer(1, 1024),
     "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
@@ -626,6 +632,7 @@ export const compileSchema = z.strictObject({
   tensorrtFolder,
   variant,
   textEncoder3,
+  base,
   sizes: profileSchema.shape.sizes,
   batches: defaulted(integers(1024), [1], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   targets: described(

@@ -1,4 +1,4 @@
-/** Where a checkpoint's calibration is: beside its weights, or in the cache where that folder cannot be written. */
+/** Where a checkpoint's calibration is: beside its weights, or in the cache where that folder cannot be written or the checkpoint is one file. */
 
 import { constants } from "node:fs";
 import { access, readFile } from "node:fs/promises";
@@ -8,14 +8,16 @@ import { type Checkpoint, fingerprintOf, identityOf } from "./checkpoint.js";
 import { exists } from "./files.js";
 import { readSchedules, type StoredSchedules } from "./schedules.js";
 
-/** Where calibrated schedules are written: beside the model where that is allowed, else in the cache by the model's digest. */
+/** Where calibrated schedules are written: in the model's folder where it has one and that is allowed, else in the cache by the model's digest. */
 export async function calibrationFile(checkpoint: Checkpoint, cache: string): Promise<string> {
-  const isAllowed = await access(checkpoint.folder, constants.W_OK).then(
-    () => true,
-    () => false,
-  );
-  return isAllowed
-    ? path.join(checkpoint.folder, "schedules.json")
+  const { schedulesFile } = checkpoint;
+  const isAllowed = (folder: string) =>
+    access(folder, constants.W_OK).then(
+      () => true,
+      () => false,
+    );
+  return schedulesFile !== null && (await isAllowed(path.dirname(schedulesFile)))
+    ? schedulesFile
     : cachedFile(cache, await fingerprintOf(checkpoint));
 }
 

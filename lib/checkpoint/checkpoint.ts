@@ -1,6 +1,6 @@
 /**
- * A Stable Diffusion 3 or 3.5 checkpoint folder in the diffusers layout, opened: every config read and checked, every
- * weight located, none read. Whatever would only crash later (a part of another model, widths that do not fit
+ * A Stable Diffusion 3 or 3.5 checkpoint, opened: a folder in the diffusers layout, or one file whose other parts may be
+ * in such a folder, its base. Every config is read and checked, every weight located, none read. Whatever would only crash later (a part of another model, widths that do not fit
  * together) is refused here, with the part and the remedy, before any work.
  */
 
@@ -18,9 +18,10 @@ import {
   type SchedulerConfig,
   type T5Config,
   type TransformerConfig,
+  usualScheduler,
   type VaeConfig,
 } from "./configs.js";
-import { exists, isFolder, isRecord, type JsonObject, readJsonObject } from "./files.js";
+import { exists, isFile, isFolder, isRecord, type JsonObject, readJsonObject } from "./files.js";
 import { checkQuantisation } from "./quantised.js";
 import {
   type ModelIdentity,
@@ -30,7 +31,15 @@ import {
   type StoredSchedules,
   sampledWeights,
 } from "./schedules.js";
-import { openClipTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
+import {
+  type FileConfigs,
+  type FilePart,
+  fileParts,
+  type PartInFile,
+  readSingleFile,
+  refuseFolderOf,
+} from "./single-file/index.js";
+import { openClipTokenizer, openPackedTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { type Naming, namings, openWeights, type Weights } from "./weights.js";
 
 /** A network of the checkpoint: how large it is, and where its weights lie. */
@@ -41,8 +50,10 @@ export interface Part<Config> {
 
 /** A text encoder is null exactly where its tokenizer is. */
 export interface Checkpoint {
-  /** Absolute path, as it was given (symbolic links kept). */
+  /** Absolute path of the folder, or of the file of a checkpoint in one file, as it was given (symbolic links kept). */
   readonly folder: string;
+  /** Where its schedules.json is, or would be; null for a checkpoint in one file, which has none beside it. */
+  readonly schedulesFile: string | null;
   /** The predictor. */
   readonly transformer: Part<TransformerConfig>;
   /** FlowTurbo's velocity refiner: takes latents and the last velocity, so twice the channels. */
@@ -66,6 +77,8 @@ interface OpenCheckpointOptions {
   readonly variant?: string | undefined;
   /** False leaves T5 out, whatever the folder has. Default: true. */
   readonly textEncoder3?: boolean | undefined;
+  /** For a checkpoint in one file: the folder from which is taken what it does not hold or say. */
+  readonly base?: string | undefined;
   /** Checked between reads. */
   readonly signal?: AbortSignal | undefined;
 }
@@ -79,7 +92,7 @@ const indexFiles = ["model_index.json", "modular_model_index.json"] as const;
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
-type PartKey = Exclude<keyof Checkpoint, "folder" | "schedules" | "warnings">;
+type PartKey = Exclude<keyof Checkpoint, "folder" | "schedulesFile" | "schedules" | "warnings">;
 
 /** How a part is found and opened. */
 interface PartRow<Opened> {
@@ -92,8 +105,17 @@ interface PartRow<Opened> {
   open(folder: string, options: OpenCheckpointOptions): Promise<Opened>;
 }
 
+/** A part with weights, whose configuration can be read alone. */
+interface NetworkRow<Config> extends PartRow<Part<Config>> {
+  readConfig(file: string): Promise<Config>;
+}
+
 /** Parts that are read; other entries of model_index.json (feature_extractor, image_encoder, ...) are ignored. */
-const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]>> } = {
+const partRows: {
+  readonly [Key in PartKey]: NonNullable<Checkpoint[Key]> extends Part<infer Config>
+    ? NetworkRow<Config>
+    : PartRow<NonNullable<Checkpoint[Key]>>;
+} = {
   transformer: { ...network("transformer", knownClasses.transformer, readTransformerConfig), required: true },
   vae: { ...network("vae", knownClasses.vae, readVaeConfig), required: true },
   scheduler: {
@@ -108,6 +130,9 @@ const partRows: { readonly [Key in PartKey]: PartRow<NonNullable<Checkpoint[Key]
   tokenizer3: { name: "tokenizer_3", classes: t5Tokenizers, open: (folder) => openT5Tokenizer(folder) },
   refiner: network("refiner", null, readTransformerConfig),
 };
+
+/** Tokenizers of the public models, which come with the package. */
+const packedTokenizers = { tokenizer: "tokenizer", tokenizer2: "tokenizer_2", tokenizer3: "tokenizer_3" } as const;
 
 /** Each text encoder with its tokenizer. */
 const textParts = [
@@ -125,7 +150,7 @@ function network<Config>(
   classes: readonly string[] | null,
   readConfig: (file: string) => Promise<Config>,
   naming: Naming = namings.plain,
-): PartRow<Part<Config>> {
+): NetworkRow<Config> {
   // The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way.
   const basename = name.startsWith("text_encoder") ? "model" : "diffusion_pytorch_model";
   const open = async (folder: string, options: OpenCheckpointOptions) => {
@@ -136,21 +161,27 @@ function network<Config>(
     await checkQuantisation(weights, quantization, options);
     return { config, weights };
   };
-  return { name, classes, open };
+  return { name, classes, open, readConfig };
 }
 
 const layout =
   "A diffusers folder holds model_index.json beside transformer/, vae/, scheduler/, text_encoder/, tokenizer/ and so on.";
 
 /**
- * Opens a checkpoint folder. A Hugging Face cache's snapshots/<commit> is one, too.
+ * Opens a checkpoint: a folder (a Hugging Face cache's snapshots/<commit> is one, too), or one file.
  *
  * @throws CheckpointError that names the file or part and the remedy. `signal.reason` after an abort.
  */
-export async function openCheckpoint(folder: string, options: OpenCheckpointOptions = {}): Promise<Checkpoint> {
+export async function openCheckpoint(path: string, options: OpenCheckpointOptions = {}): Promise<Checkpoint> {
   const { variant, textEncoder3 = true, signal } = options;
-  const root = resolve(folder);
+  const root = resolve(path);
   signal?.throwIfAborted();
+  if (await isFile(root)) return openFile(root, options);
+  if (options.base !== undefined)
+    throw new CheckpointError(
+      root,
+      `${root} is not one file, and only such a model has a base: a folder in the diffusers layout has all of its parts. Leave base away.`,
+    );
   await explainOtherLayouts(root);
   const index = await indexOf(root);
   const places = readModelIndex(index, await readJsonObject(index), textEncoder3);
@@ -189,14 +220,25 @@ export async function openCheckpoint(folder: string, options: OpenCheckpointOpti
   signal?.throwIfAborted();
   // The rows are typed by the key that they open.
   const openedParts = Object.fromEntries(parts) as unknown as Pick<Checkpoint, PartKey>;
-  const opened: Checkpoint = { folder: root, ...openedParts, schedules: noSchedules, warnings };
+  const schedulesFile = join(root, "schedules.json");
+  const opened: Checkpoint = { folder: root, schedulesFile, ...openedParts, schedules: noSchedules, warnings };
   checkVariant(opened, variant);
-  checkThatPartsFit(opened);
-  for (const { warnings: ofPart } of weightsOf(opened)) warnings.push(...ofPart);
-  const { className, notes } = opened.scheduler;
-  for (const note of notes) warnings.push(`The model's scheduler, ${className}, ${note}.`);
-  const schedules = await readSchedules(join(root, "schedules.json"), identityOf(opened));
+  checkThatPartsFit(opened, {
+    configOf: (part) => join(root, part, "config.json"),
+    remedy: "These parts are not of one checkpoint: download it again.",
+  });
+  warnings.push(...warningsOf(opened));
+  const schedules = await readSchedules(schedulesFile, identityOf(opened));
   return schedules ? { ...opened, schedules } : opened;
+}
+
+/** What its parts have to say. */
+function warningsOf(checkpoint: Checkpoint): string[] {
+  const { className, notes } = checkpoint.scheduler;
+  return [
+    ...weightsOf(checkpoint).flatMap(({ warnings }) => warnings),
+    ...notes.map((note) => `The model's scheduler, ${className}, ${note}.`),
+  ];
 }
 
 /** The file that names a folder's parts: as `StableDiffusion3Pipeline.from_pretrained`, and else as `ModularPipeline` does. */
@@ -213,6 +255,78 @@ async function whatIsMissing(root: string, place: Place | undefined): Promise<st
   const names = await readdir(folder).catch((): string[] => []);
   const isWeights = (name: string) => /\.(safetensors|bin|pth?|ckpt|gguf|msgpack|h5)$/.test(name);
   return names.some(isWeights) ? null : `The folder ${folder} holds no weights`;
+}
+
+/** Opens a checkpoint in one file, with what it does not hold or say from the base or of the public models. */
+async function openFile(file: string, options: OpenCheckpointOptions): Promise<Checkpoint> {
+  const { signal, variant, textEncoder3: hasT5 = true } = options;
+  const base = options.base === undefined ? null : resolve(options.base);
+  if (variant !== undefined && base === null)
+    throw new CheckpointError(file, `${file} is one file, which has no variants: leave the option away.`);
+  const found = await readSingleFile(file, signal);
+  if (base !== null) await explainOtherLayouts(base);
+  const index = base === null ? null : await indexOf(base);
+  const ofBase = index === null ? null : readModelIndex(index, await readJsonObject(index), hasT5);
+  signal?.throwIfAborted();
+
+  /** The folder of a part in the base, or null. */
+  const baseFolder = ({ name }: PartRow<unknown>) => {
+    const place = ofBase?.get(name);
+    return place ? join(base!, place.folder) : null;
+  };
+  const fromFile = async <Name extends FilePart>(key: Name) => {
+    const part: PartInFile<Name> | null = found[key];
+    const row = partRows[key] as NetworkRow<FileConfigs[Name]>;
+    const folder = baseFolder(row);
+    if (part) await checkQuantisation(part.weights, undefined, { signal });
+    if (part && folder === null) return { weights: part.weights, config: part.config(null) };
+    if (folder === null) return null;
+    if (!part) return row.open(folder, options);
+    const config = join(folder, "config.json");
+    return { weights: part.weights, config: part.config({ file: config, config: await row.readConfig(config) }) };
+  };
+  const [transformer, vae, textEncoder, textEncoder2, textEncoder3] = await Promise.all([
+    fromFile("transformer"),
+    fromFile("vae"),
+    fromFile("textEncoder"),
+    fromFile("textEncoder2"),
+    hasT5 ? fromFile("textEncoder3") : null,
+  ]);
+  const missing = [vae ? [] : "a VAE", textEncoder || textEncoder2 ? [] : "text encoders"].flat();
+  if (!transformer || !vae || missing.length > 0)
+    throw new CheckpointError(
+      file,
+      `${file} holds a transformer without ${missing.join(" and ")}, and no picture can be made without them. Pass a diffusers folder that has ` +
+        `them as base (--base <folder>)${base === null ? "" : `; ${base} has none`}. Or download the file that includes them, such as sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors.`,
+    );
+  const scheduler = baseFolder(partRows.scheduler);
+  const tokenizerOf = async (key: keyof typeof packedTokenizers, encoder: object | null) => {
+    if (!encoder) return null;
+    const folder = baseFolder(partRows[key]);
+    return folder === null ? openPackedTokenizer(packedTokenizers[key]) : partRows[key].open(folder, options);
+  };
+  const opened: Checkpoint = {
+    ...{ folder: file, schedulesFile: null, schedules: noSchedules, warnings: [] },
+    ...{ transformer, vae, textEncoder, textEncoder2, textEncoder3 },
+    // A refiner was trained for the velocities of one transformer.
+    refiner: null,
+    scheduler: scheduler === null ? usualScheduler : await partRows.scheduler.open(scheduler, options),
+    tokenizer: await tokenizerOf("tokenizer", textEncoder),
+    tokenizer2: await tokenizerOf("tokenizer2", textEncoder2),
+    tokenizer3: await tokenizerOf("tokenizer3", textEncoder3),
+  };
+  signal?.throwIfAborted();
+  checkThatPartsFit(opened, {
+    configOf: (part) => {
+      const key = fileParts.find((each) => partRows[each].name === part);
+      return key && found[key] ? file : join(base ?? file, part);
+    },
+    remedy:
+      base === null
+        ? "Pass the folder of the model that it was made from as base (--base <folder>)."
+        : `The file and its base, ${base}, are not of one model.`,
+  });
+  return { ...opened, warnings: warningsOf(opened) };
 }
 
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
@@ -332,8 +446,12 @@ async function explainOtherLayouts(root: string): Promise<void> {
         `${commits.map((commit) => join(root, "snapshots", commit)).join(", ") || "there is none yet, download the model"}.`,
     );
   }
-  const single = names.find((name) => name.endsWith(".safetensors"));
-  if (single !== undefined) refuse(singleFile(join(root, single)));
+  const single = names.filter((name) => name.endsWith(".safetensors"));
+  if (single.length > 0)
+    await refuseFolderOf(
+      root,
+      single.map((name) => join(root, name)),
+    );
   refuse(`${root} is not a checkpoint: it has no model_index.json. ${layout}`);
 }
 
@@ -341,14 +459,7 @@ function unreadable(root: string, { code, message }: NodeJS.ErrnoException): str
   if (code === "ENOENT")
     return `The folder ${root} does not exist. Pass a downloaded checkpoint's folder, or owner/name of a model on the hub. ${layout}`;
   if (code !== "ENOTDIR") return `Cannot read the folder ${root}: ${message}`;
-  return root.endsWith(".safetensors") ? singleFile(root) : `${root} is not a folder. ${layout}`;
-}
-
-function singleFile(file: string): string {
-  return (
-    `${file} is a single-file checkpoint, which cannot be read. Download the model's diffusers folder instead, or convert the ` +
-    `file in Python: StableDiffusion3Pipeline.from_single_file(file).save_pretrained(folder). ${layout}`
-  );
+  return `${root} is not a folder. ${layout}`;
 }
 
 function weightsOf(checkpoint: Checkpoint): readonly Weights[] {
@@ -370,14 +481,17 @@ function checkVariant(checkpoint: Checkpoint, variant: string | undefined): void
   );
 }
 
-function checkThatPartsFit(checkpoint: Checkpoint): void {
-  const { folder, transformer, refiner, textEncoder, textEncoder2, textEncoder3, vae } = checkpoint;
+/** @param about where the configuration of a part is, and what is said where two do not fit */
+function checkThatPartsFit(
+  checkpoint: Checkpoint,
+  { configOf, remedy }: { configOf: (part: string) => string; remedy: string },
+): void {
+  const { transformer, refiner, textEncoder, textEncoder2, textEncoder3, vae } = checkpoint;
   const predictor = transformer.config;
   const { inChannels, outChannels, latentChannels } = vae.config;
   const demand = (fits: boolean, part: string, what: string): void => {
-    const file = join(folder, part, "config.json");
-    if (!fits)
-      throw new CheckpointError(file, `${file}: ${what}. These parts are not of one checkpoint: download it again.`);
+    const file = configOf(part);
+    if (!fits) throw new CheckpointError(file, `${file}: ${what}. ${remedy}`);
   };
   /** @param subject the key, @param other the key of another part that has the value `expected` */
   const demandEqual = (part: string, subject: string, value: number, other: string, expected: number) =>

@@ -197,6 +197,9 @@ export const readVaeConfig = (file: string): Promise<VaeConfig> => read(file, va
 export const readSchedulerConfig = async (file: string): Promise<SchedulerConfig> =>
   read(file, schedulerSchema(await schedulerClassOf(file)));
 
+/** The scheduler of SD3 and SD3.5, for a checkpoint that does not say its own. */
+export const usualScheduler: SchedulerConfig = schedulerSchema(null).parse({ shift: 3 });
+
 async function read<T>(
   file: string,
   schema: z.ZodType<T>,

@@ -3,7 +3,7 @@
 import path from "node:path";
 
 /**
- * The base name of a folder. A snapshot of a Hugging Face cache (models--<owner>--<name>/snapshots/<commit>) is called by the
+ * The base name of a folder, or of a file without ".safetensors". A snapshot of a Hugging Face cache (models--<owner>--<name>/snapshots/<commit>) is called by the
  * repository's name; a root folder, which has no name, is called "model".
  */
 export function checkpointName(folder: string): string {
@@ -12,5 +12,5 @@ export function checkpointName(folder: string): string {
   const repository = path.basename(path.dirname(snapshots));
   if (path.basename(snapshots) === "snapshots" && repository.startsWith("models--"))
     return repository.split("--").at(-1) || path.basename(absolute);
-  return path.basename(absolute) || "model";
+  return path.basename(absolute).replace(/\.safetensors$/, "") || "model";
 }

@@ -6,9 +6,12 @@
  * BPE and unigram models are @huggingface/tokenizers'.
  */
 
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
+import { gunzipSync } from "node:zlib";
 import type { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
 import { Dependency } from "../common/dependency.js";
+import { packageFile } from "../common/package.js";
 import { isDue, rest } from "../common/turns.js";
 import { CheckpointError } from "../errors.js";
 import { exists, isRecord, type JsonObject, readJsonObject, readOptionalJson, readText } from "./files.js";
@@ -73,15 +76,23 @@ const shownTokens = 64;
 
 /** What transformers assumes when tokenizer_config.json says nothing, or says 1e30, which stands for an unknown length. */
 const clipMaxLength = 77;
+/** OpenAI's file of merges, and how many of them CLIP has: 49408 tokens, less two for each byte and two that are special. */
+const clipMergesFile = "bpe_simple_vocab_16e6.txt.gz";
+const clipMerges = 49408 - 2 * 256 - 2;
 const t5MaxLength = 512;
 
 /**
- * CLIP's tokenizer from tokenizer.json, or else from vocab.json and merges.txt.
+ * CLIP's tokenizer from tokenizer.json, or else from vocab.json and merges.txt, or from OpenAI's own file of merges.
  *
+ * @param vocabularyFolder where these are, if not with the files that say the special tokens
  * @throws CheckpointError for a missing or damaged file, or a special token that the vocabulary lacks.
  */
-export async function openClipTokenizer(folder: string, bounds = usualBounds): Promise<Tokenizer> {
-  const { vocab, merges, file, json } = await readClipVocabulary(folder);
+export async function openClipTokenizer(
+  folder: string,
+  bounds = usualBounds,
+  vocabularyFolder = folder,
+): Promise<Tokenizer> {
+  const { vocab, merges, file, json } = await readClipVocabulary(vocabularyFolder);
   const names = await readTokens(folder, json);
   const end = names.token("eos_token") ?? plainToken("<|endoftext|>");
   const start = names.token("bos_token") ?? plainToken("<|startoftext|>");
@@ -435,8 +446,40 @@ function addedToken(value: unknown, isSpecial = false): AddedToken | undefined {
 }
 
 const tokensOf = (values: readonly unknown[]) => values.flatMap((value) => addedToken(value) ?? []);
+/** A tokenizer of SD3 and SD3.5 that comes with the package. CLIP's two differ in their padding alone. */
+export function openPackedTokenizer(name: "tokenizer" | "tokenizer_2" | "tokenizer_3"): Promise<Tokenizer> {
+  const folder = packageFile(`models/tokenizers/${name}`);
+  if (name === "tokenizer_3") return openT5Tokenizer(folder);
+  return openClipTokenizer(folder, usualBounds, packageFile("models/tokenizers/tokenizer"));
+}
+
+/**
+ * CLIP's vocabulary as OpenAI's simple_tokenizer.py makes it of the merges: the bytes, the bytes at a word's end, what is merged, and
+ * the two special tokens.
+ */
+async function readClipMerges(file: string) {
+  const text = gunzipSync(await readFile(file)).toString("utf8");
+  // The first line says the version.
+  const merges = checkMerges(file, text.split("\n").slice(1, clipMerges + 1));
+  // Bytes that can be printed stand for themselves; the others for the characters from 256 on.
+  const isPrinted = (byte: number) => (byte > 32 && byte < 127) || (byte > 160 && byte !== 173);
+  const bytes = Array.from({ length: 256 }, (_, byte) => byte);
+  const others = bytes.filter((byte) => !isPrinted(byte)).map((_, index) => 256 + index);
+  const characters = [...bytes.filter(isPrinted), ...others].map((code) => String.fromCodePoint(code));
+  const merged = merges.map((pair) => pair.join(""));
+  const tokens = [
+    ...characters,
+    ...characters.map((each) => `${each}</w>`),
+    ...merged,
+    "<|startoftext|>",
+    "<|endoftext|>",
+  ];
+  return { file, vocab: Object.fromEntries(tokens.map((token, id) => [token, id])), merges, json: null };
+}
 
 async function readClipVocabulary(folder: string) {
+  const packed = join(folder, clipMergesFile);
+  if (await exists(packed)) return readClipMerges(packed);
   const vocabFile = join(folder, "vocab.json");
   const mergesFile = join(folder, "merges.txt");
   const combined = join(folder, "tokenizer.json");

@@ -21,8 +21,8 @@ export interface CommonFlags {
 /** Adds `--model`, and the flag of every field that has one. */
 export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   command.option(
-    "--model <folder>",
-    "checkpoint in the diffusers layout, or a model of the Hugging Face hub as owner/name[@revision] (default: the embedded shapes model)",
+    "--model <path>",
+    "checkpoint: a folder in the diffusers layout, one .safetensors file, or a model of the Hugging Face hub as owner/name[@revision] (default: the embedded shapes model)",
   );
   addFlags(command, ...schemas);
 }

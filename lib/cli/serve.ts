@@ -35,8 +35,8 @@ export function serveCommand(command: Command, signal: AbortSignal, whenEnded: (
       "Serve models over HTTP: OpenAI's images API with pictures that appear as they are drawn, jobs, metrics and a page.",
     )
     .option(
-      "--model <[name=]folder>",
-      "checkpoint, or owner/name[@revision] of a model of the hub, to serve under that name, or its own (repeatable; default: the embedded shapes model)",
+      "--model <[name=]path>",
+      "checkpoint (a folder, one .safetensors file, or owner/name[@revision] of a model of the hub) to serve under that name, or its own (repeatable; default: the embedded shapes model)",
       repeated,
     )
     .option(
@@ -150,7 +150,7 @@ function foldersOf(given: readonly string[]): Record<string, string> {
     const [, name, folder] = text.match(/^([\w.:-]+)=(.+)$/s) ?? [null, null, text];
     const id = name ?? modelName(folder!);
     if (folders[id] !== undefined)
-      throw new OptionError("model", `Two models are called "${id}". Name them: --model <name>=<folder>.`);
+      throw new OptionError("model", `Two models are called "${id}". Name them: --model <name>=<path>.`);
     folders[id] = folder!;
   }
   return folders;

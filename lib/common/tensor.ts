@@ -65,6 +65,10 @@ export interface WeightSource {
   readonly origin: string;
   /** @returns the tensor, or undefined where the checkpoint has none of that name. */
   find(name: string): StoredTensor | undefined;
+  /** Linear layers whose halves of rows are stored the other way round: (shift, scale) where diffusers has (scale, shift). */
+  readonly reversedHalves?: ReadonlySet<string>;
+  /** What a tensor is called where it is stored, for error messages; absent where the names are the same. */
+  storedName?(name: string): string;
 }
 
 export const bytesPerElement: Record<StoredDType, number> = {

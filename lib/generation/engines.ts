@@ -66,7 +66,7 @@ export interface CompileReport {
 
 /**
  * Builds every engine that a checkpoint needs for the sizes and batches given, or finds it in the cache.
- * @param folder a checkpoint in the diffusers layout, or a model of the hub as `FlowTurbo.load` takes it
+ * @param folder a checkpoint: a folder in the diffusers layout, one .safetensors file, or a model of the hub as `FlowTurbo.load` takes it
  * @throws OptionError, InstallationError, HubError, CheckpointError, RuntimeUnavailableError, CompileError, MemoryError, CacheError, `signal.reason`
  */
 export async function compileEngines(folder: string, options: CompileEnginesOptions = {}): Promise<CompileReport> {
@@ -77,9 +77,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const root = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
-  const checkpoint = await openCheckpoint(root, {
-    ...{ variant: checked.variant, textEncoder3: checked.textEncoder3, signal },
-  });
+  const { variant, base, textEncoder3 } = checked;
+  const checkpoint = await openCheckpoint(root, { variant, base, textEncoder3, signal });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
   const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });

@@ -13,17 +13,22 @@ import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
   const tensor = weights.find(name);
+  if (tensor?.shape.join() === shape.join()) return tensor;
+  const stored = weights.storedName?.(name) ?? name;
+  // What has names of its own has no config.json: its configuration was read from the shapes.
+  const [config, belong] = weights.storedName
+    ? ["the shapes of its other tensors call", "are all of its tensors of one model"]
+    : ["its config.json calls", "do config and weights belong together"];
   if (!tensor)
     throw new CheckpointError(
       weights.origin,
-      `${weights.origin} has no tensor "${name}", which its config.json calls for. Is the download complete, and do config and weights belong together?`,
+      `${weights.origin} has no tensor "${stored}", which ${config} for. Is the download complete, and ${belong}?`,
     );
-  if (tensor.shape.join() !== shape.join())
-    throw new CheckpointError(
-      tensor.file,
-      `Expected shape [${shape.join(", ")}] for tensor "${name}" in ${tensor.file} but found [${tensor.shape.join(", ")}]. Its config.json belongs to other weights.`,
-    );
-  return tensor;
+  throw new CheckpointError(
+    tensor.file,
+    `Expected shape [${shape.join(", ")}] for tensor "${stored}" in ${tensor.file} but found [${tensor.shape.join(", ")}]. ` +
+      (weights.storedName ? `The first is what ${config} for.` : "Its config.json belongs to other weights."),
+  );
 }
 
 /** A value for each row, [B] → [B, 1, 1, 1]. */

@@ -36,7 +36,9 @@ export class GraphLibrary {
 
   /** The weights' files, as they were when the checkpoint was opened. */
   get files(): FileVersion[] {
-    return weightedParts(this.checkpoint).flatMap(({ weights }) => weights.files);
+    const files = weightedParts(this.checkpoint).flatMap(({ weights }) => weights.files);
+    // Parts in one file are one.
+    return [...new Map(files.map((version) => [version.file, version])).values()];
   }
 
   /** The graphs that every guided picture may need, with what they are for. */

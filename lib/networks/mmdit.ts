@@ -167,7 +167,8 @@ function modulation<Name extends string>(
   const parts = names.length;
   const all = l.g.op("Unsqueeze", [l.linear(activated, name, width, parts * width, { rank: 2 }), l.g.ints([1])]);
   const vectors = l.g.ops("Split", [all], parts, { axis: -1, num_outputs: parts });
-  return Object.fromEntries(names.map((each, index) => [each, vectors[index]])) as Record<Name, Value>;
+  const order = l.weights.reversedHalves?.has(name) ? [...names].reverse() : names;
+  return Object.fromEntries(order.map((each, index) => [each, vectors[index]])) as Record<Name, Value>;
 }
 
 /** Vectors of a block for one stream; for the image tokens with attention of their own, three more. */

@@ -160,14 +160,8 @@ describe("folders of other kinds", () => {
     await expectError(join(folder, "missing"), /does not exist.*A diffusers folder holds model_index\.json/);
     await expectError(folder, /no model_index\.json. A diffusers folder holds/);
     await writeFile(join(folder, "notes.txt"), "");
-    await expectError(join(folder, "notes.txt"), /is not a folder/);
-  });
-
-  test("a single-file checkpoint, or a folder with one", async () => {
-    const folder = await temporaryFolder();
-    await writeFile(join(folder, "sd3.5_large.safetensors"), "");
-    await expectError(join(folder, "sd3.5_large.safetensors"), /single-file checkpoint.*from_single_file/);
-    await expectError(folder, /sd3\.5_large\.safetensors is a single-file checkpoint/);
+    await expectError(join(folder, "notes.txt"), /notes\.txt has 0 bytes: too short for a \.safetensors file/);
+    await expectError(join(folder, "notes.txt", "below"), /is not a folder/);
   });
 
   test("an ONNX folder", async () => {

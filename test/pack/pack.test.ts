@@ -62,10 +62,11 @@ describe("the package", () => {
     ])
       expect(files).toContain(file);
     expect(files).toContain("models/shapes/transformer/diffusion_pytorch_model.safetensors");
+    expect(files).toContain("models/tokenizers/tokenizer/LICENSE");
     const ladder = "models/shapes/schedules.json";
     expect(files.includes(ladder)).toBe(existsSync(path.join(root, ladder)));
     const expected =
-      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/shapes\/|page\/[\w-]+\.(html|css|js)$|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
+      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/(shapes|tokenizers)\/|page\/[\w-]+\.(html|css|js)$|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
   });

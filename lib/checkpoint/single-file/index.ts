@@ -1,0 +1,90 @@
+/**
+ * A checkpoint in one .safetensors file, as Stability publishes them and ComfyUI saves them: its tensors under the names that the networks
+ * ask for, none of them copied. Weights that share a tensor are rows of it; what a file cannot say comes from a base or from the public models.
+ */
+
+import { realpath, stat } from "node:fs/promises";
+import { CheckpointError } from "../../errors.js";
+import { resolveTensor } from "../quantised.js";
+import { readSafetensorsHeader } from "../safetensors.js";
+import type { Weights } from "../weights.js";
+import { type BaseConfig, configOf, type FileConfigs } from "./configs.js";
+import { refuseAdditions, refuseOtherFormats, refuseOthers } from "./kinds.js";
+import { type FilePart, fileParts, type NamedTensors, namedTensors } from "./naming.js";
+
+export type { BaseConfig, FileConfigs, FilePart };
+export { fileParts };
+
+/** A part of a file. */
+export interface PartInFile<Name extends FilePart> {
+  readonly weights: Weights;
+  /** @throws CheckpointError for shapes that fit no such part, and for a base of other shapes */
+  config(base: BaseConfig<FileConfigs[Name]> | null): FileConfigs[Name];
+}
+
+/** The parts of a file; null for those that it does not have. */
+export type SingleFile = { readonly [Name in FilePart]: PartInFile<Name> | null };
+
+/**
+ * Reads the header of a checkpoint in one file. There is a transformer.
+ * @throws CheckpointError for a file that is none, with what it is instead. `signal.reason` after an abort.
+ */
+export async function readSingleFile(path: string, signal?: AbortSignal): Promise<SingleFile> {
+  await refuseOtherFormats(path);
+  const header = await readSafetensorsHeader(path, { signal });
+  refuseAdditions(path, header);
+  // Without links, as runtimes open it.
+  const file = await realpath(path);
+  const { size, mtimeMs } = await stat(file);
+  const parts = fileParts.map((name) => {
+    const tensors = namedTensors(path, header, name);
+    const weights = tensors && weightsOf(path, { file, size, mtimeMs }, tensors);
+    return [name, tensors && { weights, config: (base: never) => configOf(name, path, tensors, base) }];
+  });
+  const found = Object.fromEntries(parts) as SingleFile;
+  if (!found.transformer) refuseOthers(path, header);
+  return found;
+}
+
+/**
+ * What a folder is that holds .safetensors files and no model_index.json.
+ * @throws CheckpointError, always: with the file that is a checkpoint, or with what the first one is instead
+ */
+export async function refuseFolderOf(folder: string, files: readonly string[]): Promise<never> {
+  const reasons: unknown[] = [];
+  for (const file of files) {
+    const found = await readSingleFile(file).catch((error) => void reasons.push(error));
+    if (found)
+      throw new CheckpointError(
+        folder,
+        `${folder} is a folder without model_index.json. It holds a checkpoint in one file: pass that file, ${file}.`,
+      );
+  }
+  throw reasons[0];
+}
+
+function weightsOf(origin: string, version: Weights["files"][number], tensors: NamedTensors): Weights {
+  const { entries, reversedHalves, storedName } = tensors;
+  const bytesByDType: Record<string, number> = {};
+  for (const { dtype, length } of entries.values()) bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
+  return {
+    ...{
+      variant: null,
+      variantsFound: [],
+      warnings: [],
+      origin,
+      files: [version],
+      bytesByDType,
+      reversedHalves,
+      storedName,
+    },
+    // Marks have no values.
+    names: [...entries].flatMap(([name, { length }]) => (length > 0 ? name : [])),
+    find(name) {
+      return resolveTensor((stored) => {
+        const entry = entries.get(stored);
+        return entry && { file: version.file, entry };
+      }, name);
+    },
+  };
+}
