@@ -1,4 +1,4 @@
-/** A checkpoint folder on disk: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
+/** A checkpoint on disk, a folder or one file: configs, tokenizers, and where each weight lies. Knows nothing of graphs or programs. */
 
 export { calibratedSchedulesOf, calibrationFile, calibrationPromptsOf } from "./calibration.js";
 export {
