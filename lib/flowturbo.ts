@@ -145,7 +145,7 @@ export class FlowTurbo implements ImageModel {
         `Expected the path of a folder or file for folder but received ${typeof folder}.`,
       );
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, base, textEncoder3, signal, onProgress, logger = {} } = checked;
+    const { variant, base, previewVae, textEncoder3, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
     const report = (phase: LoadProgress["phase"], done: number) => {
       signal?.throwIfAborted();
@@ -162,7 +162,7 @@ export class FlowTurbo implements ImageModel {
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
     });
     report("checkpoint", 0);
-    const opening = openCheckpoint(root, { variant, base, textEncoder3, signal });
+    const opening = openCheckpoint(root, { variant, base, previewVae, textEncoder3, signal });
     const [checkpoint] = await Promise.all([opening, sharp.load()]);
     for (const warning of checkpoint.warnings) logger.warn?.(warning);
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
@@ -621,6 +621,7 @@ export class FlowTurbo implements ImageModel {
 function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime): CostSubject {
   const model = createHash("sha256");
   for (const { graph } of graphs.essential) model.update(graph.fingerprint);
+  if (graphs.checkpoint.previewVae) model.update(graphs.get("preview_upscale").fingerprint);
   return {
     model: model.digest("hex"),
     runtime: { name: runtime.name, ...settings },

@@ -174,6 +174,12 @@ export interface LoadOptions {
    */
   base?: string | undefined;
   /**
+   * Folder of another autoencoder of the same latents, with config.json and diffusion_pytorch_model.safetensors: a small one such as TAESD3
+   * (`AutoencoderTiny`). `preview: "decoded"` decodes with it, and `upscale: "pixels"` between stages decodes and encodes with it; pictures
+   * are decoded, and originals encoded, by the model's own. A CheckpointError if it is none, or of other latents. Default: the model's own for all.
+   */
+  previewVae?: string | undefined;
+  /**
    * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
    * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
    */
@@ -970,6 +976,8 @@ export interface CompileEnginesOptions {
    * SD3 and SD3.5 models, and the tokenizers that come with the package.
    */
   base?: string | undefined;
+  /** As the option of `load`: builds the engines of that autoencoder too. Default: the engines of the model alone. */
+  previewVae?: string | undefined;
   /** Sizes of pictures. Default: the model's native size. */
   sizes?: readonly Size[] | undefined;
   /** Numbers of pictures in a launch, 1 to 1024 each. Default: 1. */

@@ -192,6 +192,11 @@ const base = optional(
   "for a model in one file: diffusers folder with what the file does not hold, such as text encoders or tokenizers",
   "--base <folder>",
 );
+const previewVae = optional(
+  path,
+  "folder of a small autoencoder of the same latents, such as taesd3: decoded previews and upscaling between stages use it",
+  "--preview-vae <folder>",
+);
 
 const withTargets = builderNames().filter((name) => runtimes[name]!.builder!.takesTargets);
 const samplerNames = Object.keys(samplers) as SamplerName[];
@@ -231,6 +236,7 @@ export const loadSchema = z.strictObject({
     "--distilled",
   ),
   base,
+  previewVae,
   threads: optional(
     integer(1, 1024),
     "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
@@ -633,6 +639,7 @@ export const compileSchema = z.strictObject({
   variant,
   textEncoder3,
   base,
+  previewVae,
   sizes: profileSchema.shape.sizes,
   batches: defaulted(integers(1024), [1], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   targets: described(

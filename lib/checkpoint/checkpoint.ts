@@ -65,6 +65,8 @@ export interface Checkpoint {
   readonly tokenizer2: Tokenizer | null;
   readonly tokenizer3: Tokenizer | null;
   readonly vae: Part<VaeConfig>;
+  /** Another autoencoder of the same latents, from a folder of its own: for previews, and between stages. */
+  readonly previewVae: Part<VaeConfig> | null;
   readonly scheduler: SchedulerConfig;
   /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
   readonly schedules: StoredSchedules;
@@ -79,6 +81,8 @@ interface OpenCheckpointOptions {
   readonly textEncoder3?: boolean | undefined;
   /** For a checkpoint in one file: the folder from which is taken what it does not hold or say. */
   readonly base?: string | undefined;
+  /** Folder of `previewVae`: config.json and weights. */
+  readonly previewVae?: string | undefined;
   /** Checked between reads. */
   readonly signal?: AbortSignal | undefined;
 }
@@ -92,7 +96,7 @@ const indexFiles = ["model_index.json", "modular_model_index.json"] as const;
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
-type PartKey = Exclude<keyof Checkpoint, "folder" | "schedulesFile" | "schedules" | "warnings">;
+type PartKey = Exclude<keyof Checkpoint, "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae">;
 
 /** How a part is found and opened. */
 interface PartRow<Opened> {
@@ -221,12 +225,16 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   // The rows are typed by the key that they open.
   const openedParts = Object.fromEntries(parts) as unknown as Pick<Checkpoint, PartKey>;
   const schedulesFile = join(root, "schedules.json");
-  const opened: Checkpoint = { folder: root, schedulesFile, ...openedParts, schedules: noSchedules, warnings };
+  const previewVae = await openPreviewVae(options);
+  const opened: Checkpoint = {
+    ...{ folder: root, schedulesFile, ...openedParts, previewVae, schedules: noSchedules, warnings },
+  };
   checkVariant(opened, variant);
   checkThatPartsFit(opened, {
     configOf: (part) => join(root, part, "config.json"),
     remedy: "These parts are not of one checkpoint: download it again.",
   });
+  checkPreviewVae(opened);
   warnings.push(...warningsOf(opened));
   const schedules = await readSchedules(schedulesFile, identityOf(opened));
   return schedules ? { ...opened, schedules } : opened;
@@ -310,6 +318,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     ...{ transformer, vae, textEncoder, textEncoder2, textEncoder3 },
     // A refiner was trained for the velocities of one transformer.
     refiner: null,
+    previewVae: await openPreviewVae(options),
     scheduler: scheduler === null ? usualScheduler : await partRows.scheduler.open(scheduler, options),
     tokenizer: await tokenizerOf("tokenizer", textEncoder),
     tokenizer2: await tokenizerOf("tokenizer2", textEncoder2),
@@ -326,7 +335,38 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
         ? "Pass the folder of the model that it was made from as base (--base <folder>)."
         : `The file and its base, ${base}, are not of one model.`,
   });
+  checkPreviewVae(opened);
   return { ...opened, warnings: warningsOf(opened) };
+}
+
+/** @throws CheckpointError for a folder without an autoencoder's config.json and weights */
+async function openPreviewVae(options: OpenCheckpointOptions): Promise<Part<VaeConfig> | null> {
+  if (options.previewVae === undefined) return null;
+  const folder = resolve(options.previewVae);
+  if (!(await isFolder(folder)))
+    throw new CheckpointError(
+      folder,
+      `The folder ${folder} for previewVae does not exist. Pass a folder with config.json and diffusion_pytorch_model.safetensors, such as a downloaded taesd3.`,
+    );
+  return partRows.vae.open(folder, options);
+}
+
+/** @throws CheckpointError for a preview autoencoder of other latents */
+function checkPreviewVae({ vae, previewVae }: Checkpoint): void {
+  if (!previewVae) return;
+  for (const [key, name] of [
+    ["latentChannels", "latent_channels"],
+    ["factor", "pixels for each latent"],
+    ["inChannels", "in_channels"],
+    ["outChannels", "out_channels"],
+  ] as const) {
+    const [own, other] = [vae.config[key], previewVae.config[key]];
+    if (own !== other)
+      throw new CheckpointError(
+        previewVae.weights.origin,
+        `The autoencoder ${previewVae.weights.origin} for previewVae does not fit: its ${name} is ${other}, but the model's is ${own}. It needs to be one for the same latents; for Stable Diffusion 3 that is taesd3.`,
+      );
+  }
 }
 
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */

@@ -16,7 +16,7 @@ export const knownClasses = {
   transformer: ["SD3Transformer2DModel"],
   clip: ["CLIPTextModelWithProjection"],
   t5: ["T5EncoderModel"],
-  vae: ["AutoencoderKL"],
+  vae: ["AutoencoderKL", "AutoencoderTiny"],
   scheduler: schedulerClasses,
 } as const;
 
@@ -175,8 +175,64 @@ const vaeSchema = z
   })
   .transform(({ _class_name, down_block_types, up_block_types, act_fn, latents_mean, latents_std, ...config }) => ({
     ...camelKeys(config),
+    kind: "kl" as const,
     /** Pixels per latent pixel. */
     factor: 2 ** (config.block_out_channels.length - 1),
+  }));
+
+const tinyBlocks = z.array(size).min(1).readonly();
+const tinyVaeSchema = z
+  .object({
+    _class_name: className(knownClasses.vae),
+    in_channels: size.default(3),
+    out_channels: size.default(3),
+    encoder_block_out_channels: tinyBlocks.default([64, 64, 64, 64]),
+    decoder_block_out_channels: tinyBlocks.default([64, 64, 64, 64]),
+    num_encoder_blocks: z.array(z.int().nonnegative()).readonly().default([1, 3, 3, 3]),
+    num_decoder_blocks: z.array(z.int().nonnegative()).readonly().default([3, 3, 3, 1]),
+    act_fn: z.literal("relu").default("relu"),
+    upsample_fn: z.literal("nearest").default("nearest"),
+    upsampling_scaling_factor: z.literal(2).default(2),
+    latent_channels: size.default(4),
+    /** Latents for the transformer are (z - shift_factor) * scaling_factor. */
+    scaling_factor: factor.default(1),
+    shift_factor: z
+      .number()
+      .nullish()
+      .transform((shift) => shift ?? 0),
+  })
+  .superRefine((config, context) => {
+    for (const half of ["encoder", "decoder"] as const) {
+      const [channels, blocks] = [config[`${half}_block_out_channels`], config[`num_${half}_blocks`]];
+      if (blocks.length !== channels.length)
+        refuse(
+          context,
+          `num_${half}_blocks`,
+          `has ${blocks.length} entries, but ${half}_block_out_channels has ${channels.length}`,
+        );
+      const other = channels.find((each) => each !== channels[0]);
+      if (other !== undefined)
+        refuse(
+          context,
+          `${half}_block_out_channels`,
+          `holds ${channels[0]} and ${other}, but its layers need one number`,
+        );
+    }
+    const [encoder, decoder] = [config.encoder_block_out_channels.length, config.decoder_block_out_channels.length];
+    if (encoder !== decoder)
+      refuse(
+        context,
+        "decoder_block_out_channels",
+        `has ${decoder} entries, but encoder_block_out_channels has ${encoder}`,
+      );
+  })
+  .transform(({ _class_name, act_fn, upsample_fn, upsampling_scaling_factor, ...config }) => ({
+    ...camelKeys(config),
+    kind: "tiny" as const,
+    /** Of the decoder. */
+    blockOutChannels: config.decoder_block_out_channels,
+    /** Pixels per latent pixel. */
+    factor: 2 ** (config.decoder_block_out_channels.length - 1),
   }));
 
 /** The MMDiT, predictor or refiner (SD3Transformer2DModel). */
@@ -185,15 +241,22 @@ export type TransformerConfig = z.output<typeof transformerSchema>;
 export type ClipConfig = z.output<typeof clipSchema>;
 /** The T5 encoder (T5EncoderModel). */
 export type T5Config = z.output<typeof t5Schema>;
-/** The VAE (AutoencoderKL). */
-export type VaeConfig = z.output<typeof vaeSchema>;
+/** A VAE (AutoencoderKL). */
+export type KlVaeConfig = z.output<typeof vaeSchema>;
+/** A tiny autoencoder (AutoencoderTiny), such as TAESD3. */
+export type TinyVaeConfig = z.output<typeof tinyVaeSchema>;
+/** The autoencoder, of either kind. */
+export type VaeConfig = KlVaeConfig | TinyVaeConfig;
 export type { SchedulerConfig };
 
 /** Each reads one JSON file. @throws CheckpointError that names the file and the key. */
 export const readTransformerConfig = (file: string): Promise<TransformerConfig> => read(file, transformerSchema);
 export const readClipConfig = (file: string): Promise<ClipConfig> => read(file, clipSchema, unwrapText);
 export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Schema, unwrapText);
-export const readVaeConfig = (file: string): Promise<VaeConfig> => read(file, vaeSchema);
+export async function readVaeConfig(file: string): Promise<VaeConfig> {
+  const json = await readJsonObject(file);
+  return json._class_name === "AutoencoderTiny" ? read(file, tinyVaeSchema) : read(file, vaeSchema);
+}
 export const readSchedulerConfig = async (file: string): Promise<SchedulerConfig> =>
   read(file, schedulerSchema(await schedulerClassOf(file)));
 

@@ -11,8 +11,10 @@ export {
 } from "./checkpoint.js";
 export {
   type ClipConfig,
+  type KlVaeConfig,
   readTransformerConfig,
   type T5Config,
+  type TinyVaeConfig,
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";

@@ -77,8 +77,8 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const root = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
-  const { variant, base, textEncoder3 } = checked;
-  const checkpoint = await openCheckpoint(root, { variant, base, textEncoder3, signal });
+  const { variant, base, previewVae, textEncoder3 } = checked;
+  const checkpoint = await openCheckpoint(root, { variant, base, previewVae, textEncoder3, signal });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
   const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });

@@ -57,6 +57,10 @@ export interface SamplingKind {
   readonly preview?: "fast" | "decoded" | undefined;
   /** After how many blocks, over all stages, at most; default: after each. */
   readonly previewCount?: number | undefined;
+  /** The network that decodes previews. Default: the one that decodes pictures. */
+  readonly previewDecoder?: string | undefined;
+  /** The network that enlarges in pixels. Default: the one of `upscales`. */
+  readonly pixelsUpscale?: string | undefined;
   /** Whether the final latents are a result: every result is copied on its way here. */
   readonly keepsLatents: boolean;
   /** Whether the decoder ends it. Default: true. */
@@ -366,14 +370,15 @@ class TemplateWriter {
     const [height, width] = this.#pixels(stage);
     const image = this.builder.register(register, [this.#rows, this.#kind.imageChannels, height, width]);
     const isPreview = label.kind === "preview";
+    const network = (isPreview && this.#kind.previewDecoder) || "vae_decoder";
     this.builder.launch({
-      graph: this.#graph("vae_decoder"),
+      graph: this.#graph(network),
       inputs: { latents },
       outputs: { image },
       mustBeFinite: [image],
       ...(isPreview && { reported: [image] }),
       sharing: {
-        ...{ size: this.#size(stage), ...sharingOf("vae_decoder", [height, width]) },
+        ...{ size: this.#size(stage), ...sharingOf(network, [height, width]) },
         ...(isPreview && { deferrable: true }),
       },
       label: { ...label, last: true },
@@ -509,7 +514,7 @@ class TemplateWriter {
   #upscale(index: number, latents: string, noise: string, x: string, sigma: number): string {
     const [before, stage] = [this.#kind.stages[index - 1]!, this.#kind.stages[index]!];
     const { upscale = "pixels" } = stage;
-    const network = upscales[upscale];
+    const network = (upscale === "pixels" && this.#kind.pixelsUpscale) || upscales[upscale];
     this.builder.launch({
       graph: this.#graph(network),
       inputs: {

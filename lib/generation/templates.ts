@@ -6,7 +6,7 @@
 import type { Checkpoint } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import type { FloatTensor } from "../common/tensor.js";
-import { mmditWidth, networksOf, positionTable } from "../networks/index.js";
+import { launchedFor, mmditWidth, networksOf, positionTable, upscales } from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork, Demand } from "../serving/prediction.js";
@@ -104,7 +104,7 @@ export class Templates {
     const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, results]);
     const known = this.#kept.get(key);
     if (known) return known;
-    const { vae } = this.#checkpoint;
+    const { vae, previewVae } = this.#checkpoint;
     const template = samplingTemplate({
       stages: stages.map(({ schedule, latentShape: [, ...area], upscale }, index): SamplingStage => {
         const { hasInit, hasMask } = sizes[index]!;
@@ -114,6 +114,8 @@ export class Templates {
       }),
       ...this.#text.shapes(sequenceLength),
       ...{ guidanceMode: guidance.mode, preview, previewCount, keepsLatents, decodes, reportsLatents },
+      ...(previewVae && { previewDecoder: "preview_decoder" }),
+      pixelsUpscale: launchedFor(this.#checkpoint, upscales.pixels),
       ...{ vaeFactor: vae.config.factor, imageChannels: vae.config.outChannels },
       textSize: sequenceLength === this.#text.defaultSequenceLength ? undefined : ` ${sequenceLength} tokens`,
     });

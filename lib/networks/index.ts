@@ -73,6 +73,8 @@ export interface Network {
   readonly variants: readonly (keyof Variants)[];
   /** Features that need it; absent where every picture does. `side`: they need it at that size only, in latents. */
   readonly features?: Readonly<Partial<Record<Feature, { readonly side?: number }>>>;
+  /** The network that is launched in its place by checkpoints that have that one's part. */
+  readonly replacedBy?: string;
   /** Whether it must not be computed in float16, which it was not trained in. */
   readonly overflowsInFloat16?: boolean;
   /** Whether launches may be held back for others to share them: alone they do not fill a device. */
@@ -150,8 +152,17 @@ export const networks: Record<string, Network> = {
   },
   upscale: {
     ...{ part: "vae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
-    deferrable: true,
+    ...{ deferrable: true, replacedBy: "preview_upscale" },
     emit: (name, { vae }, options) => emitUpscale(name, vae, options),
+  },
+  preview_upscale: {
+    ...{ part: "previewVae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
+    deferrable: true,
+    emit: (name, { previewVae }, options) => emitUpscale(name, previewVae!, options),
+  },
+  preview_decoder: {
+    ...{ part: "previewVae", role: "image", variants: [], features: { previews: {} }, maxRows: autoencoderRows },
+    emit: (name, { previewVae }, options) => emitVaeDecoder(name, previewVae!, options),
   },
   upscale_latents: {
     ...{ part: null, role: "edit", variants: [], features: { stages: {} } },
@@ -236,8 +247,16 @@ export function graphKey(name: string): GraphKey {
 /** The networks that a checkpoint has weights for, in the order of the table. */
 export function networksOf(checkpoint: Checkpoint): { readonly name: string; readonly row: Network }[] {
   return Object.entries(networks)
-    .filter(([, { part }]) => part === null || checkpoint[part] !== null)
+    .filter(
+      ([name, { part }]) => (part === null || checkpoint[part] !== null) && launchedFor(checkpoint, name) === name,
+    )
     .map(([name, row]) => ({ name, row }));
+}
+
+/** The network that a checkpoint launches for `name`: itself, or the one that replaces it. */
+export function launchedFor(checkpoint: Checkpoint, name: string): string {
+  const { replacedBy } = networks[name]!;
+  return replacedBy !== undefined && checkpoint[networks[replacedBy]!.part!] !== null ? replacedBy : name;
 }
 
 /** A text encoder that a checkpoint has, with its tokenizer. */

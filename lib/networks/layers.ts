@@ -161,9 +161,10 @@ export class Layers {
     from: number,
     to: number,
     kernel: number,
-    geometry: { strides: readonly number[]; pads?: readonly number[] },
+    { bias = true, ...geometry }: { strides: readonly number[]; pads?: readonly number[]; bias?: boolean },
   ): Value {
-    const learnt = this.#weightAndBias(name, [to, from, kernel, kernel]);
+    const shape = [to, from, kernel, kernel] as const;
+    const learnt = bias ? this.#weightAndBias(name, shape) : [this.weight(`${name}.weight`, shape)];
     return this.g.op("Conv", [x, ...learnt], { kernel_shape: [kernel, kernel], ...geometry });
   }
 
@@ -171,6 +172,16 @@ export class Layers {
   tokensOf(image: Value, channels: number): Value {
     const flat = this.g.op("Reshape", [image, this.g.ints([0, channels, -1])]);
     return this.g.op("Transpose", [flat], { perm: [0, 2, 1] });
+  }
+
+  /** Twice the size, each pixel repeated. */
+  enlarged(x: Value): Value {
+    const scales = this.g.tensor([4], [1, 1, 2, 2], "float32");
+    return this.g.op("Resize", [x, null, scales], {
+      mode: "nearest",
+      nearest_mode: "floor",
+      coordinate_transformation_mode: "asymmetric",
+    });
   }
 
   add(a: Value, b: Value): Value {

@@ -7,7 +7,7 @@
 import type { Part, VaeConfig } from "../checkpoint/index.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph } from "../onnx/index.js";
 import { scaleNoise } from "./layers.js";
-import { Autoencoder } from "./vae.js";
+import { autoencoder } from "./vae.js";
 
 /**
  * Inputs (float32): latents [B, C, h, w], noise [B, C, H, W], sigma [B]. Output: x [B, C, H, W].
@@ -19,7 +19,7 @@ export function emitUpscale(name: string, vae: Part<VaeConfig>, options: EmitOpt
   const latents = g.input("latents", "float32", ["rows", channels, "height", "width"]);
   const noise = g.input("noise", "float32", ["rows", channels, "next_height", "next_width"]);
   const sigma = g.input("sigma", "float32", ["rows"]);
-  const picture = new Autoencoder(g, vae, options, latents).decode(latents);
+  const picture = autoencoder(g, vae, options, latents).decode(latents);
   const { factor } = vae.config;
   const pictureAxes = g.shapeOf(picture, 0, 2);
   const pixels = g.op("Mul", [g.shapeOf(noise, 2, 4), g.ints([factor, factor])]);
@@ -29,7 +29,7 @@ export function emitUpscale(name: string, vae: Part<VaeConfig>, options: EmitOpt
     cubic_coeff_a: { float: -0.75 },
     coordinate_transformation_mode: "half_pixel",
   });
-  const latentsAtSize = new Autoencoder(g, vae, options, resized).encode(resized);
+  const latentsAtSize = autoencoder(g, vae, options, resized).encode(resized);
   g.output("x", scaleNoise(g, latentsAtSize, noise, sigma), ["rows", channels, "next_height", "next_width"]);
   return g.build();
 }

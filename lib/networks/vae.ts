@@ -1,11 +1,12 @@
 /**
- * The autoencoder (diffusers' AutoencoderKL): latents to pixels and pixels to latents. Scale and shift of the latents
+ * The autoencoder: latents to pixels and pixels to latents. Diffusers' AutoencoderKL is here, its AutoencoderTiny in tiny-vae.ts. Scale and shift of the latents
  * are part of the graphs: the rest of the package only ever sees the latents that the transformer works on.
  */
 
-import type { Part, VaeConfig } from "../checkpoint/index.js";
+import type { KlVaeConfig, Part, VaeConfig } from "../checkpoint/index.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
+import { TinyAutoencoder } from "./tiny-vae.js";
 
 const epsilon = 1e-6;
 
@@ -14,7 +15,7 @@ export function emitVaeDecoder(name: string, vae: Part<VaeConfig>, options: Emit
   const g = new GraphBuilder(name);
   const { latentChannels, outChannels } = vae.config;
   const latents = g.input("latents", "float32", ["rows", latentChannels, "height", "width"]);
-  const image = new Autoencoder(g, vae, options, latents).decode(latents);
+  const image = autoencoder(g, vae, options, latents).decode(latents);
   g.output("image", image, ["rows", outChannels, "image_height", "image_width"]);
   return g.build();
 }
@@ -24,17 +25,29 @@ export function emitVaeEncoder(name: string, vae: Part<VaeConfig>, options: Emit
   const g = new GraphBuilder(name);
   const { latentChannels, inChannels } = vae.config;
   const image = g.input("image", "float32", ["rows", inChannels, "image_height", "image_width"]);
-  const latents = new Autoencoder(g, vae, options, image).encode(image);
+  const latents = autoencoder(g, vae, options, image).encode(image);
   g.output("latents", latents, ["rows", latentChannels, "height", "width"]);
   return g.build();
 }
 
-/** Both halves, and the convolutional blocks that they are made of. */
-export class Autoencoder extends Layers {
-  readonly #config: VaeConfig;
+/** The autoencoder of the config's kind. @param input whose rows are those of the activations */
+export function autoencoder(
+  g: GraphBuilder,
+  { weights, config }: Part<VaeConfig>,
+  options: EmitOptions,
+  input: Value,
+): { decode(latents: Value): Value; encode(image: Value): Value } {
+  return config.kind === "tiny"
+    ? new TinyAutoencoder(g, { weights, config }, options, input)
+    : new Autoencoder(g, { weights, config }, options, input);
+}
+
+/** Both halves of AutoencoderKL, and the convolutional blocks that they are made of. */
+class Autoencoder extends Layers {
+  readonly #config: KlVaeConfig;
 
   /** @param input whose rows are those of the activations */
-  constructor(g: GraphBuilder, { weights, config }: Part<VaeConfig>, options: EmitOptions, input: Value) {
+  constructor(g: GraphBuilder, { weights, config }: Part<KlVaeConfig>, options: EmitOptions, input: Value) {
     super(g, weights, options, g.shapeOf(input, 0, 1));
     this.#config = config;
   }
@@ -57,7 +70,7 @@ export class Autoencoder extends Layers {
         x = this.#resnet(x, `${name}.resnets.${layer}`, from, to);
         from = to;
       }
-      if (index < channels.length - 1) x = this.#conv(this.#enlarge(x), `${name}.upsamplers.0.conv`, to, to, 3);
+      if (index < channels.length - 1) x = this.#conv(this.enlarged(x), `${name}.upsamplers.0.conv`, to, to, 3);
     }
     x = this.silu(this.#norm(x, "decoder.conv_norm_out", from));
     return g.cast(this.#conv(x, "decoder.conv_out", from, outChannels, 3), "float32");
@@ -120,15 +133,5 @@ export class Autoencoder extends Layers {
     const out = this.linear(mixed, `${name}.to_out.0`, channels, channels);
     const image = g.op("Reshape", [g.op("Transpose", [out], { perm: [0, 2, 1] }), g.op("Shape", [x])]);
     return this.add(x, image);
-  }
-
-  /** Twice the size, each pixel repeated. */
-  #enlarge(x: Value): Value {
-    const scales = this.g.tensor([4], [1, 1, 2, 2], "float32");
-    return this.g.op("Resize", [x, null, scales], {
-      mode: "nearest",
-      nearest_mode: "floor",
-      coordinate_transformation_mode: "asymmetric",
-    });
   }
 }

@@ -72,6 +72,7 @@ describe("opens", () => {
       gated: true,
     });
     expect(checkpoint.vae.config).toEqual({
+      kind: "kl",
       inChannels: 3,
       outChannels: 3,
       latentChannels: 16,

@@ -96,6 +96,7 @@ describe("defaults", () => {
 
   test("vae and scheduler", async () => {
     expect(await read("vae", {})).toEqual({
+      kind: "kl",
       inChannels: 3,
       outChannels: 3,
       latentChannels: 4,

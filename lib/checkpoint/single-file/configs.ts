@@ -194,6 +194,7 @@ function vaeConfig(shapes: Shapes): FoundConfig<VaeConfig> {
   for (let index = count - 1; index >= 0; index--)
     blockOutChannels.push(shapes.of(`decoder.up_blocks.${index}.resnets.0.conv1.weight`, 4)[0]!);
   const said = {
+    kind: "kl" as const,
     blockOutChannels,
     inChannels: shapes.of("encoder.conv_in.weight", 4)[1]!,
     outChannels: shapes.of("decoder.conv_out.weight", 4)[0]!,
