@@ -25,6 +25,8 @@ const epsilon = z.number().positive();
 const factor = z.number().refine((value) => value > 0, "expected a positive number");
 const className = (known: readonly string[]) => z.enum(known as [string, ...string[]]).optional();
 const onlyNull = z.null({ error: "is set, which is not supported; only null is" }).optional();
+/** A file that transformers reads in place of the usual ones. */
+const otherWeights = onlyNull;
 
 /** snake_case → camelCase */
 type Camel<Key extends string> = Key extends `${infer Head}_${infer Tail}` ? `${Head}${Capitalize<Camel<Tail>>}` : Key;
@@ -96,12 +98,13 @@ const clipSchema = z
     layer_norm_eps: epsilon.default(1e-5),
     /** 2 is the legacy value: the pooled position is then argmax(ids) instead of the first end token. */
     eos_token_id: z.int().nonnegative().default(49407),
+    transformers_weights: otherWeights,
   })
   .superRefine(({ hidden_size: width, num_attention_heads: heads }, context) => {
     if (width % heads !== 0)
       refuse(context, "hidden_size", `is ${width}, not a multiple of num_attention_heads = ${heads}`);
   })
-  .transform(camelKeys);
+  .transform(({ transformers_weights, ...config }) => camelKeys(config));
 
 type Activation = "relu" | "gelu" | "gelu_new" | "silu";
 
@@ -133,8 +136,12 @@ const t5Schema = z
     relative_attention_max_distance: size.default(128),
     layer_norm_epsilon: epsilon.default(1e-6),
     feed_forward_proj: z.enum(Object.keys(feedForward) as [string, ...string[]]).default("relu"),
+    transformers_weights: otherWeights,
   })
-  .transform(({ feed_forward_proj, ...config }) => ({ ...camelKeys(config), ...feedForward[feed_forward_proj]! }));
+  .transform(({ feed_forward_proj, transformers_weights, ...config }) => ({
+    ...camelKeys(config),
+    ...feedForward[feed_forward_proj]!,
+  }));
 
 const vaeSchema = z
   .object({
@@ -252,7 +259,7 @@ export type { SchedulerConfig };
 /** Each reads one JSON file. @throws CheckpointError that names the file and the key. */
 export const readTransformerConfig = (file: string): Promise<TransformerConfig> => read(file, transformerSchema);
 export const readClipConfig = (file: string): Promise<ClipConfig> => read(file, clipSchema, unwrapText);
-export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Schema, unwrapText);
+export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Schema);
 export async function readVaeConfig(file: string): Promise<VaeConfig> {
   const json = await readJsonObject(file);
   return json._class_name === "AutoencoderTiny" ? read(file, tinyVaeSchema) : read(file, vaeSchema);
@@ -281,5 +288,5 @@ async function read<T>(
   );
 }
 
-/** The text model of a whole CLIP or T5 model is nested in its config. */
+/** The text model of a whole CLIP model is nested in its config, and counts there. */
 const unwrapText = (json: JsonObject): JsonObject => (isRecord(json.text_config) ? json.text_config : json);

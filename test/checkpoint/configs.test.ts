@@ -170,6 +170,8 @@ describe("values that are not computed", () => {
     ["clip", { hidden_act: "relu" }, "hidden_act"],
     ["clip", { hidden_size: 100 }, "hidden_size"],
     ["clip", { text_config: { hidden_act: "silu" } }, "hidden_act"],
+    ["clip", { transformers_weights: "other.safetensors" }, "transformers_weights"],
+    ["t5", { transformers_weights: "other.safetensors" }, "transformers_weights"],
     ["t5", { feed_forward_proj: "gated-tanh" }, "feed_forward_proj"],
     ["vae", { act_fn: "relu" }, "act_fn"],
     ["vae", { down_block_types: ["AttnDownEncoderBlock2D"] }, "down_block_types.0"],

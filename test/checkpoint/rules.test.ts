@@ -9,6 +9,7 @@ import { readFileSync } from "node:fs";
 import { writeFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { describe, expect, test } from "vitest";
+import { readClipConfig, readT5Config } from "../../lib/checkpoint/configs.js";
 import { openWeights } from "../../lib/checkpoint/index.js";
 import { openClipTokenizer, openT5Tokenizer } from "../../lib/checkpoint/tokenizers.js";
 import { namings } from "../../lib/checkpoint/weights.js";
@@ -28,6 +29,11 @@ interface Rules {
     readonly kind: "text_encoder" | "text_encoder_3";
     readonly stored: readonly string[];
     readonly reads: Readonly<Record<string, string>> | null;
+  }[];
+  readonly configs: readonly {
+    readonly kind: "text_encoder" | "text_encoder_3";
+    readonly config: object;
+    readonly width: number;
   }[];
   readonly tokenizers: readonly {
     readonly kind: "clip" | "t5";
@@ -108,6 +114,17 @@ describe("weights: the tensor of several names", () => {
         const { offset, length } = name(table)!;
         expect(bytes.toString("utf8", offset, offset + length).trim(), tensor).toBe(expected);
       }
+    });
+});
+
+describe("configs: what is nested counts for CLIP", () => {
+  for (const { kind, config, width } of rules.configs)
+    test(`${kind}: ${JSON.stringify(config)}`, async () => {
+      const file = join(await temporaryFolder(), "config.json");
+      await writeFile(file, JSON.stringify(config));
+      const read =
+        kind === "text_encoder" ? (await readClipConfig(file)).hiddenSize : (await readT5Config(file)).dModel;
+      expect(read).toBe(width);
     });
 });
 
