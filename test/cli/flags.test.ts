@@ -4,7 +4,7 @@ import { describe, expect, it } from "vitest";
 import { z } from "zod";
 import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
-import { addModelFlags, readFlags } from "../../lib/cli/flags.js";
+import { addModelFlags, modelName, readFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { profileCommand } from "../../lib/cli/profile.js";
 import {
@@ -99,4 +99,17 @@ it.each([
   add(command, signal);
   const option = command.options.find(({ flags }) => flags === flag)!;
   expect(command.createHelp().optionDescription(option)).toMatch(`(default: ${value})`);
+});
+
+it("a model is called by its folder, or by its name on the hub", () => {
+  for (const [model, name] of [
+    ["/models/sd3.5-large", "sd3.5-large"],
+    ["./no/such/folder", "folder"],
+    ["stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-3.5-medium"],
+    ["owner/name@refs/pr/1", "name"],
+    ["owner/name/sd3.safetensors@main", "sd3.safetensors"],
+    // A folder of that name comes first.
+    ["lib/hub", "hub"],
+  ] as const)
+    expect(modelName(model)).toBe(name);
 });
