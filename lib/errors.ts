@@ -102,6 +102,7 @@ export type HubReason =
 export class HubError extends FlowTurboError {
   /** `owner/name`; empty where no model is meant. */
   readonly repository: string;
+  /** What prevents it; see `HubReason`. */
   readonly reason: HubReason;
   constructor(repository: string, reason: HubReason, message: string, options?: ErrorOptions) {
     super(reason === "unreachable" ? "ERR_FLOWTURBO_HUB_UNREACHABLE" : "ERR_FLOWTURBO_HUB", message, options);

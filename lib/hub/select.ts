@@ -78,7 +78,9 @@ export function select(paths: Paths, index: unknown, { variant, textEncoder3 = t
     const isNamed = (Array.isArray(entry) ? entry[1] : entry) != null;
     if (unnamed ? !folders.has(part) : !isNamed || (t5 && !textEncoder3)) continue;
     if (!folders.has(part))
-      throw new SelectionError(`lacks the folder ${part}, though model_index.json names this part`);
+      throw new SelectionError(
+        `lacks the folder ${part}, though model_index.json names this part${t5 ? "; textEncoder3: false (--no-t5) leaves T5 out" : ""}`,
+      );
     files.push(...wanted.map((name) => `${part}/${name}`).filter((path) => paths.has(path)));
     if (!weights) continue;
     for (const found of variantsOf(paths, part, weights.basename)) variants.add(found);
@@ -115,7 +117,10 @@ function chooseWeights(
 ): { path: string; isVariant: boolean } {
   for (const candidate of variant === undefined ? [null] : [variant, null]) {
     const forms = { single: [singleName(basename, candidate)], index: indexNames(basename, candidate) };
-    const order = first === "single" ? [...forms.single, ...forms.index] : [...forms.index, ...forms.single];
+    // diffusers looks for the oldest spelling of an index, which it wrote for a short time, behind the single file.
+    const [present, older, ...oldest] = forms.index;
+    const ofDiffusers = [present, older, ...forms.single, ...oldest].filter((name) => name !== undefined);
+    const order = first === "single" ? [...forms.single, ...forms.index] : ofDiffusers;
     const path = order.map((name) => `${part}/${name}`).find((each) => paths.has(each));
     if (path !== undefined) return { path, isVariant: candidate !== null };
   }
@@ -138,8 +143,8 @@ function indexNames(basename: string, variant: string | null): string[] {
   if (variant === null) return [`${basename}.safetensors.index.json`];
   return [
     `${basename}.safetensors.index.${variant}.json`,
-    `${basename}.${variant}.safetensors.index.json`,
     `${basename}.safetensors.${variant}.index.json`,
+    `${basename}.${variant}.safetensors.index.json`,
   ];
 }
 

@@ -108,6 +108,7 @@ describe("what is missing is named", () => {
       {},
       'no weights for transformer in .safetensors files; variants found: "fp16"',
     ],
+    ["T5", medium.filter((file) => !file.startsWith("text_encoder_3/")), {}, "(--no-t5) leaves T5 out"],
     ["a variant", medium, { variant: "bf16" }, 'no part with the variant "bf16"; variants found: "fp16"'],
     ["any variant", medium.filter((file) => !file.includes("fp16")), { variant: "bf16" }, "it has no variants"],
   ] as const)("%s", (_, files, wanted, message) => expect(refused([...files], wanted)).toContain(message));
