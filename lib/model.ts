@@ -287,7 +287,7 @@ export interface TextOptions {
   clipSkip?: number | undefined;
   /**
    * Whether prompts may say how much their parts count, as the Python library compel has it: `(text:1.3)` or `(text)1.3`, from 0 to 100;
-   * `(text)++`, `word++` and `word--` are 1.1 and 0.9 for each sign; groups in groups multiply; `\\(` is a parenthesis. Each token is moved away
+   * `(text)++`, `word++` and `word--` are 1.1 and 0.9 for each sign; groups in groups multiply; `\(` is a parenthesis. Each token is moved away
    * from the empty text's embedding, or below 1 towards it, and parts below 1 (16 of a text at most) are also blended with what the
    * encoders make of the text where no token attends to them. For that they have graphs of their own, with the weights once more.
    * Pooled embeddings are of the text without weights. Default: false.

@@ -61,6 +61,28 @@ function common({ maxImages, maxSteps }: Limits) {
       "Scale of classifier-free guidance; 1 or less turns it off and halves the work. Default: the model's, 4.5 or 1.",
     ),
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
+    prompt_2: described(z.string().max(longestPrompt), "What the second text encoder reads. Default: prompt."),
+    prompt_3: described(z.string().max(longestPrompt), "What the T5 encoder reads. Default: prompt."),
+    negative_prompt_2: described(
+      z.string().max(longestPrompt),
+      "Negative prompt of the second text encoder. Default: negative_prompt.",
+    ),
+    negative_prompt_3: described(
+      z.string().max(longestPrompt),
+      "Negative prompt of the T5 encoder. Default: negative_prompt.",
+    ),
+    clip_skip: described(
+      z.int().min(0).max(1000),
+      "Layers before the last but one that CLIP's hidden states of the prompt are taken from. Default: 0.",
+    ),
+    prompt_weighting: described(
+      z.boolean(),
+      "Whether prompts have weights of their parts, such as (word:1.3). Default: false.",
+    ),
+    max_sequence_length: described(
+      z.int().min(1).max(512),
+      "Tokens of the T5 encoder. Default: 256, or what its tokenizer takes if that is less.",
+    ),
     sampler: described(
       z.enum(Object.keys(samplers) as [SamplerName, ...SamplerName[]]),
       "How steps become a schedule. Default: flowturbo, or euler for a distilled model.",
@@ -153,6 +175,9 @@ export type Fields = z.output<BodySchemas["edit"]> & Pick<z.output<BodySchemas["
 /** The names of `generate`'s options in requests, where they differ. */
 const names: Record<string, string> = {
   ...{ count: "n", steps: "num_inference_steps", guidanceScale: "guidance_scale", negativePrompt: "negative_prompt" },
+  ...{ prompt2: "prompt_2", prompt3: "prompt_3", clipSkip: "clip_skip", promptWeighting: "prompt_weighting" },
+  ...{ negativePrompt2: "negative_prompt_2", negativePrompt3: "negative_prompt_3" },
+  maxSequenceLength: "max_sequence_length",
   ...{ width: "size", height: "size", deadlineMs: "deadline_ms", previewCount: "partial_images" },
 };
 

@@ -67,6 +67,9 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
       stages: fields.stages,
       deadlineMs,
     },
+    ...{ prompt2: fields.prompt_2, prompt3: fields.prompt_3, clipSkip: fields.clip_skip },
+    ...{ negativePrompt2: fields.negative_prompt_2, negativePrompt3: fields.negative_prompt_3 },
+    ...{ promptWeighting: fields.prompt_weighting, maxSequenceLength: fields.max_sequence_length },
     ...{ quality: preset?.quality, count: fields.n, strength: fields.strength ?? (edited?.mask ? 1 : undefined) },
   };
   return {
