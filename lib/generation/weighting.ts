@@ -11,7 +11,9 @@ export interface Fragment {
 
 /** Parts with a weight below 1 that a text may have: each is another launch of each text encoder. */
 export const mostDownweighted = 16;
-/** Larger weights are a mistake in writing. */
+/** Text encoders read no more than that of a text; and groups that are deeper in others are a mistake in writing. */
+const [longestText, deepestGroup] = [32_768, 32];
+/** As are larger weights. */
 const largestWeight = 100;
 /** Of `+` and of `-` behind a group or a word, for each sign. */
 const signs: Record<string, number> = { "+": 1.1, "-": 0.9 };
@@ -32,14 +34,16 @@ export function unweighted(text: string): readonly Fragment[] {
  * @throws SyntaxError in words that follow the name of the option
  */
 export function parseWeights(text: string): readonly Fragment[] {
-  const found: Fragment[] = [];
-  const groups: { readonly outer: Fragment[] }[] = [];
-  let fragments = found;
+  if (text.length > longestText)
+    throw new SyntaxError(`${text.length} characters; a text with weights may have ${longestText}`);
+  const found: { text: string; weight: number }[] = [];
+  /** Of each group that is open, how many parts come before it. */
+  const groups: number[] = [];
   let plain = "";
   /** Where the word that could have a sign behind it begins in `plain`; null where there is none. */
   let word: number | null = null;
   const flush = () => {
-    if (plain !== "") fragments.push({ text: plain, weight: 1 });
+    if (plain !== "") found.push({ text: plain, weight: 1 });
     plain = "";
     word = null;
   };
@@ -57,13 +61,13 @@ export function parseWeights(text: string): readonly Fragment[] {
       at += 2;
     } else if (character === "(") {
       flush();
-      groups.push({ outer: fragments });
-      fragments = [];
+      groups.push(found.length);
+      if (groups.length > deepestGroup) throw new SyntaxError(`more than ${deepestGroup} groups in each other`);
       at++;
     } else if (character === ")" || (character === ":" && groups.length > 0 && isWeightAt(at + 1))) {
       // The end of a group: what it weighs is behind a colon, or behind the parenthesis.
       const group = groups.pop();
-      if (!group)
+      if (group === undefined)
         throw new SyntaxError(`a ")" at character ${at + 1} that no "(" opens; write \\) for one that is meant`);
       flush();
       let weight = 1;
@@ -73,14 +77,13 @@ export function parseWeights(text: string): readonly Fragment[] {
       const behind = inside === null ? (matchAt(number, at) ?? matchAt(suffix, at)) : null;
       if (inside !== null || behind !== null) weight = weightOf(inside ?? behind!);
       at += behind?.length ?? 0;
-      group.outer.push(...fragments.map((each) => ({ text: each.text, weight: each.weight * weight })));
-      fragments = group.outer;
+      for (const part of found.slice(group)) part.weight *= weight;
     } else if (word !== null && character in signs && isWordEnd(at)) {
       const sign = matchAt(suffix, at)!;
       const own = plain.slice(word);
       plain = plain.slice(0, word);
       flush();
-      fragments.push({ text: own, weight: weightOf(sign) });
+      found.push({ text: own, weight: weightOf(sign) });
       at += sign.length;
     } else {
       if (/[\s,.;]/.test(character)) word = null;

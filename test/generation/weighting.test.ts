@@ -37,6 +37,8 @@ describe("weights in a text", () => {
     ["(a:1.2", /closes/],
     ["(a:100.5)", /weight 100.5; weights are numbers from 0 to 100/],
     ["((a:90):2)", /product is 180/],
+    [`${"(".repeat(33)}a${")".repeat(33)}`, /more than 32 groups in each other/],
+    ["x".repeat(32_769), /32769 characters; a text with weights may have 32768/],
     [`(a)${"+".repeat(60)}`, /weight \++;/],
     ["(a:0.5) b ".repeat(mostDownweighted + 1), /17 parts with a weight below 1; there may be 16/],
   ])("%j is refused", (text, message) => {
@@ -45,14 +47,14 @@ describe("weights in a text", () => {
   });
 
   it("of any length are read in little time", () => {
-    const long = ["(", ")", "a+ ", "(a:1", "-", ": 1 ", "\\", " "].map((each) => each.repeat(20_000));
+    const long = ["(", ")", "a+ ", "(a:1", "-", ": 1 ", "\\", " "].map((each) => each.repeat(32_768).slice(0, 32_768));
     const start = performance.now();
-    for (const text of [...long, `${"(".repeat(20_000)}a${":2)".repeat(20_000)}`])
+    for (const text of [...long, `${"(".repeat(32)}${"a+ ".repeat(10_000)}${":1)".repeat(32)}`])
       try {
         parseWeights(text);
       } catch (error) {
         expect(error).toBeInstanceOf(SyntaxError);
       }
-    expect(performance.now() - start).toBeLessThan(5000);
+    expect(performance.now() - start).toBeLessThan(2000);
   });
 });
