@@ -163,7 +163,7 @@ export interface LoadOptions {
    * Whether the model was distilled to few steps without guidance. Such a model draws by default with the sampler `"euler"`, the 4 or 8
    * steps that it was made for, and `guidanceScale: 1`; options of a request win. `calibrate` refuses it. Default: it is recognised by the
    * word turbo, TurboX, lightning, flash or LCM in the name of its folder, repository or file or in `_name_or_path` of its configs, or by a
-   * FlowMatchLCMScheduler; `model.defaults` says what was found, and `logger.info` why.
+   * FlowMatchLCMScheduler, whose word counts for requests that name no `sampler`; `model.defaults` says what was found, and `logger.info` why.
    */
   distilled?: boolean | undefined;
   /**
@@ -512,7 +512,10 @@ export interface GenerateOptions extends TextOptions {
   priority?: number | undefined;
   /** Pads every launch of this call to so many pictures, 1 to 256. Default: the option of `load`. */
   pinBatch?: number | undefined;
-  /** Values that the result holds besides the pictures; they are copied only if they are asked for. Default: none. */
+  /**
+   * Values that the result holds besides the pictures. Those that are left out are not copied from the runtime; `[]` is for none. Latents
+   * of SD3 are a twelfth of what is copied for the picture in any case. Default: `["latents"]`.
+   */
   include?: readonly ("latents" | "pixels")[] | undefined;
   /**
    * Whether `image` and `mask` may be paths of files; `false` refuses a path with an OptionError before any file is looked at. Where
@@ -691,7 +694,7 @@ export interface StageResult {
 export interface GenerateResult {
   /** The pictures, B of them; none with `outputType` `"latent"`. */
   readonly images: readonly Picture[];
-  /** Final latents, [B, C, H/f, W/f], as the transformer sees them; null unless `include` or `outputType` asks for them. */
+  /** Final latents, [B, C, H/f, W/f], as the transformer sees them; null where `include` leaves them out. */
   readonly latents: FloatTensor | null;
   /** Decoded values, [B, 3, H, W], nominally in [-1, 1], not clamped; null unless `include` asks for them. */
   readonly pixels: FloatTensor | null;

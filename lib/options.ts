@@ -536,7 +536,7 @@ const generateFields = z.strictObject({
   ),
   include: optional(
     kind(list(z.enum(["latents", "pixels"])), 'an array of "latents" and "pixels"'),
-    "values that the result holds besides the pictures: latents, pixels (default: none)",
+    "values that the result holds besides the pictures: latents, pixels (default: latents)",
   ),
   allowPaths: defaulted(
     boolean,

@@ -26,6 +26,8 @@ export interface Distilled {
   readonly steps: number;
   /** Completes "since …". */
   readonly reason: string;
+  /** Whether its scheduler alone says so: people save any checkpoint with any scheduler. */
+  readonly isByScheduler?: true;
 }
 
 /**
@@ -46,7 +48,7 @@ export async function distilledOf(checkpoint: Checkpoint, asked?: boolean): Prom
   if (asked) return { steps, reason: "the option distilled says so" };
   if (found) return { steps, reason: `the name "${found.name}" says "${found.word}"` };
   if (scheduler.className === "FlowMatchLCMScheduler")
-    return { steps, reason: `its scheduler is ${scheduler.className}` };
+    return { steps, reason: `its scheduler is ${scheduler.className}`, isByScheduler: true };
   return null;
 
   /** Its own name first. */

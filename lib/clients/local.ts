@@ -30,7 +30,7 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
         ...shared(request),
         ...(request.image && (await editDefaults(request, request.image, model))),
         ...{ prompt: request.prompt, negativePrompt: request.negativePrompt, count: request.count },
-        ...{ image: request.image, mask, signal },
+        ...{ image: request.image, mask, signal, include: [] },
         // Who asked for the picture knows what they asked for; they need not be told of this machine.
         metadata: "parameters",
         ...(onStep && { reports: "each" as const, onStep: ({ step, steps }) => onStep(step + 1, steps) }),

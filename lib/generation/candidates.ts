@@ -5,7 +5,14 @@
 import { LruCache } from "../common/lru-cache.js";
 import { OptionError } from "../errors.js";
 import type { ResolvedGenerateOptions } from "../options.js";
-import { type Block, defaultSampler, rowsOf, type ScheduleDefaults, usualDefaults } from "../schedule/index.js";
+import {
+  type Block,
+  defaultSampler,
+  defaultsBeside,
+  rowsOf,
+  type ScheduleDefaults,
+  usualDefaults,
+} from "../schedule/index.js";
 import { guidanceOf } from "./programs.js";
 import {
   blocksOf,
@@ -169,10 +176,11 @@ function samplerOf(
 
 /** A distilled model has a number of steps that is its own, whatever the sampler. */
 function stepsOf(
-  { steps, sigmas, grid }: ResolvedGenerateOptions,
-  { defaults = usualDefaults }: CandidateFacts,
+  { sampler, steps, sigmas, grid }: ResolvedGenerateOptions,
+  model: CandidateFacts,
   blocks: readonly Block[] | null,
 ): number | undefined {
+  const defaults = defaultsBeside(sampler, model.defaults);
   const isOpen = steps === undefined && sigmas === undefined && grid !== "calibrated" && !blocks;
   return isOpen && defaults.distilled ? defaults.steps : steps;
 }

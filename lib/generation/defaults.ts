@@ -15,8 +15,8 @@ export async function defaultsOf(
 ): Promise<ScheduleDefaults> {
   const distilled = await distilledOf(checkpoint, asked);
   if (!distilled) return usualDefaults;
-  const { steps, reason } = distilled;
-  const defaults = distilledDefaults(steps);
+  const { steps, reason, isByScheduler } = distilled;
+  const defaults = distilledDefaults(steps, isByScheduler);
   logger.info?.(
     `The model is taken for a distilled one, since ${reason}: where a request says nothing, it draws with the sampler ${defaults.sampler}, ${steps} steps and no guidance. The option distilled: false turns that off.`,
   );

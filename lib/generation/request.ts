@@ -19,7 +19,7 @@ import {
   refusePaths,
 } from "../options.js";
 import { allFinite } from "../program/validate.js";
-import { formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
+import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
@@ -105,14 +105,14 @@ const maxPictures = 1024;
 /** @throws OptionError that names the option and the remedy */
 export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
   const checked = checkOptions(generateSchema, given, "generate()");
-  const { guidanceScale = (model.defaults ?? usualDefaults).guidanceScale } = checked;
+  const { guidanceScale = defaultsBeside(checked.sampler, model.defaults).guidanceScale } = checked;
   const options = withQuality({ ...checked, guidanceScale }, model);
   const { image, mask, strength, keepOriginal, paddingMaskCrop } = options;
   const { count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority } =
     options;
   const { stages, sigmas, shift, mu } = options;
   const {
-    include = [],
+    include = ["latents"],
     signal,
     onAccept,
     onStart,

@@ -4,6 +4,8 @@ import { defaultSampler, ladderSteps, type QualityName, qualities, type SamplerN
 
 export interface ScheduleDefaults {
   readonly distilled: boolean;
+  /** Whether nothing but the model's scheduler says that it was distilled. */
+  readonly isOfScheduler?: boolean;
   readonly sampler: SamplerName;
   /** Of that sampler; of a distilled model those of every sampler. */
   readonly steps: number;
@@ -27,9 +29,17 @@ export const usualDefaults: ScheduleDefaults = {
 const distilledLadder: readonly number[] = [8, 6, 4, 3, 2, 1];
 
 /** @param steps that the model was distilled to */
-export function distilledDefaults(steps: number): ScheduleDefaults {
+export function distilledDefaults(steps: number, isOfScheduler = false): ScheduleDefaults {
   return {
-    ...{ distilled: true, sampler: "euler", steps, guidanceScale: 1, ladder: distilledLadder },
+    ...{ distilled: true, isOfScheduler, sampler: "euler", steps, guidanceScale: 1, ladder: distilledLadder },
     quality: { fast: Math.ceil(steps / 2), balanced: steps, best: Math.max(steps, distilledLadder[0]!) },
   };
+}
+
+/** The defaults of a request: one that names a sampler has put the scheduler aside, and with it what the scheduler says of the model. */
+export function defaultsBeside(
+  sampler: SamplerName | undefined,
+  defaults: ScheduleDefaults = usualDefaults,
+): ScheduleDefaults {
+  return defaults.isOfScheduler && sampler !== undefined ? usualDefaults : defaults;
 }

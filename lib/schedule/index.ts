@@ -22,7 +22,7 @@ export {
   nearestOf,
   rowsOf,
 } from "./calibrated.js";
-export { distilledDefaults, type ScheduleDefaults, usualDefaults } from "./defaults.js";
+export { defaultsBeside, distilledDefaults, type ScheduleDefaults, usualDefaults } from "./defaults.js";
 export { bestGrids, type Gram, gramOf } from "./grid-search.js";
 export {
   blocksGrid,

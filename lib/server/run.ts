@@ -112,6 +112,7 @@ export class Run {
     try {
       const result = await model.generate({
         ...options,
+        include: [],
         signal,
         onAccept: ({ place, predictedMs, blocks, seeds }) => {
           Object.assign(this, { status: "queued", place, predictedMs });

@@ -65,7 +65,9 @@ describe("is recognised", () => {
         json.scheduler = ["diffusers", "FlowMatchLCMScheduler"];
       },
     });
-    expect(await found(lcm)).toEqual({ steps: 4, reason: "its scheduler is FlowMatchLCMScheduler" });
+    expect(await found(lcm)).toEqual({
+      ...{ steps: 4, reason: "its scheduler is FlowMatchLCMScheduler", isByScheduler: true },
+    });
     expect(await found(lcm, false)).toBeNull();
   });
 
@@ -166,4 +168,21 @@ it("has a ladder and qualities of its own", async () => {
   expect(await request({ deadlineMs: 1000, ladder: ["H1"] })).toEqual(["flowturbo", "H1"]);
   expect(await request({ stages: [{ width: 64, height: 64, blocks: "H2" }] })).toEqual(["flowturbo", "H2"]);
   expect(await request({ image: new Uint8Array(4), strength: 0.5 })).toEqual(["euler", "E2"]);
+});
+
+it("a scheduler alone says it for requests that name no sampler", async () => {
+  const checkpoint = await openCheckpoint(fixture("large", "model"));
+  const guided = (options: Partial<GenerateOptions>) => {
+    const facts = {
+      ...{ checkpoint, calibrated: [], defaults: distilledDefaults(4, true), ladder: null },
+      ...{ text: new PromptEncoder(new GraphLibrary(checkpoint)), captured: false, pinBatch: null, allowPaths: false },
+    };
+    const { candidates, guidance } = settleRequest({ prompt: "x", ...options }, facts);
+    return [formatBlocks(candidates[0].stages[0]!.schedule.blocks), guidance.isOn];
+  };
+  expect(guided({})).toEqual(["E4", false]);
+  expect(guided({ steps: 2 })).toEqual(["E2", false]);
+  expect(guided({ guidanceScale: 2 })).toEqual(["E4", true]);
+  expect(guided({ sampler: "euler" })).toEqual(["E28", true]);
+  expect(guided({ sampler: "euler", guidanceScale: 1, steps: 4 })).toEqual(["E4", false]);
 });
