@@ -13,6 +13,7 @@ import {
   checkModelIndex,
   checkpointName,
   openCheckpoint,
+  quantisedT5,
 } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
 import { defaultCacheFolder } from "./common/files.js";
@@ -68,7 +69,7 @@ import {
   type ResolvedEncodeOptions,
 } from "./options.js";
 import type { Program } from "./program/program.js";
-import { checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
+import { checkInt8Weights, checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
 import { areSomeMixed, type Block, blocksForEach, parseBlocks, type ScheduleDefaults } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
@@ -157,17 +158,21 @@ export class FlowTurbo implements ImageModel {
     checkInstallation();
     await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
+    const int8Weights = checked.t5Weights === "int8";
+    if (int8Weights) checkInt8Weights(checked.runtime);
     const root = await locateModel(folder, {
       ...{ ...checked, checkIndex: checkModelIndex },
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
     });
     report("checkpoint", 0);
     const opening = openCheckpoint(root, { variant, base, previewVae, textEncoder3, signal });
-    const [checkpoint] = await Promise.all([opening, sharp.load()]);
-    for (const warning of checkpoint.warnings) logger.warn?.(warning);
+    const [stored] = await Promise.all([opening, sharp.load()]);
+    for (const warning of stored.warnings) logger.warn?.(warning);
+    const cache = checked.cache ?? defaultCacheFolder();
+    const t5 = int8Weights && stored.textEncoder3;
+    const checkpoint = t5 ? { ...stored, textEncoder3: await quantisedT5(t5, cache, { signal, logger }) } : stored;
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(checkpoint);
-    const cache = checked.cache ?? defaultCacheFolder();
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
 
     // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.
@@ -178,7 +183,7 @@ export class FlowTurbo implements ImageModel {
     const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
     const monitor = new HealthMonitor();
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
-    const settings = { ...checked, listener: monitor };
+    const settings = { ...checked, int8Weights: int8Weights && checkpoint.textEncoder3 !== null, listener: monitor };
     const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
       graphs = emitted.emittedAs(emitOptions);
       if (device) checkDeviceMemory(graphs, device);

@@ -189,6 +189,13 @@ export interface LoadOptions {
    * twice the memory), `"auto"` folds where six times their bytes are free. Default: `"auto"`.
    */
   weights?: "auto" | "lazy" | "folded" | undefined;
+  /**
+   * How the CPU runtime holds the weights of T5's linear layers. `"stored"`: as they are in the checkpoint. `"int8"`: quantised, with a
+   * scale for each 16 values, which takes 1.25 bytes a weight and changes the embedding by less than one hundredth. The first load of a
+   * checkpoint writes them into the folder `weights` of `cache`. Only the CPU runtime has them: with `runtime: "auto"` others are
+   * passed over, and one that is named is an OptionError. Without T5 it has no effect. Default: `"stored"`.
+   */
+  t5Weights?: "stored" | "int8" | undefined;
   /** At most so many pictures share a launch, of one request or of several; 1 to 256. Default: 8. */
   maxBatch?: number | undefined;
   /**

@@ -248,6 +248,12 @@ export const loadSchema = z.strictObject({
     "16-bit weights: lazy widens them at each use, folded once at load (faster, twice the memory)",
     "--weights <mode>",
   ),
+  t5Weights: defaulted(
+    oneOf(["stored", "int8"]),
+    "stored",
+    "T5's weights on the CPU: as they are stored, or int8, quantised once into the cache (0.63 of the memory of 16 bits)",
+    "--t5 <weights>",
+  ),
   maxBatch: defaulted(
     integer(1, 256),
     8,

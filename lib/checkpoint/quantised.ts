@@ -3,7 +3,8 @@
  * their scale are other weights, so that a scale which should be there and is not is an error, and never 1.
  */
 
-import { elementCount, is8Bit, type StoredScale, type StoredTensor } from "../common/tensor.js";
+import { bytesPerElement, elementCount, is8Bit, type StoredScale, type StoredTensor } from "../common/tensor.js";
+import { widen } from "../common/widen.js";
 import { CheckpointError } from "../errors.js";
 import { isRecord } from "./files.js";
 import { type HeaderEntry, readBytes, readTensor, supportedDType } from "./safetensors.js";
@@ -44,7 +45,8 @@ const takeOthers = "Take the model's weights in F16 or BF16, or quantise it agai
 export function resolveTensor(lookup: Lookup, name: string): StoredTensor | undefined {
   const found = lookup(name);
   if (!found) return undefined;
-  if (name.endsWith(formatSuffix) && found.entry.dtype === "U8") return { ...located(found), name, dtype: "U8" };
+  // A number up to 3, which U8 and I8 store alike.
+  if (name.endsWith(formatSuffix)) return { ...located(found), name, dtype: "I8" };
   const stored = storedTensor(found, name);
   if (!is8Bit(stored.dtype)) return stored;
   const scale = scaleOf(lookup, stored);
@@ -213,6 +215,34 @@ async function checkScale({ name, file }: StoredTensor, { tensor }: StoredScale)
     `${file}: the scale "${tensor.name}" of the quantised tensor "${name}" ${wrong === undefined ? "is zero throughout" : `has the value ${wrong}`}, so that the weight cannot be restored. The file is damaged or was quantised wrongly: download it again. ${takeOthers}`,
   );
 }
+
+/**
+ * Values of a tensor, restored with its scale.
+ *
+ * @param first index of the first one in the row-major tensor
+ * @throws CheckpointError if they cannot be read in full
+ */
+export async function readElements(tensor: StoredTensor, first: number, count: number): Promise<Float32Array> {
+  const { file, shape, dtype, offset, scale } = tensor;
+  const size = bytesPerElement[dtype];
+  const bytes = await readBytes(file, offset + first * size, count * size);
+  if (bytes.length < count * size)
+    throw new CheckpointError(file, `${file} ends inside the tensor "${tensor.name}". Download the file again.`);
+  const data = new Float32Array(count);
+  widen(bytes, dtype, data);
+  if (!scale) return data;
+  const { data: scales } = await readTensor(scale.tensor.file, scale.tensor);
+  const perScale = elementCount(shape) / scales.length;
+  for (let i = 0; i < count; i++) data[i]! *= scales[Math.floor((first + i) / perScale)]! * scale.factor;
+  return data;
+}
+
+/** Whether a tensor is no weight of a network but what a quantisation keeps beside one. */
+export function isBesideWeights(name: string): boolean {
+  return name === scaledMark || besides.test(name);
+}
+
+const besides = /\.(scale_weight|weight_scale|SCB|weight_format|scale_input|input_scale|comfy_quant)$/;
 
 async function checkFormat({ name, file }: StoredTensor, format: StoredTensor): Promise<void> {
   const [order] = await readBytes(format.file, format.offset, 1);

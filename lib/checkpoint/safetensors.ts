@@ -61,20 +61,17 @@ export async function readSafetensorsHeader(
   });
 }
 
-/** U8 needs scales of a kind that no checkpoint's tensor of its own has. */
-const readable = Object.keys(bytesPerElement).filter((dtype) => dtype !== "U8");
-
 /**
  * The dtype of an entry as one that this package computes with.
  *
  * @throws CheckpointError that names file and tensor if it is another.
  */
 export function supportedDType(file: string, entry: HeaderEntry): StoredDType {
-  if (readable.includes(entry.dtype)) return entry.dtype as StoredDType;
+  if (Object.hasOwn(bytesPerElement, entry.dtype)) return entry.dtype as StoredDType;
   throw new CheckpointError(
     file,
     `${file}: the tensor "${entry.name}" has dtype ${entry.dtype}; supported are ` +
-      `${readable.join(", ")}. Convert the file to one of these.`,
+      `${Object.keys(bytesPerElement).join(", ")}. Convert the file to one of these.`,
   );
 }
 

@@ -16,10 +16,10 @@ import { createHash } from "node:crypto";
 import { open } from "node:fs/promises";
 import { z } from "zod";
 import type { FileVersion } from "../common/files.js";
-import { bytesPerElement, elementCount } from "../common/tensor.js";
+import { elementCount } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import { readOptionalJson } from "./files.js";
-import { readTensor } from "./safetensors.js";
+import { isBesideWeights, readElements } from "./quantised.js";
 import type { Weights } from "./weights.js";
 
 /** Of the file's format. */
@@ -141,19 +141,13 @@ const sampled = 48;
 
 /** Single weights from all over a network, of tensors in the order of their names. */
 export async function sampledWeights({ names, find }: Pick<Weights, "names" | "find">): Promise<number[]> {
-  const sorted = [...names].sort();
+  const sorted = names.filter((name) => !isBesideWeights(name)).sort();
   const values: number[] = [];
   for (let place = 0; place < sampled; place++) {
     const tensor = find(sorted[Math.floor((sorted.length * place) / sampled)]!)!;
     // Another place in each: neighbouring tensors of equal shape have something in common.
     const index = Math.floor((elementCount(tensor.shape) * (2 * place + 1)) / (2 * sampled));
-    const length = bytesPerElement[tensor.dtype];
-    const { data } = await readTensor(tensor.file, {
-      ...tensor,
-      shape: [1],
-      offset: tensor.offset + index * length,
-      length,
-    });
+    const data = await readElements(tensor, index, 1);
     values.push(Number(data[0]!.toPrecision(6)));
   }
   return values;

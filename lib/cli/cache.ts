@@ -1,6 +1,8 @@
-/** `flowturbo cache`: what lies in the cache of engines, whether it is sound, and how to clear it. */
+/** `flowturbo cache`: what lies in the cache of engines and quantised weights, whether it is sound, and how to clear it. */
 
 import type { Command } from "commander";
+import { clearQuantised, listQuantised, quantisedFolder } from "../checkpoint/index.js";
+import { defaultCacheFolder } from "../common/files.js";
 import { loadSchema } from "../options.js";
 import { findAddon, smText } from "../runtimes/tensorrt/addon.js";
 import { type CacheItem, EngineCache, enginesFolder } from "../runtimes/tensorrt/cache.js";
@@ -9,17 +11,17 @@ import { addFlags, addJsonFlag, type CommonFlags } from "./flags.js";
 import { megabytes, print } from "./print.js";
 
 export function cacheCommand(command: Command, signal: AbortSignal): void {
-  command.description("List, verify or clear the cache of engines.");
+  command.description("List, verify or clear the cache of engines and quantised weights.");
   const add = (name: string, description: string, action: (flags: CommonFlags) => Promise<void>) => {
     const added = command.command(name).exitOverride().description(description);
     addFlags(added, loadSchema.pick({ cache: true }));
     addJsonFlag(added).action(action);
   };
-  add("list", "List the engines.", (flags) => list(flags, false, signal));
+  add("list", "List the engines and quantised weights.", (flags) => list(flags, false, signal));
   add("verify", "Read every engine and compare it with its SHA-256; exit code 1 if one is damaged.", (flags) =>
     list(flags, true, signal),
   );
-  add("clear", "Remove every engine that nobody is building.", clear);
+  add("clear", "Remove every engine that nobody is building, and quantised weights.", clear);
 }
 
 async function list(flags: CommonFlags, verify: boolean, signal: AbortSignal): Promise<void> {
@@ -30,7 +32,13 @@ async function list(flags: CommonFlags, verify: boolean, signal: AbortSignal): P
   const engines = items.map(({ name, bytes, damage, manifest }) => ({ name, bytes, damage, ...manifest }));
   const bytes = items.reduce((sum, item) => sum + item.bytes, 0);
   const heading = `${folder}: ${items.length} engines, ${megabytes(bytes)}`;
-  print(flags.json, { folder, engines }, [heading, ...items.map((item) => describe(item, verify))].join("\n"));
+  const lines = [heading, ...items.map((item) => describe(item, verify))];
+  const root = flags.cache ?? defaultCacheFolder();
+  const weights = await listQuantised(root);
+  const total = weights.reduce((sum, item) => sum + item.bytes, 0);
+  if (weights.length > 0)
+    lines.push(`${quantisedFolder(root)}: ${weights.length} files of weights, ${megabytes(total)}`);
+  print(flags.json, { folder, engines, weights }, lines.join("\n"));
   if (damaged.length > 0) process.exitCode = 1;
 }
 
@@ -46,5 +54,8 @@ async function clear(flags: CommonFlags): Promise<void> {
   // For its locks. Without an addon no engine can be under construction.
   const addon = tensorRtKinds.map(findAddon).find((found) => "describe" in found) ?? null;
   const freed = cache ? await cache.clear(addon) : { engines: 0, bytes: 0 };
-  print(flags.json, freed, `removed ${freed.engines} engines, ${megabytes(freed.bytes)}`);
+  const weights = await clearQuantised(flags.cache ?? defaultCacheFolder());
+  const text = `removed ${freed.engines} engines, ${megabytes(freed.bytes)}`;
+  const more = `, and ${weights.files} files of weights, ${megabytes(weights.bytes)}`;
+  print(flags.json, { ...freed, weights }, weights.files > 0 ? `${text}${more}` : text);
 }

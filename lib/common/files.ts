@@ -26,7 +26,7 @@ export function defaultCacheFolder(): string {
  */
 export async function writeFileAtomic(
   file: string,
-  data: string | Uint8Array | Iterable<Uint8Array>,
+  data: string | Uint8Array | Iterable<Uint8Array> | AsyncIterable<Uint8Array>,
   mode?: number,
 ): Promise<void> {
   const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;

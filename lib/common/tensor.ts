@@ -6,11 +6,8 @@
 /** Element types of values in memory, in ONNX's spelling. */
 export type DType = "float32" | "int64";
 
-/**
- * Element types of tensors in .safetensors files that this package can compute with. U8: what it quantised itself, with a scale for
- * each block and 128 for zero.
- */
-export type StoredDType = ComputedDType | "F8_E4M3" | "F8_E5M2" | "I8" | "U8";
+/** Element types of tensors in .safetensors files that this package can compute with. */
+export type StoredDType = ComputedDType | "F8_E4M3" | "F8_E5M2" | "I8";
 
 /** Those of them that networks are computed in. */
 export type ComputedDType = "F32" | "F16" | "BF16";
@@ -52,7 +49,7 @@ export interface StoredTensor {
 
 /**
  * The scale of a quantised tensor, whose values are stored · scale · factor. The scale is [] or [1] for the whole tensor,
- * [rows] for each of its rows, the first axis, or with U8 [rows, blocks] for each block of a row.
+ * [rows] for each of its rows, the first axis, or [rows, blocks] for each block of a row, where the weight was quantised at load.
  */
 export interface StoredScale {
   readonly tensor: StoredTensor;
@@ -78,7 +75,6 @@ export const bytesPerElement: Record<StoredDType, number> = {
   F8_E4M3: 1,
   F8_E5M2: 1,
   I8: 1,
-  U8: 1,
 };
 
 /** Whether values of the type take 8 bits: no runtime computes networks in it. */

@@ -50,5 +50,4 @@ const byteValues = {
   F8_E4M3: table(e4m3),
   F8_E5M2: table((bits) => smallFloat(bits, 5, 2)),
   I8: table((bits) => (bits << 24) >> 24),
-  U8: table((bits) => bits),
 };

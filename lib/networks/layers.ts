@@ -6,7 +6,7 @@
  * which on the CPU means: 16-bit and 8-bit weights stay so in memory and are widened for the duration of one layer.
  */
 
-import { is8Bit, type StoredScale, type StoredTensor, type WeightSource } from "../common/tensor.js";
+import { elementCount, is8Bit, type StoredScale, type StoredTensor, type WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 
@@ -30,6 +30,8 @@ export function requireTensor(weights: WeightSource, name: string, shape: readon
       (weights.storedName ? `The first is what ${config} for.` : "Its config.json belongs to other weights."),
   );
 }
+
+const isBlockwise = ({ scale }: StoredTensor) => scale?.tensor.shape.length === 2;
 
 /** A value for each row, [B] → [B, 1, 1, 1]. */
 export function perRow(g: GraphBuilder, value: Value): Value {
@@ -105,7 +107,8 @@ export class Layers {
     const { g } = this;
     const tensor = requireTensor(this.weights, `${name}.weight`, [to, from]);
     // A scale for the whole or for each output is the same on the product, which is smaller than the weight.
-    const later = this.options.eightBit === "cast" && this.compute === "float32" ? tensor.scale : undefined;
+    const isLater = this.options.eightBit === "cast" && this.compute === "float32" && !isBlockwise(tensor);
+    const later = isLater ? tensor.scale : undefined;
     const weight = later ? g.cast(g.external(tensor), this.compute) : this.weight(`${name}.weight`, [to, from]);
     const addend = bias ? this.weight(`${name}.bias`, [to]) : null;
     return g.scoped(name, () => {
@@ -290,10 +293,24 @@ export class Layers {
     });
   }
 
+  /**
+   * A weight with a scale for each block of a row. On the CPU ONNX Runtime's MatMulNBits is quicker, and its embeddings are further off,
+   * since it quantises activations too: 1.3 % for T5 as it is initialised, against 0.8 %.
+   */
+  #blockwise(tensor: StoredTensor, scales: StoredTensor): Value {
+    const { g } = this;
+    const blocks = elementCount(scales.shape);
+    const shape = [blocks, elementCount(tensor.shape) / blocks];
+    const scale = g.external({ ...scales, shape: [blocks, 1] });
+    const values = this.mul(g.cast(g.external({ ...tensor, shape }), "float32"), scale);
+    return g.cast(g.op("Reshape", [values, g.ints(tensor.shape)]), this.compute);
+  }
+
   /** An 8-bit weight in the type that the network computes in, restored in float32, since a scale has that precision. */
   #dequantised(tensor: StoredTensor): Value {
     const { g } = this;
     const { scale, shape } = tensor;
+    if (scale && isBlockwise(tensor)) return this.#blockwise(tensor, scale.tensor);
     const stored = g.external(tensor);
     if (this.options.eightBit === "dequantize") {
       const factors = scale ? g.cast(g.external(scale.tensor), "float32") : g.scalar(1, "float32");

@@ -3,7 +3,7 @@
  * `flowturbo doctor`) follows from it; the rest of the package asks for capabilities and compares no names.
  */
 
-import { CheckpointError, FlowTurboError, RuntimeUnavailableError } from "../errors.js";
+import { CheckpointError, FlowTurboError, OptionError, RuntimeUnavailableError } from "../errors.js";
 import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { cuda } from "./onnxruntime/cuda.js";
 import { onnxruntime } from "./onnxruntime/row.js";
@@ -69,6 +69,16 @@ export function platformWarning(): string | null {
   return rowsOf("auto").at(-1)?.unsupported?.()?.message ?? null;
 }
 
+/** @throws OptionError if the runtime of that name does not compute with weights that are quantised at load; "auto" always finds one */
+export function checkInt8Weights(wanted: string): void {
+  const takers = Object.values(runtimes).filter(({ takesInt8Weights }) => takesInt8Weights);
+  if (wanted === "auto" || takers.includes(runtimes[wanted]!)) return;
+  throw new OptionError(
+    "t5Weights",
+    `The runtime ${wanted} does not take t5Weights "int8"; ${takers.map(({ name }) => name).join(", ")} does. Leave it away, or load a checkpoint whose T5 is stored in 8 bits.`,
+  );
+}
+
 /**
  * Opens the runtime of that name; with "auto" the first one that can be used here.
  * @param check refuses a runtime that has been opened; with "auto" the next one is tried
@@ -85,6 +95,7 @@ export async function openRuntime(
   for (const [index, row] of rows.entries()) {
     let opened: OpenedRuntime | null = null;
     try {
+      if (settings.int8Weights) checkInt8Weights(row.name);
       opened = await row.open({ ...settings, named: wanted !== "auto" }, weights);
       check(opened);
       return { ...opened, choice: { name: row.name, passedOver } };

@@ -152,6 +152,8 @@ export interface RuntimeSettings {
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
   readonly capture: boolean;
+  /** Whether some of the weights are quantised as the model is loaded; a runtime whose row does not take them is not opened. */
+  readonly int8Weights?: boolean | undefined;
   /** Whether the runtime was asked for by name; otherwise it is one of several that will do. */
   readonly named?: boolean | undefined;
   /** Milliseconds without a sign of life after which a runtime's process is replaced; default: 10 000. */
@@ -274,6 +276,8 @@ export interface RuntimeRow {
   /** For help texts: what it runs on. */
   readonly runsOn: string;
   readonly capabilities: Capabilities;
+  /** Whether it computes with weights that are quantised as the model is loaded (`t5Weights`). */
+  readonly takesInt8Weights?: boolean | undefined;
   /** What to say where it has no binaries for this platform; null where it has them. Absent: that is found out by opening it. */
   readonly unsupported?: () => InstallationError | null;
   /** Fails quickly if it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */

@@ -13,6 +13,7 @@ export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
   runsOn: "the CPU",
   capabilities,
+  takesInt8Weights: true,
   unsupported,
   async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());

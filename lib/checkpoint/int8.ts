@@ -1,0 +1,186 @@
+/**
+ * T5's linear weights in int8, made once for a checkpoint and kept in the cache: for each block of 16 values of a row its largest
+ * magnitude / 127, and the values in units of it. The file is written as a stream of a few megabytes at a time, since the weights of
+ * T5-XXL are 9.5 GB, and it is mapped like any other weights afterwards. It holds all that the network needs, so that a graph has its
+ * weights in one place.
+ */
+
+import { createHash } from "node:crypto";
+import { readdir, realpath, rm, stat } from "node:fs/promises";
+import path from "node:path";
+import { makeFolders, writeFileAtomic } from "../common/files.js";
+import type { Logger } from "../common/logger.js";
+import { elementCount, type StoredTensor } from "../common/tensor.js";
+import { CheckpointError, OutputError } from "../errors.js";
+import type { Part } from "./checkpoint.js";
+import type { T5Config } from "./configs.js";
+import { readElements } from "./quantised.js";
+import { type HeaderEntry, readBytes, readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
+import { modelFingerprint } from "./schedules.js";
+import type { Weights } from "./weights.js";
+
+/** Values that share a scale. Smaller blocks are nearer to the weights, and have more scales. */
+const block = 16;
+/** Changes when files of an older form must not be taken. */
+const format = 1;
+/** Values that are read at a time. */
+const piece = 1 << 20;
+
+const scaleSuffix = ".scales";
+const isLinear = (name: string) =>
+  /^encoder\.block\.\d+\.layer\.\d+\.\w+\.(q|k|v|o|wi|wi_0|wi_1|wo)\.weight$/.test(name);
+const isNeeded = (name: string) => /^(shared|encoder)\.(.*\.)?weight$/.test(name);
+
+/** Folder of quantised weights in a cache. */
+export const quantisedFolder = (cache: string): string => path.join(cache, "weights");
+
+/**
+ * The encoder with its linear weights in int8, from the cache, or quantised into it: about a minute for T5-XXL.
+ *
+ * @param cache folder of the caches
+ * @throws CheckpointError if the weights cannot be read, OutputError if the cache cannot be written; `signal.reason` after an abort
+ */
+export async function quantisedT5(
+  { config, weights }: Part<T5Config>,
+  cache: string,
+  { signal, logger = {} }: { signal?: AbortSignal | undefined; logger?: Logger | undefined } = {},
+): Promise<Part<T5Config>> {
+  const tensors = weights.names.filter(isNeeded).flatMap((name) => weights.find(name) ?? []);
+  const planned = plan(tensors);
+  const header = Buffer.from(JSON.stringify(Object.fromEntries(planned.entries)));
+  const key = createHash("sha256")
+    .update(`${format};${await modelFingerprint(config, weights.files)};`)
+    .update(header);
+  const folder = quantisedFolder(cache);
+  const file = path.join(folder, `${key.digest("hex").slice(0, 32)}.safetensors`);
+  let opened = await openQuantised(file, planned.bytes);
+  if (!opened) {
+    logger.info?.(`T5's weights are quantised to int8, once, into ${file}.`);
+    const start = performance.now();
+    try {
+      await makeFolders(folder);
+      await writeFileAtomic(file, quantised(tensors, header, signal));
+    } catch (cause) {
+      if (cause instanceof CheckpointError || signal?.aborted) throw cause;
+      const message = `Cannot write T5's quantised weights (${planned.bytes} bytes) to ${file}: ${(cause as Error).message}. Name another folder (cache), or load them as they are stored.`;
+      throw new OutputError(file, message, { cause });
+    }
+    logger.info?.(`T5's weights were quantised in ${((performance.now() - start) / 1000).toFixed(1)} s.`);
+    opened = await openQuantised(file, planned.bytes);
+    if (!opened)
+      throw new OutputError(file, `${file} was removed or changed while it was opened. Load the model again.`);
+  }
+  return { config, weights: opened };
+}
+
+/** Bytes of the files of quantised weights in a cache, by their paths. */
+export async function listQuantised(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
+  const folder = quantisedFolder(cache);
+  const names = await readdir(folder).catch((): string[] => []);
+  const files = names
+    .filter((name) => /\.safetensors(\.[0-9a-f]+\.tmp)?$/.test(name))
+    .map((name) => path.join(folder, name));
+  return Promise.all(files.sort().map(async (file) => ({ file, bytes: (await stat(file)).size })));
+}
+
+/** Removes them, and what an interrupted load left. @returns how many there were, and their bytes */
+export async function clearQuantised(cache: string): Promise<{ readonly files: number; readonly bytes: number }> {
+  const found = await listQuantised(cache);
+  for (const { file } of found) await rm(file, { force: true });
+  return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
+}
+
+const isQuantised = ({ name, shape }: StoredTensor) => isLinear(name) && shape.length === 2 && shape[1]! % block === 0;
+
+/** What a file of these tensors holds: the entries of its header, and its bytes. */
+function plan(tensors: readonly StoredTensor[]) {
+  let end = 0;
+  const entries: [string, unknown][] = [];
+  const add = (name: string, dtype: string, shape: readonly number[], length: number) => {
+    entries.push([name, { dtype, shape, data_offsets: [end, end + length] }]);
+    end += length;
+  };
+  for (const tensor of tensors) {
+    const { name, shape, dtype, length, scale } = tensor;
+    const count = elementCount(shape);
+    if (isQuantised(tensor)) {
+      add(name, "I8", shape, count);
+      add(`${name}${scaleSuffix}`, "F32", [shape[0]!, shape[1]! / block], (4 * count) / block);
+    } else if (scale) add(name, "F32", shape, 4 * count);
+    else add(name, dtype, shape, length);
+  }
+  const header = Buffer.byteLength(JSON.stringify(Object.fromEntries(entries)));
+  return { entries, bytes: 8 + header + end };
+}
+
+async function* quantised(
+  tensors: readonly StoredTensor[],
+  header: Buffer,
+  signal: AbortSignal | undefined,
+): AsyncGenerator<Uint8Array> {
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(header.length));
+  yield length;
+  yield header;
+  for (const tensor of tensors) {
+    const count = elementCount(tensor.shape);
+    const quantise = isQuantised(tensor);
+    const scales = new Float32Array(quantise ? count / block : 0);
+    for (let first = 0; first < count; first += piece) {
+      signal?.throwIfAborted();
+      const size = Math.min(piece, count - first);
+      if (quantise) {
+        const values = await readElements(tensor, first, size);
+        yield quantiseBlocks(values, scales.subarray(first / block, (first + size) / block));
+      } else if (tensor.scale) yield bytesOf(await readElements(tensor, first, size));
+      else {
+        const each = tensor.length / count;
+        yield await readBytes(tensor.file, tensor.offset + first * each, size * each);
+      }
+    }
+    if (quantise) yield bytesOf(scales);
+  }
+}
+
+/** Whole blocks of values in units of their scales. @param scales receives a scale for each block */
+export function quantiseBlocks(values: Float32Array, scales: Float32Array): Uint8Array {
+  const codes = new Int8Array(values.length);
+  for (let at = 0; at < scales.length; at++) {
+    let most = 0;
+    for (let i = at * block; i < (at + 1) * block; i++) most = Math.max(most, Math.abs(values[i]!));
+    scales[at] = most / 127;
+    const units = most === 0 ? 0 : 127 / most;
+    for (let i = at * block; i < (at + 1) * block; i++) codes[i] = Math.round(values[i]! * units);
+  }
+  return bytesOf(codes);
+}
+
+const bytesOf = ({ buffer, byteOffset, byteLength }: Float32Array | Int8Array) =>
+  new Uint8Array(buffer, byteOffset, byteLength);
+
+/** Undefined where there is no whole file of that size. */
+async function openQuantised(file: string, bytes: number): Promise<Weights | undefined> {
+  const found = await stat(file).catch(() => undefined);
+  if (found?.size !== bytes) return undefined;
+  const real = await realpath(file);
+  const header = await readSafetensorsHeader(real).catch(() => undefined);
+  return header && source(real, { size: found.size, mtimeMs: found.mtimeMs }, header);
+}
+
+function source(file: string, version: { size: number; mtimeMs: number }, header: SafetensorsHeader): Weights {
+  const bytesByDType: Record<string, number> = {};
+  for (const { dtype, length } of header.values()) bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
+  // The file is this module's own: what is in it has been checked.
+  const stored = ({ name, dtype, shape, offset, length }: HeaderEntry) =>
+    ({ name, dtype, shape, file, offset, length }) as StoredTensor;
+  return {
+    ...{ origin: file, variant: null, variantsFound: [], warnings: [], files: [{ file, ...version }], bytesByDType },
+    names: [...header.keys()],
+    find(name) {
+      const entry = header.get(name);
+      if (!entry) return undefined;
+      const scales = header.get(`${name}${scaleSuffix}`);
+      return scales ? { ...stored(entry), scale: { tensor: stored(scales), factor: 1 } } : stored(entry);
+    },
+  };
+}
