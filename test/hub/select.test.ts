@@ -141,6 +141,7 @@ describe("what is chosen is what is read", () => {
     ["a single file", (base) => [`${base}.safetensors`]],
     ["both precisions", (base) => singles.map((variant) => `${base}${variant}.safetensors`)],
     ["shards", (base) => [`${base}.safetensors.index.json`]],
+    ["a single file beside shards", (base) => [`${base}.safetensors`, `${base}.safetensors.index.json`]],
     ...spellings.map((spelling): [string, (base: string) => string[]] => [
       `the variant's index as ${spelling}`,
       (base) => [`${base}.safetensors`, `${base}.${spelling}`],
