@@ -1,8 +1,13 @@
 // Both decisions that ask for available memory (widening weights, building engines) respect the limit of the process's
 // control group.
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { afterEach, describe, expect, it, vi } from "vitest";
 import { availableMemory } from "../../lib/common/memory.js";
 import { MemoryError } from "../../lib/errors.js";
+import { GraphBuilder } from "../../lib/onnx/index.js";
+import { sessionOptions } from "../../lib/runtimes/onnxruntime/sessions.js";
 import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { BuildMemory } from "../../lib/runtimes/tensorrt/build-memory.js";
 import { flavours } from "../../lib/runtimes/tensorrt/flavours.js";
@@ -85,3 +90,41 @@ describe("builds", () => {
     (await memory.enter(graph(1e8), undefined))();
   });
 });
+
+it.runIf(process.platform === "linux")(
+  "lazy weights are not widened as a session is made, folded ones are",
+  async () => {
+    process.env.ORT_DISABLE_TELEMETRY = "1";
+    const ort = await import("onnxruntime-node");
+    const folder = await mkdtemp(join(tmpdir(), "flowturbo-lazy-"));
+    try {
+      const file = join(folder, "weights");
+      const length = 2 ** 25;
+      await writeFile(file, new Uint8Array(length));
+      const grown = async (dtype: "BF16" | "F8_E4M3", widening: "lazy" | "folded") => {
+        const g = new GraphBuilder("widened");
+        const shape = [length / (dtype === "BF16" ? 2 : 1) / 1024, 1024];
+        const weight = g.cast(g.external({ name: "w", dtype, shape, file, offset: 0, length }), "float32");
+        const x = g.input("x", "float32", ["rows", 1024]);
+        g.output("y", g.op("Gemm", [x, weight], { transB: 1 }), ["rows", shape[0]!]);
+        const anonymous = async () =>
+          1024 * Number(/RssAnon:\s+(\d+)/.exec(await readFile("/proc/self/status", "utf8"))![1]);
+        const before = await anonymous();
+        const options = sessionOptions({ root: "/", widening }, { threads: 1 });
+        const session = await ort.InferenceSession.create(g.build().bytes, options);
+        const after = await anonymous();
+        await session.release();
+        return after - before;
+      };
+      for (const [dtype, times] of [
+        ["BF16", 2],
+        ["F8_E4M3", 4],
+      ] as const) {
+        expect(await grown(dtype, "lazy")).toBeLessThan(length / 2);
+        expect(await grown(dtype, "folded")).toBeGreaterThan(0.75 * times * length);
+      }
+    } finally {
+      await rm(folder, { recursive: true, force: true });
+    }
+  },
+);

@@ -40,8 +40,8 @@ export function sessionOptions(
         ...(onDevice ? { use_device_allocator_for_initializers: "1" } : {}),
       },
       ...(provider === "webgpu" ? { ep: { webgpuexecutionprovider: { powerPreference: "high-performance" } } } : {}),
+      // The casts behind 16-bit and 8-bit weights would be folded into float32 copies of them.
+      ...(widening === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
     },
-    // The casts behind 16-bit weights would be folded into float32 copies of them.
-    ...(widening === "lazy" ? { optimization: { disable_specified_optimizers: "ConstantFolding" } } : {}),
   };
 }
