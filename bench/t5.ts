@@ -2,7 +2,7 @@
  * Memory, time and error of T5's weights in bfloat16 and in int8 (`t5Weights`), with T5-XXL's widths and 4 of its 24 layers, weights as T5
  * begins with them, 256 tokens. Each runs in a process of its own, whose anonymous memory (what cannot be given back to the files) counts.
  *
- *   npx tsx bench/t5.ts
+ *   npm run bench:t5
  */
 
 import { spawnSync } from "node:child_process";
@@ -157,7 +157,7 @@ const row = (name: string) => {
 const page = [
   "# T5's weights in int8",
   "",
-  `T5-XXL's widths with ${layers} of its 24 layers, weights as T5 begins with them, ${tokens} tokens on 2 threads, 16-bit weights lazy. Peak: the resident size of the process, mapped weights included. \`npx tsx bench/t5.ts\`.`,
+  `T5-XXL's widths with ${layers} of its 24 layers, weights as T5 begins with them, ${tokens} tokens on 2 threads, 16-bit weights lazy. Peak: the resident size of the process, mapped weights included. \`npm run bench:t5\`.`,
   "",
   table([["t5Weights", "file", "peak", "encoding"], row("stored"), row("int8")]),
   "",
