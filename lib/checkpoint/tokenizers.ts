@@ -103,7 +103,7 @@ export async function openClipTokenizer(
   const added = withIds(vocab, Object.keys(vocab).length, [
     ...names.listed,
     ...names.withoutListed([start, end, unknown, names.token("sep_token"), pad, ...names.others]),
-    ...names.withoutListed(names.extra ?? []),
+    ...names.withoutListed(names.extra ?? names.additional ?? []),
   ]);
   const idOf = ({ content }: AddedToken): number => {
     // One that is in no list would get an id behind the vocabulary, where the encoder has no row.
@@ -195,7 +195,10 @@ export async function openT5Tokenizer(folder: string, bounds = usualBounds): Pro
   const sentinels = typeof names.config.extra_ids === "number" ? names.config.extra_ids : 100;
   const usual = Array.from({ length: Math.min(Math.max(0, sentinels), vocab.length) }, (_, i) => `<extra_id_${i}>`);
   // Sentinels that the vocabulary lacks would get ids that the encoder has no rows for; no prompt needs them.
-  const extra = names.extra ?? usual.filter((content) => Object.hasOwn(pieces, content)).map(plainToken);
+  const known = usual.filter((content) => Object.hasOwn(pieces, content)).map(plainToken);
+  const additional = names.additional ?? [];
+  const hasSentinels = additional.some(({ content }) => content.includes("<extra_id_"));
+  const extra = names.extra ?? [...additional, ...(hasSentinels ? [] : known)];
   const added = withIds(pieces, vocab.length, [
     ...names.listed,
     ...names.withoutListed([names.token("bos_token"), end, unknown, names.token("sep_token"), pad, ...names.others]),
@@ -347,9 +350,14 @@ async function readTokens(folder: string, json: JsonObject | null) {
   refuseUnknown(folder, config, json);
   const decoder = isRecord(config.added_tokens_decoder) ? config.added_tokens_decoder : undefined;
   const named = decoder ? config : { ...config, ...map };
-  const first = [config.extra_special_tokens, config.additional_special_tokens].find(Array.isArray);
+  const ofConfig = [config.extra_special_tokens, config.additional_special_tokens].filter(Array.isArray);
+  const first = ofConfig.find((tokens) => tokens.length > 0) ?? ofConfig[0];
   const further = !decoder && Array.isArray(map.extra_special_tokens) ? map.extra_special_tokens : undefined;
   const extra = first || further ? tokensOf([...(first ?? []), ...(further ?? [])]) : null;
+  // The older name of the same list in special_tokens_map.json counts where there is none by the newer one.
+  const older =
+    !decoder && !extra && Array.isArray(map.additional_special_tokens) ? map.additional_special_tokens : null;
+  const additional = older && tokensOf(older);
 
   const byId = new Map<number, AddedToken>();
   const list = (id: unknown, token: AddedToken | undefined) => {
@@ -376,16 +384,20 @@ async function readTokens(folder: string, json: JsonObject | null) {
       join(folder, "tokenizer_config.json"),
       `${folder}: the added token "${whole.content}" is marked single_word, which is not supported. Set it to false.`,
     );
-  const token = (name: string) => {
-    const value = addedToken(named[name], !decoder && map[name] !== undefined);
-    // The last one with the same text, as in a table.
-    return listed.findLast(({ content }) => content === value?.content) ?? value;
-  };
+  // The last one with the same text, as in a table.
+  const orListed = (value: AddedToken | undefined) =>
+    listed.findLast(({ content }) => content === value?.content) ?? value;
+  const token = (name: string) => orListed(addedToken(named[name], !decoder && map[name] !== undefined));
+  // A list that is an object has tokens with names.
+  const objects = [config.extra_special_tokens, !decoder && map.extra_special_tokens].filter(isRecord);
+  const ofObjects = objects
+    .flatMap((object) => Object.values(object))
+    .map((value) => orListed(addedToken(value, true)));
   const own = Object.keys(named).filter((name) => name.endsWith("_token") && !tokenNames.includes(name));
   return {
-    ...{ config, listed, extra, token },
+    ...{ config, listed, extra, additional, token },
     /** Tokens with a name that neither CLIP nor T5 uses. */
-    others: ["cls_token", "mask_token", ...own].map(token),
+    others: [...["cls_token", "mask_token", ...own].map(token), ...ofObjects],
     isListed: (content: string) => contents.has(content),
     withoutListed: (tokens: readonly (AddedToken | undefined)[]) =>
       tokens.filter((each): each is AddedToken => each !== undefined && !contents.has(each.content)),
@@ -446,6 +458,7 @@ function addedToken(value: unknown, isSpecial = false): AddedToken | undefined {
 }
 
 const tokensOf = (values: readonly unknown[]) => values.flatMap((value) => addedToken(value) ?? []);
+
 /** A tokenizer of SD3 and SD3.5 that comes with the package. CLIP's two differ in their padding alone. */
 export function openPackedTokenizer(name: "tokenizer" | "tokenizer_2" | "tokenizer_3"): Promise<Tokenizer> {
   const folder = packageFile(`models/tokenizers/${name}`);
