@@ -201,6 +201,7 @@ describe("without a base", () => {
     else expect(opened.textEncoder3).toBeNull();
     expect(opened.vae.config).toEqual({
       ...{
+        kind: "kl",
         inChannels: 3,
         outChannels: 3,
         latentChannels: 16,
