@@ -191,6 +191,9 @@ export class FlowTurbo implements ImageModel {
     const { runtime } = opened;
     try {
       const subject = costSubject(graphs, opened);
+      // Those of the package, for checkpoints in one file, are read only now that all weights are known to be right.
+      for (const tokenizer of [checkpoint.tokenizer, checkpoint.tokenizer2, checkpoint.tokenizer3])
+        await tokenizer?.encode("", tokenizer.maxLength);
       report("runtime", 3);
 
       // 4. What launches cost, if it has been measured before.

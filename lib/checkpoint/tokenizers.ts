@@ -459,11 +459,28 @@ function addedToken(value: unknown, isSpecial = false): AddedToken | undefined {
 
 const tokensOf = (values: readonly unknown[]) => values.flatMap((value) => addedToken(value) ?? []);
 
-/** A tokenizer of SD3 and SD3.5 that comes with the package. CLIP's two differ in their padding alone. */
-export function openPackedTokenizer(name: "tokenizer" | "tokenizer_2" | "tokenizer_3"): Promise<Tokenizer> {
+/** What is known of the tokenizers of SD3 and SD3.5 that come with the package before their files are read. */
+const packedTokenizers = {
+  tokenizer: { maxLength: clipMaxLength, vocabSize: 49408 },
+  tokenizer_2: { maxLength: clipMaxLength, vocabSize: 49408 },
+  tokenizer_3: { maxLength: t5MaxLength, vocabSize: 32100 },
+} as const;
+
+/**
+ * A tokenizer that comes with the package. Its files are read with the first text: that takes longer than it takes to find out whether a
+ * checkpoint's weights are right. CLIP's two differ in their padding alone.
+ */
+export function openPackedTokenizer(name: keyof typeof packedTokenizers): Tokenizer {
   const folder = packageFile(`models/tokenizers/${name}`);
-  if (name === "tokenizer_3") return openT5Tokenizer(folder);
-  return openClipTokenizer(folder, usualBounds, packageFile("models/tokenizers/tokenizer"));
+  const vocabulary = packageFile("models/tokenizers/tokenizer");
+  let opened: Promise<Tokenizer> | undefined;
+  return {
+    ...packedTokenizers[name],
+    async encode(text, length) {
+      opened ??= name === "tokenizer_3" ? openT5Tokenizer(folder) : openClipTokenizer(folder, usualBounds, vocabulary);
+      return (await opened).encode(text, length);
+    },
+  };
 }
 
 /**

@@ -28,7 +28,12 @@ import {
   fingerprintOf,
   openCheckpoint,
 } from "../../lib/checkpoint/index.js";
-import { openPackedTokenizer } from "../../lib/checkpoint/tokenizers.js";
+import {
+  openClipTokenizer,
+  openPackedTokenizer,
+  openT5Tokenizer,
+  usualBounds,
+} from "../../lib/checkpoint/tokenizers.js";
 import type { StoredTensor } from "../../lib/common/tensor.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
@@ -380,11 +385,21 @@ describe("refuses", () => {
   });
 });
 
+/** A tokenizer of the package as its files say it. */
+function openFolderOf(name: string) {
+  const folder = (each: string) => join(import.meta.dirname, "../../models/tokenizers", each);
+  return name === "tokenizer_3"
+    ? openT5Tokenizer(folder(name))
+    : openClipTokenizer(folder(name), usualBounds, folder("tokenizer"));
+}
+
 test("tokenizers of the package give the ids of transformers'", async () => {
   const file = join(import.meta.dirname, "real_token_ids.json");
   const { texts, length, ...expected } = JSON.parse(readFileSync(file, "utf8"));
   for (const name of ["tokenizer", "tokenizer_2", "tokenizer_3"] as const) {
-    const tokenizer = await openPackedTokenizer(name);
+    const tokenizer = openPackedTokenizer(name);
+    const read = await openFolderOf(name);
+    expect(tokenizer).toMatchObject({ maxLength: read.maxLength, vocabSize: read.vocabSize });
     for (const [index, text] of texts.entries()) {
       const { ids } = await tokenizer.encode(text, length);
       const own: number[] = expected[name][index];
