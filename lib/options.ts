@@ -232,7 +232,7 @@ export const loadSchema = z.strictObject({
   textEncoder3,
   distilled: optional(
     boolean,
-    "draw by default as models are drawn that were distilled to few steps without guidance (default: where the scheduler or a name such as turbo says so)",
+    "draw by default as models are drawn that were distilled to few steps without guidance; where nothing is said, the scheduler or a name such as turbo decides",
     "--distilled",
   ),
   base,

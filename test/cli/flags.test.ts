@@ -107,7 +107,7 @@ it("a model is called by its folder, or by its name on the hub", () => {
     ["./no/such/folder", "folder"],
     ["stabilityai/stable-diffusion-3.5-medium", "stable-diffusion-3.5-medium"],
     ["owner/name@refs/pr/1", "name"],
-    ["owner/name/sd3.safetensors@main", "sd3.safetensors"],
+    ["owner/name/sd3.safetensors@main", "sd3"],
     // A folder of that name comes first.
     ["lib/hub", "hub"],
   ] as const)
