@@ -280,7 +280,10 @@ export interface TextOptions {
    * model without T5 has no use for it, which is a warning of the result. Default: `prompt`.
    */
   prompt3?: string | readonly string[] | undefined;
-  /** What the pictures should not show: one for all prompts, or one for each. Without guidance it has no effect. Default: `""`. */
+  /**
+   * What the pictures should not show: one for all prompts, or one for each. Without guidance it has no effect, which is a warning of the
+   * result. Default: `""`.
+   */
   negativePrompt?: string | readonly string[] | undefined;
   /** As `prompt2`, of the negative prompt. Default: `negativePrompt`. */
   negativePrompt2?: string | readonly string[] | undefined;

@@ -87,6 +87,15 @@ export function settleTexts(
   };
 }
 
+/** The texts of a request without guidance, which has no use for negative prompts. */
+export function unguided(texts: Texts): Texts {
+  const [first] = negative.filter((option) => texts.given[option]?.some((text) => text !== ""));
+  const warnings = first
+    ? [`The option ${first} has no effect without guidance; give a guidanceScale above 1 for it.`]
+    : [];
+  return { ...texts, negativePrompts: [], warnings: [...texts.warnings, ...warnings] };
+}
+
 /** @throws OptionError for more tokens than the T5 tokenizer takes */
 export function checkSequenceLength(length: number, most: number): void {
   if (length > most)

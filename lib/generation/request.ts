@@ -21,7 +21,7 @@ import {
 import { allFinite } from "../program/validate.js";
 import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
-import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts } from "./prompts.js";
+import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
 
 /** What a request has to know of a model. */
@@ -178,7 +178,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   return {
     ...{ count, preview, previewCount, outputType, metadata, deadlineMs, prefer, ticket, timeoutMs, priority },
     ...{ embeds, pictures, candidates, sequenceLength: (embeds ?? settled!).sequenceLength },
-    texts: settled && { ...settled, negativePrompts: isOn ? settled.negativePrompts : [] },
+    texts: settled && (isOn ? settled : unguided(settled)),
     ...{ clipSkip: options.clipSkip, promptWeighting: options.promptWeighting },
     // Without a handler nobody sees them.
     stepLatents: options.stepLatents && onStep !== undefined,

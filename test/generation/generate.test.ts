@@ -131,6 +131,8 @@ describe("pictures", () => {
     const off = await withValues(model, { ...base, guidanceScale: 1, negativePrompt: "a star" });
     const zero = await withValues(model, { ...base, guidanceScale: 0 });
     expect(off.latents.data).toEqual(zero.latents.data);
+    expect(off.warnings).toEqual([expect.stringMatching("negativePrompt has no effect without guidance")]);
+    expect(zero.warnings).toEqual([]);
   });
 
   it("asked for at the same time are each answered when they are done", async () => {
