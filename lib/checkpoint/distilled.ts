@@ -3,6 +3,7 @@
  * words that such checkpoints are called by.
  */
 
+import { realpath } from "node:fs/promises";
 import { basename, join } from "node:path";
 import type { Checkpoint } from "./checkpoint.js";
 import { readJsonObject } from "./files.js";
@@ -58,6 +59,8 @@ export async function distilledOf(checkpoint: Checkpoint, asked?: boolean): Prom
     const origins = [index, made].flatMap((json) =>
       typeof json?._name_or_path === "string" ? [checkpointName(json._name_or_path)] : [],
     );
-    return [checkpointName(folder), ...weights.files.map(({ file }) => basename(file)), ...origins];
+    // A link to a folder is often called by what the folder is used for.
+    const folders = [folder, await realpath(folder)].map(checkpointName);
+    return [...folders, ...weights.files.map(({ file }) => basename(file)), ...origins];
   }
 }

@@ -1,7 +1,7 @@
 // Distilled checkpoints: how they are recognised, and what is drawn with where a request says nothing.
 process.env.ORT_DISABLE_TELEMETRY = "1";
 
-import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { cp, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { FlowTurbo, type GenerateOptions, type LoadOptions, OptionError } from "flowturbo";
@@ -69,6 +69,12 @@ describe("is recognised", () => {
       ...{ steps: 4, reason: "its scheduler is FlowMatchLCMScheduler", isByScheduler: true },
     });
     expect(await found(lcm, false)).toBeNull();
+  });
+
+  it("behind a link with another name", async () => {
+    const link = path.join(folder, "current");
+    await symlink(await copy("large", "sd3.5l-lightning"), link, "junction");
+    expect(await found(link)).toEqual({ steps: 4, reason: 'the name "sd3.5l-lightning" says "lightning"' });
   });
 
   it("not by parts of words, by folders above, or in the model that comes with the package", async () => {
