@@ -34,6 +34,11 @@ const scaledMark = "scaled_fp8";
 /** bitsandbytes' order of int8 values: 0 for rows. The others are those of kernels that it no longer has. */
 const formatSuffix = ".weight_format";
 
+/** What ComfyUI says of a layer's quantisation, as JSON: its name and parameters. */
+const comfySuffix = ".comfy_quant";
+/** The formats of it that are no more than scaled values. */
+const comfyFormats = ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise"];
+
 const takeOthers = "Take the model's weights in F16 or BF16, or quantise it again.";
 
 /**
@@ -45,8 +50,8 @@ const takeOthers = "Take the model's weights in F16 or BF16, or quantise it agai
 export function resolveTensor(lookup: Lookup, name: string): StoredTensor | undefined {
   const found = lookup(name);
   if (!found) return undefined;
-  // A number up to 3, which U8 and I8 store alike.
-  if (name.endsWith(formatSuffix)) return { ...located(found), name, dtype: "I8" };
+  // A number up to 3, and a text: U8 and I8 store them alike.
+  if (name.endsWith(formatSuffix) || name.endsWith(comfySuffix)) return { ...located(found), name, dtype: "I8" };
   const stored = storedTensor(found, name);
   if (!is8Bit(stored.dtype)) return stored;
   const scale = scaleOf(lookup, stored);
@@ -179,6 +184,10 @@ export async function checkQuantisation(
 ): Promise<void> {
   refuseUnreadable(weights, quantization);
   for (const name of named) {
+    const description = name.endsWith(comfySuffix) && weights.find(name);
+    if (description) await checkComfyFormat(weights.origin, description);
+  }
+  for (const name of named) {
     if (!name.endsWith(".weight")) continue;
     const tensor = weights.find(name);
     if (!tensor || !is8Bit(tensor.dtype)) continue;
@@ -253,6 +262,27 @@ async function checkFormat({ name, file }: StoredTensor, format: StoredTensor): 
   );
 }
 
+/** Bytes of a description: they have some tens. */
+const longestDescription = 1024;
+
+async function checkComfyFormat(origin: string, { name, file, offset, length }: StoredTensor): Promise<void> {
+  const text = (await readBytes(file, offset, Math.min(length, longestDescription))).toString("utf8");
+  let json: unknown;
+  try {
+    json = JSON.parse(text);
+  } catch (cause) {
+    throw new CheckpointError(file, `${file}: "${name}" is not JSON. The file is damaged: download it again.`, {
+      cause,
+    });
+  }
+  const { format, convrot = false } = isRecord(json) ? json : {};
+  if (comfyFormats.includes(format as string) && !convrot) return;
+  throw new CheckpointError(
+    origin,
+    `The weights of ${origin} are quantised by ComfyUI as ${text} ("${name}"), which cannot be read. Of ComfyUI's formats, ${comfyFormats.join(", ")} can, with a scale for the whole or for each row. To have weights without it: ${original}.`,
+  );
+}
+
 /** Bytes of a tensor that are read at a time. */
 const piece = 1 << 16;
 
@@ -266,9 +296,8 @@ async function checkValues({ name, dtype, shape, file, offset, length }: StoredT
   for (let start = 0; start < length; start += piece) {
     const bytes = await readBytes(file, offset + start, Math.min(piece, length - start));
     first ??= bytes[0];
-    if (bytes.some((byte) => byte !== first)) return;
+    if (first === 0 || bytes.some((byte) => byte !== first)) return;
   }
-  if (first === 0) return;
   throw new CheckpointError(
     file,
     `${file}: all values of the quantised tensor "${name}" (${dtype}) are the same. Its quantisation has lost what the weight was, or the file is damaged: download it again. ${takeOthers}`,

@@ -143,6 +143,24 @@ describe("refused", () => {
     expect(await refusal(check({ ...weight, "x.weight_format": format(2) }))).toMatch(/"x\.weight_format" is 2/);
   });
 
+  test("formats of ComfyUI that are more than scaled values", async () => {
+    const described = (text: string) => {
+      const bytes = new TextEncoder().encode(text);
+      const weight = { ...e4m3([2, 2], 0x30), bytes: Uint8Array.of(1, 2, 3, 4) };
+      return {
+        "x.weight": weight,
+        "x.weight_scale": f32([], [1]),
+        "x.comfy_quant": { dtype: "U8", shape: [bytes.length], bytes },
+      };
+    };
+    await check(described('{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'))();
+    expect(await refusal(check(described('{"format": "mxfp8"}')))).toMatch(
+      /quantised by ComfyUI as \{"format": "mxfp8"\} \("x\.comfy_quant"\), which cannot be read/,
+    );
+    expect(await refusal(check(described('{"format": "int8_tensorwise", "convrot": true}')))).toMatch(/convrot/);
+    expect(await refusal(check(described("{")))).toMatch(/"x\.comfy_quant" is not JSON/);
+  });
+
   const u8 = { dtype: "U8", shape: [4], bytes: new Uint8Array(4) };
   test.each([
     [/bitsandbytes in 4 bits.*dequantize\(\)/, ["x.weight.absmax", "x.weight.quant_state.bitsandbytes__nf4"], {}],

@@ -303,6 +303,41 @@ describe("refuses", () => {
     await expectError(file, /outside the file/);
   });
 
+  test("quantisations by their names, whatever lengths stand beside the weights of three layers", async () => {
+    const qkv = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv";
+    const tensors = readSafetensors(single("medium"));
+    const write = async (change: StoredFile) => {
+      const file = join(await temporaryFolder(), "model.safetensors");
+      writeSafetensors(file, { ...tensors, ...change });
+      return file;
+    };
+    const bytes = (shape: number[], dtype = "U8") => ({
+      dtype,
+      shape,
+      bytes: Buffer.alloc(
+        shape.reduce((a, b) => a * b, 1),
+        1,
+      ),
+    });
+    const nf4 = { [`${qkv}.weight`]: bytes([1537, 1]), [`${qkv}.weight.quant_map`]: bytes([16]) };
+    await expectError(await write(nf4), /quantised by bitsandbytes in 4 bits/, { base: base("medium") });
+
+    const format = Buffer.from('{"format":  "float8_e4m3fn"}');
+    const [rows, columns] = tensors[`${qkv}.weight`]!.shape as [number, number];
+    const weight = { dtype: "F8_E4M3", shape: [rows, columns], bytes: Buffer.alloc(rows * columns, "values") };
+    const scale = { dtype: "F32", shape: [], bytes: Buffer.from(new Float32Array([0.5]).buffer) };
+    const file = await write({
+      [`${qkv}.weight`]: weight,
+      [`${qkv}.weight_scale`]: scale,
+      [`${qkv}.comfy_quant`]: { dtype: "U8", shape: [format.length], bytes: format },
+    });
+    const opened = await openCheckpoint(file, { base: base("medium") });
+    expect(opened.transformer.weights.find("transformer_blocks.1.attn.to_k.weight")).toMatchObject({
+      ...{ dtype: "F8_E4M3", shape: [rows / 3, columns], length: (rows / 3) * columns },
+      scale: { tensor: { shape: [] } },
+    });
+  });
+
   const f = (...names: string[]): Shapes => Object.fromEntries(names.map((name) => [name, [2, 2]]));
   const alone = (prefix: string, shapes: Shapes) =>
     Object.fromEntries(Object.entries(shapes).map(([name, shape]) => [prefix + name, shape]));

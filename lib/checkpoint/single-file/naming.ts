@@ -220,11 +220,16 @@ function expression(template: string): RegExp {
   return known;
 }
 
+/** Tensors with a row for each of a layer's outputs. What else stands beside a weight (how it is quantised) is about all of it. */
+const hasRows = /\.(weight|bias|scale_weight|weight_scale|SCB)$/;
+
 /** The rows of a tensor that are the `index`-th of `parts` equal ones. What is one value for all rows is the same for each part. */
 function rowsOf(file: string, entry: HeaderEntry, index: number, parts: number): HeaderEntry {
-  const { name, shape, offset, length } = entry;
+  const { name, dtype, shape, offset, length } = entry;
   const [rows, ...rest] = shape;
-  if (parts === 1 || rows === undefined || shape.every((size) => size === 1)) return entry;
+  if (parts === 1 || rows === undefined || shape.every((size) => size === 1) || !hasRows.test(name)) return entry;
+  // What is packed into bytes has no rows to divide; its quantisation is named where it is looked for.
+  if (dtype === "U8") return entry;
   if (rows % parts !== 0)
     throw new CheckpointError(
       file,
