@@ -271,7 +271,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   const base = options.base === undefined ? null : resolve(options.base);
   if (variant !== undefined && base === null)
     throw new CheckpointError(file, `${file} is one file, which has no variants: leave the option away.`);
-  const found = await readSingleFile(file, signal);
+  const { parts: found, warnings } = await readSingleFile(file, signal);
   if (base !== null) await explainOtherLayouts(base);
   const index = base === null ? null : await indexOf(base);
   const ofBase = index === null ? null : readModelIndex(index, await readJsonObject(index), hasT5);
@@ -336,7 +336,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
         : `The file and its base, ${base}, are not of one model.`,
   });
   checkPreviewVae(opened);
-  return { ...opened, warnings: warningsOf(opened) };
+  return { ...opened, warnings: [...warnings, ...warningsOf(opened)] };
 }
 
 /** @throws CheckpointError for a folder without an autoencoder's config.json and weights */

@@ -147,6 +147,18 @@ describe("the weights of the folder", () => {
     expect(await calibrationFile(other, cache)).not.toBe(place);
   });
 
+  test("tensors of no known part are named, since the base's are drawn with instead", async () => {
+    const names = { "first_stage_model.": "vae.", "text_encoders.clip_l.logit_scale": "logit_scale" };
+    const file = await renamed("medium", (key) =>
+      Object.entries(names).reduce((name, [from, to]) => name.replace(from, to), key),
+    );
+    const { warnings } = await openCheckpoint(file, { base: base("medium") });
+    expect(warnings).toEqual([
+      expect.stringMatching(/^\d+ of the tensors in .*model\.safetensors .* such as "vae\..*", and are not read\./),
+    ]);
+    expect((await openCheckpoint(single("medium"), { base: base("medium") })).warnings).toEqual([]);
+  });
+
   test("a base whose transformer has no weights, only its configuration", async () => {
     const folder = await copyModel("sd3");
     await rm(join(folder, "transformer/diffusion_pytorch_model.safetensors"));

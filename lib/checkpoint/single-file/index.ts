@@ -10,7 +10,7 @@ import { readSafetensorsHeader } from "../safetensors.js";
 import type { Weights } from "../weights.js";
 import { type BaseConfig, configOf, type FileConfigs } from "./configs.js";
 import { refuseAdditions, refuseOtherFormats, refuseOthers } from "./kinds.js";
-import { type FilePart, fileParts, type NamedTensors, namedTensors } from "./naming.js";
+import { type FilePart, fileParts, leftOver, type NamedTensors, namedTensors } from "./naming.js";
 
 export type { BaseConfig, FileConfigs, FilePart };
 export { fileParts };
@@ -27,23 +27,32 @@ export type SingleFile = { readonly [Name in FilePart]: PartInFile<Name> | null 
 
 /**
  * Reads the header of a checkpoint in one file. There is a transformer.
+ * @returns its parts, and what is in the file and not read
  * @throws CheckpointError for a file that is none, with what it is instead. `signal.reason` after an abort.
  */
-export async function readSingleFile(path: string, signal?: AbortSignal): Promise<SingleFile> {
+export async function readSingleFile(
+  path: string,
+  signal?: AbortSignal,
+): Promise<{ readonly parts: SingleFile; readonly warnings: readonly string[] }> {
   await refuseOtherFormats(path);
   const header = await readSafetensorsHeader(path, { signal });
   refuseAdditions(path, header);
   // Without links, as runtimes open it.
   const file = await realpath(path);
   const { size, mtimeMs } = await stat(file);
-  const parts = fileParts.map((name) => {
-    const tensors = namedTensors(path, header, name);
+  const named = fileParts.map((name) => namedTensors(path, header, name));
+  const parts = fileParts.map((name, index) => {
+    const tensors = named[index]!;
     const weights = tensors && weightsOf(path, { file, size, mtimeMs }, tensors);
     return [name, tensors && { weights, config: (base: never) => configOf(name, path, tensors, base) }];
   });
   const found = Object.fromEntries(parts) as SingleFile;
   if (!found.transformer) refuseOthers(path, header);
-  return found;
+  const unread = leftOver(header, named);
+  const warning =
+    `${unread.length} of the tensors in ${path} have names of no part that is known, such as "${unread[0]}", and are not read. ` +
+    "Names of text encoders begin with text_encoders.clip_l.transformer. and the like, those of the VAE with first_stage_model.";
+  return { parts: found, warnings: unread.length > 0 ? [warning] : [] };
 }
 
 /**

@@ -144,6 +144,15 @@ export interface NamedTensors {
   storedName(name: string): string;
 }
 
+/** Tensors of no part that no picture needs. */
+const unneeded = /(^|\.)(logit_scale|position_ids|scaled_fp8|spiece_model)$/;
+
+/** Names of tensors that none of these parts has, and that something may be missing without. */
+export function leftOver(header: SafetensorsHeader, parts: readonly (NamedTensors | null)[]): string[] {
+  const read = new Set(parts.flatMap((part) => (part ? [...part.entries.values()].map(({ name }) => name) : [])));
+  return [...header.keys()].filter((name) => !read.has(name) && !unneeded.test(name));
+}
+
 /** @returns null if the file has no such part. @throws CheckpointError for a tensor that cannot be divided as its name says */
 export function namedTensors(file: string, header: SafetensorsHeader, part: FilePart): NamedTensors | null {
   const keys = [...header.keys()];
