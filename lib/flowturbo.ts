@@ -109,7 +109,8 @@ export class FlowTurbo implements ImageModel {
   readonly hasRefiner: boolean;
   /**
    * What is missing or there twice in the checkpoint's folder, and how it was read because of it: a single file beside newer
-   * shards, files of T5 that were not downloaded. `logger.warn` was told the same.
+   * shards, files of T5 that were not downloaded; and that the hub could not be asked, so that the copy in the cache was taken.
+   * `logger.warn` was told the same.
    */
   readonly warnings: readonly string[];
   /** What is drawn with where a request says nothing. */
@@ -160,13 +161,14 @@ export class FlowTurbo implements ImageModel {
     if (folder === embeddedModel) packageFile("models/shapes");
     const int8Weights = checked.t5Weights === "int8";
     if (int8Weights) checkInt8Weights(checked.runtime);
-    const root = await locateModel(folder, {
+    const located = await locateModel(folder, {
       ...{ ...checked, checkIndex: checkModelIndex },
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
     });
     report("checkpoint", 0);
-    const opening = openCheckpoint(root, { variant, base, previewVae, textEncoder3, signal });
-    const [stored] = await Promise.all([opening, sharp.load()]);
+    const opening = openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
+    const [found] = await Promise.all([opening, sharp.load()]);
+    const stored = { ...found, warnings: [...located.warnings, ...found.warnings] };
     for (const warning of stored.warnings) logger.warn?.(warning);
     const cache = checked.cache ?? defaultCacheFolder();
     const t5 = int8Weights && stored.textEncoder3;

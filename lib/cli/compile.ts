@@ -41,12 +41,13 @@ async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
     };
     progress.show("opening the model");
     const onDownload = showDownload(progress);
-    const folder = await locateModel(flags.model ?? embeddedModel, {
+    const located = await locateModel(flags.model ?? embeddedModel, {
       ...options,
       onDownload,
       checkIndex: checkModelIndex,
     });
-    return compileEngines(folder, { ...options, onProgress: show });
+    const compiled = await compileEngines(located.path, { ...options, onProgress: show });
+    return { ...compiled, warnings: [...located.warnings, ...compiled.warnings] };
   });
   if (!flags.json) showWarnings(report.warnings);
   print(flags.json, report, `${report.runtime} ${report.version}\n${report.engines.map(describe).join("\n")}`);

@@ -60,7 +60,7 @@ export interface CompileReport {
   readonly cache: string;
   /** The engines, one for each graph. */
   readonly engines: readonly Engine[];
-  /** What is missing or there twice in the checkpoint's folder, and how it was read because of it. */
+  /** What is missing or there twice in the checkpoint's folder, and how it was read because of it; that the hub could not be asked. */
   readonly warnings: readonly string[];
 }
 
@@ -76,9 +76,9 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   checkInstallation();
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
-  const root = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
+  const located = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
   const { variant, base, previewVae, textEncoder3 } = checked;
-  const checkpoint = await openCheckpoint(root, { variant, base, previewVae, textEncoder3, signal });
+  const checkpoint = await openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
   const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });
@@ -119,7 +119,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
     }),
   );
   await Promise.all(workers);
-  const { warnings } = checkpoint;
+  const warnings = [...located.warnings, ...checkpoint.warnings];
   return { runtime: name, version: compiler.version, cache: compiler.folder, engines, warnings };
 }
 

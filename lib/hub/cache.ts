@@ -41,7 +41,8 @@ export class ModelCache {
   }
 
   async makeFolders(): Promise<void> {
-    await mkdir(path.join(this.folder, "blobs"), { recursive: true });
+    // huggingface_hub takes a model without snapshots/ for damaged.
+    for (const folder of ["blobs", "snapshots"]) await mkdir(path.join(this.folder, folder), { recursive: true });
     await mkdir(this.#locks, { recursive: true });
   }
 

@@ -122,6 +122,9 @@ export class HubClient {
         }
         const headers = new Headers(response.headers);
         headers.delete("content-encoding");
+        // @huggingface/hub takes a relative address of the next page for the end of the listing.
+        const next = headers.get("link")?.replace(/<([^>]+)>/g, (_, to) => `<${new URL(to, response.url)}>`);
+        if (next) headers.set("link", next);
         return new Response(Buffer.concat(parts), { status: response.status, headers });
       }),
     );

@@ -42,6 +42,9 @@ export async function downloadBlob(
       onBytes(partial.offset);
       await client.retrying(() => fill(client, commit, partial, onBytes));
       await partial.handle.sync();
+    } catch (error) {
+      if (partial.offset === 0) await rm(incomplete, { force: true });
+      throw error;
     } finally {
       await partial.handle.close();
     }

@@ -67,33 +67,41 @@ const progressEveryMs = 100;
 /** Failures of the hub that a copy in the cache makes up for. */
 const fallbacks: readonly HubReason[] = ["unreachable", "gated", "unauthorized", "not_found"];
 
+/** Where a model is on this machine. */
+export interface Located {
+  readonly path: string;
+  /** That the hub could not be asked. */
+  readonly warnings: readonly string[];
+}
+
 /**
  * The path of a model: of the folder or file that is called so, else of a model of the hub by that name, which is downloaded if
  * need be. A text that is neither is returned as it is.
  * Without a connection, or without the right to it, the copy that is in the cache is taken, with a warning.
  * @throws HubError; what `checkIndex` throws; `signal.reason` after an abort
  */
-export async function locateModel(text: string, options: HubOptions = {}): Promise<string> {
+export async function locateModel(text: string, options: HubOptions = {}): Promise<Located> {
   const isPath = await stat(text).then(
     () => true,
     (error) => !["ENOENT", "ENOTDIR", "EINVAL"].includes(codeOf(error)),
   );
   const name = isPath ? null : parseHubName(text);
-  if (!name) return text;
+  if (!name) return { path: text, warnings: [] };
   const settings = options.settings ?? (await readSettings());
   const cached = await findCached(name, settings, options);
   if (cached instanceof SelectionError) {
-    if (settings.offline !== null) throw offlineError(name, settings, cached.message);
-  } else if (settings.offline !== null || name.revision === cached.commit) return cached.path;
+    if (settings.offline !== null) throw offlineError(name, settings, options, cached.message);
+  } else if (settings.offline !== null || name.revision === cached.commit) return { path: cached.path, warnings: [] };
   const hasCopy = !(cached instanceof SelectionError);
   try {
     // With a copy at hand nobody waits for a hub that is away.
-    return (await pull(name, { ...options, settings: hasCopy ? { ...settings, attempts: 2 } : settings })).path;
+    const { path } = await pull(name, { ...options, settings: hasCopy ? { ...settings, attempts: 2 } : settings });
+    return { path, warnings: [] };
   } catch (error) {
     if (!(error instanceof HubError)) throw error;
     if (hasCopy && fallbacks.includes(error.reason)) {
-      options.logger?.warn?.(`${error.message} The copy in the cache is used: commit ${cached.commit}.`);
-      return cached.path;
+      const warning = `${error.message} The copy in the cache is used: commit ${cached.commit}.`;
+      return { path: cached.path, warnings: [warning] };
     }
     if (error.reason !== "not_found") throw error;
     const message = `There is no folder ${path.resolve(text)}, and ${error.message}`;
@@ -109,7 +117,7 @@ export async function pull(name: HubName, options: HubOptions = {}): Promise<Pul
   const settings = options.settings ?? (await readSettings());
   const { signal, logger } = options;
   signal?.throwIfAborted();
-  if (settings.offline !== null) throw offlineError(name, settings, null);
+  if (settings.offline !== null) throw offlineError(name, settings, options, null);
   // All files have one signal, which also aborts when one of them fails.
   const { controller, unfollow } = following(signal);
   const client = new HubClient(settings, name, controller.signal);
@@ -299,12 +307,18 @@ function noModelIndex({ files }: HubListing): SelectionError {
   );
 }
 
-function offlineError(name: HubName, { cache, offline }: HubSettings, lack: string | null): HubError {
+function offlineError(
+  name: HubName,
+  { cache, offline }: HubSettings,
+  { variant, textEncoder3 }: Wanted,
+  lack: string | null,
+): HubError {
   const text = nameText(name);
+  const flags = `${variant === undefined ? "" : ` --variant ${variant}`}${textEncoder3 === false ? " --no-t5" : ""}`;
   return new HubError(
     name.repository,
     "offline",
-    `${text} cannot be downloaded, since ${offline} is set${lack === null ? "" : `, and the cache ${cache} ${lack}`}. Run \`flowturbo pull ${text}\` without ${offline}.`,
+    `${text} cannot be downloaded, since ${offline} is set${lack === null ? "" : `, and the cache ${cache} ${lack}`}. Run \`flowturbo pull ${text}${flags}\` without ${offline}.`,
   );
 }
 

@@ -43,10 +43,17 @@ export async function withRetries<T>(
     }
 }
 
-/** The header Retry-After, in seconds or as a date; null without one that can be read. */
+/**
+ * The header Retry-After, in seconds or as a date; null without one that can be read. huggingface.co sends RateLimit instead: with
+ * no requests remaining (r), and the seconds until there are more (t).
+ */
 export function retryAfterOf(headers: Headers): number | null {
   const text = headers.get("retry-after");
-  if (text === null) return null;
+  if (text === null) {
+    const reset = headers.get("ratelimit")?.match(/;\s*r=0\s*;\s*t=(\d+)/)?.[1];
+    // It is rounded down.
+    return reset === undefined ? null : 1000 * (Number(reset) + 1);
+  }
   const ms = /^\d+(\.\d+)?$/.test(text) ? 1000 * Number(text) : Date.parse(text) - Date.now();
   return Number.isNaN(ms) ? null : Math.max(0, ms);
 }

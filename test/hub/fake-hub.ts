@@ -68,6 +68,8 @@ export class FakeHub {
   etag: (digest: string) => string = (digest) => `"${digest}"`;
   /** For requests of a path: the nth one's fault, counted from 1. Paths of listings are `api`. */
   readonly faults = new Map<string, (nth: number) => Fault | undefined>();
+  /** Whether a listing names its next page without the host. */
+  relativePages = false;
   /** Address of the next page that a listing names, whatever there is. */
   nextPage: string | null = null;
   /** Changes what a listing says. */
@@ -183,7 +185,10 @@ export class FakeHub {
       const next = new URL(url);
       next.searchParams.set("cursor", String(end));
       if (this.nextPage !== null) response.setHeader("link", `<${this.nextPage}>; rel="next"`);
-      else if (end < entries.length) response.setHeader("link", `<${next}>; rel="next"`);
+      else if (end < entries.length) {
+        const { href, pathname, search } = next;
+        response.setHeader("link", `<${this.relativePages ? pathname + search : href}>; rel="next"`);
+      }
       return json(response, entries.slice(start, end));
     }
 

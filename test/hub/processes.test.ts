@@ -138,6 +138,9 @@ test("a picture is drawn with a model by its name, and again without the hub", a
   const offline = await draw("2.png", { HF_HUB_OFFLINE: "1" });
   expect(offline.code, offline.stderr).toBe(0);
   expect(hub.seen.length).toBe(asked);
+  await hub.stop();
+  const away = await draw("3.png");
+  expect([away.code, away.stderr]).toEqual([0, expect.stringMatching(/^warning: .*The copy in the cache is used/)]);
   const [first, second] = await Promise.all(["1.png", "2.png"].map((file) => readFile(path.join(home, file))));
   expect(first!.equals(second!)).toBe(true);
 });
