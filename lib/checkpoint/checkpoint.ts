@@ -171,6 +171,10 @@ function network<Config>(
 const layout =
   "A diffusers folder holds model_index.json beside transformer/, vae/, scheduler/, text_encoder/, tokenizer/ and so on.";
 
+/** What may be passed, of a model and of a base. */
+const modelForms = "Pass a downloaded checkpoint's folder, or owner/name of a model on the hub.";
+const baseForms = "A base is a folder: `flowturbo pull owner/name` downloads a model and prints its folder.";
+
 /**
  * Opens a checkpoint: a folder (a Hugging Face cache's snapshots/<commit> is one, too), or one file.
  *
@@ -272,7 +276,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   if (variant !== undefined && base === null)
     throw new CheckpointError(file, `${file} is one file, which has no variants: leave the option away.`);
   const { parts: found, warnings } = await readSingleFile(file, signal);
-  if (base !== null) await explainOtherLayouts(base);
+  if (base !== null) await explainOtherLayouts(base, baseForms);
   const index = base === null ? null : await indexOf(base);
   const ofBase = index === null ? null : readModelIndex(index, await readJsonObject(index), hasT5);
   signal?.throwIfAborted();
@@ -465,9 +469,9 @@ function placeOf(file: string, part: string, entry: unknown): Place {
 }
 
 /** Folders and files that people have instead of a diffusers folder, each with what to do about it. */
-async function explainOtherLayouts(root: string): Promise<void> {
+async function explainOtherLayouts(root: string, forms = modelForms): Promise<void> {
   const names = await readdir(root).catch((cause: NodeJS.ErrnoException) => {
-    throw new CheckpointError(root, unreadable(root, cause), { cause });
+    throw new CheckpointError(root, unreadable(root, forms, cause), { cause });
   });
   const transformer = await readdir(join(root, "transformer")).catch((): string[] => []);
   const refuse = (message: string): never => {
@@ -495,9 +499,8 @@ async function explainOtherLayouts(root: string): Promise<void> {
   refuse(`${root} is not a checkpoint: it has no model_index.json. ${layout}`);
 }
 
-function unreadable(root: string, { code, message }: NodeJS.ErrnoException): string {
-  if (code === "ENOENT")
-    return `The folder ${root} does not exist. Pass a downloaded checkpoint's folder, or owner/name of a model on the hub. ${layout}`;
+function unreadable(root: string, forms: string, { code, message }: NodeJS.ErrnoException): string {
+  if (code === "ENOENT") return `The folder ${root} does not exist. ${forms} ${layout}`;
   if (code !== "ENOTDIR") return `Cannot read the folder ${root}: ${message}`;
   return `${root} is not a folder. ${layout}`;
 }

@@ -280,7 +280,9 @@ describe("refuses", () => {
       });
     }
     await expectError(single("sd3"), /is not a folder/, { base: single("sd3") });
-    await expectError(single("sd3"), /\/nowhere does not exist/, { base: "/nowhere" });
+    await expectError(single("sd3"), /\/nowhere does not exist\. A base is a folder: `flowturbo pull owner\/name`/, {
+      base: "/nowhere",
+    });
     await editJson(join(folder, "model_index.json"), (json) =>
       Object.assign(json, { text_encoder: null, tokenizer: null, text_encoder_2: null, tokenizer_2: null }),
     );
