@@ -292,7 +292,7 @@ export interface TextOptions {
   /**
    * As diffusers' `clip_skip`: both CLIP encoders give the hidden states k layers before the last but one, hidden_states[−(k + 2)], a whole
    * number of at least 0 and below the layers of each. Of the prompt only: the negative prompt and the pooled embeddings stay as they
-   * are. Each k above 0 has graphs of its own, with the encoders' weights once more. Default: 0.
+   * are. Values above 0 have graphs of their own, one of each encoder for all of them, with its weights once more. Default: 0.
    */
   clipSkip?: number | undefined;
   /**

@@ -59,7 +59,7 @@ interface Reading {
   /** Tokens of a launch. */
   readonly tokens: number;
   readonly fragments: readonly Fragment[];
-  /** The variant of the encoder's graph. */
+  /** As `Prompt.clipSkip`; 0 for encoders that have no such variant. */
   readonly skip: number;
   /** Key of the empty text, where this one has weights; null without. */
   readonly empty: string | null;
@@ -329,7 +329,8 @@ export class PromptEncoder {
         label: { kind: "encode", name: `text encoder ${name}` },
       });
     };
-    const variant = skip > 0 ? { skip } : {};
+    const variant = { skip: skip > 0 };
+    if (variant.skip) inputs.skip = builder.perRow(skip, 1);
     const graph = graphName({ network: name, ...variant });
     launch(graph, {}, (output) => output);
     for (const [index, { mask }] of (weights?.masked ?? []).entries()) {

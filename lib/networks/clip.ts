@@ -13,14 +13,15 @@ const legacyEos = 2;
 
 /** How the encoder of one graph differs. */
 export interface ClipVariant {
-  /** Takes the hidden states so many layers before the last but one, from 0: hidden_states[−(skip + 2)]. Default: 0. */
-  readonly skip?: number | undefined;
+  /** Has an input `skip`: the hidden states are those so many layers before the last but one, hidden_states[−(skip + 2)]. Default: false. */
+  readonly skip?: boolean | undefined;
   /** Has an input `mask`, 0 for tokens that none attends to. Default: false. */
   readonly masked?: boolean | undefined;
 }
 
 /**
- * Inputs: ids int64 [B, length]; where masked, mask float32 [B, length]. Outputs, float32: hidden [B, length, hiddenSize],
+ * Inputs: ids int64 [B, length]; with `skip`, skip float32 [B], whole numbers from 0 to one less than the layers; where masked, mask float32
+ * [B, length]. Outputs, float32: hidden [B, length, hiddenSize],
  * pooled [B, projectionDim].
  * @param length number of tokens, fixed by the tokenizer (77)
  */
@@ -28,7 +29,7 @@ export function emitClip(
   name: string,
   { weights, config }: Part<ClipConfig>,
   length: number,
-  { skip = 0, masked = false, ...options }: EmitOptions & ClipVariant,
+  { skip = false, masked = false, ...options }: EmitOptions & ClipVariant,
 ): OnnxGraph {
   const g = new GraphBuilder(name);
   const { hiddenSize: size, numAttentionHeads: heads } = config;
@@ -45,9 +46,16 @@ export function emitClip(
   const attended = masked
     ? { bias: l.maskBias(g.input("mask", "float32", ["rows", length]), length) }
     : { causal: length };
-  let hidden: Value = x;
+  const skipped = skip ? g.op("Unsqueeze", [g.input("skip", "float32", ["rows"]), g.ints([1, 2])]) : null;
+  let hidden: Value | null = null;
   for (let index = 0; index < config.numHiddenLayers; index++) {
-    if (index === config.numHiddenLayers - 1 - skip) hidden = x;
+    const left = config.numHiddenLayers - 1 - index;
+    if (skipped) {
+      // One graph for all values of `skip`: the sum of all layers, of which each but one counts 0.
+      const counts = g.cast(g.op("Equal", [skipped, g.scalar(left, "float32")]), l.compute);
+      const part = l.mul(x, counts);
+      hidden = hidden === null ? part : l.add(hidden, part);
+    } else if (left === 0) hidden = x;
     const prefix = `text_model.encoder.layers.${index}`;
     const norm1 = l.layerNorm(x, `${prefix}.layer_norm1`, size, config.layerNormEps);
     const project = (part: string) => l.linear(norm1, `${prefix}.self_attn.${part}_proj`, size, size);
@@ -64,7 +72,7 @@ export function emitClip(
         : l.mul(inner, g.op("Sigmoid", [l.mul(inner, l.scalar(1.702))]));
     x = l.add(x, l.linear(activated, `${prefix}.mlp.fc2`, config.intermediateSize, size));
   }
-  g.output("hidden", g.cast(hidden, "float32"), ["rows", length, size]);
+  g.output("hidden", g.cast(hidden!, "float32"), ["rows", length, size]);
 
   const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
   const last = g.op("Squeeze", [g.op("MatMul", [endOfText(l, config, ids, length), final]), g.ints([1])]);

@@ -33,8 +33,8 @@ export type Feature = "stages" | "editing" | "previews";
 export interface Variants {
   /** Classifier-free guidance: twice the rows, unconditional ones first. `cfg_zero`: with the scale of CFG-Zero*. */
   readonly guidance?: boolean | "cfg_zero";
-  /** Of CLIP: the hidden states so many layers before the last but one, 1 or more. */
-  readonly skip?: number | false;
+  /** Of CLIP: with an input that says which layer's hidden states are wanted. */
+  readonly skip?: boolean;
   /** Of a text encoder: with a mask of tokens that none attends to. */
   readonly masked?: boolean;
 }
@@ -54,7 +54,7 @@ export interface TextRole {
   readonly joins: "channels" | "tokens";
   /** Inputs besides the ids that depend on the number of tokens only. */
   readonly constants?: (checkpoint: Checkpoint, tokens: number) => Readonly<Record<string, Tensor>>;
-  /** Largest value of the variant `skip`; absent where there is no such variant. */
+  /** Most layers that the variant `skip` leaves out; absent where there is no such variant. */
   readonly mostSkipped?: (checkpoint: Checkpoint) => number;
 }
 
@@ -99,7 +99,7 @@ function clip(part: "textEncoder" | "textEncoder2", tokenizer: "tokenizer" | "to
       mostSkipped: (checkpoint) => checkpoint[part]!.config.numHiddenLayers - 1,
     },
     emit: (name, checkpoint, options, { skip, masked }) =>
-      emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, { ...options, skip: skip || 0, masked }),
+      emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, { ...options, skip, masked }),
   };
 }
 
@@ -233,11 +233,10 @@ export function graphName({ network, ...variants }: GraphKey): string {
 /** The key of a name. @throws RangeError for a name that `graphName` does not give */
 export function graphKey(name: string): GraphKey {
   const [network, ...present] = name.split(".") as [string, ...string[]];
-  const variants = present.map((each): [string, boolean | number | string] => {
+  const variants = present.map((each): [string, boolean | string] => {
     const dash = each.indexOf("-");
     if (dash < 0) return [each, true];
-    const value = each.slice(dash + 1);
-    return [each.slice(0, dash), /^\d+$/.test(value) ? Number(value) : value];
+    return [each.slice(0, dash), each.slice(dash + 1)];
   });
   const key = { network, ...Object.fromEntries(variants) };
   if (graphName(key) !== name) throw new RangeError(`"${name}" is no name of a graph.`);

@@ -90,6 +90,16 @@ describe.each(fixtureNames)("PromptEncoder on %s", (name) => {
     expect(skipped!.pooled).toEqual(one!.pooled);
     const of = (values: Float32Array) => float32([values.length], values);
     expect(relativeError(of(skipped!.context), of(one!.context))).toBeGreaterThan(0.01);
+    // Every value is a text of its own, and all have one graph: it holds the encoder's weights once more.
+    const skips = [
+      { ...mixed, clipSkip: 2 },
+      { ...mixed, clipSkip: 1 },
+    ];
+    const [further, again] = await encode(skips);
+    expect(programs).toBe(before + 4);
+    expect(again!.context).toEqual(skipped!.context);
+    expect(relativeError(of(further!.context), of(skipped!.context))).toBeGreaterThan(0.01);
+    expect(encoder.graphs.filter((graph) => graph.startsWith("clip"))).toHaveLength(4);
   });
 
   it("encodes anew for launches that are pinned to another batch", async () => {
