@@ -249,6 +249,7 @@ function warningsOf(checkpoint: Checkpoint): string[] {
   const { className, notes } = checkpoint.scheduler;
   return [
     ...weightsOf(checkpoint).flatMap(({ warnings }) => warnings),
+    ...(checkpoint.previewVae?.weights.warnings ?? []),
     ...notes.map((note) => `The model's scheduler, ${className}, ${note}.`),
   ];
 }

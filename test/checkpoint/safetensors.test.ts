@@ -52,7 +52,7 @@ describe("readSafetensorsHeader", () => {
         for (const entry of header.values()) dtypes.add(entry.dtype);
       }
     expect(files).toBeGreaterThan(40);
-    expect([...dtypes].sort()).toEqual(["BF16", "F16", "F32"]);
+    expect([...dtypes].sort()).toEqual(["BF16", "F16", "F32", "F8_E4M3", "I8", "U8"]);
   });
 
   test("an entry of a fixture, as its bytes say", async () => {

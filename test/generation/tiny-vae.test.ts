@@ -177,3 +177,14 @@ it("is refused where it does not fit", async () => {
   symlinkSync(tiny, path.join(folder, "link"), "dir");
   expect((await openCheckpoint(plain, { previewVae: path.join(folder, "link") })).previewVae).not.toBeNull();
 });
+
+it("of two layouts is read as diffusers reads it, with a warning", async () => {
+  const twice = path.join(folder, "twice");
+  cpSync(tiny, twice, { recursive: true });
+  const file = "diffusion_pytorch_model.safetensors";
+  const { names } = (await openCheckpoint(plain, { previewVae: twice })).previewVae!.weights;
+  const index = { metadata: {}, weight_map: Object.fromEntries(names.map((name) => [name, file])) };
+  writeFileSync(path.join(twice, `${file}.index.json`), JSON.stringify(index));
+  const { warnings } = await openCheckpoint(plain, { previewVae: twice });
+  expect(warnings).toContainEqual(expect.stringMatching(/twice.*index\.json is read, as diffusers does/));
+});
