@@ -12,15 +12,18 @@ export function isRecord(value: unknown): value is JsonObject {
 
 /**
  * A file's text, without a byte order mark: some editors of Windows put one before it.
- * @throws CheckpointError if the file is missing or cannot be read
+ * @throws CheckpointError if the file is missing, cannot be read or is in UTF-16
  */
 export async function readText(file: string): Promise<string> {
-  const text = await readFile(file, "utf8").catch((cause: NodeJS.ErrnoException) => {
+  const bytes = await readFile(file).catch((cause: NodeJS.ErrnoException) => {
     if (cause.code === "ENOENT")
       throw new CheckpointError(file, `${file} is missing. Download the checkpoint's remaining files.`, { cause });
     throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
   });
-  return text.replace(/^\ufeff/, "");
+  // What `>` of PowerShell 5 writes; as UTF-8 it would be said to be damaged.
+  if (/^(fffe|feff)/.test(bytes.toString("hex", 0, 2)))
+    throw new CheckpointError(file, `${file} is encoded in UTF-16. Save it in UTF-8.`);
+  return bytes.toString("utf8").replace(/^\ufeff/, "");
 }
 
 const downloadAgain = "Download the file again.";

@@ -205,6 +205,8 @@ describe("model_index.json", () => {
     const model = await copyModel("sd3");
     await writeFile(join(model, index), "{");
     await expectError(model, /model_index\.json is not JSON/);
+    await writeFile(join(model, index), "\ufeff{}", "utf16le");
+    await expectError(model, /model_index\.json is encoded in UTF-16\. Save it in UTF-8/);
   });
 
   test("the other pipelines and schedulers of SD3, with parts of their own", async () => {
