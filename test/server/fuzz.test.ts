@@ -427,8 +427,9 @@ it("the embedded model draws what the document allows", async () => {
         // Small, so that it is quick.
         const { stages: _, quality: __, blocks: ___, deadline_ms: ____, model: _____, n: ______, ...rest } = body;
         const small: Fields = { ...rest, size: "64x64", num_inference_steps: steps };
-        // What the model's CLIP has, and texts that are no weights.
+        // What the model's encoders have, and texts that are no weights.
         Object.assign(small, { clip_skip: Math.min(1, rest.clip_skip ?? 0), prompt_weighting: false });
+        small.max_sequence_length = Math.min(16, rest.max_sequence_length ?? 16);
         if (kind === "edit") Object.assign(small, { image: picture.toString("base64"), images: null });
         const answer = await sendJson(operations[kind].address, JSON.stringify(small));
         expectDocumented(operations[kind].address, "post", answer);
