@@ -805,14 +805,19 @@ export function refusePaths(options: Pick<ResolvedGenerateOptions, "image" | "ma
         option,
         `Expected an encoded picture, or { width, height, data }, for ${option} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
       );
-    const remedy = remedies[source.match(/^[a-z]+(?=:)/i)?.[0].toLowerCase() ?? ""];
-    if (remedy)
-      throw new OptionError(
-        option,
-        `Expected the path of a file for ${option} but received a URL, ${show(source)}. ${remedy}`,
-        { publicMessage: `Expected a picture for ${option} but received a URL. ${remedy}` },
-      );
+    refuseUrl(option, source);
   }
+}
+
+/** @throws OptionError for a URL where a file's path belongs */
+export function refuseUrl(option: string, path: string): void {
+  const remedy = remedies[path.match(/^[a-z]+(?=:)/i)?.[0].toLowerCase() ?? ""];
+  if (remedy)
+    throw new OptionError(
+      option,
+      `Expected the path of a file for ${option} but received a URL, ${show(path)}. ${remedy}`,
+      { publicMessage: `Expected a picture for ${option} but received a URL. ${remedy}` },
+    );
 }
 
 const download =

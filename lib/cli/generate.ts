@@ -78,7 +78,6 @@ Examples:
 }
 
 async function generate(prompts: string[], flags: Flags, signal: AbortSignal): Promise<void> {
-  const loadOptions = { ...readFlags(loadSchema, flags), signal };
   const stages = flags.stage?.map(parseStage);
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
   const given: Record<string, unknown> = {
@@ -88,6 +87,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
     ...(stages && { stages }),
   };
   const drawn = flags.from === undefined ? null : await readFrom(flags.from, given);
+  const loadOptions = { ...drawn?.loadOptions, ...readFlags(loadSchema, flags), signal };
   const options: Record<string, unknown> = {
     ...(!noise && (drawn?.options ?? given).seeds === undefined && { seed: randomInt(2 ** 32) }),
     ...(drawn?.options ?? given),
@@ -169,6 +169,7 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>) 
   const isShort = truncated.filter((name) => given[name] === undefined);
   return {
     options,
+    loadOptions: parameters.textEncoder3 === false ? { textEncoder3: false } : {},
     model: typeof parameters.model === "string" ? parameters.model : undefined,
     warnings: [
       ...isShort.map(

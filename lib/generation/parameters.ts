@@ -7,7 +7,7 @@ import { readFile } from "node:fs/promises";
 import type { z } from "zod";
 import { OptionError } from "../errors.js";
 import type { GenerateOptions } from "../model.js";
-import { generateSchema } from "../options.js";
+import { generateSchema, refuseUrl } from "../options.js";
 import { headLength, undecodable } from "./file-kinds.js";
 import { textsOf } from "./metadata.js";
 import { sharp } from "./sharp.js";
@@ -52,20 +52,23 @@ const writers: readonly { readonly name: string; readonly is: (texts: ReadonlyMa
 
 /**
  * Reads the texts of a picture's file.
- * @throws OptionError named `option` for what is no picture, or cannot be read
+ * @throws OptionError named `option` for what is no picture, is a URL, or cannot be read
  */
 export async function inspect(file: string, option: string): Promise<Inspection> {
+  refuseUrl(option, file);
   const open = await sharp.load();
   const bytes = await readFile(file).catch((cause: Error) => {
     throw new OptionError(option, `The picture "${file}" cannot be read: ${cause.message}.`, { cause });
   });
-  const { format, width, height, exif } = await open(bytes)
-    .metadata()
-    .catch((cause: Error) => {
-      const kind = undecodable(bytes.subarray(0, headLength));
-      const reason = kind ? `it is ${kind.name}. ${kind.remedy}` : `${cause.message.split("\n")[0]}.`;
-      throw new OptionError(option, `The picture "${file}" cannot be read: ${reason}`, { cause });
-    });
+  // sharp throws at once for an empty file.
+  const reading = async () => open(bytes).metadata();
+  const { format, width, height, exif } = await reading().catch((cause: Error) => {
+    const kind = undecodable(bytes.subarray(0, headLength));
+    const reason = kind
+      ? `it is ${kind.name}. ${kind.remedy}`
+      : `${cause.message.split("\n")[0]!.replace(/[\s:.]+$/, "")}.`;
+    throw new OptionError(option, `The picture "${file}" cannot be read: ${reason}`, { cause });
+  });
   const texts = textsOf(bytes, exif);
   const parameters = [texts.get("parameters"), texts.get("ImageDescription")].map(ownParameters).find(Boolean) ?? null;
   const writer = parameters ? "flowturbo" : (writers.find(({ is }) => is(texts))?.name ?? null);
@@ -95,7 +98,7 @@ const isRecord = (value: unknown): value is Record<string, unknown> =>
 /** Files are not taken by the names that another file has for them. */
 const { image: _, mask: __, ...readable } = generateSchema.shape;
 /** Fields that are no options. */
-const facts = ["model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
+const facts = ["textEncoder3", "model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
 
 /** Parameters as options. */
 export interface Redrawing {

@@ -28,6 +28,8 @@ export async function resultOf(
   const { width, height } = crop?.picture ?? size;
   const blocks = blocksOf(stages);
   const origin = originOf(model);
+  // No option of the request, but without T5 it is another picture.
+  const withoutT5 = request.texts && model.checkpoint.textEncoder3 === null && { textEncoder3: false };
   const images: Image[] = [];
   const { image } = template;
   for (const [row, result] of image === null ? [] : results.entries()) {
@@ -40,7 +42,7 @@ export async function resultOf(
       );
     else if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     const parameters = {
-      ...(request.metadata && parametersOf(request, stages, row)),
+      ...(request.metadata && { ...parametersOf(request, stages, row), ...withoutT5 }),
       ...(request.metadata === "full" && origin),
     };
     images.push(new Image(width, height, rgb, parameters));

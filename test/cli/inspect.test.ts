@@ -69,6 +69,19 @@ describe("flowturbo inspect", () => {
     writeFileSync(file, "%PDF-1.7");
     const { code, stderr } = await run(["inspect", "x.png"], folder);
     expect([code, stderr]).toEqual([2, expect.stringMatching(/"x\.png" cannot be read: it is a PDF document/)]);
+    for (const [contents, reason] of [
+      ["", "Input Buffer is empty."],
+      ["\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "Input buffer has corrupt header."],
+    ] as const) {
+      writeFileSync(file, contents, "latin1");
+      await expect(printed("inspect", file)).rejects.toThrow(
+        expect.objectContaining({
+          code: "ERR_FLOWTURBO_OPTION",
+          message: `The picture "${file}" cannot be read: ${reason}`,
+        }),
+      );
+    }
+    await expect(printed("inspect", "https://example.com/a.png")).rejects.toThrow(/URL.*Nothing is downloaded/);
     await expect(printed("inspect", path.join(folder, "absent.png"))).rejects.toThrow(/absent\.png.*ENOENT/);
   });
 });
@@ -90,6 +103,17 @@ describe("flowturbo generate --from", () => {
     await generate(folder, prompt, "--seed", "6", "--out", "c.png");
     await generate(folder, "--from", "c.png", "--out", "d.png");
     expect(readFileSync(path.join(folder, "d.png")).equals(readFileSync(path.join(folder, "c.png")))).toBe(true);
+  });
+
+  it("leaves T5 out where the picture was drawn without it", async () => {
+    const folder = temporaryFolder();
+    const model = ["--model", path.join(root, "models/shapes")];
+    const first = await generate(folder, prompt, "--seed", "6", "--steps", "2", "--no-t5", ...model, "--out", "a.png");
+    expect(first.code, first.stderr).toBe(0);
+    expect((await generate(folder, "--from", "a.png", ...model, "--out", "b.png")).code).toBe(0);
+    expect(await pixels(path.join(folder, "b.png"))).toBe(await pixels(path.join(folder, "a.png")));
+    await generate(folder, prompt, "--seed", "6", "--steps", "2", ...model, "--out", "with.png");
+    expect(await pixels(path.join(folder, "with.png"))).not.toBe(await pixels(path.join(folder, "a.png")));
   });
 
   it("takes what is given instead, and warns of another model and of what was cut", async () => {
