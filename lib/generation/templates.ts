@@ -59,16 +59,18 @@ export class Templates {
     prompts: PreparedPrompts,
     edit: Edit | null,
   ): PreparedCandidate {
+    const { factor } = this.#checkpoint.vae.config;
     const kept = request.edit?.keepOriginal ? edit?.at(-1) : undefined;
     const warnings: string[] = [];
     let [stages, used] = [all, edit];
     if (edit?.every(({ mask }) => mask?.empty)) {
       const through = kept && request.outputType === "image" ? "" : ", through the autoencoder";
-      warnings.push(`The mask is black everywhere, so that nothing is to be painted: this is the original${through}.`);
+      warnings.push(
+        `The mask is black everywhere, or what it paints is darker than half or too small for a latent (${factor} x ${factor} pixels), so that nothing is to be painted: this is the original${through}.`,
+      );
       stages = [{ ...all.at(-1)!, schedule: scheduleOf([], [0]) }];
       used = edit.slice(-1).map((stage) => ({ ...stage, mask: null }));
     }
-    const { factor } = this.#checkpoint.vae.config;
     const encoders = stages.map(({ latentShape }, index) => {
       const { original } = originalOf(used, index) ?? {};
       return original ? encoderProgram(original.pixels, latentShape, factor) : null;

@@ -177,6 +177,10 @@ describe("generate() with paddingMaskCrop", () => {
   it("finds what a mask paints that is too small for the whole picture", async () => {
     const dot = maskOf(150, 100, [[91, 41, 93, 43, 255]]);
     expect((await maskAt(dot, { ...image, channels: 3 }, 64, 64, 8)).empty).toBe(true);
+    // Without the option the picture is the original, which is no reason to call the mask black.
+    expect((await draw({ mask: rgbOf(dot) })).warnings).toEqual([
+      expect.stringMatching(/too small for a latent \(4 x 4 pixels\).*this is the original/),
+    ]);
     const { images } = await draw({ mask: rgbOf(dot), paddingMaskCrop: 3 });
     expect(changed(images[0]!.data, (x, y) => x >= 91 && x < 93 && y >= 41 && y < 43)).toMatchObject({ wrong: 0 });
     expect(changed(images[0]!.data, () => true).count).toBeGreaterThan(0);
