@@ -5,7 +5,7 @@
 import { randomInt } from "node:crypto";
 import type { Command } from "commander";
 import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
-import { seedsFrom, seedToJson } from "../common/seed.js";
+import { seedOf, seedsFrom, seedToJson } from "../common/seed.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
@@ -29,8 +29,10 @@ import { print, rounded } from "./print.js";
 import type { Progress } from "./progress.js";
 import { withModel } from "./with-model.js";
 
+const usualFiles = "flowturbo-{seed}.png";
+
 interface Flags extends CommonFlags {
-  out: string;
+  out?: string;
   from?: string;
   noise?: string;
   seeds?: string;
@@ -48,8 +50,7 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
   command
     .option(
       "--out <file>",
-      "file or pattern with {seed} and {index} (from 0); .png, .jpg or .webp",
-      "flowturbo-{seed}.png",
+      `file or pattern with {seed} and {index} (from 0); .png, .jpg or .webp (default: ${usualFiles})`,
     )
     .option(
       "--from <picture>",
@@ -112,8 +113,12 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
       "outputType",
       'With "latent" there are no pictures to write; say with --save-latents where the latents go.',
     );
-  const seeds = noise ? new Array<null>(rows).fill(null) : (checked.seeds ?? seedsFrom(checked.seed!, rows));
-  const files = isLatent ? [] : outputFiles(flags.out, seeds);
+  if (isLatent && flags.out !== undefined)
+    throw new OptionError("out", "With --output-type latent there are no pictures to write; leave out --out.");
+  const seeds = noise
+    ? new Array<null>(rows).fill(null)
+    : (checked.seeds?.map(seedOf) ?? seedsFrom(checked.seed!, rows));
+  const files = isLatent ? [] : outputFiles(flags.out ?? usualFiles, seeds);
   if (flags.preview !== undefined) formatOf(flags.preview);
   const written = isLatent ? [flags.saveLatents!] : files;
   const others = [flags.saveLatents, flags.preview].filter((file) => file !== undefined);

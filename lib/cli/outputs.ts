@@ -6,22 +6,23 @@ import { randomBytes } from "node:crypto";
 import { rmdir, stat, unlink, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { makeFolders } from "../common/files.js";
+import type { Seed } from "../common/seed.js";
 import { OptionError, OutputError } from "../errors.js";
 import { formatOf } from "../generation/image.js";
 
 /**
- * One file name for each picture. `{seed}` and `{index}` (from 0) are replaced; several pictures without either get
- * `-{index}` before the extension.
+ * One file name for each picture. `{seed}` and `{index}` (from 0) are replaced; several pictures that these do not tell apart, since
+ * there is neither or seeds are alike, get `-{index}` before the extension.
  * @param seeds null for a picture whose noise was given: `{seed}` is then "noise"
- * @throws OptionError for an unknown extension, an unknown placeholder, or two pictures with one name
+ * @throws OptionError for an unknown extension or placeholder
  */
-export function outputFiles(pattern: string, seeds: readonly (number | bigint | string | null)[]): string[] {
+export function outputFiles(pattern: string, seeds: readonly (Seed | null)[]): string[] {
   formatOf(pattern);
   const unknown = pattern.match(/\{(?!seed\}|index\})[^{}/\\]*\}/);
   if (unknown) throw new OptionError("out", `Expected {seed} or {index} in --out but received "${unknown[0]}".`);
   let full = pattern;
-  const distinct = pattern.includes("{index}") || (pattern.includes("{seed}") && !seeds.includes(null));
-  if (seeds.length > 1 && !distinct) {
+  const areDistinct = new Set(seeds).size === seeds.length;
+  if (!pattern.includes("{index}") && !(pattern.includes("{seed}") && areDistinct) && seeds.length > 1) {
     const { dir, name, ext } = path.parse(pattern);
     full = path.join(dir, `${name}-{index}${ext}`);
   }

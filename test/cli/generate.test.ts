@@ -171,6 +171,17 @@ describe("flowturbo generate", () => {
     expect((await pixels("6687881544318117707")).equals(await pixels(low))).toBe(true);
   });
 
+  it("writes each picture into a file of its own, also where seeds are alike, however they are written", async () => {
+    const folder = temporaryFolder();
+    const args = ["generate", "a blue square", "a red circle", "--steps", "1", "--json"];
+    const { stdout } = await run([...args, "--seeds", "7,007"], folder);
+    const files = ["flowturbo-7-0.png", "flowturbo-7-1.png"];
+    expect(JSON.parse(stdout)).toMatchObject({ files, seeds: [7, 7] });
+    expect(readdirSync(folder).sort()).toEqual(files);
+    const [first, second] = files.map((file) => readFileSync(path.join(folder, file)));
+    expect(first!.equals(second!)).toBe(false);
+  });
+
   it("writes latents alone where that is what is asked for", async () => {
     const folder = temporaryFolder();
     const args = ["generate", "a blue square", "--seed", "3", "--steps", "2", "--json", "--save-latents"];
@@ -379,7 +390,7 @@ describe("flowturbo generate", () => {
 
 describe("usage errors", () => {
   it.each([
-    ["no prompt", ["generate"], /missing required argument/],
+    ["no prompt", ["generate"], /Expected a prompt, or a picture of flowturbo with --from/],
     ["an unknown flag", ["generate", "x", "--frobnicate"], /unknown option/],
     ["an unknown command", ["paint", "x"], /unknown command|too many arguments/],
     ["a word for a number", ["generate", "x", "--width", "wide"], /--width: Expected a whole number of pixels.*"wide"/],
@@ -423,6 +434,11 @@ describe("usage errors", () => {
       /^error: --seed: Expected a whole number from 0 to 18446744073709551615, .*received "18446744073709551616"\.$/m,
     ],
     ["seeds and a seed", ["generate", "x", "--seeds", "1", "--seed", "1"], /^error: --seeds: Both seeds and seed say/],
+    [
+      "a file for latents",
+      ["generate", "x", "--output-type", "latent", "--save-latents", "l.safetensors", "--out", "x.png"],
+      /^error: With --output-type latent there are no pictures to write/,
+    ],
     ["too many seeds", ["generate", "x", "--seeds", "1,2"], /^error: --seeds: Expected as many .* 1 .*received 2\./],
     ["a negative seed in a list", ["generate", "x", "--seeds", "1,-2"], /^error: --seeds: Expected a list of seeds/],
     ["a fractional count", ["generate", "x", "--count", "1.5"], /--count/],
