@@ -135,13 +135,16 @@ const text = z.string();
 const oneSeed = `a whole number from 0 to ${largestSeed}, above ${Number.MAX_SAFE_INTEGER} as a BigInt or as text of digits`;
 const seedInJson = `Expected a whole number from 0 to ${largestSeed}, above ${Number.MAX_SAFE_INTEGER} as text of digits`;
 /** A seed as JSON has it: a number that is exact, or text. */
-export const seedJson = z.union([
-  z.int({ error: seedInJson }).min(0, { error: seedInJson }),
-  z
-    .string({ error: seedInJson })
-    .regex(/^\d{1,20}$/, { error: seedInJson, abort: true })
-    .refine((digits) => BigInt(digits) <= largestSeed, { error: seedInJson }),
-]);
+export const seedJson = z.union(
+  [
+    z.int({ error: seedInJson }).min(0, { error: seedInJson }),
+    z
+      .string({ error: seedInJson })
+      .regex(/^\d{1,20}$/, { error: seedInJson, abort: true })
+      .refine((digits) => BigInt(digits) <= largestSeed, { error: seedInJson }),
+  ],
+  { error: seedInJson },
+);
 /** A seed as code gives it. */
 const seedGiven = z.union([...seedJson.options, z.bigint().min(0n).max(largestSeed)]);
 const texts = (expects: string) => kind(z.union([text, list(text, 1)]), expects);

@@ -154,6 +154,11 @@ describe("a request", () => {
     await expect(requestToJson({ prompt: "x", steps: 0 })).rejects.toThrow(/whole number from 1 to 1000 for steps/);
     for (const [json, message] of [
       [{ prompt: 3 }, /request is wrong at prompt/],
+      [{ prompt: "x", seed: null }, /wrong at seed: Expected a whole number from 0 to 18446744073709551615, above/],
+      [
+        { prompt: "x", seeds: ["-1"] },
+        /wrong at seeds\.0: Expected a whole number from 0 to 18446744073709551615, above/,
+      ],
       [{ prompt: "x", image: "/etc/passwd" }, /wrong at image/],
       [{ prompt: "x", image: { file: "!" } }, /wrong at image/],
       [{ prompt: "x", image: { width: 2, height: 2, data: "AAAA" } }, /wrong at image/],
