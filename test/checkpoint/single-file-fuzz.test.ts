@@ -3,9 +3,10 @@
  * weights of the file that was changed. FUZZ_CASES sets how many there are.
  */
 
-import { writeFileSync } from "node:fs";
+import { truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect, test } from "vitest";
+import { clipShapes, type Shapes, t5Shapes, transformerShapes, vaeShapes } from "../../bench/single-file-checkpoint.js";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
@@ -74,8 +75,8 @@ const changes: Record<
 };
 const kinds = Object.entries(changes);
 
-/** All that decides what is drawn: every graph, and for each weight where in the file's data it lies. */
-async function weightsOf(file: string, base: string, dataStart: number): Promise<string> {
+/** All that decides what is drawn: every graph, and for each weight and scale where in the file's data it lies. */
+async function weightsOf(file: string, base: string | undefined, dataStart: number): Promise<string> {
   const graphs = new GraphLibrary(await openCheckpoint(file, { base }));
   const all = [...graphs.essential.map(({ graph }) => graph), graphs.get("vae_encoder")];
   return JSON.stringify(
@@ -92,26 +93,66 @@ async function weightsOf(file: string, base: string, dataStart: number): Promise
   );
 }
 
+/** A file to be changed. */
+interface Model {
+  readonly base?: string;
+  readonly header: Header;
+  /** What follows the header; a number for a hole of so many bytes. */
+  readonly data: Buffer | number;
+}
+
+const ofFixture = (model: string, name: string) => (): Model => ({
+  ...readHeader(fixture(model, "single", name)),
+  base: fixture(model, "model"),
+});
+
+/** A model that needs no base: what no shape says is that of the public models. */
+function withoutBase(): Model {
+  const parts: Record<string, Shapes> = {
+    "model.diffusion_model.": transformerShapes({ layers: 2, width: 64, dual: 1, qkNorm: true, positions: 8 }),
+    "text_encoders.clip_l.transformer.": clipShapes(768, 1),
+    "text_encoders.clip_g.transformer.": clipShapes(1280, 1),
+    "text_encoders.t5xxl.transformer.": t5Shapes(1),
+    "text_encoders.clip_l.": { logit_scale: [] },
+    "first_stage_model.": vaeShapes(),
+  };
+  const header: Header = {};
+  let end = 0;
+  for (const [prefix, shapes] of Object.entries(parts))
+    for (const [name, shape] of Object.entries(shapes)) {
+      const begin = end;
+      end += 2 * shape.reduce((a, b) => a * b, 1);
+      header[prefix + name] = { dtype: "BF16", shape: [...shape], data_offsets: [begin, end] };
+    }
+  return { header, data: end };
+}
+
+/** Writes a file with such a header. @returns where the data start */
+function write(file: string, json: Buffer, data: Model["data"], length = json.length): number {
+  const start = Buffer.alloc(8);
+  start.writeBigUInt64LE(BigInt(length));
+  const hole = typeof data === "number";
+  writeFileSync(file, Buffer.concat([start, json, ...(hole ? [] : [data])]));
+  if (hole) truncateSync(file, 8 + json.length + data);
+  return 8 + length;
+}
+
+const jsonOf = (header: object) => Buffer.from(JSON.stringify(header));
+
 test.each([
-  ["sd3", 1],
-  ["medium", 2],
-] as const)("%s", { timeout: Math.max(60_000, 200 * cases) }, async (model, seed) => {
-  const pick = random(seed);
-  const { header, data } = readHeader(fixture(model, "single/full.safetensors"));
-  const base = fixture(model, "model");
+  ["sd3", ofFixture("sd3", "full.safetensors")],
+  ["medium", ofFixture("medium", "full.safetensors")],
+  ["medium with T5 in scaled float8", ofFixture("medium", "t5fp8.safetensors")],
+  ["without a base", withoutBase],
+] as const)("%s", { timeout: Math.max(60_000, 200 * cases) }, async (title, modelOf) => {
+  const pick = random(title.length);
+  const { header, data, base } = modelOf();
   const file = join(await temporaryFolder(), "mutated.safetensors");
   const names = Object.keys(header);
-  const write = (json: Buffer, length = json.length) => {
-    const start = Buffer.alloc(8);
-    start.writeBigUInt64LE(BigInt(length));
-    writeFileSync(file, Buffer.concat([start, json, data]));
-    return 8 + length;
-  };
-  const jsonOf = (changed: Header | Record<string, unknown>) => Buffer.from(JSON.stringify(changed));
-  const start = write(jsonOf(header));
+  const start = write(file, jsonOf(header), data);
   const expected = await weightsOf(file, base, start);
   const counts = { refused: 0, same: 0 };
-  for (let index = 0; index < cases / 2; index++) {
+  for (let index = 0; index < cases / 4; index++) {
     let what: string;
     let dataStart: number;
     if (pick(5) === 0) {
@@ -122,7 +163,7 @@ test.each([
       const length = pick(4) === 0 ? json.length + pick(64) - 32 : json.length;
       json[at] = value;
       what = `byte ${at} becomes ${value}, length ${length - json.length}`;
-      dataStart = write(json, length);
+      dataStart = write(file, json, data, length);
     } else {
       const [kind, change] = kinds[pick(kinds.length)]!;
       const name = names[pick(names.length)]!;
@@ -131,7 +172,7 @@ test.each([
       const changed = Object.entries(header).flatMap(([each, entry]): [string, unknown][] =>
         each === name ? replaced : [[each, entry]],
       );
-      dataStart = write(jsonOf(Object.fromEntries(changed)));
+      dataStart = write(file, jsonOf(Object.fromEntries(changed)), data);
     }
     const result = await weightsOf(file, base, dataStart).catch((error: unknown) => error);
     if (typeof result === "string") {
@@ -147,4 +188,20 @@ test.each([
   expect(counts.refused).toBeGreaterThan(counts.same);
   // logit_scale and the like are not read.
   expect(counts.same).toBeGreaterThan(0);
+});
+
+test("scales with other values", async () => {
+  const pick = random(3);
+  const { header, data, base } = ofFixture("medium", "t5fp8.safetensors")();
+  const file = join(await temporaryFolder(), "mutated.safetensors");
+  const scales = Object.keys(header).filter((name) => name.endsWith(".scale_weight"));
+  for (const value of [0, -0, -1, Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
+    const name = scales[pick(scales.length)]!;
+    const changed = Buffer.from(data as Buffer);
+    changed.writeFloatLE(value, header[name]!.data_offsets[0]);
+    const start = write(file, jsonOf(header), changed);
+    const error = await weightsOf(file, base, start).catch((thrown: unknown) => thrown);
+    expect(error, `${name} = ${value}`).toBeInstanceOf(CheckpointError);
+    expect((error as CheckpointError).message).toContain(file);
+  }
 });
