@@ -317,6 +317,15 @@ describe("refuses", () => {
     await expectError(file, /outside the file/);
   });
 
+  test("a base that is a file, or a name of the hub", async () => {
+    for (const other of [single("sd3"), "stabilityai/stable-diffusion-3-medium-diffusers"])
+      await expectError(single("sd3"), /which is to be the base, is no folder.*flowturbo pull/, { base: other });
+    await expectError(
+      join(await temporaryFolder(), "none.safetensors"),
+      /The folder or file .*none\.safetensors does not/,
+    );
+  });
+
   test("quantisations by their names, whatever lengths stand beside the weights of three layers", async () => {
     const qkv = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv";
     const tensors = readSafetensors(single("medium"));
