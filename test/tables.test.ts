@@ -150,7 +150,7 @@ describe("rows that a test has added", () => {
   it("are in option values, flags, lists of runtimes, required engines and memory", async () => {
     const { generateSchema, loadSchema, optionMeta } = await import("../lib/options.js");
     expect(optionMeta(generateSchema.shape.sampler).description).toBe(
-      "flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo)",
+      "flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo, or euler for a distilled model)",
     );
     expect(optionMeta(generateSchema.shape.steps).description).toContain("6 for toy");
     expect(generateSchema.shape.sampler.safeParse("toy").success).toBe(true);
@@ -185,7 +185,9 @@ describe("rows that a test has added", () => {
     addModelFlags(command, loadSchema, generateSchema);
     // Lines of any width.
     const help = command.helpInformation().replace(/\s+/g, " ");
-    expect(help).toContain("--sampler <name> flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo)");
+    expect(help).toContain(
+      "--sampler <name> flowturbo, euler, dpmpp_2m, unipc, heun, toy (default: flowturbo, or euler for a distilled model)",
+    );
     expect(help).toMatch(/--runtime <name> .*toy \(a test\)/);
 
     const { runtimeNames } = await import("../lib/runtimes/index.js");

@@ -172,7 +172,7 @@ const layout =
   "A diffusers folder holds model_index.json beside transformer/, vae/, scheduler/, text_encoder/, tokenizer/ and so on.";
 
 /** What may be passed, of a model and of a base. */
-const modelForms = "Pass a downloaded checkpoint's folder, or owner/name of a model on the hub.";
+const modelForms = "Pass a downloaded checkpoint's folder, its .safetensors file, or owner/name of a model on the hub.";
 const baseForms = "A base is a folder: `flowturbo pull owner/name` downloads a model and prints its folder.";
 
 /**
@@ -501,9 +501,9 @@ async function explainOtherLayouts(root: string, forms = modelForms): Promise<vo
 }
 
 function unreadable(root: string, forms: string, { code, message }: NodeJS.ErrnoException): string {
-  if (code === "ENOENT") return `The folder ${root} does not exist. ${forms} ${layout}`;
+  if (code === "ENOENT") return `The folder or file ${root} does not exist. ${forms} ${layout}`;
   if (code !== "ENOTDIR") return `Cannot read the folder ${root}: ${message}`;
-  return `${root} is not a folder. ${layout}`;
+  return `${root} is not a folder. ${forms} ${layout}`;
 }
 
 function weightsOf(checkpoint: Checkpoint): readonly Weights[] {

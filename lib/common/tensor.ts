@@ -64,6 +64,8 @@ export interface WeightSource {
   find(name: string): StoredTensor | undefined;
   /** Linear layers whose halves of rows are stored the other way round: (shift, scale) where diffusers has (scale, shift). */
   readonly reversedHalves?: ReadonlySet<string>;
+  /** Linear layers that are left out since they are the identity. */
+  readonly identities?: ReadonlySet<string>;
   /** What a tensor is called where it is stored, for error messages; absent where the names are the same. */
   storedName?(name: string): string;
 }

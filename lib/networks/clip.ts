@@ -76,7 +76,10 @@ export function emitClip(
 
   const final = l.layerNorm(x, "text_model.final_layer_norm", size, config.layerNormEps);
   const last = g.op("Squeeze", [g.op("MatMul", [endOfText(l, config, ids, length), final]), g.ints([1])]);
-  const pooled = l.linear(last, "text_projection", size, config.projectionDim, { rank: 2, bias: false });
+  const projection = "text_projection";
+  const pooled = weights.identities?.has(projection)
+    ? last
+    : l.linear(last, projection, size, config.projectionDim, { rank: 2, bias: false });
   g.output("pooled", g.cast(pooled, "float32"), ["rows", config.projectionDim]);
   return g.build();
 }

@@ -1,5 +1,5 @@
 // Checkpoints in one file through the public API of the built package: the bits of their folders, and diffusers' results.
-import { mkdtempSync, rmSync } from "node:fs";
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { FlowTurbo } from "flowturbo";
@@ -56,4 +56,44 @@ it.each(["lazy", "folded"] as const)("T5 in scaled float8 draws what diffusers d
   const drawn = await draw(model, noise!);
   expect(relativeError(drawn.latents, reference.latents!)).toBeLessThan(5e-5);
   expect(relativeError(drawn.pixels, reference.image!)).toBeLessThan(5e-5);
+});
+
+it("CLIP-L without a projection draws as with the identity", async () => {
+  const folder = path.join(cache, "base");
+  cpSync(fixture("medium/model"), folder, { recursive: true });
+  const change = (part: string, width: (config: Record<string, number>) => number) => {
+    const config = path.join(folder, part, "config.json");
+    const json = JSON.parse(readFileSync(config, "utf8"));
+    const before = json.projection_dim;
+    json.projection_dim = width(json);
+    writeFileSync(config, JSON.stringify(json));
+    return [before, json.projection_dim] as const;
+  };
+  // As wide as the encoder; what it is wider, the other one's is narrower.
+  const [before, side] = change("text_encoder", ({ hidden_size }) => hidden_size!);
+  const [, other] = change("text_encoder_2", ({ projection_dim }) => projection_dim! - (side - before));
+  const tensors = await readRaw(fixture("medium/single/full.safetensors"));
+  const [l, g] = ["clip_l", "clip_g"].map((name) => `text_encoders.${name}.transformer.text_projection.weight`) as [
+    string,
+    string,
+  ];
+  const identity = new Float32Array(side * side);
+  for (let i = 0; i < side; i++) identity[i * side + i] = 1;
+  const [, columns] = tensors[g]!.shape as [number, number];
+  const rowBytes = tensors[g]!.bytes.length / tensors[g]!.shape[0]!;
+  tensors[g] = { ...tensors[g]!, shape: [other, columns], bytes: tensors[g]!.bytes.subarray(0, other * rowBytes) };
+  tensors[l] = { dtype: "F32", shape: [side, side], bytes: Buffer.from(identity.buffer) };
+  const [whole, without] = ["identity", "without"].map((name) => path.join(cache, `${name}.safetensors`)) as [
+    string,
+    string,
+  ];
+  await writeRaw(whole, tensors);
+  const { [l]: _, ...rest } = tensors;
+  await writeRaw(without, rest);
+  const { noise } = await readAll(fixture("medium", "euler_64.safetensors"));
+  await using expected = await FlowTurbo.load(whole, { ...options, base: folder });
+  await using model = await FlowTurbo.load(without, { ...options, base: folder });
+  const [wanted, drawn] = [await draw(expected, noise!), await draw(model, noise!)];
+  expect(relativeError(drawn.latents, wanted.latents)).toBeLessThan(1e-6);
+  expect(model.warnings).toEqual(expected.warnings);
 });

@@ -148,9 +148,9 @@ describeAddons("verify:gpu on the simulated library", () => {
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
-    expect(report.findings.length).toBeLessThan(26);
+    expect(report.findings.length).toBeLessThan(28);
     expect(report.pictures).toHaveLength(2);
-    expect(stdout).toContain("25 of 25 cases (the small set, --quick)");
+    expect(stdout).toContain("27 of 27 cases (the small set, --quick)");
   });
 
   const namesOf = (findings: readonly { readonly name: string; readonly passed: boolean }[]) =>
@@ -228,7 +228,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(names.every((name) => /predict\.guidance|multistep|midpoint|inpainting|pictures/.test(name))).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
-    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(25 + 3 + 1);
+    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(27 + 3 + 1);
     expect(stdout).toMatch(/timed out after 1 s/);
   });
 
@@ -256,7 +256,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(25 + 3 + 1);
+    expect(report.skipped).toHaveLength(27 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {

@@ -33,6 +33,8 @@ interface Shapes {
   /** @throws CheckpointError if the tensor is absent or has another number of dimensions */
   of(name: string, rank: number): readonly number[];
   has(name: string): boolean;
+  /** Whether a linear layer is left out since it is the identity. */
+  isIdentity(layer: string): boolean;
   /** Numbers that stand behind a beginning, in order. */
   numbers(beginning: string): number[];
   some(pattern: RegExp): boolean;
@@ -87,7 +89,7 @@ export function configOf<Name extends FilePart>(
 
 const snakeCase = (key: string) => key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 
-function shapesOf(file: string, { entries, storedName }: NamedTensors): Shapes {
+function shapesOf(file: string, { entries, identities, storedName }: NamedTensors): Shapes {
   const names = [...entries.keys()];
   const refuse = (name: string, what: string): never => {
     throw new CheckpointError(file, `${file}: the tensor "${storedName(name)}" ${what}.`);
@@ -102,6 +104,7 @@ function shapesOf(file: string, { entries, storedName }: NamedTensors): Shapes {
       return entry.shape;
     },
     has: (name) => entries.has(name),
+    isIdentity: (layer) => identities.has(layer),
     numbers(beginning) {
       const found = names.flatMap((name) =>
         name.startsWith(`${beginning}.`) ? Number(name.slice(beginning.length + 1).split(".")[0]) : [],
@@ -159,7 +162,7 @@ function clipConfig(shapes: Shapes, hiddenAct: ClipConfig["hiddenAct"]): FoundCo
   const said = {
     ...{ vocabSize, hiddenSize },
     intermediateSize: shapes.of(`${layers}.0.mlp.fc1.weight`, 2)[0]!,
-    projectionDim: shapes.of("text_projection.weight", 2)[0]!,
+    projectionDim: shapes.isIdentity("text_projection") ? hiddenSize : shapes.of("text_projection.weight", 2)[0]!,
     numHiddenLayers: blocks(shapes.numbers(layers)),
     maxPositionEmbeddings: shapes.of(`${embeddings}.position_embedding.weight`, 2)[0]!,
   };

@@ -73,7 +73,7 @@ export async function refuseFolderOf(folder: string, files: readonly string[]): 
 }
 
 function weightsOf(origin: string, version: Weights["files"][number], tensors: NamedTensors): Weights {
-  const { entries, reversedHalves, storedName } = tensors;
+  const { entries, reversedHalves, identities, storedName } = tensors;
   const bytesByDType: Record<string, number> = {};
   for (const { dtype, length } of entries.values()) bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
   return {
@@ -85,6 +85,7 @@ function weightsOf(origin: string, version: Weights["files"][number], tensors: N
       files: [version],
       bytesByDType,
       reversedHalves,
+      identities,
       storedName,
     },
     // Marks have no values.

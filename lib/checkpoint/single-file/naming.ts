@@ -33,6 +33,8 @@ interface PartNaming {
   /** In the order in which they are tried. */
   readonly prefixes: readonly string[];
   readonly namings: readonly Naming[];
+  /** Linear layers that files may leave out where they are the identity. */
+  readonly identities?: readonly string[];
 }
 
 const rule = (from: string, ...to: string[]): Rule => ({ from, to });
@@ -128,7 +130,8 @@ const namings: { readonly [Name in FilePart]: PartNaming } = {
     namings: [stabilityTransformer, diffusersTransformer],
   },
   vae: { prefixes: ["first_stage_model."], namings: [stabilityVae, diffusersVae] },
-  textEncoder: { prefixes: ["text_encoders.clip_l.transformer."], namings: clip },
+  // Some of Stability's files have no projection for CLIP-L, for which ComfyUI and diffusers take the identity.
+  textEncoder: { prefixes: ["text_encoders.clip_l.transformer."], namings: clip, identities: ["text_projection"] },
   textEncoder2: { prefixes: ["text_encoders.clip_g.transformer."], namings: clip },
   textEncoder3: { prefixes: ["text_encoders.t5xxl.transformer."], namings: t5 },
 };
@@ -140,6 +143,7 @@ export interface NamedTensors {
   /** By the names that the networks ask for; each entry's own name is the file's, and its place is that of its rows. */
   readonly entries: ReadonlyMap<string, HeaderEntry>;
   readonly reversedHalves: ReadonlySet<string>;
+  readonly identities: ReadonlySet<string>;
   /** What a tensor is called in the file, or would be. */
   storedName(name: string): string;
 }
@@ -156,14 +160,19 @@ export function leftOver(header: SafetensorsHeader, parts: readonly (NamedTensor
 /** @returns null if the file has no such part. @throws CheckpointError for a tensor that cannot be divided as its name says */
 export function namedTensors(file: string, header: SafetensorsHeader, part: FilePart): NamedTensors | null {
   const keys = [...header.keys()];
-  const { prefixes, namings: known } = namings[part];
+  const { prefixes, namings: known, identities = [] } = namings[part];
   for (const prefix of prefixes)
     for (const naming of known)
-      if (keys.some((key) => key.startsWith(prefix + naming.marker))) return translate(file, header, prefix, naming);
+      if (keys.some((key) => key.startsWith(prefix + naming.marker))) {
+        const tensors = translate(file, header, prefix, naming);
+        const names = [...tensors.entries.keys()];
+        const absent = identities.filter((layer) => !names.some((name) => name.startsWith(layer)));
+        return { ...tensors, identities: new Set(absent) };
+      }
   return null;
 }
 
-function translate(file: string, header: SafetensorsHeader, prefix: string, naming: Naming): NamedTensors {
+function translate(file: string, header: SafetensorsHeader, prefix: string, naming: Naming) {
   const own = [...header.values()].filter(({ name }) => name.startsWith(prefix));
   const last = lastBlock(
     own.map(({ name }) => name.slice(prefix.length)),
@@ -184,7 +193,7 @@ function translate(file: string, header: SafetensorsHeader, prefix: string, nami
   return {
     entries,
     reversedHalves: new Set(naming.reversedHalves?.(last)),
-    storedName(name) {
+    storedName(name: string) {
       for (const { from, to } of naming.rules)
         for (const each of to) {
           const stored = renamed(name, each, from, last);
