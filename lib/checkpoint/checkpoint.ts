@@ -21,7 +21,10 @@ import {
   usualScheduler,
   type VaeConfig,
 } from "./configs.js";
-import { exists, isFile, isFolder, isRecord, type JsonObject, readJsonObject } from "./files.js";
+import { isFile, isFolder, readJsonObject } from "./files.js";
+import { checkPreviewVae, checkThatPartsFit } from "./fit.js";
+import { baseForms, explainOtherLayouts } from "./layouts.js";
+import { type IndexedPart, indexOf, type Place, readModelIndex } from "./model-index.js";
 import { checkQuantisation } from "./quantised.js";
 import {
   type ModelIdentity,
@@ -31,14 +34,7 @@ import {
   type StoredSchedules,
   sampledWeights,
 } from "./schedules.js";
-import {
-  type FileConfigs,
-  type FilePart,
-  fileParts,
-  type PartInFile,
-  readSingleFile,
-  refuseFolderOf,
-} from "./single-file/index.js";
+import { type FileConfigs, type FilePart, fileParts, type PartInFile, readSingleFile } from "./single-file/index.js";
 import { openClipTokenizer, openPackedTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { type Naming, namings, openWeights, type Weights } from "./weights.js";
 
@@ -87,12 +83,6 @@ interface OpenCheckpointOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Pipelines of SD3 differ in parts that are added to the same ones: a ControlNet, an image encoder, guiders. */
-const pipelineClass = /^StableDiffusion3\w*Pipeline$/;
-
-/** Files that name the parts, the one that counts first: that of pipelines, and that of modular ones. */
-const indexFiles = ["model_index.json", "modular_model_index.json"] as const;
-
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
@@ -138,15 +128,13 @@ const partRows: {
 /** Tokenizers of the public models, which come with the package. */
 const packedTokenizers = { tokenizer: "tokenizer", tokenizer2: "tokenizer_2", tokenizer3: "tokenizer_3" } as const;
 
-/** Each text encoder with its tokenizer. */
-const textParts = [
-  ["textEncoder", "tokenizer"],
-  ["textEncoder2", "tokenizer2"],
-  ["textEncoder3", "tokenizer3"],
-] as const;
-
 /** T5: the one text encoder that pictures can be drawn without while the folder has it. */
 const t5Parts = [partRows.textEncoder3.name, partRows.tokenizer3.name];
+/** What an index may name. */
+const indexedParts = (hasT5: boolean): readonly IndexedPart[] =>
+  Object.values<PartRow<unknown>>(partRows).flatMap(({ name, classes, required = false }) =>
+    classes && (hasT5 || !t5Parts.includes(name)) ? { name, classes, required } : [],
+  );
 const withoutT5 = "To draw without T5, load the model with textEncoder3: false (--no-t5).";
 
 function network<Config>(
@@ -168,13 +156,6 @@ function network<Config>(
   return { name, classes, open, readConfig };
 }
 
-const layout =
-  "A diffusers folder holds model_index.json beside transformer/, vae/, scheduler/, text_encoder/, tokenizer/ and so on.";
-
-/** What may be passed, of a model and of a base. */
-const modelForms = "Pass a downloaded checkpoint's folder, its .safetensors file, or owner/name of a model on the hub.";
-const baseForms = "A base is a folder: `flowturbo pull owner/name` downloads a model and prints its folder.";
-
 /**
  * Opens a checkpoint: a folder (a Hugging Face cache's snapshots/<commit> is one, too), or one file.
  *
@@ -192,7 +173,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
     );
   await explainOtherLayouts(root);
   const index = await indexOf(root);
-  const places = readModelIndex(index, await readJsonObject(index), textEncoder3);
+  const places = readModelIndex(index, await readJsonObject(index), indexedParts(textEncoder3));
   const warnings: string[] = [];
   const lacking = await whatIsMissing(root, places.get(partRows.textEncoder3.name));
   if (lacking) {
@@ -254,12 +235,6 @@ function warningsOf(checkpoint: Checkpoint): string[] {
   ];
 }
 
-/** The file that names a folder's parts: as `StableDiffusion3Pipeline.from_pretrained`, and else as `ModularPipeline` does. */
-async function indexOf(root: string): Promise<string> {
-  const [usual, modular] = indexFiles.map((name) => join(root, name)) as [string, string];
-  return !(await exists(usual)) && (await exists(modular)) ? modular : usual;
-}
-
 /** What is missing of a network that the index names, in words; null for one that is there, and for one that is not named. */
 async function whatIsMissing(root: string, place: Place | undefined): Promise<string | null> {
   if (!place) return null;
@@ -279,7 +254,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   const { parts: found, warnings } = await readSingleFile(file, signal);
   if (base !== null) await explainOtherLayouts(base, baseForms);
   const index = base === null ? null : await indexOf(base);
-  const ofBase = index === null ? null : readModelIndex(index, await readJsonObject(index), hasT5);
+  const ofBase = index === null ? null : readModelIndex(index, await readJsonObject(index), indexedParts(hasT5));
   signal?.throwIfAborted();
 
   /** The folder of a part in the base, or null. */
@@ -356,24 +331,6 @@ async function openPreviewVae(options: OpenCheckpointOptions): Promise<Part<VaeC
   return partRows.vae.open(folder, options);
 }
 
-/** @throws CheckpointError for a preview autoencoder of other latents */
-function checkPreviewVae({ vae, previewVae }: Checkpoint): void {
-  if (!previewVae) return;
-  for (const [key, name] of [
-    ["latentChannels", "latent_channels"],
-    ["factor", "pixels for each latent"],
-    ["inChannels", "in_channels"],
-    ["outChannels", "out_channels"],
-  ] as const) {
-    const [own, other] = [vae.config[key], previewVae.config[key]];
-    if (own !== other)
-      throw new CheckpointError(
-        previewVae.weights.origin,
-        `The autoencoder ${previewVae.weights.origin} for previewVae does not fit: its ${name} is ${other}, but the model's is ${own}. It needs to be one for the same latents; for Stable Diffusion 3 that is taesd3.`,
-      );
-  }
-}
-
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
 export function fingerprintOf({ transformer: { config, weights } }: Pick<Checkpoint, "transformer">): Promise<string> {
   return modelFingerprint(config, weights.files);
@@ -391,119 +348,7 @@ export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelId
 
 /** @throws CheckpointError if a model_index.json is of a model that cannot be read: for what is about to be downloaded */
 export async function checkModelIndex(file: string): Promise<void> {
-  readModelIndex(file, await readJsonObject(file), true);
-}
-
-/** Where the index says that a part is. */
-interface Place {
-  /** In the checkpoint's folder. */
-  readonly folder: string;
-  /** The variant that a modular index names for this part. */
-  readonly variant?: string | undefined;
-  /** The repository that a modular index names for this part. */
-  readonly origin?: string | undefined;
-}
-
-/** The parts that are not null, by their names. @param hasT5 whether T5 is wanted */
-function readModelIndex(file: string, json: JsonObject, hasT5: boolean): Map<string, Place> {
-  const refuse = (message: string): never => {
-    throw new CheckpointError(file, message);
-  };
-  const isModular = basename(file) === indexFiles[1];
-  const pipeline = json._class_name;
-  if (typeof pipeline !== "string" || !pipelineClass.test(pipeline))
-    refuse(
-      `${file}: _class_name is ${JSON.stringify(pipeline) ?? "absent"}; known are StableDiffusion3Pipeline and others ` +
-        "whose names begin and end like it. Only Stable Diffusion 3 and 3.5 checkpoints can be read.",
-    );
-  const places = new Map<string, Place>();
-  for (const { name: part, classes, required } of Object.values<PartRow<unknown>>(partRows)) {
-    if (!classes || (!hasT5 && t5Parts.includes(part))) continue;
-    // A modular pipeline does not list what it was saved without.
-    const entry = json[part] ?? (json[part] === null || isModular ? null : undefined);
-    if (entry === undefined)
-      refuse(`${file} lacks the part "${part}". A part that a checkpoint does without is [null, null].`);
-    const name = classIn(entry);
-    if (name === null && required)
-      refuse(`${file}: the part "${part}" is null, but no picture can be made without it.`);
-    if (name === null) continue;
-    if (typeof name !== "string" || !classes.includes(name))
-      refuse(
-        `${file}: the part "${part}" is of the unknown class ${JSON.stringify(name)}; known for it are ${classes.join(", ")}.`,
-      );
-    places.set(part, placeOf(file, part, entry));
-  }
-  // diffusers keeps the tokenizer of a T5 that is left out.
-  if (!places.has(partRows.textEncoder3.name)) places.delete(partRows.tokenizer3.name);
-  for (const keys of textParts) {
-    const pair = keys.map((key) => partRows[key].name);
-    const has = pair.find((part) => places.has(part));
-    const lacks = pair.find((part) => !places.has(part));
-    if (has && lacks)
-      refuse(
-        `${file}: "${lacks}" is null but "${has}" is not; a text encoder needs its tokenizer. Make both null or neither.`,
-      );
-  }
-  return places;
-}
-
-/** The class of an entry: [library, class], [library, class, loading] of a modular pipeline, or the class alone. */
-function classIn(entry: unknown): unknown {
-  if (!Array.isArray(entry)) return entry;
-  const [, name = null, loading] = entry as readonly unknown[];
-  const hint = isRecord(loading) && Array.isArray(loading.type_hint) ? loading.type_hint[1] : undefined;
-  return hint ?? name;
-}
-
-/** Where a part's entry says that it is: a folder of its own name, unless it is one of a modular pipeline. */
-function placeOf(file: string, part: string, entry: unknown): Place {
-  const loading: unknown = Array.isArray(entry) ? entry[2] : undefined;
-  if (!isRecord(loading)) return { folder: part };
-  const text = (key: string) => (typeof loading[key] === "string" && loading[key] !== "" ? loading[key] : undefined);
-  const folder = text("subfolder") ?? ".";
-  if (/^[/\\]|[:\0]/.test(folder) || folder.split(/[/\\]/).includes(".."))
-    throw new CheckpointError(
-      file,
-      `${file}: the part "${part}" has the subfolder "${folder}", which leaves the folder.`,
-    );
-  return { folder, variant: text("variant"), origin: text("pretrained_model_name_or_path") ?? text("repo") };
-}
-
-/** Folders and files that people have instead of a diffusers folder, each with what to do about it. */
-async function explainOtherLayouts(root: string, forms = modelForms): Promise<void> {
-  const names = await readdir(root).catch((cause: NodeJS.ErrnoException) => {
-    throw new CheckpointError(root, unreadable(root, forms, cause), { cause });
-  });
-  const transformer = await readdir(join(root, "transformer")).catch((): string[] => []);
-  const refuse = (message: string): never => {
-    throw new CheckpointError(root, message);
-  };
-  if (transformer.some((name) => name.endsWith(".onnx")) && !transformer.some((name) => name.includes(".safetensors")))
-    refuse(
-      `${root} is an ONNX folder (as optimum exports them): its networks are already exported, which cannot be read. Pass the ` +
-        `diffusers folder that it was exported from. ${layout}`,
-    );
-  if (indexFiles.some((name) => names.includes(name))) return;
-  if (names.includes("snapshots")) {
-    const commits = await readdir(join(root, "snapshots")).catch((): string[] => []);
-    refuse(
-      `${root} is a model's folder in a Hugging Face cache. Pass one of its snapshots: ` +
-        `${commits.map((commit) => join(root, "snapshots", commit)).join(", ") || "there is none yet, download the model"}.`,
-    );
-  }
-  const single = names.filter((name) => name.endsWith(".safetensors"));
-  if (single.length > 0)
-    await refuseFolderOf(
-      root,
-      single.map((name) => join(root, name)),
-    );
-  refuse(`${root} is not a checkpoint: it has no model_index.json. ${layout}`);
-}
-
-function unreadable(root: string, forms: string, { code, message }: NodeJS.ErrnoException): string {
-  if (code === "ENOENT") return `The folder or file ${root} does not exist. ${forms} ${layout}`;
-  if (code !== "ENOTDIR") return `Cannot read the folder ${root}: ${message}`;
-  return `${root} is not a folder. ${forms} ${layout}`;
+  readModelIndex(file, await readJsonObject(file), indexedParts(true));
 }
 
 function weightsOf(checkpoint: Checkpoint): readonly Weights[] {
@@ -523,80 +368,4 @@ function checkVariant(checkpoint: Checkpoint, variant: string | undefined): void
         ? `Variants found: ${found.map((name) => `"${name}"`).join(", ")}.`
         : "It has no variants: leave the option away."),
   );
-}
-
-/** @param about where the configuration of a part is, and what is said where two do not fit */
-function checkThatPartsFit(
-  checkpoint: Checkpoint,
-  { configOf, remedy }: { configOf: (part: string) => string; remedy: string },
-): void {
-  const { transformer, refiner, textEncoder, textEncoder2, textEncoder3, vae } = checkpoint;
-  const predictor = transformer.config;
-  const { inChannels, outChannels, latentChannels } = vae.config;
-  const demand = (fits: boolean, part: string, what: string): void => {
-    const file = configOf(part);
-    if (!fits) throw new CheckpointError(file, `${file}: ${what}. ${remedy}`);
-  };
-  /** @param subject the key, @param other the key of another part that has the value `expected` */
-  const demandEqual = (part: string, subject: string, value: number, other: string, expected: number) =>
-    demand(value === expected, part, `${subject} is ${value}, but ${other} is ${expected}`);
-
-  demand(inChannels === 3 && outChannels === 3, "vae", "in_channels and out_channels must be 3 (RGB)");
-  const latents = "the VAE's latent_channels";
-  demandEqual("transformer", "in_channels", predictor.inChannels, latents, latentChannels);
-  demandEqual("transformer", "out_channels", predictor.outChannels, latents, latentChannels);
-
-  const clips = [textEncoder, textEncoder2].flatMap((part) => (part ? [part.config] : []));
-  const lacking = "text_encoder and text_encoder_2 are both null, so the pooled text is missing";
-  demand(clips.length > 0, "transformer", lacking);
-  const width = predictor.jointAttentionDim;
-  const hidden = clips.reduce((sum, clip) => sum + clip.hiddenSize, 0);
-  demand(
-    hidden <= width,
-    "transformer",
-    `joint_attention_dim is ${width}, less than the CLIP encoders' hidden_size together (${hidden})`,
-  );
-  const pooled = clips.reduce((sum, clip) => sum + clip.projectionDim, 0);
-  const together = "the CLIP encoders' projection_dim together";
-  demandEqual("transformer", "pooled_projection_dim", predictor.pooledProjectionDim, together, pooled);
-  if (textEncoder3)
-    demandEqual(
-      "text_encoder_3",
-      "d_model",
-      textEncoder3.config.dModel,
-      "the transformer's joint_attention_dim",
-      width,
-    );
-
-  // Ids and positions beyond the encoders' tables would otherwise stop a run in the middle.
-  for (const [encoderKey, tokenizerKey] of textParts) {
-    const { [encoderKey]: encoder, [tokenizerKey]: tokenizer } = checkpoint;
-    const part = partRows[encoderKey].name;
-    if (!tokenizer || !encoder) continue;
-    const { vocabSize } = encoder.config;
-    const largestId = tokenizer.vocabSize - 1;
-    demand(largestId < vocabSize, part, `vocab_size is ${vocabSize}, but its tokenizer has ids up to ${largestId}`);
-    if (!("maxPositionEmbeddings" in encoder.config)) continue;
-    const { maxPositionEmbeddings: positions } = encoder.config;
-    demand(
-      tokenizer.maxLength <= positions,
-      part,
-      `max_position_embeddings is ${positions}, but its tokenizer's model_max_length is ${tokenizer.maxLength}`,
-    );
-  }
-
-  if (!refiner) return;
-  const { config } = refiner;
-  demand(
-    config.inChannels === 2 * latentChannels,
-    "refiner",
-    `in_channels is ${config.inChannels}, but a refiner takes latents and velocity, 2 x ${latentChannels}`,
-  );
-  demandEqual("refiner", "out_channels", config.outChannels, latents, latentChannels);
-  for (const [key, name] of [
-    ["patchSize", "patch_size"],
-    ["jointAttentionDim", "joint_attention_dim"],
-    ["pooledProjectionDim", "pooled_projection_dim"],
-  ] as const)
-    demandEqual("refiner", name, config[key], "the transformer's", predictor[key]);
 }
