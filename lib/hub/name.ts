@@ -17,6 +17,8 @@ export interface HubName {
 export const nameForm = "owner/name, owner/name@revision or owner/name/file.safetensors";
 
 const word = /^\w(?:[\w.-]{0,94}\w)?$/;
+/** Ends of repositories of git, and of files that are not where their path says: neither is a model's name. */
+const otherEnds = /\.(git|safetensors|gguf|ckpt|pth?|bin|onnx)$/i;
 const revisionWord = /^[\w+#=-][\w.+#=-]*$/;
 
 /** @returns null for a text that is no such name */
@@ -24,7 +26,7 @@ export function parseHubName(text: string): HubName | null {
   const [, name = "", revision = "main"] = text.match(/^([^@]+)(?:@(.+))?$/s) ?? [];
   const [owner = "", model = "", ...file] = name.split("/");
   const words = [owner, model];
-  if (!words.every((each) => word.test(each) && !/--|\.\./.test(each)) || model.endsWith(".git")) return null;
+  if (!words.every((each) => word.test(each) && !/--|\.\./.test(each)) || otherEnds.test(model)) return null;
   if (revision.includes("..") || !revision.split("/").every((each) => revisionWord.test(each))) return null;
   const path = file.join("/");
   if (file.length > 0 && !(path.endsWith(".safetensors") && isSafePath(path))) return null;

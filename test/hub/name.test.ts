@@ -44,6 +44,8 @@ test.each([
     "C:\\a/b",
     "C:/a",
     "a/b.git",
+    "models/sd3.safetensors",
+    "models/sd3.Q8.gguf",
     "a--b/c",
     "a/b..c",
     "-a/b",
