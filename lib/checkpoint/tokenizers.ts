@@ -316,7 +316,11 @@ async function tokenizer(
   }
 
   function beginning(ids: readonly number[], more: boolean): string {
-    const text = inner.decode(ids.slice(0, shownTokens)).trim();
+    // Tokens are parts of characters, too: what is left of the first and of the last one cannot be read.
+    const text = inner
+      .decode(ids.slice(0, shownTokens))
+      .replace(/^\ufffd+|\ufffd+$/g, "")
+      .trim();
     return more || ids.length > shownTokens ? `${text}...` : text;
   }
 }

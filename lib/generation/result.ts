@@ -108,7 +108,7 @@ export function parametersOf(
 function textParameters({ texts, clipSkip, promptWeighting }: Request, index: number): Record<string, unknown> {
   if (!texts) return { promptEmbeds: true };
   const isGuided = texts.negativePrompts.length > 0;
-  const given = Object.entries({ ...(isGuided && { negativePrompt: [] }), ...texts.given })
+  const given = Object.entries({ prompt: [], ...(isGuided && { negativePrompt: [] }), ...texts.given })
     .filter(([option]) => isGuided || !option.startsWith("negative"))
     .map(([option, rows]) => [option, rows[index] ?? ""]);
   return {

@@ -305,7 +305,7 @@ export class PromptEncoder {
     const warnings: string[] = [];
     if (truncated)
       warnings.push(
-        `The prompt "${clipped(text, 60)}" is longer than the ${tokens} tokens that ${name} takes; it ignores the end: "${clipped(dropped, 60)}".`,
+        `The prompt "${clipped(text, 60)}" is longer than the ${tokens} tokens that ${name} takes; it ignores the end${dropped && `: "${clipped(dropped, 60)}"`}.`,
       );
     if (unread) warnings.push(`The prompt "${clipped(text, 60)}" has ${unread}; ${name} ignores the rest of it.`);
 

@@ -81,6 +81,14 @@ describe("truncation", () => {
     await expect(t5!.encode("a", 0)).rejects.toThrow(RangeError);
   });
 
+  test("says nothing of a part of a character", async () => {
+    const { tokenizer_1: clip } = await openAll("large");
+    for (let length = 2; length < 16; length++) {
+      const { truncated, dropped } = await clip!.encode("🦊 赤い 🦊🦊", length);
+      if (truncated) expect(dropped, `${length}`).not.toMatch(/^\ufffd|\ufffd$/);
+    }
+  });
+
   test("maxLength: from the file, within the model's limit, whatever the file says", async () => {
     const model = await copyModel("large");
     const [clip, t5] = [join(model, "tokenizer"), join(model, "tokenizer_3")];
