@@ -12,6 +12,7 @@ import { join } from "node:path";
 import { z } from "zod";
 import type { FileVersion } from "../common/files.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
+import { libraryOf, variantsIn, weightFile, weightSources } from "../common/weight-names.js";
 import { CheckpointError } from "../errors.js";
 import { exists, readJsonObject } from "./files.js";
 import { resolveTensor } from "./quantised.js";
@@ -75,8 +76,8 @@ export async function openWeights(
   const { variant, signal, naming = namings.plain } = options;
   signal?.throwIfAborted();
   const present = await listFolder(folder);
-  const variantsFound = findVariants(present, basename);
-  const ways = (of: string | null) => sources(basename, of).filter((name) => present.includes(name));
+  const variantsFound = variantsIn(present, basename);
+  const ways = (of: string | null) => weightSources(basename, of).filter((name) => present.includes(name));
   // As diffusers decides, by the beginning of what follows the first dot: a variant that is there in part is not passed over.
   const ofVariant = present.filter((name) => variant !== undefined && name.split(".")[1]?.startsWith(variant));
   const isThere =
@@ -87,7 +88,7 @@ export async function openWeights(
     throw new CheckpointError(
       folder,
       found !== null && variantsFound.length === 0
-        ? `${folder} holds ${list(ofVariant)}, but not ${fileName(basename, found)} and no index. Download the checkpoint's remaining files.`
+        ? `${folder} holds ${list(ofVariant)}, but not ${weightFile(basename, found)} and no index. Download the checkpoint's remaining files.`
         : explainAbsence(folder, basename, variant, present, variantsFound),
     );
   const warnings = others.map(
@@ -219,44 +220,6 @@ function checkShardName(indexFile: string, shard: string): void {
       indexFile,
       `${indexFile} names the file "${shard}", which is not a .safetensors file. Convert the checkpoint to safetensors.`,
     );
-}
-
-function fileName(basename: string, variant: string | null): string {
-  return variant === null ? `${basename}.safetensors` : `${basename}.${variant}.safetensors`;
-}
-
-/** The present spelling of transformers and diffusers first, then the two older ones. */
-function indexNames(basename: string, variant: string | null): string[] {
-  if (variant === null) return [`${basename}.safetensors.index.json`];
-  return [
-    `${basename}.safetensors.index.${variant}.json`,
-    `${basename}.safetensors.${variant}.index.json`,
-    `${basename}.${variant}.safetensors.index.json`,
-  ];
-}
-
-/** Files that say where the weights are, the one that counts most first. */
-function sources(basename: string, variant: string | null): string[] {
-  const single = fileName(basename, variant);
-  const [index, older, oldest] = indexNames(basename, variant);
-  const names =
-    libraryOf(basename) === "transformers" ? [single, index, older, oldest] : [index, older, single, oldest];
-  return names.filter((name) => name !== undefined);
-}
-
-/** The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way. */
-function libraryOf(basename: string): "transformers" | "diffusers" {
-  return basename === "model" ? "transformers" : "diffusers";
-}
-
-function findVariants(present: readonly string[], basename: string): string[] {
-  // The names of a variant "*", with what may stand there.
-  const spellings = [fileName(basename, "*"), ...indexNames(basename, "*")].map(
-    (name) => new RegExp(`^${name.replaceAll(".", "\\.").replace("*", "([\\w-]+)")}$`),
-  );
-  const found = present.flatMap((name) => spellings.flatMap((spelling) => spelling.exec(name)?.[1] ?? []));
-  // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
-  return [...new Set(found)].filter((variant) => !/-\d+-of-\d+$/.test(variant)).sort();
 }
 
 async function listFolder(folder: string): Promise<string[]> {

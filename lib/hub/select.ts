@@ -4,6 +4,8 @@
  * place of a folder; a test holds the two together.
  */
 
+import { variantsIn, weightSources } from "../common/weight-names.js";
+
 export interface Wanted {
   /** Precision variant, such as "fp16". A part without it is taken without a variant, as diffusers does. */
   readonly variant?: string | undefined;
@@ -29,16 +31,16 @@ interface PartRow {
   readonly name: string;
   /** What is taken of it besides weights, where it is there. */
   readonly files: readonly string[];
-  /** The name that weights begin with, and which of the two forms is read where both are there. Absent from parts without weights. */
-  readonly weights?: { readonly basename: string; readonly first: "single" | "index" };
+  /** The name that weights begin with. Absent from parts without weights. */
+  readonly weights?: string;
   /** Whether it is the third text encoder's. */
   readonly t5?: boolean;
   /** A part that model_index.json does not name. */
   readonly unnamed?: boolean;
 }
 
-const ofDiffusers = { basename: "diffusion_pytorch_model", first: "index" } as const;
-const ofTransformers = { basename: "model", first: "single" } as const;
+const ofDiffusers = "diffusion_pytorch_model";
+const ofTransformers = "model";
 const config = ["config.json"];
 const vocabulary = [...tokenizerFiles, ...vocabularyFiles];
 
@@ -83,7 +85,7 @@ export function select(paths: Paths, index: unknown, { variant, textEncoder3 = t
       );
     files.push(...wanted.map((name) => `${part}/${name}`).filter((path) => paths.has(path)));
     if (!weights) continue;
-    for (const found of variantsOf(paths, part, weights.basename)) variants.add(found);
+    for (const found of variantsOf(paths, part, weights)) variants.add(found);
     const chosen = chooseWeights(paths, part, weights, variant);
     hasVariant ||= chosen.isVariant;
     files.push(chosen.path);
@@ -112,16 +114,12 @@ export function shardsOf(paths: Paths, index: string, json: unknown): string[] {
 function chooseWeights(
   paths: Paths,
   part: string,
-  { basename, first }: NonNullable<PartRow["weights"]>,
+  basename: string,
   variant: string | undefined,
 ): { path: string; isVariant: boolean } {
   for (const candidate of variant === undefined ? [null] : [variant, null]) {
-    const forms = { single: [singleName(basename, candidate)], index: indexNames(basename, candidate) };
-    // diffusers looks for the oldest spelling of an index, which it wrote for a short time, behind the single file.
-    const [present, older, ...oldest] = forms.index;
-    const ofDiffusers = [present, older, ...forms.single, ...oldest].filter((name) => name !== undefined);
-    const order = first === "single" ? [...forms.single, ...forms.index] : ofDiffusers;
-    const path = order.map((name) => `${part}/${name}`).find((each) => paths.has(each));
+    const sources = weightSources(basename, candidate);
+    const path = sources.map((name) => `${part}/${name}`).find((each) => paths.has(each));
     if (path !== undefined) return { path, isVariant: candidate !== null };
   }
   const variants = variantsOf(paths, part, basename).map((name) => `"${name}"`);
@@ -134,25 +132,8 @@ function chooseWeights(
   );
 }
 
-function singleName(basename: string, variant: string | null): string {
-  return variant === null ? `${basename}.safetensors` : `${basename}.${variant}.safetensors`;
-}
-
-/** The present spelling first, then the two older ones. */
-function indexNames(basename: string, variant: string | null): string[] {
-  if (variant === null) return [`${basename}.safetensors.index.json`];
-  return [
-    `${basename}.safetensors.index.${variant}.json`,
-    `${basename}.safetensors.${variant}.index.json`,
-    `${basename}.${variant}.safetensors.index.json`,
-  ];
-}
-
 function variantsOf(paths: Paths, part: string, basename: string): string[] {
-  const spellings = [singleName(basename, "*"), ...indexNames(basename, "*")].map(
-    (name) => new RegExp(`^${part}/${name.replaceAll(".", "\\.").replace("*", "([\\w-]+)")}$`),
-  );
-  const found = [...paths.keys()].flatMap((path) => spellings.flatMap((spelling) => spelling.exec(path)?.[1] ?? []));
-  // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
-  return [...new Set(found)].filter((variant) => !/-\d+-of-\d+$/.test(variant)).sort();
+  const folder = `${part}/`;
+  const names = [...paths.keys()].flatMap((path) => (path.startsWith(folder) ? path.slice(folder.length) : []));
+  return variantsIn(names, basename);
 }
