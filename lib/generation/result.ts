@@ -27,9 +27,7 @@ export async function resultOf(
   const size = stages.at(-1)!;
   const { width, height } = crop?.picture ?? size;
   const blocks = blocksOf(stages);
-  const origin = originOf(model);
-  // No option of the request, but without T5 it is another picture.
-  const withoutT5 = request.texts && model.checkpoint.textEncoder3 === null && { textEncoder3: false };
+  const origin = originOf(model, request.texts !== null);
   const images: Image[] = [];
   const { image } = template;
   for (const [row, result] of image === null ? [] : results.entries()) {
@@ -42,7 +40,7 @@ export async function resultOf(
       );
     else if (kept?.mask) await keepOriginal(rgb, kept.original.rgb, kept.mask.pixels);
     const parameters = {
-      ...(request.metadata && { ...parametersOf(request, stages, row), ...withoutT5 }),
+      ...(request.metadata && parametersOf(request, stages, row)),
       ...(request.metadata === "full" && origin),
     };
     images.push(new Image(width, height, rgb, parameters));
@@ -123,7 +121,13 @@ function scheduleParameters({ blocks, steps, grid }: RequestStage["whole"], sigm
   return { ...(blocks === null ? { steps } : { blocks }), ...(sigmas ? { sigmas } : { grid }) };
 }
 
-/** What drew it: names, and no path. */
-function originOf(model: { readonly name: string; readonly runtime: { readonly name: string } }) {
-  return { model: model.name, software: `flowturbo ${packageVersion()}`, runtime: model.runtime.name };
+/** What drew it: names, and no path. @param readsTexts whether its text encoders were used: without T5 it is another picture */
+function originOf(
+  { name, runtime, checkpoint }: Pick<Parameters<typeof resultOf>[0], "name" | "runtime" | "checkpoint">,
+  readsTexts: boolean,
+) {
+  return {
+    ...{ model: name, software: `flowturbo ${packageVersion()}`, runtime: runtime.name },
+    ...(readsTexts && checkpoint.textEncoder3 === null && { textEncoder3: false }),
+  };
 }
