@@ -5,6 +5,7 @@
  *   npm run bench:t5
  */
 
+import "./telemetry.js";
 import { spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { open, realpath, stat } from "node:fs/promises";
@@ -88,7 +89,6 @@ const status = (key: string) =>
   1024 * Number(new RegExp(`${key}:\\s+(\\d+)`).exec(readFileSync("/proc/self/status", "utf8"))?.[1]);
 
 async function encode(kind: string): Promise<object> {
-  process.env.ORT_DISABLE_TELEMETRY = "1";
   const stored: Part<T5Config> = { config, weights: await openWeights(await realpath(folder), "model") };
   let anonymous = 0;
   const poll = setInterval(() => {

@@ -12,6 +12,8 @@ import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { BuildMemory } from "../../lib/runtimes/tensorrt/build-memory.js";
 import { flavours } from "../../lib/runtimes/tensorrt/flavours.js";
 
+process.env.ORT_DISABLE_TELEMETRY = "1";
+
 afterEach(() => vi.unstubAllGlobals());
 
 /** A process in a control group, as Node 20.13 and later say, or as earlier versions say. */
@@ -94,7 +96,6 @@ describe("builds", () => {
 it.runIf(process.platform === "linux")(
   "lazy weights are not widened as a session is made, folded ones are",
   async () => {
-    process.env.ORT_DISABLE_TELEMETRY = "1";
     const ort = await import("onnxruntime-node");
     const folder = await mkdtemp(join(tmpdir(), "flowturbo-lazy-"));
     try {
