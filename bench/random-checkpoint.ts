@@ -65,7 +65,7 @@ export function randomMedium(): Promise<RandomCheckpoint> {
 }
 
 /** Shapes of tensors by name. */
-export type Shapes = Record<string, number[]>;
+export type Shapes = Record<string, readonly number[]>;
 
 type Config = Record<string, unknown> & {
   num_layers: number;
@@ -82,8 +82,8 @@ type Config = Record<string, unknown> & {
 async function writeOnce(folder: string, config: Config, others?: () => void): Promise<RandomCheckpoint> {
   const file = path.join(folder, "transformer/diffusion_pytorch_model.safetensors");
   const tensors = tensorShapes(config);
-  const { json, bytes } = headerOf(tensors);
-  const stamp = createHash("sha256").update(json).digest("hex");
+  const { start, bytes } = headerOf(tensors);
+  const stamp = createHash("sha256").update(start).digest("hex");
   const stampFile = path.join(folder, "stamp");
   if (existsSync(stampFile) && readFileSync(stampFile, "utf8") === stamp) return { folder, bytes };
 
@@ -96,30 +96,34 @@ async function writeOnce(folder: string, config: Config, others?: () => void): P
   return { folder, bytes };
 }
 
-function headerOf(tensors: Shapes): { json: Buffer; bytes: number } {
+/**
+ * The header of a .safetensors file of bfloat16 tensors, one behind the other.
+ * @param dtypes of tensors that are of another type of 16 bits
+ * @returns what stands before the tensors, and the bytes of the whole file
+ */
+export function headerOf(tensors: Shapes, dtypes: Record<string, string> = {}): { start: Buffer; bytes: number } {
   const header: Record<string, unknown> = {};
   let offset = 0;
   for (const [name, shape] of Object.entries(tensors)) {
     const end = offset + 2 * shape.reduce((a, b) => a * b, 1);
-    header[name] = { dtype: "BF16", shape, data_offsets: [offset, end] };
+    header[name] = { dtype: dtypes[name] ?? "BF16", shape, data_offsets: [offset, end] };
     offset = end;
   }
   const json = Buffer.from(JSON.stringify(header));
-  return { json, bytes: 8 + json.length + offset };
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(json.length));
+  return { start: Buffer.concat([length, json]), bytes: 8 + json.length + offset };
 }
 
 /** Writes a .safetensors file with random bfloat16 weights. @returns its bytes */
 export async function writeRandom(file: string, tensors: Shapes): Promise<number> {
-  const { json, bytes } = headerOf(tensors);
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(json.length));
+  const { start, bytes } = headerOf(tensors);
   const handle = await open(file, "w");
   try {
-    await handle.write(length);
-    await handle.write(json);
+    await handle.write(start);
     // One block of small values again and again: their order does not matter, their size keeps the network finite.
     const block = randomBlock(2 ** 22);
-    for (let left = bytes - 8 - json.length; left > 0; left -= block.length)
+    for (let left = bytes - start.length; left > 0; left -= block.length)
       await handle.write(block.subarray(0, Math.min(left, block.length)));
   } finally {
     await handle.close();

@@ -4,8 +4,9 @@
  */
 
 import { open } from "node:fs/promises";
+import { headerOf, type Shapes } from "./random-checkpoint.js";
 
-export type Shapes = Record<string, readonly number[]>;
+export type { Shapes };
 
 const linear = (shapes: Shapes, name: string, from: number, to: number, bias = true) => {
   shapes[`${name}.weight`] = [to, from];
@@ -155,22 +156,13 @@ export function checkpointShapes(transformer: TransformerShape, { t5 = false } =
  * @returns its bytes
  */
 export async function writeSparse(file: string, shapes: Shapes, dtypes: Record<string, string> = {}): Promise<number> {
-  const header: Record<string, unknown> = {};
-  let offset = 0;
-  for (const [name, shape] of Object.entries(shapes)) {
-    const end = offset + 2 * shape.reduce((a, b) => a * b, 1);
-    header[name] = { dtype: dtypes[name] ?? "BF16", shape, data_offsets: [offset, end] };
-    offset = end;
-  }
-  const json = Buffer.from(JSON.stringify(header));
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(json.length));
+  const { start, bytes } = headerOf(shapes, dtypes);
   const handle = await open(file, "w");
   try {
-    await handle.write(Buffer.concat([length, json]));
-    await handle.truncate(8 + json.length + offset);
+    await handle.write(start);
+    await handle.truncate(bytes);
   } finally {
     await handle.close();
   }
-  return 8 + json.length + offset;
+  return bytes;
 }

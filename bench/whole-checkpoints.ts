@@ -7,6 +7,7 @@
 import { cpSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { type Shapes, tensorShapes, writeRandom } from "./random-checkpoint.js";
+import { clipShapes, t5Shapes } from "./single-file-checkpoint.js";
 import { root } from "./support.js";
 
 const range = (count: number) => Array.from({ length: count }, (_, index) => index);
@@ -72,43 +73,6 @@ function collector() {
   return { shapes, norm, linear, conv };
 }
 
-function clipShapes(config: typeof clipL): Shapes {
-  const { shapes, norm, linear } = collector();
-  const { hidden_size: width, intermediate_size: inner } = config;
-  shapes["text_model.embeddings.token_embedding.weight"] = [config.vocab_size, width];
-  shapes["text_model.embeddings.position_embedding.weight"] = [config.max_position_embeddings, width];
-  for (const layer of range(config.num_hidden_layers)) {
-    const name = `text_model.encoder.layers.${layer}`;
-    for (const part of ["q_proj", "k_proj", "v_proj", "out_proj"]) linear(`${name}.self_attn.${part}`, width, width);
-    norm(`${name}.layer_norm1`, width);
-    norm(`${name}.layer_norm2`, width);
-    linear(`${name}.mlp.fc1`, width, inner);
-    linear(`${name}.mlp.fc2`, inner, width);
-  }
-  norm("text_model.final_layer_norm", width);
-  shapes["text_projection.weight"] = [config.projection_dim, width];
-  return shapes;
-}
-
-function t5Shapes(config: typeof t5): Shapes {
-  const { d_model: width, d_ff: inner, num_heads: heads, d_kv: head } = config;
-  const shapes: Shapes = { "shared.weight": [config.vocab_size, width] };
-  for (const layer of range(config.num_layers)) {
-    const name = `encoder.block.${layer}`;
-    const attention = `${name}.layer.0.SelfAttention`;
-    for (const part of ["q", "k", "v"]) shapes[`${attention}.${part}.weight`] = [heads * head, width];
-    shapes[`${attention}.o.weight`] = [width, heads * head];
-    if (layer === 0)
-      shapes[`${attention}.relative_attention_bias.weight`] = [config.relative_attention_num_buckets, heads];
-    shapes[`${name}.layer.0.layer_norm.weight`] = [width];
-    for (const part of ["wi_0", "wi_1"]) shapes[`${name}.layer.1.DenseReluDense.${part}.weight`] = [inner, width];
-    shapes[`${name}.layer.1.DenseReluDense.wo.weight`] = [width, inner];
-    shapes[`${name}.layer.1.layer_norm.weight`] = [width];
-  }
-  shapes["encoder.final_layer_norm.weight"] = [width];
-  return shapes;
-}
-
 function vaeShapes({ latent_channels: latents, layers_per_block: layers }: typeof vae): Shapes {
   const { shapes, norm, linear, conv } = collector();
   const resnet = (name: string, from: number, to: number) => {
@@ -159,9 +123,9 @@ export function partsOf(name: CheckpointName): Record<string, WholePart> {
   return {
     transformer: { config, shapes: tensorShapes(config as never), file: "diffusion_pytorch_model.safetensors" },
     vae: { config: vae, shapes: vaeShapes(vae), file: "diffusion_pytorch_model.safetensors" },
-    text_encoder: { config: clipL, shapes: clipShapes(clipL), file: "model.safetensors" },
-    text_encoder_2: { config: clipG, shapes: clipShapes(clipG), file: "model.safetensors" },
-    text_encoder_3: { config: t5, shapes: t5Shapes(t5), file: "model.safetensors" },
+    text_encoder: { config: clipL, shapes: clipShapes(768, 12), file: "model.safetensors" },
+    text_encoder_2: { config: clipG, shapes: clipShapes(1280, 32), file: "model.safetensors" },
+    text_encoder_3: { config: t5, shapes: t5Shapes(), file: "model.safetensors" },
   };
 }
 

@@ -10,6 +10,7 @@ import { CheckpointError } from "../errors.js";
 import {
   type ClipConfig,
   knownClasses,
+  type ReadConfig,
   readClipConfig,
   readSchedulerConfig,
   readT5Config,
@@ -101,7 +102,7 @@ interface PartRow<Opened> {
 
 /** A part with weights, whose configuration can be read alone. */
 interface NetworkRow<Config> extends PartRow<Part<Config>> {
-  readConfig(file: string): Promise<Config>;
+  readonly readConfig: ReadConfig<Config>;
 }
 
 /** Parts that are read; other entries of model_index.json (feature_extractor, image_encoder, ...) are ignored. */
@@ -140,17 +141,17 @@ const withoutT5 = "To draw without T5, load the model with textEncoder3: false (
 function network<Config>(
   name: string,
   classes: readonly string[] | null,
-  readConfig: (file: string) => Promise<Config>,
+  readConfig: ReadConfig<Config>,
   naming: Naming = namings.plain,
 ): NetworkRow<Config> {
   // The text encoders are models of transformers, the others of diffusers, and each calls its files in its own way.
   const basename = name.startsWith("text_encoder") ? "model" : "diffusion_pytorch_model";
   const open = async (folder: string, options: OpenCheckpointOptions) => {
+    const file = join(folder, "config.json");
+    const reading = readJsonObject(file).then(async (json) => [json, await readConfig(file, json)] as const);
     const opening = openWeights(folder, basename, { ...options, naming });
-    const read = [readConfig(join(folder, "config.json")), opening] as const;
-    const [config, weights] = await Promise.all(read);
-    const { quantization_config: quantization } = await readJsonObject(join(folder, "config.json"));
-    await checkQuantisation(weights, quantization, options);
+    const [[json, config], weights] = await Promise.all([reading, opening]);
+    await checkQuantisation(weights, json.quantization_config, options);
     return { config, weights };
   };
   return { name, classes, open, readConfig };

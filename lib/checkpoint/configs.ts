@@ -256,26 +256,37 @@ export type TinyVaeConfig = z.output<typeof tinyVaeSchema>;
 export type VaeConfig = KlVaeConfig | TinyVaeConfig;
 export type { SchedulerConfig };
 
-/** Each reads one JSON file. @throws CheckpointError that names the file and the key. */
-export const readTransformerConfig = (file: string): Promise<TransformerConfig> => read(file, transformerSchema);
-export const readClipConfig = (file: string): Promise<ClipConfig> => read(file, clipSchema, unwrapText);
-export const readT5Config = (file: string): Promise<T5Config> => read(file, t5Schema);
-export async function readVaeConfig(file: string): Promise<VaeConfig> {
-  const json = await readJsonObject(file);
-  return json._class_name === "AutoencoderTiny" ? read(file, tinyVaeSchema) : read(file, vaeSchema);
-}
+/**
+ * Reads one JSON file.
+ * @param json what it holds, where that was read before
+ * @throws CheckpointError that names the file and the key
+ */
+export type ReadConfig<Config> = (file: string, json?: JsonObject) => Promise<Config>;
+
+/** @param prepare picks what counts of the file, and the schema for it */
+const reader =
+  <Config>(prepare: (json: JsonObject) => readonly [JsonObject, z.ZodType<Config>]): ReadConfig<Config> =>
+  async (file, json) =>
+    checked(file, ...prepare(json ?? (await readJsonObject(file))));
+
+export const readTransformerConfig = reader<TransformerConfig>((json) => [json, transformerSchema]);
+// The text model of a whole CLIP model is nested in its config, and counts there.
+export const readClipConfig = reader<ClipConfig>((json) => [
+  isRecord(json.text_config) ? json.text_config : json,
+  clipSchema,
+]);
+export const readT5Config = reader<T5Config>((json) => [json, t5Schema]);
+export const readVaeConfig = reader<VaeConfig>((json) => [
+  json,
+  json._class_name === "AutoencoderTiny" ? tinyVaeSchema : vaeSchema,
+]);
 export const readSchedulerConfig = async (file: string): Promise<SchedulerConfig> =>
-  read(file, schedulerSchema(await schedulerClassOf(file)));
+  checked(file, await readJsonObject(file), schedulerSchema(await schedulerClassOf(file)));
 
 /** The scheduler of SD3 and SD3.5, for a checkpoint that does not say its own. */
 export const usualScheduler: SchedulerConfig = schedulerSchema(null).parse({ shift: 3 });
 
-async function read<T>(
-  file: string,
-  schema: z.ZodType<T>,
-  prepare: (json: JsonObject) => JsonObject = (json) => json,
-): Promise<T> {
-  const json = prepare(await readJsonObject(file));
+function checked<T>(file: string, json: JsonObject, schema: z.ZodType<T>): T {
   const parsed = schema.safeParse(json);
   if (parsed.success) return parsed.data;
   const issue = parsed.error.issues[0]!;
@@ -287,6 +298,3 @@ async function read<T>(
       "This package reads Stable Diffusion 3 and 3.5 checkpoints in the diffusers layout.",
   );
 }
-
-/** The text model of a whole CLIP model is nested in its config, and counts there. */
-const unwrapText = (json: JsonObject): JsonObject => (isRecord(json.text_config) ? json.text_config : json);

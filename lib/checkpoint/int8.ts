@@ -143,7 +143,7 @@ async function* quantised(
 }
 
 /** Whole blocks of values in units of their scales. @param scales receives a scale for each block */
-export function quantiseBlocks(values: Float32Array, scales: Float32Array): Uint8Array {
+function quantiseBlocks(values: Float32Array, scales: Float32Array): Uint8Array {
   const codes = new Int8Array(values.length);
   for (let at = 0; at < scales.length; at++) {
     let most = 0;
