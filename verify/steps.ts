@@ -171,11 +171,10 @@ export class Steps {
     this.#noGpu = why;
   }
 
-  /** Writes the summary as it is to be. */
+  /** Writes the summary as it is to be, and returns what it has written: a later one may count a second more. */
   async end(): Promise<Summary> {
     this.#state = "finished";
-    await this.#write();
-    return this.summary;
+    return this.#write();
   }
 
   #left(): number {
@@ -189,11 +188,12 @@ export class Steps {
     return result;
   }
 
-  async #write(): Promise<void> {
+  async #write(): Promise<Summary> {
     const { summary } = this;
     const { out } = this.#options;
     await writeFileAtomic(path.join(out, "summary.json"), `${JSON.stringify(summary, null, 2)}\n`);
     await writeFileAtomic(path.join(out, "summary.txt"), summaryText(summary));
+    return summary;
   }
 }
 

@@ -2,7 +2,7 @@
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import os from "node:os";
 import path from "node:path";
-import { afterAll, describe, expect, it } from "vitest";
+import { afterAll, describe, expect, it, vi } from "vitest";
 import { type Step, Steps, type Summary, summaryText } from "../../verify/steps.js";
 
 const folders: string[] = [];
@@ -73,6 +73,16 @@ describe("steps", () => {
     await steps.end();
     expect([steps.exitCode, steps.summary.passed]).toEqual([0, true]);
     expect(text()).toMatch(/\nALL PASSED \(/);
+  });
+
+  it("return the summary that they have written, though time goes on", async () => {
+    const { steps, text } = start();
+    const clock = vi.spyOn(performance, "now");
+    // Each look at the clock is a second later.
+    let now = performance.now();
+    clock.mockImplementation(() => (now += 1000));
+    const ended = await steps.end().finally(() => clock.mockRestore());
+    expect(text()).toBe(summaryText(ended));
   });
 
   it("have failed with what went wrong before", async () => {
