@@ -6,9 +6,9 @@ import { clipped } from "../common/text.js";
 import { type Failure, invalid } from "./failure.js";
 import { type BodySchemas, type Fields, refusedFields } from "./fields.js";
 
-/** A body in multipart/form-data: texts, and files as bytes, by the names of their fields. */
+/** A body in multipart/form-data: texts, and files as bytes, by the names of their fields. Of names that end in `[]` there may be several. */
 export interface Form {
-  readonly texts: ReadonlyMap<string, string>;
+  readonly texts: ReadonlyMap<string, readonly string[]>;
   readonly files: ReadonlyMap<string, readonly Uint8Array[]>;
 }
 
@@ -54,12 +54,16 @@ function filesOf({ files }: Form, schema: z.ZodObject) {
 /** Texts as the values that their fields take: the first reading that the schema accepts. */
 function textsOf({ texts }: Form, schema: z.ZodObject): Record<string, unknown> {
   const values = new Map<string, unknown>();
-  for (const [given, text] of texts) {
+  for (const [given, list] of texts) {
     const name = plainName(given);
+    const [text] = list as [string];
     if (values.has(name)) throw invalid(clipped(name, 64), `The field ${shown(name)} is given more than once.`);
     const field = Object.hasOwn(schema.shape, name) ? (schema.shape[name] as z.ZodType) : undefined;
-    const readings = [() => text, () => number(text), () => JSON.parse(text)];
-    values.set(name, text);
+    const readings = [
+      ...(list.length === 1 ? [() => text, () => number(text), () => JSON.parse(text)] : []),
+      ...(name === given ? [] : [() => list, () => list.map(number)]),
+    ];
+    values.set(name, list.length === 1 ? text : list);
     for (const reading of readings)
       try {
         const value = reading();

@@ -5,7 +5,7 @@
 
 import { messageOf } from "../common/text.js";
 import { errorTable, FlowTurboError, OptionError, publicMessage } from "../errors.js";
-import { fieldOf } from "./fields.js";
+import { fieldOf, withFieldNames } from "./fields.js";
 
 /** The body of an answer that is an error, as OpenAI's API has it. */
 export interface ErrorEnvelope {
@@ -101,9 +101,10 @@ export function failureOf(error: unknown): Failure {
   const row = errorTable[code as keyof typeof errorTable];
   if (error instanceof FlowTurboError && row) {
     const { retryAfterMs = null } = error as { retryAfterMs?: number | null };
-    return new Failure(row.status, publicMessage(error), {
-      param: error instanceof OptionError ? fieldOf(error.option) : paramOf(error.code),
-      code: error instanceof OptionError ? "invalid_value" : codeOf(error.code),
+    const isOption = error instanceof OptionError;
+    return new Failure(row.status, isOption ? withFieldNames(publicMessage(error)) : publicMessage(error), {
+      param: isOption ? fieldOf(error.option) : paramOf(error.code),
+      code: isOption ? "invalid_value" : codeOf(error.code),
       ...{ retryable: row.retryable, retryAfterMs, cause: error },
     });
   }

@@ -4,7 +4,7 @@
  */
 
 import { z } from "zod";
-import { seedJson } from "../options.js";
+import { generateSchema, seedJson } from "../options.js";
 import { type SamplerName, samplers } from "../schedule/index.js";
 import type { Limits } from "./options.js";
 
@@ -18,6 +18,8 @@ const base64Picture = z
   .min(1)
   .max(2 ** 28);
 const described = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
+const part = z.number().min(0).max(1);
+const ofLibrary = generateSchema.shape;
 
 function common({ maxImages, maxSteps }: Limits) {
   const steps = `1 to ${maxSteps}`;
@@ -55,10 +57,26 @@ function common({ maxImages, maxSteps }: Limits) {
       seedJson,
       "Seed of the first picture, 0 to 2^64 - 1, above 2^53 - 1 as text of digits; picture k has seed + k. Default: random.",
     ),
+    seeds: described(
+      z.array(seedJson).min(1).max(maxImages),
+      "In place of seed: one for each picture, as many as n. In multipart/form-data a JSON array, or a field `seeds[]` for each.",
+    ),
     num_inference_steps: described(z.int().min(1).max(maxSteps), `Number of steps, ${steps}. Default: by quality.`),
     guidance_scale: described(
-      z.number().min(0).max(1000),
-      "Scale of classifier-free guidance; 1 or less turns it off and halves the work. Default: the model's, 4.5 or 1.",
+      z.union([z.number().min(0).max(1000), z.array(z.number().min(0).max(1000)).min(1).max(maxSteps)]),
+      "Scale of classifier-free guidance, or a list with one for each step; 1 or less turns it off and halves the work. Default: the model's, 4.5 or 1.",
+    ),
+    guidance_start: described(
+      part,
+      "Part of the steps after which guidance begins, 0 to 1; steps before it cost half. Default: 0.",
+    ),
+    guidance_stop: described(
+      part,
+      "Part of the steps after which guidance ends, 0 to 1; steps after it cost half. Default: 1.",
+    ),
+    guidance_mode: described(
+      ofLibrary.guidanceMode.unwrap(),
+      'How guidance is computed: "cfg", or "cfg_zero" (CFG-Zero*). Default: "cfg".',
     ),
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
     prompt_2: described(z.string().max(longestPrompt), "What the second text encoder reads. Default: prompt."),
@@ -86,6 +104,22 @@ function common({ maxImages, maxSteps }: Limits) {
     sampler: described(
       z.enum(Object.keys(samplers) as [SamplerName, ...SamplerName[]]),
       "How steps become a schedule. Default: flowturbo, or euler for a distilled model.",
+    ),
+    grid: described(
+      ofLibrary.grid.unwrap(),
+      "Noise levels by name. Default: calibrated where such a schedule was found, otherwise the sampler's.",
+    ),
+    sigmas: described(
+      z.array(z.number().min(0).max(1)).min(1).max(maxSteps),
+      `Noise levels in place of grid: falling numbers, one where each step starts, of ${steps} steps.`,
+    ),
+    shift: described(
+      z.number().min(0.01).max(100),
+      "Shift of the noise levels towards noise, 0.01 to 100. Default: the scheduler's.",
+    ),
+    mu: described(
+      z.number().min(-10).max(10),
+      "With a scheduler that shifts by size: its shift parameter, -10 to 10, in place of the one for the size.",
     ),
     blocks: described(
       z.string().min(1).max(8192),
@@ -136,6 +170,14 @@ const edited = {
     z.number().gt(0).max(1),
     "Part of the schedule that runs on image; 1 starts from noise alone. Default: 0.6, or 1 with a mask.",
   ),
+  keep_original: described(
+    z.boolean(),
+    "With mask: whether the kept part is the original pixel for pixel; otherwise it goes through the autoencoder. Default: true.",
+  ),
+  padding_mask_crop: described(
+    z.int().min(0).max(99_999),
+    "With mask: draws only its surroundings, with so many pixels around it, at size, and puts them back; the picture keeps the size of image. Default: all of the picture is drawn.",
+  ),
 };
 
 const streamed = {
@@ -178,12 +220,19 @@ const names: Record<string, string> = {
   ...{ prompt2: "prompt_2", prompt3: "prompt_3", clipSkip: "clip_skip", promptWeighting: "prompt_weighting" },
   ...{ negativePrompt2: "negative_prompt_2", negativePrompt3: "negative_prompt_3" },
   maxSequenceLength: "max_sequence_length",
+  ...{ guidanceStart: "guidance_start", guidanceStop: "guidance_stop", guidanceMode: "guidance_mode" },
+  ...{ keepOriginal: "keep_original", paddingMaskCrop: "padding_mask_crop" },
   ...{ width: "size", height: "size", deadlineMs: "deadline_ms", previewCount: "partial_images" },
 };
 
 /** The field of a request that became an option of `generate`. */
 export function fieldOf(option: string): string {
-  return names[option] ?? option;
+  return Object.hasOwn(names, option) ? names[option]! : option;
+}
+
+/** A message about options with the fields' names. Options that are plain words, such as steps, stay: they may be no names where they stand. */
+export function withFieldNames(message: string): string {
+  return message.replace(/\b[a-z]+(?:[A-Z][a-z]*|\d)+\b/g, fieldOf);
 }
 
 /** Fields of OpenAI's that this server has no use for, and why they are refused. */

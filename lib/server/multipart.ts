@@ -12,7 +12,7 @@ export async function readForm(stream: Readable, headers: IncomingHttpHeaders, m
   const tooLarge = () => new Failure(413, `Expected a body of at most ${maxBytes} bytes.`, { code: "body_too_large" });
   if (Number(headers["content-length"]) > maxBytes) throw tooLarge();
   const { Busboy } = await busboy.load();
-  const texts = new Map<string, string>();
+  const texts = new Map<string, string[]>();
   const files = new Map<string, Uint8Array[]>();
   return new Promise<Form>((resolve, reject) => {
     const malformed = (cause?: unknown) =>
@@ -48,10 +48,12 @@ export async function readForm(stream: Readable, headers: IncomingHttpHeaders, m
     stream.once("error", (cause) => fail(malformed(cause)));
     stream.once("aborted", () => fail(malformed()));
     parser.on("field", (name, text, isNameCut, isCut) => {
-      if (isNameCut || isCut || texts.has(name)) {
-        const reason = texts.has(name) ? "is given more than once" : "is too long";
+      const known = texts.get(name);
+      const isRepeated = known !== undefined && !name.endsWith("[]");
+      if (isNameCut || isCut || isRepeated) {
+        const reason = isRepeated ? "is given more than once" : "is too long";
         fail(new Failure(400, `The field ${JSON.stringify(name)} ${reason}.`, { param: name, code: "invalid_value" }));
-      } else texts.set(name, text);
+      } else texts.set(name, [...(known ?? []), text]);
     });
     parser.on("file", (name, file) => {
       const chunks: Buffer[] = [];

@@ -38,7 +38,9 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
     return null;
   }
   const { width, height } = await measure("image", picture, limits);
-  const smaller = reducedSize(width, height, limits);
+  const isWhole = fields.padding_mask_crop !== undefined;
+  if (isWhole) checkAnswerSize(width, height, fields.n ?? 1, limits);
+  const smaller = isWhole ? null : reducedSize(width, height, limits);
   const reduced = smaller ? await resizedTo(smaller, "image", picture) : picture;
   if (given === undefined) return { image: reduced, mask: null, width, height };
   const size = await measure("mask", given, limits);
@@ -54,6 +56,19 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
     );
   const shownMask = smaller ? await resizedTo(smaller, "mask", given) : given;
   return { image: reduced, mask: await paintedParts(shownMask), width, height };
+}
+
+/**
+ * With padding_mask_crop pictures are answered at the size of the one that is edited: they may take as much as the largest that the server draws.
+ * @throws Failure
+ */
+function checkAnswerSize(width: number, height: number, count: number, { maxImages, maxPixels }: Limits): void {
+  const most = Math.floor((maxImages * maxPixels) / count);
+  if (width * height > most)
+    throw invalid(
+      "image",
+      `Expected at most ${most} pixels for image beside padding_mask_crop, whose ${count === 1 ? "picture has" : `${count} pictures have`} its size, but received ${width}x${height}. Give a smaller image${count === 1 ? "" : ", or a smaller n"}, or leave padding_mask_crop out.`,
+    );
 }
 
 /**

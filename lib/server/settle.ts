@@ -48,6 +48,10 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
     throw invalid("image", "Expected a picture for image, which is required.", "missing_required_parameter");
   if (!edited && fields.strength !== undefined)
     throw invalid("strength", "The field strength is for edits; it needs an image.");
+  for (const name of ["padding_mask_crop", "keep_original"] as const)
+    if (!edited?.mask && fields[name] !== undefined)
+      throw invalid(name, `The field ${name} is for edits with a mask; give image and mask, or leave ${name} out.`);
+  checkSeeds(fields);
   const size = sizeOf(fields, model, edited);
   const param = fields.stages ? "stages" : "size";
   for (const { width, height } of fields.stages ?? [size])
@@ -64,13 +68,17 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
       blocks: fields.blocks,
       guidanceScale: fields.guidance_scale,
       seed: fields.seed,
+      seeds: fields.seeds,
       stages: fields.stages,
       deadlineMs,
     },
+    ...{ grid: fields.grid, sigmas: fields.sigmas, shift: fields.shift, mu: fields.mu },
+    ...{ guidanceStart: fields.guidance_start, guidanceStop: fields.guidance_stop, guidanceMode: fields.guidance_mode },
     ...{ prompt2: fields.prompt_2, prompt3: fields.prompt_3, clipSkip: fields.clip_skip },
     ...{ negativePrompt2: fields.negative_prompt_2, negativePrompt3: fields.negative_prompt_3 },
     ...{ promptWeighting: fields.prompt_weighting, maxSequenceLength: fields.max_sequence_length },
     ...{ quality: preset?.quality, count: fields.n, strength: fields.strength ?? (edited?.mask ? 1 : undefined) },
+    ...{ keepOriginal: fields.keep_original, paddingMaskCrop: fields.padding_mask_crop },
   };
   return {
     options: {
@@ -111,6 +119,17 @@ function refuseUnsupported(fields: Fields, kind: Kind): void {
     refuse("preview", "The field preview says what partial images are; give partial_images, or leave preview out.");
 }
 
+/** A seed is said once for each picture. */
+function checkSeeds({ seed, seeds, n = 1 }: Fields): void {
+  if (!seeds) return;
+  if (seed !== undefined) throw invalid("seeds", "Both seed and seeds say what pictures start from; leave out one.");
+  if (seeds.length !== n)
+    throw invalid(
+      "seeds",
+      `Expected as many seeds as pictures, n (${n}), but received ${seeds.length}. Give ${n}, or change n.`,
+    );
+}
+
 /** How many steps there are is said once, and not above the limit. */
 function checkSchedule(fields: Fields, isPreset: boolean, { maxSteps }: Limits): void {
   const { num_inference_steps: steps, blocks, stages } = fields;
@@ -138,7 +157,7 @@ function checkSchedule(fields: Fields, isPreset: boolean, { maxSteps }: Limits):
 }
 
 function sizeOf(
-  { size, stages }: Fields,
+  { size, stages, padding_mask_crop: crop }: Fields,
   { nativeSize }: ImageModel,
   edited: Edited | null,
 ): { width: number; height: number } {
@@ -146,5 +165,6 @@ function sizeOf(
   if (last) return { width: last.width, height: last.height };
   const match = size?.match(sizePattern);
   if (match) return { width: Number(match[1]), height: Number(match[2]) };
-  return edited ? sizeLike(edited, nativeSize) : { ...nativeSize };
+  // What surrounds a mask does not have the picture's proportions.
+  return edited && crop === undefined ? sizeLike(edited, nativeSize) : { ...nativeSize };
 }

@@ -74,6 +74,8 @@ const known: Record<string, () => fc.Arbitrary<Json>> = {
   height: () => side(),
   image: () => fc.constantFrom(picture.toString("base64"), `data:image/png;base64,${picture.toString("base64")}`, [picture.toString("base64")]), // biome-ignore format: one line
   images: () => fc.constant([{ image_url: `data:image/png;base64,${picture.toString("base64")}` }]),
+  // Mostly as many as there are pictures.
+  seeds: () => fc.array(fc.nat(), { minLength: 1, maxLength: 4, size: "xsmall" }),
   mask: () => fc.constantFrom(mask.toString("base64"), { image_url: mask.toString("base64") }),
   // None may be sent.
   webhook: () => fc.constant("http://127.0.0.1:9/hook"),
@@ -127,12 +129,12 @@ function valuesOf(given: Json, name = ""): fc.Arbitrary<Json> {
       return fc.jsonValue();
   }
 }
-/** Each field that need not be there is there once in six times, and a picture, without which there is no edit, mostly. */
+/** Each field that need not be there is there once in six times, and picture and mask, without which there is no edit of a part, mostly. */
 function objectsOf(schema: Json): fc.Arbitrary<Fields> {
   const { properties = {}, required = [] } = schema;
   const entries = Object.entries(properties).map(([name, field]) => {
     const present = valuesOf(field, name).map((value) => [[name, value] as const]);
-    const weights = name === "image" ? { absent: 1, present: 4 } : { absent: 5, present: 1 };
+    const weights = ["image", "mask"].includes(name) ? { absent: 1, present: 4 } : { absent: 5, present: 1 };
     return required.includes(name)
       ? present
       : fc.oneof(
@@ -163,6 +165,8 @@ function brokenRule(kind: Kind, body: Fields): string | null {
     "one picture is edited": has("image") && has("images"),
     "edits need a picture": kind === "edit" && !edits,
     "a mask and strength need a picture": kind === "job" && !edits && (has("mask") || has("strength")),
+    "only edits with a mask cut it out, or keep the rest": !(edits && has("mask")) && (has("padding_mask_crop") || has("keep_original")), // biome-ignore format: one line
+    "there is one seed for each picture": has("seeds") && (has("seed") || body.seeds.length !== (body.n ?? 1)),
     "nothing is sent to that host": has("webhook"),
     "prompts are not empty": body.prompt === "",
   };
@@ -273,7 +277,7 @@ describe("the server, by its own document", () => {
           const answer = await send("/v1/images/edits", { method: "POST", body: form });
           expectDocumented("/v1/images/edits", "post", answer);
           // A form's lines end in CR LF, which its texts then have too.
-          const broken = brokenRule("edit", { ...body, image: "x" });
+          const broken = brokenRule("edit", { ...body, image: "x", mask: hasMask });
           expect(answer.status, `${broken} ${answer.text.slice(0, 500)}`).toBe(broken === null ? 200 : 400);
           if (answer.status !== 200) return;
           drawn++;
@@ -430,6 +434,11 @@ it("the embedded model draws what the document allows", async () => {
         // What the model's encoders have, and texts that are no weights.
         Object.assign(small, { clip_skip: Math.min(1, rest.clip_skip ?? 0), prompt_weighting: false });
         small.max_sequence_length = Math.min(16, rest.max_sequence_length ?? 16);
+        if (small.seeds) small.seeds = small.seeds.slice(0, 1);
+        // What goes together with a number of steps, and with a scheduler that does not shift by size.
+        for (const name of ["sigmas", "mu", "guidance_start", "guidance_stop", "guidance_mode"]) delete small[name];
+        if (small.grid === "calibrated") delete small.grid;
+        if (Array.isArray(small.guidance_scale)) small.guidance_scale = Array(steps).fill(small.guidance_scale[0]);
         if (kind === "edit") Object.assign(small, { image: picture.toString("base64"), images: null });
         const answer = await sendJson(operations[kind].address, JSON.stringify(small));
         expectDocumented(operations[kind].address, "post", answer);

@@ -1,6 +1,6 @@
 // A model that answers at once with pictures of noise: for what the server does around drawing, whatever the pictures are.
 import { setImmediate as nextTurn, setTimeout as sleep } from "node:timers/promises";
-import { seedsFrom } from "../../lib/common/seed.js";
+import { seedOf, seedsFrom } from "../../lib/common/seed.js";
 import { Image } from "../../lib/generation/image.js";
 import type { GenerateOptions, GenerateResult, ImageFormat, ImageModel } from "../../lib/model.js";
 import { parseBlocks } from "../../lib/schedule/index.js";
@@ -39,7 +39,7 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
     const given = stages?.map((stage) => stage.blocks) ?? (options.blocks === undefined ? [] : [options.blocks]);
     const blocks = given.length > 0 ? given.join(" ") : `H1P${(options.steps ?? 10) - 1}`;
     const steps = given.length > 0 ? given.flatMap((text) => parseBlocks(text)).length : (options.steps ?? 10);
-    const seeds = seedsFrom(seed, count);
+    const seeds = options.seeds?.map(seedOf) ?? seedsFrom(seed, count);
     const last = stages?.at(-1) ?? { width, height };
     const pictures = seeds.map(() => picture);
     const { previewCount = 0 } = options;
