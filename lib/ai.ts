@@ -243,6 +243,12 @@ async function requestOf(
       feature: "prompt.images",
       details: `One picture is edited: the first of ${others.length + 1}.`,
     });
+  if (options.paddingMaskCrop !== undefined && !mask)
+    throw new ArgumentError(
+      "providerOptions",
+      "The option providerOptions.flowturbo.paddingMaskCrop says what is drawn around a mask; give prompt.images and prompt.mask, or leave it out.",
+    );
+  checkSeeds(options.seeds, seed, n);
   const image = file && bytesOf(file, "prompt.images");
   const painted = mask && bytesOf(mask, "prompt.mask");
   const sized = size !== undefined || options.stages !== undefined;
@@ -259,6 +265,17 @@ async function requestOf(
       !sized &&
       (await ratioSize(aspectRatio, drawer, { signal: abortSignal, headers }, warnings))),
   };
+}
+
+function checkSeeds(seeds: DrawRequest["seeds"], seed: number | undefined, n: number): void {
+  const name = "providerOptions.flowturbo.seeds";
+  if (seeds && seed !== undefined)
+    throw new ArgumentError("providerOptions", `Both seed and ${name} say what pictures start from; leave out one.`);
+  if (seeds && seeds.length !== n)
+    throw new ArgumentError(
+      "providerOptions",
+      `Expected as many seeds as pictures, n (${n}), for ${name} but received ${seeds.length}. Change one of them, and leave out maxImagesPerCall, which splits n.`,
+    );
 }
 
 async function ratioSize(
@@ -305,7 +322,8 @@ async function drawAll(
       starts.map((start) => {
         const seed = request.seed === undefined ? undefined : seedOf(BigInt(request.seed) + BigInt(start));
         const count = Math.min(most, request.count - start);
-        return drawer.draw({ ...request, seed, count }, { ...controls, signal: ending.signal });
+        const seeds = request.seeds?.slice(start, start + count);
+        return drawer.draw({ ...request, seed, seeds, count }, { ...controls, signal: ending.signal });
       }),
     );
   } catch (error) {

@@ -707,7 +707,7 @@ export function checkGuidanceInterval({
 
 /** @throws OptionError for a list of seeds beside something else that pictures start from, or of another length than there are pictures */
 export function checkSeeds(
-  { seed, seeds, noise }: Pick<ResolvedGenerateOptions, "seed" | "seeds" | "noise">,
+  { seed, seeds, noise }: Partial<Pick<ResolvedGenerateOptions, "seed" | "seeds" | "noise">>,
   pictures: number,
 ): void {
   for (const [name, value] of Object.entries({ seed, noise }))

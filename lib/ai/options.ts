@@ -2,7 +2,7 @@
 
 import { inspect } from "node:util";
 import { z } from "zod";
-import type { DrawRequest } from "../clients/drawer.js";
+import type { DrawRequest, sharedOptions, textOptions } from "../clients/drawer.js";
 import { nearest } from "../common/near.js";
 import { clipped } from "../common/text.js";
 import type { ImageFormat, Stage } from "../model.js";
@@ -20,12 +20,30 @@ export interface FlowTurboImageOptions {
   guidanceScale?: number | undefined;
   /** What the pictures should not show. Default: nothing. */
   negativePrompt?: string | undefined;
+  /** What the second text encoder reads. Default: the prompt. */
+  prompt2?: string | undefined;
+  /** What the T5 encoder reads. Default: the prompt. */
+  prompt3?: string | undefined;
+  /** Negative prompt of the second text encoder. Default: `negativePrompt`. */
+  negativePrompt2?: string | undefined;
+  /** Negative prompt of the T5 encoder. Default: `negativePrompt`. */
+  negativePrompt3?: string | undefined;
+  /** Layers before the last but one that CLIP's hidden states of the prompt are taken from, 0 and more. Default: 0. */
+  clipSkip?: number | undefined;
+  /** Whether prompts have weights of their parts, such as `(word:1.3)`. Default: false. */
+  promptWeighting?: boolean | undefined;
+  /** Tokens of the T5 encoder, 1 to 512. Default: 256, or what its tokenizer takes if that is less. */
+  maxSequenceLength?: number | undefined;
+  /** In place of `seed`: one for each of `n` pictures, 0 to 2⁶⁴ − 1, above 2⁵³ − 1 as text of digits. */
+  seeds?: (number | string)[] | undefined;
   /** The schedule, such as `"H1P5R3"`, in place of `numInferenceSteps`. */
   blocks?: string | undefined;
   /** How steps become a schedule. Default: `"flowturbo"`, or `"euler"` for a distilled model. */
   sampler?: SamplerName | undefined;
   /** With a picture to edit: part of the schedule that runs on it, above 0 and up to 1. Default: 0.6, or 1 with a mask. */
   strength?: number | undefined;
+  /** With a mask: draws only its surroundings, with so many pixels around it, and puts them back; the picture keeps its size. Default: all of it is drawn. */
+  paddingMaskCrop?: number | undefined;
   /** Milliseconds from the call to the pictures: the richest schedule that fits is drawn, or the call is refused. */
   deadlineMs?: number | undefined;
   /** Sizes to run through from coarse to fine, in place of the size and a schedule. */
@@ -43,19 +61,33 @@ interface Field {
   readonly as: keyof DrawRequest;
 }
 
-const ofLibrary = (as: "steps" | "quality" | "blocks" | "sampler" | "strength" | "deadlineMs" | "stages"): Field => {
+type Shared = Exclude<(typeof sharedOptions)[number], "seed" | "width" | "height" | "guidanceScale">;
+
+const ofLibrary = (as: Shared): Field => {
   const schema = generateSchema.shape[as];
   return { schema, expects: optionMeta(schema).expects, as };
 };
+
+/** Of the one prompt of a call. */
+const text = (as: (typeof textOptions)[number]): Field => ({ schema: z.string(), expects: "a string", as });
 
 const fields: Record<keyof FlowTurboImageOptions, Field> = {
   numInferenceSteps: ofLibrary("steps"),
   quality: ofLibrary("quality"),
   guidanceScale: { schema: z.number().min(0).max(1000), expects: "a number from 0 to 1000", as: "guidanceScale" },
-  negativePrompt: { schema: z.string(), expects: "a string", as: "negativePrompt" },
+  negativePrompt: text("negativePrompt"),
+  prompt2: text("prompt2"),
+  prompt3: text("prompt3"),
+  negativePrompt2: text("negativePrompt2"),
+  negativePrompt3: text("negativePrompt3"),
+  clipSkip: ofLibrary("clipSkip"),
+  promptWeighting: ofLibrary("promptWeighting"),
+  maxSequenceLength: ofLibrary("maxSequenceLength"),
+  seeds: ofLibrary("seeds"),
   blocks: ofLibrary("blocks"),
   sampler: ofLibrary("sampler"),
   strength: ofLibrary("strength"),
+  paddingMaskCrop: ofLibrary("paddingMaskCrop"),
   deadlineMs: ofLibrary("deadlineMs"),
   stages: ofLibrary("stages"),
   outputFormat: { schema: z.enum(["png", "jpeg", "webp"]), expects: '"png", "jpeg" or "webp"', as: "format" },
@@ -123,7 +155,7 @@ export function readOptions(given: Readonly<Record<string, unknown>> | undefined
 }
 
 function unknownName(name: string): ArgumentError {
-  const plain = name.toLowerCase().replaceAll(/[^a-z]/g, "");
+  const plain = name.toLowerCase().replaceAll(/[^a-z\d]/g, "");
   const argument = Object.hasOwn(own, plain) ? own[plain] : undefined;
   const near = Object.hasOwn(others, plain) ? others[plain] : nearest(name, Object.keys(fields));
   const remedy = argument

@@ -6,25 +6,40 @@
 import type { DeadlineResult, GenerateOptions, ImageFormat, Timings } from "../model.js";
 import type { Evaluations } from "../schedule/index.js";
 
+/** Texts beside the prompt. They mean what they mean in `GenerateOptions`, of one prompt. */
+export const textOptions = [
+  "prompt2",
+  "prompt3",
+  "negativePrompt",
+  "negativePrompt2",
+  "negativePrompt3",
+] as const satisfies readonly (keyof GenerateOptions)[];
+
 /** Options that mean the same in this process and over HTTP, and mean what they mean in `GenerateOptions`. */
 export const sharedOptions = [
+  "clipSkip",
+  "promptWeighting",
+  "maxSequenceLength",
   "width",
   "height",
   "seed",
+  "seeds",
   "steps",
   "quality",
   "guidanceScale",
   "blocks",
   "sampler",
   "strength",
+  "paddingMaskCrop",
   "deadlineMs",
   "stages",
 ] as const satisfies readonly (keyof GenerateOptions)[];
 
+type TextOptions = { [Name in (typeof textOptions)[number]]?: string | undefined };
+
 /** What is to be drawn. Width and height are given together or not at all. */
-export interface DrawRequest extends Pick<GenerateOptions, (typeof sharedOptions)[number]> {
+export interface DrawRequest extends Pick<GenerateOptions, (typeof sharedOptions)[number]>, TextOptions {
   prompt: string;
-  negativePrompt?: string | undefined;
   /** Number of pictures. */
   count: number;
   /** An encoded picture to start from. */

@@ -8,7 +8,7 @@ import { sharp } from "../generation/sharp.js";
 import { sizeLike } from "../generation/sizes.js";
 import type { GenerateOptions, ImageModel, Size } from "../model.js";
 import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
-import { sharedOptions } from "./drawer.js";
+import { sharedOptions, textOptions } from "./drawer.js";
 import { whiteMask } from "./masks.js";
 
 /** Pictures of one call of `generate`. */
@@ -29,7 +29,7 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
       const result = await model.generate({
         ...shared(request),
         ...(request.image && (await editDefaults(request, request.image, model))),
-        ...{ prompt: request.prompt, negativePrompt: request.negativePrompt, count: request.count },
+        ...{ prompt: request.prompt, count: request.count },
         ...{ image: request.image, mask, signal, include: [] },
         // Who asked for the picture knows what they asked for; they need not be told of this machine.
         metadata: "parameters",
@@ -62,12 +62,14 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
 }
 
 function shared(request: DrawRequest): Partial<GenerateOptions> {
-  return Object.fromEntries(sharedOptions.map((name) => [name, request[name]]));
+  return Object.fromEntries([...textOptions, ...sharedOptions].map((name) => [name, request[name]]));
 }
 
 /** Where a request to edit says neither size nor strength. What is no picture is for the model to refuse. */
 async function editDefaults(request: DrawRequest, image: Uint8Array, { nativeSize }: ImageModel) {
-  const isSized = request.width !== undefined || request.stages !== undefined;
+  // What surrounds a mask does not have the picture's proportions.
+  const isCut = request.paddingMaskCrop !== undefined;
+  const isSized = request.width !== undefined || request.stages !== undefined || isCut;
   const found = isSized ? null : await sizeOfPicture(image);
   return {
     ...(found && sizeLike(found, nativeSize)),

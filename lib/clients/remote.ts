@@ -137,9 +137,17 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     output_format: wanted.format,
     ...(wanted.format !== "png" && { output_compression: wanted.compression }),
     ...(wanted.seed !== undefined && { seed: seedToJson(wanted.seed) }),
+    seeds: wanted.seeds?.map(seedToJson),
     num_inference_steps: wanted.steps,
     guidance_scale: wanted.guidanceScale,
     negative_prompt: wanted.negativePrompt,
+    prompt_2: wanted.prompt2,
+    prompt_3: wanted.prompt3,
+    negative_prompt_2: wanted.negativePrompt2,
+    negative_prompt_3: wanted.negativePrompt3,
+    clip_skip: wanted.clipSkip,
+    prompt_weighting: wanted.promptWeighting,
+    max_sequence_length: wanted.maxSequenceLength,
     blocks: wanted.blocks,
     sampler: wanted.sampler,
     deadline_ms: wanted.deadlineMs,
@@ -147,6 +155,7 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     ...(image && { image: base64(image) }),
     ...(mask && { mask: base64(await transparentMask(mask)) }),
     strength: wanted.strength,
+    padding_mask_crop: wanted.paddingMaskCrop,
   };
 }
 

@@ -8,8 +8,9 @@ import { RemoteError } from "../clients/remote.js";
 import { onAbort } from "../common/abort.js";
 import { packageVersion } from "../common/package.js";
 import { messageOf } from "../common/text.js";
-import { FlowTurboError } from "../errors.js";
+import { FlowTurboError, OptionError } from "../errors.js";
 import type { ImageFormat } from "../model.js";
+import { checkSeeds } from "../options.js";
 import type { OutputFolder } from "./outputs.js";
 import { readPicture } from "./pictures.js";
 import { mcpSdk } from "./sdk.js";
@@ -95,10 +96,20 @@ async function drawn(
 
 async function requestOf(input: ToolInput, format: ImageFormat): Promise<DrawRequest> {
   const [width, height] = input.size?.split("x").map(Number) ?? [];
-  const { prompt, seed, quality, steps, sampler, blocks, strength, image, mask } = input;
+  const { prompt, seed, seeds, quality, steps, sampler, blocks, strength, image, mask, count = 1 } = input;
+  if (input.padding_mask_crop !== undefined && mask === undefined)
+    throw new OptionError(
+      "padding_mask_crop",
+      "The field padding_mask_crop says what is drawn around a mask; give mask, or leave it out.",
+    );
+  checkSeeds({ seed, seeds }, count);
   return {
-    ...{ prompt, seed, quality, steps, sampler, blocks, strength, width, height, format, count: input.count ?? 1 },
+    ...{ prompt, seed, seeds, quality, steps, sampler, blocks, strength, width, height, format, count },
     ...{ negativePrompt: input.negative_prompt, guidanceScale: input.guidance_scale, deadlineMs: input.deadline_ms },
+    ...{ prompt2: input.prompt_2, prompt3: input.prompt_3, clipSkip: input.clip_skip },
+    ...{ negativePrompt2: input.negative_prompt_2, negativePrompt3: input.negative_prompt_3 },
+    ...{ promptWeighting: input.prompt_weighting, maxSequenceLength: input.max_sequence_length },
+    paddingMaskCrop: input.padding_mask_crop,
     ...(image !== undefined && { image: await readPicture("image", image) }),
     ...(mask !== undefined && { mask: await readPicture("mask", mask) }),
   };

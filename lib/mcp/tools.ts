@@ -5,9 +5,27 @@ import { generateSchema, seedJson } from "../options.js";
 
 const field = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
 
+const text = z.string().max(32_000);
+
 const drawn = {
   prompt: z.string().min(1).max(32_000).describe("What the picture shows, in English."),
-  negative_prompt: field(z.string().max(32_000), "What the picture should not show."),
+  negative_prompt: field(text, "What the picture should not show."),
+  prompt_2: field(text, "What the second text encoder reads. Default: prompt."),
+  prompt_3: field(text, "What the T5 encoder reads. Default: prompt."),
+  negative_prompt_2: field(text, "Negative prompt of the second text encoder. Default: negative_prompt."),
+  negative_prompt_3: field(text, "Negative prompt of the T5 encoder. Default: negative_prompt."),
+  clip_skip: field(
+    z.int().min(0).max(1000),
+    "Layers before the last but one that CLIP's hidden states of the prompt are taken from. Default: 0.",
+  ),
+  prompt_weighting: field(
+    z.boolean(),
+    "Whether prompts have weights of their parts, such as (word:1.3). Default: false.",
+  ),
+  max_sequence_length: field(
+    z.int().min(1).max(512),
+    "Tokens of the T5 encoder. Default: 256, or what its tokenizer takes if that is less.",
+  ),
   size: field(
     z.string().regex(/^[1-9]\d{0,4}x[1-9]\d{0,4}$/, 'Expected a size such as "1024x768"'),
     'Width x height in pixels, both multiples of 16, such as "1024x768". Default: the size that the model was trained for; of an edit, as many pixels in the proportions of its picture.',
@@ -16,6 +34,10 @@ const drawn = {
   seed: field(
     seedJson,
     "Seed of the first picture, 0 to 2^64 - 1, above 2^53 - 1 as text of digits; picture k uses seed + k. The same seed and options draw the same picture. Default: random.",
+  ),
+  seeds: field(
+    z.array(seedJson).min(1).max(10),
+    "In place of seed: one for each picture, as many as count, such as those of pictures that were drawn before.",
   ),
   quality: field(
     z.enum(["fast", "balanced", "best"]),
@@ -59,6 +81,10 @@ const edited = {
   strength: field(
     z.number().gt(0).max(1),
     "How much of the picture is drawn anew, above 0 and up to 1. Default: 0.6, or 1 with a mask.",
+  ),
+  padding_mask_crop: field(
+    z.int().min(0).max(99_999),
+    "With mask: draws only its surroundings, with so many pixels around it, and puts them back, so that a small thing in a large picture has all of the model's pixels; the picture keeps its size. Default: all of the picture is drawn.",
   ),
 };
 

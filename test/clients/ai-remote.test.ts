@@ -9,7 +9,17 @@ import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest
 import { createFlowTurbo } from "../../lib/ai.js";
 import { FlowTurbo, type GenerateOptions } from "../../lib/index.js";
 import { createServer } from "../../lib/server/index.js";
-import { original, pixelsIn, pixelsOf, transparentMask, whiteMask } from "./pictures.js";
+import {
+  expectTextOptions,
+  original,
+  pixelsIn,
+  pixelsOf,
+  textOptions,
+  textPrompt,
+  transparentMask,
+  whiteMask,
+  widePicture,
+} from "./pictures.js";
 
 (globalThis as { AI_SDK_LOG_WARNINGS?: boolean }).AI_SDK_LOG_WARNINGS = false;
 
@@ -88,6 +98,31 @@ describe("a server", () => {
     const large = await draw({ providerOptions: { flowturbo: { stages: staged, guidanceScale: 2 } } });
     const expectedLarge = await direct({ steps: undefined, stages: staged });
     expect(await pixelsOf(large.image.uint8Array)).toEqual(pixelsIn(expectedLarge.images[0]!));
+  });
+
+  it("is told how texts are encoded", () =>
+    expectTextOptions(async (name) => {
+      const own = name === null ? {} : { [name]: textOptions[name] };
+      return (await draw({ prompt: textPrompt, providerOptions: { flowturbo: { ...few, ...own } } })).image.uint8Array;
+    }, direct));
+
+  it("draws a seed for each picture, of more than it takes in one request too", async () => {
+    const seeds = [9, "6687881544318117707", 3, 1];
+    const providerOptions = { flowturbo: { ...few, seeds } };
+    const { images, providerMetadata } = await draw({ n: 4, seed: undefined, providerOptions } as object);
+    const expected = await direct({ seed: undefined, seeds, count: 4 });
+    for (const [index, image] of images.entries())
+      expect(await pixelsOf(image.uint8Array)).toEqual(pixelsIn(expected.images[index]!));
+    expect(providerMetadata.flowturbo?.images).toMatchObject(seeds.map((seed) => ({ seed })));
+  });
+
+  it("draws what surrounds a mask", async () => {
+    const { image, mask } = await widePicture();
+    const providerOptions = { flowturbo: { ...few, paddingMaskCrop: 8 } };
+    const edited = await draw({ prompt: { images: [image], text: "a red circle", mask }, providerOptions });
+    const expected = await direct({ image, mask, strength: 1, paddingMaskCrop: 8 });
+    expect(await pixelsOf(edited.image.uint8Array)).toEqual(pixelsIn(expected.images[0]!));
+    expect(expected).toMatchObject({ width: 128, height: 64 });
   });
 
   it.each([

@@ -14,7 +14,18 @@ import { readOptions } from "../../lib/ai/options.js";
 import { parseRatio, sizeOfRatio } from "../../lib/ai/sizes.js";
 import { createFlowTurbo, type FlowTurboImageOptions } from "../../lib/ai.js";
 import { FlowTurbo, type GenerateOptions, type ImageModel, OptionError, QueueFullError } from "../../lib/index.js";
-import { isPainted, original, pixelsIn, pixelsOf, transparentMask, whiteMask } from "./pictures.js";
+import {
+  expectTextOptions,
+  isPainted,
+  original,
+  pixelsIn,
+  pixelsOf,
+  textOptions,
+  textPrompt,
+  transparentMask,
+  whiteMask,
+  widePicture,
+} from "./pictures.js";
 
 (globalThis as { AI_SDK_LOG_WARNINGS?: boolean }).AI_SDK_LOG_WARNINGS = false;
 
@@ -113,6 +124,38 @@ describe("generateImage", () => {
     expect(await pixelsOf(image.uint8Array)).toMatchObject({ width: 48, height: 80 });
   });
 
+  it("passes on what says how texts are encoded", () =>
+    expectTextOptions(
+      async (name) => {
+        const own = name === null ? {} : { [name]: textOptions[name] };
+        const providerOptions = { flowturbo: { ...few, ...own } };
+        return (await generateImage({ model: provider().image(), prompt: textPrompt, seed: 7, providerOptions })).image
+          .uint8Array;
+      },
+      (options) => direct({ seed: 7, ...options }),
+    ));
+
+  it("draws a seed for each picture, of 64 bits too", async () => {
+    const seeds = [9, "6687881544318117707", 3];
+    const flowturbo = { ...few, seeds } satisfies FlowTurboImageOptions;
+    const call = (more: object) =>
+      generateImage({ model: provider().image(), prompt: "a red circle", providerOptions: { flowturbo }, ...more });
+    const { images, providerMetadata } = await call({ n: 3 });
+    const expected = await direct({ seeds, count: 3 });
+    for (const [index, image] of images.entries())
+      expect(await pixelsOf(image.uint8Array)).toEqual(pixelsIn(expected.images[index]!));
+    expect(providerMetadata.flowturbo?.images).toMatchObject(seeds.map((seed) => ({ seed })));
+    for (const [more, words] of [
+      [{ n: 2 }, "Expected as many seeds as pictures, n (2), for providerOptions.flowturbo.seeds but received 3"],
+      [{ n: 3, seed: 7 }, "Both seed and providerOptions.flowturbo.seeds"],
+      [{ n: 3, maxImagesPerCall: 2 }, "leave out maxImagesPerCall"],
+    ] as const) {
+      const error = await failure(call(more));
+      expect(InvalidArgumentError.isInstance(error)).toBe(true);
+      expect((error as Error).message).toContain(words);
+    }
+  });
+
   it("chooses a size of the native area for a ratio, and says where sides cannot have it", async () => {
     const call = (options: object) =>
       generateImage({ model: provider().image(), prompt: "x", providerOptions: { flowturbo: few }, ...options });
@@ -199,6 +242,22 @@ describe("edits", () => {
     expect(await pixelsOf(masked.image.uint8Array)).toEqual(pixelsIn(expected.images[0]!));
   });
 
+  it("draw what surrounds a mask, and keep the picture's size", async () => {
+    const { image, mask } = await widePicture();
+    const draw = (prompt: { images: Buffer[]; text: string; mask?: Buffer }) =>
+      generateImage({
+        ...{ model: provider().image(), prompt, seed: 4 },
+        providerOptions: { flowturbo: { ...few, paddingMaskCrop: 8 } },
+      });
+    const edited = await pixelsOf((await draw({ images: [image], text: "a red circle", mask })).image.uint8Array);
+    const expected = await direct({ seed: 4, image, mask, strength: 1, paddingMaskCrop: 8 });
+    expect(edited).toEqual(pixelsIn(expected.images[0]!));
+    expect(edited).toMatchObject({ width: 128, height: 64 });
+    const refused = await failure(draw({ images: [image], text: "a red circle" }));
+    expect(InvalidArgumentError.isInstance(refused)).toBe(true);
+    expect((refused as Error).message).toMatch(/flowturbo\.paddingMaskCrop .* prompt\.mask/);
+  });
+
   it("take one picture, and say so of several", async () => {
     const image = await original();
     const { warnings } = await call(undefined, [image, image]);
@@ -232,6 +291,10 @@ describe("options", () => {
     ["guidence_scale", "Did you mean guidanceScale?"],
     ["zoom", "There are numInferenceSteps, "],
     ["negative_prompt", "Did you mean negativePrompt?"],
+    ["prompt_2", "Did you mean prompt2?"],
+    ["negative_prompt_3", "Did you mean negativePrompt3?"],
+    ["padding_mask_crop", "Did you mean paddingMaskCrop?"],
+    ["clip_skip", "Did you mean clipSkip?"],
     ["seed", "It is an argument of generateImage itself: seed."],
     ["mask", "It is an argument of generateImage itself: prompt.mask."],
     ["__proto__x", "There are numInferenceSteps, "],
@@ -247,6 +310,16 @@ describe("options", () => {
     ["quality", "high"],
     ["guidanceScale", -1],
     ["negativePrompt", ["a"]],
+    ["prompt2", ["a"]],
+    ["negativePrompt3", 1],
+    ["clipSkip", -1],
+    ["promptWeighting", "yes"],
+    ["maxSequenceLength", 513],
+    ["seeds", 7],
+    ["seeds", []],
+    ["seeds", [1, -1]],
+    ["seeds", ["18446744073709551616"]],
+    ["paddingMaskCrop", -1],
     ["blocks", 3],
     ["sampler", "ddim"],
     ["strength", 0],

@@ -22,7 +22,17 @@ import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest
 import { FlowTurbo, type GenerateOptions } from "../../lib/index.js";
 import { createServer } from "../../lib/server/index.js";
 import { root } from "../support/fixtures.js";
-import { original, pixelsIn, pixelsOf, transparentMask, whiteMask } from "./pictures.js";
+import {
+  expectTextOptions,
+  original,
+  pixelsIn,
+  pixelsOf,
+  textOptions,
+  textPrompt,
+  transparentMask,
+  whiteMask,
+  widePicture,
+} from "./pictures.js";
 
 const command = path.join(root, "bin/flowturbo.js");
 let model: FlowTurbo;
@@ -113,6 +123,38 @@ function draws(client: () => Client, busy: (() => number) | null) {
     expect(await pixelsOf(images[0]!)).toEqual(await pixelsOf(await expected.images[0]!.encode("webp")));
   });
 
+  it("takes what says how texts are encoded", () => {
+    const fields = {
+      ...{ negativePrompt: "negative_prompt", prompt2: "prompt_2", prompt3: "prompt_3", clipSkip: "clip_skip" },
+      ...{ negativePrompt2: "negative_prompt_2", negativePrompt3: "negative_prompt_3" },
+      ...{ promptWeighting: "prompt_weighting", maxSequenceLength: "max_sequence_length" },
+    };
+    return expectTextOptions(async (name) => {
+      const own = name === null ? {} : { [fields[name]]: textOptions[name] };
+      return (await call(client(), "generate", { ...few, prompt: textPrompt, ...own })).images[0]!;
+    }, direct);
+  });
+
+  it("draws a seed for each picture, of 64 bits too", async () => {
+    const seeds = [9, "6687881544318117707"];
+    const { images, structured } = await call(client(), "generate", { ...few, seed: undefined, count: 2, seeds });
+    const expected = await direct({ seed: undefined, seeds, count: 2 });
+    expect(structured.seeds).toEqual(seeds);
+    for (const [index, image] of images.entries())
+      expect(await pixelsOf(image)).toEqual(pixelsIn(expected.images[index]!));
+  });
+
+  it("draws what surrounds a mask", async () => {
+    const { image, mask } = await widePicture();
+    const given = { ...few, image: image.toString("base64"), padding_mask_crop: 8 };
+    const edited = await call(client(), "edit", { ...given, mask: mask.toString("base64") });
+    const expected = await direct({ image, mask, strength: 1, paddingMaskCrop: 8 });
+    expect(await pixelsOf(edited.images[0]!)).toEqual(pixelsIn(expected.images[0]!));
+    expect(edited.structured).toMatchObject({ width: 128, height: 64 });
+    const refused = await call(client(), "edit", given);
+    expect([refused.isError, refused.text]).toEqual([true, expect.stringMatching(/padding_mask_crop .* give mask/)]);
+  });
+
   it("edits a file and base64 where a mask says", async () => {
     const [image, white, transparent] = await Promise.all([original(), whiteMask(), transparentMask()]);
     writeFileSync(path.join(folder, "original.png"), image);
@@ -164,6 +206,10 @@ function draws(client: () => Client, busy: (() => number) | null) {
     [{ ...few, size: "large" }, /1024x768/],
     [{ ...few, quality: "fast" }, /quality|steps/],
     [{ steps: 3 }, /prompt/],
+    [{ ...few, seeds: [1] }, /Both seeds and seed /],
+    [{ ...few, seed: undefined, seeds: [1, 2] }, /as many seeds as pictures, 1 .* received 2.* change count/],
+    [{ ...few, padding_mask_crop: 8 }, /padding_mask_crop/],
+    [{ ...few, clip_skip: -1 }, /clip_skip/],
   ])("answers errors that name what is wrong: %j", async (given, message) => {
     const { isError, text } = await call(client(), "generate", given);
     expect(isError).toBe(true);

@@ -1,7 +1,8 @@
 /** Pictures and masks for the tests of clients, and what files hold. */
 
 import sharp from "sharp";
-import type { Picture } from "../../lib/index.js";
+import { expect } from "vitest";
+import type { GenerateOptions, GenerateResult, Picture } from "../../lib/index.js";
 
 /** RGB values of an encoded picture. */
 export async function pixelsOf(file: Uint8Array): Promise<{ width: number; height: number; data: Buffer }> {
@@ -39,3 +40,45 @@ export const transparentMask = (): Promise<Buffer> => {
     .png()
     .toBuffer();
 };
+
+/** What says how texts are encoded: a value of each that changes the picture of "a (red:1.5) circle". */
+export const textOptions = {
+  negativePrompt: "a blue square",
+  prompt2: "a green triangle",
+  prompt3: "a white square on black",
+  negativePrompt2: "a blue square",
+  negativePrompt3: "a purple square",
+  clipSkip: 1,
+  promptWeighting: true,
+  maxSequenceLength: 3,
+} as const satisfies Partial<GenerateOptions>;
+export const textPrompt = "a (red:1.5) circle";
+
+/** That each of them reaches the model, alone. @param draw draws `textPrompt` with one of them */
+export async function expectTextOptions(
+  draw: (name: keyof typeof textOptions | null) => Promise<Uint8Array>,
+  direct: (options: Partial<GenerateOptions>) => Promise<GenerateResult>,
+): Promise<void> {
+  const plain = await pixelsOf(await draw(null));
+  for (const name of Object.keys(textOptions) as (keyof typeof textOptions)[]) {
+    const drawn = await pixelsOf(await draw(name));
+    const { images } = await direct({ prompt: textPrompt, [name]: textOptions[name] });
+    expect(drawn, name).toEqual(pixelsIn(images[0]!));
+    expect(drawn, name).not.toEqual(plain);
+  }
+}
+
+/** A wide picture, and where to paint it, white: a small square. */
+export async function widePicture() {
+  const size = { width: 128, height: 64 };
+  const image = await sharp({ create: { ...size, channels: 3, background: "#2040c0" } })
+    .png()
+    .toBuffer();
+  const square = { create: { width: 24, height: 24, channels: 3 as const, background: "#ffffff" } };
+  const mask = await sharp({ create: { ...size, channels: 3, background: "#000000" } })
+    .composite([{ input: square, left: 80, top: 16 }])
+    .removeAlpha()
+    .png()
+    .toBuffer();
+  return { image, mask };
+}
