@@ -65,13 +65,22 @@ export function sigmaSettings(
   if (!dynamic || given.shift !== undefined) return { ...fixed, shift: given.shift ?? shift };
   const { baseShift, maxShift, baseTokens, maxTokens, type } = dynamic;
   const slope = (maxShift - baseShift) / (maxTokens - baseTokens);
-  const mu = given.mu ?? baseShift + slope * (patches - baseTokens);
+  // In the order of diffusers' calculate_shift, so that it is rounded alike.
+  const mu = given.mu ?? patches * slope + (baseShift - slope * baseTokens);
   return { ...fixed, shift: type === "linear" ? mu : Math.exp(mu), isDynamic: true };
 }
 
 /** σ = s·u / (1 + (s − 1)·u): the resolution-dependent shift of SD3 (Esser et al. 2024, section 5.3.2). */
 export function shiftSigma(u: number, shift: number): number {
   return (shift * u) / (1 + (shift - 1) * u);
+}
+
+/**
+ * The same for u above 0, rounded as diffusers rounds it, which writes a dynamic shift as s / (s + 1/u − 1): multistep schedulers cut a
+ * level off to a whole training step, and a last level that was stretched to 0.05 may be just below it.
+ */
+function roundedShift(u: number, { shift, isDynamic = false }: Pick<SigmaSettings, "shift" | "isDynamic">): number {
+  return isDynamic ? shift / (shift + (1 / u - 1)) : shiftSigma(u, shift);
 }
 
 /**
@@ -117,7 +126,7 @@ function flowMatchSigmas(blocks: number, settings: SigmaSettings): number[] {
   const { shift, numTrainTimesteps, isDynamic = false } = settings;
   const smallest = isDynamic ? 1 / numTrainTimesteps : shiftSigma(1 / numTrainTimesteps, shift);
   return stretched(
-    even(1, smallest, blocks).map((u) => shiftSigma(u, shift)),
+    even(1, smallest, blocks).map((u) => roundedShift(u, settings)),
     settings,
   );
 }
@@ -160,7 +169,7 @@ export function dpmSolverSigmas(blocks: number, { shift, numTrainTimesteps, solv
  * `use_karras_sigmas` they are those of Karras et al., mapped to s/(1 + s) and not shifted.
  */
 export function uniPCSigmas(blocks: number, settings: SigmaSettings): number[] {
-  const { shift, numTrainTimesteps, solver } = settings;
+  const { numTrainTimesteps, solver } = settings;
   if (solver?.karras) {
     const { high, low } = solver.karras;
     const levels = even(0, 1, blocks).map((q) => spacings.karras(high, low, q));
@@ -171,7 +180,7 @@ export function uniPCSigmas(blocks: number, settings: SigmaSettings): number[] {
   }
   const linear = even(1, 1 / numTrainTimesteps, blocks + 1).slice(0, -1);
   const levels = stretched(
-    linear.map((u) => shiftSigma(u, shift)),
+    linear.map((u) => roundedShift(u, settings)),
     settings,
   );
   // As there: λ is infinite at 1.
@@ -188,8 +197,11 @@ const withEnd = (levels: number[], solver: SigmaSettings["solver"]): number[] =>
  * Noise levels that were given, as diffusers' pipelines take `sigmas`: shifted and stretched as the scheduler does, with 0 at the end.
  * @param levels falling, in (0, 1]; a last one of 0 is the end
  */
-export function givenSigmas(levels: readonly number[], settings: Pick<SigmaSettings, "shift" | "terminal">): number[] {
-  const shifted = levels.filter((level) => level > 0).map((level) => shiftSigma(level, settings.shift));
+export function givenSigmas(
+  levels: readonly number[],
+  settings: Pick<SigmaSettings, "shift" | "isDynamic" | "terminal">,
+): number[] {
+  const shifted = levels.filter((level) => level > 0).map((level) => roundedShift(level, settings));
   return [...stretched(shifted, settings), 0];
 }
 

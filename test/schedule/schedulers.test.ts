@@ -75,7 +75,7 @@ describe("schedulers of diffusers", () => {
     ["FlowMatchEulerDiscreteScheduler", 40, 40],
     ["FlowMatchLCMScheduler", 15, 0],
     ["FlowMatchHeunDiscreteScheduler", 8, 8],
-    ["UniPCMultistepScheduler", 60, 45],
+    ["UniPCMultistepScheduler", 66, 51],
     ["DPMSolverMultistepScheduler", 60, 60],
   ])("%s", async (name, count, leastStepped) => {
     const own = [...cases.entries()].filter(([, each]) => each.class === name);
