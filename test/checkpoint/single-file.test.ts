@@ -317,6 +317,16 @@ describe("refuses", () => {
     await expectError(file, /outside the file/);
   });
 
+  test("CLIP-L's projection under a damaged name: only a file that lacks it has the identity", async () => {
+    const name = "text_encoders.clip_l.transformer.text_projection.weight";
+    const { [name]: projection, ...without } = checkpointShapes({ ...sd3Medium, layers: 2 });
+    expect((await openCheckpoint(await sparse(without))).warnings).toEqual([]);
+    await expectError(
+      await sparse({ ...without, [name.replace(".weight", "7weight")]: projection! }),
+      /text_encoders\.clip_l\.transformer\.text_projection\.weight" is missing/,
+    );
+  });
+
   test("a base that is a file, or a name of the hub", async () => {
     for (const other of [single("sd3"), "stabilityai/stable-diffusion-3-medium-diffusers"])
       await expectError(single("sd3"), /(is not a folder|does not exist)\..*flowturbo pull/, { base: other });

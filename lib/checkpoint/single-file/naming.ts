@@ -144,6 +144,8 @@ export interface NamedTensors {
   readonly entries: ReadonlyMap<string, HeaderEntry>;
   readonly reversedHalves: ReadonlySet<string>;
   readonly identities: ReadonlySet<string>;
+  /** Names in the file of those that are read. */
+  readonly read: ReadonlySet<string>;
   /** What a tensor is called in the file, or would be. */
   storedName(name: string): string;
 }
@@ -153,8 +155,7 @@ const unneeded = /(^|\.)(logit_scale|position_ids|scaled_fp8|spiece_model)$/;
 
 /** Names of tensors that none of these parts has, and that something may be missing without. */
 export function leftOver(header: SafetensorsHeader, parts: readonly (NamedTensors | null)[]): string[] {
-  const read = new Set(parts.flatMap((part) => (part ? [...part.entries.values()].map(({ name }) => name) : [])));
-  return [...header.keys()].filter((name) => !read.has(name) && !unneeded.test(name));
+  return [...header.keys()].filter((name) => !parts.some((part) => part?.read.has(name)) && !unneeded.test(name));
 }
 
 /** @returns null if the file has no such part. @throws CheckpointError for a tensor that cannot be divided as its name says */
@@ -167,7 +168,9 @@ export function namedTensors(file: string, header: SafetensorsHeader, part: File
         const tensors = translate(file, header, prefix, naming);
         const names = [...tensors.entries.keys()];
         const absent = identities.filter((layer) => !names.some((name) => name.startsWith(layer)));
-        return { ...tensors, identities: new Set(absent) };
+        // A tensor of this part under a name that it does not have may be the layer: it is missing then, and no identity.
+        const isWhole = keys.every((key) => !key.startsWith(prefix) || tensors.read.has(key) || unneeded.test(key));
+        return { ...tensors, identities: new Set(isWhole ? absent : []) };
       }
   return null;
 }
@@ -192,6 +195,7 @@ function translate(file: string, header: SafetensorsHeader, prefix: string, nami
   }
   return {
     entries,
+    read: new Set([...entries.values()].map(({ name }) => name)),
     reversedHalves: new Set(naming.reversedHalves?.(last)),
     storedName(name: string) {
       for (const { from, to } of naming.rules)
