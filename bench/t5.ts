@@ -95,7 +95,7 @@ async function encode(kind: string): Promise<object> {
     anonymous = Math.max(anonymous, status("RssAnon"));
   }, 20);
   let began = performance.now();
-  const part = kind === "int8" || kind === "quantise" ? await quantisedT5(stored, cache) : stored;
+  const part = kind === "int8" || kind === "quantise" ? (await quantisedT5(stored, cache))! : stored;
   const quantiseSeconds = (performance.now() - began) / 1000;
   if (kind === "quantise") return { quantiseSeconds, anonymous, peak: status("VmHWM") };
   const ort = await import("onnxruntime-node");

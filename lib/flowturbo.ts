@@ -12,6 +12,7 @@ import {
   calibrationPromptsOf,
   checkModelIndex,
   checkpointName,
+  leftAsStored,
   openCheckpoint,
   quantisedT5,
 } from "./checkpoint/index.js";
@@ -109,7 +110,8 @@ export class FlowTurbo implements ImageModel {
   readonly hasRefiner: boolean;
   /**
    * What is missing or there twice in the checkpoint's folder, and how it was read because of it: a single file beside newer
-   * shards, files of T5 that were not downloaded; and that the hub could not be asked, so that the copy in the cache was taken.
+   * shards, files of T5 that were not downloaded; that the hub could not be asked, so that the copy in the cache was taken; and that
+   * T5 is stored in 8 bits already, so that `t5Weights: "int8"` has no effect.
    * `logger.warn` was told the same.
    */
   readonly warnings: readonly string[];
@@ -167,12 +169,14 @@ export class FlowTurbo implements ImageModel {
     });
     report("checkpoint", 0);
     const opening = openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
-    const [found] = await Promise.all([opening, sharp.load()]);
-    const stored = { ...found, warnings: [...located.warnings, ...found.warnings] };
-    for (const warning of stored.warnings) logger.warn?.(warning);
+    const [stored] = await Promise.all([opening, sharp.load()]);
     const cache = checked.cache ?? defaultCacheFolder();
-    const t5 = int8Weights && stored.textEncoder3;
-    const checkpoint = t5 ? { ...stored, textEncoder3: await quantisedT5(t5, cache, { signal, logger }) } : stored;
+    const t5 = int8Weights ? stored.textEncoder3 : null;
+    const quantised = t5 && (await quantisedT5(t5, cache, { signal, logger }));
+    const left = t5 && !quantised ? [leftAsStored(t5)] : [];
+    const warnings = [...located.warnings, ...stored.warnings, ...left];
+    for (const warning of warnings) logger.warn?.(warning);
+    const checkpoint = { ...stored, warnings, ...(quantised && { textEncoder3: quantised }) };
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(checkpoint);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -185,7 +189,7 @@ export class FlowTurbo implements ImageModel {
     const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
     const monitor = new HealthMonitor();
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
-    const settings = { ...checked, int8Weights: int8Weights && checkpoint.textEncoder3 !== null, listener: monitor };
+    const settings = { ...checked, int8Weights: quantised !== null, listener: monitor };
     const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
       graphs = emitted.emittedAs(emitOptions);
       if (device) checkDeviceMemory(graphs, device);

@@ -193,7 +193,8 @@ export interface LoadOptions {
    * How the CPU runtime holds the weights of T5's linear layers. `"stored"`: as they are in the checkpoint. `"int8"`: quantised, with a
    * scale for each 16 values, which takes 1.25 bytes a weight and changes the embedding by less than one hundredth. The first load of a
    * checkpoint writes them into the folder `weights` of `cache`. Only the CPU runtime has them: with `runtime: "auto"` others are
-   * passed over, and one that is named is an OptionError. Without T5 it has no effect. Default: `"stored"`.
+   * passed over, and one that is named is an OptionError. Weights that are in 8 bits already stay as they
+   * are; where all of them are, it has no effect, and a warning says so. Nor has it without T5. Default: `"stored"`.
    */
   t5Weights?: "stored" | "int8" | undefined;
   /** At most so many pictures share a launch, of one request or of several; 1 to 256. Default: 8. */

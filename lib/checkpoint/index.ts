@@ -19,7 +19,7 @@ export {
   type VaeConfig,
 } from "./configs.js";
 export { type Distilled, distilledOf } from "./distilled.js";
-export { clearQuantised, listQuantised, quantisedFolder, quantisedT5 } from "./int8.js";
+export { clearQuantised, leftAsStored, listQuantised, quantisedFolder, quantisedT5 } from "./int8.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
 export {

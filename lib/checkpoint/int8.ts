@@ -1,6 +1,6 @@
 /**
  * T5's linear weights in int8, made once for a checkpoint and kept in the cache: for each block of 16 values of a row its largest
- * magnitude / 127, and the values in units of it. The file is written as a stream of a few megabytes at a time, since the weights of
+ * magnitude / 127, and the values in units of it. Weights of 8 bits stay as they are, with their scales. The file is written as a stream of a few megabytes at a time, since the weights of
  * T5-XXL are 9.5 GB, and it is mapped like any other weights afterwards. It holds all that the network needs, so that a graph has its
  * weights in one place.
  */
@@ -10,12 +10,18 @@ import { readdir, realpath, rm, stat } from "node:fs/promises";
 import path from "node:path";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
-import { elementCount, type StoredTensor } from "../common/tensor.js";
+import { elementCount, is8Bit, type StoredTensor } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
 import type { Part } from "./checkpoint.js";
 import type { T5Config } from "./configs.js";
 import { readElements } from "./quantised.js";
-import { type HeaderEntry, readBytes, readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
+import {
+  type HeaderEntry,
+  readBytes,
+  readSafetensorsHeader,
+  readTensor,
+  type SafetensorsHeader,
+} from "./safetensors.js";
 import { modelFingerprint } from "./schedules.js";
 import type { Weights } from "./weights.js";
 
@@ -38,14 +44,17 @@ export const quantisedFolder = (cache: string): string => path.join(cache, "weig
  * The encoder with its linear weights in int8, from the cache, or quantised into it: one to two minutes for T5-XXL on two cores.
  *
  * @param cache folder of the caches
+ * Weights that are in 8 bits already stay so: in int8 they would take more, and be rounded a second time.
+ * @returns null, and nothing is written, where there are no others
  * @throws CheckpointError if the weights cannot be read, OutputError if the cache cannot be written; `signal.reason` after an abort
  */
 export async function quantisedT5(
   { config, weights }: Part<T5Config>,
   cache: string,
   { signal, logger = {} }: { signal?: AbortSignal | undefined; logger?: Logger | undefined } = {},
-): Promise<Part<T5Config>> {
+): Promise<Part<T5Config> | null> {
   const tensors = weights.names.filter(isNeeded).flatMap((name) => weights.find(name) ?? []);
+  if (!tensors.some(isQuantised)) return null;
   const planned = plan(tensors);
   const header = Buffer.from(JSON.stringify(Object.fromEntries(planned.entries)));
   const key = createHash("sha256")
@@ -73,6 +82,10 @@ export async function quantisedT5(
   return { config, weights: opened };
 }
 
+/** Why the weights are left as they are stored, for a warning. */
+export const leftAsStored = ({ weights: { origin, bytesByDType } }: Part<T5Config>): string =>
+  `T5's weights in ${origin} are used as they are stored (${Object.keys(bytesByDType).join(", ")}): t5Weights "int8" quantises only those of more than 8 bits.`;
+
 /** Bytes of the files of quantised weights in a cache, by their paths. */
 export async function listQuantised(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
   const folder = quantisedFolder(cache);
@@ -90,7 +103,8 @@ export async function clearQuantised(cache: string): Promise<{ readonly files: n
   return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
 }
 
-const isQuantised = ({ name, shape }: StoredTensor) => isLinear(name) && shape.length === 2 && shape[1]! % block === 0;
+const isQuantised = ({ name, dtype, shape }: StoredTensor) =>
+  isLinear(name) && !is8Bit(dtype) && shape.length === 2 && shape[1]! % block === 0;
 
 /** What a file of these tensors holds: the entries of its header, and its bytes. */
 function plan(tensors: readonly StoredTensor[]) {
@@ -106,8 +120,10 @@ function plan(tensors: readonly StoredTensor[]) {
     if (isQuantised(tensor)) {
       add(name, "I8", shape, count);
       add(`${name}${scaleSuffix}`, "F32", [shape[0]!, shape[1]! / block], (4 * count) / block);
-    } else if (scale) add(name, "F32", shape, 4 * count);
-    else add(name, dtype, shape, length);
+    } else {
+      add(name, dtype, shape, length);
+      if (scale) add(`${name}${scaleSuffix}`, "F32", scale.tensor.shape, 4 * elementCount(scale.tensor.shape));
+    }
   }
   const header = Buffer.byteLength(JSON.stringify(Object.fromEntries(entries)));
   return { entries, bytes: 8 + header + end };
@@ -132,13 +148,16 @@ async function* quantised(
       if (quantise) {
         const values = await readElements(tensor, first, size);
         yield quantiseBlocks(values, scales.subarray(first / block, (first + size) / block));
-      } else if (tensor.scale) yield bytesOf(await readElements(tensor, first, size));
-      else {
+      } else {
         const each = tensor.length / count;
         yield await readBytes(tensor.file, tensor.offset + first * each, size * each);
       }
     }
     if (quantise) yield bytesOf(scales);
+    else if (tensor.scale) {
+      const { tensor: stored, factor } = tensor.scale;
+      yield bytesOf((await readTensor(stored.file, stored)).data.map((scale) => scale * factor));
+    }
   }
 }
 

@@ -1,5 +1,5 @@
 // T5 in int8: what the cache holds, when it is made and cleared, how far the embedding is from the stored weights', and which runtimes refuse it.
-import { mkdtemp, readdir, readFile, rm, stat, truncate, utimes } from "node:fs/promises";
+import { cp, mkdtemp, readdir, readFile, rm, stat, truncate, utimes } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { FlowTurbo, OptionError } from "flowturbo";
@@ -18,7 +18,7 @@ import { GraphLibrary } from "../../lib/networks/library.js";
 import { relativeBuckets } from "../../lib/networks/t5.js";
 import { sessionOptions } from "../../lib/runtimes/onnxruntime/sessions.js";
 import { fixture } from "../support/fixtures.js";
-import { f32, modelWith, type RawTensors, readRaw, scaledT5, valuesOf } from "../support/quantised.js";
+import { asFloat8, f32, modelWith, type RawTensors, readRaw, scaledT5, valuesOf } from "../support/quantised.js";
 
 process.env.ORT_DISABLE_TELEMETRY = "1";
 const ort = await import("onnxruntime-node");
@@ -37,7 +37,7 @@ const medium = fixture("medium/model");
 describe("the cache's file", () => {
   it("has each block of 16 values within half a unit of its scale, and the rest as it was", async () => {
     const t5 = await t5Of(medium);
-    const { weights } = await quantisedT5(t5, await newCache());
+    const { weights } = (await quantisedT5(t5, await newCache()))!;
     const raw = await readRaw(fixture("medium/model/text_encoder_3/model.safetensors"));
     const linear = Object.entries(raw).filter(([name]) =>
       /\.(SelfAttention\.[qkvo]|DenseReluDense\.w\w+)\.weight$/.test(name),
@@ -140,6 +140,34 @@ function initialised(tensors: RawTensors): RawTensors {
   return result;
 }
 
+/** The second block in scaled float8, the rest in float32. */
+async function halfInFloat8(tensors: RawTensors): Promise<RawTensors> {
+  const isSecond = (name: string) => name.startsWith("encoder.block.1.");
+  const scaled = Object.entries(await scaledT5(tensors)).filter(([name]) => isSecond(name));
+  const wide = Object.entries(tensors).filter(([name]) => !isSecond(name));
+  return Object.fromEntries([
+    ...wide.map(([name, each]) => [name, f32(each.shape, valuesOf(each))] as const),
+    ...scaled,
+  ]);
+}
+
+const plainFloat8 = async (tensors: RawTensors): Promise<RawTensors> =>
+  Object.fromEntries(
+    await Promise.all(
+      Object.entries(tensors).map(
+        async ([name, each]) => [name, await asFloat8(each.shape, valuesOf(each), "F8_E5M2")] as const,
+      ),
+    ),
+  );
+
+async function bitsandbytesModel(): Promise<string> {
+  const model = path.join(folder, "bitsandbytes");
+  await cp(medium, model, { recursive: true });
+  for (const file of ["config.json", "model.safetensors"])
+    await cp(fixture("medium/t5_int8", file), path.join(model, "text_encoder_3", file));
+  return model;
+}
+
 describe("the embedding", () => {
   it("is within one hundredth of the stored weights', and not theirs", async () => {
     const model = await modelWith(path.join(folder, "initialised"), "medium", t5File, initialised);
@@ -151,20 +179,33 @@ describe("the embedding", () => {
   });
 
   it.each([
-    ["bfloat16", (tensors: RawTensors) => tensors],
-    ["scaled float8", scaledT5],
-  ])("is that of the values in the file, from %s", async (name, change) => {
-    const model = await modelWith(path.join(folder, name), "medium", t5File, change);
-    const stored = await openCheckpoint(model);
-    const textEncoder3 = await quantisedT5(stored.textEncoder3!, await newCache());
+    ["bfloat16", () => modelWith(path.join(folder, "bfloat16"), "medium", t5File, (tensors) => tensors), 0],
+    ["float32 and scaled float8", () => modelWith(path.join(folder, "half"), "medium", t5File, halfInFloat8), 7],
+    // transformers leaves the layers "wo" as they are.
+    ["int8 of bitsandbytes and others", bitsandbytesModel, 12],
+  ] as const)("is that of the values in the file, from %s; those of 8 bits are kept", async (name, make, kept) => {
+    const stored = await openCheckpoint(await make());
+    const { weights } = stored.textEncoder3!;
+    const textEncoder3 = (await quantisedT5(stored.textEncoder3!, await newCache()))!;
     const restored: RawTensors = {};
+    let count8Bit = 0;
     for (const each of textEncoder3.weights.names.filter((name) => !name.endsWith(".scales"))) {
       const { scale, ...tensor } = textEncoder3.weights.find(each)!;
+      const before = weights.find(each)!;
       const count = elementCount(tensor.shape);
       const values = await readElements(tensor, 0, count);
-      const scales = scale && (await readElements(scale.tensor, 0, count / 16));
-      restored[each] = f32(tensor.shape, scales ? values.map((value, i) => value * scales[i >> 4]!) : values);
+      const scales = scale && (await readElements(scale.tensor, 0, elementCount(scale.tensor.shape)));
+      const perScale = count / (scales?.length ?? 1);
+      const exact = scales ? values.map((value, i) => value * scales[Math.floor(i / perScale)]!) : values;
+      if (["I8", "F8_E4M3"].includes(before.dtype)) {
+        count8Bit++;
+        expect(tensor.dtype).toBe(before.dtype);
+        expect(values).toEqual(await readElements({ ...before, scale: undefined }, 0, count));
+        expect(embeddingError(exact, await readElements(before, 0, count))).toBeLessThan(1e-7);
+      }
+      restored[each] = f32(tensor.shape, exact);
     }
+    expect(count8Bit).toBe(kept);
     const exact = await modelWith(path.join(folder, `${name} restored`), "medium", t5File, () => restored);
     const expected = await encode(await openCheckpoint(exact));
     expect(embeddingError(await encode({ ...stored, textEncoder3 }), expected)).toBeLessThan(1e-5);
@@ -185,6 +226,33 @@ describe("a model", () => {
     expect(notes.filter((text) => /quantised to int8/.test(text))).toHaveLength(1);
     await using without = await FlowTurbo.load(fixture("sd3/model"), options);
     expect(without.runtime.name).toBe("onnxruntime");
+  });
+
+  it.each([
+    ["scaled float8", () => modelWith(path.join(folder, "scaled"), "medium", t5File, scaledT5), /F8_E4M3/],
+    ["plain float8", () => modelWith(path.join(folder, "plain"), "medium", t5File, plainFloat8), /F8_E5M2/],
+    ["scaled float8 in one file", async () => fixture("medium/single/t5fp8.safetensors"), /F8_E4M3/],
+  ])("keeps a T5 that is in 8 bits already, with a warning: %s", async (_, make, dtype) => {
+    const [cache, stored] = [await newCache(), await make()];
+    const told: string[] = [];
+    const base = stored.endsWith(".safetensors") ? medium : undefined;
+    const options = { base, measureCosts: false, cache, weights: "lazy" } as const;
+    const logger = { warn: (text: string) => void told.push(text) };
+    await using model = await FlowTurbo.load(stored, { ...options, t5Weights: "int8", logger });
+    const [warning, ...others] = model.warnings;
+    expect(warning).toMatch(/^T5's weights in .* are used as they are stored \(.*\): t5Weights "int8" quantises only/);
+    expect(warning).toContain(stored);
+    expect(warning).toMatch(dtype);
+    expect(others).toEqual([]);
+    expect(told).toEqual([warning]);
+    expect(await listQuantised(cache)).toEqual([]);
+    // A GPU would not be passed over for it.
+    for (const { reason } of model.runtime.passedOver) expect(reason).not.toMatch(/t5Weights/);
+    await using plain = await FlowTurbo.load(stored, options);
+    expect(plain.warnings).toEqual([]);
+    const request = { prompt, steps: 1, width: 64, height: 64, seed: 1 };
+    const [kept, expected] = [await model.generate(request), await plain.generate(request)];
+    expect(kept.latents!.data).toEqual(expected.latents!.data);
   });
 
   it("refuses runtimes on a GPU before anything is made, and auto passes them over", async () => {
