@@ -249,9 +249,10 @@ function isolated(tokens: readonly string[], bounds: Bounds): Bounds & { readonl
   return { ...bounds, isolated };
 }
 
+/** @param description its vocabulary and merges are gone afterwards */
 async function tokenizer(
   file: string,
-  description: object,
+  description: { readonly model: { vocab: object; merges?: unknown[] } },
   end: string,
   { pad, vocabulary, maxLength }: { pad: number; vocabulary: Iterable<number>; maxLength: number },
   bounds: Bounds & { readonly isolated: boolean },
@@ -263,6 +264,9 @@ async function tokenizer(
     inner = new Tokenizer(description, { eos_token: end });
     inner.encode("a");
     special = inner.encode("").ids;
+    // The library has made tables of these, and would keep them besides: 9 MB for CLIP.
+    description.model.vocab = {};
+    description.model.merges?.splice(0);
   } catch (cause) {
     throw new CheckpointError(file, `${file} cannot be used as a tokenizer: ${(cause as Error).message}`, { cause });
   }

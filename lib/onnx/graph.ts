@@ -83,7 +83,8 @@ interface InputOrOutput {
 
 export class GraphBuilder {
   readonly name: string;
-  readonly #nodes: MessageWriter[] = [];
+  /** Fields of the graph's message. */
+  readonly #nodes = new MessageWriter();
   readonly #initializers: (MessageWriter | StoredTensor)[] = [];
   readonly #inputs = new Map<string, InputOrOutput>();
   readonly #outputs = new Map<string, InputOrOutput>();
@@ -199,8 +200,7 @@ export class GraphBuilder {
 
   build(): OnnxGraph {
     const model = (place: (tensor: StoredTensor) => Record<string, string>): Uint8Array => {
-      const graph = new MessageWriter().string(2, this.name);
-      for (const node of this.#nodes) graph.message(1, node);
+      const graph = new MessageWriter().string(2, this.name).merge(this.#nodes);
       for (const initializer of this.#initializers)
         graph.message(5, "file" in initializer ? externalTensor(initializer, place(initializer)) : initializer);
       for (const { info } of this.#inputs.values()) graph.message(11, info);
@@ -259,7 +259,7 @@ export class GraphBuilder {
     if (domain) node.string(7, domain);
     else
       this.#opset = Math.max(this.#opset, firstOpset[operator] ?? firstOpset[`${operator} ${element}`] ?? leastOpset);
-    this.#nodes.push(node);
+    this.#nodes.message(1, node);
   }
 
   #constant(key: string, type: ConstantType, shape: readonly number[], values: readonly number[]): Value {
