@@ -10,7 +10,6 @@ import {
   calibratedSchedulesOf,
   calibrationFile,
   calibrationPromptsOf,
-  checkModelIndex,
   checkpointName,
   leftAsStored,
   openCheckpoint,
@@ -28,6 +27,7 @@ import { defaultsOf } from "./generation/defaults.js";
 import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
+import { locateAll } from "./generation/locate.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
@@ -41,7 +41,6 @@ import { generateStream } from "./generation/stream.js";
 import { Templates, textDemands } from "./generation/templates.js";
 import { PromptEncoder, promptOf, tokensOfPrompts, warningsOf } from "./generation/text.js";
 import { type CallTrace, traced } from "./generation/traces.js";
-import { locateModel } from "./hub/index.js";
 import type {
   CalibrateOptions,
   Calibration,
@@ -134,7 +133,7 @@ export class FlowTurbo implements ImageModel {
 
   /**
    * Opens a checkpoint and starts a runtime for it: a folder in the diffusers layout, or one .safetensors file in Stability's and
-   * ComfyUI's layout, whose missing parts are taken from `base`. Weights are not read: the runtime maps them.
+   * ComfyUI's layout, whose missing parts are taken from `base`. Weights are not read: the runtime maps them. `base` and `previewVae` may be on the hub, too.
    * @param folder a folder, a file, or a model of the Hugging Face hub as `owner/name` or `owner/name@revision`, which is downloaded into the
    *   cache that Python's programs share; a path of that name comes first. Default: the embedded model
    * @throws HubError if it is to be downloaded and cannot be; CheckpointError if it is not a complete SD3 or SD3.5 checkpoint, OptionError for a wrong option,
@@ -149,7 +148,7 @@ export class FlowTurbo implements ImageModel {
         `Expected the path of a folder or file for folder but received ${typeof folder}.`,
       );
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, base, previewVae, textEncoder3, signal, onProgress, logger = {} } = checked;
+    const { variant, textEncoder3, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
     const report = (phase: LoadProgress["phase"], done: number) => {
       signal?.throwIfAborted();
@@ -163,10 +162,11 @@ export class FlowTurbo implements ImageModel {
     if (folder === embeddedModel) packageFile("models/shapes");
     const int8Weights = checked.t5Weights === "int8";
     if (int8Weights) checkInt8Weights(checked.runtime);
-    const located = await locateModel(folder, {
-      ...{ ...checked, checkIndex: checkModelIndex },
+    const located = await locateAll(folder, {
+      ...checked,
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
     });
+    const { base, previewVae } = located;
     report("checkpoint", 0);
     const opening = openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
     const [stored] = await Promise.all([opening, sharp.load()]);
@@ -635,7 +635,7 @@ export class FlowTurbo implements ImageModel {
 function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime): CostSubject {
   const model = createHash("sha256");
   for (const { graph } of graphs.essential) model.update(graph.fingerprint);
-  if (graphs.checkpoint.previewVae) model.update(graphs.get("preview_upscale").fingerprint);
+  if (graphs.checkpoint.joiningVae) model.update(graphs.get("preview_upscale").fingerprint);
   return {
     model: model.digest("hex"),
     runtime: { name: runtime.name, ...settings },

@@ -6,6 +6,7 @@
 
 import { readdir } from "node:fs/promises";
 import { basename, join, resolve } from "node:path";
+import { isElsewhere, remedyForParts } from "../common/model-index.js";
 import { CheckpointError } from "../errors.js";
 import {
   type ClipConfig,
@@ -36,6 +37,7 @@ import {
   sampledWeights,
 } from "./schedules.js";
 import { type FileConfigs, type FilePart, fileParts, type PartInFile, readSingleFile } from "./single-file/index.js";
+import { readTaesd } from "./single-file/taesd.js";
 import { openClipTokenizer, openPackedTokenizer, openT5Tokenizer, type Tokenizer } from "./tokenizers.js";
 import { type Naming, namings, openWeights, type Weights } from "./weights.js";
 
@@ -62,8 +64,10 @@ export interface Checkpoint {
   readonly tokenizer2: Tokenizer | null;
   readonly tokenizer3: Tokenizer | null;
   readonly vae: Part<VaeConfig>;
-  /** Another autoencoder of the same latents, from a folder of its own: for previews, and between stages. */
+  /** Another autoencoder of the same latents, or its decoder alone, from a place of its own: for previews. */
   readonly previewVae: Part<VaeConfig> | null;
+  /** The same where it encodes, too: between stages. */
+  readonly joiningVae: Part<VaeConfig> | null;
   readonly scheduler: SchedulerConfig;
   /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
   readonly schedules: StoredSchedules;
@@ -78,7 +82,7 @@ interface OpenCheckpointOptions {
   readonly textEncoder3?: boolean | undefined;
   /** For a checkpoint in one file: the folder from which is taken what it does not hold or say. */
   readonly base?: string | undefined;
-  /** Folder of `previewVae`: config.json and weights. */
+  /** Folder of `previewVae`, with config.json and weights, or the file of TAESD's decoder. */
   readonly previewVae?: string | undefined;
   /** Checked between reads. */
   readonly signal?: AbortSignal | undefined;
@@ -87,7 +91,10 @@ interface OpenCheckpointOptions {
 const clipTokenizers = ["CLIPTokenizer", "CLIPTokenizerFast"] as const;
 const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
-type PartKey = Exclude<keyof Checkpoint, "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae">;
+type PartKey = Exclude<
+  keyof Checkpoint,
+  "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae" | "joiningVae"
+>;
 
 /** How a part is found and opened. */
 interface PartRow<Opened> {
@@ -167,11 +174,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const root = resolve(path);
   signal?.throwIfAborted();
   if (await isFile(root)) return openFile(root, options);
-  if (options.base !== undefined)
-    throw new CheckpointError(
-      root,
-      `${root} is not one file, and only such a model has a base: a folder in the diffusers layout has all of its parts. Leave base away.`,
-    );
+  if (options.base !== undefined) throw baseOfFolder(root);
   await explainOtherLayouts(root);
   const index = await indexOf(root);
   const places = readModelIndex(index, await readJsonObject(index), indexedParts(textEncoder3));
@@ -189,14 +192,9 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
     const place = row.classes ? places.get(row.name) : { folder: row.name };
     if (!place) return [key, null] as const;
     const partFolder = join(root, place.folder);
-    const found = await isFolder(partFolder);
+    const found = !isElsewhere(place) && (await isFolder(partFolder));
     if (!found && !row.classes) return [key, null] as const;
-    if (!found)
-      throw new CheckpointError(
-        partFolder,
-        `The folder ${partFolder} is missing, though ${basename(index)} names this part${place.origin ? ` (of ${place.origin})` : ""}. ` +
-          "Download the checkpoint's remaining files.",
-      );
+    if (!found) throw new CheckpointError(partFolder, missingPart(row.name, partFolder, index, place));
     signal?.throwIfAborted();
     const variantOfPart = variant ?? place.variant;
     return [key, await row.open(partFolder, { ...options, variant: variantOfPart })] as const;
@@ -211,9 +209,9 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   // The rows are typed by the key that they open.
   const openedParts = Object.fromEntries(parts) as unknown as Pick<Checkpoint, PartKey>;
   const schedulesFile = join(root, "schedules.json");
-  const previewVae = await openPreviewVae(options);
+  const previews = await openPreviewVae(options);
   const opened: Checkpoint = {
-    ...{ folder: root, schedulesFile, ...openedParts, previewVae, schedules: noSchedules, warnings },
+    ...{ folder: root, schedulesFile, ...openedParts, ...previews, schedules: noSchedules, warnings },
   };
   checkVariant(opened, variant);
   checkThatPartsFit(opened, {
@@ -224,6 +222,25 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   warnings.push(...warningsOf(opened));
   const schedules = await readSchedules(schedulesFile, identityOf(opened));
   return schedules ? { ...opened, schedules } : opened;
+}
+
+/** What is said of a model that is a folder, `model`, and has a base. */
+export function baseOfFolder(model: string): CheckpointError {
+  return new CheckpointError(
+    model,
+    `${model} is not one file, and only such a model has a base: a folder in the diffusers layout has all of its parts. Leave base away.`,
+  );
+}
+
+/** What is said of a part whose folder is missing. */
+function missingPart(part: string, folder: string, index: string, place: Place): string {
+  const { origin } = place;
+  const what = isElsewhere(place) ? `The part ${part} is missing` : `The folder ${folder} is missing`;
+  const remedy = origin === undefined ? "" : ` ${remedyForParts(origin)}.`;
+  return (
+    `${what}, though ${basename(index)} names this part${origin === undefined ? "" : ` (of ${origin})`}. ` +
+    `Download the checkpoint's remaining files.${remedy}`
+  );
 }
 
 /** What its parts have to say. */
@@ -239,6 +256,7 @@ function warningsOf(checkpoint: Checkpoint): string[] {
 /** What is missing of a network that the index names, in words; null for one that is there, and for one that is not named. */
 async function whatIsMissing(root: string, place: Place | undefined): Promise<string | null> {
   if (!place) return null;
+  if (isElsewhere(place)) return `The part T5 is not in ${root}`;
   const folder = join(root, place.folder);
   if (!(await isFolder(folder))) return `The folder ${folder} is missing`;
   const names = await readdir(folder).catch((): string[] => []);
@@ -299,7 +317,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     ...{ transformer, vae, textEncoder, textEncoder2, textEncoder3 },
     // A refiner was trained for the velocities of one transformer.
     refiner: null,
-    previewVae: await openPreviewVae(options),
+    ...(await openPreviewVae(options)),
     scheduler: scheduler === null ? usualScheduler : await partRows.scheduler.open(scheduler, options),
     tokenizer: await tokenizerOf("tokenizer", textEncoder),
     tokenizer2: await tokenizerOf("tokenizer2", textEncoder2),
@@ -320,16 +338,37 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   return { ...opened, warnings: [...warnings, ...warningsOf(opened)] };
 }
 
-/** @throws CheckpointError for a folder without an autoencoder's config.json and weights */
-async function openPreviewVae(options: OpenCheckpointOptions): Promise<Part<VaeConfig> | null> {
-  if (options.previewVae === undefined) return null;
-  const folder = resolve(options.previewVae);
-  if (!(await isFolder(folder)))
+/**
+ * Opens what `previewVae` names.
+ * @throws CheckpointError for what is neither a folder with an autoencoder's config.json and weights nor the file of TAESD's decoder
+ */
+export async function openPreviewVae(
+  options: OpenCheckpointOptions,
+): Promise<Pick<Checkpoint, "previewVae" | "joiningVae">> {
+  if (options.previewVae === undefined) return { previewVae: null, joiningVae: null };
+  const place = resolve(options.previewVae);
+  if (await isFile(place)) {
+    const { canEncode, ...previewVae } = await readTaesd(place, options.signal);
+    return { previewVae, joiningVae: canEncode ? previewVae : null };
+  }
+  if (!(await isFolder(place)))
     throw new CheckpointError(
-      folder,
-      `The folder ${folder} for previewVae does not exist. Pass a folder with config.json and diffusion_pytorch_model.safetensors, such as a downloaded taesd3.`,
+      place,
+      `The folder or file ${place} for previewVae does not exist. Pass a folder with config.json and diffusion_pytorch_model.safetensors, such as a ` +
+        "downloaded taesd3, TAESD's taesd3_decoder.safetensors, or owner/name of such a model on the hub.",
     );
-  return partRows.vae.open(folder, options);
+  const previewVae = await partRows.vae.open(place, options);
+  return { previewVae, joiningVae: previewVae };
+}
+
+/** @throws CheckpointError for a folder that is no base */
+export async function checkBase(folder: string): Promise<void> {
+  await explainOtherLayouts(resolve(folder), baseForms);
+}
+
+/** What is said of a name on the hub with a file in it that is given as a base. */
+export function baseOfFile(name: string): CheckpointError {
+  return new CheckpointError(name, `${name} is one file. ${baseForms}`);
 }
 
 /** Tells the checkpoint's transformer from others: see `modelFingerprint`. */
@@ -347,9 +386,21 @@ export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelId
   };
 }
 
-/** @throws CheckpointError if a model_index.json is of a model that cannot be read: for what is about to be downloaded */
+/**
+ * For what is about to be downloaded.
+ * @param file an index of parts, or the config.json of an autoencoder
+ * @throws CheckpointError if it is of something that cannot be read
+ */
 export async function checkModelIndex(file: string): Promise<void> {
-  readModelIndex(file, await readJsonObject(file), indexedParts(true));
+  if (basename(file) === "config.json") await readVaeConfig(file);
+  else readModelIndex(file, await readJsonObject(file), indexedParts(true));
+}
+
+/** The parts that a checkpoint in one file, which has a base, holds: by the names that an index gives them. @throws CheckpointError for what is none */
+export async function partsOfFile(file: string, signal?: AbortSignal): Promise<string[]> {
+  if (await isFolder(file)) throw baseOfFolder(resolve(file));
+  const { parts } = await readSingleFile(file, signal);
+  return fileParts.filter((key) => parts[key]).map((key) => partRows[key].name);
 }
 
 function weightsOf(checkpoint: Checkpoint): readonly Weights[] {

@@ -95,10 +95,12 @@ export function checkPreviewVae({ vae, previewVae }: Checkpoint): void {
     ["outChannels", "out_channels"],
   ] as const) {
     const [own, other] = [vae.config[key], previewVae.config[key]];
+    const isOfOthers = key === "latentChannels" && other === 4;
     if (own !== other)
       throw new CheckpointError(
         previewVae.weights.origin,
-        `The autoencoder ${previewVae.weights.origin} for previewVae does not fit: its ${name} is ${other}, but the model's is ${own}. It needs to be one for the same latents; for Stable Diffusion 3 that is taesd3.`,
+        `The autoencoder ${previewVae.weights.origin} for previewVae does not fit: its ${name} is ${other}` +
+          `${isOfOthers ? ", as for Stable Diffusion 1, 2 and XL (taesd, taesdxl)" : ""}, but the model's is ${own}. It needs to be one for the same latents; for Stable Diffusion 3 that is taesd3.`,
       );
   }
 }

@@ -2,12 +2,17 @@
 
 export { calibratedSchedulesOf, calibrationFile, calibrationPromptsOf } from "./calibration.js";
 export {
+  baseOfFile,
+  baseOfFolder,
   type Checkpoint,
+  checkBase,
   checkModelIndex,
   fingerprintOf,
   identityOf,
   openCheckpoint,
+  openPreviewVae,
   type Part,
+  partsOfFile,
 } from "./checkpoint.js";
 export {
   type ClipConfig,

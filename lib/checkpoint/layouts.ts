@@ -2,8 +2,8 @@
 
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
+import { indexFiles } from "../common/model-index.js";
 import { CheckpointError } from "../errors.js";
-import { indexFiles } from "./model-index.js";
 import { refuseFolderOf } from "./single-file/index.js";
 
 const layout =
@@ -11,7 +11,7 @@ const layout =
 
 /** What may be passed, of a model and of a base. */
 const modelForms = "Pass a downloaded checkpoint's folder, its .safetensors file, or owner/name of a model on the hub.";
-export const baseForms = "A base is a folder: `flowturbo pull owner/name` downloads a model and prints its folder.";
+export const baseForms = "A base is a folder in the diffusers layout, or owner/name of such a model on the hub.";
 
 /** @throws CheckpointError for what is no folder with an index, or is of ONNX */
 export async function explainOtherLayouts(root: string, forms = modelForms): Promise<void> {

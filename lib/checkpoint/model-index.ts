@@ -1,14 +1,12 @@
 /** model_index.json and modular_model_index.json: which parts a folder has, and where. */
 
 import { basename, join } from "node:path";
+import { type IndexEntry, indexFiles, readIndexEntry } from "../common/model-index.js";
 import { CheckpointError } from "../errors.js";
-import { exists, isRecord, type JsonObject } from "./files.js";
+import { exists, type JsonObject } from "./files.js";
 
 /** Pipelines of SD3 differ in parts that are added to the same ones: a ControlNet, an image encoder, guiders. */
 const pipelineClass = /^StableDiffusion3\w*Pipeline$/;
-
-/** Files that name the parts, the one that counts first: that of pipelines, and that of modular ones. */
-export const indexFiles = ["model_index.json", "modular_model_index.json"] as const;
 
 /** The file that names a folder's parts: as `StableDiffusion3Pipeline.from_pretrained`, and else as `ModularPipeline` does. */
 export async function indexOf(root: string): Promise<string> {
@@ -16,15 +14,8 @@ export async function indexOf(root: string): Promise<string> {
   return !(await exists(usual)) && (await exists(modular)) ? modular : usual;
 }
 
-/** Where the index says that a part is. */
-export interface Place {
-  /** In the checkpoint's folder. */
-  readonly folder: string;
-  /** The variant that a modular index names for this part. */
-  readonly variant?: string | undefined;
-  /** The repository that a modular index names for this part. */
-  readonly origin?: string | undefined;
-}
+/** Where the index says that a part is: its folder is in the checkpoint's. */
+export type Place = Omit<IndexEntry, "className">;
 
 /** A part that an index may name. */
 export interface IndexedPart {
@@ -61,7 +52,7 @@ export function readModelIndex(file: string, json: JsonObject, parts: readonly I
     const entry = json[part] ?? (json[part] === null || isModular ? null : undefined);
     if (entry === undefined)
       refuse(`${file} lacks the part "${part}". A part that a checkpoint does without is [null, null].`);
-    const name = classIn(entry);
+    const { className: name, ...place } = readIndexEntry(part, entry);
     if (name === null && required)
       refuse(`${file}: the part "${part}" is null, but no picture can be made without it.`);
     if (name === null) continue;
@@ -69,7 +60,9 @@ export function readModelIndex(file: string, json: JsonObject, parts: readonly I
       refuse(
         `${file}: the part "${part}" is of the unknown class ${JSON.stringify(name)}; known for it are ${classes.join(", ")}.`,
       );
-    places.set(part, placeOf(file, part, entry));
+    if (leaves(place.folder))
+      refuse(`${file}: the part "${part}" has the subfolder "${place.folder}", which leaves the folder.`);
+    places.set(part, place);
   }
   // diffusers keeps the tokenizer of a T5 that is left out.
   if (!places.has("text_encoder_3")) places.delete("tokenizer_3");
@@ -84,24 +77,4 @@ export function readModelIndex(file: string, json: JsonObject, parts: readonly I
   return places;
 }
 
-/** The class of an entry: [library, class], [library, class, loading] of a modular pipeline, or the class alone. */
-function classIn(entry: unknown): unknown {
-  if (!Array.isArray(entry)) return entry;
-  const [, name = null, loading] = entry as readonly unknown[];
-  const hint = isRecord(loading) && Array.isArray(loading.type_hint) ? loading.type_hint[1] : undefined;
-  return hint ?? name;
-}
-
-/** Where a part's entry says that it is: a folder of its own name, unless it is one of a modular pipeline. */
-function placeOf(file: string, part: string, entry: unknown): Place {
-  const loading: unknown = Array.isArray(entry) ? entry[2] : undefined;
-  if (!isRecord(loading)) return { folder: part };
-  const text = (key: string) => (typeof loading[key] === "string" && loading[key] !== "" ? loading[key] : undefined);
-  const folder = text("subfolder") ?? ".";
-  if (/^[/\\]|[:\0]/.test(folder) || folder.split(/[/\\]/).includes(".."))
-    throw new CheckpointError(
-      file,
-      `${file}: the part "${part}" has the subfolder "${folder}", which leaves the folder.`,
-    );
-  return { folder, variant: text("variant"), origin: text("pretrained_model_name_or_path") ?? text("repo") };
-}
+const leaves = (folder: string) => /^[/\\]|[:\0]/.test(folder) || folder.split(/[/\\]/).includes("..");

@@ -1,10 +1,9 @@
 /** `flowturbo compile`: every engine that a model needs, ahead of time, each with a progress bar. */
 
 import type { Command } from "commander";
-import { checkModelIndex } from "../checkpoint/index.js";
 import { embeddedModel } from "../flowturbo.js";
 import { compileEngines, type Engine } from "../generation/engines.js";
-import { locateModel } from "../hub/index.js";
+import { locateAll } from "../generation/locate.js";
 import type { EngineProgress } from "../model.js";
 import { checkOptions, compileSchema } from "../options.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
@@ -41,12 +40,9 @@ async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
     };
     progress.show("opening the model");
     const onDownload = showDownload(progress);
-    const located = await locateModel(flags.model ?? embeddedModel, {
-      ...options,
-      onDownload,
-      checkIndex: checkModelIndex,
-    });
-    const compiled = await compileEngines(located.path, { ...options, onProgress: show });
+    const { path, ...located } = await locateAll(flags.model ?? embeddedModel, { ...options, onDownload });
+    const { base, previewVae } = located;
+    const compiled = await compileEngines(path, { ...options, base, previewVae, onProgress: show });
     return { ...compiled, warnings: [...located.warnings, ...compiled.warnings] };
   });
   if (!flags.json) showWarnings(report.warnings);

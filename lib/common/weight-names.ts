@@ -43,3 +43,9 @@ export function variantsIn(names: Iterable<string>, basename: string): string[] 
   // A shard of a variant, "fp16-00001-of-00002", is no variant of its own.
   return [...new Set(found)].filter((variant) => !/-\d+-of-\d+$/.test(variant)).sort();
 }
+
+/** The file of TAESD's encoder beside its decoder's: taesd3_encoder.safetensors beside taesd3_decoder.safetensors. Null for other names. */
+export function encoderBeside(decoder: string): string | null {
+  const [, beginning, end] = /^(.*)decoder([^/\\]*\.safetensors)$/s.exec(decoder) ?? [];
+  return beginning === undefined ? null : `${beginning}encoder${end}`;
+}

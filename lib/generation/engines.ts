@@ -3,11 +3,10 @@
  * for. Both follow from the table of networks: a profile is a graph's own dimensions, with numbers for their names.
  */
 
-import { calibratedSchedulesOf, checkModelIndex, openCheckpoint } from "../checkpoint/index.js";
+import { calibratedSchedulesOf, openCheckpoint } from "../checkpoint/index.js";
 import { defaultCacheFolder } from "../common/files.js";
 import { checkInstallation } from "../common/package.js";
 import { OptionError } from "../errors.js";
-import { locateModel } from "../hub/index.js";
 import type { CompileEnginesOptions, Size } from "../model.js";
 import {
   type Feature,
@@ -26,6 +25,7 @@ import { openBuilder } from "../runtimes/index.js";
 import { areSomeMixed, type CalibratedSchedule } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
 import { defaultsOf } from "./defaults.js";
+import { locateAll } from "./locate.js";
 import { checkSequenceLength } from "./prompts.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
@@ -76,8 +76,9 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   checkInstallation();
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
-  const located = await locateModel(folder, { ...checked, checkIndex: checkModelIndex });
-  const { variant, base, previewVae, textEncoder3 } = checked;
+  const { variant, textEncoder3 } = checked;
+  const located = await locateAll(folder, checked);
+  const { base, previewVae } = located;
   const checkpoint = await openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
   const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;

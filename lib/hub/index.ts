@@ -13,11 +13,11 @@ import { codeOf, ModelCache, sizeOf } from "./cache.js";
 import { HubClient, type HubFile, type HubListing } from "./client.js";
 import { downloadBlob } from "./download.js";
 import { type HubName, nameText, parseHubName } from "./name.js";
-import { modelIndex, SelectionError, select, shardsOf, type Wanted } from "./select.js";
+import { firstFile, firstFiles, SelectionError, select, selectFile, shardsOf, type Wanted } from "./select.js";
 import { type HubSettings, readSettings } from "./settings.js";
 
 export { huggingFaceHub } from "./client.js";
-export { type HubName, nameForm, parseHubName } from "./name.js";
+export { type HubName, nameForm, nameText, parseHubName } from "./name.js";
 
 /** A file that is being downloaded. */
 export interface FileProgress {
@@ -40,7 +40,7 @@ export interface HubOptions extends Wanted {
   readonly signal?: AbortSignal | undefined;
   readonly logger?: Logger | undefined;
   readonly onDownload?: ((progress: DownloadProgress) => void) | undefined;
-  /** Throws if model_index.json, whose path it is given, is of a model that cannot be read: before the rest is downloaded. */
+  /** Throws if model_index.json (or what a repository has in its place), whose path it is given, is of what cannot be read: before the rest is downloaded. */
   readonly checkIndex?: ((file: string) => Promise<void>) | undefined;
   /** Default: what the environment says. */
   readonly settings?: HubSettings | undefined;
@@ -81,11 +81,7 @@ export interface Located {
  * @throws HubError; what `checkIndex` throws; `signal.reason` after an abort
  */
 export async function locateModel(text: string, options: HubOptions = {}): Promise<Located> {
-  const isPath = await stat(text).then(
-    () => true,
-    (error) => !["ENOENT", "ENOTDIR", "EINVAL"].includes(codeOf(error)),
-  );
-  const name = isPath ? null : parseHubName(text);
+  const name = await hubNameOf(text);
   if (!name) return { path: text, warnings: [] };
   const settings = options.settings ?? (await readSettings());
   const cached = await findCached(name, settings, options);
@@ -109,6 +105,15 @@ export async function locateModel(text: string, options: HubOptions = {}): Promi
   }
 }
 
+/** The name that a text is; null for the path of something that is there, and for what is no name. */
+export async function hubNameOf(text: string): Promise<HubName | null> {
+  const isPath = await stat(text).then(
+    () => true,
+    (error) => !["ENOENT", "ENOTDIR", "EINVAL"].includes(codeOf(error)),
+  );
+  return isPath ? null : parseHubName(text);
+}
+
 /**
  * Downloads what a model needs and the cache lacks.
  * @throws HubError; what `checkIndex` throws; `signal.reason` after an abort
@@ -128,16 +133,15 @@ export async function pull(name: HubName, options: HubOptions = {}): Promise<Pul
     const { commit } = listing;
     const snapshot = cache.snapshot(commit);
     if (name.file !== null) {
-      if (!listing.files.has(name.file)) throw new SelectionError(`lacks the file ${name.file}`);
-      await fetching.fetch([name.file]);
+      await fetching.fetch(selectFile(listing.files, name.file));
     } else {
-      if (!listing.files.has(modelIndex)) throw noModelIndex(listing);
       // 1. What kind of model it is, before anything large. A gated model is refused here.
-      await fetching.fetch([modelIndex]);
-      await options.checkIndex?.(path.join(snapshot, modelIndex));
+      const first = firstFile(listing.files, options);
+      await fetching.fetch([first]);
+      await options.checkIndex?.(path.join(snapshot, first));
       // 2. Configs and indexes; 3. weights, once the indexes have named them.
-      const { files, indexes } = select(listing.files, await readJson(snapshot, modelIndex), options);
-      const small = files.filter((file) => file !== modelIndex && !file.endsWith(".safetensors"));
+      const { files, indexes } = select(listing.files, await readJson(snapshot, first), options);
+      const small = files.filter((file) => file !== first && !file.endsWith(".safetensors"));
       await fetching.fetch(small);
       const shards = await Promise.all(
         indexes.map(async (index) => shardsOf(listing.files, index, await readJson(snapshot, index))),
@@ -276,11 +280,15 @@ async function findCached(
   if (commit === null) return new SelectionError(`has no revision "${name.revision}" of it`);
   const folder = cache.snapshot(commit);
   const paths = await cache.filesOf(commit);
-  const wanted = name.file ?? modelIndex;
-  if (!paths.has(wanted)) return new SelectionError(`lacks its file ${wanted} at commit ${commit}`);
-  if (name.file !== null) return { path: path.join(folder, name.file), commit };
   try {
-    const { indexes } = select(paths, await readJson(folder, modelIndex), options);
+    if (name.file !== null) {
+      selectFile(paths, name.file);
+      return { path: path.join(folder, name.file), commit };
+    }
+    const firsts = firstFiles(options);
+    const first = firsts.find((file) => paths.has(file));
+    if (first === undefined) return new SelectionError(`lacks its file ${firsts[0]} at commit ${commit}`);
+    const { indexes } = select(paths, await readJson(folder, first), options);
     for (const index of indexes) shardsOf(paths, index, await readJson(folder, index));
     return { path: folder, commit };
   } catch (error) {
@@ -297,14 +305,6 @@ async function readJson(folder: string, file: string): Promise<unknown> {
   } catch {
     throw new SelectionError(`has in ${file} no JSON`);
   }
-}
-
-function noModelIndex({ files }: HubListing): SelectionError {
-  const single = [...files.keys()].filter((file) => file.endsWith(".safetensors") && !file.includes("/"));
-  return new SelectionError(
-    "has no model_index.json, so it is not in the diffusers layout" +
-      (single.length > 0 ? `; a file of it is named by owner/name/file: it has ${single.slice(0, 5).join(", ")}` : ""),
-  );
 }
 
 function offlineError(

@@ -156,9 +156,9 @@ export const networks: Record<string, Network> = {
     emit: (name, { vae }, options) => emitUpscale(name, vae, options),
   },
   preview_upscale: {
-    ...{ part: "previewVae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
+    ...{ part: "joiningVae", role: "image", variants: [], features: { stages: {} }, maxRows: autoencoderRows },
     deferrable: true,
-    emit: (name, { previewVae }, options) => emitUpscale(name, previewVae!, options),
+    emit: (name, { joiningVae }, options) => emitUpscale(name, joiningVae!, options),
   },
   preview_decoder: {
     ...{ part: "previewVae", role: "image", variants: [], features: { previews: {} }, maxRows: autoencoderRows },
@@ -281,5 +281,6 @@ export function tokensOf({ text, tokenizer }: TextEncoder, sequenceLength: numbe
 /** The parts of a checkpoint that have weights, each once. */
 export function weightedParts(checkpoint: Checkpoint): Part<unknown>[] {
   const parts = new Set(Object.values(networks).map(({ part }) => part));
-  return [...parts].flatMap((part) => (part && checkpoint[part]) ?? []);
+  // Two names may stand for one part.
+  return [...new Set([...parts].flatMap((part) => (part && checkpoint[part]) ?? []))];
 }
