@@ -635,7 +635,8 @@ export class FlowTurbo implements ImageModel {
 function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime): CostSubject {
   const model = createHash("sha256");
   for (const { graph } of graphs.essential) model.update(graph.fingerprint);
-  if (graphs.checkpoint.joiningVae) model.update(graphs.get("preview_upscale").fingerprint);
+  const { previewVae, joiningVae } = graphs.checkpoint;
+  if (previewVae) model.update(graphs.get(joiningVae ? "preview_upscale" : "preview_decoder").fingerprint);
   return {
     model: model.digest("hex"),
     runtime: { name: runtime.name, ...settings },

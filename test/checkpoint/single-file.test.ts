@@ -280,9 +280,13 @@ describe("refuses", () => {
       });
     }
     await expectError(single("sd3"), /is not a folder/, { base: single("sd3") });
-    await expectError(single("sd3"), /\/nowhere does not exist\. A base is a folder: `flowturbo pull owner\/name`/, {
-      base: "/nowhere",
-    });
+    await expectError(
+      single("sd3"),
+      /\/nowhere does not exist\. A base is a folder in the diffusers layout, or owner\/name/,
+      {
+        base: "/nowhere",
+      },
+    );
     await editJson(join(folder, "model_index.json"), (json) =>
       Object.assign(json, { text_encoder: null, tokenizer: null, text_encoder_2: null, tokenizer_2: null }),
     );
@@ -329,7 +333,7 @@ describe("refuses", () => {
 
   test("a base that is a file, or a name of the hub", async () => {
     for (const other of [single("sd3"), "stabilityai/stable-diffusion-3-medium-diffusers"])
-      await expectError(single("sd3"), /(is not a folder|does not exist)\..*flowturbo pull/, { base: other });
+      await expectError(single("sd3"), /(is not a folder|does not exist)\..*owner\/name of such a model/, { base: other });
     await expectError(
       join(await temporaryFolder(), "none.safetensors"),
       /The folder or file .*none\.safetensors does not/,

@@ -169,6 +169,7 @@ describe("what is chosen is what is read", () => {
           const other = part === "transformer" ? "vae/diffusion_pytorch_model" : "vae/diffusion_pytorch_model";
           // Some part has the variant in any case, so that it is not refused.
           const paths = new Set([
+            "model_index.json",
             ...[...files.keys()].map((name) => `${part}/${name}`),
             `${other}.safetensors`,
             `${other}.fp16.safetensors`,
