@@ -279,7 +279,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   /** The folder of a part in the base, or null. */
   const baseFolder = ({ name }: PartRow<unknown>) => {
     const place = ofBase?.get(name);
-    return place ? join(base!, place.folder) : null;
+    return place && !isElsewhere(place) ? join(base!, place.folder) : null;
   };
   const fromFile = async <Name extends FilePart>(key: Name) => {
     const part: PartInFile<Name> | null = found[key];
@@ -288,7 +288,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     if (part) await checkQuantisation(part.weights, undefined, { signal });
     if (part && folder === null) return { weights: part.weights, config: part.config(null) };
     if (folder === null) return null;
-    if (!part) return row.open(folder, options);
+    if (!part) return row.open(folder, { ...options, variant: variant ?? ofBase?.get(row.name)?.variant });
     const config = join(folder, "config.json");
     return { weights: part.weights, config: part.config({ file: config, config: await row.readConfig(config) }) };
   };

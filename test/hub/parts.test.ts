@@ -328,10 +328,27 @@ describe("a modular pipeline's repository", () => {
     expect(await filesIn(pulled)).toEqual([...files.keys()].filter((file) => !needless.includes(file)).sort());
     const opened = await openCheckpoint(pulled);
     expect(opened.transformer.weights.variant).toBe("fp32");
-    // As a base, too.
-    const located = await locate(fixture("medium", "single/full.safetensors"), { base: name });
-    expect(located.base).toBe(pulled);
-    await openCheckpoint(located.path, { base: located.base });
+  });
+
+  test("is a base, too, with its parts where the index says, in the precision that it says", async () => {
+    const weights = "text_encoder_3/model";
+    const files = await modular((loading) => {
+      loading.tokenizer_3!.subfolder = "other/tokenizer_3";
+      loading.text_encoder_3!.variant = "fp32";
+    });
+    files.delete("model_index.json");
+    move(files, "tokenizer_3/", "other/tokenizer_3/");
+    move(files, `${weights}.safetensors`, `${weights}.fp32.safetensors`);
+    expect(files.has(`${weights}.fp32.safetensors`)).toBe(true);
+    hub.add(name, { files });
+    const tensors = Object.entries(readSafetensors(fixture("medium", "single/full.safetensors")));
+    const file = path.join(await temporaryFolder(), "clips.safetensors");
+    writeSafetensors(file, Object.fromEntries(tensors.filter(([key]) => !key.includes(".t5xxl."))));
+    const { base } = await locate(file, { base: name });
+    const { textEncoder3, tokenizer3 } = await openCheckpoint(file, { base });
+    expect(textEncoder3!.weights.variant).toBe("fp32");
+    const own = await openCheckpoint(fixture("medium", "model"));
+    expect(await tokenizer3!.encode("a red circle", 16)).toEqual(await own.tokenizer3!.encode("a red circle", 16));
   });
 
   test("whose parts are in other repositories is refused with their names, and a local copy, too", async () => {
