@@ -112,7 +112,7 @@ export type PictureSource = string | Uint8Array | RgbPicture;
 /** Sent while a model loads. */
 export interface LoadProgress {
   /**
-   * `download`: files of a model of the hub that are not in the cache; `checkpoint`: configs, headers and tokenizers are read; `graphs`: the
+   * `download`: files of the hub that are not in the cache, of `previewVae`, the model and `base` in this order, each counted from 0; `checkpoint`: configs, headers and tokenizers are read; `graphs`: the
    * graphs are listed; `runtime`: a runtime starts, and graphs are emitted for it.
    */
   readonly phase: "download" | "checkpoint" | "graphs" | "runtime";
@@ -168,15 +168,19 @@ export interface LoadOptions {
   distilled?: boolean | undefined;
   /**
    * For a checkpoint in one file: a folder in the diffusers layout, from which is taken what the file does not hold or say (text encoders,
-   * VAE, tokenizers, scheduler, numbers of heads). Its transformer's weights may be missing. A CheckpointError for a folder whose
-   * configurations are not those of the file's shapes, and for a model that is a folder itself. Default: the values of the public
-   * SD3 and SD3.5 models, and the tokenizers that come with the package.
+   * VAE, tokenizers, scheduler, numbers of heads), or a model of the hub as `owner/name` or `owner/name@revision`, of which that alone is
+   * downloaded; a path of that name comes first. Its transformer's weights may be missing. A CheckpointError for a folder whose
+   * configurations are not those of the file's shapes, and for a model that is a folder itself; a HubError if it cannot be downloaded.
+   * Default: the values of the public SD3 and SD3.5 models, and the tokenizers that come with the package.
    */
   base?: string | undefined;
   /**
-   * Folder of another autoencoder of the same latents, with config.json and diffusion_pytorch_model.safetensors: a small one such as TAESD3
-   * (`AutoencoderTiny`). `preview: "decoded"` decodes with it, and `upscale: "pixels"` between stages decodes and encodes with it; pictures
-   * are decoded, and originals encoded, by the model's own. A CheckpointError if it is none, or of other latents. Default: the model's own for all.
+   * Another autoencoder of the same latents, a small one such as TAESD3 (`AutoencoderTiny`): a folder with config.json and
+   * diffusion_pytorch_model.safetensors, the hub's name of such a model (`"madebyollin/taesd3"`, a path of that name comes first), or TAESD's
+   * own decoder, such as taesd3_decoder.safetensors, whose encoder is taken from the file of the same name with "encoder" in it beside it.
+   * `preview: "decoded"` decodes with it, and `upscale: "pixels"` between stages decodes and encodes with it, unless it is a decoder alone; pictures
+   * are decoded, and originals encoded, by the model's own. A CheckpointError if it is none, or of other latents; a HubError if it cannot be
+   * downloaded. Default: the model's own for all.
    */
   previewVae?: string | undefined;
   /**
@@ -985,9 +989,10 @@ export interface CompileEnginesOptions {
   textEncoder3?: boolean | undefined;
   /**
    * For a checkpoint in one file: a folder in the diffusers layout, from which is taken what the file does not hold or say (text encoders,
-   * VAE, tokenizers, scheduler, numbers of heads). Its transformer's weights may be missing. A CheckpointError for a folder whose
-   * configurations are not those of the file's shapes, and for a model that is a folder itself. Default: the values of the public
-   * SD3 and SD3.5 models, and the tokenizers that come with the package.
+   * VAE, tokenizers, scheduler, numbers of heads), or a model of the hub as `owner/name` or `owner/name@revision`, of which that alone is
+   * downloaded; a path of that name comes first. Its transformer's weights may be missing. A CheckpointError for a folder whose
+   * configurations are not those of the file's shapes, and for a model that is a folder itself; a HubError if it cannot be downloaded.
+   * Default: the values of the public SD3 and SD3.5 models, and the tokenizers that come with the package.
    */
   base?: string | undefined;
   /** As the option of `load`: builds the engines of that autoencoder too. Default: the engines of the model alone. */

@@ -190,15 +190,16 @@ const textEncoder3 = defaulted(
   "--no-t5",
   "leave T5 out, the third and largest text encoder: its part of the text is zeros",
 );
+const pathOrName = (of: string) => kind(z.string().min(1), `the path of ${of}, or owner/name of a model on the hub`);
 const base = optional(
-  path,
-  "for a model in one file: diffusers folder with what the file does not hold, such as text encoders or tokenizers",
+  pathOrName("a folder"),
+  "for a model in one file: diffusers folder, or owner/name[@revision] on the hub, with what the file does not hold, such as text encoders or tokenizers",
   "--base <folder>",
 );
 const previewVae = optional(
-  path,
-  "folder of a small autoencoder of the same latents, such as taesd3: decoded previews and upscaling between stages use it",
-  "--preview-vae <folder>",
+  pathOrName("a folder or file"),
+  "small autoencoder of the same latents, for decoded previews and upscaling between stages: folder of taesd3, its name on the hub (madebyollin/taesd3), or the file taesd3_decoder.safetensors",
+  "--preview-vae <path>",
 );
 
 const withTargets = builderNames().filter((name) => runtimes[name]!.builder!.takesTargets);

@@ -19,7 +19,10 @@ const pullSchema = loadSchema.pick({ variant: true });
 export function pullCommand(command: Command, signal: AbortSignal): void {
   command
     .description("Download a model of the Hugging Face hub into the cache that Python's programs share.")
-    .argument("<name>", "the model: owner/name or owner/name@revision (a branch, a tag or a commit)");
+    .argument(
+      "<name>",
+      "the model, or an autoencoder for --preview-vae: owner/name or owner/name@revision (a branch, a tag or a commit)",
+    );
   addFlags(command, pullSchema);
   command.option("--no-t5", "leave the third text encoder out, which is the largest part");
   addJsonFlag(command)
@@ -31,7 +34,8 @@ HF_TOKEN has the token for gated and private models, HF_HOME and HF_HUB_CACHE sa
 
 Examples:
   $ flowturbo pull stabilityai/stable-diffusion-3.5-medium
-  $ flowturbo pull stabilityai/stable-diffusion-3-medium-diffusers@main --variant fp16 --no-t5`,
+  $ flowturbo pull stabilityai/stable-diffusion-3-medium-diffusers@main --variant fp16 --no-t5
+  $ flowturbo pull madebyollin/taesd3`,
     )
     .action((name: string, flags: Flags) => run(name, flags, signal));
 }

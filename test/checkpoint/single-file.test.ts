@@ -333,7 +333,9 @@ describe("refuses", () => {
 
   test("a base that is a file, or a name of the hub", async () => {
     for (const other of [single("sd3"), "stabilityai/stable-diffusion-3-medium-diffusers"])
-      await expectError(single("sd3"), /(is not a folder|does not exist)\..*owner\/name of such a model/, { base: other });
+      await expectError(single("sd3"), /(is not a folder|does not exist)\..*owner\/name of such a model/, {
+        base: other,
+      });
     await expectError(
       join(await temporaryFolder(), "none.safetensors"),
       /The folder or file .*none\.safetensors does not/,
