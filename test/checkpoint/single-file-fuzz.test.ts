@@ -10,6 +10,7 @@ import { clipShapes, type Shapes, t5Shapes, transformerShapes, vaeShapes } from 
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
+import type { OnnxGraph } from "../../lib/onnx/index.js";
 import { fixture, temporaryFolder } from "./folders.js";
 import { type Entry, readHeader } from "./safetensors-file.js";
 
@@ -78,12 +79,29 @@ const changes: Record<
 };
 const kinds = Object.entries(changes);
 
-/** What is read of a file: all that decides what is drawn, which is every graph, and where in the data each weight and scale lies. */
-async function contentsOf(file: string, base: string | undefined, dataStart: number) {
+/** What is read of a file, with what the model has to say of it. */
+interface Contents {
+  /** All that decides what is drawn: every graph, and for each weight and scale where in the file's data it lies. */
+  readonly weights: string;
+  readonly warnings: readonly string[];
+}
+
+async function contentsOf(file: string, base: string | undefined, dataStart: number): Promise<Contents> {
   const checkpoint = await openCheckpoint(file, { base });
   const graphs = new GraphLibrary(checkpoint);
   const all = [...graphs.essential.map(({ graph }) => graph), graphs.get("vae_encoder")];
-  const weights = JSON.stringify(
+  return { weights: placesIn(all, dataStart), warnings: checkpoint.warnings };
+}
+
+/** The same for TAESD's decoder. */
+async function previewContentsOf(file: string, model: string | undefined, dataStart: number): Promise<Contents> {
+  const checkpoint = await openCheckpoint(model!, { previewVae: file });
+  const graph = new GraphLibrary(checkpoint).get("preview_decoder");
+  return { weights: placesIn([graph], dataStart), warnings: checkpoint.warnings };
+}
+
+function placesIn(all: readonly OnnxGraph[], dataStart: number): string {
+  return JSON.stringify(
     all.map((graph) => [
       graph.fingerprint,
       [...graph.externals].map(([name, { dtype, shape, offset, length }]) => [
@@ -95,12 +113,12 @@ async function contentsOf(file: string, base: string | undefined, dataStart: num
       ]),
     ]),
   );
-  return { weights, warnings: checkpoint.warnings };
 }
 
 /** A file to be changed. */
 interface Model {
   readonly base?: string;
+  readonly contentsOf?: typeof contentsOf;
   readonly header: Header;
   /** What follows the header; a number for a hole of so many bytes. */
   readonly data: Buffer | number;
@@ -109,6 +127,12 @@ interface Model {
 const ofFixture = (model: string, name: string) => (): Model => ({
   ...readHeader(fixture(model, "single", name)),
   base: fixture(model, "model"),
+});
+
+/** TAESD's decoder, for the model that is the base. */
+const taesd = (): Model => ({
+  ...readHeader(fixture("taesd", "taesd3_decoder.safetensors")),
+  ...{ base: fixture("sd3", "model"), contentsOf: previewContentsOf },
 });
 
 /** A model that needs no base: what no shape says is that of the public models. */
@@ -149,14 +173,15 @@ test.each([
   ["medium", ofFixture("medium", "full.safetensors")],
   ["medium with T5 in scaled float8", ofFixture("medium", "t5fp8.safetensors")],
   ["without a base", withoutBase],
+  ["TAESD's decoder", taesd],
 ] as const)("%s", { timeout: Math.max(60_000, 200 * cases) }, async (title, modelOf) => {
   const pick = random(seed + title.length);
-  const { header, data, base } = modelOf();
+  const { header, data, base, contentsOf: read = contentsOf } = modelOf();
   const file = join(await temporaryFolder(), "mutated.safetensors");
   const names = Object.keys(header);
   const { [optional]: _, ...others } = header;
-  const without = await contentsOf(file, base, write(file, jsonOf(others), data)).catch(() => null);
-  const { weights: expected } = await contentsOf(file, base, write(file, jsonOf(header), data));
+  const without = await read(file, base, write(file, jsonOf(others), data)).catch(() => null);
+  const { weights: expected } = await read(file, base, write(file, jsonOf(header), data));
   const counts = { refused: 0, same: 0 };
   for (let index = 0; index < cases / 4; index++) {
     let what: string;
@@ -182,7 +207,7 @@ test.each([
       );
       dataStart = write(file, jsonOf(Object.fromEntries(changed)), data);
     }
-    const result = await contentsOf(file, base, dataStart).catch((error: unknown) => error as Error);
+    const result = await read(file, base, dataStart).catch((error: unknown) => error as Error);
     if (!(result instanceof Error)) {
       counts.same++;
       const isWithout = result.weights !== expected && what.includes(optional);

@@ -22,8 +22,8 @@ const halves = {
 
 type HalfName = keyof typeof halves;
 
-/** A convolution, `3.weight`, or one of a block's three, `3.conv.0.weight`. */
-const tensorName = /^(\d{1,4})\.(conv\.[024]\.)?(weight|bias)$/;
+/** A convolution, `3.weight`, or one of a block's three, `3.conv.0.weight`. Numbers have no zeros before them, so that no two names become one. */
+const tensorName = /^(0|[1-9]\d{0,3})\.(conv\.[024]\.)?(weight|bias)$/;
 
 /** One of the two files. */
 interface Half {
