@@ -23,7 +23,7 @@ import {
   usualScheduler,
   type VaeConfig,
 } from "./configs.js";
-import { isFile, isFolder, readJsonObject } from "./files.js";
+import { exists, isFile, isFolder, readJsonObject } from "./files.js";
 import { checkPreviewVae, checkThatPartsFit } from "./fit.js";
 import { baseForms, explainOtherLayouts } from "./layouts.js";
 import { type IndexedPart, indexOf, type Place, readModelIndex } from "./model-index.js";
@@ -174,7 +174,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const root = resolve(path);
   signal?.throwIfAborted();
   if (await isFile(root)) return openFile(root, options);
-  if (options.base !== undefined) throw baseOfFolder(root);
+  if (options.base !== undefined && (await exists(root))) throw baseOfFolder(root);
   await explainOtherLayouts(root);
   const index = await indexOf(root);
   const places = readModelIndex(index, await readJsonObject(index), indexedParts(textEncoder3));
@@ -259,9 +259,10 @@ async function whatIsMissing(root: string, place: Place | undefined): Promise<st
   if (isElsewhere(place)) return `The part T5 is not in ${root}`;
   const folder = join(root, place.folder);
   if (!(await isFolder(folder))) return `The folder ${folder} is missing`;
-  const names = await readdir(folder).catch((): string[] => []);
+  // What cannot be looked at is no folder without weights: the part is opened, which says why.
+  const names = await readdir(folder).catch(() => null);
   const isWeights = (name: string) => /\.(safetensors|bin|pth?|ckpt|gguf|msgpack|h5)$/.test(name);
-  return names.some(isWeights) ? null : `The folder ${folder} holds no weights`;
+  return !names || names.some(isWeights) ? null : `The folder ${folder} holds no weights`;
 }
 
 /** Opens a checkpoint in one file, with what it does not hold or say from the base or of the public models. */
@@ -303,8 +304,12 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
   if (!transformer || !vae || missing.length > 0)
     throw new CheckpointError(
       file,
-      `${file} holds a transformer without ${missing.join(" and ")}, and no picture can be made without them. Pass a diffusers folder that has ` +
-        `them as base (--base <folder>)${base === null ? "" : `; ${base} has none`}. Or download the file that includes them, such as sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors.`,
+      [
+        `${file} holds a transformer without ${missing.join(" and ")}, and no picture can be made without them.`,
+        ...warnings,
+        `Pass a diffusers folder that has them as base (--base <folder>)${base === null ? "" : `; ${base} has none`}.`,
+        "Or download the file that includes them, such as sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors.",
+      ].join(" "),
     );
   const scheduler = baseFolder(partRows.scheduler);
   const tokenizerOf = async (key: keyof typeof packedTokenizers, encoder: object | null) => {

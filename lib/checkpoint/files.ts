@@ -18,7 +18,7 @@ export async function readText(file: string): Promise<string> {
   const bytes = await readFile(file).catch((cause: NodeJS.ErrnoException) => {
     if (cause.code === "ENOENT")
       throw new CheckpointError(file, `${file} is missing. Download the checkpoint's remaining files.`, { cause });
-    throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}`, { cause });
+    throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}.`, { cause });
   });
   // What `>` of PowerShell 5 writes; as UTF-8 it would be said to be damaged.
   if (/^(fffe|feff)/.test(bytes.toString("hex", 0, 2)))

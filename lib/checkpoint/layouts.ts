@@ -1,9 +1,11 @@
 /** Folders and files that people have instead of a folder in the diffusers layout, each with what to do about it. */
 
 import { readdir } from "node:fs/promises";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { indexFiles } from "../common/model-index.js";
 import { CheckpointError } from "../errors.js";
+import { exists } from "./files.js";
+import { indexOf } from "./model-index.js";
 import { refuseFolderOf } from "./single-file/index.js";
 
 const layout =
@@ -35,6 +37,9 @@ export async function explainOtherLayouts(root: string, forms = modelForms): Pro
         `${commits.map((commit) => join(root, "snapshots", commit)).join(", ") || "there is none yet, download the model"}.`,
     );
   }
+  const parent = dirname(root);
+  if (names.includes("config.json") && (await exists(await indexOf(parent))))
+    refuse(`${root} is the folder of one part of a model. Pass the folder of the whole model, ${parent}.`);
   const single = names.filter((name) => name.endsWith(".safetensors"));
   if (single.length > 0)
     await refuseFolderOf(

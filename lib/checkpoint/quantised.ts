@@ -54,7 +54,7 @@ export function resolveTensor(lookup: Lookup, name: string): StoredTensor | unde
   if (name.endsWith(formatSuffix) || name.endsWith(comfySuffix)) return { ...located(found), name, dtype: "I8" };
   const stored = storedTensor(found, name);
   if (!is8Bit(stored.dtype)) return stored;
-  const scale = scaleOf(lookup, stored);
+  const scale = scaleOf(lookup, stored, found.entry.name);
   return scale ? { ...stored, scale } : stored;
 }
 
@@ -66,9 +66,14 @@ function located({ file, entry: { shape, offset, length } }: LocatedEntry) {
   return { shape, file, offset, length };
 }
 
-function scaleOf(lookup: Lookup, { name, dtype, shape, file }: StoredTensor): StoredScale | undefined {
+/** @param storedName what the tensor is called in its file */
+function scaleOf(
+  lookup: Lookup,
+  { name, dtype, shape, file }: StoredTensor,
+  storedName: string,
+): StoredScale | undefined {
   const fail = (what: string): never => {
-    throw new CheckpointError(file, `${file}: the quantised tensor "${name}" (${dtype}) ${what}. ${takeOthers}`);
+    throw new CheckpointError(file, `${file}: the quantised tensor "${storedName}" (${dtype}) ${what}. ${takeOthers}`);
   };
   const module = name.endsWith(".weight") ? name.slice(0, -".weight".length) : undefined;
   for (const { suffix, factor, dtypes } of module === undefined ? [] : scaleNames) {
@@ -80,7 +85,7 @@ function scaleOf(lookup: Lookup, { name, dtype, shape, file }: StoredTensor): St
     const forRows = scale.shape.join() === `${rows}` || scale.shape.join() === `${rows},1`;
     if (is8Bit(scale.dtype) || (elementCount(scale.shape) !== 1 && !forRows))
       fail(
-        `has a scale "${scaleName}" of ${scale.dtype} [${scale.shape}]; expected F32 with one value, or one for each of its ${rows} rows`,
+        `has a scale "${found.entry.name}" of ${scale.dtype} [${scale.shape}]; expected F32 with one value, or one for each of its ${rows} rows`,
       );
     return { tensor: { ...scale, shape: elementCount(scale.shape) === 1 ? [] : [rows] }, factor };
   }
@@ -167,6 +172,7 @@ interface CheckedWeights {
   /** Names of all tensors: those of networks, whatever is before them, and what a quantisation keeps besides. */
   readonly names: readonly string[];
   find(name: string): StoredTensor | undefined;
+  storedName?(name: string): string;
 }
 
 /**
@@ -183,18 +189,24 @@ export async function checkQuantisation(
   { signal, named = weights.names }: { signal?: AbortSignal | undefined; named?: readonly string[] } = {},
 ): Promise<void> {
   refuseUnreadable(weights, quantization);
+  // In messages a tensor is called what its file calls it.
+  const called = (tensor: StoredTensor): StoredTensor => ({
+    ...tensor,
+    name: weights.storedName?.(tensor.name) ?? tensor.name,
+  });
   for (const name of named) {
     const description = name.endsWith(comfySuffix) && weights.find(name);
-    if (description) await checkComfyFormat(weights.origin, description);
+    if (description) await checkComfyFormat(weights.origin, called(description));
   }
   for (const name of named) {
     if (!name.endsWith(".weight")) continue;
-    const tensor = weights.find(name);
-    if (!tensor || !is8Bit(tensor.dtype)) continue;
+    const found = weights.find(name);
+    if (!found || !is8Bit(found.dtype)) continue;
     signal?.throwIfAborted();
-    if (tensor.scale) await checkScale(tensor, tensor.scale);
+    const tensor = called(found);
+    if (found.scale) await checkScale(tensor, called(found.scale.tensor));
     const format = weights.find(name.replace(/\.weight$/, formatSuffix));
-    if (format) await checkFormat(tensor, format);
+    if (format) await checkFormat(tensor, called(format));
     await checkValues(tensor);
   }
 }
@@ -215,7 +227,7 @@ function refuseUnreadable({ origin, names }: CheckedWeights, quantization: unkno
 }
 
 /** One value of a scale may be zero, for a row of zeros; all of them are damage, since no network has such a weight. */
-async function checkScale({ name, file }: StoredTensor, { tensor }: StoredScale): Promise<void> {
+async function checkScale({ name, file }: StoredTensor, tensor: StoredTensor): Promise<void> {
   const { data } = await readTensor(tensor.file, tensor);
   const wrong = data.find((value) => !Number.isFinite(value) || value < 0);
   if (wrong === undefined && data.some((value) => value > 0)) return;

@@ -141,6 +141,13 @@ async function readHeaderText(file: string, handle: FileHandle, size: number) {
       file,
       'is not a .safetensors file but, it seems, a Git LFS pointer to one. Run "git lfs pull" in its repository.',
     );
+  // No file has a header of so many bytes as eight letters are.
+  if (start.every((byte) => isLetter(byte)))
+    throw fault(
+      file,
+      `is not a .safetensors file but text, which begins with "${await beginningOf(handle)}". Servers answer so where a file cannot ` +
+        "be had: open its page, sign in and accept the model's licence where it has one, and download the file again.",
+    );
   const length = start.readBigUInt64LE();
   const firstByte = (await readExactly(handle, 8, 1)).toString("latin1");
   // The reference implementation demands the brace; it is also what tells a damaged file from one of another kind.
@@ -163,6 +170,15 @@ async function readHeaderText(file: string, handle: FileHandle, size: number) {
   } catch (cause) {
     throw fault(file, `has a damaged header: it is not UTF-8. ${downloadAgain}`, { cause });
   }
+}
+
+/** Whether a byte is of a text in ASCII. */
+const isLetter = (byte: number) => (byte >= 32 && byte < 127) || byte === 9 || byte === 10 || byte === 13;
+
+/** How a text begins, in one line. */
+async function beginningOf(handle: FileHandle): Promise<string> {
+  const text = (await readExactly(handle, 0, 60)).toString("latin1");
+  return text.replace(/[^ -~]+/g, " ").trim();
 }
 
 function parseHeader(file: string, text: string, dataStart: number, size: number): SafetensorsHeader {

@@ -249,6 +249,9 @@ function explainAbsence(
       `${folder} holds its weights as ${list(pickled)}, which are not read. Convert the checkpoint to safetensors: in ` +
       "Python, load the pipeline with diffusers and call save_pretrained(folder, safe_serialization=True)."
     );
+  const others = present.filter((name) => /\.(gguf|msgpack|h5|onnx)$/.test(name));
+  if (others.length > 0)
+    return `${folder} holds ${list(others)}, which cannot be read. Download its .safetensors files: expected ${expected}.`;
   return `${folder} has no weights: expected ${expected}. Download the checkpoint's remaining files.`;
 }
 

@@ -3,7 +3,7 @@
  * plain folder, and each way in which a folder can be wrong is a CheckpointError that says which part and what to do.
  */
 
-import { cp, lstat, mkdir, readdir, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
+import { chmod, cp, lstat, mkdir, readdir, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
@@ -257,6 +257,24 @@ describe("T5", () => {
       expect(required.map(({ graph }) => graph).includes("t5")).toBe(textEncoder3);
     }
   });
+});
+
+// Windows has no such permissions.
+test.skipIf(process.platform === "win32")("a T5 that may not be read is refused, and not left out", async () => {
+  const folder = await copyModel("large");
+  const parts = ["..", ".", ...(await readdir(folder))];
+  for (const part of parts) if (!part.endsWith(".json")) await chmod(join(folder, part), 0o755);
+  // Loads what is loaded with the first checkpoint.
+  await openCheckpoint(folder);
+  await chmod(join(folder, "text_encoder_3"), 0);
+  const isRoot = process.geteuid!() === 0;
+  // Root may read everything.
+  if (isRoot) process.seteuid!(65534);
+  const error = await openCheckpoint(folder).catch((e) => e);
+  if (isRoot) process.seteuid!(0);
+  await chmod(join(folder, "text_encoder_3"), 0o755);
+  expect(error).toBeInstanceOf(CheckpointError);
+  expect(error.message).toMatch(/^Cannot read .*text_encoder_3\/config\.json: EACCES.*--no-t5/);
 });
 
 describe("modular_model_index.json", () => {

@@ -295,6 +295,7 @@ describe("refuses", () => {
 
   test("a base for a folder, and a variant of a file", async () => {
     await expectError(base("sd3"), /is not one file, and only such a model has a base/, { base: base("sd3") });
+    await expectError("nowhere.safetensors", /nowhere\.safetensors does not exist/, { base: base("sd3") });
     await expectError(single("sd3"), /has no variants/, { variant: "fp16" });
   });
 
@@ -360,6 +361,19 @@ describe("refuses", () => {
     });
     const nf4 = { [`${qkv}.weight`]: bytes([1537, 1]), [`${qkv}.weight.quant_map`]: bytes([16]) };
     await expectError(await write(nf4), /quantised by bitsandbytes in 4 bits/, { base: base("medium") });
+    // Tensors are called what the file calls them.
+    const plain = { [`${qkv}.weight`]: { ...bytes(tensors[`${qkv}.weight`]!.shape, "F8_E4M3") } };
+    const zero = { ...plain, [`${qkv}.scale_weight`]: { dtype: "F32", shape: [], bytes: Buffer.alloc(4) } };
+    await expectError(await write(plain), /1\.x_block\.attn\.qkv\.weight" \(F8_E4M3\) are the same/, {
+      base: base("medium"),
+    });
+    await expectError(await write(zero), /"model\.diffusion_model\..*qkv\.scale_weight" of .*qkv\.weight" is zero/, {
+      base: base("medium"),
+    });
+    const int8 = { [`${qkv}.weight`]: bytes(tensors[`${qkv}.weight`]!.shape, "I8") };
+    await expectError(await write(int8), /1\.x_block\.attn\.qkv\.weight" \(I8\) has no scale/, {
+      base: base("medium"),
+    });
 
     const format = Buffer.from('{"format":  "float8_e4m3fn"}');
     const [rows, columns] = tensors[`${qkv}.weight`]!.shape as [number, number];
@@ -390,6 +404,11 @@ describe("refuses", () => {
     ],
     ["a LoRA of OneTrainer", f("lora_transformer_transformer_blocks_0_attn_to_out_0.lora_up.weight"), /is a LoRA/],
     ["LyCORIS, LoHa", f("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a"), /LyCORIS/],
+    [
+      "a difference of weights",
+      f("diffusion_model.joint_blocks.0.x_block.attn.qkv.diff"),
+      /is a LoRA of a trainer's own/,
+    ],
     ["LyCORIS, LoKr", f("lora_unet_joint_blocks_0_x_block_attn_qkv.lokr_w1"), /LyCORIS/],
     [
       "a ControlNet of diffusers",
@@ -421,7 +440,18 @@ describe("refuses", () => {
       /Stable Diffusion 1 or 2/,
     ],
     ["Flux", f("double_blocks.0.img_attn.qkv.weight"), /of Flux/],
-    ["Flux in diffusers' names", f("single_transformer_blocks.0.attn.to_q.weight"), /of Flux/],
+    [
+      "Flux in diffusers' names",
+      f("transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_q.weight"),
+      /of Flux/,
+    ],
+    ["PixArt", f("transformer_blocks.0.attn1.to_q.weight", "adaln_single.linear.weight"), /of another model/],
+    ["Qwen-Image", f("transformer_blocks.0.img_mod.1.weight", "txt_in.weight"), /of another model/],
+    [
+      "SDXL's UNet in diffusers' names",
+      f("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight", "add_embedding.linear_1.weight"),
+      /of SDXL/,
+    ],
     ["an embedding", f("clip_l", "clip_g"), /textual inversion/],
     [
       "another model",
@@ -439,14 +469,43 @@ describe("refuses", () => {
 
   test.each<[string, Buffer, RegExp]>([
     ["GGUF", Buffer.from("GGUF\x03\0\0\0\x05\0\0\0"), /is a GGUF file.*Only \.safetensors files are read/],
-    [".ckpt", Buffer.from("PK\x03\x04\x14\0\0\0\x08\x08xxxx"), /is a file of PyTorch/],
+    [".ckpt", Buffer.from("PK\x03\x04\x14\0\0\0\x08\x08xxxx"), /is a ZIP archive, as are files of PyTorch/],
     ["a pickle", Buffer.from("\x80\x02}q\x01(X\x05", "latin1"), /is a pickle of Python/],
     ["an empty file", Buffer.alloc(0), /too short/],
-    ["text", Buffer.from("<!DOCTYPE html><html>"), /is not a \.safetensors file/],
+    [
+      "a page",
+      Buffer.from("<!DOCTYPE html>\n<html>"),
+      /is not a \.safetensors file but text, which begins with "<!DOCTYPE html> <html>"\..*licence/,
+    ],
+    ["what a server says", Buffer.from("Entry not found"), /text, which begins with "Entry not found"/],
+    ["bytes of no known format", Buffer.alloc(64, 200), /its header does not begin with "\{"/],
   ])("%s", async (_, bytes, message) => {
     const file = join(await temporaryFolder(), "model.safetensors");
     await writeFile(file, bytes);
     await expectError(file, message);
+  });
+
+  test("a shard, alone and in a folder of shards", async () => {
+    const folder = await temporaryFolder();
+    const names = Object.entries(transformerShapes({ ...sd3Medium, layers: 2 }));
+    for (const [number, part] of [names.slice(0, 9), names.slice(9)].entries())
+      await writeSparse(join(folder, `model-0000${number + 1}-of-00002.safetensors`), Object.fromEntries(part));
+    for (const file of ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+      await expectError(join(folder, file), /is one of 2 files.*Pass the folder of the whole model/);
+    await expectError(folder, /00001-of-00002\.safetensors is one of 2 files/);
+    const whole = join(folder, "model-00001-of-00001.safetensors");
+    await writeSparse(whole, Object.fromEntries(names));
+    await expectError(whole, /holds a transformer without a VAE and text encoders/);
+  });
+
+  test("the folder of one part: names the model's folder", async () => {
+    for (const part of ["transformer", "vae", "text_encoder"])
+      await expectError(join(base("sd3"), part), /is the folder of one part of a model\. Pass .*\/sd3\/model\.$/);
+  });
+
+  test("text encoders under other names, which are named", async () => {
+    const shapes = { ...transformerShapes(sd3Medium), ...alone("clip_l.", clipShapes(768, 1)) };
+    await expectError(await sparse(shapes), /and text encoders.* such as "clip_l\..*, and are not read.* as base/);
   });
 
   test("a folder with a checkpoint in one file and no model_index.json: names the file", async () => {

@@ -139,6 +139,11 @@ describe("errors", () => {
       await expectError(/Convert the checkpoint to safetensors/);
     });
 
+  test("only files of other formats", async () => {
+    await writeFile(join(folder, "model.gguf"), "");
+    await expectError(/holds "model\.gguf", which cannot be read\. Download its \.safetensors files/);
+  });
+
   test("another variant only", async () => {
     await copyFile(original, join(folder, `${base}.fp16.safetensors`));
     await expectError(/neither the variant "bf16".*but the variant "fp16"/, "bf16");

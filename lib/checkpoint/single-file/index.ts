@@ -9,7 +9,7 @@ import { resolveTensor } from "../quantised.js";
 import { readSafetensorsHeader } from "../safetensors.js";
 import type { Weights } from "../weights.js";
 import { type BaseConfig, configOf, type FileConfigs } from "./configs.js";
-import { refuseAdditions, refuseOtherFormats, refuseOthers } from "./kinds.js";
+import { refuseAlike, refuseOtherFormats, refuseOthers, refuseShards } from "./kinds.js";
 import { type FilePart, fileParts, leftOver, type NamedTensors, namedTensors } from "./naming.js";
 
 export type { BaseConfig, FileConfigs, FilePart };
@@ -36,7 +36,8 @@ export async function readSingleFile(
 ): Promise<{ readonly parts: SingleFile; readonly warnings: readonly string[] }> {
   await refuseOtherFormats(path);
   const header = await readSafetensorsHeader(path, { signal });
-  refuseAdditions(path, header);
+  refuseAlike(path, header);
+  refuseShards(path);
   // Without links, as runtimes open it.
   const file = await realpath(path);
   const { size, mtimeMs } = await stat(file);

@@ -1,6 +1,6 @@
 /**
  * Files that are no SD3 or SD3.5 checkpoint, each named for what it is, with what to do about it. A file is known by its first bytes or
- * by the names of its tensors, never by its own name.
+ * by the names of its tensors, never by its own name: only a shard, which may hold any of them, says what it is there alone.
  */
 
 import { open } from "node:fs/promises";
@@ -20,7 +20,7 @@ const anotherModel = `Only Stable Diffusion 3 and 3.5 can be drawn with. ${neede
 const asPart = `${needed}, in one file with all parts or as a diffusers folder.`;
 
 /** What is tested first: these hold names of a transformer, too. */
-const additions: readonly Kind[] = [
+const alike: readonly Kind[] = [
   {
     names: /(^|[._])(lora_(A|B|a|b)|lora\.(down|up))([._]|$)/,
     what: "a LoRA, which only changes a checkpoint",
@@ -30,7 +30,7 @@ const additions: readonly Kind[] = [
   {
     // diffusers takes files with these names and applies nothing of them to SD3.
     names:
-      /(^|[._])(lora_(down|up|mid)|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|dora_scale|oft_(blocks|diag)|on_input)([._]|$)/,
+      /(^|[._])(lora_(down|up|mid)|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|dora_scale|oft_(blocks|diag)|on_input)([._]|$)|\.diff(_b)?$/,
     what: "a LoRA of a trainer's own format (kohya, OneTrainer, LyCORIS), which only changes a checkpoint",
     remedy: "Merge it into its checkpoint with the trainer's own script or in ComfyUI, and pass that checkpoint.",
   },
@@ -44,6 +44,17 @@ const additions: readonly Kind[] = [
     what: "an IP-Adapter, which only guides a checkpoint",
     remedy: `${needed}.`,
   },
+  {
+    names: /(^|\.)(double_blocks|single_transformer_blocks|single_blocks)\.\d+\./,
+    what: "a checkpoint of Flux or of a model like it",
+    remedy: anotherModel,
+  },
+  {
+    names:
+      /^((model\.)?diffusion_model\.)?(transformer_blocks\.\d+\.(attn1|img_mod)|adaln_single|caption_projection|scale_shift_table)(\.|$)/,
+    what: "a transformer of another model, such as PixArt, Sana, LTX or Qwen-Image",
+    remedy: anotherModel,
+  },
 ];
 
 /** What is tested where there is no transformer of SD3. */
@@ -56,11 +67,6 @@ const others: readonly Kind[] = [
   {
     names: /(^|\.)input_blocks\.\d+\.|^cond_stage_model\.|^down_blocks\.\d+\.(attentions|resnets)\./,
     what: "a checkpoint of Stable Diffusion 1 or 2",
-    remedy: anotherModel,
-  },
-  {
-    names: /(^|\.)(double_blocks|single_transformer_blocks|single_blocks)\.\d+\./,
-    what: "a checkpoint of Flux or of a model like it",
     remedy: anotherModel,
   },
   {
@@ -79,7 +85,10 @@ const others: readonly Kind[] = [
 /** First bytes of files that are not .safetensors. */
 const formats: readonly { readonly begins: string; readonly what: string }[] = [
   { begins: "GGUF", what: "a GGUF file, as programs like llama.cpp read them" },
-  { begins: "PK\x03\x04", what: "a file of PyTorch (.ckpt, .pt, .bin), which can run any code when it is read" },
+  {
+    begins: "PK\x03\x04",
+    what: "a ZIP archive, as are files of PyTorch (.ckpt, .pt, .bin), which can run any code when they are read",
+  },
   { begins: "\x80", what: "a pickle of Python (.ckpt, .pt, .bin), which can run any code when it is read" },
   { begins: "\x89HDF", what: "an HDF5 file" },
 ];
@@ -102,9 +111,19 @@ export async function refuseOtherFormats(file: string): Promise<void> {
   }
 }
 
-/** @throws CheckpointError for what only adds to a checkpoint */
-export function refuseAdditions(file: string, header: SafetensorsHeader): void {
-  refuseKinds(file, header, additions);
+/** @throws CheckpointError for what only adds to a checkpoint, and for transformers of other models whose names are like SD3's */
+export function refuseAlike(file: string, header: SafetensorsHeader): void {
+  refuseKinds(file, header, alike);
+}
+
+/** @throws CheckpointError for one of several files that hold a part's tensors together */
+export function refuseShards(file: string): void {
+  const total = Number(/-\d+-of-(\d+)\.safetensors$/.exec(file)?.[1] ?? 1);
+  if (total > 1)
+    throw new CheckpointError(
+      file,
+      `${file} is one of ${total} files (shards) that hold one part of a model together. Pass the folder of the whole model, which has model_index.json.`,
+    );
 }
 
 /** Says what a file is that has no transformer of SD3. */

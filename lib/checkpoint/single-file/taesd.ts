@@ -12,7 +12,7 @@ import { exists } from "../files.js";
 import { resolveTensor } from "../quantised.js";
 import { type HeaderEntry, readSafetensorsHeader, type SafetensorsHeader } from "../safetensors.js";
 import type { Weights } from "../weights.js";
-import { refuseAdditions, refuseOtherFormats } from "./kinds.js";
+import { refuseAlike, refuseOtherFormats } from "./kinds.js";
 
 const halves = {
   /** Its layer 0 is the bound of the latents. */
@@ -83,7 +83,7 @@ export async function readTaesd(path: string, signal?: AbortSignal): Promise<Tae
 async function readHalf(path: string, signal: AbortSignal | undefined): Promise<Half> {
   await refuseOtherFormats(path);
   const header = await readSafetensorsHeader(path, { signal });
-  refuseAdditions(path, header);
+  refuseAlike(path, header);
   const names = [...header.keys()];
   const other = names.find((name) => !tensorName.test(name));
   const wanted =
