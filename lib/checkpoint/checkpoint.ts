@@ -173,7 +173,11 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const { variant, textEncoder3 = true, signal } = options;
   const root = resolve(path);
   signal?.throwIfAborted();
-  if (await isFile(root)) return openFile(root, options);
+  if (await isFile(root)) {
+    if (root.endsWith(".json"))
+      throw new CheckpointError(root, `${root} is a file beside a model's weights. Pass the model's folder.`);
+    return openFile(root, options);
+  }
   if (options.base !== undefined && (await exists(root))) throw baseOfFolder(root);
   await explainOtherLayouts(root);
   const index = await indexOf(root);
@@ -213,7 +217,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const opened: Checkpoint = {
     ...{ folder: root, schedulesFile, ...openedParts, ...previews, schedules: noSchedules, warnings },
   };
-  checkVariant(opened, variant);
+  checkVariant(opened, root, variant);
   checkThatPartsFit(opened, {
     configOf: (part) => join(root, part, "config.json"),
     remedy: "These parts are not of one checkpoint: download it again.",
@@ -329,6 +333,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     tokenizer3: await tokenizerOf("tokenizer3", textEncoder3),
   };
   signal?.throwIfAborted();
+  if (base !== null) checkVariant(opened, base, variant);
   checkThatPartsFit(opened, {
     configOf: (part) => {
       const key = fileParts.find((each) => partRows[each].name === part);
@@ -413,8 +418,8 @@ function weightsOf(checkpoint: Checkpoint): readonly Weights[] {
   return parts.flatMap((part) => (part && "weights" in part ? [part.weights] : []));
 }
 
-function checkVariant(checkpoint: Checkpoint, variant: string | undefined): void {
-  const { folder } = checkpoint;
+/** @param folder that the parts are of, as far as they have variants */
+function checkVariant(checkpoint: Checkpoint, folder: string, variant: string | undefined): void {
   const weights = weightsOf(checkpoint);
   if (variant === undefined || weights.some((part) => part.variant !== null)) return;
   const found = [...new Set(weights.flatMap((part) => part.variantsFound))].sort();

@@ -297,6 +297,8 @@ describe("refuses", () => {
     await expectError(base("sd3"), /is not one file, and only such a model has a base/, { base: base("sd3") });
     await expectError("nowhere.safetensors", /nowhere\.safetensors does not exist/, { base: base("sd3") });
     await expectError(single("sd3"), /has no variants/, { variant: "fp16" });
+    const variant = { base: base("sd3"), variant: "bf16" };
+    await expectError(single("sd3"), /No part of .*\/sd3\/model has the variant "bf16"/, variant);
   });
 
   test("a tensor that is missing, of another shape or type, by its name in the file", async () => {
@@ -496,6 +498,10 @@ describe("refuses", () => {
     const whole = join(folder, "model-00001-of-00001.safetensors");
     await writeSparse(whole, Object.fromEntries(names));
     await expectError(whole, /holds a transformer without a VAE and text encoders/);
+  });
+
+  test("a model's JSON file", async () => {
+    await expectError(join(base("sd3"), "model_index.json"), /is a file beside .* Pass the model's folder\.$/);
   });
 
   test("the folder of one part: names the model's folder", async () => {
