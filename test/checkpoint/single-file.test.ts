@@ -423,6 +423,19 @@ describe("refuses", () => {
       /is a VAE alone/,
     ],
     ["a VAE in Stability's names", vaeShapes(), /is a VAE alone/],
+    [
+      "a transformer behind another prefix",
+      {
+        ...alone("first_stage_model.", vaeShapes()),
+        ...f("model.diffusion_model.module.joint_blocks.0.x_block.a.weight"),
+      },
+      /something else before the names of its transformer's tensors.*"diffusion_model\." or nothing/,
+    ],
+    [
+      "a transformer of diffusers behind another prefix",
+      f("transformer.transformer_blocks.0.norm1_context.linear.weight"),
+      /something else before the names/,
+    ],
     ["a VAE with its prefix", alone("first_stage_model.", vaeShapes()), /is a VAE alone/],
     ["t5xxl", t5Shapes(1), /is a text encoder alone/],
     ["clip_l", clipShapes(768, 1), /is a text encoder alone/],

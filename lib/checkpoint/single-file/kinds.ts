@@ -60,6 +60,12 @@ const alike: readonly Kind[] = [
 /** What is tested where there is no transformer of SD3. */
 const others: readonly Kind[] = [
   {
+    names: /\.(joint_blocks\.\d+\.x_block|transformer_blocks\.\d+\.norm1_context)\./,
+    what: "a file that has something else before the names of its transformer's tensors than is known",
+    remedy:
+      'Rename them: "model.diffusion_model.", "diffusion_model." or nothing may be before "joint_blocks." or "transformer_blocks.".',
+  },
+  {
     names: /^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.|^add_embedding\.linear_1\./,
     what: "a checkpoint of SDXL",
     remedy: anotherModel,
