@@ -45,13 +45,17 @@ const takeOthers = "Take the model's weights in F16 or BF16, or quantise it agai
  * A tensor as networks read it, with its scale where it has one.
  *
  * @param lookup also asked for the scale's name and for `scaled_fp8`
- * @throws CheckpointError if its dtype is not one that this package computes with, or its scale is missing or of another shape
+ * @throws CheckpointError if its dtype is not one that this package computes with, its scale is missing or of another shape, or the file's
+ * metadata say that it is quantised in another way
  */
 export function resolveTensor(lookup: Lookup, name: string): StoredTensor | undefined {
   const found = lookup(name);
   if (!found) return undefined;
   // A number up to 3, and a text: U8 and I8 store them alike.
   if (name.endsWith(formatSuffix) || name.endsWith(comfySuffix)) return { ...located(found), name, dtype: "I8" };
+  const { file, entry } = found;
+  if (entry.quantisation)
+    checkComfyDescription(file, entry.name, JSON.stringify(entry.quantisation), entry.quantisation);
   const stored = storedTensor(found, name);
   if (!is8Bit(stored.dtype)) return stored;
   const scale = scaleOf(lookup, stored, found.entry.name);
@@ -287,7 +291,12 @@ async function checkComfyFormat(origin: string, { name, file, offset, length }: 
       cause,
     });
   }
-  const { format, convrot = false } = isRecord(json) ? json : {};
+  checkComfyDescription(origin, name, text, json);
+}
+
+/** @param text the description as it is shown */
+function checkComfyDescription(origin: string, name: string, text: string, description: unknown): void {
+  const { format, convrot = false } = isRecord(description) ? description : {};
   if (comfyFormats.includes(format as string) && !convrot) return;
   throw new CheckpointError(
     origin,

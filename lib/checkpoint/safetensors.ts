@@ -11,7 +11,7 @@ import { writeFileAtomic } from "../common/files.js";
 import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
 import { widen } from "../common/widen.js";
 import { CheckpointError, OutputError } from "../errors.js";
-import { isRecord } from "./files.js";
+import { isRecord, type JsonObject } from "./files.js";
 
 /** One tensor of a header. `offset` counts from the start of the file, `length` is in bytes. */
 export interface HeaderEntry {
@@ -21,6 +21,8 @@ export interface HeaderEntry {
   readonly shape: readonly number[];
   readonly offset: number;
   readonly length: number;
+  /** How it is quantised, where the file's metadata says it of its layer, as ComfyUI writes them: format and parameters. */
+  readonly quantisation?: JsonObject | undefined;
 }
 
 export type SafetensorsHeader = ReadonlyMap<string, HeaderEntry>;
@@ -196,7 +198,27 @@ function parseHeader(file: string, text: string, dataStart: number, size: number
     Object.entries(entries).map(([name, value]) => [name, parseEntry(file, name, value, dataStart, size)]),
   );
   checkThatTensorsTileTheFile(file, header, dataStart, size);
+  for (const [layer, quantisation] of quantisedLayers(file, metadata)) {
+    const name = `${layer}.weight`;
+    const weight = header.get(name);
+    if (weight) header.set(name, { ...weight, quantisation });
+  }
   return header;
+}
+
+/** ComfyUI's key of metadata: {"layers": {"model.layer": {"format": ...}}}. */
+const layersKey = "_quantization_metadata";
+
+function quantisedLayers(file: string, { [layersKey]: text }: JsonObject): [layer: string, JsonObject][] {
+  if (text === undefined) return [];
+  let json: unknown;
+  try {
+    json = JSON.parse(text as string);
+  } catch (cause) {
+    throw fault(file, `has damaged metadata: ${layersKey} is not JSON. ${downloadAgain}`, { cause });
+  }
+  const layers = isRecord(json) && isRecord(json.layers) ? json.layers : {};
+  return Object.entries(layers).flatMap(([layer, value]) => (isRecord(value) ? [[layer, value]] : []));
 }
 
 function parseEntry(file: string, name: string, value: unknown, dataStart: number, size: number): HeaderEntry {

@@ -38,7 +38,7 @@ import type { StoredTensor } from "../../lib/common/tensor.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { copyModel, editJson, fixture, temporaryFolder } from "./folders.js";
-import { readSafetensors, type StoredFile, writeSafetensors } from "./safetensors-file.js";
+import { readHeader, readSafetensors, type StoredFile, writeHeader, writeSafetensors } from "./safetensors-file.js";
 
 const parts = ["transformer", "vae", "textEncoder", "textEncoder2", "textEncoder3"] as const;
 const single = (name: "sd3" | "medium") => fixture(name, "single/full.safetensors");
@@ -391,6 +391,24 @@ describe("refuses", () => {
       ...{ dtype: "F8_E4M3", shape: [rows / 3, columns], length: (rows / 3) * columns },
       scale: { tensor: { shape: [] } },
     });
+
+    // The same is said in the file's metadata, of layers by their names in the file.
+    const saying = async (quantisation: string) => {
+      const plain = await write({ [`${qkv}.weight`]: weight, [`${qkv}.weight_scale`]: scale });
+      const { header, data } = readHeader(plain);
+      writeHeader(plain, { __metadata__: { _quantization_metadata: quantisation }, ...header }, data);
+      return plain;
+    };
+    const layers = (description: object) => JSON.stringify({ format_version: "1.0", layers: { [qkv]: description } });
+    const read = await openCheckpoint(await saying(layers({ format: "float8_e4m3fn" })), { base: base("medium") });
+    expect(read.transformer.weights.find("transformer_blocks.1.attn.to_k.weight")).toMatchObject({ dtype: "F8_E4M3" });
+    const rotated = await saying(layers({ format: "int8_tensorwise", convrot: true }));
+    await expectError(
+      rotated,
+      /by ComfyUI as \{"format":"int8_tensorwise","convrot":true\} \("model\..*qkv\.weight"\), which cannot be read/,
+      { base: base("medium") },
+    );
+    await expectError(await saying("{"), /_quantization_metadata is not JSON/, { base: base("medium") });
   });
 
   const f = (...names: string[]): Shapes => Object.fromEntries(names.map((name) => [name, [2, 2]]));
