@@ -205,8 +205,15 @@ export async function checkQuantisation(
   for (const name of named) {
     if (!name.endsWith(".weight")) continue;
     const found = weights.find(name);
-    if (!found || !is8Bit(found.dtype)) continue;
+    if (!found) continue;
     signal?.throwIfAborted();
+    if (!is8Bit(found.dtype)) {
+      for (const { suffix } of scaleNames) {
+        const scale = weights.find(name.replace(/\.weight$/, suffix));
+        if (scale) await checkNoScale(called(found), called(scale));
+      }
+      continue;
+    }
     const tensor = called(found);
     if (found.scale) await checkScale(tensor, called(found.scale.tensor));
     const format = weights.find(name.replace(/\.weight$/, formatSuffix));
@@ -238,6 +245,16 @@ async function checkScale({ name, file }: StoredTensor, tensor: StoredTensor): P
   throw new CheckpointError(
     file,
     `${file}: the scale "${tensor.name}" of the quantised tensor "${name}" ${wrong === undefined ? "is zero throughout" : `has the value ${wrong}`}, so that the weight cannot be restored. The file is damaged or was quantised wrongly: download it again. ${takeOthers}`,
+  );
+}
+
+/** Layers that a quantiser passes over may keep a scale of 1. Another one would have to be multiplied by, or is of other weights. */
+async function checkNoScale({ name, dtype, file }: StoredTensor, scale: StoredTensor): Promise<void> {
+  const { data } = await readTensor(scale.file, scale);
+  if (data.every((value) => value === 1)) return;
+  throw new CheckpointError(
+    file,
+    `${file}: the tensor "${name}" is ${dtype}, but beside it is the scale "${scale.name}" of quantised weights, which is not 1. The file was converted wrongly. ${takeOthers}`,
   );
 }
 

@@ -143,6 +143,16 @@ describe("refused", () => {
     expect(await refusal(check({ ...weight, "x.weight_format": format(2) }))).toMatch(/"x\.weight_format" is 2/);
   });
 
+  test("a scale other than 1 beside weights that are not in 8 bits", async () => {
+    const weight = { dtype: "F16", shape: [2, 2], bytes: Uint8Array.of(1, 60, 2, 60, 3, 60, 4, 60) };
+    for (const suffix of ["scale_weight", "weight_scale"]) {
+      await check({ "x.weight": weight, [`x.${suffix}`]: f32([], [1]) })();
+      expect(await refusal(check({ "x.weight": weight, [`x.${suffix}`]: f32([2], [1, 0.5]) }))).toMatch(
+        new RegExp(`"x\\.weight" is F16, but beside it is the scale "x\\.${suffix}"`),
+      );
+    }
+  });
+
   test("formats of ComfyUI that are more than scaled values", async () => {
     const described = (text: string) => {
       const bytes = new TextEncoder().encode(text);
