@@ -384,7 +384,7 @@ export interface GenerateOptions extends TextOptions {
   blocks?: string | undefined;
   /**
    * Spacing of the noise levels: `"eased"`, denser at both ends and shifted further where few steps meet strong guidance; `"shifted"`, σ = s·u / (1 + (s − 1)·u) over an even u (Esser et al. 2024, section 5.3.2);
-   * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler, or for dpmpp_2m and unipc of its scheduler of that kind; `"karras"`
+   * `"diffusers"`, those of its FlowMatchEulerDiscreteScheduler, or for dpmpp_2m and unipc of its scheduler of that kind (with heun the last step is then Euler's, as there); `"karras"`
    * (arXiv 2206.00364), `"exponential"` (even in log σ) and `"beta"` (arXiv 2407.12173), between the ends of that scheduler's. `"calibrated"` is what
    * was calibrated for the model, and is refused where nothing was.
    * Default: what was calibrated for the model, or `"eased"`, for flowturbo; `"shifted"` for heun and for `blocks`; otherwise `"diffusers"`.

@@ -258,7 +258,7 @@ export function firstStage(
   const spacing = (grid === "diffusers" && row.diffusersSigmas) || sigmaGrids[grid]!;
   const spaced = () => (end > 0 ? upscaleSigmas(count, settings, 1, end) : spacing(count, settings));
   const sigmas = options.sigmas ? checkedLevels(givenSigmas(options.sigmas, settings)) : spaced();
-  const { run, skipped, start } = blocksLeft(options, row, { blocks, count, strongest, sigmas });
+  const { run, skipped, start } = blocksLeft(options, row, { blocks, count, strongest, grid, sigmas });
   checkSize(checkpoint, size, stepTypesOf(run));
   const scales = blocks || typeof guidanceScale !== "number" ? named : ownScales(row, sigmas, named);
   const schedule = scheduleOf(run, sigmas.slice(skipped), {
@@ -309,10 +309,11 @@ function blocksLeft(
     readonly blocks: readonly Block[] | null;
     readonly count: number;
     readonly strongest: number;
+    readonly grid: string;
     readonly sigmas: readonly number[];
   },
 ): BlocksLeft {
-  const { blocks, count, strongest, sigmas } = whole;
+  const { blocks, count, strongest, grid, sigmas } = whole;
   const cut = image === undefined ? 0 : skippedBlocks(count, strength);
   // Shifting rounds, and UniPC has a level a little below 1 for it.
   const isNoise = image === undefined || (cut === 0 && sigmas[0]! > 1 - leastGap);
@@ -324,7 +325,7 @@ function blocksLeft(
     );
   const skipped = zeroInit ? 1 : cut;
   // Given blocks are cut; a default schedule is made anew for what is left, so that it begins as its sampler does.
-  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, strongest);
+  const run = blocks?.slice(skipped) ?? row.blocks(count - skipped, strongest, grid);
   if (!blocks || !unmetNeed(run)) return { run, skipped, ...(zeroInit && { start: 1 }) };
   const named = text ?? formatBlocks(blocks);
   throw zeroInit

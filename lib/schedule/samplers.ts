@@ -19,8 +19,8 @@ export interface SamplerRow {
   readonly diffusersSigmas?: Grid;
   /** Whether the networks get the noise level in whole training steps, as in diffusers. */
   readonly wholeTimesteps?: boolean;
-  /** The blocks for a number of steps, at least 1, and the largest guidance scale, 1 without guidance. */
-  readonly blocks: (steps: number, guidance: number) => Block[];
+  /** The blocks for a number of steps, at least 1, the largest guidance scale, 1 without guidance; the name of its noise levels, by default its own. */
+  readonly blocks: (steps: number, guidance: number, grid?: string) => Block[];
   /** The guidance scale of a step of its own blocks, where one scale is named for all. Absent where that scale is taken as it is. */
   readonly scale?: (step: GuidedStep) => number;
 }
@@ -45,7 +45,11 @@ const rows = table<SamplerRow>()({
     ...{ steps: 20, grid: "diffusers", takesBlocks: false, blocks: (steps) => repeat("U", steps) },
     ...{ diffusersSigmas: uniPCSigmas, wholeTimesteps: true },
   },
-  heun: { steps: 28, grid: "shifted", takesBlocks: false, blocks: (steps) => repeat("H", steps) },
+  heun: {
+    ...{ steps: 28, grid: "shifted", takesBlocks: false },
+    // diffusers' last step, to 0, is Euler's.
+    blocks: (steps, _, grid) => (grid === "diffusers" ? [...repeat("H", steps - 1), "E"] : repeat("H", steps)),
+  },
 });
 
 /** Name of a sampler: see the option `sampler`. */
