@@ -4,9 +4,11 @@
  * a class steps is used by the sampler of the same name alone; what that one does not compute is refused when it is asked for.
  */
 
-import { basename, dirname, join } from "node:path";
+import { basename, dirname } from "node:path";
 import { z } from "zod";
-import { isRecord, type JsonObject, readJsonObject } from "./files.js";
+import { readIndexEntry } from "../common/model-index.js";
+import { type JsonObject, readJsonObject } from "./files.js";
+import { indexOf } from "./model-index.js";
 
 const positive = z.number().refine((value) => value > 0, "expected a positive number");
 const count = z.int().positive();
@@ -348,11 +350,11 @@ export const schedulerSchema = (className: SchedulerClass | null) =>
       return z.NEVER;
     });
 
-/** The class that the model_index.json beside the folder of a scheduler names; null where there is none. */
+/** The class that the index beside the folder of a scheduler names; null where there is none. */
 export async function schedulerClassOf(file: string): Promise<SchedulerClass | null> {
   const folder = dirname(file);
-  const index: JsonObject | null = await readJsonObject(join(dirname(folder), "model_index.json")).catch(() => null);
-  const entry = index?.[basename(folder)];
-  const name = names.safeParse(Array.isArray(entry) ? entry[1] : entry);
-  return isRecord(index) && name.success ? name.data : null;
+  const index: JsonObject | null = await readJsonObject(await indexOf(dirname(folder))).catch(() => null);
+  const part = basename(folder);
+  const name = names.safeParse(readIndexEntry(part, index?.[part]).className);
+  return name.success ? name.data : null;
 }

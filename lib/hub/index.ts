@@ -301,7 +301,8 @@ async function findCached(
 async function readJson(folder: string, file: string): Promise<unknown> {
   const text = await readFile(path.join(folder, file), "utf8");
   try {
-    return JSON.parse(text);
+    // A byte order mark is ignored, as in a folder.
+    return JSON.parse(text.replace(/^\ufeff/, ""));
   } catch {
     throw new SelectionError(`has in ${file} no JSON`);
   }

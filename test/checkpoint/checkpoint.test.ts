@@ -306,6 +306,13 @@ describe("modular_model_index.json", () => {
     await expectError(model, /modular_model_index\.json: the part "vae" is of the unknown class "of another model"/);
   });
 
+  test("names the scheduler's class, as model_index.json does", async () => {
+    const scheduler = entry("diffusers", "FlowMatchHeunDiscreteScheduler", { subfolder: "scheduler" });
+    const model = await modular({ scheduler });
+    await rm(join(model, index));
+    expect((await openCheckpoint(model)).scheduler.className).toBe("FlowMatchHeunDiscreteScheduler");
+  });
+
   for (const [what, changes, message] of [
     ["no vae", { vae: undefined }, /"vae" is null/],
     [

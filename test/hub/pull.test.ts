@@ -76,6 +76,19 @@ describe("a model", () => {
     expect(opened.transformer.weights.names.length).toBeGreaterThan(10);
   });
 
+  test("whose JSON files begin with a byte order mark is downloaded whole", async () => {
+    const files = smallModel();
+    const shard = "transformer/diffusion_pytorch_model-00001-of-00001.safetensors";
+    files.set(shard, files.get(transformer)!);
+    files.delete(transformer);
+    const index = JSON.stringify({ weight_map: { x: path.basename(shard) } });
+    files.set("transformer/diffusion_pytorch_model.safetensors.index.json", Buffer.from(index));
+    for (const [file, data] of files)
+      if (file.endsWith(".json")) files.set(file, Buffer.concat([Buffer.from("\ufeff"), data]));
+    hub.add(name, { files });
+    expect(await pullModel()).toMatchObject({ files: files.size });
+  });
+
   test("of an unknown kind is refused before anything but model_index.json is downloaded", async () => {
     hub.add(name, { files: smallModel() });
     const checkIndex = async (file: string) => {
