@@ -1,8 +1,8 @@
 /** Texts in messages, those of callers and of other errors, and texts of files. */
 
-/** At most so many characters of a text, with an ellipsis where it is longer. */
+/** At most so many characters of a text, with an ellipsis where it is longer. No half of a surrogate pair stays at the end. */
 export function clipped(text: string, most: number): string {
-  return text.length > most ? `${text.slice(0, most - 3)}...` : text;
+  return text.length > most ? `${text.slice(0, most - 3).replace(/[\ud800-\udbff]$/, "")}...` : text;
 }
 
 /** The message of whatever was thrown. */
