@@ -42,10 +42,13 @@ export function parseWeights(text: string): readonly Fragment[] {
   let plain = "";
   /** Where the word that could have a sign behind it begins in `plain`; null where there is none. */
   let word: number | null = null;
+  /** Whether that word holds more than signs: others are dashes, and no sign weighs them. */
+  let isWeighable = false;
   const flush = () => {
     if (plain !== "") found.push({ text: plain, weight: 1 });
     plain = "";
     word = null;
+    isWeighable = false;
   };
   const matchAt = (pattern: RegExp, at: number): string | null => {
     pattern.lastIndex = at;
@@ -57,6 +60,7 @@ export function parseWeights(text: string): readonly Fragment[] {
     const character = text[at]!;
     if (character === "\\" && at + 1 < text.length && escaped.includes(text[at + 1]!)) {
       word ??= plain.length;
+      isWeighable = true;
       plain += text[at + 1];
       at += 2;
     } else if (character === "(") {
@@ -78,7 +82,7 @@ export function parseWeights(text: string): readonly Fragment[] {
       if (inside !== null || behind !== null) weight = weightOf(inside ?? behind!);
       at += behind?.length ?? 0;
       for (const part of found.slice(group)) part.weight *= weight;
-    } else if (word !== null && character in signs && isWordEnd(at)) {
+    } else if (word !== null && isWeighable && character in signs && isWordEnd(at)) {
       const sign = matchAt(suffix, at)!;
       const own = plain.slice(word);
       plain = plain.slice(0, word);
@@ -86,8 +90,13 @@ export function parseWeights(text: string): readonly Fragment[] {
       found.push({ text: own, weight: weightOf(sign) });
       at += sign.length;
     } else {
-      if (/[\s,.;]/.test(character)) word = null;
-      else word ??= plain.length;
+      if (/[\s,.;]/.test(character)) {
+        word = null;
+        isWeighable = false;
+      } else {
+        word ??= plain.length;
+        isWeighable ||= !(character in signs);
+      }
       plain += character;
       at++;
     }

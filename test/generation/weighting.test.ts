@@ -24,6 +24,10 @@ describe("weights in a text", () => {
     ["at 10:30, a (view: of a lake)", [["at 10:30, a  view: of a lake", 1]]],
     ["well-known, semi - detached", [["well-known, semi - detached", 1]]],
     ["1:2 (x)", [["1:2  x", 1]]],
+    // Dashes are no words, as in compel.
+    ["a cat -- at night,-- ++ --", [["a cat -- at night,-- ++ --", 1]]],
+    ["-cat+ --dog", [["-cat", 1.1], ["--dog", 1]]], // biome-ignore format: one line
+    ["\\-- a", [["-", 0.9], ["a", 1]]], // biome-ignore format: one line
     ["\\(red:1.3\\) c\\+\\+ \\\\ \\n", [["(red:1.3) c++ \\ \\n", 1]]],
     ["(a \\(b\\):1.2)", [["a (b)", 1.2]]],
     ["(café 🔴:1.2)", [["café 🔴", 1.2]]],
