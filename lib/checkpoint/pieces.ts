@@ -58,7 +58,7 @@ function* passed(text: string, at: number, isSeparated: boolean): Generator<null
 }
 
 function isSpace(text: string, at: number): boolean {
-  return /\s/.test(text.charAt(at));
+  return /\p{White_Space}/u.test(text.charAt(at));
 }
 
 function isHighSurrogate(code: number): boolean {

@@ -142,7 +142,9 @@ export async function openClipTokenizer(
           behavior: "Removed",
           invert: true,
         },
-        { type: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: true },
+        // What ByteLevel itself would split by: its own expression takes U+FEFF for white space, which transformers does not.
+        { type: "Split", pattern: { Regex: byteLevelWords }, behavior: "Removed", invert: true },
+        { type: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: false },
       ],
     },
     post_processor: {
@@ -220,7 +222,8 @@ export async function openT5Tokenizer(folder: string, bounds = usualBounds): Pro
     pre_tokenizer: {
       type: "Sequence",
       pretokenizers: [
-        { type: "WhitespaceSplit" },
+        // As WhitespaceSplit, whose white space in JavaScript is not Unicode's: U+0085 and U+FEFF.
+        { type: "Split", pattern: { Regex: "\\s+" }, behavior: "Removed", invert: false },
         { type: "Metaspace", replacement: "\u2581", prepend_scheme: "always", split: true },
       ],
     },
@@ -242,6 +245,9 @@ export async function openT5Tokenizer(folder: string, bounds = usualBounds): Pro
   const words = Object.hasOwn(pieces, "\u2581") ? [] : [" "];
   return tokenizer(file, description, end.content, facts, isolated([...added.keys(), ...words], bounds));
 }
+
+/** Of GPT-2, as ByteLevel has it in the library tokenizers. */
+const byteLevelWords = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
 /** The bounds where no token reaches from one word into the next; else all of the text is one word, of which more is read. */
 function isolated(tokens: readonly string[], bounds: Bounds): Bounds & { readonly isolated: boolean } {
