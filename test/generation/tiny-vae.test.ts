@@ -234,7 +234,7 @@ describe("TAESD's own files", () => {
       [path.join(tiny, "diffusion_pytorch_model.safetensors"), /AutoencoderTiny without its configuration/],
       [path.join(plain, "vae/diffusion_pytorch_model.safetensors"), /is no decoder of TAESD: .*such as "/],
       [lora, /is a LoRA/],
-      [pickle, /is a file of PyTorch/],
+      [pickle, /is a ZIP archive, as are files of PyTorch/],
     ];
     for (const [file, message] of cases) await expect(open(file), file).rejects.toThrow(message);
     // A layer that is missing is named as the file would name it.
