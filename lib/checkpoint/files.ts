@@ -1,7 +1,11 @@
 /** Files of a checkpoint as text and JSON: whatever is wrong with one is a CheckpointError that says what to do. */
 
+import { constants } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
 import { CheckpointError } from "../errors.js";
+
+/** To open a file for reading. A pipe in its place, which nobody may ever write to, is not waited for. Windows has no such flag. */
+export const toRead = constants.O_RDONLY | (constants.O_NONBLOCK ?? 0);
 
 /** An object of a JSON file, unchecked. */
 export type JsonObject = Record<string, unknown>;
@@ -15,7 +19,7 @@ export function isRecord(value: unknown): value is JsonObject {
  * @throws CheckpointError if the file is missing, cannot be read or is in UTF-16
  */
 export async function readText(file: string): Promise<string> {
-  const bytes = await readFile(file).catch((cause: NodeJS.ErrnoException) => {
+  const bytes = await readFile(file, { flag: toRead }).catch((cause: NodeJS.ErrnoException) => {
     if (cause.code === "ENOENT")
       throw new CheckpointError(file, `${file} is missing. Download the checkpoint's remaining files.`, { cause });
     throw new CheckpointError(file, `Cannot read ${file}: ${cause.message}.`, { cause });

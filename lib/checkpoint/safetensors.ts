@@ -11,7 +11,7 @@ import { writeFileAtomic } from "../common/files.js";
 import { bytesPerElement, elementCount, type FloatTensor, float32, type StoredDType } from "../common/tensor.js";
 import { widen } from "../common/widen.js";
 import { CheckpointError, OutputError } from "../errors.js";
-import { isRecord, type JsonObject } from "./files.js";
+import { isRecord, type JsonObject, toRead } from "./files.js";
 
 /** One tensor of a header. `offset` counts from the start of the file, `length` is in bytes. */
 export interface HeaderEntry {
@@ -266,7 +266,7 @@ function checkThatTensorsTileTheFile(file: string, header: SafetensorsHeader, da
 
 async function withFile<T>(file: string, use: (handle: FileHandle) => Promise<T>): Promise<T> {
   try {
-    const handle = await open(file, "r");
+    const handle = await open(file, toRead);
     try {
       return await use(handle);
     } finally {

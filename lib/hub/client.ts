@@ -174,12 +174,11 @@ export class HubClient {
     const said = headers.get("x-error-message");
     const answer = `${status}${said ? ` (${said})` : ""}`;
     // The address that a file was redirected to is good for a while only, and each try gets a new one.
-    if (transientStatuses.includes(status) || (!isHub && status === 403))
-      return new TransientError(
-        `${new URL(response.url).host} answered ${answer}`,
-        "unreachable",
-        retryAfterOf(headers),
-      );
+    if (transientStatuses.includes(status) || (!isHub && status === 403)) {
+      const wait = retryAfterOf(headers);
+      const again = wait === null ? "" : `, to be asked again in ${Math.ceil(wait / 1000)} s`;
+      return new TransientError(`${new URL(response.url).host} answered ${answer}${again}`, "unreachable", wait);
+    }
     if (!isHub) return this.#error("refused", `cannot be downloaded: ${new URL(response.url).host} answered ${answer}`);
     if (code === "GatedRepo")
       return this.#error(

@@ -3,6 +3,7 @@
  * plain folder, and each way in which a folder can be wrong is a CheckpointError that says which part and what to do.
  */
 
+import { execFileSync } from "node:child_process";
 import { chmod, cp, lstat, mkdir, readdir, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
@@ -346,6 +347,16 @@ describe("missing parts", () => {
       await rm(join(model, file));
       await expectError(model, new RegExp(`${file} is missing`));
     });
+});
+
+test.skipIf(process.platform === "win32").each([
+  ["transformer/diffusion_pytorch_model.safetensors", /is not a file; expected a \.safetensors file/],
+  ["vae/config.json", /config\.json is not JSON/],
+])("a pipe in place of %s is not waited for", async (file, message) => {
+  const model = await copyModel("sd3");
+  await rm(join(model, file));
+  execFileSync("mkfifo", [join(model, file)]);
+  await expectError(model, message);
 });
 
 describe("parts that do not fit together", () => {

@@ -299,7 +299,10 @@ describe("a hub that is busy", () => {
     hub.add(name, { files: smallModel() });
     hub.faults.set("api", () => ({ status: 429, headers: { "retry-after": "3600" } }));
     const error = await refused(pullModel());
-    expect([error.reason, error.message]).toEqual(["unreachable", expect.stringContaining("429")]);
+    expect([error.reason, error.message]).toEqual([
+      "unreachable",
+      expect.stringContaining("429, to be asked again in 3600 s"),
+    ]);
     expect(hub.seen.length).toBe(1);
   });
 
