@@ -8,7 +8,7 @@
 import { createHash } from "node:crypto";
 import { readdir, realpath, rm, stat } from "node:fs/promises";
 import path from "node:path";
-import { makeFolders, writeFileAtomic } from "../common/files.js";
+import { type FileVersion, makeFolders, writeFileAtomic } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
 import { elementCount, is8Bit, type StoredTensor } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
@@ -23,7 +23,7 @@ import {
   type SafetensorsHeader,
 } from "./safetensors.js";
 import { modelFingerprint } from "./schedules.js";
-import type { Weights } from "./weights.js";
+import { locatedWeights, type Weights } from "./weights.js";
 
 /** Values that share a scale. Smaller blocks are nearer to the weights, and have more scales. */
 const block = 16;
@@ -183,18 +183,17 @@ async function openQuantised(file: string, bytes: number): Promise<Weights | und
   if (found?.size !== bytes) return undefined;
   const real = await realpath(file);
   const header = await readSafetensorsHeader(real).catch(() => undefined);
-  return header && source(real, { size: found.size, mtimeMs: found.mtimeMs }, header);
+  return header && source({ file: real, size: found.size, mtimeMs: found.mtimeMs }, header);
 }
 
-function source(file: string, version: { size: number; mtimeMs: number }, header: SafetensorsHeader): Weights {
-  const bytesByDType: Record<string, number> = {};
-  for (const { dtype, length } of header.values()) bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
+function source(version: FileVersion, header: SafetensorsHeader): Weights {
+  const { file } = version;
+  const located = [...header].map(([name, entry]) => [name, { file, entry }] as const);
   // The file is this module's own: what is in it has been checked.
   const stored = ({ name, dtype, shape, offset, length }: HeaderEntry) =>
     ({ name, dtype, shape, file, offset, length }) as StoredTensor;
   return {
-    ...{ origin: file, variant: null, variantsFound: [], warnings: [], files: [{ file, ...version }], bytesByDType },
-    names: [...header.keys()],
+    ...locatedWeights(file, [version], new Map(located)),
     find(name) {
       const entry = header.get(name);
       if (!entry) return undefined;

@@ -7,15 +7,15 @@
  * a Hugging Face cache consists of them.
  */
 
-import { readdir, realpath, stat } from "node:fs/promises";
+import { readdir, realpath } from "node:fs/promises";
 import { join } from "node:path";
 import { z } from "zod";
-import type { FileVersion } from "../common/files.js";
-import type { StoredTensor, WeightSource } from "../common/tensor.js";
+import { type FileVersion, versionOf } from "../common/files.js";
+import type { WeightSource } from "../common/tensor.js";
 import { libraryOf, variantsIn, weightFile, weightSources } from "../common/weight-names.js";
 import { CheckpointError } from "../errors.js";
 import { exists, readJsonObject } from "./files.js";
-import { resolveTensor } from "./quantised.js";
+import { type LocatedEntry, resolveTensor } from "./quantised.js";
 import { type HeaderEntry, readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
 
 /** An opened part. `find` throws what `resolveTensor` throws. */
@@ -98,7 +98,30 @@ export async function openWeights(
   );
   const at = { folder, naming, signal };
   const { files, tensors, ...read } = name.endsWith(".json") ? await openShards(name, at) : await openSingle(name, at);
-  return source(folder, { variant: found, variantsFound, warnings: [...warnings, ...read.warnings] }, files, tensors);
+  return {
+    ...locatedWeights(folder, files, tensors),
+    ...{ variant: found, variantsFound, warnings: [...warnings, ...read.warnings] },
+  };
+}
+
+/**
+ * Weights whose tensors are found, in plain files.
+ * @param files that they are in
+ * @param tensors by the names that networks ask for
+ */
+export function locatedWeights(
+  origin: string,
+  files: readonly FileVersion[],
+  tensors: ReadonlyMap<string, LocatedEntry>,
+): Weights {
+  const bytesByDType: Record<string, number> = {};
+  for (const { entry } of tensors.values()) bytesByDType[entry.dtype] = (bytesByDType[entry.dtype] ?? 0) + entry.length;
+  return {
+    ...{ origin, variant: null, variantsFound: [], warnings: [], bytesByDType },
+    files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),
+    names: [...tensors.keys()],
+    find: (name) => resolveTensor((stored) => tensors.get(stored), name),
+  };
 }
 
 /** Where a part lies, and how its tensors are named. */
@@ -110,36 +133,15 @@ interface Place {
 
 async function openSingle(name: string, { folder, naming, signal }: Place) {
   const file = await openFile(join(folder, name), naming, signal);
-  return { files: [file], tensors: new Map([...file.header.keys()].map((name) => [name, file])), warnings: [] };
+  return { files: [file], tensors: new Map(locatedIn(file)), warnings: [] };
 }
 
 interface OpenedFile extends FileVersion {
   readonly header: SafetensorsHeader;
 }
 
-function source(
-  folder: string,
-  found: Pick<Weights, "variant" | "variantsFound" | "warnings">,
-  files: readonly OpenedFile[],
-  tensors: ReadonlyMap<string, OpenedFile>,
-): Weights {
-  const bytesByDType: Record<string, number> = {};
-  for (const [name, { header }] of tensors) {
-    const { dtype, length } = header.get(name)!;
-    bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
-  }
-  return {
-    ...{ ...found, origin: folder, bytesByDType },
-    files: files.map(({ file, size, mtimeMs }) => ({ file, size, mtimeMs })),
-    names: [...tensors.keys()],
-    find(name: string): StoredTensor | undefined {
-      return resolveTensor((stored) => {
-        const opened = tensors.get(stored);
-        return opened && { file: opened.file, entry: opened.header.get(stored)! };
-      }, name);
-    },
-  };
-}
+const locatedIn = ({ file, header }: OpenedFile): [name: string, LocatedEntry][] =>
+  [...header].map(([name, entry]) => [name, { file, entry }]);
 
 async function openFile(path: string, naming: Naming, signal: AbortSignal | undefined): Promise<OpenedFile> {
   signal?.throwIfAborted();
@@ -155,8 +157,7 @@ async function openFile(path: string, naming: Naming, signal: AbortSignal | unde
   const header = new Map<string, HeaderEntry>();
   // From the last by the alphabet to the first, which stays.
   for (const name of [...stored.keys()].sort().reverse()) header.set(naming(name), stored.get(name)!);
-  const { size, mtimeMs } = await stat(file);
-  return { file, size, mtimeMs, header };
+  return { ...(await versionOf(file)), header };
 }
 
 const indexSchema = z.object({ weight_map: z.record(z.string(), z.string()) });
@@ -194,14 +195,13 @@ async function openShards(indexName: string, { folder, naming, signal }: Place) 
           "different downloads: download them again.",
       );
   // All that the shards hold, one after another, as diffusers and transformers read them: the last one counts, not the index.
-  const tensors = new Map<string, OpenedFile>();
+  const tensors = new Map<string, LocatedEntry>();
   const twice: string[] = [];
-  for (const file of opened.values())
-    for (const name of file.header.keys()) {
-      const before = tensors.get(name);
-      if (before) twice.push(`"${name}" is in ${before.file} and in ${file.file}, and the latter is read`);
-      tensors.set(name, file);
-    }
+  for (const [name, located] of [...opened.values()].flatMap(locatedIn)) {
+    const before = tensors.get(name);
+    if (before) twice.push(`"${name}" is in ${before.file} and in ${located.file}, and the latter is read`);
+    tensors.set(name, located);
+  }
   const [first, ...more] = twice;
   const further = more.length > 0 ? ` So are ${more.length} more tensors.` : "";
   const warnings = first ? [`The tensor ${first}.${further} The shards may be of different downloads.`] : [];

@@ -13,6 +13,12 @@ export interface FileVersion {
   readonly mtimeMs: number;
 }
 
+/** @param file absolute path without symbolic links */
+export async function versionOf(file: string): Promise<FileVersion> {
+  const { size, mtimeMs } = await stat(file);
+  return { file, size, mtimeMs };
+}
+
 /** `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`. */
 export function defaultCacheFolder(): string {
   const base = process.env.XDG_CACHE_HOME;

@@ -3,11 +3,11 @@
  * ask for, none of them copied. Weights that share a tensor are rows of it; what a file cannot say comes from a base or from the public models.
  */
 
-import { realpath, stat } from "node:fs/promises";
+import { realpath } from "node:fs/promises";
+import { type FileVersion, versionOf } from "../../common/files.js";
 import { CheckpointError } from "../../errors.js";
-import { resolveTensor } from "../quantised.js";
 import { readSafetensorsHeader } from "../safetensors.js";
-import type { Weights } from "../weights.js";
+import { locatedWeights, type Weights } from "../weights.js";
 import { type BaseConfig, configOf, type FileConfigs } from "./configs.js";
 import { refuseAlike, refuseOtherFormats, refuseOthers, refuseShards } from "./kinds.js";
 import { type FilePart, fileParts, leftOver, type NamedTensors, namedTensors } from "./naming.js";
@@ -40,11 +40,11 @@ export async function readSingleFile(
   refuseShards(path);
   // Without links, as runtimes open it.
   const file = await realpath(path);
-  const { size, mtimeMs } = await stat(file);
+  const version = await versionOf(file);
   const named = fileParts.map((name) => namedTensors(path, header, name));
   const parts = fileParts.map((name, index) => {
     const tensors = named[index]!;
-    const weights = tensors && weightsOf(path, { file, size, mtimeMs }, tensors);
+    const weights = tensors && weightsOf(path, version, tensors);
     return [name, tensors && { weights, config: (base: never) => configOf(name, path, tensors, base) }];
   });
   const found = Object.fromEntries(parts) as SingleFile;
@@ -73,29 +73,13 @@ export async function refuseFolderOf(folder: string, files: readonly string[]): 
   throw reasons[0];
 }
 
-function weightsOf(origin: string, version: Weights["files"][number], tensors: NamedTensors): Weights {
+function weightsOf(origin: string, version: FileVersion, tensors: NamedTensors): Weights {
   const { entries, reversedHalves, identities, storedName } = tensors;
-  const bytesByDType: Record<string, number> = {};
-  for (const { dtype, length } of entries.values()) bytesByDType[dtype] = (bytesByDType[dtype] ?? 0) + length;
+  const located = [...entries].map(([name, entry]) => [name, { file: version.file, entry }] as const);
   return {
-    ...{
-      variant: null,
-      variantsFound: [],
-      warnings: [],
-      origin,
-      files: [version],
-      bytesByDType,
-      reversedHalves,
-      identities,
-      storedName,
-    },
+    ...locatedWeights(origin, [version], new Map(located)),
+    ...{ reversedHalves, identities, storedName },
     // Marks have no values.
     names: [...entries].flatMap(([name, { length }]) => (length > 0 ? name : [])),
-    find(name) {
-      return resolveTensor((stored) => {
-        const entry = entries.get(stored);
-        return entry && { file: version.file, entry };
-      }, name);
-    },
   };
 }

@@ -4,14 +4,15 @@
  * does not count the bound of the latents.
  */
 
-import { realpath, stat } from "node:fs/promises";
+import { realpath } from "node:fs/promises";
+import { type FileVersion, versionOf } from "../../common/files.js";
 import { encoderBeside } from "../../common/weight-names.js";
 import { CheckpointError } from "../../errors.js";
 import type { TinyVaeConfig } from "../configs.js";
 import { exists } from "../files.js";
-import { resolveTensor } from "../quantised.js";
-import { type HeaderEntry, readSafetensorsHeader, type SafetensorsHeader } from "../safetensors.js";
-import type { Weights } from "../weights.js";
+import type { LocatedEntry } from "../quantised.js";
+import { readSafetensorsHeader, type SafetensorsHeader } from "../safetensors.js";
+import { locatedWeights, type Weights } from "../weights.js";
 import { refuseAlike, refuseOtherFormats } from "./kinds.js";
 
 const halves = {
@@ -94,14 +95,14 @@ async function readHalf(path: string, signal: AbortSignal | undefined): Promise<
       `${path} holds the weights of diffusers' AutoencoderTiny without its configuration: pass the folder with that file and config.json.`,
     );
   const layers = layersOf(header);
-  const convolutions = layers.flatMap(({ shape }) => (shape ? [shape] : []));
+  const convolutions = layers.filter((shape) => shape !== null);
   if (other !== undefined || convolutions.length < 2 || convolutions.some(({ length }) => length !== 4))
     throw new CheckpointError(
       path,
       `${path} is no decoder of TAESD: it has ${names.length === 0 ? "no tensors" : `tensors such as "${other ?? names[0]}"`}. ${wanted}`,
     );
   const blocks: number[] = [];
-  for (const { shape } of layers) {
+  for (const shape of layers) {
     if (shape) blocks.push(0);
     else if (blocks.length > 0) blocks[blocks.length - 1]!++;
   }
@@ -109,43 +110,36 @@ async function readHalf(path: string, signal: AbortSignal | undefined): Promise<
 }
 
 /** The layers that have weights, in order: convolutions with their shapes, blocks with null. */
-function layersOf(header: SafetensorsHeader): { readonly shape: readonly number[] | null }[] {
+function layersOf(header: SafetensorsHeader): (readonly number[] | null)[] {
   const layers = new Map<number, readonly number[] | null>();
   for (const [name, { shape }] of header) {
     const [, number, inBlock, kind] = tensorName.exec(name) ?? [];
     if (inBlock) layers.set(Number(number), null);
     else if (kind === "weight") layers.set(Number(number), shape);
   }
-  return [...layers].sort(([a], [b]) => a - b).map(([, shape]) => ({ shape }));
+  return [...layers].sort(([a], [b]) => a - b).map(([, shape]) => shape);
 }
 
 /** What the shapes of [outputs, inputs, 3, 3] say. */
 function read({ name, convolutions, blocks }: Half) {
-  const [first, last] = [convolutions[0]!, convolutions.at(-1)!] as [readonly number[], readonly number[]];
-  return name === "decoder"
-    ? // The first convolution is followed by the blocks of the smallest pictures, each further one by those of pictures twice as large.
-      { latentChannels: first[1]!, channels: first[0]!, pictureChannels: last[0]!, blocks: blocks.slice(0, -1) }
-    : { latentChannels: last[0]!, channels: first[0]!, pictureChannels: first[1]!, blocks: blocks.slice(0, -1) };
+  const [channels, inputs] = convolutions[0] as [number, number];
+  const [outputs] = convolutions.at(-1) as [number];
+  const [latentChannels, pictureChannels] = name === "decoder" ? [inputs, outputs] : [outputs, inputs];
+  // Of a decoder the first convolution is followed by the blocks of the smallest pictures, each further one by those of pictures twice as large.
+  return { latentChannels, pictureChannels, channels, blocks: blocks.slice(0, -1) };
 }
 
 async function weightsOf(origin: string, found: readonly Half[]): Promise<Weights> {
-  const tensors = new Map<string, { readonly file: string; readonly entry: HeaderEntry }>();
-  const files: Weights["files"][number][] = [];
-  const bytesByDType: Record<string, number> = {};
+  const tensors = new Map<string, LocatedEntry>();
+  const files: FileVersion[] = [];
   for (const { name: half, path, header } of found) {
     // Without links, as runtimes open it.
     const file = await realpath(path);
-    const { size, mtimeMs } = await stat(file);
-    files.push({ file, size, mtimeMs });
-    for (const entry of header.values()) {
-      tensors.set(diffusersName(half, entry.name), { file, entry });
-      bytesByDType[entry.dtype] = (bytesByDType[entry.dtype] ?? 0) + entry.length;
-    }
+    files.push(await versionOf(file));
+    for (const entry of header.values()) tensors.set(diffusersName(half, entry.name), { file, entry });
   }
   return {
-    ...{ variant: null, variantsFound: [], warnings: [], origin, files, bytesByDType },
-    names: [...tensors.keys()],
-    find: (name) => resolveTensor((stored) => tensors.get(stored), name),
+    ...locatedWeights(origin, files, tensors),
     storedName: (name) =>
       name.replace(/^(decoder|encoder)\.layers\.(\d+)/, (_, half: HalfName, layer) =>
         String(Number(layer) + halves[half].first),
