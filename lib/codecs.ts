@@ -8,7 +8,7 @@ import { z } from "zod";
 import { type Seed, seedOf, seedToJson } from "./common/seed.js";
 import { elementCount } from "./common/tensor.js";
 import type { RgbPicture } from "./model.js";
-import { embedsSchema, generateSchema, optionMeta, seedJson, tensor } from "./options.js";
+import { controlSchema, embedsSchema, generateSchema, optionMeta, seedJson, tensor } from "./options.js";
 
 const bytes = z.codec(
   z.base64(),
@@ -73,6 +73,11 @@ export const requestCodec = z.strictObject({
   mask: source
     .optional()
     .describe(`where to paint: white (or opaque) parts are drawn anew, the rest of image is kept; ${encodings}`),
+  controls: z
+    // How many there may be is checked with the other options, for the reason above.
+    .array(controlSchema(source))
+    .optional()
+    .describe(`${optionMeta(plain.controls).description}; pictures: ${encodings}`),
   noise: z
     .union([tensorJson, z.array(tensorJson).min(1)])
     .optional()

@@ -10,7 +10,7 @@ import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js
 import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";
 import { Image } from "./generation/image.js";
-import type { GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
+import type { Control, GenerateOptions, GenerateResult, Picture, PictureSource } from "./model.js";
 import { checkOptions, generateSchema, hasPrompt, refuseOversized, refusePaths } from "./options.js";
 
 /** A value that JSON can hold. */
@@ -38,10 +38,11 @@ const resultSchema = resultCodec(picture);
 export async function requestToJson(options: GenerateOptions): Promise<Json> {
   const checked = checkOptions(generateSchema, options, "requestToJson()");
   refusePaths(checked);
-  const { signal, onAccept, onStart, onStep, allowPaths, image, mask, ...rest } = checked;
+  const { signal, onAccept, onStart, onStep, allowPaths, image, mask, controls, ...rest } = checked;
   const pictures = {
     ...(image !== undefined && { image: await sourceOf("image", image) }),
     ...(mask !== undefined && { mask: await sourceOf("mask", mask) }),
+    ...(controls && { controls: await Promise.all(controls.map(controlToJson)) }),
   };
   return encoded(requestCodec, { ...rest, ...pictures }, "request");
 }
@@ -49,11 +50,21 @@ export async function requestToJson(options: GenerateOptions): Promise<Json> {
 /** The options of a request from its JSON, which names no file. @throws OptionError that names the option which is wrong */
 export function requestFromJson(json: unknown): GenerateOptions {
   refuseOversized(json);
-  const { image, mask, ...options } = decoded(requestCodec, json, "request");
+  const { image, mask, controls, ...options } = decoded(requestCodec, json, "request");
   if (!hasPrompt(options))
     throw new OptionError("prompt", "The JSON of this request is wrong at prompt: it is required, or promptEmbeds.");
   const given = (value: z.output<typeof source>): PictureSource => ("file" in value ? value.file : value);
-  return { ...options, ...(image && { image: given(image) }), ...(mask && { mask: given(mask) }) };
+  return {
+    ...options,
+    ...(image && { image: given(image) }),
+    ...(mask && { mask: given(mask) }),
+    ...(controls && {
+      controls: controls.map(({ image, mask, ...control }) => ({
+        ...{ ...control, image: given(image) },
+        ...(mask && { mask: given(mask) }),
+      })),
+    }),
+  };
 }
 
 /** A result as JSON. @throws OptionError that names the field which is wrong */
@@ -64,6 +75,13 @@ export function resultToJson(result: GenerateResult): Json {
 /** A result from its JSON; its pictures can be encoded. @throws OptionError that names the field which is wrong */
 export function resultFromJson(json: unknown): GenerateResult {
   return decoded(resultSchema, json, "result");
+}
+
+async function controlToJson({ image, mask, ...control }: Control) {
+  return {
+    ...{ ...control, image: await sourceOf("controls", image) },
+    ...(mask !== undefined && { mask: await sourceOf("controls", mask) }),
+  };
 }
 
 async function sourceOf(option: string, picture: PictureSource): Promise<z.output<typeof source>> {

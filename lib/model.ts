@@ -7,7 +7,7 @@
 import type { Logger } from "./common/logger.js";
 import type { Seed } from "./common/seed.js";
 import type { FloatTensor } from "./common/tensor.js";
-import type { Feature, UpscaleName } from "./networks/index.js";
+import type { Feature, LoraRank, UpscaleName } from "./networks/index.js";
 import type { BuilderName, RuntimeChoice, RuntimeName } from "./runtimes/index.js";
 import type { Block, Evaluations, GridName, QualityName, SamplerName } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
@@ -184,6 +184,13 @@ export interface LoadOptions {
    */
   previewVae?: string | undefined;
   /**
+   * LoRAs, each by a name of its own: merged into the weights as the model is loaded (the merged weights are kept in the cache), or
+   * dynamic, for requests to name. Default: none.
+   */
+  loras?: readonly LoraSource[] | undefined;
+  /** ControlNets that are opened with the model, so that requests can name them without a path. Default: none. */
+  controlNets?: readonly ControlNetSource[] | undefined;
+  /**
    * Threads of the CPU runtime, 1 to 1024. Default: one for each physical core that this process may run on, and on Linux
    * no more than the processor time that its control groups grant: 1 for a quota of 1.5.
    */
@@ -271,6 +278,70 @@ export interface Stage {
    * `sigma` and both sizes, at twice the size σ / (2 − σ), and its blocks go only as far. Not for the first stage. Default: `"pixels"`.
    */
   upscale?: UpscaleName | undefined;
+}
+
+/** A LoRA of `LoadOptions.loras`. */
+export interface LoraSource {
+  /**
+   * The adapter's .safetensors file, or a folder that holds `pytorch_lora_weights.safetensors`. In the layout of diffusers and PEFT, or
+   * that of kohya's sd-scripts, OneTrainer, ai-toolkit, SimpleTuner and ComfyUI.
+   */
+  file: string;
+  /** How much of the adapter is added, −100 to 100; 1 is as it was trained. For a dynamic one: where a request says nothing. Default: 1. */
+  scale?: number | undefined;
+  /** What requests and pictures call it. Default: the name of the file without ".safetensors". */
+  name?: string | undefined;
+  /**
+   * `false` merges it into the weights: W + scale · (alpha / rank) · B·A. `true` leaves the weights as they are: requests name it
+   * (`GenerateOptions.loras`), each with its own scale. Default: false.
+   */
+  dynamic?: boolean | undefined;
+}
+
+/** A ControlNet of `LoadOptions.controlNets`. */
+export interface ControlNetSource {
+  /** Folder of a ControlNet in the diffusers layout: `config.json` of an `SD3ControlNetModel`, and its weights. */
+  folder: string;
+  /** What requests call it. Default: the name of the folder. */
+  name?: string | undefined;
+}
+
+/** A LoRA of a request. */
+export interface LoraUse {
+  /** Name of one that `load` was given as dynamic. */
+  name: string;
+  /** How much of it is added, −100 to 100; 0 is as without it. Default: the scale that `load` was given. */
+  scale?: number | undefined;
+}
+
+/** A ControlNet of a request, with its control picture. */
+export interface Control {
+  /** Name of a ControlNet that `load` was given, or where `allowPaths` is true the path of its folder. */
+  folder: string;
+  /** Picture that guides, of the kind that the ControlNet was trained with; resized to the size of each stage without keeping its aspect, as diffusers does. */
+  image: PictureSource;
+  /** For ControlNets of inpainting, and only for them: where to paint, white is drawn anew. Default: none. */
+  mask?: PictureSource | undefined;
+  /** What its residuals are multiplied by, −100 to 100; 0 is as without it. Default: 1. */
+  scale?: number | undefined;
+  /** Part of the steps, 0 to 1, before which it does not guide: step i of n does where i / n ≥ start. Default: 0. */
+  start?: number | undefined;
+  /** Part of the steps, 0 to 1, after which it does not guide: step i of n does where (i + 1) / n ≤ stop. Default: 1. */
+  stop?: number | undefined;
+  /** `"canny"` makes the control picture of `image`: its edges, white on black. Default: `image` is the control picture. */
+  preprocess?: "canny" | undefined;
+}
+
+/** Skip-layer guidance of a request: v = u + g·(c − u) + scale·(c − w), w the conditional velocity without some blocks of the transformer. */
+export interface SkipLayers {
+  /** Numbers of the blocks that are left out, from 0. For SD3.5-medium Stability recommends 7, 8 and 9. */
+  layers: readonly number[];
+  /** How far from the prediction without them, 0 to 100; 0 is as without skip-layer guidance. Default: 2.8. */
+  scale?: number | undefined;
+  /** Part of the steps, 0 to 1: step i of n is guided so where n·start < i < n·stop. Default: 0.01. */
+  start?: number | undefined;
+  /** See `start`. Default: 0.2. */
+  stop?: number | undefined;
 }
 
 /** How texts are encoded: options of `ImageModel.generate` and of `ImageModel.encode`. */
@@ -430,6 +501,15 @@ export interface GenerateOptions extends TextOptions {
    * with one where `strength` keeps the whole schedule and that begins at σ = 1. Default: `"cfg"`.
    */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
+  /**
+   * Skip-layer guidance, as `skip_guidance_layers` of diffusers' pipeline: a third row for each picture in some steps, half as much work
+   * again. Only in steps that are guided. It sharpens what SD3.5-medium draws, and harms SD3.5-large. Default: none.
+   */
+  skipLayers?: SkipLayers | undefined;
+  /** LoRAs of this request, of those that `load` was given as dynamic; each once. Default: none. */
+  loras?: readonly LoraUse[] | undefined;
+  /** ControlNets that guide this request, up to 8, in the steps of their intervals. Default: none. */
+  controls?: readonly Control[] | undefined;
   /**
    * Seed of the first picture, a whole number from 0 to 18446744073709551615 (2⁶⁴ − 1); one above 9007199254740991, which a number cannot hold
    * exactly, as a BigInt or as text of digits. Picture k uses seed + k (0 follows the largest), from a generator of its own, so that it can be drawn again
@@ -1007,6 +1087,14 @@ export interface CompileEnginesOptions {
   guidance?: "on" | "off" | "both" | number | undefined;
   /** How guided steps are guided: as the option of `generate`. Each mode has engines of its own. Default: `"cfg"`. */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
+  /** LoRAs that are merged into the weights, as the option of `load`: engines hold weights. Dynamic ones need `lorasRank` alone. Default: none. */
+  loras?: readonly LoraSource[] | undefined;
+  /** Also the engines of steps with dynamic LoRAs of up to this rank: 8, 16, 32, 64 or 128. Default: none. */
+  lorasRank?: LoraRank | undefined;
+  /** Also the engines of steps with these ControlNets together: folders. Default: none. */
+  controls?: readonly string[] | undefined;
+  /** Also the engines of steps with skip-layer guidance that leaves out these blocks. Default: none. */
+  skipLayers?: readonly number[] | undefined;
   /** Also what only some pictures need: stages, editing, previews. Default: none. */
   features?: readonly Feature[] | undefined;
   /** Tokens of the T5 encoder, 1 to 512 and at most what its tokenizer takes. Default: 256, or what it takes if that is less. */

@@ -23,7 +23,7 @@ import type {
   StartEvent,
   StepEvent,
 } from "./model.js";
-import { type Feature, featureNames, type UpscaleName, upscales } from "./networks/index.js";
+import { type Feature, featureNames, type LoraRank, loraRanks, type UpscaleName, upscales } from "./networks/index.js";
 import { type BuilderName, builderNames, type RuntimeName, runtimeNames, runtimes } from "./runtimes/index.js";
 import {
   blocksGrid,
@@ -207,6 +207,28 @@ const samplerNames = Object.keys(samplers) as SamplerName[];
 const bySampler = (value: (row: SamplerRow) => string | number) =>
   samplerNames.map((name) => `${value(samplers[name]!)} for ${name}`).join(", ");
 
+/** Adapters of one kind that a model or a request may have. */
+const mostAdapters = 64;
+/** ControlNets of one request: each is a network of its own in every step. */
+const mostControls = 8;
+/** A ControlNet of a request, with pictures in memory, or with another schema of pictures in another form. */
+export const controlSchema = <T extends z.ZodType>(picture: T) =>
+  z.strictObject({
+    folder: z.string().min(1).max(4096),
+    image: picture,
+    mask: picture.optional(),
+    scale: z.number().min(-100).max(100).optional(),
+    start: fraction.optional(),
+    stop: fraction.optional(),
+    preprocess: z.enum(["canny"]).optional(),
+  });
+const loraScale = z.number().min(-100).max(100);
+const adapterName = text.min(1).max(128);
+const blockNumbers = kind(
+  list(z.int().min(0).max(1000), 1, 1000),
+  "a list of numbers of blocks of the transformer, from 0",
+);
+
 export const loadSchema = z.strictObject({
   runtime: defaulted(
     oneOf<"auto" | RuntimeName>(["auto", ...runtimeNames()]),
@@ -241,6 +263,29 @@ export const loadSchema = z.strictObject({
   ),
   base,
   previewVae,
+  loras: optional(
+    kind(
+      list(
+        z.strictObject({
+          file: z.string().min(1),
+          scale: loraScale.optional(),
+          name: adapterName.optional(),
+          dynamic: z.boolean().optional(),
+        }),
+        1,
+        mostAdapters,
+      ),
+      "an array of { file, scale?, name?, dynamic? }",
+    ),
+    "LoRAs: merged into the weights once, or where dynamic is true named by requests",
+  ),
+  controlNets: optional(
+    kind(
+      list(z.strictObject({ folder: z.string().min(1), name: adapterName.optional() }), 1, mostAdapters),
+      "an array of { folder, name? }",
+    ),
+    "ControlNets that are opened with the model, so that requests name them",
+  ),
   threads: optional(
     integer(1, 1024),
     "threads of the CPU runtime (default: one for each physical core, within the quota of the control group)",
@@ -433,6 +478,32 @@ const generateFields = z.strictObject({
     "cfg",
     "cfg, or cfg_zero (CFG-Zero*: the unconditional velocity is scaled to the conditional one, and the first step is left out)",
     "--guidance-mode <name>",
+  ),
+  skipLayers: optional(
+    kind(
+      z.strictObject({
+        layers: blockNumbers,
+        scale: z.number().min(0).max(100).optional(),
+        start: fraction.optional(),
+        stop: fraction.optional(),
+      }),
+      "{ layers, scale?, start?, stop? }, layers a list of numbers of blocks from 0, start and stop parts of the steps from 0 to 1",
+    ),
+    "skip-layer guidance: away from what the transformer predicts without these blocks; with guidance only",
+  ),
+  loras: optional(
+    kind(
+      list(z.strictObject({ name: adapterName, scale: loraScale.optional() }), 1, mostAdapters),
+      "an array of { name, scale? }",
+    ),
+    "LoRAs of this request, by the names of those that load() was given as dynamic",
+  ),
+  controls: optional(
+    kind(
+      list(controlSchema(picture), 1, mostControls),
+      "an array of { folder, image, mask?, scale?, start?, stop?, preprocess? }",
+    ),
+    "ControlNets that guide the picture, each with its control picture",
   ),
   seed: optional(
     kind(seedGiven, oneSeed),
@@ -662,6 +733,22 @@ export const compileSchema = z.strictObject({
   ),
   guidance,
   guidanceMode: generateSchema.shape.guidanceMode,
+  loras: loadSchema.shape.loras,
+  lorasRank: optional(
+    kind(z.literal<LoraRank[]>([...loraRanks]), loraRanks.join(", ")),
+    "also steps with dynamic LoRAs of up to this rank",
+    "--loras-rank <rank>",
+  ),
+  controls: optional(
+    kind(list(z.string().min(1), 1, mostControls), "a list of folders of ControlNets"),
+    "also steps with these ControlNets together: folders, divided by commas",
+    "--controls <list>",
+  ),
+  skipLayers: optional(
+    blockNumbers,
+    "also steps with skip-layer guidance that leaves out these blocks, such as 7,8,9",
+    "--skip-layers <list>",
+  ),
   features: defaulted(
     kind(list(z.enum<Feature[]>(featureNames())), `${either(featureNames())}, or several`),
     [],
@@ -800,16 +887,26 @@ function fieldsOf(value: unknown): number {
 }
 
 /** @throws OptionError for a picture that is given by a URL, or by a path where `allowPaths` is false; no file is looked at */
-export function refusePaths(options: Pick<ResolvedGenerateOptions, "image" | "mask" | "allowPaths">): void {
-  for (const option of ["image", "mask"] as const) {
-    const source = options[option];
+export function refusePaths(
+  options: Pick<ResolvedGenerateOptions, "image" | "mask" | "controls" | "allowPaths">,
+): void {
+  const { image, mask, controls = [] } = options;
+  const sources: [string, PictureSource | undefined][] = [
+    ["image", image],
+    ["mask", mask],
+    ...controls.flatMap((control, index): [string, PictureSource | undefined][] => [
+      [`controls[${index}].image`, control.image],
+      [`controls[${index}].mask`, control.mask],
+    ]),
+  ];
+  for (const [name, source] of sources) {
     if (typeof source !== "string") continue;
     if (!options.allowPaths)
       throw new OptionError(
-        option,
-        `Expected an encoded picture, or { width, height, data }, for ${option} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
+        name.replace(/\[.*/, ""),
+        `Expected an encoded picture, or { width, height, data }, for ${name} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
       );
-    refuseUrl(option, source);
+    refuseUrl(name, source);
   }
 }
 

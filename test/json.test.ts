@@ -70,6 +70,37 @@ const options = fc.record(
     guidanceMode: fc.constantFrom("cfg" as const, "cfg_zero" as const),
     seed,
     seeds: fc.array(seed, { minLength: 1, maxLength: 4 }),
+    skipLayers: fc.record(
+      {
+        layers: fc.array(fc.integer({ min: 0, max: 37 }), { minLength: 1, maxLength: 4 }),
+        scale: fc.constantFrom(0, 2.8),
+        start: fc.constantFrom(0, 0.01),
+        stop: fc.constantFrom(0.2, 1),
+      },
+      { requiredKeys: ["layers"] },
+    ),
+    loras: fc.array(
+      fc.record({ name: fc.constantFrom("a", "b"), scale: fc.constantFrom(-1, 0.7) }, { requiredKeys: ["name"] }),
+      {
+        minLength: 1,
+        maxLength: 3,
+      },
+    ),
+    controls: fc.array(
+      fc.record(
+        {
+          folder: fc.constantFrom("canny", "depth"),
+          image: fc.oneof(rgb, encoded),
+          mask: fc.oneof(rgb, encoded),
+          scale: fc.constantFrom(-1, 0.7),
+          start: fc.constantFrom(0, 0.25),
+          stop: fc.constantFrom(0.5, 1),
+          preprocess: fc.constant("canny" as const),
+        },
+        { requiredKeys: ["folder", "image"] },
+      ),
+      { minLength: 1, maxLength: 3 },
+    ),
     count: fc.integer({ min: 1, max: 1024 }),
     stages: fc.array(
       fc.record({ width: fc.constant(64), height: fc.constant(64), blocks: fc.constant("H1"), sigma: fc.constant(0.5) }), // biome-ignore format: one line

@@ -23,6 +23,7 @@ import {
   usualScheduler,
   type VaeConfig,
 } from "./configs.js";
+import type { ControlNet } from "./controlnet.js";
 import { exists, isFile, isFolder, readJsonObject } from "./files.js";
 import { checkPreviewVae, checkThatPartsFit } from "./fit.js";
 import { baseForms, explainOtherLayouts } from "./layouts.js";
@@ -68,6 +69,8 @@ export interface Checkpoint {
   readonly previewVae: Part<VaeConfig> | null;
   /** The same where it encodes, too: between stages. */
   readonly joiningVae: Part<VaeConfig> | null;
+  /** ControlNets that were opened for it, by their ids. */
+  readonly controlNets: ReadonlyMap<string, ControlNet>;
   readonly scheduler: SchedulerConfig;
   /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
   readonly schedules: StoredSchedules;
@@ -93,7 +96,7 @@ const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
 type PartKey = Exclude<
   keyof Checkpoint,
-  "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae" | "joiningVae"
+  "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae" | "joiningVae" | "controlNets"
 >;
 
 /** How a part is found and opened. */
@@ -216,6 +219,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const previews = await openPreviewVae(options);
   const opened: Checkpoint = {
     ...{ folder: root, schedulesFile, ...openedParts, ...previews, schedules: noSchedules, warnings },
+    controlNets: new Map(),
   };
   checkVariant(opened, root, variant);
   checkThatPartsFit(opened, {
@@ -322,7 +326,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     return folder === null ? openPackedTokenizer(packedTokenizers[key]) : partRows[key].open(folder, options);
   };
   const opened: Checkpoint = {
-    ...{ folder: file, schedulesFile: null, schedules: noSchedules, warnings: [] },
+    ...{ folder: file, schedulesFile: null, schedules: noSchedules, warnings: [], controlNets: new Map() },
     ...{ transformer, vae, textEncoder, textEncoder2, textEncoder3 },
     // A refiner was trained for the velocities of one transformer.
     refiner: null,

@@ -23,6 +23,7 @@ export {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
+export type { ControlNet, ControlNetConfig } from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
 export { clearQuantised, leftAsStored, listQuantised, quantisedFolder, quantisedT5 } from "./int8.js";
 export { checkpointName } from "./name.js";

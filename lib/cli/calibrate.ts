@@ -6,7 +6,7 @@ import { filledLines } from "../common/text.js";
 import { OptionError } from "../errors.js";
 import type { CalibratedEntry, CalibrateProgress } from "../model.js";
 import { calibrateSchema, checkOptions, loadSchema } from "../options.js";
-import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
+import { addJsonFlag, addModelFlags, type CommonFlags, readFlags, readLoadFlags } from "./flags.js";
 import { print } from "./print.js";
 import { withModel } from "./with-model.js";
 
@@ -35,7 +35,7 @@ Examples:
 }
 
 async function calibrate(flags: Flags, signal: AbortSignal): Promise<void> {
-  const loadOptions = { ...readFlags(loadSchema, flags), measureCosts: false, signal };
+  const loadOptions = { ...readLoadFlags(flags), measureCosts: false, signal };
   const prompts = flags.prompts === undefined ? undefined : await readPrompts(flags.prompts);
   const options = { ...readFlags(calibrateSchema, flags), ...(prompts && { prompts }), signal };
   checkOptions(loadSchema, loadOptions, "calibrate");

@@ -9,7 +9,8 @@ import type { z } from "zod";
 import { checkpointName } from "../checkpoint/index.js";
 import { parseHubName } from "../hub/index.js";
 import type { Size } from "../model.js";
-import { optionMeta } from "../options.js";
+import { loadSchema, optionMeta } from "../options.js";
+import { addLoadAdapters, readLoadAdapters } from "./adapters.js";
 
 /** Flags of commands that are no options of the library. */
 export interface CommonFlags {
@@ -27,13 +28,18 @@ export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject
   addFlags(command, ...schemas);
 }
 
+/** The options of `load` that were given. @throws OptionError for an adapter that cannot be read */
+export function readLoadFlags(given: object): Record<string, unknown> {
+  return { ...readFlags(loadSchema, given), ...readLoadAdapters(given) };
+}
+
 /** What clients call the model of a folder, or of the hub. */
 export function modelName(model: string): string {
   const name = existsSync(model) ? null : parseHubName(model);
   return checkpointName(name ? (name.file ?? name.repository) : model);
 }
 
-/** Adds the flag of every field that has one. */
+/** Adds the flag of every field that has one, and for what a model is loaded with those of adapters. */
 export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): void {
   for (const field of schemas.flatMap((schema) => Object.values(schema.shape) as z.ZodType[])) {
     const { flag, description, help = description } = optionMeta(field);
@@ -43,6 +49,7 @@ export function addFlags(command: Command, ...schemas: readonly z.ZodObject[]): 
     command.addOption(new Option(flag, preset === null ? help : `${help} (default: ${preset})`));
     if (hasOpposite(field, flag)) command.addOption(new Option(flag.replace("--", "--no-"), `the opposite of ${flag}`));
   }
+  if (schemas.includes(loadSchema)) addLoadAdapters(command);
 }
 
 /** Whether a switch may be on, off, or not given, which is a third thing. */

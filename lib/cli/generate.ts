@@ -23,7 +23,8 @@ import {
   refusePaths,
 } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
-import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
+import { addRequestAdapters, type RequestAdapterFlags, readRequestAdapters } from "./adapters.js";
+import { addJsonFlag, addModelFlags, type CommonFlags, readFlags, readLoadFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
 import { print, rounded } from "./print.js";
 import type { Progress } from "./progress.js";
@@ -31,7 +32,7 @@ import { withModel } from "./with-model.js";
 
 const usualFiles = "flowturbo-{seed}.png";
 
-interface Flags extends CommonFlags {
+interface Flags extends CommonFlags, RequestAdapterFlags {
   out?: string;
   from?: string;
   noise?: string;
@@ -46,6 +47,7 @@ export function generateCommand(command: Command, signal: AbortSignal): void {
     .description("Draw a picture for each prompt.")
     .argument("[prompt...]", "what to draw; several prompts form one batch");
   addModelFlags(command, loadSchema, generateSchema);
+  addRequestAdapters(command);
   addJsonFlag(command);
   command
     .option(
@@ -83,12 +85,13 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   const noise = flags.noise === undefined ? undefined : await readNoise(flags.noise, stages?.length ?? 1);
   const given: Record<string, unknown> = {
     ...readFlags(generateSchema, flags),
+    ...readRequestAdapters(flags),
     ...(prompts.length > 0 && { prompt: prompts }),
     ...(noise && { noise }),
     ...(stages && { stages }),
   };
   const drawn = flags.from === undefined ? null : await readFrom(flags.from, given);
-  const loadOptions = { ...drawn?.loadOptions, ...readFlags(loadSchema, flags), signal };
+  const loadOptions = { ...drawn?.loadOptions, ...readLoadFlags(flags), signal };
   const options: Record<string, unknown> = {
     ...(!noise && (drawn?.options ?? given).seeds === undefined && { seed: randomInt(2 ** 32) }),
     ...(drawn?.options ?? given),

@@ -16,7 +16,7 @@ import { mcpSdk } from "../mcp/sdk.js";
 import { createMcpServer } from "../mcp/server.js";
 import type { ImageFormat } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
-import { addModelFlags, modelName, readFlags } from "./flags.js";
+import { addModelFlags, modelName, readLoadFlags } from "./flags.js";
 
 interface Flags {
   model?: string;
@@ -104,7 +104,7 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
 function processSource(flags: Flags, signal: AbortSignal): Source {
   if (flags.apiKey !== undefined)
     throw new OptionError("apiKey", "The flag --api-key is for a server; give --url too.");
-  const options = { ...readFlags(loadSchema, flags), signal };
+  const options = { ...readLoadFlags(flags), signal };
   checkOptions(loadSchema, options, "mcp");
   const folder = flags.model ?? embeddedModel;
   let loading: Promise<FlowTurbo> | null = null;
@@ -130,7 +130,7 @@ function serverSource(flags: Flags, url: string): Source {
   if (!URL.canParse(url) || !/^https?:$/.test(new URL(url).protocol))
     throw new OptionError("url", `Expected an address such as http://127.0.0.1:7860 for --url but received "${url}".`);
   const usual: Record<string, unknown> = checkOptions(loadSchema, {}, "mcp");
-  const needless = Object.entries(readFlags(loadSchema, flags)).find(([name, value]) => value !== usual[name])?.[0];
+  const needless = Object.entries(readLoadFlags(flags)).find(([name, value]) => value !== usual[name])?.[0];
   if (needless !== undefined)
     throw new OptionError(
       needless,

@@ -3,7 +3,7 @@
 import type { Command } from "commander";
 import type { Costs, ProfileProgress } from "../model.js";
 import { checkOptions, loadSchema, profileSchema } from "../options.js";
-import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
+import { addJsonFlag, addModelFlags, type CommonFlags, readFlags, readLoadFlags } from "./flags.js";
 import { print, rounded } from "./print.js";
 import { withModel } from "./with-model.js";
 
@@ -24,7 +24,7 @@ Examples:
 }
 
 async function profile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
-  const loadOptions = { ...readFlags(loadSchema, flags), signal };
+  const loadOptions = { ...readLoadFlags(flags), signal };
   const options = { ...readFlags(profileSchema, flags), signal };
   checkOptions(loadSchema, loadOptions, "profile");
   checkOptions(profileSchema, options, "profile");

@@ -9,7 +9,7 @@ import { checkOptions, loadSchema } from "../options.js";
 import { type CreateServerOptions, createServer } from "../server/index.js";
 import { serverSchema } from "../server/options.js";
 import { loadPackages } from "../server/packages.js";
-import { addFlags, modelName, readFlags } from "./flags.js";
+import { addFlags, modelName, readFlags, readLoadFlags } from "./flags.js";
 import { type LogFormat, logger, logLevels } from "./log.js";
 
 interface Flags {
@@ -81,7 +81,7 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   const port = whole("port", flags.port, 65_535);
   const drainSeconds = number("drain", flags.drain, 3600);
   const loadOptions: LoadOptions = {
-    ...readFlags(loadSchema, flags),
+    ...readLoadFlags(flags),
     ...(flags.maxQueue !== undefined && { maxQueue: whole("maxQueue", flags.maxQueue, 1_000_000) }),
     ...{ allowPaths: false, signal },
   };

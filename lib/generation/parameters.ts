@@ -158,7 +158,8 @@ const calibrationWords = [
 
 /**
  * Options of a file under those that are given, which win, also over what says the same in other words. A list of guidance
- * scales, one for each step, becomes its largest where the steps are others; a grid that was calibrated is left open where it may not fit.
+ * scales, one for each step, becomes its largest where the steps are others; a grid that was calibrated is left open where it may not fit; without
+ * guidance there is no skip-layer guidance.
  */
 export function overridden(
   options: Partial<GenerateOptions>,
@@ -169,6 +170,8 @@ export function overridden(
   const { guidanceScale } = options;
   const says = (names: readonly string[]) => names.some((name) => given[name] !== undefined);
   if (Array.isArray(guidanceScale) && says(stepWords)) kept.guidanceScale = Math.max(...(guidanceScale as number[]));
+  const isUnguided = [given.guidanceScale ?? []].flat().every((scale) => Number(scale) <= 1);
+  if (given.guidanceScale !== undefined && isUnguided) delete kept.skipLayers;
   if (kept.grid === "calibrated" && says([...stepWords, ...calibrationWords])) delete kept.grid;
   return { ...kept, ...given };
 }

@@ -12,16 +12,20 @@ import { elementCount, type FloatTensor, float32, type Tensor } from "../common/
 import {
   graphName,
   guidedKeysOf,
+  type LoraRank,
+  listed,
   networks,
   type UpscaleName,
   upscaleConstants,
   upscaleJump,
   upscaleScale,
   upscales,
+  type Variants,
 } from "../networks/index.js";
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
 import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
 import { type Combination, moveBy, type Schedule, type StepLaunch, type StepType } from "../schedule/index.js";
+import type { StepPlace } from "./stages.js";
 
 /** [B, C, h, w] */
 export type LatentShape = readonly [rows: number, channels: number, height: number, width: number];
@@ -29,15 +33,59 @@ export type LatentShape = readonly [rows: number, channels: number, height: numb
 /** One size of a run. B pictures, C latent channels. */
 export interface SamplingStage {
   readonly schedule: Schedule;
+  /** Which steps of the whole run its blocks are. Default: all of them. */
+  readonly place?: StepPlace | undefined;
   /** Of the noise and of the latents, [B, C, h, w]. */
   readonly latentShape: LatentShape;
   /** How it starts from the stage before; unused for the first. Default: pixels. */
   readonly upscale?: UpscaleName | undefined;
   /** Positions, [1, patches, width], for each step type that the schedule uses: the two networks differ in width. */
   readonly positions: Readonly<Partial<Record<StepType, Constant>>>;
+  /** Of each of the kind's ControlNets that has positions of its own: those for the stage, [1, patches, width]. */
+  readonly controlPositions?: readonly (Constant | null)[] | undefined;
   /** Whether there are init latents, those of an original: to start from (first stage), and to keep where there is a mask. */
   readonly hasInit: boolean;
   readonly hasMask: boolean;
+}
+
+/** What the transformer is run with in some steps. The refiner, which was trained for its velocities without them, is run without. */
+export interface Additions {
+  /** Matrices of LoRAs, in all steps. */
+  readonly lora: { readonly rank: LoraRank; readonly down: number; readonly up: number } | null;
+  /** ControlNets in the order of the graph's inputs, each in the steps of its interval. */
+  readonly controls: readonly ControlKind[];
+  /** Skip-layer guidance, in guided steps of its interval. */
+  readonly skipLayers: SkippedLayers | null;
+}
+
+/** A ControlNet of a kind of pictures. */
+export interface ControlKind {
+  /** Id of the ControlNet. */
+  readonly id: string;
+  /** Of the control latents, with what else it reads. */
+  readonly channels: number;
+  readonly scale: number;
+  readonly start: number;
+  readonly stop: number;
+}
+
+/** Skip-layer guidance, settled. */
+export interface SkippedLayers {
+  /** Rising, each once. */
+  readonly layers: readonly number[];
+  readonly scale: number;
+  readonly start: number;
+  readonly stop: number;
+}
+
+/** Whether a step has skip-layer guidance: as in diffusers' pipeline, strictly between both ends. */
+export function skipsLayers({ start, stop }: SkippedLayers, step: number, steps: number): boolean {
+  return steps * start < step && step < steps * stop;
+}
+
+/** Whether a ControlNet guides a step: as in diffusers' pipeline. */
+export function isControlled({ start, stop }: ControlKind, step: number, steps: number): boolean {
+  return !(step / steps < start || (step + 1) / steps > stop);
 }
 
 /** What pictures of a kind have in common. */
@@ -48,6 +96,8 @@ export interface SamplingKind {
   readonly pooledShape: readonly [width: number];
   /** How guided steps are guided. Default: `cfg`. */
   readonly guidanceMode?: "cfg" | "cfg_zero";
+  /** What the transformer is run with besides. Default: nothing. */
+  readonly additions?: Additions | undefined;
   /** Pixels of a latent's side, and channels of a picture. */
   readonly vaeFactor: number;
   readonly imageChannels: number;
@@ -78,7 +128,11 @@ export interface SamplingValues {
     readonly init?: Tensor | undefined;
     /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
     readonly mask?: Tensor | undefined;
+    /** For each ControlNet of the kind what it reads of its picture, [B, its channels, h, w]. */
+    readonly controls?: readonly Tensor[] | undefined;
   }[];
+  /** Matrices of LoRAs and what they are scaled by: see `Layers`. */
+  readonly lora?: { readonly down: Tensor; readonly up: Tensor; readonly scale: Tensor } | undefined;
   /** For guided steps, [2B, T, joint] and [2B, pooled], unconditional rows first. */
   readonly guided?: TextValues | undefined;
   /** For steps without guidance, [B, T, joint] and [B, pooled]. */
@@ -101,6 +155,8 @@ export interface SamplingTemplate {
   readonly image: string | null;
   /** Indices of the blocks, over all stages, that previews follow. */
   readonly previewed: ReadonlySet<number>;
+  /** Rows of the network besides those of guidance: of skip-layer guidance. */
+  readonly thirdRows: number;
 }
 
 /**
@@ -115,13 +171,16 @@ export function previewedBlocks(blocks: number, count: number | undefined): Read
 }
 
 /** A picture's values by the names of their slots. */
-export function slotValues({ stages, guided, alone, colours }: SamplingValues): Record<string, Tensor> {
+export function slotValues({ stages, guided, alone, colours, lora }: SamplingValues): Record<string, Tensor> {
   const values: Record<string, Tensor> = {};
   if (guided) Object.assign(values, { "guided.context": guided.context, "guided.pooled": guided.pooled });
   if (alone) Object.assign(values, { context: alone.context, pooled: alone.pooled });
   if (colours) Object.assign(values, { "colours.map": colours.map, "colours.bias": colours.bias });
-  for (const [index, stage] of stages.entries())
+  for (const [name, tensor] of Object.entries(lora ?? {})) values[`lora.${name}`] = tensor;
+  for (const [index, { controls = [], ...stage }] of stages.entries()) {
     for (const [name, tensor] of Object.entries(stage)) if (tensor) values[`${stageName(index)}.${name}`] = tensor;
+    for (const [at, tensor] of controls.entries()) values[controlSlot(stageName(index), at)] = tensor;
+  }
   return values;
 }
 
@@ -145,7 +204,7 @@ export function samplingTemplate(kind: SamplingKind): SamplingTemplate {
   const decoder = { kind: "decode", name: "decoder" } as const;
   const image = decodes ? writer.decode(latents, kind.stages.length - 1, "image", decoder) : null;
   const program = writer.builder.build([...(keepsLatents ? [latents] : []), ...(image === null ? [] : [image])]);
-  return { program, latents, image, previewed: writer.previewed };
+  return { program, latents, image, previewed: writer.previewed, thirdRows: writer.thirdRows };
 }
 
 /** The program that encodes a picture, [1, 3, H, W]; its result is "latents", [1, C, h, w]. */
@@ -171,6 +230,11 @@ export function encoderProgram(
 
 function stageName(index: number): string {
   return `stage${index + 1}`;
+}
+
+/** The slot of a ControlNet's picture. */
+function controlSlot(stage: string, index: number): string {
+  return `${stage}.control_${index + 1}`;
 }
 
 /** How launches of a network may be shared, by its row, for pictures of a size in pixels. */
@@ -308,6 +372,8 @@ class TemplateWriter {
   readonly builder = new ProgramBuilder();
   /** Blocks, over all stages, that previews follow. */
   readonly previewed: ReadonlySet<number>;
+  /** See `SamplingTemplate`. */
+  thirdRows = 0;
   readonly #kind: SamplingKind;
   readonly #rows: number;
   /** Blocks of the stages before the present one, and of all. */
@@ -326,6 +392,19 @@ class TemplateWriter {
     };
     if (guided) slots("guided.", 2 * this.#rows);
     if (alone) slots("", this.#rows);
+    const { lora, controls } = this.#additions;
+    if (lora) {
+      this.builder.slot("lora.down", [this.#rows, lora.down]);
+      this.builder.slot("lora.up", [this.#rows, lora.up]);
+      this.builder.slot("lora.scale", [this.#rows, lora.rank]);
+    }
+    for (const [index, { latentShape }] of kind.stages.entries())
+      for (const [at, { channels }] of controls.entries())
+        this.builder.slot(controlSlot(stageName(index), at), [this.#rows, channels, latentShape[2], latentShape[3]]);
+  }
+
+  get #additions(): Additions {
+    return this.#kind.additions ?? { lora: null, controls: [], skipLayers: null };
   }
 
   /**
@@ -416,8 +495,11 @@ class TemplateWriter {
     const nextVelocity = velocity.next(rows);
     const prefix = guidance === null ? "" : "guided.";
     const after = isOther && aOld !== 0;
+    const added = type === "predict" ? this.#added(index, step) : null;
     writer.launch(type, {
+      ...{ variants: added?.variants ?? {} },
       inputs: {
+        ...added?.inputs,
         ...{ x: state.x.at, velocity: old ?? velocity.none(rows) },
         ...{ context: `${prefix}context`, pooled: `${prefix}pooled`, position_embedding: positions },
         ...{ sigma: perRow(sigma), a_in: perRow(aIn), a_old: perRow(after ? 0 : aOld), a_new: perRow(aNew) },
@@ -432,6 +514,43 @@ class TemplateWriter {
     const evaluated = { register: nextVelocity, rows, guidance } as const;
     if (step.keepsVelocity) velocity.push(evaluated);
     if (combination) writer.combine(state, combination, step.last);
+  }
+
+  /** What the transformer is run with in a step: variants of the graph, and their inputs. */
+  #added(
+    index: number,
+    { block, guidance }: StepLaunch,
+  ): { readonly variants: Variants; readonly inputs: Record<string, string> } {
+    const { builder } = this;
+    const { lora, controls, skipLayers } = this.#additions;
+    const stage = this.#kind.stages[index]!;
+    const name = stageName(index);
+    const { first, steps } = stage.place ?? { first: 0, steps: stage.schedule.blocks.length };
+    const at = first + block;
+    const perRow = (value: number) => builder.perRow(value, this.#rows);
+    const isSkipping = skipLayers !== null && guidance !== null && skipsLayers(skipLayers, at, steps);
+    if (isSkipping) this.thirdRows += this.#rows;
+    const active = [...controls.entries()].filter(([, control]) => isControlled(control, at, steps));
+    const inputs: Record<string, string> = {
+      ...(lora && { lora_down: "lora.down", lora_up: "lora.up", lora_scale: "lora.scale" }),
+      ...(isSkipping && { skip_scale: perRow(skipLayers.scale) }),
+    };
+    for (const [place, [which, { scale }]] of active.entries()) {
+      const input = `control_${place + 1}`;
+      inputs[input] = controlSlot(name, which);
+      inputs[`${input}_scale`] = perRow(scale);
+      const positions = stage.controlPositions?.[which];
+      if (!positions) continue;
+      const constant = `${controlSlot(name, which)}.positions`;
+      builder.constants[constant] ??= positions;
+      inputs[`${input}_positions`] = constant;
+    }
+    const variants = {
+      ...(lora && { lora: lora.rank }),
+      ...(active.length > 0 && { controls: listed(active.map(([, { id }]) => id)) }),
+      ...(isSkipping && { skipped: listed(skipLayers.layers) }),
+    };
+    return { variants, inputs };
   }
 
   /** What is reported with the launch that ends the blocks' own work on x. */
@@ -451,11 +570,15 @@ class TemplateWriter {
     const name = `block ${block + 1} of ${this.#blocks} (${blocks[step.block]}, sigma ${from.toFixed(4)} to ${to.toFixed(4)})`;
     const launch = (
       network: string,
-      { last, ...launch }: Pick<Launch, "inputs" | "outputs" | "mustBeFinite"> & { last: boolean },
+      {
+        last,
+        variants,
+        ...launch
+      }: Pick<Launch, "inputs" | "outputs" | "mustBeFinite"> & { last: boolean; variants?: Variants },
       guided = "guidance" in launch.inputs,
     ) =>
       builder.launch({
-        graph: this.#graph(network, guided),
+        graph: this.#graph(network, guided, variants),
         ...launch,
         // Those of an edit are what the known region was put into.
         ...(last && !stage.hasMask && this.#reportOf(launch.outputs.x_next)),
@@ -600,9 +723,9 @@ class TemplateWriter {
       this.decode(latents, index, `${name}.preview.image`, { kind: "preview", name: "decoder of a preview", block });
   }
 
-  /** The network's graph, in the variant for guided pictures or for others. */
-  #graph(network: string, guided = false): string {
-    return graphName(guidedKeysOf(network, [guided], this.#kind.guidanceMode)[0]!);
+  /** The network's graph, in the variant for guided pictures or for others. @param variants others */
+  #graph(network: string, guided = false, variants: Variants = {}): string {
+    return graphName({ ...guidedKeysOf(network, [guided], this.#kind.guidanceMode)[0]!, ...variants });
   }
 
   /** Height and width of a stage in pixels. */

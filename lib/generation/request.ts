@@ -21,6 +21,7 @@ import {
 import { allFinite } from "../program/validate.js";
 import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
+import { type Additions, type SkippedLayers, skipsLayers } from "./programs.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
 
@@ -84,6 +85,8 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   /** Ways to draw it, the richest first; one without a time limit. */
   readonly candidates: readonly [Candidate, ...Candidate[]];
   readonly guidance: GuidanceSettings;
+  /** What the transformer is run with besides. */
+  readonly additions: Additions;
   readonly sequenceLength: number;
   /** Seed of each picture; empty if the noise was given. */
   readonly seeds: readonly Seed[];
@@ -152,6 +155,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
       "Guidance needs promptEmbeds.negativePromptEmbeds and promptEmbeds.negativePooledPromptEmbeds; give them, or guidanceScale 1.",
     );
 
+  const skipLayers = settleSkipLayers(options, candidates, model.checkpoint);
+
   // What an edit needs.
   for (const [name, value] of Object.entries({ mask, strength }))
     if (value !== undefined && image === undefined)
@@ -187,6 +192,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     guidance: {
       ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
+    additions: { lora: null, controls: [], skipLayers },
     edit:
       image === undefined
         ? null
@@ -224,6 +230,51 @@ function withQuality(
   if (own === null || options.grid === "calibrated")
     return { ...options, steps: defaults.quality[quality as QualityName] };
   return { ...options, blocks: formatBlocks(own[qualities[quality]!.rung(own.length)]!) };
+}
+
+/**
+ * Null where nothing is said, and for a scale of 0, which changes nothing.
+ * @throws OptionError for blocks that the transformer does not have, without guidance, and where no step of any candidate would have it
+ */
+function settleSkipLayers(
+  { skipLayers }: ResolvedGenerateOptions,
+  candidates: readonly Candidate[],
+  { transformer }: Checkpoint,
+): SkippedLayers | null {
+  if (!skipLayers) return null;
+  const { scale = 2.8, start = 0.01, stop = 0.2 } = skipLayers;
+  const { numLayers } = transformer.config;
+  const layers = [...new Set(skipLayers.layers)].sort((a, b) => a - b);
+  const refuse = (message: string): never => {
+    throw new OptionError("skipLayers", message);
+  };
+  const beyond = layers.find((layer) => layer >= numLayers);
+  if (beyond !== undefined)
+    refuse(
+      `Expected numbers of blocks from 0 to ${numLayers - 1} for skipLayers.layers, since the transformer has ${numLayers}, but received ${beyond}.`,
+    );
+  if (start >= stop) refuse(`Expected skipLayers.start (${start}) below skipLayers.stop (${stop}).`);
+  if (!candidates.some(({ isGuided }) => isGuided))
+    refuse("Skip-layer guidance is added to guidance; give a guidanceScale above 1, or leave out skipLayers.");
+  if (scale === 0) return null;
+  const settled = { layers, scale, start, stop };
+  if (!candidates.some(({ stages }) => hasSkippedStep(settled, stages))) {
+    const { steps } = candidates[0]!.stages[0]!.place;
+    refuse(
+      `With skipLayers.start ${start} and skipLayers.stop ${stop} no guided step would have skip-layer guidance: of ${steps} step${steps === 1 ? "" : "s"}, numbered from 0, those between ${steps * start} and ${steps * stop} have it. Give a wider interval, or more steps.`,
+    );
+  }
+  return settled;
+}
+
+/** Whether some step of a run has skip-layer guidance. */
+export function hasSkippedStep(skipped: SkippedLayers, stages: readonly RequestStage[]): boolean {
+  return stages.some(({ place, schedule }) =>
+    schedule.launches.some(
+      ({ type, block, guidance }) =>
+        type === "predict" && guidance !== null && skipsLayers(skipped, place.first + block, place.steps),
+    ),
+  );
 }
 
 /** @throws OptionError for two shifts, or a parameter that the model's scheduler does not have */

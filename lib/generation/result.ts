@@ -57,7 +57,7 @@ export async function resultOf(
     evaluations: {
       predictor: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0),
       refiner: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.refiner, 0),
-      rows: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.rows, 0),
+      rows: stages.reduce((sum, { schedule }) => sum + schedule.evaluations.rows, template.thirdRows),
     },
     deadline:
       deadlineMs === undefined
@@ -80,7 +80,7 @@ export function parametersOf(
   drawn: PreparedCandidate["stages"],
   row: number,
 ): Record<string, unknown> {
-  const { guidance, seeds, sampler, sigmas, shift, mu, stages, edit } = request;
+  const { guidance, additions, seeds, sampler, sigmas, shift, mu, stages, edit } = request;
   const index = Math.floor(row / request.count);
   const { width, height, whole } = drawn.at(-1)!;
   // Noise levels depend on guidance, even where the steps that had it are left out.
@@ -98,6 +98,7 @@ export function parametersOf(
     ...(isGuided &&
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
     ...(isGuided && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
+    ...(isGuided && additions.skipLayers && { skipLayers: additions.skipLayers }),
     ...(request.texts && { maxSequenceLength: request.sequenceLength }),
   };
 }

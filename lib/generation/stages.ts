@@ -43,6 +43,14 @@ export interface StageFacts {
   readonly calibrated: readonly CalibratedSchedule[];
 }
 
+/** Which steps of a request a stage runs. */
+export interface StepPlace {
+  /** Number of the first one, from 0. */
+  readonly first: number;
+  /** Steps of all stages. */
+  readonly steps: number;
+}
+
 /** One size of a request. */
 export interface RequestStage extends Size {
   /** Of all pictures, [B, C, h, w]. */
@@ -50,6 +58,8 @@ export interface RequestStage extends Size {
   readonly schedule: Schedule;
   /** How it starts from the stage before; absent of the first. */
   readonly upscale?: UpscaleName | undefined;
+  /** Where its blocks are among the steps of the whole request, those that are left out included: intervals are parts of these. */
+  readonly place: StepPlace;
   /** For the picture's parameters: the blocks before any are left out, and the name of their noise levels. */
   readonly whole: {
     /** As they were given; null for a number of steps. */
@@ -235,7 +245,7 @@ export function firstStage(
     const { blocks: steps, sigmas, weights, guidance } = fitted;
     const schedule = scheduleOf(steps, sigmas, { weights, guidance: (block) => guidance[block]! });
     const whole = { blocks: null, steps: count, grid: "calibrated", guidanceScale };
-    return { ...size, latentShape, schedule, whole };
+    return { ...size, latentShape, schedule, place: { first: 0, steps: count }, whole };
   }
   if (options.grid === "calibrated")
     throw new OptionError(
@@ -268,7 +278,7 @@ export function firstStage(
     solver: solver ? { ...solver, skipped, steps: count } : undefined,
   });
   const whole = { blocks: blocks && formatBlocks(blocks), steps: count, grid, guidanceScale };
-  return { ...size, latentShape, schedule, whole };
+  return { ...size, latentShape, schedule, place: { first: skipped, steps: count + later }, whole };
 }
 
 /**
@@ -402,7 +412,7 @@ export function risingStages(
     const whole = {
       ...{ blocks: schedule.text, steps: all.length, grid: blocksGrid, guidanceScale: options.guidanceScale },
     };
-    return { width, height, latentShape, upscale, schedule, whole };
+    return { width, height, latentShape, upscale, schedule, place: { first: start, steps: total }, whole };
   });
 }
 

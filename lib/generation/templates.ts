@@ -89,31 +89,42 @@ export class Templates {
   sampling(
     request: Pick<
       Request,
-      "guidance" | "sequenceLength" | "preview" | "previewCount" | "include" | "outputType" | "stepLatents"
+      | "guidance"
+      | "sequenceLength"
+      | "preview"
+      | "previewCount"
+      | "include"
+      | "outputType"
+      | "stepLatents"
+      | "additions"
     >,
     stages: readonly RequestStage[],
     edit: Edit | null,
   ): SamplingTemplate {
-    const { guidance, sequenceLength, preview, previewCount } = request;
+    const { guidance, sequenceLength, preview, previewCount, additions } = request;
     const decodes = request.outputType === "image";
     const keepsLatents = !decodes || request.include.includes("latents");
     const reportsLatents = request.stepLatents;
-    const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale }, index) => {
+    const sizes = stages.map(({ schedule: { key }, latentShape: [, ...area], upscale, place }, index) => {
       const { original, mask } = originalOf(edit, index) ?? {};
-      return { key, area, upscale, hasInit: original !== undefined, hasMask: Boolean(mask) };
+      return { key, area, upscale, place, hasInit: original !== undefined, hasMask: Boolean(mask) };
     });
     const results = [keepsLatents, decodes, reportsLatents];
-    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, results]);
+    const key = JSON.stringify([sizes, guidance.mode, sequenceLength, preview, previewCount, results, additions]);
     const known = this.#kept.get(key);
     if (known) return known;
     const { vae, previewVae } = this.#checkpoint;
     const template = samplingTemplate({
-      stages: stages.map(({ schedule, latentShape: [, ...area], upscale }, index): SamplingStage => {
+      stages: stages.map(({ schedule, latentShape: [, ...area], upscale, place }, index): SamplingStage => {
         const { hasInit, hasMask } = sizes[index]!;
         const latentShape = [1, ...area] as const;
         const positions = positionsOf(this.#checkpoint, latentShape);
-        return { schedule, latentShape, upscale, positions, hasInit, hasMask };
+        const controlPositions = additions.controls.map(({ id }) =>
+          controlPositionsOf(this.#checkpoint, id, latentShape),
+        );
+        return { schedule, latentShape, upscale, place, positions, controlPositions, hasInit, hasMask };
       }),
+      additions,
       ...this.#text.shapes(sequenceLength),
       ...{ guidanceMode: guidance.mode, preview, previewCount, keepsLatents, decodes, reportsLatents },
       ...(previewVae && { previewDecoder: "preview_decoder" }),
@@ -152,6 +163,11 @@ export function positionsOf(checkpoint: Checkpoint, latentShape: LatentShape): S
       positionCrop(checkpoint[row.part!] as Checkpoint["transformer"], latentShape),
     ]),
   );
+}
+
+/** Positions of a ControlNet for a latent; null for one that reads the transformer's tokens. */
+function controlPositionsOf(_: Checkpoint, __: string, ___: LatentShape): StoredConstant | null {
+  return null;
 }
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */

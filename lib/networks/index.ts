@@ -4,7 +4,7 @@
  * takes in memory follow from this table: a new network is one file that emits it, and one row here.
  */
 
-import type { Checkpoint, Part, Tokenizer } from "../checkpoint/index.js";
+import type { Checkpoint, ControlNet, Part, Tokenizer } from "../checkpoint/index.js";
 import { table } from "../common/table.js";
 import { int64, type Tensor } from "../common/tensor.js";
 import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
@@ -37,7 +37,21 @@ export interface Variants {
   readonly skip?: boolean;
   /** Of a text encoder: with a mask of tokens that none attends to. */
   readonly masked?: boolean;
+  /** With a branch of this rank beside each linear layer, whose matrices are inputs: see `loraRanks`. */
+  readonly lora?: LoraRank;
+  /** Of the transformer: with ControlNets, by their ids in the order of the graph's inputs, joined by "+". */
+  readonly controls?: string;
+  /** Of the transformer with guidance: with a third row for each picture, which these blocks are left out of, joined by "+". */
+  readonly skipped?: string;
 }
+
+/** Ranks that graphs are emitted for: those of adapters are padded to one of them. */
+export const loraRanks = [8, 16, 32, 64, 128] as const;
+
+export type LoraRank = (typeof loraRanks)[number];
+
+/** A variant that is a list, as a part of a graph's name. */
+export const listed = (each: readonly (string | number)[]): string => each.join("+");
 
 /** What identifies a graph of a checkpoint. */
 export interface GraphKey extends Variants {
@@ -103,15 +117,30 @@ function clip(part: "textEncoder" | "textEncoder2", tokenizer: "tokenizer" | "to
   };
 }
 
-function step(part: "transformer" | "refiner", type: "predict" | "refine"): Network {
+function step(
+  part: "transformer" | "refiner",
+  type: "predict" | "refine",
+  variants: readonly (keyof Variants)[] = ["guidance"],
+): Network {
   return {
-    ...{ part, role: "step", variants: ["guidance"] },
-    emit: (name, checkpoint, options, { guidance = false }) => {
+    ...{ part, role: "step", variants },
+    emit: (name, checkpoint, options, { guidance = false, controls, skipped }) => {
       const { weights, config } = checkpoint[part]!;
       const { numTrainTimesteps } = checkpoint.scheduler;
-      return emitStep(name, type, weights, config, { ...options, guidance, numTrainTimesteps });
+      return emitStep(name, type, weights, config, {
+        ...{ ...options, guidance, numTrainTimesteps },
+        controls: (controls?.split("+") ?? []).map((id) => controlNetOf(checkpoint, id)),
+        skipped: (skipped?.split("+") ?? []).map(Number),
+      });
     },
   };
+}
+
+/** @throws RangeError for an id of none that was opened */
+function controlNetOf({ controlNets }: Checkpoint, id: string): ControlNet {
+  const controlNet = controlNets.get(id);
+  if (!controlNet) throw new RangeError(`There is no ControlNet "${id}".`);
+  return controlNet;
 }
 
 /** The table of networks by name. */
@@ -128,7 +157,7 @@ export const networks: Record<string, Network> = {
     },
     emit: (name, { textEncoder3 }, options, { masked }) => emitT5(name, textEncoder3!, { ...options, masked }),
   },
-  predict: step("transformer", "predict"),
+  predict: step("transformer", "predict", ["guidance", "lora", "controls", "skipped"]),
   refine: { ...step("refiner", "refine"), deferrable: true },
   combine: {
     ...{ part: null, role: "edit", variants: ["guidance"] },
@@ -233,10 +262,11 @@ export function graphName({ network, ...variants }: GraphKey): string {
 /** The key of a name. @throws RangeError for a name that `graphName` does not give */
 export function graphKey(name: string): GraphKey {
   const [network, ...present] = name.split(".") as [string, ...string[]];
-  const variants = present.map((each): [string, boolean | string] => {
+  const variants = present.map((each): [string, boolean | string | number] => {
     const dash = each.indexOf("-");
     if (dash < 0) return [each, true];
-    return [each.slice(0, dash), each.slice(dash + 1)];
+    const [variant, value] = [each.slice(0, dash), each.slice(dash + 1)];
+    return [variant, variant === "lora" ? Number(value) : value];
   });
   const key = { network, ...Object.fromEntries(variants) };
   if (graphName(key) !== name) throw new RangeError(`"${name}" is no name of a graph.`);

@@ -36,6 +36,17 @@ export function positionTable(weights: WeightSource, config: TransformerConfig):
   return requireTensor(weights, "pos_embed.pos_embed", [1, config.posEmbedMaxSize ** 2, mmditWidth(config)]);
 }
 
+/** What may be added to the network. */
+export interface MmditAdditions {
+  /**
+   * What is added to the picture's tokens after a block, [rows, h/p · w/p, width], or null for nothing.
+   * @param tokens of the picture, with their positions, before the first block
+   */
+  readonly residuals: (tokens: Value) => (block: number) => Value | null;
+  /** Blocks that only the first `rows` of all rows (int64 [1]) run through; null where there are none. The others pass them by. */
+  readonly skipped: { readonly blocks: readonly number[]; readonly rows: Value | null };
+}
+
 /** @returns the velocity, [rows, outChannels, h, w] in the compute type. */
 export function mmdit(
   g: GraphBuilder,
@@ -43,6 +54,7 @@ export function mmdit(
   config: TransformerConfig,
   options: EmitOptions,
   inputs: MmditInputs,
+  { residuals, skipped }: MmditAdditions,
 ): Value {
   const l = new Layers(g, weights, options, g.shapeOf(inputs.latent, 0, 1));
   const width = mmditWidth(config);
@@ -66,9 +78,17 @@ export function mmdit(
   const activated = l.silu(conditioning);
 
   // 3. The joint blocks.
+  const residualAfter = residuals(x);
+  const block = (layers: Layers, index: number, x: Value, context: Value, activated: Value) =>
+    g.scoped(`transformer_blocks.${index}`, () => jointBlock(layers, config, index, x, context, activated));
+  const first = skipped.rows && new Layers(g, weights, options, skipped.rows);
   for (let index = 0; index < config.numLayers; index++) {
-    const result = g.scoped(`transformer_blocks.${index}`, () => jointBlock(l, config, index, x, context, activated));
-    x = result.x;
+    const result =
+      first && skipped.blocks.includes(index)
+        ? onFirstRows(first, [x, context, activated], (...values) => block(first, index, ...values))
+        : block(l, index, x, context, activated);
+    const residual = residualAfter(index);
+    x = residual ? l.add(result.x, residual) : result.x;
     if (result.context) context = result.context;
   }
 
@@ -83,6 +103,19 @@ export function mmdit(
   const side = g.ints([patch]);
   const shape = g.concat([l.batch, g.ints([channels]), g.op("Mul", [h, side]), g.op("Mul", [w, side])], 0);
   return g.op("Reshape", [spread, shape]);
+}
+
+/** Runs a block on the first rows of its values, as many as `first` has; the others stay as they are. */
+function onFirstRows(
+  first: Layers,
+  values: readonly [x: Value, context: Value, activated: Value],
+  block: (...values: [Value, Value, Value]) => { x: Value; context: Value | null },
+): { x: Value; context: Value | null } {
+  const { g, batch } = first;
+  const [x, context, activated] = values.map((value) => first.slice(value, 0, 0, batch)) as [Value, Value, Value];
+  const result = block(x, context, activated);
+  const joined = (computed: Value, whole: Value) => g.concat([computed, first.slice(whole, 0, batch)], 0);
+  return { x: joined(result.x, values[0]), context: result.context && joined(result.context, values[1]) };
 }
 
 /** Number of patches along an axis of a latent, as an int64 [1] value. */

@@ -8,13 +8,17 @@
  *
  * guide(v) = u + g·(c − u) for the halves u (unconditional, first) and c (conditional) of v. σ and the coefficients
  * are per row, so that rows at different positions of different schedules can share a launch.
+ *
+ * Variants of `predict` add to the network: ControlNets, which run in the same launch; and skip-layer guidance, for which the network
+ * runs on a third row for each picture, w, which some of its blocks leave as it is: v' = u + g·(c − u) + s·(c − w).
  */
 
-import type { TransformerConfig } from "../checkpoint/index.js";
+import type { ControlNet, TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { controlChannels, controlResiduals } from "./controlnet.js";
 import { applyGuidance, perRow, scaledPair } from "./layers.js";
-import { mmdit, mmditWidth, positionTable } from "./mmdit.js";
+import { type MmditInputs, mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
 export interface StepOptions extends EmitOptions {
   /**
@@ -24,13 +28,20 @@ export interface StepOptions extends EmitOptions {
   readonly guidance: boolean | "cfg_zero";
   /** The network's timestep is σ times this (1000). */
   readonly numTrainTimesteps: number;
+  /** ControlNets that run with it, in the order of the inputs. Default: none. */
+  readonly controls?: readonly ControlNet[];
+  /** With guidance: blocks that are left out of a third row for each picture. Default: none, and no such row. */
+  readonly skipped?: readonly number[];
 }
 
 /**
  * Inputs (B rows, R = 2B with guidance, else B; C latent channels):
  * x [B, C, h, w], velocity [R, C, h, w], context [R, T, joint], pooled [R, pooled],
- * position_embedding [1, h/p·w/p, width]; sigma, a_in, a_old, a_new and (guided) guidance [B].
- * Outputs: x_next [B, C, h, w], velocity_next [R, C, h, w]. All float32.
+ * position_embedding [1, h/p·w/p, width]; sigma, a_in, a_old, a_new and (guided) guidance [B]; with blocks left out skip_scale [B]; for
+ * the ControlNet k = 1, 2, … control_k [B, its channels, h, w], control_k_scale [B] and, where it has positions of its own,
+ * control_k_positions [1, h/p·w/p, width].
+ * Outputs: x_next [B, C, h, w], velocity_next [R, C, h, w]. All float32. With blocks left out the conditional half of the latter is
+ * c + (s/g)·(c − w), so that whatever reuses the pair reuses the same guided velocity.
  * @param config of the network to run; a refiner has inChannels = 2·outChannels
  * @throws CheckpointError if a weight is absent or has another shape than the config implies
  */
@@ -59,22 +70,89 @@ export function emitStep(
   const aNew = coefficient("a_new");
   const guidance = guided ? coefficient("guidance") : null;
 
+  const { controls = [], skipped = [] } = options;
+  const skipScale = skipped.length > 0 ? coefficient("skip_scale") : null;
+  /** Rows that the network runs on: of each picture alone, a pair, or three. */
+  const copies = skipScale ? 3 : guided ? 2 : 1;
+  const repeated = (value: Value) => (copies === 1 ? value : g.concat(new Array<Value>(copies).fill(value), 0));
+  /** The condition of the third row is that of the second. */
+  const conditionOf = (pair: Value) => (skipScale ? g.concat([pair, halves(g, pair)[1]], 0) : pair);
   const guide = (pair: Value) => (guidance ? applyGuidance(g, pair, guidance) : pair);
-  const twice = (value: Value) => (guided ? g.concat([value, value], 0) : value);
 
   const old = guide(velocity);
-  const point = twice(g.op("Add", [x, g.op("Mul", [aIn, old])]));
-  const latent = type === "refine" ? g.concat([point, velocity], 1) : point;
-  const computed = mmdit(g, weights, config, options, {
-    latent: g.cast(latent, options.compute),
-    timestep: g.op("Mul", [twice(sigma), g.scalar(options.numTrainTimesteps, "float32")]),
-    ...{ context, pooled, positionEmbedding },
+  const point = repeated(g.op("Add", [x, g.op("Mul", [aIn, old])]));
+  const latent = g.cast(type === "refine" ? g.concat([point, velocity], 1) : point, options.compute);
+  const inputs: Omit<MmditInputs, "positionEmbedding"> = {
+    latent,
+    timestep: g.op("Mul", [repeated(sigma), g.scalar(options.numTrainTimesteps, "float32")]),
+    ...{ context: conditionOf(context), pooled: conditionOf(pooled) },
+  };
+  const transformerInputs = { ...inputs, positionEmbedding };
+  const computed = mmdit(g, weights, config, options, transformerInputs, {
+    residuals: (tokens) => residualsOf(g, controls, config, options, { ...inputs, tokens }, repeated),
+    skipped: { blocks: skipped, rows: skipScale && g.shapeOf(velocity, 0, 1) },
   });
   const output = g.cast(computed, "float32");
-  const computedPair = type === "refine" ? g.op("Add", [output, velocity]) : output;
-  const next = options.guidance === "cfg_zero" ? scaledPair(g, computedPair) : computedPair;
+  const [pair, without] = skipScale ? thirds(g, output) : [output, null];
+  const computedPair = type === "refine" ? g.op("Add", [pair, velocity]) : pair;
+  const scaled = options.guidance === "cfg_zero" ? scaledPair(g, computedPair) : computedPair;
+  const next = without ? furtherFrom(g, scaled, without, g.op("Div", [skipScale!, guidance!])) : scaled;
   const moved = g.op("Add", [x, g.op("Mul", [aOld, old])]);
   g.output("x_next", g.op("Add", [moved, g.op("Mul", [aNew, guide(next)])]), ["rows", channels, "height", "width"]);
   g.output("velocity_next", next, [rows, channels, "height", "width"]);
   return g.build();
+}
+
+/** The two halves of a pair. */
+function halves(g: GraphBuilder, pair: Value): [Value, Value] {
+  return g.ops("Split", [pair], 2, { axis: 0, num_outputs: 2 }) as [Value, Value];
+}
+
+/** Three rows of each picture → the pair of the first two, and the third. */
+function thirds(g: GraphBuilder, rows: Value): [pair: Value, third: Value] {
+  const [u, c, third] = g.ops("Split", [rows], 3, { axis: 0, num_outputs: 3 }) as [Value, Value, Value];
+  return [g.concat([u, c], 0), third];
+}
+
+/** (u, c) → (u, c + scale·(c − without)). */
+function furtherFrom(g: GraphBuilder, pair: Value, without: Value, scale: Value): Value {
+  const [u, c] = halves(g, pair);
+  return g.concat([u, g.op("Add", [c, g.op("Mul", [scale, g.op("Sub", [c, without])])])], 0);
+}
+
+/**
+ * What ControlNets add to the picture's tokens after a block. As in diffusers, block j of L has the residual ⌊j / (L / n)⌋ of n, and the
+ * last block none.
+ * @param repeated gives all rows of a picture what the picture has
+ */
+function residualsOf(
+  g: GraphBuilder,
+  controls: readonly ControlNet[],
+  config: TransformerConfig,
+  options: EmitOptions,
+  inputs: Omit<MmditInputs, "positionEmbedding"> & { readonly tokens: Value },
+  repeated: (value: Value) => Value,
+): (block: number) => Value | null {
+  const all = controls.map((controlNet, index) => {
+    const name = `control_${index + 1}`;
+    const channels = controlChannels(controlNet.config);
+    const latents = g.input(name, "float32", ["rows", channels, "height", "width"]);
+    const scale = g.op("Unsqueeze", [repeated(g.input(`${name}_scale`, "float32", ["rows"])), g.ints([1, 2])]);
+    const positions = controlNet.config.usePosEmbed
+      ? g.input(`${name}_positions`, "float32", [1, "patches", mmditWidth(config)])
+      : null;
+    const control = g.cast(repeated(latents), options.compute);
+    const residuals = g.scoped(name, () =>
+      controlResiduals(g, controlNet, options, { ...inputs, control, positionEmbedding: positions }),
+    );
+    const factor = g.cast(scale, options.compute);
+    return residuals.map((residual) => g.op("Mul", [residual, factor]));
+  });
+  return (block) =>
+    block === config.numLayers - 1
+      ? null
+      : all.reduce<Value | null>((sum, residuals) => {
+          const residual = residuals[Math.trunc(block / (config.numLayers / residuals.length))]!;
+          return sum ? g.op("Add", [sum, residual]) : residual;
+        }, null);
 }

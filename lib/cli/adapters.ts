@@ -1,0 +1,162 @@
+/** Flags of adapters and of skip-layer guidance: texts such as `file:scale@start-stop`, read from the right, since paths may hold colons. */
+
+import { existsSync } from "node:fs";
+import type { Command } from "commander";
+import { OptionError } from "../errors.js";
+import type { Control, ControlNetSource, LoraSource, LoraUse, SkipLayers } from "../model.js";
+
+/** Flags of what a model is loaded with. */
+export interface LoadAdapterFlags {
+  lora?: string[];
+  dynamicLora?: string[];
+  controlNet?: string[];
+}
+
+/** Flags of what a picture is drawn with. */
+export interface RequestAdapterFlags {
+  useLora?: string[];
+  control?: string[];
+  canny?: boolean;
+  skipLayers?: string;
+}
+
+const repeated = (text: string, before: string[] = []) => [...before, text];
+
+/** Adds the flags of adapters that a model is loaded with. */
+export function addLoadAdapters(command: Command): void {
+  command
+    .option(
+      "--lora <file:scale>",
+      "LoRA that is merged into the weights (repeatable), as style.safetensors:0.8",
+      repeated,
+    )
+    .option(
+      "--dynamic-lora <name=file:scale>",
+      "LoRA that requests name (repeatable), as style=style.safetensors; the scale is for requests that say none",
+      repeated,
+    )
+    .option(
+      "--control-net <name=folder>",
+      "ControlNet that requests name (repeatable), as canny=./controlnet",
+      repeated,
+    );
+}
+
+/** Adds the flags of adapters that a picture is drawn with. */
+export function addRequestAdapters(command: Command): void {
+  command
+    .option("--use-lora <name:scale>", "dynamic LoRA of this picture (repeatable), as style:0.8", repeated)
+    .option(
+      "--control <folder:image:scale@start-stop>",
+      "ControlNet and its control picture (repeatable), as ./canny:edges.png:0.8@0-0.7",
+      repeated,
+    )
+    .option("--canny", "make the control pictures of the edges of those that --control names")
+    .option(
+      "--skip-layers <blocks:scale@start-stop>",
+      "skip-layer guidance without these blocks, as 7,8,9:2.8@0.01-0.2; for SD3.5-medium, it harms large",
+    );
+}
+
+/** Options of `load` that the flags stand for. @throws OptionError for a text that cannot be read */
+export function readLoadAdapters(flags: LoadAdapterFlags): {
+  loras?: LoraSource[];
+  controlNets?: ControlNetSource[];
+} {
+  const loras = [
+    ...(flags.lora ?? []).map((text): LoraSource => {
+      const { rest: file, scale } = scaled(text);
+      return { file, ...(scale !== undefined && { scale }) };
+    }),
+    ...(flags.dynamicLora ?? []).map((text): LoraSource => {
+      const { name, rest } = named(text);
+      const { rest: file, scale } = scaled(rest);
+      return { ...{ file, dynamic: true }, ...(name !== undefined && { name }), ...(scale !== undefined && { scale }) };
+    }),
+  ];
+  const controlNets = (flags.controlNet ?? []).map((text): ControlNetSource => {
+    const { name, rest: folder } = named(text);
+    return { folder, ...(name !== undefined && { name }) };
+  });
+  return { ...(loras.length > 0 && { loras }), ...(controlNets.length > 0 && { controlNets }) };
+}
+
+/** Options of `generate` that the flags stand for. @throws OptionError for a text that cannot be read */
+export function readRequestAdapters(flags: RequestAdapterFlags): {
+  loras?: LoraUse[];
+  controls?: Control[];
+  skipLayers?: SkipLayers;
+} {
+  const loras = flags.useLora?.map((text): LoraUse => {
+    const { rest: name, scale } = scaled(text);
+    return { name, ...(scale !== undefined && { scale }) };
+  });
+  const controls = flags.control?.map((text) => readControl(text, flags.canny ?? false));
+  if (flags.canny && !controls)
+    throw new OptionError("canny", "The flag --canny makes control pictures; name a ControlNet with --control too.");
+  return {
+    ...(loras && { loras }),
+    ...(controls && { controls }),
+    ...(flags.skipLayers !== undefined && { skipLayers: readSkipLayers(flags.skipLayers) }),
+  };
+}
+
+function readControl(text: string, canny: boolean): Control {
+  const { rest: places, start, stop } = within(text);
+  const { rest, scale } = scaled(places);
+  // The division at which both sides are there, or else the last but for the drive of a Windows path.
+  const colons = [...rest.matchAll(/:/g)].map(({ index }) => index).filter((at) => !isDrive(rest, at));
+  const found = colons.filter((at) => existsSync(rest.slice(at + 1))).at(0) ?? colons.at(-1);
+  if (found === undefined || found === 0 || found === rest.length - 1)
+    throw new OptionError(
+      "controls",
+      `Expected a ControlNet's folder and a picture as folder:image, such as ./canny:edges.png:0.8@0-0.7, for --control but received "${text}".`,
+    );
+  return {
+    ...{ folder: rest.slice(0, found), image: rest.slice(found + 1) },
+    ...(scale !== undefined && { scale }),
+    ...(start !== undefined && { start, stop }),
+    ...(canny && { preprocess: "canny" as const }),
+  };
+}
+
+/** Whether a colon belongs to the drive of a Windows path: C:\ or C:/ at the beginning, or behind another colon. */
+function isDrive(text: string, at: number): boolean {
+  return /(^|:)[A-Za-z]$/.test(text.slice(0, at)) && /^[\\/]/.test(text.slice(at + 1));
+}
+
+function readSkipLayers(text: string): SkipLayers {
+  const { rest: places, start, stop } = within(text);
+  const { rest, scale } = scaled(places);
+  const layers = rest.split(",").map((each) => each.trim());
+  if (!layers.every((each) => /^\d+$/.test(each)))
+    throw new OptionError(
+      "skipLayers",
+      `Expected numbers of blocks such as 7,8,9:2.8@0.01-0.2 for --skip-layers but received "${text}".`,
+    );
+  return {
+    layers: layers.map(Number),
+    ...(scale !== undefined && { scale }),
+    ...(start !== undefined && { start, stop }),
+  };
+}
+
+const number = "[+-]?(?:\\d+\\.?\\d*|\\.\\d+)";
+
+/** `rest:scale`, if a number follows the last colon. */
+function scaled(text: string): { rest: string; scale?: number } {
+  const [, rest, scale] = new RegExp(`^(.+):(${number})$`, "s").exec(text) ?? [];
+  return rest === undefined ? { rest: text } : { rest, scale: Number(scale) };
+}
+
+/** `rest@start-stop`, if it ends so. */
+function within(text: string): { rest: string; start?: number; stop?: number } {
+  const [, rest, start, stop] = /^(.+)@(\d*\.?\d+)-(\d*\.?\d+)$/s.exec(text) ?? [];
+  return rest === undefined ? { rest: text } : { rest, start: Number(start), stop: Number(stop) };
+}
+
+/** `name=rest`, unless the whole is a path that is there, or a path comes before the sign. */
+function named(text: string): { name?: string; rest: string } {
+  const [, name, rest] = /^([^=/\\]+)=(.+)$/s.exec(text) ?? [];
+  return name === undefined || existsSync(text) ? { rest: text } : { name, rest: rest! };
+}
