@@ -11,6 +11,10 @@ const interval = { scale: 2.8, start: 0.01, stop: 0.5 };
 /** Runs of the references, with how many rows of the network each picture takes. */
 const runs: Record<string, { readonly options: Partial<GenerateOptions>; readonly rows: number }> = {
   slg: { options: { sampler: "euler", steps: 8, skipLayers: { layers: [1], ...interval } }, rows: 16 + 3 },
+  slg_dpmpp: {
+    options: { sampler: "dpmpp_2m", steps: 8, skipLayers: { layers: [2, 0], scale: 1.7, start: 0.1, stop: 0.8 } },
+    rows: 16 + 6,
+  },
 };
 
 describe.each(fixtureNames)("%s", (name) => {
