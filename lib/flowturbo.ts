@@ -403,7 +403,7 @@ export class FlowTurbo implements ImageModel {
     for (const size of this.#held ? sizes : []) {
       const latentShape = latentShapeOf(checkpoint, 1, size);
       const { device, draw } = this.#held!;
-      checkPictureMemory(this.#graphs, device, draw, { ...size, latentShape, sequenceLength, guided: true });
+      checkPictureMemory(this.#graphs, device, draw, { ...size, latentShape, sequenceLength, rows: 2 });
     }
     return this.#tracked(async () => {
       const file = checked.file ?? (await calibrationFile(checkpoint, this.#cache));
@@ -462,11 +462,12 @@ export class FlowTurbo implements ImageModel {
   }
 
   /** @throws MemoryError if the device cannot hold what one picture takes */
-  #checkMemory({ candidates, guidance, sequenceLength }: Request): void {
+  #checkMemory({ candidates, guidance, additions, sequenceLength }: Request): void {
     if (!this.#held) return;
     const { device, draw } = this.#held;
+    const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
     for (const stage of candidates[0].stages)
-      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, guided: guidance.isOn });
+      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, rows });
   }
 
   async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {

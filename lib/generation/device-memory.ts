@@ -20,8 +20,8 @@ export interface DrawnPicture {
   /** Pixels. */
   readonly height: number;
   readonly latentShape: LatentShape;
-  /** With guidance it has two rows. */
-  readonly guided: boolean;
+  /** Rows of the network at most: two with guidance, three with skip-layer guidance. */
+  readonly rows: number;
   /** Tokens of the text encoder that takes as many as are asked for. */
   readonly sequenceLength: number;
 }
@@ -110,7 +110,7 @@ const bytesOf = ({ compute }: EmitOptions) => (compute === "float32" ? 4 : 2);
 /** A step: its feed-forward networks, with four times the width, and the scores where attention holds all of them. */
 function stepValues(
   graphs: GraphLibrary,
-  { latentShape, guided, sequenceLength }: DrawnPicture,
+  { latentShape, rows, sequenceLength }: DrawnPicture,
   holdsScores: boolean,
 ): Values {
   const { config } = graphs.checkpoint.transformer;
@@ -121,7 +121,6 @@ function stepValues(
   const tokensThat = (joins: "channels" | "tokens") =>
     Math.max(0, ...texts.filter(({ text }) => text.joins === joins).map((each) => tokensOf(each, sequenceLength)));
   const tokens = patches + tokensThat("channels") + tokensThat("tokens");
-  const rows = guided ? 2 : 1;
   const inner = rows * patches * 4 * mmditWidth(config) * bytesOf(options);
   const scores = holdsScores ? rows * config.numAttentionHeads * tokens * tokens * bytesOf(options) : 0;
   return { largest: Math.max(inner, scores), together: 2 * Math.max(inner, scores) };

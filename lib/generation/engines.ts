@@ -12,10 +12,13 @@ import {
   type Feature,
   graphName,
   guidedKeysOf,
+  type LoraRank,
+  listed,
   type Network,
   networksOf,
   textEncodersOf,
   tokensOf,
+  type VariantValues,
 } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
@@ -27,6 +30,7 @@ import { launchBatches } from "../serving/split.js";
 import { defaultsOf } from "./defaults.js";
 import { locateAll } from "./locate.js";
 import { checkSequenceLength } from "./prompts.js";
+import { noSuchLayer } from "./request.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
 
@@ -137,6 +141,12 @@ export interface EngineNeeds {
   readonly guidance: Parameters<typeof guidanceModes>[0];
   /** Default: `cfg`. */
   readonly guidanceMode?: "cfg" | "cfg_zero" | undefined;
+  /** Also steps with dynamic LoRAs of up to this rank. */
+  readonly lorasRank?: LoraRank | undefined;
+  /** Also steps with these ControlNets together, which the checkpoint has opened: their ids. */
+  readonly controlIds?: readonly string[] | undefined;
+  /** Also steps that leave out these blocks. */
+  readonly skipLayers?: readonly number[] | undefined;
   readonly features?: readonly Feature[] | undefined;
   /** What was calibrated for the model; default: what lies with it. */
   readonly calibrated?: readonly CalibratedSchedule[] | undefined;
@@ -159,6 +169,17 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   const batches = [...new Set(needs.batches)].sort((a, b) => a - b);
   const features = new Set<string>(needs.features);
   const modes = guidanceModes(needs.guidance, areSomeMixed(needs.calibrated ?? checkpoint.schedules.calibrated));
+  const { numLayers } = checkpoint.transformer.config;
+  const { lorasRank, controlIds = [], skipLayers = [] } = needs;
+  const layers = [...new Set(skipLayers)].sort((a, b) => a - b);
+  const beyond = layers.find((layer) => layer >= numLayers);
+  if (beyond !== undefined) throw noSuchLayer(beyond, numLayers, "skipLayers");
+  // Steps outside of an interval have none of it, so that every combination occurs.
+  const added: VariantValues = {
+    ...(lorasRank && { lora: [undefined, lorasRank] }),
+    ...(controlIds.length > 0 && { controls: [undefined, listed(controlIds)] }),
+    ...(layers.length > 0 && { skipped: [undefined, listed(layers)] }),
+  };
   const { factor } = checkpoint.vae.config;
   const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
   const [contextTokens] = text.shapes(sequenceLength).contextShape;
@@ -212,7 +233,7 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   return networksOf(checkpoint)
     .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
     .flatMap(({ name, row }) =>
-      guidedKeysOf(name, modes, needs.guidanceMode).map((key): RequiredEngine => {
+      guidedKeysOf(name, modes, needs.guidanceMode, added).map((key): RequiredEngine => {
         const graph = graphs.get(graphName(key));
         return {
           graph: graph.name,

@@ -249,10 +249,7 @@ function settleSkipLayers(
     throw new OptionError("skipLayers", message);
   };
   const beyond = layers.find((layer) => layer >= numLayers);
-  if (beyond !== undefined)
-    refuse(
-      `Expected numbers of blocks from 0 to ${numLayers - 1} for skipLayers.layers, since the transformer has ${numLayers}, but received ${beyond}.`,
-    );
+  if (beyond !== undefined) throw noSuchLayer(beyond, numLayers, "skipLayers.layers");
   if (start >= stop) refuse(`Expected skipLayers.start (${start}) below skipLayers.stop (${stop}).`);
   if (!candidates.some(({ isGuided }) => isGuided))
     refuse("Skip-layer guidance is added to guidance; give a guidanceScale above 1, or leave out skipLayers.");
@@ -265,6 +262,14 @@ function settleSkipLayers(
     );
   }
   return settled;
+}
+
+/** @param option that names the block */
+export function noSuchLayer(layer: number, numLayers: number, option: string): OptionError {
+  return new OptionError(
+    "skipLayers",
+    `Expected numbers of blocks from 0 to ${numLayers - 1} for ${option}, since the transformer has ${numLayers}, but received ${layer}.`,
+  );
 }
 
 /** Whether some step of a run has skip-layer guidance. */

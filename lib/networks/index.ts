@@ -224,17 +224,22 @@ export function featureNames(): Feature[] {
   return [...new Set(Object.values(networks).flatMap(({ features }) => Object.keys(features ?? {}) as Feature[]))];
 }
 
-/** For each variant its values that are wanted; one that is absent is not. */
-export type VariantValues = { readonly [Name in keyof Variants]?: readonly NonNullable<Variants[Name]>[] };
+/** For each variant its values that are wanted, undefined for graphs without it; one that is absent is not wanted. */
+export type VariantValues = { readonly [Name in keyof Variants]?: readonly Variants[Name][] };
 
-/** The keys of a network for the kinds of guidance that are wanted; only steps differ by its mode. */
+/**
+ * The keys of a network for the kinds of guidance that are wanted; only steps differ by its mode.
+ * @param added values of other variants, in all combinations that occur: blocks are left out of guided steps only
+ */
 export function guidedKeysOf(
   network: string,
   guided: readonly boolean[],
   mode: "cfg" | "cfg_zero" = "cfg",
+  added: VariantValues = {},
 ): GraphKey[] {
   const on = networks[network]!.role === "step" && mode !== "cfg" ? mode : true;
-  return keysOf(network, { guidance: guided.map((each) => each && on) });
+  const keys = keysOf(network, { ...added, guidance: guided.map((each) => each && on) });
+  return keys.filter(({ guidance, skipped }) => guidance || skipped === undefined);
 }
 
 /** The keys of a network for every combination of the variants that it comes in. */
@@ -256,6 +261,8 @@ export function graphName({ network, ...variants }: GraphKey): string {
   for (const [name] of present)
     if (!(row.variants as readonly string[]).includes(name))
       throw new RangeError(`The network ${network} has no variant "${name}".`);
+  const { lora } = variants;
+  if (lora !== undefined && !loraRanks.includes(lora)) throw new RangeError(`No graph is emitted for rank ${lora}.`);
   return [network, ...present.map(([name, value]) => (value === true ? name : `${name}-${value}`)).sort()].join(".");
 }
 

@@ -71,7 +71,7 @@ describe("a picture", () => {
       width: side,
       height: side,
       latentShape: [1, 16, side / 8, side / 8],
-      guided: true,
+      rows: 2,
       sequenceLength: 77,
     }) as const;
 

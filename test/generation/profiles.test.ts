@@ -116,6 +116,11 @@ const cases: [string, Omit<GenerateOptions, "prompt">, EngineNeeds][] = [
     { ...small, preview: "decoded", count: 2 },
     { sizes: [small], batches: [2], guidance: "both", features: ["previews"] },
   ],
+  [
+    "skip-layer guidance in some steps",
+    { ...small, steps: 6, count: 2, skipLayers: { layers: [2, 1], stop: 0.5 }, guidanceStop: 0.8 },
+    { sizes: [small], batches: [2], guidance: "both", skipLayers: [1, 2] },
+  ],
   ["native size", {}, { batches: [1], guidance: "on" }],
 ];
 
@@ -153,6 +158,18 @@ it("names every graph once, and each profile once", async () => {
     const shapes = profiles.map(({ inputs }) => JSON.stringify(inputs));
     expect(new Set(shapes).size, graph).toBe(shapes.length);
   }
+});
+
+it("has a graph for every combination of what steps may have, and leaves blocks out of guided ones only", async () => {
+  const graphs = new GraphLibrary(await openCheckpoint(fixture("medium", "model")));
+  const names = (needs: Partial<EngineNeeds>) =>
+    requiredEngines(graphs, { sizes: [small], batches: [1], guidance: "both", ...needs }).flatMap(
+      ({ graph, stepType }) => (stepType === "predict" ? [graph] : []),
+    );
+  expect(names({})).toEqual(["predict.guidance", "predict"]);
+  const skipped = ["predict.guidance", "predict", "predict.guidance.skipped-0+2"];
+  expect(names({ skipLayers: [2, 0, 2] }).sort()).toEqual(skipped.sort());
+  expect(() => names({ skipLayers: [3] })).toThrow(/from 0 to 2 for skipLayers, .* received 3/);
 });
 
 it("refuses stages of one size", async () => {
