@@ -74,8 +74,16 @@ export interface Checkpoint {
   readonly scheduler: SchedulerConfig;
   /** What schedules.json holds: schedules that were ranked for this model, and schedules that were calibrated for it. */
   readonly schedules: StoredSchedules;
+  /** LoRAs that are in its weights, in the order in which they were named. */
+  readonly loras: readonly MergedLora[];
   /** What is missing or there twice, and how the folder is read because of it. */
   readonly warnings: readonly string[];
+}
+
+/** A LoRA that was merged into weights. */
+export interface MergedLora {
+  readonly name: string;
+  readonly scale: number;
 }
 
 interface OpenCheckpointOptions {
@@ -96,7 +104,7 @@ const t5Tokenizers = ["T5Tokenizer", "T5TokenizerFast"] as const;
 
 type PartKey = Exclude<
   keyof Checkpoint,
-  "folder" | "schedulesFile" | "schedules" | "warnings" | "previewVae" | "joiningVae" | "controlNets"
+  "folder" | "schedulesFile" | "schedules" | "loras" | "warnings" | "previewVae" | "joiningVae" | "controlNets"
 >;
 
 /** How a part is found and opened. */
@@ -218,7 +226,7 @@ export async function openCheckpoint(path: string, options: OpenCheckpointOption
   const schedulesFile = join(root, "schedules.json");
   const previews = await openPreviewVae(options);
   const opened: Checkpoint = {
-    ...{ folder: root, schedulesFile, ...openedParts, ...previews, schedules: noSchedules, warnings },
+    ...{ folder: root, schedulesFile, ...openedParts, ...previews, schedules: noSchedules, loras: [], warnings },
     controlNets: new Map(),
   };
   checkVariant(opened, root, variant);
@@ -326,7 +334,7 @@ async function openFile(file: string, options: OpenCheckpointOptions): Promise<C
     return folder === null ? openPackedTokenizer(packedTokenizers[key]) : partRows[key].open(folder, options);
   };
   const opened: Checkpoint = {
-    ...{ folder: file, schedulesFile: null, schedules: noSchedules, warnings: [], controlNets: new Map() },
+    ...{ folder: file, schedulesFile: null, schedules: noSchedules, loras: [], warnings: [], controlNets: new Map() },
     ...{ transformer, vae, textEncoder, textEncoder2, textEncoder3 },
     // A refiner was trained for the velocities of one transformer.
     refiner: null,

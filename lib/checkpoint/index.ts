@@ -25,7 +25,16 @@ export {
 } from "./configs.js";
 export type { ControlNet, ControlNetConfig } from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
-export { clearQuantised, leftAsStored, listQuantised, quantisedFolder, quantisedT5 } from "./int8.js";
+export { leftAsStored, quantisedT5 } from "./int8.js";
+export {
+  type Lora,
+  type LoraPart,
+  type LowRank,
+  loraParts,
+  mergeLoras,
+  readLora,
+  type ScaledLora,
+} from "./lora/index.js";
 export { checkpointName } from "./name.js";
 export { readSafetensorsHeader, readTensor, writeSafetensors } from "./safetensors.js";
 export {
@@ -39,4 +48,5 @@ export {
   schedulesVersion,
 } from "./schedules.js";
 export { huggingFaceTokenizers, type Tokenizer } from "./tokenizers.js";
+export { clearCachedWeights, listCachedWeights, weightsFolder } from "./weight-cache.js";
 export { openWeights } from "./weights.js";

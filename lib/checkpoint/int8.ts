@@ -6,23 +6,15 @@
  */
 
 import { createHash } from "node:crypto";
-import { readdir, realpath, rm, stat } from "node:fs/promises";
-import path from "node:path";
-import { type FileVersion, makeFolders, writeFileAtomic } from "../common/files.js";
+import type { FileVersion } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
 import { elementCount, is8Bit, type StoredTensor } from "../common/tensor.js";
-import { CheckpointError, OutputError } from "../errors.js";
 import type { Part } from "./checkpoint.js";
 import type { T5Config } from "./configs.js";
 import { readElements } from "./quantised.js";
-import {
-  type HeaderEntry,
-  readBytes,
-  readSafetensorsHeader,
-  readTensor,
-  type SafetensorsHeader,
-} from "./safetensors.js";
+import { type HeaderEntry, readBytes, readTensor, type SafetensorsHeader } from "./safetensors.js";
 import { modelFingerprint } from "./schedules.js";
+import { cachedWeights } from "./weight-cache.js";
 import { locatedWeights, type Weights } from "./weights.js";
 
 /** Values that share a scale. Smaller blocks are nearer to the weights, and have more scales. */
@@ -37,9 +29,6 @@ const isLinear = (name: string) =>
   /^encoder\.block\.\d+\.layer\.\d+\.\w+\.(q|k|v|o|wi|wi_0|wi_1|wo)\.weight$/.test(name);
 const isNeeded = (name: string) => /^(shared|encoder)\.(.*\.)?weight$/.test(name);
 
-/** Folder of quantised weights in a cache. */
-export const quantisedFolder = (cache: string): string => path.join(cache, "weights");
-
 /**
  * The encoder with its linear weights in int8, from the cache, or quantised into it: one to two minutes for T5-XXL on two cores.
  *
@@ -51,57 +40,27 @@ export const quantisedFolder = (cache: string): string => path.join(cache, "weig
 export async function quantisedT5(
   { config, weights }: Part<T5Config>,
   cache: string,
-  { signal, logger = {} }: { signal?: AbortSignal | undefined; logger?: Logger | undefined } = {},
+  { signal, logger }: { signal?: AbortSignal | undefined; logger?: Logger | undefined } = {},
 ): Promise<Part<T5Config> | null> {
   const tensors = weights.names.filter(isNeeded).flatMap((name) => weights.find(name) ?? []);
   if (!tensors.some(isQuantised)) return null;
-  const planned = plan(tensors);
-  const header = Buffer.from(JSON.stringify(Object.fromEntries(planned.entries)));
+  const { entries, bytes } = plan(tensors);
+  const header = Buffer.from(JSON.stringify(Object.fromEntries(entries)));
   const key = createHash("sha256")
     .update(`${format};${await modelFingerprint(config, weights.files)};`)
     .update(header);
-  const folder = quantisedFolder(cache);
-  const file = path.join(folder, `${key.digest("hex").slice(0, 32)}.safetensors`);
-  let opened = await openQuantised(file, planned.bytes);
-  if (!opened) {
-    logger.info?.(`T5's weights are quantised to int8, once, into ${file}.`);
-    const start = performance.now();
-    try {
-      await makeFolders(folder);
-      await writeFileAtomic(file, quantised(tensors, header, signal));
-    } catch (cause) {
-      if (cause instanceof CheckpointError || signal?.aborted) throw cause;
-      const message = `Cannot write T5's quantised weights (${planned.bytes} bytes) to ${file}: ${(cause as Error).message}. Name another folder (cache), or load them as they are stored.`;
-      throw new OutputError(file, message, { cause });
-    }
-    logger.info?.(`T5's weights were quantised in ${((performance.now() - start) / 1000).toFixed(1)} s.`);
-    opened = await openQuantised(file, planned.bytes);
-    if (!opened)
-      throw new OutputError(file, `${file} was removed or changed while it was opened. Load the model again.`);
-  }
-  return { config, weights: opened };
+  const planned = {
+    ...{ digest: key.digest("hex"), bytes, title: "T5's weights in int8" },
+    remedy: "Name another folder (cache), or load them as they are stored.",
+    content: () => quantised(tensors, header, signal),
+  };
+  const { version, header: written } = await cachedWeights(cache, planned, { signal, logger });
+  return { config, weights: source(version, written) };
 }
 
 /** Why the weights are left as they are stored, for a warning. */
 export const leftAsStored = ({ weights: { origin, bytesByDType } }: Part<T5Config>): string =>
   `T5's weights in ${origin} are used as they are stored (${Object.keys(bytesByDType).join(", ")}): t5Weights "int8" quantises only those of more than 8 bits.`;
-
-/** Bytes of the files of quantised weights in a cache, by their paths. */
-export async function listQuantised(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
-  const folder = quantisedFolder(cache);
-  const names = await readdir(folder).catch((): string[] => []);
-  const files = names
-    .filter((name) => /\.safetensors(\.[0-9a-f]+\.tmp)?$/.test(name))
-    .map((name) => path.join(folder, name));
-  return Promise.all(files.sort().map(async (file) => ({ file, bytes: (await stat(file)).size })));
-}
-
-/** Removes them, and what an interrupted load left. @returns how many there were, and their bytes */
-export async function clearQuantised(cache: string): Promise<{ readonly files: number; readonly bytes: number }> {
-  const found = await listQuantised(cache);
-  for (const { file } of found) await rm(file, { force: true });
-  return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
-}
 
 const isQuantised = ({ name, dtype, shape }: StoredTensor) =>
   isLinear(name) && !is8Bit(dtype) && shape.length === 2 && shape[1]! % block === 0;
@@ -176,15 +135,6 @@ function quantiseBlocks(values: Float32Array, scales: Float32Array): Uint8Array 
 
 const bytesOf = ({ buffer, byteOffset, byteLength }: Float32Array | Int8Array) =>
   new Uint8Array(buffer, byteOffset, byteLength);
-
-/** Undefined where there is no whole file of that size. */
-async function openQuantised(file: string, bytes: number): Promise<Weights | undefined> {
-  const found = await stat(file).catch(() => undefined);
-  if (found?.size !== bytes) return undefined;
-  const real = await realpath(file);
-  const header = await readSafetensorsHeader(real).catch(() => undefined);
-  return header && source({ file: real, size: found.size, mtimeMs: found.mtimeMs }, header);
-}
 
 function source(version: FileVersion, header: SafetensorsHeader): Weights {
   const { file } = version;

@@ -53,6 +53,14 @@ export async function readSafetensorsHeader(
   file: string,
   options: { signal?: AbortSignal | undefined } = {},
 ): Promise<SafetensorsHeader> {
+  return (await readDescribedHeader(file, options)).header;
+}
+
+/** The same, with what the file says of itself (`__metadata__`): texts by name. */
+export async function readDescribedHeader(
+  file: string,
+  options: { signal?: AbortSignal | undefined } = {},
+): Promise<{ readonly header: SafetensorsHeader; readonly metadata: Readonly<Record<string, string>> }> {
   options.signal?.throwIfAborted();
   return withFile(file, async (handle) => {
     const stat = await handle.stat();
@@ -183,7 +191,7 @@ async function beginningOf(handle: FileHandle): Promise<string> {
   return text.replace(/[^ -~]+/g, " ").trim();
 }
 
-function parseHeader(file: string, text: string, dataStart: number, size: number): SafetensorsHeader {
+function parseHeader(file: string, text: string, dataStart: number, size: number) {
   let json: unknown;
   try {
     json = JSON.parse(text);
@@ -194,7 +202,7 @@ function parseHeader(file: string, text: string, dataStart: number, size: number
   const { __metadata__: metadata = {}, ...entries } = json;
   if (!isRecord(metadata) || Object.values(metadata).some((item) => typeof item !== "string"))
     throw fault(file, "has a damaged header: __metadata__ must map names to strings.");
-  const header = new Map(
+  const header: Map<string, HeaderEntry> = new Map(
     Object.entries(entries).map(([name, value]) => [name, parseEntry(file, name, value, dataStart, size)]),
   );
   checkThatTensorsTileTheFile(file, header, dataStart, size);
@@ -203,7 +211,7 @@ function parseHeader(file: string, text: string, dataStart: number, size: number
     const weight = header.get(name);
     if (weight) header.set(name, { ...weight, quantisation });
   }
-  return header;
+  return { header, metadata: metadata as Record<string, string> };
 }
 
 /** ComfyUI's key of metadata: {"layers": {"model.layer": {"format": ...}}}. */

@@ -15,8 +15,10 @@ export function widen(bytes: Uint8Array, dtype: StoredDType, into: Float32Array)
     for (let index = 0; index < into.length; index++) into[index] = value(index);
   };
   if (dtype === "F32") fill((index) => view.getFloat32(4 * index, true));
-  else if (dtype === "F16") fill((index) => smallFloat(view.getUint16(2 * index, true), 5, 10));
-  else if (dtype === "BF16") {
+  else if (dtype === "F16") {
+    halves ??= Float32Array.from({ length: 2 ** 16 }, (_, code) => smallFloat(code, 5, 10));
+    for (let index = 0; index < into.length; index++) into[index] = halves[view.getUint16(2 * index, true)]!;
+  } else if (dtype === "BF16") {
     const bits = new Uint32Array(into.buffer, into.byteOffset, into.length);
     for (let index = 0; index < bits.length; index++) bits[index] = view.getUint16(2 * index, true) << 16;
   } else {
@@ -24,6 +26,9 @@ export function widen(bytes: Uint8Array, dtype: StoredDType, into: Float32Array)
     fill((index) => values[bytes[index]!]!);
   }
 }
+
+/** The value of each float16, made when it is first needed. */
+let halves: Float32Array | undefined;
 
 /** IEEE 754's layout with so many bits of exponent and fraction: the largest exponent is for infinities and NaN. */
 function smallFloat(bits: number, exponentBits: number, fractionBits: number): number {

@@ -6,8 +6,8 @@ import { FlowTurbo, OptionError } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import {
   type Checkpoint,
-  clearQuantised,
-  listQuantised,
+  clearCachedWeights,
+  listCachedWeights,
   openCheckpoint,
   quantisedT5,
 } from "../../lib/checkpoint/index.js";
@@ -68,7 +68,7 @@ describe("the cache's file", () => {
     const cache = await newCache();
     const t5 = await t5Of(medium);
     await quantisedT5(t5, cache);
-    const [{ file, bytes }] = (await listQuantised(cache)) as [{ file: string; bytes: number }];
+    const [{ file, bytes }] = (await listCachedWeights(cache)) as [{ file: string; bytes: number }];
     const old = new Date(1e12);
     await utimes(file, old, old);
     await quantisedT5(t5, cache);
@@ -77,9 +77,9 @@ describe("the cache's file", () => {
     await quantisedT5(t5, cache);
     expect((await stat(file)).size).toBe(bytes);
     await quantisedT5(await t5Of(fixture("large/model")), cache);
-    expect(await listQuantised(cache)).toHaveLength(2);
-    expect(await clearQuantised(cache)).toMatchObject({ files: 2 });
-    expect(await listQuantised(cache)).toEqual([]);
+    expect(await listCachedWeights(cache)).toHaveLength(2);
+    expect(await clearCachedWeights(cache)).toMatchObject({ files: 2 });
+    expect(await listCachedWeights(cache)).toEqual([]);
   });
 
   it("is not left half written by an abort, and a cache that cannot be written is an OutputError", async () => {
@@ -245,7 +245,7 @@ describe("a model", () => {
     expect(warning).toMatch(dtype);
     expect(others).toEqual([]);
     expect(told).toEqual([warning]);
-    expect(await listQuantised(cache)).toEqual([]);
+    expect(await listCachedWeights(cache)).toEqual([]);
     // A GPU would not be passed over for it.
     for (const { reason } of model.runtime.passedOver) expect(reason).not.toMatch(/t5Weights/);
     await using plain = await FlowTurbo.load(stored, options);
@@ -264,7 +264,7 @@ describe("a model", () => {
       expect(error).toBeInstanceOf(OptionError);
       expect((error as Error).message).toMatch(/does not take t5Weights "int8"; onnxruntime does/);
     }
-    expect(await listQuantised(cache)).toEqual([]);
+    expect(await listCachedWeights(cache)).toEqual([]);
     await using model = await FlowTurbo.load(medium, { t5Weights: "int8", cache, measureCosts: false });
     expect(model.runtime.name).toBe("onnxruntime");
     for (const { reason } of model.runtime.passedOver) expect(reason).toMatch(/t5Weights "int8"/);

@@ -158,6 +158,34 @@ export function leftOver(header: SafetensorsHeader, parts: readonly (NamedTensor
   return [...header.keys()].filter((name) => !parts.some((part) => part?.read.has(name)) && !unneeded.test(name));
 }
 
+/** How a naming calls a layer of a network. */
+export interface LayerSpelling {
+  /** Without prefix, such as "joint_blocks.0.x_block.attn.qkv". */
+  readonly stored: string;
+  /** The layers whose rows it holds, one after another, by the names of diffusers and transformers. */
+  readonly layers: readonly string[];
+  /** Whether its halves of rows are the other way round. */
+  readonly isReversed: boolean;
+}
+
+/**
+ * What a layer of a part is called in each naming that has it.
+ * @param layer by the name of diffusers or transformers, without ".weight"
+ * @param last number of the part's last block
+ */
+export function spellingsOf(part: FilePart, layer: string, last: number): LayerSpelling[] {
+  return namings[part].namings.flatMap(({ rules, reversedHalves }) => {
+    const isReversed = reversedHalves?.(last).includes(layer) ?? false;
+    for (const { from, to } of rules)
+      for (const each of to) {
+        const stored = renamed(layer, each, from, last);
+        if (stored !== null)
+          return { stored, isReversed, layers: to.map((other) => renamed(layer, each, other, last)!) };
+      }
+    return [];
+  });
+}
+
 /** @returns null if the file has no such part. @throws CheckpointError for a tensor that cannot be divided as its name says */
 export function namedTensors(file: string, header: SafetensorsHeader, part: FilePart): NamedTensors | null {
   const keys = [...header.keys()];

@@ -1,0 +1,89 @@
+/**
+ * Files of weights that are made of a checkpoint's own, once, and kept in the cache: T5 in int8, and weights with LoRAs in them. Each is
+ * called by a digest of all that its content follows from, and is mapped like any other weights.
+ */
+
+import { readdir, realpath, rm, stat } from "node:fs/promises";
+import path from "node:path";
+import { type FileVersion, makeFolders, writeFileAtomic } from "../common/files.js";
+import type { Logger } from "../common/logger.js";
+import { CheckpointError, OutputError } from "../errors.js";
+import { readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
+
+/** Folder of weights in a cache. */
+export const weightsFolder = (cache: string): string => path.join(cache, "weights");
+
+/** Bytes of the files of weights in a cache, by their paths. */
+export async function listCachedWeights(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
+  const folder = weightsFolder(cache);
+  const names = await readdir(folder).catch((): string[] => []);
+  const files = names
+    .filter((name) => /\.safetensors(\.[0-9a-f]+\.tmp)?$/.test(name))
+    .map((name) => path.join(folder, name));
+  return Promise.all(files.sort().map(async (file) => ({ file, bytes: (await stat(file)).size })));
+}
+
+/** Removes them, and what an interrupted load left. @returns how many there were, and their bytes */
+export async function clearCachedWeights(cache: string): Promise<{ readonly files: number; readonly bytes: number }> {
+  const found = await listCachedWeights(cache);
+  for (const { file } of found) await rm(file, { force: true });
+  return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
+}
+
+/** A file that is in the cache, or is to be. */
+interface PlannedWeights {
+  /** Digest of all that its content follows from, in hexadecimal digits. */
+  readonly digest: string;
+  /** Of the whole file: one of another length is not whole. */
+  readonly bytes: number;
+  /** What is in it, as the subject of a sentence with "are": "T5's weights in int8". */
+  readonly title: string;
+  /** What else can be done where it cannot be written, as a sentence. */
+  readonly remedy: string;
+  /** Its bytes, a few megabytes at a time. */
+  content(): AsyncIterable<Uint8Array>;
+}
+
+/** A file of the cache, opened. */
+export interface CachedWeights {
+  readonly version: FileVersion;
+  readonly header: SafetensorsHeader;
+}
+
+/**
+ * A file of weights in a cache, which is written if it is not there.
+ * @throws OutputError if it cannot be written; what `content` throws; `signal.reason` after an abort
+ */
+export async function cachedWeights(
+  cache: string,
+  { digest, bytes, title, remedy, content }: PlannedWeights,
+  { signal, logger = {} }: { signal?: AbortSignal | undefined; logger?: Logger | undefined },
+): Promise<CachedWeights> {
+  const folder = weightsFolder(cache);
+  const file = path.join(folder, `${digest.slice(0, 32)}.safetensors`);
+  const known = await openWhole(file, bytes);
+  if (known) return known;
+  logger.info?.(`${title} are written, once, into ${file}.`);
+  const start = performance.now();
+  try {
+    await makeFolders(folder);
+    await writeFileAtomic(file, content());
+  } catch (cause) {
+    if (cause instanceof CheckpointError || signal?.aborted) throw cause;
+    const message = `Cannot write ${title} (${bytes} bytes) to ${file}: ${(cause as Error).message}. ${remedy}`;
+    throw new OutputError(file, message, { cause });
+  }
+  logger.info?.(`${title} were written in ${((performance.now() - start) / 1000).toFixed(1)} s.`);
+  const written = await openWhole(file, bytes);
+  if (written) return written;
+  throw new OutputError(file, `${file} was removed or changed while it was opened. Load the model again.`);
+}
+
+/** Undefined where there is no whole file of that size. */
+async function openWhole(file: string, bytes: number): Promise<CachedWeights | undefined> {
+  const found = await stat(file).catch(() => undefined);
+  if (found?.size !== bytes) return undefined;
+  const real = await realpath(file);
+  const header = await readSafetensorsHeader(real).catch(() => undefined);
+  return header && { version: { file: real, size: found.size, mtimeMs: found.mtimeMs }, header };
+}
