@@ -28,6 +28,7 @@ import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./gen
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { locateAll } from "./generation/locate.js";
+import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
@@ -169,8 +170,10 @@ export class FlowTurbo implements ImageModel {
     const { base, previewVae } = located;
     report("checkpoint", 0);
     const opening = openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
-    const [stored] = await Promise.all([opening, sharp.load()]);
+    const naming = namedLoras(checked.loras);
+    const [asStored, loras] = await Promise.all([opening, naming, sharp.load()]);
     const cache = checked.cache ?? defaultCacheFolder();
+    const stored = await withMergedLoras(asStored, loras, cache, { signal, logger });
     const t5 = int8Weights ? stored.textEncoder3 : null;
     const quantised = t5 && (await quantisedT5(t5, cache, { signal, logger }));
     const left = t5 && !quantised ? [leftAsStored(t5)] : [];
@@ -178,7 +181,7 @@ export class FlowTurbo implements ImageModel {
     for (const warning of warnings) logger.warn?.(warning);
     const checkpoint = { ...stored, warnings, ...(quantised && { textEncoder3: quantised }) };
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
-    const ladder = ladderOf(checkpoint);
+    const ladder = ladderOf(asStored);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
 
     // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.

@@ -83,6 +83,8 @@ export interface Checkpoint {
 /** A LoRA that was merged into weights. */
 export interface MergedLora {
   readonly name: string;
+  /** That it was read from. */
+  readonly file: string;
   readonly scale: number;
 }
 

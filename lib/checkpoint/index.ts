@@ -32,6 +32,7 @@ export {
   type LowRank,
   loraParts,
   mergeLoras,
+  nameOfLora,
   readLora,
   type ScaledLora,
 } from "./lora/index.js";

@@ -29,6 +29,7 @@ import { areSomeMixed, type CalibratedSchedule } from "../schedule/index.js";
 import { launchBatches } from "../serving/split.js";
 import { defaultsOf } from "./defaults.js";
 import { locateAll } from "./locate.js";
+import { namedLoras, withMergedLoras } from "./loras.js";
 import { checkSequenceLength } from "./prompts.js";
 import { noSuchLayer } from "./request.js";
 import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
@@ -83,8 +84,10 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   const { variant, textEncoder3 } = checked;
   const located = await locateAll(folder, checked);
   const { base, previewVae } = located;
-  const checkpoint = await openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
-  const calibrated = await calibratedSchedulesOf(checkpoint, checked.cache ?? defaultCacheFolder());
+  const opened = await openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
+  const cache = checked.cache ?? defaultCacheFolder();
+  const checkpoint = await withMergedLoras(opened, await namedLoras(checked.loras), cache, { signal });
+  const calibrated = await calibratedSchedulesOf(checkpoint, cache);
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
   const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });
 

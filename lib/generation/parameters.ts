@@ -98,7 +98,7 @@ const isRecord = (value: unknown): value is Record<string, unknown> =>
 /** Files are not taken by the names that another file has for them. */
 const { image: _, mask: __, ...readable } = generateSchema.shape;
 /** Fields that are no options. */
-const facts = ["textEncoder3", "model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
+const facts = ["textEncoder3", "mergedLoras", "model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
 
 /** Parameters as options. */
 export interface Redrawing {

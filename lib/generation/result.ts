@@ -130,5 +130,6 @@ function originOf(
   return {
     ...{ model: name, software: `flowturbo ${packageVersion()}`, runtime: runtime.name },
     ...(readsTexts && checkpoint.textEncoder3 === null && { textEncoder3: false }),
+    ...(checkpoint.loras.length > 0 && { mergedLoras: checkpoint.loras.map(({ name, scale }) => ({ name, scale })) }),
   };
 }

@@ -2,4 +2,4 @@
 
 export { type LoraPart, loraParts } from "./layers.js";
 export { mergeLoras, type ScaledLora } from "./merge.js";
-export { type Lora, type LowRank, readLora } from "./read.js";
+export { type Lora, type LowRank, nameOfLora, readLora } from "./read.js";

@@ -62,7 +62,7 @@ export async function mergeLoras(
     ...(parts as Partial<Checkpoint>),
     // What is calibrated for the sum is not for the model in the folder.
     schedulesFile: parts.transformer ? null : schedulesFile,
-    loras: [...checkpoint.loras, ...merged.map(({ lora: { name }, scale }) => ({ name, scale }))],
+    loras: [...checkpoint.loras, ...merged.map(({ lora: { name, file }, scale }) => ({ name, file, scale }))],
   };
 }
 

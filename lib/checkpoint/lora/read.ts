@@ -42,7 +42,7 @@ export interface Lora {
 }
 
 interface ReadLoraOptions {
-  /** Default: that of the file without ".safetensors", or of its folder where the file is called as in any other. */
+  /** Default: see `nameOfLora`. */
   readonly name?: string | undefined;
   readonly signal?: AbortSignal | undefined;
 }
@@ -90,7 +90,15 @@ export async function readLora(
   return { file, name: name ?? nameOf(file), parts };
 }
 
-/** What a LoRA file is called where nothing else was said. */
+/**
+ * What a LoRA is called where nothing else is said: as its file without ".safetensors", or as its folder where the file is called as in any other.
+ * @param place as for `readLora`
+ * @throws CheckpointError for a folder without a LoRA, or with several
+ */
+export async function nameOfLora(place: string): Promise<string> {
+  return nameOf(await fileOf(path.resolve(place)));
+}
+
 function nameOf(file: string): string {
   const isUsual = usualFiles.some((usual) => usual === path.basename(file));
   return checkpointName(isUsual ? path.dirname(file) : file);
