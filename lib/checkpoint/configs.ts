@@ -18,6 +18,7 @@ export const knownClasses = {
   t5: ["T5EncoderModel"],
   vae: ["AutoencoderKL", "AutoencoderTiny"],
   scheduler: schedulerClasses,
+  controlNet: ["SD3ControlNetModel"],
 } as const;
 
 const size = z.int().positive();
@@ -84,6 +85,73 @@ const transformerSchema = z
     ...camelKeys(config),
     outChannels: config.out_channels ?? config.in_channels,
   }));
+
+const controlNetSchema = z
+  .object({
+    _class_name: className(knownClasses.controlNet),
+    sample_size: size.default(128),
+    patch_size: size.default(2),
+    /** Channels of the latents, beside which the control has `extra_conditioning_channels`. */
+    in_channels: size.default(16),
+    /** Without an effect: what comes out are tokens. */
+    out_channels: size.nullable().default(16),
+    num_layers: size.default(18),
+    attention_head_dim: size.default(64),
+    num_attention_heads: size.default(18),
+    /** Null for one without text: its blocks have image tokens alone. */
+    joint_attention_dim: size.nullable().default(4096),
+    caption_projection_dim: size.default(1152),
+    pooled_projection_dim: size.default(2048),
+    pos_embed_max_size: size.nullable().default(96),
+    /** 1: a mask, as of alimama's inpainting ControlNet. */
+    extra_conditioning_channels: z
+      .int()
+      .nonnegative()
+      .max(1, "more than 1 is not supported: no pipeline of diffusers says what they hold")
+      .default(0),
+    dual_attention_layers: z
+      .array(z.int().nonnegative())
+      .nullable()
+      .default([])
+      .transform((layers): readonly number[] => layers ?? []),
+    qk_norm: z.literal("rms_norm").nullable().default(null),
+    pos_embed_type: z.literal("sincos").nullable().default("sincos"),
+    /** False: it takes the transformer's own tokens. */
+    use_pos_embed: z.boolean().default(true),
+    force_zeros_for_pooled_projection: z.boolean().default(true),
+  })
+  .superRefine((config, context) => {
+    const { joint_attention_dim: joint, caption_projection_dim: caption } = config;
+    const width = config.num_attention_heads * config.attention_head_dim;
+    if (joint !== null && caption !== width) {
+      const expected = `must equal num_attention_heads x attention_head_dim = ${width}`;
+      refuse(context, "caption_projection_dim", `is ${caption}, but ${expected}`);
+    }
+    // Such a table is not among the weights: diffusers computes it for each size.
+    if (config.use_pos_embed && config.pos_embed_type !== null && config.pos_embed_max_size === null)
+      refuse(
+        context,
+        "pos_embed_max_size",
+        "null is supported only where use_pos_embed is false or pos_embed_type null",
+      );
+  })
+  .transform(({ _class_name, out_channels, ...config }) => {
+    const { extra_conditioning_channels: extra, force_zeros_for_pooled_projection: zeros } = config;
+    return {
+      ...camelKeys(config),
+      // Blocks of image tokens alone have neither; from_transformer keeps the layers of a deeper transformer.
+      qkNorm: config.joint_attention_dim === null ? null : config.qk_norm,
+      dualAttentionLayers: config.joint_attention_dim === null ? [] : config.dual_attention_layers,
+      /** Whether the control has a mask: the known region's picture, and a channel that is 1 there. */
+      takesMask: extra === 1,
+      /** Whether the pooled text is zeros for it. diffusers' pipeline for inpainting has them so whatever the config says. */
+      zeroPooled: zeros || extra === 1,
+      /** Whether the shift is subtracted from the control's latents, as it is from the picture's. */
+      shiftsControl: !zeros || extra === 1,
+      /** Where its tokens get positions: from a table of its own, not at all, or with the transformer's tokens. */
+      positions: config.use_pos_embed ? (config.pos_embed_type === null ? "none" : "own") : "transformer",
+    } as const;
+  });
 
 const clipSchema = z
   .object({
@@ -244,6 +312,8 @@ const tinyVaeSchema = z
 
 /** The MMDiT, predictor or refiner (SD3Transformer2DModel). */
 export type TransformerConfig = z.output<typeof transformerSchema>;
+/** A ControlNet (SD3ControlNetModel). */
+export type ControlNetConfig = z.output<typeof controlNetSchema>;
 /** A CLIP text encoder (CLIPTextModelWithProjection). */
 export type ClipConfig = z.output<typeof clipSchema>;
 /** The T5 encoder (T5EncoderModel). */
@@ -270,6 +340,7 @@ const reader =
     checked(file, ...prepare(json ?? (await readJsonObject(file))));
 
 export const readTransformerConfig = reader<TransformerConfig>((json) => [json, transformerSchema]);
+export const readControlNetConfig = reader<ControlNetConfig>((json) => [json, controlNetSchema]);
 // The text model of a whole CLIP model is nested in its config, and counts there.
 export const readClipConfig = reader<ClipConfig>((json) => [
   isRecord(json.text_config) ? json.text_config : json,

@@ -16,6 +16,7 @@ export {
 } from "./checkpoint.js";
 export {
   type ClipConfig,
+  type ControlNetConfig,
   type KlVaeConfig,
   readTransformerConfig,
   type T5Config,
@@ -23,7 +24,7 @@ export {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
-export type { ControlNet, ControlNetConfig } from "./controlnet.js";
+export { type ControlNet, checkControlNetFits, type OpenControlNetOptions, openControlNet } from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
 export { leftAsStored, quantisedT5 } from "./int8.js";
 export {

@@ -26,14 +26,29 @@ const epsilon = 1e-6;
 /** Width of the sinusoidal embedding of the timestep. */
 const timestepChannels = 256;
 
+/** What a transformer's blocks are made of: those of a ControlNet, too. */
+export type BlockConfig = Pick<
+  TransformerConfig,
+  "numAttentionHeads" | "attentionHeadDim" | "dualAttentionLayers" | "qkNorm" | "numLayers"
+>;
+
 /** Number of values a token of the transformer holds. */
-export function mmditWidth(config: TransformerConfig): number {
+export function mmditWidth(config: Pick<TransformerConfig, "numAttentionHeads" | "attentionHeadDim">): number {
   return config.numAttentionHeads * config.attentionHeadDim;
 }
 
 /** The table of positions, [1, posEmbedMaxSize², width]; graphs take the centre crop for their size as an input. */
 export function positionTable(weights: WeightSource, config: TransformerConfig): StoredTensor {
-  return requireTensor(weights, "pos_embed.pos_embed", [1, config.posEmbedMaxSize ** 2, mmditWidth(config)]);
+  return tableOfPositions(weights, config, config.posEmbedMaxSize);
+}
+
+/** A table of positions with `side` rows and columns, [1, side², width]. */
+export function tableOfPositions(
+  weights: WeightSource,
+  config: Parameters<typeof mmditWidth>[0],
+  side: number,
+): StoredTensor {
+  return requireTensor(weights, "pos_embed.pos_embed", [1, side ** 2, mmditWidth(config)]);
 }
 
 /** What may be added to the network. */
@@ -67,20 +82,12 @@ export function mmdit(
 
   // 2. Text tokens, and the vector that conditions every block: timestep + pooled text.
   let context = l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
-  const mlp = (value: Value, name: string, from: number) => {
-    const inner = l.silu(l.linear(value, `${name}.linear_1`, from, width, { rank: 2 }));
-    return l.linear(inner, `${name}.linear_2`, width, width, { rank: 2 });
-  };
-  const conditioning = l.add(
-    mlp(timestepEmbedding(l, inputs.timestep), "time_text_embed.timestep_embedder", timestepChannels),
-    mlp(g.cast(inputs.pooled, l.compute), "time_text_embed.text_embedder", config.pooledProjectionDim),
-  );
-  const activated = l.silu(conditioning);
+  const activated = conditioningOf(l, config, inputs);
 
   // 3. The joint blocks.
   const residualAfter = residuals(x);
   const block = (layers: Layers, index: number, x: Value, context: Value, activated: Value) =>
-    g.scoped(`transformer_blocks.${index}`, () => jointBlock(layers, config, index, x, context, activated));
+    g.scoped(`transformer_blocks.${index}`, () => jointBlock(layers, config, index, x, context, activated, index === config.numLayers - 1));
   const first = skipped.rows && new Layers(g, weights, options, skipped.rows);
   for (let index = 0; index < config.numLayers; index++) {
     const result =
@@ -94,7 +101,7 @@ export function mmdit(
 
   // 4. Tokens back to a latent.
   const { scale, shift } = modulation(l, activated, "norm_out.linear", width, ["scale", "shift"]);
-  const final = modulate(l, l.layerNorm(x, null, width, epsilon), shift, scale);
+  const final = modulate(l, norm(l, x, width), shift, scale);
   const channels = config.outChannels;
   const out = l.linear(final, "proj_out", width, patch * patch * channels);
   // [rows, h·w, p, q, c] → [rows, c, h, p, w, q]
@@ -118,17 +125,41 @@ function onFirstRows(
   return { x: joined(result.x, values[0]), context: result.context && joined(result.context, values[1]) };
 }
 
+/** The vector that conditions every block, timestep + pooled text, activated: [rows, width]. Pooled text of one row is that of all. */
+export function conditioningOf(
+  l: Layers,
+  config: Parameters<typeof mmditWidth>[0] & Pick<TransformerConfig, "pooledProjectionDim">,
+  inputs: Pick<MmditInputs, "timestep" | "pooled">,
+): Value {
+  const width = mmditWidth(config);
+  const mlp = (value: Value, name: string, from: number) => {
+    const inner = l.silu(l.linear(value, `${name}.linear_1`, from, width, { rank: 2 }));
+    return l.linear(inner, `${name}.linear_2`, width, width, { rank: 2 });
+  };
+  const conditioning = l.add(
+    mlp(timestepEmbedding(l, inputs.timestep), "time_text_embed.timestep_embedder", timestepChannels),
+    mlp(l.g.cast(inputs.pooled, l.compute), "time_text_embed.text_embedder", config.pooledProjectionDim),
+  );
+  return l.silu(conditioning);
+}
+
 /** Number of patches along an axis of a latent, as an int64 [1] value. */
-function inPatches(g: GraphBuilder, latent: Value, axis: number, patch: number): Value {
+export function inPatches(g: GraphBuilder, latent: Value, axis: number, patch: number): Value {
   return g.op("Div", [g.shapeOf(latent, axis, axis + 1), g.ints([patch])]);
 }
 
 /** [rows, channels, height, width] → [rows, h · w, width of a token], without positions. */
-function patchTokens(l: Layers, config: TransformerConfig, latent: Value, h: Value, w: Value): Value {
+export function patchTokens(
+  l: Layers,
+  config: Parameters<typeof mmditWidth>[0] & Pick<TransformerConfig, "inChannels" | "patchSize">,
+  latent: Value,
+  h: Value,
+  w: Value,
+  name = "pos_embed.proj",
+): Value {
   const { g } = l;
   const { inChannels: channels, patchSize: patch } = config;
   const width = mmditWidth(config);
-  const name = "pos_embed.proj";
   if (l.options.patches === "conv")
     return l.tokensOf(l.conv(latent, name, channels, width, patch, { strides: [patch, patch] }), width);
   // [rows, c, h, p, w, q] → [rows · h · w, c · p · q], in the order of the kernel's values.
@@ -190,7 +221,7 @@ function cosineAndSine(g: GraphBuilder, angles: Value): [Value, Value] {
 }
 
 /** Projects the conditioning to vectors of [rows, 1, width], by name in the order of the weights. */
-function modulation<Name extends string>(
+export function modulation<Name extends string>(
   l: Layers,
   activated: Value,
   name: string,
@@ -205,21 +236,33 @@ function modulation<Name extends string>(
 }
 
 /** Vectors of a block for one stream; for the image tokens with attention of their own, three more. */
-const streamVectors = ["shift", "scale", "gate", "shiftFf", "scaleFf", "gateFf"] as const;
+export const streamVectors = ["shift", "scale", "gate", "shiftFf", "scaleFf", "gateFf"] as const;
 const dualVectors = [...streamVectors, "shift2", "scale2", "gate2"] as const;
 
 /** x · (1 + scale) + shift */
-function modulate(l: Layers, x: Value, shift: Value, scale: Value): Value {
+export function modulate(l: Layers, x: Value, shift: Value, scale: Value): Value {
   return l.add(l.mul(x, l.add(scale, l.scalar(1))), shift);
 }
 
-function jointBlock(
+/** Layer normalisation without learnt scale and bias. */
+export function norm(l: Layers, x: Value, width: number): Value {
+  return l.layerNorm(x, null, width, epsilon);
+}
+
+export function feedForward(l: Layers, tokens: Value, name: string, width: number): Value {
+  const inner = l.gelu(l.linear(tokens, `${name}.net.0.proj`, width, 4 * width), "tanh");
+  return l.linear(inner, `${name}.net.2`, 4 * width, width);
+}
+
+/** @param last whether the text tokens end with it: then it makes none */
+export function jointBlock(
   l: Layers,
-  config: TransformerConfig,
+  config: BlockConfig,
   index: number,
   x: Value,
   context: Value,
   activated: Value,
+  last = false,
 ): { x: Value; context: Value | null } {
   const { g } = l;
   const name = `transformer_blocks.${index}`;
@@ -227,7 +270,6 @@ function jointBlock(
   const heads = config.numAttentionHeads;
   const headDim = config.attentionHeadDim;
   const dual = config.dualAttentionLayers.includes(index);
-  const last = index === config.numLayers - 1;
 
   const project = (tokens: Value, linear: string, norm: string | null): Value => {
     const y = l.linear(tokens, `${name}.${linear}`, width, width);
@@ -237,18 +279,14 @@ function jointBlock(
   };
   const attend = (q: Value, k: Value, v: Value) => l.attention(q, k, v, heads, headDim, { scale: headDim ** -0.5 });
   const both = (a: Value, b: Value) => g.concat([a, b], 1);
-  const feedForward = (tokens: Value, part: string) => {
-    const inner = l.gelu(l.linear(tokens, `${name}.${part}.net.0.proj`, width, 4 * width), "tanh");
-    return l.linear(inner, `${name}.${part}.net.2`, 4 * width, width);
-  };
 
   // Modulation of both streams. The last block has no context output and orders its two vectors (scale, shift).
   const ofX = modulation(l, activated, `${name}.norm1.linear`, width, dual ? dualVectors : streamVectors);
   const contextVectors = last ? (["scale", "shift"] as const) : streamVectors;
   const ofC = modulation(l, activated, `${name}.norm1_context.linear`, width, contextVectors);
-  const normX = l.layerNorm(x, null, width, epsilon);
+  const normX = norm(l, x, width);
   const tokensX = modulate(l, normX, ofX.shift, ofX.scale);
-  const tokensC = modulate(l, l.layerNorm(context, null, width, epsilon), ofC.shift, ofC.scale);
+  const tokensC = modulate(l, norm(l, context, width), ofC.shift, ofC.scale);
 
   // Joint attention, image tokens first. In the last block the result of the text tokens has no reader.
   const qX = project(tokensX, "attn.to_q", "attn.norm_q");
@@ -273,13 +311,13 @@ function jointBlock(
     );
     x = l.add(x, l.mul(ofX.gate2, l.linear(own, `${name}.attn2.to_out.0`, width, width)));
   }
-  const tokensFf = modulate(l, l.layerNorm(x, null, width, epsilon), ofX.shiftFf, ofX.scaleFf);
-  x = l.add(x, l.mul(ofX.gateFf, feedForward(tokensFf, "ff")));
+  const tokensFf = modulate(l, norm(l, x, width), ofX.shiftFf, ofX.scaleFf);
+  x = l.add(x, l.mul(ofX.gateFf, feedForward(l, tokensFf, `${name}.ff`, width)));
   if (last) return { x, context: null };
 
   // Text stream.
   const gatheredC = l.slice(gathered, 1, imageTokens);
   context = l.add(context, l.mul(ofC.gate, l.linear(gatheredC, `${name}.attn.to_add_out`, width, width)));
-  const contextFf = modulate(l, l.layerNorm(context, null, width, epsilon), ofC.shiftFf, ofC.scaleFf);
-  return { x, context: l.add(context, l.mul(ofC.gateFf, feedForward(contextFf, "ff_context"))) };
+  const contextFf = modulate(l, norm(l, context, width), ofC.shiftFf, ofC.scaleFf);
+  return { x, context: l.add(context, l.mul(ofC.gateFf, feedForward(l, contextFf, `${name}.ff_context`, width))) };
 }
