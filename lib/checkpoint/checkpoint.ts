@@ -13,6 +13,7 @@ import {
   knownClasses,
   type ReadConfig,
   readClipConfig,
+  readControlNetConfig,
   readSchedulerConfig,
   readT5Config,
   readTransformerConfig,
@@ -412,12 +413,14 @@ export function identityOf(checkpoint: Pick<Checkpoint, "transformer">): ModelId
 
 /**
  * For what is about to be downloaded.
- * @param file an index of parts, or the config.json of an autoencoder
+ * @param file an index of parts, or the config.json of an autoencoder or a ControlNet
  * @throws CheckpointError if it is of something that cannot be read
  */
 export async function checkModelIndex(file: string): Promise<void> {
-  if (basename(file) === "config.json") await readVaeConfig(file);
-  else readModelIndex(file, await readJsonObject(file), indexedParts(true));
+  const json = await readJsonObject(file);
+  if (basename(file) !== "config.json") readModelIndex(file, json, indexedParts(true));
+  else if (json._class_name === knownClasses.controlNet[0]) await readControlNetConfig(file, json);
+  else await readVaeConfig(file, json);
 }
 
 /** The parts that a checkpoint in one file, which has a base, holds: by the names that an index gives them. @throws CheckpointError for what is none */

@@ -107,6 +107,17 @@ async function folderOf(root: string): Promise<string> {
   throw new CheckpointError(root, `${root} ${what}, so that it is no ControlNet. ${expected}`);
 }
 
+/**
+ * For what is about to be downloaded.
+ * @param file config.json
+ * @throws CheckpointError if it is of no ControlNet that can be read
+ */
+export async function checkControlNetConfig(file: string): Promise<void> {
+  const json = await readJsonObject(file);
+  checkClass(file, json);
+  await readControlNetConfig(file, json);
+}
+
 /** @throws CheckpointError for a class of another model */
 function checkClass(file: string, { _class_name: name }: JsonObject): void {
   if (name === knownClasses.controlNet[0]) return;

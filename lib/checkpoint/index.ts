@@ -24,7 +24,13 @@ export {
   type TransformerConfig,
   type VaeConfig,
 } from "./configs.js";
-export { type ControlNet, checkControlNetFits, type OpenControlNetOptions, openControlNet } from "./controlnet.js";
+export {
+  type ControlNet,
+  checkControlNetConfig,
+  checkControlNetFits,
+  type OpenControlNetOptions,
+  openControlNet,
+} from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
 export { leftAsStored, quantisedT5 } from "./int8.js";
 export {

@@ -1,10 +1,12 @@
-/** A model with its base and its preview autoencoder, each a path or a name on the hub: what is on the hub is downloaded, and what cannot be used is refused before that. */
+/** A model with its base, its preview autoencoder and its ControlNets, each a path or a name on the hub: what is on the hub is downloaded, and what cannot be used is refused before that. */
 
 import {
   baseOfFile,
   baseOfFolder,
   checkBase,
+  checkControlNetConfig,
   checkModelIndex,
+  openControlNet,
   openPreviewVae,
   partsOfFile,
 } from "../checkpoint/index.js";
@@ -14,6 +16,8 @@ export interface LocateOptions
   extends Pick<HubOptions, "variant" | "textEncoder3" | "signal" | "logger" | "onDownload" | "settings"> {
   readonly base?: string | undefined;
   readonly previewVae?: string | undefined;
+  /** Folders of ControlNets, or their names on the hub. */
+  readonly controlNets?: readonly { readonly folder: string }[] | undefined;
 }
 
 /** Paths of folders and files. */
@@ -21,15 +25,20 @@ export interface LocatedModel {
   readonly path: string;
   readonly base: string | undefined;
   readonly previewVae: string | undefined;
+  /** Folders of the ControlNets, in their order. */
+  readonly controlNets: readonly string[];
   /** That the hub could not be asked. */
   readonly warnings: readonly string[];
 }
 
 /**
- * Finds or downloads the preview autoencoder, the model, and of its base what the model's file lacks: in this order, one after another.
+ * Finds or downloads the preview autoencoder, the ControlNets, the model, and of its base what the model's file lacks: in this order, one after another.
  * @throws HubError; CheckpointError for a base of a folder, and for what is neither base nor autoencoder; `signal.reason` after an abort
  */
-export async function locateAll(model: string, { base, previewVae, ...asked }: LocateOptions): Promise<LocatedModel> {
+export async function locateAll(
+  model: string,
+  { base, previewVae, controlNets = [], ...asked }: LocateOptions,
+): Promise<LocatedModel> {
   const { textEncoder3, variant, signal, logger, onDownload, settings } = asked;
   const options: HubOptions = { variant, signal, logger, onDownload, settings, checkIndex: checkModelIndex };
   const warnings: string[] = [];
@@ -45,8 +54,13 @@ export async function locateAll(model: string, { base, previewVae, ...asked }: L
 
   const previews = previewVae === undefined ? undefined : await locate(previewVae, { kind: "autoencoder" });
   if (modelName) await openPreviewVae({ previewVae: previews, variant, signal });
+  const nets: string[] = [];
+  for (const { folder } of controlNets)
+    nets.push(await locate(folder, { kind: "controlnet", checkIndex: checkControlNetConfig }));
+  if (modelName) for (const net of nets) await openControlNet(net, { variant, signal });
   const path = await locate(model, { kind: "model", textEncoder3 });
-  if (base === undefined || !baseName) return { path, base, previewVae: previews, warnings };
+  const located = { path, previewVae: previews, controlNets: nets, warnings };
+  if (base === undefined || !baseName) return { ...located, base };
   const baseOf = await partsOfFile(path, signal);
-  return { path, base: await locate(base, { kind: "model", textEncoder3, baseOf }), previewVae: previews, warnings };
+  return { ...located, base: await locate(base, { kind: "model", textEncoder3, baseOf }) };
 }

@@ -12,8 +12,8 @@ export interface Wanted {
   readonly variant?: string | undefined;
   /** Whether the third text encoder (T5) is taken, where there is one. Default: true. */
   readonly textEncoder3?: boolean | undefined;
-  /** What the repository is taken for. Default: a model if it has an index of parts, else an autoencoder. */
-  readonly kind?: "model" | "autoencoder" | undefined;
+  /** What the repository is taken for. Default: a model if it has an index of parts, else one network. */
+  readonly kind?: "model" | "autoencoder" | "controlnet" | undefined;
   /** Taken as the base of a file: the parts, by their names, whose weights that file has. Its own weights of these are not taken. */
   readonly baseOf?: readonly string[] | undefined;
 }
@@ -24,8 +24,14 @@ type Paths = Pick<ReadonlyMap<string, unknown>, "has" | "keys"> | ReadonlySet<st
 /** A repository lacks what is needed, or is of another kind. */
 export class SelectionError extends Error {}
 
-/** The configuration of a repository that is one autoencoder. */
-const autoencoderConfig = "config.json";
+/** The configuration of a repository that is one network: an autoencoder, or a ControlNet. */
+const networkConfig = "config.json";
+
+/** What is said of a repository that is no such network. */
+const networkNames = {
+  autoencoder: "one autoencoder, such as madebyollin/taesd3",
+  controlnet: "one ControlNet, such as InstantX/SD3-Controlnet-Canny",
+} as const;
 
 /** Files of the root that are read where they are there. */
 const rootFiles = ["schedules.json", "prompts.txt"];
@@ -65,7 +71,8 @@ const partRows: readonly PartRow[] = [
 
 /** The files that say what a repository is, the one that counts first. */
 export function firstFiles({ kind }: Wanted): readonly string[] {
-  return [...(kind === "autoencoder" ? [] : indexFiles), ...(kind === "model" ? [] : [autoencoderConfig])];
+  const isNetwork = kind !== undefined && kind !== "model";
+  return [...(isNetwork ? [] : indexFiles), ...(kind === "model" ? [] : [networkConfig])];
 }
 
 /** The file that says what a repository is, and is read before all others. @throws SelectionError for one of another kind */
@@ -75,8 +82,8 @@ export function firstFile(paths: Paths, wanted: Wanted): string {
   if (first !== undefined) return first;
   const single = [...paths.keys()].filter((path) => path.endsWith(".safetensors") && !path.includes("/"));
   throw new SelectionError(
-    (kind === "autoencoder"
-      ? "has no config.json, so it is not one autoencoder, such as madebyollin/taesd3"
+    (kind === "autoencoder" || kind === "controlnet"
+      ? `has no config.json, so it is not ${networkNames[kind]}`
       : "has no model_index.json, so it is not in the diffusers layout") +
       (single.length > 0 ? `; a file of it is named by owner/name/file: it has ${single.slice(0, 5).join(", ")}` : ""),
   );
@@ -95,8 +102,8 @@ export interface Selection {
  */
 export function select(paths: Paths, first: unknown, wanted: Wanted): Selection {
   const name = firstFile(paths, wanted);
-  return name === autoencoderConfig
-    ? selectAutoencoder(paths, wanted)
+  return name === networkConfig
+    ? selectNetwork(paths, wanted)
     : selectModel(paths, name, (first ?? {}) as Record<string, unknown>, wanted);
 }
 
@@ -107,9 +114,9 @@ export function selectFile(paths: Paths, file: string): string[] {
   return encoder !== null && paths.has(encoder) ? [file, encoder] : [file];
 }
 
-function selectAutoencoder(paths: Paths, { variant }: Wanted): Selection {
+function selectNetwork(paths: Paths, { variant }: Wanted): Selection {
   const { path } = chooseWeights(paths, "", ofDiffusers, variant);
-  return { files: [autoencoderConfig, path], indexes: path.endsWith(".json") ? [path] : [] };
+  return { files: [networkConfig, path], indexes: path.endsWith(".json") ? [path] : [] };
 }
 
 function selectModel(

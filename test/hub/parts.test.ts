@@ -4,7 +4,7 @@ import { cp, mkdir, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { FlowTurbo } from "flowturbo";
 import { describe, expect, test } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
 import { CheckpointError, HubError } from "../../lib/errors.js";
 import { type LocateOptions, locateAll } from "../../lib/generation/locate.js";
 import { fixture, temporaryFolder } from "../checkpoint/folders.js";
@@ -43,6 +43,47 @@ async function repositoryOf(...of: string[]): Promise<Map<string, Buffer>> {
 }
 
 const contentsAsked = () => hub.seen.filter(({ host, path: asked }) => host === "cdn" || asked.includes("/resolve/"));
+
+describe("ControlNets", () => {
+  const weights = "diffusion_pytorch_model.safetensors";
+  const canny = "owner/SD3-Controlnet-Canny";
+  const add = async (change: (files: Map<string, Buffer>) => void = () => {}) => {
+    const files = await repositoryOf("sd3", "controlnet");
+    for (const other of ["README.md", "canny.jpg", "sd3_canny.safetensors"]) files.set(other, bytes(50));
+    change(files);
+    hub.add(canny, { files });
+  };
+
+  test("are their configuration and their weights, and open as their folders do", async () => {
+    await add();
+    const local = fixture("sd3", "controlnet_own");
+    const { controlNets, warnings } = await locate(folder, { controlNets: [{ folder: canny }, { folder: local }] });
+    expect([controlNets[1], warnings]).toEqual([local, []]);
+    expect(await filesIn(controlNets[0]!)).toEqual(["config.json", weights]);
+    const { config } = await openControlNet(controlNets[0]!);
+    expect(config).toEqual((await openControlNet(fixture("sd3", "controlnet"))).config);
+    // By `flowturbo pull`, too.
+    expect(await pullModel(canny)).toMatchObject({ path: controlNets[0], files: 2, downloaded: 0 });
+  });
+
+  test("of other models are refused before their weights are downloaded", async () => {
+    await add((files) => files.set("config.json", Buffer.from(JSON.stringify({ _class_name: "FluxControlNetModel" }))));
+    const { message } = await refused(locate(folder, { controlNets: [{ folder: canny }] }), CheckpointError);
+    expect(message).toContain("a ControlNet of FLUX");
+    expect(contentsAsked().filter(({ path: asked }) => asked.includes("safetensors"))).toEqual([]);
+    await add((files) => files.delete("config.json"));
+    const none = await refused(locate(folder, { controlNets: [{ folder: canny }] }), HubError);
+    expect(none.message).toContain("it is not one ControlNet, such as");
+  });
+
+  test("that are folders are looked at before a model is downloaded", async () => {
+    hub.add(name, { files: await modelFiles() });
+    const wrong = { controlNets: [{ folder: fixture("sd3", "model") }] };
+    const { message } = await refused(locate(name, wrong), CheckpointError);
+    expect(message).toContain("without a folder controlnet/");
+    expect(contentsAsked()).toEqual([]);
+  });
+});
 
 describe("the autoencoder of previews", () => {
   const weights = "diffusion_pytorch_model.safetensors";
