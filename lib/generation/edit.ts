@@ -93,22 +93,27 @@ export interface Mask {
   readonly empty: boolean;
 }
 
+/** An option that a picture is of, for messages. */
+export interface PictureName {
+  readonly option: string;
+  /** The picture's own name, such as "controls[0].image". Default: the option's. */
+  readonly field?: string | undefined;
+}
+
 /**
  * Reads a picture as 8-bit RGB: orientation applied, transparent parts on white.
  * @throws OptionError for what is no picture, is animated, damaged or larger than 100 megapixels
  */
-export async function readOriginal(source: PictureSource): Promise<Raster> {
-  return decoded("image", source, (open) =>
-    open().flatten({ background: "#ffffff" }).removeAlpha().toColourspace("srgb"),
-  );
+export async function readOriginal(source: PictureSource, name: PictureName = { option: "image" }): Promise<Raster> {
+  return decoded(name, source, (open) => open().flatten({ background: "#ffffff" }).removeAlpha().toColourspace("srgb"));
 }
 
 /**
  * Reads a mask: its alpha channel where it has transparent parts, else its colours.
  * @throws OptionError as `readOriginal`
  */
-export async function readMask(source: PictureSource): Promise<Raster> {
-  return decoded("mask", source, async (open) => {
+export async function readMask(source: PictureSource, name: PictureName = { option: "mask" }): Promise<Raster> {
+  return decoded(name, source, async (open) => {
     const { hasAlpha } = await open().metadata();
     const transparent = hasAlpha && !(await open().stats()).isOpaque;
     return transparent ? open().extractChannel("alpha") : open().removeAlpha().toColourspace("srgb");
@@ -164,7 +169,8 @@ async function greyOf({ width, height, channels, data }: Raster): Promise<Uint8A
   return grey;
 }
 
-async function maskOf(mask: Raster, factor: number): Promise<Mask> {
+/** A mask at its size in pixels. */
+export async function maskOf(mask: Raster, factor: number): Promise<Mask> {
   const { width, height } = mask;
   const grey = await greyOf(mask);
   const pixels = new Uint8Array(width * height);
@@ -192,7 +198,7 @@ export async function keepOriginal(rgb: Uint8Array, original: Uint8Array, mask: 
 }
 
 async function decoded(
-  option: "image" | "mask",
+  { option, field = option }: PictureName,
   source: PictureSource,
   prepare: (open: () => Sharp) => Sharp | Promise<Sharp>,
 ): Promise<Raster> {
@@ -200,7 +206,7 @@ async function decoded(
   const isPath = typeof source === "string";
   const name = isPath ? `"${source}"` : "the given picture";
   // Of a file a client is told the same for each cause, so that it does not learn what is there.
-  const expected = `Expected a whole, still picture of at most ${maxPixels / 1e6} megapixels for ${option} but the given one cannot be used.`;
+  const expected = `Expected a whole, still picture of at most ${maxPixels / 1e6} megapixels for ${field} but the given one cannot be used.`;
   const read = await sharp.load();
   let head = isPath ? new Uint8Array() : source.subarray(0, headLength);
   try {
@@ -210,7 +216,7 @@ async function decoded(
     if ((pages ?? 1) > 1)
       throw new OptionError(
         option,
-        `Expected a still picture for ${option} but ${name} has ${pages} frames or pages.`,
+        `Expected a still picture for ${field} but ${name} has ${pages} frames or pages.`,
         isPath ? { publicMessage: expected } : {},
       );
     const prepared = await prepare(() => open().autoOrient());
@@ -224,7 +230,7 @@ async function decoded(
       : (cause as Error).message.split("\n")[0]!.replace(/[\s:.]+$/, "");
     throw new OptionError(
       option,
-      `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${option} but ${name} cannot be read: ${detail}.`,
+      `Expected a whole picture of at most ${maxPixels / 1e6} megapixels for ${field} but ${name} cannot be read: ${detail}.`,
       { cause, publicMessage: expected },
     );
   }
