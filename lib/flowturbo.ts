@@ -7,6 +7,7 @@ import path from "node:path";
 import type { z } from "zod";
 import {
   type Checkpoint,
+  type ControlNet,
   calibratedSchedulesOf,
   calibrationFile,
   calibrationPromptsOf,
@@ -16,21 +17,28 @@ import {
   quantisedT5,
 } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
-import { defaultCacheFolder } from "./common/files.js";
+import { defaultCacheFolder, type FileVersion } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { seedToJson } from "./common/seed.js";
 import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
+import { readControl, type StageControl } from "./generation/control.js";
+import { ControlNets } from "./generation/control-nets.js";
 import { defaultsOf } from "./generation/defaults.js";
-import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "./generation/device-memory.js";
+import {
+  checkDeviceMemory,
+  checkPictureMemory,
+  controlMemoryNeeded,
+  deviceMemoryNeeded,
+} from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { locateAll } from "./generation/locate.js";
 import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
-import { encoderProgram } from "./generation/programs.js";
+import { controlledStages, encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import { type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
@@ -45,6 +53,7 @@ import { type CallTrace, traced } from "./generation/traces.js";
 import type {
   CalibrateOptions,
   Calibration,
+  Control,
   Costs,
   EncodeOptions,
   GenerateOptions,
@@ -58,6 +67,7 @@ import type {
   PromptEmbeds,
   Size,
 } from "./model.js";
+import { graphKey, graphName } from "./networks/index.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
 import {
@@ -117,6 +127,8 @@ export class FlowTurbo implements ImageModel {
   readonly warnings: readonly string[];
   /** What is drawn with where a request says nothing. */
   readonly defaults: ModelDefaults;
+  /** Names of the ControlNets of `LoadOptions.controlNets`, which requests may name. */
+  readonly controlNets: readonly string[];
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
@@ -128,6 +140,8 @@ export class FlowTurbo implements ImageModel {
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
   readonly #events: HealthMonitor["events"];
   readonly #calls = new Set<Promise<unknown>>();
+  /** Graphs with ControlNets that the runtime was told of. */
+  readonly #controlled = new Set<string>();
   #colours: SharedTask<LatentColours> | null = null;
   #drained: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
@@ -179,7 +193,19 @@ export class FlowTurbo implements ImageModel {
     const left = t5 && !quantised ? [leftAsStored(t5)] : [];
     const warnings = [...located.warnings, ...stored.warnings, ...left];
     for (const warning of warnings) logger.warn?.(warning);
-    const checkpoint = { ...stored, warnings, ...(quantised && { textEncoder3: quantised }) };
+    const files: FileVersion[] = [];
+    const controlNetsById = new Map<string, ControlNet>();
+    const parts = { ...stored, controlNets: controlNetsById, ...(quantised && { textEncoder3: quantised }) };
+    const given = (checked.controlNets ?? []).map((net, index) => {
+      return { given: net.folder, name: net.name, folder: located.controlNets[index]! };
+    });
+    const controlNets = await ControlNets.open(parts, given, controlNetsById, {
+      ...{ variant, signal },
+      onOpen: ({ weights }) => rememberFiles(files, weights.files),
+    });
+    warnings.push(...controlNets.warnings);
+    for (const warning of controlNets.warnings) logger.warn?.(warning);
+    const checkpoint = { ...parts, warnings };
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(asStored);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -189,7 +215,10 @@ export class FlowTurbo implements ImageModel {
     const emitted = new GraphLibrary(checkpoint);
     let graphs = emitted;
     report("runtime", 2);
-    const weights = { files: emitted.files, bytesOf16Bit: () => emitted.bytesOf16Bit };
+    rememberFiles(files, emitted.files);
+    const weights = { files, bytesOf16Bit: () => emitted.bytesOf16Bit };
+    // Weights that lack or have another shape are named now.
+    for (const id of controlNetsById.keys()) emitted.get(graphName({ network: "predict", controls: id }));
     const monitor = new HealthMonitor();
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
     const settings = { ...checked, int8Weights: quantised !== null, listener: monitor };
@@ -220,6 +249,7 @@ export class FlowTurbo implements ImageModel {
             text,
             logger,
             templates: new Templates(checkpoint, text),
+            controlNets,
           },
           ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
           allowPaths: checked.allowPaths,
@@ -261,6 +291,7 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.warnings = checkpoint.warnings;
     this.nativeSize = nativeSize(checkpoint);
+    this.controlNets = model.controlNets?.names ?? [];
     const { distilled, sampler, steps, guidanceScale } = model.defaults;
     this.defaults = { distilled, sampler, steps, guidanceScale };
     this.#graphs = graphs;
@@ -274,6 +305,11 @@ export class FlowTurbo implements ImageModel {
         await runtime.unload?.(names);
       },
     };
+    if (model.controlNets)
+      model.controlNets.onDrop = (id) => {
+        // What cannot be freed now is freed with the runtime.
+        if (!this.#disposed) this.#tracked(() => this.#freeControlNet(id)).catch(() => undefined);
+      };
     this.#store = serving.store;
     this.#events = serving.monitor.events;
     this.#service = new Service(runtime, known, {
@@ -298,6 +334,7 @@ export class FlowTurbo implements ImageModel {
   async #generate(options: GenerateOptions, trace: CallTrace | null): Promise<GenerateResult> {
     const start = performance.now();
     this.#checkOpen();
+    if (options?.controls) await this.#openControlNets(options);
     const request = settleRequest(options, this.#model);
     trace?.settled(request);
     request.signal?.throwIfAborted();
@@ -468,9 +505,25 @@ export class FlowTurbo implements ImageModel {
   #checkMemory({ candidates, guidance, additions, sequenceLength }: Request): void {
     if (!this.#held) return;
     const { device, draw } = this.#held;
+    const { stages } = candidates[0];
+    const controls = controlMemoryNeeded(this.#graphs, device.widening, guidance, additions.controls, stages);
     const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
-    for (const stage of candidates[0].stages)
-      checkPictureMemory(this.#graphs, device, draw, { ...stage, sequenceLength, rows });
+    for (const stage of stages)
+      checkPictureMemory(this.#graphs, device, draw + controls, { ...stage, sequenceLength, rows });
+  }
+
+  /**
+   * Opens the ControlNets that a request names by their folders; what else is wrong with it is said later.
+   * @throws CheckpointError for a folder that is none, or whose ControlNet does not fit the model
+   */
+  async #openControlNets(options: GenerateOptions): Promise<void> {
+    const { controls, allowPaths = true, signal } = options;
+    const { controlNets, allowPaths: isAllowed } = this.#model;
+    // The number of them is checked with the other options.
+    if (!Array.isArray(controls) || controls.length > 64 || !allowPaths || !isAllowed) return;
+    const folders = controls.map((control: Partial<Control> | null | undefined) => control?.folder);
+    await this.#tracked(async () => controlNets?.prepare(folders, signal instanceof AbortSignal ? signal : undefined));
+    this.#checkOpen();
   }
 
   async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {
@@ -517,12 +570,13 @@ export class FlowTurbo implements ImageModel {
       ...{ priority, prefer, ticket, arrival: start, deadlineMs, pictures, size: `${width}x${height}` },
       ...{ pin: pinBatch, signal },
     };
-    if (request.edit) this.#service.refuseEarly(terms);
+    if (request.edit || request.controls.length > 0) this.#service.refuseEarly(terms);
     const edit = request.edit && (await this.#readEdit(request.edit, stages, signal));
+    const controls = await this.#readControls(request, edit);
     const { text, templates } = this.#model;
     const texts = request.texts ? [...request.texts.prompts, ...request.texts.negativePrompts] : [];
     const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
-    const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit));
+    const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit, controls));
     const admitting = this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
       trace?.accepted(prepared[candidate]!, { place, predictedMs });
       const blocks = blocksOf(prepared[candidate]!.stages);
@@ -549,6 +603,27 @@ export class FlowTurbo implements ImageModel {
       leave();
       signal?.throwIfAborted();
     }
+  }
+
+  /** For each control its picture at the sizes of the stages that need it. */
+  async #readControls(
+    { controls, candidates, signal }: Request,
+    edit: Edit | null,
+  ): Promise<readonly (readonly (StageControl | null)[])[]> {
+    const { factor } = this.#model.checkpoint.vae.config;
+    const read: (readonly (StageControl | null)[])[] = [];
+    for (const control of controls) {
+      const needed = candidates.map(({ stages }) => controlledStages(control, stages));
+      const sizes = candidates[0].stages.map((size, index) => (needed.some((each) => each[index]) ? size : null));
+      const leave = await this.#decoding.enter(undefined, 1, signal);
+      try {
+        read.push(await readControl(control, sizes, factor, edit?.at(-1)?.crop));
+      } finally {
+        leave();
+        signal?.throwIfAborted();
+      }
+    }
+    return read;
   }
 
   async #measure(sizes: readonly Size[], options: z.output<typeof profileSchema>): Promise<Costs> {
@@ -621,8 +696,17 @@ export class FlowTurbo implements ImageModel {
   #graph(name: string): OnnxGraph {
     const graph = this.#graphs.get(name);
     const { runtime } = this.#model;
-    if (!runtime.has(name)) runtime.add(graph);
+    if (!runtime.has(name)) {
+      runtime.add(graph);
+      if (graphKey(name).controls !== undefined) this.#controlled.add(name);
+    }
     return graph;
+  }
+
+  /** Frees what the graphs of a ControlNet take, until their next launch. */
+  async #freeControlNet(id: string): Promise<void> {
+    const names = [...this.#controlled].filter((name) => graphKey(name).controls!.split("+").includes(id));
+    if (names.length > 0) await this.#model.unload(names);
   }
 
   /** Runs a program of its own, beside the requests. */
@@ -646,6 +730,15 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
     runtime: { name: runtime.name, ...settings },
     machine: { cpu: os.cpus()[0]?.model ?? "unknown", cores: os.availableParallelism(), arch: process.arch },
   };
+}
+
+/** Adds the versions of files, in place of those of the same files before. */
+function rememberFiles(files: FileVersion[], versions: readonly FileVersion[]): void {
+  for (const version of versions) {
+    const at = files.findIndex(({ file }) => file === version.file);
+    if (at < 0) files.push(version);
+    else files[at] = version;
+  }
 }
 
 /**

@@ -32,6 +32,7 @@ export {
   TimeoutError,
 } from "./errors.js";
 export { embeddedModel, FlowTurbo } from "./flowturbo.js";
+export { type CannyOptions, canny } from "./generation/canny.js";
 export { type CompileReport, compileEngines, type Engine, type EngineProfile } from "./generation/engines.js";
 export { Image } from "./generation/image.js";
 export { generateStream } from "./generation/stream.js";
@@ -43,6 +44,8 @@ export type {
   CalibrateProgress,
   Calibration,
   CompileEnginesOptions,
+  Control,
+  ControlNetSource,
   Costs,
   DeadlineResult,
   EncodeOptions,
@@ -61,6 +64,7 @@ export type {
   ModelDefaults,
   Picture,
   PictureSource,
+  PixelRange,
   ProfileOptions,
   ProfileProgress,
   PromptEmbeds,

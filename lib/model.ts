@@ -328,9 +328,18 @@ export interface Control {
   start?: number | undefined;
   /** Part of the steps, 0 to 1, after which it does not guide: step i of n does where (i + 1) / n ≤ stop. Default: 1. */
   stop?: number | undefined;
-  /** `"canny"` makes the control picture of `image`: its edges, white on black. Default: `image` is the control picture. */
+  /** `"canny"` makes the control picture of `image`: its edges, white on black, found at the size that is drawn. Default: `image` is the control picture. */
   preprocess?: "canny" | undefined;
+  /** Values that the pixels are encoded as, which the ControlNet was trained with: see `PixelRange`. Default: `"signed"`. */
+  pixelRange?: PixelRange | undefined;
 }
+
+/**
+ * Values of a control picture's pixels. `"signed"`: −1 to 1, as of nearly all ControlNets. `"stability_canny"`: 0.5 to 128 (x · 255 · 0.5 + 0.5 of
+ * x from 0 to 1), as Stability's Canny ControlNet of SD3.5-large was trained, and no other that is known; its model card's
+ * SD3CannyImageProcessor is the same.
+ */
+export type PixelRange = "signed" | "stability_canny";
 
 /** Skip-layer guidance of a request: v = u + g·(c − u) + scale·(c − w), w the conditional velocity without some blocks of the transformer. */
 export interface SkipLayers {

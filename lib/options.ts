@@ -18,6 +18,7 @@ import type {
   HandlerOptions,
   LoadProgress,
   PictureSource,
+  PixelRange,
   ProfileProgress,
   RgbPicture,
   StartEvent,
@@ -221,6 +222,7 @@ export const controlSchema = <T extends z.ZodType>(picture: T) =>
     start: fraction.optional(),
     stop: fraction.optional(),
     preprocess: z.enum(["canny"]).optional(),
+    pixelRange: z.enum<PixelRange[]>(["signed", "stability_canny"]).optional(),
   });
 const loraScale = z.number().min(-100).max(100);
 const adapterName = text.min(1).max(128);
@@ -501,7 +503,7 @@ const generateFields = z.strictObject({
   controls: optional(
     kind(
       list(controlSchema(picture), 1, mostControls),
-      "an array of { folder, image, mask?, scale?, start?, stop?, preprocess? }",
+      "an array of { folder, image, mask?, scale?, start?, stop?, preprocess?, pixelRange? }",
     ),
     "ControlNets that guide the picture, each with its control picture",
   ),

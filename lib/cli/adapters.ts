@@ -3,7 +3,7 @@
 import { existsSync } from "node:fs";
 import type { Command } from "commander";
 import { OptionError } from "../errors.js";
-import type { Control, ControlNetSource, LoraSource, LoraUse, SkipLayers } from "../model.js";
+import type { Control, ControlNetSource, LoraSource, LoraUse, PixelRange, SkipLayers } from "../model.js";
 
 /** Flags of what a model is loaded with. */
 export interface LoadAdapterFlags {
@@ -17,6 +17,7 @@ export interface RequestAdapterFlags {
   useLora?: string[];
   control?: string[];
   canny?: boolean;
+  controlRange?: string;
   skipLayers?: string;
 }
 
@@ -52,6 +53,10 @@ export function addRequestAdapters(command: Command): void {
       repeated,
     )
     .option("--canny", "make the control pictures of the edges of those that --control names")
+    .option(
+      "--control-range <name>",
+      "values of the control pictures' pixels: signed (-1 to 1), or stability_canny, which Stability's Canny ControlNet of SD3.5-large was trained with (default: signed)",
+    )
     .option(
       "--skip-layers <blocks:scale@start-stop>",
       "skip-layer guidance without these blocks, as 7,8,9:2.8@0.01-0.2; for SD3.5-medium, it harms large",
@@ -91,7 +96,17 @@ export function readRequestAdapters(flags: RequestAdapterFlags): {
     const { rest: name, scale } = scaled(text);
     return { name, ...(scale !== undefined && { scale }) };
   });
-  const controls = flags.control?.map((text) => readControl(text, flags.canny ?? false));
+  const { controlRange: pixelRange } = flags;
+  const controls = flags.control?.map((text) => ({
+    ...readControl(text, flags.canny ?? false),
+    // Names that there are not are refused as they are from code.
+    ...(pixelRange !== undefined && { pixelRange: pixelRange as PixelRange }),
+  }));
+  if (pixelRange !== undefined && !controls)
+    throw new OptionError(
+      "controlRange",
+      "The flag --control-range is about control pictures; name a ControlNet with --control too.",
+    );
   if (flags.canny && !controls)
     throw new OptionError("canny", "The flag --canny makes control pictures; name a ControlNet with --control too.");
   return {

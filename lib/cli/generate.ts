@@ -11,7 +11,7 @@ import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
-import { inspect, optionsOf, overridden } from "../generation/parameters.js";
+import { inspect, optionsOf, overridden, type Parameters } from "../generation/parameters.js";
 import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
 import {
   checkGuidanceInterval,
@@ -170,7 +170,7 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>) 
   if (absent)
     throw new OptionError(
       absent,
-      `The picture "${file}" was drawn from ${needed[absent].what}, which no picture's file holds. ${needed[absent].remedy}.`,
+      `The picture "${file}" was drawn from ${needed[absent].what}, which no picture's file holds. ${needed[absent].remedy}${absent === "controls" ? controlsIn(parameters) : ""}.`,
     );
   const options = overridden(own, given);
   const truncated = [parameters.truncated ?? []].flat().map(String);
@@ -197,7 +197,13 @@ const needed = {
   image: { what: "an original", remedy: "Give it with --image" },
   mask: { what: "a mask", remedy: "Give it with --mask" },
   noise: { what: "noise that was given", remedy: "Give it with --noise, or another start with --seed" },
+  controls: { what: "control pictures", remedy: "Give each ControlNet and its picture with --control" },
 } as const;
+
+/** What a file says of its controls, in a message. */
+function controlsIn({ controls }: Parameters): string {
+  return `; they were ${clipped(JSON.stringify(controls), 300)}`;
+}
 
 function otherModel(before: string, now: string): string {
   return `The picture was drawn by the model "${clipped(before, 80)}" and is drawn again by "${now}", so that it is another one. Give --model to choose.`;

@@ -65,6 +65,11 @@ export class ControlNets {
     this.#onOpen = onOpen;
   }
 
+  /** No ControlNets, of a model that none were opened for. */
+  static none(checkpoint: Pick<Checkpoint, "transformer" | "vae">): ControlNets {
+    return new ControlNets(checkpoint, new Map(), {});
+  }
+
   /**
    * Opens the ControlNets of load().
    * @param byId receives what is opened, now and later
@@ -88,6 +93,11 @@ export class ControlNets {
       nets.#named.set(given, nets.#named.get(given) ?? known);
     }
     return nets;
+  }
+
+  /** What their folders have twice, with which is read. */
+  get warnings(): string[] {
+    return [...new Set([...this.#named.values()].flatMap(({ controlNet }) => controlNet.weights.warnings))];
   }
 
   /** Names of those that load() named. */

@@ -4,37 +4,14 @@
  * encoder makes of one, with the channel of its mask, is what the fused step reads.
  */
 
-import type { ControlNet } from "../checkpoint/index.js";
 import { type FloatTensor, float32 } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
-import type { PictureSource, Size } from "../model.js";
+import type { Size } from "../model.js";
 import { edgesOf } from "./canny.js";
+import { type ControlRequest, pixelRanges } from "./control-request.js";
 import { type Crop, cut, filled } from "./crop.js";
 import { maskOf, readMask, readOriginal } from "./edit.js";
 import { type Raster, resampled } from "./resample.js";
-
-/** How 8-bit values become what the autoencoder encodes, for ControlNets that were trained otherwise than on [-1, 1]. */
-export const pixelRanges = {
-  signed: (value: number) => value / 127.5 - 1,
-  // Of the model card: image * 255 * 0.5 + 0.5, of an image in [0, 1].
-  stability_canny: (value: number) => value * 0.5 + 0.5,
-} as const satisfies Record<string, (value: number) => number>;
-
-/** One control of a request, settled. */
-export interface ControlRequest {
-  readonly controlNet: ControlNet;
-  /** What the ControlNet is called: in pictures' parameters, too. */
-  readonly name: string;
-  readonly image: PictureSource;
-  /** Where an inpainting ControlNet paints; null for others. */
-  readonly mask: PictureSource | null;
-  readonly scale: number;
-  /** The part of the steps that it is used in: see `isControlled`. */
-  readonly start: number;
-  readonly stop: number;
-  readonly preprocess: "canny" | null;
-  readonly pixelRange: keyof typeof pixelRanges;
-}
 
 /** A control at the size of a stage. */
 export interface StageControl {
@@ -42,15 +19,6 @@ export interface StageControl {
   readonly pixels: FloatTensor;
   /** [1, 1, h, w], 1 where the picture is known and 0 where the ControlNet paints; null for one without a mask. */
   readonly known: FloatTensor | null;
-}
-
-/** Whether step i of n is controlled, as diffusers has it: none that begins before `start` or ends after `stop`. */
-export function isControlled(
-  { start, stop }: Pick<ControlRequest, "start" | "stop">,
-  step: number,
-  steps: number,
-): boolean {
-  return !(step / steps < start || (step + 1) / steps > stop);
 }
 
 /**
@@ -61,8 +29,7 @@ export function isControlled(
  * @throws OptionError for a picture that cannot be read
  */
 export async function readControl(
-  { image, mask, preprocess, pixelRange }: ControlRequest,
-  index: number,
+  { index, image, mask, preprocess, pixelRange }: ControlRequest,
   sizes: readonly (Size | null)[],
   factor: number,
   crop?: Crop,

@@ -96,9 +96,12 @@ const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 
 /** Files are not taken by the names that another file has for them. */
-const { image: _, mask: __, ...readable } = generateSchema.shape;
+const { image: _, mask: __, controls: ___, ...readable } = generateSchema.shape;
 /** Fields that are no options. */
-const facts = ["textEncoder3", "mergedLoras", "model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"];
+const facts = [
+  ...["textEncoder3", "mergedLoras", "model", "software", "runtime", "inpainted", "truncated", "promptEmbeds"],
+  "controls",
+];
 
 /** Parameters as options. */
 export interface Redrawing {
@@ -106,7 +109,7 @@ export interface Redrawing {
   /** Fields that no option has the name of, or whose values it does not take. */
   readonly unknown: readonly string[];
   /** The option that has to be given with them, since it is in no file; null for none. */
-  readonly needs: readonly ("prompt" | "image" | "mask" | "noise")[];
+  readonly needs: readonly ("prompt" | "image" | "mask" | "noise" | "controls")[];
 }
 
 /** The options that parameters stand for. */
@@ -126,6 +129,7 @@ export function optionsOf(parameters: Parameters): Redrawing {
     ...(isEdit ? (["image"] as const) : []),
     ...(parameters.inpainted === true ? (["mask"] as const) : []),
     ...(isOfNoise ? (["noise"] as const) : []),
+    ...(parameters.controls !== undefined ? (["controls"] as const) : []),
   ];
   return { options, unknown, needs };
 }

@@ -83,9 +83,40 @@ export function skipsLayers({ start, stop }: SkippedLayers, step: number, steps:
   return steps * start < step && step < steps * stop;
 }
 
-/** Whether a ControlNet guides a step: as in diffusers' pipeline. */
-export function isControlled({ start, stop }: ControlKind, step: number, steps: number): boolean {
+/** Whether a ControlNet guides a step, as in diffusers' pipeline: none that begins before `start` or ends after `stop`. */
+export function isControlled(
+  { start, stop }: Pick<ControlKind, "start" | "stop">,
+  step: number,
+  steps: number,
+): boolean {
   return !(step / steps < start || (step + 1) / steps > stop);
+}
+
+/** Of each stage whether some step of it is controlled. */
+export function controlledStages(
+  control: Pick<ControlKind, "start" | "stop">,
+  stages: readonly Pick<SamplingStage, "schedule" | "place">[],
+): boolean[] {
+  return stages.map(({ schedule, place = { first: 0, steps: schedule.blocks.length } }) =>
+    schedule.launches.some(
+      ({ type, block }) => type === "predict" && isControlled(control, place.first + block, place.steps),
+    ),
+  );
+}
+
+/** The sets of ControlNets that steps of stages are run with, as the variant of their graphs: "" for none. */
+export function controlSets(
+  controls: readonly ControlKind[],
+  stages: readonly Pick<SamplingStage, "schedule" | "place">[],
+): ReadonlySet<string> {
+  const sets = new Set<string>();
+  for (const { schedule, place = { first: 0, steps: schedule.blocks.length } } of stages)
+    for (const { type, block } of schedule.launches) {
+      if (type !== "predict") continue;
+      const active = controls.filter((control) => isControlled(control, place.first + block, place.steps));
+      sets.add(listed(active.map(({ id }) => id)));
+    }
+  return sets;
 }
 
 /** What pictures of a kind have in common. */
@@ -128,8 +159,8 @@ export interface SamplingValues {
     readonly init?: Tensor | undefined;
     /** [1, 1, h, w], 1 where new content is wanted, 0 where the original stays. */
     readonly mask?: Tensor | undefined;
-    /** For each ControlNet of the kind what it reads of its picture, [B, its channels, h, w]. */
-    readonly controls?: readonly Tensor[] | undefined;
+    /** For each ControlNet of the kind that some step of the stage has what it reads of its picture, [B, its channels, h, w]; see `controlledStages`. */
+    readonly controls?: readonly (Tensor | undefined)[] | undefined;
   }[];
   /** Matrices of LoRAs and what they are scaled by: see `Layers`. */
   readonly lora?: { readonly down: Tensor; readonly up: Tensor; readonly scale: Tensor } | undefined;
@@ -179,7 +210,7 @@ export function slotValues({ stages, guided, alone, colours, lora }: SamplingVal
   for (const [name, tensor] of Object.entries(lora ?? {})) values[`lora.${name}`] = tensor;
   for (const [index, { controls = [], ...stage }] of stages.entries()) {
     for (const [name, tensor] of Object.entries(stage)) if (tensor) values[`${stageName(index)}.${name}`] = tensor;
-    for (const [at, tensor] of controls.entries()) values[controlSlot(stageName(index), at)] = tensor;
+    for (const [at, tensor] of controls.entries()) if (tensor) values[controlSlot(stageName(index), at)] = tensor;
   }
   return values;
 }
@@ -392,15 +423,12 @@ class TemplateWriter {
     };
     if (guided) slots("guided.", 2 * this.#rows);
     if (alone) slots("", this.#rows);
-    const { lora, controls } = this.#additions;
+    const { lora } = this.#additions;
     if (lora) {
       this.builder.slot("lora.down", [this.#rows, lora.down]);
       this.builder.slot("lora.up", [this.#rows, lora.up]);
       this.builder.slot("lora.scale", [this.#rows, lora.rank]);
     }
-    for (const [index, { latentShape }] of kind.stages.entries())
-      for (const [at, { channels }] of controls.entries())
-        this.builder.slot(controlSlot(stageName(index), at), [this.#rows, channels, latentShape[2], latentShape[3]]);
   }
 
   get #additions(): Additions {
@@ -535,9 +563,10 @@ class TemplateWriter {
       ...(lora && { lora_down: "lora.down", lora_up: "lora.up", lora_scale: "lora.scale" }),
       ...(isSkipping && { skip_scale: perRow(skipLayers.scale) }),
     };
-    for (const [place, [which, { scale }]] of active.entries()) {
+    const [, , height, width] = stage.latentShape;
+    for (const [place, [which, { scale, channels }]] of active.entries()) {
       const input = `control_${place + 1}`;
-      inputs[input] = controlSlot(name, which);
+      inputs[input] = builder.slot(controlSlot(name, which), [this.#rows, channels, height, width]);
       inputs[`${input}_scale`] = perRow(scale);
       const positions = stage.controlPositions?.[which];
       if (!positions) continue;

@@ -10,6 +10,7 @@ import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import type { Admitted } from "../serving/service.js";
+import { controlOf } from "./control.js";
 import type { RequestEvents } from "./events.js";
 import { noiseOf, rowOf } from "./latents.js";
 import type { LatentColours } from "./preview.js";
@@ -76,11 +77,16 @@ export async function draw(
   const warnings = [...warningsOf(encoded), ...(request.texts?.warnings ?? []), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
 
-  // 2. Init image: latents of the original for each stage that needs them, the same for all pictures.
+  // 2. Init image and control pictures: latents of the original and of each control for each stage that needs them, the same for all pictures.
+  const latentsOf = async (program: Program) => (await run([program]))[0]!.latents as FloatTensor;
   const init: (FloatTensor | undefined)[] = [];
-  for (const program of candidate.encoders) {
-    const [result] = program ? await run([program]) : [];
-    init.push(result?.latents as FloatTensor | undefined);
+  for (const program of candidate.encoders) init.push(program ? await latentsOf(program) : undefined);
+  const controls: (FloatTensor | undefined)[][] = [];
+  for (const stage of candidate.controls) {
+    const read: (FloatTensor | undefined)[] = [];
+    for (const control of stage)
+      read.push(control ? controlOf(await latentsOf(control.program), control.known) : undefined);
+    controls.push(read);
   }
 
   // 3. Denoise: a program for each picture, with its own noise.
@@ -90,7 +96,7 @@ export async function draw(
   const programs: Program[] = [];
   for (let row = 0; row < pictures; row++) {
     const values = noises.map((noise, index) => {
-      return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index] };
+      return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index], controls: controls[index] };
     });
     const condition = conditions[Math.floor(row / count)]!;
     programs.push(bind(template.program, slotValues({ stages: values, ...condition, colours })));

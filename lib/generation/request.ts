@@ -21,6 +21,8 @@ import {
 import { allFinite } from "../program/validate.js";
 import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
+import type { ControlNets } from "./control-nets.js";
+import { type ControlRequest, controlKind, settleControls } from "./control-request.js";
 import { type Additions, type SkippedLayers, skipsLayers } from "./programs.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
@@ -33,6 +35,8 @@ export interface ModelFacts extends CandidateFacts {
   readonly pinBatch: number | null;
   /** Whether requests may name pictures by the path of a file. */
   readonly allowPaths: boolean;
+  /** ControlNets that requests may name. Default: none. */
+  readonly controlNets?: ControlNets | undefined;
 }
 
 /** What a request edits. */
@@ -87,6 +91,8 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   readonly guidance: GuidanceSettings;
   /** What the transformer is run with besides. */
   readonly additions: Additions;
+  /** The controls of `additions`, with their pictures. */
+  readonly controls: readonly ControlRequest[];
   readonly sequenceLength: number;
   /** Seed of each picture; empty if the noise was given. */
   readonly seeds: readonly Seed[];
@@ -147,7 +153,7 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkGuidanceInterval(options);
   checkSigmas(sigmas);
   checkShift(options, model.checkpoint);
-  const candidates = candidatesOf(options, model, pictures);
+  const { controls, candidates } = settleControls(options, model, candidatesOf(options, model, pictures));
   const isOn = candidates.some(({ isGuided }) => isGuided);
   if (embeds && isOn && embeds.negativePrompts.length === 0)
     throw new OptionError(
@@ -192,7 +198,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     guidance: {
       ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
-    additions: { lora: null, controls: [], skipLayers },
+    additions: { lora: null, controls: controls.map(controlKind), skipLayers },
+    controls,
     edit:
       image === undefined
         ? null

@@ -99,7 +99,19 @@ export function parametersOf(
       (guidance.start > 0 || guidance.stop < 1) && { guidanceStart: guidance.start, guidanceStop: guidance.stop }),
     ...(isGuided && guidance.mode !== "cfg" && { guidanceMode: guidance.mode }),
     ...(isGuided && additions.skipLayers && { skipLayers: additions.skipLayers }),
+    ...(request.controls.length > 0 && { controls: request.controls.map(controlParameters) }),
     ...(request.texts && { maxSequenceLength: request.sequenceLength }),
+  };
+}
+
+/** A control without its pictures. */
+function controlParameters({ name, mask, scale, start, stop, preprocess, pixelRange }: Request["controls"][number]) {
+  return {
+    ...{ folder: name, scale },
+    ...((start > 0 || stop < 1) && { start, stop }),
+    ...(mask !== null && { inpaints: true }),
+    ...(preprocess !== null && { preprocess }),
+    ...(pixelRange !== "signed" && { pixelRange }),
   };
 }
 

@@ -1,6 +1,6 @@
 /** Sizes that a model can draw, and what they are in latents. */
 
-import type { Checkpoint } from "../checkpoint/index.js";
+import type { Checkpoint, ControlNetConfig } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type { Size } from "../model.js";
 import { networks } from "../networks/index.js";
@@ -39,6 +39,14 @@ interface SizeName {
 function longestSide({ vae, ...parts }: Checkpoint, part: keyof Checkpoint | null): number | null {
   const config = part && (parts as Partial<Record<string, Partial<Checkpoint["transformer"]> | null>>)[part]?.config;
   return config ? vae.config.factor * config.patchSize * config.posEmbedMaxSize : null;
+}
+
+/** The longest side, in pixels, that a ControlNet has positions for. */
+export function longestSideOf(
+  { positions, patchSize, posEmbedMaxSize }: ControlNetConfig,
+  { vae }: Checkpoint,
+): number {
+  return positions === "own" ? vae.config.factor * patchSize * posEmbedMaxSize! : Number.POSITIVE_INFINITY;
 }
 
 /**

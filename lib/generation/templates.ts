@@ -3,17 +3,26 @@
  * recipe binds values to. Requests of a kind share a template.
  */
 
-import type { Checkpoint } from "../checkpoint/index.js";
+import type { Checkpoint, TransformerConfig } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
-import type { FloatTensor } from "../common/tensor.js";
-import { launchedFor, mmditWidth, networksOf, positionTable, upscales } from "../networks/index.js";
+import type { FloatTensor, StoredTensor } from "../common/tensor.js";
+import {
+  controlPositionTable,
+  launchedFor,
+  mmditWidth,
+  networksOf,
+  positionTable,
+  upscales,
+} from "../networks/index.js";
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork, Demand } from "../serving/prediction.js";
 import type { Candidate } from "./candidates.js";
+import type { StageControl } from "./control.js";
 import type { Crop } from "./crop.js";
 import type { Edit } from "./edit.js";
 import {
+  controlledStages,
   encoderProgram,
   type LatentShape,
   type SamplingStage,
@@ -33,6 +42,8 @@ export interface PreparedCandidate extends CandidateWork {
   readonly encoders: readonly (Program | null)[];
   /** For each stage its mask in latents, [1, 1, h, w], where it has one. */
   readonly masks: readonly (FloatTensor | undefined)[];
+  /** For each stage, for each control of the request the program that encodes its picture; null where no step of the stage needs it. */
+  readonly controls: readonly (readonly (EncodedControl | null)[])[];
   /** What the pictures keep of the original, pixel for pixel. */
   readonly kept: Edit[number] | undefined;
   /** What they are put back into. */
@@ -40,6 +51,12 @@ export interface PreparedCandidate extends CandidateWork {
   readonly template: SamplingTemplate;
   /** What the caller should know. */
   readonly warnings: readonly string[];
+}
+
+/** How a control becomes what the fused step reads: see `controlOf`. */
+interface EncodedControl {
+  readonly program: Program;
+  readonly known: StageControl["known"];
 }
 
 export class Templates {
@@ -58,10 +75,11 @@ export class Templates {
     { text, stages: all }: Candidate,
     prompts: PreparedPrompts,
     edit: Edit | null,
+    controls: readonly (readonly (StageControl | null)[])[] = [],
   ): PreparedCandidate {
     const { factor } = this.#checkpoint.vae.config;
     const kept = request.edit?.keepOriginal ? edit?.at(-1) : undefined;
-    const warnings: string[] = [];
+    const warnings = request.controls.flatMap((control) => control.warnings);
     let [stages, used] = [all, edit];
     if (edit?.every(({ mask }) => mask?.empty)) {
       const through = kept && request.outputType === "image" ? "" : ", through the autoencoder";
@@ -76,13 +94,27 @@ export class Templates {
       return original ? encoderProgram(original.pixels, latentShape, factor) : null;
     });
     const template = this.sampling(request, stages, used);
+    // Stages that are left out are the first ones.
+    const left = all.length - stages.length;
+    const needed = request.additions.controls.map((control) => controlledStages(control, stages));
+    const encodedControls = stages.map(({ latentShape }, index) =>
+      needed.map((isNeeded, which): EncodedControl | null => {
+        const control = isNeeded[index] ? controls[which]![left + index]! : null;
+        return control && { program: encoderProgram(control.pixels, latentShape, factor), known: control.known };
+      }),
+    );
     const demands = [
       ...textDemands(prompts.programs.values()),
+      ...encodedControls.flat().flatMap((control) => (control ? [{ program: control.program, rows: 1 }] : [])),
       ...encoders.flatMap((program) => (program ? [{ program, rows: 1 }] : [])),
       { program: template.program, rows: request.pictures },
     ];
     const masks = stages.map((_, index) => used?.[index]?.mask?.latents);
-    return { text, demands, prompts, stages, encoders, masks, kept, crop: edit?.at(-1)?.crop, template, warnings };
+    const crop = edit?.at(-1)?.crop;
+    return {
+      ...{ text, demands, prompts, stages, encoders, masks, controls: encodedControls },
+      ...{ kept, crop, template, warnings },
+    };
   }
 
   /** The template of one picture. */
@@ -165,14 +197,23 @@ export function positionsOf(checkpoint: Checkpoint, latentShape: LatentShape): S
   );
 }
 
-/** Positions of a ControlNet for a latent; null for one that reads the transformer's tokens. */
-function controlPositionsOf(_: Checkpoint, __: string, ___: LatentShape): StoredConstant | null {
-  return null;
+/** Positions of a ControlNet for a latent; null for one that has none of its own. */
+function controlPositionsOf(checkpoint: Checkpoint, id: string, latentShape: LatentShape): StoredConstant | null {
+  const controlNet = checkpoint.controlNets.get(id)!;
+  const source = controlPositionTable(controlNet);
+  return (
+    source && cropOf(source, { ...controlNet.config, posEmbedMaxSize: controlNet.config.posEmbedMaxSize! }, latentShape)
+  );
 }
 
 /** The centre crop of a transformer's table of positions for a latent, read by the runtime from the checkpoint's file. */
-export function positionCrop(
-  { weights, config }: Checkpoint["transformer"],
+export function positionCrop({ weights, config }: Checkpoint["transformer"], latentShape: LatentShape): StoredConstant {
+  return cropOf(positionTable(weights, config), config, latentShape);
+}
+
+function cropOf(
+  source: StoredTensor,
+  config: Pick<TransformerConfig, "patchSize" | "posEmbedMaxSize" | "numAttentionHeads" | "attentionHeadDim">,
   [, , height, width]: LatentShape,
 ): StoredConstant {
   const { patchSize, posEmbedMaxSize: side } = config;
@@ -181,7 +222,7 @@ export function positionCrop(
   const [top, left] = [Math.floor((side - rows) / 2), Math.floor((side - columns) / 2)];
   return {
     kind: "stored",
-    source: positionTable(weights, config),
+    source,
     shape: [1, rows * columns, elements],
     firstElement: (top * side + left) * elements,
     rowElements: columns * elements,

@@ -69,37 +69,34 @@ export function controlResiduals(
   inputs: ControlInputs,
 ): Value[] {
   const l = new Layers(g, named(weights, id), options, g.shapeOf(inputs.latent, 0, 1));
-  return g.scoped(`controlnet_${id}`, () => {
-    const width = mmditWidth(config);
-    const [h, w] = [2, 3].map((axis) => inPatches(g, inputs.latent, axis, config.patchSize)) as [Value, Value];
+  const width = mmditWidth(config);
+  const [h, w] = [2, 3].map((axis) => inPatches(g, inputs.latent, axis, config.patchSize)) as [Value, Value];
 
-    // 1. Tokens of the latents, and on top of them those of the control.
-    let x = inputs.tokens;
-    if (config.positions !== "transformer") {
-      x = patchTokens(l, config, inputs.latent, h, w);
-      if (inputs.positionEmbedding) x = l.add(x, g.cast(inputs.positionEmbedding, l.compute));
-    }
-    const control = { ...config, inChannels: controlChannels(config) };
-    x = l.add(x, patchTokens(l, control, inputs.control, h, w, "pos_embed_input.proj"));
+  // 1. Tokens of the latents, and on top of them those of the control.
+  let x = inputs.tokens;
+  if (config.positions !== "transformer") {
+    x = patchTokens(l, config, inputs.latent, h, w);
+    if (inputs.positionEmbedding) x = l.add(x, g.cast(inputs.positionEmbedding, l.compute));
+  }
+  const control = { ...config, inChannels: controlChannels(config) };
+  x = l.add(x, patchTokens(l, control, inputs.control, h, w, "pos_embed_input.proj"));
 
-    // 2. What conditions every block, and the text.
-    const none = () =>
-      g.tensor([1, config.pooledProjectionDim], new Float32Array(config.pooledProjectionDim), l.compute);
-    const pooled = config.zeroPooled ? none() : inputs.pooled;
-    const activated = conditioningOf(l, config, { timestep: inputs.timestep, pooled });
-    let context =
-      config.jointAttentionDim === null
-        ? null
-        : l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
+  // 2. What conditions every block, and the text.
+  const none = () => g.tensor([1, config.pooledProjectionDim], new Float32Array(config.pooledProjectionDim), l.compute);
+  const pooled = config.zeroPooled ? none() : inputs.pooled;
+  const activated = conditioningOf(l, config, { timestep: inputs.timestep, pooled });
+  let context =
+    config.jointAttentionDim === null
+      ? null
+      : l.linear(g.cast(inputs.context, l.compute), "context_embedder", config.jointAttentionDim, width);
 
-    // 3. The blocks. None is the last one of a transformer: all of them keep their text tokens.
-    return Array.from({ length: config.numLayers }, (_, index) => {
-      g.scoped(`transformer_blocks.${index}`, () => {
-        if (context) ({ x, context } = jointBlock(l, config, index, x, context, activated));
-        else x = imageBlock(l, config, index, x, activated);
-      });
-      return l.linear(x, `controlnet_blocks.${index}`, width, width);
+  // 3. The blocks. None is the last one of a transformer: all of them keep their text tokens.
+  return Array.from({ length: config.numLayers }, (_, index) => {
+    g.scoped(`transformer_blocks.${index}`, () => {
+      if (context) ({ x, context } = jointBlock(l, config, index, x, context, activated));
+      else x = imageBlock(l, config, index, x, activated);
     });
+    return l.linear(x, `controlnet_blocks.${index}`, width, width);
   });
 }
 

@@ -18,6 +18,7 @@ import { emitUpscale } from "./upscale.js";
 import { emitUpscaleLatents } from "./upscale-latents.js";
 import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 
+export { controlChannels, controlPositionTable } from "./controlnet.js";
 export { mmditWidth, positionTable } from "./mmdit.js";
 export { sigmaBeforeUpscale, upscaleConstants, upscaleJump, upscaleScale } from "./upscale-latents.js";
 
@@ -127,8 +128,9 @@ function step(
     emit: (name, checkpoint, options, { guidance = false, controls, skipped }) => {
       const { weights, config } = checkpoint[part]!;
       const { numTrainTimesteps } = checkpoint.scheduler;
+      const { shiftFactor, scalingFactor } = checkpoint.vae.config;
       return emitStep(name, type, weights, config, {
-        ...{ ...options, guidance, numTrainTimesteps },
+        ...{ ...options, guidance, numTrainTimesteps, controlShift: shiftFactor * scalingFactor },
         controls: (controls?.split("+") ?? []).map((id) => controlNetOf(checkpoint, id)),
         skipped: (skipped?.split("+") ?? []).map(Number),
       });

@@ -36,7 +36,8 @@ export class GraphLibrary {
 
   /** The weights' files, as they were when the checkpoint was opened. */
   get files(): FileVersion[] {
-    const files = weightedParts(this.checkpoint).flatMap(({ weights }) => weights.files);
+    const parts = [...weightedParts(this.checkpoint), ...this.checkpoint.controlNets.values()];
+    const files = parts.flatMap(({ weights }) => weights.files);
     // Parts in one file are one.
     return [...new Map(files.map((version) => [version.file, version])).values()];
   }

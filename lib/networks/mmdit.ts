@@ -87,7 +87,9 @@ export function mmdit(
   // 3. The joint blocks.
   const residualAfter = residuals(x);
   const block = (layers: Layers, index: number, x: Value, context: Value, activated: Value) =>
-    g.scoped(`transformer_blocks.${index}`, () => jointBlock(layers, config, index, x, context, activated, index === config.numLayers - 1));
+    g.scoped(`transformer_blocks.${index}`, () =>
+      jointBlock(layers, config, index, x, context, activated, index === config.numLayers - 1),
+    );
   const first = skipped.rows && new Layers(g, weights, options, skipped.rows);
   for (let index = 0; index < config.numLayers; index++) {
     const result =

@@ -16,7 +16,7 @@
 import type { ControlNet, TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
-import { controlChannels, controlResiduals } from "./controlnet.js";
+import { controlChannels, controlLatents, controlPositionTable, controlResiduals, residualOf } from "./controlnet.js";
 import { applyGuidance, perRow, scaledPair } from "./layers.js";
 import { type MmditInputs, mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
@@ -30,6 +30,8 @@ export interface StepOptions extends EmitOptions {
   readonly numTrainTimesteps: number;
   /** ControlNets that run with it, in the order of the inputs. Default: none. */
   readonly controls?: readonly ControlNet[];
+  /** Of the autoencoder's latents shift·factor, which is subtracted from those of a control, too. Default: 0. */
+  readonly controlShift?: number;
   /** With guidance: blocks that are left out of a third row for each picture. Default: none, and no such row. */
   readonly skipped?: readonly number[];
 }
@@ -121,15 +123,14 @@ function furtherFrom(g: GraphBuilder, pair: Value, without: Value, scale: Value)
 }
 
 /**
- * What ControlNets add to the picture's tokens after a block. As in diffusers, block j of L has the residual ⌊j / (L / n)⌋ of n, and the
- * last block none.
+ * What ControlNets add to the picture's tokens after a block: for each the residual of `residualOf`, and after the last block none.
  * @param repeated gives all rows of a picture what the picture has
  */
 function residualsOf(
   g: GraphBuilder,
   controls: readonly ControlNet[],
   config: TransformerConfig,
-  options: EmitOptions,
+  options: StepOptions,
   inputs: Omit<MmditInputs, "positionEmbedding"> & { readonly tokens: Value },
   repeated: (value: Value) => Value,
 ): (block: number) => Value | null {
@@ -138,10 +139,12 @@ function residualsOf(
     const channels = controlChannels(controlNet.config);
     const latents = g.input(name, "float32", ["rows", channels, "height", "width"]);
     const scale = g.op("Unsqueeze", [repeated(g.input(`${name}_scale`, "float32", ["rows"])), g.ints([1, 2])]);
-    const positions = controlNet.config.usePosEmbed
+    // Rows of the table are an input, which the runtime reads from the file.
+    const positions = controlPositionTable(controlNet)
       ? g.input(`${name}_positions`, "float32", [1, "patches", mmditWidth(config)])
       : null;
-    const control = g.cast(repeated(latents), options.compute);
+    const asTrained = controlLatents(g, controlNet, latents, options.controlShift ?? 0);
+    const control = g.cast(repeated(asTrained), options.compute);
     const residuals = g.scoped(name, () =>
       controlResiduals(g, controlNet, options, { ...inputs, control, positionEmbedding: positions }),
     );
@@ -152,7 +155,7 @@ function residualsOf(
     block === config.numLayers - 1
       ? null
       : all.reduce<Value | null>((sum, residuals) => {
-          const residual = residuals[Math.trunc(block / (config.numLayers / residuals.length))]!;
+          const residual = residuals[residualOf(block, config.numLayers, residuals.length)]!;
           return sum ? g.op("Add", [sum, residual]) : residual;
         }, null);
 }
