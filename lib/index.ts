@@ -39,6 +39,7 @@ export { generateStream } from "./generation/stream.js";
 export { type Json, requestFromJson, requestToJson, resultFromJson, resultToJson } from "./json.js";
 export type {
   AcceptEvent,
+  AdapterNames,
   CalibratedEntry,
   CalibrateOptions,
   CalibrateProgress,
@@ -61,6 +62,8 @@ export type {
   LaunchTrace,
   LoadOptions,
   LoadProgress,
+  LoraSource,
+  LoraUse,
   ModelDefaults,
   Picture,
   PictureSource,
@@ -72,6 +75,7 @@ export type {
   RgbPicture,
   RuntimeChoice,
   Size,
+  SkipLayers,
   Stage,
   StageResult,
   StartEvent,

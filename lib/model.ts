@@ -25,6 +25,8 @@ export interface ImageModel extends AsyncDisposable {
   readonly nativeSize: { readonly width: number; readonly height: number };
   /** Whether schedules may have blocks that evaluate the velocity refiner (`R` and `C`). */
   readonly hasRefiner: boolean;
+  /** What requests may name besides; undefined where that is not known. */
+  readonly adapters?: AdapterNames | undefined;
   /** What launches cost, as it is known now. */
   readonly costs: Costs;
   /**
@@ -68,6 +70,14 @@ export interface ImageModel extends AsyncDisposable {
   drain(): Promise<void>;
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void>;
+}
+
+/** Adapters that a model was loaded with, by the names that requests have for them. */
+export interface AdapterNames {
+  /** Dynamic LoRAs: see `GenerateOptions.loras`. Those that were merged into the weights are no names for requests. */
+  readonly loras: readonly string[];
+  /** ControlNets: see `GenerateOptions.controls`. */
+  readonly controlNets: readonly string[];
 }
 
 /** 8-bit RGB values of a picture. */

@@ -211,7 +211,7 @@ const bySampler = (value: (row: SamplerRow) => string | number) =>
 /** Adapters of one kind that a model or a request may have. */
 const mostAdapters = 64;
 /** ControlNets of one request: each is a network of its own in every step. */
-const mostControls = 8;
+export const mostControls = 8;
 /** A ControlNet of a request, with pictures in memory, or with another schema of pictures in another form. */
 export const controlSchema = <T extends z.ZodType>(picture: T) =>
   z.strictObject({
@@ -226,6 +226,9 @@ export const controlSchema = <T extends z.ZodType>(picture: T) =>
   });
 const loraScale = z.number().min(-100).max(100);
 const adapterName = text.min(1).max(128);
+/** A ControlNet of a request that comes from elsewhere: by a name, which is no path, with pictures in another form. */
+export const namedControlSchema = <T extends z.ZodType>(picture: T) =>
+  z.strictObject({ name: adapterName, ...controlSchema(picture).omit({ folder: true }).shape });
 const blockNumbers = kind(
   list(z.int().min(0).max(1000), 1, 1000),
   "a list of numbers of blocks of the transformer, from 0",

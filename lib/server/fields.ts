@@ -4,7 +4,7 @@
  */
 
 import { z } from "zod";
-import { generateSchema, seedJson } from "../options.js";
+import { generateSchema, namedControlSchema, seedJson } from "../options.js";
 import { type SamplerName, samplers } from "../schedule/index.js";
 import type { Limits } from "./options.js";
 
@@ -21,7 +21,7 @@ const described = <T extends z.ZodType>(schema: T, description: string) => schem
 const part = z.number().min(0).max(1);
 const ofLibrary = generateSchema.shape;
 
-function common({ maxImages, maxSteps }: Limits) {
+function common({ maxImages, maxSteps, maxControls }: Limits) {
   const steps = `1 to ${maxSteps}`;
   return {
     prompt: z.string().min(1).max(longestPrompt).describe("What to draw."),
@@ -77,6 +77,18 @@ function common({ maxImages, maxSteps }: Limits) {
     guidance_mode: described(
       ofLibrary.guidanceMode.unwrap(),
       'How guidance is computed: "cfg", or "cfg_zero" (CFG-Zero*). Default: "cfg".',
+    ),
+    skip_layers: described(
+      ofLibrary.skipLayers.unwrap(),
+      "Skip-layer guidance, beside guidance: numbers of the transformer's blocks that are left out, from 0; scale, 0 to 100, default 2.8; start and stop, parts of the steps between which it is on, default 0.01 and 0.2. Default: none.",
+    ),
+    loras: described(
+      ofLibrary.loras.unwrap(),
+      "LoRAs by the names that the model has for them, each once; scale is -100 to 100, default that of the server. Default: none.",
+    ),
+    controls: described(
+      z.array(namedControlSchema(base64Picture)).min(1).max(maxControls),
+      "ControlNets by the names that the model has for them, each with its control picture, base64 or a data: URL; in multipart/form-data files `controls[0][image]`. mask is for inpainting ControlNets: transparent parts are painted, or where nothing is transparent the white ones. scale, -100 to 100, default 1; start and stop, parts of the steps, default 0 and 1. Default: none.",
     ),
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
     prompt_2: described(z.string().max(longestPrompt), "What the second text encoder reads. Default: prompt."),
@@ -222,7 +234,7 @@ const names: Record<string, string> = {
   maxSequenceLength: "max_sequence_length",
   ...{ guidanceStart: "guidance_start", guidanceStop: "guidance_stop", guidanceMode: "guidance_mode" },
   ...{ keepOriginal: "keep_original", paddingMaskCrop: "padding_mask_crop" },
-  ...{ width: "size", height: "size", deadlineMs: "deadline_ms", previewCount: "partial_images" },
+  ...{ skipLayers: "skip_layers", width: "size", height: "size", deadlineMs: "deadline_ms", previewCount: "partial_images" },
 };
 
 /** The field of a request that became an option of `generate`. */
@@ -232,7 +244,9 @@ export function fieldOf(option: string): string {
 
 /** A message about options with the fields' names. Options that are plain words, such as steps, stay: they may be no names where they stand. */
 export function withFieldNames(message: string): string {
-  return message.replace(/\b[a-z]+(?:[A-Z][a-z]*|\d)+\b/g, fieldOf);
+  return message
+    .replace(/\b(controls\[\d+\])\.folder\b/g, "$1.name")
+    .replace(/\b[a-z]+(?:[A-Z][a-z]*|\d)+\b/g, fieldOf);
 }
 
 /** Fields of OpenAI's that this server has no use for, and why they are refused. */

@@ -234,8 +234,10 @@ const answers: Json = {
       owned_by: text,
       native_size: nullable("string"),
       has_refiner: nullable("boolean"),
+      loras: { type: ["array", "null"], items: text },
+      control_nets: { type: ["array", "null"], items: text },
     },
-    limits: object({ max_images: integer, max_pixels: integer, max_steps: integer }),
+    limits: object({ max_images: integer, max_pixels: integer, max_steps: integer, max_controls: integer }),
   }),
   ModelList: object({
     object: { const: "list" },

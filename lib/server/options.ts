@@ -2,6 +2,7 @@
 
 import { z } from "zod";
 import type { ImageModel, Size } from "../model.js";
+import { mostControls } from "../options.js";
 
 /** Options of the plugin `imageServer`. */
 export interface ImageServerOptions {
@@ -20,7 +21,9 @@ export interface ImageServerOptions {
   maxSteps?: number | undefined;
   /** Most pictures of a request, 1 to 1024. Default: 10. */
   maxImages?: number | undefined;
-  /** Largest body of a request that has pictures, in bytes, 1024 to 2³⁰; others may have a megabyte. Default: 32 MiB. */
+  /** Most ControlNets of a request, 1 to 8: each is one more network in every step. Default: 3. */
+  maxControls?: number | undefined;
+  /** Largest body of a request, in bytes, 1024 to 2³⁰. Default: 32 MiB. */
   maxBodyBytes?: number | undefined;
   /** Most pixels of a picture in a body, 1 to 268402689. Default: 64 million. */
   maxInputPixels?: number | undefined;
@@ -51,6 +54,7 @@ export interface Limits {
   readonly maxPixels: number;
   readonly maxSteps: number;
   readonly maxImages: number;
+  readonly maxControls: number;
   readonly maxBodyBytes: number;
   readonly maxInputPixels: number;
 }
@@ -96,10 +100,16 @@ export const serverSchema = z.strictObject({
     "most pictures of a request",
     "--max-images <n>",
   ),
+  maxControls: described(
+    whole(1, mostControls).default(3),
+    wholeText(1, mostControls),
+    "most ControlNets of a request",
+    "--max-controls <n>",
+  ),
   maxBodyBytes: described(
     whole(1024, 2 ** 30).default(32 * 2 ** 20),
     wholeText(1024, 2 ** 30),
-    "largest body with pictures, in bytes",
+    "largest body of a request, in bytes",
     "--max-body <bytes>",
   ),
   maxInputPixels: described(
@@ -150,6 +160,7 @@ export const serverSchema = z.strictObject({
 export type ServerSettings = z.output<typeof serverSchema>;
 
 export function limitsOf(settings: ServerSettings): Limits {
-  const { deadlineMs = null, maxSize, maxSteps, maxImages, maxBodyBytes, maxInputPixels } = settings;
-  return { deadlineMs, maxPixels: maxSize.width * maxSize.height, maxSteps, maxImages, maxBodyBytes, maxInputPixels };
+  const { deadlineMs = null, maxSize, maxSteps, maxImages, maxControls, maxBodyBytes, maxInputPixels } = settings;
+  const maxPixels = maxSize.width * maxSize.height;
+  return { deadlineMs, maxPixels, maxSteps, maxImages, maxControls, maxBodyBytes, maxInputPixels };
 }

@@ -2,7 +2,7 @@
 
 import type sharpModule from "sharp";
 import { sharp } from "../generation/sharp.js";
-import type { Size } from "../model.js";
+import type { Control, Size } from "../model.js";
 import type { Body } from "./bodies.js";
 import { type Failure, invalid } from "./failure.js";
 import type { Limits } from "./options.js";
@@ -55,8 +55,39 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
       "Expected a mask with an alpha channel, whose transparent parts are painted, but received one without.",
     );
   const shownMask = smaller ? await resizedTo(smaller, "mask", given) : given;
-  return { image: reduced, mask: await paintedParts(shownMask), width, height };
+  return { image: reduced, mask: await paintedParts("mask", shownMask), width, height };
 }
+
+/** The ControlNets of a request with their pictures. @returns null for a request without any. @throws Failure that names the field */
+export async function controlsOf({ fields }: Body, limits: Limits): Promise<Control[] | null> {
+  if (!fields.controls) return null;
+  const controls: Control[] = [];
+  for (const [index, { name, image, mask, ...rest }] of fields.controls.entries()) {
+    const read = (field: string, text: string) => controlPicture(`controls.${index}.${field}`, text, limits);
+    const picture = await read("image", image);
+    const painted = mask === undefined ? null : await whiteParts(`controls.${index}.mask`, await read("mask", mask));
+    controls.push({ folder: name, image: picture, ...(painted && { mask: painted }), ...rest });
+  }
+  return controls;
+}
+
+async function controlPicture(param: string, text: string, limits: Limits): Promise<Uint8Array> {
+  const bytes = bytesOf(param, text)!;
+  const { width, height } = await measure(param, bytes, limits);
+  const smaller = reducedSize(width, height, limits);
+  return smaller ? resizedTo(smaller, param, bytes) : bytes;
+}
+
+/** The mask of a control: transparent parts are painted, or where nothing is transparent the white ones. */
+async function whiteParts(param: string, mask: Uint8Array): Promise<Uint8Array> {
+  const open: typeof sharpModule = await sharp.load();
+  const hasTransparent = async () => (await open(mask).metadata()).hasAlpha && !(await open(mask).stats()).isOpaque;
+  return (await hasTransparent().catch(damaged(param))) ? paintedParts(param, mask) : mask;
+}
+
+const damaged = (param: string) => (cause: Error) => {
+  throw Object.assign(invalid(param, `The picture for ${param} is damaged.`), { cause });
+};
 
 /**
  * With padding_mask_crop pictures are answered at the size of the one that is edited: they may take as much as the largest that the server draws.
@@ -88,9 +119,7 @@ async function resizedTo({ width, height }: Size, param: string, bytes: Uint8Arr
     .resize(width, height, { fit: "fill" })
     .png({ compressionLevel: 1 })
     .toBuffer()
-    .catch((cause: Error) => {
-      throw Object.assign(invalid(param, `The picture for ${param} is damaged.`), { cause });
-    });
+    .catch(damaged(param));
 }
 
 /** Base64 or a data: URL as bytes. */
@@ -123,7 +152,7 @@ async function measure(param: string, bytes: Uint8Array, { maxInputPixels }: Lim
 }
 
 /** A mask in OpenAI's meaning (transparent is painted) in the library's: white is painted. */
-async function paintedParts(mask: Uint8Array): Promise<Uint8Array> {
+async function paintedParts(param: string, mask: Uint8Array): Promise<Uint8Array> {
   const open: typeof sharpModule = await sharp.load();
   return open(mask)
     .autoOrient()
@@ -132,7 +161,5 @@ async function paintedParts(mask: Uint8Array): Promise<Uint8Array> {
     .toColourspace("b-w")
     .png({ compressionLevel: 1 })
     .toBuffer()
-    .catch((cause: Error) => {
-      throw Object.assign(invalid("mask", "The picture for mask is damaged."), { cause });
-    });
+    .catch(damaged(param));
 }

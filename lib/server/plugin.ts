@@ -39,8 +39,6 @@ declare module "fastify" {
   }
 }
 
-/** Bytes of a body without pictures. */
-const plainBody = 2 ** 20;
 /** Milliseconds that aborted requests have to be answered. */
 const lastWords = 1000;
 /** Milliseconds that the rest of a refused body is read. */
@@ -128,7 +126,7 @@ class ImageService {
       this.#methods[address] = [...(this.#methods[address] ?? []), ...[method].flat()];
     });
 
-    app.post("/v1/images/generations", { bodyLimit: plainBody }, (request, reply) =>
+    app.post("/v1/images/generations", { bodyLimit: maxBodyBytes }, (request, reply) =>
       this.#draw("generation", request, reply),
     );
     app.post("/v1/images/edits", { bodyLimit: maxBodyBytes }, (request, reply) => this.#draw("edit", request, reply));
@@ -452,12 +450,15 @@ class ImageService {
   #modelView(id: string) {
     if (!this.#models.has(id)) this.#models.get(id);
     const model = this.#models.loaded.get(id);
-    const { maxImages, maxPixels, maxSteps } = this.#limits;
+    const { maxImages, maxPixels, maxSteps, maxControls } = this.#limits;
+    const { loras = [], controlNets = [] } = model?.adapters ?? {};
     return {
       ...{ id, object: "model", created: this.#models.created, owned_by: "flowturbo" },
       native_size: model ? `${model.nativeSize.width}x${model.nativeSize.height}` : null,
       has_refiner: model ? model.hasRefiner : null,
-      limits: { max_images: maxImages, max_pixels: maxPixels, max_steps: maxSteps },
+      loras: model ? [...loras] : null,
+      control_nets: model ? [...controlNets] : null,
+      limits: { max_images: maxImages, max_pixels: maxPixels, max_steps: maxSteps, max_controls: maxControls },
     };
   }
 

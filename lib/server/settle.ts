@@ -1,5 +1,6 @@
 /** Checked fields × a model → a call of `generate`, and how its pictures are answered. Every refusal that needs no model's work is here. */
 
+import { clipped } from "../common/text.js";
 import { sizeLike } from "../generation/sizes.js";
 import type { GenerateOptions, ImageFormat, ImageModel } from "../model.js";
 import { parseBlocks, qualities } from "../schedule/index.js";
@@ -7,7 +8,7 @@ import type { Body } from "./bodies.js";
 import { invalid } from "./failure.js";
 import { type Fields, type Kind, sizePattern } from "./fields.js";
 import type { Limits } from "./options.js";
-import { type Edited, editedOf } from "./pictures.js";
+import { controlsOf, type Edited, editedOf } from "./pictures.js";
 
 export type ApiQuality = "low" | "medium" | "high";
 
@@ -43,6 +44,7 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
   refuseUnsupported(fields, kind);
   const preset = fields.quality === undefined ? undefined : presets[fields.quality];
   checkSchedule(fields, preset !== undefined, limits);
+  checkNames(fields, model);
   const edited = await editedOf(body, limits);
   if (!edited && kind === "edit")
     throw invalid("image", "Expected a picture for image, which is required.", "missing_required_parameter");
@@ -61,6 +63,7 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
         `Expected at most ${limits.maxPixels} pixels for a picture but ${width}x${height} has more.`,
       );
   const { deadline_ms: deadlineMs = limits.deadlineMs ?? undefined, partial_images: previewCount = 0 } = fields;
+  const controls = await controlsOf(body, limits);
   const isStaged = fields.stages !== undefined;
   const named = {
     ...{ negativePrompt: fields.negative_prompt, sampler: fields.sampler, steps: fields.num_inference_steps },
@@ -78,6 +81,7 @@ export async function settle(body: Body, model: ImageModel, limits: Limits, kind
     ...{ negativePrompt2: fields.negative_prompt_2, negativePrompt3: fields.negative_prompt_3 },
     ...{ promptWeighting: fields.prompt_weighting, maxSequenceLength: fields.max_sequence_length },
     ...{ quality: preset?.quality, count: fields.n, strength: fields.strength ?? (edited?.mask ? 1 : undefined) },
+    ...{ skipLayers: fields.skip_layers, loras: fields.loras, controls: controls ?? undefined },
     ...{ keepOriginal: fields.keep_original, paddingMaskCrop: fields.padding_mask_crop },
   };
   return {
@@ -117,6 +121,20 @@ function refuseUnsupported(fields: Fields, kind: Kind): void {
     refuse("partial_images", "Partial images need a stream. Set stream to true, or leave partial_images out.");
   if (fields.preview !== undefined && !fields.partial_images)
     refuse("preview", "The field preview says what partial images are; give partial_images, or leave preview out.");
+}
+
+/** Adapters are those that the model has, where it tells them. */
+function checkNames({ loras = [], controls = [] }: Fields, { adapters }: ImageModel): void {
+  if (!adapters) return;
+  const check = (field: string, kind: string, used: readonly { name: string }[], names: readonly string[]) => {
+    const index = used.findIndex(({ name }) => !names.includes(name));
+    if (index < 0) return;
+    const has = names.length > 0 ? `it has ${names.join(", ")}` : "it was loaded without any";
+    const name = JSON.stringify(clipped(used[index]!.name, 64));
+    throw invalid(`${field}.${index}.name`, `There is no ${kind} ${name} in this model; ${has}.`);
+  };
+  check("loras", "LoRA", loras, adapters.loras);
+  check("controls", "ControlNet", controls, adapters.controlNets);
 }
 
 /** A seed is said once for each picture. */

@@ -76,6 +76,21 @@ const known: Record<string, () => fc.Arbitrary<Json>> = {
   images: () => fc.constant([{ image_url: `data:image/png;base64,${picture.toString("base64")}` }]),
   // Mostly as many as there are pictures.
   seeds: () => fc.array(fc.nat(), { minLength: 1, maxLength: 4, size: "xsmall" }),
+  controls: () =>
+    fc.array(
+      fc.record(
+        {
+          name: fc.string({ minLength: 1, maxLength: 20 }),
+          image: fc.constantFrom(picture.toString("base64"), `data:image/png;base64,${picture.toString("base64")}`),
+          mask: fc.constantFrom(mask.toString("base64"), picture.toString("base64")),
+          scale: fc.double({ min: -100, max: 100, noNaN: true }),
+          start: fc.double({ min: 0, max: 1, noNaN: true }),
+          preprocess: fc.constant("canny"),
+        },
+        { requiredKeys: ["name", "image"] },
+      ),
+      { minLength: 1, maxLength: 3 },
+    ),
   mask: () => fc.constantFrom(mask.toString("base64"), { image_url: mask.toString("base64") }),
   // None may be sent.
   webhook: () => fc.constant("http://127.0.0.1:9/hook"),
