@@ -76,13 +76,13 @@ function readFields({ texts, files }: Form, schema: z.ZodObject) {
   for (const [given, list] of texts) {
     const { field, way, isList } = placeOf(given);
     const found = Object.hasOwn(schema.shape, field) ? within(schema.shape[field] as z.ZodType, way) : undefined;
-    put(tree, [field, ...way], valueOf(list, isList, found));
+    put(tree, [field, ...way], readValue(list, isList, found));
   }
   return { values: plain(tree) as Record<string, unknown>, files: pictures };
 }
 
 /** The value of texts: the first reading that the schema accepts. */
-function valueOf(list: readonly string[], isList: boolean, schema: z.ZodType | undefined): unknown {
+function readValue(list: readonly string[], isList: boolean, schema: z.ZodType | undefined): unknown {
   const [text] = list as [string];
   const readings = [
     ...(list.length === 1 ? [() => text, () => number(text), () => JSON.parse(text)] : []),
@@ -121,7 +121,8 @@ function put(tree: Tree, [first, ...way]: readonly (string | number)[], value: u
     at = inner;
     key = next;
   }
-  if (at.has(key)) throw invalid(clipped(String(first), 64), `The field ${shown(String(first))} is given more than once.`);
+  if (at.has(key))
+    throw invalid(clipped(String(first), 64), `The field ${shown(String(first))} is given more than once.`);
   at.set(key, value);
 }
 

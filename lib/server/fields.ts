@@ -234,7 +234,13 @@ const names: Record<string, string> = {
   maxSequenceLength: "max_sequence_length",
   ...{ guidanceStart: "guidance_start", guidanceStop: "guidance_stop", guidanceMode: "guidance_mode" },
   ...{ keepOriginal: "keep_original", paddingMaskCrop: "padding_mask_crop" },
-  ...{ skipLayers: "skip_layers", width: "size", height: "size", deadlineMs: "deadline_ms", previewCount: "partial_images" },
+  ...{
+    skipLayers: "skip_layers",
+    width: "size",
+    height: "size",
+    deadlineMs: "deadline_ms",
+    previewCount: "partial_images",
+  },
 };
 
 /** The field of a request that became an option of `generate`. */

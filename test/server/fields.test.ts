@@ -228,6 +228,10 @@ describe("what says how steps are made", () => {
     [{ guidance_mode: "cfg_zero" }, { guidanceMode: "cfg_zero" }],
     [{ grid: "karras" }, { grid: "karras" }],
     [
+      { skip_layers: { layers: [1, 3], scale: 1.5, start: 0.1, stop: 0.9 } },
+      { skipLayers: { layers: [1, 3], scale: 1.5, start: 0.1, stop: 0.9 } },
+    ],
+    [
       { sigmas: [1, 0.8, 0.3], num_inference_steps: null, shift: 2 },
       { sigmas: [1, 0.8, 0.3], steps: undefined, shift: 2 },
     ],
@@ -280,16 +284,31 @@ describe("refusals", () => {
     [{ sigmas: Array.from({ length: 31 }, (_, index) => 1 - index / 40) }, "sigmas", "<=30"],
     [{ shift: 0 }, "shift", "0.01"],
     [{ mu: 1 }, "mu", "use_dynamic_shifting"],
+    [{ skip_layers: [1] }, "skip_layers", "expected object"],
+    [{ skip_layers: { layers: [] } }, "skip_layers.layers", ">=1"],
+    [{ skip_layers: { scale: 2 } }, "skip_layers.layers", "required"],
+    [{ skip_layers: { layers: [1], stop: 2 } }, "skip_layers.stop", "<=1"],
+    [{ skip_layers: { layers: [1], end: 1 } }, "skip_layers", "there is no end"],
+    [{ skip_layers: { layers: [9], stop: 1 } }, "skip_layers", "from 0 to 4 for skip_layers.layers"],
+    [
+      { skip_layers: { layers: [1], stop: 1 }, guidance_scale: 1 },
+      "skip_layers",
+      "guidance_scale above 1, or leave out skip_layers",
+    ],
+    [{ skipLayers: { layers: [1] } }, "skipLayers", "skip_layers"],
   ])("name the field: %j", async (given, param, words) => {
     const { status, body } = await post(generations(), { ...unseeded, ...given });
     expect([status, body.error.param]).toEqual([400, param]);
     expect(body.error.message).toContain(words);
-    expect(body.error.code).toMatch(/^(invalid_value|unknown_parameter)$/);
+    expect(body.error.code).toMatch(/^(invalid_value|unknown_parameter|missing_required_parameter)$/);
   });
 
   it("say fields where the library says options, and nothing else", () => {
     expect(withFieldNames("Expected guidanceStart below guidanceStop; prompt2, negativePrompt3.")).toBe(
       "Expected guidance_start below guidance_stop; prompt_2, negative_prompt_3.",
+    );
+    expect(withFieldNames("Expected skipLayers.layers, or a name for controls[2].folder; the folder is none.")).toBe(
+      "Expected skip_layers.layers, or a name for controls[2].name; the folder is none.",
     );
     const other = "H1P2 toString hasOwnProperty constructor 64x64 steps count ImageModel myClipSkip cfg_zero";
     expect(withFieldNames(other)).toBe(other);
