@@ -9,6 +9,7 @@ import { elementCount, type FloatTensor, float32, int64, type Tensor } from "../
 import { type RequiredEngine, requiredEngines } from "../lib/generation/engines.js";
 import { NoiseGenerator } from "../lib/generation/noise.js";
 import {
+  type Additions,
   type LatentShape,
   type SamplingStage,
   type SamplingValues,
@@ -121,15 +122,16 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
     const stages = await Promise.all(sizes.map((_, index) => stageOf(checkpoint, example, index, inputs)));
-    cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, guided) });
+    cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, example) });
   }
   return cases;
 }
 
 /** All that a picture may need: both kinds of guidance, editing, previews, and stages where there are two sizes. */
-function enginesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): RequiredEngine[] {
+export function enginesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): RequiredEngine[] {
+  const skipLayers = leftOut(graphs.checkpoint);
   const features = sizes.length > 1 ? (["editing", "previews", "stages"] as const) : (["editing", "previews"] as const);
-  return requiredEngines(graphs, { sizes, batches, guidance: "both", features });
+  return requiredEngines(graphs, { sizes, batches, guidance: "both", features, skipLayers });
 }
 
 interface Example {
@@ -141,6 +143,8 @@ interface Example {
   readonly inpainted: boolean;
   /** Of the second stage. */
   readonly upscale: UpscaleName;
+  /** What the transformer is run with besides. */
+  readonly additions: Additions | undefined;
   readonly quick: boolean;
 }
 
@@ -151,7 +155,8 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   const one = Math.min(...batches);
   const schedules: Example[] = [];
   const add = (name: string, batch: number, blocks: string[], more: Partial<Example> = {}) => {
-    const chosen = { guided: true, sizes: [size], inpainted: false, upscale: "pixels", quick: false, ...more } as const;
+    const usual = { guided: true, sizes: [size], inpainted: false, upscale: "pixels", additions: undefined } as const;
+    const chosen = { ...usual, quick: false, ...more } as const;
     const where = chosen.sizes.map(({ width, height }) => `${width} × ${height}`).join(" to ");
     schedules.push({ ...chosen, name: `${name} (${blocks.join(" ")}), batch ${batch}, ${where}`, batch, blocks });
   };
@@ -167,6 +172,8 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   if (refined) add("refined midpoint", one, ["A2C2"], { quick: true });
   add("without guidance", one, [refined ? "H1P2R1" : "H1P2"], { guided: false, quick: true });
   add("inpainting", one, [refined ? "H1P2R1" : "H1P2"], { inpainted: true, quick: true });
+  const skipLayers = { layers: leftOut(checkpoint), scale: 2.8, start: 0.1, stop: 0.7 };
+  add("skip-layer guidance", one, ["H2P2"], { additions: { lora: null, controls: [], skipLayers }, quick: true });
   const larger = sizes.find(
     ({ width, height }) => width >= size.width && height >= size.height && width * height > size.width * size.height,
   );
@@ -175,6 +182,11 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   if (larger) add("two stages in latents", one, two, { sizes: [size, larger], upscale: "latents" });
   return schedules;
 }
+
+/** Blocks that skip-layer guidance leaves out: one of each kind, the last among them. */
+const leftOut = ({ transformer: { config } }: Checkpoint): number[] => [
+  ...new Set([0, Math.trunc(config.numLayers / 2), config.numLayers - 1]),
+];
 
 /** Where the second stage starts. */
 const upscaleSigma = 0.6;
@@ -216,7 +228,7 @@ function schedule(
   { vae }: Checkpoint,
   stages: readonly Awaited<ReturnType<typeof stageOf>>[],
   condition: Condition,
-  guided: boolean,
+  { guided, additions }: Example,
 ): Program {
   const { program } = samplingTemplate({
     stages: stages.map(({ stage }) => stage),
@@ -224,6 +236,7 @@ function schedule(
     pooledShape: condition.pooled.shape.slice(1) as [number],
     vaeFactor: vae.config.factor,
     imageChannels: vae.config.outChannels,
+    additions,
     // Compared, as the pictures are.
     keepsLatents: true,
   });

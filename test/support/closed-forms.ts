@@ -4,6 +4,7 @@
 import { mkdirSync, writeFileSync } from "node:fs";
 import path from "node:path";
 import { elementCount, float32, int64, type Tensor } from "../../lib/common/tensor.js";
+import { graphKey } from "../../lib/networks/index.js";
 import type { Launch, Program } from "../../lib/program/program.js";
 import { ConstantReader } from "../../lib/program/stored.js";
 import type { Kept } from "../../lib/program/validate.js";
@@ -54,10 +55,27 @@ const step = (network: string, guided: boolean): Form => ({
   ],
 });
 
-/** Of every graph of a checkpoint. @param factor pixels of a latent's side */
-export function checkpointForms(factor: number): Forms {
+/** Of a variant of the transformer's step: it reads what the variant has besides. */
+function variantStep(name: string): Form {
+  const { guidance, lora, controls, skipped } = graphKey(name);
+  const more = [
+    ...(lora ? ["lora_scale 0.03125 * +"] : []),
+    ...(controls?.split("+") ?? []).map((_, index) => `control_${index + 1} control_${index + 1}_scale * +`),
+    ...(skipped ? ["skip_scale 0.0625 * +"] : []),
+  ];
+  return step(["point 0.5 * sigma +", ...more].join(" "), Boolean(guidance));
+}
+
+/**
+ * Of every graph of a checkpoint.
+ * @param factor pixels of a latent's side
+ * @param names of graphs, among which there may be variants of the transformer's step
+ */
+export function checkpointForms(factor: number, names: readonly string[] = []): Forms {
   const withNoise = "latents 1 sigma - * noise sigma * +";
+  const variants = names.filter((name) => /^predict\..*(lora|controls|skipped)-/.test(name));
   const forms: Record<string, Form> = {
+    ...Object.fromEntries(variants.map((name) => [name, variantStep(name)])),
     clip_l: { formulas: ["hidden ids 0.0001 *", "pooled ids 0.0002 *"] },
     clip_g: { formulas: ["hidden ids 0.0002 *", "pooled ids 0.0001 *"] },
     t5: { formulas: ["hidden ids 0.0003 *"] },

@@ -13,7 +13,7 @@ import type { Program } from "../../lib/program/program.js";
 import { runtimes } from "../../lib/runtimes/index.js";
 import { tensorRtEmitOptions } from "../../lib/runtimes/tensorrt/row.js";
 import { type Referenced, writeBundle } from "../../verify/bundle.js";
-import { casesOf } from "../../verify/cases.js";
+import { casesOf, enginesOf } from "../../verify/cases.js";
 import { graphsOf } from "../../verify/check.js";
 import { pictureRequests, referencePictures } from "../../verify/pictures.js";
 import type { Report } from "../../verify/report.js";
@@ -84,19 +84,20 @@ async function verify(
 describeAddons("verify:gpu on the simulated library", () => {
   beforeAll(async () => {
     const checkpoint = await openCheckpoint(embeddedModel);
-    closed = checkpointForms(checkpoint.vae.config.factor);
-    writeForms(forms, closed);
-    const runtime = new ClosedFormRuntime(closed);
     const graphs = new GraphLibrary(checkpoint);
-    const run = (program: Program) => {
-      for (const name of graphsOf(program)) runtime.add({ name });
-      return runtime.run(program);
-    };
     const sizes = [
       { width: 64, height: 64 },
       { width: 64, height: 96 },
     ];
     const batches = [1, 2];
+    const names = enginesOf(graphs, { sizes, batches }).map(({ graph }) => graph);
+    closed = checkpointForms(checkpoint.vae.config.factor, names);
+    writeForms(forms, closed);
+    const runtime = new ClosedFormRuntime(closed);
+    const run = (program: Program) => {
+      for (const name of graphsOf(program)) runtime.add({ name });
+      return runtime.run(program);
+    };
     const cases: Referenced[] = [];
     for (const example of await casesOf(graphs, { sizes, batches }, run))
       cases.push({ example, expected: await run(example.program) });
@@ -106,10 +107,10 @@ describeAddons("verify:gpu on the simulated library", () => {
     const requests = await referencePictures(embeddedModel, pictureRequests(checkpoint, sizes), () => undefined);
     open.mockRestore();
     const compiled = new GraphLibrary(checkpoint, tensorRtEmitOptions());
-    const names = new Set(cases.flatMap(({ example }) => graphsOf(example.program)));
+    const launched = new Set(cases.flatMap(({ example }) => graphsOf(example.program)));
     await writeBundle(bundle, {
       origin: { checkpoint: "embedded", flowturbo: "0", reference: "closed forms in TypeScript", created: "now" },
-      graphs: new Map([...names].map((name) => [name, compiled.get(name)])),
+      graphs: new Map([...launched].map((name) => [name, compiled.get(name)])),
       // The closed forms are computed in float32, whatever the network's own type.
       compute: () => "float32",
       ...{ cases, pictures: { requests, batches }, model: embeddedModel, copy: true },
