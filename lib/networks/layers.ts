@@ -9,6 +9,7 @@
 import { elementCount, is8Bit, type StoredScale, type StoredTensor, type WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
+import type { LowRankBranch } from "./low-rank.js";
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
@@ -75,6 +76,8 @@ export class Layers {
     readonly options: EmitOptions,
     /** Number of rows of the network's inputs, as an int64 [1] value. */
     readonly batch: Value,
+    /** Joins every linear layer; null for none. */
+    readonly lowRank: LowRankBranch | null = null,
   ) {
     this.compute = options.compute;
   }
@@ -102,8 +105,14 @@ export class Layers {
     return this.g.scalar(value, this.compute);
   }
 
-  /** y = x Wᵀ + b over the last axis, for x of [rows, in] or [rows, tokens, in]. */
+  /** y = x Wᵀ + b over the last axis, for x of [rows, in] or [rows, tokens, in]; with what a low-rank branch adds. */
   linear(x: Value, name: string, from: number, to: number, { rank = 3, bias = true } = {}): Value {
+    const y = this.#linear(x, name, from, to, rank, bias);
+    if (!this.lowRank) return y;
+    return this.g.scoped(`${name}.lora`, () => this.add(y, this.lowRank!.beside(x, name, from, to, rank === 3)));
+  }
+
+  #linear(x: Value, name: string, from: number, to: number, rank: number, bias: boolean): Value {
     const { g } = this;
     const tensor = requireTensor(this.weights, `${name}.weight`, [to, from]);
     // A scale for the whole or for each output is the same on the product, which is smaller than the weight.

@@ -20,14 +20,14 @@ export class ProgramBuilder {
     return name;
   }
 
-  value(name: string, tensor: Tensor): string {
-    this.constants[name] = { kind: "value", tensor };
+  value(name: string, tensor: Tensor, keep = false): string {
+    this.constants[name] = { kind: "value", tensor, ...(keep && { keep }) };
     return name;
   }
 
-  /** A float32 constant whose values are not known yet. */
-  slot(name: string, shape: readonly number[]): string {
-    this.constants[name] = { kind: "slot", dtype: "float32", shape };
+  /** A float32 constant whose values are not known yet. @param keep see ValueConstant */
+  slot(name: string, shape: readonly number[], keep = false): string {
+    this.constants[name] = { kind: "slot", dtype: "float32", shape, ...(keep && { keep }) };
     return name;
   }
 

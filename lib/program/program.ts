@@ -17,6 +17,8 @@ export interface Register {
 export interface ValueConstant {
   readonly kind: "value";
   readonly tensor: Tensor;
+  /** Whether it is worth keeping where it was uploaded to, for programs that come later with the same array; default: false. Runtimes ignore it. */
+  readonly keep?: boolean | undefined;
 }
 
 /**
@@ -39,6 +41,8 @@ export interface SlotConstant {
   readonly kind: "slot";
   readonly dtype: DType;
   readonly shape: readonly number[];
+  /** Of the value that takes its place: see ValueConstant. */
+  readonly keep?: boolean | undefined;
 }
 
 export type Constant = ValueConstant | StoredConstant | SlotConstant;
@@ -117,7 +121,7 @@ export function bind(template: Program, values: Readonly<Record<string, Tensor>>
       throw new RangeError(
         `The slot "${name}" is ${slot.dtype} [${slot.shape}], and the value ${tensor.dtype} [${tensor.shape}].`,
       );
-    constants[name] = { kind: "value", tensor };
+    constants[name] = { kind: "value", tensor, ...(slot.keep && { keep: true }) };
   }
   return { ...template, constants };
 }

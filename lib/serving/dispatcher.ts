@@ -6,7 +6,7 @@
 
 import { following, onAbort } from "../common/abort.js";
 import type { Tensor } from "../common/tensor.js";
-import { DeviceLostError } from "../errors.js";
+import { DeviceLostError, MemoryError } from "../errors.js";
 import type { Program } from "../program/program.js";
 import {
   isBlameless,
@@ -299,6 +299,8 @@ export class Dispatcher {
     const { rejected, restarted } = this.#scheduler.failed(submission.id, failure, performance.now());
     if (lost) this.#forgetWorkspace();
     else this.#free(this.#gatherer.forget(uploads));
+    // What is kept for later must not take the memory that is needed now.
+    if (error instanceof MemoryError) this.#free(this.#gatherer.dropKept());
     for (const id of rejected) this.#end(id)?.reject(error);
     this.#restart(restarted);
   }
@@ -366,7 +368,10 @@ export class Dispatcher {
     for (const submission of unwanted) {
       const { controller, uploads } = this.#submitted.get(submission)!;
       // Other jobs may rely on what it uploads: then it has to run.
-      if (!uploads.some((identity) => this.#gatherer.isUsed(identity))) controller.abort();
+      if (uploads.some((identity) => this.#gatherer.isUsed(identity))) continue;
+      controller.abort();
+      // What is kept may not be there: who needs it next must not rely on it.
+      this.#free(this.#gatherer.forget(uploads));
     }
     this.#submit();
   }

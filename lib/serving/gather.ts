@@ -3,7 +3,7 @@
  * copies them into registers of the batch, and its outputs back. A launch of one row works on the row's own registers. What
  * a row needs from its first launch to its last (noise, text, positions) is uploaded when it is first used, and shared by
  * all rows that were given the same values; numbers that change from launch to launch (σ, coefficients) are part of the
- * submission.
+ * submission. What later rows will want again (the matrices of adapters) stays when its last row is over, up to a number of bytes.
  */
 
 import { elementCount, type FloatTensor, float32, type Tensor } from "../common/tensor.js";
@@ -13,6 +13,9 @@ import type { AssignedLaunch, AssignedRow, Submission } from "./scheduler.js";
 
 /** Constants of up to this many values are part of each submission, instead of being uploaded once and copied. */
 const inlineValues = 16;
+
+/** Bytes of constants that are kept for later rows: some eight adapters of rank 16 for SD3.5-medium. */
+const keptBytes = 2 ** 30;
 
 /** A row under way, and the prefix of its registers in the workspace. */
 export interface Lane {
@@ -24,21 +27,26 @@ export interface Lane {
 interface Upload {
   readonly name: string;
   readonly users: Set<string>;
+  /** Bytes of one that stays when nobody needs it any more; 0 for others. */
+  readonly kept: number;
 }
 
 export class Gatherer {
   readonly shapes: (graph: string) => GraphShapes;
-  /** By the identities of constants. */
+  /** By the identities of constants; of those that are kept, what has not been used for longest comes first. */
   readonly #uploads = new Map<string, Upload>();
+  readonly #keptBytes: number;
   #names = 0;
 
-  constructor(shapes: (graph: string) => GraphShapes) {
+  /** @param kept bytes of constants that stay when no row needs them; the least recently used are freed first */
+  constructor(shapes: (graph: string) => GraphShapes, kept = keptBytes) {
     this.shapes = shapes;
+    this.#keptBytes = kept;
   }
 
-  /** Constants that are uploaded now. */
+  /** Constants that rows under way need. */
   get uploads(): number {
-    return this.#uploads.size;
+    return [...this.#uploads.values()].filter(({ users }) => users.size > 0).length;
   }
 
   gather(submission: Submission, laneOf: (row: AssignedRow) => Lane): Gathered {
@@ -47,13 +55,30 @@ export class Gatherer {
     return gathered;
   }
 
-  /** Forgets rows that are over. @returns names to free: their registers, and constants that no other row uses */
+  /** Forgets rows that are over. @returns names to free: their registers, and constants that no other row uses and that are not kept */
   release(lanes: readonly Lane[]): string[] {
     const names = lanes.flatMap((lane) => Object.keys(lane.row.program.registers).map((name) => ownName(lane, name)));
     const over = new Set(lanes.map(({ name }) => name));
-    for (const [identity, { name, users }] of this.#uploads) {
-      for (const user of users) if (over.has(user)) users.delete(user);
+    for (const { users } of this.#uploads.values()) for (const user of users) if (over.has(user)) users.delete(user);
+    return [...names, ...this.#dropUnused(this.#keptBytes)];
+  }
+
+  /** Forgets what is kept for later rows. @returns names to free */
+  dropKept(): string[] {
+    return this.#dropUnused(0);
+  }
+
+  /** @param left bytes of unused constants that may stay */
+  #dropUnused(left: number): string[] {
+    const names: string[] = [];
+    let bytes = 0;
+    // The latest first.
+    for (const [identity, { name, users, kept }] of [...this.#uploads].reverse()) {
       if (users.size > 0) continue;
+      if (kept > 0 && bytes + kept <= left) {
+        bytes += kept;
+        continue;
+      }
       this.#uploads.delete(identity);
       names.push(name);
     }
@@ -74,7 +99,7 @@ export class Gatherer {
 
   /** Whether a row that is not over needs a constant. */
   isUsed(identity: string): boolean {
-    return this.#uploads.has(identity);
+    return (this.#uploads.get(identity)?.users.size ?? 0) > 0;
   }
 
   /** Forgets everything: the workspace is gone. */
@@ -86,8 +111,11 @@ export class Gatherer {
   use(lane: Lane, constant: Constant) {
     const identity = identityOf(constant);
     const known = this.#uploads.get(identity);
-    const upload = known ?? { name: `constant ${this.#names++}`, users: new Set<string>() };
-    if (!known) this.#uploads.set(identity, upload);
+    const kept = constant.kind === "value" && constant.keep ? constant.tensor.data.byteLength : 0;
+    const upload = known ?? { name: `constant ${this.#names++}`, users: new Set<string>(), kept };
+    // The latest is the last.
+    if (upload.kept > 0) this.#uploads.delete(identity);
+    if (!known || upload.kept > 0) this.#uploads.set(identity, upload);
     upload.users.add(lane.name);
     return { name: upload.name, identity, isNew: !known };
   }
@@ -107,6 +135,8 @@ export class Gathered {
   readonly uploads: string[] = [];
   readonly #submission: number;
   readonly #gatherer: Gatherer;
+  /** Operands of batches that are made of constants alone: launches of the same rows share them. */
+  readonly #batches = new Map<string, string>();
   /** What launches of one row read: names by the operands of the row's program. */
   readonly #inputs = new Map<Lane, Map<string, string>>();
   /** For each launch of the submission: the launches of its rows, and its batch. */
@@ -183,7 +213,12 @@ export class Gathered {
       return this.#operand(lane, operands[index]!);
     });
     const [group, ...rest] = shape as [number, ...number[]];
+    const areConstants = lanes.every(({ row }, index) => Object.hasOwn(row.program.constants, operands[index]!));
+    const key = areConstants ? JSON.stringify([from, batch]) : null;
+    const known = key === null ? undefined : this.#batches.get(key);
+    if (known !== undefined) return known;
     const to = this.#temporary(name, { dtype, shape: [group * batch, ...rest] });
+    if (key !== null) this.#batches.set(key, to);
     for (let part = 0; part < group; part++)
       for (let row = 0; row < batch; row++) {
         // Padding repeats the first row: values that a network can work on.

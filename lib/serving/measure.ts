@@ -42,7 +42,6 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<CostEntry[]> {
   const { rounds, signal, turn, onProgress, background } = options;
-  const programs = subjects.map((subject) => programOf(subject, shapes(subject.graph)));
   const times = subjects.map((): number[] => []);
   let done = 0;
   for (let round = -1; round < rounds; round++) {
@@ -59,7 +58,9 @@ export async function measure(
       const onLaunch = ({ milliseconds }: LaunchReport) => {
         if (round >= 0) times[at]!.push(milliseconds);
       };
-      await runtime.run(programs[at]!, { signal, background, onLaunch });
+      // Made anew each time: the operands of all subjects together may be large.
+      const program = programOf(subjects[at]!, shapes(subjects[at]!.graph));
+      await runtime.run(program, { signal, background, onLaunch });
     }
   }
   onProgress?.(done, done);
@@ -98,6 +99,10 @@ function programOf({ program, launch, batch }: Subject, shapes: GraphShapes): Pr
 function madeUp(dtype: Register["dtype"], shape: readonly number[]): Tensor {
   const length = elementCount(shape);
   if (dtype === "int64") return { dtype, shape, data: new BigInt64Array(length) };
-  // As large as latents are, and no two neighbours equal.
-  return { dtype, shape, data: Float32Array.from({ length }, (_, index) => Math.sin(index)) };
+  // As large as latents are, and no two neighbours equal. Matrices of adapters have millions of values: they repeat the first few.
+  const data = new Float32Array(length);
+  const first = Math.min(length, 2 ** 14);
+  for (let index = 0; index < first; index++) data[index] = Math.sin(index);
+  for (let filled = first; filled > 0 && filled < length; filled *= 2) data.copyWithin(filled, 0, filled);
+  return { dtype, shape, data };
 }

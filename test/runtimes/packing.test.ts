@@ -3,7 +3,7 @@ import fc from "fast-check";
 import { expect, it } from "vitest";
 import { float32, int64 } from "../../lib/common/tensor.js";
 import type { Constant, Program } from "../../lib/program/program.js";
-import { pack, unpack } from "../../lib/runtimes/onnxruntime/packing.js";
+import { JoinedParts, pack, partsOf, unpack } from "../../lib/runtimes/onnxruntime/packing.js";
 
 const value = (tensor: Extract<Constant, { kind: "value" }>["tensor"]): Constant => ({ kind: "value", tensor });
 const program = (constants: Record<string, Constant>): Program => ({
@@ -44,4 +44,31 @@ it("a scalar keeps its shape, and a short part of a long array takes only its ow
   ]);
   expect(others).toEqual({});
   expect(unpack(pack(program(constants))).constants).toEqual(constants);
+});
+
+it("a long constant goes in parts ahead of the program, each with its own values only, and is whole again", () => {
+  const data = Float32Array.from({ length: 1000 }, (_, index) => index);
+  const constants = {
+    long: value(float32([1, 1000], data)),
+    all: value(float32([300], data.subarray(0, 300))),
+    less: value(float32([299], data.subarray(1, 300))),
+  };
+  const parts = [...partsOf(program(constants), 299)];
+  expect(parts.map(({ name, at, values }) => [name, at, values.length])).toEqual([
+    ["long", 0, 299],
+    ["long", 299, 299],
+    ["long", 598, 299],
+    ["long", 897, 103],
+    ["all", 0, 299],
+    ["all", 299, 1],
+  ]);
+  const joined = new JoinedParts();
+  for (const part of parts) {
+    const bytes = serialize(part);
+    expect(bytes.length).toBeLessThan(4 * part.values.length + 200);
+    joined.add(deserialize(bytes));
+  }
+  const packed = pack(program(constants), 299);
+  expect(Object.keys(packed.constants)).toEqual(["less"]);
+  expect(unpack(deserialize(serialize(packed)), joined)).toEqual(program(constants));
 });

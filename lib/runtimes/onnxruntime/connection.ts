@@ -18,7 +18,7 @@ import {
 import type { Program } from "../../program/program.js";
 import { Preempted, type RunOptions } from "../runtime.js";
 import { whyBroken, whyUnsupported } from "./binaries.js";
-import { pack } from "./packing.js";
+import { pack, partsOf } from "./packing.js";
 import { type HostEnd, HostProcess } from "./process.js";
 import type { DeviceFeatures, Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
 
@@ -250,6 +250,7 @@ export class HostConnection {
       users.add(user);
     }
     const digests = Object.fromEntries([...graphs].map(([name, { digest }]) => [name, digest]));
+    for (const part of partsOf(program)) this.send({ type: "part", id, ...part });
     this.send({ type: "run", id, graphs: missing, digests, program: pack(program), reports, workspace });
     this.#expect();
     return {

@@ -14,7 +14,7 @@ import { messageOf } from "../../common/text.js";
 import { probeDevice } from "./device-probe.js";
 import { Executor, RunFailure } from "./executor.js";
 import { openThrough } from "./open-through.js";
-import { unpack } from "./packing.js";
+import { JoinedParts, unpack } from "./packing.js";
 import type { Asked, FinishedLaunch, FromHost, HostSettings, ToHost } from "./protocol.js";
 
 // Ctrl-C and a closed terminal signal all of the foreground group. The parent decides what they mean.
@@ -31,6 +31,8 @@ const reportInterval = 200;
 
 /** Runs that wait or run, with what has been asked of them since. */
 const pending = new Map<number, Set<Asked>>();
+/** Long constants of runs that are still to come. */
+const joined = new Map<number, JoinedParts>();
 let turn: Promise<void> = Promise.resolve();
 /** What runs now, for the watching thread: run · 2^16 + launch in one value, so that both change at once; −1 for nothing. */
 const running = new BigInt64Array(new SharedArrayBuffer(8)).fill(-1n);
@@ -54,6 +56,10 @@ if (library) {
   process.on("message", (message: ToHost) => {
     if (message.type === "abort" || message.type === "preempt" || message.type === "yield") {
       pending.get(message.id)?.add(message.type);
+    } else if (message.type === "part") {
+      const parts = joined.get(message.id) ?? new JoinedParts();
+      joined.set(message.id, parts);
+      parts.add(message);
     } else if (message.type === "free") {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
@@ -80,6 +86,8 @@ async function run(
   asked: ReadonlySet<Asked>,
 ): Promise<void> {
   const { id, graphs, digests, program, workspace } = message;
+  const parts = joined.get(id);
+  joined.delete(id);
   const isWatched = message.reports === "each";
   let reports: FinishedLaunch[] = [];
   let reported = performance.now();
@@ -105,7 +113,7 @@ async function run(
       patience.abort();
     };
     const launching = (index: number) => Atomics.store(running, 0, (BigInt(id) << 16n) + BigInt(index));
-    const results = await executor.run(unpack(program), digests, { launching, launched, asked }, workspace);
+    const results = await executor.run(unpack(program, parts), digests, { launching, launched, asked }, workspace);
     void send({ type: "done", id, reports, results });
   } catch (error) {
     const failure =

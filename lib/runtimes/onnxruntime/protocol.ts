@@ -6,7 +6,7 @@
 
 import type { Tensor } from "../../common/tensor.js";
 import type { LaunchReport, RunOptions } from "../runtime.js";
-import type { PackedProgram } from "./packing.js";
+import type { ConstantPart, PackedProgram } from "./packing.js";
 
 /** How 16-bit weights are widened: at each use, or once when a graph is compiled. */
 export type Widening = "lazy" | "folded";
@@ -64,6 +64,8 @@ export type ToHost =
       /** Keeps the values of this program, and those of the programs before in the same workspace. */
       readonly workspace?: number | undefined;
     }
+  /** A part of a long constant of the run of that number, which follows. */
+  | ({ readonly type: "part"; readonly id: number } & ConstantPart)
   /** Frees values of a workspace by name, or all of them. */
   | { readonly type: "free"; readonly workspace: number; readonly names: readonly string[] | "all" }
   /** Frees graphs, by digest, with what they were compiled to. To be launched again they have to be sent again. */
