@@ -9,6 +9,7 @@ import type { PromptEmbeds } from "../model.js";
 import type { PromptName } from "../networks/index.js";
 import type { ResolvedEncodeOptions, ResolvedGenerateOptions } from "../options.js";
 import { allFinite } from "../program/validate.js";
+import type { LoraUse } from "./lora-inputs.js";
 import type { EncodedPrompt, Prompt, PromptEncoder } from "./text.js";
 import { type Fragment, parseWeights, unweighted } from "./weighting.js";
 
@@ -36,10 +37,14 @@ export interface Texts {
   readonly warnings: readonly string[];
 }
 
-/** @throws OptionError that names the option and the remedy */
+/**
+ * @param loras dynamic ones that the texts are read with
+ * @throws OptionError that names the option and the remedy
+ */
 export function settleTexts(
   options: Pick<ResolvedEncodeOptions, TextOption | "clipSkip" | "promptWeighting" | "maxSequenceLength">,
   model: PromptFacts,
+  loras: readonly LoraUse[] = [],
 ): Texts {
   const { clipSkip, promptWeighting, maxSequenceLength: sequenceLength = model.defaultSequenceLength } = options;
   checkSequenceLength(sequenceLength, model.maxSequenceLength);
@@ -69,7 +74,7 @@ export function settleTexts(
     const texts = names.map((option) => given[option]?.map((text) => fragmentsOf(option, text)));
     return Array.from({ length: rows }, (_, row): Prompt => {
       const [first = unweighted(""), second = first, third = first] = texts.map((each) => each?.[row]);
-      return { texts: { prompt: first, prompt2: second, prompt3: third }, clipSkip };
+      return { texts: { prompt: first, prompt2: second, prompt3: third }, clipSkip, loras };
     });
   };
   const encoders: readonly PromptName[] = positive;

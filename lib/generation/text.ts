@@ -24,6 +24,7 @@ import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
 import { ProgramBuilder } from "../program/builder.js";
 import type { Program } from "../program/program.js";
+import { LoraInputs, type LoraUse, loraInputs } from "./lora-inputs.js";
 import { type Fragment, type TokenWeights, tokenWeights, unweighted, weightedStates } from "./weighting.js";
 
 /** A prompt as the text encoders read it. */
@@ -32,6 +33,8 @@ export interface Prompt {
   readonly texts: Readonly<Record<PromptName, readonly Fragment[]>>;
   /** Layers before the last but one that the hidden states of CLIP are taken from; 0 for that one. */
   readonly clipSkip: number;
+  /** Dynamic LoRAs that it is read with; those that change no text encoder do not matter. Default: none. */
+  readonly loras?: readonly LoraUse[] | undefined;
 }
 
 /** A prompt of one text for all encoders. */
@@ -61,6 +64,8 @@ interface Reading {
   readonly fragments: readonly Fragment[];
   /** As `Prompt.clipSkip`; 0 for encoders that have no such variant. */
   readonly skip: number;
+  /** Dynamic LoRAs that change the encoder. */
+  readonly loras: readonly LoraUse[];
   /** Key of the empty text, where this one has weights; null without. */
   readonly empty: string | null;
 }
@@ -124,8 +129,12 @@ export class PromptEncoder {
   /** Names of the graphs that programs were made for. */
   readonly #used = new Set<string>();
 
-  constructor(graphs: GraphLibrary) {
+  readonly #loras: LoraInputs;
+
+  /** @param loras dynamic ones; default: none */
+  constructor(graphs: GraphLibrary, loras = new LoraInputs(graphs)) {
     this.#graphs = graphs;
+    this.#loras = loras;
     this.#encoders = textEncodersOf(graphs.checkpoint);
   }
 
@@ -275,15 +284,18 @@ export class PromptEncoder {
       const fragments = prompt.texts[promptNames[encoder.text.tokenizer]];
       const tokens = tokensOf(encoder, sequenceLength);
       const skip = encoder.text.mostSkipped ? prompt.clipSkip : 0;
+      const loras = this.#loras.touching(encoder.name, prompt.loras ?? []);
+      const adapted = loras.length > 0 ? JSON.stringify(loras.map(({ name, scale }) => [name, scale])) : "";
       const reading = (fragments: readonly Fragment[], empty: string | null): Reading => {
         const [first] = fragments;
         const text = fragments.length === 1 && first!.weight === 1 ? `=${first!.text}` : JSON.stringify(fragments);
         return {
-          key: `${encoder.name}:${skip}:${tokens}:${pin ?? ""}:${text}`,
+          key: `${encoder.name}:${skip}:${tokens}:${pin ?? ""}:${adapted}:${text}`,
           encoder,
           tokens,
           fragments,
           skip,
+          loras,
           empty,
         };
       };
@@ -297,7 +309,7 @@ export class PromptEncoder {
    * The program that reads a text with one encoder. Its results are named `hidden`, `pooled`, and `hidden_1`, … for each part with a
    * weight below 1.
    */
-  async #program({ encoder, tokens, fragments, skip }: Reading): Promise<EncoderProgram> {
+  async #program({ encoder, tokens, fragments, skip, loras }: Reading): Promise<EncoderProgram> {
     const { name, text: role, tokenizer } = encoder;
     const texts = fragments.map(({ text }) => text);
     const text = texts.join(" ");
@@ -329,8 +341,10 @@ export class PromptEncoder {
         label: { kind: "encode", name: `text encoder ${name}` },
       });
     };
-    const variant = { skip: skip > 0 };
+    const lora = await this.#loras.values(name, loras);
+    const variant = { skip: skip > 0, ...(lora && { lora: lora.rank }) };
     if (variant.skip) inputs.skip = builder.perRow(skip, 1);
+    if (lora) for (const input of loraInputs) inputs[input] = builder.value(input, lora[input], true);
     const graph = graphName({ network: name, ...variant });
     launch(graph, {}, (output) => output);
     for (const [index, { mask }] of (weights?.masked ?? []).entries()) {

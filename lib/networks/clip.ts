@@ -5,8 +5,9 @@
  */
 
 import type { ClipConfig, Part } from "../checkpoint/index.js";
-import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { type EmitOptions, GraphBuilder, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
+import { type LoraRank, LowRankBranch, type NetworkGraph } from "./low-rank.js";
 
 /** The eos_token_id in the configs of the public checkpoints, which is not the id that their tokenizers emit. */
 const legacyEos = 2;
@@ -17,6 +18,8 @@ export interface ClipVariant {
   readonly skip?: boolean | undefined;
   /** Has an input `mask`, 0 for tokens that none attends to. Default: false. */
   readonly masked?: boolean | undefined;
+  /** Rank of a branch beside the linear layers, with its inputs: see `LowRankLayout`. Default: none. */
+  readonly lora?: LoraRank | undefined;
 }
 
 /**
@@ -29,12 +32,13 @@ export function emitClip(
   name: string,
   { weights, config }: Part<ClipConfig>,
   length: number,
-  { skip = false, masked = false, ...options }: EmitOptions & ClipVariant,
-): OnnxGraph {
+  { skip = false, masked = false, lora, ...options }: EmitOptions & ClipVariant,
+): NetworkGraph {
   const g = new GraphBuilder(name);
   const { hiddenSize: size, numAttentionHeads: heads } = config;
   const ids = g.input("ids", "int64", ["rows", length]);
-  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
+  const branch = lora ? new LowRankBranch(g, lora, options.compute) : null;
+  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1), branch);
   const headDim = size / heads;
 
   const embeddings = "text_model.embeddings";
@@ -81,7 +85,8 @@ export function emitClip(
     ? last
     : l.linear(last, projection, size, config.projectionDim, { rank: 2, bias: false });
   g.output("pooled", g.cast(pooled, "float32"), ["rows", config.projectionDim]);
-  return g.build();
+  const lowRank = branch?.close();
+  return Object.assign(g.build(), { lowRank });
 }
 
 /**

@@ -7,11 +7,12 @@
 import type { Checkpoint, ControlNet, Part, Tokenizer } from "../checkpoint/index.js";
 import { table } from "../common/table.js";
 import { int64, type Tensor } from "../common/tensor.js";
-import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
+import type { EmitOptions } from "../onnx/index.js";
 import { emitClip } from "./clip.js";
 import { emitCombine } from "./combine.js";
 import { emitInpaintBlend, emitPreview, emitScaleNoise } from "./edit.js";
 import { emitExtrapolate } from "./extrapolate.js";
+import { type LoraRank, loraRanks, type NetworkGraph } from "./low-rank.js";
 import { emitStep } from "./step.js";
 import { emitT5, relativeBuckets } from "./t5.js";
 import { emitUpscale } from "./upscale.js";
@@ -19,6 +20,7 @@ import { emitUpscaleLatents } from "./upscale-latents.js";
 import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 
 export { controlChannels, controlPositionTable } from "./controlnet.js";
+export { type LoraRank, type LowRankLayer, type LowRankLayout, loraRanks, type NetworkGraph } from "./low-rank.js";
 export { mmditWidth, positionTable } from "./mmdit.js";
 export { sigmaBeforeUpscale, upscaleConstants, upscaleJump, upscaleScale } from "./upscale-latents.js";
 
@@ -45,11 +47,6 @@ export interface Variants {
   /** Of the transformer with guidance: with a third row for each picture, which these blocks are left out of, joined by "+". */
   readonly skipped?: string;
 }
-
-/** Ranks that graphs are emitted for: those of adapters are padded to one of them. */
-export const loraRanks = [8, 16, 32, 64, 128] as const;
-
-export type LoraRank = (typeof loraRanks)[number];
 
 /** A variant that is a list, as a part of a graph's name. */
 export const listed = (each: readonly (string | number)[]): string => each.join("+");
@@ -96,7 +93,7 @@ export interface Network {
   readonly deferrable?: boolean;
   /** Rows of one launch at most, for pictures of a size in pixels; absent for any number. Not for text encoders. */
   readonly maxRows?: (width: number, height: number) => number;
-  readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => OnnxGraph;
+  readonly emit: (name: string, checkpoint: Checkpoint, options: EmitOptions, variants: Variants) => NetworkGraph;
 }
 
 /** Pixels that go through the autoencoder at once, since its activations take the most memory by far: one picture of 1024 × 1024. */
@@ -108,13 +105,13 @@ export const previewFitSide = 16;
 
 function clip(part: "textEncoder" | "textEncoder2", tokenizer: "tokenizer" | "tokenizer2"): Network {
   return {
-    ...{ part, role: "text", variants: ["skip", "masked"] },
+    ...{ part, role: "text", variants: ["skip", "masked", "lora"] },
     text: {
       ...{ tokenizer, joins: "channels" },
       mostSkipped: (checkpoint) => checkpoint[part]!.config.numHiddenLayers - 1,
     },
-    emit: (name, checkpoint, options, { skip, masked }) =>
-      emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, { ...options, skip, masked }),
+    emit: (name, checkpoint, options, { skip, masked, lora }) =>
+      emitClip(name, checkpoint[part]!, checkpoint[tokenizer]!.maxLength, { ...options, skip, masked, lora }),
   };
 }
 
@@ -150,14 +147,15 @@ export const networks: Record<string, Network> = {
   clip_l: clip("textEncoder", "tokenizer"),
   clip_g: clip("textEncoder2", "tokenizer2"),
   t5: {
-    ...{ part: "textEncoder3", role: "text", variants: ["masked"], overflowsInFloat16: true },
+    ...{ part: "textEncoder3", role: "text", variants: ["masked", "lora"], overflowsInFloat16: true },
     text: {
       ...{ tokenizer: "tokenizer3", joins: "tokens" },
       constants: ({ textEncoder3 }, tokens) => ({
         relative_buckets: int64([tokens, tokens], relativeBuckets(textEncoder3!.config, tokens)),
       }),
     },
-    emit: (name, { textEncoder3 }, options, { masked }) => emitT5(name, textEncoder3!, { ...options, masked }),
+    emit: (name, { textEncoder3 }, options, { masked, lora }) =>
+      emitT5(name, textEncoder3!, { ...options, masked, lora }),
   },
   predict: step("transformer", "predict", ["guidance", "lora", "controls", "skipped"]),
   refine: { ...step("refiner", "refine"), deferrable: true },

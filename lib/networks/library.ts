@@ -3,20 +3,29 @@
 import type { Checkpoint, Part } from "../checkpoint/index.js";
 import type { FileVersion } from "../common/files.js";
 import { type ComputedDType, elementCount, type StoredDType } from "../common/tensor.js";
-import { cpuEmitOptions, type EmitOptions, type EmittedNetwork, type OnnxGraph } from "../onnx/index.js";
-import { graphKey, graphName, keysOf, type Network, networks, networksOf, weightedParts } from "./index.js";
+import { cpuEmitOptions, type EmitOptions, type EmittedNetwork } from "../onnx/index.js";
+import {
+  graphKey,
+  graphName,
+  keysOf,
+  type Network,
+  type NetworkGraph,
+  networks,
+  networksOf,
+  weightedParts,
+} from "./index.js";
 
 export class GraphLibrary {
   readonly checkpoint: Checkpoint;
   readonly #options: (network: EmittedNetwork) => EmitOptions;
   /** By name and options: a graph that two runtimes want alike is emitted once. */
-  readonly #graphs: Map<string, OnnxGraph>;
+  readonly #graphs: Map<string, NetworkGraph>;
 
   /** @param options how to emit each network; default: as ONNX Runtime on the CPU wants them */
   constructor(
     checkpoint: Checkpoint,
     options: (network: EmittedNetwork) => EmitOptions = () => cpuEmitOptions,
-    graphs = new Map<string, OnnxGraph>(),
+    graphs = new Map<string, NetworkGraph>(),
   ) {
     this.checkpoint = checkpoint;
     this.#options = options;
@@ -43,7 +52,7 @@ export class GraphLibrary {
   }
 
   /** The graphs that every guided picture may need, with what they are for. */
-  get essential(): { readonly graph: OnnxGraph; readonly role: Network["role"] }[] {
+  get essential(): { readonly graph: NetworkGraph; readonly role: Network["role"] }[] {
     return networksOf(this.checkpoint)
       .filter(({ row }) => !row.features)
       .flatMap(({ name, row: { role } }) =>
@@ -55,7 +64,7 @@ export class GraphLibrary {
    * @throws CheckpointError if weights are absent or do not have the shapes that the configs imply; RangeError for a name
    *   of no network, or of one that the checkpoint has no weights for
    */
-  get(name: string): OnnxGraph {
+  get(name: string): NetworkGraph {
     const options = this.optionsOf(name);
     const key = JSON.stringify([name, options]);
     let graph = this.#graphs.get(key);

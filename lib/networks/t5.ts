@@ -4,24 +4,30 @@
  */
 
 import type { Part, T5Config } from "../checkpoint/index.js";
-import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { type EmitOptions, GraphBuilder, type Value } from "../onnx/index.js";
 import { Layers } from "./layers.js";
+import { type LoraRank, LowRankBranch, type NetworkGraph } from "./low-rank.js";
 
 /**
  * Inputs: ids int64 [B, T]; relative_buckets int64 [T, T] (see `relativeBuckets`); where masked, mask float32 [B, T], 0 for
- * tokens that none attends to. Output, float32: hidden [B, T, dModel].
+ * tokens that none attends to; with `lora`, the rank of a branch beside the linear layers, those of `LowRankLayout`. Output, float32: hidden [B, T, dModel].
  */
 export function emitT5(
   name: string,
   { weights, config }: Part<T5Config>,
-  { masked = false, ...options }: EmitOptions & { readonly masked?: boolean | undefined },
-): OnnxGraph {
+  {
+    masked = false,
+    lora,
+    ...options
+  }: EmitOptions & { readonly masked?: boolean | undefined; readonly lora?: LoraRank | undefined },
+): NetworkGraph {
   const g = new GraphBuilder(name);
   const { dModel, dFf, numHeads, dKv } = config;
   const inner = numHeads * dKv;
   const ids = g.input("ids", "int64", ["rows", "tokens"]);
   const buckets = g.input("relative_buckets", "int64", ["tokens", "tokens"]);
-  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1));
+  const branch = lora ? new LowRankBranch(g, lora, options.compute) : null;
+  const l = new Layers(g, weights, options, g.shapeOf(ids, 0, 1), branch);
   const linear = (x: Value, weight: string, from: number, to: number) => l.linear(x, weight, from, to, { bias: false });
   const norm = (x: Value, weight: string) => l.rmsNorm(x, `${weight}.weight`, dModel, config.layerNormEpsilon);
   const activate = {
@@ -56,7 +62,8 @@ export function emitT5(
     x = l.add(x, linear(hidden, `${dense}.wo`, dFf, dModel));
   }
   g.output("hidden", g.cast(norm(x, "encoder.final_layer_norm"), "float32"), ["rows", "tokens", dModel]);
-  return g.build();
+  const lowRank = branch?.close();
+  return Object.assign(g.build(), { lowRank });
 }
 
 /**
