@@ -37,6 +37,7 @@ import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { locateAll } from "./generation/locate.js";
 import { namedLoras, withMergedLoras } from "./generation/loras.js";
+import { dynamicLoras, LoraInputs } from "./generation/lora-inputs.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { controlledStages, encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
@@ -206,6 +207,7 @@ export class FlowTurbo implements ImageModel {
     warnings.push(...controlNets.warnings);
     for (const warning of controlNets.warnings) logger.warn?.(warning);
     const checkpoint = { ...parts, warnings };
+    const dynamic = await dynamicLoras(checkpoint, loras, signal);
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(asStored);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -214,6 +216,7 @@ export class FlowTurbo implements ImageModel {
     report("graphs", 1);
     const emitted = new GraphLibrary(checkpoint);
     let graphs = emitted;
+    new LoraInputs(emitted, dynamic).check();
     report("runtime", 2);
     rememberFiles(files, emitted.files);
     const weights = { files, bytesOf16Bit: () => emitted.bytesOf16Bit };
@@ -236,7 +239,9 @@ export class FlowTurbo implements ImageModel {
 
       // 4. What launches cost, if it has been measured before.
       const store = new CostStore(costKey(subject), checked.cache);
-      const text = new PromptEncoder(graphs);
+      const merged = (checked.loras ?? []).filter(({ dynamic }) => !dynamic).flatMap(({ name }) => name ?? []);
+      const loras = new LoraInputs(graphs, dynamic, merged);
+      const text = new PromptEncoder(graphs, loras);
       return new FlowTurbo(
         graphs,
         opened,
@@ -248,6 +253,7 @@ export class FlowTurbo implements ImageModel {
             calibrated,
             text,
             logger,
+            loras,
             templates: new Templates(checkpoint, text),
             controlNets,
           },

@@ -5,57 +5,60 @@
  */
 
 import { createHash } from "node:crypto";
+import { type Checkpoint, type Lora, type LoraPart, type LowRank, readLora } from "../checkpoint/index.js";
 import { LruCache } from "../common/lru-cache.js";
 import { nearest } from "../common/near.js";
 import { type FloatTensor, float32, type StoredTensor } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
 import { OptionError } from "../errors.js";
-import { graphName, type LoraRank, loraRanks, networks, type WeightedPart } from "../networks/index.js";
+import { graphName, type LoraRank, loraRanks, networks } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import type { LowRankLayout } from "../networks/low-rank.js";
-
-/** The two matrices of one layer: its weight is changed by scale · up · down. */
-export interface LowRankMatrices {
-  /** [rank, in], row-major. */
-  readonly down: Float32Array;
-  /** [out, rank], row-major, its rows in the order of the checkpoint's own weight. */
-  readonly up: Float32Array;
-  readonly rank: number;
-  readonly in: number;
-  readonly out: number;
-  /** Alpha by rank. */
-  readonly scale: number;
-}
+import type { NamedLora } from "./loras.js";
 
 /** An adapter whose scale each request says. */
-export interface DynamicLora {
-  readonly name: string;
+export interface DynamicLora extends Lora {
   /** Where a request says none. */
   readonly defaultScale: number;
-  /** By the part of the checkpoint, and by the names of layers that diffusers and transformers have, without ".weight". */
-  readonly parts: ReadonlyMap<WeightedPart, ReadonlyMap<string, LowRankMatrices>>;
+}
+
+/**
+ * Those of a model's adapters that are dynamic.
+ * @throws CheckpointError for a file that is no LoRA of the model
+ */
+export async function dynamicLoras(
+  checkpoint: Checkpoint,
+  named: readonly NamedLora[],
+  signal?: AbortSignal,
+): Promise<DynamicLora[]> {
+  const loras: DynamicLora[] = [];
+  for (const { file, name, scale, dynamic } of named)
+    if (dynamic) loras.push({ ...(await readLora(file, checkpoint, { name, signal })), defaultScale: scale });
+  return loras;
 }
 
 /** An adapter of a request. */
-export interface LoraUse {
+export interface AppliedLora {
   readonly name: string;
   /** Not 0: with that the adapter has no part in the request. */
   readonly scale: number;
 }
 
-/** The inputs of a graph with a low-rank branch: see `LowRankLayout`. */
-export const loraInputs = ["lora_down", "lora_up", "lora_scale"] as const;
-
-/** What they are for one row: [1, D], [1, U] and [1, rank]. */
-export interface LoraValues extends Readonly<Record<(typeof loraInputs)[number], FloatTensor>> {
-  readonly rank: LoraRank;
+/** The inputs of a graph's low-rank branch for one row: see `LowRankLayout`. */
+export interface LoraValues {
+  /** [1, D] */
+  readonly down: FloatTensor;
+  /** [1, U] */
+  readonly up: FloatTensor;
+  /** [1, rank] */
+  readonly scale: FloatTensor;
 }
 
 /** The two that do not depend on scales. */
-type PackedMatrices = Pick<LoraValues, "lora_down" | "lora_up">;
+type PackedMatrices = Pick<LoraValues, "down" | "up">;
 
 /** What has to be known of a model's adapters to settle a request. */
-export type LoraFacts = Pick<LoraInputs, "settle">;
+export type LoraFacts = Pick<LoraInputs, "settle" | "layout">;
 
 /** Bytes of packed matrices that are kept in memory. */
 const cacheBytes = 2 ** 30;
@@ -129,7 +132,9 @@ export class LoraInputs {
    * The adapters that a request names, in the order of loading, those of scale 0 left out.
    * @throws OptionError for a name that no dynamic adapter has, or that is given twice, or for more than there is a rank for
    */
-  settle(given: readonly { readonly name: string; readonly scale?: number | undefined }[] = []): readonly LoraUse[] {
+  settle(
+    given: readonly { readonly name: string; readonly scale?: number | undefined }[] = [],
+  ): readonly AppliedLora[] {
     const scales = new Map<string, number>();
     for (const { name, scale } of given) {
       const lora = this.#loras.get(name) ?? this.#refuseUnknown(name);
@@ -152,7 +157,7 @@ export class LoraInputs {
    * The rank of the branch that a network's graph needs; null where none of the adapters changes it.
    * @throws OptionError for adapters whose ranks together are more than there is a graph for
    */
-  rank(network: string, uses: readonly LoraUse[]): LoraRank | null {
+  rank(network: string, uses: readonly AppliedLora[]): LoraRank | null {
     const touching = this.touching(network, uses);
     if (touching.length === 0) return null;
     const sum = touching.reduce((total, { name }) => total + rankOf(this.#layers(network, name)!), 0);
@@ -166,22 +171,24 @@ export class LoraInputs {
   }
 
   /** The adapters that change a network. */
-  touching(network: string, uses: readonly LoraUse[]): LoraUse[] {
+  touching(network: string, uses: readonly AppliedLora[]): AppliedLora[] {
     return uses.filter(({ name }) => this.#layers(network, name) !== undefined);
   }
 
-  /** Where matrices are in the inputs of a network's graphs of a rank: the same for all of them. */
-  layout(network: string, rank: LoraRank): LowRankLayout {
-    return this.#graphs.get(graphName({ network, lora: rank })).lowRank!;
+  /** Where matrices are in the inputs of the graphs that a network needs; null where none of the adapters changes it. */
+  layout(network: string, uses: readonly AppliedLora[]): LowRankLayout | null {
+    const rank = this.rank(network, uses);
+    return rank && this.#graphs.get(graphName({ network, lora: rank })).lowRank!;
   }
 
   /**
    * What adapters are as inputs of a network's graphs. The matrices do not depend on scales, and are the same arrays each time, as long as they are kept.
    * @returns null where none of the adapters changes the network
    */
-  async values(network: string, uses: readonly LoraUse[]): Promise<LoraValues | null> {
-    const rank = this.rank(network, uses);
-    if (rank === null) return null;
+  async values(network: string, uses: readonly AppliedLora[]): Promise<LoraValues | null> {
+    const layout = this.layout(network, uses);
+    if (!layout) return null;
+    const { rank } = layout;
     const touching = this.touching(network, uses);
     const scale = new Float32Array(rank);
     let from = 0;
@@ -190,18 +197,17 @@ export class LoraInputs {
       scale.fill(each, from, from + ranks);
       from += ranks;
     }
-    const layout = this.layout(network, rank);
     const key = JSON.stringify([network, digestOf(layout), touching.map(({ name }) => name)]);
     const bytes = 4 * (layout.down + layout.up);
     const matrices = touching.map(({ name }) => this.#layers(network, name)!);
     const known = this.#packed.get(key) ?? this.#packed.set(key, { bytes, values: packed(layout, matrices) });
-    return { rank, ...(await known.values), lora_scale: float32([1, rank], scale) };
+    return { ...(await known.values), scale: float32([1, rank], scale) };
   }
 
-  #layers(network: string, name: string): ReadonlyMap<string, LowRankMatrices> | undefined {
+  #layers(network: string, name: string): ReadonlyMap<string, LowRank> | undefined {
     const { part, variants } = networks[network]!;
     if (!part || !variants.includes("lora")) return undefined;
-    const layers = this.#loras.get(name)?.parts.get(part);
+    const layers = this.#loras.get(name)?.parts.get(part as LoraPart);
     return layers && layers.size > 0 ? layers : undefined;
   }
 
@@ -212,14 +218,26 @@ export class LoraInputs {
         `The LoRA "${name}" is merged into the weights, so that requests cannot name it; load it with dynamic: true.`,
       );
     const names = [...this.#loras.keys()];
+    if (names.length === 0) refuseAll(name);
     const near = nearest(name, names);
     throw new OptionError(
       "loras",
-      names.length === 0
-        ? `There is no LoRA "${name}": the model was loaded without dynamic LoRAs. Name files in the option loras of load(), with dynamic: true.`
-        : `There is no dynamic LoRA "${name}"${near === null ? "" : ` (did you mean "${near}"?)`}; the model was loaded with ${names.map((each) => `"${each}"`).join(", ")}.`,
+      `There is no dynamic LoRA "${name}"${near === null ? "" : ` (did you mean "${near}"?)`}; the model was loaded with ${names.map((each) => `"${each}"`).join(", ")}.`,
     );
   }
+}
+
+/** Of a model without dynamic LoRAs. */
+export const noLoras: LoraFacts = {
+  settle: ([first] = []) => (first ? refuseAll(first.name) : []),
+  layout: () => null,
+};
+
+function refuseAll(name: string): never {
+  throw new OptionError(
+    "loras",
+    `There is no dynamic LoRA "${name}": the model was loaded without any. Name files in the option loras of load(), with dynamic: true.`,
+  );
 }
 
 /** The rank of a graph that holds an adapter's; null where there is none. */
@@ -228,12 +246,12 @@ function rankFor(rank: number): LoraRank | null {
 }
 
 /** The components of an adapter in one part: those of its largest layer. */
-function rankOf(layers: ReadonlyMap<string, LowRankMatrices>): number {
+function rankOf(layers: ReadonlyMap<string, LowRank>): number {
   return [...layers.values()].reduce((largest, { rank }) => Math.max(largest, rank), 0);
 }
 
 /** The network of a part whose graphs come with a low-rank branch. */
-function adaptedNetwork(part: WeightedPart): string | undefined {
+function adaptedNetwork(part: LoraPart): string | undefined {
   return Object.keys(networks).find(
     (name) => networks[name]!.part === part && networks[name]!.variants.includes("lora"),
   );
@@ -255,7 +273,7 @@ function digestOf(layout: LowRankLayout): string {
  */
 async function packed(
   layout: LowRankLayout,
-  adapters: readonly ReadonlyMap<string, LowRankMatrices>[],
+  adapters: readonly ReadonlyMap<string, LowRank>[],
 ): Promise<PackedMatrices> {
   const { rank } = layout;
   const down = new Float32Array(layout.down);
@@ -274,5 +292,5 @@ async function packed(
       first += rankOf(adapter);
     }
   }
-  return { lora_down: float32([1, layout.down], down), lora_up: float32([1, layout.up], up) };
+  return { down: float32([1, layout.down], down), up: float32([1, layout.up], up) };
 }

@@ -25,6 +25,7 @@ import {
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
 import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
 import { type Combination, moveBy, type Schedule, type StepLaunch, type StepType } from "../schedule/index.js";
+import type { LoraValues } from "./lora-inputs.js";
 import type { StepPlace } from "./stages.js";
 
 /** [B, C, h, w] */
@@ -162,8 +163,8 @@ export interface SamplingValues {
     /** For each ControlNet of the kind that some step of the stage has what it reads of its picture, [B, its channels, h, w]; see `controlledStages`. */
     readonly controls?: readonly (Tensor | undefined)[] | undefined;
   }[];
-  /** Matrices of LoRAs and what they are scaled by: see `Layers`. */
-  readonly lora?: { readonly down: Tensor; readonly up: Tensor; readonly scale: Tensor } | undefined;
+  /** Matrices of LoRAs and what they are scaled by: see `LowRankLayout`. */
+  readonly lora?: LoraValues | null | undefined;
   /** For guided steps, [2B, T, joint] and [2B, pooled], unconditional rows first. */
   readonly guided?: TextValues | undefined;
   /** For steps without guidance, [B, T, joint] and [B, pooled]. */
@@ -425,8 +426,8 @@ class TemplateWriter {
     if (alone) slots("", this.#rows);
     const { lora } = this.#additions;
     if (lora) {
-      this.builder.slot("lora.down", [this.#rows, lora.down]);
-      this.builder.slot("lora.up", [this.#rows, lora.up]);
+      this.builder.slot("lora.down", [this.#rows, lora.down], true);
+      this.builder.slot("lora.up", [this.#rows, lora.up], true);
       this.builder.slot("lora.scale", [this.#rows, lora.rank]);
     }
   }

@@ -9,7 +9,7 @@ import type { PromptEmbeds } from "../model.js";
 import type { PromptName } from "../networks/index.js";
 import type { ResolvedEncodeOptions, ResolvedGenerateOptions } from "../options.js";
 import { allFinite } from "../program/validate.js";
-import type { LoraUse } from "./lora-inputs.js";
+import type { AppliedLora } from "./lora-inputs.js";
 import type { EncodedPrompt, Prompt, PromptEncoder } from "./text.js";
 import { type Fragment, parseWeights, unweighted } from "./weighting.js";
 
@@ -44,7 +44,7 @@ export interface Texts {
 export function settleTexts(
   options: Pick<ResolvedEncodeOptions, TextOption | "clipSkip" | "promptWeighting" | "maxSequenceLength">,
   model: PromptFacts,
-  loras: readonly LoraUse[] = [],
+  loras: readonly AppliedLora[] = [],
 ): Texts {
   const { clipSkip, promptWeighting, maxSequenceLength: sequenceLength = model.defaultSequenceLength } = options;
   checkSequenceLength(sequenceLength, model.maxSequenceLength);

@@ -13,6 +13,7 @@ import type { Admitted } from "../serving/service.js";
 import { controlOf } from "./control.js";
 import type { RequestEvents } from "./events.js";
 import { noiseOf, rowOf } from "./latents.js";
+import type { LoraInputs } from "./lora-inputs.js";
 import type { LatentColours } from "./preview.js";
 import { guidanceOf, slotValues } from "./programs.js";
 import { ProgressReporter } from "./progress.js";
@@ -27,6 +28,7 @@ export interface LoadedModel extends ModelFacts {
   readonly runtime: Runtime;
   readonly text: PromptEncoder;
   readonly templates: Templates;
+  readonly loras: LoraInputs;
   readonly keepTextEncoders: boolean;
   /** Frees the memory that graphs take, until their next launch. */
   readonly unload: (graphs: readonly string[]) => Promise<void>;
@@ -92,6 +94,7 @@ export async function draw(
   // 3. Denoise: a program for each picture, with its own noise.
   const shapes = stages.map(({ latentShape }) => latentShape);
   const noises = (request.noises ?? (await noiseOf(request.seeds, shapes))).slice(-stages.length);
+  const lora = await model.loras.values("predict", request.loras);
   const colours = template.previewed.size > 0 ? await model.colours(signal) : undefined;
   const programs: Program[] = [];
   for (let row = 0; row < pictures; row++) {
@@ -99,7 +102,7 @@ export async function draw(
       return { noise: rowOf(noise, row), init: init[index], mask: candidate.masks[index], controls: controls[index] };
     });
     const condition = conditions[Math.floor(row / count)]!;
-    programs.push(bind(template.program, slotValues({ stages: values, ...condition, colours })));
+    programs.push(bind(template.program, slotValues({ stages: values, ...condition, lora, colours })));
     if (isDue()) await rest();
   }
   const results = await run(programs);

@@ -9,6 +9,7 @@ import { type Seed, seedOf, seedsFrom } from "../common/seed.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { OptionError } from "../errors.js";
 import type { GenerateOptions, PictureSource } from "../model.js";
+import type { LowRankLayout } from "../networks/index.js";
 import {
   checkGuidanceInterval,
   checkOptions,
@@ -23,6 +24,7 @@ import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefault
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
 import type { ControlNets } from "./control-nets.js";
 import { type ControlRequest, controlKind, settleControls } from "./control-request.js";
+import { type AppliedLora, type LoraFacts, noLoras } from "./lora-inputs.js";
 import { type Additions, type SkippedLayers, skipsLayers } from "./programs.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
@@ -33,6 +35,8 @@ export interface ModelFacts extends CandidateFacts {
   /** Whether each picture is one captured program, which shares nothing. */
   readonly captured: boolean;
   readonly pinBatch: number | null;
+  /** The dynamic LoRAs that requests may name. Default: none. */
+  readonly loras?: LoraFacts;
   /** Whether requests may name pictures by the path of a file. */
   readonly allowPaths: boolean;
   /** ControlNets that requests may name. Default: none. */
@@ -94,6 +98,8 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
   /** The controls of `additions`, with their pictures. */
   readonly controls: readonly ControlRequest[];
   readonly sequenceLength: number;
+  /** Dynamic LoRAs, in the order of loading; none of scale 0. */
+  readonly loras: readonly AppliedLora[];
   /** Seed of each picture; empty if the noise was given. */
   readonly seeds: readonly Seed[];
   /** Given noise, one tensor for each stage; null to draw it from the seeds. */
@@ -132,7 +138,9 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
   const embeds = settleEmbeds(options, model.text);
   const { prompt = "" } = options;
-  const settled = embeds ? null : settleTexts({ ...options, prompt }, model.text);
+  const facts = model.loras ?? noLoras;
+  const loras = facts.settle(options.loras);
+  const settled = embeds ? null : settleTexts({ ...options, prompt }, model.text, loras);
   const rows = embeds?.rows ?? settled!.prompts.length;
   const pictures = rows * count;
   if (pictures > maxPictures)
@@ -193,12 +201,12 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
     ...{ clipSkip: options.clipSkip, promptWeighting: options.promptWeighting },
     // Without a handler nobody sees them.
     stepLatents: options.stepLatents && onStep !== undefined,
-    ...{ seeds, noises, sampler, stages, include, sigmas, shift, mu },
+    ...{ loras, seeds, noises, sampler, stages, include, sigmas, shift, mu },
     ...{ signal, onAccept, onStart, onStep, reports: onStep ? reports : "bunched" },
     guidance: {
       ...{ start: options.guidanceStart, stop: options.guidanceStop, mode: options.guidanceMode, isOn },
     },
-    additions: { lora: null, controls: controls.map(controlKind), skipLayers },
+    additions: { lora: sizeOf(facts.layout("predict", loras)), controls: controls.map(controlKind), skipLayers },
     controls,
     edit:
       image === undefined
@@ -209,6 +217,11 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
           },
     pinBatch: options.pinBatch ?? model.pinBatch,
   };
+}
+
+/** Of a low-rank branch what programs have to know. */
+function sizeOf(layout: LowRankLayout | null): Additions["lora"] {
+  return layout && { rank: layout.rank, down: layout.down, up: layout.up };
 }
 
 export function pinnedWithCapture(): OptionError {

@@ -80,7 +80,7 @@ export function parametersOf(
   drawn: PreparedCandidate["stages"],
   row: number,
 ): Record<string, unknown> {
-  const { guidance, additions, seeds, sampler, sigmas, shift, mu, stages, edit } = request;
+  const { guidance, additions, loras, seeds, sampler, sigmas, shift, mu, stages, edit } = request;
   const index = Math.floor(row / request.count);
   const { width, height, whole } = drawn.at(-1)!;
   // Noise levels depend on guidance, even where the steps that had it are left out.
@@ -91,6 +91,7 @@ export function parametersOf(
     ...(stages ? { stages } : { width, height, sampler, ...scheduleParameters(whole, sigmas) }),
     ...(shift !== undefined && { shift }),
     ...(mu !== undefined && { mu }),
+    ...(loras.length > 0 && { loras }),
     ...(edit && { strength: edit.strength, inpainted: edit.mask !== null }),
     ...(edit?.mask && { keepOriginal: edit.keepOriginal }),
     ...(edit && edit.paddingMaskCrop !== null && { paddingMaskCrop: edit.paddingMaskCrop }),

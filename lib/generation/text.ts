@@ -24,7 +24,7 @@ import type { GraphLibrary } from "../networks/library.js";
 import { shapeWith } from "../onnx/index.js";
 import { ProgramBuilder } from "../program/builder.js";
 import type { Program } from "../program/program.js";
-import { LoraInputs, type LoraUse, loraInputs } from "./lora-inputs.js";
+import { type AppliedLora, LoraInputs } from "./lora-inputs.js";
 import { type Fragment, type TokenWeights, tokenWeights, unweighted, weightedStates } from "./weighting.js";
 
 /** A prompt as the text encoders read it. */
@@ -34,7 +34,7 @@ export interface Prompt {
   /** Layers before the last but one that the hidden states of CLIP are taken from; 0 for that one. */
   readonly clipSkip: number;
   /** Dynamic LoRAs that it is read with; those that change no text encoder do not matter. Default: none. */
-  readonly loras?: readonly LoraUse[] | undefined;
+  readonly loras?: readonly AppliedLora[] | undefined;
 }
 
 /** A prompt of one text for all encoders. */
@@ -65,7 +65,7 @@ interface Reading {
   /** As `Prompt.clipSkip`; 0 for encoders that have no such variant. */
   readonly skip: number;
   /** Dynamic LoRAs that change the encoder. */
-  readonly loras: readonly LoraUse[];
+  readonly loras: readonly AppliedLora[];
   /** Key of the empty text, where this one has weights; null without. */
   readonly empty: string | null;
 }
@@ -342,9 +342,14 @@ export class PromptEncoder {
       });
     };
     const lora = await this.#loras.values(name, loras);
-    const variant = { skip: skip > 0, ...(lora && { lora: lora.rank }) };
+    const rank = this.#loras.rank(name, loras);
+    const variant = { skip: skip > 0, ...(rank && { lora: rank }) };
     if (variant.skip) inputs.skip = builder.perRow(skip, 1);
-    if (lora) for (const input of loraInputs) inputs[input] = builder.value(input, lora[input], true);
+    if (lora) {
+      inputs.lora_down = builder.value("lora_down", lora.down, true);
+      inputs.lora_up = builder.value("lora_up", lora.up, true);
+      inputs.lora_scale = builder.value("lora_scale", lora.scale);
+    }
     const graph = graphName({ network: name, ...variant });
     launch(graph, {}, (output) => output);
     for (const [index, { mask }] of (weights?.masked ?? []).entries()) {

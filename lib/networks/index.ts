@@ -122,12 +122,12 @@ function step(
 ): Network {
   return {
     ...{ part, role: "step", variants },
-    emit: (name, checkpoint, options, { guidance = false, controls, skipped }) => {
+    emit: (name, checkpoint, options, { guidance = false, lora, controls, skipped }) => {
       const { weights, config } = checkpoint[part]!;
       const { numTrainTimesteps } = checkpoint.scheduler;
       const { shiftFactor, scalingFactor } = checkpoint.vae.config;
       return emitStep(name, type, weights, config, {
-        ...{ ...options, guidance, numTrainTimesteps, controlShift: shiftFactor * scalingFactor },
+        ...{ ...options, guidance, lora, numTrainTimesteps, controlShift: shiftFactor * scalingFactor },
         controls: (controls?.split("+") ?? []).map((id) => controlNetOf(checkpoint, id)),
         skipped: (skipped?.split("+") ?? []).map(Number),
       });

@@ -8,6 +8,7 @@ import type { TransformerConfig } from "../checkpoint/index.js";
 import type { StoredTensor, WeightSource } from "../common/tensor.js";
 import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 import { Layers, requireTensor } from "./layers.js";
+import type { LowRankBranch } from "./low-rank.js";
 
 export interface MmditInputs {
   /** [rows, inChannels, h, w] in the compute type. */
@@ -60,6 +61,8 @@ export interface MmditAdditions {
   readonly residuals: (tokens: Value) => (block: number) => Value | null;
   /** Blocks that only the first `rows` of all rows (int64 [1]) run through; null where there are none. The others pass them by. */
   readonly skipped: { readonly blocks: readonly number[]; readonly rows: Value | null };
+  /** Joins every linear layer; null for none. */
+  readonly lowRank: LowRankBranch | null;
 }
 
 /** @returns the velocity, [rows, outChannels, h, w] in the compute type. */
@@ -69,9 +72,9 @@ export function mmdit(
   config: TransformerConfig,
   options: EmitOptions,
   inputs: MmditInputs,
-  { residuals, skipped }: MmditAdditions,
+  { residuals, skipped, lowRank }: MmditAdditions,
 ): Value {
-  const l = new Layers(g, weights, options, g.shapeOf(inputs.latent, 0, 1));
+  const l = new Layers(g, weights, options, g.shapeOf(inputs.latent, 0, 1), lowRank);
   const width = mmditWidth(config);
   const patch = config.patchSize;
 
@@ -90,7 +93,7 @@ export function mmdit(
     g.scoped(`transformer_blocks.${index}`, () =>
       jointBlock(layers, config, index, x, context, activated, index === config.numLayers - 1),
     );
-  const first = skipped.rows && new Layers(g, weights, options, skipped.rows);
+  const first = skipped.rows && new Layers(g, weights, options, skipped.rows, lowRank);
   for (let index = 0; index < config.numLayers; index++) {
     const result =
       first && skipped.blocks.includes(index)

@@ -15,9 +15,10 @@
 
 import type { ControlNet, TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
-import { type EmitOptions, GraphBuilder, type OnnxGraph, type Value } from "../onnx/index.js";
+import { type EmitOptions, GraphBuilder, type Value } from "../onnx/index.js";
 import { controlChannels, controlLatents, controlPositionTable, controlResiduals, residualOf } from "./controlnet.js";
 import { applyGuidance, perRow, scaledPair } from "./layers.js";
+import { type LoraRank, LowRankBranch, type NetworkGraph } from "./low-rank.js";
 import { type MmditInputs, mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
 export interface StepOptions extends EmitOptions {
@@ -28,6 +29,8 @@ export interface StepOptions extends EmitOptions {
   readonly guidance: boolean | "cfg_zero";
   /** The network's timestep is σ times this (1000). */
   readonly numTrainTimesteps: number;
+  /** Rank of a branch beside the transformer's linear layers, whose matrices are inputs: see `LowRankLayout`. Default: none. */
+  readonly lora?: LoraRank | undefined;
   /** ControlNets that run with it, in the order of the inputs. Default: none. */
   readonly controls?: readonly ControlNet[];
   /** Of the autoencoder's latents shift·factor, which is subtracted from those of a control, too. Default: 0. */
@@ -53,7 +56,7 @@ export function emitStep(
   weights: WeightSource,
   config: TransformerConfig,
   options: StepOptions,
-): OnnxGraph {
+): NetworkGraph {
   // Rows of this table are an input, which the runtime reads from the file.
   positionTable(weights, config);
   const g = new GraphBuilder(name);
@@ -90,9 +93,11 @@ export function emitStep(
     ...{ context: conditionOf(context), pooled: conditionOf(pooled) },
   };
   const transformerInputs = { ...inputs, positionEmbedding };
+  const branch = options.lora ? new LowRankBranch(g, options.lora, options.compute) : null;
   const computed = mmdit(g, weights, config, options, transformerInputs, {
     residuals: (tokens) => residualsOf(g, controls, config, options, { ...inputs, tokens }, repeated),
     skipped: { blocks: skipped, rows: skipScale && g.shapeOf(velocity, 0, 1) },
+    lowRank: branch,
   });
   const output = g.cast(computed, "float32");
   const [pair, without] = skipScale ? thirds(g, output) : [output, null];
@@ -102,7 +107,8 @@ export function emitStep(
   const moved = g.op("Add", [x, g.op("Mul", [aOld, old])]);
   g.output("x_next", g.op("Add", [moved, g.op("Mul", [aNew, guide(next)])]), ["rows", channels, "height", "width"]);
   g.output("velocity_next", next, [rows, channels, "height", "width"]);
-  return g.build();
+  const lowRank = branch?.close();
+  return Object.assign(g.build(), { lowRank });
 }
 
 /** The two halves of a pair. */
