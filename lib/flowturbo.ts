@@ -36,8 +36,8 @@ import {
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
 import { locateAll } from "./generation/locate.js";
-import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { dynamicLoras, LoraInputs } from "./generation/lora-inputs.js";
+import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { controlledStages, encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
@@ -239,8 +239,7 @@ export class FlowTurbo implements ImageModel {
 
       // 4. What launches cost, if it has been measured before.
       const store = new CostStore(costKey(subject), checked.cache);
-      const merged = (checked.loras ?? []).filter(({ dynamic }) => !dynamic).flatMap(({ name }) => name ?? []);
-      const loras = new LoraInputs(graphs, dynamic, merged);
+      const loras = new LoraInputs(graphs, dynamic);
       const text = new PromptEncoder(graphs, loras);
       return new FlowTurbo(
         graphs,
@@ -515,7 +514,12 @@ export class FlowTurbo implements ImageModel {
     const controls = controlMemoryNeeded(this.#graphs, device.widening, guidance, additions.controls, stages);
     const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
     for (const stage of stages)
-      checkPictureMemory(this.#graphs, device, draw + controls, { ...stage, sequenceLength, rows });
+      checkPictureMemory(this.#graphs, device, draw + controls, {
+        ...stage,
+        sequenceLength,
+        rows,
+        lora: additions.lora,
+      });
   }
 
   /**

@@ -24,6 +24,8 @@ export interface DrawnPicture {
   readonly rows: number;
   /** Tokens of the text encoder that takes as many as are asked for. */
   readonly sequenceLength: number;
+  /** Values of the matrices of dynamic LoRAs, down and up. Default: none. */
+  readonly lora?: { readonly down: number; readonly up: number } | null | undefined;
 }
 
 /** Bytes of weights that a picture's two programs need on the device: encoding texts, drawing. */
@@ -103,7 +105,13 @@ export function checkDeviceMemory(graphs: GraphLibrary, device: Device): void {
  */
 export function checkPictureMemory(graphs: GraphLibrary, device: Device, draw: number, drawn: DrawnPicture): void {
   const { name, memoryBytes, largestBuffer = Number.POSITIVE_INFINITY, holdsScores = false } = device;
-  const launches = [stepValues(graphs, drawn, holdsScores), decoderValues(graphs, drawn)];
+  const { down = 0, up = 0 } = drawn.lora ?? {};
+  const matrices = 4 * (down + up);
+  const launches = [
+    { largest: 4 * Math.max(down, up), together: 0 },
+    stepValues(graphs, drawn, holdsScores),
+    decoderValues(graphs, drawn),
+  ];
   const picture = `A picture of ${drawn.width} x ${drawn.height}`;
   const remedy = "Draw smaller pictures (in stages, the last one counts), or use another GPU or runtime.";
   for (const { largest } of launches)
@@ -113,7 +121,7 @@ export function checkPictureMemory(graphs: GraphLibrary, device: Device, draw: n
         largest,
         largestBuffer,
       );
-  const needed = draw + Math.max(...launches.map(({ together }) => together));
+  const needed = draw + matrices + Math.max(...launches.map(({ together }) => together));
   if (needed > memoryBytes)
     throw new MemoryError(
       `${picture} needs about ${gigabytes(needed)} GB of GPU memory, ${gigabytes(draw)} GB of that for weights, but ${name} has ${gigabytes(memoryBytes)} GB. ${remedy}`,

@@ -67,35 +67,28 @@ export class LoraInputs {
   readonly #graphs: GraphLibrary;
   /** In the order of loading. */
   readonly #loras = new Map<string, DynamicLora>();
-  /** Names of those that were merged at load. */
-  readonly #merged: ReadonlySet<string>;
   /** What the largest adapter is padded to; null without adapters. */
   readonly #rank: LoraRank | null;
   readonly #packed: LruCache<{ readonly bytes: number; readonly values: Promise<PackedMatrices> }>;
 
   /**
-   * @param merged names of adapters that are part of the weights
+   * @param kept bytes of packed matrices that stay in memory
    * @throws OptionError for an adapter of a rank that graphs do not come in
    */
-  constructor(
-    graphs: GraphLibrary,
-    loras: readonly DynamicLora[] = [],
-    merged: readonly string[] = [],
-    kept = cacheBytes,
-  ) {
+  constructor(graphs: GraphLibrary, loras: readonly DynamicLora[] = [], kept = cacheBytes) {
     this.#graphs = graphs;
-    this.#merged = new Set(merged);
     this.#packed = new LruCache(kept, ({ bytes }) => bytes);
     let largest = 0;
     for (const lora of loras) {
-      this.#loras.set(lora.name, lora);
+      const { name } = lora;
+      this.#loras.set(name, lora);
       for (const [part, layers] of lora.parts) {
         const rank = rankOf(layers);
         largest = Math.max(largest, rank);
         if (rankFor(rank) === null)
           throw new OptionError(
             "loras",
-            `The LoRA "${lora.name}" has rank ${rank} (${part}), and a dynamic one may have ${loraRanks.at(-1)} at most; load it without dynamic, so that it is merged into the weights.`,
+            `The LoRA "${name}" has rank ${rank} (${part}), and a dynamic one may have ${loraRanks.at(-1)} at most; load it without dynamic, so that it is merged into the weights.`,
           );
       }
     }
@@ -204,6 +197,11 @@ export class LoraInputs {
     return { ...(await known.values), scale: float32([1, rank], scale) };
   }
 
+  /** Whether an adapter is part of the weights. */
+  #isMerged(name: string): boolean {
+    return this.#graphs.checkpoint.loras.some((merged) => merged.name === name);
+  }
+
   #layers(network: string, name: string): ReadonlyMap<string, LowRank> | undefined {
     const { part, variants } = networks[network]!;
     if (!part || !variants.includes("lora")) return undefined;
@@ -212,7 +210,7 @@ export class LoraInputs {
   }
 
   #refuseUnknown(name: string): never {
-    if (this.#merged.has(name))
+    if (this.#isMerged(name))
       throw new OptionError(
         "loras",
         `The LoRA "${name}" is merged into the weights, so that requests cannot name it; load it with dynamic: true.`,

@@ -109,7 +109,9 @@ describe("as diffusers draws with ControlNets", () => {
       ...{ prompt: prompts[0], ...common, noise: noise_2 ? [noise!, noise_2] : noise },
       ...options((each) => fixture(name, each)),
     });
-    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(file === "control_stages" ? 5e-5 : tolerance);
+    expect(relativeError(result.latents, reference.latents!)).toBeLessThan(
+      file === "control_stages" ? 5e-5 : tolerance,
+    );
     expect(relativeError(result.pixels, reference.image!)).toBeLessThan(file === "control_stages" ? 5e-5 : tolerance);
   });
 });
