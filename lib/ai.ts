@@ -15,7 +15,7 @@ import { seedOf } from "./common/seed.js";
 import { OptionError } from "./errors.js";
 import type { ImageModel } from "./model.js";
 
-export type { FlowTurboImageOptions } from "./ai/options.js";
+export type { FlowTurboControl, FlowTurboImageOptions } from "./ai/options.js";
 export type { ImageCallOptions, ImageCallResult, ImageFile, ImageWarning, JsonValue } from "./ai/specification.js";
 
 /** Draws in this process. */
@@ -218,7 +218,7 @@ function imageModel(drawer: Drawer, modelId: string): FlowTurboImageModel {
           warnings.push({ type: "other", message });
         return resultOf(drawn, warnings, timestamp);
       } catch (error) {
-        const { image, mask, ...values } = wanted ?? {};
+        const { image, mask, controls, ...values } = wanted ?? {};
         throw callError(error, drawer.address, values);
       }
     },

@@ -2,11 +2,11 @@
 
 import { inspect } from "node:util";
 import { z } from "zod";
-import type { DrawRequest, sharedOptions, textOptions } from "../clients/drawer.js";
+import type { DrawRequest, NamedControl, sharedOptions, textOptions } from "../clients/drawer.js";
 import { nearest } from "../common/near.js";
 import { clipped } from "../common/text.js";
-import type { ImageFormat, Stage } from "../model.js";
-import { generateSchema, optionMeta } from "../options.js";
+import type { ImageFormat, LoraUse, SkipLayers, Stage } from "../model.js";
+import { generateSchema, mostControls, namedControlSchema, optionMeta } from "../options.js";
 import type { QualityName, SamplerName } from "../schedule/index.js";
 import { ArgumentError } from "./errors.js";
 
@@ -18,6 +18,12 @@ export interface FlowTurboImageOptions {
   quality?: QualityName | undefined;
   /** Scale of classifier-free guidance, 0 to 1000. Default: the model's, 4.5, or 1 for one that was distilled. */
   guidanceScale?: number | undefined;
+  /** Skip-layer guidance; see `GenerateOptions.skipLayers`. Default: none. */
+  skipLayers?: SkipLayers | undefined;
+  /** LoRAs by the names that the model was loaded with, as dynamic; each once. Default: none. */
+  loras?: LoraUse[] | undefined;
+  /** ControlNets by the names that the model was loaded with. Default: none. */
+  controls?: FlowTurboControl[] | undefined;
   /** What the pictures should not show. Default: nothing. */
   negativePrompt?: string | undefined;
   /** What the second text encoder reads. Default: the prompt. */
@@ -54,6 +60,14 @@ export interface FlowTurboImageOptions {
   outputCompression?: number | undefined;
 }
 
+/** A ControlNet of a call, with its control picture; see `Control`. */
+export interface FlowTurboControl extends Omit<NamedControl, "image" | "mask"> {
+  /** The control picture: base64 or a data: URL. Nothing is downloaded. */
+  image: string;
+  /** For ControlNets of inpainting: base64 or a data: URL. Transparent parts are painted, and of a mask without any the white ones. */
+  mask?: string | undefined;
+}
+
 interface Field {
   readonly schema: z.ZodType;
   readonly expects: string;
@@ -71,10 +85,25 @@ const ofLibrary = (as: Shared): Field => {
 /** Of the one prompt of a call. */
 const text = (as: (typeof textOptions)[number]): Field => ({ schema: z.string(), expects: "a string", as });
 
+/** A picture within JSON: base64 or a data: URL, as bytes. */
+const picture = z.string().transform((text, context): Uint8Array => {
+  const data = text.replace(/^data:image\/[\w.+-]+;base64,/, "");
+  if (/^[A-Za-z0-9+/]+={0,2}$/.test(data.replace(/\s+/g, ""))) return new Uint8Array(Buffer.from(data, "base64"));
+  context.addIssue({ code: "custom", message: "no base64" });
+  return z.NEVER;
+});
+
 const fields: Record<keyof FlowTurboImageOptions, Field> = {
   numInferenceSteps: ofLibrary("steps"),
   quality: ofLibrary("quality"),
   guidanceScale: { schema: z.number().min(0).max(1000), expects: "a number from 0 to 1000", as: "guidanceScale" },
+  skipLayers: ofLibrary("skipLayers"),
+  loras: ofLibrary("loras"),
+  controls: {
+    schema: z.array(namedControlSchema(picture)).min(1).max(mostControls),
+    expects: `an array of up to ${mostControls} of { name, image, mask?, scale?, start?, stop?, preprocess? }, pictures as base64 or data: URLs,`,
+    as: "controls",
+  },
   negativePrompt: text("negativePrompt"),
   prompt2: text("prompt2"),
   prompt3: text("prompt3"),
@@ -121,6 +150,11 @@ const others: Record<string, keyof FlowTurboImageOptions> = {
   guidance: "guidanceScale",
   cfg: "guidanceScale",
   cfgscale: "guidanceScale",
+  lora: "loras",
+  controlnet: "controls",
+  controlnets: "controls",
+  skipguidancelayers: "skipLayers",
+  skiplayerguidance: "skipLayers",
   negative: "negativePrompt",
   schedule: "blocks",
   scheduler: "sampler",

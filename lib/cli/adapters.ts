@@ -2,8 +2,18 @@
 
 import { existsSync } from "node:fs";
 import type { Command } from "commander";
+import { checkpointName } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
-import type { Control, ControlNetSource, LoraSource, LoraUse, PixelRange, SkipLayers } from "../model.js";
+import type {
+  AdapterNames,
+  Control,
+  ControlNetSource,
+  LoadOptions,
+  LoraSource,
+  LoraUse,
+  PixelRange,
+  SkipLayers,
+} from "../model.js";
 
 /** Flags of what a model is loaded with. */
 export interface LoadAdapterFlags {
@@ -84,6 +94,17 @@ export function readLoadAdapters(flags: LoadAdapterFlags): {
     return { folder, ...(name !== undefined && { name }) };
   });
   return { ...(loras.length > 0 && { loras }), ...(controlNets.length > 0 && { controlNets }) };
+}
+
+/** What requests call the adapters of `load`, before anything is loaded. */
+export function adapterNames({
+  loras = [],
+  controlNets = [],
+}: Pick<LoadOptions, "loras" | "controlNets">): AdapterNames {
+  return {
+    loras: loras.filter(({ dynamic }) => dynamic).map(({ name, file }) => name ?? checkpointName(file)),
+    controlNets: controlNets.map(({ name, folder }) => name ?? checkpointName(folder)),
+  };
 }
 
 /** Options of `generate` that the flags stand for. @throws OptionError for a text that cannot be read */

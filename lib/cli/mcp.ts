@@ -14,8 +14,9 @@ import { embeddedModel, FlowTurbo } from "../flowturbo.js";
 import { OutputFolder } from "../mcp/outputs.js";
 import { mcpSdk } from "../mcp/sdk.js";
 import { createMcpServer } from "../mcp/server.js";
-import type { ImageFormat } from "../model.js";
+import type { AdapterNames, ImageFormat, LoadOptions } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
+import { adapterNames } from "./adapters.js";
 import { addModelFlags, modelName, readLoadFlags } from "./flags.js";
 
 interface Flags {
@@ -66,6 +67,8 @@ Examples:
 interface Source {
   readonly drawer: Drawer;
   readonly model: string;
+  /** What the model is loaded with; null where that is not known. */
+  readonly adapters: AdapterNames | null;
   dispose(): Promise<void>;
 }
 
@@ -78,8 +81,8 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   const source = flags.url === undefined ? processSource(flags, ending.signal) : serverSource(flags, flags.url);
   const { StdioServerTransport } = await mcpSdk.load();
   const outputs = flags.outDir === undefined ? null : await OutputFolder.open(flags.outDir);
-  const { drawer, model } = source;
-  const server = await createMcpServer({ drawer, model, outputs, format, signal: ending.signal });
+  const { drawer, model, adapters } = source;
+  const server = await createMcpServer({ drawer, model, adapters, outputs, format, signal: ending.signal });
 
   // 2. Until the client leaves, or a signal comes.
   try {
@@ -104,7 +107,7 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
 function processSource(flags: Flags, signal: AbortSignal): Source {
   if (flags.apiKey !== undefined)
     throw new OptionError("apiKey", "The flag --api-key is for a server; give --url too.");
-  const options = { ...readLoadFlags(flags), signal };
+  const options: LoadOptions = { ...readLoadFlags(flags), signal };
   checkOptions(loadSchema, options, "mcp");
   const folder = flags.model ?? embeddedModel;
   let loading: Promise<FlowTurbo> | null = null;
@@ -119,6 +122,7 @@ function processSource(flags: Flags, signal: AbortSignal): Source {
   return {
     drawer: localDrawer(open),
     model: modelName(folder),
+    adapters: adapterNames(options),
     async dispose() {
       const model = await loading?.catch(() => null);
       await model?.dispose();
@@ -139,6 +143,7 @@ function serverSource(flags: Flags, url: string): Source {
   const apiKey = flags.apiKey ?? (process.env.FLOWTURBO_API_KEY || undefined);
   return {
     drawer: remoteDrawer({ baseURL: url, apiKey }, flags.model ?? null),
+    adapters: null,
     model: flags.model ?? `of ${new URL(url).host}`,
     dispose: async () => undefined,
   };

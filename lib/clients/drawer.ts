@@ -3,7 +3,7 @@
  * served by `flowturbo serve` on some machine (remote.ts): one request in, encoded pictures out.
  */
 
-import type { DeadlineResult, GenerateOptions, ImageFormat, Timings } from "../model.js";
+import type { Control, DeadlineResult, GenerateOptions, ImageFormat, Timings } from "../model.js";
 import type { Evaluations } from "../schedule/index.js";
 
 /** Texts beside the prompt. They mean what they mean in `GenerateOptions`, of one prompt. */
@@ -27,6 +27,8 @@ export const sharedOptions = [
   "steps",
   "quality",
   "guidanceScale",
+  "skipLayers",
+  "loras",
   "blocks",
   "sampler",
   "strength",
@@ -37,6 +39,15 @@ export const sharedOptions = [
 
 type TextOptions = { [Name in (typeof textOptions)[number]]?: string | undefined };
 
+/** A ControlNet with its encoded control picture. */
+export interface NamedControl extends Omit<Control, "folder" | "image" | "mask"> {
+  /** What the model was loaded with it as: never a path. */
+  name: string;
+  image: Uint8Array;
+  /** As `DrawRequest.mask`. */
+  mask?: Uint8Array | undefined;
+}
+
 /** What is to be drawn. Width and height are given together or not at all. */
 export interface DrawRequest extends Pick<GenerateOptions, (typeof sharedOptions)[number]>, TextOptions {
   prompt: string;
@@ -46,6 +57,7 @@ export interface DrawRequest extends Pick<GenerateOptions, (typeof sharedOptions
   image?: Uint8Array | undefined;
   /** Where to paint, as masks.ts reads it: transparent, or white where nothing is transparent. Only with `image`. */
   mask?: Uint8Array | undefined;
+  controls?: readonly NamedControl[] | undefined;
   /** Of the pictures' files. */
   format: ImageFormat;
   /** 0 to 100, for jpeg and webp: higher is better and larger. */

@@ -6,8 +6,8 @@
 import { seedToJson } from "../common/seed.js";
 import { sharp } from "../generation/sharp.js";
 import { sizeLike } from "../generation/sizes.js";
-import type { GenerateOptions, ImageModel, Size } from "../model.js";
-import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest } from "./drawer.js";
+import type { Control, GenerateOptions, ImageModel, Size } from "../model.js";
+import type { DrawControls, Drawer, DrawerInfo, Drawn, DrawRequest, NamedControl } from "./drawer.js";
 import { sharedOptions, textOptions } from "./drawer.js";
 import { whiteMask } from "./masks.js";
 
@@ -23,14 +23,17 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
       return { name, nativeSize, maxImages };
     },
     async draw(request, { signal, onStep }: DrawControls = {}): Promise<Drawn> {
-      const mask = request.mask && (await whiteMask(request.mask));
+      const mask = request.mask && (await whiteMask("mask", request.mask));
+      const controls = request.controls && (await Promise.all(request.controls.map(ownControl)));
       const model = await open(signal);
       signal?.throwIfAborted();
       const result = await model.generate({
         ...shared(request),
         ...(request.image && (await editDefaults(request, request.image, model))),
         ...{ prompt: request.prompt, count: request.count },
-        ...{ image: request.image, mask, signal, include: [] },
+        ...{ image: request.image, mask, controls, signal, include: [] },
+        // Pictures are bytes, and ControlNets are those that the model was loaded with.
+        allowPaths: false,
         // Who asked for the picture knows what they asked for; they need not be told of this machine.
         metadata: "parameters",
         ...(onStep && { reports: "each" as const, onStep: ({ step, steps }) => onStep(step + 1, steps) }),
@@ -63,6 +66,10 @@ export function localDrawer(open: (signal?: AbortSignal) => PromiseLike<ImageMod
 
 function shared(request: DrawRequest): Partial<GenerateOptions> {
   return Object.fromEntries([...textOptions, ...sharedOptions].map((name) => [name, request[name]]));
+}
+
+async function ownControl({ name, mask, ...control }: NamedControl): Promise<Control> {
+  return { ...control, folder: name, ...(mask && { mask: await whiteMask("controls", mask) }) };
 }
 
 /** Where a request to edit says neither size nor strength. What is no picture is for the model to refuse. */

@@ -8,15 +8,15 @@ import { OptionError } from "../errors.js";
 import { sharp } from "../generation/sharp.js";
 
 /** A mask for `GenerateOptions.mask`: white is painted. @throws OptionError for what is no picture */
-export async function whiteMask(mask: Uint8Array): Promise<Uint8Array> {
-  return reading(mask, async (open, isTransparent) =>
+export async function whiteMask(option: "mask" | "controls", mask: Uint8Array): Promise<Uint8Array> {
+  return reading(option, mask, async (open, isTransparent) =>
     isTransparent ? open().extractChannel("alpha").negate().png().toBuffer() : mask,
   );
 }
 
 /** A mask for the HTTP interface: a PNG whose transparent parts are painted. @throws OptionError for what is no picture */
 export async function transparentMask(mask: Uint8Array): Promise<Uint8Array> {
-  return reading(mask, async (open, isTransparent) => {
+  return reading("mask", mask, async (open, isTransparent) => {
     if (isTransparent) return open().png().toBuffer();
     const grey = open().removeAlpha().greyscale();
     const alpha = await grey.clone().negate().raw().toBuffer({ resolveWithObject: true });
@@ -27,7 +27,11 @@ export async function transparentMask(mask: Uint8Array): Promise<Uint8Array> {
 
 type Open = () => import("sharp").Sharp;
 
-async function reading<T>(mask: Uint8Array, work: (open: Open, isTransparent: boolean) => Promise<T>): Promise<T> {
+async function reading<T>(
+  option: "mask" | "controls",
+  mask: Uint8Array,
+  work: (open: Open, isTransparent: boolean) => Promise<T>,
+): Promise<T> {
   const read = await sharp.load();
   const open = () => read(mask, { limitInputPixels: 100e6, failOn: "warning" });
   try {
@@ -35,9 +39,7 @@ async function reading<T>(mask: Uint8Array, work: (open: Open, isTransparent: bo
     return await work(open, hasAlpha && !(await open().stats()).isOpaque);
   } catch (cause) {
     const [detail] = (cause as Error).message.split("\n");
-    throw new OptionError("mask", `Expected a picture for mask but the given one cannot be read: ${detail}.`, {
-      cause,
-      publicMessage: "Expected a picture for mask but the given one cannot be read.",
-    });
+    const expected = `Expected a picture for ${option === "mask" ? "mask" : "the mask of a control"} but the given one cannot be read`;
+    throw new OptionError(option, `${expected}: ${detail}.`, { cause, publicMessage: `${expected}.` });
   }
 }

@@ -140,6 +140,13 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     seeds: wanted.seeds?.map(seedToJson),
     num_inference_steps: wanted.steps,
     guidance_scale: wanted.guidanceScale,
+    skip_layers: wanted.skipLayers,
+    loras: wanted.loras,
+    controls: wanted.controls?.map(({ image: picture, mask: painted, ...control }) => ({
+      ...{ ...control, image: base64(picture) },
+      // The server reads such masks in both ways.
+      ...(painted && { mask: base64(painted) }),
+    })),
     negative_prompt: wanted.negativePrompt,
     prompt_2: wanted.prompt2,
     prompt_3: wanted.prompt3,
@@ -331,9 +338,9 @@ function errorOf(text: string): ServerError | null {
 /** For errors, which are printed: of base64 texts their length. */
 function withoutPictures(body: object | undefined): unknown {
   if (!body) return undefined;
-  const shown = (value: unknown) =>
-    typeof value === "string" && value.length > 1000 ? `(${value.length} characters)` : value;
-  return Object.fromEntries(
-    Object.entries(body).map(([name, value]) => [name, name === "image" || name === "mask" ? shown(value) : value]),
-  );
+  const shown = (name: string, value: unknown) =>
+    (name === "image" || name === "mask") && typeof value === "string" && value.length > 1000
+      ? `(${value.length} characters)`
+      : value;
+  return JSON.parse(JSON.stringify(body, shown));
 }

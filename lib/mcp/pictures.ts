@@ -9,8 +9,11 @@ const largest = 64 * 2 ** 20;
 /** How files of pictures begin: PNG, JPEG, WebP, GIF, TIFF. What is base64 of none of them is taken for a path. */
 const beginnings = ["89504e47", "ffd8ff", "52494646", "47494638", "49492a00", "4d4d002a"];
 
-/** @throws OptionError for what is neither, and for a file that cannot be read */
-export async function readPicture(option: "image" | "mask", text: string): Promise<Uint8Array> {
+/**
+ * @param option the field, for messages
+ * @throws OptionError for what is neither, and for a file that cannot be read
+ */
+export async function readPicture(option: string, text: string): Promise<Uint8Array> {
   const [, data] = text.match(/^data:image\/[\w.+-]+;base64,(.*)$/s) ?? [];
   const encoded = data ?? text;
   if (/^[A-Za-z0-9+/\s]+={0,2}\s*$/.test(encoded)) {

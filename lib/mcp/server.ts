@@ -3,13 +3,13 @@
 import type { McpServer } from "@modelcontextprotocol/sdk/server/mcp.js";
 import type { RequestHandlerExtra } from "@modelcontextprotocol/sdk/shared/protocol.js";
 import type { CallToolResult, ServerNotification, ServerRequest } from "@modelcontextprotocol/sdk/types.js";
-import type { Drawer, Drawn, DrawRequest } from "../clients/drawer.js";
+import type { Drawer, Drawn, DrawRequest, NamedControl } from "../clients/drawer.js";
 import { RemoteError } from "../clients/remote.js";
 import { onAbort } from "../common/abort.js";
 import { packageVersion } from "../common/package.js";
 import { messageOf } from "../common/text.js";
 import { FlowTurboError, OptionError } from "../errors.js";
-import type { ImageFormat } from "../model.js";
+import type { AdapterNames, ImageFormat } from "../model.js";
 import { checkSeeds } from "../options.js";
 import type { OutputFolder } from "./outputs.js";
 import { readPicture } from "./pictures.js";
@@ -20,6 +20,8 @@ export interface McpOptions {
   readonly drawer: Drawer;
   /** Name of the model, for descriptions. */
   readonly model: string;
+  /** What it was loaded with; null where that is not known. */
+  readonly adapters: AdapterNames | null;
   /** Where clients may have pictures written; null for nowhere. */
   readonly outputs: OutputFolder | null;
   /** Of pictures whose format nobody asked for. */
@@ -34,8 +36,9 @@ type Extra = RequestHandlerExtra<ServerRequest, ServerNotification>;
 export async function createMcpServer(options: McpOptions): Promise<McpServer> {
   const { McpServer } = await mcpSdk.load();
   const server = new McpServer({ name: "flowturbo", title: "FlowTurbo", version: packageVersion() });
-  const { outputs, model } = options;
-  for (const [name, { title, description, input }] of Object.entries(toolSchemas(model, outputs !== null))) {
+  const { outputs, model, adapters } = options;
+  const schemas = toolSchemas(model, outputs !== null, adapters);
+  for (const [name, { title, description, input }] of Object.entries(schemas)) {
     const annotations = { title, readOnlyHint: outputs === null, destructiveHint: false, openWorldHint: false };
     const config = { title, description, inputSchema: input, outputSchema: toolOutput, annotations };
     server.registerTool(name, config, (given: unknown, extra: Extra) => answer(given as ToolInput, extra, options));
@@ -109,9 +112,20 @@ async function requestOf(input: ToolInput, format: ImageFormat): Promise<DrawReq
     ...{ prompt2: input.prompt_2, prompt3: input.prompt_3, clipSkip: input.clip_skip },
     ...{ negativePrompt2: input.negative_prompt_2, negativePrompt3: input.negative_prompt_3 },
     ...{ promptWeighting: input.prompt_weighting, maxSequenceLength: input.max_sequence_length },
-    paddingMaskCrop: input.padding_mask_crop,
+    ...{ paddingMaskCrop: input.padding_mask_crop, skipLayers: input.skip_layers, loras: input.loras },
+    ...(input.controls && { controls: await Promise.all(input.controls.map(readControl)) }),
     ...(image !== undefined && { image: await readPicture("image", image) }),
     ...(mask !== undefined && { mask: await readPicture("mask", mask) }),
+  };
+}
+
+async function readControl(
+  { image, mask, ...control }: NonNullable<ToolInput["controls"]>[number],
+  index: number,
+): Promise<NamedControl> {
+  return {
+    ...{ ...control, image: await readPicture(`controls[${index}].image`, image) },
+    ...(mask !== undefined && { mask: await readPicture(`controls[${index}].mask`, mask) }),
   };
 }
 

@@ -1,7 +1,8 @@
 /** The tools as their callers see them: what they take and give. The descriptions are read by language models. */
 
 import { z } from "zod";
-import { generateSchema, seedJson } from "../options.js";
+import type { AdapterNames } from "../model.js";
+import { generateSchema, mostControls, namedControlSchema, seedJson } from "../options.js";
 
 const field = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
 
@@ -48,6 +49,10 @@ const drawn = {
     z.number().min(0).max(1000),
     "How closely the picture follows the prompt; 1 or less turns guidance off and halves the work. Default: the model's, 4.5 or 1.",
   ),
+  skip_layers: field(
+    generateSchema.shape.skipLayers.unwrap(),
+    "Skip-layer guidance, for SD3.5-medium only: numbers of the transformer's blocks that are left out, such as 7, 8, 9; scale, default 2.8; start and stop, parts of the steps between which it is on, default 0.01 and 0.2. Default: none.",
+  ),
   sampler: field(
     generateSchema.shape.sampler.unwrap(),
     "How steps become a schedule. Default: flowturbo, or euler for a distilled model.",
@@ -68,6 +73,21 @@ const drawn = {
     "Format of the picture; jpeg and webp are smaller. Default: as the server was started, mostly png.",
   ),
 };
+
+const loras = field(
+  generateSchema.shape.loras.unwrap(),
+  "LoRAs by name, each once, with how much of each is added: scale, 1 is as it was trained. Default: none.",
+);
+
+const controls = field(
+  z
+    .array(namedControlSchema(z.string().min(1)))
+    .min(1)
+    .max(mostControls),
+  "ControlNets by name, each with the picture that guides: image, the absolute path of a file of this machine, a data: URL, or base64. preprocess canny makes the guiding picture of the edges of image. mask is for ControlNets of inpainting, and painted as that of an edit. scale, default 1, is how strongly it guides; start and stop, parts of the steps, default 0 and 1. Default: none.",
+);
+
+const adapters = { loras, controls };
 
 const edited = {
   image: z
@@ -102,12 +122,21 @@ export interface ToolSchema {
 }
 
 /** What a tool is called with. */
-export type ToolInput = z.output<z.ZodObject<typeof drawn & typeof saved>> &
+export type ToolInput = z.output<z.ZodObject<typeof drawn & typeof adapters & typeof saved>> &
   Partial<z.output<z.ZodObject<typeof edited>>>;
 
-/** @param model name of it, for the description; @param canSave whether there is a folder that pictures may be written to */
-export function toolSchemas(model: string, canSave: boolean): Record<"generate" | "edit", ToolSchema> {
-  const further = canSave ? saved : {};
+/**
+ * @param model name of it, for the description
+ * @param canSave whether there is a folder that pictures may be written to
+ * @param names of its adapters, so that callers know them; null where they are not known
+ */
+export function toolSchemas(
+  model: string,
+  canSave: boolean,
+  names: AdapterNames | null = null,
+): Record<"generate" | "edit", ToolSchema> {
+  // What is left out is never given.
+  const further = { ...adaptersOf(names), ...(canSave && saved) } as typeof adapters & typeof saved;
   return {
     generate: {
       title: "Draw pictures",
@@ -119,6 +148,17 @@ export function toolSchemas(model: string, canSave: boolean): Record<"generate" 
       description: `Draws a picture anew after a text with the model ${model}, all of it or where a mask says, and returns it.`,
       input: z.strictObject({ ...drawn, ...edited, ...further }),
     },
+  };
+}
+
+/** Fields of adapters: none for those that the model has none of. */
+function adaptersOf(names: AdapterNames | null): Partial<typeof adapters> {
+  if (!names) return adapters;
+  const told = <T extends z.ZodType>(schema: T, known: readonly string[]) =>
+    schema.describe(`${schema.description} Names: ${known.map((name) => JSON.stringify(name)).join(", ")}.`);
+  return {
+    ...(names.loras.length > 0 && { loras: told(loras, names.loras) }),
+    ...(names.controlNets.length > 0 && { controls: told(controls, names.controlNets) }),
   };
 }
 

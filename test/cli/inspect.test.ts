@@ -148,6 +148,20 @@ describe("flowturbo generate --from", () => {
     expect(given.report.warnings.join()).not.toMatch(/no room/);
   });
 
+  it("draws it again with its skip-layer guidance, and without guidance without that", async () => {
+    const folder = temporaryFolder();
+    const flags = ["--seed", "5", "--steps", "3", "--guidance", "2", "--skip-layers", "3,1:1.5@0-0.9"];
+    const { report } = await generate(folder, prompt, ...flags, "--out", "a.png");
+    expect(report.evaluations.rows).toBe(8);
+    const { parameters } = JSON.parse(await printed("inspect", path.join(folder, "a.png"), "--json"));
+    expect(parameters.skipLayers).toEqual({ layers: [1, 3], scale: 1.5, start: 0, stop: 0.9 });
+    expect(await printed("inspect", path.join(folder, "a.png"))).toContain("skipLayers  ");
+    await generate(folder, "--from", "a.png", "--out", "b.png");
+    expect(await pixels(path.join(folder, "b.png"))).toBe(await pixels(path.join(folder, "a.png")));
+    const unguided = await generate(folder, "--from", "a.png", "--guidance", "1", "--out", "c.png");
+    expect([unguided.code, unguided.report.evaluations.rows]).toEqual([0, 3]);
+  });
+
   it("asks for what no file holds, and refuses a file without parameters", async () => {
     const folder = temporaryFolder();
     await generate(folder, prompt, "--seed", "5", "--steps", "2", "--out", "original.png");
@@ -157,6 +171,8 @@ describe("flowturbo generate --from", () => {
     expect((await generate(folder, "--from", "a.png", ...inputs, "--out", "b.png")).code).toBe(0);
     expect(await pixels(path.join(folder, "b.png"))).toBe(await pixels(path.join(folder, "a.png")));
     await new Image(8, 8, new Uint8Array(192), { prompt: "x", seed: null, guidanceScale: 1 }).toFile(path.join(folder, "noise.png")); // biome-ignore format: one line
+    const controlled = { prompt: "x", seed: 1, guidanceScale: 1, controls: [{ folder: "canny", scale: 1, start: 0, stop: 1 }] }; // biome-ignore format: one line
+    await new Image(8, 8, new Uint8Array(192), controlled).toFile(path.join(folder, "controlled.png"));
     writeFileSync(path.join(folder, "page.png"), "<!doctype html>");
     const { texts } = JSON.parse(readFileSync(fixture("pictures.json"), "utf8"));
     for (const name of ["comfyui", "nothing"])
@@ -166,6 +182,7 @@ describe("flowturbo generate --from", () => {
       [["--from", at("a.png")], /"[^"]*a\.png" was drawn from an original, which no picture's file holds.*--image/],
       [["--from", at("a.png"), "--image", "original.png"], /drawn from a mask.*--mask/],
       [["--from", at("noise.png")], /noise that was given.*--noise, or another start with --seed/],
+      [["--from", at("controlled.png")], /was drawn from control pictures, which no picture's file holds.*--control/],
       [["--from", at("comfyui.png")], /--from was written by ComfyUI/],
       [["--from", at("nothing.png")], /--from holds no parameters of flowturbo/],
       [["--from", at("page.png")], /it is an HTML page/],

@@ -314,6 +314,21 @@ it("a file names no pictures, and what it says wrongly is no option", () => {
   expect(needs).toEqual(["image", "mask", "noise"]);
 });
 
+it("of adapters a file has the names, but no control pictures", () => {
+  const loras = [{ name: "ink", scale: 0.7 }];
+  const skipLayers = { layers: [1], scale: 2.8, start: 0, stop: 0.5 };
+  const controls = [{ folder: "canny", scale: 0.8, start: 0, stop: 1 }];
+  const read = optionsOf({ ...{ prompt: "x", guidanceScale: 2 }, loras, skipLayers, controls });
+  expect(read).toEqual({
+    options: { prompt: "x", guidanceScale: 2, loras, skipLayers },
+    ...{ unknown: [], needs: ["controls"] },
+  });
+  // Those of a file that someone wrote by hand are not taken either: they could name files.
+  const forged = [{ folder: "/etc", image: "/etc/passwd" }];
+  expect(optionsOf({ prompt: "x", controls: forged }).options).toEqual({ prompt: "x" });
+  expect(optionsOf({ prompt: "x", loras: [{ name: "ink", file: "/etc/passwd" }] }).unknown).toEqual(["loras"]);
+});
+
 it("what is given replaces what the file says of the same in other words", () => {
   const cases: [Partial<GenerateOptions>, Record<string, unknown>, Record<string, unknown>][] = [
     [{ prompt: "x", blocks: "H1P2" }, { steps: 4 }, { prompt: "x", steps: 4 }],
@@ -336,5 +351,12 @@ it("what is given replaces what the file says of the same in other words", () =>
       { mu: 1, noise: 3 },
     ],
   ];
+  const skipLayers = { layers: [1] };
+  cases.push(
+    [{ guidanceScale: 2, skipLayers }, { guidanceScale: 1 }, { guidanceScale: 1 }],
+    [{ guidanceScale: 2, skipLayers }, { guidanceScale: [1, 0] }, { guidanceScale: [1, 0] }],
+    [{ guidanceScale: 2, skipLayers }, { guidanceScale: 3 }, { guidanceScale: 3, skipLayers }],
+    [{ loras: [{ name: "a" }] }, { loras: [{ name: "b" }] }, { loras: [{ name: "b" }] }],
+  );
   for (const [file, given, expected] of cases) expect(overridden(file, given)).toEqual(expected);
 });
