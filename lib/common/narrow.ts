@@ -5,13 +5,14 @@ import type { ComputedDType } from "./tensor.js";
 /** The little-endian bytes of the values. What a type cannot hold becomes an infinity. */
 export function narrow(values: Float32Array, dtype: ComputedDType): Uint8Array {
   if (dtype === "F32") return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
-  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
+  // Signed, so that they are whole numbers for the processor, too.
+  const bits = new Int32Array(values.buffer, values.byteOffset, values.length);
   const halves = new Uint16Array(values.length);
   if (dtype === "BF16")
     for (let i = 0; i < bits.length; i++) {
       const value = bits[i]!;
       // NaN would be rounded to an infinity.
-      halves[i] = (value & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (value + 0x7fff + ((value >>> 16) & 1)) >>> 16;
+      halves[i] = (value & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : ((value + 0x7fff + ((value >>> 16) & 1)) | 0) >>> 16;
     }
   else for (let i = 0; i < bits.length; i++) halves[i] = half(bits[i]!);
   return new Uint8Array(halves.buffer);

@@ -415,20 +415,16 @@ describe("refuses", () => {
   const alone = (prefix: string, shapes: Shapes) =>
     Object.fromEntries(Object.entries(shapes).map(([name, shape]) => [prefix + name, shape]));
   test.each<[string, Shapes, RegExp]>([
-    ["a LoRA of diffusers", f("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"), /is a LoRA, .* fuse_lora/],
-    ["a LoRA of PEFT without a prefix", f("transformer_blocks.0.attn.to_q.lora_A.default.weight"), /is a LoRA/],
     [
-      "a LoRA of kohya",
-      f("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"),
-      /is a LoRA of a trainer's own/,
+      "a LoRA of diffusers",
+      f("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
+      /is a LoRA, .* as one of loras \(--lora <file>\)/,
     ],
+    ["a LoRA of PEFT without a prefix", f("transformer_blocks.0.attn.to_q.lora_A.default.weight"), /is a LoRA/],
+    ["a LoRA of kohya", f("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"), /is a LoRA, which/],
     ["a LoRA of OneTrainer", f("lora_transformer_transformer_blocks_0_attn_to_out_0.lora_up.weight"), /is a LoRA/],
     ["LyCORIS, LoHa", f("lycoris_transformer_blocks_0_attn_to_q.hada_w1_a"), /LyCORIS/],
-    [
-      "a difference of weights",
-      f("diffusion_model.joint_blocks.0.x_block.attn.qkv.diff"),
-      /is a LoRA of a trainer's own/,
-    ],
+    ["a difference of weights", f("diffusion_model.joint_blocks.0.x_block.attn.qkv.diff"), /LyCORIS or another form/],
     ["LyCORIS, LoKr", f("lora_unet_joint_blocks_0_x_block_attn_qkv.lokr_w1"), /LyCORIS/],
     [
       "a ControlNet of diffusers",

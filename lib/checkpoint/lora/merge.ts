@@ -28,7 +28,7 @@ export interface ScaledLora {
 /** Changes when files of an older form must not be taken. */
 const format = 1;
 /** Values that are read and written at a time. */
-const piece = 1 << 19;
+const piece = 1 << 18;
 
 interface MergeOptions {
   readonly signal?: AbortSignal | undefined;
@@ -179,13 +179,14 @@ async function* written(
   }
 }
 
-/** From where on a number is rounded to an infinity. */
-const limits: Readonly<Record<ComputedDType, number>> = { F16: 65520, BF16: 3.3961e38, F32: Number.MAX_VALUE };
+/** Bits of the least magnitude that a type has no number for: those of larger ones, of infinities and of NaN are larger. */
+const limits: Readonly<Record<ComputedDType, number>> = { F16: 0x477ff000, BF16: 0x7f7f8000, F32: 0x7f800000 };
 
 function checkRange(values: Float32Array, { base, dtype, files }: Sum): void {
+  const bits = new Int32Array(values.buffer, values.byteOffset, values.length);
   const limit = limits[dtype];
-  for (let i = 0; i < values.length; i++) {
-    if (Math.abs(values[i]!) < limit) continue;
+  for (let i = 0; i < bits.length; i++) {
+    if ((bits[i]! & 0x7fffffff) < limit) continue;
     throw new CheckpointError(
       files[0]!,
       `With ${files.join(" and ")} the weight "${base.name}" of ${base.file} has the value ${values[i]}, which ${dtype} cannot hold. Give the LoRA a smaller scale, or pass another one.`,

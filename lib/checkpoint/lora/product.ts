@@ -93,10 +93,9 @@ function packDown(terms: readonly Term[], columns: number, blocks: number, into:
   let place = 0;
   for (const { down, rank } of terms) {
     for (let k = 0; k < rank; k++, place++)
-      for (let block = 0; block < blocks; block++) {
-        const from = k * columns + block * blockColumns;
-        const to = Math.min(from + blockColumns, (k + 1) * columns);
-        into.set(down.subarray(from, to), (block * total + place) * blockColumns);
+      for (let column = 0; column < columns; column++) {
+        const block = Math.floor(column / blockColumns);
+        into[(block * total + place) * blockColumns + (column % blockColumns)] = down[k * columns + column]!;
       }
   }
 }

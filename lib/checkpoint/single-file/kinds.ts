@@ -22,17 +22,16 @@ const asPart = `${needed}, in one file with all parts or as a diffusers folder.`
 /** What is tested first: these hold names of a transformer, too. */
 const alike: readonly Kind[] = [
   {
-    names: /(^|[._])(lora_(A|B|a|b)|lora\.(down|up))([._]|$)/,
-    what: "a LoRA, which only changes a checkpoint",
-    remedy:
-      "Fuse it into its checkpoint in Python (diffusers: load_lora_weights, fuse_lora, save_pretrained), and pass that checkpoint.",
+    // These hold the names of plain LoRAs, too.
+    names:
+      /(^|[._])(lora_mid|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|dora_scale|oft_(blocks|diag)|on_input)([._]|$)|\.diff(_b)?$/,
+    what: "an adapter of LyCORIS or another form than plain LoRA, which only changes a checkpoint",
+    remedy: "Merge it into its checkpoint with the trainer's own script or in ComfyUI, and pass that checkpoint.",
   },
   {
-    // diffusers takes files with these names and applies nothing of them to SD3.
-    names:
-      /(^|[._])(lora_(down|up|mid)|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|dora_scale|oft_(blocks|diag)|on_input)([._]|$)|\.diff(_b)?$/,
-    what: "a LoRA of a trainer's own format (kohya, OneTrainer, LyCORIS), which only changes a checkpoint",
-    remedy: "Merge it into its checkpoint with the trainer's own script or in ComfyUI, and pass that checkpoint.",
+    names: /(^|[._])(lora_(A|B|a|b|down|up)|lora\.(down|up))([._]|$)/,
+    what: "a LoRA, which only changes a checkpoint",
+    remedy: "Pass its checkpoint as the model, and this file as one of loras (--lora <file>).",
   },
   {
     names: /^(control_model\.|controlnet_|pos_embed_input\.|input_hint_block\.)/,
