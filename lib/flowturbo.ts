@@ -7,7 +7,6 @@ import path from "node:path";
 import type { z } from "zod";
 import {
   type Checkpoint,
-  type ControlNet,
   calibratedSchedulesOf,
   calibrationFile,
   calibrationPromptsOf,
@@ -188,26 +187,26 @@ export class FlowTurbo implements ImageModel {
     const naming = namedLoras(checked.loras);
     const [asStored, loras] = await Promise.all([opening, naming, sharp.load()]);
     const cache = checked.cache ?? defaultCacheFolder();
+    const files: FileVersion[] = [];
+    const given = (checked.controlNets ?? []).map((net, index) => {
+      return { given: net.folder, name: net.name, folder: located.controlNets[index]! };
+    });
+    const controlNets = await ControlNets.open(asStored, given, {
+      ...{ variant, signal },
+      onOpen: ({ weights }) => rememberFiles(files, weights.files),
+    });
+    const dynamic = await dynamicLoras(asStored, loras, signal);
     const stored = await withMergedLoras(asStored, loras, cache, { signal, logger });
     const t5 = int8Weights ? stored.textEncoder3 : null;
     const quantised = t5 && (await quantisedT5(t5, cache, { signal, logger }));
     const left = t5 && !quantised ? [leftAsStored(t5)] : [];
-    const warnings = [...located.warnings, ...stored.warnings, ...left];
+    const warnings = [...located.warnings, ...stored.warnings, ...controlNets.warnings, ...left];
     for (const warning of warnings) logger.warn?.(warning);
-    const files: FileVersion[] = [];
-    const controlNetsById = new Map<string, ControlNet>();
-    const parts = { ...stored, controlNets: controlNetsById, ...(quantised && { textEncoder3: quantised }) };
-    const given = (checked.controlNets ?? []).map((net, index) => {
-      return { given: net.folder, name: net.name, folder: located.controlNets[index]! };
-    });
-    const controlNets = await ControlNets.open(parts, given, controlNetsById, {
-      ...{ variant, signal },
-      onOpen: ({ weights }) => rememberFiles(files, weights.files),
-    });
-    warnings.push(...controlNets.warnings);
-    for (const warning of controlNets.warnings) logger.warn?.(warning);
-    const checkpoint = { ...parts, warnings };
-    const dynamic = await dynamicLoras(checkpoint, loras, signal);
+    const checkpoint = {
+      ...stored,
+      ...{ controlNets: controlNets.byId, warnings },
+      ...(quantised && { textEncoder3: quantised }),
+    };
     const defaults = await defaultsOf(checkpoint, checked.distilled, logger);
     const ladder = ladderOf(asStored);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
@@ -221,7 +220,7 @@ export class FlowTurbo implements ImageModel {
     rememberFiles(files, emitted.files);
     const weights = { files, bytesOf16Bit: () => emitted.bytesOf16Bit };
     // Weights that lack or have another shape are named now.
-    for (const id of controlNetsById.keys()) emitted.get(graphName({ network: "predict", controls: id }));
+    for (const id of controlNets.byId.keys()) emitted.get(graphName({ network: "predict", controls: id }));
     const monitor = new HealthMonitor();
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
     const settings = { ...checked, int8Weights: quantised !== null, listener: monitor };

@@ -42,7 +42,7 @@ interface Known {
 
 export class ControlNets {
   /** By their ids, as graphs name them: those that are no longer kept, too, since a request under way may need them. */
-  readonly byId: Map<string, ControlNet>;
+  readonly byId = new Map<string, ControlNet>();
   readonly #checkpoint: Pick<Checkpoint, "transformer" | "vae">;
   readonly #variant: string | undefined;
   readonly #onOpen: (controlNet: ControlNet) => void;
@@ -56,32 +56,28 @@ export class ControlNets {
 
   private constructor(
     checkpoint: Pick<Checkpoint, "transformer" | "vae">,
-    byId: Map<string, ControlNet>,
-    { variant, onOpen = () => {} }: ControlNetsOptions,
+    { variant, onOpen = () => {} }: ControlNetsOptions = {},
   ) {
     this.#checkpoint = checkpoint;
-    this.byId = byId;
     this.#variant = variant;
     this.#onOpen = onOpen;
   }
 
   /** No ControlNets, of a model that none were opened for. */
   static none(checkpoint: Pick<Checkpoint, "transformer" | "vae">): ControlNets {
-    return new ControlNets(checkpoint, new Map(), {});
+    return new ControlNets(checkpoint);
   }
 
   /**
    * Opens the ControlNets of load().
-   * @param byId receives what is opened, now and later
    * @throws CheckpointError for one that cannot be read or does not fit, OptionError for two of one name; `signal.reason`
    */
   static async open(
     checkpoint: Pick<Checkpoint, "transformer" | "vae">,
     named: readonly NamedControlNet[],
-    byId: Map<string, ControlNet>,
     options: ControlNetsOptions = {},
   ): Promise<ControlNets> {
-    const nets = new ControlNets(checkpoint, byId, options);
+    const nets = new ControlNets(checkpoint, options);
     for (const { folder, given, name = checkpointName(folder) } of named) {
       if (nets.#named.has(name))
         throw new OptionError(

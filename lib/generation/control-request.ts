@@ -8,7 +8,7 @@ import type { ResolvedGenerateOptions } from "../options.js";
 import type { Candidate, CandidateFacts } from "./candidates.js";
 import { ControlNets } from "./control-nets.js";
 import { type ControlKind, controlledStages } from "./programs.js";
-import { longestSideOf } from "./sizes.js";
+import { checkControlSizes } from "./sizes.js";
 
 /** How 8-bit values become what the autoencoder encodes. */
 export const pixelRanges: Readonly<Record<PixelRange, (value: number) => number>> = {
@@ -92,15 +92,9 @@ export function settleControls(
   const [first, ...others] = candidates.filter(hasSteps);
   if (!first) throw withoutStep(used, candidates[0]);
   for (const { controlNet, name, ...control } of used) {
-    const most = longestSideOf(controlNet.config, checkpoint);
-    for (const [index, isControlled] of controlledStages(control, first.stages).entries()) {
-      const { width, height } = first.stages[index]!;
-      if (isControlled && Math.max(width, height) > most)
-        throw new OptionError(
-          "controls",
-          `The ControlNet "${name}" guides pictures of at most ${most} pixels a side, for which it has positions, but ${width} x ${height} is drawn. Draw a smaller picture, or use another ControlNet.`,
-        );
-    }
+    const isControlled = controlledStages(control, first.stages);
+    const sizes = first.stages.filter((_, index) => isControlled[index]);
+    checkControlSizes(controlNet, checkpoint, sizes, name);
   }
   return { controls: used, candidates: [first, ...others] };
 }

@@ -3,7 +3,13 @@
  * for. Both follow from the table of networks: a profile is a graph's own dimensions, with numbers for their names.
  */
 
-import { calibratedSchedulesOf, openCheckpoint } from "../checkpoint/index.js";
+import {
+  type ControlNet,
+  calibratedSchedulesOf,
+  checkControlNetFits,
+  openCheckpoint,
+  openControlNet,
+} from "../checkpoint/index.js";
 import { defaultCacheFolder } from "../common/files.js";
 import { checkInstallation } from "../common/package.js";
 import { OptionError } from "../errors.js";
@@ -32,7 +38,7 @@ import { locateAll } from "./locate.js";
 import { namedLoras, withMergedLoras } from "./loras.js";
 import { checkSequenceLength } from "./prompts.js";
 import { noSuchLayer } from "./request.js";
-import { checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
+import { checkControlSizes, checkSizes, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 import { PromptEncoder } from "./text.js";
 
 /** One set of input shapes that an engine runs on. */
@@ -82,14 +88,24 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
 
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const { variant, textEncoder3 } = checked;
-  const located = await locateAll(folder, checked);
+  const nets = checked.controls?.map((net) => ({ folder: net }));
+  const located = await locateAll(folder, { ...checked, controlNets: nets });
   const { base, previewVae } = located;
   const opened = await openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
+  const controlNets = new Map<string, ControlNet>();
+  const controlIds: string[] = [];
+  for (const path of located.controlNets) {
+    const controlNet = await openControlNet(path, { variant, signal });
+    checkControlNetFits(controlNet, opened);
+    controlNets.set(controlNet.id, controlNet);
+    controlIds.push(controlNet.id);
+  }
   const cache = checked.cache ?? defaultCacheFolder();
-  const checkpoint = await withMergedLoras(opened, await namedLoras(checked.loras), cache, { signal });
+  const merged = await withMergedLoras(opened, await namedLoras(checked.loras), cache, { signal });
+  const checkpoint = { ...merged, controlNets };
   const calibrated = await calibratedSchedulesOf(checkpoint, cache);
   const { guidance = (await defaultsOf(checkpoint, undefined)).distilled ? "off" : "on" } = checked;
-  const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, guidance, calibrated });
+  const required = requiredEngines(new GraphLibrary(checkpoint), { ...checked, controlIds, guidance, calibrated });
 
   // 2. The library and the cache.
   const { compiler, emitOptions, name } = await openBuilder(checked.runtime, {
@@ -183,23 +199,27 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
     ...(controlIds.length > 0 && { controls: [undefined, listed(controlIds)] }),
     ...(layers.length > 0 && { skipped: [undefined, listed(layers)] }),
   };
+  for (const id of controlIds) checkControlSizes(checkpoint.controlNets.get(id)!, checkpoint, sizes);
+  const encodesControls = ({ forControls }: Network) => forControls === true && controlIds.length > 0;
+  /** Next to no adapter changes T5, the largest network: its engine is built by the first request that needs it. */
+  const addedTo = ({ text }: Network): VariantValues =>
+    text?.joins === "tokens" ? { ...added, lora: [undefined] } : added;
   const { factor } = checkpoint.vae.config;
   const encoders = new Map(textEncodersOf(checkpoint).map((encoder) => [encoder.name, encoder]));
   const [contextTokens] = text.shapes(sequenceLength).contextShape;
 
   /** Sizes of pictures that a network is launched for, and those that it starts from where it goes from one to another. */
-  const sizesFor = (
-    name: string,
-    { features: by, role }: Network,
-    graph: OnnxGraph,
-  ): { size: Size; before: Size }[] => {
-    const all = by
+  const sizesFor = (name: string, row: Network, graph: OnnxGraph): { size: Size; before: Size }[] => {
+    const { features: by, role } = row;
+    const named = by
       ? Object.entries(by).flatMap(([feature, { side }]) => {
           if (!features.has(feature)) return [];
           return side === undefined ? sizes : [{ width: side * factor, height: side * factor }];
         })
       : sizes;
-    const fitting = distinct(all).filter((size) => role !== "step" || fitsPositions(checkpoint, name, size));
+    const fitting = distinct(encodesControls(row) ? [...named, ...sizes] : named).filter(
+      (size) => role !== "step" || fitsPositions(checkpoint, name, size),
+    );
     const risesIn = [...graph.inputs.values()].flat().includes("next_height");
     if (!risesIn) return fitting.map((size) => ({ size, before: size }));
     const pairs = fitting.flatMap((size) =>
@@ -234,9 +254,12 @@ export function requiredEngines(graphs: GraphLibrary, needs: EngineNeeds): Requi
   };
 
   return networksOf(checkpoint)
-    .filter(({ row }) => !row.features || Object.keys(row.features).some((name) => features.has(name)))
+    .filter(
+      ({ row }) =>
+        !row.features || encodesControls(row) || Object.keys(row.features).some((name) => features.has(name)),
+    )
     .flatMap(({ name, row }) =>
-      guidedKeysOf(name, modes, needs.guidanceMode, added).map((key): RequiredEngine => {
+      guidedKeysOf(name, modes, needs.guidanceMode, addedTo(row)).map((key): RequiredEngine => {
         const graph = graphs.get(graphName(key));
         return {
           graph: graph.name,

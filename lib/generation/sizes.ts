@@ -1,6 +1,6 @@
 /** Sizes that a model can draw, and what they are in latents. */
 
-import type { Checkpoint, ControlNetConfig } from "../checkpoint/index.js";
+import type { Checkpoint, ControlNet } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type { Size } from "../model.js";
 import { networks } from "../networks/index.js";
@@ -41,12 +41,21 @@ function longestSide({ vae, ...parts }: Checkpoint, part: keyof Checkpoint | nul
   return config ? vae.config.factor * config.patchSize * config.posEmbedMaxSize : null;
 }
 
-/** The longest side, in pixels, that a ControlNet has positions for. */
-export function longestSideOf(
-  { positions, patchSize, posEmbedMaxSize }: ControlNetConfig,
+/** @throws OptionError for a size that a ControlNet has no positions for. @param option that names it @param name of the ControlNet */
+export function checkControlSizes(
+  { folder, config: { positions, patchSize, posEmbedMaxSize } }: Pick<ControlNet, "folder" | "config">,
   { vae }: Checkpoint,
-): number {
-  return positions === "own" ? vae.config.factor * patchSize * posEmbedMaxSize! : Number.POSITIVE_INFINITY;
+  sizes: readonly Size[],
+  name = folder,
+): void {
+  if (positions !== "own") return;
+  const most = vae.config.factor * patchSize * posEmbedMaxSize!;
+  for (const { width, height } of sizes)
+    if (Math.max(width, height) > most)
+      throw new OptionError(
+        "controls",
+        `The ControlNet ${JSON.stringify(name)} guides pictures of at most ${most} pixels a side, for which it has positions, but received ${width} x ${height}. Draw a smaller picture, or use another ControlNet.`,
+      );
 }
 
 /**

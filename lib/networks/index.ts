@@ -85,6 +85,8 @@ export interface Network {
   readonly variants: readonly (keyof Variants)[];
   /** Features that need it; absent where every picture does. `side`: they need it at that size only, in latents. */
   readonly features?: Readonly<Partial<Record<Feature, { readonly side?: number }>>>;
+  /** Whether steps with ControlNets need it, too, which `features` do not name. */
+  readonly forControls?: boolean;
   /** The network that is launched in its place by checkpoints that have that one's part. */
   readonly replacedBy?: string;
   /** Whether it must not be computed in float16, which it was not trained in. */
@@ -175,8 +177,8 @@ export const networks: Record<string, Network> = {
   },
   vae_encoder: {
     ...{ part: "vae", role: "image", variants: [], features: { editing: {}, previews: { side: previewFitSide } } },
-    // A request has one original.
-    maxRows: () => 1,
+    // A request has one original, and control pictures are encoded one by one.
+    ...{ maxRows: () => 1, forControls: true },
     emit: (name, { vae }, options) => emitVaeEncoder(name, vae, options),
   },
   upscale: {
