@@ -21,6 +21,7 @@ import { positionCrop, positionsOf } from "../lib/generation/templates.js";
 import { type Condition, PromptEncoder, promptOf } from "../lib/generation/text.js";
 import {
   graphKey,
+  graphName,
   sigmaBeforeUpscale,
   textEncodersOf,
   type UpscaleName,
@@ -116,13 +117,14 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
     results.push(await run(program));
   }
   const encoded = await encoder.encoded(prepared, pending, results);
-  const schedules = schedulesOf(checkpoint, options);
+  const schedules = schedulesOf(graphs, options);
   for (const example of schedules) {
     const { name, batch, guided, sizes, quick } = example;
     const rows = Array.from({ length: batch }, (_, row) => encoded[1 + (row % (encoded.length - 1))]!);
     const condition = encoder.stack(guided ? [...rows.map(() => encoded[0]!), ...rows] : rows);
     const stages = await Promise.all(sizes.map((_, index) => stageOf(checkpoint, example, index, inputs)));
-    cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, condition, example) });
+    const lora = example.additions?.lora && loraOf(example.additions.lora, batch, inputs);
+    cases.push({ name, kind: "sampler", quick, program: schedule(checkpoint, stages, { condition, lora }, example) });
   }
   return cases;
 }
@@ -131,7 +133,7 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
 export function enginesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): RequiredEngine[] {
   const skipLayers = leftOut(graphs.checkpoint);
   const features = sizes.length > 1 ? (["editing", "previews", "stages"] as const) : (["editing", "previews"] as const);
-  return requiredEngines(graphs, { sizes, batches, guidance: "both", features, skipLayers });
+  return requiredEngines(graphs, { sizes, batches, guidance: "both", features, skipLayers, lorasRank });
 }
 
 interface Example {
@@ -148,7 +150,8 @@ interface Example {
   readonly quick: boolean;
 }
 
-function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): Example[] {
+function schedulesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): Example[] {
+  const { checkpoint } = graphs;
   const refined = checkpoint.refiner !== null;
   const [size] = sizes as [Size, ...Size[]];
   const most = Math.max(...batches);
@@ -174,6 +177,9 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   add("inpainting", one, [refined ? "H1P2R1" : "H1P2"], { inpainted: true, quick: true });
   const skipLayers = { layers: leftOut(checkpoint), scale: 2.8, start: 0.1, stop: 0.7 };
   add("skip-layer guidance", one, ["H2P2"], { additions: { lora: null, controls: [], skipLayers }, quick: true });
+  const { rank, down, up } = graphs.get(graphName({ network: "predict", lora: lorasRank })).lowRank!;
+  const lora = { rank, down, up };
+  add("LoRAs of each picture", most, ["H1P1"], { additions: { lora, controls: [], skipLayers: null }, quick: true });
   const larger = sizes.find(
     ({ width, height }) => width >= size.width && height >= size.height && width * height > size.width * size.height,
   );
@@ -182,6 +188,24 @@ function schedulesOf(checkpoint: Checkpoint, { sizes, batches }: CaseOptions): E
   if (larger) add("two stages in latents", one, two, { sizes: [size, larger], upscale: "latents" });
   return schedules;
 }
+
+/** Rank of the low-rank branch that is checked. */
+const lorasRank = 8;
+
+/** Matrices of adapters, other ones for each picture. */
+function loraOf(
+  { rank, down, up }: NonNullable<Additions["lora"]>,
+  batch: number,
+  inputs: Inputs,
+): SamplingValues["lora"] {
+  return {
+    ...{ down: inputs.normal([batch, down]), up: inputs.normal([batch, up]) },
+    scale: loraScale([batch, rank]),
+  };
+}
+
+/** Small, since the matrices are normal. */
+const loraScale = (shape: readonly number[]) => float32(shape, new Float32Array(elementCount(shape)).fill(0.001));
 
 /** Blocks that skip-layer guidance leaves out: one of each kind, the last among them. */
 const leftOut = ({ transformer: { config } }: Checkpoint): number[] => [
@@ -227,7 +251,7 @@ async function stageOf(
 function schedule(
   { vae }: Checkpoint,
   stages: readonly Awaited<ReturnType<typeof stageOf>>[],
-  condition: Condition,
+  { condition, lora }: { readonly condition: Condition; readonly lora: SamplingValues["lora"] | null | undefined },
   { guided, additions }: Example,
 ): Program {
   const { program } = samplingTemplate({
@@ -320,6 +344,10 @@ async function inputOf(
       return inputs.ramp(shape, -0.08, -0.12);
     case "guidance":
       return inputs.ramp(shape, 4, 5);
+    case "skip_scale":
+      return inputs.ramp(shape, 2, 3);
+    case "lora_scale":
+      return loraScale(shape);
     case "vertical":
     case "horizontal":
     case "weights":
