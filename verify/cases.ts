@@ -266,7 +266,10 @@ function schedule(
   });
   return bind(
     program,
-    slotValues({ stages: stages.map(({ values }) => values), [guided ? "guided" : "alone"]: condition }),
+    slotValues({
+      ...{ stages: stages.map(({ values }) => values), lora: lora ?? undefined },
+      [guided ? "guided" : "alone"]: condition,
+    }),
   );
 }
 
