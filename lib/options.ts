@@ -229,6 +229,11 @@ const adapterName = text.min(1).max(128);
 /** A ControlNet of a request that comes from elsewhere: by a name, which is no path, with pictures in another form. */
 export const namedControlSchema = <T extends z.ZodType>(picture: T) =>
   z.strictObject({ name: adapterName, ...controlSchema(picture).omit({ folder: true }).shape });
+/** The same with names as HTTP and tools have them. */
+export const controlFields = <T extends z.ZodType>(picture: T) => {
+  const { pixelRange, ...shape } = namedControlSchema(picture).shape;
+  return z.strictObject({ ...shape, pixel_range: pixelRange });
+};
 const blockNumbers = kind(
   list(z.int().min(0).max(1000), 1, 1000),
   "a list of numbers of blocks of the transformer, from 0",

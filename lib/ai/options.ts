@@ -101,7 +101,7 @@ const fields: Record<keyof FlowTurboImageOptions, Field> = {
   loras: ofLibrary("loras"),
   controls: {
     schema: z.array(namedControlSchema(picture)).min(1).max(mostControls),
-    expects: `an array of up to ${mostControls} of { name, image, mask?, scale?, start?, stop?, preprocess? }, pictures as base64 or data: URLs,`,
+    expects: `an array of up to ${mostControls} of { name, image, mask?, scale?, start?, stop?, preprocess?, pixelRange? }, pictures as base64 or data: URLs,`,
     as: "controls",
   },
   negativePrompt: text("negativePrompt"),

@@ -142,8 +142,8 @@ async function bodyOf(wanted: DrawRequest, model: string | null): Promise<Record
     guidance_scale: wanted.guidanceScale,
     skip_layers: wanted.skipLayers,
     loras: wanted.loras,
-    controls: wanted.controls?.map(({ image: picture, mask: painted, ...control }) => ({
-      ...{ ...control, image: base64(picture) },
+    controls: wanted.controls?.map(({ image: picture, mask: painted, pixelRange, ...control }) => ({
+      ...{ ...control, pixel_range: pixelRange, image: base64(picture) },
       // The server reads such masks in both ways.
       ...(painted && { mask: base64(painted) }),
     })),

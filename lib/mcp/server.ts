@@ -120,11 +120,11 @@ async function requestOf(input: ToolInput, format: ImageFormat): Promise<DrawReq
 }
 
 async function readControl(
-  { image, mask, ...control }: NonNullable<ToolInput["controls"]>[number],
+  { image, mask, pixel_range: pixelRange, ...control }: NonNullable<ToolInput["controls"]>[number],
   index: number,
 ): Promise<NamedControl> {
   return {
-    ...{ ...control, image: await readPicture(`controls[${index}].image`, image) },
+    ...{ ...control, pixelRange, image: await readPicture(`controls[${index}].image`, image) },
     ...(mask !== undefined && { mask: await readPicture(`controls[${index}].mask`, mask) }),
   };
 }

@@ -2,7 +2,7 @@
 
 import { z } from "zod";
 import type { AdapterNames } from "../model.js";
-import { generateSchema, mostControls, namedControlSchema, seedJson } from "../options.js";
+import { controlFields, generateSchema, mostControls, seedJson } from "../options.js";
 
 const field = <T extends z.ZodType>(schema: T, description: string) => schema.optional().describe(description);
 
@@ -81,10 +81,10 @@ const loras = field(
 
 const controls = field(
   z
-    .array(namedControlSchema(z.string().min(1)))
+    .array(controlFields(z.string().min(1)))
     .min(1)
     .max(mostControls),
-  "ControlNets by name, each with the picture that guides: image, the absolute path of a file of this machine, a data: URL, or base64. preprocess canny makes the guiding picture of the edges of image. mask is for ControlNets of inpainting, and painted as that of an edit. scale, default 1, is how strongly it guides; start and stop, parts of the steps, default 0 and 1. Default: none.",
+  "ControlNets by name, each with the picture that guides: image, the absolute path of a file of this machine, a data: URL, or base64. preprocess canny makes the guiding picture of the edges of image. mask is for ControlNets of inpainting, and painted as that of an edit. scale, default 1, is how strongly it guides; start and stop, parts of the steps, default 0 and 1. pixel_range is stability_canny for Stability's Canny ControlNet of SD3.5-large only. Default: none.",
 );
 
 const adapters = { loras, controls };

@@ -4,7 +4,7 @@
  */
 
 import { z } from "zod";
-import { generateSchema, namedControlSchema, seedJson } from "../options.js";
+import { controlFields, generateSchema, seedJson } from "../options.js";
 import { type SamplerName, samplers } from "../schedule/index.js";
 import type { Limits } from "./options.js";
 
@@ -87,8 +87,8 @@ function common({ maxImages, maxSteps, maxControls }: Limits) {
       "LoRAs by the names that the model has for them, each once; scale is -100 to 100, default that of the server. Default: none.",
     ),
     controls: described(
-      z.array(namedControlSchema(base64Picture)).min(1).max(maxControls),
-      "ControlNets by the names that the model has for them, each with its control picture, base64 or a data: URL; in multipart/form-data files `controls[0][image]`. mask is for inpainting ControlNets: transparent parts are painted, or where nothing is transparent the white ones. scale, -100 to 100, default 1; start and stop, parts of the steps, default 0 and 1. Default: none.",
+      z.array(controlFields(base64Picture)).min(1).max(maxControls),
+      "ControlNets by the names that the model has for them, each with its control picture, base64 or a data: URL; in multipart/form-data files `controls[0][image]`. mask is for inpainting ControlNets: transparent parts are painted, or where nothing is transparent the white ones. scale, -100 to 100, default 1; start and stop, parts of the steps, default 0 and 1. preprocess canny makes the control picture of the edges of image. pixel_range, of the values that the pixels become, is stability_canny for Stability's Canny ControlNet of SD3.5-large, default signed. Default: none.",
     ),
     negative_prompt: described(z.string().max(longestPrompt), "What the pictures should not show. Default: nothing."),
     prompt_2: described(z.string().max(longestPrompt), "What the second text encoder reads. Default: prompt."),
@@ -233,7 +233,7 @@ const names: Record<string, string> = {
   ...{ negativePrompt2: "negative_prompt_2", negativePrompt3: "negative_prompt_3" },
   maxSequenceLength: "max_sequence_length",
   ...{ guidanceStart: "guidance_start", guidanceStop: "guidance_stop", guidanceMode: "guidance_mode" },
-  ...{ keepOriginal: "keep_original", paddingMaskCrop: "padding_mask_crop" },
+  ...{ keepOriginal: "keep_original", paddingMaskCrop: "padding_mask_crop", pixelRange: "pixel_range" },
   ...{
     skipLayers: "skip_layers",
     width: "size",

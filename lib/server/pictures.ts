@@ -62,11 +62,15 @@ export async function editedOf({ fields, files }: Body, limits: Limits): Promise
 export async function controlsOf({ fields }: Body, limits: Limits): Promise<Control[] | null> {
   if (!fields.controls) return null;
   const controls: Control[] = [];
-  for (const [index, { name, image, mask, ...rest }] of fields.controls.entries()) {
+  for (const [index, { name, image, mask, pixel_range: pixelRange, ...rest }] of fields.controls.entries()) {
     const read = (field: string, text: string) => controlPicture(`controls.${index}.${field}`, text, limits);
     const picture = await read("image", image);
     const painted = mask === undefined ? null : await whiteParts(`controls.${index}.mask`, await read("mask", mask));
-    controls.push({ folder: name, image: picture, ...(painted && { mask: painted }), ...rest });
+    controls.push({
+      ...{ folder: name, image: picture, ...rest },
+      ...(painted && { mask: painted }),
+      ...(pixelRange && { pixelRange }),
+    });
   }
   return controls;
 }

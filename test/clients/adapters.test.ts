@@ -63,7 +63,7 @@ async function expectAsked(): Promise<void> {
   expect(options).toMatchObject({ loras, skipLayers, allowPaths: false });
   const [canny, inpainting] = controls!;
   expect({ ...canny, image: Buffer.from(canny!.image as Uint8Array) }).toEqual({
-    ...{ folder: "canny", image: edges, preprocess: "canny" },
+    ...{ folder: "canny", image: edges, preprocess: "canny", pixelRange: "stability_canny" },
     ...interval,
   });
   expect(inpainting).toMatchObject({ folder: "inpainting", image: expect.anything() });
@@ -83,7 +83,13 @@ describe("the AI SDK", () => {
     ({
       ...{ numInferenceSteps: 3, loras, skipLayers },
       controls: [
-        { name: "canny", image: `data:image/png;base64,${edges.toString("base64")}`, ...interval, preprocess: "canny" },
+        {
+          name: "canny",
+          image: `data:image/png;base64,${edges.toString("base64")}`,
+          ...interval,
+          preprocess: "canny",
+          pixelRange: "stability_canny",
+        },
         { name: "inpainting", image: edges.toString("base64"), mask: mask.toString("base64") },
       ],
     }) satisfies FlowTurboImageOptions;
@@ -155,7 +161,13 @@ describe("the Model Context Protocol", () => {
 
   it.each(["generate", "edit"])("passes all of it on, with pictures by their paths: %s", async (name) => {
     const controls = [
-      { name: "canny", image: path.join(folder, "edges.png"), ...interval, preprocess: "canny" },
+      {
+        name: "canny",
+        image: path.join(folder, "edges.png"),
+        ...interval,
+        preprocess: "canny",
+        pixel_range: "stability_canny",
+      },
       { name: "inpainting", image: edges.toString("base64"), mask: path.join(folder, "mask.png") },
     ];
     const given = { prompt: "x", steps: 3, loras, skip_layers: skipLayers, controls };

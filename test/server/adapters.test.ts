@@ -123,14 +123,20 @@ describe("loras and skip_layers", () => {
 describe("controls", () => {
   it.each(["images/generations", "jobs"])("reach the model with their pictures from JSON: %s", async (path) => {
     const controls = [
-      { name: "canny", image: `data:image/png;base64,${base64(edges)}`, ...interval, preprocess: "canny" },
+      {
+        name: "canny",
+        image: `data:image/png;base64,${base64(edges)}`,
+        ...interval,
+        preprocess: "canny",
+        pixel_range: "stability_canny",
+      },
       { name: "inpainting", image: base64(photo), mask: base64(masks.white) },
     ];
     const { status, body } = await post(at(path), { ...quick, controls });
     expect(body.error ?? null).toBeNull();
     expect(status).toBe(path === "jobs" ? 202 : 200);
     expect(asked[0]!.controls).toEqual([
-      { folder: "canny", image: edges, ...interval, preprocess: "canny" },
+      { folder: "canny", image: edges, ...interval, preprocess: "canny", pixelRange: "stability_canny" },
       { folder: "inpainting", image: photo, mask: masks.white },
     ]);
     expect(asked[0]!.allowPaths).toBe(false);
