@@ -40,6 +40,7 @@ export {
   loraParts,
   mergeLoras,
   nameOfLora,
+  partTitles,
   readLora,
   type ScaledLora,
 } from "./lora/index.js";

@@ -33,14 +33,15 @@ export interface RequestAdapterFlags {
 
 const repeated = (text: string, before: string[] = []) => [...before, text];
 
+/** Adds the flag of LoRAs that are merged into the weights. */
+export function addMergedLoras(command: Command): Command {
+  const description = "LoRA that is merged into the weights (repeatable), as style.safetensors:0.8";
+  return command.option("--lora <file:scale>", description, repeated);
+}
+
 /** Adds the flags of adapters that a model is loaded with. */
 export function addLoadAdapters(command: Command): void {
-  command
-    .option(
-      "--lora <file:scale>",
-      "LoRA that is merged into the weights (repeatable), as style.safetensors:0.8",
-      repeated,
-    )
+  addMergedLoras(command)
     .option(
       "--dynamic-lora <name=file:scale>",
       "LoRA that requests name (repeatable), as style=style.safetensors; the scale is for requests that say none",

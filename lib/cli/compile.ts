@@ -6,6 +6,7 @@ import { compileEngines, type Engine } from "../generation/engines.js";
 import { locateAll } from "../generation/locate.js";
 import type { EngineProgress } from "../model.js";
 import { checkOptions, compileSchema } from "../options.js";
+import { addMergedLoras, type LoadAdapterFlags, readLoadAdapters } from "./adapters.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags } from "./flags.js";
 import { megabytes, print, showWarnings } from "./print.js";
 import { bar, showDownload, withProgress } from "./progress.js";
@@ -13,19 +14,21 @@ import { bar, showDownload, withProgress } from "./progress.js";
 export function compileCommand(command: Command, signal: AbortSignal): void {
   command.description("Build the TensorRT engines of a model ahead of time, one for each network.");
   addModelFlags(command, compileSchema);
+  addMergedLoras(command);
   addJsonFlag(command)
     .addHelpText(
       "after",
       `
 Examples:
   $ flowturbo compile --model ./stable-diffusion-3.5-medium --sizes 1024x1024 --batches 1,2
-  $ flowturbo compile --runtime tensorrt-rtx --targets 8.6,8.9,12.0 --sizes 64x64,96x128 --batches 1,2,4 --json`,
+  $ flowturbo compile --runtime tensorrt-rtx --targets 8.6,8.9,12.0 --sizes 64x64,96x128 --batches 1,2,4 --json
+  $ flowturbo compile --model ./stable-diffusion-3.5-medium --lora style.safetensors:0.8 --loras-rank 16 --skip-layers 7,8,9`,
     )
-    .action((flags: CommonFlags) => compile(flags, signal));
+    .action((flags: CommonFlags & LoadAdapterFlags) => compile(flags, signal));
 }
 
-async function compile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
-  const options = { ...readFlags(compileSchema, flags), signal };
+async function compile(flags: CommonFlags & LoadAdapterFlags, signal: AbortSignal): Promise<void> {
+  const options = { ...readFlags(compileSchema, flags), ...readLoadAdapters(flags), signal };
   checkOptions(compileSchema, options, "compile");
   const report = await withProgress(!flags.json, async (progress) => {
     // A bar for each engine: those under way are redrawn, those that are done stay.

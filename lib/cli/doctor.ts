@@ -1,6 +1,6 @@
 /**
  * `flowturbo doctor`: the GPUs and runtimes of this machine, and why one cannot be used; and whether the packages that flowturbo needs
- * can be loaded. It needs none of those itself.
+ * can be loaded. It needs none of those itself. Of adapters that are named it says whether they fit a model.
  */
 
 import { availableParallelism, totalmem } from "node:os";
@@ -9,27 +9,66 @@ import { huggingFaceTokenizers } from "../checkpoint/index.js";
 import { gigabytes } from "../common/memory.js";
 import { packageVersion } from "../common/package.js";
 import { platformText, thisPlatform } from "../common/platform.js";
+import { OptionError } from "../errors.js";
 import { embeddedModel } from "../flowturbo.js";
+import { type AdapterExamination, examineAdapters } from "../generation/examine-adapters.js";
 import { sharp } from "../generation/sharp.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
 import type { AdapterFinding, LibraryFolders } from "../runtimes/runtime.js";
 import { enginesFolder } from "../runtimes/tensorrt/cache.js";
+import { addLoadAdapters, type LoadAdapterFlags, readLoadAdapters } from "./adapters.js";
 import { addFlags, addJsonFlag, readFlags } from "./flags.js";
 import { print } from "./print.js";
 
+const adaptersSchema = loadSchema.pick({ loras: true, controlNets: true });
 const librariesSchema = loadSchema.pick({ tensorrtFolder: true, cudaProviderFolder: true });
 
 export function doctorCommand(command: Command): void {
+  command.option("--model <path>", "checkpoint that adapters are examined for (default: the embedded shapes model)");
   addFlags(command, librariesSchema);
+  addLoadAdapters(command);
   addJsonFlag(command)
-    .description("Say which runtimes and packages were found, and why one is missing.")
-    .action(async (flags: { json?: boolean }) => {
-      const report = await examine(checkOptions(librariesSchema, readFlags(librariesSchema, flags), "doctor"));
-      print(flags.json, report, render(report));
-      const canDraw = report.runtimes.some(isAvailable) && report.packages.every(isAvailable);
-      if (!canDraw) process.exitCode = 1;
+    .description(
+      "Say which runtimes and packages were found, and why one is missing; and whether adapters fit a model.",
+    )
+    .addHelpText(
+      "after",
+      `
+Examples:
+  $ flowturbo doctor
+  $ flowturbo doctor --model ./stable-diffusion-3.5-medium --lora style.safetensors --control-net ./controlnet`,
+    )
+    .action(async ({ json, model, ...flags }: DoctorFlags) => {
+      const examined = await examine(checkOptions(librariesSchema, readFlags(librariesSchema, flags), "doctor"));
+      const asked = checkOptions(adaptersSchema, readLoadAdapters(flags), "doctor");
+      const isAsked = asked.loras !== undefined || asked.controlNets !== undefined;
+      if (model !== undefined && !isAsked)
+        throw new OptionError(
+          "model",
+          "Only adapters are examined for a model: name one with --lora or --control-net.",
+        );
+      const adapters = isAsked ? await examineAdapters(model ?? embeddedModel, asked) : [];
+      const report = { ...examined, ...(isAsked && { modelAdapters: adapters }) };
+      print(json, report, [render(examined), ...renderAdapters(adapters)].join("\n"));
+      const canDraw = examined.runtimes.some(isAvailable) && examined.packages.every(isAvailable);
+      if (!canDraw || !adapters.every(({ fits }) => fits)) process.exitCode = 1;
     });
+}
+
+interface DoctorFlags extends LoadAdapterFlags {
+  json?: boolean;
+  model?: string;
+}
+
+function renderAdapters(adapters: readonly AdapterExamination[]): string[] {
+  if (adapters.length === 0) return [];
+  return [
+    "loras and controlnets:",
+    ...adapters.map(
+      ({ kind, name, fits, about, reason }) => `  ${fits ? "✔" : "✘"} ${kind} ${name}: ${about ?? reason}`,
+    ),
+  ];
 }
 
 const isAvailable = ({ available }: { readonly available: boolean }) => available;

@@ -69,9 +69,11 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
-        .map((schema) => flagOf(schema, error.option))
-        .find((name) => name !== undefined);
+      // One that several commands have is the first's: `controls` of compile is a list of folders, and its flag another.
+      const schema = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema].find(
+        ({ shape }) => Object.hasOwn(shape, error.option),
+      );
+      const flag = schema && flagOf(schema, error.option);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);
       return 2;
     }

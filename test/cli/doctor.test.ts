@@ -7,6 +7,7 @@ import { runtimes } from "../../lib/runtimes/index.js";
 import { findWebGpu } from "../../lib/runtimes/onnxruntime/adapters.js";
 import { findCuda } from "../../lib/runtimes/onnxruntime/cuda-provider.js";
 import type { AdapterFinding, LibraryFolders, RuntimeFinding, RuntimeRow } from "../../lib/runtimes/runtime.js";
+import { fixture } from "../support/fixtures.js";
 
 const rows = { ...runtimes };
 let printed: string;
@@ -136,4 +137,25 @@ it("ends with 1 where nothing can draw", async () => {
   table({ ...usable, available: false });
   await doctor();
   expect(process.exitCode).toBe(1);
+});
+
+it("says whether LoRAs and ControlNets fit a model, without drawing", async () => {
+  table(usable);
+  const of = (name: string, ...parts: string[]) => fixture(name, ...parts);
+  const text = await doctor(
+    ...["--model", of("medium", "model"), "--lora", `${of("medium", "adapters/lora_a.kohya.safetensors")}:0.7`],
+    ...["--dynamic-lora", `other=${of("large", "adapters/lora_b.safetensors")}`],
+    ...["--control-net", `edges=${of("medium", "controlnet")}`, "--control-net", of("medium", "model/vae")],
+  );
+  expect(text).toMatch(/✔ LoRA lora_a\.kohya: rank 4; \d+ layers of the transformer\n/);
+  expect(text).toMatch(/✘ LoRA other: .*lora_b\.safetensors/);
+  expect(text).toMatch(/✔ ControlNet edges: 2 blocks with text; 0\.\d+ GB of weights\n/);
+  expect(text).toMatch(/✘ ControlNet vae: .*AutoencoderKL/);
+  expect(process.exitCode).toBe(1);
+  process.exitCode = undefined;
+  const json = JSON.parse(await doctor("--json", "--lora", of("medium", "adapters/lora_a.safetensors")));
+  expect(json.modelAdapters).toMatchObject([{ kind: "LoRA", name: "lora_a", fits: false, about: null }]);
+  expect(json.modelAdapters[0].reason).toMatch(/\S/);
+  expect(process.exitCode).toBe(1);
+  await expect(doctor("--model", of("medium", "model"))).rejects.toThrow(/--lora or --control-net/);
 });

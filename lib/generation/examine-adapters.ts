@@ -1,0 +1,91 @@
+/** What `flowturbo doctor` says of LoRAs and ControlNets: whether they fit a model, before anything is drawn with them. */
+
+import {
+  type Checkpoint,
+  checkControlNetFits,
+  checkpointName,
+  type Lora,
+  openCheckpoint,
+  openControlNet,
+  partTitles,
+  readLora,
+} from "../checkpoint/index.js";
+import { gigabytes } from "../common/memory.js";
+import type { LoadOptions } from "../model.js";
+import { graphName } from "../networks/index.js";
+import { GraphLibrary } from "../networks/library.js";
+import { locateAll } from "./locate.js";
+import { LoraInputs } from "./lora-inputs.js";
+import { namedLoras } from "./loras.js";
+
+/** An adapter as it was found. */
+export interface AdapterExamination {
+  readonly kind: "LoRA" | "ControlNet";
+  readonly name: string;
+  /** File or folder, as it was given. */
+  readonly place: string;
+  readonly fits: boolean;
+  /** What it holds, where it fits. */
+  readonly about: string | null;
+  /** Why it cannot be used, with the remedy. */
+  readonly reason: string | null;
+}
+
+/**
+ * Reads each adapter for the model. Nothing is merged, and no weights of the model are read.
+ * @param model folder, file or name on the hub
+ * @throws CheckpointError or HubError for a model that cannot be opened; OptionError for two LoRAs of one name
+ */
+export async function examineAdapters(
+  model: string,
+  { loras = [], controlNets = [] }: Pick<LoadOptions, "loras" | "controlNets">,
+): Promise<AdapterExamination[]> {
+  const { path, controlNets: folders } = await locateAll(model, { controlNets });
+  const checkpoint = await openCheckpoint(path);
+  const found: AdapterExamination[] = [];
+  const examine = async (
+    what: Pick<AdapterExamination, "kind" | "name" | "place">,
+    about: () => Promise<string>,
+  ): Promise<void> => {
+    const settled = await about().then(
+      (text) => ({ fits: true, about: text, reason: null }),
+      (error: Error) => ({ fits: false, about: null, reason: error.message }),
+    );
+    found.push({ ...what, ...settled });
+  };
+  for (const source of loras) {
+    const name = source.name ?? checkpointName(source.file);
+    await examine({ kind: "LoRA", name, place: source.file }, async () => {
+      const [{ file, dynamic }] = (await namedLoras([source])) as [Awaited<ReturnType<typeof namedLoras>>[number]];
+      const lora = await readLora(file, checkpoint, { name });
+      if (dynamic) new LoraInputs(new GraphLibrary(checkpoint), [{ ...lora, defaultScale: 1 }]).check();
+      return aboutLora(lora);
+    });
+  }
+  for (const [index, { folder, name = checkpointName(folder) }] of controlNets.entries())
+    await examine({ kind: "ControlNet", name, place: folder }, () => aboutControlNet(folders[index]!, checkpoint));
+  return found;
+}
+
+/** `rank 16; 288 layers of the transformer, 24 of the first text encoder (CLIP-L)` */
+function aboutLora({ parts }: Lora): string {
+  const layers = [...parts.values()].flatMap((each) => [...each.values()]);
+  const ranks = [...new Set(layers.map(({ rank }) => rank))].sort((a, b) => a - b);
+  const counts = [...parts].map(([part, each]) => `${each.size} layers of the ${partTitles[part]}`);
+  return `rank ${ranks.length > 1 ? `${ranks[0]} to ${ranks.at(-1)}` : ranks[0]}; ${counts.join(", ")}`;
+}
+
+/** `12 blocks with text, 1 more channel for a mask; 1.20 GB of weights` */
+async function aboutControlNet(folder: string, checkpoint: Checkpoint): Promise<string> {
+  const controlNet = await openControlNet(folder);
+  checkControlNetFits(controlNet, checkpoint);
+  const { id, config, weights } = controlNet;
+  // Names and shapes of all of its weights.
+  const controlNets = new Map([[id, controlNet]]);
+  new GraphLibrary({ ...checkpoint, controlNets }).get(graphName({ network: "predict", controls: id }));
+  const bytes = Object.values(weights.bytesByDType).reduce((sum, each) => sum + each, 0);
+  const text = config.jointAttentionDim === null ? "without text" : "with text";
+  const more = config.extraConditioningChannels;
+  const mask = more > 0 ? `, ${more} more channel${more > 1 ? "s" : ""} for a mask` : "";
+  return `${config.numLayers} blocks ${text}${mask}; ${gigabytes(bytes)} GB of weights`;
+}
