@@ -2,7 +2,8 @@
 // none, so closed forms stand in for them; all else is as it is on a GPU.
 import path from "node:path";
 import { afterEach, describe, expect, it, vi } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { openCheckpoint, writeSafetensors } from "../../lib/checkpoint/index.js";
+import { float32 } from "../../lib/common/tensor.js";
 import {
   CompileError,
   DeviceLostError,
@@ -80,8 +81,10 @@ async function formsOf(folder: string): Promise<(name: string) => ClosedForm | u
   const guided: Record<string, ClosedForm> = { ...samplingForms(true, vae.config.factor), preview: preview(true) };
   const unguided: Record<string, ClosedForm> = { ...samplingForms(false, vae.config.factor), preview: preview(false) };
   return (name) => {
-    const { network, guidance } = graphKey(name);
-    return forms[network] ?? (guidance ? guided : unguided)[network];
+    const { network, guidance, lora } = graphKey(name);
+    const form = forms[network] ?? (guidance ? guided : unguided)[network];
+    const branch = { lora_down: "float32", lora_up: "float32", lora_scale: "float32" } as const;
+    return form && lora ? { ...form, inputs: { ...form.inputs, ...branch } } : form;
   };
 }
 
@@ -120,6 +123,41 @@ describeAddons("a model on the simulated device", () => {
           .filter(({ graph }) => graph === "predict.guidance")
           .map(({ profiles }) => profiles.length);
         expect(batches).toEqual([1, 2]);
+      } finally {
+        await model.dispose();
+      }
+    });
+
+    it("uploads the matrices of a LoRA once, and keeps them on the device for later pictures", async () => {
+      const { transformer } = await openCheckpoint(embeddedModel);
+      const layer = "transformer_blocks.0.attn.to_q";
+      const [to, from] = transformer.weights.find(`${layer}.weight`)!.shape as [number, number];
+      const file = path.join(temporaryFolder(), "style.safetensors");
+      await writeSafetensors(file, {
+        [`transformer.${layer}.lora_A.weight`]: float32([4, from], new Float32Array(4 * from).fill(0.1)),
+        [`transformer.${layer}.lora_B.weight`]: float32([to, 4], new Float32Array(4 * to).fill(0.1)),
+      });
+      const { model, source } = await load({ loras: [{ file, dynamic: true }], measureCosts: false });
+      try {
+        const draw = async (seed: number, scale: number) => {
+          const before = simulated.counts().copies;
+          const request = { prompt: "a red circle", blocks: "E2", guidanceScale: 2, seed };
+          await model.generate({ ...request, loras: [{ name: "style", scale }] });
+          return simulated.counts().copies - before;
+        };
+        // Texts are encoded, and engines opened, by the first.
+        await draw(1, 0);
+        const plain = await draw(2, 0);
+        const held = simulated.counts().deviceBytes;
+        // To places of their own: both matrices.
+        expect(await draw(2, 1)).toBe(plain + 2);
+        const kept = simulated.counts().deviceBytes - held;
+        const inputs = source.requests.find(({ graph }) => graph === "predict.guidance.lora-8")!.profiles[0]!;
+        const matrices = 4 * (inputs.lora_down![1]! + inputs.lora_up![1]!);
+        expect(kept).toBeGreaterThanOrEqual(matrices);
+        const again = simulated.counts().deviceBytes;
+        for (const [seed, scale] of [[3, 0.5], [4, -1]] as const) expect(await draw(seed, scale)).toBe(plain); // biome-ignore format: one line
+        expect(simulated.counts().deviceBytes).toBe(again);
       } finally {
         await model.dispose();
       }
