@@ -3,11 +3,12 @@ import { existsSync, readdirSync } from "node:fs";
 import path from "node:path";
 import { Command } from "commander";
 import { describe, expect, it } from "vitest";
+import { readRequestAdapters } from "../../lib/cli/adapters.js";
 import { cacheCommand } from "../../lib/cli/cache.js";
 import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
-import { readFlags } from "../../lib/cli/flags.js";
+import { readFlags, readLoadFlags } from "../../lib/cli/flags.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { inspectCommand } from "../../lib/cli/inspect.js";
 import { mcpCommand } from "../../lib/cli/mcp.js";
@@ -90,11 +91,15 @@ function checkFlowturbo(words: string[]): void {
     if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
     if (name === "calibrate") checkOptions(calibrateSchema, options(calibrateSchema), "calibrate");
     if (["calibrate", "profile", "generate", "serve", "mcp"].includes(name))
-      checkOptions(loadSchema, readFlags(loadSchema, flags), "load");
+      checkOptions(loadSchema, readLoadFlags(flags), "load");
     if (name !== "generate") return;
     const { blocks } = checkOptions(
       generateSchema,
-      { ...readFlags(generateSchema, flags), prompt: flags.from === undefined ? prompts : "of a file" },
+      {
+        ...readFlags(generateSchema, flags),
+        ...readRequestAdapters(flags),
+        prompt: flags.from === undefined ? prompts : "of a file",
+      },
       "generate",
     );
     if (blocks !== undefined) parseBlocks(blocks);
@@ -151,7 +156,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(20);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(21);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
