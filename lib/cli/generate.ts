@@ -23,7 +23,12 @@ import {
   refusePaths,
 } from "../options.js";
 import { parseBlocks } from "../schedule/index.js";
-import { addRequestAdapters, type RequestAdapterFlags, readRequestAdapters } from "./adapters.js";
+import {
+  addRequestAdapters,
+  type LoadAdapterFlags,
+  type RequestAdapterFlags,
+  readRequestAdapters,
+} from "./adapters.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags, readLoadFlags } from "./flags.js";
 import { outputFiles, prepareOutputs } from "./outputs.js";
 import { print, rounded } from "./print.js";
@@ -32,7 +37,7 @@ import { withModel } from "./with-model.js";
 
 const usualFiles = "flowturbo-{seed}.png";
 
-interface Flags extends CommonFlags, RequestAdapterFlags {
+interface Flags extends CommonFlags, LoadAdapterFlags, RequestAdapterFlags {
   out?: string;
   from?: string;
   noise?: string;
@@ -90,7 +95,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
     ...(noise && { noise }),
     ...(stages && { stages }),
   };
-  const drawn = flags.from === undefined ? null : await readFrom(flags.from, given);
+  const drawn = flags.from === undefined ? null : await readFrom(flags.from, given, flags.lora !== undefined);
   const loadOptions = { ...drawn?.loadOptions, ...readLoadFlags(flags), signal };
   const options: Record<string, unknown> = {
     ...(!noise && (drawn?.options ?? given).seeds === undefined && { seed: randomInt(2 ** 32) }),
@@ -156,7 +161,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
  * The options in a picture's file, under those that are given.
  * @throws OptionError for a file without them, and where something is needed that no file holds
  */
-async function readFrom(file: string, given: Readonly<Record<string, unknown>>) {
+/** @param hasLoras whether LoRAs are merged into the weights of this call */
+async function readFrom(file: string, given: Readonly<Record<string, unknown>>, hasLoras: boolean) {
   const { writer, parameters } = await inspect(file, "from");
   if (!parameters)
     throw new OptionError(
@@ -175,11 +181,17 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>) 
   const options = overridden(own, given);
   const truncated = [parameters.truncated ?? []].flat().map(String);
   const isShort = truncated.filter((name) => given[name] === undefined);
+  const merged = hasLoras ? null : mergedIn(parameters);
   return {
     options,
     loadOptions: parameters.textEncoder3 === false ? { textEncoder3: false } : {},
     model: typeof parameters.model === "string" ? parameters.model : undefined,
     warnings: [
+      ...(merged === null
+        ? []
+        : [
+            `${file} was drawn with LoRAs in the weights (${merged}), whose files no picture holds: name them with --lora, or this is another picture.`,
+          ]),
       ...isShort.map(
         (name) =>
           `The file ${file} had no room for all of its parameters: ${clipped(name, 80)} was shortened or left out, so that this is another picture.`,
@@ -199,6 +211,15 @@ const needed = {
   noise: { what: "noise that was given", remedy: "Give it with --noise, or another start with --seed" },
   controls: { what: "control pictures", remedy: "Give each ControlNet and its picture with --control" },
 } as const;
+
+/** What a file says of LoRAs that were in the weights, in a message; null where there were none. */
+function mergedIn({ mergedLoras }: Parameters): string | null {
+  const names = (Array.isArray(mergedLoras) ? mergedLoras : []).flatMap(
+    (each: { name?: unknown; scale?: unknown } | null) =>
+      typeof each?.name === "string" ? `${each.name}:${each.scale}` : [],
+  );
+  return names.length > 0 ? clipped(names.join(", "), 200) : null;
+}
 
 /** What a file says of its controls, in a message. */
 function controlsIn({ controls }: Parameters): string {
