@@ -913,21 +913,24 @@ export function refusePaths(
     if (typeof source !== "string") continue;
     if (!options.allowPaths)
       throw new OptionError(
-        name.replace(/\[.*/, ""),
+        optionOf(name),
         `Expected an encoded picture, or { width, height, data }, for ${name} but received a path, which is not allowed here (allowPaths is false). Give the picture's bytes.`,
       );
     refuseUrl(name, source);
   }
 }
 
-/** @throws OptionError for a URL where a file's path belongs */
-export function refuseUrl(option: string, path: string): void {
+/** The option of a name such as "controls[0].image". */
+const optionOf = (name: string) => name.replace(/\[.*/, "");
+
+/** @throws OptionError for a URL where a file's path belongs. @param name of the option, or of a field of it */
+export function refuseUrl(name: string, path: string): void {
   const remedy = remedies[path.match(/^[a-z]+(?=:)/i)?.[0].toLowerCase() ?? ""];
   if (remedy)
     throw new OptionError(
-      option,
-      `Expected the path of a file for ${option} but received a URL, ${show(path)}. ${remedy}`,
-      { publicMessage: `Expected a picture for ${option} but received a URL. ${remedy}` },
+      optionOf(name),
+      `Expected the path of a file for ${name} but received a URL, ${show(path)}. ${remedy}`,
+      { publicMessage: `Expected a picture for ${name} but received a URL. ${remedy}` },
     );
 }
 

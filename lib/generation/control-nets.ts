@@ -46,8 +46,9 @@ export class ControlNets {
   readonly #checkpoint: Pick<Checkpoint, "transformer" | "vae">;
   readonly #variant: string | undefined;
   readonly #onOpen: (controlNet: ControlNet) => void;
-  /** Those of load(), by name and by what was given. */
+  /** Those of load() by name, and by what was given where that is another text. */
   readonly #named = new Map<string, Known>();
+  readonly #given = new Map<string, Known>();
   /** Those of requests by their absolute paths, the one that was used last at the end. */
   readonly #opened = new Map<string, Known>();
   readonly #opening = new Map<string, Promise<Known>>();
@@ -86,7 +87,7 @@ export class ControlNets {
         );
       const known = { name, controlNet: await nets.#read(folder, options.signal) };
       nets.#named.set(name, known);
-      nets.#named.set(given, nets.#named.get(given) ?? known);
+      nets.#given.set(given, nets.#given.get(given) ?? known);
     }
     return nets;
   }
@@ -98,7 +99,7 @@ export class ControlNets {
 
   /** Names of those that load() named. */
   get names(): string[] {
-    return [...new Set([...this.#named.values()].map(({ name }) => name))];
+    return [...this.#named.keys()];
   }
 
   /**
@@ -108,7 +109,7 @@ export class ControlNets {
    */
   async prepare(folders: readonly unknown[], signal?: AbortSignal): Promise<void> {
     for (const folder of new Set(folders))
-      if (typeof folder === "string" && folder !== "" && !this.#named.has(folder))
+      if (typeof folder === "string" && folder !== "" && !this.#named.has(folder) && !this.#given.has(folder))
         await this.#refresh(resolve(folder), signal);
   }
 
@@ -118,7 +119,8 @@ export class ControlNets {
    * @throws OptionError for a name that is not known
    */
   get(folder: string, allowsPaths: boolean): Known {
-    const known = this.#named.get(folder) ?? (allowsPaths ? this.#opened.get(resolve(folder)) : undefined);
+    const atPath = () => this.#given.get(folder) ?? this.#opened.get(resolve(folder));
+    const known = this.#named.get(folder) ?? (allowsPaths ? atPath() : undefined);
     if (known) return known;
     const { names } = this;
     const has =

