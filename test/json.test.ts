@@ -96,6 +96,7 @@ const options = fc.record(
           start: fc.constantFrom(0, 0.25),
           stop: fc.constantFrom(0.5, 1),
           preprocess: fc.constant("canny" as const),
+          pixelRange: fc.constantFrom("signed" as const, "stability_canny" as const),
         },
         { requiredKeys: ["folder", "image"] },
       ),

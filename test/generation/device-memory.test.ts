@@ -1,10 +1,18 @@
 // What a GPU has to hold, and what is refused with both numbers: before anything is compiled, and before a picture begins.
 import { beforeAll, describe, expect, it } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { type ControlNet, openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
 import { MemoryError } from "../../lib/errors.js";
-import { checkDeviceMemory, checkPictureMemory, deviceMemoryNeeded } from "../../lib/generation/device-memory.js";
+import {
+  checkDeviceMemory,
+  checkPictureMemory,
+  controlMemoryNeeded,
+  deviceMemoryNeeded,
+} from "../../lib/generation/device-memory.js";
+import type { ControlKind } from "../../lib/generation/programs.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
+import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import { cudaEmitOptions, gpuWidening, webGpuEmitOptions } from "../../lib/runtimes/onnxruntime/emission.js";
+import { parseBlocks, scheduleOf } from "../../lib/schedule/index.js";
 import { fixture } from "../support/fixtures.js";
 
 const gigabyte = 1e9;
@@ -62,6 +70,39 @@ describe("weights", () => {
     expect(error.message).toMatch(/^A weight of \w+ takes .*buffers of A card hold at most/);
     expect(error.available).toBe(1000);
   });
+});
+
+describe("ControlNets", () => {
+  it("take what each graph with some of them takes, less the graph without where no step runs it", async () => {
+    const controlNets = new Map<string, ControlNet>();
+    const kinds = await Promise.all(
+      ["controlnet", "controlnet_own"].map(async (name) => {
+        const controlNet = await openControlNet(fixture("sd3", name));
+        controlNets.set(controlNet.id, controlNet);
+        return { id: controlNet.id, channels: 16, scale: 1, start: 0, stop: 1, bytes: weightBytes(controlNet) };
+      }),
+    );
+    const [first, second] = kinds as [(typeof kinds)[0], (typeof kinds)[0]];
+    const library = new GraphLibrary({ ...graphs.checkpoint, controlNets }, () => cpuEmitOptions);
+    const schedule = scheduleOf(parseBlocks("E4"), [1, 0.75, 0.5, 0.25, 0]);
+    const needed = (...controls: ControlKind[]) =>
+      controlMemoryNeeded(library, () => "lazy", { isOn: true, mode: "cfg" }, controls, [{ schedule }]);
+    const transformer = [...library.get("predict.guidance").externals.values()].reduce(
+      (sum, each) => sum + each.length,
+      0,
+    );
+    expect(needed()).toBe(0);
+    expect(needed(first)).toBe(first.bytes);
+    expect(needed({ ...first, stop: 0.5 })).toBe(transformer + first.bytes);
+    // Both, and the second alone.
+    expect(needed({ ...first, stop: 0.5 }, second)).toBe(transformer + first.bytes + 2 * second.bytes);
+  });
+
+  /** Of all weights but the table of positions, of which rows are an input. */
+  const weightBytes = ({ weights }: ControlNet) =>
+    weights.names
+      .filter((name) => name !== "pos_embed.pos_embed")
+      .reduce((sum, name) => sum + weights.find(name)!.length, 0);
 });
 
 describe("a picture", () => {

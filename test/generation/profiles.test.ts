@@ -4,7 +4,7 @@ import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:f
 import os from "node:os";
 import path from "node:path";
 import { describe, expect, it, vi } from "vitest";
-import { openCheckpoint, writeSafetensors } from "../../lib/checkpoint/index.js";
+import { openCheckpoint, openControlNet, writeSafetensors } from "../../lib/checkpoint/index.js";
 import { elementCount, float32, type Tensor } from "../../lib/common/tensor.js";
 import { OptionError } from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/flowturbo.js";
@@ -144,6 +144,33 @@ it.each(cases)("profiles for %s cover every launch", async (_, options, needs) =
       expect(profiles, `${name}: ${graph}`).toContainEqual(wanted);
     }
   }
+});
+
+it("profiles for ControlNets cover every launch, that of the encoder of their pictures too", async () => {
+  const folders = ["controlnet", "controlnet_own"].map((name) => fixture("sd3", name));
+  const named = folders.map((folder, index) => ({ folder, name: `net ${index}` }));
+  const white = { width: 8, height: 8, data: new Uint8Array(3 * 64).fill(255) };
+  await using model = await FlowTurbo.load(fixture("sd3", "model"), {
+    ...{ pinBatch: 2, measureCosts: false, controlNets: named },
+  });
+  launches();
+  const controls = named.map(({ name: folder }) => ({ folder, image: white, stop: 0.7 }));
+  await model.generate({ prompt: "a red circle", ...small, steps: 6, count: 2, controls });
+  const opened = await Promise.all(folders.map((folder) => openControlNet(folder)));
+  const controlNets = new Map(opened.map((each) => [each.id, each]));
+  const checkpoint = { ...(await openCheckpoint(fixture("sd3", "model"))), controlNets };
+  const needs = { sizes: [small], batches: [2], guidance: "on" as const, controlIds: opened.map(({ id }) => id) };
+  const engines = requiredEngines(new GraphLibrary(checkpoint), needs);
+  const seen = launches().filter(({ graph }) => graph.startsWith("predict") || graph === "vae_encoder");
+  expect(new Set(seen.map(({ graph }) => graph)).size).toBe(3);
+  for (const { graph, inputs } of seen) {
+    const profiles = engines.find((engine) => engine.graph === graph)?.profiles.map((profile) => profile.inputs);
+    expect(profiles, graph).toContainEqual(inputs);
+  }
+  // One has positions for 160 pixels.
+  expect(() =>
+    requiredEngines(new GraphLibrary(checkpoint), { ...needs, sizes: [{ width: 176, height: 64 }] }),
+  ).toThrow(/guides pictures of at most 160 pixels a side/);
 });
 
 it("names every graph once, and each profile once", async () => {
