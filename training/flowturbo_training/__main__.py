@@ -1,10 +1,11 @@
-"""`python -m flowturbo_training`: shapes, refiner, features."""
+"""`python -m flowturbo_training`: shapes, refiner, lora, controlnet, features."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 # On a shared machine threads that spin while they wait take the time from those that work.
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _shapes(commands.add_parser("shapes", help="train the shapes model from nothing and write its diffusers folder"))
     _refiner(commands.add_parser("refiner", help="train a velocity refiner for an SD3-class diffusers folder"))
+    _lora(commands.add_parser("lora", help="train a LoRA for an SD3-class diffusers folder"))
+    _controlnet(commands.add_parser("controlnet", help="train a ControlNet for an SD3-class diffusers folder"))
     _features(commands.add_parser("features", help="train the classifier of the quality benchmark's Fréchet distance"))
     chosen = parser.parse_args(arguments)
     try:
@@ -61,9 +64,9 @@ def run_shapes(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _refiner(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a diffusers folder; for --dry-run a transformer's config.json will do")
-    source = parser.add_mutually_exclusive_group()
+def _data(parser: argparse.ArgumentParser, source=None) -> None:
+    """The pictures and captions of training, for refiners and adapters."""
+    source = source or parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, help="a folder of pictures with NAME.txt beside NAME.png, or a metadata.jsonl")
     source.add_argument("--dataset", help="a Hugging Face dataset, by name or path")
     source.add_argument("--latents", type=Path, help="a cache that an earlier run wrote: nothing is encoded")
@@ -71,10 +74,23 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--caption-column", default="text")
     parser.add_argument("--limit", type=int, help="use so many examples at most")
-    parser.add_argument("--size", type=int, help="pixels of a side (default: the model's native size)")
     parser.add_argument("--max-sequence-length", type=int, default=256, help="T5 tokens (default 256)")
-    parser.add_argument("--out", type=Path, help="where to write (default: MODEL/refiner)")
     parser.add_argument("--state", type=Path, help="cache and state of training (default: OUT.state)")
+
+
+def _hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--caption-dropout", type=float, default=0.1, help="share of the examples whose caption is left out (default 0.1)")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+
+
+def _refiner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a diffusers folder; for --dry-run a transformer's config.json will do")
+    _data(parser)
+    parser.add_argument("--size", type=int, help="pixels of a side (default: the model's native size)")
+    parser.add_argument("--out", type=Path, help="where to write (default: MODEL/refiner)")
     parser.add_argument("--layers", type=int, default=1, choices=(1, 2))
     parser.add_argument("--heads", type=int, help="attention heads, for a narrower refiner (with --init fresh)")
     parser.add_argument("--init", default="block", choices=("block", "fresh", "trained"), help="from the predictor's last blocks, fresh, or from MODEL/refiner")
@@ -100,11 +116,7 @@ def _refiner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last-steps-batch", type=int, default=4, help="runs in a batch, on each device")
     parser.add_argument("--last-steps-lr", type=float, help="learning rate there (default: that of --lr)")
     parser.add_argument("--last-steps-loss", default="pixels", choices=("pixels", "latents"), help="compared as pictures, which takes the decoder's memory, or as latents")
-    parser.add_argument("--caption-dropout", type=float, default=0.1)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    _hardware(parser)
     parser.add_argument("--dry-run", action="store_true", help="print sizes, memory and disk, and stop; reads no weights")
     parser.set_defaults(run=run_refiner)
 
@@ -252,6 +264,176 @@ def _file_dtype(folder: Path) -> torch.dtype:
 
     with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
+
+
+def _adapter(parser: argparse.ArgumentParser, steps: int, lr: float) -> argparse._MutuallyExclusiveGroup:
+    """What the LoRA's command and the ControlNet's have in common; gives the group of data sources."""
+    parser.add_argument("--model", type=Path, required=True, help="an SD3-class diffusers folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    _data(parser, source)
+    parser.add_argument("--size", help="pixels of a side, or several sizes separated by commas, of which each batch has one (default: the model's native size)")
+    parser.add_argument("--held", type=int, default=0, help="so many examples are kept apart to measure the loss on (default 0: it is measured on the others)")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=4, help="rows on each device, at the smallest size (default 4)")
+    parser.add_argument("--lr", type=float, default=lr, help=f"learning rate (default {lr:g})")
+    parser.add_argument("--warm-up", type=int, default=50, help="steps over which the learning rate rises (default 50)")
+    parser.add_argument("--clip", type=float, default=1.0, help="norm to which gradients are clipped (default 1)")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the weights' moving average (default 0.99)")
+    parser.add_argument("--logit-mean", type=float, default=0.0, help="of the noise levels, before the shift of the model's schedule (default 0; more: more noise)")
+    parser.add_argument("--logit-std", type=float, default=1.0)
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the file (default float16)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's)")
+    parser.add_argument("--trial", type=int, default=64, metavar="CAPTIONS", help="with --shapes: captions that the result is measured on (default 64)")
+    _hardware(parser)
+    return source
+
+
+def _lora(parser: argparse.ArgumentParser) -> None:
+    source = _adapter(parser, steps=1000, lr=1e-4)
+    # The names are repeated here so that --help needs no torch; tests compare them with styles.STYLES.
+    source.add_argument("--shapes", choices=("outlined",), help="for the shapes model: pictures of its world in another style, made as needed")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write; its card is beside it, with .md")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, help="the matrices' product is scaled by alpha / rank (default: the rank)")
+    parser.add_argument("--targets", default="attention", help="layers, separated by commas: attention, feed-forward, modulation, or ends of names such as attn2.to_q (default attention)")
+    parser.add_argument("--trigger", help="for the card: words of the captions that call the style")
+    parser.set_defaults(run=run_lora)
+
+
+def _controlnet(parser: argparse.ArgumentParser) -> None:
+    source = _adapter(parser, steps=5000, lr=5e-5)
+    source.add_argument("--shapes", action="store_const", const="", help="for the shapes model: pictures of its world and their outlines, made as needed")
+    parser.add_argument("--conditions", type=Path, help="with --images: a folder of control pictures, each with the name of its picture")
+    parser.add_argument("--condition-column", default="conditioning_image", help="with --dataset: the column of control pictures")
+    parser.add_argument("--canny", action="store_true", help="control pictures are the edges of the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--layers", type=int, help="blocks (default: half of the transformer's)")
+    parser.set_defaults(run=run_controlnet)
+
+
+def _adapter_data(chosen: argparse.Namespace, accelerator, log, **control):
+    """The sizes, the batches of training and of measuring, the number of examples and the settings."""
+    import json
+
+    from .adapters import Source, prepare, shift_of
+    from .flow import FlowSettings
+    from .requirements import load_config
+
+    if not (chosen.model / "model_index.json").exists():
+        raise ValueError(f"{chosen.model}: not a diffusers folder (no model_index.json)")
+    vae = json.loads((chosen.model / "vae" / "config.json").read_text())
+    native = load_config(chosen.model).get("sample_size", 128) * 2 ** (len(vae["block_out_channels"]) - 1)
+    try:
+        sizes = [int(size) for size in (chosen.size or str(native)).split(",")]
+    except ValueError:
+        raise ValueError(f'Expected --size to be a number, or several separated by commas, but received "{chosen.size}"') from None
+    source = Source(
+        images=chosen.images, dataset=chosen.dataset, latents=chosen.latents, world=chosen.shapes, split=chosen.split,
+        columns=(chosen.image_column, chosen.caption_column, *((chosen.condition_column,) if control else ())),
+        limit=chosen.limit, held=chosen.held, **control,
+    )  # fmt: skip
+    cache = (chosen.state or Path(f"{chosen.out}.state")) / "cache"
+    training, measured, count = prepare(
+        source, chosen.model, sizes, cache, seed=chosen.seed, dropout=chosen.caption_dropout, max_sequence_length=chosen.max_sequence_length,
+        precision=torch.bfloat16 if chosen.precision == "bf16" else torch.float32, accelerator=accelerator, log=log,
+    )  # fmt: skip
+    settings = FlowSettings(
+        shift=shift_of(chosen.model), steps=chosen.steps, batch=chosen.batch, lr=chosen.lr, warm_up=chosen.warm_up, clip=chosen.clip,
+        average=chosen.average, logit_mean=chosen.logit_mean, logit_std=chosen.logit_std,
+    )  # fmt: skip
+    return sizes, training, measured, count, settings
+
+
+def _data_in_words(chosen: argparse.Namespace, count: int) -> str:
+    """For the card: a folder's or a data set's name, not its path on this machine."""
+    if chosen.shapes is not None:
+        style = f' in the style "{chosen.shapes}"' if chosen.shapes else ""
+        return f"{count:,} pictures of a procedural world (`training/flowturbo_training/world.py`){style}; no picture of anyone or by anyone is in it"
+    name = Path(chosen.dataset or chosen.images or chosen.latents).name
+    return f"{count:,} pictures with captions, `{name}`"
+
+
+def run_lora(chosen: argparse.Namespace) -> int:
+    if chosen.out.suffix != ".safetensors":
+        raise ValueError(f"Expected --out to be a file that ends in .safetensors but received {chosen.out}")
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    from accelerate import Accelerator
+
+    from .adapters import load_transformer
+    from .card import adapter_card
+    from .lora import LoraSettings, add_lora, measure_style, save_lora, train_lora
+
+    start = time.monotonic()
+    accelerator = Accelerator(mixed_precision=chosen.precision, cpu=chosen.cpu)
+    log = print if accelerator.is_main_process else lambda _: None
+    dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
+    lora = LoraSettings(rank=chosen.rank, alpha=chosen.alpha, targets=chosen.targets.split(","))
+    torch.manual_seed(chosen.seed)
+    transformer = add_lora(load_transformer(chosen.model, dtype), lora)
+    sizes, training, measured, count, settings = _adapter_data(chosen, accelerator, log)
+    training.check(transformer)
+    state = chosen.state or Path(f"{chosen.out}.state")
+    losses = train_lora(transformer, training, measured, state, settings, chosen.seed, log, accelerator=accelerator, checkpointing=chosen.gradient_checkpointing)
+    log(f"loss {losses[0]:.4f} without the LoRA, {losses[1]:.4f} with it")
+    if not accelerator.is_main_process:
+        return 0
+    values = save_lora(transformer, chosen.out, getattr(torch, chosen.dtype))
+    minutes = (time.monotonic() - start) / 60
+    log(f"wrote {chosen.out}: {values:,} values, {chosen.out.stat().st_size / 1e3:.0f} kB, {minutes:.1f} minutes")
+    report = measure_style(transformer.cpu(), chosen.model, chosen.trial, log) if chosen.shapes and chosen.trial else {}
+    facts = {
+        "model": chosen.model.resolve().name, "rank, alpha": f"{lora.rank}, {lora.alpha or lora.rank:g}", "layers": ", ".join(lora.targets),
+        "values, type": f"{values:,}, {chosen.dtype}",
+    }  # fmt: skip
+    adapter_card(chosen.out.with_suffix(".md"), chosen.out.stem, "LoRA", facts, _data_in_words(chosen, count), sizes, settings, losses, report, chosen.trigger)
+    return 0
+
+
+def run_controlnet(chosen: argparse.Namespace) -> int:
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    if sum((chosen.shapes is not None, chosen.conditions is not None, chosen.canny)) > 1:
+        raise ValueError("Expected one source of control pictures: --conditions, --canny or --shapes")
+    if chosen.images and not (chosen.conditions or chosen.canny):
+        raise ValueError("Expected the control pictures: --conditions FOLDER or --canny")
+    if chosen.conditions and not chosen.images:
+        raise ValueError("Expected --images beside --conditions: the pictures that they are of")
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    from .adapters import load_transformer
+    from .card import adapter_card
+    from .controlnet import build_controlnet, measure_control, train_controlnet
+
+    start = time.monotonic()
+    # The text's half of the last block reaches no output.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=chosen.precision, cpu=chosen.cpu, kwargs_handlers=[unused])
+    log = print if accelerator.is_main_process else lambda _: None
+    dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
+    transformer = load_transformer(chosen.model, dtype)
+    torch.manual_seed(chosen.seed)
+    layers = chosen.layers or max(1, transformer.config.num_layers // 2)
+    controlnet = build_controlnet(transformer, layers)
+    sizes, training, measured, count, settings = _adapter_data(chosen, accelerator, log, control=True, conditions=chosen.conditions, canny=chosen.canny)
+    training.check(transformer)
+    state = chosen.state or Path(f"{chosen.out}.state")
+    losses = train_controlnet(
+        transformer, controlnet, training, measured, state, settings, chosen.seed, log, accelerator=accelerator, checkpointing=chosen.gradient_checkpointing
+    )
+    log(f"loss {losses[0]:.4f} without the ControlNet, {losses[1]:.4f} with it")
+    if not accelerator.is_main_process:
+        return 0
+    controlnet.to(getattr(torch, chosen.dtype)).save_pretrained(chosen.out)
+    values = sum(p.numel() for p in controlnet.parameters())
+    minutes = (time.monotonic() - start) / 60
+    size = sum(f.stat().st_size for f in chosen.out.iterdir()) / 1e6
+    log(f"wrote {chosen.out}: {values / 1e6:.2f} M parameters, {size:.1f} MB, {minutes:.1f} minutes")
+    report = measure_control(transformer.cpu(), controlnet.cpu(), chosen.model, chosen.trial, log) if chosen.shapes is not None and chosen.trial else {}
+    facts = {"model": chosen.model.resolve().name, "layers": str(layers), "parameters, type": f"{values / 1e6:.2f} M, {chosen.dtype}"}
+    adapter_card(chosen.out / "README.md", chosen.out.name, "ControlNet", facts, _data_in_words(chosen, count), sizes, settings, losses, report)
+    return 0
 
 
 def _features(parser: argparse.ArgumentParser) -> None:

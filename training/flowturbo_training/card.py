@@ -1,4 +1,4 @@
-"""The model card of the shapes model, written from what was measured."""
+"""The cards of the shapes model and of adapters, written from what was measured."""
 
 from __future__ import annotations
 
@@ -62,3 +62,41 @@ Apache-2.0, weights and code.
     (Path(folder) / "README.md").write_text(text)
 
 
+FIGURES = {"outlined": "outlined", "edges": "edges (F1)", "ground": "ground", "colours": "colours", "shapes": "shapes", "relation": "relations"}
+"""Columns of an adapter's figures, those that were measured."""
+
+
+def adapter_card(file: Path, name: str, kind: str, facts: dict[str, str], data: str, sizes: list[int], settings, losses: tuple[float, float],
+                 report: dict[str, dict[str, float]], trigger: str | None = None) -> None:  # fmt: skip
+    """Writes the card of a LoRA or a ControlNet: what it is for, the data, the training, what was measured, limits, licence."""
+    facts = {
+        **facts,
+        "pixels": ", ".join(str(s) for s in sizes),
+        "steps, batch": f"{settings.steps:,}, {settings.batch}",
+        "learning rate": f"{settings.lr:g}",
+        "loss": f"{losses[0]:.4f} without it, {losses[1]:.4f} with it",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    text = f"# {name}\n\nA {kind} for the model `{facts['model']}`, in the format of diffusers.\n"
+    if trigger:
+        text += f"\nCaptions that call it have the words `{trigger}`.\n"
+    text += f"\n## Data\n\n{data[0].upper() + data[1:]}.\n"
+    text += f"\n## Training\n\n`python -m flowturbo_training {kind.lower()}`, rectified flow loss.\n\n| | |\n|---|---|\n{rows}\n"
+    if report:
+        columns = [k for k in FIGURES if k in next(iter(report.values()))]
+        count = next(iter(report.values()))["n"]
+        head = "| | " + " | ".join(FIGURES[k] for k in columns) + " |\n|---|" + "---|" * len(columns)
+        lines = "\n".join(f"| {key} | " + " | ".join(f"{result[k]:.3f}" for k in columns) + " |" for key, result in report.items())
+        how = (
+            "`outlined`: pictures whose things enclose the ground; the detector then judges them filled."
+            if "outlined" in columns
+            else "`edges`: agreement of Canny's edges of the picture with those asked for, within one pixel."
+        )
+        text += f"\n## Figures\n\nOn {count} captions that were not trained on, by the trainer's rule-based detector, from the same noise. {how}\n\n{head}\n{lines}\n"
+    text += (
+        "\n## Limits\n\nIt fits this model's transformer and no other, and was trained at the sizes above. "
+        "What the model cannot draw it cannot draw with this either.\n"
+        "\n## Licence\n\n"
+    )
+    text += "Apache-2.0, as the model.\n" if report else "A derivative of the model: its licence applies, and so do the terms of the pictures.\n"
+    file.write_text(text)

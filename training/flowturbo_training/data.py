@@ -1,16 +1,17 @@
-"""Training data for the refiner: pictures with captions, turned once into latents and text embeddings on disk.
+"""Training data: pictures with captions, turned once into latents and text embeddings on disk.
 
-The text encoders and the VAE are larger than the refiner by far, so they run once over the data, shard by shard, and are
+The text encoders and the VAE are larger than a refiner or an adapter by far, so they run once over the data, shard by shard, and are
 freed before training starts. A cache is a folder of `shard-*.safetensors` (latents [n, C, h, w], context [n, L, D],
-pooled [n, P]) beside `null.safetensors` (the empty caption) and `cache.json` (what it was made from); each shard is
+pooled [n, P], for a ControlNet control [n, C, h, w]) beside `null.safetensors` (the empty caption) and `cache.json` (what it was made from); each shard is
 written completely or not at all, so a killed run goes on with the next one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ from .state import StepRandomness, replace_atomically
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 SHARD = 64
+
+Source = Image.Image | Path
+Example = tuple[Source, str] | tuple[Source, str, Source]
+"""A picture, its caption and, for a ControlNet, its control picture."""
 
 
 def folder_examples(folder: Path) -> list[tuple[Path, str]]:
@@ -47,8 +52,17 @@ def folder_examples(folder: Path) -> list[tuple[Path, str]]:
     return examples
 
 
-def dataset_examples(name: str, split: str, picture: str, caption: str) -> tuple[int, Iterator[tuple[Image.Image, str]]]:
-    """A Hugging Face dataset, by name or by the path of a local one (also one of save_to_disk)."""
+def with_control_pictures(examples: list[tuple[Path, str]], folder: Path) -> list[Example]:
+    """Each picture with that of the same name, whatever its ending, in `folder`."""
+    by_name = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES}
+    missing = [p for p, _ in examples if p.stem not in by_name]
+    if missing:
+        raise ValueError(f"{folder}: no control picture for {len(missing)} of {len(examples)} pictures, {missing[0].stem} first: give it the picture's name")
+    return [(p, caption, by_name[p.stem]) for p, caption in examples]
+
+
+def dataset_examples(name: str, split: str, *columns: str) -> tuple[int, Iterator[tuple]]:
+    """A Hugging Face dataset, by name or by the path of a local one (also one of save_to_disk); picture, caption, control picture by their columns."""
     import datasets
 
     if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
@@ -56,10 +70,10 @@ def dataset_examples(name: str, split: str, picture: str, caption: str) -> tuple
         data = data[split] if isinstance(data, datasets.DatasetDict) else data
     else:
         data = datasets.load_dataset(name, split=split)
-    for column in (picture, caption):
+    for column in columns:
         if column not in data.column_names:
             raise ValueError(f'{name} has no column "{column}": it has {", ".join(data.column_names)}')
-    return len(data), ((row[picture], row[caption]) for row in data)
+    return len(data), (tuple(row[column] for column in columns) for row in data)
 
 
 def fit(picture: Image.Image, size: int) -> torch.Tensor:
@@ -97,6 +111,12 @@ class TextAndVae:
         return context, pooled
 
     @torch.no_grad()
+    def control(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What a ControlNet made by `from_transformer` is given: the posterior's mode, scaled and, as diffusers' pipeline has it for these, not shifted."""
+        vae = self.pipeline.vae
+        return vae.encode(pictures.to(self.device, self.dtype)).latent_dist.mode() * vae.config.scaling_factor
+
+    @torch.no_grad()
     def latents(self, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A sample of the posterior, shifted and scaled."""
         vae = self.pipeline.vae
@@ -106,7 +126,7 @@ class TextAndVae:
 
 
 def precompute(
-    examples: Iterator[tuple[Image.Image | Path, str]],
+    examples: Iterable[Example],
     count: int,
     model: Path,
     cache: Path,
@@ -117,13 +137,17 @@ def precompute(
     max_sequence_length: int,
     made_from: dict,
     log,
+    control_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Writes the cache; shards that are there already are kept."""
+    """Writes the cache; shards that are there already are kept.
+
+    Examples with a control picture, and those of which `control_of` makes one ([B, 3, H, W] → the same), have control latents too.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     info = {"model": str(Path(model).resolve()), "size": size, "count": count, "maxSequenceLength": max_sequence_length, **made_from}
     note = cache / "cache.json"
     if note.exists() and json.loads(note.read_text()) != info:
-        raise ValueError(f"{cache} was made from something else ({note.read_text().strip()}): remove it, or name another --cache")
+        raise ValueError(f"{cache} was made from something else ({note.read_text().strip()}): remove it, or name another --state")
     note.write_text(json.dumps(info))
     shards = -(-count // SHARD)
     done = [s for s in range(shards) if (cache / f"shard-{s:05d}.safetensors").exists()]
@@ -135,26 +159,33 @@ def precompute(
         raise ValueError(f"Expected --size to be a multiple of {step} but received {size}")
     context, pooled = parts.text([""])
     _write({"context": context, "pooled": pooled}, cache / "null.safetensors")
-    pending: list[tuple[Image.Image | Path, str]] = []
+    pending: list[Example] = []
     shard = 0
+
+    def read(sources: list[Source]) -> torch.Tensor:
+        pictures = []
+        for source in sources:
+            try:
+                pictures.append(fit(Image.open(source) if isinstance(source, Path) else source, size))
+            except OSError as error:
+                raise ValueError(f"{source}: not a readable picture ({error})") from error
+        return torch.stack(pictures)
 
     def flush() -> None:
         nonlocal shard, pending
         path = cache / f"shard-{shard:05d}.safetensors"
         if not path.exists():
-            pictures = []
-            for source, _ in pending:
-                try:
-                    pictures.append(fit(Image.open(source) if isinstance(source, Path) else source, size))
-                except OSError as error:
-                    raise ValueError(f"{source}: not a readable picture ({error})") from error
             rows = []
             for start in range(0, len(pending), 8):
-                captions = [c for _, c in pending[start : start + 8]]
+                sources, captions, *controls = zip(*pending[start : start + 8])
+                pictures = read(sources)
                 generator = torch.Generator().manual_seed(shard * SHARD + start)
-                rows.append((parts.latents(torch.stack(pictures[start : start + 8]), generator), *parts.text(captions)))
-            names = ("latents", "context", "pooled")
-            _write({n: torch.cat([r[i] for r in rows]) for i, n in enumerate(names)}, path)
+                row = [parts.latents(pictures, generator), *parts.text(list(captions))]
+                if controls or control_of:
+                    row.append(parts.control(read(controls[0]) if controls else control_of(pictures)))
+                rows.append(row)
+            names = ("latents", "context", "pooled", "control")
+            _write({n: torch.cat(column) for n, column in zip(names, zip(*rows))}, path)
             log(f"data: shard {shard + 1} of {shards}")
         shard, pending = shard + 1, []
 
@@ -172,17 +203,28 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 class CachedBatches:
-    """Random rows of a cache as a `refiner.Batch`; captions are dropped with probability `dropout`. `null` is the empty one."""
+    """Random rows of a cache as a `refiner.Batch`; captions are dropped with probability `dropout`. `null` is the empty one.
 
-    def __init__(self, cache: Path, dropout: float = 0.1):
+    With `control` a batch has control latents [B, C, h, w] as its fourth part.
+    """
+
+    def __init__(self, cache: Path, dropout: float = 0.1, control: bool = False):
         shards = sorted(Path(cache).glob("shard-*.safetensors"))
         if not shards or not (Path(cache) / "null.safetensors").exists():
             raise ValueError(f"{cache}: no cached latents (shard-*.safetensors and null.safetensors) there")
         self._files = [safe_open(s, "pt") for s in shards]
+        self._names = ("latents", "context", "pooled", *(("control",) if control else ()))
+        if control and "control" not in self._files[0].keys():
+            raise ValueError(f"{cache}: its latents have no control pictures: they were cached for something else than a ControlNet")
         self._rows = [(k, i) for k, f in enumerate(self._files) for i in range(f.get_slice("latents").get_shape()[0])]
         with safe_open(Path(cache) / "null.safetensors", "pt") as null:
             self.null = (null.get_tensor("context").float(), null.get_tensor("pooled").float())
         self._dropout = dropout
+
+    @property
+    def pixels(self) -> int:
+        """Of a latent: height times width."""
+        return math.prod(self._files[0].get_slice("latents").get_shape()[2:])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -200,15 +242,31 @@ class CachedBatches:
             if found != wanted:
                 raise ValueError(f"The cache's {name} have {found} channels, the predictor takes {wanted}: it is another model's")
 
-    def __call__(self, rng: StepRandomness, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, rng: StepRandomness, rows: int) -> tuple[torch.Tensor, ...]:
         chosen = [self._rows[rng.python.randrange(len(self._rows))] for _ in range(rows)]
         parts = []
-        for name in ("latents", "context", "pooled"):
+        for name in self._names:
             parts.append(torch.cat([self._files[k].get_slice(name)[i : i + 1] for k, i in chosen]).float())
         for row in range(rows):
             if rng.python.random() < self._dropout:
                 parts[1][row], parts[2][row] = self.null[0][0], self.null[1][0]
-        return parts[0], parts[1], parts[2]
+        return tuple(parts)
+
+
+class MixedBatches:
+    """Batches of several caches, one of pictures of each size: each comes as often, larger pictures in fewer rows."""
+
+    def __init__(self, caches: list[CachedBatches]):
+        self._caches = caches
+        self._smallest = min(c.pixels for c in caches)
+
+    def check(self, predictor) -> None:
+        for cache in self._caches:
+            cache.check(predictor)
+
+    def __call__(self, rng: StepRandomness, rows: int) -> tuple[torch.Tensor, ...]:
+        cache = rng.python.choice(self._caches)
+        return cache(rng, max(1, rows * self._smallest // cache.pixels))
 
 
 def shuffled(examples: list, seed: int, limit: int | None) -> list:

@@ -26,7 +26,8 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .refiner import Batch, descend
+from .descent import descend
+from .refiner import Batch
 from .sampling import Velocity, shifted_sigmas, velocity_of
 from .state import StepRandomness, replace_atomically
 

@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 
+from .descent import descend
 from .sampling import shifted_sigmas
-from .state import Average, StepRandomness, load, save_atomically
+from .state import StepRandomness
 
 Batch = Callable[[StepRandomness, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """(randomness, rows) → latents [B, C, h, w] scaled and shifted, context [B, L, D], pooled [B, P]; captions dropped already."""
@@ -228,82 +228,3 @@ def train_refiner(
         refiner, loss_of, Path(state) / "refiner.pt", settings, seed, log,
         accelerator=accelerator, checkpointing=checkpointing, save_every=save_every, log_every=log_every,
     )  # fmt: skip
-
-
-class Descent(Protocol):
-    """How far and how fast `descend` goes."""
-
-    steps: int
-    lr: float
-    warm_up: int
-    clip: float
-    average: float
-
-
-def descend(
-    refiner: SD3Transformer2DModel,
-    loss_of: Callable[[torch.nn.Module, StepRandomness], tuple[torch.Tensor, torch.Tensor]],
-    path: Path,
-    settings: Descent,
-    seed: int,
-    log,
-    *,
-    accelerator: Accelerator,
-    checkpointing: bool = False,
-    save_every: int = 200,
-    log_every: int = 50,
-) -> SD3Transformer2DModel:
-    """AdamW on a loss, which is given with that of merely reusing the velocity; the averaged weights are returned.
-
-    The state is kept at `path`, whose stem names the stage and its randomness.
-    """
-    name = path.stem
-    refiner.train()
-    if checkpointing:
-        refiner.enable_gradient_checkpointing()
-    optimiser = torch.optim.AdamW(refiner.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-2)
-    network, optimiser = accelerator.prepare(refiner, optimiser)
-    average = Average(refiner, settings.average)
-    step = 0
-    if path.exists():
-        stored = load(path)
-        step = stored["step"]
-        refiner.load_state_dict(stored["model"])
-        optimiser.load_state_dict(stored["optimiser"])
-        for key, value in average.values.items():
-            value.copy_(stored["average"][key])
-        log(f"{name}: going on at step {step}")
-    sums = torch.zeros(2, device=accelerator.device)
-    counted = 0
-    while step < settings.steps:
-        rng = StepRandomness(seed, f"{name}/{accelerator.process_index}", step)
-        factor = min(1.0, (step + 1) / settings.warm_up) * min(1.0, 2 * (1 - step / settings.steps) + 0.01)
-        for group in optimiser.param_groups:
-            group["lr"] = settings.lr * factor
-        with accelerator.autocast():
-            loss, reuse = loss_of(network, rng)
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"The loss is {loss.item()} at step {step} of {name}: lower its learning rate (now {settings.lr}) or train with --precision no"
-            )
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(refiner.parameters(), settings.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        average.update(step)
-        step += 1
-        sums += torch.stack([loss.detach(), reuse])
-        counted += 1
-        done = step == settings.steps
-        if step % log_every == 0 or done:
-            loss_mean, reuse_mean = (sums / counted).tolist()
-            log(f"{name} step {step}/{settings.steps} loss {loss_mean:.5f} = {loss_mean / reuse_mean:.3f} of reusing the velocity")
-            sums.zero_()
-            counted = 0
-        if (step % save_every == 0 or done) and accelerator.is_main_process:
-            save_atomically(
-                {"step": step, "model": refiner.state_dict(), "optimiser": optimiser.state_dict(), "average": average.values}, path
-            )
-    average.swap()
-    accelerator.wait_for_everyone()
-    return refiner.eval()
