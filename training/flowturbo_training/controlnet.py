@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 
 from .adapters import Trial, prediction
+from .card import FIGURES
 from .descent import descend
 from .detector import score
 from .edges import agreement, as_picture, canny
@@ -96,5 +97,5 @@ def measure_control(transformer: SD3Transformer2DModel, controlnet: SD3ControlNe
             pictures = trial.draw(velocity, scenes, size)
             result = {**score(pictures, scenes), "edges": agreement(canny(pictures), edges)}
             report[f"{size} px, {name}"] = result
-            log(f"{size} px, {name}: " + " ".join(f"{k} {v:.3f}" for k, v in result.items() if k in ("edges", "ground", "colours", "shapes", "relation")))
+            log(f"{size} px, {name}: " + " ".join(f"{k} {result[k]:.3f}" for k in FIGURES if k in result))
     return report

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import Trial, prediction
+from .card import FIGURES
 from .descent import descend
 from .detector import score
 from .flow import FlowSettings, flow_loss, mean_loss
@@ -120,6 +121,6 @@ def measure_style(transformer: SD3Transformer2DModel, model: Path, count: int, l
             result = score(torch.stack([p for p, _ in pictures]), scenes)
             result["outlined"] = sum(hollow > 0.05 for _, hollow in pictures) / count
             report[f"{size} px, {name}"] = result
-            log(f"{size} px, {name}: " + " ".join(f"{k} {v:.3f}" for k, v in result.items() if k in ("outlined", "ground", "colours", "shapes", "relation")))
+            log(f"{size} px, {name}: " + " ".join(f"{k} {result[k]:.3f}" for k in FIGURES if k in result))
     transformer.enable_adapters()
     return report
