@@ -344,6 +344,13 @@ def _adapter_data(chosen: argparse.Namespace, accelerator, log, **control):
     return sizes, training, measured, count, settings
 
 
+def _time_since(start: float, accelerator) -> str:
+    from .state import compute_seconds
+
+    minutes = f"{(time.monotonic() - start) / 60:.1f} minutes"
+    return f"{minutes} ({compute_seconds() / 60:.1f} of computing)" if accelerator.device.type == "cpu" else minutes
+
+
 def _data_in_words(chosen: argparse.Namespace, count: int) -> str:
     """For the card: a folder's or a data set's name, not its path on this machine."""
     if chosen.shapes is not None:
@@ -379,8 +386,7 @@ def run_lora(chosen: argparse.Namespace) -> int:
     if not accelerator.is_main_process:
         return 0
     values = save_lora(transformer, chosen.out, getattr(torch, chosen.dtype))
-    minutes = (time.monotonic() - start) / 60
-    log(f"wrote {chosen.out}: {values:,} values, {chosen.out.stat().st_size / 1e3:.0f} kB, {minutes:.1f} minutes")
+    log(f"wrote {chosen.out}: {values:,} values, {chosen.out.stat().st_size / 1e3:.0f} kB, {_time_since(start, accelerator)}")
     report = measure_style(transformer.cpu(), chosen.model, chosen.trial, log) if chosen.shapes and chosen.trial else {}
     facts = {
         "model": chosen.model.resolve().name, "rank, alpha": f"{lora.rank}, {lora.alpha or lora.rank:g}", "layers": ", ".join(lora.targets),
@@ -427,9 +433,8 @@ def run_controlnet(chosen: argparse.Namespace) -> int:
         return 0
     controlnet.to(getattr(torch, chosen.dtype)).save_pretrained(chosen.out)
     values = sum(p.numel() for p in controlnet.parameters())
-    minutes = (time.monotonic() - start) / 60
     size = sum(f.stat().st_size for f in chosen.out.iterdir()) / 1e6
-    log(f"wrote {chosen.out}: {values / 1e6:.2f} M parameters, {size:.1f} MB, {minutes:.1f} minutes")
+    log(f"wrote {chosen.out}: {values / 1e6:.2f} M parameters, {size:.1f} MB, {_time_since(start, accelerator)}")
     report = measure_control(transformer.cpu(), controlnet.cpu(), chosen.model, chosen.trial, log) if chosen.shapes is not None and chosen.trial else {}
     facts = {"model": chosen.model.resolve().name, "layers": str(layers), "parameters, type": f"{values / 1e6:.2f} M, {chosen.dtype}"}
     adapter_card(chosen.out / "README.md", chosen.out.name, "ControlNet", facts, _data_in_words(chosen, count), sizes, settings, losses, report)
