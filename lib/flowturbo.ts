@@ -51,6 +51,7 @@ import { Templates, textDemands } from "./generation/templates.js";
 import { PromptEncoder, promptOf, tokensOfPrompts, warningsOf } from "./generation/text.js";
 import { type CallTrace, traced } from "./generation/traces.js";
 import type {
+  AdapterNames,
   CalibrateOptions,
   Calibration,
   Control,
@@ -127,8 +128,8 @@ export class FlowTurbo implements ImageModel {
   readonly warnings: readonly string[];
   /** What is drawn with where a request says nothing. */
   readonly defaults: ModelDefaults;
-  /** Names of the ControlNets of `LoadOptions.controlNets`, which requests may name. */
-  readonly controlNets: readonly string[];
+  /** What requests may name: the dynamic LoRAs of `LoadOptions.loras`, and the ControlNets of `LoadOptions.controlNets`. */
+  readonly adapters: AdapterNames;
 
   readonly #model: LoadedModel;
   readonly #graphs: GraphLibrary;
@@ -295,7 +296,7 @@ export class FlowTurbo implements ImageModel {
     this.hasRefiner = checkpoint.refiner !== null;
     this.warnings = checkpoint.warnings;
     this.nativeSize = nativeSize(checkpoint);
-    this.controlNets = model.controlNets?.names ?? [];
+    this.adapters = { loras: model.loras.names, controlNets: model.controlNets?.names ?? [] };
     const { distilled, sampler, steps, guidanceScale } = model.defaults;
     this.defaults = { distilled, sampler, steps, guidanceScale };
     this.#graphs = graphs;

@@ -2,7 +2,7 @@
 
 import { existsSync } from "node:fs";
 import type { Command } from "commander";
-import { checkpointName } from "../checkpoint/index.js";
+import { checkpointName, nameOfLora } from "../checkpoint/index.js";
 import { OptionError } from "../errors.js";
 import type {
   AdapterNames,
@@ -97,13 +97,17 @@ export function readLoadAdapters(flags: LoadAdapterFlags): {
   return { ...(loras.length > 0 && { loras }), ...(controlNets.length > 0 && { controlNets }) };
 }
 
-/** What requests call the adapters of `load`, before anything is loaded. */
-export function adapterNames({
+/**
+ * What requests call the adapters of `load`, before the model is loaded.
+ * @throws CheckpointError for a folder that holds no LoRA, or several
+ */
+export async function adapterNames({
   loras = [],
   controlNets = [],
-}: Pick<LoadOptions, "loras" | "controlNets">): AdapterNames {
+}: Pick<LoadOptions, "loras" | "controlNets">): Promise<AdapterNames> {
+  const dynamic = loras.filter((lora) => lora.dynamic);
   return {
-    loras: loras.filter(({ dynamic }) => dynamic).map(({ name, file }) => name ?? checkpointName(file)),
+    loras: await Promise.all(dynamic.map(async ({ name, file }) => name ?? (await nameOfLora(file)))),
     controlNets: controlNets.map(({ name, folder }) => name ?? checkpointName(folder)),
   };
 }

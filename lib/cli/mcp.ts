@@ -78,7 +78,7 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   if (!format)
     throw new OptionError("format", `Expected png, jpeg or webp for --format but received "${flags.format}".`);
   const ending = new AbortController();
-  const source = flags.url === undefined ? processSource(flags, ending.signal) : serverSource(flags, flags.url);
+  const source = flags.url === undefined ? await processSource(flags, ending.signal) : serverSource(flags, flags.url);
   const { StdioServerTransport } = await mcpSdk.load();
   const outputs = flags.outDir === undefined ? null : await OutputFolder.open(flags.outDir);
   const { drawer, model, adapters } = source;
@@ -104,11 +104,12 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   whenEnded();
 }
 
-function processSource(flags: Flags, signal: AbortSignal): Source {
+async function processSource(flags: Flags, signal: AbortSignal): Promise<Source> {
   if (flags.apiKey !== undefined)
     throw new OptionError("apiKey", "The flag --api-key is for a server; give --url too.");
   const options: LoadOptions = { ...readLoadFlags(flags), signal };
   checkOptions(loadSchema, options, "mcp");
+  const adapters = await adapterNames(options);
   const folder = flags.model ?? embeddedModel;
   let loading: Promise<FlowTurbo> | null = null;
   const open = (waiting: AbortSignal | undefined) => {
@@ -122,7 +123,7 @@ function processSource(flags: Flags, signal: AbortSignal): Source {
   return {
     drawer: localDrawer(open),
     model: modelName(folder),
-    adapters: adapterNames(options),
+    adapters,
     async dispose() {
       const model = await loading?.catch(() => null);
       await model?.dispose();

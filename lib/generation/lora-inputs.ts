@@ -121,6 +121,11 @@ export class LoraInputs {
       }
   }
 
+  /** What requests call them, in the order of loading. */
+  get names(): string[] {
+    return [...this.#loras.keys()];
+  }
+
   /**
    * The adapters that a request names, in the order of loading, those of scale 0 left out.
    * @throws OptionError for a name that no dynamic adapter has, or that is given twice, or for more than there is a rank for
@@ -215,7 +220,7 @@ export class LoraInputs {
         "loras",
         `The LoRA "${name}" is merged into the weights, so that requests cannot name it; load it with dynamic: true.`,
       );
-    const names = [...this.#loras.keys()];
+    const { names } = this;
     if (names.length === 0) refuseAll(name);
     const near = nearest(name, names);
     throw new OptionError(

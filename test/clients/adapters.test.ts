@@ -18,6 +18,7 @@ import { createMcpServer } from "../../lib/mcp/server.js";
 import { toolSchemas } from "../../lib/mcp/tools.js";
 import { createServer } from "../../lib/server/index.js";
 import { stubModel } from "../server/stub.js";
+import { fixture } from "../support/fixtures.js";
 import { original, pixelsIn, pixelsOf, transparentMask, whiteMask } from "./pictures.js";
 
 (globalThis as { AI_SDK_LOG_WARNINGS?: boolean }).AI_SDK_LOG_WARNINGS = false;
@@ -206,20 +207,59 @@ describe("the Model Context Protocol", () => {
     expect(fields({ loras: ["a"], controlNets: [] })).toEqual(["loras", "skip_layers"]);
   });
 
-  it("knows the names of the flags before anything is loaded", () => {
+  it("knows the names of the flags before anything is loaded", async () => {
     const given = [
       { file: "./a/ink.safetensors", dynamic: true },
       { file: "b.safetensors", name: "few", dynamic: true },
       { file: "merged.safetensors" },
+      { file: "./styles/pastel/pytorch_lora_weights.safetensors", dynamic: true },
     ];
     const controlNets = [{ folder: "./nets/canny/" }, { folder: "x", name: "depth" }];
-    expect(adapterNames({ loras: given, controlNets })).toEqual({
-      loras: ["ink", "few"],
+    expect(await adapterNames({ loras: given, controlNets })).toEqual({
+      loras: ["ink", "few", "pastel"],
       controlNets: ["canny", "depth"],
     });
-    expect(adapterNames({})).toEqual({ loras: [], controlNets: [] });
+    expect(await adapterNames({})).toEqual({ loras: [], controlNets: [] });
   });
 });
+
+it("a model with a LoRA and a ControlNet draws the same for all of them", async () => {
+  const file = fixture("sd3", "adapters/lora_a.safetensors");
+  const real = await FlowTurbo.load(fixture("sd3", "model"), {
+    loras: [{ file, name: "ink", dynamic: true }],
+    controlNets: [{ folder: fixture("sd3", "controlnet"), name: "lines" }],
+    measureCosts: false,
+  });
+  expect(real.adapters).toEqual({ loras: ["ink"], controlNets: ["lines"] });
+  const server = await createServer({ models: { real }, warm: [], page: false, logger: false });
+  try {
+    const address = await server.listen({ port: 0 });
+    const shared = { loras: [{ name: "ink", scale: 0.7 }], quality: "fast" as const, guidanceScale: 3 };
+    const own = { prompt: "a red circle", seed: 7, width: 64, height: 64, maxSequenceLength: 32 };
+    const control = { scale: 0.8, stop: 0.7 };
+    const expected = await real.generate({
+      ...{ ...own, ...shared },
+      controls: [{ folder: "lines", image: edges, ...control }],
+    });
+    const controls = [{ name: "lines", image: edges.toString("base64"), ...control }];
+    for (const provider of [createFlowTurbo({ model: real }), createFlowTurbo({ baseURL: address })]) {
+      const flowturbo = { ...shared, controls, maxSequenceLength: 32 };
+      const call = { model: provider.image(), prompt: own.prompt, seed: 7, size: "64x64" as const };
+      const { image } = await generateImage({ ...call, providerOptions: { flowturbo } });
+      expect(await pixelsOf(image.uint8Array)).toEqual(pixelsIn(expected.images[0]!));
+      // Each has an effect, and a path is no name.
+      const { image: plain } = await generateImage({ ...call, providerOptions: { flowturbo: { ...flowturbo, loras: undefined } } }); // biome-ignore format: one line
+      expect(await pixelsOf(plain.uint8Array)).not.toEqual(pixelsIn(expected.images[0]!));
+      const named = [{ ...controls[0]!, name: fixture("sd3", "controlnet_own") }];
+      const refused = await generateImage({ ...call, providerOptions: { flowturbo: { ...flowturbo, controls: named } } }).catch((reason) => reason); // biome-ignore format: one line
+      expect(APICallError.isInstance(refused) && refused.statusCode).toBe(400);
+      expect(refused.message).toMatch(/There is no ControlNet/);
+    }
+  } finally {
+    await server.close();
+    await real.dispose();
+  }
+}, 60_000);
 
 it("skip-layer guidance draws what the library draws, in this process", async () => {
   const shapes = await FlowTurbo.load(undefined, { measureCosts: false });

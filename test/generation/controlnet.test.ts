@@ -359,7 +359,7 @@ describe("a control", () => {
     expect(twice).toBeInstanceOf(OptionError);
     expect(twice.message).toMatch(/Two ControlNets are called "controlnet"/);
     expect(await load({ folder: at("model") })).toBeInstanceOf(CheckpointError);
-    expect(models.get("sd3")!.controlNets).toEqual(["lines"]);
+    expect(models.get("sd3")!.adapters).toEqual({ loras: [], controlNets: ["lines"] });
   });
 
   it("is in every candidate of a time limit, which needs a step for it", async () => {
