@@ -142,7 +142,8 @@ function check(words: string[]): void {
     if (place) exists(place, "pyproject.toml");
   } else if (program === "pytest") expect(rest).toEqual(["training"]);
   else if (program === "python" || program === "accelerate") {
-    const module = /^(python|accelerate launch) -m flowturbo_training (--help|shapes|refiner|lora|controlnet|features)\b/;
+    const module =
+      /^(python|accelerate launch) -m flowturbo_training (--help|shapes|refiner|lora|controlnet|features)\b/;
     expect(words.join(" ")).toMatch(module);
     checkFlags(rest, flagsOf(`${read("training/flowturbo_training/__main__.py")}"--help"`));
   } else if (program === "bash") {
