@@ -339,7 +339,23 @@ export class FlowTurbo implements ImageModel {
   async #generate(options: GenerateOptions, trace: CallTrace | null): Promise<GenerateResult> {
     const start = performance.now();
     this.#checkOpen();
-    if (options?.controls) await this.#openControlNets(options);
+    // Until the work is a call of its own.
+    const leave = options?.controls ? this.#entered() : () => {};
+    try {
+      if (options?.controls) await this.#openControlNets(options);
+      return await this.#begin(options, trace, start, leave);
+    } finally {
+      leave();
+    }
+  }
+
+  /** @param begun called when `dispose` waits for the request's work */
+  async #begin(
+    options: GenerateOptions,
+    trace: CallTrace | null,
+    start: number,
+    begun: () => void,
+  ): Promise<GenerateResult> {
     const request = settleRequest(options, this.#model);
     trace?.settled(request);
     request.signal?.throwIfAborted();
@@ -350,9 +366,9 @@ export class FlowTurbo implements ImageModel {
       timeoutMs === undefined ? undefined : setTimeout(() => events.abort(new TimeoutError(timeoutMs)), timeoutMs);
     try {
       // dispose() waits for the work, and not for handlers: one of them may be waiting for dispose().
-      return await events.around(
-        this.#tracked(() => this.#serve({ ...request, signal: events.signal }, start, { events, trace })),
-      );
+      const work = this.#tracked(() => this.#serve({ ...request, signal: events.signal }, start, { events, trace }));
+      begun();
+      return await events.around(work);
     } finally {
       clearTimeout(timer);
     }
@@ -481,14 +497,14 @@ export class FlowTurbo implements ImageModel {
    * @returns a promise, the same for every call, that resolves when the work of calls under way is done (not handlers of their events)
    */
   drain(): Promise<void> {
-    this.#drained ??= Promise.all(this.#calls).then(() => {});
+    this.#drained ??= this.#idle();
     return this.#drained;
   }
 
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
     this.#disposed ??= (async () => {
-      await Promise.all(this.#calls);
+      await this.#idle();
       await this.#service.close();
       await this.#model.runtime.dispose();
     })();
@@ -532,8 +548,7 @@ export class FlowTurbo implements ImageModel {
     // The number of them is checked with the other options.
     if (!Array.isArray(controls) || controls.length > 64 || !allowPaths || !isAllowed) return;
     const folders = controls.map((control: Partial<Control> | null | undefined) => control?.folder);
-    await this.#tracked(async () => controlNets?.prepare(folders, signal instanceof AbortSignal ? signal : undefined));
-    this.#checkOpen();
+    await controlNets?.prepare(folders, signal instanceof AbortSignal ? signal : undefined);
   }
 
   async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {
@@ -671,6 +686,24 @@ export class FlowTurbo implements ImageModel {
           await this.#serve(settleRequest({ ...request, count }, this.#model), performance.now(), unwatched);
     await this.#service.store();
     return this.costs;
+  }
+
+  /** Resolves when no call is under way: one may have begun another. */
+  async #idle(): Promise<void> {
+    while (this.#calls.size > 0) await Promise.all(this.#calls);
+  }
+
+  /** Makes `dispose` wait until what is returned is called. */
+  #entered(): () => void {
+    let leave = () => {};
+    const entered = new Promise<void>((resolve) => {
+      leave = resolve;
+    });
+    this.#calls.add(entered);
+    return () => {
+      this.#calls.delete(entered);
+      leave();
+    };
   }
 
   /** Begins a call that `dispose` waits for, even if the call's own first step disposes. */
