@@ -21,15 +21,16 @@ import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
 import { seedToJson } from "./common/seed.js";
 import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
+import { controlledStages } from "./generation/additions.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
 import { readControl, type StageControl } from "./generation/control.js";
 import { ControlNets } from "./generation/control-nets.js";
 import { defaultsOf } from "./generation/defaults.js";
 import {
+  additionsMemoryNeeded,
   checkDeviceMemory,
   checkPictureMemory,
-  controlMemoryNeeded,
   deviceMemoryNeeded,
 } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
@@ -38,7 +39,7 @@ import { locateAll } from "./generation/locate.js";
 import { dynamicLoras, LoraInputs } from "./generation/lora-inputs.js";
 import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
-import { controlledStages, encoderProgram } from "./generation/programs.js";
+import { encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
 import { draw, type LoadedModel } from "./generation/recipe.js";
 import { type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
@@ -527,10 +528,10 @@ export class FlowTurbo implements ImageModel {
     if (!this.#held) return;
     const { device, draw } = this.#held;
     const { stages } = candidates[0];
-    const controls = controlMemoryNeeded(this.#graphs, device.widening, guidance, additions.controls, stages);
+    const added = additionsMemoryNeeded(this.#graphs, device.widening, additions, guidance.mode, stages);
     const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
     for (const stage of stages)
-      checkPictureMemory(this.#graphs, device, draw + controls, {
+      checkPictureMemory(this.#graphs, device, draw + added, {
         ...stage,
         sequenceLength,
         rows,

@@ -6,10 +6,10 @@
 
 import type { Checkpoint } from "../lib/checkpoint/index.js";
 import { elementCount, type FloatTensor, float32, int64, type Tensor } from "../lib/common/tensor.js";
+import type { Additions } from "../lib/generation/additions.js";
 import { type RequiredEngine, requiredEngines } from "../lib/generation/engines.js";
 import { NoiseGenerator } from "../lib/generation/noise.js";
 import {
-  type Additions,
   type LatentShape,
   type SamplingStage,
   type SamplingValues,

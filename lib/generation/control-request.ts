@@ -5,9 +5,9 @@ import { OptionError } from "../errors.js";
 import type { PictureSource, PixelRange } from "../model.js";
 import { controlChannels } from "../networks/index.js";
 import type { ResolvedGenerateOptions } from "../options.js";
+import { type ControlKind, controlledStages } from "./additions.js";
 import type { Candidate, CandidateFacts } from "./candidates.js";
 import { ControlNets } from "./control-nets.js";
-import { type ControlKind, controlledStages } from "./programs.js";
 import { checkControlSizes } from "./sizes.js";
 
 /** How 8-bit values become what the autoencoder encodes. */

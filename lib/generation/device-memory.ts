@@ -7,11 +7,12 @@
 import { gigabytes } from "../common/memory.js";
 import { elementCount, is8Bit } from "../common/tensor.js";
 import { MemoryError } from "../errors.js";
-import { graphName, mmditWidth, textEncodersOf, tokensOf, type Variants } from "../networks/index.js";
+import { mmditWidth, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
 import type { Device } from "../runtimes/runtime.js";
-import { type ControlKind, controlSets, type LatentShape, type SamplingStage } from "./programs.js";
+import { type Additions, type PlacedStage, predictGraphs } from "./additions.js";
+import type { LatentShape } from "./programs.js";
 
 /** A picture as far as it matters to what its launches take. */
 export interface DrawnPicture {
@@ -40,26 +41,19 @@ export function deviceMemoryNeeded(
 }
 
 /**
- * Bytes of weights that ControlNets need on the device besides: those of each graph with some of them, and less those of the graph without,
- * where no step is run with it. A graph has weights of its own, whatever others have the same.
+ * Bytes of weights that a picture's steps need on the device besides those of one graph of the transformer, which `deviceMemoryNeeded` counts: a
+ * graph has weights of its own, whatever others have the same.
  */
-export function controlMemoryNeeded(
+export function additionsMemoryNeeded(
   graphs: GraphLibrary,
   widening: Device["widening"] = () => "lazy",
-  { isOn, mode }: { readonly isOn: boolean; readonly mode: "cfg" | "cfg_zero" },
-  controls: readonly ControlKind[],
-  stages: readonly Pick<SamplingStage, "schedule" | "place">[],
+  additions: Additions,
+  mode: "cfg" | "cfg_zero",
+  stages: readonly PlacedStage[],
 ): number {
-  if (controls.length === 0) return 0;
-  const guidance = isOn && (mode === "cfg" || mode);
-  const bytes = (variants: Variants) =>
-    weightsOf(graphs, graphs.get(graphName({ network: "predict", guidance, ...variants })), widening).reduce(
-      (sum, each) => sum + each,
-      0,
-    );
-  const sets = controlSets(controls, stages);
-  const besides = [...sets].reduce((sum, ids) => sum + (ids === "" ? 0 : bytes({ controls: ids })), 0);
-  return besides - (sets.has("") ? 0 : bytes({}));
+  const bytes = (name: string) => weightsOf(graphs, graphs.get(name), widening).reduce((sum, each) => sum + each, 0);
+  const names = [...predictGraphs(additions, mode, stages)];
+  return names.reduce((sum, name) => sum + bytes(name), 0) - (names.length > 0 ? bytes("predict.guidance") : 0);
 }
 
 /** Bytes of each weight of a graph on the device. */

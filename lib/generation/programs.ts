@@ -12,8 +12,6 @@ import { elementCount, type FloatTensor, float32, type Tensor } from "../common/
 import {
   graphName,
   guidedKeysOf,
-  type LoraRank,
-  listed,
   networks,
   type UpscaleName,
   upscaleConstants,
@@ -25,8 +23,8 @@ import {
 import { DoubleBuffer, ProgramBuilder } from "../program/builder.js";
 import type { Constant, Launch, LaunchLabel, Program, Sharing } from "../program/program.js";
 import { type Combination, moveBy, type Schedule, type StepLaunch, type StepType } from "../schedule/index.js";
+import { type Additions, additionsAt, noAdditions, type StepPlace } from "./additions.js";
 import type { LoraValues } from "./lora-inputs.js";
-import type { StepPlace } from "./stages.js";
 
 /** [B, C, h, w] */
 export type LatentShape = readonly [rows: number, channels: number, height: number, width: number];
@@ -47,77 +45,6 @@ export interface SamplingStage {
   /** Whether there are init latents, those of an original: to start from (first stage), and to keep where there is a mask. */
   readonly hasInit: boolean;
   readonly hasMask: boolean;
-}
-
-/** What the transformer is run with in some steps. The refiner, which was trained for its velocities without them, is run without. */
-export interface Additions {
-  /** Matrices of LoRAs, in all steps. */
-  readonly lora: { readonly rank: LoraRank; readonly down: number; readonly up: number } | null;
-  /** ControlNets in the order of the graph's inputs, each in the steps of its interval. */
-  readonly controls: readonly ControlKind[];
-  /** Skip-layer guidance, in guided steps of its interval. */
-  readonly skipLayers: SkippedLayers | null;
-}
-
-/** A ControlNet of a kind of pictures. */
-export interface ControlKind {
-  /** Id of the ControlNet. */
-  readonly id: string;
-  /** Of the control latents, with what else it reads. */
-  readonly channels: number;
-  readonly scale: number;
-  readonly start: number;
-  readonly stop: number;
-}
-
-/** Skip-layer guidance, settled. */
-export interface SkippedLayers {
-  /** Rising, each once. */
-  readonly layers: readonly number[];
-  readonly scale: number;
-  readonly start: number;
-  readonly stop: number;
-}
-
-/** Whether a step has skip-layer guidance: as in diffusers' pipeline, strictly between both ends. */
-export function skipsLayers({ start, stop }: SkippedLayers, step: number, steps: number): boolean {
-  return steps * start < step && step < steps * stop;
-}
-
-/** Whether a ControlNet guides a step, as in diffusers' pipeline: none that begins before `start` or ends after `stop`. */
-export function isControlled(
-  { start, stop }: Pick<ControlKind, "start" | "stop">,
-  step: number,
-  steps: number,
-): boolean {
-  return !(step / steps < start || (step + 1) / steps > stop);
-}
-
-/** Of each stage whether some step of it is controlled. */
-export function controlledStages(
-  control: Pick<ControlKind, "start" | "stop">,
-  stages: readonly Pick<SamplingStage, "schedule" | "place">[],
-): boolean[] {
-  return stages.map(({ schedule, place = { first: 0, steps: schedule.blocks.length } }) =>
-    schedule.launches.some(
-      ({ type, block }) => type === "predict" && isControlled(control, place.first + block, place.steps),
-    ),
-  );
-}
-
-/** The sets of ControlNets that steps of stages are run with, as the variant of their graphs: "" for none. */
-export function controlSets(
-  controls: readonly ControlKind[],
-  stages: readonly Pick<SamplingStage, "schedule" | "place">[],
-): ReadonlySet<string> {
-  const sets = new Set<string>();
-  for (const { schedule, place = { first: 0, steps: schedule.blocks.length } } of stages)
-    for (const { type, block } of schedule.launches) {
-      if (type !== "predict") continue;
-      const active = controls.filter((control) => isControlled(control, place.first + block, place.steps));
-      sets.add(listed(active.map(({ id }) => id)));
-    }
-  return sets;
 }
 
 /** What pictures of a kind have in common. */
@@ -433,7 +360,7 @@ class TemplateWriter {
   }
 
   get #additions(): Additions {
-    return this.#kind.additions ?? { lora: null, controls: [], skipLayers: null };
+    return this.#kind.additions ?? noAdditions;
   }
 
   /**
@@ -546,26 +473,19 @@ class TemplateWriter {
   }
 
   /** What the transformer is run with in a step: variants of the graph, and their inputs. */
-  #added(
-    index: number,
-    { block, guidance }: StepLaunch,
-  ): { readonly variants: Variants; readonly inputs: Record<string, string> } {
+  #added(index: number, step: StepLaunch): { readonly variants: Variants; readonly inputs: Record<string, string> } {
     const { builder } = this;
-    const { lora, controls, skipLayers } = this.#additions;
     const stage = this.#kind.stages[index]!;
     const name = stageName(index);
-    const { first, steps } = stage.place ?? { first: 0, steps: stage.schedule.blocks.length };
-    const at = first + block;
+    const { lora, controls, skipLayers, variants } = additionsAt(this.#additions, stage, step);
     const perRow = (value: number) => builder.perRow(value, this.#rows);
-    const isSkipping = skipLayers !== null && guidance !== null && skipsLayers(skipLayers, at, steps);
-    if (isSkipping) this.thirdRows += this.#rows;
-    const active = [...controls.entries()].filter(([, control]) => isControlled(control, at, steps));
+    if (skipLayers) this.thirdRows += this.#rows;
     const inputs: Record<string, string> = {
       ...(lora && { lora_down: "lora.down", lora_up: "lora.up", lora_scale: "lora.scale" }),
-      ...(isSkipping && { skip_scale: perRow(skipLayers.scale) }),
+      ...(skipLayers && { skip_scale: perRow(skipLayers.scale) }),
     };
     const [, , height, width] = stage.latentShape;
-    for (const [place, [which, { scale, channels }]] of active.entries()) {
+    for (const [place, [which, { scale, channels }]] of controls.entries()) {
       const input = `control_${place + 1}`;
       inputs[input] = builder.slot(controlSlot(name, which), [this.#rows, channels, height, width]);
       inputs[`${input}_scale`] = perRow(scale);
@@ -575,11 +495,6 @@ class TemplateWriter {
       builder.constants[constant] ??= positions;
       inputs[`${input}_positions`] = constant;
     }
-    const variants = {
-      ...(lora && { lora: lora.rank }),
-      ...(active.length > 0 && { controls: listed(active.map(([, { id }]) => id)) }),
-      ...(isSkipping && { skipped: listed(skipLayers.layers) }),
-    };
     return { variants, inputs };
   }
 

@@ -21,11 +21,11 @@ import {
 } from "../options.js";
 import { allFinite } from "../program/validate.js";
 import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
+import { type Additions, hasSkippedStep, type SkippedLayers } from "./additions.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
 import type { ControlNets } from "./control-nets.js";
 import { type ControlRequest, controlKind, settleControls } from "./control-request.js";
 import { type AppliedLora, type LoraFacts, noLoras } from "./lora-inputs.js";
-import { type Additions, type SkippedLayers, skipsLayers } from "./programs.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
 import { defaultStrength, type RequestStage } from "./stages.js";
 
@@ -289,16 +289,6 @@ export function noSuchLayer(layer: number, numLayers: number, option: string): O
   return new OptionError(
     "skipLayers",
     `Expected numbers of blocks from 0 to ${numLayers - 1} for ${option}, since the transformer has ${numLayers}, but received ${layer}.`,
-  );
-}
-
-/** Whether some step of a run has skip-layer guidance. */
-export function hasSkippedStep(skipped: SkippedLayers, stages: readonly RequestStage[]): boolean {
-  return stages.some(({ place, schedule }) =>
-    schedule.launches.some(
-      ({ type, block, guidance }) =>
-        type === "predict" && guidance !== null && skipsLayers(skipped, place.first + block, place.steps),
-    ),
   );
 }
 

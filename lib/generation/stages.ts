@@ -33,6 +33,7 @@ import {
   unmetNeed,
   upscaleSigmas,
 } from "../schedule/index.js";
+import type { StepPlace } from "./additions.js";
 import type { LatentShape } from "./programs.js";
 import { checkSize, fitsPositions, latentShapeOf, nativeSize } from "./sizes.js";
 
@@ -41,14 +42,6 @@ export interface StageFacts {
   readonly checkpoint: Checkpoint;
   /** Schedules that were calibrated for the model. */
   readonly calibrated: readonly CalibratedSchedule[];
-}
-
-/** Which steps of a request a stage runs. */
-export interface StepPlace {
-  /** Number of the first one, from 0. */
-  readonly first: number;
-  /** Steps of all stages. */
-  readonly steps: number;
 }
 
 /** One size of a request. */

@@ -17,12 +17,12 @@ import {
 import type { Program, StoredConstant } from "../program/program.js";
 import { scheduleOf } from "../schedule/index.js";
 import type { CandidateWork, Demand } from "../serving/prediction.js";
+import { controlledStages } from "./additions.js";
 import type { Candidate } from "./candidates.js";
 import type { StageControl } from "./control.js";
 import type { Crop } from "./crop.js";
 import type { Edit } from "./edit.js";
 import {
-  controlledStages,
   encoderProgram,
   type LatentShape,
   type SamplingStage,

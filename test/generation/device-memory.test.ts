@@ -2,13 +2,13 @@
 import { beforeAll, describe, expect, it } from "vitest";
 import { type ControlNet, openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
 import { MemoryError } from "../../lib/errors.js";
+import { type Additions, type ControlKind, noAdditions, type PlacedStage } from "../../lib/generation/additions.js";
 import {
+  additionsMemoryNeeded,
   checkDeviceMemory,
   checkPictureMemory,
-  controlMemoryNeeded,
   deviceMemoryNeeded,
 } from "../../lib/generation/device-memory.js";
-import type { ControlKind } from "../../lib/generation/programs.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import { cudaEmitOptions, gpuWidening, webGpuEmitOptions } from "../../lib/runtimes/onnxruntime/emission.js";
@@ -84,9 +84,11 @@ describe("ControlNets", () => {
     );
     const [first, second] = kinds as [(typeof kinds)[0], (typeof kinds)[0]];
     const library = new GraphLibrary({ ...graphs.checkpoint, controlNets }, () => cpuEmitOptions);
-    const schedule = scheduleOf(parseBlocks("E4"), [1, 0.75, 0.5, 0.25, 0]);
-    const needed = (...controls: ControlKind[]) =>
-      controlMemoryNeeded(library, () => "lazy", { isOn: true, mode: "cfg" }, controls, [{ schedule }]);
+    const schedule = scheduleOf(parseBlocks("E4"), [1, 0.75, 0.5, 0.25, 0], { guidance: 4 });
+    const memory = (additions: Additions, stage: PlacedStage) =>
+      additionsMemoryNeeded(library, () => "lazy", additions, "cfg", [stage]);
+    const guided = { schedule };
+    const needed = (...controls: ControlKind[]) => memory({ ...noAdditions, controls }, guided);
     const transformer = [...library.get("predict.guidance").externals.values()].reduce(
       (sum, each) => sum + each.length,
       0,
@@ -96,6 +98,15 @@ describe("ControlNets", () => {
     expect(needed({ ...first, stop: 0.5 })).toBe(transformer + first.bytes);
     // Both, and the second alone.
     expect(needed({ ...first, stop: 0.5 }, second)).toBe(transformer + first.bytes + 2 * second.bytes);
+    // Skip-layer guidance in some steps, dynamic LoRAs in all.
+    const skipLayers = { layers: [1], scale: 2, start: 0.1, stop: 0.5 };
+    expect(memory({ ...noAdditions, skipLayers }, guided)).toBe(transformer);
+    const lora = { rank: 8, down: 1, up: 1 } as const;
+    expect(memory({ ...noAdditions, lora }, guided)).toBe(0);
+    expect(memory({ ...noAdditions, lora, skipLayers }, guided)).toBe(transformer);
+    // Steps without guidance have a graph of their own, and leave no blocks out.
+    const half = scheduleOf(parseBlocks("E4"), schedule.sigmas, { guidance: (block) => (block < 2 ? 4 : null) });
+    expect(memory({ ...noAdditions, skipLayers }, { schedule: half })).toBe(2 * transformer);
   });
 
   /** Of all weights but the table of positions, of which rows are an input. */
