@@ -522,7 +522,7 @@ export interface GenerateOptions extends TextOptions {
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
   /**
    * Skip-layer guidance, as `skip_guidance_layers` of diffusers' pipeline: a third row for each picture in some steps, half as much work
-   * again. Only in steps that are guided. It sharpens what SD3.5-medium draws, and harms SD3.5-large. Default: none.
+   * again. Only in steps that are guided. `layers` are numbers of blocks from 0; `start` and `stop` are parts of the steps, from 0 to 1. It sharpens what SD3.5-medium draws, and harms SD3.5-large. Default: none.
    */
   skipLayers?: SkipLayers | undefined;
   /** LoRAs of this request, of those that `load` was given as dynamic; each once. Default: none. */

@@ -8,6 +8,7 @@ import type { ElementType, GraphBuilder, OnnxGraph, Value } from "../onnx/index.
 
 /** Ranks that graphs come in: an adapter is padded to the next one. */
 export const loraRanks = [8, 16, 32, 64, 128] as const;
+/** A rank that graphs come in: those of dynamic LoRAs are padded to the next one. */
 export type LoraRank = (typeof loraRanks)[number];
 
 /** Where the matrices of a linear layer are. */
