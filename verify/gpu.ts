@@ -11,7 +11,7 @@
  *   --cache FOLDER          of engines; with --level, default: one in the folder of the report
  *   --sizes 64x64,128x128   default: the model's native size, and one and a half times that
  *   --batches 1,2           default: 1,2
- *   --quick                 a fifth of the cases: every graph once, and every kind of program
+ *   --quick                 a third of the cases: every graph once, and every kind of program
  *   --level N               builder optimisation level, 0 to 5: lower builds sooner and runs slower; default: the library's
  *   --memory GB             that builds may take; default: what is available
  *   --rounds N              timed runs of each case, at most; default: 20, and 3 with --quick

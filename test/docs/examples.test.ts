@@ -50,6 +50,8 @@ async function runSample(sample: string, check?: (folder: string) => Promise<voi
       .replaceAll(address, (await serving)?.address ?? address);
     // Other packages as the reader has installed them.
     symlinkSync(path.join(root, "node_modules"), path.join(folder, "node_modules"));
+    // What samples for a clone name.
+    symlinkSync(path.join(root, "models"), path.join(folder, "models"));
     writeFileSync(path.join(folder, "sample.mjs"), code);
     const child = spawn(process.execPath, ["sample.mjs"], { cwd: folder, stdio: ["ignore", "ignore", "inherit"] });
     expect(await new Promise((resolve) => child.once("exit", resolve))).toBe(0);

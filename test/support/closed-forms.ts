@@ -55,11 +55,27 @@ const step = (network: string, guided: boolean): Form => ({
   ],
 });
 
-/** Of a variant of the transformer's step: it reads what the variant has besides. */
+/** What stands for low-rank branches: all three of their inputs are read. */
+const lowRank = "lora_scale lora_down * lora_up + 0.03125 * +";
+
+/** Of text encoders. */
+const texts: Forms = {
+  clip_l: { formulas: ["hidden ids 0.0001 *", "pooled ids 0.0002 *"] },
+  clip_g: { formulas: ["hidden ids 0.0002 *", "pooled ids 0.0001 *"] },
+  t5: { formulas: ["hidden ids 0.0003 *"] },
+};
+
+/** Of a variant with dynamic LoRAs, ControlNets or skip-layer guidance: it reads what the variant has besides. */
+function variantForm(name: string): Form {
+  const { network } = graphKey(name);
+  if (network === "predict") return variantStep(name);
+  return { formulas: texts[network]!.formulas.map((formula) => `${formula} ${lowRank}`) };
+}
+
 function variantStep(name: string): Form {
   const { guidance, lora, controls, skipped } = graphKey(name);
   const more = [
-    ...(lora ? ["lora_scale 0.03125 * +"] : []),
+    ...(lora ? [lowRank] : []),
     ...(controls?.split("+") ?? []).map((_, index) => `control_${index + 1} control_${index + 1}_scale * +`),
     ...(skipped ? ["skip_scale 0.0625 * +"] : []),
   ];
@@ -69,16 +85,14 @@ function variantStep(name: string): Form {
 /**
  * Of every graph of a checkpoint.
  * @param factor pixels of a latent's side
- * @param names of graphs, among which there may be variants of the transformer's step
+ * @param names of graphs, among which there may be variants with dynamic LoRAs, ControlNets or skip-layer guidance
  */
 export function checkpointForms(factor: number, names: readonly string[] = []): Forms {
   const withNoise = "latents 1 sigma - * noise sigma * +";
-  const variants = names.filter((name) => /^predict\..*(lora|controls|skipped)-/.test(name));
+  const variants = names.filter((name) => /\.(lora|controls|skipped)-/.test(name));
   const forms: Record<string, Form> = {
-    ...Object.fromEntries(variants.map((name) => [name, variantStep(name)])),
-    clip_l: { formulas: ["hidden ids 0.0001 *", "pooled ids 0.0002 *"] },
-    clip_g: { formulas: ["hidden ids 0.0002 *", "pooled ids 0.0001 *"] },
-    t5: { formulas: ["hidden ids 0.0003 *"] },
+    ...Object.fromEntries(variants.map((name) => [name, variantForm(name)])),
+    ...texts,
     vae_decoder: {
       sizes: { image_height: `height ${factor} *`, image_width: `width ${factor} *` },
       formulas: ["image latents 0.5 * 0.25 +"],

@@ -125,14 +125,14 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(stdout).toMatch(/^# verify:gpu: passed\n/);
     expect(report.machine).toMatchObject({ gpu: "Simulated GPU", sm: "8.9", runtime: "tensorrt", driver: "13.0" });
     expect([report.engines.length, report.findings.length]).toEqual([report.planned.engines, report.planned.cases]);
-    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(20);
+    expect(new Set(report.engines.map(({ graph }) => graph)).size).toBe(26);
     for (const { cached, bytes } of report.engines) expect([cached, bytes > 100]).toEqual([false, true]);
 
     // The simulation rounds after each operation, as plain TypeScript does: not a bit is off.
     for (const { name, differences } of [...report.findings, ...report.pictures])
       for (const { worst } of differences) expect(worst, name).toBe(0);
     const samplers = report.findings.filter(({ kind }) => kind === "sampler");
-    expect(samplers).toHaveLength(14);
+    expect(samplers).toHaveLength(16);
     for (const { name, captured, rounds } of samplers)
       expect([captured, rounds], name).toMatchObject([{ runs: 3, replayed: 3 }, 2]);
     // Five requests: at the same time, padded, and captured twice.
@@ -140,18 +140,18 @@ describeAddons("verify:gpu on the simulated library", () => {
     expect(report.lifecycle.map(({ passed }) => passed)).toEqual([true, true, true]);
   });
 
-  it("--quick has every graph and every kind of program in about a fifth of the cases", async () => {
+  it("--quick has every graph and every kind of program in about a third of the cases", async () => {
     const { status, report, stdout } = await verify(["--quick"]);
     expect([status, report.passed, report.quick]).toEqual([0, true, true]);
     // Its profiles are among those of the engines that were built above.
     for (const { graph, cached } of report.engines) expect(cached, graph).toBe(true);
-    expect(report.engines).toHaveLength(20);
+    expect(report.engines).toHaveLength(26);
     const launched = new Set(report.findings.flatMap(({ launches }) => launches.map(({ graph }) => graph)));
     expect([...launched].sort()).toEqual(report.engines.map(({ graph }) => graph).sort());
     expect(new Set(report.findings.map(({ kind }) => kind))).toEqual(new Set(["engine", "texts", "sampler"]));
-    expect(report.findings.length).toBeLessThan(28);
+    expect(report.findings.length).toBeLessThan(36);
     expect(report.pictures).toHaveLength(2);
-    expect(stdout).toContain("27 of 27 cases (the small set, --quick)");
+    expect(stdout).toContain("35 of 35 cases (the small set, --quick)");
   });
 
   const namesOf = (findings: readonly { readonly name: string; readonly passed: boolean }[]) =>
@@ -180,6 +180,8 @@ describeAddons("verify:gpu on the simulated library", () => {
       "refined midpoint (A2C2), batch 1, 64 × 64",
       "without guidance (H1P2R1), batch 1, 64 × 64",
       sampler,
+      "skip-layer guidance (H2P2), batch 1, 64 × 64",
+      "LoRAs of each picture (H1P1), batch 2, 64 × 64",
     ]);
     for (const { captured } of report.findings.filter(({ kind }) => kind === "sampler"))
       expect(captured).toMatchObject({ runs: 3, replayed: fault === "refuse-capture" ? 0 : 3 });
@@ -226,10 +228,12 @@ describeAddons("verify:gpu on the simulated library", () => {
   it("gives up after a few processes, and says what was not run", async () => {
     const { names, report, stdout } = await faulty("hang predict.guidance", "--case-timeout", "1");
     expect(names.length).toBeGreaterThanOrEqual(2);
-    expect(names.every((name) => /predict\.guidance|multistep|midpoint|inpainting|pictures/.test(name))).toBe(true);
+    expect(
+      names.every((name) => /predict\.guidance|multistep|midpoint|inpainting|skip-layer|LoRAs|pictures/.test(name)),
+    ).toBe(true);
     const { findings, lifecycle, skipped, pictures } = report;
     // Every case is accounted for.
-    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(27 + 3 + 1);
+    expect(findings.length + skipped.length + lifecycle.length + Math.min(1, pictures.length)).toBe(35 + 3 + 1);
     expect(stdout).toMatch(/timed out after 1 s/);
   });
 
@@ -257,7 +261,7 @@ describeAddons("verify:gpu on the simulated library", () => {
     });
     expect([status, report.passed, report.findings, report.pictures]).toEqual([1, false, [], []]);
     for (const { error } of report.engines) expect(error).toMatch(/libnvinfer_builder_resource/);
-    expect(report.skipped).toHaveLength(27 + 3 + 1);
+    expect(report.skipped).toHaveLength(35 + 3 + 1);
   });
 
   it("--level builds into a folder of its own; --memory refuses what does not fit", async () => {
