@@ -20,13 +20,18 @@ import { latentShapeOf } from "../lib/generation/sizes.js";
 import { positionCrop, positionsOf } from "../lib/generation/templates.js";
 import { type Condition, PromptEncoder, promptOf } from "../lib/generation/text.js";
 import {
+  type GraphKey,
   graphKey,
   graphName,
+  keysOf,
+  listed,
+  networksOf,
   sigmaBeforeUpscale,
   textEncodersOf,
   type UpscaleName,
   upscaleConstants,
   upscaleJump,
+  type VariantValues,
 } from "../lib/networks/index.js";
 import type { GraphLibrary } from "../lib/networks/library.js";
 import { shapeWith } from "../lib/onnx/index.js";
@@ -129,11 +134,28 @@ export async function casesOf(graphs: GraphLibrary, options: CaseOptions, run: R
   return cases;
 }
 
-/** All that a picture may need: both kinds of guidance, editing, previews, and stages where there are two sizes. */
+/**
+ * All that a picture may need: both kinds of guidance, dynamic LoRAs, skip-layer guidance, the ControlNets that are open, editing, previews,
+ * and stages where there are two sizes.
+ */
 export function enginesOf(graphs: GraphLibrary, { sizes, batches }: CaseOptions): RequiredEngine[] {
   const skipLayers = leftOut(graphs.checkpoint);
+  const controlIds = [...graphs.checkpoint.controlNets.keys()];
   const features = sizes.length > 1 ? (["editing", "previews", "stages"] as const) : (["editing", "previews"] as const);
-  return requiredEngines(graphs, { sizes, batches, guidance: "both", features, skipLayers, lorasRank });
+  return requiredEngines(graphs, { sizes, batches, guidance: "both", features, skipLayers, lorasRank, controlIds });
+}
+
+/** The graphs of a checkpoint for each kind of guidance, and of each network that comes with more, one with all of it. */
+export function graphsWithAndWithout(checkpoint: Checkpoint): GraphKey[] {
+  const controls = [...checkpoint.controlNets.keys()];
+  const all: VariantValues = {
+    ...{ guidance: [true], lora: [lorasRank], skipped: [listed(leftOut(checkpoint))] },
+    ...(controls.length > 0 && { controls: [listed(controls)] }),
+  };
+  return networksOf(checkpoint).flatMap(({ name, row: { variants } }) => [
+    ...keysOf(name, { guidance: [true, false] }),
+    ...(variants.includes("lora") ? keysOf(name, all) : []),
+  ]);
 }
 
 interface Example {

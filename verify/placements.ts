@@ -5,11 +5,12 @@
 
 import { openCheckpoint } from "../lib/checkpoint/index.js";
 import { packagePath } from "../lib/common/package.js";
-import { graphName, keysOf, networksOf } from "../lib/networks/index.js";
+import { graphName } from "../lib/networks/index.js";
 import { GraphLibrary } from "../lib/networks/library.js";
 import { runtimes } from "../lib/runtimes/index.js";
 import { findCudaProvider } from "../lib/runtimes/onnxruntime/cuda-provider.js";
 import { loadFolder } from "../lib/runtimes/onnxruntime/load-folder.js";
+import { graphsWithAndWithout } from "./cases.js";
 import { misplaced, placementsOf } from "./placement.js";
 
 const [provider, ...checkpoints] = process.argv.slice(2);
@@ -33,9 +34,7 @@ async function main(): Promise<number> {
   for (const folder of checkpoints) {
     const checkpoint = await openCheckpoint(folder);
     const library = new GraphLibrary(checkpoint, emitOptions);
-    const all = networksOf(checkpoint).flatMap(({ name }) =>
-      keysOf(name, { guidance: [true, false] }).map((key) => library.get(graphName(key))),
-    );
+    const all = graphsWithAndWithout(checkpoint).map((key) => library.get(graphName(key)));
     for (const placement of await placementsOf(all, { provider, root: packagePath("."), ...places })) {
       const off = misplaced(placement).map(({ operator, name }) => `${placement.graph}: ${operator} ${name}`);
       graphs++;

@@ -1,14 +1,14 @@
 // Every graph of the three fixtures on ONNX Runtime's GPU providers: which nodes fall back to the CPU, and for WebGPU that
 // the results are those of the CPU. The CUDA provider is the real one, on a CUDA runtime that only pretends.
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { openCheckpoint } from "../../lib/checkpoint/index.js";
-import { graphName, keysOf, networksOf } from "../../lib/networks/index.js";
+import { type Checkpoint, openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
+import { graphKey, graphName } from "../../lib/networks/index.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import type { EmitOptions, EmittedNetwork } from "../../lib/onnx/index.js";
 import type { Program } from "../../lib/program/program.js";
 import { cudaEmitOptions, gpuWidening, webGpuEmitOptions } from "../../lib/runtimes/onnxruntime/emission.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { casesOf } from "../../verify/cases.js";
+import { type Case, casesOf, graphsWithAndWithout } from "../../verify/cases.js";
 import { compare, graphsOf } from "../../verify/check.js";
 import { misplaced, placementsOf } from "../../verify/placement.js";
 import { noCudaProvider, pretendedCuda } from "../support/cuda.js";
@@ -18,12 +18,26 @@ import { type Bundles, bundle } from "./build.js";
 
 const minutes = 60_000;
 
+/** A fixture with its ControlNet. */
+async function checkpointOf(name: string): Promise<Checkpoint> {
+  const controlNet = await openControlNet(fixture(name, "controlnet"));
+  return { ...(await openCheckpoint(fixture(name, "model"))), controlNets: new Map([[controlNet.id, controlNet]]) };
+}
+
 async function graphsFor(name: string, options: (network: EmittedNetwork) => EmitOptions) {
-  const checkpoint = await openCheckpoint(fixture(name, "model"));
+  const checkpoint = await checkpointOf(name);
   const graphs = new GraphLibrary(checkpoint, options);
-  return networksOf(checkpoint).flatMap((network) =>
-    keysOf(network.name, { guidance: [true, false] }).map((key) => graphs.get(graphName(key))),
-  );
+  return graphsWithAndWithout(checkpoint).map((key) => graphs.get(graphName(key)));
+}
+
+/** Graphs of all that a step may have at once, and of nothing of it, stand for those of some of it. */
+function isNeeded({ kind, program }: Case): boolean {
+  if (kind !== "engine") return false;
+  return graphsOf(program).every((graph) => {
+    const { network, lora, controls, skipped } = graphKey(graph);
+    const [some, all] = [[lora, controls, skipped].some(Boolean), lora && controls && skipped];
+    return network !== "predict" || !some || Boolean(all);
+  });
 }
 
 const running = (runtime: OnnxRuntime, graphs: GraphLibrary) => (program: Program) => {
@@ -67,7 +81,7 @@ describe.skipIf(noSwiftShader)(`WebGPU on SwiftShader${noSwiftShader ? `: ${noSw
     "every graph of %s computes what it does on the CPU",
     { timeout: 10 * minutes },
     async (name) => {
-      const checkpoint = await openCheckpoint(fixture(name, "model"));
+      const checkpoint = await checkpointOf(name);
       await using cpu = new OnnxRuntime({ weights: "lazy", host: bundles.host });
       await using gpu = new OnnxRuntime({
         ...{ name: "webgpu", provider, weights: gpuWidening([]), host: bundles.host, env: swiftShaderEnv },
@@ -84,8 +98,7 @@ describe.skipIf(noSwiftShader)(`WebGPU on SwiftShader${noSwiftShader ? `: ${noSw
       );
       const errors: string[] = [];
       let compared = 0;
-      for (const { name: launch, kind, program } of cases) {
-        if (kind !== "engine") continue;
+      for (const { name: launch, program } of cases.filter(isNeeded)) {
         const expected = await onCpu(program);
         for (const { result, relative } of compare(await onGpu(program), expected)) {
           compared++;
@@ -116,7 +129,7 @@ describe("graphs for a GPU, on the CPU", () => {
       [name, "CUDA without bfloat16", cudaEmitOptions({ bfloat16: false, attention: true }), 1e-2] as const,
     ]),
   )("every graph of %s, for %s, computes what it does for the CPU", async (name, _, options, bar) => {
-    const checkpoint = await openCheckpoint(fixture(name, "model"));
+    const checkpoint = await checkpointOf(name);
     await using runtime = new OnnxRuntime({ weights: "lazy", host: bundles.host });
     await using other = new OnnxRuntime({ weights: "folded", host: bundles.host });
     const reference = new GraphLibrary(checkpoint);
@@ -124,9 +137,9 @@ describe("graphs for a GPU, on the CPU", () => {
     const given = running(other, new GraphLibrary(checkpoint, options));
     const cases = await casesOf(reference, { sizes: [{ width: 64, height: 64 }], batches: [1, 2] }, expected);
     const errors: string[] = [];
-    for (const { name: launch, kind, program } of cases.filter(({ kind }) => kind === "engine"))
+    for (const { name: launch, program } of cases.filter(isNeeded))
       for (const { result, relative } of compare(await given(program), await expected(program)))
-        if (!(relative < bar)) errors.push(`${launch} (${kind}), ${result}: ${relative}`);
+        if (!(relative < bar)) errors.push(`${launch}, ${result}: ${relative}`);
     expect(errors).toEqual([]);
     expect(cases.length).toBeGreaterThan(10);
   });
