@@ -36,7 +36,7 @@ interface PlannedWeights {
   readonly digest: string;
   /** Of the whole file: one of another length is not whole. */
   readonly bytes: number;
-  /** What is in it, as the subject of a sentence with "are": "T5's weights in int8". */
+  /** What is in it, as the subject of a sentence with "are", within it: "T5's weights in int8", "the weights with …". */
   readonly title: string;
   /** What else can be done where it cannot be written, as a sentence. */
   readonly remedy: string;
@@ -63,21 +63,24 @@ export async function cachedWeights(
   const file = path.join(folder, `${digest.slice(0, 32)}.safetensors`);
   const known = await openWhole(file, bytes);
   if (known) return known;
-  logger.info?.(`${title} are written, once, into ${file}.`);
+  logger.info?.(`${capital(title)} are written, once, into ${file}.`);
   const start = performance.now();
   try {
     await makeFolders(folder);
-    await writeFileAtomic(file, content());
+    // What is found later by its size alone has to be on the disk before it has its name.
+    await writeFileAtomic(file, content(), { flush: true });
   } catch (cause) {
     if (cause instanceof CheckpointError || signal?.aborted) throw cause;
     const message = `Cannot write ${title} (${bytes} bytes) to ${file}: ${(cause as Error).message}. ${remedy}`;
     throw new OutputError(file, message, { cause });
   }
-  logger.info?.(`${title} were written in ${((performance.now() - start) / 1000).toFixed(1)} s.`);
+  logger.info?.(`${capital(title)} were written in ${((performance.now() - start) / 1000).toFixed(1)} s.`);
   const written = await openWhole(file, bytes);
   if (written) return written;
   throw new OutputError(file, `${file} was removed or changed while it was opened. Load the model again.`);
 }
+
+const capital = (title: string) => title[0]!.toUpperCase() + title.slice(1);
 
 /** Undefined where there is no whole file of that size. */
 async function openWhole(file: string, bytes: number): Promise<CachedWeights | undefined> {

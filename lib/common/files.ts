@@ -28,16 +28,17 @@ export function defaultCacheFolder(): string {
 
 /**
  * Writes a file under a temporary name in its folder, then renames it.
+ * @param options `flush`: whether its content is on the disk before it has its name, so that no loss of power leaves a file of zeros; default: false
  * @throws the file system's error; nothing is left behind
  */
 export async function writeFileAtomic(
   file: string,
   data: string | Uint8Array | Iterable<Uint8Array> | AsyncIterable<Uint8Array>,
-  mode?: number,
+  { mode, flush = false }: { readonly mode?: number; readonly flush?: boolean } = {},
 ): Promise<void> {
   const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
   try {
-    await writeFile(temporary, data, { flag: "wx", mode });
+    await writeFile(temporary, data, { flag: "wx", mode, flush });
     await rename(temporary, file);
   } catch (error) {
     await rm(temporary, { force: true }).catch(() => undefined);

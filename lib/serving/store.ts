@@ -145,7 +145,7 @@ export class CostStore {
   async #replace(names: readonly string[], entries: readonly CostEntry[], about: Readonly<Record<string, unknown>>) {
     const name = `${Date.now()}-${randomBytes(6).toString("hex")}.json`;
     const content = { format, key: this.key, reset: this.#reset, ...about, entries };
-    await writeFileAtomic(path.join(this.folder, name), `${JSON.stringify(content, null, 2)}\n`, 0o600);
+    await writeFileAtomic(path.join(this.folder, name), `${JSON.stringify(content, null, 2)}\n`, { mode: 0o600 });
     for (const name of names) await rm(path.join(this.folder, name), { force: true });
     this.#names = [name];
   }

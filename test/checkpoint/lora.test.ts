@@ -425,7 +425,11 @@ describe("a merged checkpoint", () => {
     });
     await expect(merging).rejects.toBe(reason);
     expect(await readdir(path.join(cache, "weights"))).toEqual([]);
-    await expect(mergeLoras(checkpoints.get("large")!, loras, "/proc/none")).rejects.toThrow(OutputError);
+    const refused = await mergeLoras(checkpoints.get("large")!, loras, "/proc/none").catch((error) => error);
+    expect(refused).toBeInstanceOf(OutputError);
+    expect(refused.message).toMatch(
+      /^Cannot write the transformer's weights with the LoRAs lora_a \(1\) \(\d+ bytes\) to/,
+    );
     await expect(
       readLora(adapter("sd3", "lora_a"), checkpoints.get("sd3")!, { signal: AbortSignal.abort(reason) }),
     ).rejects.toBe(reason);
@@ -508,6 +512,18 @@ describe("is refused", () => {
     "a checkpoint": [
       () => ({ "transformer_blocks.0.attn.to_q.weight": t([2, 2]) }),
       /is a checkpoint or a part of one, and no LoRA: pass it as the model/,
+    ],
+    "a checkpoint of SDXL": [
+      () => ({ "model.diffusion_model.input_blocks.0.0.weight": t([2, 2]) }),
+      /is a checkpoint or a part of one, and no LoRA: pass it as the model/,
+    ],
+    "a VAE": [
+      () => ({ "decoder.mid_block.resnets.0.conv1.weight": t([2, 2]) }),
+      /is a checkpoint or a part of one, and no LoRA/,
+    ],
+    "a transformer of FLUX": [
+      () => ({ "double_blocks.0.img_attn.qkv.weight": t([2, 2]) }),
+      /is a checkpoint or a part of one, and no LoRA/,
     ],
     "a ControlNet": [
       () => ({ "controlnet_blocks.0.weight": t([2, 2]), "transformer_blocks.0.attn.to_q.weight": t([2, 2]) }),
@@ -614,6 +630,10 @@ describe("is refused", () => {
       (w) => pair(q, w + 2, w),
       /lora_B.weight" \[\d+, 4\] do not fit transformer_blocks\.0\.attn\.to_q of the model's transformer: expected \[rank, \d+\] and \[\d+, rank\]/,
     ],
+    "one layer of another width among others that fit": [
+      (w) => ({ ...pair(q, w, w), ...pair("transformer.transformer_blocks.0.attn.to_k", w, w + 2) }),
+      /to_k.lora_A.weight" \[4, \d+\] and .*do not fit transformer_blocks\.0\.attn\.to_k of the model's transformer/,
+    ],
     "rank 0": [(w) => ({ [`${q}.lora_A.weight`]: t([0, w]), [`${q}.lora_B.weight`]: t([w, 0]) }), /do not fit/],
     NaN: [
       (w) => ({ ...pair(q, w, w), [`${q}.lora_A.weight`]: t([4, w], Number.NaN) }),
@@ -684,6 +704,13 @@ describe("is refused", () => {
     const whole = await readFile(adapter("sd3", "lora_a"));
     await writeFile(cut, whole.subarray(0, whole.length - 8));
     await expect(readLora(cut, checkpoint)).rejects.toThrow(CheckpointError);
+    for (const place of ["owner/name", "https://example.org/style.safetensors"])
+      await expect(readLora(place, checkpoint)).rejects.toThrow(
+        /is no file here.*LoRAs are not downloaded: download the .safetensors file, and pass its path/,
+      );
+    await expect(readLora(fixture("sd3", "model"), checkpoint)).rejects.toThrow(/model is a model, and no LoRA/);
+    await expect(readLora(path.dirname(checkpoint.folder), checkpoint)).rejects.toThrow(/several .safetensors files/);
+    await expect(readLora(await newCache(), checkpoint)).rejects.toThrow(/has no .safetensors file. Pass/);
     const pickle = path.join(folder, "lora.ckpt");
     await writeFile(pickle, Buffer.from("\x80\x02}q\x00X", "latin1"));
     await expect(readLora(pickle, checkpoint)).rejects.toThrow(/pickle of Python/);

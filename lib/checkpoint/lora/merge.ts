@@ -89,7 +89,7 @@ async function mergedWeights(
   const names = loras.map(({ lora: { name }, scale }) => `${name} (${scale})`).join(", ");
   const planned = {
     ...{ digest: await digestOf(weights, header, sums, signal), bytes },
-    title: `The ${partTitles[part]}'s weights with the LoRAs ${names}`,
+    title: `the ${partTitles[part]}'s weights with the LoRAs ${names}`,
     remedy: "Name another folder (cache).",
     content: () => written(header, sums, signal),
   };

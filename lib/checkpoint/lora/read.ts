@@ -50,6 +50,10 @@ interface ReadLoraOptions {
 /** Names of files that say nothing: diffusers' and PEFT's. */
 const usualFiles = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"] as const;
 
+const isUrl = (place: string) => /^[a-z][a-z0-9+.-]*:\/\//i.test(place);
+/** As models are named on the hub: not what ends as a file. */
+const hubName = /^[\w.-]+\/[\w.-]+(@[\w./-]+)?(?<!\.safetensors)$/;
+
 const dequantise = "Save the LoRA in float16, bfloat16 or float32.";
 
 /**
@@ -64,7 +68,7 @@ export async function readLora(
   { name, signal }: ReadLoraOptions = {},
 ): Promise<Lora> {
   signal?.throwIfAborted();
-  const file = await fileOf(path.resolve(place));
+  const file = await fileOf(place);
   await refuseOtherFormats(file);
   const { header, metadata } = await readDescribedHeader(file, { signal });
   refuseOthers(file, header.values());
@@ -96,7 +100,7 @@ export async function readLora(
  * @throws CheckpointError for a folder without a LoRA, or with several
  */
 export async function nameOfLora(place: string): Promise<string> {
-  return nameOf(await fileOf(path.resolve(place)));
+  return nameOf(await fileOf(place));
 }
 
 function nameOf(file: string): string {
@@ -104,15 +108,27 @@ function nameOf(file: string): string {
   return checkpointName(isUsual ? path.dirname(file) : file);
 }
 
-async function fileOf(place: string): Promise<string> {
-  if (!(await isFolder(place))) return place;
+/** @param given as the caller has it: a path, which may be relative */
+async function fileOf(given: string): Promise<string> {
+  const place = path.resolve(given);
+  if (!(await isFolder(place))) {
+    // What is no path here may have been meant as one of the hub, as models are.
+    if (isUrl(given) || (hubName.test(given) && !(await exists(place))))
+      throw new CheckpointError(
+        given,
+        `${given} is no file here${isUrl(given) ? "" : `: ${place} does not exist`}. LoRAs are not downloaded: download the .safetensors file, and pass its path.`,
+      );
+    return place;
+  }
   for (const usual of usualFiles) if (await exists(path.join(place, usual))) return path.join(place, usual);
   const names = (await readdir(place)).filter((name) => name.endsWith(".safetensors")).sort();
   if (names.length === 1) return path.join(place, names[0]!);
+  if (await exists(path.join(place, "model_index.json")))
+    throw new CheckpointError(place, `The folder ${place} is a model, and no LoRA: pass it as the model (--model).`);
+  const several = `several .safetensors files (${names.slice(0, 4).join(", ")}${names.length > 4 ? ", ..." : ""}), and none of them is ${usualFiles.join(" or ")}`;
   throw new CheckpointError(
     place,
-    `The folder ${place} has ${names.length === 0 ? "no .safetensors file" : `several .safetensors files (${names.slice(0, 4).join(", ")}${names.length > 4 ? ", ..." : ""})`}` +
-      ` and none of them is ${usualFiles.join(" or ")}. Pass the path of the LoRA's file.`,
+    `The folder ${place} has ${names.length === 0 ? "no .safetensors file" : several}. Pass the path of the LoRA's file.`,
   );
 }
 
@@ -131,17 +147,21 @@ function refuseOthers(file: string, entries: Iterable<HeaderEntry>): void {
       );
   }
   const other = otherModelOf(all);
-  if (other)
+  if (all.some(({ name }) => parseKey(name)?.role === "down" || parseKey(name)?.role === "up")) {
+    if (!other) return;
     throw new CheckpointError(
       file,
       `${file} is ${other}, and cannot change a model of Stable Diffusion 3 or 3.5. Pass a LoRA that was trained for the model.`,
     );
-  if (all.some(({ name }) => parseKey(name)?.role === "down" || parseKey(name)?.role === "up")) return;
-  const isCheckpoint = all.some(({ name }) =>
-    /(^|\.)(joint_blocks|transformer_blocks)\.\d+\.|^(text_model|encoder\.block|first_stage_model|text_encoders)\./.test(
-      name,
-    ),
-  );
+  }
+  // Layers of another model without matrices of low rank are its own weights.
+  const isCheckpoint =
+    other !== null ||
+    all.some(({ name }) =>
+      /(^|\.)(joint_blocks|transformer_blocks)\.\d+\.|^(text_model|encoder\.block|first_stage_model|text_encoders)\./.test(
+        name,
+      ),
+    );
   const isControl = all.some(({ name }) => /^(controlnet_|pos_embed_input\.|control_model\.)/.test(name));
   throw new CheckpointError(
     file,
@@ -198,13 +218,7 @@ function pairsOf(
   }
   const names = [...found.keys()];
   const misfit = matched.find(({ down, up, target }) => !fits(down, up, target));
-  if (misfit || unmatched.some(({ part }) => part === "transformer"))
-    refuseOtherSize(
-      file,
-      names,
-      matched.filter(({ down, up, target }) => !fits(down, up, target)),
-      checkpoint,
-    );
+  if (misfit || unmatched.some(({ part }) => part === "transformer")) refuseOtherSize(file, names, matched, checkpoint);
   const [absent] = unmatched.filter(({ part }) => !layers.has(part));
   if (absent)
     throw new CheckpointError(
@@ -287,7 +301,7 @@ const sizes: Readonly<Record<number, string>> = {
 function refuseOtherSize(
   file: string,
   names: readonly string[],
-  unfitting: readonly Pair[],
+  matched: readonly Pair[],
   { transformer: { config } }: Checkpoint,
 ): void {
   const width = config.numAttentionHeads * config.attentionHeadDim;
@@ -298,11 +312,14 @@ function refuseOtherSize(
     .map((name) => Number(blockOf(name)))
     .filter((block) => !config.dualAttentionLayers.includes(block));
   // What the tokens have is the width: inputs of the queries, of the whole of q, k and v, and of the modulation.
-  const inputs = unfitting.filter(
-    ({ target: { part, layers } }) =>
-      part === "transformer" && /\.(to_[qkv]|add_[qkv]_proj|linear|net\.0\.proj)$/.test(layers[0]!.name),
-  );
-  const otherWidth = inputs.map(({ down }) => down.shape[1]!).find((size) => size !== width);
+  const inputs = matched
+    .filter(
+      ({ target: { part, layers } }) =>
+        part === "transformer" && /\.(to_[qkv]|add_[qkv]_proj|linear|net\.0\.proj)$/.test(layers[0]!.name),
+    )
+    .map(({ down }) => down.shape[1]!);
+  // Where some are as wide as the model's, the others are damaged: the file is not of another model.
+  const otherWidth = inputs.includes(width) ? undefined : inputs[0];
   const own = `the model's is ${width} wide with ${config.numLayers} blocks${sizes[width] ? `, as that of ${sizes[width]}` : ""}`;
   const theirs =
     otherWidth !== undefined

@@ -128,7 +128,9 @@ export class DigestMemory {
 
   /** A digest that cannot be written costs time, not correctness. */
   async #remember(digest: FileDigest): Promise<void> {
-    await writeFileAtomic(this.#fileOf(digest.identity), JSON.stringify(digest), 0o600).catch(() => undefined);
+    await writeFileAtomic(this.#fileOf(digest.identity), JSON.stringify(digest), { mode: 0o600 }).catch(
+      () => undefined,
+    );
   }
 }
 
