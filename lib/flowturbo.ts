@@ -553,8 +553,10 @@ export class FlowTurbo implements ImageModel {
   }
 
   async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {
-    const { text, pinBatch, keepTextEncoders, unload, logger } = this.#model;
-    const texts = settleTexts(options, text);
+    const { text, loras, pinBatch, keepTextEncoders, unload, logger } = this.#model;
+    const uses = loras.settle(options.loras);
+    const texts = settleTexts(options, text, uses);
+    const reading = loras.reading(uses);
     const rows = texts.prompts.length;
     const prepared = await text.prepare(
       [...texts.prompts, ...texts.negativePrompts],
@@ -579,6 +581,7 @@ export class FlowTurbo implements ImageModel {
     return {
       ...{ promptEmbeds: positive.context, pooledPromptEmbeds: positive.pooled },
       ...{ negativePromptEmbeds: negative.context, negativePooledPromptEmbeds: negative.pooled },
+      ...(reading.length > 0 && { loras: reading }),
       ...{ tokens: tokensOfPrompts(encoded.slice(0, rows)), warnings },
     };
   }

@@ -150,14 +150,14 @@ export interface LoadOptions {
    */
   cudaProviderFolder?: string | undefined;
   /**
-   * Folder of engines and costs, of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
+   * Folder of engines and costs, of weights that were merged with LoRAs or quantised, of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
    * Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`.
    */
   cache?: string | undefined;
   /**
    * On a GPU: each picture is a program of its own, replayed as one CUDA graph from its second run on. That is the least
    * latency for one picture at a time, but launches are not shared (a `pinBatch` above 1 is refused), and the steps of a picture are
-   * reported together. Ignored on the CPU. Default: false.
+   * reported together. The matrices of dynamic LoRAs are uploaded with each picture. Ignored on the CPU. Default: false.
    */
   capture?: boolean | undefined;
   /** Whether text encoders stay in memory. `false` frees them after each use; a new prompt loads them again. Default: true. */
@@ -194,8 +194,8 @@ export interface LoadOptions {
    */
   previewVae?: string | undefined;
   /**
-   * LoRAs, each by a name of its own: merged into the weights as the model is loaded (the merged weights are kept in the cache), or
-   * dynamic, for requests to name. Default: none.
+   * LoRAs, each by a name of its own and with a scale from −100 to 100: merged into the weights as the model is loaded (the merged weights
+   * are kept in the cache), or dynamic, for requests to name. Default: none.
    */
   loras?: readonly LoraSource[] | undefined;
   /** ControlNets that are opened with the model, so that requests can name them without a path. Default: none. */
@@ -406,6 +406,11 @@ export interface TextOptions {
 export interface EncodeOptions extends TextOptions {
   /** What to encode: a string, or several, which are rows. */
   prompt: string | readonly string[];
+  /**
+   * Dynamic LoRAs, as `GenerateOptions.loras`, with scales from −100 to 100: the texts are read with those that change text encoders. Give
+   * `generate` the same. Default: none.
+   */
+  loras?: readonly LoraUse[] | undefined;
   /** Aborts: the call rejects with `signal.reason`. */
   signal?: AbortSignal | undefined;
 }
@@ -423,6 +428,11 @@ export interface PromptEmbeds {
   negativePromptEmbeds?: FloatTensor | undefined;
   /** As `pooledPromptEmbeds`, of the negative prompts; together with `negativePromptEmbeds`. */
   negativePooledPromptEmbeds?: FloatTensor | undefined;
+  /**
+   * The dynamic LoRAs that changed the text encoders. Where `generate` is to draw with one that is not among them, or with another
+   * scale, a warning of its result says so. Default: none.
+   */
+  loras?: readonly LoraUse[] | undefined;
   /** As `GenerateResult.tokens.text`, which it becomes in turn. */
   tokens?: number | undefined;
   /** What the caller of `encode` should know, such as a prompt that was cut; `generate` takes no notice. */
@@ -439,7 +449,7 @@ export interface GenerateOptions extends TextOptions {
   prompt?: string | readonly string[] | undefined;
   /**
    * Embeddings in place of texts, such as `encode` gives: `count` pictures are drawn for each row. Options that say how texts are encoded
-   * are refused beside it. Default: none; `prompt` is encoded.
+   * are refused beside it. LoRAs that change text encoders too have to be given to `encode` as well. Default: none; `prompt` is encoded.
    */
   promptEmbeds?: PromptEmbeds | undefined;
   /** Pixels, a multiple of the autoencoder's factor and the patch size (16 for SD3). Default: the model's native width. */
@@ -525,7 +535,7 @@ export interface GenerateOptions extends TextOptions {
    * again. Only in steps that are guided. `layers` are numbers of blocks from 0; `start` and `stop` are parts of the steps, from 0 to 1. It sharpens what SD3.5-medium draws, and harms SD3.5-large. Default: none.
    */
   skipLayers?: SkipLayers | undefined;
-  /** LoRAs of this request, of those that `load` was given as dynamic; each once. Default: none. */
+  /** LoRAs of this request, of those that `load` was given as dynamic; each once, with a scale from −100 to 100. Default: none. */
   loras?: readonly LoraUse[] | undefined;
   /** ControlNets that guide this request, up to 8, in the steps of their intervals. Default: none. */
   controls?: readonly Control[] | undefined;
@@ -1106,7 +1116,7 @@ export interface CompileEnginesOptions {
   guidance?: "on" | "off" | "both" | number | undefined;
   /** How guided steps are guided: as the option of `generate`. Each mode has engines of its own. Default: `"cfg"`. */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
-  /** LoRAs that are merged into the weights, as the option of `load`: engines hold weights. Dynamic ones need `lorasRank` alone. Default: none. */
+  /** LoRAs that are merged into the weights, as the option of `load`: engines hold weights; scales from −100 to 100. Dynamic ones need `lorasRank` alone. Default: none. */
   loras?: readonly LoraSource[] | undefined;
   /** Also the engines of steps with dynamic LoRAs of up to this rank: 8, 16, 32, 64 or 128. Default: none. */
   lorasRank?: LoraRank | undefined;

@@ -226,6 +226,12 @@ export const controlSchema = <T extends z.ZodType>(picture: T) =>
   });
 const loraScale = z.number().min(-100).max(100);
 const adapterName = text.min(1).max(128);
+/** A dynamic LoRA of a call. */
+const loraUse = z.strictObject({ name: adapterName, scale: loraScale.optional() });
+const loraUses = kind(
+  list(loraUse, 1, mostAdapters),
+  "an array of { name, scale? }, scale from -100 to 100, names of 1 to 128 characters",
+);
 /** A ControlNet of a request that comes from elsewhere: by a name, which is no path, with pictures in another form. */
 export const namedControlSchema = <T extends z.ZodType>(picture: T) =>
   z.strictObject({ name: adapterName, ...controlSchema(picture).omit({ folder: true }).shape });
@@ -285,7 +291,7 @@ export const loadSchema = z.strictObject({
         1,
         mostAdapters,
       ),
-      "an array of { file, scale?, name?, dynamic? }",
+      "an array of { file, scale?, name?, dynamic? }, scale from -100 to 100, names of 1 to 128 characters",
     ),
     "LoRAs: merged into the weights once, or where dynamic is true named by requests",
   ),
@@ -396,6 +402,10 @@ const textOptions = {
 export const encodeSchema = z.strictObject({
   prompt: required(prompt, "what to encode; several prompts are rows"),
   ...textOptions,
+  loras: optional(
+    loraUses,
+    "LoRAs that the texts are read with, by the names of those that load() was given as dynamic",
+  ),
   signal: optional(abortSignal, "aborts encoding"),
 });
 
@@ -406,6 +416,7 @@ export const embedsSchema = <T extends z.ZodType>(tensor: T) =>
     pooledPromptEmbeds: tensor,
     negativePromptEmbeds: tensor.optional(),
     negativePooledPromptEmbeds: tensor.optional(),
+    loras: list(loraUse, 0, mostAdapters).optional(),
     tokens: z.int().nonnegative().optional(),
     warnings: list(z.string()).optional(),
   });
@@ -501,13 +512,7 @@ const generateFields = z.strictObject({
     ),
     "skip-layer guidance: away from what the transformer predicts without these blocks; with guidance only",
   ),
-  loras: optional(
-    kind(
-      list(z.strictObject({ name: adapterName, scale: loraScale.optional() }), 1, mostAdapters),
-      "an array of { name, scale? }",
-    ),
-    "LoRAs of this request, by the names of those that load() was given as dynamic",
-  ),
+  loras: optional(loraUses, "LoRAs of this request, by the names of those that load() was given as dynamic"),
   controls: optional(
     kind(
       list(controlSchema(picture), 1, mostControls),

@@ -49,6 +49,9 @@ const options = fc.record(
         pooledPromptEmbeds: tensor,
         negativePromptEmbeds: tensor,
         negativePooledPromptEmbeds: tensor,
+        loras: fc.array(fc.record({ name: fc.constantFrom("a", "b"), scale: fc.constantFrom(-1, 0.7) }), {
+          maxLength: 2,
+        }),
         tokens: fc.nat(),
         warnings: fc.array(fc.string()),
       },

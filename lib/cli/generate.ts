@@ -4,7 +4,7 @@
 
 import { randomInt } from "node:crypto";
 import type { Command } from "commander";
-import { readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
+import { nameOfLora, readSafetensorsHeader, readTensor, writeSafetensors } from "../checkpoint/index.js";
 import { seedOf, seedsFrom, seedToJson } from "../common/seed.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { clipped } from "../common/text.js";
@@ -12,7 +12,7 @@ import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
 import { inspect, optionsOf, overridden, type Parameters } from "../generation/parameters.js";
-import type { GenerateOptions, GenerateResult, RgbPicture, Stage } from "../model.js";
+import type { GenerateOptions, GenerateResult, LoraSource, RgbPicture, Stage } from "../model.js";
 import {
   checkGuidanceInterval,
   checkOptions,
@@ -27,6 +27,7 @@ import {
   addRequestAdapters,
   type LoadAdapterFlags,
   type RequestAdapterFlags,
+  readLoadAdapters,
   readRequestAdapters,
 } from "./adapters.js";
 import { addJsonFlag, addModelFlags, type CommonFlags, readFlags, readLoadFlags } from "./flags.js";
@@ -95,7 +96,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
     ...(noise && { noise }),
     ...(stages && { stages }),
   };
-  const drawn = flags.from === undefined ? null : await readFrom(flags.from, given, flags.lora !== undefined);
+  const drawn = flags.from === undefined ? null : await readFrom(flags.from, given, readLoadAdapters(flags).loras);
   const loadOptions = { ...drawn?.loadOptions, ...readLoadFlags(flags), signal };
   const options: Record<string, unknown> = {
     ...(!noise && (drawn?.options ?? given).seeds === undefined && { seed: randomInt(2 ** 32) }),
@@ -147,7 +148,11 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
       await writeSafetensors(flags.saveLatents, { latents: latents!, ...(pixels && { image: pixels }) });
     }
     const other = isOther ? [otherModel(drawn.model!, model.name)] : [];
-    return { ...summary(written, result, model), warnings: [...(drawn?.warnings ?? []), ...other, ...warnings] };
+    const unused = unusedLoras(model, checked);
+    return {
+      ...summary(written, result, model),
+      warnings: [...(drawn?.warnings ?? []), ...other, ...unused, ...warnings],
+    };
   }).catch(async (error) => {
     await undoOutputs();
     throw error;
@@ -161,8 +166,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
  * The options in a picture's file, under those that are given.
  * @throws OptionError for a file without them, and where something is needed that no file holds
  */
-/** @param hasLoras whether LoRAs are merged into the weights of this call */
-async function readFrom(file: string, given: Readonly<Record<string, unknown>>, hasLoras: boolean) {
+/** @param loras that this call loads */
+async function readFrom(file: string, given: Readonly<Record<string, unknown>>, loras: readonly LoraSource[] = []) {
   const { writer, parameters } = await inspect(file, "from");
   if (!parameters)
     throw new OptionError(
@@ -181,17 +186,14 @@ async function readFrom(file: string, given: Readonly<Record<string, unknown>>, 
   const options = overridden(own, given);
   const truncated = [parameters.truncated ?? []].flat().map(String);
   const isShort = truncated.filter((name) => given[name] === undefined);
-  const merged = hasLoras ? null : mergedIn(parameters);
+  const merged = mergedIn(parameters);
+  const now = await mergedBy(loras);
   return {
     options,
     loadOptions: parameters.textEncoder3 === false ? { textEncoder3: false } : {},
     model: typeof parameters.model === "string" ? parameters.model : undefined,
     warnings: [
-      ...(merged === null
-        ? []
-        : [
-            `${file} was drawn with LoRAs in the weights (${merged}), whose files no picture holds: name them with --lora, or this is another picture.`,
-          ]),
+      ...mergedWarning(file, merged, now),
       ...isShort.map(
         (name) =>
           `The file ${file} had no room for all of its parameters: ${clipped(name, 80)} was shortened or left out, so that this is another picture.`,
@@ -212,18 +214,48 @@ const needed = {
   controls: { what: "control pictures", remedy: "Give each ControlNet and its picture with --control" },
 } as const;
 
-/** What a file says of LoRAs that were in the weights, in a message; null where there were none. */
-function mergedIn({ mergedLoras }: Parameters): string | null {
-  const names = (Array.isArray(mergedLoras) ? mergedLoras : []).flatMap(
-    (each: { name?: unknown; scale?: unknown } | null) =>
+/** LoRAs in the weights, as `name:scale`, sorted. */
+type Merged = readonly string[];
+
+/** What a file says of LoRAs that were in the weights. */
+function mergedIn({ mergedLoras }: Parameters): Merged {
+  return (Array.isArray(mergedLoras) ? mergedLoras : [])
+    .flatMap((each: { name?: unknown; scale?: unknown } | null) =>
       typeof each?.name === "string" ? `${each.name}:${each.scale}` : [],
-  );
-  return names.length > 0 ? clipped(names.join(", "), 200) : null;
+    )
+    .sort();
+}
+
+/** Those that a call merges. */
+async function mergedBy(loras: readonly LoraSource[]): Promise<Merged> {
+  const merged = loras.filter(({ dynamic, scale = 1 }) => !dynamic && scale !== 0);
+  const named = merged.map(async ({ file, name, scale = 1 }) => `${name ?? (await nameOfLora(file))}:${scale}`);
+  return (await Promise.all(named)).sort();
+}
+
+/** Of LoRAs that are given to a picture that was drawn without any nothing is said: they are meant to change it. */
+function mergedWarning(file: string, before: Merged, now: Merged): string[] {
+  if (before.length === 0 || before.join("\n") === now.join("\n")) return [];
+  const text = (each: Merged) => clipped(each.join(", "), 200);
+  const was = `${file} was drawn with LoRAs in the weights (${text(before)}), whose files no picture holds`;
+  return [
+    now.length === 0
+      ? `${was}: name them with --lora, or this is another picture.`
+      : `${was}, and is drawn again with ${text(now)}: if these are not the same, this is another picture.`,
+  ];
 }
 
 /** What a file says of its controls, in a message. */
 function controlsIn({ controls }: Parameters): string {
   return `; they were ${clipped(JSON.stringify(controls), 300)}`;
+}
+
+/** What is to be said of dynamic LoRAs that the picture does not name. */
+function unusedLoras({ adapters }: FlowTurbo, { loras = [] }: Pick<GenerateOptions, "loras">): string[] {
+  const used = new Set(loras.map(({ name }) => name));
+  return adapters.loras
+    .filter((name) => !used.has(name))
+    .map((name) => `The LoRA "${name}" of --dynamic-lora is not in the picture: name it with --use-lora ${name}.`);
 }
 
 function otherModel(before: string, now: string): string {

@@ -58,7 +58,7 @@ export interface LoraValues {
 type PackedMatrices = Pick<LoraValues, "down" | "up">;
 
 /** What has to be known of a model's adapters to settle a request. */
-export type LoraFacts = Pick<LoraInputs, "settle" | "layout">;
+export type LoraFacts = Pick<LoraInputs, "settle" | "layout" | "reading">;
 
 /** Bytes of packed matrices that are kept in memory. */
 const cacheBytes = 2 ** 30;
@@ -173,6 +173,12 @@ export class LoraInputs {
     return uses.filter(({ name }) => this.#layers(network, name) !== undefined);
   }
 
+  /** The adapters that change a text encoder. */
+  reading(uses: readonly AppliedLora[]): AppliedLora[] {
+    const encoders = Object.keys(networks).filter((network) => networks[network]!.role === "text");
+    return uses.filter((use) => encoders.some((network) => this.touching(network, [use]).length > 0));
+  }
+
   /** Where matrices are in the inputs of the graphs that a network needs; null where none of the adapters changes it. */
   layout(network: string, uses: readonly AppliedLora[]): LowRankLayout | null {
     const rank = this.rank(network, uses);
@@ -234,12 +240,13 @@ export class LoraInputs {
 export const noLoras: LoraFacts = {
   settle: ([first] = []) => (first ? refuseAll(first.name) : []),
   layout: () => null,
+  reading: () => [],
 };
 
 function refuseAll(name: string): never {
   throw new OptionError(
     "loras",
-    `There is no dynamic LoRA "${name}": the model was loaded without any. Name files in the option loras of load(), with dynamic: true.`,
+    `There is no dynamic LoRA "${name}": the model was loaded without any. Name files in the option loras of load(), with dynamic: true (--dynamic-lora name=file).`,
   );
 }
 

@@ -119,13 +119,20 @@ export interface Embeds {
   readonly prompts: readonly Pick<EncodedPrompt, "context" | "pooled">[];
   /** None where none were given. */
   readonly negativePrompts: readonly Pick<EncodedPrompt, "context" | "pooled">[];
+  /** What the caller should know. */
+  readonly warnings: readonly string[];
 }
 
 /**
  * The embeddings that a request has in place of texts; null where it has texts.
+ * @param reading dynamic LoRAs of the request that change text encoders
  * @throws OptionError for both, for shapes and values that do not fit the model
  */
-export function settleEmbeds(options: ResolvedGenerateOptions, model: PromptFacts): Embeds | null {
+export function settleEmbeds(
+  options: ResolvedGenerateOptions,
+  model: PromptFacts,
+  reading: readonly AppliedLora[] = [],
+): Embeds | null {
   const { promptEmbeds } = options;
   if (promptEmbeds === undefined) return null;
   const { clipSkip, promptWeighting, maxSequenceLength } = options;
@@ -161,7 +168,18 @@ export function settleEmbeds(options: ResolvedGenerateOptions, model: PromptFact
     ...{ rows, sequenceLength: tokens - least, tokens: promptEmbeds.tokens ?? 0 },
     prompts: rowsOf(promptEmbeds.promptEmbeds, promptEmbeds.pooledPromptEmbeds, rows),
     negativePrompts: negatives[0] && negatives[1] ? rowsOf(negatives[0], negatives[1], rows) : [],
+    warnings: unreadLoras(reading, promptEmbeds.loras),
   };
+}
+
+/** What is to be said of LoRAs that change text encoders, where the texts were encoded before. */
+function unreadLoras(reading: readonly AppliedLora[], encoded: PromptEmbeds["loras"] = []): string[] {
+  return reading.flatMap(({ name, scale }) => {
+    const before = encoded.find((each) => each.name === name);
+    if (before?.scale === scale) return [];
+    const how = before?.scale === undefined ? "without it" : `with its scale ${before.scale} in place of ${scale}`;
+    return `The LoRA "${name}" changes text encoders too, and promptEmbeds were encoded ${how}; give encode() the same loras.`;
+  });
 }
 
 function check(

@@ -76,7 +76,8 @@ export async function draw(
   }
   const encode = performance.now() - encodeStart;
   const tokens = embeds?.tokens ?? tokensOfPrompts(encoded.slice(0, prompts));
-  const warnings = [...warningsOf(encoded), ...(request.texts?.warnings ?? []), ...candidate.warnings];
+  const settled = request.texts ?? request.embeds;
+  const warnings = [...warningsOf(encoded), ...(settled?.warnings ?? []), ...candidate.warnings];
   for (const warning of warnings) model.logger.warn?.(warning);
 
   // 2. Init image and control pictures: latents of the original and of each control for each stage that needs them, the same for all pictures.

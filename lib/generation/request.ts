@@ -136,10 +136,10 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   } = options;
   refusePaths({ ...options, allowPaths: options.allowPaths && model.allowPaths });
   if (model.captured && (options.pinBatch ?? 1) > 1) throw pinnedWithCapture();
-  const embeds = settleEmbeds(options, model.text);
   const { prompt = "" } = options;
   const facts = model.loras ?? noLoras;
   const loras = facts.settle(options.loras);
+  const embeds = settleEmbeds(options, model.text, facts.reading(loras));
   const settled = embeds ? null : settleTexts({ ...options, prompt }, model.text, loras);
   const rows = embeds?.rows ?? settled!.prompts.length;
   const pictures = rows * count;
