@@ -212,22 +212,22 @@ const bySampler = (value: (row: SamplerRow) => string | number) =>
 const mostAdapters = 64;
 /** ControlNets of one request: each is a network of its own in every step. */
 export const mostControls = 8;
+const adapterScale = kind(z.number().min(-100).max(100), "a number from -100 to 100");
 /** A ControlNet of a request, with pictures in memory, or with another schema of pictures in another form. */
 export const controlSchema = <T extends z.ZodType>(picture: T) =>
   z.strictObject({
-    folder: z.string().min(1).max(4096),
+    folder: kind(z.string().min(1).max(4096), "the name or the folder of a ControlNet"),
     image: picture,
     mask: picture.optional(),
-    scale: z.number().min(-100).max(100).optional(),
+    scale: adapterScale.optional(),
     start: fraction.optional(),
     stop: fraction.optional(),
     preprocess: z.enum(["canny"]).optional(),
     pixelRange: z.enum<PixelRange[]>(["signed", "stability_canny"]).optional(),
   });
-const loraScale = z.number().min(-100).max(100);
 const adapterName = text.min(1).max(128);
 /** A dynamic LoRA of a call. */
-const loraUse = z.strictObject({ name: adapterName, scale: loraScale.optional() });
+const loraUse = z.strictObject({ name: adapterName, scale: adapterScale.optional() });
 const loraUses = kind(
   list(loraUse, 1, mostAdapters),
   "an array of { name, scale? }, scale from -100 to 100, names of 1 to 128 characters",
@@ -284,7 +284,7 @@ export const loadSchema = z.strictObject({
       list(
         z.strictObject({
           file: z.string().min(1),
-          scale: loraScale.optional(),
+          scale: adapterScale.optional(),
           name: adapterName.optional(),
           dynamic: z.boolean().optional(),
         }),
@@ -504,7 +504,7 @@ const generateFields = z.strictObject({
     kind(
       z.strictObject({
         layers: blockNumbers,
-        scale: z.number().min(0).max(100).optional(),
+        scale: kind(z.number().min(0).max(100), "a number from 0 to 100").optional(),
         start: fraction.optional(),
         stop: fraction.optional(),
       }),
@@ -516,7 +516,7 @@ const generateFields = z.strictObject({
   controls: optional(
     kind(
       list(controlSchema(picture), 1, mostControls),
-      "an array of { folder, image, mask?, scale?, start?, stop?, preprocess?, pixelRange? }",
+      `an array of 1 to ${mostControls} of { folder, image, mask?, scale?, start?, stop?, preprocess?, pixelRange? }`,
     ),
     "ControlNets that guide the picture, each with its control picture",
   ),
@@ -846,25 +846,67 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
   const issue = result.error.issues[0]!;
   if (issue.code === "unrecognized_keys") {
     const key = issue.keys[0]!;
+    if (issue.path.length > 0) {
+      const path = issue.path as (string | number)[];
+      const at = path.reduce<z.ZodType | undefined>((field, name) => field && fieldOf(field, name), schema);
+      const inner = at && unwrapped(at);
+      const has = inner instanceof z.ZodObject ? `; it has ${Object.keys(inner.shape).join(", ")}` : "";
+      throw new OptionError(String(path[0]), `${pathText(path)} has no field ${show(key)}${has}.`);
+    }
     throw new OptionError(
       key,
       `${subject} has no option ${show(key)}; it has ${Object.keys(schema.shape).join(", ")}.`,
     );
   }
   const option = String(issue.path[0] ?? "options");
-  // A name that a field of an entry does not take: the entry may be long, and right but for it.
-  if (issue.code === "invalid_value" && issue.path.length === 3) {
-    const [, index, name] = issue.path as [string, number, string];
-    const entry = (input as Record<string, readonly Record<string, unknown>[]>)[option]![index]!;
-    throw new OptionError(
-      option,
-      `Expected ${either(issue.values.map(String))} for ${option}[${index}].${name} but received ${show(entry[name])}.`,
-    );
+  if (!(option in schema.shape))
+    throw new OptionError(option, `Expected an object of options for ${option} but received ${show(input)}.`);
+  const { expects, path, received } = deepestField(schema, input, issue.path as (string | number)[]);
+  // A name that a field does not take.
+  const wanted =
+    issue.code === "invalid_value" && path.length === issue.path.length ? either(issue.values.map(String)) : expects;
+  throw new OptionError(option, `Expected ${wanted} for ${pathText(path)} but received ${show(received)}.`);
+}
+
+/** Of what is wrong the innermost field that there are words for: an entry may be long, and right but for it. */
+function deepestField(schema: z.ZodType, input: unknown, path: readonly (string | number)[]) {
+  let field = schema;
+  let received = input;
+  let deepest = { expects: "", path: path.slice(0, 1), received: undefined as unknown };
+  for (const [index, name] of path.entries()) {
+    const next = fieldOf(field, name);
+    if (!next) break;
+    field = next;
+    received = (received as Record<string, unknown> | null | undefined)?.[name];
+    const expects = wordsFor(field);
+    if (expects !== undefined) deepest = { expects, path: path.slice(0, index + 1), received };
   }
-  const field = schema.shape[option] as z.ZodType | undefined;
-  const expects = field ? optionMeta(field).expects : "an object of options";
-  const received = (input as Record<string, unknown> | null | undefined)?.[option];
-  throw new OptionError(option, `Expected ${expects} for ${option} but received ${show(field ? received : input)}.`);
+  return deepest;
+}
+
+/** The schema of a field of an object, or of an entry of a list; undefined for what is neither. */
+function fieldOf(schema: z.ZodType, name: string | number): z.ZodType | undefined {
+  const inner = unwrapped(schema);
+  if (inner instanceof z.ZodObject) return Object.hasOwn(inner.shape, name) ? inner.shape[name] : undefined;
+  return inner instanceof z.ZodArray ? (inner.element as z.ZodType) : undefined;
+}
+
+function unwrapped(schema: z.ZodType): z.ZodType {
+  return schema instanceof z.ZodOptional || schema instanceof z.ZodDefault
+    ? unwrapped(schema.unwrap() as z.ZodType)
+    : schema;
+}
+
+function wordsFor(schema: z.ZodType): string | undefined {
+  const { expects } = (schema.meta() ?? unwrapped(schema).meta() ?? {}) as Partial<OptionMeta>;
+  if (expects !== undefined) return expects;
+  const inner = unwrapped(schema);
+  return inner instanceof z.ZodEnum ? either(inner.options.map(String)) : undefined;
+}
+
+/** controls[0].scale */
+function pathText(path: readonly (string | number)[]): string {
+  return path.map((name, index) => (typeof name === "number" ? `[${name}]` : index > 0 ? `.${name}` : name)).join("");
 }
 
 /**

@@ -27,7 +27,7 @@ describe("a value of the wrong kind", () => {
     ["an object that holds itself", "seed", circular, /for seed but received .*name: 'me'/],
     ["an object whose toJSON() throws", "seed", { toJSON: () => JSON.parse("{") }, /for seed but received/],
     ["an object with a long one", "seed", { in: Object.fromEntries(new Array(1e5).entries()) }, /{ in: \[Object\] }/],
-    ["a list with a bigint", "ladder", [1n], /for ladder but received \[ 1n \]\.$/],
+    ["a list with a bigint", "ladder", [1n], /for ladder\[0\] but received 1n\.$/],
     ["floats for noise", "noise", new Float32Array(4), /tensor .* for noise but received Float32Array\(4\)/],
     ["many floats for noise", "noise", new Float32Array(1e7), /for noise but received Float32Array\(10000000\)/],
     ["bytes for a prompt", "prompt", new Uint8Array(3), /for prompt but received Uint8Array\(3\)/],
@@ -39,6 +39,50 @@ describe("a value of the wrong kind", () => {
     expect(error.option).toBe(option);
     expect(error.message).toMatch(message);
     expect(error.message.length).toBeLessThan(400);
+  });
+
+  const control = { folder: "lines", image: "a.png" };
+  it.each([
+    [
+      "controls",
+      [control, { ...control, scale: 1e6 }],
+      "Expected a number from -100 to 100 for controls[1].scale but received 1000000.",
+    ],
+    ["controls", [{ ...control, start: 1.2 }], "Expected a number from 0 to 1 for controls[0].start but received 1.2."],
+    [
+      "controls",
+      [{ ...control, preprocess: "depth" }],
+      'Expected "canny" for controls[0].preprocess but received "depth".',
+    ],
+    [
+      "controls",
+      [{ folder: "lines" }],
+      /^Expected the path of a picture, .* for controls\[0\]\.image but received undefined\.$/,
+    ],
+    [
+      "controls",
+      [{ ...control, strength: 1 }],
+      /^controls\[0\] has no field "strength"; it has folder, image, .*pixelRange\.$/,
+    ],
+    ["controls", [null], /^Expected an array of 1 to 8 of \{ folder, .* for controls but received \[ null \]\.$/],
+    ["controls", [], /^Expected an array of 1 to 8 of .* but received \[\]\.$/],
+    ["skipLayers", { layers: [1], scale: -1 }, "Expected a number from 0 to 100 for skipLayers.scale but received -1."],
+    [
+      "skipLayers",
+      { layers: [1.5] },
+      /^Expected a list of numbers of blocks .* for skipLayers\.layers but received \[ 1\.5 \]\.$/,
+    ],
+    ["skipLayers", { layers: [1], end: 1 }, 'skipLayers has no field "end"; it has layers, scale, start, stop.'],
+    [
+      "stages",
+      [{ width: 64, height: 64, blocks: "E", upscale: "x" }],
+      'Expected "pixels" or "latents" for stages[0].upscale but received "x".',
+    ],
+  ])("is named by the field that is wrong: %s %j", (option, value, message) => {
+    const error = refusal({ [option]: value });
+    expect(error.option).toBe(option);
+    if (typeof message === "string") expect(error.message).toBe(message);
+    else expect(error.message).toMatch(message);
   });
 
   it("is named where an option of another function is a list", () => {
