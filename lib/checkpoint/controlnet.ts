@@ -8,6 +8,7 @@ import { createHash } from "node:crypto";
 import { readdir, realpath } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { indexFiles } from "../common/model-index.js";
+import { variantsIn, weightSources } from "../common/weight-names.js";
 import { CheckpointError } from "../errors.js";
 import type { Checkpoint, Part } from "./checkpoint.js";
 import { type ControlNetConfig, knownClasses, readControlNetConfig } from "./configs.js";
@@ -24,7 +25,7 @@ export interface ControlNet extends Part<ControlNetConfig> {
 }
 
 export interface OpenControlNetOptions {
-  /** Variant of the weight files, for example "fp16", where it has one. */
+  /** Variant of the weight files, for example "fp16", where it has that one and others. */
   readonly variant?: string | undefined;
   readonly signal?: AbortSignal | undefined;
 }
@@ -62,12 +63,20 @@ export async function openControlNet(folder: string, options: OpenControlNetOpti
   const file = join(own, "config.json");
   const json = await readJsonObject(file);
   checkClass(file, json);
-  const [config, weights] = await Promise.all([
-    readControlNetConfig(file, json),
-    openWeights(own, "diffusion_pytorch_model", options),
-  ]);
+  const config = await readControlNetConfig(file, json);
+  const weights = await openWeights(own, basename, { signal, variant: await variantIn(own, options.variant) });
   await checkQuantisation(weights, json.quantization_config, { signal });
   return { id: await idOf(own, weights.files), folder: own, config, weights };
+}
+
+const basename = "diffusion_pytorch_model";
+
+/** The variant to open: where a folder has one alone, that one, since a ControlNet need not have the variants of the model that it is for. */
+async function variantIn(folder: string, wanted: string | undefined): Promise<string | undefined> {
+  const present = await readdir(folder).catch((): string[] => []);
+  const isPlain = weightSources(basename, null).some((name) => present.includes(name));
+  const [only, ...others] = variantsIn(present, basename);
+  return isPlain || others.length > 0 ? wanted : (only ?? wanted);
 }
 
 function whatAFileIs(file: string): string {

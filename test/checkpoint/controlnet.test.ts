@@ -95,8 +95,15 @@ describe("openControlNet", () => {
     expect((await openControlNet(folder)).weights.names).toEqual(names);
     await rename(path.join(folder, first), path.join(folder, "diffusion_pytorch_model.fp16.safetensors"));
     rmSync(`${plain}.index.json`);
-    expect((await refusal(folder)).message).toContain('pass variant "fp16"');
-    expect((await openControlNet(folder, { variant: "fp16" })).weights.variant).toBe("fp16");
+    // The only variant there is, whatever the model's is called.
+    for (const variant of [undefined, "fp16", "bf16"])
+      expect((await openControlNet(folder, { variant })).weights.variant).toBe("fp16");
+    cpSync(
+      path.join(folder, "diffusion_pytorch_model.fp16.safetensors"),
+      path.join(folder, "diffusion_pytorch_model.bf16.safetensors"),
+    );
+    expect((await refusal(folder)).message).toContain('the variant "bf16", "fp16": pass variant "bf16"');
+    expect((await openControlNet(folder, { variant: "bf16" })).weights.variant).toBe("bf16");
   });
 
   it("has an id for each version of each folder", async () => {
