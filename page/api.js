@@ -37,7 +37,7 @@ async function errorOf(response) {
   const { error } = await response.json().catch(() => ({}));
   const wait = headers.get("retry-after-ms");
   const message = error?.message ?? `The server answered with status ${status}.`;
-  return new ApiError(message, { status, param: error?.param, retryAfterMs: wait === null ? null : Number(wait) });
+  return new ApiError(message, { status, param: error?.param, retryAfterMs: wait && Number(wait) });
 }
 
 /**
@@ -62,9 +62,7 @@ async function* serverSentEvents(reader, onBytes) {
         data = [];
         continue;
       }
-      const colon = line.indexOf(":");
-      const name = colon < 0 ? line : line.slice(0, colon);
-      const text = colon < 0 ? "" : line.slice(colon + 1).replace(/^ /, "");
+      const [, name, text = ""] = line.match(/^([^:]*)(?:: ?(.*))?$/s);
       if (name === "data") data.push(text);
       else if (name === "id") id = text;
     }

@@ -34,10 +34,6 @@ function timesOf({ blocks, timings }) {
   ].filter(([, , milliseconds]) => milliseconds > 0);
 }
 
-function evaluationsOf({ predictor, refiner }) {
-  return `${plural(predictor, "evaluation")}${refiner > 0 ? `, and ${refiner} of the refiner` : ""}`;
-}
-
 /** The schedule and times of a drawing, and its warnings. */
 export function factsOf(entry) {
   const bar = element("div", { className: "times", ariaHidden: "true" });
@@ -50,7 +46,9 @@ export function factsOf(entry) {
     list.append(element("div", {}, element("dt", {}, key, name), element("dd", {}, duration(milliseconds))));
   }
   const { blocks, evaluations, timings, warnings } = entry;
-  const summary = `Schedule ${blocks}: ${evaluationsOf(evaluations)}, ${duration(timings.total)} in all`;
+  const refined = evaluations.refiner > 0 ? `, and ${evaluations.refiner} of the refiner` : "";
+  const count = plural(evaluations.predictor, "evaluation") + refined;
+  const summary = `Schedule ${blocks}: ${count}, ${duration(timings.total)} in all`;
   return [
     ...warnings.map((text) => element("p", { className: "warning" }, text)),
     element("details", {}, element("summary", {}, summary), bar, list),

@@ -7,8 +7,8 @@ const form = $("form");
 export const fields = form.elements;
 
 /** Fields that are sent as they are, where they are not empty. */
-const names = ["prompt", "negative_prompt", "model", "n", "seed", "guidance_scale", "num_inference_steps", "blocks"];
-const choices = ["quality", "strength"];
+const sent = "prompt negative_prompt model n seed guidance_scale num_inference_steps blocks quality strength";
+const names = sent.split(" ");
 
 let models = [];
 let onPictureError;
@@ -91,8 +91,14 @@ function useModel() {
   const { max_images, max_steps } = model().limits;
   fields.n.max = Math.min(10, max_images);
   fields.num_inference_steps.max = max_steps;
+  const number = { type: "number", min: -100, max: 100, step: "any", placeholder: "off" };
+  const scaleOf = (name) => element("label", {}, `LoRA ${name} `, element("input", { ...number, title: name }));
+  $("loras").replaceChildren(...model().loras.map(scaleOf));
   fillSizes();
 }
+
+/** A field for the scale of each LoRA of the model; its title is the name. */
+const scales = () => [...$("loras").querySelectorAll("input")];
 
 /** Sizes to choose from: the model's own, others of its area, smaller and larger ones, and the shape of the picture. */
 function fillSizes() {
@@ -155,12 +161,14 @@ function resize() {
 export function formRequest() {
   const { width, height } = chosenSize();
   const request = { size: `${width}x${height}`, output_format: "png", preview: "fast", partial_images: 100 };
-  for (const name of [...names, ...choices]) {
+  for (const name of names) {
     const { value, type, valueAsNumber } = fields[name];
     if (value !== "") request[name] = type === "number" || type === "range" ? valueAsNumber : value;
     // A larger seed is exact as text only.
     if (name === "seed" && Number.isSafeInteger(Number(value)) && value !== "") request.seed = Number(value);
   }
+  const loras = scales().flatMap(({ title: name, value }) => (value === "" ? [] : [{ name, scale: Number(value) }]));
+  if (loras.length > 0) request.loras = loras;
   if (models.length < 2) delete request.model;
   if ("blocks" in request || "num_inference_steps" in request) delete request.quality;
   if (!editor.picture) delete request.strength;
@@ -171,8 +179,9 @@ export function formRequest() {
 /** Fills the form with a request. */
 export async function fillForm(request) {
   form.reset();
-  for (const name of [...names, ...choices]) if (name in request) fields[name].value = request[name];
+  for (const name of names) if (name in request) fields[name].value = request[name];
   useModel();
+  for (const field of scales()) field.value = request.loras?.find(({ name }) => name === field.title)?.scale ?? "";
   if (request.image) {
     await takePicture(blobOf(request.image), sizeOf(request.size));
     if (request.mask) editor.loadMask(await readPicture(blobOf(request.mask)));

@@ -10,7 +10,7 @@ const placeInterval = 2000;
 /** How often a request is sent again where the server was not ready, or did not answer. */
 const mostAttempts = 4;
 
-const isEnd = ({ type }) => type === "job.completed" || type === "job.failed" || type === "job.cancelled";
+const isEnd = ({ type }) => /^job\.(completed|failed|cancelled)$/.test(type);
 
 const newName = () => `${Date.now()}-${Math.random()}`;
 

@@ -8,8 +8,8 @@ const tellEvery = 5000;
 export class Progress {
   #slots;
   #now = "Asking the server";
-  /** When it is predicted to be done, or null. */
-  #due = null;
+  /** When it is predicted to be done, or 0. */
+  #due = 0;
   #told = 0;
   #timer;
 
@@ -33,38 +33,23 @@ export class Progress {
 
   /** Shows what happened to a Job. */
   on(event) {
-    switch (event.type) {
-      case "waiting":
-        this.#now = `${event.message} There will be room in about ${duration(event.left)}; then it is tried once again`;
-        this.#tell(tellEvery);
-        break;
-      case "loading":
-        this.#now = `${event.message} The drawing begins when the server is ready`;
-        this.#tell();
-        break;
-      case "lost":
-        this.#now = "The connection is lost; trying again";
-        this.#tell(tellEvery);
-        break;
-      case "job.queued":
-        this.#now = event.place > 0 ? `Place ${event.place} in the queue` : "Begins";
-        this.#due = event.predicted_ms === null ? null : Date.now() + event.predicted_ms;
-        if (event.place > 0) this.#tell(tellEvery);
-        break;
-      case "job.started":
-        this.#now = "Reading the prompt";
-        this.#tell();
-        break;
-      case "job.progress":
-        this.#now = event.step < event.steps ? `Step ${event.step} of ${event.steps}` : "Decoding";
-        $("bar").max = event.steps;
-        $("bar").value = event.step;
-        this.#tell(tellEvery);
-        break;
-      case "job.partial_image":
-        this.#picture(event);
-        break;
-    }
+    const { type, message, place, step, steps } = event;
+    if (type === "waiting")
+      this.#say(
+        `${message} There will be room in about ${duration(event.left)}; then it is tried once again`,
+        tellEvery,
+      );
+    else if (type === "loading") this.#say(`${message} The drawing begins when the server is ready`);
+    else if (type === "lost") this.#say("The connection is lost; trying again", tellEvery);
+    else if (type === "job.queued") {
+      this.#due = event.predicted_ms && Date.now() + event.predicted_ms;
+      if (place > 0) this.#say(`Place ${place} in the queue`, tellEvery);
+      else this.#now = "Begins";
+    } else if (type === "job.started") this.#say("Reading the prompt");
+    else if (type === "job.progress") {
+      Object.assign($("bar"), { max: steps, value: step });
+      this.#say(step < steps ? `Step ${step} of ${steps}` : "Decoding", tellEvery);
+    } else if (type === "job.partial_image") this.#picture(event);
     this.#show();
   }
 
@@ -76,11 +61,13 @@ export class Progress {
   }
 
   #text() {
-    const left = this.#due === null ? 0 : this.#due - Date.now();
+    const left = this.#due - Date.now();
     return left > 500 ? `${this.#now}, about ${duration(1000 * Math.ceil(left / 1000))} left` : this.#now;
   }
 
-  #tell(interval = 0) {
+  /** Shows a text, and tells it if nothing was told for some milliseconds. */
+  #say(text, interval = 0) {
+    this.#now = text;
     if (Date.now() - this.#told < interval) return;
     this.#told = Date.now();
     announce(this.#text());

@@ -8,7 +8,7 @@ import { FlowTurbo } from "flowturbo";
 import { imageServer } from "flowturbo/server";
 import type { Browser, BrowserContext, BrowserContextOptions, Page, Request } from "playwright-core";
 import sharp from "sharp";
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, onTestFinished } from "vitest";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it, onTestFinished, vi } from "vitest";
 import { launchChromium, noChromium } from "../support/chromium.js";
 
 const folder = path.join(import.meta.dirname, "../../page");
@@ -210,6 +210,34 @@ describe.skipIf(noChromium)(`in Chromium${noChromium ? `: ${noChromium}` : ""}`,
     await fill({ prompt: "a circle", size: "own", width: "48", height: "80" });
     expect((await draw()).postDataJSON()).toMatchObject({ size: "48x80" });
     expect(await page.locator("#cards figcaption").textContent()).toContain("48 × 80");
+  });
+
+  it("draws with the LoRAs that the model has, each at its scale", async () => {
+    const file = path.join(import.meta.dirname, "../../models/adapters/outlined.safetensors");
+    await using adapted = await FlowTurbo.load(undefined, { loras: [{ file, dynamic: true }], measureCosts: false });
+    const app = await serve({ models: { plain: model, adapted } });
+    try {
+      await visit(app);
+      const scale = page.getByRole("spinbutton", { name: "LoRA outlined" });
+      expect(await scale.count()).toBe(0);
+      await page.getByLabel("Model").selectOption("adapted");
+      await fill({ prompt: "a red circle", seed: "7", guidance_scale: "2", blocks: "E2" });
+      expect((await draw()).postDataJSON()).not.toHaveProperty("loras");
+      const without = await bytesOf(shown);
+      await scale.fill("0.8");
+      expect((await draw()).postDataJSON()).toMatchObject({
+        ...{ model: "adapted", loras: [{ name: "outlined", scale: 0.8 }] },
+      });
+      expect((await bytesOf(shown)).equals(without)).toBe(false);
+      // The history brings the scale back.
+      await scale.fill("");
+      await page.getByRole("button", { name: "Use its settings" }).click();
+      await vi.waitFor(async () => expect(await scale.inputValue()).toBe("0.8"));
+      await page.getByLabel("Model").selectOption("plain");
+      expect(await scale.count()).toBe(0);
+    } finally {
+      await app.close();
+    }
   });
 
   it("cancels", async () => {
