@@ -671,11 +671,11 @@ export class FlowTurbo implements ImageModel {
     );
     const { text, templates } = this.#model;
     const programs: Program[] = [];
-    for (const request of requests) {
+    for (const request of [...requests, ...requests.flatMap((each) => this.#withAdditions(each, options))]) {
       const settled = settleRequest(request, this.#model);
       const { stages } = settled.candidates[0];
       programs.push(
-        ...(await text.programs(promptOf(""), settled.sequenceLength)),
+        ...(await text.programs({ ...promptOf(""), loras: settled.loras }, settled.sequenceLength)),
         templates.sampling(settled, stages, null).program,
         encoderProgram("slot", stages[0]!.latentShape, this.#model.checkpoint.vae.config.factor),
       );
@@ -690,6 +690,31 @@ export class FlowTurbo implements ImageModel {
           await this.#serve(settleRequest({ ...request, count }, this.#model), performance.now(), unwatched);
     await this.#service.store();
     return this.costs;
+  }
+
+  /** A request to be measured with what `profile` names besides: one that is not drawn, or none where there is nothing. */
+  #withAdditions(
+    request: GenerateOptions,
+    { loras, controls, skipLayers }: z.output<typeof profileSchema>,
+  ): GenerateOptions[] {
+    const { guidanceScale } = request;
+    const skipped = guidanceScale === 1 ? undefined : skipLayers;
+    if (!loras && !controls && !skipped) return [];
+    // Nothing reads it: programs are measured with values of their own.
+    const image = new Uint8Array(1);
+    return [
+      {
+        ...request,
+        // The first step leaves no blocks out.
+        blocks: "E3",
+        loras: loras?.map((name) => ({ name, scale: 1 })),
+        controls: controls?.map((folder) => {
+          const known = this.#model.controlNets?.get(folder, false);
+          return { folder, image, ...(known?.controlNet.config.takesMask && { mask: image }) };
+        }),
+        skipLayers: skipped && { layers: [...skipped], start: 0, stop: 1 },
+      },
+    ];
   }
 
   /** Resolves when no call is under way: one may have begun another. */

@@ -946,6 +946,12 @@ export interface ProfileOptions {
   guidance?: "on" | "off" | "both" | number | undefined;
   /** How guided steps are guided: as the option of `generate`. Each mode has launches of its own. Default: `"cfg"`. */
   guidanceMode?: "cfg" | "cfg_zero" | undefined;
+  /** Measures steps with these dynamic LoRAs together, too, by their names. Which they are does not matter, but for the rank that they need together. Default: none. */
+  loras?: readonly string[] | undefined;
+  /** Measures steps with these ControlNets together, too, by their names. Default: none. */
+  controls?: readonly string[] | undefined;
+  /** Measures guided steps with skip-layer guidance that leaves out these blocks, too. With `loras` and `controls`: steps that have all of it. Default: none. */
+  skipLayers?: readonly number[] | undefined;
   /** Timed runs of each launch, 1 to 1000. Default: 9. */
   rounds?: number | undefined;
   /** Forgets the table before: also what was measured at other sizes and batches. Default: false. */

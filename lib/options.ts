@@ -664,6 +664,21 @@ export const profileSchema = z.strictObject({
   batches: defaulted(integers(256), [1, 2, 4, 8], "pictures drawn at once, such as 1,2,4", "--batches <list>"),
   guidance,
   guidanceMode: generateSchema.shape.guidanceMode,
+  loras: optional(
+    kind(list(z.string().min(1), 1, 64), "a list of names"),
+    "also steps with these dynamic LoRAs together, by their names, such as ink,pastel",
+    "--loras <list>",
+  ),
+  controls: optional(
+    kind(list(z.string().min(1), 1, mostControls), "a list of names of ControlNets"),
+    "also steps with these ControlNets together, by their names, such as canny,depth",
+    "--controls <list>",
+  ),
+  skipLayers: optional(
+    blockNumbers,
+    "also steps with skip-layer guidance that leaves out these blocks, such as 7,8,9",
+    "--skip-layers <list>",
+  ),
   rounds: defaulted(integer(1, 1000), 9, "timed runs of each launch", "--rounds <n>"),
   reset: defaulted(
     boolean,
