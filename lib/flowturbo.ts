@@ -25,7 +25,7 @@ import { controlledStages } from "./generation/additions.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
 import { readControl, type StageControl } from "./generation/control.js";
-import { ControlNets } from "./generation/control-nets.js";
+import { ControlNets, type KnownControlNets } from "./generation/control-nets.js";
 import { defaultsOf } from "./generation/defaults.js";
 import {
   additionsMemoryNeeded,
@@ -343,21 +343,25 @@ export class FlowTurbo implements ImageModel {
     // Until the work is a call of its own.
     const leave = options?.controls ? this.#entered() : () => {};
     try {
-      if (options?.controls) await this.#openControlNets(options);
-      return await this.#begin(options, trace, start, leave);
+      const controlNets = options?.controls && (await this.#openControlNets(options));
+      return await this.#begin(options, trace, start, controlNets || this.#model.controlNets, leave);
     } finally {
       leave();
     }
   }
 
-  /** @param begun called when `dispose` waits for the request's work */
+  /**
+   * @param controlNets that the request may name
+   * @param begun called when `dispose` waits for the request's work
+   */
   async #begin(
     options: GenerateOptions,
     trace: CallTrace | null,
     start: number,
+    controlNets: KnownControlNets | undefined,
     begun: () => void,
   ): Promise<GenerateResult> {
-    const request = settleRequest(options, this.#model);
+    const request = settleRequest(options, { ...this.#model, controlNets });
     trace?.settled(request);
     request.signal?.throwIfAborted();
     this.#checkMemory(request);
@@ -543,13 +547,13 @@ export class FlowTurbo implements ImageModel {
    * Opens the ControlNets that a request names by their folders; what else is wrong with it is said later.
    * @throws CheckpointError for a folder that is none, or whose ControlNet does not fit the model
    */
-  async #openControlNets(options: GenerateOptions): Promise<void> {
+  async #openControlNets(options: GenerateOptions): Promise<KnownControlNets | undefined> {
     const { controls, allowPaths = true, signal } = options;
     const { controlNets, allowPaths: isAllowed } = this.#model;
     // The number of them is checked with the other options.
-    if (!Array.isArray(controls) || controls.length > 64 || !allowPaths || !isAllowed) return;
+    if (!Array.isArray(controls) || controls.length > 64 || !allowPaths || !isAllowed) return controlNets;
     const folders = controls.map((control: Partial<Control> | null | undefined) => control?.folder);
-    await controlNets?.prepare(folders, signal instanceof AbortSignal ? signal : undefined);
+    return controlNets?.prepare(folders, signal instanceof AbortSignal ? signal : undefined);
   }
 
   async #encode({ signal, ...options }: ResolvedEncodeOptions, start: number): Promise<PromptEmbeds> {

@@ -7,6 +7,7 @@
 import { createHash } from "node:crypto";
 import { readdir, realpath } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import { type FileVersion, versionOf } from "../common/files.js";
 import { indexFiles } from "../common/model-index.js";
 import { variantsIn, weightSources } from "../common/weight-names.js";
 import { CheckpointError } from "../errors.js";
@@ -22,6 +23,8 @@ export interface ControlNet extends Part<ControlNetConfig> {
   readonly id: string;
   /** Absolute path of the folder with its config.json. */
   readonly folder: string;
+  /** Its config.json and its weights' files, without symbolic links, as they were when they were opened. */
+  readonly files: readonly FileVersion[];
 }
 
 export interface OpenControlNetOptions {
@@ -61,12 +64,15 @@ export async function openControlNet(folder: string, options: OpenControlNetOpti
   if (await isFile(root)) throw new CheckpointError(root, `${root} is a file. ${whatAFileIs(root)}`);
   const own = await folderOf(root);
   const file = join(own, "config.json");
+  // Before it is read: what is written meanwhile makes another version.
+  const version = await realpath(file).then(versionOf, () => null);
   const json = await readJsonObject(file);
   checkClass(file, json);
   const config = await readControlNetConfig(file, json);
   const weights = await openWeights(own, basename, { signal, variant: await variantIn(own, options.variant) });
   await checkQuantisation(weights, json.quantization_config, { signal });
-  return { id: await idOf(own, weights.files), folder: own, config, weights };
+  const files = [...(version ? [version] : []), ...weights.files];
+  return { id: await idOf(own, files), folder: own, files, config, weights };
 }
 
 const basename = "diffusion_pytorch_model";
@@ -142,7 +148,7 @@ function checkClass(file: string, { _class_name: name }: JsonObject): void {
   );
 }
 
-async function idOf(folder: string, files: ControlNet["weights"]["files"]): Promise<string> {
+async function idOf(folder: string, files: ControlNet["files"]): Promise<string> {
   const versions = files.map(({ file, size, mtimeMs }) => [file, size, mtimeMs]);
   const digest = createHash("sha256").update(JSON.stringify([await realpath(folder), versions]));
   return digest.digest("hex").slice(0, 8);

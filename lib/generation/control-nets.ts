@@ -11,11 +11,15 @@ import {
   checkpointName,
   openControlNet,
 } from "../checkpoint/index.js";
+import { untilAborted } from "../common/abort.js";
 import { type FileVersion, versionOf } from "../common/files.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
 
-/** Folders of requests whose graphs stay on the device; those of the ControlNet that was not used for longest are freed. */
+/**
+ * Folders of requests whose graphs stay on the device, beside those of the present request; those of the ControlNet that was not used for
+ * longest are freed.
+ */
 const mostOpened = 4;
 
 /** A ControlNet that load() names. */
@@ -40,7 +44,17 @@ interface Known {
   readonly controlNet: ControlNet;
 }
 
-export class ControlNets {
+/** The ControlNets that a request may name. */
+export interface KnownControlNets {
+  /**
+   * A ControlNet by what an entry of `controls` says of it.
+   * @param allowsPaths whether a request may name folders of this machine
+   * @throws OptionError for a name that is not known
+   */
+  readonly get: (folder: string, allowsPaths: boolean) => Known;
+}
+
+export class ControlNets implements KnownControlNets {
   /** By their ids, as graphs name them: those that are no longer kept, too, since a request under way may need them. */
   readonly byId = new Map<string, ControlNet>();
   readonly #checkpoint: Pick<Checkpoint, "transformer" | "vae">;
@@ -105,21 +119,27 @@ export class ControlNets {
   /**
    * Opens the folders that a request names besides those of load(), or looks whether they have changed.
    * @param folders what the entries of `controls` say, unchecked
+   * @returns the ControlNets for that request, whatever others make of the folders in the meantime
    * @throws CheckpointError for a folder that is no ControlNet, or does not fit
    */
-  async prepare(folders: readonly unknown[], signal?: AbortSignal): Promise<void> {
-    for (const folder of new Set(folders))
+  async prepare(folders: readonly unknown[], signal?: AbortSignal): Promise<KnownControlNets> {
+    const paths = new Set<string>();
+    for (const folder of folders)
       if (typeof folder === "string" && folder !== "" && !this.#named.has(folder) && !this.#given.has(folder))
-        await this.#refresh(resolve(folder), signal);
+        paths.add(resolve(folder));
+    const opened = new Map<string, Known>();
+    const most = Math.max(mostOpened, paths.size);
+    for (const path of paths) opened.set(path, await untilAborted(this.#refresh(path, most), signal));
+    return { get: (folder, allowsPaths) => this.#find(folder, allowsPaths, opened) };
   }
 
-  /**
-   * A ControlNet by what an entry of `controls` says of it.
-   * @param allowsPaths whether a request may name folders of this machine
-   * @throws OptionError for a name that is not known
-   */
+  /** Of those of load() only: see `KnownControlNets`. */
   get(folder: string, allowsPaths: boolean): Known {
-    const atPath = () => this.#given.get(folder) ?? this.#opened.get(resolve(folder));
+    return this.#find(folder, allowsPaths, new Map());
+  }
+
+  #find(folder: string, allowsPaths: boolean, opened: ReadonlyMap<string, Known>): Known {
+    const atPath = () => this.#given.get(folder) ?? opened.get(resolve(folder));
     const known = this.#named.get(folder) ?? (allowsPaths ? atPath() : undefined);
     if (known) return known;
     const { names } = this;
@@ -130,23 +150,25 @@ export class ControlNets {
     throw new OptionError("controls", `There is no ControlNet ${quoted(folder)}. ${has}`);
   }
 
-  async #refresh(path: string, signal: AbortSignal | undefined): Promise<void> {
+  /** @param most folders that are kept */
+  async #refresh(path: string, most: number): Promise<Known> {
     const kept = this.#opened.get(path);
-    if (kept && (await isUnchanged(kept.controlNet.weights.files))) {
-      this.#opened.delete(path);
-      this.#opened.set(path, kept);
-      return;
+    if (kept && (await isUnchanged(kept.controlNet.files))) {
+      // Unless it was freed in the meantime.
+      if (this.#opened.get(path) === kept) this.#keep(path, kept, most);
+      return kept;
     }
     // Requests at the same time open it once. It is read for all of them, whoever is aborted.
     let opening = this.#opening.get(path);
     if (!opening) {
-      opening = this.#read(path).then((controlNet) => this.#keep(path, { name: basename(path) || path, controlNet }));
+      opening = this.#read(path).then((controlNet) =>
+        this.#keep(path, { name: basename(path) || path, controlNet }, most),
+      );
       this.#opening.set(path, opening);
       const done = () => this.#opening.delete(path);
       opening.then(done, done);
     }
-    await opening;
-    signal?.throwIfAborted();
+    return opening;
   }
 
   async #read(folder: string, signal?: AbortSignal): Promise<ControlNet> {
@@ -159,16 +181,19 @@ export class ControlNets {
     return controlNet;
   }
 
-  #keep(path: string, known: Known): Known {
+  /** Keeps a folder as the one that was used last, and frees what is too much. */
+  #keep(path: string, known: Known, most: number): Known {
     const before = this.#opened.get(path);
     this.#opened.delete(path);
     this.#opened.set(path, known);
-    const [oldest] = this.#opened.keys();
-    const dropped = before ?? (this.#opened.size > mostOpened ? this.#opened.get(oldest!) : undefined);
-    if (!before && dropped) this.#opened.delete(oldest!);
-    const isStillUsed = (id: string) =>
-      [...this.#named.values(), ...this.#opened.values()].some(({ controlNet }) => controlNet.id === id);
-    if (dropped && !isStillUsed(dropped.controlNet.id)) this.onDrop(dropped.controlNet.id);
+    const dropped = before && before !== known ? [before] : [];
+    for (const [oldest, each] of this.#opened) {
+      if (this.#opened.size <= most) break;
+      this.#opened.delete(oldest);
+      dropped.push(each);
+    }
+    const used = new Set([...this.#named.values(), ...this.#opened.values()].map(({ controlNet }) => controlNet.id));
+    for (const { controlNet } of dropped) if (!used.has(controlNet.id)) this.onDrop(controlNet.id);
     return known;
   }
 }

@@ -7,7 +7,7 @@ import { controlChannels } from "../networks/index.js";
 import type { ResolvedGenerateOptions } from "../options.js";
 import { type ControlKind, controlledStages } from "./additions.js";
 import type { Candidate, CandidateFacts } from "./candidates.js";
-import { ControlNets } from "./control-nets.js";
+import { ControlNets, type KnownControlNets } from "./control-nets.js";
 import { checkControlSizes } from "./sizes.js";
 
 /** How 8-bit values become what the autoencoder encodes. */
@@ -65,7 +65,7 @@ export function settleControls(
     checkpoint,
     controlNets,
     ...model
-  }: CandidateFacts & { readonly allowPaths: boolean; readonly controlNets?: ControlNets | undefined },
+  }: CandidateFacts & { readonly allowPaths: boolean; readonly controlNets?: KnownControlNets | undefined },
   candidates: readonly [Candidate, ...Candidate[]],
 ): { readonly controls: readonly ControlRequest[]; readonly candidates: readonly [Candidate, ...Candidate[]] } {
   const nets = controlNets ?? ControlNets.none(checkpoint);

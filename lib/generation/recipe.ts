@@ -11,6 +11,7 @@ import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
 import type { Admitted } from "../serving/service.js";
 import { controlOf } from "./control.js";
+import type { ControlNets } from "./control-nets.js";
 import type { RequestEvents } from "./events.js";
 import { noiseOf, rowOf } from "./latents.js";
 import type { LoraInputs } from "./lora-inputs.js";
@@ -24,6 +25,7 @@ import { type Condition, type PromptEncoder, tokensOfPrompts, warningsOf } from 
 
 /** What a loaded model draws with. */
 export interface LoadedModel extends ModelFacts {
+  readonly controlNets?: ControlNets | undefined;
   readonly name: string;
   readonly runtime: Runtime;
   readonly text: PromptEncoder;

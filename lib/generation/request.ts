@@ -23,7 +23,7 @@ import { allFinite } from "../program/validate.js";
 import { defaultsBeside, formatBlocks, type QualityName, qualities, usualDefaults } from "../schedule/index.js";
 import { type Additions, hasSkippedStep, type SkippedLayers } from "./additions.js";
 import { type Candidate, type CandidateFacts, candidatesOf } from "./candidates.js";
-import type { ControlNets } from "./control-nets.js";
+import type { KnownControlNets } from "./control-nets.js";
 import { type ControlRequest, controlKind, settleControls } from "./control-request.js";
 import { type AppliedLora, type LoraFacts, noLoras } from "./lora-inputs.js";
 import { type Embeds, type PromptFacts, settleEmbeds, settleTexts, type Texts, unguided } from "./prompts.js";
@@ -40,7 +40,7 @@ export interface ModelFacts extends CandidateFacts {
   /** Whether requests may name pictures by the path of a file. */
   readonly allowPaths: boolean;
   /** ControlNets that requests may name. Default: none. */
-  readonly controlNets?: ControlNets | undefined;
+  readonly controlNets?: KnownControlNets | undefined;
 }
 
 /** What a request edits. */

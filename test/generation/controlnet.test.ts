@@ -221,6 +221,11 @@ describe("a control", () => {
       ]);
       expect(changed.latents).toEqual(own.latents);
       expect(changed.latents).not.toEqual(named.latents);
+      // The configuration alone.
+      const file = path.join(folder, "config.json");
+      const config = JSON.parse(readFileSync(file, "utf8"));
+      writeFileSync(file, JSON.stringify({ ...config, force_zeros_for_pooled_projection: false }));
+      expect((await draw(asked)).latents).not.toEqual(changed.latents);
     } finally {
       rmSync(folder, { recursive: true, force: true });
     }
@@ -235,6 +240,17 @@ describe("a control", () => {
         cpSync(at("controlnet"), copy, { recursive: true });
         expect((await draw({ steps: 1, controls: [lines({ folder: copy })] })).latents).toEqual(first.latents);
       }
+      // More at once, in one request and in several.
+      const all = ["a", "b", "c", "d", "e", "f"].map((name) =>
+        lines({ folder: path.join(folder, name), scale: 1 / 6 }),
+      );
+      const together = await draw({ steps: 1, controls: all });
+      expect(relativeError(together.latents!, first.latents!)).toBeLessThan(tolerance);
+      const pairs = [0, 1, 2, 3, 4, 5].map((i) =>
+        [all[i]!, all[(i + 1) % 6]!].map((each) => ({ ...each, scale: 0.5 })),
+      );
+      for (const { latents } of await Promise.all(pairs.map((controls) => draw({ steps: 1, controls }))))
+        expect(relativeError(latents!, first.latents!)).toBeLessThan(tolerance);
     } finally {
       rmSync(folder, { recursive: true, force: true });
     }
@@ -310,10 +326,10 @@ describe("a control", () => {
   const white = { width: 8, height: 8, data: new Uint8Array(3 * 64).fill(255) };
   const wrong: [Partial<GenerateOptions>, RegExp][] = [
     [{ controls: [] }, /for controls but received/],
-    [{ controls: [lines({ scale: Number.NaN })] }, /for controls but received/],
-    [{ controls: [lines({ scale: Number.POSITIVE_INFINITY })] }, /for controls but received/],
-    [{ controls: [lines({ stop: 1.1 })] }, /for controls but received/],
-    [{ controls: [{ folder: "lines" } as Control] }, /for controls but received/],
+    [{ controls: [lines({ scale: Number.NaN })] }, /for controls\[0\]\.scale but received NaN/],
+    [{ controls: [lines({ scale: Number.POSITIVE_INFINITY })] }, /for controls\[0\]\.scale but received Infinity/],
+    [{ controls: [lines({ stop: 1.1 })] }, /for controls\[0\]\.stop but received 1\.1/],
+    [{ controls: [{ folder: "lines" } as Control] }, /for controls\[0\]\.image but received undefined/],
     [{ controls: [null as never] }, /for controls but received/],
     [{ controls: [lines({ preprocess: "depth" as "canny" })] }, /Expected "canny" for controls\[0\]\.preprocess but/],
     [
