@@ -26,6 +26,7 @@ export interface LoadAdapterFlags {
 export interface RequestAdapterFlags {
   useLora?: string[];
   control?: string[];
+  controlMask?: string[];
   canny?: boolean;
   controlRange?: string;
   skipLayers?: string;
@@ -61,6 +62,11 @@ export function addRequestAdapters(command: Command): void {
     .option(
       "--control <folder:image:scale@start-stop>",
       "ControlNet and its control picture (repeatable), as ./canny:edges.png:0.8@0-0.7",
+      repeated,
+    )
+    .option(
+      "--control-mask <picture>",
+      "where a ControlNet for inpainting paints, white; repeated, one for each --control in their order",
       repeated,
     )
     .option("--canny", "make the control pictures of the edges of those that --control names")
@@ -122,9 +128,10 @@ export function readRequestAdapters(flags: RequestAdapterFlags): {
     const { rest: name, scale } = scaled(text);
     return { name, ...(scale !== undefined && { scale }) };
   });
-  const { controlRange: pixelRange } = flags;
-  const controls = flags.control?.map((text) => ({
+  const { controlRange: pixelRange, controlMask: masks = [] } = flags;
+  const controls = flags.control?.map((text, index) => ({
     ...readControl(text, flags.canny ?? false),
+    ...(masks[index] !== undefined && { mask: masks[index] }),
     // Names that there are not are refused as they are from code.
     ...(pixelRange !== undefined && { pixelRange: pixelRange as PixelRange }),
   }));
@@ -132,6 +139,11 @@ export function readRequestAdapters(flags: RequestAdapterFlags): {
     throw new OptionError(
       "controlRange",
       "The flag --control-range is about control pictures; name a ControlNet with --control too.",
+    );
+  if (masks.length > (controls?.length ?? 0))
+    throw new OptionError(
+      "controlMask",
+      "The flag --control-mask is of the --control in the same place; name the ControlNet for inpainting before others, and give one mask for each.",
     );
   if (flags.canny && !controls)
     throw new OptionError("canny", "The flag --canny makes control pictures; name a ControlNet with --control too.");

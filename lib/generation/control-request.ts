@@ -78,7 +78,9 @@ export function settleControls(
     const { name, controlNet } = nets.get(folder, allowPaths && model.allowPaths);
     const { takesMask } = controlNet.config;
     if (takesMask && mask === undefined)
-      refuse(`The ControlNet "${name}" is one for inpainting; give ${field}.mask, white where it is to paint.`);
+      refuse(
+        `The ControlNet "${name}" is one for inpainting; give ${field}.mask (--control-mask), white where it is to paint.`,
+      );
     if (!takesMask && mask !== undefined)
       refuse(`The ControlNet "${name}" takes no mask (it is none for inpainting); leave out ${field}.mask.`);
     if (start >= stop) refuse(`Expected ${field}.start (${start}) below ${field}.stop (${stop}).`);

@@ -278,11 +278,14 @@ function settleSkipLayers(
   if (!candidates.some(({ stages }) => hasSkippedStep(settled, stages))) {
     const { steps } = candidates[0]!.stages[0]!.place;
     refuse(
-      `With skipLayers.start ${start} and skipLayers.stop ${stop} no guided step would have skip-layer guidance: of ${steps} step${steps === 1 ? "" : "s"}, numbered from 0, those between ${steps * start} and ${steps * stop} have it. Give a wider interval, or more steps.`,
+      `With skipLayers.start ${start} and skipLayers.stop ${stop} no guided step would have skip-layer guidance: of ${steps} step${steps === 1 ? "" : "s"}, numbered from 0, those between ${rounded(steps * start)} and ${rounded(steps * stop)} have it. Give a wider interval, or more steps.`,
     );
   }
   return settled;
 }
+
+/** Without the last digits, which are those of binary fractions. */
+const rounded = (value: number) => Number(value.toPrecision(12));
 
 /** @param option that names the block */
 export function noSuchLayer(layer: number, numLayers: number, option: string): OptionError {

@@ -51,6 +51,17 @@ describe("--control", () => {
     expect(() => readRequestAdapters({ canny: true })).toThrow(OptionError);
   });
 
+  it("has the mask in the same place", () => {
+    const control = ["paint:a.png", "paint:b.png@0-0.5", "canny:c.png"];
+    expect(readRequestAdapters({ control, controlMask: ["m.png", "n.png"] }).controls).toEqual([
+      { folder: "paint", image: "a.png", mask: "m.png" },
+      { folder: "paint", image: "b.png", start: 0, stop: 0.5, mask: "n.png" },
+      { folder: "canny", image: "c.png" },
+    ]);
+    for (const flags of [{ controlMask: ["m.png"] }, { control: ["a:b.png"], controlMask: ["m.png", "n.png"] }])
+      expect(() => readRequestAdapters(flags)).toThrow(/The flag --control-mask is of the --control in the same place/);
+  });
+
   it.each(["canny", ":x.png", "canny:", "C:\\canny"])("without both is refused: %s", (text) =>
     expect(() => readRequestAdapters({ control: [text] })).toThrow(/folder:image.*for --control but received/),
   );

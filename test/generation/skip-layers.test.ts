@@ -60,11 +60,12 @@ describe.each(fixtureNames)("%s", (name) => {
         { skipLayers: { layers: [3] } },
         /from 0 to 2 for skipLayers\.layers, since the transformer has 3, .*received 3/,
       ],
-      [{ skipLayers: { layers: [] } }, /for skipLayers but received/],
+      [{ skipLayers: { layers: [] } }, /for skipLayers\.layers but received \[\]/],
       [{ skipLayers: { layers: [1], start: 0.5, stop: 0.5 } }, /skipLayers\.start \(0\.5\) below skipLayers\.stop/],
       [{ skipLayers: { layers: [1] }, guidanceScale: 1 }, /guidanceScale above 1, or leave out skipLayers/],
       [{ skipLayers: { layers: [1] }, steps: 4 }, /no guided step .* of 4 steps, .* between 0\.04 and 0\.8 have it/],
       [{ skipLayers: { layers: [1], stop: 0.5 }, steps: 10, guidanceStart: 0.5 }, /no guided step/],
+      [{ skipLayers: { layers: [1] }, steps: 3 }, /between 0\.03 and 0\.6 have it/],
     ];
     for (const [options, message] of refused) {
       const error = await model.generate({ prompt: "x", ...common, ...options }).catch((reason) => reason);
