@@ -2,9 +2,10 @@
  * What a dynamic LoRA costs on the CPU: a step with a low-rank branch of rank 16 beside all linear layers against one without, and
  * against one with the LoRA merged into the weights; four rows with adapters of their own in one launch; the first picture with an adapter, whose
  * matrices are packed and sent to the process of the graphs, against the next one. On the embedded model, and on a transformer of SD3.5-medium's
- * width with random weights. Runs are taken in turn, and ratios are of runs beside each other.
+ * width with random weights. Runs are taken in turn, and ratios are of runs beside each other. Rounds are reported on standard error: on
+ * two cores one of the wide transformer at 512 x 512 takes half a minute or more.
  *
- *   npx tsx bench/loras.ts [--rounds N] [--layers N]
+ *   npx tsx bench/loras.ts [--rounds N] [--layers N] [--size pixels]
  */
 
 import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
@@ -17,11 +18,18 @@ import { randomCheckpoint } from "./random-checkpoint.js";
 import { machineLine, paired, ratios, report, root, type Spread, table } from "./support.js";
 
 const { values } = parseArgs({
-  options: { rounds: { type: "string", default: "15" }, layers: { type: "string", default: "2" } },
+  options: {
+    rounds: { type: "string", default: "15" },
+    layers: { type: "string", default: "2" },
+    size: { type: "string", default: "256" },
+  },
 });
 const rounds = Number(values.rounds);
 const layers = Number(values.layers);
+const wideSize = Number(values.size);
 const rank = 16;
+/** Rounds before those that count: graphs are compiled, and batches of four are new. */
+const warmUp = 2;
 const adapters = ["first", "second", "third", "fourth"];
 
 mkdirSync(path.join(root, "bench/.work"), { recursive: true });
@@ -92,15 +100,20 @@ async function measure(what: string, checkpoint: string, size: number): Promise<
       return performance.now() - start;
     };
     const [fresh, next] = [await timed("second"), await timed("second")];
+    let round = 0;
     const times = await paired(
       {
-        none: () => step(model),
+        none: () => {
+          console.error(`${what}: round ${++round} of ${rounds + warmUp}`);
+          return step(model);
+        },
         dynamic: () => step(model, { loras: [{ name: "first", scale: 0.8 }] }),
         merged: () => step(merged),
         "four alike": () => four(() => undefined),
         "four adapters": () => four((index) => [{ name: adapters[index]! }]),
       },
       rounds,
+      warmUp,
     );
     const median = (each: readonly number[]) => [...each].sort((a, b) => a - b)[each.length >> 1]!;
     return {
@@ -120,7 +133,11 @@ try {
   const wide = await randomCheckpoint(layers);
   const rows = [
     await measure("the embedded model, 128 x 128", embeddedModel, 128),
-    await measure(`${layers} blocks of SD3.5-medium's width, 512 x 512`, wide.folder, 512),
+    await measure(
+      `${layers} ${layers === 1 ? "block" : "blocks"} of SD3.5-medium's width, ${wideSize} x ${wideSize}`,
+      wide.folder,
+      wideSize,
+    ),
   ];
   const ratio = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)} to ${max.toFixed(2)})`;
   const page = [

@@ -75,6 +75,16 @@ export interface CompileReport {
   readonly warnings: readonly string[];
 }
 
+/** @throws OptionError for a LoRA whose matrices are no part of an engine */
+function refuseDynamic(loras: CompileEnginesOptions["loras"] = []): void {
+  const lora = loras.find(({ dynamic }) => dynamic);
+  if (lora)
+    throw new OptionError(
+      "loras",
+      `The LoRA ${lora.name ?? lora.file} of loras is dynamic, and engines for dynamic ones are built for a rank, whichever they are; leave it out, and give lorasRank (--loras-rank).`,
+    );
+}
+
 /**
  * Builds every engine that a checkpoint needs for the sizes and batches given, or finds it in the cache.
  * @param folder a checkpoint: a folder in the diffusers layout, one .safetensors file, or a model of the hub as `FlowTurbo.load` takes it
@@ -86,6 +96,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   signal?.throwIfAborted();
   checkInstallation();
 
+  refuseDynamic(checked.loras);
   // 1. The checkpoint, its graphs and their shapes: wrong requests end here.
   const { variant, textEncoder3 } = checked;
   const nets = checked.controls?.map((net) => ({ folder: net }));

@@ -69,6 +69,7 @@ export async function examineAdapters(
 
 /** `rank 16; 288 layers of the transformer, 24 of the first text encoder (CLIP-L)` */
 function aboutLora({ parts }: Lora): string {
+  if (parts.size === 0) return "all of its matrices are zero, so that it changes nothing";
   const layers = [...parts.values()].flatMap((each) => [...each.values()]);
   const ranks = [...new Set(layers.map(({ rank }) => rank))].sort((a, b) => a - b);
   const counts = [...parts].map(([part, each]) => `${each.size} layers of the ${partTitles[part]}`);

@@ -2,10 +2,12 @@
 import { cp, mkdir, mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import { FlowTurbo, type GenerateOptions, type LoadOptions, OptionError } from "flowturbo";
+import { compileEngines, FlowTurbo, type GenerateOptions, type LoadOptions, OptionError } from "flowturbo";
 import sharp from "sharp";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { distilledOf, openCheckpoint } from "../../lib/checkpoint/index.js";
+import { distilledOf, openCheckpoint, writeSafetensors } from "../../lib/checkpoint/index.js";
+import type { FloatTensor } from "../../lib/common/tensor.js";
+import { examineAdapters } from "../../lib/generation/examine-adapters.js";
 import { namedLoras, withMergedLoras } from "../../lib/generation/loras.js";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
 import { modelWith, scaledT5 } from "../support/quantised.js";
@@ -114,7 +116,6 @@ async function float32Model(name: (typeof fixtureNames)[number]): Promise<string
 }
 
 async function rewritten(file: string): Promise<void> {
-  const { writeSafetensors } = await import("../../lib/checkpoint/index.js");
   await writeSafetensors(file, await readAll(file));
 }
 
@@ -179,6 +180,32 @@ describe("a model with LoRAs", () => {
       loras: [{ file: path.join(folder, "sd3.5m-turbo-4step.safetensors") }],
     });
     expect(loaded.defaults).toMatchObject({ distilled: true, sampler: "euler", steps: 4, guidanceScale: 1 });
+  });
+
+  it("has no engines of its own for dynamic ones: they are refused, and the rank is asked for", async () => {
+    const loras = [{ file: adapter("lora_a"), dynamic: true }];
+    const error = await compileEngines(fixture("medium", "model"), { loras }).catch((reason) => reason);
+    expect(error).toBeInstanceOf(OptionError);
+    expect(error).toMatchObject({ option: "loras", message: expect.stringMatching(/is dynamic.*give lorasRank/) });
+  });
+
+  it("may have one whose matrices are zero, which doctor says", async () => {
+    const file = path.join(folder, "fresh.safetensors");
+    const values = await readAll(adapter("lora_a"));
+    const zero = Object.entries(values).map(([name, tensor]): [string, FloatTensor] => [
+      name,
+      name.includes("lora_B") ? { ...tensor, data: new Float32Array(tensor.data.length) } : tensor,
+    ]);
+    await writeSafetensors(file, Object.fromEntries(zero));
+    const loras = [{ file, dynamic: true }, { file: adapter("lora_a") }];
+    const found = await examineAdapters(fixture("medium", "model"), { loras });
+    expect(found.map(({ about }) => about)).toEqual([
+      "all of its matrices are zero, so that it changes nothing",
+      expect.stringMatching(/^rank 4; \d+ layers of the transformer$/),
+    ]);
+    const none = await draw(fixture("medium", "model"), [], fixture("medium", "lora_a.safetensors"));
+    const { latents } = await draw(fixture("medium", "model"), [{ file }], fixture("medium", "lora_a.safetensors"));
+    expect(latents).toEqual(none.latents);
   });
 
   it("refuses two of one name before anything is merged, and what is no LoRA of the model", async () => {
