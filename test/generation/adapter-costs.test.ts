@@ -77,8 +77,8 @@ it("is measured by profile(), for what is named together", async () => {
   const batches = async (more: ProfileOptions): Promise<Record<string, number[]>> => {
     const { entries } = await model.profile({ ...options, ...more, reset: true });
     const found: Record<string, number[]> = {};
+    // Drawing enters other batches where it launches them.
     for (const { graph, batch } of entries)
-      // Drawing enters other batches where it launches them.
       if (graph.startsWith("predict") && batch <= 2) {
         const name = graph.replace(/controls-[0-9a-f]{8}/, "controls");
         found[name] = [...(found[name] ?? []), batch].sort();
