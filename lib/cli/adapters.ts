@@ -32,6 +32,9 @@ export interface RequestAdapterFlags {
   skipLayers?: string;
 }
 
+/** Options that each command has a flag of its own for: `--lora`, `--use-lora` or `--loras`. What is wrong with them names it. */
+export const namedByCommand: readonly string[] = ["loras", "controls"];
+
 const repeated = (text: string, before: string[] = []) => [...before, text];
 
 /** Adds the flag of LoRAs that are merged into the weights. */

@@ -9,6 +9,7 @@ import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
 import { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
 import { serverSchema } from "../server/options.js";
+import { namedByCommand } from "./adapters.js";
 import { cacheCommand } from "./cache.js";
 import { calibrateCommand } from "./calibrate.js";
 import { compileCommand } from "./compile.js";
@@ -69,11 +70,11 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      // One that several commands have is the first's: `controls` of compile is a list of folders, and its flag another.
-      const schema = [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema].find(
-        ({ shape }) => Object.hasOwn(shape, error.option),
-      );
-      const flag = schema && flagOf(schema, error.option);
+      const flag = namedByCommand.includes(error.option)
+        ? undefined
+        : [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
+            .map((schema) => flagOf(schema, error.option))
+            .find((name) => name !== undefined);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);
       return 2;
     }
