@@ -361,7 +361,7 @@ export class FlowTurbo implements ImageModel {
     controlNets: KnownControlNets | undefined,
     begun: () => void,
   ): Promise<GenerateResult> {
-    const request = settleRequest(options, { ...this.#model, controlNets });
+    const request = settleRequest(options, this.#model, controlNets);
     trace?.settled(request);
     request.signal?.throwIfAborted();
     this.#checkMemory(request);

@@ -28,7 +28,7 @@ export interface ControlRequest {
   /** Where an inpainting ControlNet paints; null for others. */
   readonly mask: PictureSource | null;
   readonly scale: number;
-  /** The part of the steps that it is used in: see `isControlled` of programs.ts. */
+  /** The part of the steps that it is used in: see `controlledStages`. */
   readonly start: number;
   readonly stop: number;
   readonly preprocess: "canny" | null;
@@ -61,14 +61,13 @@ export function controlKind({ controlNet: { id, config }, scale, start, stop }: 
  */
 export function settleControls(
   { controls = [], allowPaths }: ResolvedGenerateOptions,
-  {
-    checkpoint,
-    controlNets,
-    ...model
-  }: CandidateFacts & { readonly allowPaths: boolean; readonly controlNets?: KnownControlNets | undefined },
+  model: Pick<CandidateFacts, "checkpoint"> & {
+    readonly allowPaths: boolean;
+    readonly controlNets: KnownControlNets | undefined;
+  },
   candidates: readonly [Candidate, ...Candidate[]],
 ): { readonly controls: readonly ControlRequest[]; readonly candidates: readonly [Candidate, ...Candidate[]] } {
-  const nets = controlNets ?? ControlNets.none(checkpoint);
+  const { checkpoint, controlNets: nets = ControlNets.none(checkpoint) } = model;
   const settled = controls.map((control, index): ControlRequest => {
     const { folder, image, mask, scale = 1, start = 0, stop = 1, preprocess = null, pixelRange = "signed" } = control;
     const refuse = (message: string): never => {

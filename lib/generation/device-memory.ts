@@ -52,8 +52,10 @@ export function additionsMemoryNeeded(
   stages: readonly PlacedStage[],
 ): number {
   const bytes = (name: string) => weightsOf(graphs, graphs.get(name), widening).reduce((sum, each) => sum + each, 0);
-  const names = [...predictGraphs(additions, mode, stages)];
-  return names.reduce((sum, name) => sum + bytes(name), 0) - (names.length > 0 ? bytes("predict.guidance") : 0);
+  const names = predictGraphs(additions, mode, stages);
+  const counted = "predict.guidance";
+  const others = [...names].filter((name) => name !== counted).reduce((sum, name) => sum + bytes(name), 0);
+  return others - (names.size === 0 || names.has(counted) ? 0 : bytes(counted));
 }
 
 /** Bytes of each weight of a graph on the device. */

@@ -117,8 +117,16 @@ export interface Request extends Pick<ResolvedGenerateOptions, Kept> {
 /** Of one call: what is done for each picture, on the event loop and in memory, has to end somewhere. */
 const maxPictures = 1024;
 
-/** @throws OptionError that names the option and the remedy */
-export function settleRequest(given: GenerateOptions, model: ModelFacts): Request {
+/**
+ * @param model the same object for each request: schedules are kept by it
+ * @param controlNets that the request may name. Default: those of the model
+ * @throws OptionError that names the option and the remedy
+ */
+export function settleRequest(
+  given: GenerateOptions,
+  model: ModelFacts,
+  controlNets: KnownControlNets | undefined = model.controlNets,
+): Request {
   const checked = checkOptions(generateSchema, given, "generate()");
   const { guidanceScale = defaultsBeside(checked.sampler, model.defaults).guidanceScale } = checked;
   const options = withQuality({ ...checked, guidanceScale }, model);
@@ -161,7 +169,8 @@ export function settleRequest(given: GenerateOptions, model: ModelFacts): Reques
   checkGuidanceInterval(options);
   checkSigmas(sigmas);
   checkShift(options, model.checkpoint);
-  const { controls, candidates } = settleControls(options, model, candidatesOf(options, model, pictures));
+  const known = { checkpoint: model.checkpoint, allowPaths: model.allowPaths, controlNets };
+  const { controls, candidates } = settleControls(options, known, candidatesOf(options, model, pictures));
   const isOn = candidates.some(({ isGuided }) => isGuided);
   if (embeds && isOn && embeds.negativePrompts.length === 0)
     throw new OptionError(

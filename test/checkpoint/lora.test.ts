@@ -20,9 +20,9 @@ import { narrow } from "../../lib/common/narrow.js";
 import { type ComputedDType, elementCount, type StoredTensor } from "../../lib/common/tensor.js";
 import { widen } from "../../lib/common/widen.js";
 import { CheckpointError, OutputError } from "../../lib/errors.js";
-import { type Adapter, type Adapters, dialects, f32, inDialect, writeAdapter } from "../support/adapters.js";
+import { type Adapter, type Adapters, dialects, inDialect } from "../support/adapters.js";
 import { fixture, fixtureNames, readAll } from "../support/fixtures.js";
-import { modelWith, type RawTensor, readRaw, scaledT5 } from "../support/quantised.js";
+import { f32, modelWith, type RawTensor, readRaw, scaledT5, writeRaw } from "../support/quantised.js";
 
 let folder: string;
 const checkpoints = new Map<string, Checkpoint>();
@@ -202,14 +202,14 @@ describe("any adapter", () => {
         fc.asyncProperty(fc.subarray(names, { minLength: 1, maxLength: 12 }), fc.integer(), async (chosen, seed) => {
           const adapters = randomAdapters(layers, chosen, seed);
           const { tensors, metadata } = inDialect(adapters, dialect, { blocks, kernels });
-          const lora = await readLora(await writeAdapter(newFile(), tensors, metadata), checkpoint);
+          const lora = await readLora(await writeRaw(newFile(), tensors, metadata), checkpoint);
           expectSame(lora, referenceOf(adapters, layers), 1e-6);
         }),
         { numRuns: 12 },
       );
       const all = randomAdapters(layers, names, 7);
       const { tensors, metadata } = inDialect(all, dialect, { blocks, kernels });
-      const lora = await readLora(await writeAdapter(newFile(), tensors, metadata), checkpoint);
+      const lora = await readLora(await writeRaw(newFile(), tensors, metadata), checkpoint);
       expect(lora.parts.get("transformer")!.size).toBe(names.length);
       expectSame(lora, referenceOf(all, layers), 1e-6);
     },
@@ -258,7 +258,7 @@ describe("any adapter", () => {
     const renamed = Object.fromEntries(
       Object.entries(raw).map(([name, tensor]) => [name.replace("transformer.", "base_model.model."), tensor]),
     );
-    await writeAdapter(path.join(peft, "adapter_model.safetensors"), renamed);
+    await writeRaw(path.join(peft, "adapter_model.safetensors"), renamed);
     const config = { peft_type: "LORA", r: 4, lora_alpha: 8, alpha_pattern: { "ff.net.2": 2 }, rank_pattern: {} };
     await writeFile(path.join(peft, "adapter_config.json"), JSON.stringify(config));
     const layers = (await readLora(peft, checkpoint)).parts.get("transformer")!;
@@ -287,14 +287,14 @@ describe("any adapter", () => {
         name.replace(/^text_encoder(_2)?\./, (_, second) => `text_encoders.clip_${second ? "g" : "l"}.transformer.`),
     ];
     for (const change of renamings)
-      expectSame(await readLora(await writeAdapter(newFile(), rename(change)), checkpoint), expected);
+      expectSame(await readLora(await writeRaw(newFile(), rename(change)), checkpoint), expected);
   });
 
   it("may be one of T5, by sd-scripts' names", async () => {
     const checkpoint = checkpoints.get("large")!;
     const { shape } = checkpoint.textEncoder3!.weights.find("encoder.block.1.layer.1.DenseReluDense.wi_0.weight")!;
     const [out, width] = shape as [number, number];
-    const file = await writeAdapter(newFile(), {
+    const file = await writeRaw(newFile(), {
       "lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0.lora_down.weight": f32(
         [1, width],
         new Array(width).fill(1),
@@ -383,7 +383,7 @@ describe("a merged checkpoint", () => {
     const checkpoint = await openCheckpoint(model);
     const base = checkpoint.textEncoder3!.weights;
     const [rows, columns] = base.find(`${name}.weight`)!.shape as [number, number];
-    const file = await writeAdapter(newFile(), {
+    const file = await writeRaw(newFile(), {
       [`text_encoder_3.${name}.lora_A.weight`]: f32([1, columns], new Array(columns).fill(0.25)),
       [`text_encoder_3.${name}.lora_B.weight`]: f32([rows, 1], new Array(rows).fill(0.5)),
     });
@@ -688,7 +688,7 @@ describe("is refused", () => {
     ],
   };
   it.each(Object.entries(cases))("%s", async (_, [tensors, message, metadata]) => {
-    const file = await writeAdapter(newFile(), tensors(widthOf()), metadata);
+    const file = await writeRaw(newFile(), tensors(widthOf()), metadata);
     const error = await readLora(file, checkpoints.get("sd3")!).catch((reason) => reason);
     expect(error).toBeInstanceOf(CheckpointError);
     expect(error.message).toMatch(message);
@@ -718,7 +718,7 @@ describe("is refused", () => {
 
   it("a zero matrix is not: it changes nothing", async () => {
     const w = widthOf();
-    const file = await writeAdapter(newFile(), { ...pair(q, w, w), [`${q}.lora_B.weight`]: t([w, 4]) });
+    const file = await writeRaw(newFile(), { ...pair(q, w, w), [`${q}.lora_B.weight`]: t([w, 4]) });
     const lora = await readLora(file, checkpoints.get("sd3")!);
     expect(await mergeLoras(checkpoints.get("sd3")!, [{ lora, scale: 1 }], await newCache())).toMatchObject({
       transformer: { weights: { files: checkpoints.get("sd3")!.transformer.weights.files } },

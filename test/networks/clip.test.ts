@@ -1,38 +1,27 @@
 // The pooled token of CLIP: the first end of text, by scores of which one is the largest.
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { int64 } from "../../lib/common/tensor.js";
 import { emitClip } from "../../lib/networks/clip.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
-import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { bundle } from "../runtimes/build.js";
 import { fixture } from "../support/fixtures.js";
+import { cpuRuntime } from "./cpu.js";
 
 const length = 77;
 /** The largest id, as in the public checkpoints; and the id that their configs name. */
 const [end, legacy] = [49407, 2];
 
-let runtime: OnnxRuntime;
-let close: () => Promise<void>;
-beforeAll(async () => {
-  const { host, remove } = await bundle();
-  runtime = new OnnxRuntime({ host, weights: "lazy" });
-  close = async () => {
-    await runtime.dispose();
-    remove();
-  };
-});
-afterAll(() => close());
+const runtime = cpuRuntime();
 
 async function pooled(rows: readonly (readonly number[])[], eosTokenId: number) {
   const { weights, config } = (await openCheckpoint(fixture("sd3", "model"))).textEncoder!;
   const { vocabSize } = config;
   const name = `clip-${eosTokenId}`;
-  runtime.add(emitClip(name, { weights, config: { ...config, eosTokenId } }, length, cpuEmitOptions));
+  runtime().add(emitClip(name, { weights, config: { ...config, eosTokenId } }, length, cpuEmitOptions));
   const ids = rows.flatMap((row) => [...row, ...new Array(length - row.length).fill(row.at(-1)!)]);
   expect(Math.max(...ids)).toBeLessThan(vocabSize);
   const shape = [rows.length, length];
-  const { p } = await runtime.run({
+  const { p } = await runtime().run({
     constants: { ids: { kind: "value", tensor: int64(shape, BigInt64Array.from(ids, BigInt)) } },
     registers: {
       h: { dtype: "float32", shape: [...shape, config.hiddenSize] },

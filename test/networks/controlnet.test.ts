@@ -1,25 +1,14 @@
 // ControlNets alone against diffusers' (test/fixtures/generate/controlnets.py).
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { describe, expect, it } from "vitest";
 import { openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
 import { positionCrop } from "../../lib/generation/templates.js";
 import { controlPositionTable, controlResiduals, residualOf } from "../../lib/networks/controlnet.js";
 import { mmditWidth } from "../../lib/networks/index.js";
 import { cpuEmitOptions, type EmitOptions, GraphBuilder } from "../../lib/onnx/index.js";
-import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { bundle } from "../runtimes/build.js";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
+import { cpuRuntime } from "./cpu.js";
 
-let runtime: OnnxRuntime;
-let close: () => Promise<void>;
-beforeAll(async () => {
-  const { host, remove } = await bundle();
-  runtime = new OnnxRuntime({ host, weights: "lazy" });
-  close = async () => {
-    await runtime.dispose();
-    remove();
-  };
-});
-afterAll(() => close());
+const runtime = cpuRuntime();
 
 const ways: Record<string, EmitOptions> = {
   "as for the CPU": cpuEmitOptions,
@@ -46,7 +35,7 @@ describe.each(fixtureNames)("the ControlNet of %s", (name) => {
     });
     expect(residuals).toHaveLength(config.numLayers);
     for (const [index, value] of residuals.entries()) g.output(`residual_${index}`, value, ["rows", "patches", width]);
-    runtime.add(g.build());
+    runtime().add(g.build());
     const shape = tensors.residual_0!.shape;
     const names = residuals.map((_, index) => `residual_${index}`);
     const own = {
@@ -54,7 +43,7 @@ describe.each(fixtureNames)("the ControlNet of %s", (name) => {
       config: { ...transformer.config, posEmbedMaxSize: config.posEmbedMaxSize! },
     };
     const inputs = ["latent", "control", "tokens", "timestep", "context", "pooled"];
-    const results = await runtime.run({
+    const results = await runtime().run({
       constants: {
         ...Object.fromEntries(inputs.map((each) => [each, { kind: "value", tensor: tensors[each]! }])),
         ...(config.positions === "own" && { positions: positionCrop(own, [2, 16, 8, 12]) }),

@@ -1,25 +1,14 @@
 // A low-rank branch beside linear layers, in both forms that runtimes want them in, against sums written out.
-import { afterAll, beforeAll, expect, it } from "vitest";
+import { expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { type FloatTensor, float32 } from "../../lib/common/tensor.js";
 import { Layers } from "../../lib/networks/layers.js";
 import { LowRankBranch } from "../../lib/networks/low-rank.js";
 import { cpuEmitOptions, GraphBuilder } from "../../lib/onnx/index.js";
-import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
-import { bundle } from "../runtimes/build.js";
 import { fixture, readAll, relativeError } from "../support/fixtures.js";
+import { cpuRuntime } from "./cpu.js";
 
-let runtime: OnnxRuntime;
-let close: () => Promise<void>;
-beforeAll(async () => {
-  const { host, remove } = await bundle();
-  runtime = new OnnxRuntime({ host, weights: "lazy" });
-  close = async () => {
-    await runtime.dispose();
-    remove();
-  };
-});
-afterAll(() => close());
+const runtime = cpuRuntime();
 
 const numbers = (seed: number, ...shape: number[]): FloatTensor =>
   float32(
@@ -57,7 +46,7 @@ it.each((["gemm", "matmul"] as const).flatMap((linear) => [1, 2, 3].map((groups)
         { module: norm.name, in: norm.from, out: norm.to, downOffset: rank * out.from, upOffset: rank * out.to },
       ],
     });
-    runtime.add(g.build());
+    runtime().add(g.build());
 
     const inputs = {
       x: numbers(1, groups * rows, tokens, out.from),
@@ -70,7 +59,7 @@ it.each((["gemm", "matmul"] as const).flatMap((linear) => [1, 2, 3].map((groups)
       y: { dtype: "float32", shape: [groups * rows, tokens, out.to] },
       z: { dtype: "float32", shape: [groups * rows, norm.to] },
     } as const;
-    const results = await runtime.run({
+    const results = await runtime().run({
       constants: Object.fromEntries(
         Object.entries(inputs).map(([name, tensor]) => [name, { kind: "value", tensor } as const]),
       ),

@@ -1,7 +1,6 @@
 // LoRAs as tests make them: matrices by layer, and files of them in the names of each trainer. Stability's names are written out here, apart from
 // the package's own table.
-import { writeFile } from "node:fs/promises";
-import type { RawTensor } from "./quantised.js";
+import { f32, type RawTensor } from "./quantised.js";
 
 /** Of one layer of the transformer. */
 export interface Adapter {
@@ -15,30 +14,6 @@ export interface Adapter {
 
 /** Layers by diffusers' names. */
 export type Adapters = ReadonlyMap<string, Adapter>;
-
-export const f32 = (shape: readonly number[], values: ArrayLike<number>): RawTensor => ({
-  ...{ dtype: "F32", shape },
-  bytes: new Uint8Array(Float32Array.from(values).buffer),
-});
-
-/** Writes tensors, with metadata. */
-export async function writeAdapter(
-  file: string,
-  tensors: Readonly<Record<string, RawTensor>>,
-  metadata?: Readonly<Record<string, string>>,
-): Promise<string> {
-  const header: Record<string, unknown> = metadata ? { __metadata__: metadata } : {};
-  let end = 0;
-  for (const [name, { dtype, shape, bytes }] of Object.entries(tensors)) {
-    header[name] = { dtype, shape, data_offsets: [end, end + bytes.length] };
-    end += bytes.length;
-  }
-  const json = Buffer.from(JSON.stringify(header));
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(json.length));
-  await writeFile(file, Buffer.concat([length, json, ...Object.values(tensors).map(({ bytes }) => bytes)]));
-  return file;
-}
 
 /** Shapes of the layer's matrices. A kernel of [out, channels, side, side] has its first matrix in that form. */
 function shapesOf({ down, up, rank }: Adapter, kernel: readonly number[] | null) {

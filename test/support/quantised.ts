@@ -21,8 +21,13 @@ export async function readRaw(file: string): Promise<RawTensors> {
   return tensors;
 }
 
-export async function writeRaw(file: string, tensors: RawTensors): Promise<void> {
-  const header: Record<string, unknown> = {};
+/** @returns the file */
+export async function writeRaw(
+  file: string,
+  tensors: Readonly<RawTensors>,
+  metadata?: Readonly<Record<string, string>>,
+): Promise<string> {
+  const header: Record<string, unknown> = metadata ? { __metadata__: metadata } : {};
   let end = 0;
   for (const [name, { dtype, shape, bytes }] of Object.entries(tensors)) {
     header[name] = { dtype, shape, data_offsets: [end, end + bytes.length] };
@@ -32,6 +37,7 @@ export async function writeRaw(file: string, tensors: RawTensors): Promise<void>
   const length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(json.length));
   await writeFile(file, Buffer.concat([length, json, ...Object.values(tensors).map(({ bytes }) => bytes)]));
+  return file;
 }
 
 export const f32 = (shape: readonly number[], values: ArrayLike<number>): RawTensor => ({
