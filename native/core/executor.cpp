@@ -78,7 +78,8 @@ void ExecutorState::issueLoop() {
       const Busy busy;
       const int64_t woken = threadNanoseconds();
       lock.lock();
-      // It still can proceed: only this thread removes work.
+      // A caller may have withdrawn what there was to do.
+      if (!canProceed()) continue;
       if (!proceed(lock)) break;
       busyNanoseconds += threadNanoseconds() - woken;
     }

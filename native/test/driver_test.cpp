@@ -325,6 +325,7 @@ int main(int count, char** arguments) {
     test("runs submissions in turn, ahead of the device", runsAhead);
     test("keeps registers apart", keepsRegistersApart);
     test("stops between launches", stopsBetweenLaunches);
+    test("withdraws at any moment", withdrawsAtAnyMoment);
     test("sees values that are not finite", seesWhatIsNotFinite);
     test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
     test("replays a program as one CUDA graph", replaysAsOneGraph);

@@ -486,6 +486,7 @@ int main() {
   test("runs submissions in turn, ahead of the device", runsAhead);
   test("keeps registers apart", keepsRegistersApart);
   test("stops between launches", stopsBetweenLaunches);
+  test("withdraws at any moment", withdrawsAtAnyMoment);
   test("sees values that are not finite", seesWhatIsNotFinite);
   test("refuses what does not fit into memory, with numbers", refusesWhatDoesNotFit);
   test("refuses wrong instructions and plans before the first launch", refusesWrongInstructions);

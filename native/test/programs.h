@@ -205,6 +205,28 @@ void waitUntil(Condition condition) {
   }
 }
 
+// A run that is stopped before it begins is taken from the queue, at whatever moment the executor is about to begin it.
+// Threads that contend for the executor's mutex make that moment long.
+inline void withdrawsAtAnyMoment() {
+  Fixture fixture(affinePlan(0, 0));
+  Executor& executor = *fixture.executor;
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; thread++)
+    threads.emplace_back([&] {
+      for (int round = 0; round < 2000; round++) {
+        Run run;
+        fill(*run.submission, executor.createRegisters(2 * kRegisterBytes), fixture.engine, 1);
+        auto outcome = run.start(executor);
+        executor.cancel(run.submission);
+        CHECK(outcome.wait_for(std::chrono::minutes(1)) == std::future_status::ready);
+        const Outcome done = outcome.get();
+        CHECK(!done.error || done.error->code() == "CANCELLED");
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  checkGood(executor, fixture.engine);
+}
+
 inline void copiesRows() {
   Fixture fixture;
   Run run;
