@@ -5,6 +5,7 @@ import {
   checkControlNetFits,
   checkpointName,
   type Lora,
+  nameOfLora,
   openCheckpoint,
   openControlNet,
   partTitles,
@@ -16,7 +17,7 @@ import { graphName } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import { locateAll } from "./locate.js";
 import { LoraInputs } from "./lora-inputs.js";
-import { namedLoras } from "./loras.js";
+import { checkName } from "./loras.js";
 
 /** An adapter as it was found. */
 export interface AdapterExamination {
@@ -34,7 +35,7 @@ export interface AdapterExamination {
 /**
  * Reads each adapter for the model. Nothing is merged, and no weights of the model are read.
  * @param model folder, file or name on the hub
- * @throws CheckpointError or HubError for a model that cannot be opened; OptionError for two LoRAs of one name
+ * @throws CheckpointError or HubError for a model that cannot be opened
  */
 export async function examineAdapters(
   model: string,
@@ -53,10 +54,14 @@ export async function examineAdapters(
     );
     found.push({ ...what, ...settled });
   };
-  for (const source of loras) {
-    const name = source.name ?? checkpointName(source.file);
-    await examine({ kind: "LoRA", name, place: source.file }, async () => {
-      const [{ file, dynamic }] = (await namedLoras([source])) as [Awaited<ReturnType<typeof namedLoras>>[number]];
+  const before: { readonly name: string; readonly file: string }[] = [];
+  for (const { file, name: given, dynamic } of loras) {
+    // What no name can be found for is refused below.
+    const name = given ?? (await nameOfLora(file).catch(() => checkpointName(file)));
+    const others = [...before];
+    before.push({ name, file });
+    await examine({ kind: "LoRA", name, place: file }, async () => {
+      checkName({ name, file }, others);
       const lora = await readLora(file, checkpoint, { name });
       if (dynamic) new LoraInputs(new GraphLibrary(checkpoint), [{ ...lora, defaultScale: 1 }]).check();
       return aboutLora(lora);

@@ -24,16 +24,22 @@ export async function namedLoras(sources: readonly LoraSource[] = []): Promise<N
       name: name ?? (await nameOfLora(file)),
     })),
   );
-  for (const [index, { name, file }] of named.entries()) {
-    const before = named.slice(0, index).find((each) => each.name === name);
-    if (before)
-      throw new OptionError(
-        "loras",
-        `Two LoRAs of loras have the name "${name}": ${before.file} and ${file}. Give each a name of its own.`,
-        { publicMessage: `Two LoRAs of loras have the name "${name}".` },
-      );
-  }
+  for (const [index, lora] of named.entries()) checkName(lora, named.slice(0, index));
   return named;
+}
+
+/** @throws OptionError for a name that one of those before has too */
+export function checkName(
+  { name, file }: Pick<NamedLora, "name" | "file">,
+  others: readonly Pick<NamedLora, "name" | "file">[],
+): void {
+  const before = others.find((each) => each.name === name);
+  if (!before) return;
+  throw new OptionError(
+    "loras",
+    `Two LoRAs of loras have the name "${name}": ${before.file} and ${file}. Give each a name of its own.`,
+    { publicMessage: `Two LoRAs of loras have the name "${name}".` },
+  );
 }
 
 /**

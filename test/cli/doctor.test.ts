@@ -1,5 +1,8 @@
 // What `flowturbo doctor` prints of runtimes, libraries and graphics adapters, with a table of runtimes whose rows say what
 // a test wants them to find.
+import { cp, mkdtemp, rm } from "node:fs/promises";
+import os from "node:os";
+import path from "node:path";
 import { Command } from "commander";
 import { afterEach, beforeEach, expect, it, vi } from "vitest";
 import { doctorCommand } from "../../lib/cli/doctor.js";
@@ -158,4 +161,23 @@ it("says whether LoRAs and ControlNets fit a model, without drawing", async () =
   expect(json.modelAdapters[0].reason).toMatch(/\S/);
   expect(process.exitCode).toBe(1);
   await expect(doctor("--model", of("medium", "model"))).rejects.toThrow(/--lora or --control-net/);
+});
+
+it("names LoRAs as requests do, and refuses two of one name", async () => {
+  table(usable);
+  const folder = await mkdtemp(path.join(os.tmpdir(), "flowturbo-doctor-"));
+  try {
+    const inFolder = path.join(folder, "ink", "pytorch_lora_weights.safetensors");
+    await cp(fixture("medium", "adapters/lora_a.safetensors"), inFolder, { recursive: true });
+    const model = ["--model", fixture("medium", "model")];
+    expect(await doctor(...model, "--lora", inFolder)).toMatch(/✔ LoRA ink: rank 4/);
+    printed = "";
+    const other = fixture("medium", "adapters/lora_b.safetensors");
+    const text = await doctor(...model, "--lora", inFolder, "--dynamic-lora", `ink=${other}`);
+    expect(text).toMatch(/✔ LoRA ink: rank 4/);
+    expect(text).toMatch(/✘ LoRA ink: Two LoRAs of loras have the name "ink": .*Give each a name of its own/);
+    expect(process.exitCode).toBe(1);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
 });
