@@ -230,7 +230,7 @@ const adapterName = text.min(1).max(128);
 const loraUse = z.strictObject({ name: adapterName, scale: adapterScale.optional() });
 const loraUses = kind(
   list(loraUse, 1, mostAdapters),
-  "an array of { name, scale? }, scale from -100 to 100, names of 1 to 128 characters",
+  `an array of 1 to ${mostAdapters} of { name, scale? }, scale from -100 to 100, names of 1 to 128 characters`,
 );
 /** A ControlNet of a request that comes from elsewhere: by a name, which is no path, with pictures in another form. */
 export const namedControlSchema = <T extends z.ZodType>(picture: T) =>
@@ -291,14 +291,14 @@ export const loadSchema = z.strictObject({
         1,
         mostAdapters,
       ),
-      "an array of { file, scale?, name?, dynamic? }, scale from -100 to 100, names of 1 to 128 characters",
+      `an array of 1 to ${mostAdapters} of { file, scale?, name?, dynamic? }, scale from -100 to 100, names of 1 to 128 characters`,
     ),
     "LoRAs: merged into the weights once, or where dynamic is true named by requests",
   ),
   controlNets: optional(
     kind(
       list(z.strictObject({ folder: z.string().min(1), name: adapterName.optional() }), 1, mostAdapters),
-      "an array of { folder, name? }",
+      `an array of 1 to ${mostAdapters} of { folder, name? }`,
     ),
     "ControlNets that are opened with the model, so that requests name them",
   ),
@@ -765,7 +765,7 @@ export const compileSchema = z.strictObject({
   guidanceMode: generateSchema.shape.guidanceMode,
   loras: loadSchema.shape.loras,
   lorasRank: optional(
-    kind(z.literal<LoraRank[]>([...loraRanks]), loraRanks.join(", ")),
+    kind(z.literal<LoraRank[]>([...loraRanks]), `${loraRanks.slice(0, -1).join(", ")} or ${loraRanks.at(-1)}`),
     "also steps with dynamic LoRAs of up to this rank",
     "--loras-rank <rank>",
   ),
@@ -879,9 +879,13 @@ export function checkOptions<T extends z.ZodObject>(schema: T, input: unknown, s
   const { expects, path, received } = deepestField(schema, input, issue.path as (string | number)[]);
   // A name that a field does not take.
   const wanted =
-    issue.code === "invalid_value" && path.length === issue.path.length ? either(issue.values.map(String)) : expects;
+    issue.code === "invalid_value" && path.length === issue.path.length && issue.values.every(isText)
+      ? either(issue.values)
+      : expects;
   throw new OptionError(option, `Expected ${wanted} for ${pathText(path)} but received ${show(received)}.`);
 }
+
+const isText = (value: unknown): value is string => typeof value === "string";
 
 /** Of what is wrong the innermost field that there are words for: an entry may be long, and right but for it. */
 function deepestField(schema: z.ZodType, input: unknown, path: readonly (string | number)[]) {

@@ -66,6 +66,8 @@ describe("a value of the wrong kind", () => {
     ],
     ["controls", [null], /^Expected an array of 1 to 8 of \{ folder, .* for controls but received \[ null \]\.$/],
     ["controls", [], /^Expected an array of 1 to 8 of .* but received \[\]\.$/],
+    ["loras", [], /^Expected an array of 1 to 64 of \{ name, scale\? \}, .* for loras but received \[\]\.$/],
+    ["loras", new Array(65).fill({ name: "ink" }), /^Expected an array of 1 to 64 of .* for loras but received /],
     ["skipLayers", { layers: [1], scale: -1 }, "Expected a number from 0 to 100 for skipLayers.scale but received -1."],
     [
       "skipLayers",
@@ -95,6 +97,12 @@ describe("a value of the wrong kind", () => {
       expect(() => checkOptions(schema, { [option]: new Float32Array(4) }, "test")).toThrow(
         expect.objectContaining({ code: "ERR_FLOWTURBO_OPTION", option }),
       );
+  });
+
+  it.each([12, "16"])("is refused with the numbers that there are, which are no strings: %j", (lorasRank) => {
+    expect(() => checkOptions(compileSchema, { lorasRank }, "test")).toThrow(
+      `Expected 8, 16, 32, 64 or 128 for lorasRank but received ${JSON.stringify(lorasRank)}.`,
+    );
   });
 
   it("is left as it is", () => {

@@ -122,7 +122,7 @@ describe("the AI SDK", () => {
   });
 
   it.each<[string, unknown, RegExp]>([
-    ["loras", [{ name: "a", file: "b" }], /Expected an array of \{ name, scale\? \}/],
+    ["loras", [{ name: "a", file: "b" }], /Expected an array of 1 to 64 of \{ name, scale\? \}/],
     ["loras", [], /for providerOptions\.flowturbo\.loras but received/],
     ["skipLayers", [7, 8, 9], /\{ layers, scale\?, start\?, stop\? \}/],
     ["controls", [{ name: "canny" }], /up to 8 of \{ name, image, .*base64 or data: URLs, for providerOptions/],
