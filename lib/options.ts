@@ -59,8 +59,18 @@ export interface OptionMeta {
   readonly expects: string;
 }
 
+/** Words for the command line and for messages: apart from zod's own registry, since what is in that becomes keywords of JSON Schemas. */
+const words = z.registry<Omit<Partial<OptionMeta>, "description">>();
+
+/** A copy of a schema that says this about itself. */
+export function worded<T extends z.ZodType>(schema: T, said: Omit<Partial<OptionMeta>, "description">): T {
+  const copy = schema.clone();
+  words.add(copy, said);
+  return copy;
+}
+
 /** A kind of value, with the words for it. */
-const kind = <T extends z.ZodType>(schema: T, expects: string): T => schema.meta({ expects });
+const kind = <T extends z.ZodType>(schema: T, expects: string): T => worded(schema, { expects });
 
 const described = <T extends z.ZodType>(
   schema: T,
@@ -68,7 +78,7 @@ const described = <T extends z.ZodType>(
   description: string,
   flag?: string,
   help?: string,
-): T => schema.meta({ ...inner.meta(), description, ...(flag && { flag }), ...(help && { help }) });
+): T => worded(schema.meta({ description }), { ...words.get(inner), ...(flag && { flag }), ...(help && { help }) });
 
 const required = <T extends z.ZodType>(inner: T, description: string, flag?: string) =>
   described(inner, inner, description, flag);
@@ -917,7 +927,7 @@ function unwrapped(schema: z.ZodType): z.ZodType {
 }
 
 function wordsFor(schema: z.ZodType): string | undefined {
-  const { expects } = (schema.meta() ?? unwrapped(schema).meta() ?? {}) as Partial<OptionMeta>;
+  const { expects } = words.get(schema) ?? words.get(unwrapped(schema)) ?? {};
   if (expects !== undefined) return expects;
   const inner = unwrapped(schema);
   return inner instanceof z.ZodEnum ? either(inner.options.map(String)) : undefined;
@@ -1014,7 +1024,7 @@ const remedies: Readonly<Record<string, string>> = {
 
 /** What a field of a schema says about itself. */
 export function optionMeta(field: z.ZodType): OptionMeta {
-  return field.meta() as unknown as OptionMeta;
+  return { ...field.meta(), ...words.get(field) } as unknown as OptionMeta;
 }
 
 /** Characters of what was received that a message has. */

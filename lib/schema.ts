@@ -32,9 +32,7 @@ function jsonSchema(title: string, codec: z.ZodType): JsonSchema {
     // The side of the wire.
     io: "input",
     override({ jsonSchema }) {
-      // Words for the command line and for messages, and a format that no draft has: contentEncoding and the pattern say the
-      // same.
-      for (const keyword of ["expects", "flag", "help"]) delete jsonSchema[keyword];
+      // A format that no draft has: contentEncoding and the pattern say the same.
       if (jsonSchema.format === "base64") delete jsonSchema.format;
     },
   });

@@ -2,7 +2,7 @@
 
 import { z } from "zod";
 import type { ImageModel, Size } from "../model.js";
-import { mostControls } from "../options.js";
+import { mostControls, worded } from "../options.js";
 
 /** Options of the plugin `imageServer`. */
 export interface ImageServerOptions {
@@ -60,7 +60,7 @@ export interface Limits {
 }
 
 const described = <T extends z.ZodType>(schema: T, expects: string, description: string, flag?: string) =>
-  schema.meta({ description, expects, ...(flag && { flag }) });
+  worded(schema.meta({ description }), { expects, ...(flag && { flag }) });
 const whole = (least: number, most: number) => z.int().min(least).max(most);
 const wholeText = (least: number, most: number) => `a whole number from ${least} to ${most}`;
 const side = z.int().min(1).max(99_999);

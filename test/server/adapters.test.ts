@@ -332,4 +332,6 @@ it("the list of models has their names, and the document the fields", async () =
     expect(properties.skip_layers.required).toEqual(["layers"]);
   }
   expect(Model.required).toEqual(expect.arrayContaining(["loras", "control_nets"]));
+  // Words for messages are no keywords of schemas.
+  expect(JSON.stringify(document).match(/"(expects|flag|help)":/)).toBeNull();
 });
