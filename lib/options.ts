@@ -222,7 +222,7 @@ const bySampler = (value: (row: SamplerRow) => string | number) =>
 const mostAdapters = 64;
 /** ControlNets of one request: each is a network of its own in every step. */
 export const mostControls = 8;
-const adapterScale = kind(z.number().min(-100).max(100), "a number from -100 to 100");
+export const adapterScale = kind(z.number().min(-100).max(100), "a number from -100 to 100");
 /** A ControlNet of a request, with pictures in memory, or with another schema of pictures in another form. */
 export const controlSchema = <T extends z.ZodType>(picture: T) =>
   z.strictObject({

@@ -14,6 +14,7 @@ import type {
   PixelRange,
   SkipLayers,
 } from "../model.js";
+import { adapterScale } from "../options.js";
 
 /** Flags of what a model is loaded with. */
 export interface LoadAdapterFlags {
@@ -90,12 +91,12 @@ export function readLoadAdapters(flags: LoadAdapterFlags): {
 } {
   const loras = [
     ...(flags.lora ?? []).map((text): LoraSource => {
-      const { rest: file, scale } = scaled(text);
+      const { rest: file, scale } = scaledLora("--lora", text, text);
       return { file, ...(scale !== undefined && { scale }) };
     }),
     ...(flags.dynamicLora ?? []).map((text): LoraSource => {
       const { name, rest } = named(text);
-      const { rest: file, scale } = scaled(rest);
+      const { rest: file, scale } = scaledLora("--dynamic-lora", text, rest);
       return { ...{ file, dynamic: true }, ...(name !== undefined && { name }), ...(scale !== undefined && { scale }) };
     }),
   ];
@@ -128,7 +129,7 @@ export function readRequestAdapters(flags: RequestAdapterFlags): {
   skipLayers?: SkipLayers;
 } {
   const loras = flags.useLora?.map((text): LoraUse => {
-    const { rest: name, scale } = scaled(text);
+    const { rest: name, scale } = scaledLora("--use-lora", text, text);
     return { name, ...(scale !== undefined && { scale }) };
   });
   const { controlRange: pixelRange, controlMask: masks = [] } = flags;
@@ -203,6 +204,18 @@ const number = "[+-]?(?:\\d+\\.?\\d*|\\.\\d+)";
 function scaled(text: string): { rest: string; scale?: number } {
   const [, rest, scale] = new RegExp(`^(.+):(${number})$`, "s").exec(text) ?? [];
   return rest === undefined ? { rest: text } : { rest, scale: Number(scale) };
+}
+
+/** As `scaled`, of the text of a flag or the part of it behind a name. @throws OptionError that names the flag */
+function scaledLora(flag: string, text: string, part: string): { rest: string; scale?: number } {
+  const read = scaled(part);
+  if (read.rest !== "" && adapterScale.optional().safeParse(read.scale).success) return read;
+  const wanted =
+    flag === "--use-lora" ? "the name of a LoRA, such as style" : "the file of a LoRA, such as style.safetensors";
+  throw new OptionError(
+    "loras",
+    `Expected ${wanted}, and where it has a scale a number from -100 to 100 behind a colon for ${flag} but received "${text}".`,
+  );
 }
 
 /** `rest@start-stop`, if it ends so. */

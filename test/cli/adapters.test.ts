@@ -35,6 +35,18 @@ describe("--dynamic-lora and --control-net", () => {
   });
 });
 
+describe("a LoRA without a name, or with a scale that none has", () => {
+  it.each([
+    [() => readLoadAdapters({ lora: [""] }), '--lora but received ""'],
+    [() => readLoadAdapters({ lora: ["a.safetensors:500"] }), '--lora but received "a.safetensors:500"'],
+    [() => readLoadAdapters({ dynamicLora: ["a=b:-101"] }), '--dynamic-lora but received "a=b:-101"'],
+    [() => readRequestAdapters({ useLora: [""] }), '--use-lora but received ""'],
+    [() => readRequestAdapters({ useLora: ["ink:1", "ink:500"] }), '--use-lora but received "ink:500"'],
+  ])("is refused with its flag: %#", (read, message) => {
+    expect(read).toThrow(expect.objectContaining({ option: "loras", message: expect.stringContaining(message) }));
+  });
+});
+
 describe("--control", () => {
   it.each([
     ["canny:edges.png", { folder: "canny", image: "edges.png" }],
