@@ -429,8 +429,8 @@ export interface PromptEmbeds {
   /** As `pooledPromptEmbeds`, of the negative prompts; together with `negativePromptEmbeds`. */
   negativePooledPromptEmbeds?: FloatTensor | undefined;
   /**
-   * The dynamic LoRAs that changed the text encoders. Where `generate` is to draw with one that is not among them, or with another
-   * scale, a warning of its result says so. Default: none.
+   * The dynamic LoRAs that changed the text encoders. Where `generate` is to draw with one that is not among them, with another
+   * scale, or without one that is, a warning of its result says so. Default: none.
    */
   loras?: readonly LoraUse[] | undefined;
   /** As `GenerateResult.tokens.text`, which it becomes in turn. */

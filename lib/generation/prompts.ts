@@ -174,12 +174,20 @@ export function settleEmbeds(
 
 /** What is to be said of LoRAs that change text encoders, where the texts were encoded before. */
 function unreadLoras(reading: readonly AppliedLora[], encoded: PromptEmbeds["loras"] = []): string[] {
-  return reading.flatMap(({ name, scale }) => {
+  const unread = reading.flatMap(({ name, scale }) => {
     const before = encoded.find((each) => each.name === name);
     if (before?.scale === scale) return [];
     const how = before?.scale === undefined ? "without it" : `with its scale ${before.scale} in place of ${scale}`;
     return `The LoRA "${name}" changes text encoders too, and promptEmbeds were encoded ${how}; give encode() the same loras.`;
   });
+  const unnamed = encoded.filter(({ name, scale }) => scale !== 0 && reading.every((each) => each.name !== name));
+  return [
+    ...unread,
+    ...unnamed.map(
+      ({ name }) =>
+        `promptEmbeds were encoded with the LoRA "${name}", and the picture is drawn without it; give generate() the same loras.`,
+    ),
+  ];
 }
 
 function check(

@@ -255,6 +255,10 @@ describe("requests together", () => {
     expect((await model.generate({ ...rest, promptEmbeds: scaled })).warnings).toEqual([
       expect.stringMatching(/with its scale 1 in place of 0.7; give/),
     ]);
+    const { loras: _unnamed, ...unadapted } = rest;
+    expect((await model.generate({ ...unadapted, promptEmbeds })).warnings).toEqual([
+      'promptEmbeds were encoded with the LoRA "lora_te", and the picture is drawn without it; give generate() the same loras.',
+    ]);
     await expect(model.encode({ ...texts, loras: [{ name: "tree" }] })).rejects.toThrow(/no dynamic LoRA "tree"/);
     await expect(model.encode({ ...texts, loras: [{ name: "two", scale: 101 }] })).rejects.toThrow(
       /from -100 to 100 for loras/,
