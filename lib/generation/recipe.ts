@@ -6,6 +6,7 @@
 import type { Logger } from "../common/logger.js";
 import type { FloatTensor } from "../common/tensor.js";
 import { isDue, rest } from "../common/turns.js";
+import { NotFiniteError } from "../errors.js";
 import type { GenerateResult } from "../model.js";
 import { bind, type Program } from "../program/program.js";
 import type { Runtime } from "../runtimes/runtime.js";
@@ -45,6 +46,26 @@ export interface LoadedModel extends ModelFacts {
  * @param start moment of the call
  */
 export async function draw(
+  model: LoadedModel,
+  request: Request,
+  candidate: PreparedCandidate,
+  admitted: Admitted,
+  events: RequestEvents | null,
+  start: number,
+): Promise<GenerateResult> {
+  try {
+    return await drawn(model, request, candidate, admitted, events, start);
+  } catch (error) {
+    if (!(error instanceof NotFiniteError) || request.loras.length === 0) throw error;
+    const loras = request.loras.map(({ name, scale }) => `"${name}" at ${scale}`).join(", ");
+    throw new NotFiniteError(
+      error.where,
+      `${error.message} It was drawn with dynamic LoRAs (${loras}): give them smaller scales.`,
+    );
+  }
+}
+
+async function drawn(
   model: LoadedModel,
   request: Request,
   candidate: PreparedCandidate,

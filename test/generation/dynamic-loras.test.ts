@@ -330,6 +330,27 @@ describe("refuses at load", () => {
     );
   });
 
+  it("an alpha with which a matrix is more than float32 holds, and says of which LoRAs values overflow", async () => {
+    const { "proj_out.weight": out } = await readAll(
+      fixture("sd3", "model/transformer/diffusion_pytorch_model.safetensors"),
+    );
+    const [width] = out!.shape.slice(1) as [number];
+    const file = path.join(folder, "vast.safetensors");
+    const layer = "transformer_blocks.0.attn.to_out.0";
+    const vast = (size: number, alpha: number) =>
+      writeSafetensors(file, {
+        [`${layer}.lora_A.weight`]: numbers(1, 1, 2, width),
+        [`${layer}.lora_B.weight`]: numbers(2, size, width, 2),
+        [`${layer}.alpha`]: float32([1], Float32Array.of(alpha)),
+      });
+    await vast(1e3, 1e38);
+    expect((await refusal(load({ file }))).message).toMatch(/"vast" has for "transformer_blocks\.0\.attn\.to_out\.0"/);
+    await vast(1e38, 2);
+    await using model = await load({ file });
+    const drawn = model.generate({ ...usual, seed: 1, loras: [{ name: "vast", scale: 100 }] });
+    await expect(drawn).rejects.toThrow(/block 1 of 4.*dynamic LoRAs \("vast" at 100\): give them smaller scales/);
+  });
+
   it("a name where no adapter is dynamic", async () => {
     await using model = await FlowTurbo.load(fixture("sd3", "model"));
     await expect(model.generate({ ...usual, loras: [{ name: "style" }] })).rejects.toThrow(
