@@ -1,6 +1,6 @@
 /**
- * Pictures to another size, exactly as Pillow's `resize` does it, which diffusers prepares originals and masks with: Lanczos
- * with three lobes, widened when it reduces, in fixed-point numbers, rows first and then columns. Not with sharp,
+ * Pictures to another size, exactly as `resize` of Pillow 13 does it, which diffusers prepares originals and masks with: Lanczos
+ * with three lobes, widened when it reduces, in fixed-point numbers, in two passes. Not with sharp,
  * which enlarges and reduces in different ways: a mask is cut at one half, so that one grey level can change a latent. In
  * slices that leave the event loop free.
  */
@@ -43,49 +43,62 @@ export function coveringBox(raster: Raster, width: number, height: number): Box 
   return { left: (raster.width - w) / 2, top: (raster.height - h) / 2, width: w, height: h };
 }
 
-/** The part `box` of a raster at width × height. */
+/**
+ * The part `box` of a raster at width × height: what would be cut out of the whole raster, resized. Rows are resized first, and only those that
+ * the columns will need; columns are where the height of the whole shrinks by more than twice as many pixels as its width. Values are
+ * rounded between the two, so that the order counts.
+ */
 export async function resampled(raster: Raster, width: number, height: number, box: Box): Promise<Uint8Array> {
-  const { channels } = raster;
-  let { data } = raster;
-
-  // 1. Along the rows that the second pass will read.
+  const isNarrowed = width !== raster.width || box.left !== 0 || box.width !== width;
+  const isLowered = height !== raster.height || box.top !== 0 || box.height !== height;
+  if (!isNarrowed && !isLowered) return raster.data;
+  const across = lanczos(raster.width, box.left, box.width, width);
   const down = lanczos(raster.height, box.top, box.height, height);
-  let top = 0;
-  if (width !== raster.width || box.left !== 0 || box.width !== width) {
-    const across = lanczos(raster.width, box.left, box.width, width);
-    top = down.first[0]!;
-    const rows = down.first[height - 1]! + down.counts[height - 1]! - top;
-    const narrow = new Uint8Array(rows * width * channels);
-    for (let y = 0; y < rows; y++) {
-      const from = (top + y) * raster.width * channels;
-      for (let x = 0; x < width; x++) {
-        const [first, count] = [from + across.first[x]! * channels, across.counts[x]!];
-        for (let c = 0; c < channels; c++)
-          narrow[(y * width + x) * channels + c] = weighed(
-            data,
-            first + c,
-            channels,
-            across.weights,
-            x * across.taps,
-            count,
-          );
-      }
-      if (isDue()) await rest();
-    }
-    data = narrow;
+  const narrowed = raster.width - Math.round((width * raster.width) / box.width);
+  const lowered = raster.height - Math.round((height * raster.height) / box.height);
+  if (lowered > 0 && lowered > 2 * narrowed) {
+    const low = await downColumns(raster, down, 0);
+    return (isNarrowed ? await alongRows(low, across, 0, height) : low).data;
   }
+  const top = isNarrowed ? down.first[0]! : 0;
+  const rows = down.first[height - 1]! + down.counts[height - 1]! - top;
+  const narrow = isNarrowed ? await alongRows(raster, across, top, rows) : raster;
+  return (isLowered ? await downColumns(narrow, down, top) : narrow).data;
+}
 
-  // 2. Down the columns.
-  if (height === raster.height && box.top === 0 && box.height === height) return data;
-  const line = width * channels;
-  const result = new Uint8Array(height * line);
+/** Some rows of a raster, from `top` on, at another width. */
+async function alongRows(raster: Raster, across: Weights, top: number, rows: number): Promise<Raster> {
+  const { channels } = raster;
+  const width = across.first.length;
+  const data = new Uint8Array(rows * width * channels);
+  for (let y = 0; y < rows; y++) {
+    const from = (top + y) * raster.width * channels;
+    for (let x = 0; x < width; x++) {
+      const [first, count] = [from + across.first[x]! * channels, across.counts[x]!];
+      const [at, weight] = [(y * width + x) * channels, x * across.taps];
+      for (let c = 0; c < channels; c++)
+        data[at + c] = weighed(raster.data, first + c, channels, across.weights, weight, count);
+    }
+    if (isDue()) await rest();
+  }
+  return { width, height: rows, channels, data };
+}
+
+/**
+ * A raster at another height.
+ * @param top the row of the source that is the raster's first
+ */
+async function downColumns(raster: Raster, down: Weights, top: number): Promise<Raster> {
+  const height = down.first.length;
+  const line = raster.width * raster.channels;
+  const data = new Uint8Array(height * line);
   for (let y = 0; y < height; y++) {
     const [first, count] = [(down.first[y]! - top) * line, down.counts[y]!];
     for (let i = 0; i < line; i++)
-      result[y * line + i] = weighed(data, first + i, line, down.weights, y * down.taps, count);
+      data[y * line + i] = weighed(raster.data, first + i, line, down.weights, y * down.taps, count);
     if (isDue()) await rest();
   }
-  return result;
+  return { ...raster, height, data };
 }
 
 /** Sum of `count` values that lie `stride` apart, weighted and rounded. */
