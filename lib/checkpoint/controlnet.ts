@@ -9,12 +9,15 @@ import { readdir, realpath } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { type FileVersion, versionOf } from "../common/files.js";
 import { indexFiles } from "../common/model-index.js";
+import { bytesPerElement } from "../common/tensor.js";
 import { variantsIn, weightSources } from "../common/weight-names.js";
+import { indexOfNotFinite } from "../common/widen.js";
 import { CheckpointError } from "../errors.js";
 import type { Checkpoint, Part } from "./checkpoint.js";
 import { type ControlNetConfig, knownClasses, readControlNetConfig } from "./configs.js";
 import { exists, isFile, type JsonObject, readJsonObject } from "./files.js";
 import { checkQuantisation } from "./quantised.js";
+import { readBytes } from "./safetensors.js";
 import { openWeights } from "./weights.js";
 
 /** A ControlNet, opened: its configuration, and where its weights lie. */
@@ -181,4 +184,36 @@ export function checkControlNetFits(
         `The ControlNet ${folder} does not fit the model: its ${name} is ${own}, but that of ${what} is ${wanted}. ` +
           "It was trained for another model: SD3-medium, SD3.5-medium and SD3.5-large have ControlNets of their own.",
       );
+}
+
+/** Names of the network's tensors; others may be in a file, of any type, and are never asked for. */
+const ofNetwork =
+  /^(transformer_blocks|controlnet_blocks|pos_embed|pos_embed_input|time_text_embed|context_embedder)\./;
+/** Bytes of weights that are read at a time: some milliseconds' work. */
+const piece = 1 << 21;
+
+/**
+ * Reads all weights, once: a training that failed leaves NaN, of which a picture would fail in its
+ * first step, without a word on where it came from.
+ * @throws CheckpointError that names the tensor with a value that is not finite; `signal.reason` after an abort
+ */
+export async function checkControlNetValues(
+  { folder, weights }: Pick<ControlNet, "folder" | "weights">,
+  signal?: AbortSignal,
+): Promise<void> {
+  for (const name of weights.names) {
+    const tensor = ofNetwork.test(name) && weights.find(name);
+    if (!tensor) continue;
+    const { file, dtype, offset, length } = tensor;
+    for (let start = 0; start < length; start += piece) {
+      signal?.throwIfAborted();
+      const index = indexOfNotFinite(await readBytes(file, offset + start, Math.min(piece, length - start)), dtype);
+      if (index < 0) continue;
+      throw new CheckpointError(
+        file,
+        `The ControlNet ${folder} cannot be used: in ${file} the tensor "${name}" holds NaN or an infinity at index ` +
+          `${start / bytesPerElement[dtype] + index}: its training failed, or the file is damaged. Pass another version of the ControlNet.`,
+      );
+    }
+  }
 }

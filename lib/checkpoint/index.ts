@@ -28,6 +28,7 @@ export {
   type ControlNet,
   checkControlNetConfig,
   checkControlNetFits,
+  checkControlNetValues,
   type OpenControlNetOptions,
   openControlNet,
 } from "./controlnet.js";

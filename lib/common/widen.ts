@@ -25,6 +25,31 @@ export function widen(bytes: Uint8Array, dtype: StoredDType, into: Float32Array)
   }
 }
 
+/** Bits that are all set in an infinity and in NaN, and in no other value; of a type that has neither, null. */
+const beyond: Readonly<Record<StoredDType, number | null>> = {
+  ...{ F32: 0x7f800000, F16: 0x7c00, BF16: 0x7f80 },
+  ...{ F8_E5M2: 0x7c, F8_E4M3: 0x7f, I8: null },
+};
+
+/**
+ * The first of the values of a .safetensors file that is NaN or infinite. Of weights, so that it widens none of them.
+ * @returns its index, or -1
+ */
+export function indexOfNotFinite(bytes: Uint8Array, dtype: StoredDType): number {
+  const bits = beyond[dtype];
+  if (bits === null) return -1;
+  const { buffer, byteOffset, byteLength } = bytes.byteOffset % 4 === 0 ? bytes : Uint8Array.from(bytes);
+  // A loop for each width, as above.
+  if (dtype === "F32") {
+    const values = new Uint32Array(buffer, byteOffset, byteLength / 4);
+    for (let index = 0; index < values.length; index++) if ((values[index]! & bits) === bits) return index;
+  } else if (dtype === "F16" || dtype === "BF16") {
+    const values = new Uint16Array(buffer, byteOffset, byteLength / 2);
+    for (let index = 0; index < values.length; index++) if ((values[index]! & bits) === bits) return index;
+  } else for (let index = 0; index < byteLength; index++) if ((bytes[index]! & bits) === bits) return index;
+  return -1;
+}
+
 /** The value of each float16, made when it is first needed. */
 let halves: Float32Array | undefined;
 

@@ -1,6 +1,6 @@
 /**
  * The ControlNets of a loaded model by name: those given at load, and folders that requests name, which are opened when they are first
- * needed and opened again when their files have changed. Opening reads a configuration and headers; weights are the runtime's.
+ * needed and opened again when their files have changed. Opening reads them through once, for values that are not finite.
  */
 
 import { basename, resolve } from "node:path";
@@ -8,6 +8,7 @@ import {
   type Checkpoint,
   type ControlNet,
   checkControlNetFits,
+  checkControlNetValues,
   checkpointName,
   openControlNet,
 } from "../checkpoint/index.js";
@@ -174,6 +175,7 @@ export class ControlNets implements KnownControlNets {
   async #read(folder: string, signal?: AbortSignal): Promise<ControlNet> {
     const controlNet = await openControlNet(folder, { variant: this.#variant, signal });
     checkControlNetFits(controlNet, this.#checkpoint);
+    if (!this.byId.has(controlNet.id)) await checkControlNetValues(controlNet, signal);
     const known = this.byId.get(controlNet.id);
     if (known) return known;
     this.byId.set(controlNet.id, controlNet);

@@ -3,6 +3,7 @@
 import {
   type Checkpoint,
   checkControlNetFits,
+  checkControlNetValues,
   checkpointName,
   type Lora,
   nameOfLora,
@@ -89,6 +90,7 @@ async function aboutControlNet(folder: string, checkpoint: Checkpoint): Promise<
   // Names and shapes of all of its weights.
   const controlNets = new Map([[id, controlNet]]);
   new GraphLibrary({ ...checkpoint, controlNets }).get(graphName({ network: "predict", controls: id }));
+  await checkControlNetValues(controlNet);
   const bytes = Object.values(weights.bytesByDType).reduce((sum, each) => sum + each, 0);
   const text = config.jointAttentionDim === null ? "without text" : "with text";
   const more = config.extraConditioningChannels;

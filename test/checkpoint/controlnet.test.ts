@@ -4,7 +4,12 @@ import { mkdir, rename, symlink, utimes } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { checkControlNetFits, openCheckpoint, openControlNet } from "../../lib/checkpoint/index.js";
+import {
+  checkControlNetFits,
+  checkControlNetValues,
+  openCheckpoint,
+  openControlNet,
+} from "../../lib/checkpoint/index.js";
 import { CheckpointError } from "../../lib/errors.js";
 import { fixture } from "../support/fixtures.js";
 
@@ -168,6 +173,26 @@ describe("openControlNet", () => {
     expect((await refusal(folder)).message).toMatch(/Pass one of its snapshots: .*1a2b/);
     const aborted = AbortSignal.abort(new Error("enough"));
     await expect(openControlNet(fixture("sd3", "controlnet"), { signal: aborted })).rejects.toThrow("enough");
+  });
+});
+
+describe("checkControlNetValues", () => {
+  it.each([
+    ["sd3", "F16", 0x7e00],
+    ["medium", "BF16", 0xff80],
+  ] as const)("names the tensor of %s (%s) with a value that is not finite", async (name, dtype, bits) => {
+    cpSync(fixture(name, "controlnet"), folder, { recursive: true });
+    await checkControlNetValues(await openControlNet(folder));
+    const stored = (await openControlNet(folder)).weights.find("controlnet_blocks.0.weight")!;
+    expect(stored.dtype).toBe(dtype);
+    const bytes = readFileSync(stored.file);
+    bytes.writeUInt16LE(bits, stored.offset + 10);
+    writeFileSync(stored.file, bytes);
+    const controlNet = await openControlNet(folder);
+    await expect(checkControlNetValues(controlNet)).rejects.toThrow(CheckpointError);
+    await expect(checkControlNetValues(controlNet)).rejects.toThrow(
+      /the tensor "controlnet_blocks\.0\.weight" holds NaN or an infinity at index 5: its training failed/,
+    );
   });
 });
 

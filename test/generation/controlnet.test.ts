@@ -12,6 +12,7 @@ import {
   OptionError,
 } from "flowturbo";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { openControlNet } from "../../lib/checkpoint/index.js";
 import { optionsOf } from "../../lib/generation/parameters.js";
 import { fixture, fixtureNames, readAll, relativeError } from "../support/fixtures.js";
 import { withValues } from "../support/with-values.js";
@@ -385,6 +386,14 @@ describe("a control", () => {
       expect((await refused(folder)).message).toMatch(
         /has no tensor "transformer_blocks\.1\..*Is the download complete/,
       );
+      writeFileSync(file, JSON.stringify(config));
+      const { file: weights, offset } = (await openControlNet(folder)).weights.find("pos_embed_input.proj.bias")!;
+      const bytes = readFileSync(weights);
+      bytes.writeUInt16LE(0x7e00, offset);
+      writeFileSync(weights, bytes);
+      const notFinite = /the tensor "pos_embed_input\.proj\.bias" holds NaN or an infinity at index 0/;
+      expect((await refused(folder)).message).toMatch(notFinite);
+      await expect(FlowTurbo.load(at("model"), { controlNets: [{ folder }] })).rejects.toThrow(notFinite);
     } finally {
       rmSync(folder, { recursive: true, force: true });
     }
