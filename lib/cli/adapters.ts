@@ -169,6 +169,16 @@ function readControl(text: string, canny: boolean): Control {
       "controls",
       `Expected a ControlNet's folder and a picture as folder:image, such as ./canny:edges.png:0.8@0-0.7, for --control but received "${text}".`,
     );
+  const end = colons.at(-1)!;
+  if (
+    found === end &&
+    colons.some((at) => at < end && existsSync(rest.slice(at + 1, end))) &&
+    !existsSync(rest.slice(end + 1))
+  )
+    throw new OptionError(
+      "controls",
+      `Expected a scale, or a scale and an interval, such as 0.8@0-0.7 behind the picture for --control but received "${rest.slice(end + 1)}" in "${text}".`,
+    );
   return {
     ...{ folder: rest.slice(0, found), image: rest.slice(found + 1) },
     ...(scale !== undefined && { scale }),
