@@ -7,6 +7,7 @@ import {
   type ControlNet,
   calibratedSchedulesOf,
   checkControlNetFits,
+  checkControlNetValues,
   openCheckpoint,
   openControlNet,
 } from "../checkpoint/index.js";
@@ -108,6 +109,7 @@ export async function compileEngines(folder: string, options: CompileEnginesOpti
   for (const path of located.controlNets) {
     const controlNet = await openControlNet(path, { variant, signal });
     checkControlNetFits(controlNet, opened);
+    await checkControlNetValues(controlNet, signal);
     controlNets.set(controlNet.id, controlNet);
     controlIds.push(controlNet.id);
   }

@@ -6,6 +6,7 @@ import {
   CheckpointError,
   type Control,
   canny,
+  compileEngines,
   type FloatTensor,
   FlowTurbo,
   type GenerateOptions,
@@ -394,6 +395,8 @@ describe("a control", () => {
       const notFinite = /the tensor "pos_embed_input\.proj\.bias" holds NaN or an infinity at index 0/;
       expect((await refused(folder)).message).toMatch(notFinite);
       await expect(FlowTurbo.load(at("model"), { controlNets: [{ folder }] })).rejects.toThrow(notFinite);
+      const compiled = compileEngines(at("model"), { runtime: "tensorrt", controls: [folder] });
+      await expect(compiled).rejects.toThrow(notFinite);
     } finally {
       rmSync(folder, { recursive: true, force: true });
     }
