@@ -10,7 +10,7 @@ import type { Size } from "../model.js";
 import { edgesOf } from "./canny.js";
 import { type ControlRequest, pixelRanges } from "./control-request.js";
 import { type Crop, cut, filled } from "./crop.js";
-import { maskOf, readMask, readOriginal } from "./edit.js";
+import { maskOf, readControlPicture, readMask, readOriginal } from "./edit.js";
 import { type Raster, resampled } from "./resample.js";
 
 /** A control at the size of a stage. */
@@ -35,7 +35,8 @@ export async function readControl(
   crop?: Crop,
 ): Promise<(StageControl | null)[]> {
   const named = (field: string) => ({ option: "controls", field: `controls[${index}].${field}` });
-  const picture = await partOf(await readOriginal(image, named("image")), crop);
+  const read = preprocess === "canny" ? readOriginal : readControlPicture;
+  const picture = await partOf(await read(image, named("image")), crop);
   const painted = mask === null ? null : await partOf(await readMask(mask, named("mask")), crop);
   const stages: (StageControl | null)[] = [];
   for (const size of sizes) {

@@ -109,6 +109,15 @@ export async function readOriginal(source: PictureSource, name: PictureName = { 
 }
 
 /**
+ * Reads a control picture as 8-bit RGB: its colours without regard to transparency, as `load_image` of diffusers does. White lines on a
+ * transparent ground, which is mostly stored as black, would be lost on white.
+ * @throws OptionError as `readOriginal`
+ */
+export async function readControlPicture(source: PictureSource, name: PictureName): Promise<Raster> {
+  return decoded(name, source, (open) => open().removeAlpha().toColourspace("srgb"));
+}
+
+/**
  * Reads a mask: its alpha channel where it has transparent parts, else its colours.
  * @throws OptionError as `readOriginal`
  */

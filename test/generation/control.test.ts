@@ -1,4 +1,5 @@
 // Control pictures at the size of a stage.
+import sharp from "sharp";
 import { expect, it } from "vitest";
 import { openControlNet } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
@@ -32,6 +33,18 @@ it("has pixels in the range that is asked for, and none for a stage that needs n
   const [canny] = await readControl(await request({ image, pixelRange: "stability_canny" }), [size], 8);
   expect(canny!.pixels.data[5]).toBe(5 * 0.5 + 0.5);
   expect(canny!.pixels.data[2 * plane]).toBe(128);
+});
+
+it("has its colours where it is transparent, as diffusers reads it; edges are those on white", async () => {
+  // A white line on a transparent ground that is stored as black.
+  const rgba = Uint8Array.from({ length: 4 * plane }, (_, i) => (Math.floor(i / 4) % 16 === 8 ? 255 : 0));
+  const image = await sharp(rgba, { raw: { ...size, channels: 4 } })
+    .png()
+    .toBuffer();
+  const [lines] = await readControl(await request({ image }), [size], 8);
+  expect([7, 8].map((x) => lines!.pixels.data[x])).toEqual([-1, 1]);
+  const [edges] = await readControl(await request({ image, preprocess: "canny" }), [size], 8);
+  expect(edges!.pixels.data.every((value) => value === -1)).toBe(true);
 });
 
 it("is hidden where an inpainting ControlNet paints, with a channel that says where the picture is known", async () => {
