@@ -68,7 +68,9 @@ export async function cachedWeights(
   try {
     await makeFolders(folder);
     // What is found later by its size alone has to be on the disk before it has its name.
-    await writeFileAtomic(file, content(), { flush: true });
+    // One that another process wrote meanwhile stays: it may have opened it, and would find another version in its place.
+    const isKept = async () => (await openWhole(file, bytes)) !== undefined;
+    await writeFileAtomic(file, content(), { flush: true, isKept });
   } catch (cause) {
     if (cause instanceof CheckpointError || signal?.aborted) throw cause;
     const message = `Cannot write ${title} (${bytes} bytes) to ${file}: ${(cause as Error).message}. ${remedy}`;

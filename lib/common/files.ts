@@ -1,7 +1,7 @@
 /** Files and folders: the user's cache folder, files that appear whole or not at all, folders made level by level. */
 
 import { randomBytes } from "node:crypto";
-import { mkdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, mkdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import path from "node:path";
 
@@ -26,25 +26,40 @@ export function defaultCacheFolder(): string {
   return path.join(base && path.isAbsolute(base) ? base : path.join(homedir(), ".cache"), "flowturbo");
 }
 
+interface AtomicOptions {
+  readonly mode?: number;
+  /** Whether its content is on the disk before it has its name, so that no loss of power leaves a file of zeros. Default: false. */
+  readonly flush?: boolean;
+  /** Whether a file that has come to be there meanwhile is left as it is. Default: it is replaced. */
+  readonly isKept?: () => Promise<boolean>;
+}
+
 /**
  * Writes a file under a temporary name in its folder, then renames it.
- * @param options `flush`: whether its content is on the disk before it has its name, so that no loss of power leaves a file of zeros; default: false
  * @throws the file system's error; nothing is left behind
  */
 export async function writeFileAtomic(
   file: string,
   data: string | Uint8Array | Iterable<Uint8Array> | AsyncIterable<Uint8Array>,
-  { mode, flush = false }: { readonly mode?: number; readonly flush?: boolean } = {},
+  { mode, flush = false, isKept }: AtomicOptions = {},
 ): Promise<void> {
   const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
   try {
     await writeFile(temporary, data, { flag: "wx", mode, flush });
-    await rename(temporary, file);
+    // A link fails where there is a file by now, and on file systems without links.
+    if (isKept && ((await linked(temporary, file)) || (await isKept()))) await rm(temporary, { force: true });
+    else await rename(temporary, file);
   } catch (error) {
     await rm(temporary, { force: true }).catch(() => undefined);
     throw error;
   }
 }
+
+const linked = (from: string, to: string) =>
+  link(from, to).then(
+    () => true,
+    () => false,
+  );
 
 /**
  * Creates a folder and what is missing above it, one level at a time: Node's recursive mkdir never ends where the system

@@ -16,6 +16,7 @@ import {
 } from "../../lib/checkpoint/index.js";
 import { LowRankSum } from "../../lib/checkpoint/lora/product.js";
 import { readElements } from "../../lib/checkpoint/quantised.js";
+import { type CachedWeights, cachedWeights } from "../../lib/checkpoint/weight-cache.js";
 import { narrow } from "../../lib/common/narrow.js";
 import { type ComputedDType, elementCount, type StoredTensor } from "../../lib/common/tensor.js";
 import { widen } from "../../lib/common/widen.js";
@@ -375,6 +376,37 @@ describe("a merged checkpoint", () => {
     await writeFile(file, (await readFile(file)).subarray(0, size - 2));
     await open();
     expect((await stat(file)).size).toBe(size);
+  });
+
+  it("stays as the first of several processes wrote it, where it is whole", async () => {
+    const cache = await newCache();
+    const whole = await readFile(adapter("sd3", "lora_a"));
+    const file = path.join(cache, "weights", `${"a".repeat(32)}.safetensors`);
+    const write = (before?: () => Promise<unknown>) =>
+      cachedWeights(
+        cache,
+        {
+          ...{ digest: "a".repeat(64), bytes: whole.length, title: "the weights", remedy: "" },
+          async *content() {
+            await before?.();
+            yield whole;
+          },
+        },
+        {},
+      );
+    let first: CachedWeights | undefined;
+    const old = new Date(1e12);
+    const second = await write(async () => {
+      first = await write();
+      await utimes(file, old, old);
+    });
+    expect(second.version).toEqual({ ...first!.version, mtimeMs: 1e12 });
+    expect(await readdir(path.dirname(file))).toEqual([path.basename(file)]);
+    // What is not whole is replaced.
+    await rm(file);
+    await write(() => writeFile(file, whole.subarray(0, 100)));
+    expect(await readFile(file)).toEqual(whole);
+    expect(await readdir(path.dirname(file))).toEqual([path.basename(file)]);
   });
 
   it("has weights of 8 bits in 16, without their scales", async () => {
