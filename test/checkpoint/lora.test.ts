@@ -577,6 +577,13 @@ describe("is refused", () => {
     GLoRA: [() => ({ "lora_unet_joint_blocks_0_x_block_attn_qkv.a1.weight": t([2, 2]) }), /is GLoRA/],
     OFT: [() => ({ "lora_unet_joint_blocks_0_x_block_attn_qkv.oft_blocks": t([2, 2]) }), /is OFT/],
     IA3: [() => ({ "lora_unet_joint_blocks_0_x_block_attn_qkv.on_input": t([1]) }), /is IA3/],
+    "LoKr with an adapter's name": [() => ({ [`${q}.lokr_w1.default`]: t([2, 2]) }), /is LoKr/],
+    ...Object.fromEntries(
+      ["bone_block", "hra_u", "fourierft_spectrum", "randlora_lambda.default", "hira_A.weight", "lora_E"].map((end) => [
+        `another kind of PEFT (${end})`,
+        [() => ({ [`base_model.model.${q}.${end}`]: t([2, 2]) }), /is an adapter of PEFT of another kind than LoRA/],
+      ]),
+    ),
     "Tucker's form": [
       (w) => ({
         ...kohya("lora_unet_x_embedder_proj", w, 4),
@@ -617,6 +624,18 @@ describe("is refused", () => {
       /is a LoRA of FLUX/,
     ],
     "a LoRA of FLUX by kohya": [() => kohya("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072), /is a LoRA of FLUX/],
+    "a LoRA of FLUX by XLabs": [
+      () => ({
+        "double_blocks.0.processor.qkv_lora1.down.weight": t([4, 3072], 1),
+        "double_blocks.0.processor.qkv_lora1.up.weight": t([9216, 4], 1),
+      }),
+      /is a LoRA of FLUX/,
+    ],
+    "a LoRA of Wan in diffusers' names": [() => pair("transformer.blocks.0.attn1.to_q", 8, 8), /is a LoRA of Wan/],
+    "a LoRA of a width that no model of Stable Diffusion 3 has": [
+      () => pair(q, 3072, 3072),
+      /is a LoRA of another model: of a transformer that is 3072 wide, but the model's is \d+ wide/,
+    ],
     "a LoRA of Wan": [() => pair("diffusion_model.blocks.0.self_attn.q", 8, 8), /is a LoRA of Wan/],
     "a LoRA of SD3.5 large": [
       () => pair(q, 2432, 2432),

@@ -44,8 +44,8 @@ const forms: readonly Form[] = [
     what: "DoRA, whose magnitudes scale the rows of the sum",
   },
   { names: /\.lora_mid\.weight$/, what: "a LoRA in Tucker form (lora_mid), which has a third matrix" },
-  { names: /\.lokr_(w[12](_[ab])?|t2)$/, what: "LoKr, which has Kronecker products" },
-  { names: /\.hada_(w[12]_[ab]|t[12])$/, what: "LoHa, which has elementwise products" },
+  { names: /\.lokr_(w[12](_[ab])?|t2)(\.[\w-]+)?$/, what: "LoKr, which has Kronecker products" },
+  { names: /\.hada_(w[12]_[ab]|t[12])(\.[\w-]+)?$/, what: "LoHa, which has elementwise products" },
   { names: /\.[ab][12]\.weight$/, what: "GLoRA, which has four matrices for a layer" },
   { names: /\.(oft_(blocks|diag|R)|b?oft_[\w.]+|rescale)$/, what: "OFT or BOFT, which rotates weights" },
   { names: /\.(on_input|ia3_l(\.[\w-]+)?)$/, what: "IA3, which scales inputs and outputs" },
@@ -58,6 +58,11 @@ const forms: readonly Form[] = [
   {
     names: /\.vera_lambda_[bd](\.[\w-]+)?$|^.*vera_[AB](\.[\w-]+)?$/,
     what: "VeRA, whose matrices are random and shared",
+  },
+  {
+    names:
+      /\.(adamss|beft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|lily|ln_tuning|miss|osf|peanut|poly|psoft|pvera|randlora|road|shadow|shira|supertuning|tinylora|unilora|vblora|waveft)_[\w.-]+$|\.lora_(E|diag)(\.[\w-]+)?$/,
+    what: "an adapter of PEFT of another kind than LoRA",
   },
   { names: /^bundle_emb\.|^emb_params$|^string_to_param$/, what: "a file with a textual inversion embedding" },
 ];
@@ -86,7 +91,7 @@ const others: readonly Form[] = [
     what: "a LoRA of Stable Cascade",
   },
   {
-    names: /(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)([._]|$)/,
+    names: /(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)([._]|$)|(^|\.)blocks\.\d+\.attn[12]\./,
     what: "a LoRA of Wan or of another video model",
   },
   {

@@ -147,7 +147,9 @@ function refuseOthers(file: string, entries: Iterable<HeaderEntry>): void {
       );
   }
   const other = otherModelOf(all);
-  if (all.some(({ name }) => parseKey(name)?.role === "down" || parseKey(name)?.role === "up")) {
+  const isLora = all.some(({ name }) => parseKey(name)?.role === "down" || parseKey(name)?.role === "up");
+  // Some of other models have matrices with names that are not known here, such as qkv_lora1.down.weight.
+  if (isLora || (other && all.some(({ name }) => /lora/i.test(name)))) {
     if (!other) return;
     throw new CheckpointError(
       file,
@@ -331,9 +333,11 @@ function refuseOtherSize(
           : null;
   if (theirs === null) return;
   const without = otherWidth === undefined && blocks <= config.numLayers ? ", and has none there" : "";
+  // Any width may be that of another kind of model.
+  const isKnown = otherWidth === undefined || sizes[otherWidth] !== undefined;
   throw new CheckpointError(
     file,
-    `${file} is a LoRA of another model of Stable Diffusion 3: of ${theirs}, but ${own}${without}. Pass a LoRA that was trained for the model.`,
+    `${file} is a LoRA of another model${isKnown ? " of Stable Diffusion 3" : ""}: of ${theirs}, but ${own}${without}. Pass a LoRA that was trained for the model.`,
   );
 }
 
