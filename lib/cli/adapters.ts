@@ -91,12 +91,12 @@ export function readLoadAdapters(flags: LoadAdapterFlags): {
 } {
   const loras = [
     ...(flags.lora ?? []).map((text): LoraSource => {
-      const { rest: file, scale } = scaledLora("--lora", text, text);
+      const { rest: file, scale } = checkedLora("--lora", text, scaledFile(text, "--lora"));
       return { file, ...(scale !== undefined && { scale }) };
     }),
     ...(flags.dynamicLora ?? []).map((text): LoraSource => {
       const { name, rest } = named(text);
-      const { rest: file, scale } = scaledLora("--dynamic-lora", text, rest);
+      const { rest: file, scale } = checkedLora("--dynamic-lora", text, scaledFile(rest, "--dynamic-lora"));
       return { ...{ file, dynamic: true }, ...(name !== undefined && { name }), ...(scale !== undefined && { scale }) };
     }),
   ];
@@ -129,7 +129,7 @@ export function readRequestAdapters(flags: RequestAdapterFlags): {
   skipLayers?: SkipLayers;
 } {
   const loras = flags.useLora?.map((text): LoraUse => {
-    const { rest: name, scale } = scaledLora("--use-lora", text, text);
+    const { rest: name, scale } = checkedLora("--use-lora", text, scaled(text));
     return { name, ...(scale !== undefined && { scale }) };
   });
   const { controlRange: pixelRange, controlMask: masks = [] } = flags;
@@ -208,7 +208,7 @@ function readSkipLayers(text: string): SkipLayers {
   };
 }
 
-const number = "[+-]?(?:\\d+\\.?\\d*|\\.\\d+)";
+const number = "[+-]?(?:\\d+\\.?\\d*|\\.\\d+)(?:[eE][+-]?\\d+)?";
 
 /** `rest:scale`, if a number follows the last colon. */
 function scaled(text: string): { rest: string; scale?: number } {
@@ -216,9 +216,8 @@ function scaled(text: string): { rest: string; scale?: number } {
   return rest === undefined ? { rest: text } : { rest, scale: Number(scale) };
 }
 
-/** As `scaled`, of the text of a flag or the part of it behind a name. @throws OptionError that names the flag */
-function scaledLora(flag: string, text: string, part: string): { rest: string; scale?: number } {
-  const read = scaled(part);
+/** `read` of the text of a flag. @throws OptionError that names the flag, for no name or a scale out of range */
+function checkedLora(flag: string, text: string, read: ReturnType<typeof scaled>): ReturnType<typeof scaled> {
   if (read.rest !== "" && adapterScale.optional().safeParse(read.scale).success) return read;
   const wanted =
     flag === "--use-lora" ? "the name of a LoRA, such as style" : "the file of a LoRA, such as style.safetensors";
@@ -226,6 +225,22 @@ function scaledLora(flag: string, text: string, part: string): { rest: string; s
     "loras",
     `Expected ${wanted}, and where it has a scale a number from -100 to 100 behind a colon for ${flag} but received "${text}".`,
   );
+}
+
+/**
+ * `file:scale`. What is there only as a whole, such as a folder "epoch:10", has no scale.
+ * @throws OptionError for a file that is there with something else than a number behind it
+ */
+function scaledFile(text: string, flag: string): ReturnType<typeof scaled> {
+  const parts = scaled(text);
+  const isThere = existsSync(text);
+  if (parts.scale !== undefined) return isThere && !existsSync(parts.rest) ? { rest: text } : parts;
+  if (!isThere && existsSync(text.slice(0, Math.max(0, text.lastIndexOf(":")))))
+    throw new OptionError(
+      "loras",
+      `Expected a file with a number behind it, such as style.safetensors:0.8, for ${flag} but received "${text}".`,
+    );
+  return parts;
 }
 
 /** `rest@start-stop`, if it ends so. */

@@ -1,5 +1,5 @@
 // Texts of the flags of adapters: read from the right, since paths may hold what divides them.
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
@@ -10,6 +10,8 @@ const folder = mkdtempSync(path.join(tmpdir(), "flags-"));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 const odd = path.join(folder, "a:b=c.png");
 writeFileSync(odd, "");
+const epoch = path.join(folder, "epoch:10");
+mkdirSync(epoch);
 
 describe("--lora", () => {
   it.each([
@@ -18,7 +20,16 @@ describe("--lora", () => {
     ["./a:b/style.safetensors:-1", { file: "./a:b/style.safetensors", scale: -1 }],
     ["C:\\loras\\style.safetensors", { file: "C:\\loras\\style.safetensors" }],
     ["C:\\loras\\style.safetensors:.5", { file: "C:\\loras\\style.safetensors", scale: 0.5 }],
+    ["style.safetensors:1e-1", { file: "style.safetensors", scale: 0.1 }],
+    [epoch, { file: epoch }],
+    [`${epoch}:0.5`, { file: epoch, scale: 0.5 }],
   ])("%s", (text, expected) => expect(readLoadAdapters({ lora: [text] }).loras).toEqual([expected]));
+
+  it.each(["abc", "NaN", "0,7", ""])("with something else than a number behind a file is refused: %s", (scale) =>
+    expect(() => readLoadAdapters({ lora: [`${odd}:${scale}`] })).toThrow(
+      /a number behind it, such as style\.safetensors:0\.8, for --lora but received/,
+    ),
+  );
 });
 
 describe("--dynamic-lora and --control-net", () => {
