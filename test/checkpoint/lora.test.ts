@@ -698,6 +698,15 @@ describe("is refused", () => {
       (w) => ({ ...pair(q, w, w), [`${q}.alpha`]: t([], Number.NaN) }),
       /to_q.alpha" is NaN; expected one number/,
     ],
+    "an alpha beyond float32 for the matrices": [
+      (w) => pair(q, w, w),
+      /alpha over the rank of "transformer.*lora_A.weight" is 2.5e\+299, and times the values of "transformer.*lora_B.weight" beyond float32/,
+      { lora_adapter_metadata: '{"transformer.r":4,"transformer.lora_alpha":1e300}' },
+    ],
+    "matrices of two adapters": [
+      (w) => ({ [`${q}.lora_A.one.weight`]: t([4, w], 1), [`${q}.lora_B.two.weight`]: t([w, 4], 1) }),
+      /lora_A.one.weight" and "transformer.*lora_B.two.weight" are of two adapters/,
+    ],
     "an alpha of several": [
       (w) => ({ ...pair(q, w, w), [`${q}.alpha`]: t([2], 1) }),
       /to_q.alpha" has the shape \[2\]; expected one number/,
@@ -762,6 +771,9 @@ describe("is refused", () => {
     await expect(readLora(fixture("sd3", "model"), checkpoint)).rejects.toThrow(/model is a model, and no LoRA/);
     await expect(readLora(path.dirname(checkpoint.folder), checkpoint)).rejects.toThrow(/several .safetensors files/);
     await expect(readLora(await newCache(), checkpoint)).rejects.toThrow(/has no .safetensors file. Pass/);
+    const nested = path.join(folder, "nested");
+    await mkdir(path.join(nested, "pytorch_lora_weights.safetensors"), { recursive: true });
+    await expect(readLora(nested, checkpoint)).rejects.toThrow(/nested has no .safetensors file. Pass/);
     const pickle = path.join(folder, "lora.ckpt");
     await writeFile(pickle, Buffer.from("\x80\x02}q\x00X", "latin1"));
     await expect(readLora(pickle, checkpoint)).rejects.toThrow(/pickle of Python/);

@@ -10,7 +10,7 @@ import { elementCount } from "../../common/tensor.js";
 import { isDue, rest } from "../../common/turns.js";
 import { CheckpointError } from "../../errors.js";
 import type { Checkpoint } from "../checkpoint.js";
-import { exists, isFolder } from "../files.js";
+import { exists, isFile, isFolder } from "../files.js";
 import { checkpointName } from "../name.js";
 import { type HeaderEntry, readBytes, readDescribedHeader, readTensor } from "../safetensors.js";
 import { refuseOtherFormats } from "../single-file/kinds.js";
@@ -120,8 +120,12 @@ async function fileOf(given: string): Promise<string> {
       );
     return place;
   }
-  for (const usual of usualFiles) if (await exists(path.join(place, usual))) return path.join(place, usual);
-  const names = (await readdir(place)).filter((name) => name.endsWith(".safetensors")).sort();
+  for (const usual of usualFiles) if (await isFile(path.join(place, usual))) return path.join(place, usual);
+  const entries = await readdir(place, { withFileTypes: true });
+  const names = entries
+    .filter((entry) => entry.name.endsWith(".safetensors") && !entry.isDirectory())
+    .map(({ name }) => name)
+    .sort();
   if (names.length === 1) return path.join(place, names[0]!);
   if (await exists(path.join(place, "model_index.json")))
     throw new CheckpointError(place, `The folder ${place} is a model, and no LoRA: pass it as the model (--model).`);
@@ -215,6 +219,11 @@ function pairsOf(
     const { down, up, alpha } = tensors;
     const entry = (down ?? up ?? alpha)!;
     if (!target) unmatched.push({ layer, part, entry });
+    else if (down && up && adapterOf(down) !== adapterOf(up))
+      throw new CheckpointError(
+        file,
+        `${file}: the tensors "${down.name}" and "${up.name}" are of two adapters, each without its other matrix. The file was saved wrongly: save each LoRA alone.`,
+      );
     else if (down && up) matched.push({ down, up, alpha, layer, target });
     else throw incomplete(file, entry, down ? "up" : up ? "down" : "both");
   }
@@ -233,6 +242,9 @@ function pairsOf(
   if (misfit) throw unfitting(file, misfit);
   return matched;
 }
+
+/** The name that PEFT has in memory for an adapter, which some files keep. */
+const adapterOf = ({ name }: HeaderEntry) => /\.lora_[AaBb]\.([\w-]+)\.weight$/.exec(name)?.[1];
 
 function incomplete(file: string, entry: HeaderEntry, missing: "up" | "down" | "both"): CheckpointError {
   const what =
@@ -350,6 +362,12 @@ async function readPair(file: string, pair: Pair, alphas: Alphas): Promise<[laye
   const scale = pair.alpha
     ? (await readAlpha(file, pair.alpha)) / rank
     : alphas.scaleOf(pair, target.part, target.layers[0]!.name, rank);
+  const most = up.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
+  if (!Number.isFinite(Math.fround(scale * most)))
+    throw new CheckpointError(
+      file,
+      `${file}: alpha over the rank of "${pair.down.name}" is ${scale}, and times the values of "${pair.up.name}" beyond float32. The LoRA was saved wrongly: download or save it again.`,
+    );
   if (target.isReversed) swapHalves(up);
   let row = 0;
   return target.layers.flatMap(({ name, shape }) => {
