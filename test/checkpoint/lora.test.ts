@@ -376,6 +376,15 @@ describe("a merged checkpoint", () => {
     await writeFile(file, (await readFile(file)).subarray(0, size - 2));
     await open();
     expect((await stat(file)).size).toBe(size);
+    // Copies keep the time, and layers of images have one time for all files.
+    const other = await readFile(weights);
+    const { offset } = checkpoints.get("sd3")!.transformer.weights.find("transformer_blocks.0.attn.to_q.weight")!;
+    other.fill(0, offset, offset + 64);
+    await writeFile(weights, other);
+    await utimes(weights, new Date(1e12), new Date(1e12));
+    const changed = (await open()).transformer.weights;
+    expect(await listCachedWeights(cache)).toHaveLength(3);
+    expect(changed.files.at(-1)!.file).not.toBe(file);
   });
 
   it("stays as the first of several processes wrote it, where it is whole", async () => {

@@ -12,6 +12,7 @@ import { isDue, rest } from "../../common/turns.js";
 import { CheckpointError } from "../../errors.js";
 import type { Checkpoint, Part } from "../checkpoint.js";
 import { isBesideWeights, readElements } from "../quantised.js";
+import { readBytes } from "../safetensors.js";
 import { cachedWeights } from "../weight-cache.js";
 import { locatedWeights, type Weights } from "../weights.js";
 import { type LoraPart, loraParts, partTitles } from "./layers.js";
@@ -130,7 +131,10 @@ function headerOf(sums: readonly Sum[]): Buffer {
   return Buffer.from(json.padEnd(Math.ceil(json.length / 8) * 8));
 }
 
-/** What the file's content follows from: versions of the weights' files, and what the LoRAs add. */
+/** Bytes of a weight that tell one from another whose file has the same size and time, as copies and layers of images may have. */
+const sample = 4096;
+
+/** What the file's content follows from: versions of the weights' files, samples of the weights, and what the LoRAs add. */
 async function digestOf(
   weights: Weights,
   header: Buffer,
@@ -140,7 +144,8 @@ async function digestOf(
   const hash: Hash = createHash("sha256")
     .update(`lora;${format};${JSON.stringify(weights.files)};`)
     .update(header);
-  for (const { base, terms } of sums)
+  for (const { base, terms } of sums) {
+    hash.update(await readBytes(base.file, base.offset, Math.min(base.length, sample)));
     for (const { down, up, rank, factor } of terms) {
       signal?.throwIfAborted();
       if (isDue()) await rest();
@@ -148,6 +153,7 @@ async function digestOf(
       for (const { buffer, byteOffset, byteLength } of [down, up])
         hash.update(new Uint8Array(buffer, byteOffset, byteLength));
     }
+  }
   return hash.digest("hex");
 }
 
