@@ -1,4 +1,5 @@
 // LoRA files of all dialects: what is read of them, merged weights against those that diffusers fuses, and what is refused.
+import { execFileSync } from "node:child_process";
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, utimes, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
@@ -786,6 +787,22 @@ describe("is refused", () => {
     const pickle = path.join(folder, "lora.ckpt");
     await writeFile(pickle, Buffer.from("\x80\x02}q\x00X", "latin1"));
     await expect(readLora(pickle, checkpoint)).rejects.toThrow(/pickle of Python/);
+  });
+
+  it.skipIf(process.platform === "win32")("a pipe, which nobody may ever write to", async () => {
+    const pipe = newFile();
+    execFileSync("mkfifo", [pipe]);
+    await expect(readLora(pipe, checkpoints.get("sd3")!)).rejects.toThrow(
+      /is not a file; expected a .safetensors file/,
+    );
+  });
+
+  it("a file of very many layers", async () => {
+    const names = Array.from({ length: 150_000 }, (_, i) => `transformer.transformer_blocks.0.attn.to_${i}`);
+    const tensors = Object.fromEntries(names.flatMap((name) => Object.entries(pair(name, 1, 1, 1))));
+    await expect(readLora(await writeRaw(newFile(), tensors), checkpoints.get("sd3")!)).rejects.toThrow(
+      /has no layer for the tensors .* and 149997 more/,
+    );
   });
 
   it("a zero matrix is not: it changes nothing", async () => {

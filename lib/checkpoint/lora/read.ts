@@ -320,7 +320,7 @@ function refuseOtherSize(
 ): void {
   const width = config.numAttentionHeads * config.attentionHeadDim;
   const blockOf = (name: string) => /(?:joint_blocks|transformer_blocks)[._](\d+)[._]/.exec(name)?.[1];
-  const blocks = Math.max(...names.map((name) => Number(blockOf(name) ?? -1))) + 1;
+  const blocks = names.reduce((most, name) => Math.max(most, Number(blockOf(name) ?? -1) + 1), 0);
   const dual = names
     .filter((name) => /[._]attn2[._]/.test(name))
     .map((name) => Number(blockOf(name)))

@@ -5,6 +5,7 @@
 
 import { open } from "node:fs/promises";
 import { CheckpointError } from "../../errors.js";
+import { toRead } from "../files.js";
 import type { SafetensorsHeader } from "../safetensors.js";
 
 /** A kind of file: "FILE is a LoRA. Do this." */
@@ -102,9 +103,11 @@ const formatRemedy = "Only .safetensors files are read: download the model as on
 
 /** @throws CheckpointError for a file of another format. What cannot be read at all is found out where it is read. */
 export async function refuseOtherFormats(file: string): Promise<void> {
-  const handle = await open(file, "r").catch(() => null);
+  const handle = await open(file, toRead).catch(() => null);
   if (!handle) return;
   try {
+    // A pipe or a device is refused by what reads the header.
+    if (!(await handle.stat()).isFile()) return;
     const { buffer, bytesRead } = await handle.read(Buffer.alloc(4), 0, 4, 0);
     const start = buffer.toString("latin1", 0, bytesRead);
     const format = formats.find(({ begins }) => start.startsWith(begins));
