@@ -95,11 +95,7 @@ export class ControlNets implements KnownControlNets {
   ): Promise<ControlNets> {
     const nets = new ControlNets(checkpoint, options);
     for (const { folder, given, name = checkpointName(folder) } of named) {
-      if (nets.#named.has(name))
-        throw new OptionError(
-          "controlNets",
-          `Two ControlNets are called ${quoted(name)}. Give one of them another name: { folder, name }, or on the command line name=folder.`,
-        );
+      if (nets.#named.has(name)) throw twoControlNetsOfOneName(name);
       const known = { name, controlNet: await nets.#read(folder, options.signal) };
       nets.#named.set(name, known);
       nets.#given.set(given, nets.#given.get(given) ?? known);
@@ -198,6 +194,13 @@ export class ControlNets implements KnownControlNets {
     for (const { controlNet } of dropped) if (!used.has(controlNet.id)) this.onDrop(controlNet.id);
     return known;
   }
+}
+
+export function twoControlNetsOfOneName(name: string): OptionError {
+  return new OptionError(
+    "controlNets",
+    `Two ControlNets are called ${quoted(name)}. Give one of them another name: { folder, name }, or on the command line name=folder.`,
+  );
 }
 
 const quoted = (name: string) => JSON.stringify(clipped(name, 80));

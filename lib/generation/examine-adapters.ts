@@ -16,9 +16,10 @@ import { gigabytes } from "../common/memory.js";
 import type { LoadOptions } from "../model.js";
 import { graphName } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
+import { twoControlNetsOfOneName } from "./control-nets.js";
 import { locateAll } from "./locate.js";
 import { LoraInputs } from "./lora-inputs.js";
-import { checkName } from "./loras.js";
+import { namedLoras, twoLorasOfOneName } from "./loras.js";
 
 /** An adapter as it was found. */
 export interface AdapterExamination {
@@ -36,6 +37,7 @@ export interface AdapterExamination {
 /**
  * Reads each adapter for the model. Nothing is merged, and no weights of the model are read.
  * @param model folder, file or name on the hub
+ * @returns those of a name that one before them has do not fit either, as `load` would refuse both
  * @throws CheckpointError or HubError for a model that cannot be opened
  */
 export async function examineAdapters(
@@ -49,20 +51,23 @@ export async function examineAdapters(
     what: Pick<AdapterExamination, "kind" | "name" | "place">,
     about: () => Promise<string>,
   ): Promise<void> => {
-    const settled = await about().then(
-      (text) => ({ fits: true, about: text, reason: null }),
-      (error: Error) => ({ fits: false, about: null, reason: error.message }),
-    );
+    const before = found.find(({ kind, name }) => kind === what.kind && name === what.name);
+    const settled = await about()
+      .then((text) => {
+        if (before) throw twoOfOneName(before, what);
+        return text;
+      })
+      .then(
+        (text) => ({ fits: true, about: text, reason: null }),
+        (error: Error) => ({ fits: false, about: null, reason: error.message }),
+      );
     found.push({ ...what, ...settled });
   };
-  const before: { readonly name: string; readonly file: string }[] = [];
-  for (const { file, name: given, dynamic } of loras) {
-    // What no name can be found for is refused below.
-    const name = given ?? (await nameOfLora(file).catch(() => checkpointName(file)));
-    const others = [...before];
-    before.push({ name, file });
-    await examine({ kind: "LoRA", name, place: file }, async () => {
-      checkName({ name, file }, others);
+  for (const source of loras) {
+    // One that cannot be found is called as it was given.
+    const name = source.name ?? (await nameOfLora(source.file).catch(() => checkpointName(source.file)));
+    await examine({ kind: "LoRA", name, place: source.file }, async () => {
+      const [{ file, dynamic }] = (await namedLoras([source])) as [Awaited<ReturnType<typeof namedLoras>>[number]];
       const lora = await readLora(file, checkpoint, { name });
       if (dynamic) new LoraInputs(new GraphLibrary(checkpoint), [{ ...lora, defaultScale: 1 }]).check();
       return aboutLora(lora);
@@ -71,6 +76,12 @@ export async function examineAdapters(
   for (const [index, { folder, name = checkpointName(folder) }] of controlNets.entries())
     await examine({ kind: "ControlNet", name, place: folder }, () => aboutControlNet(folders[index]!, checkpoint));
   return found;
+}
+
+function twoOfOneName(...both: [AdapterExamination, Pick<AdapterExamination, "kind" | "name" | "place">]): Error {
+  const [{ kind, name }] = both;
+  const [first, second] = both.map(({ place }) => place) as [string, string];
+  return kind === "LoRA" ? twoLorasOfOneName(name, [first, second]) : twoControlNetsOfOneName(name);
 }
 
 /** `rank 16; 288 layers of the transformer, 24 of the first text encoder (CLIP-L)` */

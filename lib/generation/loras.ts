@@ -24,20 +24,17 @@ export async function namedLoras(sources: readonly LoraSource[] = []): Promise<N
       name: name ?? (await nameOfLora(file)),
     })),
   );
-  for (const [index, lora] of named.entries()) checkName(lora, named.slice(0, index));
+  for (const [index, { name, file }] of named.entries()) {
+    const before = named.slice(0, index).find((each) => each.name === name);
+    if (before) throw twoLorasOfOneName(name, [before.file, file]);
+  }
   return named;
 }
 
-/** @throws OptionError for a name that one of those before has too */
-export function checkName(
-  { name, file }: Pick<NamedLora, "name" | "file">,
-  others: readonly Pick<NamedLora, "name" | "file">[],
-): void {
-  const before = others.find((each) => each.name === name);
-  if (!before) return;
-  throw new OptionError(
+export function twoLorasOfOneName(name: string, [first, second]: readonly [string, string]): OptionError {
+  return new OptionError(
     "loras",
-    `Two LoRAs of loras have the name "${name}": ${before.file} and ${file}. Give each a name of its own.`,
+    `Two LoRAs of loras have the name "${name}": ${first} and ${second}. Give one of them another name: { file, name }, or on the command line --dynamic-lora name=file. One of --lora is called as its file.`,
     { publicMessage: `Two LoRAs of loras have the name "${name}".` },
   );
 }

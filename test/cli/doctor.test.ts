@@ -175,7 +175,7 @@ it("names LoRAs as requests do, and refuses two of one name", async () => {
     const other = fixture("medium", "adapters/lora_b.safetensors");
     const text = await doctor(...model, "--lora", inFolder, "--dynamic-lora", `ink=${other}`);
     expect(text).toMatch(/✔ LoRA ink: rank 4/);
-    expect(text).toMatch(/✘ LoRA ink: Two LoRAs of loras have the name "ink": .*Give each a name of its own/);
+    expect(text).toMatch(/✘ LoRA ink: Two LoRAs of loras have the name "ink": .*Give one of them another name/);
     expect(process.exitCode).toBe(1);
   } finally {
     await rm(folder, { recursive: true });

@@ -1,5 +1,5 @@
 // LoRAs of load: pictures against those of diffusers (test/fixtures/README.md), through the public API of the built package, and what else follows from them.
-import { cp, mkdir, mkdtemp, readdir, rm } from "node:fs/promises";
+import { copyFile, cp, mkdir, mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { compileEngines, FlowTurbo, type GenerateOptions, type LoadOptions, OptionError } from "flowturbo";
@@ -206,6 +206,23 @@ describe("a model with LoRAs", () => {
     const none = await draw(fixture("medium", "model"), [], fixture("medium", "lora_a.safetensors"));
     const { latents } = await draw(fixture("medium", "model"), [{ file }], fixture("medium", "lora_a.safetensors"));
     expect(latents).toEqual(none.latents);
+  });
+
+  it("is not called usable by doctor where load would refuse its name", async () => {
+    const inFolder = path.join(folder, "other");
+    await mkdir(inFolder);
+    await copyFile(adapter("lora_a"), path.join(inFolder, "style.safetensors"));
+    const controlNets = [1, 2].map(() => ({ folder: fixture("medium", "controlnet"), name: "edges" }));
+    const loras = [{ file: adapter("lora_b"), name: "style" }, { file: inFolder }];
+    const found = await examineAdapters(fixture("medium", "model"), { loras, controlNets });
+    expect(found.map(({ name, fits }) => [name, fits])).toEqual([
+      ["style", true],
+      ["style", false],
+      ["edges", true],
+      ["edges", false],
+    ]);
+    expect(found[1]!.reason).toMatch(/Two LoRAs .* "style": .*lora_b.* and .*other/);
+    expect(found[3]!.reason).toMatch(/Two ControlNets are called "edges"/);
   });
 
   it("refuses two of one name before anything is merged, and what is no LoRA of the model", async () => {
