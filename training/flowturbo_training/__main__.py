@@ -311,22 +311,53 @@ def _controlnet(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_controlnet)
 
 
-def _adapter_data(chosen: argparse.Namespace, accelerator, log, **control):
-    """The sizes, the batches of training and of measuring, the number of examples and the settings."""
+_LEAST = {"limit": 1, "max_sequence_length": 1, "held": 0, "steps": 1, "batch": 1, "threads": 1, "trial": 0, "layers": 1}
+_SHARES = ("caption_dropout", "average")
+_ABOVE_ZERO = ("lr", "clip", "logit_std", "alpha")
+
+
+def _checked_sizes(chosen: argparse.Namespace) -> list[int]:
+    """The sizes to train at. What is wrong with the model's folder and with numbers is said here, before anything is read or encoded."""
     import json
 
-    from .adapters import Source, prepare, shift_of
-    from .flow import FlowSettings
     from .requirements import load_config
 
+    # diffusers would take a folder that is not there for a name on the hub, and ask for it there.
     if not (chosen.model / "model_index.json").exists():
-        raise ValueError(f"{chosen.model}: not a diffusers folder (no model_index.json)")
-    vae = json.loads((chosen.model / "vae" / "config.json").read_text())
-    native = load_config(chosen.model).get("sample_size", 128) * 2 ** (len(vae["block_out_channels"]) - 1)
+        raise ValueError(f"{chosen.model}: {'not a diffusers folder (no model_index.json)' if chosen.model.is_dir() else 'no such folder'}")
+    given = {name: value for name, value in vars(chosen).items() if value is not None}
+    flag = lambda name: f"--{name.replace('_', '-')}"  # noqa: E731
+    for name, least in _LEAST.items():
+        if given.get(name, least) < least:
+            raise ValueError(f"Expected {flag(name)} to be at least {least} but received {given[name]}")
+    for name in _SHARES:
+        if not 0 <= given[name] <= 1:
+            raise ValueError(f"Expected {flag(name)} to be from 0 to 1 but received {given[name]}")
+    for name in _ABOVE_ZERO:
+        if not 0 < given.get(name, 1) < float("inf"):
+            raise ValueError(f"Expected {flag(name)} to be above 0 but received {given[name]}")
+
+    config = load_config(chosen.model)
+    factor = 2 ** (len(json.loads((chosen.model / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
     try:
-        sizes = [int(size) for size in (chosen.size or str(native)).split(",")]
+        sizes = [int(size) for size in (chosen.size or str(config.get("sample_size", 128) * factor)).split(",")]
     except ValueError:
         raise ValueError(f'Expected --size to be a number, or several separated by commas, but received "{chosen.size}"') from None
+    step = factor * config.get("patch_size", 2)
+    most = step * config["pos_embed_max_size"] if config.get("pos_embed_max_size") else None
+    for size in sizes:
+        if size < 1 or size % step:
+            raise ValueError(f"Expected --size to be a multiple of {step} but received {size}")
+        if most and size > most:
+            raise ValueError(f"Expected --size to be at most {most}, for which the transformer has positions, but received {size}")
+    return sizes
+
+
+def _adapter_data(chosen: argparse.Namespace, sizes: list[int], accelerator, log, **control):
+    """The batches of training and of measuring, the number of examples and the settings."""
+    from .adapters import Source, prepare, shift_of
+    from .flow import FlowSettings
+
     source = Source(
         images=chosen.images, dataset=chosen.dataset, latents=chosen.latents, world=chosen.shapes, split=chosen.split,
         columns=(chosen.image_column, chosen.caption_column, *((chosen.condition_column,) if control else ())),
@@ -341,7 +372,7 @@ def _adapter_data(chosen: argparse.Namespace, accelerator, log, **control):
         shift=shift_of(chosen.model), steps=chosen.steps, batch=chosen.batch, lr=chosen.lr, warm_up=chosen.warm_up, clip=chosen.clip,
         average=chosen.average, logit_mean=chosen.logit_mean, logit_std=chosen.logit_std,
     )  # fmt: skip
-    return sizes, training, measured, count, settings
+    return training, measured, count, settings
 
 
 def _time_since(start: float, accelerator) -> str:
@@ -363,6 +394,7 @@ def _data_in_words(chosen: argparse.Namespace, count: int) -> str:
 def run_lora(chosen: argparse.Namespace) -> int:
     if chosen.out.suffix != ".safetensors":
         raise ValueError(f"Expected --out to be a file that ends in .safetensors but received {chosen.out}")
+    sizes = _checked_sizes(chosen)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     from accelerate import Accelerator
@@ -378,7 +410,7 @@ def run_lora(chosen: argparse.Namespace) -> int:
     lora = LoraSettings(rank=chosen.rank, alpha=chosen.alpha, targets=chosen.targets.split(","))
     torch.manual_seed(chosen.seed)
     transformer = add_lora(load_transformer(chosen.model, dtype), lora)
-    sizes, training, measured, count, settings = _adapter_data(chosen, accelerator, log)
+    training, measured, count, settings = _adapter_data(chosen, sizes, accelerator, log)
     training.check(transformer)
     state = chosen.state or Path(f"{chosen.out}.state")
     losses = train_lora(transformer, training, measured, state, settings, chosen.seed, log, accelerator=accelerator, checkpointing=chosen.gradient_checkpointing)
@@ -397,6 +429,7 @@ def run_lora(chosen: argparse.Namespace) -> int:
 
 
 def run_controlnet(chosen: argparse.Namespace) -> int:
+    sizes = _checked_sizes(chosen)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     if sum((chosen.shapes is not None, chosen.conditions is not None, chosen.canny)) > 1:
@@ -422,7 +455,7 @@ def run_controlnet(chosen: argparse.Namespace) -> int:
     torch.manual_seed(chosen.seed)
     layers = chosen.layers or max(1, transformer.config.num_layers // 2)
     controlnet = build_controlnet(transformer, layers)
-    sizes, training, measured, count, settings = _adapter_data(chosen, accelerator, log, control=True, conditions=chosen.conditions, canny=chosen.canny)
+    training, measured, count, settings = _adapter_data(chosen, sizes, accelerator, log, control=True, conditions=chosen.conditions, canny=chosen.canny)
     training.check(transformer)
     state = chosen.state or Path(f"{chosen.out}.state")
     losses = train_controlnet(

@@ -42,7 +42,7 @@ def folder_examples(folder: Path) -> list[tuple[Path, str]]:
                 raise ValueError(f'{listing}:{number}: expected "file_name" and "text" but found {", ".join(entry)}')
             examples.append((folder / entry["file_name"], entry["text"]))
     else:
-        pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        pictures = _pictures_in(folder)
         examples = [(p, p.with_suffix(".txt").read_text().strip()) for p in pictures if p.with_suffix(".txt").exists()]
     missing = [str(p) for p, _ in examples if not p.exists()]
     if missing:
@@ -52,9 +52,15 @@ def folder_examples(folder: Path) -> list[tuple[Path, str]]:
     return examples
 
 
+def _pictures_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+
+
 def with_control_pictures(examples: list[tuple[Path, str]], folder: Path) -> list[Example]:
     """Each picture with that of the same name, whatever its ending, in `folder`."""
-    by_name = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES}
+    by_name = {p.stem: p for p in _pictures_in(folder)}
     missing = [p for p, _ in examples if p.stem not in by_name]
     if missing:
         raise ValueError(f"{folder}: no control picture for {len(missing)} of {len(examples)} pictures, {missing[0].stem} first: give it the picture's name")
