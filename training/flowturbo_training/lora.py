@@ -7,6 +7,7 @@ The file is that of diffusers: `transformer.MODULE.lora_A.weight` and `.lora_B.w
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,13 +100,27 @@ def save_lora(transformer: SD3Transformer2DModel, file: Path, dtype: torch.dtype
     metadata = transformer.peft_config["default"].to_dict()
     # Sets have no order of their own: sorted, the same training writes the same file.
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-    replace_atomically(
-        file,
-        lambda beside: StableDiffusion3Pipeline.save_lora_weights(
+
+    def write(beside: Path) -> None:
+        StableDiffusion3Pipeline.save_lora_weights(
             beside.parent, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata, weight_name=beside.name
-        ),
-    )
+        )
+        _sort_metadata(beside)
+
+    replace_atomically(file, write)
     return sum(v.numel() for v in layers.values())
+
+
+def _sort_metadata(file: Path) -> None:
+    """The library writes the entries of the metadata in a random order."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 @torch.no_grad()
