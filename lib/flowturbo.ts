@@ -534,13 +534,10 @@ export class FlowTurbo implements ImageModel {
     const { stages } = candidates[0];
     const added = additionsMemoryNeeded(this.#graphs, device.widening, additions, guidance.mode, stages);
     const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
-    for (const stage of stages)
-      checkPictureMemory(this.#graphs, device, draw + added, {
-        ...stage,
-        sequenceLength,
-        rows,
-        lora: additions.lora,
-      });
+    for (const stage of stages) {
+      const drawn = { ...stage, sequenceLength, rows, lora: additions.lora };
+      checkPictureMemory(this.#graphs, device, draw, drawn, added);
+    }
   }
 
   /**

@@ -96,10 +96,17 @@ export function checkDeviceMemory(graphs: GraphLibrary, device: Device): void {
 
 /**
  * @param draw bytes of the weights of the networks that draw: see `deviceMemoryNeeded`
+ * @param added what its kinds of steps need besides: see `additionsMemoryNeeded`
  * @throws MemoryError with both numbers if one picture cannot be drawn on the device: its networks' weights and the
  *   values of the largest launch do not fit, or one value does not fit into a buffer
  */
-export function checkPictureMemory(graphs: GraphLibrary, device: Device, draw: number, drawn: DrawnPicture): void {
+export function checkPictureMemory(
+  graphs: GraphLibrary,
+  device: Device,
+  draw: number,
+  drawn: DrawnPicture,
+  added = 0,
+): void {
   const { name, memoryBytes, largestBuffer = Number.POSITIVE_INFINITY, holdsScores = false } = device;
   const { down = 0, up = 0 } = drawn.lora ?? {};
   const matrices = 4 * (down + up);
@@ -117,14 +124,20 @@ export function checkPictureMemory(graphs: GraphLibrary, device: Device, draw: n
         largest,
         largestBuffer,
       );
-  const needed = draw + matrices + Math.max(...launches.map(({ together }) => together));
-  if (needed > memoryBytes)
-    throw new MemoryError(
-      `${picture} needs about ${gigabytes(needed)} GB of GPU memory, ${gigabytes(draw)} GB of that for weights, but ${name} has ${gigabytes(memoryBytes)} GB. ${remedy}`,
-      needed,
-      memoryBytes,
-    );
+  const needed = draw + added + matrices + Math.max(...launches.map(({ together }) => together));
+  if (needed <= memoryBytes) return;
+  const ofKinds = added > 0 ? `, with ${gigabytes(added)} GB for further kinds of steps and ControlNets` : "";
+  // Where the kinds are what is too much, a smaller picture would be refused, too.
+  const isOfKinds = added > 0 && needed - added <= memoryBytes;
+  throw new MemoryError(
+    `${picture} needs about ${gigabytes(needed)} GB of GPU memory, ${gigabytes(draw + added)} GB of that for weights${ofKinds}, but ${name} has ${gigabytes(memoryBytes)} GB. ${isOfKinds ? fewerKinds : remedy}`,
+    needed,
+    memoryBytes,
+  );
 }
+
+const fewerKinds =
+  "Use guidance and ControlNets in all steps or in none, leave out skip-layer guidance, or use another GPU or runtime.";
 
 /** Bytes of the largest value of a launch, and of those that are there at the same time. */
 interface Values {

@@ -136,6 +136,21 @@ describe("a picture", () => {
     expect(error.available).toBe(gigabyte);
   });
 
+  it("whose kinds of steps are too much is refused with what helps", () => {
+    const { draw } = deviceMemoryNeeded(half, device.widening);
+    const error = refusal(() => checkPictureMemory(half, device, draw, drawn(64), gigabyte));
+    expect(error.message).toMatch(
+      / for weights, with 1\.0\d* GB for further kinds of steps and ControlNets, but A card/,
+    );
+    expect(error.message).toMatch(/ControlNets in all steps or in none, leave out skip-layer guidance/);
+    expect(error.message).not.toMatch(/smaller pictures/);
+    expect(error.needed).toBeGreaterThan(draw + gigabyte);
+    // Where the picture alone is too much, it has to be smaller.
+    expect(refusal(() => checkPictureMemory(half, device, draw, drawn(8192), gigabyte)).message).toMatch(
+      /smaller pictures/,
+    );
+  });
+
   it("takes twice as much in float32", () => {
     const needed = (library: GraphLibrary) => {
       const { draw } = deviceMemoryNeeded(library, device.widening);
