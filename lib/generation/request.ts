@@ -170,15 +170,15 @@ export function settleRequest(
   checkSigmas(sigmas);
   checkShift(options, model.checkpoint);
   const known = { checkpoint: model.checkpoint, allowPaths: model.allowPaths, controlNets };
-  const { controls, candidates } = settleControls(options, known, candidatesOf(options, model, pictures));
+  const controlled = settleControls(options, known, candidatesOf(options, model, pictures));
+  const { controls } = controlled;
+  const { skipLayers, candidates } = settleSkipLayers(options, controlled.candidates, model.checkpoint);
   const isOn = candidates.some(({ isGuided }) => isGuided);
   if (embeds && isOn && embeds.negativePrompts.length === 0)
     throw new OptionError(
       "promptEmbeds",
       "Guidance needs promptEmbeds.negativePromptEmbeds and promptEmbeds.negativePooledPromptEmbeds; give them, or guidanceScale 1.",
     );
-
-  const skipLayers = settleSkipLayers(options, candidates, model.checkpoint);
 
   // What an edit needs.
   for (const [name, value] of Object.entries({ mask, strength }))
@@ -262,15 +262,16 @@ function withQuality(
 }
 
 /**
- * Null where nothing is said, and for a scale of 0, which changes nothing.
+ * Skip-layer guidance, with those of the candidates in which some step has it. Null where nothing is said, and for a scale of 0, which changes
+ * nothing.
  * @throws OptionError for blocks that the transformer does not have, without guidance, and where no step of any candidate would have it
  */
 function settleSkipLayers(
   { skipLayers }: ResolvedGenerateOptions,
-  candidates: readonly Candidate[],
+  candidates: readonly [Candidate, ...Candidate[]],
   { transformer }: Checkpoint,
-): SkippedLayers | null {
-  if (!skipLayers) return null;
+): { readonly skipLayers: SkippedLayers | null; readonly candidates: readonly [Candidate, ...Candidate[]] } {
+  if (!skipLayers) return { skipLayers: null, candidates };
   const { scale = 2.8, start = 0.01, stop = 0.2 } = skipLayers;
   const { numLayers } = transformer.config;
   const layers = [...new Set(skipLayers.layers)].sort((a, b) => a - b);
@@ -282,15 +283,16 @@ function settleSkipLayers(
   if (start >= stop) refuse(`Expected skipLayers.start (${start}) below skipLayers.stop (${stop}).`);
   if (!candidates.some(({ isGuided }) => isGuided))
     refuse("Skip-layer guidance is added to guidance; give a guidanceScale above 1, or leave out skipLayers.");
-  if (scale === 0) return null;
+  if (scale === 0) return { skipLayers: null, candidates };
   const settled = { layers, scale, start, stop };
-  if (!candidates.some(({ stages }) => hasSkippedStep(settled, stages))) {
-    const { steps } = candidates[0]!.stages[0]!.place;
-    refuse(
+  const [first, ...others] = candidates.filter(({ stages }) => hasSkippedStep(settled, stages));
+  if (!first) {
+    const { steps } = candidates[0].stages[0]!.place;
+    return refuse(
       `With skipLayers.start ${start} and skipLayers.stop ${stop} no guided step would have skip-layer guidance: of ${steps} step${steps === 1 ? "" : "s"}, numbered from 0, those between ${rounded(steps * start)} and ${rounded(steps * stop)} have it. Give a wider interval, or more steps.`,
     );
   }
-  return settled;
+  return { skipLayers: settled, candidates: [first, ...others] };
 }
 
 /** Without the last digits, which are those of binary fractions. */

@@ -54,6 +54,15 @@ describe.each(fixtureNames)("%s", (name) => {
     expect(again.images[0]!.data).toEqual(first.images[0]!.data);
   });
 
+  it("is of all schedules that a time limit chooses among, or of none", async () => {
+    const options = { ...common, prompt: "x", seed: 5, skipLayers: { layers: [1] }, deadlineMs: 1 };
+    const error = await model.generate({ ...options, ladder: ["E4", "E6", "E8"] }).catch((reason) => reason);
+    // Those of four steps have none with the usual interval.
+    expect(error).toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE", blocks: "E6" });
+    const refused = await model.generate({ ...options, ladder: ["E3", "E4"] }).catch((reason) => reason);
+    expect(refused).toMatchObject({ option: "skipLayers", message: expect.stringContaining("no guided step") });
+  });
+
   it("what does not fit is named", async () => {
     const refused: [Partial<GenerateOptions>, RegExp][] = [
       [
