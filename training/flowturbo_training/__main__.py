@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         return chosen.run(chosen)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -375,6 +376,12 @@ def _adapter_data(chosen: argparse.Namespace, sizes: list[int], accelerator, log
     return training, measured, count, settings
 
 
+def _check_finite(losses: tuple[float, float]) -> None:
+    """The last step may have been the one that was too long."""
+    if not all(map(math.isfinite, losses)):
+        raise FloatingPointError("The loss is not finite after training, so that nothing is written: remove the state, and lower --lr or train with --precision no")
+
+
 def _time_since(start: float, accelerator) -> str:
     from .state import compute_seconds
 
@@ -415,6 +422,7 @@ def run_lora(chosen: argparse.Namespace) -> int:
     state = chosen.state or Path(f"{chosen.out}.state")
     losses = train_lora(transformer, training, measured, state, settings, chosen.seed, log, accelerator=accelerator, checkpointing=chosen.gradient_checkpointing)
     log(f"loss {losses[0]:.4f} without the LoRA, {losses[1]:.4f} with it")
+    _check_finite(losses)
     if not accelerator.is_main_process:
         return 0
     values = save_lora(transformer, chosen.out, getattr(torch, chosen.dtype))
@@ -462,6 +470,7 @@ def run_controlnet(chosen: argparse.Namespace) -> int:
         transformer, controlnet, training, measured, state, settings, chosen.seed, log, accelerator=accelerator, checkpointing=chosen.gradient_checkpointing
     )
     log(f"loss {losses[0]:.4f} without the ControlNet, {losses[1]:.4f} with it")
+    _check_finite(losses)
     if not accelerator.is_main_process:
         return 0
     controlnet.to(getattr(torch, chosen.dtype)).save_pretrained(chosen.out)

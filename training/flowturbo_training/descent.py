@@ -76,7 +76,7 @@ def descend(
         with accelerator.autocast():
             loss, reuse = loss_of(wrapped, rng)
         if not torch.isfinite(loss):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"The loss is {loss.item()} at step {step} of {name}: lower its learning rate (now {settings.lr}) or train with --precision no"
             )
         accelerator.backward(loss)

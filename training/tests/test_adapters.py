@@ -239,6 +239,9 @@ def test_both_for_the_shapes_model(tmp_path, capsys):
     assert "edges (F1)" in (tmp_path / "control/README.md").read_text()
 
 
+OVERFLOW = ("--lr", "1e30", "--warm-up", "1", "--batch", "1", "--limit", "2", "--max-sequence-length", "16")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,6 +259,8 @@ def test_both_for_the_shapes_model(tmp_path, capsys):
         (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", "--alpha", "nan"], "--alpha to be above 0 but received nan"),
         (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", "--lr", "-1"], "--lr to be above 0"),
         (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", "--caption-dropout", "2"], "--caption-dropout to be from 0 to 1"),
+        (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", *OVERFLOW], "lower its learning rate"),
+        (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", *OVERFLOW, "--steps", "1"], "nothing is written"),
         (["lora", "--images", "nowhere", "--out", "OUT.safetensors"], "nowhere: no such folder"),
         (["lora", "--images", "PICTURES", "--out", "OUT.safetensors", "--model", "nowhere"], "nowhere: no such folder"),
         (["controlnet", "--images", "PICTURES", "--out", "OUT", "--canny", "--model", "EMPTY"], "empty: not a diffusers folder"),
