@@ -235,7 +235,9 @@ export const controlSchema = <T extends z.ZodType>(picture: T) =>
     preprocess: z.enum(["canny"]).optional(),
     pixelRange: z.enum<PixelRange[]>(["signed", "stability_canny"]).optional(),
   });
-const adapterName = text.min(1).max(128);
+/** Characters of the name of an adapter that requests can say, at most. */
+export const longestAdapterName = 128;
+const adapterName = text.min(1).max(longestAdapterName);
 /** A dynamic LoRA of a call. */
 const loraUse = z.strictObject({ name: adapterName, scale: adapterScale.optional() });
 const loraUses = kind(

@@ -16,6 +16,7 @@ import { untilAborted } from "../common/abort.js";
 import { type FileVersion, versionOf } from "../common/files.js";
 import { clipped } from "../common/text.js";
 import { OptionError } from "../errors.js";
+import { longestAdapterName } from "../options.js";
 
 /**
  * Folders of requests whose graphs stay on the device, beside those of the present request; those of the ControlNet that was not used for
@@ -96,6 +97,12 @@ export class ControlNets implements KnownControlNets {
     const nets = new ControlNets(checkpoint, options);
     for (const { folder, given, name = checkpointName(folder) } of named) {
       if (nets.#named.has(name)) throw twoControlNetsOfOneName(name);
+      if (name.length > longestAdapterName)
+        throw new OptionError(
+          "controlNets",
+          `The ControlNet ${folder} is called as its folder, with more than ${longestAdapterName} characters, so that no request can name it. Give it a name: { folder, name }, or on the command line --control-net name=folder.`,
+          { publicMessage: "A ControlNet of controlNets has a name too long for requests." },
+        );
       const known = { name, controlNet: await nets.#read(folder, options.signal) };
       nets.#named.set(name, known);
       nets.#given.set(given, nets.#given.get(given) ?? known);

@@ -4,6 +4,7 @@ import { type Checkpoint, mergeLoras, nameOfLora, readLora, type ScaledLora } fr
 import type { Logger } from "../common/logger.js";
 import { OptionError } from "../errors.js";
 import type { LoraSource } from "../model.js";
+import { longestAdapterName } from "../options.js";
 
 /** A LoRA of the option `loras`, with what was left open settled. */
 export interface NamedLora {
@@ -15,7 +16,7 @@ export interface NamedLora {
 
 /**
  * @param sources the option `loras` of `load`
- * @throws OptionError for two of one name; CheckpointError for a folder that holds no LoRA, or several
+ * @throws OptionError for two of one name, and for a dynamic one called as a file whose name is too long for requests; CheckpointError for a folder that holds no LoRA, or several
  */
 export async function namedLoras(sources: readonly LoraSource[] = []): Promise<NamedLora[]> {
   const named = await Promise.all(
@@ -24,7 +25,13 @@ export async function namedLoras(sources: readonly LoraSource[] = []): Promise<N
       name: name ?? (await nameOfLora(file)),
     })),
   );
-  for (const [index, { name, file }] of named.entries()) {
+  for (const [index, { name, file, dynamic }] of named.entries()) {
+    if (dynamic && name.length > longestAdapterName)
+      throw new OptionError(
+        "loras",
+        `The LoRA ${file} is called as its file, with more than ${longestAdapterName} characters, so that no request can name it. Give it a name: { file, name }, or on the command line --dynamic-lora name=file.`,
+        { publicMessage: "A LoRA of loras has a name too long for requests." },
+      );
     const before = named.slice(0, index).find((each) => each.name === name);
     if (before) throw twoLorasOfOneName(name, [before.file, file]);
   }

@@ -240,6 +240,10 @@ describe("a model with LoRAs", () => {
     await expect(load([{ file: adapter("lora_a") }, { file: fixture("medium", "noise.safetensors") }])).rejects.toThrow(
       /noise.safetensors is no LoRA/,
     );
+    const long = path.join(folder, `${"style".repeat(30)}.safetensors`);
+    await copyFile(adapter("lora_a"), long);
+    await expect(load([{ file: long, dynamic: true }])).rejects.toThrow(/no request can name it. Give it a name/);
+    await expect(namedLoras([{ file: long }, { file: long, name: "style", dynamic: true }])).resolves.toHaveLength(2);
     expect(await readdir(own).catch(() => [])).toEqual([]);
   });
 });
