@@ -85,7 +85,7 @@ describe("--control", () => {
       expect(() => readRequestAdapters(flags)).toThrow(/The flag --control-mask is of the --control in the same place/);
   });
 
-  it.each(["0,8", "nan", "0.8@0.5", "1e0"])("of a picture that is there, with %s for a scale, is refused", (scale) =>
+  it.each(["0,8", "nan", "0.8@0.5", "1e"])("of a picture that is there, with %s for a scale, is refused", (scale) =>
     expect(() => readRequestAdapters({ control: [`./c:${odd}:${scale}`] })).toThrow(
       `Expected a scale, or a scale and an interval, such as 0.8@0-0.7 behind the picture for --control but received "${scale}"`,
     ),
