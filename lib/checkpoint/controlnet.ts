@@ -74,11 +74,28 @@ export async function openControlNet(folder: string, options: OpenControlNetOpti
   const config = await readControlNetConfig(file, json);
   const weights = await openWeights(own, basename, { signal, variant: await variantIn(own, options.variant) });
   await checkQuantisation(weights, json.quantization_config, { signal });
+  checkBlocks(file, config, weights.names);
   const files = [...(version ? [version] : []), ...weights.files];
   return { id: await idOf(own, files), folder: own, files, config, weights };
 }
 
 const basename = "diffusion_pytorch_model";
+
+/**
+ * Blocks that are missing are found where the network is built; those that the configuration does not know would never be asked for.
+ * @throws CheckpointError for weights with more blocks than the configuration says
+ */
+function checkBlocks(file: string, { numLayers }: ControlNetConfig, names: readonly string[]): void {
+  const blocks = names.reduce((most, name) => {
+    const block = /^(?:transformer_blocks|controlnet_blocks)\.(\d+)\./.exec(name)?.[1];
+    return block === undefined ? most : Math.max(most, Number(block) + 1);
+  }, 0);
+  if (blocks <= numLayers) return;
+  throw new CheckpointError(
+    file,
+    `${file} says num_layers ${numLayers}, but the weights beside it have ${blocks} blocks, so that they are of another ControlNet. Pass a folder whose configuration and weights belong together.`,
+  );
+}
 
 /** The variant to open: where a folder has one alone, that one, since a ControlNet need not have the variants of the model that it is for. */
 async function variantIn(folder: string, wanted: string | undefined): Promise<string | undefined> {

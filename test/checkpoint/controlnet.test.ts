@@ -79,6 +79,15 @@ describe("openControlNet", () => {
     expect((await openControlNet(folder)).config.positions).toBe("none");
   });
 
+  it("refuses weights with more blocks than the configuration says", async () => {
+    cpSync(fixture("medium", "controlnet"), folder, { recursive: true });
+    const file = path.join(folder, "config.json");
+    const config = JSON.parse(readFileSync(file, "utf8"));
+    expect(config.num_layers).toBe(2);
+    writeFileSync(file, JSON.stringify({ ...config, num_layers: 1 }));
+    expect((await refusal(folder)).message).toContain("says num_layers 1, but the weights beside it have 2 blocks");
+  });
+
   it("takes controlnet/ of a pipeline's folder", async () => {
     copy({}, path.join(folder, "controlnet"));
     writeFileSync(path.join(folder, "model_index.json"), "{}");
