@@ -281,6 +281,10 @@ function settleSkipLayers(
   const beyond = layers.find((layer) => layer >= numLayers);
   if (beyond !== undefined) throw noSuchLayer(beyond, numLayers, "skipLayers.layers");
   if (start >= stop) refuse(`Expected skipLayers.start (${start}) below skipLayers.stop (${stop}).`);
+  if (!candidates.some(({ stages }) => stages.some(({ place }) => place.first < place.steps)))
+    refuse(
+      "Skip-layer guidance is of steps, and this strength leaves none; give a larger strength, or leave out skipLayers.",
+    );
   if (!candidates.some(({ isGuided }) => isGuided))
     refuse("Skip-layer guidance is added to guidance; give a guidanceScale above 1, or leave out skipLayers.");
   if (scale === 0) return { skipLayers: null, candidates };

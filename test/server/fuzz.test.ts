@@ -14,7 +14,8 @@ import { post, quick, serverOf, startServer } from "./support.js";
 type Json = any;
 type Fields = Record<string, Json>;
 
-const seed = Number(process.env.FUZZ_SEED ?? Math.floor(Math.random() * 2 ** 31));
+// Other cases at each run, but for CI, which compares commits.
+const seed = Number(process.env.FUZZ_SEED ?? (process.env.CI ? 1 : Math.floor(Math.random() * 2 ** 31)));
 const runs = Number(process.env.FUZZ_RUNS ?? 2000);
 const options = (part: number) => ({ seed, numRuns: Math.max(1, Math.round(runs * part)), endOnFailure: false });
 
@@ -456,7 +457,9 @@ it("the embedded model draws what the document allows", async () => {
         // The model has five blocks, no LoRAs and no ControlNets; the first step has no skip-layer guidance, and one alone none.
         for (const name of ["loras", "controls"]) delete small[name];
         const isGuided = ([small.guidance_scale ?? 4.5].flat() as number[])[0]! > 1;
-        if (small.skip_layers && isGuided && steps > 1)
+        // A strength of about 0 leaves no step at all.
+        const hasSteps = kind !== "edit" || Math.trunc(steps - steps * ((small.strength as number) ?? 0.6)) < steps;
+        if (small.skip_layers && isGuided && steps > 1 && hasSteps)
           small.skip_layers = { ...small.skip_layers, layers: [small.skip_layers.layers[0] % 5], start: 0, stop: 1 };
         else delete small.skip_layers;
         if (Array.isArray(small.guidance_scale)) small.guidance_scale = Array(steps).fill(small.guidance_scale[0]);
