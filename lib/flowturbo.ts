@@ -41,7 +41,7 @@ import { namedLoras, withMergedLoras } from "./generation/loras.js";
 import { fitLatentColours, type LatentColours } from "./generation/preview.js";
 import { encoderProgram } from "./generation/programs.js";
 import { checkSequenceLength, settleTexts } from "./generation/prompts.js";
-import { draw, type LoadedModel } from "./generation/recipe.js";
+import { draw, type LoadedModel, withLoras } from "./generation/recipe.js";
 import { type EditRequest, pinnedWithCapture, type Request, settleRequest } from "./generation/request.js";
 import { blocksOf } from "./generation/result.js";
 import { sharp } from "./generation/sharp.js";
@@ -621,7 +621,10 @@ export class FlowTurbo implements ImageModel {
     trace?.started(candidate, queuedMs);
     events?.send("onStart", { queuedMs, blocks: blocksOf(candidate.stages) });
     const observed = trace?.observed(admitted) ?? admitted;
-    return admitted.complete(draw(this.#model, request, candidate, observed, events, start));
+    const drawing = draw(this.#model, request, candidate, observed, events, start).catch((error: unknown) => {
+      throw withLoras(error, request.loras);
+    });
+    return admitted.complete(drawing);
   }
 
   /** Decoded pictures are large: few at a time, whatever number of requests bring some. */

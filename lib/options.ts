@@ -242,7 +242,7 @@ const adapterName = text.min(1).max(longestAdapterName);
 const loraUse = z.strictObject({ name: adapterName, scale: adapterScale.optional() });
 const loraUses = kind(
   list(loraUse, 1, mostAdapters),
-  `an array of 1 to ${mostAdapters} of { name, scale? }, scale from -100 to 100, names of 1 to 128 characters`,
+  `an array of 1 to ${mostAdapters} of { name, scale? }, scale from -100 to 100, names of 1 to ${longestAdapterName} characters`,
 );
 /** A ControlNet of a request that comes from elsewhere: by a name, which is no path, with pictures in another form. */
 export const namedControlSchema = <T extends z.ZodType>(picture: T) =>
@@ -303,7 +303,7 @@ export const loadSchema = z.strictObject({
         1,
         mostAdapters,
       ),
-      `an array of 1 to ${mostAdapters} of { file, scale?, name?, dynamic? }, scale from -100 to 100, names of 1 to 128 characters`,
+      `an array of 1 to ${mostAdapters} of { file, scale?, name?, dynamic? }, scale from -100 to 100, names of 1 to ${longestAdapterName} characters`,
     ),
     "LoRAs: merged into the weights once, or where dynamic is true named by requests",
   ),

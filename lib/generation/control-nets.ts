@@ -87,7 +87,7 @@ export class ControlNets implements KnownControlNets {
 
   /**
    * Opens the ControlNets of load().
-   * @throws CheckpointError for one that cannot be read or does not fit, OptionError for two of one name; `signal.reason`
+   * @throws CheckpointError for one that cannot be read or does not fit, OptionError for two of one name or a name too long; `signal.reason`
    */
   static async open(
     checkpoint: Pick<Checkpoint, "transformer" | "vae">,
@@ -97,12 +97,7 @@ export class ControlNets implements KnownControlNets {
     const nets = new ControlNets(checkpoint, options);
     for (const { folder, given, name = checkpointName(folder) } of named) {
       if (nets.#named.has(name)) throw twoControlNetsOfOneName(name);
-      if (name.length > longestAdapterName)
-        throw new OptionError(
-          "controlNets",
-          `The ControlNet ${folder} is called as its folder, with more than ${longestAdapterName} characters, so that no request can name it. Give it a name: { folder, name }, or on the command line --control-net name=folder.`,
-          { publicMessage: "A ControlNet of controlNets has a name too long for requests." },
-        );
+      checkControlNetName(name, folder);
       const known = { name, controlNet: await nets.#read(folder, options.signal) };
       nets.#named.set(name, known);
       nets.#given.set(given, nets.#given.get(given) ?? known);
@@ -201,6 +196,16 @@ export class ControlNets implements KnownControlNets {
     for (const { controlNet } of dropped) if (!used.has(controlNet.id)) this.onDrop(controlNet.id);
     return known;
   }
+}
+
+/** @throws OptionError for one called as its folder, by a name too long for requests */
+export function checkControlNetName(name: string, folder: string): void {
+  if (name.length <= longestAdapterName) return;
+  throw new OptionError(
+    "controlNets",
+    `The ControlNet ${folder} is called as its folder, with more than ${longestAdapterName} characters, so that no request can name it. Give it a name: { folder, name }, or on the command line --control-net name=folder.`,
+    { publicMessage: "A ControlNet of controlNets has a name too long for requests." },
+  );
 }
 
 export function twoControlNetsOfOneName(name: string): OptionError {

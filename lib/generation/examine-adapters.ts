@@ -16,7 +16,7 @@ import { gigabytes } from "../common/memory.js";
 import type { LoadOptions } from "../model.js";
 import { graphName } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
-import { twoControlNetsOfOneName } from "./control-nets.js";
+import { checkControlNetName, twoControlNetsOfOneName } from "./control-nets.js";
 import { locateAll } from "./locate.js";
 import { LoraInputs } from "./lora-inputs.js";
 import { namedLoras, twoLorasOfOneName } from "./loras.js";
@@ -34,6 +34,8 @@ export interface AdapterExamination {
   readonly reason: string | null;
 }
 
+type Adapter = Pick<AdapterExamination, "kind" | "name" | "place">;
+
 /**
  * Reads each adapter for the model. Nothing is merged, and no weights of the model are read.
  * @param model folder, file or name on the hub
@@ -47,10 +49,7 @@ export async function examineAdapters(
   const { path, controlNets: folders } = await locateAll(model, { controlNets });
   const checkpoint = await openCheckpoint(path);
   const found: AdapterExamination[] = [];
-  const examine = async (
-    what: Pick<AdapterExamination, "kind" | "name" | "place">,
-    about: () => Promise<string>,
-  ): Promise<void> => {
+  const examine = async (what: Adapter, about: () => Promise<string>): Promise<void> => {
     const before = found.find(({ kind, name }) => kind === what.kind && name === what.name);
     const settled = await about()
       .then((text) => {
@@ -74,14 +73,17 @@ export async function examineAdapters(
     });
   }
   for (const [index, { folder, name = checkpointName(folder) }] of controlNets.entries())
-    await examine({ kind: "ControlNet", name, place: folder }, () => aboutControlNet(folders[index]!, checkpoint));
+    await examine({ kind: "ControlNet", name, place: folder }, async () => {
+      checkControlNetName(name, folder);
+      return aboutControlNet(folders[index]!, checkpoint);
+    });
   return found;
 }
 
-function twoOfOneName(...both: [AdapterExamination, Pick<AdapterExamination, "kind" | "name" | "place">]): Error {
-  const [{ kind, name }] = both;
-  const [first, second] = both.map(({ place }) => place) as [string, string];
-  return kind === "LoRA" ? twoLorasOfOneName(name, [first, second]) : twoControlNetsOfOneName(name);
+function twoOfOneName(first: Adapter, second: Adapter): Error {
+  return second.kind === "LoRA"
+    ? twoLorasOfOneName(second.name, [first.place, second.place])
+    : twoControlNetsOfOneName(second.name);
 }
 
 /** `rank 16; 288 layers of the transformer, 24 of the first text encoder (CLIP-L)` */

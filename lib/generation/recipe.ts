@@ -41,31 +41,21 @@ export interface LoadedModel extends ModelFacts {
   readonly colours: (signal: AbortSignal | undefined) => Promise<LatentColours>;
 }
 
+/** An error of `draw`; one of values that are not finite says with which dynamic LoRAs it was. */
+export function withLoras(error: unknown, loras: Request["loras"]): unknown {
+  if (!(error instanceof NotFiniteError) || loras.length === 0) return error;
+  const named = loras.map(({ name, scale }) => `"${name}" at ${scale}`).join(", ");
+  return new NotFiniteError(
+    error.where,
+    `${error.message} It was drawn with dynamic LoRAs (${named}): give them smaller scales.`,
+  );
+}
+
 /**
  * @param events where step events go; null for none
  * @param start moment of the call
  */
 export async function draw(
-  model: LoadedModel,
-  request: Request,
-  candidate: PreparedCandidate,
-  admitted: Admitted,
-  events: RequestEvents | null,
-  start: number,
-): Promise<GenerateResult> {
-  try {
-    return await drawn(model, request, candidate, admitted, events, start);
-  } catch (error) {
-    if (!(error instanceof NotFiniteError) || request.loras.length === 0) throw error;
-    const loras = request.loras.map(({ name, scale }) => `"${name}" at ${scale}`).join(", ");
-    throw new NotFiniteError(
-      error.where,
-      `${error.message} It was drawn with dynamic LoRAs (${loras}): give them smaller scales.`,
-    );
-  }
-}
-
-async function drawn(
   model: LoadedModel,
   request: Request,
   candidate: PreparedCandidate,

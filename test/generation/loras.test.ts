@@ -223,6 +223,13 @@ describe("a model with LoRAs", () => {
     ]);
     expect(found[1]!.reason).toMatch(/Two LoRAs .* "style": .*lora_b.* and .*other/);
     expect(found[3]!.reason).toMatch(/Two ControlNets are called "edges"/);
+    const long = path.join(folder, "edges".repeat(30));
+    await cp(fixture("medium", "controlnet"), long, { recursive: true });
+    const named = await examineAdapters(fixture("medium", "model"), { controlNets: [{ folder: long }] });
+    expect(named[0]!.reason).toMatch(/no request can name it. Give it a name/);
+    await expect(
+      FlowTurbo.load(fixture("medium", "model"), { cache, controlNets: [{ folder: long }] }),
+    ).rejects.toThrow(named[0]!.reason!);
   });
 
   it("refuses two of one name before anything is merged, and what is no LoRA of the model", async () => {
