@@ -56,12 +56,27 @@ export interface StoredScale {
   readonly factor: number;
 }
 
+/**
+ * The weight W of a linear layer in 8 bits, for products of integers: W[o, i] = codes[i, o] · scales[o] / smooth[i], rounded. All of it was
+ * made of the checkpoint's own as the model was loaded.
+ */
+export interface Int8Linear {
+  /** int8 [in, out]: the transpose of the weight. */
+  readonly codes: StoredTensor;
+  /** float32 [out]. */
+  readonly scales: StoredTensor;
+  /** float32 [in]: what inputs are multiplied by before they are quantised; absent for 1. */
+  readonly smooth?: StoredTensor | undefined;
+}
+
 /** Where a network finds its weights: by the names that the checkpoint uses. */
 export interface WeightSource {
   /** For error messages: the folder or file the weights come from. */
   readonly origin: string;
   /** @returns the tensor, or undefined where the checkpoint has none of that name. */
   find(name: string): StoredTensor | undefined;
+  /** The weight of a linear layer, by its name without ".weight", where it is multiplied in 8 bits. `find` has it as it is stored. */
+  int8?(layer: string): Int8Linear | undefined;
   /** Linear layers whose halves of rows are stored the other way round: (shift, scale) where diffusers has (scale, shift). */
   readonly reversedHalves?: ReadonlySet<string>;
   /** Linear layers that are left out since they are the identity. */

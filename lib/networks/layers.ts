@@ -9,6 +9,7 @@
 import { elementCount, is8Bit, type StoredScale, type StoredTensor, type WeightSource } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";
 import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
+import { Int8Products } from "./int8.js";
 import type { LowRankBranch } from "./low-rank.js";
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
@@ -69,6 +70,7 @@ const end = Number.MAX_SAFE_INTEGER;
 export class Layers {
   readonly compute: EmitOptions["compute"];
   readonly #shared = new Map<string, Value>();
+  readonly #int8: Int8Products;
 
   constructor(
     readonly g: GraphBuilder,
@@ -80,6 +82,7 @@ export class Layers {
     readonly lowRank: LowRankBranch | null = null,
   ) {
     this.compute = options.compute;
+    this.#int8 = new Int8Products(g);
   }
 
   has(name: string): boolean {
@@ -115,6 +118,11 @@ export class Layers {
   #linear(x: Value, name: string, from: number, to: number, rank: number, bias: boolean): Value {
     const { g } = this;
     const tensor = requireTensor(this.weights, `${name}.weight`, [to, from]);
+    const int8 = this.weights.int8?.(name);
+    if (int8) {
+      const addend = bias ? this.weight(`${name}.bias`, [to]) : null;
+      return g.scoped(name, () => this.#int8.linear(x, int8, addend));
+    }
     // A scale for the whole or for each output is the same on the product, which is smaller than the weight.
     const isLater = this.options.eightBit === "cast" && this.compute === "float32" && !isBlockwise(tensor);
     const later = isLater ? tensor.scale : undefined;

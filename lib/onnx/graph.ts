@@ -8,7 +8,16 @@ import { createHash } from "node:crypto";
 import { elementCount, is8Bit, type StoredDType, type StoredTensor } from "../common/tensor.js";
 import { MessageWriter } from "./protobuf.js";
 
-export type ElementType = "float32" | "float16" | "bfloat16" | "float8e4m3" | "float8e5m2" | "int8" | "int64" | "bool";
+export type ElementType =
+  | "float32"
+  | "float16"
+  | "bfloat16"
+  | "float8e4m3"
+  | "float8e5m2"
+  | "uint8"
+  | "int8"
+  | "int64"
+  | "bool";
 
 /** A value of the graph under construction. */
 export interface Value {
@@ -60,7 +69,7 @@ const irVersion = 11;
 type ConstantType = Exclude<ElementType, "float8e4m3" | "float8e5m2">;
 
 const onnxType: Record<ElementType, number> = {
-  ...{ float32: 1, int8: 3, int64: 7, bool: 9, float16: 10, bfloat16: 16, float8e4m3: 17, float8e5m2: 19 },
+  ...{ float32: 1, uint8: 2, int8: 3, int64: 7, bool: 9, float16: 10, bfloat16: 16, float8e4m3: 17, float8e5m2: 19 },
 };
 const storedType: Record<StoredDType, ElementType> = {
   ...{
@@ -319,6 +328,7 @@ const rawData: Record<ConstantType, (values: ArrayLike<number>) => NodeJS.TypedA
   float32: (values) => Float32Array.from(values),
   bfloat16: (values) => Uint16Array.from(values, bfloat16Bits),
   float16: (values) => Uint16Array.from(values, float16Bits),
+  uint8: (values) => Uint8Array.from(values),
   int8: (values) => Int8Array.from(values),
   int64: (values) => BigInt64Array.from(Array.from(values), BigInt),
   bool: (values) => Uint8Array.from(values),

@@ -36,6 +36,8 @@ export function sessionOptions(
         // one thread, and 0.7 to 1.4 times with this limit. Without any spinning small steps take up to 1.25 times as long
         // where the cores are free (bench:trials). Results do not change.
         intra_op: { spin_duration_us: "20" },
+        // Products of unsigned by signed 8 bits overflow 16 bits on x64 without VNNI: there the weights are made unsigned.
+        x64quantprecision: "1",
         // A GPU's memory is taken in blocks that double; weights, whose size is known, are kept out of them.
         ...(onDevice ? { use_device_allocator_for_initializers: "1" } : {}),
       },
