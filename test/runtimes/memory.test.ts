@@ -102,9 +102,9 @@ it.runIf(process.platform === "linux")(
       const file = join(folder, "weights");
       const length = 2 ** 25;
       await writeFile(file, new Uint8Array(length));
-      const grown = async (dtype: "BF16" | "F8_E4M3", widening: "lazy" | "folded") => {
+      const grown = async (dtype: "F16" | "BF16" | "F8_E4M3", widening: "lazy" | "folded") => {
         const g = new GraphBuilder("widened");
-        const shape = [length / (dtype === "BF16" ? 2 : 1) / 1024, 1024];
+        const shape = [length / (dtype === "F8_E4M3" ? 1 : 2) / 1024, 1024];
         const weight = g.cast(g.external({ name: "w", dtype, shape, file, offset: 0, length }), "float32");
         const x = g.input("x", "float32", ["rows", 1024]);
         g.output("y", g.op("Gemm", [x, weight], { transB: 1 }), ["rows", shape[0]!]);
@@ -118,6 +118,7 @@ it.runIf(process.platform === "linux")(
         return after - before;
       };
       for (const [dtype, times] of [
+        ["F16", 2],
         ["BF16", 2],
         ["F8_E4M3", 4],
       ] as const) {
