@@ -34,6 +34,7 @@ export {
 } from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
 export { leftAsStored, quantisedT5 } from "./int8.js";
+export { type Int8Kind, int8Candidates, quantisedWeights } from "./int8-weights.js";
 export {
   type Lora,
   type LoraPart,

@@ -1,5 +1,5 @@
 /**
- * Files of weights that are made of a checkpoint's own, once, and kept in the cache: T5 in int8, and weights with LoRAs in them. Each is
+ * Files of weights that are made of a checkpoint's own, once, and kept in the cache: in int8, and with LoRAs in them. Each is
  * called by a digest of all that its content follows from, and is mapped like any other weights.
  */
 
@@ -7,6 +7,7 @@ import { readdir, realpath, rm, stat } from "node:fs/promises";
 import path from "node:path";
 import { type FileVersion, makeFolders, writeFileAtomic } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
+import { bytesPerElement, elementCount, type StoredDType } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
 import { readSafetensorsHeader, type SafetensorsHeader } from "./safetensors.js";
 
@@ -42,6 +43,33 @@ interface PlannedWeights {
   readonly remedy: string;
   /** Its bytes, a few megabytes at a time. */
   content(): AsyncIterable<Uint8Array>;
+}
+
+/** A tensor that a file is to have. */
+export interface TensorPlan {
+  readonly name: string;
+  readonly dtype: StoredDType;
+  readonly shape: readonly number[];
+}
+
+/**
+ * A .safetensors file of tensors that lie one behind the other, in their order.
+ * @returns what stands before the tensors, and the bytes of the whole file
+ */
+export function layOut(tensors: readonly TensorPlan[]): { readonly start: Buffer; readonly bytes: number } {
+  let end = 0;
+  const entries = tensors.map(({ name, dtype, shape }) => {
+    const begin = end;
+    end += elementCount(shape) * bytesPerElement[dtype];
+    return [name, { dtype, shape, data_offsets: [begin, end] }];
+  });
+  const json = JSON.stringify(Object.fromEntries(entries));
+  // Spaces behind the JSON align the tensors to 8 bytes.
+  const header = Buffer.from(json.padEnd(Math.ceil(json.length / 8) * 8));
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(header.length));
+  const start = Buffer.concat([length, header]);
+  return { start, bytes: start.length + end };
 }
 
 /** A file of the cache, opened. */

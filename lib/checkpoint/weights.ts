@@ -28,6 +28,8 @@ export interface Weights extends WeightSource {
   readonly warnings: readonly string[];
   /** Absolute paths without symbolic links, with what tells one version of a file from another. */
   readonly files: readonly FileVersion[];
+  /** Files that were made of these for products of integers: they tell no model from another. */
+  readonly derived?: readonly FileVersion[] | undefined;
   /** Names of all tensors, for messages and tests. */
   readonly names: readonly string[];
   /** Bytes of all tensors by dtype, as the files spell it: those that are never asked for (I64 positions) included. */

@@ -2,7 +2,7 @@
 
 import type { Checkpoint, Part } from "../checkpoint/index.js";
 import type { FileVersion } from "../common/files.js";
-import { type ComputedDType, elementCount, type StoredDType } from "../common/tensor.js";
+import { type ComputedDType, elementCount, type StoredDType, type StoredTensor } from "../common/tensor.js";
 import { cpuEmitOptions, type EmitOptions, type EmittedNetwork } from "../onnx/index.js";
 import {
   graphKey,
@@ -40,13 +40,17 @@ export class GraphLibrary {
   /** Bytes of 16-bit weights among the essential graphs, and of 8-bit ones as if they were 16-bit: what widening them once would double. */
   get bytesOf16Bit(): number {
     const weights = this.essential.flatMap(({ graph }) => [...graph.externals.values()]);
-    return weights.reduce((sum, { dtype, shape }) => sum + (dtype === "F32" ? 0 : 2 * elementCount(shape)), 0);
+    // What was made for products of integers is never widened.
+    const derived = new Set(weightedParts(this.checkpoint).flatMap(({ weights }) => weights.derived ?? []));
+    const files = new Set([...derived].map(({ file }) => file));
+    const isWidened = ({ dtype, file }: StoredTensor) => dtype !== "F32" && !files.has(file);
+    return weights.reduce((sum, each) => sum + (isWidened(each) ? 2 * elementCount(each.shape) : 0), 0);
   }
 
-  /** The weights' files, as they were when the checkpoint was opened. */
+  /** The weights' files, as they were when the checkpoint was opened, and what was made of them. */
   get files(): FileVersion[] {
     const parts = [...weightedParts(this.checkpoint), ...this.checkpoint.controlNets.values()];
-    const files = parts.flatMap(({ weights }) => weights.files);
+    const files = parts.flatMap(({ weights }) => [...weights.files, ...(weights.derived ?? [])]);
     // Parts in one file are one.
     return [...new Map(files.map((version) => [version.file, version])).values()];
   }

@@ -7,13 +7,13 @@
 import { createHash, type Hash } from "node:crypto";
 import type { Logger } from "../../common/logger.js";
 import { narrow } from "../../common/narrow.js";
-import { bytesPerElement, type ComputedDType, elementCount, is8Bit, type StoredTensor } from "../../common/tensor.js";
+import { type ComputedDType, elementCount, is8Bit, type StoredTensor } from "../../common/tensor.js";
 import { isDue, rest } from "../../common/turns.js";
 import { CheckpointError } from "../../errors.js";
 import type { Checkpoint, Part } from "../checkpoint.js";
 import { isBesideWeights, readElements } from "../quantised.js";
 import { readBytes } from "../safetensors.js";
-import { cachedWeights } from "../weight-cache.js";
+import { cachedWeights, layOut } from "../weight-cache.js";
 import { locatedWeights, type Weights } from "../weights.js";
 import { type LoraPart, loraParts, partTitles } from "./layers.js";
 import { LowRankSum, type Term } from "./product.js";
@@ -85,14 +85,13 @@ async function mergedWeights(
   { signal, logger }: MergeOptions,
 ): Promise<Weights> {
   const sums = sumsOf(part, weights, loras);
-  const header = headerOf(sums);
-  const bytes = 8 + header.length + sums.reduce((all, sum) => all + bytesOf(sum), 0);
+  const { start, bytes } = layOut(sums.map(({ base: { name, shape }, dtype }) => ({ name, dtype, shape })));
   const names = loras.map(({ lora: { name }, scale }) => `${name} (${scale})`).join(", ");
   const planned = {
-    ...{ digest: await digestOf(weights, header, sums, signal), bytes },
+    ...{ digest: await digestOf(weights, start, sums, signal), bytes },
     title: `the ${partTitles[part]}'s weights with the LoRAs ${names}`,
     remedy: "Name another folder (cache).",
-    content: () => written(header, sums, signal),
+    content: () => written(start, sums, signal),
   };
   const { version, header: changed } = await cachedWeights(cache, planned, { signal, logger });
   const located = [...changed].map(([name, entry]) => [name, { file: version.file, entry }] as const);
@@ -116,34 +115,19 @@ function sumsOf(part: LoraPart, weights: Weights, loras: readonly ScaledLora[]):
   });
 }
 
-const bytesOf = ({ base, dtype }: Sum) => elementCount(base.shape) * bytesPerElement[dtype];
-
-function headerOf(sums: readonly Sum[]): Buffer {
-  let end = 0;
-  const entries = sums.map((sum) => {
-    const begin = end;
-    end += bytesOf(sum);
-    const { name, shape } = sum.base;
-    return [name, { dtype: sum.dtype, shape, data_offsets: [begin, end] }];
-  });
-  const json = JSON.stringify(Object.fromEntries(entries));
-  // Spaces behind the JSON align the tensors to 8 bytes.
-  return Buffer.from(json.padEnd(Math.ceil(json.length / 8) * 8));
-}
-
 /** Bytes of a weight that tell one from another whose file has the same size and time, as copies and layers of images may have. */
 const sample = 4096;
 
 /** What the file's content follows from: versions of the weights' files, samples of the weights, and what the LoRAs add. */
 async function digestOf(
   weights: Weights,
-  header: Buffer,
+  start: Buffer,
   sums: readonly Sum[],
   signal: AbortSignal | undefined,
 ): Promise<string> {
   const hash: Hash = createHash("sha256")
     .update(`lora;${format};${JSON.stringify(weights.files)};`)
-    .update(header);
+    .update(start.subarray(8));
   for (const { base, terms } of sums) {
     hash.update(await readBytes(base.file, base.offset, Math.min(base.length, sample)));
     for (const { down, up, rank, factor } of terms) {
@@ -158,14 +142,11 @@ async function digestOf(
 }
 
 async function* written(
-  header: Buffer,
+  start: Buffer,
   sums: readonly Sum[],
   signal: AbortSignal | undefined,
 ): AsyncGenerator<Uint8Array> {
-  const length = Buffer.alloc(8);
-  length.writeBigUInt64LE(BigInt(header.length));
-  yield length;
-  yield header;
+  yield start;
   const products = new LowRankSum();
   for (const sum of sums) {
     const { base, dtype, terms } = sum;
