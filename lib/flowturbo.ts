@@ -35,6 +35,7 @@ import {
 } from "./generation/device-memory.js";
 import { type Edit, readEdit } from "./generation/edit.js";
 import { RequestEvents } from "./generation/events.js";
+import { withInt8Weights } from "./generation/int8.js";
 import { locateAll } from "./generation/locate.js";
 import { dynamicLoras, LoraInputs } from "./generation/lora-inputs.js";
 import { namedLoras, withMergedLoras } from "./generation/loras.js";
@@ -177,8 +178,9 @@ export class FlowTurbo implements ImageModel {
     checkInstallation();
     await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
-    const int8Weights = checked.t5Weights === "int8";
-    if (int8Weights) checkInt8Weights(checked.runtime);
+    const isInt8 = checked.weights === "int8";
+    const isT5Int8 = checked.t5Weights === "int8";
+    if (isInt8 || isT5Int8) checkInt8Weights(checked.runtime, isInt8 ? "weights" : "t5Weights");
     const located = await locateAll(folder, {
       ...checked,
       onDownload: (progress) => onProgress?.({ phase: "download", ...progress }),
@@ -198,8 +200,15 @@ export class FlowTurbo implements ImageModel {
       onOpen: ({ weights }) => rememberFiles(files, weights.files),
     });
     const dynamic = await dynamicLoras(asStored, loras, signal);
-    const stored = await withMergedLoras(asStored, loras, cache, { signal, logger });
-    const t5 = int8Weights ? stored.textEncoder3 : null;
+    const merged = {
+      ...(await withMergedLoras(asStored, loras, cache, { signal, logger })),
+      controlNets: controlNets.byId,
+    };
+    // T5 is as its own option says, where that says anything.
+    const int8Options = { textEncoder3: checked.t5Weights === undefined, signal, logger };
+    const stored = isInt8 ? await withInt8Weights(merged, cache, int8Options) : merged;
+    for (const [id, controlNet] of stored.controlNets) controlNets.byId.set(id, controlNet);
+    const t5 = isT5Int8 ? stored.textEncoder3 : null;
     const quantised = t5 && (await quantisedT5(t5, cache, { signal, logger }));
     const left = t5 && !quantised ? [leftAsStored(t5)] : [];
     const warnings = [...located.warnings, ...stored.warnings, ...controlNets.warnings, ...left];
@@ -225,7 +234,8 @@ export class FlowTurbo implements ImageModel {
     for (const id of controlNets.byId.keys()) emitted.get(graphName({ network: "predict", controls: id }));
     const monitor = new HealthMonitor();
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
-    const settings = { ...checked, int8Weights: quantised !== null, listener: monitor };
+    const int8Option = isInt8 ? ("weights" as const) : quantised ? ("t5Weights" as const) : undefined;
+    const settings = { ...checked, int8Option, listener: monitor };
     const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
       graphs = emitted.emittedAs(emitOptions);
       if (device) checkDeviceMemory(graphs, device);

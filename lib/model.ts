@@ -206,16 +206,20 @@ export interface LoadOptions {
    */
   threads?: number | undefined;
   /**
-   * How the CPU runtime computes with 16-bit weights: `"lazy"` widens them at each use, `"folded"` once at load (faster,
-   * twice the memory), `"auto"` folds where six times their bytes are free. Default: `"auto"`.
+   * How the CPU runtime computes with weights. Those of 16 bits: `"lazy"` widens them at each use, `"folded"` once at load (faster,
+   * twice the memory), `"auto"` folds where six times their bytes are free. `"int8"` has the linear layers of attention and MLP multiplied as
+   * 8-bit integers, with a scale for each output and each token: of the transformer, the refiner, the text encoders and the ControlNets that are named here,
+   * with LoRAs merged into them. That is faster than `"folded"` and takes a quarter of its memory; pictures differ a little. All else stays in float32, its
+   * 16-bit weights as with `"auto"`. The first load of a checkpoint writes the weights into the folder `weights` of `cache`, one byte a weight. Only the CPU
+   * runtime has them: with `runtime: "auto"` others are passed over, and one that is named is an OptionError. Default: `"auto"`, which is never `"int8"`.
    */
-  weights?: "auto" | "lazy" | "folded" | undefined;
+  weights?: "auto" | "lazy" | "folded" | "int8" | undefined;
   /**
-   * How the CPU runtime holds the weights of T5's linear layers. `"stored"`: as they are in the checkpoint. `"int8"`: quantised, with a
-   * scale for each 16 values, which takes 1.25 bytes a weight and changes the embedding by less than one hundredth. The first load of a
+   * How the CPU runtime holds the weights of T5's linear layers, in place of what `weights` says of them. `"stored"`: as they are in the checkpoint. `"int8"`: quantised, with a
+   * scale for each 16 values, and computed with in float32, which takes 1.25 bytes a weight and changes the embedding by less than one hundredth. The first load of a
    * checkpoint writes them into the folder `weights` of `cache`. Only the CPU runtime has them: with `runtime: "auto"` others are
    * passed over, and one that is named is an OptionError. Weights that are in 8 bits already stay as they
-   * are; where all of them are, it has no effect, and a warning says so. Nor has it without T5. Default: `"stored"`.
+   * are; where all of them are, it has no effect, and a warning says so. Nor has it without T5. Default: as `weights` says: `"stored"`, or multiplied in 8 bits with the others.
    */
   t5Weights?: "stored" | "int8" | undefined;
   /** At most so many pictures share a launch, of one request or of several; 1 to 256. Default: 8. */

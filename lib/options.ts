@@ -320,15 +320,14 @@ export const loadSchema = z.strictObject({
     "--threads <n>",
   ),
   weights: defaulted(
-    oneOf(["auto", "lazy", "folded"]),
+    oneOf(["auto", "lazy", "folded", "int8"]),
     "auto",
-    "16-bit weights: lazy widens them at each use, folded once at load (faster, twice the memory)",
+    "weights on the CPU: 16-bit ones widened at each use (lazy) or once at load (folded: faster, twice the memory); or int8, quantised once into the cache and multiplied as integers: fastest, least memory, pictures differ a little",
     "--weights <mode>",
   ),
-  t5Weights: defaulted(
+  t5Weights: optional(
     oneOf(["stored", "int8"]),
-    "stored",
-    "T5's weights on the CPU: as they are stored, or int8, quantised once into the cache (0.63 of the memory of 16 bits)",
+    "T5's weights on the CPU, whatever --weights says: as they are stored, or int8, quantised once into the cache and computed with in float32 (0.63 of the memory of 16 bits)",
     "--t5 <weights>",
   ),
   maxBatch: defaulted(

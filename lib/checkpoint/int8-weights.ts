@@ -65,12 +65,12 @@ interface Layer {
  * @returns the part itself where there are none
  * @throws CheckpointError if weights cannot be read or are not finite, OutputError if the cache cannot be written; `signal.reason` after an abort
  */
-export async function quantisedWeights<Config>(
-  part: Part<Config>,
+export async function quantisedWeights<P extends Part<unknown>>(
+  part: P,
   layers: ReadonlyMap<string, Float32Array | null>,
   cache: string,
   { title, signal, logger }: QuantiseOptions,
-): Promise<Part<Config>> {
+): Promise<P> {
   const { weights } = part;
   const found = [...layers].map(([name, smooth]) => ({ name, smooth, weight: weights.find(`${name}.weight`)! }));
   if (found.length === 0) return part;

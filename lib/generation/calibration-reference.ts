@@ -153,7 +153,11 @@ function dealtPrompts(prompts: number, parts: readonly number[]): (index: number
 async function digestsOf(checkpoint: Checkpoint): Promise<readonly (string | null)[]> {
   const parts = [checkpoint.textEncoder, checkpoint.textEncoder2, checkpoint.textEncoder3];
   const digests = parts.map((part) => (part ? modelFingerprint(part.config, part.weights.files) : null));
-  return Promise.all([fingerprintOf(checkpoint), ...digests]);
+  // Products of 8-bit integers end elsewhere than those of the same weights in float.
+  const derived = [checkpoint.transformer, ...parts].flatMap(
+    (part) => part?.weights.derived?.map(({ file }) => file) ?? [],
+  );
+  return Promise.all([fingerprintOf(checkpoint), ...digests, ...derived.map((file) => path.basename(file))]);
 }
 
 /** What a run leaves: where it ends, and the inner products of what it went through. */

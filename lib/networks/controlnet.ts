@@ -127,5 +127,11 @@ function named(weights: WeightSource, id: string): WeightSource {
       const tensor = weights.find(name);
       return tensor && renamed(tensor);
     },
+    int8: (layer) => {
+      const found = weights.int8?.(layer);
+      if (!found) return undefined;
+      const { codes, scales, smooth } = found;
+      return { codes: renamed(codes), scales: renamed(scales), smooth: smooth && renamed(smooth) };
+    },
   };
 }

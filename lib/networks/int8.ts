@@ -36,7 +36,8 @@ export class Int8Products {
     const g = this.#g;
     const input = this.#quantise(x, smooth ? g.external(smooth) : null);
     const inputs = [input.codes, g.external(codes), g.scalar(1, "float32"), g.external(scales)];
-    const zeros = [g.scalar(zeroPoint, "uint8"), g.scalar(0, "int8")];
+    // A weight's zero has no other reader: ONNX Runtime changes it with the weight where it makes that unsigned.
+    const zeros = [g.scalar(zeroPoint, "uint8"), g.tensor([], [0], "int8")];
     // The sums are exact in 32 bits for some 130,000 inputs of a layer.
     const product: Value = { ...g.op("com.microsoft:MatMulIntegerToFloat", [...inputs, ...zeros]), type: "float32" };
     const y = g.op("Mul", [product, input.scale]);

@@ -8,7 +8,14 @@ import type { BuilderSettings, OpenedBuilder } from "./builder.js";
 import { cuda } from "./onnxruntime/cuda.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import { webgpu } from "./onnxruntime/webgpu.js";
-import type { LibraryFolders, ModelWeights, OpenedRuntime, RuntimeRow, RuntimeSettings } from "./runtime.js";
+import type {
+  Int8Option,
+  LibraryFolders,
+  ModelWeights,
+  OpenedRuntime,
+  RuntimeRow,
+  RuntimeSettings,
+} from "./runtime.js";
 import { type TensorRtKind, tensorRtKinds } from "./tensorrt/flavours.js";
 import { tensorRtRow } from "./tensorrt/row.js";
 
@@ -69,13 +76,22 @@ export function platformWarning(): string | null {
   return rowsOf("auto").at(-1)?.unsupported?.()?.message ?? null;
 }
 
-/** @throws OptionError if the runtime of that name does not compute with weights that are quantised at load; "auto" always finds one */
-export function checkInt8Weights(wanted: string): void {
+/** What to do where a runtime does not take them. */
+const withoutInt8: Readonly<Record<Int8Option, string>> = {
+  weights: ": a GPU computes with the weights as they are stored.",
+  t5Weights: ", or load a checkpoint whose T5 is stored in 8 bits.",
+};
+
+/**
+ * @param option that asks for weights that are quantised at load
+ * @throws OptionError if the runtime of that name does not compute with such weights; "auto" always finds one
+ */
+export function checkInt8Weights(wanted: string, option: Int8Option): void {
   const takers = Object.values(runtimes).filter(({ takesInt8Weights }) => takesInt8Weights);
   if (wanted === "auto" || takers.includes(runtimes[wanted]!)) return;
   throw new OptionError(
-    "t5Weights",
-    `The runtime ${wanted} does not take t5Weights "int8"; ${takers.map(({ name }) => name).join(", ")} does. Leave it away, or load a checkpoint whose T5 is stored in 8 bits.`,
+    option,
+    `The runtime ${wanted} does not take ${option} "int8"; ${takers.map(({ name }) => name).join(", ")} does. Leave it away${withoutInt8[option]}`,
   );
 }
 
@@ -95,7 +111,7 @@ export async function openRuntime(
   for (const [index, row] of rows.entries()) {
     let opened: OpenedRuntime | null = null;
     try {
-      if (settings.int8Weights) checkInt8Weights(row.name);
+      if (settings.int8Option) checkInt8Weights(row.name, settings.int8Option);
       opened = await row.open({ ...settings, named: wanted !== "auto" }, weights);
       check(opened);
       return { ...opened, choice: { name: row.name, passedOver } };

@@ -143,17 +143,20 @@ export interface Runtime {
   dispose(): Promise<void>;
 }
 
+/** Options of loading a model that may have its weights quantised. */
+export type Int8Option = "weights" | "t5Weights";
+
 /** Options of loading a model that are a runtime's own. */
 export interface RuntimeSettings {
   readonly threads?: number | undefined;
-  readonly weights: "auto" | "lazy" | "folded";
+  readonly weights: "auto" | "lazy" | "folded" | "int8";
   readonly tensorrtFolder?: string | undefined;
   readonly cudaProviderFolder?: string | undefined;
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
   readonly capture: boolean;
-  /** Whether some of the weights are quantised as the model is loaded; a runtime whose row does not take them is not opened. */
-  readonly int8Weights?: boolean | undefined;
+  /** The option that has weights quantised as the model is loaded; absent where none are. A runtime whose row does not take them is not opened. */
+  readonly int8Option?: Int8Option | undefined;
   /** Whether the runtime was asked for by name; otherwise it is one of several that will do. */
   readonly named?: boolean | undefined;
   /** Milliseconds without a sign of life after which a runtime's process is replaced; default: 10 000. */
@@ -276,7 +279,7 @@ export interface RuntimeRow {
   /** For help texts: what it runs on. */
   readonly runsOn: string;
   readonly capabilities: Capabilities;
-  /** Whether it computes with weights that are quantised as the model is loaded (`t5Weights`). */
+  /** Whether it computes with weights that are quantised as the model is loaded. */
   readonly takesInt8Weights?: boolean | undefined;
   /** What to say where it has no binaries for this platform; null where it has them. Absent: that is found out by opening it. */
   readonly unsupported?: () => InstallationError | null;

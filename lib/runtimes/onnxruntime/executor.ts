@@ -11,6 +11,7 @@ import { messageOf } from "../../common/text.js";
 import type { CopyRows, Launch, Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
 import { gpuFailure } from "./gpu-failures.js";
+import { hasInt8Products, int8ProductsOverflow } from "./int8-probe.js";
 import type { Asked, Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
 import { sessionOptions } from "./sessions.js";
 import { HostValues, type Values } from "./values.js";
@@ -46,6 +47,8 @@ export class Executor {
   readonly #constants = new ConstantReader();
   readonly #workspaces = new Map<number, Map<string, ort.Tensor>>();
   readonly #values: Values;
+  /** Asked once a process, when the first graph needs it. */
+  #overflow: Promise<boolean> | null = null;
 
   constructor(library: typeof ort, settings: HostSettings) {
     this.#ort = library;
@@ -227,11 +230,22 @@ export class Executor {
     const known = this.#sessions.get(digest);
     if (known) return known;
     const graph = this.#graphs.get(digest)!;
-    const options = sessionOptions({ ...graph, widening: graph.widening ?? this.#settings.weights }, this.#settings);
-    const create = () => this.#ort.InferenceSession.create(graph.bytes, options);
-    const session = await this.#explaining(`${where} cannot be compiled`, create);
+    const widening = graph.widening ?? this.#settings.weights;
+    const session = await this.#explaining(`${where} cannot be compiled`, async () => {
+      const unsigned = hasInt8Products(graph.bytes) && (await this.#overflows());
+      return this.#ort.InferenceSession.create(
+        graph.bytes,
+        sessionOptions({ ...graph, widening, unsigned }, this.#settings),
+      );
+    });
     this.#sessions.set(digest, session);
     return session;
+  }
+
+  /** Whether products of 8-bit integers overflow here. */
+  #overflows(): Promise<boolean> {
+    this.#overflow ??= int8ProductsOverflow(this.#ort);
+    return this.#overflow;
   }
 }
 

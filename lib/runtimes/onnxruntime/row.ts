@@ -24,7 +24,8 @@ export const onnxruntime: RuntimeRow = {
     const runtime = new OnnxRuntime({ weights: widening, threads: used, watchdogMs, listener, logger });
     try {
       const { version } = await runtime.start();
-      const settings = { version, threads: used ?? null, weights: widening };
+      const held = weights === "int8" ? `int8, others ${widening}` : widening;
+      const settings = { version, threads: used ?? null, weights: held };
       return { runtime, settings, device: null, emitOptions: () => cpuEmitOptions };
     } catch (error) {
       await runtime.dispose();

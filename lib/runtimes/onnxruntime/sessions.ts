@@ -10,9 +10,15 @@ const wideningOptimizers = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTra
  * Options of the session of a graph.
  * @param root the folder that the locations of external weights are relative to
  * @param widening of 16-bit weights that the graph computes with in float32
+ * @param unsigned whether weights of 8 bits are made unsigned, for processors whose products of unsigned by signed ones overflow: exact there, and on
+ *   others half as fast
  */
 export function sessionOptions(
-  { root, widening }: Pick<SentGraph, "root"> & { readonly widening: Widening },
+  {
+    root,
+    widening,
+    unsigned = false,
+  }: Pick<SentGraph, "root"> & { readonly widening: Widening; readonly unsigned?: boolean },
   { provider = "cpu", deviceId = 0, threads }: Pick<HostSettings, "provider" | "deviceId" | "threads">,
 ): ort.InferenceSession.SessionOptions {
   const onDevice = provider !== "cpu";
@@ -39,8 +45,7 @@ export function sessionOptions(
         // one thread, and 0.7 to 1.4 times with this limit. Without any spinning small steps take up to 1.25 times as long
         // where the cores are free (bench:trials). Results do not change.
         intra_op: { spin_duration_us: "20" },
-        // Products of unsigned by signed 8 bits overflow 16 bits on x64 without VNNI: there the weights are made unsigned.
-        x64quantprecision: "1",
+        ...(unsigned ? { x64quantprecision: "1" } : {}),
         // A GPU's memory is taken in blocks that double; weights, whose size is known, are kept out of them.
         ...(onDevice ? { use_device_allocator_for_initializers: "1" } : {}),
       },

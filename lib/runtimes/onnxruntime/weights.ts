@@ -13,15 +13,16 @@ import type { Widening } from "./protocol.js";
 const factor = 6;
 
 /**
- * "auto" folds if the available memory is at least six times the 16-bit weights, and leaves them lazy otherwise.
+ * "auto" folds if the available memory is at least six times the 16-bit weights, and leaves them lazy otherwise; with "int8" those that are left in 16 bits are few, and
+ * held as "auto" says.
  * @param bytesOf16BitWeights bytes that the F16 and BF16 tensors take in their files
  * @param freeMemory bytes that this process can still use; default: what the system and its control group leave
  */
 export function resolveWeights(
-  choice: Widening | "auto",
+  choice: Widening | "auto" | "int8",
   bytesOf16BitWeights: number,
   freeMemory: number = availableMemory(),
 ): Widening {
-  if (choice !== "auto") return choice;
+  if (choice === "lazy" || choice === "folded") return choice;
   return bytesOf16BitWeights * factor <= freeMemory ? "folded" : "lazy";
 }
