@@ -14,7 +14,7 @@ const zeroPoint = 128;
 
 interface QuantisedTokens {
   readonly codes: Value;
-  /** [rows, tokens, 1] */
+  /** [tokens, 1] */
   readonly scale: Value;
 }
 
@@ -29,14 +29,14 @@ export class Int8Products {
 
   /**
    * y = x Wᵀ + b, float32: x is rounded to 1/127 of each token's largest magnitude, W as it was stored.
-   * @param x [rows, tokens, in] or [rows, in]
+   * @param x [tokens, in]
    * @param bias [out]; null for none
    */
   linear(x: Value, { codes, scales, smooth }: Int8Linear, bias: Value | null): Value {
     const g = this.#g;
     const input = this.#quantise(x, smooth ? g.external(smooth) : null);
     const inputs = [input.codes, g.external(codes), g.scalar(1, "float32"), g.external(scales)];
-    // A weight's zero has no other reader: ONNX Runtime changes it with the weight where it makes that unsigned.
+    // ONNX Runtime makes weights unsigned, with their zeros, and refuses to do so with a zero that two layers share.
     const zeros = [g.scalar(zeroPoint, "uint8"), g.tensor([], [0], "int8")];
     // The sums are exact in 32 bits for some 130,000 inputs of a layer.
     const product: Value = { ...g.op("com.microsoft:MatMulIntegerToFloat", [...inputs, ...zeros]), type: "float32" };

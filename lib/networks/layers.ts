@@ -121,7 +121,10 @@ export class Layers {
     const int8 = this.weights.int8?.(name);
     if (int8) {
       const addend = bias ? this.weight(`${name}.bias`, [to]) : null;
-      return g.scoped(name, () => this.#int8.linear(x, int8, addend));
+      // ONNX infers shapes behind its Attention that are not those of its results.
+      const flat = rank === 2 ? x : this.#once(`flat:${x.name}`, () => g.op("Reshape", [x, g.ints([-1, from])]));
+      const y = g.scoped(name, () => this.#int8.linear(flat, int8, addend));
+      return rank === 2 ? y : this.rows(y, [-1, to]);
     }
     // A scale for the whole or for each output is the same on the product, which is smaller than the weight.
     const isLater = this.options.eightBit === "cast" && this.compute === "float32" && !isBlockwise(tensor);

@@ -5,7 +5,7 @@ import path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { type FloatTensor, float32, type StoredTensor, type WeightSource } from "../../lib/common/tensor.js";
 import { Layers } from "../../lib/networks/layers.js";
-import { cpuEmitOptions, GraphBuilder } from "../../lib/onnx/index.js";
+import { cpuEmitOptions, GraphBuilder, type OnnxGraph } from "../../lib/onnx/index.js";
 import { relativeError } from "../support/fixtures.js";
 import { cpuRuntime } from "./cpu.js";
 
@@ -70,18 +70,21 @@ async function source(kind: "float" | "int8" | "smooth"): Promise<WeightSource> 
 }
 
 async function run(kind: "float" | "int8" | "smooth", x: FloatTensor): Promise<FloatTensor> {
-  const [rows, tokens] = x.shape as [number, number];
   const g = new GraphBuilder(kind);
   const input = g.input("x", "float32", ["rows", "tokens", inner]);
   const layers = new Layers(g, await source(kind), cpuEmitOptions, g.shapeOf(input, 0, 1));
   g.output("y", layers.linear(input, "layer", inner, outer), ["rows", "tokens", outer]);
-  runtime().add(g.build());
+  return launched(g.build(), x);
+}
+
+async function launched(graph: OnnxGraph, x: FloatTensor): Promise<FloatTensor> {
+  const [rows, tokens] = x.shape as [number, number];
+  const label = { kind: "step", name: graph.name } as const;
+  runtime().add(graph);
   const { y } = await runtime().run({
     constants: { x: { kind: "value", tensor: x } },
     registers: { y: { dtype: "float32", shape: [rows, tokens, outer] } },
-    instructions: [
-      { op: "launch", graph: kind, label: { kind: "step", name: kind }, inputs: { x: "x" }, outputs: { y: "y" } },
-    ],
+    instructions: [{ op: "launch", graph: graph.name, label, inputs: { x: "x" }, outputs: { y: "y" } }],
     results: ["y"],
   });
   return y as FloatTensor;
@@ -134,6 +137,36 @@ describe("a linear layer in 8 bits", () => {
     const { data: both } = await run("int8", x);
     const { data: alone } = await run("int8", float32([1, 5, inner], x.data.slice(0, 5 * inner)));
     expect(alone).toEqual(both.slice(0, alone.length));
+  });
+
+  it("is one of many in a graph, also behind attention", async () => {
+    const one = await source("int8");
+    // The same weight twice, as two.
+    const named = (tensor: StoredTensor | undefined, name: string) =>
+      tensor && { ...tensor, name: `${name}.${tensor.name}` };
+    const layers = ["first", "second"];
+    const of = (name: string) => layers.find((layer) => name.startsWith(layer))!;
+    const both = (kind: "float" | "int8"): WeightSource => ({
+      origin: folder,
+      find: (name) => named(one.find(name.replace(of(name), "layer")), of(name)),
+      ...(kind === "int8" && {
+        int8: (layer) => {
+          const { codes, scales } = one.int8!("layer")!;
+          return { codes: named(codes, layer)!, scales: named(scales, layer)! };
+        },
+      }),
+    });
+    const results: FloatTensor[] = [];
+    for (const kind of ["float", "int8"] as const) {
+      const g = new GraphBuilder(`attention ${kind}`);
+      const input = g.input("x", "float32", ["rows", "tokens", inner]);
+      const l = new Layers(g, both(kind), cpuEmitOptions, g.shapeOf(input, 0, 1));
+      const mixed = l.attention(input, input, input, 4, inner / 4, { scale: 1, causal: 5 });
+      const sum = l.add(l.linear(mixed, "first", inner, outer), l.linear(input, "second", inner, outer));
+      g.output("y", sum, ["rows", "tokens", outer]);
+      results.push(await launched(g.build(), x));
+    }
+    expect(relativeError(results[1]!, results[0]!)).toBeLessThan(0.02);
   });
 
   it("takes channels that are larger than the others once they are divided out", async () => {
