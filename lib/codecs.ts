@@ -4,7 +4,7 @@
  * library: schemas are for processes that draw nothing.
  */
 
-import { z } from "zod";
+import * as z from "zod";
 import { type Seed, seedOf, seedToJson } from "./common/seed.js";
 import { elementCount } from "./common/tensor.js";
 import type { RgbPicture } from "./model.js";

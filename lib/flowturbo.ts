@@ -4,7 +4,7 @@ import { createHash } from "node:crypto";
 import type { EventEmitter } from "node:events";
 import os from "node:os";
 import path from "node:path";
-import type { z } from "zod";
+import type * as z from "zod";
 import {
   type Checkpoint,
   calibratedSchedulesOf,
@@ -22,6 +22,7 @@ import { checkInstallation, packageFile, packagePath } from "./common/package.js
 import { seedToJson } from "./common/seed.js";
 import { CheckpointError, DisposedError, DrainingError, OptionError, TimeoutError } from "./errors.js";
 import { controlledStages } from "./generation/additions.js";
+import { graphsAhead } from "./generation/ahead.js";
 import { calibrate } from "./generation/calibrate.js";
 import { calibrationPrompts } from "./generation/calibration-prompts.js";
 import { readControl, type StageControl } from "./generation/control.js";
@@ -81,9 +82,17 @@ import {
   loadSchema,
   profileSchema,
   type ResolvedEncodeOptions,
+  type ResolvedLoadOptions,
 } from "./options.js";
 import type { Program } from "./program/program.js";
-import { checkInt8Weights, checkPlatform, openRuntime, platformWarning, type RuntimeChoice } from "./runtimes/index.js";
+import {
+  beginRuntime,
+  checkInt8Weights,
+  checkPlatform,
+  openRuntime,
+  platformWarning,
+  type RuntimeChoice,
+} from "./runtimes/index.js";
 import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
 import { areSomeMixed, type Block, blocksForEach, parseBlocks, type ScheduleDefaults } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
@@ -95,6 +104,12 @@ import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 
 /** Folder of the model that comes with the package. */
 export const embeddedModel = packagePath("models/shapes");
+
+/**
+ * As `FlowTurbo.load`, for a caller whose first request is known: the graphs that it launches are compiled while the rest is read.
+ * What is wrong with it is said when it is drawn.
+ */
+export let loadFor: (folder: string | undefined, options: LoadOptions, first: GenerateOptions) => Promise<FlowTurbo>;
 
 /** Nobody is told of a request of the model's own. */
 const unwatched = { events: null, trace: null };
@@ -159,6 +174,18 @@ export class FlowTurbo implements ImageModel {
    *   `signal.reason` after an abort
    */
   static async load(folder: string = embeddedModel, options: LoadOptions = {}): Promise<FlowTurbo> {
+    return FlowTurbo.#open(folder, options);
+  }
+
+  static {
+    loadFor = (folder, options, first) => FlowTurbo.#open(folder, options, first);
+  }
+
+  static async #open(
+    folder: string = embeddedModel,
+    options: LoadOptions = {},
+    first: GenerateOptions | null = null,
+  ): Promise<FlowTurbo> {
     const start = performance.now();
     if (typeof folder !== "string")
       throw new OptionError(
@@ -166,17 +193,32 @@ export class FlowTurbo implements ImageModel {
         `Expected the path of a folder or file for folder but received ${typeof folder}.`,
       );
     const checked = checkOptions(loadSchema, options, "load()");
-    const { variant, textEncoder3, signal, onProgress, logger = {} } = checked;
     if (checked.capture && (checked.pinBatch ?? 1) > 1) throw pinnedWithCapture();
+    checked.signal?.throwIfAborted();
+    checkInstallation();
+    await checkPlatform(checked.runtime, checked);
+    const endUnused = beginRuntime(checked.runtime);
+    try {
+      return await FlowTurbo.#load(folder, checked, first, start);
+    } finally {
+      endUnused();
+    }
+  }
+
+  /** @param first the first request, if it is known: what it launches is compiled while the rest is read */
+  static async #load(
+    folder: string,
+    checked: ResolvedLoadOptions,
+    first: GenerateOptions | null,
+    start: number,
+  ): Promise<FlowTurbo> {
+    const { variant, textEncoder3, signal, onProgress, logger = {} } = checked;
     const report = (phase: LoadProgress["phase"], done: number) => {
       signal?.throwIfAborted();
       onProgress?.({ phase, done, total: 3 });
     };
 
     // 1. The folder, which may have to be downloaded: configs, headers of the weights, tokenizers. What the pictures need at the end is loaded meanwhile.
-    signal?.throwIfAborted();
-    checkInstallation();
-    await checkPlatform(checked.runtime, checked);
     if (folder === embeddedModel) packageFile("models/shapes");
     const isInt8 = checked.weights === "int8";
     const isT5Int8 = checked.t5Weights === "int8";
@@ -189,7 +231,7 @@ export class FlowTurbo implements ImageModel {
     report("checkpoint", 0);
     const opening = openCheckpoint(located.path, { variant, base, previewVae, textEncoder3, signal });
     const naming = namedLoras(checked.loras);
-    const [asStored, loras] = await Promise.all([opening, naming, sharp.load()]);
+    const [asStored, loras] = await Promise.all([opening, naming, sharp.check()]);
     const cache = checked.cache ?? defaultCacheFolder();
     const files: FileVersion[] = [];
     const given = (checked.controlNets ?? []).map((net, index) => {
@@ -242,6 +284,16 @@ export class FlowTurbo implements ImageModel {
     });
     const { runtime } = opened;
     try {
+      const loras = new LoraInputs(graphs, dynamic);
+      const text = new PromptEncoder(graphs, loras);
+      const facts = {
+        ...{ ladder, defaults, calibrated, text, logger, loras, controlNets },
+        templates: new Templates(checkpoint, text),
+        ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
+        allowPaths: checked.allowPaths,
+        ...{ captured: checked.capture && runtime.capabilities.capture, cache },
+      };
+      if (first) prepareFor(first, { ...facts, checkpoint, runtime }, graphs);
       const subject = costSubject(graphs, opened);
       // Those of the package, for checkpoints in one file, are read only now that all weights are known to be right.
       for (const tokenizer of [checkpoint.tokenizer, checkpoint.tokenizer2, checkpoint.tokenizer3])
@@ -250,26 +302,12 @@ export class FlowTurbo implements ImageModel {
 
       // 4. What launches cost, if it has been measured before.
       const store = new CostStore(costKey(subject), checked.cache);
-      const loras = new LoraInputs(graphs, dynamic);
-      const text = new PromptEncoder(graphs, loras);
       return new FlowTurbo(
         graphs,
         opened,
         await store.read(),
         {
-          ...{
-            ladder,
-            defaults,
-            calibrated,
-            text,
-            logger,
-            loras,
-            templates: new Templates(checkpoint, text),
-            controlNets,
-          },
-          ...{ keepTextEncoders: checked.keepTextEncoders, pinBatch: checked.pinBatch ?? null },
-          allowPaths: checked.allowPaths,
-          ...{ captured: checked.capture && runtime.capabilities.capture, cache },
+          ...facts,
           loadMilliseconds: performance.now() - start,
         },
         {
@@ -816,6 +854,23 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
     runtime: { name: runtime.name, ...settings },
     machine: { cpu: os.cpus()[0]?.model ?? "unknown", cores: os.availableParallelism(), arch: process.arch },
   };
+}
+
+/** Has the graphs of a request compiled. What is wrong with the request is said where it is drawn. */
+function prepareFor(
+  options: GenerateOptions,
+  model: Omit<LoadedModel, "name" | "colours" | "unload" | "loadMilliseconds">,
+  graphs: GraphLibrary,
+): void {
+  const { runtime } = model;
+  let names: readonly string[];
+  try {
+    names = graphsAhead(settleRequest(options, model), model);
+  } catch {
+    return;
+  }
+  for (const name of names) if (!runtime.has(name)) runtime.add(graphs.get(name));
+  runtime.prepare?.(names);
 }
 
 /** Adds the versions of files, in place of those of the same files before. */

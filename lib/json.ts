@@ -5,7 +5,7 @@
  */
 
 import { readFile } from "node:fs/promises";
-import { z } from "zod";
+import * as z from "zod";
 import { pictureJson, requestCodec, resultCodec, type source } from "./codecs.js";
 import { clipped } from "./common/text.js";
 import { OptionError } from "./errors.js";

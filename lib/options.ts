@@ -5,7 +5,7 @@
  */
 
 import { inspect } from "node:util";
-import { z } from "zod";
+import * as z from "zod";
 import type { Logger } from "./common/logger.js";
 import { largestSeed } from "./common/seed.js";
 import type { FloatTensor } from "./common/tensor.js";
@@ -811,6 +811,7 @@ export const compileSchema = z.strictObject({
 export type ResolvedGenerateOptions = Omit<z.output<typeof generateSchema>, "guidanceScale"> & {
   readonly guidanceScale: number | readonly number[];
 };
+export type ResolvedLoadOptions = z.output<typeof loadSchema>;
 export type ResolvedEncodeOptions = z.output<typeof encodeSchema>;
 
 /**

@@ -4,7 +4,7 @@
  * who imports them loads nothing else.
  */
 
-import { z } from "zod";
+import * as z from "zod";
 import { pictureJson, requestCodec, resultCodec } from "./codecs.js";
 
 /** A JSON Schema: a plain object, which JSON can hold. */

@@ -1,7 +1,7 @@
 /** What a call asks for beyond the arguments that all providers share: `providerOptions.flowturbo`, checked. */
 
 import { inspect } from "node:util";
-import { z } from "zod";
+import * as z from "zod";
 import type { DrawRequest, NamedControl, sharedOptions, textOptions } from "../clients/drawer.js";
 import { nearest } from "../common/near.js";
 import { clipped } from "../common/text.js";

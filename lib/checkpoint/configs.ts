@@ -6,7 +6,7 @@
  * key with a value that this package does not compute is an error, since the picture would silently be wrong.
  */
 
-import { z } from "zod";
+import * as z from "zod";
 import { CheckpointError } from "../errors.js";
 import { isRecord, type JsonObject, readJsonObject } from "./files.js";
 import { type SchedulerConfig, schedulerClasses, schedulerClassOf, schedulerSchema } from "./schedulers.js";

@@ -5,7 +5,7 @@
  */
 
 import { basename, dirname } from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import { readIndexEntry } from "../common/model-index.js";
 import { type JsonObject, readJsonObject } from "./files.js";
 import { indexOf } from "./model-index.js";

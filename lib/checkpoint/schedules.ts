@@ -14,7 +14,7 @@
 
 import { createHash } from "node:crypto";
 import { open } from "node:fs/promises";
-import { z } from "zod";
+import * as z from "zod";
 import type { FileVersion } from "../common/files.js";
 import { elementCount } from "../common/tensor.js";
 import { CheckpointError } from "../errors.js";

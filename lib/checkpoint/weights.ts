@@ -9,7 +9,7 @@
 
 import { readdir, realpath } from "node:fs/promises";
 import { join } from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import { type FileVersion, versionOf } from "../common/files.js";
 import type { WeightSource } from "../common/tensor.js";
 import { libraryOf, variantsIn, weightFile, weightSources } from "../common/weight-names.js";

@@ -40,7 +40,7 @@ async function calibrate(flags: Flags, signal: AbortSignal): Promise<void> {
   const options = { ...readFlags(calibrateSchema, flags), ...(prompts && { prompts }), signal };
   checkOptions(loadSchema, loadOptions, "calibrate");
   checkOptions(calibrateSchema, options, "calibrate");
-  const { schedules, ...report } = await withModel(flags, loadOptions, async (model, progress) => {
+  const { schedules, ...report } = await withModel(flags, loadOptions, null, async (model, progress) => {
     const onProgress = ({ phase, width, height, guidanceScale, done, total, launches }: CalibrateProgress) => {
       const what = phase === "reference" ? "running the reference" : "fitting schedules";
       progress.show(`${what}, ${width}x${height}, guidance ${guidanceScale}, ${launches} launches`, done, total);

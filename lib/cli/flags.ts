@@ -5,7 +5,7 @@
 
 import { existsSync } from "node:fs";
 import { type Command, Option } from "commander";
-import type { z } from "zod";
+import type * as z from "zod";
 import { checkpointName } from "../checkpoint/index.js";
 import { parseHubName } from "../hub/index.js";
 import type { Size } from "../model.js";

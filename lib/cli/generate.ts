@@ -12,6 +12,7 @@ import { OptionError } from "../errors.js";
 import type { FlowTurbo } from "../flowturbo.js";
 import { formatOf, resized } from "../generation/image.js";
 import { inspect, optionsOf, overridden, type Parameters } from "../generation/parameters.js";
+import { sharp } from "../generation/sharp.js";
 import type { GenerateOptions, GenerateResult, LoraSource, RgbPicture, Stage } from "../model.js";
 import {
   checkGuidanceInterval,
@@ -134,7 +135,7 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
   const undoOutputs = await prepareOutputs([...files, ...others]);
 
   // 2. Load, draw, write.
-  const report = await withModel(flags, loadOptions, async (model, progress) => {
+  const report = await withModel(flags, loadOptions, checked, async (model, progress) => {
     const include = flags.saveLatents === undefined || isLatent ? [] : (["latents", "pixels"] as const);
     const isOther = drawn?.model !== undefined && drawn.model !== model.name;
     // What was calibrated for one model is of no use to another.
@@ -270,6 +271,10 @@ async function draw(model: FlowTurbo, options: GenerateOptions, preview: string 
   progress.show("encoding the prompt");
   const drawing = model.generate({
     ...options,
+    // Which takes a while, and is needed when the pictures are there.
+    onStart: () => {
+      if (options.outputType !== "latent") void sharp.load().catch(() => undefined);
+    },
     onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [picture] }) => {
       const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
       progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);

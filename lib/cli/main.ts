@@ -1,27 +1,11 @@
-#!/usr/bin/env node
 /**
- * The command line. Exit codes: 0; 2 for a usage error (an option that is wrong or does not fit the model); 130 and
+ * The commands. Exit codes: 0; 2 for a usage error (an option that is wrong or does not fit the model); 130 and
  * 143 after SIGINT and SIGTERM; 1 otherwise.
  */
 
 import { Command, CommanderError } from "commander";
 import { packageVersion } from "../common/package.js";
 import { FlowTurboError, OptionError } from "../errors.js";
-import { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } from "../options.js";
-import { serverSchema } from "../server/options.js";
-import { namedByCommand } from "./adapters.js";
-import { cacheCommand } from "./cache.js";
-import { calibrateCommand } from "./calibrate.js";
-import { compileCommand } from "./compile.js";
-import { doctorCommand } from "./doctor.js";
-import { flagOf } from "./flags.js";
-import { generateCommand } from "./generate.js";
-import { inspectCommand } from "./inspect.js";
-import { mcpCommand } from "./mcp.js";
-import { profileCommand } from "./profile.js";
-import { pruneCommand } from "./prune.js";
-import { pullCommand } from "./pull.js";
-import { serveCommand } from "./serve.js";
 
 // Whoever reads stdout may have seen enough, as `flowturbo --help | head` has: that is no failure.
 process.stdout.on("error", (error: NodeJS.ErrnoException) => {
@@ -31,7 +15,64 @@ process.stdout.on("error", (error: NodeJS.ErrnoException) => {
 
 const signals = { SIGINT: 130, SIGTERM: 143 } as const;
 
-async function main(): Promise<number> {
+/** What commands are given. */
+interface Setting {
+  /** Aborts at the first signal. */
+  readonly signal: AbortSignal;
+  /** Called by a server that a signal has ended: that is no failure. */
+  readonly endServing: () => void;
+}
+
+/** Describes a command. */
+type Describe = (command: Command, setting: Setting) => void;
+
+/** The commands in the order of `--help`, each with how it is imported: one that is named is imported alone. */
+const commands: Readonly<Record<string, () => Promise<Describe>>> = {
+  async generate() {
+    const { generateCommand } = await import("./generate.js");
+    return (command, { signal }) => generateCommand(command, signal);
+  },
+  async inspect() {
+    return (await import("./inspect.js")).inspectCommand;
+  },
+  async compile() {
+    const { compileCommand } = await import("./compile.js");
+    return (command, { signal }) => compileCommand(command, signal);
+  },
+  async profile() {
+    const { profileCommand } = await import("./profile.js");
+    return (command, { signal }) => profileCommand(command, signal);
+  },
+  async calibrate() {
+    const { calibrateCommand } = await import("./calibrate.js");
+    return (command, { signal }) => calibrateCommand(command, signal);
+  },
+  async cache() {
+    const { cacheCommand } = await import("./cache.js");
+    return (command, { signal }) => cacheCommand(command, signal);
+  },
+  async serve() {
+    const { serveCommand } = await import("./serve.js");
+    return (command, { signal, endServing }) => serveCommand(command, signal, endServing);
+  },
+  async mcp() {
+    const { mcpCommand } = await import("./mcp.js");
+    return (command, { signal, endServing }) => mcpCommand(command, signal, endServing);
+  },
+  async pull() {
+    const { pullCommand } = await import("./pull.js");
+    return (command, { signal }) => pullCommand(command, signal);
+  },
+  async doctor() {
+    return (await import("./doctor.js")).doctorCommand;
+  },
+  async prune() {
+    return (await import("./prune.js")).pruneCommand;
+  },
+};
+
+/** Runs the command line of this process. @returns its exit code */
+export async function main(): Promise<number> {
   const controller = new AbortController();
   let interrupted: number | undefined;
   for (const [name, code] of Object.entries(signals))
@@ -46,21 +87,16 @@ async function main(): Promise<number> {
     .description("Text-to-image with Stable Diffusion 3 and 3.5 checkpoints, accelerated by FlowTurbo.")
     .version(packageVersion())
     .exitOverride();
-  generateCommand(program.command("generate").exitOverride(), controller.signal);
-  inspectCommand(program.command("inspect").exitOverride());
-  compileCommand(program.command("compile").exitOverride(), controller.signal);
-  profileCommand(program.command("profile").exitOverride(), controller.signal);
-  calibrateCommand(program.command("calibrate").exitOverride(), controller.signal);
-  cacheCommand(program.command("cache").exitOverride(), controller.signal);
-  // A server is ended by a signal: that is no failure.
-  const endServing = () => {
-    interrupted = undefined;
+  const setting: Setting = {
+    signal: controller.signal,
+    endServing: () => {
+      interrupted = undefined;
+    },
   };
-  serveCommand(program.command("serve").exitOverride(), controller.signal, endServing);
-  mcpCommand(program.command("mcp").exitOverride(), controller.signal, endServing);
-  pullCommand(program.command("pull").exitOverride(), controller.signal);
-  doctorCommand(program.command("doctor").exitOverride());
-  pruneCommand(program.command("prune").exitOverride());
+  // Without one that is named all are described: --help lists them, and an unknown one is compared with them.
+  const named = process.argv[2] ?? "";
+  for (const name of Object.hasOwn(commands, named) ? [named] : Object.keys(commands))
+    (await commands[name]!())(program.command(name).exitOverride(), setting);
 
   try {
     await program.parseAsync();
@@ -70,11 +106,7 @@ async function main(): Promise<number> {
     // commander has printed its own message.
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
     if (error instanceof OptionError) {
-      const flag = namedByCommand.includes(error.option)
-        ? undefined
-        : [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
-            .map((schema) => flagOf(schema, error.option))
-            .find((name) => name !== undefined);
+      const flag = await flagNamed(error.option);
       process.stderr.write(`error: ${flag ? `${flag}: ` : ""}${error.message}\n`);
       return 2;
     }
@@ -84,4 +116,17 @@ async function main(): Promise<number> {
   }
 }
 
-process.exitCode = await main();
+/** The flag of an option, if any command has one. */
+async function flagNamed(option: string): Promise<string | undefined> {
+  const [{ namedByCommand }, { flagOf }, schemas, { serverSchema }] = await Promise.all([
+    import("./adapters.js"),
+    import("./flags.js"),
+    import("../options.js"),
+    import("../server/options.js"),
+  ]);
+  if (namedByCommand.includes(option)) return undefined;
+  const { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } = schemas;
+  return [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
+    .map((schema) => flagOf(schema, option))
+    .find((name) => name !== undefined);
+}

@@ -28,7 +28,7 @@ async function profile(flags: CommonFlags, signal: AbortSignal): Promise<void> {
   const options = { ...readFlags(profileSchema, flags), signal };
   checkOptions(loadSchema, loadOptions, "profile");
   checkOptions(profileSchema, options, "profile");
-  const { costs, ...report } = await withModel(flags, loadOptions, async (model, progress) => {
+  const { costs, ...report } = await withModel(flags, loadOptions, null, async (model, progress) => {
     const onProgress = ({ done, total }: ProfileProgress) => progress.show("measuring launches", done, total);
     const costs = await model.profile({ ...options, onProgress });
     return { costs, model: model.folder, runtime: model.runtime.name, folder: costs.folder };

@@ -2,7 +2,6 @@
  * The progress bar: drawn on a terminal only, on stderr, so that stdout holds the result and nothing else.
  */
 
-import ora from "ora";
 import { megabytes } from "./print.js";
 
 export interface Progress {
@@ -18,7 +17,7 @@ const silent: Progress = { show: () => undefined, keep: () => undefined, clear: 
 
 /** Work with progress that is shown if `enabled`, and gone when the work ends. */
 export async function withProgress<T>(enabled: boolean, work: (progress: Progress) => Promise<T>): Promise<T> {
-  const progress = createProgress(enabled);
+  const progress = await createProgress(enabled);
   try {
     return await work(progress);
   } finally {
@@ -26,9 +25,10 @@ export async function withProgress<T>(enabled: boolean, work: (progress: Progres
   }
 }
 
-function createProgress(enabled: boolean): Progress {
+async function createProgress(enabled: boolean): Promise<Progress> {
   // A terminal that does not know its width (0 columns, as under script(1)) would have ora clear endless lines.
   if (!enabled || !process.stderr.isTTY || !process.stderr.columns) return silent;
+  const { default: ora } = await import("ora");
   // discardStdin would put the terminal into raw mode, where Ctrl-C is no signal.
   const spinner = ora({ stream: process.stderr, discardStdin: false });
   return {

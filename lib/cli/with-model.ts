@@ -1,15 +1,19 @@
 /** What the commands that run a model have in common: it is loaded for their work, its warnings are shown, and it is disposed after it. */
 
-import { FlowTurbo } from "../flowturbo.js";
-import type { LoadOptions, LoadProgress } from "../model.js";
+import { FlowTurbo, loadFor } from "../flowturbo.js";
+import type { GenerateOptions, LoadOptions, LoadProgress } from "../model.js";
 import type { CommonFlags } from "./flags.js";
 import { showWarnings } from "./print.js";
 import { type Progress, showDownload, withProgress } from "./progress.js";
 
-/** The report of the command's work with all warnings, the model's first; without `--json` they are shown as they come. */
+/**
+ * The report of the command's work with all warnings, the model's first; without `--json` they are shown as they come.
+ * @param first what is drawn first, if that is known
+ */
 export async function withModel<T extends object>(
   { model: folder, json }: CommonFlags,
   options: LoadOptions,
+  first: GenerateOptions | null,
   work: (model: FlowTurbo, progress: Progress) => Promise<T>,
 ): Promise<T & { readonly warnings: readonly string[] }> {
   return withProgress(!json, async (progress) => {
@@ -20,7 +24,8 @@ export async function withModel<T extends object>(
       if (at.phase === "download") download({ files: [], ...at });
       else progress.show("loading the model");
     };
-    const model = await FlowTurbo.load(folder, { ...options, onProgress, measureCosts: false });
+    const all = { ...options, onProgress, measureCosts: false };
+    const model = await (first ? loadFor(folder, all, first) : FlowTurbo.load(folder, all));
     try {
       progress.clear();
       if (!json) showWarnings(model.warnings);

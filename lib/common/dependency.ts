@@ -24,13 +24,24 @@ export class Dependency<T> {
    * @param open imports it
    * @param versionOf what was imported
    * @param remedy where it cannot be loaded
+   * @param isThere looks for it without loading it; default: that is not possible
    */
   constructor(
     readonly name: string,
     private readonly open: () => Promise<T>,
     private readonly versionOf: (loaded: T) => string | null,
     private readonly remedy: () => string,
+    private readonly isThere: () => boolean = () => false,
   ) {}
+
+  /**
+   * Looks for it before work that needs it at its end; it is loaded only where that does not find it.
+   * @throws InstallationError if it cannot be loaded, with the reason and the remedy
+   */
+  async check(): Promise<void> {
+    if (!this.#loading && this.isThere()) return;
+    await this.load();
+  }
 
   /** @throws InstallationError if it cannot be loaded, with the reason and the remedy */
   load(): Promise<T> {

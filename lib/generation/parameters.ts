@@ -4,7 +4,7 @@
  */
 
 import { readFile } from "node:fs/promises";
-import type { z } from "zod";
+import type * as z from "zod";
 import { OptionError } from "../errors.js";
 import type { GenerateOptions } from "../model.js";
 import { generateSchema, refuseUrl } from "../options.js";

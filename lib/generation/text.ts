@@ -270,6 +270,13 @@ export class PromptEncoder {
     };
   }
 
+  /** Names of the graphs that read prompts, but for those that read weighted texts a second time; none for texts that the cache holds. */
+  graphsOf(prompts: readonly Prompt[], sequenceLength: number): string[] {
+    const readings = prompts.flatMap((prompt) => this.#readings(prompt, sequenceLength, null));
+    const unread = readings.filter(({ key }) => !this.#cache.has(key));
+    return unread.map((reading) => graphName({ network: reading.encoder.name, ...this.#variantOf(reading) }));
+  }
+
   /** The programs that encode a prompt, whatever the cache holds. */
   async programs(prompt: Prompt, sequenceLength: number): Promise<Program[]> {
     const programs: Program[] = [];
@@ -342,8 +349,7 @@ export class PromptEncoder {
       });
     };
     const lora = await this.#loras.values(name, loras);
-    const rank = this.#loras.rank(name, loras);
-    const variant = { skip: skip > 0, ...(rank && { lora: rank }) };
+    const variant = this.#variantOf({ encoder, skip, loras });
     if (variant.skip) inputs.skip = builder.perRow(skip, 1);
     if (lora) {
       inputs.lora_down = builder.value("lora_down", lora.down, true);
@@ -358,6 +364,12 @@ export class PromptEncoder {
       launch(masked, more, (output) => (output === "hidden" ? `hidden_${index + 1}` : null));
     }
     return { program: builder.build(results), graph, text, tokens: count, warnings, weights };
+  }
+
+  /** The variant of its encoder's graph that reads a text. */
+  #variantOf({ encoder, skip, loras }: Pick<Reading, "encoder" | "skip" | "loras">) {
+    const rank = this.#loras.rank(encoder.name, loras);
+    return { skip: skip > 0, ...(rank && { lora: rank }) };
   }
 
   /** Tokens of the encoders that stand beside each other along the channels; all have the same number (77). */

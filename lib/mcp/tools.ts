@@ -1,6 +1,6 @@
 /** The tools as their callers see them: what they take and give. The descriptions are read by language models. */
 
-import { z } from "zod";
+import * as z from "zod";
 import type { AdapterNames } from "../model.js";
 import { controlFields, generateSchema, mostControls, seedJson } from "../options.js";
 

@@ -71,6 +71,14 @@ export async function checkPlatform(wanted: string, settings: LibraryFolders): P
   if (!others.some(({ available }) => available)) throw error;
 }
 
+/**
+ * Begins what opening the runtime of that name takes longest, with "auto" for the one that is tried last.
+ * @returns ends what was begun, where opening a runtime has not used it
+ */
+export function beginRuntime(wanted: string): () => void {
+  return rowsOf(wanted).at(-1)?.begin?.() ?? (() => undefined);
+}
+
 /** What is wrong with this platform for the runtime that is tried last; null if nothing is. Looks for no other. */
 export function platformWarning(): string | null {
   return rowsOf("auto").at(-1)?.unsupported?.()?.message ?? null;

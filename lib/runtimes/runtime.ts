@@ -129,6 +129,8 @@ export interface Runtime {
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
   add(graph: CompilableGraph): void;
   has(name: string): boolean;
+  /** Compiles graphs that are about to be launched, in this order, when nothing else is to be done. Waits for nothing, and fails at nothing. */
+  prepare?(graphs: readonly string[]): void;
   /** Runs a program; programs given at the same time run one after another, in order. */
   run(program: Program, options?: RunOptions): Promise<Record<string, Tensor>>;
   open(): Workspace;
@@ -283,6 +285,11 @@ export interface RuntimeRow {
   readonly takesInt8Weights?: boolean | undefined;
   /** What to say where it has no binaries for this platform; null where it has them. Absent: that is found out by opening it. */
   readonly unsupported?: () => InstallationError | null;
+  /**
+   * Begins, before the options are known, what opening it takes longest. Never throws.
+   * @returns ends what was begun, where `open` has not used it
+   */
+  readonly begin?: () => () => void;
   /** Fails quickly if it cannot be used. @throws RuntimeUnavailableError and whatever opening the runtime throws */
   open(settings: RuntimeSettings, weights: ModelWeights): Promise<OpenedRuntime>;
   /** Never rejects. */

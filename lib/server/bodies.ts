@@ -1,6 +1,6 @@
 /** A body → checked fields, whichever of the two forms it came in: JSON, or multipart/form-data. */
 
-import { z } from "zod";
+import * as z from "zod";
 import { nearest } from "../common/near.js";
 import { clipped } from "../common/text.js";
 import { type Failure, invalid } from "./failure.js";

@@ -3,7 +3,7 @@
  * OpenAI does not have is named as diffusers names it, and the rest as the option of `generate`.
  */
 
-import { z } from "zod";
+import * as z from "zod";
 import { controlFields, generateSchema, seedJson } from "../options.js";
 import { type SamplerName, samplers } from "../schedule/index.js";
 import type { Limits } from "./options.js";

@@ -1,6 +1,6 @@
 /** The OpenAPI document: bodies are the schemas that requests are checked with. */
 
-import { z } from "zod";
+import * as z from "zod";
 import { packageVersion } from "../common/package.js";
 import type { BodySchemas } from "./fields.js";
 

@@ -1,6 +1,6 @@
 /** The options of the server as a zod schema: checks, defaults and flags. Their types, with what each means, are below. */
 
-import { z } from "zod";
+import * as z from "zod";
 import type { ImageModel, Size } from "../model.js";
 import { mostControls, worded } from "../options.js";
 

@@ -14,7 +14,7 @@
 import { createHash, randomBytes } from "node:crypto";
 import { readdir, readFile, rm } from "node:fs/promises";
 import path from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import { defaultCacheFolder, makeFolders, writeFileAtomic } from "../common/files.js";
 import type { CostEntry } from "./costs.js";
 

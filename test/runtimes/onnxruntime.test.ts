@@ -52,6 +52,45 @@ describe("values in files", () => {
   });
 });
 
+describe("graphs that are compiled ahead", () => {
+  it("give the same results, and go when they are unloaded", async () => {
+    const runtime = open();
+    runtime.prepare(["double", "huge"]);
+    const doubled = async () => values((await runtime.run(program([1, 2], [double("x", "a")], ["a"]))).a);
+    expect(await doubled()).toEqual([2, 4]);
+    runtime.prepare(["double"]);
+    await runtime.unload(["double"]);
+    expect(await doubled()).toEqual([2, 4]);
+  });
+
+  it("wait for what runs: a run comes before those that are not compiled yet", async () => {
+    const runtime = open();
+    // Each takes some ten milliseconds.
+    const names = Array.from({ length: 40 }, (_, index) => `ahead ${index}`);
+    for (const [index, name] of names.entries()) runtime.add(slowGraph(name, 8, 300 + index));
+    await runtime.run(program([1], [double("x", "a")], ["a"]));
+    const elapsed = async (work: () => Promise<unknown>) => {
+      const start = performance.now();
+      await work();
+      return performance.now() - start;
+    };
+    const alone = await elapsed(() => runtime.run(slowProgram(names[0]!, 8, 1)));
+    runtime.prepare(names);
+    const beside = await elapsed(() => runtime.run(program([1], [double("x", "a")], ["a"])));
+    expect(beside).toBeLessThan(alone * 10);
+  });
+
+  it("fail at their launch", async () => {
+    const runtime = open();
+    runtime.add({ name: "nonsense", bytes: Uint8Array.of(1, 2, 3), externals: new Map(), fingerprint: "" });
+    runtime.prepare(["nonsense", "double"]);
+    expect(values((await runtime.run(program([1], [double("x", "a")], ["a"]))).a)).toEqual([2]);
+    await expect(runtime.run(program([1], [launch("nonsense", "x", "a")], []))).rejects.toThrow(
+      /"nonsense" \(a of x\) cannot be compiled: .*protobuf/i,
+    );
+  });
+});
+
 describe("a failure", () => {
   it("of a graph to compile names the graph and what ONNX Runtime says", async () => {
     const runtime = open();

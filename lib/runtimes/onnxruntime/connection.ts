@@ -19,8 +19,9 @@ import type { Program } from "../../program/program.js";
 import { Preempted, type RunOptions } from "../runtime.js";
 import { whyBroken, whyUnsupported } from "./binaries.js";
 import { pack, partsOf } from "./packing.js";
-import { type HostEnd, HostProcess } from "./process.js";
+import { type HostEnd, HostProcess, hostLaunch } from "./process.js";
 import type { DeviceFeatures, Failure, FinishedLaunch, FromHost, HostSettings, SentGraph, ToHost } from "./protocol.js";
+import { takeSpare } from "./spare.js";
 
 /** How a child that owes an answer is watched. */
 export interface WatchSettings {
@@ -117,7 +118,9 @@ export class HostConnection {
         void this.process.kill();
       } else this.#runs.get(message.id)?.receive(message);
     };
-    this.process = new HostProcess(file, settings, env, receive, (answer) => this.#answered(answer));
+    const launch = hostLaunch(file, settings.libraries, env);
+    this.process = takeSpare(launch) ?? new HostProcess(launch);
+    this.process.begin(settings, receive, (answer) => this.#answered(answer));
     void this.process.ended.then((ending) => {
       // Before anybody is told: who tries again needs another child.
       this.#isOver = true;
@@ -239,16 +242,7 @@ export class HostConnection {
       this.#runs.set(id, run);
       if (this.#end) reject(this.#end);
     });
-    const missing: SentGraph[] = [];
-    for (const graph of graphs.values()) {
-      let users = this.#known.get(graph.digest);
-      if (!users) {
-        users = new Set();
-        this.#known.set(graph.digest, users);
-        missing.push(graph);
-      }
-      users.add(user);
-    }
+    const missing = this.#unsent(user, graphs.values());
     const digests = Object.fromEntries([...graphs].map(([name, { digest }]) => [name, digest]));
     for (const part of partsOf(program)) this.send({ type: "part", id, ...part });
     this.send({ type: "run", id, graphs: missing, digests, program: pack(program), reports, workspace });
@@ -259,6 +253,27 @@ export class HostConnection {
       preempt: () => this.send({ type: "preempt", id }),
       yield: () => this.send({ type: "yield", id }),
     };
+  }
+
+  /** Has graphs compiled that are about to be launched, when nothing else is to be done. */
+  prepare(user: object, graphs: Iterable<SentGraph>): void {
+    const missing = this.#unsent(user, graphs);
+    if (missing.length > 0) this.send({ type: "prepare", graphs: missing });
+  }
+
+  /** Those of a user's graphs that the child has not received yet; it is sent them now. */
+  #unsent(user: object, graphs: Iterable<SentGraph>): SentGraph[] {
+    const missing: SentGraph[] = [];
+    for (const graph of graphs) {
+      let users = this.#known.get(graph.digest);
+      if (!users) {
+        users = new Set();
+        this.#known.set(graph.digest, users);
+        missing.push(graph);
+      }
+      users.add(user);
+    }
+    return missing;
   }
 
   /**

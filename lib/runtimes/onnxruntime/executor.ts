@@ -60,6 +60,11 @@ export class Executor {
     this.#graphs.set(graph.digest, graph);
   }
 
+  /** Compiles a graph that is still there, ahead of its first launch; what fails is told then. */
+  async prepare(digest: string): Promise<void> {
+    if (this.#graphs.has(digest)) await this.#session(digest, "A graph").catch(() => undefined);
+  }
+
   async unload(digests: readonly string[]): Promise<void> {
     for (const digest of digests) {
       const session = this.#sessions.get(digest);

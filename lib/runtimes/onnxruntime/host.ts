@@ -7,7 +7,7 @@
  * thread notices between two launches, ends the process, and there are no such signs.
  */
 
-import { setTimeout } from "node:timers/promises";
+import { setImmediate, setTimeout } from "node:timers/promises";
 import { Worker } from "node:worker_threads";
 import type * as ort from "onnxruntime-node";
 import { messageOf } from "../../common/text.js";
@@ -21,7 +21,12 @@ import type { Asked, FinishedLaunch, FromHost, HostSettings, ToHost } from "./pr
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) process.on(signal, () => {});
 process.once("disconnect", () => process.kill(process.pid, "SIGKILL"));
 
-const settings = JSON.parse(process.argv[2]!) as HostSettings;
+/** Comes when it is known what this process is for, which may be after the library has loaded. */
+const settled = new Promise<HostSettings>((resolve) => {
+  process.once("message", (message: ToHost) => message.type === "begin" && resolve(message.settings));
+});
+/** A folder to load the library from. */
+const libraries = process.argv[2];
 /**
  * Milliseconds between two messages about finished launches, where nobody watches each. The parent handles each message, on a core that the graph
  * would use: at steps of 5 to 25 ms on two cores, a message for each costs several percent, and one each tenth of a second
@@ -34,26 +39,29 @@ const pending = new Map<number, Set<Asked>>();
 /** Long constants of runs that are still to come. */
 const joined = new Map<number, JoinedParts>();
 let turn: Promise<void> = Promise.resolve();
+/** Digests of graphs that are to be compiled when no run waits. */
+const ahead: string[] = [];
+let isPreparing = false;
 /** What runs now, for the watching thread: run · 2^16 + launch in one value, so that both change at once; −1 for nothing. */
 const running = new BigInt64Array(new SharedArrayBuffer(8)).fill(-1n);
 
 // Before the library is imported: what it opens its provider beside.
-if (settings.libraries) openThrough(settings.libraries);
+if (libraries) openThrough(libraries);
 const [library] = await Promise.all([
   import("onnxruntime-node").then(
     // A CommonJS module: its exports are on `default`.
     (module) => module.default as unknown as typeof ort,
-    (error) => {
-      void send({ type: "broken", message: messageOf(error) });
-      return null;
-    },
+    (error) => ({ broken: messageOf(error) }),
   ),
   watchParent(),
 ]);
+const settings = await settled;
 
-if (library) {
+if ("broken" in library) void send({ type: "broken", message: library.broken });
+else {
   const executor = new Executor(library, settings);
   process.on("message", (message: ToHost) => {
+    if (message.type === "begin") return;
     if (message.type === "abort" || message.type === "preempt" || message.type === "yield") {
       pending.get(message.id)?.add(message.type);
     } else if (message.type === "part") {
@@ -64,6 +72,12 @@ if (library) {
       turn = turn.then(() => executor.free(message.workspace, message.names));
     } else if (message.type === "unload") {
       turn = turn.then(() => executor.unload(message.graphs));
+    } else if (message.type === "prepare") {
+      for (const graph of message.graphs) {
+        executor.add(graph);
+        ahead.push(graph.digest);
+      }
+      void prepareAhead(executor);
     } else {
       const asked = new Set<Asked>();
       if (pending.size === 0) send({ type: "began", id: message.id });
@@ -123,7 +137,22 @@ async function run(
   } finally {
     Atomics.store(running, 0, -1n);
     pending.delete(id);
+    void prepareAhead(executor);
   }
+}
+
+/** Compiles what is to be compiled ahead, until a run has come. */
+async function prepareAhead(executor: Executor): Promise<void> {
+  if (isPreparing) return;
+  isPreparing = true;
+  while (ahead.length > 0 && pending.size === 0) {
+    const digest = ahead.shift()!;
+    turn = turn.then(() => executor.prepare(digest));
+    await turn;
+    // Compiling has blocked this thread: messages wait.
+    await setImmediate();
+  }
+  isPreparing = false;
 }
 
 /**

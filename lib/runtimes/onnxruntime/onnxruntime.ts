@@ -6,11 +6,9 @@
 
 import { createHash } from "node:crypto";
 import { parse } from "node:path";
-import { pathToFileURL } from "node:url";
 import { onAbort, untilAborted } from "../../common/abort.js";
 import type { FileVersion } from "../../common/files.js";
 import type { Logger } from "../../common/logger.js";
-import { packageFile } from "../../common/package.js";
 import type { Tensor } from "../../common/tensor.js";
 import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
@@ -29,6 +27,7 @@ import { NamedWorkspace, type WorkspaceOwner } from "../workspace.js";
 import type { HostConnection, ReadyHost } from "./connection.js";
 import { type HostKeeper, type HostUser, keeperOf } from "./host-keeper.js";
 import type { FinishedLaunch, HostSettings, SentGraph, Widening } from "./protocol.js";
+import { packagedHost } from "./spare.js";
 
 export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "deviceId" | "libraries" | "threads"> {
   /** Its name in the table of runtimes; default: "onnxruntime". */
@@ -75,7 +74,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     this.name = options.name ?? "onnxruntime";
     this.#options = options;
     const { provider, deviceId, libraries, threads, weights, env = {}, watchdogMs, listener, logger } = options;
-    const file = options.host ?? pathToFileURL(packageFile("dist/onnxruntime-host.js"));
+    const file = options.host ?? packagedHost();
     const settings = {
       provider,
       deviceId,
@@ -124,6 +123,15 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
 
   has(name: string): boolean {
     return this.#graphs.has(name);
+  }
+
+  prepare(graphs: readonly string[]): void {
+    // On a GPU a graph takes memory that is planned for what runs.
+    if (this.#disposed || (this.#options.provider ?? "cpu") !== "cpu") return;
+    this.#keeper.current?.prepare(
+      this.#user,
+      graphs.map((name) => this.#graphs.get(name)!),
+    );
   }
 
   throwIfDisposed(): void {

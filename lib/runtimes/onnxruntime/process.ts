@@ -16,6 +16,28 @@ export interface HostEnd {
   readonly stderr: string;
 }
 
+/** What a child is started with. */
+export interface HostLaunch {
+  /** Path of the built host.ts. */
+  readonly file: string;
+  /** A folder with ONNX Runtime's library and a provider's, to be loaded from there; default: onnxruntime-node's own. */
+  readonly libraries: string | undefined;
+  /** Environment variables besides this process's own, and in place of them. */
+  readonly env: Readonly<Record<string, string>>;
+}
+
+/** How a child is started. */
+export function hostLaunch(
+  host: URL,
+  libraries: string | undefined,
+  env: Readonly<Record<string, string>>,
+): HostLaunch {
+  // Read when ONNX Runtime is loaded: without it, it keeps a device id in the user's cache folder and reports its use
+  // to Microsoft. What the user has set counts; an empty variable is none.
+  const telemetry = { ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" };
+  return { file: fileURLToPath(host), libraries, env: { ...env, ...telemetry } };
+}
+
 /** Characters of standard error that are kept for a message. */
 const keptStderr = 4096;
 
@@ -30,22 +52,11 @@ export class HostProcess {
   readonly #child: ChildProcess;
   #stderr = "";
 
-  /**
-   * @param env variables besides this process's own
-   * @param onAnswer called with each answer to a ping; of several at once with the last
-   */
-  constructor(
-    host: URL,
-    settings: HostSettings,
-    env: Readonly<Record<string, string>>,
-    onMessage: (message: FromHost) => void,
-    onAnswer: (answer: string) => void,
-  ) {
-    const child = fork(fileURLToPath(host), [JSON.stringify(settings)], {
+  /** Starts the child, which loads its library and then waits for `begin`. */
+  constructor({ file, libraries, env }: HostLaunch) {
+    const child = fork(file, libraries === undefined ? [] : [libraries], {
       serialization: "advanced",
-      // Read when ONNX Runtime is loaded: without it, it keeps a device id in the user's cache folder and reports its use
-      // to Microsoft. What the user has set counts; an empty variable is none.
-      env: { ...process.env, ...env, ORT_DISABLE_TELEMETRY: process.env.ORT_DISABLE_TELEMETRY || "1" },
+      env: { ...process.env, ...env },
       // None of the parent's flags: --inspect would claim its port, a test runner's loaders do not belong there.
       execArgv: [],
       // host.ts watches stdin, whose end is the end of that process, and answers on stdout.
@@ -69,11 +80,20 @@ export class HostProcess {
     if (alive.size === 0) process.on("exit", killAll);
     alive.add(child);
     child.stdin?.on("error", () => {});
-    child.stdout?.setEncoding("utf8").on("data", (text: string) => onAnswer(text.trim().split("\n").at(-1)!));
     child.stderr?.setEncoding("utf8").on("data", (text: string) => {
       this.#stderr = (this.#stderr + text).slice(-keptStderr);
     });
-    child.on("message", onMessage);
+  }
+
+  /**
+   * Says what the child is for. It sends nothing before that. To be called once.
+   * @param onAnswer called with each answer to a ping; of several at once with the last
+   */
+  begin(settings: HostSettings, onMessage: (message: FromHost) => void, onAnswer: (answer: string) => void): void {
+    const { stdout } = this.#child;
+    stdout?.setEncoding("utf8").on("data", (text: string) => onAnswer(text.trim().split("\n").at(-1)!));
+    this.#child.on("message", onMessage);
+    this.send({ type: "begin", settings });
   }
 
   send(message: ToHost): void {

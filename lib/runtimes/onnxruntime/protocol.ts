@@ -14,13 +14,13 @@ export type Widening = "lazy" | "folded";
 /** ONNX Runtime's execution providers that graphs run on. */
 export type Provider = "cpu" | "cuda" | "webgpu";
 
-/** The child's command line: one JSON argument, so that it can load ONNX Runtime before the first message. */
+/** What a child is for: its first message. Its command line has only what it needs to load ONNX Runtime before that. */
 export interface HostSettings {
   /** Default: the CPU. */
   readonly provider?: Provider | undefined;
   /** Number of the GPU; default: the first. CUDA only. */
   readonly deviceId?: number | undefined;
-  /** A folder with ONNX Runtime's own library and a provider's beside it, to be loaded from there: see load-folder.ts. */
+  /** A folder with ONNX Runtime's own library and a provider's beside it, to be loaded from there: see load-folder.ts. On the command line. */
   readonly libraries?: string | undefined;
   /** Threads of one operator; undefined leaves the number to ONNX Runtime (all physical cores). */
   readonly threads?: number | undefined;
@@ -51,6 +51,10 @@ export type Asked = "abort" | "preempt" | "yield";
 
 /** Everything but what is asked of a run is done in the order in which it is sent. */
 export type ToHost =
+  /** The first message. */
+  | { readonly type: "begin"; readonly settings: HostSettings }
+  /** Graphs to be compiled ahead of their first launch, in this order, when nothing runs or waits. One that fails says so at its first launch. */
+  | { readonly type: "prepare"; readonly graphs: readonly SentGraph[] }
   | {
       readonly type: "run";
       readonly id: number;

@@ -7,6 +7,7 @@ import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { unsupported } from "./open-gpu.js";
+import { endSpare, startSpare } from "./spare.js";
 import { resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
@@ -15,6 +16,10 @@ export const onnxruntime: RuntimeRow = {
   capabilities,
   takesInt8Weights: true,
   unsupported,
+  begin() {
+    startSpare();
+    return endSpare;
+  },
   async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();

@@ -17,7 +17,7 @@ import { constants } from "node:fs";
 import { type FileHandle, lstat, open, readdir, rename, rm, writeFile } from "node:fs/promises";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import { z } from "zod";
+import * as z from "zod";
 import { untilAborted } from "../../common/abort.js";
 import { defaultCacheFolder, makeFolders } from "../../common/files.js";
 import { CacheError } from "../../errors.js";
