@@ -1,18 +1,10 @@
-"""diffusers' StableDiffusion3Pipeline on the CPU as a contender: reads one JSON request a line, answers one JSON line each.
+"""diffusers' StableDiffusion3Pipeline as a contender (peer.py has the requests).
 
-    python bench/peers/pipeline.py MODEL [--threads N] [--compile] [--device cuda --dtype bfloat16]
-    > {"prompt": "a red circle", "steps": 28, "guidance": 4.5, "size": 64, "seed": 1, "tokens": 16, "out": "picture.png"}
-    < {"milliseconds": 812.4, "denoise": 633.0, "peak": 1234567}
-
-`denoise` is the time of the transformer's calls, `peak` the largest resident size so far in bytes. With --once the first
-request is taken from the command line and the process ends: for start-up times.
+    python bench/peers/pipeline.py MODEL --threads 2 [--compile] [--dtype bfloat16]
 """
 
 import argparse
-import json
 import os
-import resource
-import sys
 import time
 import warnings
 
@@ -22,42 +14,36 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
+from peer import arguments, noise_of, serve  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int)
+    parser = arguments(argparse.ArgumentParser())
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--once", help="one request as JSON")
     chosen = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    pipe = StableDiffusion3Pipeline.from_pretrained(chosen.model, torch_dtype=getattr(torch, chosen.dtype)).to(chosen.device)
+    torch.set_num_threads(chosen.threads)
+    dtype = getattr(torch, chosen.dtype)
+    pipe = StableDiffusion3Pipeline.from_pretrained(chosen.model, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    spent = [0.0]
+    spent = [0.0, 0]
     inner = torch.compile(pipe.transformer.forward) if chosen.compile else pipe.transformer.forward
 
-    wait = torch.cuda.synchronize if chosen.device == "cuda" else lambda: None
-
     def timed(*args, **kwargs):
-        wait()
         start = time.perf_counter()
         out = inner(*args, **kwargs)
-        wait()
         spent[0] += time.perf_counter() - start
+        spent[1] += 1
         return out
 
     pipe.transformer.forward = timed
 
-    def answer(request: dict) -> None:
-        spent[0] = 0.0
-        start = time.perf_counter()
+    def draw(request: dict):
+        spent[:] = [0.0, 0]
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        noise = noise_of(request, pipe.transformer.config.in_channels, pipe.vae_scale_factor)
         picture = pipe(
             request["prompt"],
             num_inference_steps=request["steps"],
@@ -65,24 +51,12 @@ def main() -> None:
             width=request["size"],
             height=request["size"],
             max_sequence_length=request["tokens"],
-            generator=torch.Generator().manual_seed(request["seed"]),
+            latents=torch.from_numpy(noise).to(dtype),
+            output_type="np",
         ).images[0]
-        if request.get("out"):
-            picture.save(request["out"])
-        result = {
-            "milliseconds": 1000 * (time.perf_counter() - start),
-            "denoise": 1000 * spent[0],
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "torch": torch.__version__,
-        }
-        print(json.dumps(result), flush=True)
+        return picture, *spent
 
-    if chosen.once:
-        answer(json.loads(chosen.once))
-        return
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        answer(json.loads(line))
+    serve(chosen, draw)
 
 
 if __name__ == "__main__":
