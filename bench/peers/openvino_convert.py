@@ -1,10 +1,10 @@
 """A diffusers folder in the layout that openvino-genai reads (optimum-intel's), and what openvino_pipeline.py needs.
 
-    python bench/peers/openvino_convert.py MODEL OUT [--form int8]
+    python bench/peers/openvino_convert.py MODEL OUT [--form int8] [--no-tokenizers]
 
 Writes OUT/<module>/openvino_model.xml of every module, the tokenizers as OUT/<tokenizer>/openvino_tokenizer.xml, and the files of
 modules.py. With --form the transformer alone, in a form of openvino_models.py, as OUT/transformer-<form>/openvino_model.xml, from the one
-that is there.
+that is there. Without tokenizers, which openvino-tokenizers converts, openvino-genai cannot read the folder.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def save(model, folder):
     openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
 
 
-def whole(source, out):
+def whole(source, out, tokenizers):
     import openvino
     import torch
     from diffusers import StableDiffusion3Pipeline
@@ -47,8 +47,9 @@ def whole(source, out):
                 shutil.copy(file, out / name)
     shutil.copy(source / "vae/config.json", out / "vae_decoder")
     shutil.copy(source / "model_index.json", out)
-    # The driver of bench/peers needs no more than this; without it, openvino-genai says what it lacks.
     write_driver_files(pipe, out)
+    if not tokenizers:
+        return
     from openvino_tokenizers import convert_tokenizer
 
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
@@ -80,5 +81,6 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--form")
+    parser.add_argument("--no-tokenizers", action="store_true")
     chosen = parser.parse_args()
-    quantised(chosen.out, chosen.form) if chosen.form else whole(chosen.model, chosen.out)
+    quantised(chosen.out, chosen.form) if chosen.form else whole(chosen.model, chosen.out, not chosen.no_tokenizers)
