@@ -30,6 +30,7 @@ export const benchmarks: readonly Benchmark[] = [
   { name: "cold-start", about: "from process start to PNG, by part" },
   { name: "memory", about: "peak memory with 16-bit weights" },
   { name: "t5", about: "T5's weights in int8 against 16 bits: memory, time, error" },
+  { name: "int8", about: "weights in int8: what steps are off by, with ordinary and with heavy-tailed activations" },
   { name: "loras", about: "LoRAs that requests name: a step with rank 16 against one without, and merged" },
   { name: "checkpoints", about: "disk, memory and time of the public checkpoints, by their shapes" },
   { name: "single-file", about: "a checkpoint in one file: memory of a load, time to refuse a wrong tensor" },

@@ -34,6 +34,17 @@ export {
 } from "./controlnet.js";
 export { type Distilled, distilledOf } from "./distilled.js";
 export { leftAsStored, quantisedT5 } from "./int8.js";
+export {
+  type CheckedPlan,
+  type Int8Plan,
+  type LayerComparison,
+  planFile,
+  plannedForms,
+  quantisedLayers,
+  readPlan,
+  withoutWorst,
+  writePlan,
+} from "./int8-plan.js";
 export { type Int8Kind, int8Candidates, quantisedWeights } from "./int8-weights.js";
 export {
   type Lora,

@@ -19,7 +19,7 @@ export async function listCachedWeights(cache: string): Promise<{ readonly file:
   const folder = weightsFolder(cache);
   const names = await readdir(folder).catch((): string[] => []);
   const files = names
-    .filter((name) => /\.safetensors(\.[0-9a-f]+\.tmp)?$/.test(name))
+    .filter((name) => /\.(safetensors|plan\.json)(\.[0-9a-f]+\.tmp)?$/.test(name))
     .map((name) => path.join(folder, name));
   return Promise.all(files.sort().map(async (file) => ({ file, bytes: (await stat(file)).size })));
 }

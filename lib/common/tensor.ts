@@ -69,6 +69,12 @@ export interface Int8Linear {
   readonly smooth?: StoredTensor | undefined;
 }
 
+/**
+ * How a linear layer is computed in a trial of 8 bits, before its weight is quantised: `compared`, in float32, with what the products of 8 bits
+ * would be off by as outputs of the graph; or in float32 from values that are rounded as those products round them.
+ */
+export type Rounding = "compared" | { /** As `Int8Linear.smooth`; null for 1. */ readonly smooth: Float32Array | null };
+
 /** Where a network finds its weights: by the names that the checkpoint uses. */
 export interface WeightSource {
   /** For error messages: the folder or file the weights come from. */
@@ -77,6 +83,8 @@ export interface WeightSource {
   find(name: string): StoredTensor | undefined;
   /** The weight of a linear layer, by its name without ".weight", where it is multiplied in 8 bits. `find` has it as it is stored. */
   int8?(layer: string): Int8Linear | undefined;
+  /** How a linear layer is computed in a trial, by its name without ".weight"; undefined for as ever. */
+  rounding?(layer: string): Rounding | undefined;
   /** Linear layers whose halves of rows are stored the other way round: (shift, scale) where diffusers has (scale, shift). */
   readonly reversedHalves?: ReadonlySet<string>;
   /** Linear layers that are left out since they are the identity. */

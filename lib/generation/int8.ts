@@ -1,53 +1,256 @@
-/** A checkpoint whose linear layers are multiplied in 8 bits: which parts have them, and the weights for it. */
+/**
+ * A checkpoint whose linear layers are multiplied in 8 bits. Which of them, and how, is decided once for a checkpoint, by examining it: each
+ * layer is compared with what it would be in 8 bits, on what reaches it in a step from noise or as a text is read; layers that lose too much
+ * stay in float; then the network is run with 8 bits and without, from other noise. The cache keeps what was decided and what was measured.
+ */
 
 import {
+  type CheckedPlan,
   type Checkpoint,
   type Int8Kind,
+  type Int8Plan,
   int8Candidates,
   type Part,
-  partTitles,
+  planFile,
+  plannedForms,
+  quantisedLayers,
   quantisedWeights,
+  readPlan,
+  withoutWorst,
+  writePlan,
 } from "../checkpoint/index.js";
 import type { Logger } from "../common/logger.js";
+import type { Rounding, Tensor } from "../common/tensor.js";
+import { networksOf } from "../networks/index.js";
+import { GraphLibrary } from "../networks/library.js";
+import type { Program } from "../program/program.js";
+import { calibrationPrompts } from "./calibration-prompts.js";
+import { errorsOf, type StepRows, stepProgram, type Trial, Trials } from "./int8-trials.js";
+import { PromptEncoder, promptOf } from "./text.js";
 
-/** Networks that have such layers. */
-const parts = {
-  transformer: { kind: "mmdit", title: `the ${partTitles.transformer}` },
-  refiner: { kind: "mmdit", title: "the refiner" },
-  textEncoder: { kind: "clip", title: `the ${partTitles.textEncoder}` },
-  textEncoder2: { kind: "clip", title: `the ${partTitles.textEncoder2}` },
-  textEncoder3: { kind: "t5", title: `the ${partTitles.textEncoder3}` },
-} as const satisfies Partial<Record<keyof Checkpoint, unknown>>;
-
-interface Int8Options {
-  /** Whether T5 is among them, too; false where its weights are held in another way. */
-  readonly textEncoder3: boolean;
+export interface Int8Options {
+  readonly threads?: number | undefined;
+  readonly watchdogMs?: number | undefined;
   readonly signal?: AbortSignal | undefined;
+  /** `info` is told what is examined, and with what result; warnings are the caller's to tell. */
   readonly logger?: Logger | undefined;
 }
 
+/** Parts whose layers are quantised, by the networks that run them. */
+const rows = {
+  clip_l: { part: "textEncoder", kind: "clip", title: "the text encoder clip_l" },
+  clip_g: { part: "textEncoder2", kind: "clip", title: "the text encoder clip_g" },
+  t5: { part: "textEncoder3", kind: "t5", title: "the text encoder t5" },
+  predict: { part: "transformer", kind: "mmdit", title: "the transformer" },
+  refine: { part: "refiner", kind: "mmdit", title: "the refiner" },
+} as const satisfies Record<string, { part: keyof Checkpoint; kind: Int8Kind; title: string }>;
+
+type NetworkName = keyof typeof rows;
+
+/** A part of the checkpoint at hand. */
+interface ExaminedPart {
+  readonly network: NetworkName;
+  readonly key: (typeof rows)[NetworkName]["part"];
+  readonly title: string;
+  readonly part: Part<unknown>;
+  /** Layers that may be quantised. */
+  readonly layers: readonly string[];
+  /** Where its plan is kept. */
+  readonly file: string;
+  /** Null where it has not been examined. */
+  plan: CheckedPlan | null;
+}
+
+/** What the results of a part may be off by; more is told. */
+const warnedAbove = 0.03;
+/** From here on something is done about it. Measured with a few rows: others may be off by a quarter more. */
+const acceptedUpTo = 0.025;
+/** What they are brought to then. */
+const aimedAt = 0.02;
+/** How often layers are taken back to float and the part is run again. */
+const rounds = 5;
+
+/** What is drawn where layers are examined: steps of several noise levels, with the empty text among others. */
+const prompts = ["", calibrationPrompts[1]!, calibrationPrompts[9]!];
+/** Tokens of the T5 part. */
+const sequenceLength = 77;
+const examinedSteps = { sigmas: [0.95, 0.6, 0.25], texts: [0, 1, 2], seed: 1 };
+const checkedSteps = { sigmas: [0.8, 0.4], texts: [2, 0], seed: 11 };
+
 /**
- * The checkpoint with the linear layers of attention and MLP in int8: of the transformer, the refiner, the text encoders and the ControlNets that it has.
+ * The checkpoint with its attention and MLP in 8 bits as far as that pays, and with a warning for each part that is off by more than 3 %.
+ * The first time that takes a run of each network with its weights in float, some minutes for a published model, and writes the weights.
+ *
  * @param cache folder of the caches
- * @throws as `quantisedWeights`
+ * @throws CheckpointError if weights cannot be read, OutputError if the cache cannot be written, what running ONNX Runtime throws;
+ *   `signal.reason` after an abort
  */
 export async function withInt8Weights(
   checkpoint: Checkpoint,
   cache: string,
-  { textEncoder3, ...options }: Int8Options,
+  options: Int8Options = {},
 ): Promise<Checkpoint> {
-  const quantised = <P extends Part<unknown>>(part: P, kind: Int8Kind, title: string): Promise<P> => {
-    const layers = new Map(int8Candidates(kind, part.weights).map((layer) => [layer, null]));
-    return quantisedWeights(part, layers, cache, { ...options, title });
-  };
-  const changed: Partial<Record<keyof typeof parts, Part<unknown>>> = {};
-  for (const [name, { kind, title }] of Object.entries(parts)) {
-    const key = name as keyof typeof parts;
-    const part = checkpoint[key];
-    if (part && (textEncoder3 || key !== "textEncoder3")) changed[key] = await quantised(part, kind, title);
+  const parts = await examinedParts(checkpoint, cache);
+  if (parts.some(({ plan }) => plan === null)) await examine(checkpoint, parts, cache, options);
+  const quantised: Record<string, Part<unknown>> = {};
+  const warnings = [...checkpoint.warnings];
+  for (const { key, part, title, plan } of parts) {
+    const layers = quantisedLayers(plan!.layers);
+    quantised[key] = await quantisedWeights(part, layers, cache, { ...options, title });
+    if (plan!.error > warnedAbove) warnings.push(warningOf(title, plan!));
   }
-  const controlNets = new Map(checkpoint.controlNets);
-  for (const [id, net] of controlNets)
-    controlNets.set(id, await quantised(net, "mmdit", `the ControlNet ${net.folder}`));
-  return { ...checkpoint, ...(changed as Partial<Checkpoint>), controlNets };
+  return { ...checkpoint, ...quantised, warnings };
 }
+
+async function examinedParts(checkpoint: Checkpoint, cache: string): Promise<ExaminedPart[]> {
+  const parts: ExaminedPart[] = [];
+  for (const { name } of networksOf(checkpoint)) {
+    if (!isExamined(name)) continue;
+    const { part: key, kind, title } = rows[name];
+    const part: Part<unknown> = checkpoint[key]!;
+    const layers = int8Candidates(kind, part.weights);
+    // A step is examined with what the text encoders make of texts, and the refiner with what the transformer makes of both.
+    const beside = kind === "mmdit" ? parts.map(({ part }) => part) : [];
+    const file = await planFile(cache, part, beside, layers);
+    parts.push({ network: name, key, title, part, layers, file, plan: await readPlan(file, layers) });
+  }
+  return parts;
+}
+
+const isExamined = (name: string): name is NetworkName => Object.hasOwn(rows, name);
+
+/** Makes the plans that are missing. */
+async function examine(
+  checkpoint: Checkpoint,
+  parts: readonly ExaminedPart[],
+  cache: string,
+  options: Int8Options,
+): Promise<void> {
+  const trials = await Trials.open(options);
+  try {
+    const examiner = new Examiner(checkpoint, trials, cache, options);
+    const text = new PromptEncoder(new GraphLibrary(checkpoint));
+    const tokens = Math.min(sequenceLength, text.maxSequenceLength);
+    const prepared = await text.prepare(prompts.map(promptOf), tokens, null, options.signal);
+    const encoded = await text.encode(prepared, async (programs) => {
+      const results: Record<string, Tensor>[] = new Array(programs.length);
+      for (const part of parts) {
+        const own = [...programs.keys()].filter((index) => programs[index]!.graph === part.network);
+        if (own.length === 0) continue;
+        const found = await examiner.results(
+          part,
+          own.map((index) => programs[index]!.program),
+        );
+        for (const [at, index] of own.entries()) results[index] = found[at]!;
+      }
+      return results;
+    });
+    const conditionOf = ({ sigmas, texts, seed }: typeof examinedSteps): StepRows => {
+      return { sigmas, seed, condition: text.stack(texts.map((index) => encoded[index]!)) };
+    };
+    const steps = [conditionOf(examinedSteps), conditionOf(checkedSteps)];
+    let velocities: readonly (Tensor | null)[] = [null, null];
+    for (const network of ["predict", "refine"] as const) {
+      const later = parts.slice(parts.findIndex((part) => part.network === network));
+      const part = later[0]!;
+      if (part.network !== network || later.every(({ plan }) => plan)) break;
+      const programs = await Promise.all(
+        steps.map((each, index) => stepProgram(checkpoint, network, each, velocities[index]!)),
+      );
+      velocities = (await examiner.results(part, programs)).map((each) => each.velocity_next!);
+    }
+  } finally {
+    await trials.dispose();
+  }
+}
+
+class Examiner {
+  constructor(
+    readonly checkpoint: Checkpoint,
+    readonly trials: Trials,
+    readonly cache: string,
+    readonly options: Int8Options,
+  ) {}
+
+  /**
+   * Results of programs in float32; as the part has no plan, it gets one.
+   * @param programs of text encoders all are examined and checked with, of steps the first is examined, and the other is checked
+   */
+  async results(part: ExaminedPart, programs: readonly Program[]): Promise<readonly Record<string, Tensor>[]> {
+    const { checkpoint, trials } = this;
+    const run = (some: readonly Program[], weights = part.part) =>
+      trials.run({ ...checkpoint, [part.key]: weights }, part.network, some);
+    if (part.plan) return (await run(programs)).results;
+    const { title, layers } = part;
+    this.options.logger?.info?.(
+      `${capital(title)} is examined for weights in int8, once: ${layers.length} layers are compared with what they are in float32.`,
+    );
+    const start = performance.now();
+    const isStep = part.network === "predict" || part.network === "refine";
+    const [examined, checked] = isStep ? [programs.slice(0, 1), programs.slice(1)] : [programs, programs];
+    const compared = await run(
+      examined,
+      rounded(part, () => "compared"),
+    );
+    const plan = await this.#settled(part, compared, async (plan) => {
+      const { results } = await run(
+        examined,
+        rounded(part, (layer) => roundingOf(plan, layer)),
+      );
+      return Math.max(...errorsOf(results, compared.results));
+    });
+    const exact = isStep ? (await run(checked)).results : compared.results;
+    const { cache, options } = this;
+    const quantised = await quantisedWeights(part.part, quantisedLayers(plan), cache, { ...options, title });
+    const error = Math.max(...errorsOf((await run(checked, quantised)).results, exact));
+    part.plan = { layers: plan, error };
+    await writePlan(part.file, part.plan);
+    const seconds = ((performance.now() - start) / 1000).toFixed(0);
+    options.logger?.info?.(`${resultOf(title, part.plan)} Examining it took ${seconds} s.`);
+    return isStep ? [...compared.results, ...exact] : compared.results;
+  }
+
+  /**
+   * The plan whose error is within the aim: of layers as each is by itself, then with all channels scaled where that is nearer, then with as many
+   * layers in float as it takes.
+   */
+  async #settled(
+    { title }: ExaminedPart,
+    { comparisons }: Trial,
+    errorOf: (plan: Int8Plan) => Promise<number>,
+  ): Promise<Int8Plan> {
+    let plan = plannedForms(comparisons);
+    for (let round = 0; round < rounds && quantisedLayers(plan).size > 0; round++) {
+      const error = await errorOf(plan);
+      this.options.logger?.debug?.(resultOf(title, { layers: plan, error }));
+      if (error <= (round < 2 ? acceptedUpTo : aimedAt)) break;
+      plan = round === 0 ? plannedForms(comparisons, "better") : withoutWorst(plan, error, aimedAt);
+    }
+    return plan;
+  }
+}
+
+/** A part whose layers are compared or rounded. */
+function rounded({ part, layers }: ExaminedPart, of: (layer: string) => Rounding | undefined): Part<unknown> {
+  const names = new Set(layers);
+  return { ...part, weights: { ...part.weights, rounding: (layer) => (names.has(layer) ? of(layer) : undefined) } };
+}
+
+function roundingOf(plan: Int8Plan, layer: string): Rounding | undefined {
+  const { as, smooth = null } = plan.get(layer)!;
+  return as === "float" ? undefined : { smooth };
+}
+
+const capital = (title: string) => title[0]!.toUpperCase() + title.slice(1);
+const percent = (part: number) => `${(100 * part).toFixed(1)} %`;
+
+function countsOf({ layers }: CheckedPlan): string {
+  const count = (as: string) => [...layers.values()].filter((layer) => layer.as === as).length;
+  return `${layers.size - count("float")} of ${layers.size} layers are in int8, ${count("smooth")} of them with scaled channels`;
+}
+
+const resultOf = (title: string, plan: CheckedPlan) =>
+  `${capital(title)}: ${countsOf(plan)}; its results are off by ${percent(plan.error)}.`;
+
+const warningOf = (title: string, plan: CheckedPlan) =>
+  `With weights in int8 the results of ${title} are off by ${percent(plan.error)}, more than the ${percent(warnedAbove)} that pictures bear (${countsOf(plan)}). Load the model with weights "folded" or "lazy" to have it exact.`;

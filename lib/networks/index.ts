@@ -22,6 +22,7 @@ import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 export { controlChannels, controlPositionTable } from "./controlnet.js";
 export { type LoraRank, type LowRankLayer, type LowRankLayout, loraRanks, type NetworkGraph } from "./low-rank.js";
 export { mmditWidth, positionTable } from "./mmdit.js";
+export { comparisonOutput } from "./rounding.js";
 export { sigmaBeforeUpscale, upscaleConstants, upscaleJump, upscaleScale } from "./upscale-latents.js";
 
 /** Parts of a checkpoint that have weights. */

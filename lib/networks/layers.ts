@@ -11,6 +11,7 @@ import { CheckpointError } from "../errors.js";
 import type { EmitOptions, GraphBuilder, Value } from "../onnx/index.js";
 import { Int8Products } from "./int8.js";
 import type { LowRankBranch } from "./low-rank.js";
+import { compareRounded, roundedLinear } from "./rounding.js";
 
 /** @throws CheckpointError if the tensor is absent or has another shape */
 export function requireTensor(weights: WeightSource, name: string, shape: readonly number[]): StoredTensor {
@@ -116,6 +117,17 @@ export class Layers {
   }
 
   #linear(x: Value, name: string, from: number, to: number, rank: number, bias: boolean): Value {
+    const rounding = this.weights.rounding?.(name);
+    if (!rounding) return this.#product(x, name, from, to, rank, bias);
+    const weight = this.weight(`${name}.weight`, [to, from]);
+    const layer = { name, inputs: from, outputs: to, weight, bias: bias ? this.weight(`${name}.bias`, [to]) : null };
+    if (rounding !== "compared") return this.g.scoped(name, () => roundedLinear(this, x, layer, rounding.smooth));
+    const y = this.#product(x, name, from, to, rank, bias);
+    this.g.scoped(name, () => compareRounded(this, x, y, layer));
+    return y;
+  }
+
+  #product(x: Value, name: string, from: number, to: number, rank: number, bias: boolean): Value {
     const { g } = this;
     const tensor = requireTensor(this.weights, `${name}.weight`, [to, from]);
     const int8 = this.weights.int8?.(name);

@@ -1,0 +1,178 @@
+// Which layers are in int8: what ordinary activations and heavy tails come to, what the cache keeps, and when it is not taken.
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { checkpointWithTails } from "../../bench/heavy-tails.js";
+import {
+  type Checkpoint,
+  clearCachedWeights,
+  int8Candidates,
+  openCheckpoint,
+  type Part,
+} from "../../lib/checkpoint/index.js";
+import { OutputError } from "../../lib/errors.js";
+import { withInt8Weights } from "../../lib/generation/int8.js";
+import { errorsOf, stepProgram, Trials } from "../../lib/generation/int8-trials.js";
+import { noiseOf } from "../../lib/generation/latents.js";
+
+let folder: string;
+let ordinary: Checkpoint;
+let heavy: Checkpoint;
+beforeAll(async () => {
+  folder = await mkdtemp(path.join(tmpdir(), "flowturbo-plans-"));
+  const small = { layers: 2, heads: 4, dual: 1 };
+  const opened = async (tails: boolean) =>
+    openCheckpoint(await checkpointWithTails({ ...small, heavy: tails }, folder));
+  [ordinary, heavy] = [await opened(false), await opened(true)];
+});
+afterAll(() => rm(folder, { recursive: true, force: true }));
+const newCache = () => mkdtemp(path.join(folder, "cache-"));
+
+/** A load, with what the logger was told. */
+async function load(checkpoint: Checkpoint, cache: string) {
+  const notes: string[] = [];
+  const result = await withInt8Weights(checkpoint, cache, {
+    threads: 2,
+    logger: { info: (text) => void notes.push(text) },
+  });
+  return { result, examined: notes.filter((text) => text.includes("is examined")).length, notes };
+}
+
+const layersOf = ({ weights }: Part<unknown>) =>
+  int8Candidates("mmdit", weights).map((layer) => {
+    const int8 = weights.int8?.(layer);
+    return int8 ? (int8.smooth ? "smooth" : "int8") : "float";
+  });
+
+/** What steps are off by, from noise and conditions that no plan has seen. */
+async function stepErrors(checkpoints: readonly Checkpoint[], exact: Checkpoint): Promise<number[][]> {
+  const { jointAttentionDim, pooledProjectionDim } = exact.transformer.config;
+  const sigmas = [0.9, 0.7, 0.45, 0.15];
+  const rows = sigmas.length;
+  const [context, pooled] = await noiseOf(
+    [71, 72, 73, 74],
+    [
+      [rows, 100, jointAttentionDim],
+      [rows, pooledProjectionDim],
+    ],
+  );
+  const condition = { context: context!, pooled: pooled! };
+  const program = await stepProgram(exact, "predict", { sigmas, seed: 500, condition }, null);
+  const trials = await Trials.open({ threads: 2 });
+  try {
+    const run = async (checkpoint: Checkpoint) => (await trials.run(checkpoint, "predict", [program])).results;
+    const expected = await run(exact);
+    const errors: number[][] = [];
+    for (const checkpoint of checkpoints) errors.push(errorsOf(await run(checkpoint), expected));
+    return errors;
+  } finally {
+    await trials.dispose();
+  }
+}
+
+function allPlain(checkpoint: Checkpoint): Checkpoint {
+  const { transformer } = checkpoint;
+  const names = new Set(int8Candidates("mmdit", transformer.weights));
+  const rounding = (layer: string) => (names.has(layer) ? { smooth: null } : undefined);
+  return { ...checkpoint, transformer: { ...transformer, weights: { ...transformer.weights, rounding } } };
+}
+
+const plansIn = async (cache: string) => {
+  const names = (await readdir(path.join(cache, "weights"))).filter((name) => name.endsWith(".plan.json")).sort();
+  return Promise.all(
+    names.map(async (name) => [name, await readFile(path.join(cache, "weights", name), "utf8")] as const),
+  );
+};
+
+describe("a checkpoint of ordinary activations", () => {
+  it("has all computed layers of attention and MLP in int8, and steps that are near", async () => {
+    const { result } = await load(ordinary, await newCache());
+    const layers = layersOf(result.transformer);
+    // The last block's query of the text is not computed.
+    expect(layers.filter((as) => as === "int8")).toHaveLength(layers.length - 1);
+    expect(result.warnings).toEqual(ordinary.warnings);
+    const [errors] = await stepErrors([result], ordinary);
+    for (const error of errors!) expect(error).toBeLessThan(0.03);
+    // It is not the float network.
+    for (const error of errors!) expect(error).toBeGreaterThan(0.001);
+  });
+});
+
+describe("a checkpoint of heavy-tailed activations", () => {
+  it("has scaled channels, and layers in float if need be, so that steps are within 3 %", async () => {
+    const { result, notes } = await load(heavy, await newCache());
+    const layers = layersOf(result.transformer);
+    expect(layers.filter((as) => as === "smooth").length).toBeGreaterThan(layers.length / 2);
+    const [planned, plain] = await stepErrors([result, allPlain(heavy)], heavy);
+    expect(Math.max(...planned!)).toBeLessThan(0.03);
+    expect(Math.min(...plain!)).toBeGreaterThan(0.04);
+    expect(
+      notes.some((text) => /^The transformer: \d+ of \d+ layers are in int8, \d+ of them with scaled/.test(text)),
+    ).toBe(true);
+  });
+});
+
+describe("what the cache keeps", () => {
+  it("is taken the second time, the same however often it is made, and apart for other checkpoints", async () => {
+    const [cache, other] = [await newCache(), await newCache()];
+    const first = await load(heavy, cache);
+    expect(first.examined).toBe(4);
+    const second = await load(heavy, cache);
+    expect(second.examined).toBe(0);
+    expect(layersOf(second.result.transformer)).toEqual(layersOf(first.result.transformer));
+    await load(heavy, other);
+    expect(await plansIn(other)).toEqual(await plansIn(cache));
+    // Its text encoders are the same.
+    expect((await load(ordinary, cache)).examined).toBe(1);
+    expect(await plansIn(cache)).toHaveLength(5);
+    // Without T5 it is another text that steps are examined with.
+    const without = { ...heavy, textEncoder3: null, tokenizer3: null };
+    expect((await load(without, cache)).examined).toBe(1);
+    await clearCachedWeights(cache);
+    expect(await readdir(path.join(cache, "weights"))).toEqual([]);
+  });
+
+  it("is made anew where it is damaged, and warns at each load where results are off by more than 3 %", async () => {
+    const cache = await newCache();
+    await load(ordinary, cache);
+    const [[name, text]] = (await plansIn(cache)) as unknown as [[string, string]];
+    const file = path.join(cache, "weights", name);
+    const { layers } = JSON.parse(text) as { layers: Record<string, { as: string; error: number; smooth?: string }> };
+    const [layer] = Object.keys(layers) as [string];
+    const damaged = [
+      text.slice(0, -20),
+      "[]",
+      JSON.stringify({ error: 0.01, layers: { "another.layer": { as: "int8", error: 0.01 } } }),
+      JSON.stringify({ error: 0.01, layers: { ...layers, [layer]: { as: "smooth", error: 0.01 } } }),
+      JSON.stringify({ error: 0.01, layers: { ...layers, [layer]: { as: "smooth", error: 0.01, smooth: "AAAA" } } }),
+    ];
+    for (const content of damaged) {
+      await writeFile(file, content);
+      expect((await load(ordinary, cache)).examined).toBe(1);
+      expect(await readFile(file, "utf8")).toBe(text);
+    }
+    await writeFile(file, JSON.stringify({ error: 0.061, layers }));
+    for (let round = 0; round < 2; round++) {
+      const { result, examined } = await load(ordinary, cache);
+      expect(examined).toBe(0);
+      expect(result.warnings).toHaveLength(ordinary.warnings.length + 1);
+      expect(result.warnings.at(-1)).toMatch(/off by 6\.1 %, more than .* 3\.0 % .*"folded" or "lazy"/);
+    }
+  });
+
+  it("is not made after an abort, which does not wait for a run, nor where it cannot be written", async () => {
+    const cache = await newCache();
+    const controller = new AbortController();
+    const reason = new Error("enough");
+    const logger = {
+      info: (text: string) =>
+        void (text.startsWith("The transformer is examined") && setTimeout(() => controller.abort(reason), 20)),
+    };
+    await expect(withInt8Weights(heavy, cache, { signal: controller.signal, logger })).rejects.toBe(reason);
+    expect(await plansIn(cache)).toHaveLength(3);
+    const before = { signal: AbortSignal.abort(reason) };
+    await expect(withInt8Weights(heavy, await newCache(), before)).rejects.toBe(reason);
+    await expect(withInt8Weights(heavy, "/proc/none")).rejects.toThrow(OutputError);
+  });
+});
