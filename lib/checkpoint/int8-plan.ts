@@ -7,7 +7,7 @@
 import { createHash } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import path from "node:path";
-import { z } from "zod";
+import * as z from "zod";
 import { makeFolders, writeFileAtomic } from "../common/files.js";
 import { packageVersion } from "../common/package.js";
 import { OutputError } from "../errors.js";
