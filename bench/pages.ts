@@ -15,8 +15,8 @@ export interface Benchmark {
 /** In the order of the page. */
 export const benchmarks: readonly Benchmark[] = [
   {
-    ...{ name: "peers", about: "against onnxruntime-node and diffusers" },
-    brief: ["--rounds", "3", "--no-compile"],
+    ...{ name: "peers", about: "against OpenVINO, stable-diffusion.cpp, torch and onnxruntime-node" },
+    brief: ["--quick"],
   },
   {
     ...{ name: "scaling", about: "time and memory against steps, batch, size, layers", brief: ["--rounds", "1"] },

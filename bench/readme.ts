@@ -5,7 +5,8 @@
 
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import path from "node:path";
-import { gigabytes } from "../lib/common/memory.js";
+import type { PeersResult } from "./peers/result.js";
+import { ahead, machineLines, missing, pictureTable, startTable, stepTable } from "./peers/tables.js";
 
 const root = path.resolve(import.meta.dirname, "..");
 const results = path.join(root, "bench/results");
@@ -14,27 +15,6 @@ const readme = path.join(root, "README.md");
 export const begin = "<!-- figures: written by npm run bench -- --page -->";
 export const end = "<!-- end of figures -->";
 
-interface Spread {
-  readonly median: number;
-  readonly min: number;
-  readonly max: number;
-}
-export interface PeersResult {
-  readonly environment: Readonly<Record<string, unknown>>;
-  readonly torch: string;
-  readonly missing: readonly string[];
-  readonly subjects: readonly {
-    readonly name: string;
-    readonly steps: number;
-    readonly rounds: number;
-    readonly contenders: readonly {
-      readonly name: string;
-      readonly pictureRatio: Spread;
-      readonly stepRatio: Spread;
-    }[];
-    readonly start: readonly { readonly name: string; readonly ratio: Spread; readonly peak: Spread }[];
-  }[];
-}
 export interface QualityResult {
   /** Of the page. */
   readonly name: string;
@@ -50,55 +30,31 @@ export interface Results {
   readonly gpu?: { readonly measured: boolean } | undefined;
 }
 
-const times = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)}–${max.toFixed(2)})`;
+const markdown = (rows: readonly (readonly string[])[]): string[] =>
+  rows.flatMap((row, index) => [`| ${row.join(" | ")} |`, ...(index ? [] : [`|${row.map(() => "---").join("|")}|`])]);
 
 /** The README's lines between its two comments. */
 export function figures({ peers, quality, gpu }: Results): string {
   const lines: string[] = [];
-  if (peers) {
-    const { cpu, cores, node, onnxruntime, commit } = peers.environment;
-    const of = <T extends { name: string }>(rows: readonly T[], name: string) => rows.find((row) => row.name === name);
-    const names = [...new Set(peers.subjects.flatMap(({ contenders }) => contenders.map(({ name }) => name)))];
-    const started = peers.subjects.filter(({ start }) => start.length > 0);
-    const cell = (value: string | undefined) => value ?? "";
-    const rows = [
-      [
-        "time of a picture",
-        ...peers.subjects.map(({ name, steps }) => `${name} (${steps} steps)`),
-        ...started.map(({ name }) => `${name}, from process start to PNG`),
-        ...started.map(({ name }) => `${name}, peak memory, GB`),
-      ],
-      ...names.map((name) => [
-        name,
-        ...peers.subjects.map(({ contenders }) => {
-          const found = of(contenders, name);
-          return cell(found && times(found.pictureRatio));
-        }),
-        ...started.map(({ start }) => {
-          const found = of(start, name);
-          return cell(found && times(found.ratio));
-        }),
-        ...started.map(({ start }) => {
-          const found = of(start, name);
-          return cell(found && gigabytes(found.peak.median));
-        }),
-      ]),
-    ];
+  if (peers && peers.machines.length > 0) {
+    const { machines } = peers;
+    const front = ahead(machines);
+    const notMeasured = missing(machines);
+    const section = (before: string, rows: readonly (readonly string[])[]) =>
+      rows.length > 0 ? [before, "", ...markdown(rows), ""] : [];
     lines.push(
-      "Times relative to the first row, which does the same Euler steps as the peers: above 1 is slower. Median (least to greatest) of rounds in which every contender",
-      "has its turn.",
-      "",
-      ...rows.flatMap((row, index) => [
-        `| ${row.join(" | ")} |`,
-        ...(index ? [] : [`|${row.map(() => "---").join("|")}|`]),
-      ]),
-      "",
-      ...peers.missing.map((line) => `- ${line}`),
-      ...(peers.missing.length > 0 ? [""] : []),
-      `${cpu}, ${cores} cores; Node ${node}, ONNX Runtime ${onnxruntime}${peers.torch ? `, torch ${peers.torch}` : ""}; commit ${commit}. Steps, milliseconds and plots:`,
-      "[bench/results/peers.md](bench/results/peers.md).",
+      ...(front.length > 0 ? ["Where ours is behind:", "", ...front, ""] : []),
+      ...section(
+        "A guided step (two rows), relative to ours in float32 in the same rounds: above 1 is slower. Median (least to greatest).",
+        stepTable(machines),
+      ),
+      ...section("A picture, from the prompt to the PNG:", pictureTable(machines)),
+      ...section("A process that starts, draws one picture and ends, and its peak memory in GB:", startTable(machines)),
+      ...(notMeasured.length > 0 ? ["Not measured:", "", ...notMeasured, ""] : []),
+      ...machineLines(machines),
+      "Milliseconds, plots and how far each picture is from ours: [bench/results/peers.md](bench/results/peers.md).",
     );
-  } else lines.push("Not measured yet: `npm run bench` writes the figures here.");
+  } else lines.push("Not measured yet: `npm run bench:peers` writes the figures here.");
   for (const { name, captions, size, guidance, findings } of quality ?? [])
     lines.push(
       "",

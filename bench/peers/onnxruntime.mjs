@@ -13,7 +13,9 @@ import sharp from "sharp";
 
 // Read when the library is loaded; bench/telemetry.ts says why. This file is run by node alone, which has no loader for that one.
 process.env.ORT_DISABLE_TELEMETRY ||= "1";
-const ort = (await import("onnxruntime-node")).default;
+const library = await import("onnxruntime-node");
+// A loader of TypeScript imports it without a default export.
+const ort = library.default ?? library;
 
 const json = (file) => JSON.parse(readFileSync(file, "utf8"));
 

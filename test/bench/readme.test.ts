@@ -1,39 +1,75 @@
 // What the README quotes of the benchmarks.
 import { describe, expect, it } from "vitest";
-import { begin, end, figures, type PeersResult, withFigures } from "../../bench/readme.js";
+import { page } from "../../bench/peers/page.js";
+import { type Machine, merged, type Row, type SubjectResult } from "../../bench/peers/result.js";
+import { ahead } from "../../bench/peers/tables.js";
+import { begin, end, figures, withFigures } from "../../bench/readme.js";
 
-const at = (median: number) => ({ median, min: median - 0.1, max: median + 0.1 });
-const peers: PeersResult = {
-  environment: { cpu: "A", cores: 2, node: "20", onnxruntime: "1.30", commit: "abc" },
-  torch: "2.9",
-  missing: ["Not measured, diffusers: it is not there."],
-  subjects: [
-    {
-      ...{ name: "small", steps: 28, rounds: 3 },
-      contenders: [
-        { name: "flowturbo, Euler", pictureRatio: at(1), stepRatio: at(1) },
-        { name: "flowturbo, H1P7R2", pictureRatio: at(0.4), stepRatio: at(1) },
-      ],
-      start: [{ name: "flowturbo, Euler", ratio: at(1), peak: { median: 2e8, min: 2e8, max: 2e8 } }],
-    },
-    {
-      ...{ name: "wide", steps: 4, rounds: 3 },
-      contenders: [{ name: "baseline", pictureRatio: at(1.3), stepRatio: at(1) }],
-      start: [],
-    },
+const at = (median: number) => ({ median, min: median - 0.1, max: median + 0.1, runs: 5 });
+const row = (name: string, step: number, picture: number, more: Partial<Row> = {}): Row => ({
+  ...{ name, precision: "float32", step: at(50), picture: at(500), stepRatio: at(step), pictureRatio: at(picture) },
+  baseline: { step: at(50), picture: at(500) },
+  ...more,
+});
+const small: SubjectResult = {
+  ...{ name: "small", steps: 28, rounds: 5, commit: "abc", missing: ["small, torch: it is not there."] },
+  contenders: [
+    row("flowturbo, int8", 0.4, 0.5, { ours: true, precision: "int8" }),
+    row("flowturbo, H1P7R2", 1, 0.3, { ours: true, skips: true }),
+    row("fast", 0.8, 0.9, { precision: "int8" }),
+    row("slow", 1.3, 1.4),
+    row("skipping", 1.2, 0.6, { skips: true }),
   ],
+  start: [{ name: "fast", time: at(9), ratio: at(2), peak: at(3e8), baseline: { time: at(5), peak: at(2e8) } }],
 };
+const machine = (cpu: string, subjects: readonly SubjectResult[]): Machine => ({
+  environment: { cpu, cores: 2, memoryGiB: 8, node: "20", onnxruntime: "1.30" },
+  ...{ instructions: ["avx2"], threads: 2, guidance: 2, versions: { torch: "2.9" }, subjects },
+});
+const wide: SubjectResult = { ...small, name: "wide", contenders: [row("slow", 1.5, 1.6)], start: [], missing: [] };
+const peers = { machines: [machine("A", [small, wide]), machine("B", [small])] };
+
+const cells = (text: string) =>
+  text
+    .split("\n")
+    .filter((line) => line.startsWith("|") && !line.startsWith("|---"))
+    .map((line) => line.split("|").slice(1, -1).map((cell) => cell.trim())); // biome-ignore format: one line
 
 describe("the README's figures", () => {
-  it("have a row for each contender and a column for each subject", () => {
-    const rows = figures({ peers })
-      .split("\n")
-      .filter((line) => line.startsWith("|"))
-      .map((line) => line.split("|").slice(1, -1).map((cell) => cell.trim())); // biome-ignore format: one line
-    expect(rows.map((row) => row.length)).toEqual(new Array(5).fill(5));
-    expect(rows[2]).toEqual(["flowturbo, Euler", "1.00 (0.90–1.10)", "", "1.00 (0.90–1.10)", "0.20"]);
-    expect(rows[4]).toEqual(["baseline", "", "1.30 (1.20–1.40)", "", ""]);
-    expect(figures({ peers })).toMatch(/it is not there[\s\S]*torch 2\.9; commit abc/);
+  it("have a row for each contender and a column for each subject and machine", () => {
+    const rows = cells(figures({ peers }));
+    expect(rows[0]).toEqual(["guided step", "small, 28 steps (A)", "small, 28 steps (B)", "wide, 28 steps (A)"]);
+    expect(rows[1]).toEqual(["flowturbo, Euler", "1", "1", "1"]);
+    // Whoever skips evaluations does not do the same work.
+    expect(rows.slice(2, 5).map(([name]) => name)).toEqual(["flowturbo, int8", "fast", "slow"]);
+    expect(rows[4]).toEqual(["slow", "1.30 (1.20–1.40)", "1.30 (1.20–1.40)", "1.50 (1.40–1.60)"]);
+    expect(rows).toContainEqual(["skipping", "0.60 (0.50–0.70)", "0.60 (0.50–0.70)", ""]);
+    expect(rows.at(-2)).toEqual(["flowturbo, Euler", "1; 0.20", "1; 0.20"]);
+    expect(figures({ peers })).toMatch(/A: small, torch: it is not there[\s\S]*torch 2\.9; commit abc/);
+  });
+
+  it("begin with who is ahead of ours, by name and ratio", () => {
+    const text = figures({ peers });
+    const lines = ahead(peers.machines);
+    expect(text.indexOf(lines[0]!)).toBeLessThan(text.indexOf("|"));
+    expect(lines).toHaveLength(4);
+    expect(lines[0]).toMatch(
+      /small on A: fast takes 0\.80 .*with int8 weights ours takes 0\.40, so that theirs takes 2\.00 of it/,
+    );
+    expect(lines[1]).toMatch(/small on A: skipping takes 0\.60 .*with fewer evaluations/);
+    expect(ahead([machine("A", [wide])])).toEqual([]);
+    expect(page([machine("A", [wide])], undefined)).toMatch(/## Where ours is behind\n\nNowhere here/);
+  });
+
+  it("keep other machines and other subjects when one is measured again", () => {
+    const again = { ...small, commit: "def" };
+    const { machines } = merged(peers, machine("A", [again]));
+    expect(machines.map(({ environment }) => environment.cpu)).toEqual(["A", "B"]);
+    expect(machines[0]!.subjects.map(({ name, commit }) => [name, commit])).toEqual([
+      ["small", "def"],
+      ["wide", "abc"],
+    ]);
+    expect(merged(peers, machine("C", [small])).machines).toHaveLength(3);
   });
 
   it("say what was not measured", () => {
