@@ -52,6 +52,7 @@ export const benchmarks: readonly Benchmark[] = [
       ["quality-128-guidance-4.5", "Quality against cost, at 128 px and guidance 4.5"],
     ],
   },
+  { name: "quality-int8", about: "quality with weights in int8 against float32" },
   { name: "transfer", about: "calibrated schedules at other sizes and guidance scales" },
   { name: "build", about: "engines at full width" },
 ];
