@@ -68,6 +68,31 @@ export function scaleNoise(g: GraphBuilder, latents: Value, noise: Value, sigma:
 /** Large enough to mean "to the end" in Slice. */
 const end = Number.MAX_SAFE_INTEGER;
 
+/** See `Layers.attention`. */
+interface AttentionOptions {
+  readonly scale: number;
+  readonly bias?: Value;
+  readonly causal?: number;
+}
+
+/**
+ * The most scores of a row that attention holds at once on the CPU, 64 MiB: those of 836 tokens with 24 heads. With more,
+ * block by block is quicker too; with fewer it is up to a fifth slower, for it transposes queries, keys and values first.
+ */
+const mostScores = 2 ** 24;
+
+/** The most tokens whose scores are held at once. */
+const mostTokens = (heads: number) => Math.floor(Math.sqrt(mostScores / heads));
+
+/**
+ * Options for a network with so many tokens at most: where they are always few, attention needs no branch, which takes 4 % of a
+ * step of 64 × 64 of the embedded model.
+ */
+export function forTokens<Options extends EmitOptions>(options: Options, most: number, heads: number): Options {
+  const isSmall = options.attention === "sized" && most <= mostTokens(heads);
+  return isSmall ? { ...options, attention: "operator" } : options;
+}
+
 export class Layers {
   readonly compute: EmitOptions["compute"];
   readonly #shared = new Map<string, Value>();
@@ -258,39 +283,59 @@ export class Layers {
 
   /**
    * Multi-head attention. q: [rows, N, heads · headDim], k and v: [rows, M, heads · headDim] → as q.
-   *
-   * Where the runtime has a kernel, one operator rather than MatMul, Softmax, MatMul, which spares the transposes (on
-   * the CPU 2 to 6 % of a step).
    * @param options.scale factor on the scores (1/√headDim, or 1 for T5)
    * @param options.bias added to the scores, broadcast to [rows, heads, N, M]
    * @param options.causal number of tokens N = M of which each attends only to itself and those before it
    */
-  attention(
+  attention(q: Value, k: Value, v: Value, heads: number, headDim: number, options: AttentionOptions): Value {
+    const { g } = this;
+    const form = this.options.attention;
+    const operator = () => this.#attentionOperator(q, k, v, heads, options);
+    const contrib = () => this.#multiHeadAttention(q, k, v, heads, options);
+    if (form === "contrib") return contrib();
+    if (form === "matmul") return this.#attentionByProducts(q, k, v, heads, headDim, options);
+    // With a bias or a mask MultiHeadAttention holds all scores, too.
+    const isPlain = !options.bias && options.causal === undefined;
+    return form === "sized" && isPlain ? g.either(this.#hasManyScores(q, heads), contrib, operator) : operator();
+  }
+
+  #attentionOperator(q: Value, k: Value, v: Value, heads: number, { scale, bias, causal }: AttentionOptions): Value {
+    return this.g.op("Attention", bias ? [q, k, v, bias] : [q, k, v], {
+      q_num_heads: heads,
+      kv_num_heads: heads,
+      scale: { float: scale },
+      ...(causal !== undefined && { is_causal: 1 }),
+    });
+  }
+
+  #multiHeadAttention(q: Value, k: Value, v: Value, heads: number, { scale, bias, causal }: AttentionOptions): Value {
+    // Query, key, value; bias of the projections, padding mask; what is added to the scores.
+    const inputs = bias ? [q, k, v, null, null, bias] : [q, k, v];
+    return this.g.op("com.microsoft:MultiHeadAttention", inputs, {
+      num_heads: heads,
+      scale: { float: scale },
+      ...(causal !== undefined && { unidirectional: 1 }),
+    });
+  }
+
+  /**
+   * Whether a row has more scores than are held at once. The first attention decides for all of a network, which are among
+   * about as many tokens.
+   */
+  #hasManyScores(q: Value, heads: number): Value {
+    const most = mostTokens(heads);
+    return this.#once(`many:${most}`, () => this.g.op("Greater", [this.sizeOf(q, 1), this.g.ints([most])]));
+  }
+
+  #attentionByProducts(
     q: Value,
     k: Value,
     v: Value,
     heads: number,
     headDim: number,
-    options: { scale: number; bias?: Value; causal?: number },
+    { scale, bias, causal }: AttentionOptions,
   ): Value {
     const { g } = this;
-    const { scale, bias, causal } = options;
-    if (this.options.attention === "operator")
-      return g.op("Attention", bias ? [q, k, v, bias] : [q, k, v], {
-        q_num_heads: heads,
-        kv_num_heads: heads,
-        scale: { float: scale },
-        ...(causal !== undefined && { is_causal: 1 }),
-      });
-    if (this.options.attention === "contrib") {
-      // Query, key, value; bias of the projections, padding mask; what is added to the scores.
-      const inputs = bias ? [q, k, v, null, null, bias] : [q, k, v];
-      return g.op("com.microsoft:MultiHeadAttention", inputs, {
-        num_heads: heads,
-        scale: { float: scale },
-        ...(causal !== undefined && { unidirectional: 1 }),
-      });
-    }
     const split = (x: Value, perm: readonly number[]) =>
       g.op("Transpose", [this.splitHeads(x, heads, headDim)], { perm });
     // Scaling q costs N·headDim products where scaling the scores would cost N·M.

@@ -17,7 +17,7 @@ import type { ControlNet, TransformerConfig } from "../checkpoint/index.js";
 import type { WeightSource } from "../common/tensor.js";
 import { type EmitOptions, GraphBuilder, type Value } from "../onnx/index.js";
 import { controlChannels, controlLatents, controlPositionTable, controlResiduals, residualOf } from "./controlnet.js";
-import { applyGuidance, perRow, scaledPair } from "./layers.js";
+import { applyGuidance, forTokens, perRow, scaledPair } from "./layers.js";
 import { type LoraRank, LowRankBranch, type NetworkGraph } from "./low-rank.js";
 import { type MmditInputs, mmdit, mmditWidth, positionTable } from "./mmdit.js";
 
@@ -55,8 +55,9 @@ export function emitStep(
   type: "predict" | "refine",
   weights: WeightSource,
   config: TransformerConfig,
-  options: StepOptions,
+  stepOptions: StepOptions,
 ): NetworkGraph {
+  const options = forTokens(stepOptions, config.posEmbedMaxSize ** 2, config.numAttentionHeads);
   // Rows of this table are an input, which the runtime reads from the file.
   positionTable(weights, config);
   const g = new GraphBuilder(name);

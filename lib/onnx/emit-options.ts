@@ -17,12 +17,13 @@ export interface EmitOptions {
    */
   readonly groupNorm: "operator" | "instance";
   /**
-   * `operator`: Attention, for which ONNX Runtime has a kernel on the CPU. `matmul`: MatMul, Softmax, MatMul, the pattern
-   * that TensorRT fuses; its own Attention refuses to build where it has no kernel for the shape (CLIP's causal one).
-   * `contrib`: ONNX Runtime's own MultiHeadAttention, for its GPU providers: it never holds all scores where it can
-   * compute them block by block (at 1024 × 1024 they are gigabytes).
+   * `operator`: Attention, for which ONNX Runtime has a kernel on the CPU that needs no transposes and holds all scores.
+   * `contrib`: ONNX Runtime's own MultiHeadAttention, which computes the scores block by block where it can (at 1024 × 1024
+   * they are gigabytes), for its GPU providers. `sized`: both, of which the number of tokens decides as the graph runs.
+   * `matmul`: MatMul, Softmax, MatMul, the pattern that TensorRT fuses; its own Attention refuses to build where it has no
+   * kernel for the shape (CLIP's causal one).
    */
-  readonly attention: "operator" | "matmul" | "contrib";
+  readonly attention: "operator" | "contrib" | "sized" | "matmul";
   /**
    * `operator`: RMSNormalization of opset 23. `simplified`: ONNX Runtime's own name for it, which leaves the graph at an
    * older opset: its GPU providers lack kernels for what later ones define anew (Sin, Cos, InstanceNormalization).
@@ -55,7 +56,7 @@ export const cpuEmitOptions: EmitOptions = {
   compute: "float32",
   linear: "gemm",
   groupNorm: "instance",
-  attention: "operator",
+  attention: "sized",
   rmsNorm: "operator",
   tables: "stored",
   eightBit: "cast",

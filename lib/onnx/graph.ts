@@ -27,6 +27,12 @@ export interface Value {
 
 export type Attribute = number | string | readonly number[] | { readonly float: number };
 
+/** A graph within a node, with one output of that type. */
+interface Branch {
+  readonly type: ElementType;
+  readonly graph: MessageWriter;
+}
+
 /** A dimension: a number, or the name of one that is known only when the graph runs. */
 export type Dimension = number | string;
 
@@ -83,7 +89,7 @@ const storedType: Record<StoredDType, ElementType> = {
 };
 
 /** Operators whose result type is not that of their first input. */
-const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool" };
+const resultType: Record<string, ElementType> = { Shape: "int64", ArgMax: "int64", Equal: "bool", Greater: "bool" };
 
 interface InputOrOutput {
   readonly info: MessageWriter;
@@ -92,8 +98,8 @@ interface InputOrOutput {
 
 export class GraphBuilder {
   readonly name: string;
-  /** Fields of the graph's message. */
-  readonly #nodes = new MessageWriter();
+  /** Fields of the message of the graph, or of the branch that is being built. */
+  #nodes = new MessageWriter();
   readonly #initializers: (MessageWriter | StoredTensor)[] = [];
   readonly #inputs = new Map<string, InputOrOutput>();
   readonly #outputs = new Map<string, InputOrOutput>();
@@ -166,6 +172,30 @@ export class GraphBuilder {
       element,
     );
     return values;
+  }
+
+  /**
+   * The value of one of two branches, of which only that one runs. A branch may read all values of the graph; those that it
+   * makes are its own.
+   * @param condition one bool
+   */
+  either(condition: Value, then: () => Value, otherwise: () => Value): Value {
+    const branches = { then_branch: this.#branch(then), else_branch: this.#branch(otherwise) };
+    const result = this.#fresh("If", branches.then_branch.type);
+    this.#node("If", [condition.name], [result.name], branches);
+    return result;
+  }
+
+  #branch(build: () => Value): Branch {
+    const outer = this.#nodes;
+    this.#nodes = new MessageWriter();
+    try {
+      const { name, type } = build();
+      const graph = new MessageWriter().string(2, name).merge(this.#nodes);
+      return { type, graph: graph.message(12, valueInfo(name, type)) };
+    } finally {
+      this.#nodes = outer;
+    }
   }
 
   /** The value converted to `type`; itself where it has that type already. */
@@ -255,7 +285,7 @@ export class GraphBuilder {
     type: string,
     inputs: string[],
     outputs: string[],
-    attributes: Record<string, Attribute>,
+    attributes: Record<string, Attribute | Branch>,
     element?: ElementType,
   ): void {
     const node = new MessageWriter();
@@ -303,22 +333,29 @@ function externalTensor(tensor: StoredTensor, place: Record<string, string>): Me
   return message.int(14, 1);
 }
 
-function valueInfo(name: string, type: ElementType, shape: readonly Dimension[]): MessageWriter {
+/** @param shape left out where it follows from what makes the value */
+function valueInfo(name: string, type: ElementType, shape?: readonly Dimension[]): MessageWriter {
+  const tensor = new MessageWriter().int(1, onnxType[type]);
+  if (shape) tensor.message(2, dimensionsOf(shape));
+  return new MessageWriter().string(1, name).message(2, new MessageWriter().message(1, tensor));
+}
+
+function dimensionsOf(shape: readonly Dimension[]): MessageWriter {
   const dimensions = new MessageWriter();
   for (const dimension of shape)
     dimensions.message(
       1,
       typeof dimension === "number" ? new MessageWriter().int(1, dimension) : new MessageWriter().string(2, dimension),
     );
-  const tensor = new MessageWriter().int(1, onnxType[type]).message(2, dimensions);
-  return new MessageWriter().string(1, name).message(2, new MessageWriter().message(1, tensor));
+  return dimensions;
 }
 
-function attribute(name: string, value: Attribute): MessageWriter {
+function attribute(name: string, value: Attribute | Branch): MessageWriter {
   const message = new MessageWriter().string(1, name);
   if (typeof value === "string") return message.string(4, value).int(20, 3);
   if (typeof value === "number") return message.int(3, value).int(20, 2);
   if ("float" in value) return message.float(2, value.float).int(20, 1);
+  if ("graph" in value) return message.message(6, value.graph).int(20, 5);
   for (const item of value) message.int(8, item);
   return message.int(20, 7);
 }

@@ -12,6 +12,7 @@ const runtime = cpuRuntime();
 
 const ways: Record<string, EmitOptions> = {
   "as for the CPU": cpuEmitOptions,
+  "with attention block by block": { ...cpuEmitOptions, attention: "contrib" },
   "as for TensorRT": { ...cpuEmitOptions, linear: "matmul", attention: "matmul", patches: "linear" },
 };
 
