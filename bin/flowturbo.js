@@ -10,6 +10,8 @@ import { existsSync, readFileSync } from "node:fs";
 const cli = new URL("../dist/cli.js", import.meta.url);
 checkNode();
 if (!existsSync(cli)) await build();
+// What V8 makes of the code is kept from one command to the next, where Node can do that (22.1 and later).
+(await import("node:module")).enableCompileCache?.();
 await import(cli.href).catch((error) => {
   // Its message has the package's name and who imports it.
   if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;

@@ -264,7 +264,7 @@ export class FlowTurbo implements ImageModel {
     const ladder = ladderOf(asStored);
     const calibrated = await calibratedSchedulesOf(checkpoint, cache);
 
-    // 2. The graphs by name; 3. a runtime. Emitting them in its form checks every weight's name, type and shape.
+    // 2. The graphs by name; 3. a runtime.
     report("graphs", 1);
     const emitted = new GraphLibrary(checkpoint);
     let graphs = emitted;
@@ -294,6 +294,7 @@ export class FlowTurbo implements ImageModel {
         ...{ captured: checked.capture && runtime.capabilities.capture, cache },
       };
       if (first) prepareFor(first, { ...facts, checkpoint, runtime }, graphs);
+      // Emitting them in the runtime's form checks every weight's name, type and shape.
       const subject = costSubject(graphs, opened);
       // Those of the package, for checkpoints in one file, are read only now that all weights are known to be right.
       for (const tokenizer of [checkpoint.tokenizer, checkpoint.tokenizer2, checkpoint.tokenizer3])
@@ -869,8 +870,11 @@ function prepareFor(
   } catch {
     return;
   }
-  for (const name of names) if (!runtime.has(name)) runtime.add(graphs.get(name));
-  runtime.prepare?.(names);
+  for (const name of names) {
+    // The next one is emitted while this one is compiled.
+    if (!runtime.has(name)) runtime.add(graphs.get(name));
+    runtime.prepare?.([name]);
+  }
 }
 
 /** Adds the versions of files, in place of those of the same files before. */

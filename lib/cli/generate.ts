@@ -143,6 +143,8 @@ async function generate(prompts: string[], flags: Flags, signal: AbortSignal): P
     const settled = { ...checked, ...(isOpen && { grid: undefined }), include };
     const { result, warnings } = await draw(model, settled, flags.preview, progress);
     progress.show("writing");
+    // Its process ends while the files are written.
+    void model.dispose().catch(() => undefined);
     for (const [index, file] of files.entries()) await result.images[index]!.toFile(file);
     if (flags.saveLatents) {
       const { latents, pixels } = result;

@@ -2,7 +2,7 @@
 
 import type { Checkpoint, Part } from "../checkpoint/index.js";
 import type { FileVersion } from "../common/files.js";
-import { type ComputedDType, elementCount, type StoredDType, type StoredTensor } from "../common/tensor.js";
+import { bytesPerElement, type ComputedDType, elementCount, type StoredDType } from "../common/tensor.js";
 import { cpuEmitOptions, type EmitOptions, type EmittedNetwork } from "../onnx/index.js";
 import {
   graphKey,
@@ -37,14 +37,14 @@ export class GraphLibrary {
     return new GraphLibrary(this.checkpoint, options, this.#graphs);
   }
 
-  /** Bytes of 16-bit weights among the essential graphs, and of 8-bit ones as if they were 16-bit: what widening them once would double. */
+  /**
+   * Bytes of 16-bit weights of the networks that every picture may need, and of 8-bit ones as if they were 16-bit: what widening
+   * them once would double. Known from the headers, before any graph is emitted.
+   */
   get bytesOf16Bit(): number {
-    const weights = this.essential.flatMap(({ graph }) => [...graph.externals.values()]);
-    // What was made for products of integers is never widened.
-    const derived = new Set(weightedParts(this.checkpoint).flatMap(({ weights }) => weights.derived ?? []));
-    const files = new Set([...derived].map(({ file }) => file));
-    const isWidened = ({ dtype, file }: StoredTensor) => dtype !== "F32" && !files.has(file);
-    return weights.reduce((sum, each) => sum + (isWidened(each) ? 2 * elementCount(each.shape) : 0), 0);
+    const rows = networksOf(this.checkpoint).filter(({ row }) => !row.features);
+    const parts = new Set(rows.flatMap(({ row: { part } }) => (part && this.checkpoint[part]) ?? []));
+    return [...parts].reduce((sum, { weights }) => sum + widenedBytes(weights), 0);
   }
 
   /** The weights' files, as they were when the checkpoint was opened, and what was made of them. */
@@ -105,4 +105,17 @@ function prevailingDType(weights: Part<unknown>["weights"]): ComputedDType {
   const in16Bit = bytes("F16") > bytes("BF16") ? "F16" : "BF16";
   const rest = in8Bit > bytes("F32", "BF16", "F16") ? 0 : bytes("F32");
   return bytes(in16Bit) >= rest ? in16Bit : "F32";
+}
+
+/** Bytes of weights of 16 bits, and of 8 bits as if they had 16, without those that are multiplied in 8 bits. */
+function widenedBytes({ bytesByDType, names, find, int8 }: Part<unknown>["weights"]): number {
+  const as16Bit = (dtype: StoredDType, bytes: number) => (dtype === "F32" ? 0 : (2 * bytes) / bytesPerElement[dtype]);
+  const dtypes = ["F16", "BF16", ...eightBitDTypes] as const;
+  const all = dtypes.reduce((sum, dtype) => sum + as16Bit(dtype, bytesByDType[dtype] ?? 0), 0);
+  if (!int8) return all;
+  const multiplied = names.filter((name) => name.endsWith(".weight") && int8(name.slice(0, -".weight".length)));
+  return multiplied.reduce((left, name) => {
+    const { dtype, shape } = find(name)!;
+    return left - as16Bit(dtype, bytesPerElement[dtype] * elementCount(shape));
+  }, all);
 }

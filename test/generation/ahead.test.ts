@@ -1,0 +1,39 @@
+// What is compiled ahead for a request that is known as the model loads: the graphs that it launches, and the same picture.
+import { afterEach, expect, it, vi } from "vitest";
+import { OptionError } from "../../lib/errors.js";
+import { FlowTurbo, loadFor } from "../../lib/flowturbo.js";
+import type { GenerateOptions } from "../../lib/model.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+
+afterEach(() => vi.restoreAllMocks());
+
+const options = { measureCosts: false, threads: 1 } as const;
+
+/** The graphs that are compiled ahead, those that the runtime is told of (without `isAhead`: as they are launched), and the picture. */
+async function drawn(request: GenerateOptions, isAhead = true) {
+  const prepared = vi.spyOn(OnnxRuntime.prototype, "prepare").mockClear();
+  const added = vi.spyOn(OnnxRuntime.prototype, "add").mockClear();
+  await using model = await (isAhead ? loadFor(undefined, options, request) : FlowTurbo.load(undefined, options));
+  const ahead = prepared.mock.calls.flatMap(([names]) => names);
+  const { images } = await model.generate(request);
+  return { ahead, added: added.mock.calls.map(([{ name }]) => name), pixels: images[0] && Buffer.from(images[0].data) };
+}
+
+it.each([
+  ["guided", { prompt: "a red circle", seed: 1, blocks: "H1P1R1" }],
+  ["not guided", { prompt: "a red circle", seed: 1, steps: 2, guidanceScale: 1 }],
+  ["latents alone", { prompt: "a red circle", seed: 1, steps: 1, outputType: "latent" as const }],
+])("the graphs of a request: %s", async (_, request) => {
+  const { ahead, pixels } = await drawn(request);
+  const usual = await drawn(request, false);
+  expect(usual.ahead).toEqual([]);
+  expect(usual.added.length).toBeGreaterThan(3);
+  expect(ahead).toEqual(usual.added);
+  expect(pixels && usual.pixels?.equals(pixels)).toBe("outputType" in request ? undefined : true);
+});
+
+it("a request that is wrong is refused where it is drawn", async () => {
+  const request = { prompt: "a", width: 7 };
+  await using model = await loadFor(undefined, options, request);
+  await expect(model.generate(request)).rejects.toThrow(OptionError);
+});
