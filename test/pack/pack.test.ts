@@ -54,6 +54,7 @@ describe("the package", () => {
       "dist/cli.js",
       "dist/onnxruntime-host.js",
       "dist/adapters-probe.js",
+      "dist/zod.LICENSE",
       "LICENSE",
       "README.md",
       "docs/guides/bundlers.md",
@@ -66,7 +67,7 @@ describe("the package", () => {
     const ladder = "models/shapes/schedules.json";
     expect(files.includes(ladder)).toBe(existsSync(path.join(root, ladder)));
     const expected =
-      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/(shapes|tokenizers)\/|page\/[\w-]+\.(html|css|js)$|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
+      /^(bin\/flowturbo\.js|dist\/[^/]+\.(js|d\.ts|LICENSE)|native\/tensorrt(-rtx)?\/prebuilds\/linux-x64\/flowturbo_tensorrt(_rtx)?\.glibc\.node|models\/(shapes|tokenizers)\/|page\/[\w-]+\.(html|css|js)$|docs\/(guides|images)\/[\w-]+\.(md|png)$|examples\/|bench\/results\/[\w.-]+\.(md|svg)$|LICENSE$|README\.md$|CHANGELOG\.md$|package\.json$)/;
     expect(files.filter((file) => !expected.test(file))).toEqual([]);
     expect(files.filter((file) => file.includes("reference."))).toEqual([]);
   });
