@@ -96,7 +96,7 @@ function allSubjects(): Subject[] {
     ...{ rounds: more * rounds, schedules: chosenSchedules(size), start: size === 64 && !flags.quick },
   });
   const whole: Subject = {
-    ...{ name: "SD3.5-medium, 256 px", model: oneFile, size: 256, steps: 2, guidance, tokens: 77, rounds },
+    ...{ name: "SD3.5-medium, 256 px", model: oneFile, size: 256, steps: 1, guidance, tokens: 77, rounds },
     ...{ schedules: [], start: false, oneFile: true },
   };
   const every = flags.quick
