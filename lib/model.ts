@@ -209,7 +209,7 @@ export interface LoadOptions {
    * How the CPU runtime computes with weights. Those of 16 bits: `"lazy"` widens them at each use, `"folded"` once at load (faster,
    * twice the memory), `"auto"` folds where six times their bytes are free. `"int8"` has the linear layers of attention and MLP multiplied as
    * 8-bit integers, with a scale for each output and each token: of the transformer, the refiner, the text encoders and the ControlNets that are named here,
-   * with LoRAs merged into them. That is faster than `"folded"` and takes a quarter of its memory; pictures differ a little. All else stays in float32, its
+   * with LoRAs merged into them. That is faster than `"folded"`, and these weights take a quarter of its memory; pictures differ a little. All else stays in float32, its
    * 16-bit weights as with `"auto"`. The first load of a checkpoint writes the weights into the folder `weights` of `cache`, one byte a weight. Only the CPU
    * runtime has them: with `runtime: "auto"` others are passed over, and one that is named is an OptionError. Default: `"auto"`, which is never `"int8"`.
    */

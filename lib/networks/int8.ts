@@ -55,8 +55,10 @@ export class Int8Products {
     const least = g.op("Neg", [g.op("ReduceMin", [value, last], { keepdims: 1 })]);
     const peak = g.op("Max", [most, least, g.scalar(leastPeak, "float32")]);
     const scale = g.op("Mul", [peak, g.scalar(1 / 127, "float32")]);
-    const units = g.op("Div", [value, scale]);
-    const rounded = g.op("QuantizeLinear", [units, g.scalar(1, "float32"), g.scalar(zeroPoint, "uint8")]);
+    // A scale for each token: with one for all, and a division before, the values would be written once more.
+    const scales = g.op("Squeeze", [scale, last]);
+    const zeros = g.op("Expand", [g.scalar(zeroPoint, "uint8"), g.shapeOf(scales, 0, 1)]);
+    const rounded = g.op("QuantizeLinear", [value, scales, { ...zeros, type: "uint8" }], { axis: 0 });
     const result = { codes: { ...rounded, type: "uint8" as const }, scale };
     this.#quantised.set(key, result);
     return result;

@@ -376,5 +376,8 @@ describe("resolveWeights", () => {
     expect(resolveWeights("auto", 2 ** 50)).toBe("lazy");
     expect(resolveWeights("lazy", 0, 600)).toBe("lazy");
     expect(resolveWeights("folded", 100, 0)).toBe("folded");
+    // What is left in 16 bits.
+    expect(resolveWeights("int8", 100, 600)).toBe("folded");
+    expect(resolveWeights("int8", 100, 599)).toBe("lazy");
   });
 });

@@ -10,8 +10,8 @@ const wideningOptimizers = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTra
  * Options of the session of a graph.
  * @param root the folder that the locations of external weights are relative to
  * @param widening of 16-bit weights that the graph computes with in float32
- * @param unsigned whether weights of 8 bits are made unsigned, for processors whose products of unsigned by signed ones overflow: exact there, and on
- *   others half as fast
+ * @param unsigned whether weights of 8 bits are made unsigned, for processors whose products of unsigned by signed ones overflow: exact there, and
+ *   less than half as fast where nothing overflows
  */
 export function sessionOptions(
   {
