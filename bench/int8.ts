@@ -52,7 +52,8 @@ async function errorsBy(trials: Trials, exact: Kind, kinds: readonly Kind[]) {
   const velocities = async ({ transformer, conditions }: Kind) => {
     const rows = (condition: Condition): StepRows => ({ sigmas, seed: 1000, condition });
     const programs: Program[] = [];
-    for (const condition of conditions) programs.push(await stepProgram(transformer, "predict", rows(condition), null));
+    for (const condition of conditions)
+      programs.push(await stepProgram(transformer, { network: "predict" }, rows(condition)));
     return (await trials.run(transformer, "predict", programs)).results;
   };
   const expected = await velocities(exact);

@@ -247,7 +247,8 @@ export class FlowTurbo implements ImageModel {
       controlNets: controlNets.byId,
     };
     // T5 is as its own option says, where that says anything.
-    const int8Options = { textEncoder3: checked.t5Weights === undefined, signal, logger };
+    const { threads, watchdogMs } = checked;
+    const int8Options = { textEncoder3: checked.t5Weights === undefined, threads, watchdogMs, signal, logger };
     const stored = isInt8 ? await withInt8Weights(merged, cache, int8Options) : merged;
     for (const [id, controlNet] of stored.controlNets) controlNets.byId.set(id, controlNet);
     const t5 = isT5Int8 ? stored.textEncoder3 : null;

@@ -43,6 +43,7 @@ export {
   quantisedLayers,
   readPlan,
   withoutWorst,
+  worstToLeave,
   writePlan,
 } from "./int8-plan.js";
 export { type Int8Kind, int8Candidates, quantisedWeights } from "./int8-weights.js";

@@ -77,24 +77,31 @@ function formOf({ plain, smoothed, smooth }: LayerComparison, { above, below }: 
   return isSmooth ? { as: "smooth", smooth, error } : { as: "int8", error };
 }
 
+/** The plan with so many more layers in float: those that are off most by themselves. */
+export function withoutWorst(plan: Int8Plan, count: number): Int8Plan {
+  const result = new Map(plan);
+  for (const [name, { error }] of worstFirst(plan).slice(0, count)) result.set(name, { as: "float", error });
+  return result;
+}
+
 /**
- * The plan with its worst layers in float, as many as it takes where the square of the whole error is a sum of the layers' own.
+ * How many layers it takes, where the square of the whole error is a sum of the layers' own.
  * @param error what the plan's results are off by
  * @param most what they may be
  */
-export function withoutWorst(plan: Int8Plan, error: number, most: number): Int8Plan {
-  const rounded = [...plan].filter(([, { as }]) => as !== "float").sort(([, a], [, b]) => b.error - a.error);
-  const square = ({ error }: LayerPlan) => error ** 2;
-  const all = rounded.reduce((sum, [, layer]) => sum + square(layer), 0);
-  const result = new Map(plan);
+export function worstToLeave(plan: Int8Plan, error: number, most: number): number {
+  const squares = worstFirst(plan).map(([, layer]) => layer.error ** 2);
+  const all = squares.reduce((sum, square) => sum + square, 0);
   let left = all;
-  for (const [index, [name, layer]] of rounded.entries()) {
-    if (index > 0 && error * Math.sqrt(left / all) <= most) break;
-    left -= square(layer);
-    result.set(name, { as: "float", error: layer.error });
-  }
-  return result;
+  const count = squares.findIndex((square) => {
+    left -= square;
+    return error * Math.sqrt(Math.max(0, left) / all) <= most;
+  });
+  return count + 1;
 }
+
+const worstFirst = (plan: Int8Plan) =>
+  [...plan].filter(([, { as }]) => as !== "float").sort(([, a], [, b]) => b.error - a.error);
 
 /** Layers that are quantised, as `quantisedWeights` takes them. */
 export function quantisedLayers(plan: Int8Plan): Map<string, Float32Array | null> {

@@ -16,18 +16,24 @@ export const weightsFolder = (cache: string): string => path.join(cache, "weight
 
 /** Bytes of the files of weights in a cache, by their paths. */
 export async function listCachedWeights(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
-  const folder = weightsFolder(cache);
-  const names = await readdir(folder).catch((): string[] => []);
-  const files = names
-    .filter((name) => /\.(safetensors|plan\.json)(\.[0-9a-f]+\.tmp)?$/.test(name))
-    .map((name) => path.join(folder, name));
-  return Promise.all(files.sort().map(async (file) => ({ file, bytes: (await stat(file)).size })));
+  const files = await cachedFiles(cache, /\.safetensors(\.[0-9a-f]+\.tmp)?$/);
+  return Promise.all(files.map(async (file) => ({ file, bytes: (await stat(file)).size })));
 }
 
-/** Removes them, and what an interrupted load left. @returns how many there were, and their bytes */
+async function cachedFiles(cache: string, named: RegExp): Promise<string[]> {
+  const folder = weightsFolder(cache);
+  const names = await readdir(folder).catch((): string[] => []);
+  return names
+    .filter((name) => named.test(name))
+    .sort()
+    .map((name) => path.join(folder, name));
+}
+
+/** Removes them, the plans that they follow from, and what an interrupted load left. @returns how many files of weights there were, and their bytes */
 export async function clearCachedWeights(cache: string): Promise<{ readonly files: number; readonly bytes: number }> {
   const found = await listCachedWeights(cache);
-  for (const { file } of found) await rm(file, { force: true });
+  const plans = await cachedFiles(cache, /\.plan\.json(\.[0-9a-f]+\.tmp)?$/);
+  for (const file of [...found.map(({ file }) => file), ...plans]) await rm(file, { force: true });
   return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
 }
 

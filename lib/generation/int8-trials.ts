@@ -3,12 +3,12 @@
  * be in 8 bits, with rounded layers, and in 8 bits. One network is in memory at a time, with its weights as they are stored.
  */
 
-import type { Checkpoint, LayerComparison } from "../checkpoint/index.js";
+import type { Checkpoint, ControlNet, LayerComparison } from "../checkpoint/index.js";
 import { onAbort } from "../common/abort.js";
 import type { Logger } from "../common/logger.js";
 import { seedsFrom } from "../common/seed.js";
 import { type FloatTensor, float32, type Tensor } from "../common/tensor.js";
-import { comparisonOutput, graphName, networks } from "../networks/index.js";
+import { comparisonOutput, controlChannels, type GraphKey, graphName, networks } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import { type OnnxGraph, shapeWith } from "../onnx/index.js";
 import { ProgramBuilder } from "../program/builder.js";
@@ -17,7 +17,7 @@ import { openRuntime } from "../runtimes/index.js";
 import type { OpenedRuntime } from "../runtimes/runtime.js";
 import { noiseOf } from "./latents.js";
 import type { LatentShape } from "./programs.js";
-import { positionCrop } from "./templates.js";
+import { controlPositionsOf, positionCrop } from "./templates.js";
 import type { Condition } from "./text.js";
 
 interface TrialOptions {
@@ -49,10 +49,10 @@ export class Trials {
     return new Trials(await openRuntime("onnxruntime", runs, { files: [], bytesOf16Bit: () => 0 }, () => {}), signal);
   }
 
-  /** Runs programs that launch one network, with the weights that the checkpoint has for it. */
-  async run(checkpoint: Checkpoint, network: string, programs: readonly Program[]): Promise<Trial> {
+  /** Runs programs that launch one graph, with the weights that the checkpoint has for it. */
+  async run(checkpoint: Checkpoint, name: string, programs: readonly Program[]): Promise<Trial> {
     const { runtime, emitOptions } = this.#opened;
-    const graph = new GraphLibrary(checkpoint, emitOptions).get(graphName({ network }));
+    const graph = new GraphLibrary(checkpoint, emitOptions).get(name);
     const signal = this.#signal;
     runtime.add(graph);
     // A launch may take minutes.
@@ -186,29 +186,35 @@ const patches = 16;
 
 /**
  * The program that evaluates a step network, without guidance: its result is "velocity_next", [rows, C, h, w].
- * @param velocity of the predictor, for a network that reads one
+ * @param key of the graph: `predict`, also with a ControlNet, or `refine`
+ * @param velocity of the predictor, for a network that reads one; default: zeros
  */
 export async function stepProgram(
   checkpoint: Checkpoint,
-  network: "predict" | "refine",
+  key: GraphKey,
   { sigmas, seed, condition }: StepRows,
-  velocity: Tensor | null,
+  velocity: Tensor | null = null,
 ): Promise<Program> {
+  const controlNet = key.controls === undefined ? null : checkpoint.controlNets.get(key.controls)!;
   const rows = sigmas.length;
-  const shape = latentShape(checkpoint, rows);
-  const [noise] = await noiseOf(seedsFrom(seed, rows), [shape]);
-  const size = noise!.data.length / rows;
+  const shape = latentShape(checkpoint, controlNet, rows);
+  const [, , height, width] = shape;
+  const controlShape = [rows, controlNet ? controlChannels(controlNet.config) : 0, height, width];
+  const [noise, control] = (await noiseOf(seedsFrom(seed, rows), [shape, controlShape])) as [FloatTensor, FloatTensor];
+  const size = noise.data.length / rows;
   // A picture's latents are as large as noise: of what lies between them the squares add up.
-  const x = noise!.data.map((value, i) => {
+  const x = noise.data.map((value, i) => {
     const sigma = sigmas[Math.floor(i / size)]!;
     return value * Math.hypot(sigma, 1 - sigma);
   });
   const builder = new ProgramBuilder();
-  const part = checkpoint[networks[network]!.part as "transformer" | "refiner"]!;
+  const part = checkpoint[networks[key.network]!.part as "transformer" | "refiner"]!;
   builder.constants.positions = positionCrop(part, shape);
+  const controlPositions = controlNet && controlPositionsOf(checkpoint, controlNet.id, shape);
+  if (controlPositions) builder.constants.control_positions = controlPositions;
   const zero = builder.perRow(0, rows);
   builder.launch({
-    graph: graphName({ network }),
+    graph: graphName(key),
     inputs: {
       x: builder.value("x", float32(shape, x)),
       velocity: builder.value("velocity", velocity ?? float32(shape, new Float32Array(x.length))),
@@ -217,6 +223,8 @@ export async function stepProgram(
       position_embedding: "positions",
       sigma: builder.value("sigma", float32([rows], Float32Array.from(sigmas))),
       ...{ a_in: zero, a_old: zero, a_new: zero },
+      ...(controlNet && { control_1: builder.value("control", control), control_1_scale: builder.perRow(1, rows) }),
+      ...(controlPositions && { control_1_positions: "control_positions" }),
     },
     outputs: { x_next: builder.register("x_next", shape), velocity_next: builder.register("velocity_next", shape) },
     mustBeFinite: ["velocity_next"],
@@ -225,11 +233,13 @@ export async function stepProgram(
   return builder.build(["velocity_next"]);
 }
 
-/** Of a size that transformer and refiner have positions for. */
-function latentShape({ transformer, refiner }: Checkpoint, rows: number): LatentShape {
+/** Of a size that transformer, refiner and the ControlNet have positions for. */
+function latentShape({ transformer, refiner }: Checkpoint, controlNet: ControlNet | null, rows: number): LatentShape {
   const { patchSize, outChannels, sampleSize } = transformer.config;
-  const tables = [transformer, ...(refiner ? [refiner] : [])];
-  const most = tables.map(({ config }) => config.patchSize * config.posEmbedMaxSize);
+  const tables = [transformer, refiner, controlNet].flatMap((part) => part ?? []);
+  const most = tables.flatMap(
+    ({ config: { patchSize, posEmbedMaxSize } }) => patchSize * (posEmbedMaxSize ?? Infinity),
+  );
   const side = Math.min(patches * patchSize, sampleSize, ...most);
   return [rows, outChannels, side, side];
 }

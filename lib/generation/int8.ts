@@ -7,21 +7,24 @@
 import {
   type CheckedPlan,
   type Checkpoint,
+  type ControlNet,
   type Int8Kind,
   type Int8Plan,
   int8Candidates,
   type Part,
+  partTitles,
   planFile,
   plannedForms,
   quantisedLayers,
   quantisedWeights,
   readPlan,
   withoutWorst,
+  worstToLeave,
   writePlan,
 } from "../checkpoint/index.js";
 import type { Logger } from "../common/logger.js";
 import type { Rounding, Tensor } from "../common/tensor.js";
-import { networksOf } from "../networks/index.js";
+import { type GraphKey, graphName, networks, networksOf, textEncodersOf } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import type { Program } from "../program/program.js";
 import { calibrationPrompts } from "./calibration-prompts.js";
@@ -29,6 +32,8 @@ import { errorsOf, type StepRows, stepProgram, type Trial, Trials } from "./int8
 import { PromptEncoder, promptOf } from "./text.js";
 
 export interface Int8Options {
+  /** Whether T5 is among them, too; false where its weights are held in another way. Default: true. */
+  readonly textEncoder3?: boolean | undefined;
   readonly threads?: number | undefined;
   readonly watchdogMs?: number | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -38,21 +43,21 @@ export interface Int8Options {
 
 /** Parts whose layers are quantised, by the networks that run them. */
 const rows = {
-  clip_l: { part: "textEncoder", kind: "clip", title: "the text encoder clip_l" },
-  clip_g: { part: "textEncoder2", kind: "clip", title: "the text encoder clip_g" },
-  t5: { part: "textEncoder3", kind: "t5", title: "the text encoder t5" },
-  predict: { part: "transformer", kind: "mmdit", title: "the transformer" },
+  clip_l: { part: "textEncoder", kind: "clip", title: `the ${partTitles.textEncoder}` },
+  clip_g: { part: "textEncoder2", kind: "clip", title: `the ${partTitles.textEncoder2}` },
+  t5: { part: "textEncoder3", kind: "t5", title: `the ${partTitles.textEncoder3}` },
+  predict: { part: "transformer", kind: "mmdit", title: `the ${partTitles.transformer}` },
   refine: { part: "refiner", kind: "mmdit", title: "the refiner" },
 } as const satisfies Record<string, { part: keyof Checkpoint; kind: Int8Kind; title: string }>;
 
-type NetworkName = keyof typeof rows;
-
 /** A part of the checkpoint at hand. */
 interface ExaminedPart {
-  readonly network: NetworkName;
-  readonly key: (typeof rows)[NetworkName]["part"];
+  /** The graph that it is examined in. */
+  readonly key: GraphKey;
   readonly title: string;
   readonly part: Part<unknown>;
+  /** The checkpoint with the part in its place. */
+  put(checkpoint: Checkpoint, part: Part<unknown>): Checkpoint;
   /** Layers that may be quantised. */
   readonly layers: readonly string[];
   /** Where its plan is kept. */
@@ -67,8 +72,8 @@ const warnedAbove = 0.03;
 const acceptedUpTo = 0.025;
 /** What they are brought to then. */
 const aimedAt = 0.02;
-/** How often layers are taken back to float and the part is run again. */
-const rounds = 5;
+/** How often the part is run to find how many layers have to be in float. */
+const rounds = 4;
 
 /** What is drawn where layers are examined: steps of several noise levels, with the empty text among others. */
 const prompts = ["", calibrationPrompts[1]!, calibrationPrompts[9]!];
@@ -90,34 +95,60 @@ export async function withInt8Weights(
   cache: string,
   options: Int8Options = {},
 ): Promise<Checkpoint> {
-  const parts = await examinedParts(checkpoint, cache);
+  const parts = await examinedParts(checkpoint, cache, options);
   if (parts.some(({ plan }) => plan === null)) await examine(checkpoint, parts, cache, options);
-  const quantised: Record<string, Part<unknown>> = {};
+  let quantised = checkpoint;
   const warnings = [...checkpoint.warnings];
-  for (const { key, part, title, plan } of parts) {
-    const layers = quantisedLayers(plan!.layers);
-    quantised[key] = await quantisedWeights(part, layers, cache, { ...options, title });
+  for (const { part, put, title, plan } of parts) {
+    quantised = put(
+      quantised,
+      await quantisedWeights(part, quantisedLayers(plan!.layers), cache, { ...options, title }),
+    );
     if (plan!.error > warnedAbove) warnings.push(warningOf(title, plan!));
   }
-  return { ...checkpoint, ...quantised, warnings };
+  return { ...quantised, warnings };
 }
 
-async function examinedParts(checkpoint: Checkpoint, cache: string): Promise<ExaminedPart[]> {
-  const parts: ExaminedPart[] = [];
-  for (const { name } of networksOf(checkpoint)) {
-    if (!isExamined(name)) continue;
-    const { part: key, kind, title } = rows[name];
-    const part: Part<unknown> = checkpoint[key]!;
-    const layers = int8Candidates(kind, part.weights);
-    // A step is examined with what the text encoders make of texts, and the refiner with what the transformer makes of both.
-    const beside = kind === "mmdit" ? parts.map(({ part }) => part) : [];
-    const file = await planFile(cache, part, beside, layers);
-    parts.push({ network: name, key, title, part, layers, file, plan: await readPlan(file, layers) });
+async function examinedParts(
+  checkpoint: Checkpoint,
+  cache: string,
+  { textEncoder3 = true }: Int8Options,
+): Promise<ExaminedPart[]> {
+  const { transformer, controlNets } = checkpoint;
+  const texts = textEncodersOf(checkpoint).map(({ name }) => checkpoint[rows[name as keyof typeof rows].part]!);
+  const found: Omit<ExaminedPart, "file" | "plan">[] = [];
+  const files: Promise<string>[] = [];
+  // What results are measured with is part of what a plan follows from.
+  const add = (kind: Int8Kind, beside: readonly Part<unknown>[], part: Omit<(typeof found)[number], "layers">) => {
+    const layers = int8Candidates(kind, part.part.weights);
+    found.push({ ...part, layers });
+    files.push(planFile(cache, part.part, beside, layers));
+  };
+  for (const { name, row } of networksOf(checkpoint)) {
+    if (!isExamined(name) || (name === "t5" && !textEncoder3)) continue;
+    const { part: place, kind, title } = rows[name];
+    const beside = row.role === "text" ? [] : name === "predict" ? texts : [...texts, transformer];
+    const put = (whole: Checkpoint, part: Part<unknown>) => ({ ...whole, [place]: part });
+    add(kind, beside, { key: { network: name }, title, part: checkpoint[place]!, put });
   }
-  return parts;
+  for (const [id, controlNet] of controlNets) {
+    const put = (whole: Checkpoint, part: Part<unknown>) => ({
+      ...whole,
+      controlNets: new Map(whole.controlNets).set(id, part as ControlNet),
+    });
+    const title = `the ControlNet ${controlNet.folder}`;
+    add("mmdit", [...texts, transformer], { key: { network: "predict", controls: id }, title, part: controlNet, put });
+  }
+  return Promise.all(
+    found.map(async (part, index) => {
+      const file = await files[index]!;
+      return { ...part, file, plan: await readPlan(file, part.layers) };
+    }),
+  );
 }
 
-const isExamined = (name: string): name is NetworkName => Object.hasOwn(rows, name);
+const isExamined = (name: string): name is keyof typeof rows => Object.hasOwn(rows, name);
+const isText = ({ key }: ExaminedPart) => networks[key.network]!.role === "text";
 
 /** Makes the plans that are missing. */
 async function examine(
@@ -134,30 +165,31 @@ async function examine(
     const prepared = await text.prepare(prompts.map(promptOf), tokens, null, options.signal);
     const encoded = await text.encode(prepared, async (programs) => {
       const results: Record<string, Tensor>[] = new Array(programs.length);
-      for (const part of parts) {
-        const own = [...programs.keys()].filter((index) => programs[index]!.graph === part.network);
-        if (own.length === 0) continue;
-        const found = await examiner.results(
-          part,
-          own.map((index) => programs[index]!.program),
-        );
+      // One encoder after another, each with all texts.
+      for (const name of new Set(programs.map(({ graph }) => graph))) {
+        const own = [...programs.keys()].filter((index) => programs[index]!.graph === name);
+        const texts = own.map((index) => programs[index]!.program);
+        const part = parts.find((each) => graphName(each.key) === name);
+        const found = part ? await examiner.results(part, texts) : (await trials.run(checkpoint, name, texts)).results;
         for (const [at, index] of own.entries()) results[index] = found[at]!;
       }
       return results;
     });
-    const conditionOf = ({ sigmas, texts, seed }: typeof examinedSteps): StepRows => {
+    const rowsOf = ({ sigmas, texts, seed }: typeof examinedSteps): StepRows => {
       return { sigmas, seed, condition: text.stack(texts.map((index) => encoded[index]!)) };
     };
-    const steps = [conditionOf(examinedSteps), conditionOf(checkedSteps)];
-    let velocities: readonly (Tensor | null)[] = [null, null];
-    for (const network of ["predict", "refine"] as const) {
-      const later = parts.slice(parts.findIndex((part) => part.network === network));
-      const part = later[0]!;
-      if (part.network !== network || later.every(({ plan }) => plan)) break;
-      const programs = await Promise.all(
-        steps.map((each, index) => stepProgram(checkpoint, network, each, velocities[index]!)),
-      );
-      velocities = (await examiner.results(part, programs)).map((each) => each.velocity_next!);
+    const steps = [rowsOf(examinedSteps), rowsOf(checkedSteps)];
+    const missing = (network: string) => parts.some(({ key, plan }) => key.network === network && plan === null);
+    let velocities: readonly Tensor[] = [];
+    for (const part of parts.filter((part) => !isText(part))) {
+      const { key, plan } = part;
+      // The refiner reads the predictor's velocities.
+      const isRead = key.network === "predict" && key.controls === undefined && missing("refine");
+      if (plan && !isRead) continue;
+      const read = key.network === "refine" ? velocities : [];
+      const programs = await Promise.all(steps.map((each, at) => stepProgram(checkpoint, key, each, read[at])));
+      const results = await examiner.results(part, programs);
+      if (isRead) velocities = results.map(({ velocity_next }) => velocity_next!);
     }
   } finally {
     await trials.dispose();
@@ -179,14 +211,14 @@ class Examiner {
   async results(part: ExaminedPart, programs: readonly Program[]): Promise<readonly Record<string, Tensor>[]> {
     const { checkpoint, trials } = this;
     const run = (some: readonly Program[], weights = part.part) =>
-      trials.run({ ...checkpoint, [part.key]: weights }, part.network, some);
+      trials.run(part.put(checkpoint, weights), graphName(part.key), some);
     if (part.plan) return (await run(programs)).results;
     const { title, layers } = part;
     this.options.logger?.info?.(
       `${capital(title)} is examined for weights in int8, once: ${layers.length} layers are compared with what they are in float32.`,
     );
     const start = performance.now();
-    const isStep = part.network === "predict" || part.network === "refine";
+    const isStep = !isText(part);
     const [examined, checked] = isStep ? [programs.slice(0, 1), programs.slice(1)] : [programs, programs];
     const compared = await run(
       examined,
@@ -211,22 +243,38 @@ class Examiner {
   }
 
   /**
-   * The plan whose error is within the aim: of layers as each is by itself, then with all channels scaled where that is nearer, then with as many
-   * layers in float as it takes.
+   * The plan whose error is within the aim: of layers as each is by itself, else with all channels scaled where that is nearer, else with as few
+   * layers in float as some runs find.
    */
   async #settled(
     { title }: ExaminedPart,
     { comparisons }: Trial,
     errorOf: (plan: Int8Plan) => Promise<number>,
   ): Promise<Int8Plan> {
-    let plan = plannedForms(comparisons);
-    for (let round = 0; round < rounds && quantisedLayers(plan).size > 0; round++) {
+    const measured = async (plan: Int8Plan) => {
+      if (quantisedLayers(plan).size === 0) return 0;
       const error = await errorOf(plan);
       this.options.logger?.debug?.(resultOf(title, { layers: plan, error }));
-      if (error <= (round < 2 ? acceptedUpTo : aimedAt)) break;
-      plan = round === 0 ? plannedForms(comparisons, "better") : withoutWorst(plan, error, aimedAt);
+      return error;
+    };
+    const first = plannedForms(comparisons);
+    const before = await measured(first);
+    if (before <= acceptedUpTo) return first;
+    const scaled = plannedForms(comparisons, "better");
+    const after = await measured(scaled);
+    if (after <= acceptedUpTo) return scaled;
+    const [nearer, error] = after < before ? [scaled, after] : [first, before];
+    // So many in float were too few, and so many were enough: all of them are.
+    const all = quantisedLayers(nearer).size;
+    let [few, enough] = [0, all];
+    let next = worstToLeave(nearer, error, aimedAt);
+    for (let round = 0; round < rounds && enough - few > 1; round++) {
+      const count = Math.min(enough - 1, Math.max(few + 1, next));
+      if ((await measured(withoutWorst(nearer, count))) <= aimedAt) enough = count;
+      else few = count;
+      next = enough === all ? Math.ceil(1.5 * few) : (few + enough) >> 1;
     }
-    return plan;
+    return withoutWorst(nearer, enough);
   }
 }
 

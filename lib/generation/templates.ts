@@ -198,7 +198,11 @@ export function positionsOf(checkpoint: Checkpoint, latentShape: LatentShape): S
 }
 
 /** Positions of a ControlNet for a latent; null for one that has none of its own. */
-function controlPositionsOf(checkpoint: Checkpoint, id: string, latentShape: LatentShape): StoredConstant | null {
+export function controlPositionsOf(
+  checkpoint: Checkpoint,
+  id: string,
+  latentShape: LatentShape,
+): StoredConstant | null {
   const controlNet = checkpoint.controlNets.get(id)!;
   const source = controlPositionTable(controlNet);
   return (

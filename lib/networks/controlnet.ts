@@ -133,5 +133,6 @@ function named(weights: WeightSource, id: string): WeightSource {
       const { codes, scales, smooth } = found;
       return { codes: renamed(codes), scales: renamed(scales), smooth: smooth && renamed(smooth) };
     },
+    rounding: (layer) => weights.rounding?.(layer),
   };
 }

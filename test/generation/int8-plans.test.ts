@@ -58,7 +58,7 @@ async function stepErrors(checkpoints: readonly Checkpoint[], exact: Checkpoint)
     ],
   );
   const condition = { context: context!, pooled: pooled! };
-  const program = await stepProgram(exact, "predict", { sigmas, seed: 500, condition }, null);
+  const program = await stepProgram(exact, { network: "predict" }, { sigmas, seed: 500, condition });
   const trials = await Trials.open({ threads: 2 });
   try {
     const run = async (checkpoint: Checkpoint) => (await trials.run(checkpoint, "predict", [program])).results;
