@@ -1,6 +1,7 @@
 /**
  * `flowturbo doctor`: the GPUs and runtimes of this machine, and why one cannot be used; and whether the packages that flowturbo needs
- * can be loaded. It needs none of those itself. Of adapters that are named it says whether they fit a model.
+ * can be loaded. It needs none of those itself. Of a model that is named it says what it would take of the memory on the CPU, and of adapters
+ * whether they fit a model.
  */
 
 import { availableParallelism, totalmem } from "node:os";
@@ -9,9 +10,10 @@ import { huggingFaceTokenizers } from "../checkpoint/index.js";
 import { gigabytes } from "../common/memory.js";
 import { packageVersion } from "../common/package.js";
 import { platformText, thisPlatform } from "../common/platform.js";
-import { OptionError } from "../errors.js";
 import { embeddedModel } from "../flowturbo.js";
 import { type AdapterExamination, examineAdapters } from "../generation/examine-adapters.js";
+import { examineMemory, type MemoryExamination } from "../generation/examine-memory.js";
+import { heldWeights } from "../generation/host-memory.js";
 import { sharp } from "../generation/sharp.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { runtimes } from "../runtimes/index.js";
@@ -25,32 +27,33 @@ const adaptersSchema = loadSchema.pick({ loras: true, controlNets: true });
 const librariesSchema = loadSchema.pick({ tensorrtFolder: true, cudaProviderFolder: true });
 
 export function doctorCommand(command: Command): void {
-  command.option("--model <path>", "checkpoint that adapters are examined for (default: the embedded shapes model)");
+  command.option(
+    "--model <path>",
+    "checkpoint whose memory on the CPU is estimated, and that adapters are examined for (default for adapters: the embedded shapes model)",
+  );
   addFlags(command, librariesSchema);
   addLoadAdapters(command);
   addJsonFlag(command)
     .description(
-      "Say which runtimes and packages were found, and why one is missing; and whether adapters fit a model.",
+      "Say which runtimes and packages were found, and why one is missing; what memory a model would take on the CPU; and whether adapters fit a model.",
     )
     .addHelpText(
       "after",
       `
 Examples:
   $ flowturbo doctor
+  $ flowturbo doctor --model ./stable-diffusion-3.5-medium
   $ flowturbo doctor --model ./stable-diffusion-3.5-medium --lora style.safetensors --control-net ./controlnet`,
     )
     .action(async ({ json, model, ...flags }: DoctorFlags) => {
       const examined = await examine(checkOptions(librariesSchema, readFlags(librariesSchema, flags), "doctor"));
       const asked = checkOptions(adaptersSchema, readLoadAdapters(flags), "doctor");
       const isAsked = asked.loras !== undefined || asked.controlNets !== undefined;
-      if (model !== undefined && !isAsked)
-        throw new OptionError(
-          "model",
-          "Only adapters are examined for a model: name one with --lora or --control-net.",
-        );
+      const memory = model === undefined ? null : await examineMemory(model);
       const adapters = isAsked ? await examineAdapters(model ?? embeddedModel, asked) : [];
-      const report = { ...examined, ...(isAsked && { modelAdapters: adapters }) };
-      print(json, report, [render(examined), ...renderAdapters(adapters)].join("\n"));
+      const report = { ...examined, ...(memory && { memory }), ...(isAsked && { modelAdapters: adapters }) };
+      const texts = [render(examined), ...(memory ? renderMemory(memory) : []), ...renderAdapters(adapters)];
+      print(json, report, texts.join("\n"));
       const canDraw = examined.runtimes.some(isAvailable) && examined.packages.every(isAvailable);
       if (!canDraw || !adapters.every(({ fits }) => fits)) process.exitCode = 1;
     });
@@ -59,6 +62,25 @@ Examples:
 interface DoctorFlags extends LoadAdapterFlags {
   json?: boolean;
   model?: string;
+}
+
+function renderMemory({ available, sizes, auto, recommended }: MemoryExamination): string[] {
+  const lines = [`memory of the model on the CPU, about (${gigabytes(available)} GB are free):`];
+  for (const { width, height, weights } of sizes) {
+    const modes = heldWeights.map((held) => {
+      const { total, fits } = weights[held];
+      return `${fits ? "✔" : "✘"} ${held} ${gigabytes(total)} GB`;
+    });
+    lines.push(`  ${width} x ${height}: ${modes.join(", ")}`);
+  }
+  if (recommended === null)
+    lines.push("      None fits: free memory, use a machine with more, or a smaller checkpoint.");
+  else if (recommended === "int8")
+    lines.push(
+      `      → --weights int8 is the quickest that fits, but its pictures differ a little: --weights auto never takes it, and takes ${auto} here.`,
+    );
+  else lines.push(`      → --weights ${recommended} is the quickest that fits; --weights auto takes ${auto} here.`);
+  return lines;
 }
 
 function renderAdapters(adapters: readonly AdapterExamination[]): string[] {

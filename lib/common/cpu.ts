@@ -109,3 +109,8 @@ function readText(file: string): string | null {
     return null;
   }
 }
+
+/** Whether the processor has instructions for sums of products of 8-bit integers, as Linux says for x64; false where it is not known. */
+export function hasVnni(read: ReadText = readText): boolean {
+  return /^flags\s*:.*\b(avx512_vnni|avx_vnni)\b/m.test(read("/proc/cpuinfo") ?? "");
+}

@@ -4,9 +4,11 @@
  * besides. Estimates are low rather than high: what they let through and does not fit fails as the launch is made.
  */
 
+import type { Checkpoint } from "../checkpoint/index.js";
 import { gigabytes } from "../common/memory.js";
 import { elementCount, is8Bit } from "../common/tensor.js";
 import { MemoryError } from "../errors.js";
+import type { Size } from "../model.js";
 import { mmditWidth, textEncodersOf, tokensOf } from "../networks/index.js";
 import type { GraphLibrary } from "../networks/library.js";
 import type { EmitOptions, OnnxGraph } from "../onnx/index.js";
@@ -155,21 +157,34 @@ function stepValues(
 ): Values {
   const { config } = graphs.checkpoint.transformer;
   const options = graphs.optionsOf("predict");
-  const [, , height, width] = latentShape;
-  const patches = (height / config.patchSize) * (width / config.patchSize);
-  const texts = textEncodersOf(graphs.checkpoint);
-  const tokensThat = (joins: "channels" | "tokens") =>
-    Math.max(0, ...texts.filter(({ text }) => text.joins === joins).map((each) => tokensOf(each, sequenceLength)));
-  const tokens = patches + tokensThat("channels") + tokensThat("tokens");
+  const { patches, tokens } = stepTokens(graphs.checkpoint, latentShape, sequenceLength);
   const inner = rows * patches * 4 * mmditWidth(config) * bytesOf(options);
   const scores = holdsScores ? rows * config.numAttentionHeads * tokens * tokens * bytesOf(options) : 0;
   return { largest: Math.max(inner, scores), together: 2 * Math.max(inner, scores) };
 }
 
-/** The decoder: maps of the channels of its last block but one at the picture's size, two at a time. */
-function decoderValues(graphs: GraphLibrary, { width, height }: DrawnPicture): Values {
-  const { blockOutChannels } = graphs.checkpoint.vae.config;
-  const channels = blockOutChannels[1] ?? blockOutChannels[0]!;
-  const map = channels * width * height * bytesOf(graphs.optionsOf("vae_decoder"));
+/** Tokens of a row of a step: those of the picture, and all. */
+export function stepTokens(
+  checkpoint: Checkpoint,
+  [, , height, width]: LatentShape,
+  sequenceLength: number,
+): { readonly patches: number; readonly tokens: number } {
+  const { patchSize } = checkpoint.transformer.config;
+  const patches = (height / patchSize) * (width / patchSize);
+  const texts = textEncodersOf(checkpoint);
+  const tokensThat = (joins: "channels" | "tokens") =>
+    Math.max(0, ...texts.filter(({ text }) => text.joins === joins).map((each) => tokensOf(each, sequenceLength)));
+  return { patches, tokens: patches + tokensThat("channels") + tokensThat("tokens") };
+}
+
+/** The decoder: two of its largest maps at a time. */
+function decoderValues(graphs: GraphLibrary, drawn: DrawnPicture): Values {
+  const map = largestMap(graphs.checkpoint, drawn) * bytesOf(graphs.optionsOf("vae_decoder"));
   return { largest: map, together: 2 * map };
+}
+
+/** Values of the decoder's largest map: of the channels of its last block but one, at the picture's size. */
+export function largestMap({ vae }: Checkpoint, { width, height }: Size): number {
+  const { blockOutChannels } = vae.config;
+  return (blockOutChannels[1] ?? blockOutChannels[0]!) * width * height;
 }

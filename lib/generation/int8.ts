@@ -150,6 +150,17 @@ async function examinedParts(
 const isExamined = (name: string): name is keyof typeof rows => Object.hasOwn(rows, name);
 const isText = ({ key }: ExaminedPart) => networks[key.network]!.role === "text";
 
+/** The parts of a checkpoint whose layers may be quantised, ControlNets aside. */
+export function quantisableParts(
+  checkpoint: Checkpoint,
+): { readonly part: Part<unknown>; readonly layers: readonly string[] }[] {
+  const names = networksOf(checkpoint).map(({ name }) => name);
+  return names.filter(isExamined).map((name) => {
+    const part: Part<unknown> = checkpoint[rows[name].part]!;
+    return { part, layers: int8Candidates(rows[name].kind, part.weights) };
+  });
+}
+
 /** Makes the plans that are missing. */
 async function examine(
   checkpoint: Checkpoint,

@@ -20,6 +20,7 @@ import { emitUpscaleLatents } from "./upscale-latents.js";
 import { emitVaeDecoder, emitVaeEncoder } from "./vae.js";
 
 export { controlChannels, controlPositionTable } from "./controlnet.js";
+export { mostTokens } from "./layers.js";
 export { type LoraRank, type LowRankLayer, type LowRankLayout, loraRanks, type NetworkGraph } from "./low-rank.js";
 export { mmditWidth, positionTable } from "./mmdit.js";
 export { comparisonOutput } from "./rounding.js";

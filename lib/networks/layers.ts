@@ -81,8 +81,8 @@ interface AttentionOptions {
  */
 const mostScores = 2 ** 24;
 
-/** The most tokens whose scores are held at once. */
-const mostTokens = (heads: number) => Math.floor(Math.sqrt(mostScores / heads));
+/** The most tokens whose scores are held at once on the CPU. */
+export const mostTokens = (heads: number) => Math.floor(Math.sqrt(mostScores / heads));
 
 /**
  * Options for a network with so many tokens at most: where they are always few, attention needs no branch, which takes 4 % of a

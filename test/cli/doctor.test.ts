@@ -6,6 +6,7 @@ import path from "node:path";
 import { Command } from "commander";
 import { afterEach, beforeEach, expect, it, vi } from "vitest";
 import { doctorCommand } from "../../lib/cli/doctor.js";
+import type { HostMemory } from "../../lib/generation/host-memory.js";
 import { runtimes } from "../../lib/runtimes/index.js";
 import { findWebGpu } from "../../lib/runtimes/onnxruntime/adapters.js";
 import { findCuda } from "../../lib/runtimes/onnxruntime/cuda-provider.js";
@@ -160,7 +161,23 @@ it("says whether LoRAs and ControlNets fit a model, without drawing", async () =
   expect(json.modelAdapters).toMatchObject([{ kind: "LoRA", name: "lora_a", fits: false, about: null }]);
   expect(json.modelAdapters[0].reason).toMatch(/\S/);
   expect(process.exitCode).toBe(1);
-  await expect(doctor("--model", of("medium", "model"))).rejects.toThrow(/--lora or --control-net/);
+});
+
+it("says what a model would take of the memory on the CPU, for each way to hold its weights", async () => {
+  table(usable);
+  const model = ["--model", fixture("medium", "model")];
+  const text = await doctor(...model);
+  expect(text).toMatch(
+    /\nmemory of the model on the CPU, about \(\d+\.\d\d GB are free\):\n {2}128 x 128: ✔ lazy 0\.\d+ GB, ✔ folded 0\.\d+ GB, ✔ int8 0\.\d+ GB\n {6}→ --weights folded is the quickest that fits; --weights auto takes folded here\.\n$/,
+  );
+  expect(await doctor()).not.toContain("memory of the model");
+  printed = "";
+  const { memory } = JSON.parse(await doctor(...model, "--json"));
+  expect(memory).toMatchObject({ auto: "folded", recommended: "folded", sizes: [{ width: 128, height: 128 }] });
+  for (const { weights, activations, total } of Object.values<HostMemory>(memory.sizes[0].weights))
+    expect(total).toBeGreaterThan(weights + activations);
+  expect(process.exitCode).toBe(undefined);
+  await expect(doctor("--model", "./nowhere")).rejects.toThrow(/nowhere/);
 });
 
 it("names LoRAs as requests do, and refuses two of one name", async () => {

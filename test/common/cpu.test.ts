@@ -1,6 +1,6 @@
 // Processors: quotas of control groups of both versions, wherever they are mounted, and cores among the allowed ones.
 import { describe, expect, it } from "vitest";
-import { type Processors, processors, usableThreads } from "../../lib/common/cpu.js";
+import { hasVnni, type Processors, processors, usableThreads } from "../../lib/common/cpu.js";
 
 const unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
 const cpuMount = "33 32 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct";
@@ -106,4 +106,11 @@ it.each<[Processors, number | null]>([
   [{ cores: null, quota: null }, null],
 ])("threads for %j: %j", (available, threads) => {
   expect(usableThreads(available)).toBe(threads);
+});
+
+it("knows instructions for products of 8-bit integers by Linux's list of features", () => {
+  expect(hasVnni(() => "processor : 0\nflags\t\t: fpu avx2 avx512_vnni rdtscp\n")).toBe(true);
+  expect(hasVnni(() => "flags\t\t: fpu avx2 avx_vnni\n")).toBe(true);
+  expect(hasVnni(() => "flags\t\t: fpu avx2 avx512_vnni2\n")).toBe(false);
+  expect(hasVnni(() => null)).toBe(false);
 });
