@@ -28,7 +28,7 @@ export const benchmarks: readonly Benchmark[] = [
   { name: "overhead", about: "the pipeline against bare session runs" },
   { name: "event-loop", about: "delay of the event loop" },
   { name: "cold-start", about: "from process start to PNG, by part" },
-  { name: "memory", about: "peak memory with 16-bit weights" },
+  { name: "memory", about: "peak memory on the CPU by size and weights, and the slope" },
   { name: "t5", about: "T5's weights in int8 against 16 bits: memory, time, error" },
   { name: "int8", about: "weights in int8: what steps are off by, with ordinary and with heavy-tailed activations" },
   { name: "loras", about: "LoRAs that requests name: a step with rank 16 against one without, and merged" },

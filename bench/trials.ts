@@ -127,9 +127,12 @@ function trialsOf(subject: Subject): Trial[] {
     },
     {
       name: "attention",
-      about: "Attention of opset 23 against MatMul, Softmax, MatMul.",
+      about:
+        "Attention of opset 23 with few tokens and MultiHeadAttention block by block with many, chosen as the graph runs, against each of them alone and MatMul, Softmax, MatMul.",
       variants: [
-        step("Attention"),
+        step("by the number of tokens"),
+        step("Attention", undefined, emitted("predict.guidance", { attention: "operator" })),
+        step("MultiHeadAttention", undefined, emitted("predict.guidance", { attention: "contrib" })),
         step("primitives", undefined, emitted("predict.guidance", { attention: "matmul" })),
       ],
     },
@@ -180,7 +183,7 @@ function trialsOf(subject: Subject): Trial[] {
       about:
         "The decoder: group normalisation by InstanceNormalization against the operator, attention, static shapes.",
       variants: [
-        decoder("InstanceNormalization, Attention"),
+        decoder("InstanceNormalization, attention by the number of tokens"),
         decoder("GroupNormalization", { groupNorm: "operator" }),
         decoder("primitives for attention", { attention: "matmul" }),
         decoder("static shapes", {}, { freeDimensionOverrides: { rows: 1, height: side, width: side } }),
@@ -256,10 +259,10 @@ const subjects: { name: string; folder: () => Promise<string>; size: number; rou
   ...[64, 128].map((size) => ({
     ...{ name: `shapes, ${size} px`, folder: async () => embeddedModel, size, rounds, runs: size === 64 ? 10 : 4 },
   })),
-  {
-    ...{ name: "SD3.5-medium's width, 4 layers, 256 px", size: 256, rounds: Math.min(rounds, 3), runs: 1 },
+  ...[256, 512].map((size) => ({
+    ...{ name: `SD3.5-medium's width, 4 layers, ${size} px`, size, rounds: Math.min(rounds, 3), runs: 1 },
     folder: async () => (await randomCheckpoint(4, true)).folder,
-  },
+  })),
 ].filter(({ name }) => !flags.only || name.toLowerCase().includes(flags.only.toLowerCase()));
 
 const results: {
