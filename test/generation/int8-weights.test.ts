@@ -178,8 +178,8 @@ describe("other forms of a checkpoint", () => {
     const named = { controls: [{ folder: "lines", image }] };
     expectNear(await errorBetween(models, named));
     const files = await listCachedWeights(own);
-    // Transformer, refiner, two CLIPs, the ControlNet; T5's scores are so large that all of it is in float.
-    expect(files).toHaveLength(5);
+    // Transformer, refiner, two CLIPs, T5, the ControlNet.
+    expect(files).toHaveLength(6);
     const plain = await load(medium, { weights: "int8", cache: own });
     const byPath = { controls: [{ folder: net, image }] };
     expect(await latentsOf(plain, byPath)).not.toEqual(await latentsOf(models[1]!, named));
