@@ -27,7 +27,12 @@ export class MessageWriter {
   }
 
   string(field: number, value: string): this {
-    return this.bytes(field, Buffer.from(value, "utf8"));
+    const length = Buffer.byteLength(value);
+    this.#key(field, 2);
+    this.#varint(length);
+    this.#reserve(length);
+    this.#length += this.#buffer.write(value, this.#length);
+    return this;
   }
 
   bytes(field: number, value: Uint8Array): this {
