@@ -867,7 +867,10 @@ function prepareFor(
   const { runtime } = model;
   let names: readonly string[];
   try {
-    names = graphsAhead(settleRequest(options, model), model);
+    const request = settleRequest(options, model);
+    const [{ stages }] = request.candidates;
+    runtime.expect?.(stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0));
+    names = graphsAhead(request, model);
   } catch {
     return;
   }

@@ -150,7 +150,7 @@ export interface LoadOptions {
    */
   cudaProviderFolder?: string | undefined;
   /**
-   * Folder of engines and costs, of weights that were merged with LoRAs or quantised, of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
+   * Folder of engines and costs, of weights that were merged with LoRAs or quantised, of optimised graphs (64 MB at most), of references of `calibrate`, and of schedules that were found for models whose folder cannot be written.
    * Default: `$XDG_CACHE_HOME/flowturbo`, or `~/.cache/flowturbo`.
    */
   cache?: string | undefined;
@@ -207,7 +207,8 @@ export interface LoadOptions {
   threads?: number | undefined;
   /**
    * How the CPU runtime computes with weights. Those of 16 bits: `"lazy"` widens them at each use, `"folded"` once at load (faster,
-   * twice the memory), `"auto"` folds where six times their bytes are free. `"int8"` has the linear layers of attention and MLP multiplied as
+   * twice the memory), `"auto"` folds where six times their bytes are free; the command `flowturbo generate`, which draws one request, only where
+   * its pictures take more than 12 evaluations. `"int8"` has the linear layers of attention and MLP multiplied as
    * 8-bit integers, with a scale for each output and each token: of the transformer, the refiner, the text encoders and the ControlNets that are named here,
    * with LoRAs merged into them. That is faster than `"folded"`, and these weights take a quarter of its memory; pictures differ a little. All else stays in float32, its
    * 16-bit weights as with `"auto"`. The first load of a checkpoint writes the weights into the folder `weights` of `cache`, one byte a weight. Only the CPU

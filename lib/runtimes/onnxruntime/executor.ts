@@ -12,6 +12,7 @@ import type { CopyRows, Launch, Program } from "../../program/program.js";
 import { ConstantReader } from "../../program/stored.js";
 import { gpuFailure } from "./gpu-failures.js";
 import { hasInt8Products, int8ProductsOverflow } from "./int8-probe.js";
+import { OptimisedGraphs } from "./optimised.js";
 import type { Asked, Failure, FinishedLaunch, HostSettings, SentGraph } from "./protocol.js";
 import { sessionOptions } from "./sessions.js";
 import { HostValues, type Values } from "./values.js";
@@ -47,12 +48,14 @@ export class Executor {
   readonly #constants = new ConstantReader();
   readonly #workspaces = new Map<number, Map<string, ort.Tensor>>();
   readonly #values: Values;
+  readonly #optimised: OptimisedGraphs | null;
   /** Asked once a process, when the first graph needs it. */
   #overflow: Promise<boolean> | null = null;
 
   constructor(library: typeof ort, settings: HostSettings) {
     this.#ort = library;
     this.#settings = settings;
+    this.#optimised = settings.optimised === undefined ? null : new OptimisedGraphs(library, settings.optimised);
     this.#values = settings.provider === "webgpu" ? new WebGpuValues(library) : new HostValues(library);
   }
 
@@ -238,10 +241,10 @@ export class Executor {
     const widening = graph.widening ?? this.#settings.weights;
     const session = await this.#explaining(`${where} cannot be compiled`, async () => {
       const unsigned = hasInt8Products(graph.bytes) && (await this.#overflows());
-      return this.#ort.InferenceSession.create(
-        graph.bytes,
-        sessionOptions({ ...graph, widening, unsigned }, this.#settings),
-      );
+      const options = sessionOptions({ ...graph, widening, unsigned }, this.#settings);
+      // A graph with weights that were widened once has them in its file, and is read in the time that optimising takes.
+      if (widening === "lazy" && this.#optimised) return this.#optimised.session(graph, options);
+      return this.#ort.InferenceSession.create(graph.bytes, options);
     });
     this.#sessions.set(digest, session);
     return session;

@@ -34,6 +34,10 @@ export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "dev
   readonly name?: string | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening | ((graph: CompilableGraph) => Widening);
+  /** Where the first request that is expected takes at most so many evaluations, "folded" weights are lazy; default: never. */
+  readonly foldedAbove?: number | undefined;
+  /** Folder of optimised graphs, absolute; none are kept without it. */
+  readonly optimised?: string | undefined;
   /** Files of weights as they were when they were opened: graphs of other versions are others. */
   readonly files?: readonly FileVersion[] | undefined;
   /** Environment variables of the child, besides this process's own. */
@@ -68,6 +72,8 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly #workspaces = new Set<HostWorkspace>();
   /** Submissions to workspaces under way. */
   readonly #submissions = new Set<Promise<unknown>>();
+  /** Of graphs that are added from now on; null for what the options say. */
+  #widening: Widening | null = null;
 
   /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
@@ -81,6 +87,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
       libraries,
       threads,
       weights: typeof weights === "function" ? "folded" : weights,
+      optimised: options.optimised,
     } as const;
     const isLeaving = () => this.#disposed !== null;
     this.#user = {
@@ -103,12 +110,17 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     return this.#keeper.keepingAlive(() => this.#surviving((host) => host.ready));
   }
 
+  expect(evaluations: number): void {
+    const { foldedAbove = 0 } = this.#options;
+    if (evaluations <= foldedAbove) this.#widening = "lazy";
+  }
+
   add(graph: CompilableGraph): void {
     this.throwIfDisposed();
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
     const { weights, files = [] } = this.#options;
-    const widening = typeof weights === "function" ? weights(graph) : undefined;
+    const widening = typeof weights === "function" ? weights(graph) : (this.#widening ?? undefined);
     const read = new Set([...graph.externals.values()].map(({ file }) => file));
     const versions = files.filter(({ file }) => read.has(file));
     // The bytes have the places of the weights.

@@ -26,6 +26,8 @@ export interface HostSettings {
   readonly threads?: number | undefined;
   /** Of graphs that do not say themselves. */
   readonly weights: Widening;
+  /** Folder of optimised graphs, absolute; none are kept without it. */
+  readonly optimised?: string | undefined;
 }
 
 /** What a child has found out about its device before it is ready. */

@@ -1,14 +1,16 @@
 /** ONNX Runtime on the CPU in the table of runtimes. */
 
 import { processors, usableThreads } from "../../common/cpu.js";
+import { defaultCacheFolder } from "../../common/files.js";
 import { messageOf } from "../../common/text.js";
 import { InstallationError } from "../../errors.js";
 import { cpuEmitOptions } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { unsupported } from "./open-gpu.js";
+import { optimisedFolder } from "./optimised-folder.js";
 import { endSpare, startSpare } from "./spare.js";
-import { resolveWeights } from "./weights.js";
+import { foldedAbove, resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
@@ -20,13 +22,17 @@ export const onnxruntime: RuntimeRow = {
     startSpare();
     return endSpare;
   },
-  async open({ threads, weights, watchdogMs, listener, logger }, { bytesOf16Bit }) {
+  async open({ threads, weights, watchdogMs, listener, logger, cache = defaultCacheFolder() }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();
     const used = threads ?? usableThreads(available) ?? undefined;
     if (threads === undefined && available.quota !== null)
       logger?.debug?.(`Graphs run on ${used} threads: this process may use ${available.quota} processors.`);
-    const runtime = new OnnxRuntime({ weights: widening, threads: used, watchdogMs, listener, logger });
+    const runtime = new OnnxRuntime({
+      ...{ weights: widening, threads: used, watchdogMs, listener, logger },
+      ...(weights !== "folded" && { foldedAbove }),
+      optimised: optimisedFolder(cache),
+    });
     try {
       const { version } = await runtime.start();
       const held = weights === "int8" ? `int8, others ${widening}` : widening;

@@ -1,0 +1,129 @@
+// Optimised graphs on disk: results are the same with and without, and damage or a folder that cannot be written changes nothing.
+import { mkdtemp, readdir, readFile, realpath, rm, stat, utimes, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { float32, type Tensor } from "../../lib/common/tensor.js";
+import { GraphLibrary } from "../../lib/networks/library.js";
+import type { OnnxGraph } from "../../lib/onnx/index.js";
+import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { clearOptimised, limitOptimised, listOptimised } from "../../lib/runtimes/onnxruntime/optimised-folder.js";
+import { fixture } from "../support/fixtures.js";
+import { type Bundles, bundle } from "./build.js";
+
+let bundles: Bundles;
+let graph: OnnxGraph;
+let root: string;
+let folder: string;
+let factor: number;
+
+beforeAll(async () => {
+  bundles = await bundle();
+  root = await realpath(await mkdtemp(path.join(tmpdir(), "flowturbo-optimised-")));
+  const checkpoint = await openCheckpoint(fixture("sd3", "model"));
+  graph = new GraphLibrary(checkpoint).get("vae_decoder");
+  factor = checkpoint.vae.config.factor;
+});
+afterAll(async () => {
+  bundles.remove();
+  await rm(root, { recursive: true });
+});
+beforeEach(async () => {
+  folder = await mkdtemp(path.join(root, "graphs-"));
+});
+
+async function decoded(
+  options: { weights?: "lazy" | "folded"; foldedAbove?: number; optimised?: string },
+  expected?: number,
+): Promise<Tensor> {
+  const [, channels] = graph.inputs.get("latents")! as unknown as [string, number];
+  const input = float32(
+    [1, channels, 8, 8],
+    Float32Array.from({ length: 64 * channels }, (_, i) => Math.sin(i)),
+  );
+  await using runtime = new OnnxRuntime({ host: bundles.host, weights: "lazy", ...options });
+  if (expected !== undefined) runtime.expect(expected);
+  runtime.add(graph);
+  const [[output]] = [...graph.outputs] as [[string, unknown]];
+  const { pixels } = await runtime.run({
+    constants: { latents: { kind: "value", tensor: input } },
+    registers: { pixels: { dtype: "float32", shape: [1, 3, 8 * factor, 8 * factor] } },
+    instructions: [
+      {
+        ...{ op: "launch", graph: graph.name, label: { kind: "decode", name: "decoder" } },
+        ...{ inputs: { latents: "latents" }, outputs: { [output]: "pixels" } },
+      },
+    ],
+    results: ["pixels"],
+  });
+  return pixels!;
+}
+
+describe("optimised graphs", () => {
+  it("are written once, and give the same bits", async () => {
+    const plain = await decoded({});
+    const first = await decoded({ optimised: folder });
+    const [file] = await readdir(folder);
+    expect(file).toMatch(/^[0-9a-f]{32}\.onnx$/);
+    const { ino } = await stat(path.join(folder, file!));
+    const second = await decoded({ optimised: folder });
+    expect(first).toEqual(plain);
+    expect(second).toEqual(plain);
+    expect(await readdir(folder)).toEqual([file]);
+    expect((await stat(path.join(folder, file!))).ino).toBe(ino);
+    // It refers to the checkpoint's weights.
+    const weights = [...graph.externals.values()].reduce((sum, { length }) => sum + length, 0);
+    expect((await stat(path.join(folder, file!))).size).toBeLessThan(weights + graph.bytes.length);
+  });
+
+  it.each([
+    ["nothing", Buffer.alloc(0)],
+    ["something else", Buffer.alloc(1000, 7)],
+  ])("are made again where a file holds %s", async (_, damaged) => {
+    const plain = await decoded({ optimised: folder });
+    const [name] = await readdir(folder);
+    const file = path.join(folder, name!);
+    const right = await readFile(file);
+    await writeFile(file, damaged);
+    expect(await decoded({ optimised: folder })).toEqual(plain);
+    expect((await readFile(file)).length).toBe(right.length);
+  });
+
+  it("are left out where their folder cannot be made", async () => {
+    const file = path.join(folder, "file");
+    await writeFile(file, "");
+    expect(await decoded({ optimised: path.join(file, "graphs") })).toEqual(await decoded({}));
+  });
+
+  it("are of lazy weights only; a request with few evaluations leaves weights lazy", async () => {
+    const folded = { weights: "folded", foldedAbove: 12, optimised: folder } as const;
+    const many = await decoded(folded, 13);
+    expect(await readdir(folder)).toEqual([]);
+    const few = await decoded(folded, 12);
+    expect(await readdir(folder)).toHaveLength(1);
+    expect(few).toEqual(await decoded({}));
+    expect(many).toEqual(await decoded({ weights: "folded" }));
+  });
+});
+
+describe("the folder of optimised graphs", () => {
+  const name = (digit: number) => `${String(digit).repeat(32)}.onnx`;
+
+  it("loses those that have not been used for longest", async () => {
+    for (const digit of [1, 2, 3]) {
+      await writeFile(path.join(folder, name(digit)), Buffer.alloc(100));
+      await utimes(path.join(folder, name(digit)), 1000 * digit, 1000 * digit);
+    }
+    await limitOptimised(folder, 200);
+    expect((await readdir(folder)).sort()).toEqual([name(2), name(3)]);
+  });
+
+  it("is cleared of them and of what was left half written, and of nothing else", async () => {
+    for (const file of [name(1), `${name(2)}.abc.tmp`, "other.onnx"]) await writeFile(path.join(folder, file), "1234");
+    expect((await listOptimised(folder)).map(({ bytes }) => bytes)).toEqual([4, 4]);
+    expect(await clearOptimised(folder)).toEqual({ files: 2, bytes: 8 });
+    expect(await readdir(folder)).toEqual(["other.onnx"]);
+    expect(await clearOptimised(path.join(folder, "none"))).toEqual({ files: 0, bytes: 0 });
+  });
+});
