@@ -45,7 +45,8 @@ export class Trials {
   /** @throws as ONNX Runtime's start; `signal.reason` after an abort */
   static async open({ signal, ...settings }: TrialOptions): Promise<Trials> {
     signal?.throwIfAborted();
-    const runs = { ...settings, weights: "lazy", capture: false } as const;
+    // No load runs these graphs again.
+    const runs = { ...settings, weights: "lazy", capture: false, keepsGraphs: false } as const;
     return new Trials(await openRuntime("onnxruntime", runs, { files: [], bytesOf16Bit: () => 0 }, () => {}), signal);
   }
 

@@ -158,6 +158,8 @@ export interface RuntimeSettings {
   readonly cudaProviderFolder?: string | undefined;
   /** Folder of the caches; default: `defaultCacheFolder()`. */
   readonly cache?: string | undefined;
+  /** Whether optimised graphs are kept in the cache, for later loads; default: true. */
+  readonly keepsGraphs?: boolean | undefined;
   readonly capture: boolean;
   /** The option that has weights quantised as the model is loaded; absent where none are. A runtime whose row does not take them is not opened. */
   readonly int8Option?: Int8Option | undefined;

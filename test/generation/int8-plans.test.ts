@@ -1,8 +1,9 @@
 // Which layers are in int8: what ordinary activations and heavy tails come to, what the cache keeps, and when it is not taken.
+import { existsSync } from "node:fs";
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { checkpointWithTails } from "../../bench/heavy-tails.js";
 import {
   type Checkpoint,
@@ -159,6 +160,14 @@ describe("what the cache keeps", () => {
       expect(result.warnings).toHaveLength(ordinary.warnings.length + 1);
       expect(result.warnings.at(-1)).toMatch(/off by 6\.1 %, more than .* 3\.0 % .*"folded" or "lazy"/);
     }
+  });
+
+  it("has no graphs of examinations, which no load runs again, nor has another folder", async () => {
+    const [cache, usual] = [await newCache(), path.join(folder, "usual")];
+    vi.stubEnv("XDG_CACHE_HOME", usual);
+    await load(ordinary, cache).finally(() => vi.unstubAllEnvs());
+    expect(await readdir(cache)).toEqual(["weights"]);
+    expect(existsSync(usual)).toBe(false);
   });
 
   it("is not made after an abort, which does not wait for a run, nor where it cannot be written", async () => {

@@ -2,15 +2,21 @@
 import { mkdtemp, readdir, readFile, realpath, rm, stat, utimes, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
+import type * as ort from "onnxruntime-node";
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
 import { float32, type Tensor } from "../../lib/common/tensor.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
-import type { OnnxGraph } from "../../lib/onnx/index.js";
+import { GraphBuilder, type OnnxGraph } from "../../lib/onnx/index.js";
+import { Executor } from "../../lib/runtimes/onnxruntime/executor.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { clearOptimised, limitOptimised, listOptimised } from "../../lib/runtimes/onnxruntime/optimised-folder.js";
 import { fixture } from "../support/fixtures.js";
 import { type Bundles, bundle } from "./build.js";
+
+process.env.ORT_DISABLE_TELEMETRY = "1";
+const onnxruntime = await import("onnxruntime-node");
+const { InferenceSession } = onnxruntime;
 
 let bundles: Bundles;
 let graph: OnnxGraph;
@@ -104,6 +110,30 @@ describe("optimised graphs", () => {
     expect(await readdir(folder)).toHaveLength(1);
     expect(few).toEqual(await decoded({}));
     expect(many).toEqual(await decoded({ weights: "folded" }));
+  });
+});
+
+describe("graphs with weights of 8 bits", () => {
+  it.each([
+    ["are kept", false, 1],
+    ["are not where weights are made unsigned, which would be in the file", true, 0],
+  ])("%s", async (_, overflows, files) => {
+    // A processor that answers the probe so.
+    const answer = { data: Float32Array.of(overflows ? 0 : 64 * 255 * 127) };
+    const probe = { run: async () => ({ y: answer }), release: async () => {} };
+    const create = async (bytes: Uint8Array, options: ort.InferenceSession.SessionOptions) =>
+      Buffer.from(bytes).includes("probe") ? probe : InferenceSession.create(bytes, options);
+    const library = { ...onnxruntime, InferenceSession: { create } } as unknown as typeof ort;
+    const executor = new Executor(library, { weights: "lazy", threads: 1, optimised: folder });
+    const g = new GraphBuilder("products");
+    const codes = g.tensor([64, 64], new Array<number>(4096).fill(127), "int8");
+    const scales = [g.scalar(1, "float32"), g.scalar(1, "float32"), g.scalar(128, "uint8"), g.tensor([], [0], "int8")];
+    const y = g.op("com.microsoft:MatMulIntegerToFloat", [g.input("x", "uint8", [8, 64]), codes, ...scales]);
+    g.output("y", { ...y, type: "float32" }, [8, 64]);
+    executor.add({ digest: "products", bytes: g.build().bytes, root: "/", widening: "lazy" });
+    await executor.prepare("products");
+    expect(await readdir(folder)).toHaveLength(files);
+    await executor.unload(["products"]);
   });
 });
 

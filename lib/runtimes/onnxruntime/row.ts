@@ -22,7 +22,7 @@ export const onnxruntime: RuntimeRow = {
     startSpare();
     return endSpare;
   },
-  async open({ threads, weights, watchdogMs, listener, logger, cache = defaultCacheFolder() }, { bytesOf16Bit }) {
+  async open({ threads, weights, watchdogMs, listener, logger, cache, keepsGraphs = true }, { bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();
     const used = threads ?? usableThreads(available) ?? undefined;
@@ -31,7 +31,7 @@ export const onnxruntime: RuntimeRow = {
     const runtime = new OnnxRuntime({
       ...{ weights: widening, threads: used, watchdogMs, listener, logger },
       ...(weights !== "folded" && { foldedAbove }),
-      optimised: optimisedFolder(cache),
+      ...(keepsGraphs && { optimised: optimisedFolder(cache ?? defaultCacheFolder()) }),
     });
     try {
       const { version } = await runtime.start();
