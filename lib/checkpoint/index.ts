@@ -46,7 +46,7 @@ export {
   worstToLeave,
   writePlan,
 } from "./int8-plan.js";
-export { type Int8Kind, int8Candidates, quantisedWeights } from "./int8-weights.js";
+export { checkFiniteWeights, type Int8Kind, int8Candidates, quantisedWeights } from "./int8-weights.js";
 export {
   type Lora,
   type LoraPart,

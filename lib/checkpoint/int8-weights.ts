@@ -155,13 +155,39 @@ async function* written(
   }
 }
 
-function checkFinite(scales: Float32Array, { name, file }: StoredTensor): void {
+function checkFinite(scales: Float32Array, weight: StoredTensor): void {
   const row = scales.findIndex((scale) => !Number.isFinite(scale));
-  if (row < 0) return;
-  throw new CheckpointError(
+  if (row >= 0) throw notFinite(weight, row);
+}
+
+function notFinite({ name, file }: StoredTensor, row: number): CheckpointError {
+  return new CheckpointError(
     file,
     `${file}: the tensor "${name}" has values that are not finite in row ${row}, so that it cannot be quantised. The file is damaged: download it again.`,
   );
+}
+
+/**
+ * Reads the weights of linear layers, to say which of them the results that are not finite come from.
+ * @throws CheckpointError that names the first one with values that are not finite; `signal.reason` after an abort
+ */
+export async function checkFiniteWeights(
+  { find }: Weights,
+  layers: readonly string[],
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  for (const layer of layers) {
+    const weight = find(`${layer}.weight`)!;
+    const [outputs, inputs] = weight.shape as [number, number];
+    const rows = Math.max(1, Math.floor(piece / inputs));
+    for (let first = 0; first < outputs; first += rows) {
+      signal?.throwIfAborted();
+      const values = await readElements(weight, first * inputs, Math.min(rows, outputs - first) * inputs);
+      const at = values.findIndex((value) => !Number.isFinite(value));
+      if (at >= 0) throw notFinite(weight, first + Math.floor(at / inputs));
+      if (isDue()) await rest();
+    }
+  }
 }
 
 /** Values that are read at a time. */

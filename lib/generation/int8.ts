@@ -8,6 +8,7 @@ import {
   type CheckedPlan,
   type Checkpoint,
   type ControlNet,
+  checkFiniteWeights,
   type Int8Kind,
   type Int8Plan,
   int8Candidates,
@@ -24,6 +25,7 @@ import {
 } from "../checkpoint/index.js";
 import type { Logger } from "../common/logger.js";
 import type { Rounding, Tensor } from "../common/tensor.js";
+import { NotFiniteError } from "../errors.js";
 import { type GraphKey, graphName, networks, networksOf, textEncodersOf } from "../networks/index.js";
 import { GraphLibrary } from "../networks/library.js";
 import type { Program } from "../program/program.js";
@@ -221,8 +223,15 @@ class Examiner {
    */
   async results(part: ExaminedPart, programs: readonly Program[]): Promise<readonly Record<string, Tensor>[]> {
     const { checkpoint, trials } = this;
-    const run = (some: readonly Program[], weights = part.part) =>
-      trials.run(part.put(checkpoint, weights), graphName(part.key), some);
+    const run = async (some: readonly Program[], weights = part.part) => {
+      try {
+        return await trials.run(part.put(checkpoint, weights), graphName(part.key), some);
+      } catch (error) {
+        if (error instanceof NotFiniteError)
+          await checkFiniteWeights(part.part.weights, part.layers, this.options.signal);
+        throw error;
+      }
+    };
     if (part.plan) return (await run(programs)).results;
     const { title, layers } = part;
     this.options.logger?.info?.(

@@ -12,10 +12,11 @@ import {
   openCheckpoint,
   type Part,
 } from "../../lib/checkpoint/index.js";
-import { OutputError } from "../../lib/errors.js";
+import { CheckpointError, OutputError } from "../../lib/errors.js";
 import { withInt8Weights } from "../../lib/generation/int8.js";
 import { errorsOf, stepProgram, Trials } from "../../lib/generation/int8-trials.js";
 import { noiseOf } from "../../lib/generation/latents.js";
+import { modelWith } from "../support/quantised.js";
 
 let folder: string;
 let ordinary: Checkpoint;
@@ -111,6 +112,28 @@ describe("a checkpoint of heavy-tailed activations", () => {
     expect(
       notes.some((text) => /^The transformer: \d+ of \d+ layers are in int8, \d+ of them with scaled/.test(text)),
     ).toBe(true);
+  });
+});
+
+describe("a checkpoint with weights that are not finite", () => {
+  it.each([
+    ["transformer/diffusion_pytorch_model.safetensors", /\.attn\.to_out\.0\.weight$/],
+    ["text_encoder/model.safetensors", /\.mlp\.fc2\.weight$/],
+    ["text_encoder_3/model.safetensors", /\.wo\.weight$/],
+  ])("is refused for the tensor: %s", async (file, name) => {
+    let damaged = "";
+    const model = await modelWith(path.join(folder, path.dirname(file)), "medium", file, (tensors) => {
+      damaged = Object.keys(tensors).find((each) => name.test(each))!;
+      const { dtype, shape } = tensors[damaged]!;
+      expect(dtype).toBe("BF16");
+      const bytes = new Uint8Array(2 * shape[0]! * shape[1]!);
+      // Row 1 begins with NaN.
+      bytes.set([0xc0, 0x7f], 2 * shape[1]!);
+      return { ...tensors, [damaged]: { ...tensors[damaged]!, bytes } };
+    });
+    const loading = withInt8Weights(await openCheckpoint(model), await newCache(), { threads: 2 });
+    await expect(loading).rejects.toThrow(CheckpointError);
+    await expect(loading).rejects.toThrow(`the tensor "${damaged}" has values that are not finite in row 1`);
   });
 });
 
