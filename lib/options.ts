@@ -322,7 +322,7 @@ export const loadSchema = z.strictObject({
   weights: defaulted(
     oneOf(["auto", "lazy", "folded", "int8"]),
     "auto",
-    "weights on the CPU: 16-bit ones widened at each use (lazy) or once at load (folded: faster, twice the memory); or int8, those of attention and MLP quantised once into the cache and multiplied as integers (faster than folded, half its memory; pictures differ a little)",
+    "weights on the CPU: 16-bit ones widened at each use (lazy) or once at load (folded: faster, twice the memory); or int8, those of attention and MLP quantised once into the cache and multiplied as integers (faster than folded, and those in a quarter of its memory; pictures differ a little)",
     "--weights <mode>",
   ),
   t5Weights: optional(

@@ -24,8 +24,12 @@ export async function withModel<T extends object>(
       if (at.phase === "download") download({ files: [], ...at });
       else progress.show("loading the model");
     };
-    const all = { ...options, onProgress, measureCosts: false };
+    // What takes minutes at a first load: weights that are quantised or merged.
+    let isLoading = true;
+    const logger = { info: (text: string) => isLoading && progress.show(text) };
+    const all = { ...options, onProgress, logger, measureCosts: false };
     const model = await (first ? loadFor(folder, all, first) : FlowTurbo.load(folder, all));
+    isLoading = false;
     try {
       progress.clear();
       if (!json) showWarnings(model.warnings);

@@ -85,7 +85,8 @@ const examinedSteps = { sigmas: [0.95, 0.6, 0.25], texts: [0, 1, 2], seed: 1 };
 const checkedSteps = { sigmas: [0.9, 0.75, 0.5, 0.3], texts: [2, 0, 1, 2], seed: 11 };
 
 /**
- * The checkpoint with its attention and MLP in 8 bits as far as that pays, and with a warning for each part that is off by more than 3 %.
+ * The checkpoint with its attention and MLP in 8 bits as far as that pays, and with a warning for each part that is off by more than 3 %,
+ * or has no layer in 8 bits.
  * The first time that takes a run of each network with its weights in float, some minutes for a published model, and writes the weights.
  *
  * @param cache folder of the caches
@@ -102,10 +103,9 @@ export async function withInt8Weights(
   let quantised = checkpoint;
   const warnings = [...checkpoint.warnings];
   for (const { part, put, title, plan } of parts) {
-    quantised = put(
-      quantised,
-      await quantisedWeights(part, quantisedLayers(plan!.layers), cache, { ...options, title }),
-    );
+    const layers = quantisedLayers(plan!.layers);
+    quantised = put(quantised, await quantisedWeights(part, layers, cache, { ...options, title }));
+    if (layers.size === 0) warnings.push(leftInFloat(title, plan!));
     if (plan!.error > warnedAbove) warnings.push(warningOf(title, plan!));
   }
   return { ...quantised, warnings };
@@ -317,6 +317,9 @@ function countsOf({ layers }: CheckedPlan): string {
 
 const resultOf = (title: string, plan: CheckedPlan) =>
   `${capital(title)}: ${countsOf(plan)}; its results are off by ${percent(plan.error)}.`;
+
+const leftInFloat = (title: string, { layers }: CheckedPlan) =>
+  `weights "int8" has no effect on ${title}: none of its ${layers.size} linear layers is near enough to float32 in 8 bits.`;
 
 const warningOf = (title: string, plan: CheckedPlan) =>
   `With weights in int8 the results of ${title} are off by ${percent(plan.error)}, more than the ${percent(warnedAbove)} that pictures bear (${countsOf(plan)}). Load the model with weights "folded" or "lazy" to have it exact.`;

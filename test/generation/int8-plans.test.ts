@@ -185,6 +185,21 @@ describe("what the cache keeps", () => {
     }
   });
 
+  it("says so where no layer of a part is in int8", async () => {
+    const cache = await newCache();
+    await load(ordinary, cache);
+    const [name, text] = (await plansIn(cache)).find(([, text]) => text.includes("transformer_blocks"))!;
+    const { layers } = JSON.parse(text) as { layers: Record<string, { error: number }> };
+    const inFloat = Object.fromEntries(Object.keys(layers).map((layer) => [layer, { as: "float", error: 0.2 }]));
+    await writeFile(path.join(cache, "weights", name), JSON.stringify({ error: 0, layers: inFloat }));
+    const { result } = await load(ordinary, cache);
+    expect(result.transformer).toBe(ordinary.transformer);
+    const count = Object.keys(layers).length;
+    expect(result.warnings.slice(ordinary.warnings.length)).toEqual([
+      `weights "int8" has no effect on the transformer: none of its ${count} linear layers is near enough to float32 in 8 bits.`,
+    ]);
+  });
+
   it("has no graphs of examinations, which no load runs again, nor has another folder", async () => {
     const [cache, usual] = [await newCache(), path.join(folder, "usual")];
     vi.stubEnv("XDG_CACHE_HOME", usual);
