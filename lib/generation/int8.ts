@@ -170,10 +170,13 @@ async function examine(
   cache: string,
   options: Int8Options,
 ): Promise<void> {
+  const graphs = new GraphLibrary(checkpoint);
+  // Weights that lack or have another shape are named before any part is run.
+  for (const { key } of parts) graphs.get(graphName(key));
   const trials = await Trials.open(options);
   try {
     const examiner = new Examiner(checkpoint, trials, cache, options);
-    const text = new PromptEncoder(new GraphLibrary(checkpoint));
+    const text = new PromptEncoder(graphs);
     const tokens = Math.min(sequenceLength, text.maxSequenceLength);
     const prepared = await text.prepare(prompts.map(promptOf), tokens, null, options.signal);
     const encoded = await text.encode(prepared, async (programs) => {

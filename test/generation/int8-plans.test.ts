@@ -115,6 +115,23 @@ describe("a checkpoint of heavy-tailed activations", () => {
   });
 });
 
+describe("a checkpoint that lacks weights", () => {
+  it("is refused before any part is examined", async () => {
+    const file = "transformer/diffusion_pytorch_model.safetensors";
+    const model = await modelWith(
+      path.join(folder, "lacking"),
+      "medium",
+      file,
+      ({ "proj_out.weight": _, ...others }) => others,
+    );
+    const notes: string[] = [];
+    const logger = { info: (text: string) => void notes.push(text) };
+    const loading = withInt8Weights(await openCheckpoint(model), await newCache(), { threads: 2, logger });
+    await expect(loading).rejects.toThrow(/no tensor "proj_out.weight"/);
+    expect(notes).toEqual([]);
+  });
+});
+
 describe("a checkpoint with weights that are not finite", () => {
   it.each([
     ["transformer/diffusion_pytorch_model.safetensors", /\.attn\.to_out\.0\.weight$/],
