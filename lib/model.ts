@@ -211,7 +211,8 @@ export interface LoadOptions {
    * its pictures take more than 12 evaluations. `"int8"` has the linear layers of attention and MLP multiplied as
    * 8-bit integers, with a scale for each output and each token: of the transformer, the refiner, the text encoders and the ControlNets that are named here,
    * with LoRAs merged into them. That is faster than `"folded"`, and these weights take a quarter of its memory; pictures differ a little. All else stays in float32, its
-   * 16-bit weights as with `"auto"`. The first load of a checkpoint writes the weights into the folder `weights` of `cache`, one byte a weight. Only the CPU
+   * 16-bit weights as with `"auto"`. The first load of a checkpoint examines it, some minutes for a published model, leaves layers in float32 that lose too much, and
+   * writes the weights into the folder `weights` of `cache`, one byte a weight; parts whose results are off by more than 3 % are in `model.warnings`. Only the CPU
    * runtime has them: with `runtime: "auto"` others are passed over, and one that is named is an OptionError. Default: `"auto"`, which is never `"int8"`.
    */
   weights?: "auto" | "lazy" | "folded" | "int8" | undefined;
