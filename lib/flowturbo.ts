@@ -247,6 +247,8 @@ export class FlowTurbo implements ImageModel {
       ...(await withMergedLoras(asStored, loras, cache, { signal, logger })),
       controlNets: controlNets.byId,
     };
+    // Examining takes minutes: what a LoRA has wrong is said before.
+    if (isInt8) new LoraInputs(new GraphLibrary(merged), dynamic).check();
     // T5 is as its own option says, where that says anything.
     const { threads, watchdogMs } = checked;
     const int8Options = { textEncoder3: checked.t5Weights === undefined, threads, watchdogMs, signal, logger };

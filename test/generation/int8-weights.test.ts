@@ -8,7 +8,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { clearCachedWeights, listCachedWeights } from "../../lib/checkpoint/index.js";
 import { float32 } from "../../lib/common/tensor.js";
 import { fixture, fixtureNames, relativeError } from "../support/fixtures.js";
-import { modelWith, scaledT5 } from "../support/quantised.js";
+import { f32, modelWith, scaledT5, writeRaw } from "../support/quantised.js";
 
 const prompt = "a red circle above a small blue square";
 const request = { prompt, steps: 3, width: 64, height: 64, seed: 1, maxSequenceLength: 32 } as const;
@@ -168,6 +168,21 @@ describe("other forms of a checkpoint", () => {
     const named = { loras: [{ name: "a", scale: 2 }] };
     expectNear(await errorBetween(models, named));
     expect(relativeErrorOf(await latentsOf(models[1]!, named), await latentsOf(models[1]!))).toBeGreaterThan(2 * near);
+  });
+
+  it("dynamic LoRAs that do not fit are refused before anything is examined", async () => {
+    const [rank, width] = [300, 64];
+    const layer = "transformer.transformer_blocks.0.attn.to_q";
+    const file = await writeRaw(path.join(folder, "large.safetensors"), {
+      [`${layer}.lora_A.weight`]: f32([rank, width], new Array(rank * width).fill(0.01)),
+      [`${layer}.lora_B.weight`]: f32([width, rank], new Array(rank * width).fill(0.01)),
+    });
+    const notes: string[] = [];
+    const logger = { info: (text: string) => void notes.push(text) };
+    const own = path.join(folder, "refused");
+    const loading = load(medium, { weights: "int8", cache: own, loras: [{ file, dynamic: true }], logger });
+    await expect(loading).rejects.toThrow(/has rank 300 .*at most/);
+    expect(notes).toEqual([]);
   });
 
   it("ControlNets of load in int8, and those of requests as they are stored", async () => {
