@@ -202,6 +202,32 @@ describe("what the cache keeps", () => {
     }
   });
 
+  it("is whole where two loads make it at once, and another one for weights that were changed in their place", async () => {
+    const cache = await newCache();
+    const both = await Promise.all([load(ordinary, cache), load(ordinary, cache)]);
+    const codes = ({ transformer: { weights } }: Checkpoint) =>
+      int8Candidates("mmdit", weights).map((layer) => weights.int8?.(layer));
+    expect(codes(both[0]!.result)).toEqual(codes(both[1]!.result));
+    const names = await readdir(path.join(cache, "weights"));
+    // Three text encoders and the transformer, each with its plan.
+    expect(names.filter((name) => name.endsWith(".safetensors"))).toHaveLength(4);
+    expect(names).toHaveLength(8);
+    const file = "transformer/diffusion_pytorch_model.safetensors";
+    const place = path.join(folder, "changing");
+    const first = await load(await openCheckpoint(await modelWith(place, "medium", file, (tensors) => tensors)), cache);
+    const halved = await modelWith(place, "medium", file, (tensors) => {
+      const layer = "transformer_blocks.0.attn.to_q.weight";
+      const { dtype, shape, bytes } = tensors[layer]!;
+      // Half of the rows are zeros.
+      return {
+        ...tensors,
+        [layer]: { dtype, shape, bytes: bytes.map((byte, i) => (i >= bytes.length / 2 ? 0 : byte)) },
+      };
+    });
+    const second = await load(await openCheckpoint(halved), cache);
+    expect(codes(second.result)[0]!.codes.file).not.toBe(codes(first.result)[0]!.codes.file);
+  });
+
   it("says so where no layer of a part is in int8", async () => {
     const cache = await newCache();
     await load(ordinary, cache);
