@@ -3,20 +3,24 @@ import { mkdtemp, readdir, readFile, realpath, rm, stat, utimes, writeFile } fro
 import { tmpdir } from "node:os";
 import path from "node:path";
 import type * as ort from "onnxruntime-node";
-import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, beforeEach, describe, expect, it, vi } from "vitest";
 import { openCheckpoint } from "../../lib/checkpoint/index.js";
+import { versionOf } from "../../lib/common/files.js";
 import { float32, type Tensor } from "../../lib/common/tensor.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { GraphBuilder, type OnnxGraph } from "../../lib/onnx/index.js";
+import { HostConnection } from "../../lib/runtimes/onnxruntime/connection.js";
 import { Executor } from "../../lib/runtimes/onnxruntime/executor.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { clearOptimised, limitOptimised, listOptimised } from "../../lib/runtimes/onnxruntime/optimised-folder.js";
+import type { SentGraph } from "../../lib/runtimes/onnxruntime/protocol.js";
+import { onnxruntime } from "../../lib/runtimes/onnxruntime/row.js";
 import { fixture } from "../support/fixtures.js";
 import { type Bundles, bundle } from "./build.js";
 
 process.env.ORT_DISABLE_TELEMETRY = "1";
-const onnxruntime = await import("onnxruntime-node");
-const { InferenceSession } = onnxruntime;
+const library = await import("onnxruntime-node");
+const { InferenceSession } = library;
 
 let bundles: Bundles;
 let graph: OnnxGraph;
@@ -123,18 +127,84 @@ describe("graphs with weights of 8 bits", () => {
     const probe = { run: async () => ({ y: answer }), release: async () => {} };
     const create = async (bytes: Uint8Array, options: ort.InferenceSession.SessionOptions) =>
       Buffer.from(bytes).includes("probe") ? probe : InferenceSession.create(bytes, options);
-    const library = { ...onnxruntime, InferenceSession: { create } } as unknown as typeof ort;
-    const executor = new Executor(library, { weights: "lazy", threads: 1, optimised: folder });
+    const answering = { ...library, InferenceSession: { create } } as unknown as typeof ort;
+    const executor = new Executor(answering, { weights: "lazy", threads: 1, optimised: folder });
     const g = new GraphBuilder("products");
     const codes = g.tensor([64, 64], new Array<number>(4096).fill(127), "int8");
     const scales = [g.scalar(1, "float32"), g.scalar(1, "float32"), g.scalar(128, "uint8"), g.tensor([], [0], "int8")];
     const y = g.op("com.microsoft:MatMulIntegerToFloat", [g.input("x", "uint8", [8, 64]), codes, ...scales]);
     g.output("y", { ...y, type: "float32" }, [8, 64]);
-    executor.add({ digest: "products", bytes: g.build().bytes, root: "/", widening: "lazy" });
+    executor.add({ digest: "products", bytes: g.build().bytes, root: "/", widening: "lazy", mayBeKept: true });
     await executor.prepare("products");
     expect(await readdir(folder)).toHaveLength(files);
     await executor.unload(["products"]);
   });
+});
+
+describe("an optimised graph of a convolution in float32, whose weights ONNX Runtime reorders", () => {
+  let file: string;
+  beforeEach(() => {
+    file = path.join(folder, "weights");
+  });
+
+  /** The sum of the weights of an output channel of a convolution of all of them with ones. */
+  async function convolved(channels: number, value: number): Promise<number> {
+    const values = new Float32Array(channels * channels).fill(value);
+    await writeFile(file, values);
+    const g = new GraphBuilder("convolution");
+    const x = g.input("x", "float32", [1, channels, 4, 4]);
+    const shape = [channels, channels, 1, 1];
+    const weight = g.external({ name: "weight", dtype: "F32", shape, file, offset: 0, length: values.byteLength });
+    g.output("y", g.op("Conv", [x, weight]), [1, channels, 4, 4]);
+    const files = [await versionOf(file)];
+    const optimised = path.join(folder, "graphs");
+    await using runtime = new OnnxRuntime({ host: bundles.host, weights: "lazy", files, optimised });
+    runtime.add(g.build());
+    const ones = float32([1, channels, 4, 4], new Float32Array(channels * 16).fill(1));
+    const { y } = await runtime.run({
+      constants: { x: { kind: "value", tensor: ones } },
+      registers: { y: { dtype: "float32", shape: [1, channels, 4, 4] } },
+      instructions: [
+        {
+          ...{ op: "launch", graph: "convolution", label: { kind: "decode", name: "decoder" } },
+          ...{ inputs: { x: "x" }, outputs: { y: "y" } },
+        },
+      ],
+      results: ["y"],
+    });
+    return y!.data[0] as number;
+  }
+  const kept = () => readdir(path.join(folder, "graphs")).catch(() => []);
+
+  it("is another one when the file of the weights has changed", async () => {
+    expect(await convolved(32, 1)).toBe(32);
+    await utimes(file, 1, 1);
+    expect(await convolved(32, 2)).toBe(64);
+    expect(await kept()).toHaveLength(2);
+  });
+
+  it("is not kept where they are large", async () => {
+    expect(await convolved(2048, 1)).toBe(2048);
+    expect(await kept()).toEqual([]);
+  });
+});
+
+it("the runtime for the CPU tells optimised graphs of other versions of the weights apart", async () => {
+  const added: unknown[] = [];
+  for (const mtimeMs of [1, 2]) {
+    const files = [...new Set([...graph.externals.values()].map(({ file }) => file))];
+    const versions = files.map((file) => ({ file, size: 1, mtimeMs }));
+    const settings = { weights: "lazy", capture: false, cache: folder } as const;
+    const { runtime } = await onnxruntime.open(settings, { files: versions, bytesOf16Bit: () => 0 });
+    const prepared = vi.spyOn(HostConnection.prototype, "prepare");
+    runtime.add(graph);
+    runtime.prepare!([graph.name]);
+    const [[, graphs]] = prepared.mock.calls as [[object, SentGraph[]]];
+    added.push(graphs[0]!.digest);
+    prepared.mockRestore();
+    await runtime.dispose();
+  }
+  expect(new Set(added).size).toBe(2);
 });
 
 describe("the folder of optimised graphs", () => {

@@ -243,7 +243,8 @@ export class Executor {
       const unsigned = hasInt8Products(graph.bytes) && (await this.#overflows());
       const options = sessionOptions({ ...graph, widening, unsigned }, this.#settings);
       // A graph with weights that were widened, or made unsigned, has them in its file, and is read in the time that optimising takes.
-      if (widening === "lazy" && !unsigned && this.#optimised) return this.#optimised.session(graph, options);
+      const isKept = widening === "lazy" && !unsigned && graph.mayBeKept;
+      if (isKept && this.#optimised) return this.#optimised.session(graph, options);
       return this.#ort.InferenceSession.create(graph.bytes, options);
     });
     this.#sessions.set(digest, session);

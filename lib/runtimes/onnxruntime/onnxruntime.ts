@@ -9,7 +9,7 @@ import { parse } from "node:path";
 import { onAbort, untilAborted } from "../../common/abort.js";
 import type { FileVersion } from "../../common/files.js";
 import type { Logger } from "../../common/logger.js";
-import type { Tensor } from "../../common/tensor.js";
+import type { StoredTensor, Tensor } from "../../common/tensor.js";
 import { DisposedError } from "../../errors.js";
 import type { Program } from "../../program/program.js";
 import { validateProgram } from "../../program/validate.js";
@@ -49,6 +49,9 @@ export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "dev
   readonly listener?: RuntimeListener | undefined;
   readonly logger?: Logger | undefined;
 }
+
+/** Bytes of weights that may be in the file of an optimised graph. */
+const mostRewritten = 16e6;
 
 const defaultWatchdogMs = 10_000;
 
@@ -123,13 +126,13 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const widening = typeof weights === "function" ? weights(graph) : (this.#widening ?? undefined);
     const read = new Set([...graph.externals.values()].map(({ file }) => file));
     const versions = files.filter(({ file }) => read.has(file));
-    // The bytes have the places of the weights.
+    // The bytes have the places of the weights, and an optimised graph that is kept may have some of their values.
     const digest = createHash("sha256")
       .update(JSON.stringify([root, widening, versions]))
       .update(graph.bytes)
       .digest("hex");
     const old = this.#graphs.get(graph.name);
-    this.#graphs.set(graph.name, { digest, bytes: graph.bytes, root, widening });
+    this.#graphs.set(graph.name, { digest, bytes: graph.bytes, root, widening, mayBeKept: mayBeKept(graph) });
     if (old && old.digest !== digest) this.#keeper.current?.unload(this.#user, [old.digest]);
   }
 
@@ -275,6 +278,16 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
         if (!isBlameless(error) || kills > killsSurvived || this.#disposed) throw error;
       }
   }
+}
+
+/**
+ * Whether the file of the optimised graph is small. ONNX Runtime orders float32 weights of convolutions as its kernels read them, and makes
+ * those of 8 bits unsigned: they are in the file then, in place of the checkpoint's own. Behind a cast weights stay where they are.
+ */
+function mayBeKept({ externals }: CompilableGraph): boolean {
+  const isRewritten = ({ dtype, shape }: StoredTensor) => (dtype === "F32" && shape.length > 2) || dtype === "I8";
+  const rewritten = [...externals.values()].filter(isRewritten);
+  return rewritten.reduce((sum, { length }) => sum + length, 0) <= mostRewritten;
 }
 
 /** A workspace in the child: lost with it. */

@@ -1,7 +1,8 @@
 /**
  * Graphs as ONNX Runtime has optimised them, kept on disk: of the time until a small model's first picture that takes a tenth. A file
  * holds the graph for one version of the library, one kind of processor and one set of session options, and refers to the
- * checkpoint's own files for weights that are not widened.
+ * checkpoint's own files for weights that are not widened. Those of convolutions in float32 it holds as the kernels read them, so that the
+ * digest of a graph has the versions of those files.
  */
 
 import { createHash, randomBytes } from "node:crypto";

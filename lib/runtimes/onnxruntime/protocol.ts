@@ -46,6 +46,8 @@ export interface SentGraph {
   readonly root: string;
   /** How its 16-bit weights are widened; default: as the settings say. */
   readonly widening?: Widening | undefined;
+  /** Whether it may be kept in the folder of optimised graphs. Default: no. */
+  readonly mayBeKept?: boolean | undefined;
 }
 
 /** What may be asked of a run that was sent: see `ToHost`. */

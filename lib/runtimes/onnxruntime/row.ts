@@ -22,14 +22,14 @@ export const onnxruntime: RuntimeRow = {
     startSpare();
     return endSpare;
   },
-  async open({ threads, weights, watchdogMs, listener, logger, cache, keepsGraphs = true }, { bytesOf16Bit }) {
+  async open({ threads, weights, watchdogMs, listener, logger, cache, keepsGraphs = true }, { files, bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();
     const used = threads ?? usableThreads(available) ?? undefined;
     if (threads === undefined && available.quota !== null)
       logger?.debug?.(`Graphs run on ${used} threads: this process may use ${available.quota} processors.`);
     const runtime = new OnnxRuntime({
-      ...{ weights: widening, threads: used, watchdogMs, listener, logger },
+      ...{ weights: widening, files, threads: used, watchdogMs, listener, logger },
       ...(weights !== "folded" && { foldedAbove }),
       ...(keepsGraphs && { optimised: optimisedFolder(cache ?? defaultCacheFolder()) }),
     });
