@@ -93,7 +93,7 @@ import {
   platformWarning,
   type RuntimeChoice,
 } from "./runtimes/index.js";
-import type { Device, OpenedRuntime } from "./runtimes/runtime.js";
+import type { Device, OpenedRuntime, Runtime } from "./runtimes/runtime.js";
 import { areSomeMixed, type Block, blocksForEach, parseBlocks, type ScheduleDefaults } from "./schedule/index.js";
 import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
@@ -297,9 +297,9 @@ export class FlowTurbo implements ImageModel {
         allowPaths: checked.allowPaths,
         ...{ captured: checked.capture && runtime.capabilities.capture, cache },
       };
-      if (first) prepareFor(first, { ...facts, checkpoint, runtime }, graphs);
+      const changed = first ? prepareFor(first, { ...facts, checkpoint, runtime }, graphs) : {};
       // Emitting them in the runtime's form checks every weight's name, type and shape.
-      const subject = costSubject(graphs, opened);
+      const subject = costSubject(graphs, runtime, { ...opened.settings, ...changed });
       // Those of the package, for checkpoints in one file, are read only now that all weights are known to be right.
       for (const tokenizer of [checkpoint.tokenizer, checkpoint.tokenizer2, checkpoint.tokenizer3])
         await tokenizer?.encode("", tokenizer.maxLength);
@@ -849,7 +849,7 @@ export class FlowTurbo implements ImageModel {
  * What the costs of a model's launches depend on: whatever shares all of it shares a table. Graphs count by their
  * fingerprints, as engines are keyed: fine-tunes of one model cost the same.
  */
-function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime): CostSubject {
+function costSubject(graphs: GraphLibrary, runtime: Runtime, settings: OpenedRuntime["settings"]): CostSubject {
   const model = createHash("sha256");
   for (const { graph } of graphs.essential) model.update(graph.fingerprint);
   const { previewVae, joiningVae } = graphs.checkpoint;
@@ -861,27 +861,34 @@ function costSubject(graphs: GraphLibrary, { runtime, settings }: OpenedRuntime)
   };
 }
 
-/** Has the graphs of a request compiled. What is wrong with the request is said where it is drawn. */
+/**
+ * Has the graphs of a request compiled. What is wrong with the request is said where it is drawn.
+ * @returns what the runtime's settings have in addition from then on
+ */
 function prepareFor(
   options: GenerateOptions,
   model: Omit<LoadedModel, "name" | "colours" | "unload" | "loadMilliseconds">,
   graphs: GraphLibrary,
-): void {
+): OpenedRuntime["settings"] {
   const { runtime } = model;
+  let changed: OpenedRuntime["settings"] = {};
   let names: readonly string[];
   try {
     const request = settleRequest(options, model);
-    const [{ stages }] = request.candidates;
-    runtime.expect?.(stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0));
+    const [{ stages }, ...others] = request.candidates;
+    // A time limit is kept by what launches are known to cost, with the settings as they are.
+    if (others.length === 0)
+      changed = runtime.expect?.(stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0)) ?? {};
     names = graphsAhead(request, model);
   } catch {
-    return;
+    return changed;
   }
   for (const name of names) {
     // The next one is emitted while this one is compiled.
     if (!runtime.has(name)) runtime.add(graphs.get(name));
     runtime.prepare?.([name]);
   }
+  return changed;
 }
 
 /** Adds the versions of files, in place of those of the same files before. */

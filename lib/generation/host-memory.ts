@@ -51,8 +51,9 @@ function stepBytes(graphs: GraphLibrary, size: Size): number {
   const { checkpoint } = graphs;
   const { config } = checkpoint.transformer;
   const { defaultSequenceLength } = new PromptEncoder(graphs);
-  const { patches, tokens } = stepTokens(checkpoint, latentShapeOf(checkpoint, 1, size), defaultSequenceLength);
-  const scores = patches <= mostTokens(config.numAttentionHeads) ? config.numAttentionHeads * tokens ** 2 : 0;
+  const { tokens } = stepTokens(checkpoint, latentShapeOf(checkpoint, 1, size), defaultSequenceLength);
+  // Joint attention, the first of the network, decides: it is among the text's tokens, too.
+  const scores = tokens <= mostTokens(config.numAttentionHeads) ? config.numAttentionHeads * tokens ** 2 : 0;
   return rows * float32 * (widthsOfToken * tokens * mmditWidth(config) + scores);
 }
 

@@ -129,8 +129,11 @@ export interface Runtime {
   /** Names a graph so that programs can launch it. Compiling it may wait until its first launch. */
   add(graph: CompilableGraph): void;
   has(name: string): boolean;
-  /** Told before graphs are added, where one request is all that is expected: how many evaluations one of its pictures takes. */
-  expect?(evaluations: number): void;
+  /**
+   * Told before graphs are added, where one request is all that is expected: how many evaluations one of its pictures takes.
+   * @returns what its settings (`OpenedRuntime.settings`) have in addition from then on
+   */
+  expect?(evaluations: number): Readonly<Record<string, unknown>>;
   /** Compiles graphs that are about to be launched, in this order, when nothing else is to be done. Waits for nothing, and fails at nothing. */
   prepare?(graphs: readonly string[]): void;
   /** Runs a program; programs given at the same time run one after another, in order. */

@@ -4,6 +4,7 @@ import { OptionError } from "../../lib/errors.js";
 import { FlowTurbo, loadFor } from "../../lib/flowturbo.js";
 import type { GenerateOptions } from "../../lib/model.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
+import { CostStore } from "../../lib/serving/store.js";
 
 afterEach(() => vi.restoreAllMocks());
 
@@ -30,6 +31,35 @@ it.each([
   expect(usual.added.length).toBeGreaterThan(3);
   expect(ahead).toEqual(usual.added);
   expect(pixels && usual.pixels?.equals(pixels)).toBe("outputType" in request ? undefined : true);
+});
+
+it("costs that are observed while weights are lazy for one request are not those of a model that folds them", async () => {
+  const read = vi.spyOn(CostStore.prototype, "read");
+  const request = { prompt: "a red circle", seed: 1, steps: 1 };
+  const folded = { ...options, weights: "folded" } as const;
+  const lazy = { ...options, weights: "lazy" } as const;
+  for (const [load, ahead] of [
+    [() => FlowTurbo.load(undefined, folded), () => loadFor(undefined, folded, request)],
+    [() => FlowTurbo.load(undefined, lazy), () => loadFor(undefined, lazy, request)],
+    [() => FlowTurbo.load(undefined, options), () => loadFor(undefined, options, { ...request, steps: 28 })],
+    [() => FlowTurbo.load(undefined, options), () => loadFor(undefined, options, request)],
+  ] as const) {
+    await using _usual = await load();
+    await using _forRequest = await ahead();
+  }
+  const keys = (read.mock.contexts as CostStore[]).map(({ key }) => key);
+  const areSame = [0, 2, 4, 6].map((index) => keys[index] === keys[index + 1]);
+  expect(areSame).toEqual([true, true, true, false]);
+});
+
+it("a time limit leaves the weights as they are", async () => {
+  const expected = vi.spyOn(OnnxRuntime.prototype, "expect");
+  const request = { prompt: "a red circle", seed: 1, deadlineMs: 60_000 };
+  await using model = await loadFor(undefined, options, request);
+  expect(expected).not.toHaveBeenCalled();
+  await using _other = await loadFor(undefined, options, { ...request, deadlineMs: undefined });
+  expect(expected).toHaveBeenCalledTimes(1);
+  expect(model.runtime.name).toBe("onnxruntime");
 });
 
 it("a request that is wrong is refused where it is drawn", async () => {

@@ -113,9 +113,11 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     return this.#keeper.keepingAlive(() => this.#surviving((host) => host.ready));
   }
 
-  expect(evaluations: number): void {
-    const { foldedAbove = 0 } = this.#options;
-    if (evaluations <= foldedAbove) this.#widening = "lazy";
+  expect(evaluations: number): Readonly<Record<string, unknown>> {
+    const { foldedAbove = 0, weights } = this.#options;
+    if (weights !== "folded" || evaluations > foldedAbove) return {};
+    this.#widening = "lazy";
+    return { widening: "lazy" };
   }
 
   add(graph: CompilableGraph): void {
@@ -123,7 +125,7 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
     const { weights, files = [] } = this.#options;
-    const widening = typeof weights === "function" ? weights(graph) : (this.#widening ?? undefined);
+    const widening = typeof weights === "function" ? weights(graph) : (this.#widening ?? weights);
     const read = new Set([...graph.externals.values()].map(({ file }) => file));
     const versions = files.filter(({ file }) => read.has(file));
     // The bytes have the places of the weights, and an optimised graph that is kept may have some of their values.
