@@ -4,6 +4,7 @@ import { type Checkpoint, openCheckpoint } from "../../lib/checkpoint/index.js";
 import { elementCount } from "../../lib/common/tensor.js";
 import { examineMemory } from "../../lib/generation/examine-memory.js";
 import { type HeldWeights, hostMemoryNeeded } from "../../lib/generation/host-memory.js";
+import { mostTokens } from "../../lib/networks/index.js";
 import { GraphLibrary } from "../../lib/networks/library.js";
 import { fixture } from "../support/fixtures.js";
 
@@ -35,6 +36,17 @@ it("grows with the pixels, whatever the weights are held as", () => {
   expect(twice.weights).toBe(small.weights);
   expect(twice.activations).toBeGreaterThan(small.activations);
   expect(needed("int8").activations).toBe(twice.activations);
+});
+
+it("counts no scores where attention among all tokens, the text's too, goes block by block", () => {
+  const { transformer, vae } = checkpoint;
+  const side = vae.config.factor * transformer.config.patchSize;
+  const most = mostTokens(transformer.config.numAttentionHeads);
+  const column = (patches: number) =>
+    hostMemoryNeeded(checkpoint, "lazy", { width: side, height: patches * side }).activations;
+  // Tokens of the text are fewer than 400.
+  expect(column(most)).toBeLessThan(column(most - 400));
+  expect(column(most)).toBeLessThan(column(most + 1));
 });
 
 describe("of what there is", () => {
