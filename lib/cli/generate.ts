@@ -273,10 +273,8 @@ async function draw(model: FlowTurbo, options: GenerateOptions, preview: string 
   progress.show("encoding the prompt");
   const drawing = model.generate({
     ...options,
-    // Which takes a while, and is needed when the pictures are there.
-    onStart: () => {
-      if (options.outputType !== "latent") void sharp.load().catch(() => undefined);
-    },
+    // Which takes a while, and is needed when the pictures are there: where it fails, nothing is drawn to no end.
+    onStart: () => (options.outputType === "latent" ? undefined : sharp.load()),
     onStep: ({ step, steps, stage, stages, block, milliseconds, previews: [picture] }) => {
       const where = stages > 1 ? `stage ${stage + 1} of ${stages}, ` : "";
       progress.show(`${where}${block}, ${Math.round(milliseconds)} ms`, step + 1, steps);
