@@ -175,10 +175,10 @@ export class Layers {
         return addend ? g.op("Add", [scaled, addend]) : scaled;
       }
       const flat = rank === 2 ? x : g.op("Reshape", [x, g.ints([-1, from])]);
-      // A bias inside the product would be what the sums start from, which have to be read then: 2 % of a step at real widths.
-      let y = g.op("Gemm", [flat, weight], { transB: 1 });
+      const inside = addend && !later && this.options.linear === "gemm";
+      let y = g.op("Gemm", inside ? [flat, weight, addend] : [flat, weight], { transB: 1 });
       if (later) y = this.mul(y, this.#scale(later));
-      if (addend) y = this.add(y, addend);
+      if (addend && !inside) y = this.add(y, addend);
       return rank === 2 ? y : this.rows(y, [-1, to]);
     });
   }

@@ -7,10 +7,12 @@ export interface EmitOptions {
   /** The type that networks compute in; states, inputs and outputs are float32 whatever it is. */
   readonly compute: "float32" | "float16" | "bfloat16";
   /**
-   * `gemm`: y = Gemm(x, W, b) with transB, which reads the stored [out, in] layout as it is (ONNX Runtime on the CPU).
+   * `gemm`: y = Gemm(x, W, b) with transB, which reads the stored [out, in] layout as it is (ONNX Runtime's GPU providers).
+   * `gemm-add`: y = Gemm(x, W) + b, for ONNX Runtime on the CPU: inside, the bias is what the sums start from, which have to be
+   * read then, 2 % of a step at real widths.
    * `matmul`: x · Transpose(W) + b, which TensorRT fuses for projections that share an input.
    */
-  readonly linear: "gemm" | "matmul";
+  readonly linear: "gemm" | "gemm-add" | "matmul";
   /**
    * `operator`: GroupNormalization (TensorRT). `instance`: InstanceNormalization over the groups, then scale and shift,
    * for ONNX Runtime, which has a kernel for that one and takes the other apart (a fifth of the decoder's time).
@@ -54,7 +56,7 @@ export interface EmitOptions {
 /** ONNX Runtime on the CPU computes in float32 only. */
 export const cpuEmitOptions: EmitOptions = {
   compute: "float32",
-  linear: "gemm",
+  linear: "gemm-add",
   groupNorm: "instance",
   attention: "sized",
   rmsNorm: "operator",
