@@ -14,7 +14,9 @@ const options = { measureCosts: false, threads: 1 } as const;
 async function drawn(request: GenerateOptions, isAhead = true) {
   const prepared = vi.spyOn(OnnxRuntime.prototype, "prepare").mockClear();
   const added = vi.spyOn(OnnxRuntime.prototype, "add").mockClear();
-  await using model = await (isAhead ? loadFor(undefined, options, request) : FlowTurbo.load(undefined, options));
+  // Folded weights give other last bits.
+  const lazy = { ...options, weights: "lazy" } as const;
+  await using model = await (isAhead ? loadFor(undefined, lazy, request) : FlowTurbo.load(undefined, lazy));
   const ahead = prepared.mock.calls.flatMap(([names]) => names);
   const { images } = await model.generate(request);
   return { ahead, added: added.mock.calls.map(([{ name }]) => name), pixels: images[0] && Buffer.from(images[0].data) };
@@ -23,6 +25,18 @@ async function drawn(request: GenerateOptions, isAhead = true) {
 it.each([
   ["guided", { prompt: "a red circle", seed: 1, blocks: "H1P1R1" }],
   ["not guided", { prompt: "a red circle", seed: 1, steps: 2, guidanceScale: 1 }],
+  ["several pictures of two prompts", { prompt: ["a red circle", "a blue square"], count: 2, seed: 1, steps: 1 }],
+  [
+    "in stages",
+    {
+      prompt: "a red circle",
+      seed: 1,
+      stages: [
+        { width: 64, height: 64, blocks: "E1" },
+        { width: 128, height: 128, blocks: "E2" },
+      ],
+    },
+  ],
   ["latents alone", { prompt: "a red circle", seed: 1, steps: 1, outputType: "latent" as const }],
 ])("the graphs of a request: %s", async (_, request) => {
   const { ahead, pixels } = await drawn(request);
