@@ -3,9 +3,9 @@
  * called by a digest of all that its content follows from, and is mapped like any other weights.
  */
 
-import { readdir, realpath, rm, stat } from "node:fs/promises";
+import { realpath, stat } from "node:fs/promises";
 import path from "node:path";
-import { type FileVersion, makeFolders, writeFileAtomic } from "../common/files.js";
+import { type FileVersion, filesNamed, makeFolders, removeFiles, writeFileAtomic } from "../common/files.js";
 import type { Logger } from "../common/logger.js";
 import { bytesPerElement, elementCount, type StoredDType } from "../common/tensor.js";
 import { CheckpointError, OutputError } from "../errors.js";
@@ -16,25 +16,16 @@ export const weightsFolder = (cache: string): string => path.join(cache, "weight
 
 /** Bytes of the files of weights in a cache, by their paths. */
 export async function listCachedWeights(cache: string): Promise<{ readonly file: string; readonly bytes: number }[]> {
-  const files = await cachedFiles(cache, /\.safetensors(\.[0-9a-f]+\.tmp)?$/);
-  return Promise.all(files.map(async (file) => ({ file, bytes: (await stat(file)).size })));
+  return (await weightsIn(cache)).map(({ file, bytes }) => ({ file, bytes }));
 }
 
-async function cachedFiles(cache: string, named: RegExp): Promise<string[]> {
-  const folder = weightsFolder(cache);
-  const names = await readdir(folder).catch((): string[] => []);
-  return names
-    .filter((name) => named.test(name))
-    .sort()
-    .map((name) => path.join(folder, name));
-}
+const weightsIn = (cache: string) => filesNamed(weightsFolder(cache), /\.safetensors(\.[0-9a-f]+\.tmp)?$/);
 
 /** Removes them, the plans that they follow from, and what an interrupted load left. @returns how many files of weights there were, and their bytes */
 export async function clearCachedWeights(cache: string): Promise<{ readonly files: number; readonly bytes: number }> {
-  const found = await listCachedWeights(cache);
-  const plans = await cachedFiles(cache, /\.plan\.json(\.[0-9a-f]+\.tmp)?$/);
-  for (const file of [...found.map(({ file }) => file), ...plans]) await rm(file, { force: true });
-  return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
+  const removed = await removeFiles(await weightsIn(cache));
+  await removeFiles(await filesNamed(weightsFolder(cache), /\.plan\.json(\.[0-9a-f]+\.tmp)?$/));
+  return removed;
 }
 
 /** A file that is in the cache, or is to be. */

@@ -1,7 +1,7 @@
-/** Files and folders: the user's cache folder, files that appear whole or not at all, folders made level by level. */
+/** Files and folders: the user's cache folder and the files in it, files that appear whole or not at all, folders made level by level. */
 
 import { randomBytes } from "node:crypto";
-import { link, mkdir, rename, rm, stat, writeFile } from "node:fs/promises";
+import { link, mkdir, readdir, rename, rm, stat, writeFile } from "node:fs/promises";
 import { homedir } from "node:os";
 import path from "node:path";
 
@@ -91,4 +91,34 @@ async function exists(file: string): Promise<boolean> {
       throw error;
     },
   );
+}
+
+/** A file of a cache. */
+export interface CachedFile {
+  readonly file: string;
+  readonly bytes: number;
+  /** When it was last used, in milliseconds since 1970. */
+  readonly used: number;
+}
+
+/** Files of a folder whose names match, in the order of the names; a folder that is not there has none. */
+export async function filesNamed(folder: string, named: RegExp): Promise<CachedFile[]> {
+  const names = await readdir(folder).catch((): string[] => []);
+  const found = names
+    .filter((name) => named.test(name))
+    .sort()
+    .map(async (name) => {
+      const file = path.join(folder, name);
+      const about = await stat(file).catch(() => null);
+      return about && { file, bytes: about.size, used: about.mtimeMs };
+    });
+  return (await Promise.all(found)).filter((each) => each !== null);
+}
+
+/** Removes files. @returns how many there were, and their bytes */
+export async function removeFiles(
+  found: readonly CachedFile[],
+): Promise<{ readonly files: number; readonly bytes: number }> {
+  for (const { file } of found) await rm(file, { force: true });
+  return { files: found.length, bytes: found.reduce((sum, { bytes }) => sum + bytes, 0) };
 }
