@@ -26,9 +26,11 @@ import { genai } from "./peers/openvino.js";
 import { page, plot } from "./peers/page.js";
 import { packageSets, pythonWith, reason, versions } from "./peers/python.js";
 import {
+  type At,
   type CachingResult,
   instructions,
   type Machine,
+  type Missing,
   merged,
   type Row,
   readPeers,
@@ -124,7 +126,7 @@ async function main(): Promise<void> {
 
   for (const subject of subjects) {
     console.log(`\n${subject.name}: ${subject.steps} Euler steps, ${subject.rounds} rounds`);
-    const missing: string[] = [];
+    const missing: Missing[] = [];
     const contenders = contendersOf(subject);
     const chosen = contenders.filter(({ name, slow }) => wanted.test(name) && !(flags.quick && slow));
     const model = await subject.model();
@@ -145,8 +147,8 @@ async function main(): Promise<void> {
       try {
         state.set(key, (await run()) ?? null);
       } catch (error) {
-        missing.push(`${subject.name}, ${what}, ${contender.name}: ${reason(error)}.`);
-        console.log(missing.at(-1));
+        missing.push({ name: contender.name, what, reason: reason(error) });
+        console.log(`${contender.name}, ${what}: ${reason(error)}`);
       }
     };
     for (const contender of chosen)
@@ -182,9 +184,10 @@ async function main(): Promise<void> {
     const kept = <T>(what: string) =>
       contenders.flatMap((each) => state.get<T>(`${subject.name} | ${what} | ${each.name}`) ?? []);
     caching = kept<CachingResult>("quality")[0] ?? caching;
+    const at = <T>(rows: T[]): At<T>[] => rows.map((row) => ({ ...row, commit: String(where.commit) }));
     measured.push({
-      ...{ name: subject.name, steps: subject.steps, rounds: subject.rounds, commit: String(where.commit), missing },
-      ...{ contenders: kept<Row>("side by side"), start: kept<Start>("from process start") },
+      ...{ name: subject.name, steps: subject.steps, rounds: subject.rounds, missing },
+      ...{ contenders: at(kept<Row>("side by side")), start: at(kept<Start>("from process start")) },
     });
     const machine = { environment: where, instructions: instructions(), threads, guidance };
     const now: Machine = { ...machine, versions: await versions(), subjects: measured, caching };

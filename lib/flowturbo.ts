@@ -71,7 +71,7 @@ import type {
   PromptEmbeds,
   Size,
 } from "./model.js";
-import { graphKey, graphName } from "./networks/index.js";
+import { graphKey, graphName, networks } from "./networks/index.js";
 import { GraphLibrary } from "./networks/library.js";
 import type { OnnxGraph } from "./onnx/index.js";
 import {
@@ -877,8 +877,11 @@ function prepareFor(
     const request = settleRequest(options, model);
     const [{ stages }, ...others] = request.candidates;
     // A time limit is kept by what launches are known to cost, with the settings as they are.
-    if (others.length === 0)
-      changed = runtime.expect?.(stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0)) ?? {};
+    if (others.length === 0) {
+      const evaluations = stages.reduce((sum, { schedule }) => sum + schedule.evaluations.predictor, 0);
+      // The forms of its graphs follow from that alone.
+      if (runtime.expect?.((name) => (isOfSteps(name) ? evaluations : 1))) changed = { evaluations };
+    }
     names = graphsAhead(request, model);
   } catch {
     return changed;
@@ -889,6 +892,12 @@ function prepareFor(
     runtime.prepare?.([name]);
   }
   return changed;
+}
+
+/** Whether a picture launches a graph again and again, as against once for its texts or its end. */
+function isOfSteps(name: string): boolean {
+  const { role } = networks[graphKey(name).network]!;
+  return role === "step" || role === "edit";
 }
 
 /** Adds the versions of files, in place of those of the same files before. */

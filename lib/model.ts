@@ -207,8 +207,8 @@ export interface LoadOptions {
   threads?: number | undefined;
   /**
    * How the CPU runtime computes with weights. Those of 16 bits: `"lazy"` widens them at each use, `"folded"` once at load (faster,
-   * twice the memory), `"auto"` folds where six times their bytes are free; the command `flowturbo generate`, which draws one request, only where
-   * its pictures take more than 12 evaluations, or it has a time limit. `"int8"` has the linear layers of attention and MLP multiplied as
+   * twice the memory), `"auto"` folds where six times their bytes are free; the command `flowturbo generate`, which draws one request, then only folds networks
+   * that a picture evaluates more than 12 times (small ones, 30), unless it has a time limit. `"int8"` has the linear layers of attention and MLP multiplied as
    * 8-bit integers, with a scale for each output and each token: of the transformer, the refiner, the text encoders and the ControlNets that are named here,
    * with LoRAs merged into them. That is faster than `"folded"`, and these weights take a quarter of its memory; pictures differ a little. All else stays in float32, its
    * 16-bit weights as with `"auto"`. The first load of a checkpoint examines it, some minutes for a published model, leaves layers in float32 that lose too much, and

@@ -2,12 +2,13 @@
 
 import { bars } from "../plot.js";
 import { type Spread, table } from "../support.js";
-import { type Machine, machineName, type Row } from "./result.js";
+import { commitsOf, type Machine, machineName, type Row } from "./result.js";
 import { onlyPublishedSizes } from "./stable-diffusion-cpp.js";
 import {
   ahead,
   type Column,
   columns,
+  commits,
   equalWork,
   heading,
   machineLines,
@@ -30,7 +31,7 @@ function details({ machine, subject }: Column): string[] {
   return [
     `## ${subject.name}: ${machineName(machine)}`,
     "",
-    `${steps} Euler steps, guidance ${machine.guidance}, ${machine.threads} threads, ${rounds} rounds; commit ${subject.commit}.`,
+    `${steps} Euler steps, guidance ${machine.guidance}, ${machine.threads} threads, ${rounds} rounds; ${commits(commitsOf(subject))}.`,
     "",
     table([
       [

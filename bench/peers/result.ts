@@ -17,6 +17,9 @@ export interface Row extends Pick<Contender, "name" | "precision" | "skips" | "o
   readonly agreement?: { readonly difference: number; readonly psnr: number };
 }
 
+/** A result, and the version of ours that was measured with it. */
+export type At<T> = T & { readonly commit: string };
+
 /** From process start to PNG, in turn with ours. */
 export interface Start {
   readonly name: string;
@@ -31,11 +34,17 @@ export interface SubjectResult {
   readonly name: string;
   readonly steps: number;
   readonly rounds: number;
-  readonly commit: string;
-  readonly contenders: readonly Row[];
-  readonly start: readonly Start[];
-  /** Why a contender has no row. */
-  readonly missing: readonly string[];
+  readonly contenders: readonly At<Row>[];
+  readonly start: readonly At<Start>[];
+  /** Contenders without a row, and why. */
+  readonly missing: readonly Missing[];
+}
+
+export interface Missing {
+  readonly name: string;
+  /** What was to be measured. */
+  readonly what: string;
+  readonly reason: string;
 }
 
 /** Pictures with and without TaylorSeer, from the same captions and noise, judged. */
@@ -73,14 +82,41 @@ export const machineName = ({ environment: { cpu, cores } }: Pick<Machine, "envi
 export const readPeers = (file: string): PeersResult =>
   existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as PeersResult) : { machines: [] };
 
-/** What was measured now over what was there: subjects of this machine are replaced by name, other machines stay. */
+/**
+ * What was measured now over what was there: each contender of a subject of this machine is replaced by name, in the order
+ * of the new ones, where a subject has the same steps and rounds; other subjects and machines stay.
+ */
 export function merged({ machines }: PeersResult, now: Machine): PeersResult {
   const isSame = (machine: Machine) => machineName(machine) === machineName(now);
   const before = machines.find(isSame);
-  const kept = (before?.subjects ?? []).filter(({ name }) => !now.subjects.some((subject) => subject.name === name));
-  const entry = { ...now, subjects: [...now.subjects, ...kept], caching: now.caching ?? before?.caching };
+  const isNow = ({ name }: SubjectResult) => now.subjects.some((subject) => subject.name === name);
+  const kept = (before?.subjects ?? []).filter((subject) => !isNow(subject));
+  const subjects = now.subjects.map((subject) => {
+    const old = before?.subjects.find(({ name }) => name === subject.name);
+    return old && old.steps === subject.steps && old.rounds === subject.rounds ? together(subject, old) : subject;
+  });
+  const versions = { ...before?.versions, ...now.versions };
+  const entry = { ...now, versions, subjects: [...subjects, ...kept], caching: now.caching ?? before?.caching };
   return { machines: before ? machines.map((each) => (isSame(each) ? entry : each)) : [...machines, entry] };
 }
+
+function together(now: SubjectResult, old: SubjectResult): SubjectResult {
+  const both = <T extends { readonly name: string }>(rows: readonly T[], earlier: readonly T[]) => [
+    ...rows,
+    ...earlier.filter(({ name }) => !rows.some((row) => row.name === name)),
+  ];
+  const contenders = both(now.contenders, old.contenders);
+  const start = both(now.start, old.start);
+  const isTried = ({ name, what }: Missing) =>
+    now.missing.some((each) => each.name === name && each.what === what) ||
+    (what === "from process start" ? now.start : now.contenders).some((row) => row.name === name);
+  return { ...now, contenders, start, missing: [...now.missing, ...old.missing.filter((each) => !isTried(each))] };
+}
+
+/** The versions of ours that a subject's rows were measured with. */
+export const commitsOf = ({ contenders, start }: SubjectResult): string[] => [
+  ...new Set([...contenders, ...start].map(({ commit }) => commit)),
+];
 
 /** Sets of instructions of this CPU. */
 export function instructions(): string[] {

@@ -2,7 +2,7 @@
 
 import { gigabytes } from "../../lib/common/memory.js";
 import type { Spread } from "../support.js";
-import { type Machine, machineName, type Row, type Start, type SubjectResult } from "./result.js";
+import { commitsOf, type Machine, machineName, type Row, type Start, type SubjectResult } from "./result.js";
 
 export const baselineName = "flowturbo, Euler";
 export const times = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)}–${max.toFixed(2)})`;
@@ -119,9 +119,17 @@ export function ahead(machines: readonly Machine[]): string[] {
   });
 }
 
+export const commits = (all: readonly string[]) => {
+  const each = [...new Set(all)];
+  return `commit${each.length > 1 ? "s" : ""} ${each.join(", ")}`;
+};
+
 export const missing = (machines: readonly Machine[]): string[] =>
   columns(machines).flatMap(({ machine, subject }) =>
-    subject.missing.map((line) => `- ${machines.length > 1 ? `${machine.environment.cpu}: ` : ""}${line}`),
+    subject.missing.map(
+      ({ name, what, reason }) =>
+        `- ${machines.length > 1 ? `${machine.environment.cpu}: ` : ""}${subject.name}, ${what}, ${name}: ${reason}.`,
+    ),
   );
 
 /** What a machine is, and what ran on it. */
@@ -130,7 +138,6 @@ export function machineLines(machines: readonly Machine[]): string[] {
     const { memoryGiB, node, onnxruntime } = machine.environment as Record<string, string>;
     const set = machine.instructions.length > 0 ? ` (${machine.instructions.join(", ")})` : "";
     const versions = Object.entries(machine.versions).map(([name, version]) => `, ${name} ${version}`);
-    const commits = [...new Set(machine.subjects.map(({ commit }) => commit))].join(", ");
-    return `${machineName(machine)}${set}, ${memoryGiB} GiB; Node ${node}, ONNX Runtime ${onnxruntime}${versions.join("")}; commit ${commits}.`;
+    return `${machineName(machine)}${set}, ${memoryGiB} GiB; Node ${node}, ONNX Runtime ${onnxruntime}${versions.join("")}; ${commits(machine.subjects.flatMap(commitsOf))}.`;
   });
 }

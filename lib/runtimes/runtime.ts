@@ -130,10 +130,11 @@ export interface Runtime {
   add(graph: CompilableGraph): void;
   has(name: string): boolean;
   /**
-   * Told before graphs are added, where one request is all that is expected: how many evaluations one of its pictures takes.
-   * @returns what its settings (`OpenedRuntime.settings`) have in addition from then on
+   * Told before graphs are added, where one request is all that is expected.
+   * @param launches how often one of its pictures launches a graph, by name, at most
+   * @returns whether launches take another time from then on than `OpenedRuntime.settings` say
    */
-  expect?(evaluations: number): Readonly<Record<string, unknown>>;
+  expect?(launches: (graph: string) => number): boolean;
   /** Compiles graphs that are about to be launched, in this order, when nothing else is to be done. Waits for nothing, and fails at nothing. */
   prepare?(graphs: readonly string[]): void;
   /** Runs a program; programs given at the same time run one after another, in order. */

@@ -1,18 +1,20 @@
 // What the README quotes of the benchmarks.
 import { describe, expect, it } from "vitest";
 import { page } from "../../bench/peers/page.js";
-import { type Machine, merged, type Row, type SubjectResult } from "../../bench/peers/result.js";
+import { type At, type Machine, merged, type Row, type SubjectResult } from "../../bench/peers/result.js";
 import { ahead } from "../../bench/peers/tables.js";
 import { begin, end, figures, withFigures } from "../../bench/readme.js";
 
 const at = (median: number) => ({ median, min: median - 0.1, max: median + 0.1, runs: 5 });
-const row = (name: string, step: number, picture: number, more: Partial<Row> = {}): Row => ({
+const row = (name: string, step: number, picture: number, more: Partial<Row> = {}): At<Row> => ({
   ...{ name, precision: "float32", step: at(50), picture: at(500), stepRatio: at(step), pictureRatio: at(picture) },
   baseline: { step: at(50), picture: at(500) },
+  commit: "abc",
   ...more,
 });
 const small: SubjectResult = {
-  ...{ name: "small", steps: 28, rounds: 5, commit: "abc", missing: ["small, torch: it is not there."] },
+  ...{ name: "small", steps: 28, rounds: 5 },
+  missing: [{ name: "torch", what: "side by side", reason: "it is not there" }],
   contenders: [
     row("flowturbo, int8", 0.4, 0.5, { ours: true, precision: "int8" }),
     row("flowturbo, H1P7R2", 1, 0.3, { ours: true, skips: true }),
@@ -20,7 +22,12 @@ const small: SubjectResult = {
     row("slow", 1.3, 1.4),
     row("skipping", 1.2, 0.6, { skips: true }),
   ],
-  start: [{ name: "fast", time: at(9), ratio: at(2), peak: at(3e8), baseline: { time: at(5), peak: at(2e8) } }],
+  start: [
+    {
+      ...{ name: "fast", time: at(9), ratio: at(2), peak: at(3e8), commit: "abc" },
+      baseline: { time: at(5), peak: at(2e8) },
+    },
+  ],
 };
 const machine = (cpu: string, subjects: readonly SubjectResult[]): Machine => ({
   environment: { cpu, cores: 2, memoryGiB: 8, node: "20", onnxruntime: "1.30" },
@@ -45,7 +52,7 @@ describe("the README's figures", () => {
     expect(rows[4]).toEqual(["slow", "1.30 (1.20–1.40)", "1.30 (1.20–1.40)", "1.50 (1.40–1.60)"]);
     expect(rows).toContainEqual(["skipping", "0.60 (0.50–0.70)", "0.60 (0.50–0.70)", ""]);
     expect(rows.at(-2)).toEqual(["flowturbo, Euler", "1; 0.20", "1; 0.20"]);
-    expect(figures({ peers })).toMatch(/A: small, torch: it is not there[\s\S]*torch 2\.9; commit abc/);
+    expect(figures({ peers })).toMatch(/A: small, side by side, torch: it is not there\.[\s\S]*torch 2\.9; commit abc/);
   });
 
   it("begin with who is ahead of ours, by name and ratio", () => {
@@ -61,14 +68,29 @@ describe("the README's figures", () => {
     expect(page([machine("A", [wide])], undefined)).toMatch(/## Where ours is behind\n\nNowhere here/);
   });
 
-  it("keep other machines and other subjects when one is measured again", () => {
-    const again = { ...small, commit: "def" };
+  it("keep other machines, subjects and contenders when some are measured again", () => {
+    const fast = { ...row("fast", 0.7, 0.8), commit: "def" };
+    const slow = { name: "slow", what: "side by side", reason: "it failed" };
+    const again = { ...small, contenders: [fast], start: [], missing: [slow] };
     const { machines } = merged(peers, machine("A", [again]));
     expect(machines.map(({ environment }) => environment.cpu)).toEqual(["A", "B"]);
-    expect(machines[0]!.subjects.map(({ name, commit }) => [name, commit])).toEqual([
-      ["small", "def"],
-      ["wide", "abc"],
+    const [now, other] = machines[0]!.subjects as [SubjectResult, SubjectResult];
+    expect([now.name, other.name]).toEqual(["small", "wide"]);
+    expect(now.contenders.map(({ name, commit }) => `${name} ${commit}`)).toEqual([
+      ...["fast def", "flowturbo, int8 abc", "flowturbo, H1P7R2 abc", "slow abc", "skipping abc"],
     ]);
+    expect(now.contenders[0]!.stepRatio.median).toBe(0.7);
+    expect(now.start).toEqual(small.start);
+    // What failed today is said beside what was measured before; what was tried and is there now is missing no more.
+    expect(now.missing).toEqual([slow, ...small.missing]);
+    const torch = { ...row("torch", 2, 2), commit: "def" };
+    expect(merged(peers, machine("A", [{ ...again, contenders: [torch] }])).machines[0]!.subjects[0]!.missing).toEqual([
+      slow,
+    ]);
+    expect(page(machines, undefined)).toContain("5 rounds; commits def, abc.");
+    // Other numbers of steps are another measurement.
+    const { machines: anew } = merged(peers, machine("A", [{ ...again, steps: 4 }]));
+    expect(anew[0]!.subjects[0]!.contenders).toEqual([fast]);
     expect(merged(peers, machine("C", [small])).machines).toHaveLength(3);
   });
 

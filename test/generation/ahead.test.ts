@@ -47,7 +47,7 @@ it.each([
   expect(pixels && usual.pixels?.equals(pixels)).toBe("outputType" in request ? undefined : true);
 });
 
-it("costs that are observed while weights are lazy for one request are not those of a model that folds them", async () => {
+it("costs that are observed where one request decides which weights are folded are those of such requests alone", async () => {
   const read = vi.spyOn(CostStore.prototype, "read");
   const request = { prompt: "a red circle", seed: 1, steps: 1 };
   const folded = { ...options, weights: "folded" } as const;
@@ -55,15 +55,16 @@ it("costs that are observed while weights are lazy for one request are not those
   for (const [load, ahead] of [
     [() => FlowTurbo.load(undefined, folded), () => loadFor(undefined, folded, request)],
     [() => FlowTurbo.load(undefined, lazy), () => loadFor(undefined, lazy, request)],
-    [() => FlowTurbo.load(undefined, options), () => loadFor(undefined, options, { ...request, steps: 28 })],
+    [() => FlowTurbo.load(undefined, options), () => loadFor(undefined, options, { ...request, steps: 100 })],
     [() => FlowTurbo.load(undefined, options), () => loadFor(undefined, options, request)],
+    [() => loadFor(undefined, options, { ...request, seed: 2 }), () => loadFor(undefined, options, request)],
   ] as const) {
     await using _usual = await load();
     await using _forRequest = await ahead();
   }
   const keys = (read.mock.contexts as CostStore[]).map(({ key }) => key);
-  const areSame = [0, 2, 4, 6].map((index) => keys[index] === keys[index + 1]);
-  expect(areSame).toEqual([true, true, true, false]);
+  const areSame = [0, 2, 4, 6, 8].map((index) => keys[index] === keys[index + 1]);
+  expect(areSame).toEqual([true, true, false, false, true]);
 });
 
 it("a time limit leaves the weights as they are", async () => {

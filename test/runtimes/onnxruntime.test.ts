@@ -10,7 +10,7 @@ import { GraphBuilder } from "../../lib/onnx/index.js";
 import type { Program } from "../../lib/program/program.js";
 import { OnnxRuntime } from "../../lib/runtimes/onnxruntime/onnxruntime.js";
 import { findOnnxRuntime } from "../../lib/runtimes/onnxruntime/row.js";
-import { resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
+import { foldingPays, resolveWeights } from "../../lib/runtimes/onnxruntime/weights.js";
 import { isBlameless, type Preempted } from "../../lib/runtimes/runtime.js";
 import { hosts } from "../support/hosts.js";
 import { type Bundles, bundle } from "./build.js";
@@ -366,6 +366,16 @@ it("the probe finds the version", async () => {
   ) as { version: string };
   const finding = { name: "onnxruntime", available: true, version, reason: null, remedy: null };
   expect(await findOnnxRuntime(bundles.host)).toEqual(finding);
+});
+
+describe("foldingPays", () => {
+  it("asks for more launches of a graph with few weights, and of one without any for ever more", () => {
+    const least = (bytes: number) => [...Array(1000).keys()].find((launches) => foldingPays(launches, bytes)) ?? null;
+    expect(least(5e9)).toBe(13);
+    expect(least(250e6)).toBe(14);
+    expect(least(10e6)).toBe(38);
+    expect(least(0)).toBeNull();
+  });
 });
 
 describe("resolveWeights", () => {

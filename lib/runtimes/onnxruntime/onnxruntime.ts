@@ -28,14 +28,15 @@ import type { HostConnection, ReadyHost } from "./connection.js";
 import { type HostKeeper, type HostUser, keeperOf } from "./host-keeper.js";
 import type { FinishedLaunch, HostSettings, SentGraph, Widening } from "./protocol.js";
 import { packagedHost } from "./spare.js";
+import { foldingPays } from "./weights.js";
 
 export interface OnnxRuntimeOptions extends Pick<HostSettings, "provider" | "deviceId" | "libraries" | "threads"> {
   /** Its name in the table of runtimes; default: "onnxruntime". */
   readonly name?: string | undefined;
   /** 16-bit weights: "lazy" widens them at each use, "folded" once, in memory; see `resolveWeights`. */
   readonly weights: Widening | ((graph: CompilableGraph) => Widening);
-  /** Where the first request that is expected takes at most so many evaluations, "folded" weights are lazy; default: never. */
-  readonly foldedAbove?: number | undefined;
+  /** Where one request is all that is expected, "folded" weights are lazy in graphs that it launches too rarely; default: false. */
+  readonly foldsOnlyWhatPays?: boolean | undefined;
   /** Folder of optimised graphs, absolute; none are kept without it. */
   readonly optimised?: string | undefined;
   /** Files of weights as they were when they were opened: graphs of other versions are others. */
@@ -75,8 +76,8 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   readonly #workspaces = new Set<HostWorkspace>();
   /** Submissions to workspaces under way. */
   readonly #submissions = new Set<Promise<unknown>>();
-  /** Of graphs that are added from now on; null for what the options say. */
-  #widening: Widening | null = null;
+  /** How often the only request that is expected launches a graph. */
+  #launches: ((graph: string) => number) | null = null;
 
   /** Starts the child; nothing waits for it until `start` or the first run. @throws InstallationError without its entry */
   constructor(options: OnnxRuntimeOptions) {
@@ -113,19 +114,19 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     return this.#keeper.keepingAlive(() => this.#surviving((host) => host.ready));
   }
 
-  expect(evaluations: number): Readonly<Record<string, unknown>> {
-    const { foldedAbove = 0, weights } = this.#options;
-    if (weights !== "folded" || evaluations > foldedAbove) return {};
-    this.#widening = "lazy";
-    return { widening: "lazy" };
+  expect(launches: (graph: string) => number): boolean {
+    const { foldsOnlyWhatPays = false, weights } = this.#options;
+    if (weights !== "folded" || !foldsOnlyWhatPays) return false;
+    this.#launches = launches;
+    return true;
   }
 
   add(graph: CompilableGraph): void {
     this.throwIfDisposed();
     const [weight] = graph.externals.values();
     const { root } = parse(weight?.file ?? process.cwd());
-    const { weights, files = [] } = this.#options;
-    const widening = typeof weights === "function" ? weights(graph) : (this.#widening ?? weights);
+    const { files = [] } = this.#options;
+    const widening = this.#wideningOf(graph);
     const read = new Set([...graph.externals.values()].map(({ file }) => file));
     const versions = files.filter(({ file }) => read.has(file));
     // The bytes have the places of the weights, and an optimised graph that is kept may have some of their values.
@@ -136,6 +137,15 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
     const old = this.#graphs.get(graph.name);
     this.#graphs.set(graph.name, { digest, bytes: graph.bytes, root, widening, mayBeKept: mayBeKept(graph) });
     if (old && old.digest !== digest) this.#keeper.current?.unload(this.#user, [old.digest]);
+  }
+
+  #wideningOf(graph: CompilableGraph): Widening {
+    const { weights } = this.#options;
+    if (typeof weights === "function") return weights(graph);
+    if (!this.#launches) return weights;
+    const bytes = [...graph.externals.values()].filter(({ dtype }) => dtype === "F16" || dtype === "BF16");
+    const sum = bytes.reduce((all, { length }) => all + length, 0);
+    return foldingPays(this.#launches(graph.name), sum) ? "folded" : "lazy";
   }
 
   has(name: string): boolean {

@@ -10,7 +10,7 @@ import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { unsupported } from "./open-gpu.js";
 import { optimisedFolder } from "./optimised-folder.js";
 import { endSpare, startSpare } from "./spare.js";
-import { foldedAbove, resolveWeights } from "./weights.js";
+import { resolveWeights } from "./weights.js";
 
 export const onnxruntime: RuntimeRow = {
   name: "onnxruntime",
@@ -30,7 +30,7 @@ export const onnxruntime: RuntimeRow = {
       logger?.debug?.(`Graphs run on ${used} threads: this process may use ${available.quota} processors.`);
     const runtime = new OnnxRuntime({
       ...{ weights: widening, files, threads: used, watchdogMs, listener, logger },
-      ...(weights !== "folded" && { foldedAbove }),
+      foldsOnlyWhatPays: weights !== "folded",
       ...(keepsGraphs && { optimised: optimisedFolder(cache ?? defaultCacheFolder()) }),
     });
     try {

@@ -13,10 +13,15 @@ import type { Widening } from "./protocol.js";
 const factor = 6;
 
 /**
- * Evaluations of a picture up to which "auto" does not fold where that picture is all that is drawn: folding the transformer's weights takes as
- * long as 13 evaluations gain by it (SD3.5 medium's width, 256 × 256).
+ * Whether folding the weights of a graph pays where it is launched only so often. It takes as long as `launchesForWeights`
+ * launches gain by it, whatever the bytes; and a graph that is folded cannot be kept in its optimised form, which takes as
+ * long as the launches of one of `bytesForGraph` gain.
  */
-export const foldedAbove = 12;
+export function foldingPays(launches: number, bytesOf16BitWeights: number): boolean {
+  return launches > launchesForWeights + bytesForGraph / bytesOf16BitWeights;
+}
+const launchesForWeights = 12;
+const bytesForGraph = 250e6;
 
 /**
  * "auto" folds if the available memory is at least six times the 16-bit weights, and leaves them lazy otherwise; with "int8" those that are left in 16 bits are few, and
