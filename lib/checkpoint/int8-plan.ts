@@ -134,17 +134,17 @@ const planSchema = z.object({
   ),
 });
 
-/** Null where there is none, or it is damaged. @param layers that it may name */
-export async function readPlan(file: string, layers: readonly string[]): Promise<CheckedPlan | null> {
+/** Null where there is none, or it is damaged. @param inputs of the layers that it may name */
+export async function readPlan(file: string, inputs: ReadonlyMap<string, number>): Promise<CheckedPlan | null> {
   const text = await readFile(file, "utf8").catch(() => null);
   if (text === null) return null;
   const parsed = planSchema.safeParse(jsonOf(text));
   if (!parsed.success) return null;
-  const known = new Set(layers);
   const found = new Map<string, LayerPlan>();
   for (const [layer, { smooth: text, ...plan }] of Object.entries(parsed.data.layers)) {
     const smooth = text === undefined ? undefined : floatsOf(text);
-    if (!known.has(layer) || smooth === null || (plan.as === "smooth") !== (smooth !== undefined)) return null;
+    const isDamaged = smooth === null || (plan.as === "smooth" ? smooth?.length !== inputs.get(layer) : smooth);
+    if (!inputs.has(layer) || isDamaged) return null;
     found.set(layer, { ...plan, ...(smooth && { smooth }) });
   }
   return { layers: found, error: parsed.data.error };

@@ -5,6 +5,7 @@
  */
 
 import { readFileSync } from "node:fs";
+import os from "node:os";
 
 export interface Processors {
   /** Physical cores that this process may run on; null if not known. */
@@ -108,6 +109,15 @@ function readText(file: string): string | null {
   } catch {
     return null;
   }
+}
+
+/**
+ * What kind of processor this is. Virtual machines give processors of several generations one name, so that on Linux the
+ * names of its instruction sets belong to it.
+ */
+export function processorKind(read: ReadText = readText): string {
+  const instructions = /^(?:flags|Features)\s*:(.*)$/m.exec(read("/proc/cpuinfo") ?? "")?.[1] ?? "";
+  return `${process.arch}, ${os.cpus()[0]?.model ?? "unknown"},${instructions}`;
 }
 
 /** Whether the processor has instructions for sums of products of 8-bit integers, as Linux says for x64; false where it is not known. */

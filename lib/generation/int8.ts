@@ -144,7 +144,9 @@ async function examinedParts(
   return Promise.all(
     found.map(async (part, index) => {
       const file = await files[index]!;
-      return { ...part, file, plan: await readPlan(file, part.layers) };
+      const { find } = part.part.weights;
+      const inputs = new Map(part.layers.map((layer) => [layer, find(`${layer}.weight`)!.shape[1]!]));
+      return { ...part, file, plan: await readPlan(file, inputs) };
     }),
   );
 }

@@ -1,6 +1,6 @@
 // Processors: quotas of control groups of both versions, wherever they are mounted, and cores among the allowed ones.
 import { describe, expect, it } from "vitest";
-import { hasVnni, type Processors, processors, usableThreads } from "../../lib/common/cpu.js";
+import { hasVnni, type Processors, processorKind, processors, usableThreads } from "../../lib/common/cpu.js";
 
 const unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
 const cpuMount = "33 32 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct";
@@ -113,4 +113,12 @@ it("knows instructions for products of 8-bit integers by Linux's list of feature
   expect(hasVnni(() => "flags\t\t: fpu avx2 avx_vnni\n")).toBe(true);
   expect(hasVnni(() => "flags\t\t: fpu avx2 avx512_vnni2\n")).toBe(false);
   expect(hasVnni(() => null)).toBe(false);
+});
+
+it("processors of one name with other instruction sets are of another kind", () => {
+  const kind = (line: string) => processorKind(() => `processor\t: 0\nmodel name\t: Some CPU\n${line}\n`);
+  expect(kind("flags\t\t: fpu sse avx2")).not.toBe(kind("flags\t\t: fpu sse avx2 avx512f"));
+  expect(kind("Features\t: fp asimd")).not.toBe(kind("Features\t: fp asimd i8mm"));
+  expect(kind("flags\t\t: fpu sse")).toBe(kind("flags\t\t: fpu sse"));
+  expect(processorKind(() => null)).toContain(process.arch);
 });

@@ -187,6 +187,11 @@ describe("what the cache keeps", () => {
       JSON.stringify({ error: 0.01, layers: { "another.layer": { as: "int8", error: 0.01 } } }),
       JSON.stringify({ error: 0.01, layers: { ...layers, [layer]: { as: "smooth", error: 0.01 } } }),
       JSON.stringify({ error: 0.01, layers: { ...layers, [layer]: { as: "smooth", error: 0.01, smooth: "AAAA" } } }),
+      // Floats, for a layer of one input.
+      JSON.stringify({
+        error: 0.01,
+        layers: { ...layers, [layer]: { as: "smooth", error: 0.01, smooth: "AACAPw==" } },
+      }),
     ];
     for (const content of damaged) {
       await writeFile(file, content);

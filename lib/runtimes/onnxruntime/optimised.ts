@@ -7,10 +7,10 @@
 
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync } from "node:fs";
-import { open, rename, rm, utimes } from "node:fs/promises";
-import os from "node:os";
+import { open, rename, rm, utimes, writeFile } from "node:fs/promises";
 import path from "node:path";
 import type * as ort from "onnxruntime-node";
+import { processorKind } from "../../common/cpu.js";
 import { makeFolders } from "../../common/files.js";
 import { limitOptimised } from "./optimised-folder.js";
 import type { SentGraph } from "./protocol.js";
@@ -33,7 +33,7 @@ export class OptimisedGraphs {
     options: ort.InferenceSession.SessionOptions,
   ): Promise<ort.InferenceSession> {
     const { InferenceSession, env } = this.#library;
-    const subject = [digest, options, env.versions, process.arch, os.cpus()[0]?.model];
+    const subject = [digest, options, env.versions, processorKind()];
     const key = createHash("sha256").update(JSON.stringify(subject)).digest("hex");
     const file = path.join(this.#folder, `${key.slice(0, 32)}.onnx`);
     if (existsSync(file))
@@ -48,6 +48,8 @@ export class OptimisedGraphs {
     const temporary = `${file}.${randomBytes(6).toString("hex")}.tmp`;
     try {
       await makeFolders(this.#folder);
+      // Where it cannot be written, ONNX Runtime would say so only after it has compiled the graph.
+      await writeFile(temporary, "", { flag: "wx" });
       const session = await InferenceSession.create(bytes, { ...options, optimizedModelFilePath: temporary });
       await keep(temporary, file).catch(() => {});
       return session;
