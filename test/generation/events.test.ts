@@ -216,7 +216,8 @@ describe("generate()", () => {
     const order: string[] = [];
     const call = (name: string, priority = 0) =>
       narrow.generate({
-        ...{ ...request, steps: 6, guidanceScale: 2, priority },
+        // Long enough that none ends before all are accepted.
+        ...{ ...request, steps: 40, guidanceScale: 2, priority },
         onAccept: ({ place, predictedMs }) => {
           places.push(place);
           predicted.push(predictedMs);
