@@ -44,7 +44,15 @@ async function build(folder: string, batches: readonly number[]): Promise<Build>
   const config = await readTransformerConfig(path.join(folder, "transformer/config.json"));
   const weights = await openWeights(path.join(folder, "transformer"), "diffusion_pytorch_model");
   const emit = tensorRtEmitOptions()({
-    ...{ name: "predict", dtype: "BF16", eightBit: [], overflowsInFloat16: false, isConvolutional: false },
+    ...{
+      name: "predict",
+      dtype: "BF16",
+      eightBit: [],
+      overflowsInFloat16: false,
+      isConvolutional: false,
+      isOfSteps: true,
+      bytesOf16Bit: 0,
+    },
   });
   const graph = emitStep("predict", "predict", weights, config, { ...emit, guidance: true, numTrainTimesteps: 1000 });
   const profiles = batches.map((batch) => ({

@@ -120,6 +120,12 @@ export function processorKind(read: ReadText = readText): string {
   return `${process.arch}, ${os.cpus()[0]?.model ?? "unknown"},${instructions}`;
 }
 
+/** Whether this is a processor of Intel's with AVX-512, as Linux says; false where it is not known. */
+export function isIntelAvx512(read: ReadText = readText): boolean {
+  const text = read("/proc/cpuinfo") ?? "";
+  return /^vendor_id\s*:\s*GenuineIntel\s*$/m.test(text) && /^flags\s*:.*\bavx512f\b/m.test(text);
+}
+
 /** Whether the processor has instructions for sums of products of 8-bit integers, as Linux says for x64; false where it is not known. */
 export function hasVnni(read: ReadText = readText): boolean {
   return /^flags\s*:.*\b(avx512_vnni|avx_vnni)\b/m.test(read("/proc/cpuinfo") ?? "");

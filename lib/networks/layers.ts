@@ -84,6 +84,9 @@ const mostScores = 2 ** 24;
 /** The most tokens whose scores are held at once on the CPU. */
 export const mostTokens = (heads: number) => Math.floor(Math.sqrt(mostScores / heads));
 
+/** Channels that ONNX Runtime's layout of convolutions has side by side, at most. */
+const channelBlock = 16;
+
 /**
  * Options for a network with so many tokens at most: where they are always few, attention needs no branch, which takes 4 % of a
  * step of 64 × 64 of the embedded model.
@@ -141,7 +144,50 @@ export class Layers {
     return this.g.scoped(`${name}.lora`, () => this.add(y, this.lowRank!.beside(x, name, from, to, rank === 3)));
   }
 
+  /** Two linear layers over the last axis of x [rows, tokens, size], GELU between them. */
+  mlp(
+    x: Value,
+    [first, second]: readonly [string, string],
+    size: number,
+    inner: number,
+    approximate: "none" | "tanh",
+  ): Value {
+    // Between two convolutions nothing is laid out anew.
+    if (!this.lowRank && this.#isConvolution(first, size, inner) && this.#isConvolution(second, inner, size)) {
+      const image = this.#convolution(this.#imageOf(x), first, size, inner, true);
+      return this.#sequenceOf(this.#convolution(this.gelu(image, approximate), second, inner, size, true));
+    }
+    return this.linear(this.gelu(this.linear(x, first, size, inner), approximate), second, inner, size);
+  }
+
+  #isConvolution(name: string, from: number, to: number): boolean {
+    if (this.options.linear !== "conv" || this.weights.rounding?.(name) || this.weights.int8?.(name)) return false;
+    const { dtype } = requireTensor(this.weights, `${name}.weight`, [to, from]);
+    return (dtype === "F16" || dtype === "BF16") && from % channelBlock === 0 && to % channelBlock === 0;
+  }
+
+  /** [rows, tokens, channels] → [rows, channels, tokens, 1] */
+  #imageOf(x: Value): Value {
+    const { g } = this;
+    const image = () => g.op("Transpose", [g.op("Unsqueeze", [x, g.ints([2])])], { perm: [0, 3, 1, 2] });
+    return this.#once(`image:${x.name}`, image);
+  }
+
+  /** [rows, channels, tokens, 1] → [rows, tokens, channels] */
+  #sequenceOf(image: Value): Value {
+    return this.g.op("Squeeze", [this.g.op("Transpose", [image], { perm: [0, 2, 3, 1] }), this.g.ints([2])]);
+  }
+
+  #convolution(image: Value, name: string, from: number, to: number, bias: boolean): Value {
+    const { g } = this;
+    const weight = g.op("Reshape", [this.weight(`${name}.weight`, [to, from]), g.ints([to, from, 1, 1])]);
+    const addend = bias ? [this.weight(`${name}.bias`, [to])] : [];
+    return g.scoped(name, () => g.op("Conv", [image, weight, ...addend], { kernel_shape: [1, 1] }));
+  }
+
   #linear(x: Value, name: string, from: number, to: number, rank: number, bias: boolean): Value {
+    if (rank === 3 && this.#isConvolution(name, from, to))
+      return this.#sequenceOf(this.#convolution(this.#imageOf(x), name, from, to, bias));
     const rounding = this.weights.rounding?.(name);
     if (!rounding) return this.#product(x, name, from, to, rank, bias);
     const weight = this.weight(`${name}.weight`, [to, from]);

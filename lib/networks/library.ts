@@ -88,7 +88,9 @@ export class GraphLibrary {
     if (part && !weights) throw new RangeError(`This checkpoint has no weights for ${network}.`);
     const dtype = weights ? prevailingDType(weights) : null;
     const eightBit = eightBitDTypes.filter((each) => weights?.bytesByDType[each]);
-    return this.#options({ name: network, dtype, eightBit, overflowsInFloat16, isConvolutional: role === "image" });
+    const { F16 = 0, BF16 = 0 } = weights?.bytesByDType ?? {};
+    const roles = { isConvolutional: role === "image", isOfSteps: role === "step" };
+    return this.#options({ name: network, dtype, eightBit, bytesOf16Bit: F16 + BF16, overflowsInFloat16, ...roles });
   }
 }
 

@@ -255,8 +255,7 @@ export function norm(l: Layers, x: Value, width: number): Value {
 }
 
 export function feedForward(l: Layers, tokens: Value, name: string, width: number): Value {
-  const inner = l.gelu(l.linear(tokens, `${name}.net.0.proj`, width, 4 * width), "tanh");
-  return l.linear(inner, `${name}.net.2`, 4 * width, width);
+  return l.mlp(tokens, [`${name}.net.0.proj`, `${name}.net.2`], width, 4 * width, "tanh");
 }
 
 /** @param last whether the text tokens end with it: then it makes none */

@@ -10,9 +10,12 @@ export interface EmitOptions {
    * `gemm`: y = Gemm(x, W, b) with transB, which reads the stored [out, in] layout as it is (ONNX Runtime's GPU providers).
    * `gemm-add`: y = Gemm(x, W) + b, for ONNX Runtime on the CPU: inside, the bias is what the sums start from, which have to be
    * read then, 2 % of a step at real widths.
+   * `conv`: `gemm-add`, and a convolution of 1 × 1 for layers of whole sequences whose weights are 16-bit: on Intel's processors
+   * with AVX-512 ONNX Runtime's kernel for those is quicker (products take 0.87 of the time), and as quick elsewhere is not known.
+   * Only for weights that are folded: others are not laid out for it.
    * `matmul`: x · Transpose(W) + b, which TensorRT fuses for projections that share an input.
    */
-  readonly linear: "gemm" | "gemm-add" | "matmul";
+  readonly linear: "gemm" | "gemm-add" | "conv" | "matmul";
   /**
    * `operator`: GroupNormalization (TensorRT). `instance`: InstanceNormalization over the groups, then scale and shift,
    * for ONNX Runtime, which has a kernel for that one and takes the other apart (a fifth of the decoder's time).
@@ -75,6 +78,10 @@ export interface EmittedNetwork {
   readonly eightBit: readonly StoredDType[];
   /** Whether it must not be computed in float16. */
   readonly overflowsInFloat16: boolean;
+  /** Bytes of its 16-bit weights. */
+  readonly bytesOf16Bit: number;
   /** Whether it goes through the autoencoder: convolutions and group norms. */
   readonly isConvolutional: boolean;
+  /** Whether it is evaluated at each step. */
+  readonly isOfSteps: boolean;
 }

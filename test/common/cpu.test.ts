@@ -1,6 +1,13 @@
 // Processors: quotas of control groups of both versions, wherever they are mounted, and cores among the allowed ones.
 import { describe, expect, it } from "vitest";
-import { hasVnni, type Processors, processorKind, processors, usableThreads } from "../../lib/common/cpu.js";
+import {
+  hasVnni,
+  isIntelAvx512,
+  type Processors,
+  processorKind,
+  processors,
+  usableThreads,
+} from "../../lib/common/cpu.js";
 
 const unified = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
 const cpuMount = "33 32 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct";
@@ -121,4 +128,14 @@ it("processors of one name with other instruction sets are of another kind", () 
   expect(kind("Features\t: fp asimd")).not.toBe(kind("Features\t: fp asimd i8mm"));
   expect(kind("flags\t\t: fpu sse")).toBe(kind("flags\t\t: fpu sse"));
   expect(processorKind(() => null)).toContain(process.arch);
+});
+
+it.each([
+  ["GenuineIntel", "fpu avx2 avx512f avx512bw", true],
+  ["GenuineIntel", "fpu avx2", false],
+  ["AuthenticAMD", "fpu avx2 avx512f", false],
+])("%s with %s: AVX-512 of Intel's %s", (vendor, flags, expected) => {
+  const text = `processor\t: 0\nvendor_id\t: ${vendor}\nflags\t\t: ${flags}\n`;
+  expect(isIntelAvx512(() => text)).toBe(expected);
+  expect(isIntelAvx512(() => null)).toBe(false);
 });

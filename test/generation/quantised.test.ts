@@ -170,7 +170,14 @@ it("int8 with a scale for each row, in linear layers, convolutions, norms and em
 });
 
 describe("TensorRT", () => {
-  const network = { name: "t5", dtype: "F16", overflowsInFloat16: true, isConvolutional: false } as const;
+  const network = {
+    name: "t5",
+    dtype: "F16",
+    overflowsInFloat16: true,
+    isConvolutional: false,
+    isOfSteps: false,
+    bytesOf16Bit: 0,
+  } as const;
   it("has no E5M2, and E4M3 from compute capability 8.9", () => {
     const emit = (targets: number[], stored: "F8_E4M3" | "F8_E5M2" | "I8") =>
       tensorRtEmitOptions(targets)({ ...network, eightBit: [stored] });

@@ -142,10 +142,18 @@ export class OnnxRuntime implements Runtime, WorkspaceOwner, AsyncDisposable {
   #wideningOf(graph: CompilableGraph): Widening {
     const { weights } = this.#options;
     if (typeof weights === "function") return weights(graph);
-    if (!this.#launches) return weights;
-    const bytes = [...graph.externals.values()].filter(({ dtype }) => dtype === "F16" || dtype === "BF16");
-    const sum = bytes.reduce((all, { length }) => all + length, 0);
-    return foldingPays(this.#launches(graph.name), sum) ? "folded" : "lazy";
+    const stored = [...graph.externals.values()].filter(({ dtype }) => dtype === "F16" || dtype === "BF16");
+    return this.widening(
+      graph.name,
+      stored.reduce((sum, { length }) => sum + length, 0),
+    );
+  }
+
+  /** How a graph with so many bytes of 16-bit weights has them. */
+  widening(graph: string, bytesOf16Bit: number): Widening {
+    const { weights } = this.#options;
+    if (typeof weights === "function" || weights === "lazy") return "lazy";
+    return !this.#launches || foldingPays(this.#launches(graph), bytesOf16Bit) ? "folded" : "lazy";
   }
 
   has(name: string): boolean {

@@ -1,10 +1,10 @@
 /** ONNX Runtime on the CPU in the table of runtimes. */
 
-import { processors, usableThreads } from "../../common/cpu.js";
+import { isIntelAvx512, processors, usableThreads } from "../../common/cpu.js";
 import { defaultCacheFolder } from "../../common/files.js";
 import { messageOf } from "../../common/text.js";
 import { InstallationError } from "../../errors.js";
-import { cpuEmitOptions } from "../../onnx/index.js";
+import { cpuEmitOptions, type EmittedNetwork } from "../../onnx/index.js";
 import type { RuntimeFinding, RuntimeRow } from "../runtime.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
 import { unsupported } from "./open-gpu.js";
@@ -25,6 +25,7 @@ export const onnxruntime: RuntimeRow = {
   async open({ threads, weights, watchdogMs, listener, logger, cache, keepsGraphs = true }, { files, bytesOf16Bit }) {
     const widening = resolveWeights(weights, bytesOf16Bit());
     const available = processors();
+    const inConvolutions = isIntelAvx512();
     const used = threads ?? usableThreads(available) ?? undefined;
     if (threads === undefined && available.quota !== null)
       logger?.debug?.(`Graphs run on ${used} threads: this process may use ${available.quota} processors.`);
@@ -37,7 +38,11 @@ export const onnxruntime: RuntimeRow = {
       const { version } = await runtime.start();
       const held = weights === "int8" ? `int8, others ${widening}` : widening;
       const settings = { version, threads: used ?? null, weights: held };
-      return { runtime, settings, device: null, emitOptions: () => cpuEmitOptions };
+      const emitOptions = ({ name, bytesOf16Bit, isOfSteps }: EmittedNetwork) =>
+        inConvolutions && isOfSteps && runtime.widening(name, bytesOf16Bit) === "folded"
+          ? { ...cpuEmitOptions, linear: "conv" as const }
+          : cpuEmitOptions;
+      return { runtime, settings, device: null, emitOptions };
     } catch (error) {
       await runtime.dispose();
       throw error;
