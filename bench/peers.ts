@@ -185,10 +185,13 @@ async function main(): Promise<void> {
       contenders.flatMap((each) => state.get<T>(`${subject.name} | ${what} | ${each.name}`) ?? []);
     caching = kept<CachingResult>("quality")[0] ?? caching;
     const at = <T>(rows: T[]): At<T>[] => rows.map((row) => ({ ...row, commit: String(where.commit) }));
-    measured.push({
-      ...{ name: subject.name, steps: subject.steps, rounds: subject.rounds, missing },
-      ...{ contenders: at(kept<Row>("side by side")), start: at(kept<Start>("from process start")) },
-    });
+    const rows = {
+      contenders: at(kept<Row>("side by side")),
+      start: at(kept<Start>("from process start")),
+    };
+    // With --contenders a subject may have none.
+    if (rows.contenders.length + rows.start.length + missing.length === 0) continue;
+    measured.push({ name: subject.name, steps: subject.steps, rounds: subject.rounds, missing, ...rows });
     const machine = { environment: where, instructions: instructions(), threads, guidance };
     const now: Machine = { ...machine, versions: await versions(), subjects: measured, caching };
     // After each subject: what is there is not lost.

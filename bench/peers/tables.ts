@@ -88,7 +88,10 @@ export function ahead(machines: readonly Machine[]): string[] {
   return columns(machines).flatMap((column) => {
     const { contenders, start } = column.subject;
     const int8 = contenders.find(({ ours, precision }) => ours && precision === "int8");
-    const peers = contenders.filter(({ ours }) => !ours);
+    // Of less precision than float32 is int8 of ours, too: whoever is not ahead of that is not ahead.
+    const isPassed = ({ precision, skips, stepRatio }: Row) =>
+      int8 !== undefined && precision !== "float32" && !skips && stepRatio.median >= int8.stepRatio.median;
+    const peers = contenders.filter((row) => !row.ours && !isPassed(row));
     const isAhead = ({ median }: Spread) => median < 1;
     const step = (row: Row) => {
       const known = row.precision === "float32" ? undefined : int8;
