@@ -26,6 +26,9 @@ vi.mock("../../lib/runtimes/onnxruntime/onnxruntime.js", async (original) => ({
       return { version: "0" };
     }
     async dispose() {}
+    widening() {
+      return "lazy";
+    }
     add() {}
     has() {
       return true;
