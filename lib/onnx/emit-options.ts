@@ -11,7 +11,7 @@ export interface EmitOptions {
    * `gemm-add`: y = Gemm(x, W) + b, for ONNX Runtime on the CPU: inside, the bias is what the sums start from, which have to be
    * read then, 2 % of a step at real widths.
    * `conv`: `gemm-add`, and a convolution of 1 × 1 for layers of whole sequences whose weights are 16-bit: on Intel's processors
-   * with AVX-512 ONNX Runtime's kernel for those is quicker (products take 0.87 of the time), and as quick elsewhere is not known.
+   * with AVX-512 ONNX Runtime's kernel for those is quicker (0.87 of the time); elsewhere it was not measured.
    * Only for weights that are folded: others are not laid out for it.
    * `matmul`: x · Transpose(W) + b, which TensorRT fuses for projections that share an input.
    */

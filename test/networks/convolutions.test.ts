@@ -102,17 +102,13 @@ it("give a row the same bits whatever is beside it", async () => {
 });
 
 it("are for weights of 16 bits alone, and not where a layer is rounded; an adapter's branch goes beside them", async () => {
-  const none = (options: EmitOptions, name?: string, of = checkpoint) => count(emitted(of, options, name), "Conv");
-  const usual = none(cpuEmitOptions);
+  const convolutions = (options: EmitOptions, name?: string, of = checkpoint) =>
+    count(emitted(of, options, name), "Conv");
+  const usual = convolutions(cpuEmitOptions);
   const float = await openCheckpoint(fixture("large", "model"));
-  expect(none(inConvolutions, undefined, float)).toBe(none(cpuEmitOptions, undefined, float));
-  const layers = (as: "int8" | "rounding") => ({
-    ...checkpoint,
-    transformer: {
-      ...checkpoint.transformer,
-      weights: { ...checkpoint.transformer.weights, [as]: () => ({ smooth: null }) },
-    },
-  });
-  expect(none(inConvolutions, undefined, layers("rounding") as Checkpoint)).toBe(usual);
-  expect(none(inConvolutions, "predict.guidance.lora-16")).toBeGreaterThan(usual);
+  expect(convolutions(inConvolutions, undefined, float)).toBe(convolutions(cpuEmitOptions, undefined, float));
+  const weights = { ...checkpoint.transformer.weights, rounding: () => ({ smooth: null }) };
+  const rounded = { ...checkpoint, transformer: { ...checkpoint.transformer, weights } } as Checkpoint;
+  expect(convolutions(inConvolutions, undefined, rounded)).toBe(usual);
+  expect(convolutions(inConvolutions, "predict.guidance.lora-16")).toBeGreaterThan(usual);
 });

@@ -21,6 +21,8 @@ const mostBytes = 64e6;
 export class OptimisedGraphs {
   readonly #library: typeof ort;
   readonly #folder: string;
+  /** Read once: the system writes it out for each processor. */
+  readonly #processor = processorKind();
 
   constructor(library: typeof ort, folder: string) {
     this.#library = library;
@@ -33,7 +35,7 @@ export class OptimisedGraphs {
     options: ort.InferenceSession.SessionOptions,
   ): Promise<ort.InferenceSession> {
     const { InferenceSession, env } = this.#library;
-    const subject = [digest, options, env.versions, processorKind()];
+    const subject = [digest, options, env.versions, this.#processor];
     const key = createHash("sha256").update(JSON.stringify(subject)).digest("hex");
     const file = path.join(this.#folder, `${key.slice(0, 32)}.onnx`);
     if (existsSync(file))
