@@ -76,8 +76,17 @@ export interface PeersResult {
   readonly machines: readonly Machine[];
 }
 
-export const machineName = ({ environment: { cpu, cores } }: Pick<Machine, "environment">): string =>
-  `${cpu}, ${cores} cores`;
+/** Its name and its widest instructions: virtual machines give processors of several generations one name. */
+export function processorName({
+  environment: { cpu },
+  instructions,
+}: Pick<Machine, "environment" | "instructions">): string {
+  const widest = instructions.includes("amx_int8") ? "AMX" : instructions.includes("avx512f") ? "AVX-512" : null;
+  return widest ? `${cpu} with ${widest}` : String(cpu);
+}
+
+export const machineName = (machine: Pick<Machine, "environment" | "instructions">): string =>
+  `${processorName(machine)}, ${machine.environment.cores} cores`;
 
 export const readPeers = (file: string): PeersResult =>
   existsSync(file) ? (JSON.parse(readFileSync(file, "utf8")) as PeersResult) : { machines: [] };

@@ -2,7 +2,15 @@
 
 import { gigabytes } from "../../lib/common/memory.js";
 import type { Spread } from "../support.js";
-import { commitsOf, type Machine, machineName, type Row, type Start, type SubjectResult } from "./result.js";
+import {
+  commitsOf,
+  type Machine,
+  machineName,
+  processorName,
+  type Row,
+  type Start,
+  type SubjectResult,
+} from "./result.js";
 
 export const baselineName = "flowturbo, Euler";
 export const times = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)}–${max.toFixed(2)})`;
@@ -25,7 +33,7 @@ export function columns(machines: readonly Machine[]): Column[] {
 }
 
 export const heading = ({ machine, subject }: Column, machines: readonly Machine[]) =>
-  `${subject.name}, ${subject.steps} steps${machines.length > 1 ? ` (${machine.environment.cpu})` : ""}`;
+  `${subject.name}, ${subject.steps} steps${machines.length > 1 ? ` (${processorName(machine)})` : ""}`;
 
 /** Contenders as rows, subjects and machines as columns; a cell is what `cell` makes, "" where there is nothing. */
 function sideBySide<T extends { readonly name: string }>(
@@ -84,7 +92,7 @@ export const startTable = (machines: readonly Machine[]) =>
 /** Who is ahead of ours, subject by subject, the furthest ahead first. */
 export function ahead(machines: readonly Machine[]): string[] {
   const where = ({ machine, subject }: Column) =>
-    `${subject.name}${machines.length > 1 ? ` on ${machine.environment.cpu}` : ""}`;
+    `${subject.name}${machines.length > 1 ? ` on ${processorName(machine)}` : ""}`;
   return columns(machines).flatMap((column) => {
     const { contenders, start } = column.subject;
     const int8 = contenders.find(({ ours, precision }) => ours && precision === "int8");
@@ -92,6 +100,9 @@ export function ahead(machines: readonly Machine[]): string[] {
     const isPassed = ({ precision, skips, stepRatio }: Row) =>
       int8 !== undefined && precision !== "float32" && !skips && stepRatio.median >= int8.stepRatio.median;
     const peers = contenders.filter((row) => !row.ours && !isPassed(row));
+    const int8Start = start.find(({ name }) => name === int8?.name);
+    const isExact = (name: string) => contenders.find((row) => row.name === name)?.precision === "float32";
+    const startOfOurs = (name: string) => (isExact(name) ? undefined : int8Start);
     const isAhead = ({ median }: Spread) => median < 1;
     const step = (row: Row) => {
       const known = row.precision === "float32" ? undefined : int8;
@@ -102,8 +113,11 @@ export function ahead(machines: readonly Machine[]): string[] {
     };
     const picture = (row: Row) =>
       `- ${where(column)}: ${row.name} takes ${times(row.pictureRatio)} of our float32 time for a picture${row.skips ? ", with fewer evaluations" : ""}.`;
-    const process = ({ name, ratio }: Start) =>
-      `- ${where(column)}, from process start: ${name} takes ${times(ratio)} of our time.`;
+    const process = ({ name, ratio }: Start) => {
+      const known = startOfOurs(name);
+      const other = known ? ` in float32; with int8 weights ours takes ${known.ratio.median.toFixed(2)}` : "";
+      return `- ${where(column)}, from process start: ${name} takes ${times(ratio)} of our time${other}.`;
+    };
     const sorted = <T>(rows: readonly T[], of: (row: T) => Spread) =>
       rows.filter((row) => isAhead(of(row))).sort((a, b) => of(a).median - of(b).median);
     return [
@@ -117,6 +131,7 @@ export function ahead(machines: readonly Machine[]): string[] {
       ).map(picture),
       ...sorted(start, ({ ratio }) => ratio)
         .filter(({ name }) => !contenders.some((row) => row.name === name && row.ours))
+        .filter(({ name, ratio }) => ratio.median < (startOfOurs(name)?.ratio.median ?? 1))
         .map(process),
     ];
   });
@@ -131,7 +146,7 @@ export const missing = (machines: readonly Machine[]): string[] =>
   columns(machines).flatMap(({ machine, subject }) =>
     subject.missing.map(
       ({ name, what, reason }) =>
-        `- ${machines.length > 1 ? `${machine.environment.cpu}: ` : ""}${subject.name}, ${what}, ${name}: ${reason}.`,
+        `- ${machines.length > 1 ? `${processorName(machine)}: ` : ""}${subject.name}, ${what}, ${name}: ${reason}.`,
     ),
   );
 

@@ -1,7 +1,14 @@
 // What the README quotes of the benchmarks.
 import { describe, expect, it } from "vitest";
 import { page } from "../../bench/peers/page.js";
-import { type At, type Machine, merged, type Row, type SubjectResult } from "../../bench/peers/result.js";
+import {
+  type At,
+  type Machine,
+  merged,
+  processorName,
+  type Row,
+  type SubjectResult,
+} from "../../bench/peers/result.js";
 import { ahead } from "../../bench/peers/tables.js";
 import { begin, end, figures, withFigures } from "../../bench/readme.js";
 
@@ -66,6 +73,16 @@ describe("the README's figures", () => {
     );
     expect(lines[1]).toMatch(/small on A: skipping takes 0\.60 .*with fewer evaluations/);
     expect(ahead([machine("A", [wide])])).toEqual([]);
+    // From process start, too, a peer in int8 is measured by ours in int8.
+    const started = (name: string, ratio: number) => ({ ...small.start[0]!, name, ratio: at(ratio) });
+    const ofStart = (theirs: number) =>
+      ahead([machine("A", [{ ...small, start: [started("flowturbo, int8", 0.5), started("fast", theirs)] }])]).filter(
+        (line) => line.includes("from process start"),
+      );
+    expect(ofStart(0.6)).toEqual([]);
+    expect(ofStart(0.4)).toEqual([
+      expect.stringMatching(/fast takes 0\.40 .*in float32; with int8 weights ours takes 0\.50/),
+    ]);
     expect(page([machine("A", [wide])], undefined)).toMatch(/## Where ours is behind\n\nNowhere here/);
   });
 
@@ -75,8 +92,8 @@ describe("the README's figures", () => {
     const again = { ...small, contenders: [fast], start: [], missing: [slow] };
     const { machines } = merged(peers, machine("A", [again]));
     expect(machines.map(({ environment }) => environment.cpu)).toEqual(["A", "B"]);
-    const [now, other] = machines[0]!.subjects as [SubjectResult, SubjectResult];
-    expect([now.name, other.name]).toEqual(["small", "wide"]);
+    const [now, rest] = machines[0]!.subjects as [SubjectResult, SubjectResult];
+    expect([now.name, rest.name]).toEqual(["small", "wide"]);
     expect(now.contenders.map(({ name, commit }) => `${name} ${commit}`)).toEqual([
       ...["fast def", "flowturbo, int8 abc", "flowturbo, H1P7R2 abc", "passed abc", "slow abc", "skipping abc"],
     ]);
@@ -93,6 +110,11 @@ describe("the README's figures", () => {
     const { machines: anew } = merged(peers, machine("A", [{ ...again, steps: 4 }]));
     expect(anew[0]!.subjects[0]!.contenders).toEqual([fast]);
     expect(merged(peers, machine("C", [small])).machines).toHaveLength(3);
+    // Processors of several generations have one name.
+    const other = { ...machine("A", [again]), instructions: ["avx512f", "amx_int8"] };
+    const three = merged(peers, other).machines;
+    expect(three.map((each) => processorName(each))).toEqual(["A", "B", "A with AMX"]);
+    expect(figures({ peers: { machines: three } })).toContain("small, 28 steps (A with AMX)");
   });
 
   it("say what was not measured", () => {
