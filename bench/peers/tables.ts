@@ -2,15 +2,7 @@
 
 import { gigabytes } from "../../lib/common/memory.js";
 import type { Spread } from "../support.js";
-import {
-  commitsOf,
-  type Machine,
-  machineName,
-  processorName,
-  type Row,
-  type Start,
-  type SubjectResult,
-} from "./result.js";
+import { commitsOf, type Machine, machineName, processorName, type Start, type SubjectResult } from "./result.js";
 
 export const baselineName = "flowturbo, Euler";
 export const times = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)}–${max.toFixed(2)})`;
@@ -89,52 +81,67 @@ export const startTable = (machines: readonly Machine[]) =>
     ({ start }) => `1; ${gigabytes(start[0]!.baseline.peak.median)}`,
   );
 
-/** Who is ahead of ours, subject by subject, the furthest ahead first. */
+/**
+ * Who is ahead of ours: a line for each subject and machine, the furthest ahead first. Steps and starts of less precision than float32 are
+ * measured by ours with int8 weights, too: who is not ahead of that is not ahead.
+ */
 export function ahead(machines: readonly Machine[]): string[] {
-  const where = ({ machine, subject }: Column) =>
-    `${subject.name}${machines.length > 1 ? ` on ${processorName(machine)}` : ""}`;
   return columns(machines).flatMap((column) => {
-    const { contenders, start } = column.subject;
-    const int8 = contenders.find(({ ours, precision }) => ours && precision === "int8");
-    // Of less precision than float32 is int8 of ours, too: whoever is not ahead of that is not ahead.
-    const isPassed = ({ precision, skips, stepRatio }: Row) =>
-      int8 !== undefined && precision !== "float32" && !skips && stepRatio.median >= int8.stepRatio.median;
-    const peers = contenders.filter((row) => !row.ours && !isPassed(row));
-    const int8Start = start.find(({ name }) => name === int8?.name);
-    const isExact = (name: string) => contenders.find((row) => row.name === name)?.precision === "float32";
-    const startOfOurs = (name: string) => (isExact(name) ? undefined : int8Start);
-    const isAhead = ({ median }: Spread) => median < 1;
-    const step = (row: Row) => {
-      const known = row.precision === "float32" ? undefined : int8;
-      const other = known
-        ? `; with int8 weights ours takes ${known.stepRatio.median.toFixed(2)}, so that theirs takes ${(row.stepRatio.median / known.stepRatio.median).toFixed(2)} of it`
-        : "";
-      return `- ${where(column)}: ${row.name} takes ${times(row.stepRatio)} of our float32 time for a step${other}.`;
-    };
-    const picture = (row: Row) =>
-      `- ${where(column)}: ${row.name} takes ${times(row.pictureRatio)} of our float32 time for a picture${row.skips ? ", with fewer evaluations" : ""}.`;
-    const process = ({ name, ratio }: Start) => {
-      const known = startOfOurs(name);
-      const other = known ? ` in float32; with int8 weights ours takes ${known.ratio.median.toFixed(2)}` : "";
-      return `- ${where(column)}, from process start: ${name} takes ${times(ratio)} of our time${other}.`;
-    };
-    const sorted = <T>(rows: readonly T[], of: (row: T) => Spread) =>
-      rows.filter((row) => isAhead(of(row))).sort((a, b) => of(a).median - of(b).median);
-    return [
-      ...sorted(
-        peers.filter(({ skips }) => !skips),
-        ({ stepRatio }) => stepRatio,
-      ).map(step),
-      ...sorted(
-        peers.filter(({ skips, stepRatio }) => skips || !isAhead(stepRatio)),
-        ({ pictureRatio }) => pictureRatio,
-      ).map(picture),
-      ...sorted(start, ({ ratio }) => ratio)
-        .filter(({ name }) => !contenders.some((row) => row.name === name && row.ours))
-        .filter(({ name, ratio }) => ratio.median < (startOfOurs(name)?.ratio.median ?? 1))
-        .map(process),
+    const { name, contenders, start } = column.subject;
+    const ours = contenders.filter((row) => row.ours);
+    const int8 = ours.find(({ precision }) => precision === "int8");
+    const fastest = least(
+      ours.filter(({ skips }) => skips),
+      ({ pictureRatio }) => pictureRatio,
+    );
+    const peers = contenders.filter((row) => !row.ours);
+    const isOurs = (each: Start) => ours.some((row) => row.name === each.name);
+    const isExact = (each: { readonly name: string }) =>
+      contenders.some((row) => row.name === each.name && row.precision === "float32");
+    const steps = inFront(
+      peers.filter(({ skips }) => !skips),
+      ({ stepRatio }) => stepRatio,
+      (row) => (isExact(row) ? undefined : int8?.stepRatio),
+    );
+    // Who is ahead in steps is so in pictures.
+    const pictures = inFront(
+      peers.filter(({ skips }) => skips),
+      ({ pictureRatio }) => pictureRatio,
+    );
+    const int8Start = start.find((each) => each.name === int8?.name)?.ratio;
+    const starts = inFront(
+      start.filter((each) => !isOurs(each)),
+      ({ ratio }) => ratio,
+      (each) => (isExact(each) ? undefined : int8Start),
+    );
+    const besides = (what: string, ratio: Spread | undefined) => (ratio ? `; ${what} ${times(ratio)}` : "");
+    const parts = [
+      ...(steps ? [`A step: ${steps}${besides("ours with int8 weights", int8?.stepRatio)}.`] : []),
+      ...(pictures
+        ? [`A picture with fewer evaluations: ${pictures}${besides(`ours (${fastest?.name})`, fastest?.pictureRatio)}.`]
+        : []),
+      ...(starts ? [`From process start: ${starts}${besides("ours with int8 weights", int8Start)}.`] : []),
     ];
+    const where = `${name}${machines.length > 1 ? ` on ${processorName(column.machine)}` : ""}`;
+    return parts.length > 0 ? [`- ${where}, relative to ours in float32. ${parts.join(" ")}`] : [];
   });
+}
+
+function least<T>(rows: readonly T[], of: (row: T) => Spread): T | undefined {
+  return [...rows].sort((a, b) => of(a).median - of(b).median)[0];
+}
+
+/** Those that take less than ours, by name, the quickest first. @param other what of ours they are measured by besides */
+function inFront<T extends { readonly name: string }>(
+  rows: readonly T[],
+  of: (row: T) => Spread,
+  other: (row: T) => Spread | undefined = () => undefined,
+): string {
+  return rows
+    .filter((row) => of(row).median < Math.min(1, other(row)?.median ?? 1))
+    .sort((a, b) => of(a).median - of(b).median)
+    .map((row) => `${row.name} ${times(of(row))}`)
+    .join("; ");
 }
 
 export const commits = (all: readonly string[]) => {
