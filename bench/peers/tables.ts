@@ -98,13 +98,18 @@ export function ahead(machines: readonly Machine[]): string[] {
     const isOurs = (each: Start) => ours.some((row) => row.name === each.name);
     const isExact = (each: { readonly name: string }) =>
       contenders.some((row) => row.name === each.name && row.precision === "float32");
+    const every = peers.filter(({ skips }) => !skips);
     const steps = inFront(
-      peers.filter(({ skips }) => !skips),
+      every,
       ({ stepRatio }) => stepRatio,
       (row) => (isExact(row) ? undefined : int8?.stepRatio),
     );
-    // Who is ahead in steps is so in pictures.
     const pictures = inFront(
+      every.filter(({ stepRatio }) => stepRatio.median >= 1),
+      ({ pictureRatio }) => pictureRatio,
+      (row) => (isExact(row) ? undefined : int8?.pictureRatio),
+    );
+    const fewer = inFront(
       peers.filter(({ skips }) => skips),
       ({ pictureRatio }) => pictureRatio,
     );
@@ -117,8 +122,9 @@ export function ahead(machines: readonly Machine[]): string[] {
     const besides = (what: string, ratio: Spread | undefined) => (ratio ? `; ${what} ${times(ratio)}` : "");
     const parts = [
       ...(steps ? [`A step: ${steps}${besides("ours with int8 weights", int8?.stepRatio)}.`] : []),
-      ...(pictures
-        ? [`A picture with fewer evaluations: ${pictures}${besides(`ours (${fastest?.name})`, fastest?.pictureRatio)}.`]
+      ...(pictures ? [`A picture: ${pictures}${besides("ours with int8 weights", int8?.pictureRatio)}.`] : []),
+      ...(fewer
+        ? [`A picture with fewer evaluations: ${fewer}${besides(`ours (${fastest?.name})`, fastest?.pictureRatio)}.`]
         : []),
       ...(starts ? [`From process start: ${starts}${besides("ours with int8 weights", int8Start)}.`] : []),
     ];

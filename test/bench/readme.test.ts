@@ -74,6 +74,9 @@ describe("the README's figures", () => {
         "A picture with fewer evaluations: skipping 0.60 (0.50–0.70); ours (flowturbo, H1P7R2) 0.30 (0.20–0.40).",
     );
     expect(ahead([machine("A", [wide])])).toEqual([]);
+    expect(ahead([machine("A", [{ ...wide, contenders: [row("late", 1.1, 0.9)] }])])).toEqual([
+      "- wide, relative to ours in float32. A picture: late 0.90 (0.80–1.00).",
+    ]);
     // From process start, too, a peer in int8 is measured by ours in int8.
     const started = (name: string, ratio: number) => ({ ...small.start[0]!, name, ratio: at(ratio) });
     const ofStart = (theirs: number) =>
