@@ -2,7 +2,15 @@
 
 import { gigabytes } from "../../lib/common/memory.js";
 import type { Spread } from "../support.js";
-import { commitsOf, type Machine, machineName, processorName, type Start, type SubjectResult } from "./result.js";
+import {
+  commitsOf,
+  type Machine,
+  machineName,
+  processorName,
+  type Row,
+  type Start,
+  type SubjectResult,
+} from "./result.js";
 
 export const baselineName = "flowturbo, Euler";
 export const times = ({ median, min, max }: Spread) => `${median.toFixed(2)} (${min.toFixed(2)}–${max.toFixed(2)})`;
@@ -90,7 +98,7 @@ export function ahead(machines: readonly Machine[]): string[] {
     const { name, contenders, start } = column.subject;
     const ours = contenders.filter((row) => row.ours);
     const int8 = ours.find(({ precision }) => precision === "int8");
-    const fastest = least(
+    const [fastest] = quickest(
       ours.filter(({ skips }) => skips),
       ({ pictureRatio }) => pictureRatio,
     );
@@ -105,7 +113,7 @@ export function ahead(machines: readonly Machine[]): string[] {
       (row) => (isExact(row) ? undefined : int8?.stepRatio),
     );
     const pictures = inFront(
-      every.filter(({ stepRatio }) => stepRatio.median >= 1),
+      every.filter((row) => !steps.includes(row)),
       ({ pictureRatio }) => pictureRatio,
       (row) => (isExact(row) ? undefined : int8?.pictureRatio),
     );
@@ -120,34 +128,39 @@ export function ahead(machines: readonly Machine[]): string[] {
       (each) => (isExact(each) ? undefined : int8Start),
     );
     const besides = (what: string, ratio: Spread | undefined) => (ratio ? `; ${what} ${times(ratio)}` : "");
+    const list = (what: string, rows: readonly string[], more: string) =>
+      rows.length > 0 ? [`${what}: ${rows.join("; ")}${more}.`] : [];
+    const step = ({ name, stepRatio }: Row) => `${name} ${times(stepRatio)}`;
+    const picture = ({ name, pictureRatio }: Row) => `${name} ${times(pictureRatio)}`;
+    const process = ({ name, ratio }: Start) => `${name} ${times(ratio)}`;
     const parts = [
-      ...(steps ? [`A step: ${steps}${besides("ours with int8 weights", int8?.stepRatio)}.`] : []),
-      ...(pictures ? [`A picture: ${pictures}${besides("ours with int8 weights", int8?.pictureRatio)}.`] : []),
-      ...(fewer
-        ? [`A picture with fewer evaluations: ${fewer}${besides(`ours (${fastest?.name})`, fastest?.pictureRatio)}.`]
-        : []),
-      ...(starts ? [`From process start: ${starts}${besides("ours with int8 weights", int8Start)}.`] : []),
+      ...list("A step", steps.map(step), besides("ours with int8 weights", int8?.stepRatio)),
+      ...list("A picture", pictures.map(picture), besides("ours with int8 weights", int8?.pictureRatio)),
+      ...list(
+        "A picture with fewer evaluations",
+        fewer.map(picture),
+        besides(`ours (${fastest?.name})`, fastest?.pictureRatio),
+      ),
+      ...list("From process start", starts.map(process), besides("ours with int8 weights", int8Start)),
     ];
     const where = `${name}${machines.length > 1 ? ` on ${processorName(column.machine)}` : ""}`;
     return parts.length > 0 ? [`- ${where}, relative to ours in float32. ${parts.join(" ")}`] : [];
   });
 }
 
-function least<T>(rows: readonly T[], of: (row: T) => Spread): T | undefined {
-  return [...rows].sort((a, b) => of(a).median - of(b).median)[0];
-}
+const quickest = <T>(rows: readonly T[], of: (row: T) => Spread): T[] =>
+  [...rows].sort((a, b) => of(a).median - of(b).median);
 
-/** Those that take less than ours, by name, the quickest first. @param other what of ours they are measured by besides */
-function inFront<T extends { readonly name: string }>(
+/** Those that take less than ours, the quickest first. @param other what of ours they are measured by besides */
+function inFront<T>(
   rows: readonly T[],
   of: (row: T) => Spread,
   other: (row: T) => Spread | undefined = () => undefined,
-): string {
-  return rows
-    .filter((row) => of(row).median < Math.min(1, other(row)?.median ?? 1))
-    .sort((a, b) => of(a).median - of(b).median)
-    .map((row) => `${row.name} ${times(of(row))}`)
-    .join("; ");
+): T[] {
+  return quickest(
+    rows.filter((row) => of(row).median < Math.min(1, other(row)?.median ?? 1)),
+    of,
+  );
 }
 
 export const commits = (all: readonly string[]) => {

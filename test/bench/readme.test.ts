@@ -77,6 +77,11 @@ describe("the README's figures", () => {
     expect(ahead([machine("A", [{ ...wide, contenders: [row("late", 1.1, 0.9)] }])])).toEqual([
       "- wide, relative to ours in float32. A picture: late 0.90 (0.80–1.00).",
     ]);
+    // Behind our int8 in steps, ahead of it in pictures.
+    const close = [...small.contenders.slice(0, 1), row("close", 0.5, 0.4, { precision: "int8" })];
+    expect(ahead([machine("A", [{ ...wide, contenders: close }])])).toEqual([
+      expect.stringMatching(/float32\. A picture: close 0\.40 .*; ours with int8 weights 0\.50/),
+    ]);
     // From process start, too, a peer in int8 is measured by ours in int8.
     const started = (name: string, ratio: number) => ({ ...small.start[0]!, name, ratio: at(ratio) });
     const ofStart = (theirs: number) =>
