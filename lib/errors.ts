@@ -311,6 +311,44 @@ export class DrainingError extends FlowTurboError {
   }
 }
 
+/** No worker of the fleet takes jobs now: none is there, or all of them drain. */
+export class FleetEmptyError extends FlowTurboError {
+  constructor(message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_FLEET_EMPTY", message, options);
+  }
+}
+
+/** A job that two workers of the fleet have ended with. It may be the cause, so no third one takes it. */
+export class PoisonousJobError extends FlowTurboError {
+  readonly jobId: string;
+  /** The workers that ended while they had it. */
+  readonly workers: readonly string[];
+  constructor(jobId: string, workers: readonly string[]) {
+    super(
+      "ERR_FLOWTURBO_POISONOUS_JOB",
+      `The job ${jobId} was given up, since the workers ${workers.join(" and ")} ended while they had it. Their logs may say why; other jobs are drawn as before.`,
+    );
+    this.jobId = jobId;
+    this.workers = workers;
+  }
+}
+
+/** A job of the fleet has a newer format than its workers read: gateways were updated before workers. */
+export class FleetFormatError extends FlowTurboError {
+  /** Of the job. */
+  readonly format: number;
+  /** The newest that is read. */
+  readonly known: number;
+  constructor(format: number, known: number) {
+    super(
+      "ERR_FLOWTURBO_FLEET_FORMAT",
+      `The job has format ${format}, and the workers read up to ${known}. Update the workers before the gateways.`,
+    );
+    this.format = format;
+    this.known = known;
+  }
+}
+
 /** A line of the table of errors. */
 export interface ErrorRow {
   /** Its class. */
@@ -425,6 +463,24 @@ const rows = {
     status: 503,
     retryable: false,
     sentence: "The model has been closed.",
+  },
+  ERR_FLOWTURBO_FLEET_EMPTY: {
+    type: FleetEmptyError,
+    status: 503,
+    retryable: true,
+    sentence: "No worker takes requests now. Try again.",
+  },
+  ERR_FLOWTURBO_FLEET_FORMAT: {
+    type: FleetFormatError,
+    status: 503,
+    retryable: true,
+    sentence: "The service is being updated. Try again.",
+  },
+  ERR_FLOWTURBO_POISONOUS_JOB: {
+    type: PoisonousJobError,
+    status: 500,
+    retryable: false,
+    sentence: "The request was given up, since workers ended while they drew it.",
   },
 } as const satisfies Record<string, ErrorRow>;
 

@@ -52,6 +52,9 @@ it("an error has the code that the table has for its class", () => {
     new errors.DisposedError("This"),
     new errors.DrainingError("This"),
     new errors.TimeoutError(1),
+    new errors.FleetEmptyError("m"),
+    new errors.FleetFormatError(2, 1),
+    new errors.PoisonousJobError("j", ["a", "b"]),
   ];
   expect(made.map(({ code }) => code).sort()).toEqual(Object.keys(errorTable).sort());
   for (const error of made) {

@@ -286,6 +286,9 @@ describe("publicMessage", () => {
       new errors.DeviceLostError(folder, { cause, permanent: false }),
       new errors.OutputError(folder, folder, { cause }),
       new errors.DisposedError(folder),
+      new errors.FleetEmptyError(folder, { cause }),
+      new errors.FleetFormatError(2, 1),
+      new errors.PoisonousJobError(folder, [folder]),
     ];
     for (const error of made) {
       expectNothingTold(error.publicMessage, error.code);
