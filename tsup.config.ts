@@ -28,7 +28,7 @@ const licence: typeof values = {
   },
 };
 
-// The entry points, flat in dist/: the library, its JSON Schemas, the server, the provider for the AI SDK, the command line, the
+// The entry points, flat in dist/: the library, its JSON Schemas, the server, the provider for the AI SDK, the fleet, the command line, the
 // process that runs the graphs and the one that lists graphics adapters.
 // They find each other by relative URL, so none may move into a subfolder.
 export default defineConfig({
@@ -37,13 +37,19 @@ export default defineConfig({
     schema: "lib/schema.ts",
     server: "lib/server/index.ts",
     ai: "lib/ai.ts",
+    fleet: "lib/fleet/index.ts",
     cli: "lib/cli/index.ts",
     "onnxruntime-host": "lib/runtimes/onnxruntime/host.ts",
     "adapters-probe": "lib/runtimes/onnxruntime/adapters-probe.ts",
   },
   format: "esm",
   target: "node20",
-  dts: { entry: { index: "lib/index.ts", schema: "lib/schema.ts", server: "lib/server/index.ts", ai: "lib/ai.ts" } },
+  dts: {
+    entry: {
+      ...{ index: "lib/index.ts", schema: "lib/schema.ts", server: "lib/server/index.ts", ai: "lib/ai.ts" },
+      fleet: "lib/fleet/index.ts",
+    },
+  },
   esbuildPlugins: [values, licence],
   clean: true,
   splitting: true,

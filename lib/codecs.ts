@@ -21,7 +21,7 @@ const bytes = z.codec(
 const side = z.int().positive();
 const notShaped = "the data does not have the shape's values";
 /** Float32 values in little-endian order, as in .safetensors files. */
-const tensorJson = z.codec(
+export const tensorJson = z.codec(
   z
     .strictObject({ dtype: z.literal("float32"), shape: z.array(z.int().nonnegative()), data: bytes })
     .refine(({ shape, data }) => data.length === 4 * elementCount(shape), notShaped),

@@ -311,6 +311,13 @@ export class DrainingError extends FlowTurboError {
   }
 }
 
+/** The fleet's Redis cannot be reached, or refuses. What was accepted before goes on when it is back. */
+export class RedisError extends FlowTurboError {
+  constructor(message: string, options?: ErrorOptions) {
+    super("ERR_FLOWTURBO_REDIS", message, options);
+  }
+}
+
 /** No worker of the fleet takes jobs now: none is there, or all of them drain. */
 export class FleetEmptyError extends FlowTurboError {
   constructor(message: string, options?: ErrorOptions) {
@@ -463,6 +470,12 @@ const rows = {
     status: 503,
     retryable: false,
     sentence: "The model has been closed.",
+  },
+  ERR_FLOWTURBO_REDIS: {
+    type: RedisError,
+    status: 503,
+    retryable: true,
+    sentence: "The queue of the service cannot be reached. Try again.",
   },
   ERR_FLOWTURBO_FLEET_EMPTY: {
     type: FleetEmptyError,

@@ -660,10 +660,10 @@ export class FlowTurbo implements ImageModel {
     const texts = request.texts ? [...request.texts.prompts, ...request.texts.negativePrompts] : [];
     const prompts = await text.prepare(texts, request.sequenceLength, pinBatch, signal);
     const prepared = candidates.map((candidate) => templates.prepare(request, candidate, prompts, edit, controls));
-    const admitting = this.#service.admit(terms, prepared, ({ candidate, predictedMs, place }) => {
+    const admitting = this.#service.admit(terms, prepared, ({ candidate, predictedMs, place, aloneMs, leastMs }) => {
       trace?.accepted(prepared[candidate]!, { place, predictedMs });
       const blocks = blocksOf(prepared[candidate]!.stages);
-      events?.send("onAccept", { predictedMs, place, blocks, seeds: request.seeds });
+      events?.send("onAccept", { predictedMs, place, blocks, seeds: request.seeds, aloneMs, leastMs });
     });
     const admitted = await admitting.catch((error) => {
       trace?.left(error);

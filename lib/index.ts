@@ -29,6 +29,7 @@ export {
   PoisonousJobError,
   publicMessage,
   QueueFullError,
+  RedisError,
   RuntimeDiedError,
   RuntimeError,
   RuntimeUnavailableError,

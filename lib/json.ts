@@ -16,7 +16,8 @@ import { checkOptions, generateSchema, hasPrompt, refuseOversized, refusePaths }
 /** A value that JSON can hold. */
 export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
 
-const picture = z.codec(
+/** A picture of a result, or one that is shown on the way. */
+export const picture = z.codec(
   pictureJson,
   z.custom<Picture>((value) => typeof value === "object" && value !== null),
   {

@@ -692,6 +692,10 @@ export interface AcceptEvent {
   readonly blocks: string;
   /** Seed of each picture, a BigInt where a number would not be exact; empty if the noise was given. */
   readonly seeds: readonly Seed[];
+  /** Milliseconds that it takes on an idle model, by measured costs; null where they are not known yet. */
+  readonly aloneMs: number | null;
+  /** As `aloneMs`, with the shortest schedule that its time limit leaves to choose; without a time limit the same. */
+  readonly leastMs: number | null;
 }
 
 /** Sent when a request's turn has come. */

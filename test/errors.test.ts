@@ -52,6 +52,7 @@ it("an error has the code that the table has for its class", () => {
     new errors.DisposedError("This"),
     new errors.DrainingError("This"),
     new errors.TimeoutError(1),
+    new errors.RedisError("m"),
     new errors.FleetEmptyError("m"),
     new errors.FleetFormatError(2, 1),
     new errors.PoisonousJobError("j", ["a", "b"]),

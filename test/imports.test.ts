@@ -10,6 +10,7 @@ const rooms: Record<string, string[]> = {
   cli: [
     "flowturbo",
     "server",
+    "fleet",
     "mcp",
     "clients",
     "generation",
@@ -23,6 +24,7 @@ const rooms: Record<string, string[]> = {
   ai: ["flowturbo", "clients", "options", "model", "schedule"],
   mcp: ["clients", "generation", "options", "model"],
   clients: ["generation", "model", "schedule"],
+  fleet: ["json", "codecs", "generation", "options", "model", "serving"],
   server: ["generation", "options", "model", "serving", "schedule"],
   index: ["flowturbo", "json", "generation", "model", "serving", "networks", "runtimes", "schedule"],
   flowturbo: ["generation", "options", "model", "serving", "networks", "runtimes", "checkpoint", "hub", "program", "schedule", "onnx"], // biome-ignore format: one line

@@ -286,6 +286,7 @@ describe("publicMessage", () => {
       new errors.DeviceLostError(folder, { cause, permanent: false }),
       new errors.OutputError(folder, folder, { cause }),
       new errors.DisposedError(folder),
+      new errors.RedisError(folder, { cause }),
       new errors.FleetEmptyError(folder, { cause }),
       new errors.FleetFormatError(2, 1),
       new errors.PoisonousJobError(folder, [folder]),

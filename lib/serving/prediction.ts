@@ -39,6 +39,14 @@ export interface CandidateWork {
   readonly demands: readonly Demand[];
 }
 
+/** What a request takes on an idle model, in milliseconds; null where costs are not known. */
+export interface AloneTimes {
+  /** With the candidate that was chosen. */
+  readonly aloneMs: number | null;
+  /** With the cheapest candidate. */
+  readonly leastMs: number | null;
+}
+
 /** Whether requests leave room for those that come after them, or take the richest candidate that fits. */
 export type Preference = "admission" | "quality";
 
@@ -294,6 +302,13 @@ export class Predictor {
       reason: `${candidate.text}, since the wait was longer than predicted and ${before.text} would have been late.`,
       predictedMs: now - terms.arrival + finish(candidate),
     };
+  }
+
+  /** What a candidate takes of an idle model, and the cheapest of them; null where costs are not known. */
+  alone(candidate: number, terms: Terms, candidates: readonly CandidateWork[]): AloneTimes {
+    const all = candidates.map((each) => this.#millisecondsOf(each, terms));
+    const known = all.filter((each) => each !== null);
+    return { aloneMs: all[candidate]!, leastMs: known.length < all.length ? null : Math.min(...known) };
   }
 
   /** When there will be a place in a full queue of `limit` requests, in milliseconds from now. */

@@ -14,7 +14,7 @@ import type { Choice } from "./deadline.js";
 import { Dispatcher, type DispatcherOptions, type Job } from "./dispatcher.js";
 import { type Health, HealthMonitor } from "./health.js";
 import type { MeasureOptions } from "./measure.js";
-import { type Accepted, type CandidateWork, Predictor, type Terms } from "./prediction.js";
+import { type Accepted, type AloneTimes, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
 import { Progress } from "./progress.js";
 import { type Ending, type Refusal, type Stats, StatsRecorder } from "./stats.js";
@@ -94,7 +94,7 @@ export class Service {
   async admit(
     terms: Terms,
     candidates: readonly CandidateWork[],
-    onAccept?: (accepted: Choice & { readonly place: number }) => void,
+    onAccept?: (accepted: Choice & AloneTimes & { readonly place: number }) => void,
   ): Promise<Admitted> {
     const { arrival, pictures, signal, deadlineMs } = terms;
     this.#predictor.called();
@@ -131,7 +131,10 @@ export class Service {
     for (const other of this.#accepted) other.undisturbed = false;
     this.#accepted.add(accepted);
     this.#stats.requests.accepted++;
-    onAccept?.({ ...chosen, place: this.#admission.placeOf(priority, pictures) });
+    if (onAccept) {
+      const alone = this.#predictor.alone(chosen.candidate, terms, candidates);
+      onAccept({ ...chosen, ...alone, place: this.#admission.placeOf(priority, pictures) });
+    }
     const entering = this.#admission.enter(priority, pictures, signal, isBack);
     const leave = await entering.catch((error) => {
       this.#end(accepted, terms, this.#endingOf(error, signal));

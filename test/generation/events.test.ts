@@ -23,7 +23,7 @@ function deferred<T = void>() {
 const step = (index: number, previews: StepEvent["previews"] = []): StepEvent => ({
   ...{ step: index, steps: 10, stage: 0, stages: 1, block: "E", sigma: 0.5, milliseconds: 1, previews, latents: null },
 });
-const accept: AcceptEvent = { predictedMs: null, place: 0, blocks: "E1", seeds: [1] };
+const accept: AcceptEvent = { predictedMs: null, place: 0, blocks: "E1", seeds: [1], aloneMs: null, leastMs: null };
 const start: StartEvent = { queuedMs: 0, blocks: "E1" };
 const picture = new Image(1, 1, new Uint8Array(3));
 

@@ -218,7 +218,10 @@ describe("a job", () => {
       get: (target, name) =>
         name === "generate"
           ? async (options: Parameters<ImageModel["generate"]>[0]) => {
-              options.onAccept?.({ place: 0, predictedMs: 5, blocks: "E1", seeds: [1] }, { signal: options.signal! });
+              options.onAccept?.(
+                { place: 0, predictedMs: 5, blocks: "E1", seeds: [1], aloneMs: 5, leastMs: 5 },
+                { signal: options.signal! },
+              );
               throw new Error("secret of the server");
             }
           : Reflect.get(target, name),

@@ -50,7 +50,7 @@ export function stubModel({ side, stepMs = 0 }: StubOptions): ImageModel {
     // A model reads the prompt before it says that it takes a call.
     await nextTurn();
     signal?.throwIfAborted();
-    await onAccept?.({ place: 0, predictedMs: null, blocks, seeds }, handled);
+    await onAccept?.({ place: 0, predictedMs: null, blocks, seeds, aloneMs: null, leastMs: null }, handled);
     await onStart?.({ queuedMs: 0, blocks }, handled);
     for (let step = 0; step < steps; step++) {
       if (stepMs > 0) await sleep(stepMs, undefined, signal && { signal }).catch(() => {});

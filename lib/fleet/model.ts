@@ -1,0 +1,544 @@
+/**
+ * A model of a fleet: an `ImageModel` whose calls are drawn by whichever worker has it. It promises what a model of this process does: time limits,
+ * priorities, events, cancellation.
+ */
+
+import { randomUUID } from "node:crypto";
+import { EventEmitter } from "node:events";
+import * as z from "zod";
+import { tensorJson } from "../codecs.js";
+import { untilAborted } from "../common/abort.js";
+import { type Seed, seedOf, seedsFrom } from "../common/seed.js";
+import { currentTraceparent } from "../common/tracing.js";
+import {
+  DeadlineError,
+  DisposedError,
+  DrainingError,
+  FleetEmptyError,
+  OptionError,
+  QueueFullError,
+  TimeoutError,
+} from "../errors.js";
+import { RequestEvents } from "../generation/events.js";
+import { generateStream } from "../generation/stream.js";
+import { traced } from "../generation/traces.js";
+import { type Json, requestToJson, resultFromJson } from "../json.js";
+import type {
+  AdapterNames,
+  Costs,
+  EncodeOptions,
+  GenerateOptions,
+  GenerateResult,
+  GenerateStream,
+  ImageModel,
+  PromptEmbeds,
+} from "../model.js";
+import { checkOptions, embedsSchema, encodeSchema, generateSchema } from "../options.js";
+import type { CostEntry } from "../serving/costs.js";
+import type { Health, HealthError, ModelEvents } from "../serving/health.js";
+import { type Ending, type Stats, StatsRecorder } from "../serving/stats.js";
+import { FleetAdmission, type Verdict, type Waiting } from "./admission.js";
+import type { Fleet } from "./fleet.js";
+import { followedAs, hashOf, type JobData, jobFormat, kindOf, namesItsNoise, withSeed } from "./job.js";
+import type { Message } from "./messages.js";
+import { epochOf, queuePriority } from "./order.js";
+import type { LiveWorker } from "./registry.js";
+import { JobCancelled, Waiter } from "./waiter.js";
+
+type JsonObject = { readonly [key: string]: Json };
+
+type Checked = z.output<typeof generateSchema>;
+
+/** What is known of the fleet may be so old when a request is admitted, in milliseconds. */
+const viewMs = 50;
+/** A job whose other callers have all left just then is asked for again so often. */
+const mostAgain = 3;
+/** While no worker has been seen yet. */
+const usualSize = { width: 1024, height: 1024 };
+
+/** What runs for a request on its way through the fleet. */
+interface Call {
+  readonly op: JobData["op"];
+  readonly request: JsonObject;
+  /** Moment of the call, by `performance.now()`. */
+  readonly start: number;
+  readonly level: number;
+  readonly deadlineMs: number | null;
+  readonly timeoutMs: number | null;
+  readonly ticket: string | undefined;
+  readonly pictures: number;
+  readonly size: string;
+  readonly seeds: readonly Seed[];
+  /** Whether the caller may ask for the same again. */
+  readonly repeatable: boolean;
+  readonly signal: AbortSignal | undefined;
+  readonly events: RequestEvents | null;
+}
+
+/** A model of a fleet. Make one with `connectFleet`. */
+export class FleetModel implements ImageModel {
+  /** Id of the model in the fleet. */
+  readonly id: string;
+  /** The fleet that it is of: its other models, and who is in it. */
+  readonly fleet: Fleet;
+  readonly #stats = new StatsRecorder();
+  readonly #events = new EventEmitter<ModelEvents>();
+  readonly #admission: FleetAdmission;
+  readonly #calls = new Set<Promise<unknown>>();
+  readonly #running = { requests: 0, pictures: 0 };
+  #ledger: readonly Waiting[] = [];
+  #seenAt = Number.NEGATIVE_INFINITY;
+  #seeing: Promise<void> | null = null;
+  #epoch: number | null = null;
+  #known: LiveWorker | null = null;
+  #lastError: HealthError | null = null;
+  #drained: Promise<void> | null = null;
+  #disposed: Promise<void> | null = null;
+  /** Whether closing this model closes the fleet. */
+  #ownsFleet = false;
+
+  constructor(fleet: Fleet, id: string) {
+    this.fleet = fleet;
+    this.id = id;
+    this.#admission = new FleetAdmission({ maxQueue: () => this.#maxQueue });
+  }
+
+  /** For `connectFleet`, which gives a model alone. */
+  own(): this {
+    this.#ownsFleet = true;
+    return this;
+  }
+
+  get name(): string {
+    return this.#about?.name ?? this.id;
+  }
+
+  get nativeSize(): { readonly width: number; readonly height: number } {
+    return this.#about?.nativeSize ?? usualSize;
+  }
+
+  get hasRefiner(): boolean {
+    return this.#about?.hasRefiner ?? false;
+  }
+
+  get adapters(): AdapterNames | undefined {
+    return this.#about?.adapters ?? undefined;
+  }
+
+  /** Those of the workers, the cheapest of each launch. They are the workers' own: nothing here resets them. */
+  get costs(): Costs {
+    const entries = new Map<string, CostEntry>();
+    for (const worker of this.fleet.workersOf(this.id))
+      for (const entry of (worker.record?.models[this.id]?.costs ?? []) as unknown as CostEntry[]) {
+        const key = `${entry.graph}@${entry.size}x${entry.batch}`;
+        const known = entries.get(key);
+        if (!known || entry.milliseconds < known.milliseconds) entries.set(key, entry);
+      }
+    const drifts = this.fleet.workersOf(this.id).flatMap(({ record }) => record?.models[this.id]?.drift ?? []);
+    return {
+      entries: [...entries.values()],
+      folder: "",
+      drift: drifts.length === 0 ? 1 : drifts.reduce((a, b) => a + b, 0) / drifts.length,
+      estimate: (graph, size, batch) => entries.get(`${graph}@${size}x${batch}`)?.milliseconds ?? null,
+      reset: () =>
+        Promise.reject(new OptionError("reset", "The costs of a fleet are its workers' own: reset them there.")),
+    };
+  }
+
+  /**
+   * Draws `count` pictures for each prompt, as `ImageModel.generate`, on a worker of the fleet.
+   * @throws as `ImageModel.generate`; besides FleetEmptyError at once if no worker has the model, RedisError at once while Redis cannot be reached,
+   *   PoisonousJobError if two workers ended while they drew it
+   */
+  async generate(options: GenerateOptions): Promise<GenerateResult> {
+    return traced({ model: this.name, runtime: "fleet" }, options, () => this.#generate(options));
+  }
+
+  /** As `generate`, to be iterated over: see `ImageModel.generateStream`. */
+  generateStream(options: GenerateOptions): GenerateStream {
+    return generateStream((each) => this.generate(each), options);
+  }
+
+  /** What the text encoders make of prompts: see `ImageModel.encode`. @throws as `generate` */
+  async encode(options: EncodeOptions): Promise<PromptEmbeds> {
+    const start = performance.now();
+    this.#checkOpen();
+    const { signal, ...rest } = checkOptions(encodeSchema, options, "encode()");
+    signal?.throwIfAborted();
+    const request = JSON.parse(JSON.stringify(rest)) as JsonObject;
+    const pictures = Array.isArray(rest.prompt) ? rest.prompt.length : 1;
+    const call: Call = {
+      ...{ op: "encode", request, start, level: 0, deadlineMs: null, timeoutMs: null, ticket: undefined },
+      ...{ pictures, size: "text", seeds: [], repeatable: true, signal, events: null },
+    };
+    const bytes = await untilAborted(
+      this.#tracked(() => this.#serve(call)),
+      signal,
+    );
+    return z.decode(embedsJson, JSON.parse(bytes.toString("utf8"))) as PromptEmbeds;
+  }
+
+  /** Counters and histograms of the calls that were made here. Launches are the workers' to count. */
+  stats(): Stats {
+    return this.#stats.snapshot({
+      queue: { waiting: this.waiting, limit: this.#maxQueue },
+      running: { ...this.#running },
+      runtime: { restarts: 0, slowLaunches: 0 },
+    });
+  }
+
+  /** Whether calls are answered: Redis is there, and a worker has the model. */
+  health(): Health {
+    const { redis } = this.fleet;
+    const reasons: string[] = [];
+    const workers = this.fleet.workersOf(this.id).filter(({ beat }) => beat.state === "ready");
+    if (this.#disposed) reasons.push("The model has been disposed.");
+    else if (this.#drained) reasons.push("The model takes no new calls: it ends when those under way are done.");
+    if (!redis.isReady) reasons.push("Redis cannot be reached.");
+    else if (workers.length === 0) reasons.push("No worker of the fleet has this model.");
+    return {
+      live: true,
+      ready: reasons.length === 0,
+      degraded: reasons.length > 0,
+      ...{ reasons, restarts: 0, lastError: this.#lastError, oldestLaunch: null },
+    };
+  }
+
+  /** Listens as `ImageModel.on`. What befalls a worker's runtime is told by that worker; nothing is told here. */
+  on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
+    (this.#events as EventEmitter).on(name, listener);
+    return this;
+  }
+
+  /** Undoes one `on` with the same name and listener. */
+  off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
+    (this.#events as EventEmitter).off(name, listener);
+    return this;
+  }
+
+  /** Takes no new calls: see `ImageModel.drain`. The fleet goes on. */
+  drain(): Promise<void> {
+    this.#drained ??= (async () => {
+      while (this.#calls.size > 0) await Promise.allSettled(this.#calls);
+    })();
+    return this.#drained;
+  }
+
+  /** Waits for the calls that were made here, and leaves the fleet, which goes on. Safe to call twice. */
+  dispose(): Promise<void> {
+    this.#disposed ??= (async () => {
+      await this.drain();
+      if (this.#ownsFleet) await this.fleet.close();
+    })();
+    return this.#disposed;
+  }
+
+  /** As `dispose`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.dispose();
+  }
+
+  /** Requests that wait for a worker, of all gateways, as it was seen last. */
+  get waiting(): number {
+    return this.#ledger.length;
+  }
+
+  /** Seconds until everything that was accepted is done, over all workers, as it was seen last: what workers are added by. */
+  backlogSeconds(): number {
+    return this.#admission.backlogSeconds(this.fleet.redis.now());
+  }
+
+  /** Reads the workers and what waits, unless that was done just before. @throws what Redis says */
+  async look(ageMs = viewMs): Promise<void> {
+    if (performance.now() - this.#seenAt <= ageMs) return;
+    this.#seeing ??= this.#see(ageMs).finally(() => {
+      this.#seeing = null;
+    });
+    await this.#seeing;
+  }
+
+  get #maxQueue(): number {
+    return this.fleet.options.maxQueue ?? 64 * Math.max(1, this.fleet.workersOf(this.id).length);
+  }
+
+  get #about() {
+    const worker = this.fleet.workersOf(this.id).find(({ record }) => record?.models[this.id]) ?? this.#known;
+    this.#known = worker;
+    return worker?.record?.models[this.id] ?? null;
+  }
+
+  /** @throws DisposedError or DrainingError where no calls are taken any more */
+  #checkOpen(): void {
+    if (this.#disposed) throw new DisposedError("This model");
+    if (this.#drained) throw new DrainingError("This model");
+  }
+
+  async #generate(options: GenerateOptions): Promise<GenerateResult> {
+    const start = performance.now();
+    this.#checkOpen();
+    const checked = checkOptions(generateSchema, options, "generate()");
+    checked.signal?.throwIfAborted();
+    const events = new RequestEvents(checked);
+    const { timeoutMs } = checked;
+    const timer =
+      timeoutMs === undefined ? undefined : setTimeout(() => events.abort(new TimeoutError(timeoutMs)), timeoutMs);
+    try {
+      return await events.around(this.#tracked(() => this.#draw(checked, options, start, events)));
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  async #draw(
+    checked: Checked,
+    options: GenerateOptions,
+    start: number,
+    events: RequestEvents,
+  ): Promise<GenerateResult> {
+    const allowPaths = this.fleet.options.allowPaths && checked.allowPaths;
+    const given = (await requestToJson({ ...options, allowPaths })) as JsonObject;
+    const request = withSeed(given);
+    const prompts = Array.isArray(checked.prompt)
+      ? checked.prompt.length
+      : (checked.promptEmbeds?.promptEmbeds.shape[0] ?? 1);
+    const pictures = prompts * checked.count;
+    const { width, height } = { ...this.nativeSize, ...sizeOf(checked) };
+    const { seed, seeds } = request as { seed?: string | number; seeds?: (string | number)[] };
+    const call: Call = {
+      ...{ op: "draw", request, start, level: checked.priority, ticket: checked.ticket, pictures, events },
+      repeatable: namesItsNoise(given),
+      ...{ deadlineMs: checked.deadlineMs ?? null, timeoutMs: checked.timeoutMs ?? null },
+      ...{ size: `${width}x${height}`, signal: events.signal },
+      seeds: seeds ? seeds.map(seedOf) : seed === undefined ? [] : seedsFrom(seed, pictures),
+    };
+    const bytes = await this.#serve(call);
+    const result = resultFromJson(JSON.parse(bytes.toString("utf8")));
+    const totalMs = performance.now() - start;
+    const waitedMs = Math.max(0, totalMs - result.timings.total);
+    return {
+      ...result,
+      timings: { ...result.timings, queue: result.timings.queue + waitedMs, total: totalMs },
+      ...(result.deadline && call.deadlineMs !== null
+        ? { deadline: { ...result.deadline, deadlineMs: call.deadlineMs, actualMs: totalMs } }
+        : {}),
+    };
+  }
+
+  /** A call from its admission to its result. */
+  async #serve(call: Call): Promise<Buffer> {
+    const { op, request, signal } = call;
+    this.fleet.checkReady();
+    const hash = hashOf(this.id, op, request);
+    const stored = call.repeatable ? await untilAborted(this.fleet.results.get(hash), signal) : null;
+    if (stored) return this.#repeat(call, stored);
+    for (let again = 0; ; again++)
+      try {
+        return await this.#ask(call, hash);
+      } catch (error) {
+        // Its other callers left, and it was stopped before this one was known.
+        if (!(error instanceof JobCancelled) || again >= mostAgain) throw error;
+      }
+  }
+
+  /** The same was asked for before, and its result is there. */
+  #repeat({ start, events, seeds }: Call, stored: Buffer): Buffer {
+    this.#stats.requests.accepted++;
+    this.#stats.ended("completed", performance.now() - start, false);
+    const { blocks } = events ? (JSON.parse(stored.toString("utf8")) as { blocks: string }) : { blocks: "" };
+    events?.send("onAccept", { predictedMs: 0, place: 0, blocks, seeds, aloneMs: 0, leastMs: 0 });
+    events?.send("onStart", { queuedMs: performance.now() - start, blocks });
+    return stored;
+  }
+
+  async #ask(call: Call, hash: string): Promise<Buffer> {
+    const { op, request, start, signal, deadlineMs, timeoutMs, pictures, level, size } = call;
+    const kind = kindOf(op, request);
+    const { redis } = this.fleet;
+    await untilAborted(this.look(), signal);
+    const now = redis.now();
+    const arrival = now - (performance.now() - start);
+    const id = randomUUID();
+    const verdict = this.#admit({ id, kind, size, pictures, level, arrival, deadlineMs, ticket: call.ticket }, now);
+    // What a worker takes is only promised where it is known.
+    const promised = deadlineMs !== null && verdict.predictedMs !== null;
+    const due = promised ? arrival + deadlineMs : null;
+    const data: JobData = {
+      ...{
+        format: jobFormat,
+        op,
+        request,
+        hash,
+        promised,
+        repeatable: call.repeatable,
+        traceparent: currentTraceparent(),
+      },
+      facts: { kind, size, pictures, level, arrival, due },
+      gaveUpAt: timeoutMs === null ? null : arrival + timeoutMs,
+    };
+    const limit = deadlineMs === null ? null : arrival + deadlineMs;
+    const priority = queuePriority(level, arrival, limit);
+    this.#stats.requests.accepted++;
+    let ending: Ending = "failed";
+    let hasStarted = false;
+    const follow = this.#follower(call, verdict, () => {
+      if (hasStarted) return;
+      hasStarted = true;
+      this.#running.requests++;
+      this.#running.pictures += pictures;
+      this.#stats.queued.add(performance.now() - start);
+    });
+    let waiter: Waiter | null = null;
+    try {
+      await this.#beginEpoch(arrival);
+      waiter = await Waiter.add(
+        this.fleet,
+        { model: this.id, id, data, priority, sameAs: followedAs(hash, request) },
+        follow.message,
+      );
+      follow.added();
+      const bytes = await untilAborted(waiter.outcome, signal);
+      ending = "completed";
+      return bytes;
+    } catch (error) {
+      if (signal?.aborted && error === signal.reason) ending = error instanceof TimeoutError ? "timedOut" : "aborted";
+      else this.#failed(error);
+      throw error;
+    } finally {
+      if (hasStarted) {
+        this.#running.requests--;
+        this.#running.pictures -= pictures;
+      }
+      const totalMs = performance.now() - start;
+      const late = promised && totalMs > deadlineMs!;
+      this.#admission.ended(id, { late });
+      this.#stats.ended(ending, totalMs, late);
+      await waiter?.leave();
+    }
+  }
+
+  /** @throws DeadlineError, QueueFullError, FleetEmptyError */
+  #admit(request: Parameters<FleetAdmission["admit"]>[0], now: number): Verdict {
+    try {
+      return this.#admission.admit(request, now);
+    } catch (error) {
+      const { refused } = this.#stats.requests;
+      if (error instanceof DeadlineError) refused[error.retryAfterMs === null ? "impossible" : "deadline"]++;
+      else if (error instanceof QueueFullError) refused.queueFull++;
+      throw error;
+    }
+  }
+
+  /** What becomes of a worker's messages. Steps that are drawn a second time, since their worker is gone, are told once. */
+  #follower({ start, events, seeds }: Call, verdict: Verdict, onStart: () => void) {
+    let isAccepted = false;
+    let isStarted = false;
+    let told = -1;
+    const accept = (event: {
+      predictedMs: number | null;
+      place: number;
+      blocks: string;
+      aloneMs: number | null;
+      leastMs: number | null;
+    }) => {
+      if (isAccepted) return;
+      isAccepted = true;
+      events?.send("onAccept", { ...event, seeds });
+    };
+    return {
+      /** A kind that a worker has drawn is accepted at once; of another a worker has to say whether it can be drawn. */
+      added: () => {
+        const { predictedMs, place, blocks, price } = verdict;
+        if (blocks !== null && price) accept({ predictedMs, place, blocks, aloneMs: price.ms, leastMs: price.leastMs });
+      },
+      message: (message: Message) => {
+        if (message.type === "accept") {
+          const { predictedMs, place, blocks, aloneMs, leastMs } = message;
+          const sinceMs = performance.now() - start;
+          accept({ predictedMs: predictedMs === null ? null : predictedMs + sinceMs, place, blocks, aloneMs, leastMs });
+        } else if (message.type === "start") {
+          onStart();
+          if (isStarted) return;
+          isStarted = true;
+          events?.send("onStart", { queuedMs: performance.now() - start, blocks: message.blocks });
+        } else if (message.type === "steps")
+          for (const step of message.steps) {
+            if (step.step <= told) continue;
+            told = step.step;
+            events?.send("onStep", step as Parameters<NonNullable<GenerateOptions["onStep"]>>[0]);
+          }
+      },
+    };
+  }
+
+  async #see(ageMs: number): Promise<void> {
+    const { fleet } = this;
+    const { redis } = fleet;
+    const [ledger] = await Promise.all([
+      redis.client.hgetall(redis.key("ledger", redis.queue(this.id).name)),
+      fleet.view.refresh(ageMs),
+    ]);
+    const now = redis.now();
+    this.#ledger = Object.entries(ledger).flatMap(([id, text]) => {
+      try {
+        return [{ ...(JSON.parse(text) as Omit<Waiting, "id">), id }];
+      } catch {
+        return [];
+      }
+    });
+    const workers = fleet.workersOf(this.id).map(({ id, beat, record }) => {
+      const model = beat.models[this.id]!;
+      return {
+        ...{ id, backlogMs: model.backlogMs, at: beat.at, room: model.room },
+        takes: beat.state === "ready" && beat.format >= jobFormat,
+        prices: new Map(Object.entries(record?.models[this.id]?.prices ?? {})),
+        warm: new Set(model.warm),
+      };
+    });
+    this.#admission.see({ workers, waiting: this.#ledger }, now);
+    this.#seenAt = performance.now();
+  }
+
+  /** Numbers of BullMQ's priorities begin again with each epoch: those who wait from before go first. */
+  async #beginEpoch(arrival: number): Promise<void> {
+    const epoch = epochOf(arrival);
+    if (this.#epoch === epoch) return;
+    const isFirst = this.#epoch === null;
+    this.#epoch = epoch;
+    if (isFirst && arrival % 60_000 > 30_000) return;
+    const queue = this.fleet.redis.queue(this.id);
+    for (const job of await queue.getPrioritized(0, 10_000))
+      if (job?.data && epochOf((job.data as JobData).facts.arrival) < epoch)
+        await job.changePriority({ priority: 1 }).catch(() => {});
+  }
+
+  #failed(error: unknown): void {
+    if (error instanceof FleetEmptyError || error instanceof OptionError) return;
+    const { code, message } = error as { code?: unknown; message?: unknown };
+    this.#lastError = {
+      code: typeof code === "string" ? code : null,
+      message: typeof message === "string" ? message : String(error),
+      at: Date.now(),
+    };
+  }
+
+  #tracked<T>(work: () => Promise<T>): Promise<T> {
+    const call = Promise.resolve().then(work);
+    const settled = call.then(
+      () => undefined,
+      () => undefined,
+    );
+    this.#calls.add(settled);
+    void settled.then(() => this.#calls.delete(settled));
+    return call;
+  }
+}
+
+const embedsJson = embedsSchema(tensorJson);
+
+function sizeOf({ width, height, stages }: Checked): { width?: number; height?: number } {
+  const last = stages?.at(-1) as { width?: number; height?: number } | undefined;
+  return {
+    ...((width ?? last?.width) !== undefined && { width: (width ?? last?.width)! }),
+    ...((height ?? last?.height) !== undefined && { height: (height ?? last?.height)! }),
+  };
+}

@@ -1,0 +1,238 @@
+/**
+ * Who is in the fleet. A worker says each second that it lives and how much it has to do (its beat, some hundred bytes), and what it is, costs
+ * included, when that changes (its record). Whoever does not say so for five seconds counts as gone.
+ */
+
+import { randomUUID } from "node:crypto";
+import os from "node:os";
+import * as z from "zod";
+import { packageVersion } from "../common/package.js";
+import { jobFormat } from "./job.js";
+import type { FleetRedis } from "./redis.js";
+
+/** Milliseconds between two beats where nothing changes, the least between two, and after how many a worker counts as gone. */
+export const beatMs = 1000;
+export const leastBeatMs = 50;
+export const goneMs = 5000;
+/** Records and beats that nobody renews are forgotten by Redis. */
+const keepMs = 60_000;
+
+const milliseconds = z.number().nonnegative();
+const count = z.int().nonnegative();
+
+const modelBeat = z.object({
+  /** Milliseconds of work that it has taken and still has to do. */
+  backlogMs: milliseconds,
+  jobs: count,
+  /** Pictures of these jobs. */
+  pictures: count,
+  /** Pictures that it would still take. */
+  room: count,
+  /** Sizes that it has drawn, the latest first. */
+  warm: z.array(z.string().max(32)).max(64),
+});
+const beatSchema = z.object({
+  format: z.int().positive(),
+  state: z.enum(["ready", "draining"]),
+  /** Number of its record: another one is read anew. */
+  revision: count,
+  /** By the fleet's clock. */
+  at: milliseconds,
+  models: z.record(z.string(), modelBeat),
+});
+const price = z.object({ ms: milliseconds, leastMs: milliseconds, blocks: z.string() });
+const modelRecord = z.object({
+  /** As `ImageModel.name`. */
+  name: z.string(),
+  nativeSize: z.object({ width: z.number(), height: z.number() }),
+  hasRefiner: z.boolean(),
+  adapters: z.object({ loras: z.array(z.string()), controlNets: z.array(z.string()) }).nullable(),
+  /** The runtime that it runs on, and its devices, for people. */
+  runtime: z.string(),
+  devices: z.array(z.string()),
+  /** Pictures that it takes at a time. */
+  capacity: z.int().positive(),
+  /** What kinds of requests take of it alone. */
+  prices: z.record(z.string(), price),
+  /** Its table of costs. */
+  costs: z.array(z.looseObject({})),
+  drift: z.number(),
+  drawn: count,
+  failed: count,
+});
+const recordSchema = z.object({
+  id: z.string(),
+  host: z.string(),
+  pid: z.int(),
+  /** Of the package. */
+  version: z.string(),
+  /** By the fleet's clock. */
+  since: milliseconds,
+  models: z.record(z.string(), modelRecord),
+});
+
+export type ModelBeat = z.output<typeof modelBeat>;
+export type Beat = z.output<typeof beatSchema>;
+export type ModelRecord = z.output<typeof modelRecord>;
+export type WorkerRecord = z.output<typeof recordSchema>;
+
+/** A worker that lives. */
+export interface LiveWorker {
+  readonly id: string;
+  readonly beat: Beat;
+  /** Null until it has been read. */
+  readonly record: WorkerRecord | null;
+}
+
+/** What a worker says of itself. */
+export class Announcer {
+  readonly id = randomUUID();
+  readonly #redis: FleetRedis;
+  readonly #describe: () => Pick<WorkerRecord, "models">;
+  readonly #state: () => Pick<Beat, "state" | "models">;
+  readonly #since: number;
+  #revision = 0;
+  /** The record as it was said last, and when. */
+  #said = "";
+  #saidAt = Number.NEGATIVE_INFINITY;
+  #beatAt = Number.NEGATIVE_INFINITY;
+  #timer: NodeJS.Timeout | null = null;
+  #beating: Promise<void> = Promise.resolve();
+  #isOver = false;
+
+  constructor(
+    redis: FleetRedis,
+    describe: () => Pick<WorkerRecord, "models">,
+    state: () => Pick<Beat, "state" | "models">,
+  ) {
+    this.#redis = redis;
+    this.#describe = describe;
+    this.#state = state;
+    this.#since = redis.now();
+    redis.client.on("ready", () => this.changed());
+  }
+
+  /** Something of the beat has changed: it is said soon. */
+  changed(): void {
+    if (this.#isOver) return;
+    const wait = Math.max(0, this.#beatAt + leastBeatMs - performance.now());
+    this.#plan(wait);
+  }
+
+  /** @throws what Redis says */
+  async beat(): Promise<void> {
+    const now = performance.now();
+    this.#beatAt = now;
+    this.#plan(beatMs);
+    const pipeline = this.#redis.client.pipeline();
+    const record = JSON.stringify(this.#describe());
+    if (record !== this.#said || now - this.#saidAt > keepMs / 4) {
+      if (record !== this.#said) this.#revision++;
+      this.#said = record;
+      this.#saidAt = now;
+      const whole = { ...this.#about, ...JSON.parse(record) };
+      pipeline.set(this.#redis.key("worker", this.id), JSON.stringify(whole), "PX", keepMs);
+    }
+    const beat: Beat = { format: jobFormat, ...this.#state(), revision: this.#revision, at: this.#redis.now() };
+    pipeline.hset(this.#redis.key("beats"), this.id, JSON.stringify(beat));
+    pipeline.pexpire(this.#redis.key("beats"), keepMs);
+    await pipeline.exec();
+  }
+
+  /** Leaves the fleet: at once, and not only after some silence. */
+  async leave(): Promise<void> {
+    this.#isOver = true;
+    if (this.#timer) clearTimeout(this.#timer);
+    await this.#beating.catch(() => {});
+    await this.#redis.client
+      .pipeline()
+      .hdel(this.#redis.key("beats"), this.id)
+      .del(this.#redis.key("worker", this.id))
+      .exec();
+  }
+
+  get #about(): Omit<WorkerRecord, "models"> {
+    return { id: this.id, host: os.hostname(), pid: process.pid, version: packageVersion(), since: this.#since };
+  }
+
+  #plan(wait: number): void {
+    if (this.#isOver) return;
+    if (this.#timer) clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => {
+      // While Redis is away beats would only pile up.
+      if (!this.#redis.isReady) this.#plan(beatMs);
+      else this.#beating = this.beat().catch(() => {});
+    }, wait);
+  }
+}
+
+/** The fleet as a process sees it. */
+export class FleetView {
+  readonly #redis: FleetRedis;
+  readonly #records = new Map<string, { revision: number; record: WorkerRecord }>();
+  #workers: readonly LiveWorker[] = [];
+  #refreshing: Promise<void> | null = null;
+  #at = Number.NEGATIVE_INFINITY;
+
+  constructor(redis: FleetRedis) {
+    this.#redis = redis;
+  }
+
+  /** Those that lived when it was read last. */
+  get workers(): readonly LiveWorker[] {
+    return this.#workers;
+  }
+
+  /** Whether a worker lives, as far as that can be told: just after Redis was away nobody has said so yet. */
+  lives(id: string): boolean {
+    return this.#redis.readyForMs < goneMs || this.#workers.some((worker) => worker.id === id);
+  }
+
+  /** Reads who is there, unless that was done within so many milliseconds. @throws what Redis says */
+  async refresh(ageMs = 0): Promise<void> {
+    if (performance.now() - this.#at <= ageMs) return;
+    this.#refreshing ??= this.#read().finally(() => {
+      this.#refreshing = null;
+    });
+    await this.#refreshing;
+  }
+
+  async #read(): Promise<void> {
+    const { client } = this.#redis;
+    const fields = await client.hgetall(this.#redis.key("beats"));
+    const now = this.#redis.now();
+    const gone: string[] = [];
+    const live: { id: string; beat: Beat }[] = [];
+    for (const [id, text] of Object.entries(fields)) {
+      const beat = parsed(beatSchema, text);
+      if (!beat || now - beat.at > goneMs) gone.push(id);
+      else live.push({ id, beat });
+    }
+    const stale = live.filter(({ id, beat }) => this.#records.get(id)?.revision !== beat.revision);
+    if (stale.length > 0) {
+      const texts = await client.mget(stale.map(({ id }) => this.#redis.key("worker", id)));
+      for (const [index, { id, beat }] of stale.entries()) {
+        const record = parsed(recordSchema, texts[index] ?? "");
+        if (record) this.#records.set(id, { revision: beat.revision, record });
+      }
+    }
+    // Those that have said nothing for long are nobody's business any more.
+    const forgotten = gone.filter((id) => {
+      const beat = parsed(beatSchema, fields[id]!);
+      return !beat || now - beat.at > keepMs;
+    });
+    if (forgotten.length > 0) await client.hdel(this.#redis.key("beats"), ...forgotten);
+    for (const id of this.#records.keys()) if (!(id in fields)) this.#records.delete(id);
+    this.#workers = live.map(({ id, beat }) => ({ id, beat, record: this.#records.get(id)?.record ?? null }));
+    this.#at = performance.now();
+  }
+}
+
+function parsed<T extends z.ZodType>(schema: T, text: string): z.output<T> | null {
+  try {
+    const { success, data } = schema.safeParse(JSON.parse(text));
+    return success ? data : null;
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,204 @@
+/**
+ * Who waits for a job: hears what its worker says, and how it ended, whether or not that was heard. Messages are not kept by Redis, so the outcome is
+ * looked for now and then, and at once when Redis is back; a job that Redis has lost is added anew.
+ */
+
+import { setTimeout as sleep } from "node:timers/promises";
+import { failureFromJson } from "./failure.js";
+import type { Fleet } from "./fleet.js";
+import type { JobData } from "./job.js";
+import { decodeMessage, type Message } from "./messages.js";
+
+/** The outcome is looked for so often, in milliseconds. */
+const lookMs = 5000;
+/** What a waiter has in Redis is forgotten so long after it last said that it waits. */
+const followedMs = 60_000;
+
+/** Everybody who waited for the job had left, just before. */
+export class JobCancelled extends Error {}
+
+export interface QueuedJob {
+  readonly model: string;
+  readonly id: string;
+  readonly data: JobData;
+  readonly priority: number;
+  /** Jobs of the same are one while they are under way. */
+  readonly sameAs: string;
+}
+
+export class Waiter {
+  readonly #fleet: Fleet;
+  readonly #job: QueuedJob;
+  readonly #onMessage: (message: Message) => void;
+  /** The job that is waited for: another's of the same, where there is one. */
+  #id: string;
+  #stop: () => void = () => {};
+  #settle: { resolve: (bytes: Buffer) => void; reject: (error: unknown) => void } | null = null;
+  readonly outcome: Promise<Buffer>;
+  #timer: NodeJS.Timeout | null = null;
+  #missing = 0;
+  #isOver = false;
+  readonly #look = () => void this.#lookForOutcome().catch(() => {});
+
+  /** Adds the job, and listens before that. @throws what Redis says */
+  static async add(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void): Promise<Waiter> {
+    const waiter = new Waiter(fleet, job, onMessage);
+    await waiter.#add();
+    return waiter;
+  }
+
+  private constructor(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void) {
+    this.#fleet = fleet;
+    this.#job = job;
+    this.#id = job.id;
+    this.#onMessage = onMessage;
+    this.outcome = new Promise((resolve, reject) => {
+      this.#settle = { resolve, reject };
+    });
+    // Whoever has left does not hear of it.
+    this.outcome.catch(() => {});
+  }
+
+  /** The job waits or is drawn for somebody else as well. */
+  get isShared(): boolean {
+    return this.#id !== this.#job.id;
+  }
+
+  /** Nobody waits here any more. If nobody does elsewhere, the job is cancelled. Never rejects. */
+  async leave(): Promise<void> {
+    if (this.#isOver) return;
+    this.#end();
+    const { redis } = this.#fleet;
+    try {
+      const followers = redis.key("followers", this.#id);
+      const left = await redis.client.multi().srem(followers, this.#follower).scard(followers).exec();
+      if (Number(left?.[1]?.[1] ?? 0) > 0) return;
+      await redis.client.set(redis.key("cancelled", this.#id), "1", "PX", followedMs);
+      await redis.client.publish(redis.key("cancel"), this.#id);
+      const queue = redis.queue(this.#job.model);
+      // One that is at work is locked: its worker ends it.
+      await queue.remove(this.#id).catch(() => 0);
+      await redis.client.hdel(redis.key("ledger", queue.name), this.#id);
+    } catch {
+      // A job that nobody waits for is drawn to its end, then.
+    }
+  }
+
+  get #follower(): string {
+    return `${this.#fleet.id}:${this.#job.id}`;
+  }
+
+  async #add(): Promise<void> {
+    await this.#follow(this.#job.id);
+    await this.#put();
+    this.#timer = setInterval(this.#look, lookMs);
+    this.#fleet.onBack.add(this.#look);
+  }
+
+  async #follow(id: string): Promise<void> {
+    this.#stop();
+    this.#id = id;
+    const { redis } = this.#fleet;
+    this.#stop = await redis.listen(redis.key("events", id), (text) => {
+      const message = decodeMessage(text);
+      if (message) this.#heard(message);
+    });
+  }
+
+  async #put(): Promise<void> {
+    const { redis } = this.#fleet;
+    const { model, id, data, priority, sameAs } = this.#job;
+    const queue = redis.queue(model);
+    const followers = redis.key("followers", id);
+    await redis.client
+      .pipeline()
+      .hset(redis.key("ledger", queue.name), id, JSON.stringify(data.facts))
+      .pexpire(redis.key("ledger", queue.name), 3_600_000)
+      .sadd(followers, this.#follower)
+      .pexpire(followers, 10 * followedMs)
+      .exec();
+    const added = await queue.add(data.op, data, {
+      ...{ jobId: id, priority, attempts: 1, removeOnComplete: true, removeOnFail: true },
+      deduplication: { id: sameAs },
+    });
+    if (added.id === id || added.id === undefined) return;
+    // Somebody has asked for the same already.
+    await redis.client.pipeline().hdel(redis.key("ledger", queue.name), id).del(followers).exec();
+    const theirs = redis.key("followers", added.id);
+    await redis.client
+      .pipeline()
+      .sadd(theirs, this.#follower)
+      .pexpire(theirs, 10 * followedMs)
+      .exec();
+    await this.#follow(added.id);
+    // It may have ended meanwhile.
+    this.#look();
+  }
+
+  #heard(message: Message): void {
+    if (this.#isOver) return;
+    if (message.type === "done") this.#look();
+    else if (message.type === "failed") this.#fail(failureFromJson(message.failure));
+    else if (message.type === "cancelled") this.#fail(new JobCancelled());
+    else this.#onMessage(message);
+  }
+
+  async #lookForOutcome(): Promise<void> {
+    if (this.#isOver || !this.#fleet.redis.isReady) return;
+    const { redis, results } = this.#fleet;
+    const bytes = await results.get(this.#job.data.hash);
+    if (bytes) {
+      this.#succeed(bytes);
+      return;
+    }
+    const failure = await this.#fleet.failureOf(this.#id);
+    if (failure) {
+      this.#fail(failure);
+      return;
+    }
+    const queue = redis.queue(this.#job.model);
+    const state = await queue.getJobState(this.#id);
+    if (state !== "unknown") {
+      this.#missing = 0;
+      await redis.client.pexpire(redis.key("followers", this.#id), 10 * followedMs);
+      return;
+    }
+    // Its end may be on its way.
+    if (++this.#missing < 2 || this.#isOver) {
+      if (this.#missing === 1) void sleep(200).then(this.#look);
+      return;
+    }
+    this.#missing = 0;
+    if (this.#id === this.#job.id) await this.#put();
+    else {
+      await this.#follow(this.#job.id);
+      await this.#put();
+    }
+  }
+
+  #succeed(bytes: Buffer): void {
+    if (this.#isOver) return;
+    this.#end();
+    this.#forget();
+    this.#settle!.resolve(bytes);
+  }
+
+  #fail(error: unknown): void {
+    if (this.#isOver) return;
+    this.#end();
+    this.#forget();
+    this.#settle!.reject(error);
+  }
+
+  #forget(): void {
+    const { redis } = this.#fleet;
+    redis.client.srem(redis.key("followers", this.#id), this.#follower).catch(() => {});
+  }
+
+  #end(): void {
+    this.#isOver = true;
+    this.#stop();
+    if (this.#timer) clearInterval(this.#timer);
+    this.#fleet.onBack.delete(this.#look);
+  }
+}

@@ -1,0 +1,608 @@
+/**
+ * A worker: models of this process that draw the jobs of a fleet. It fetches a job when it has room for one, whoever asked for it, so that jobs of
+ * different callers share launches; the more it has to do, the longer it leaves a job to others.
+ */
+
+import { randomUUID } from "node:crypto";
+import { setTimeout as sleep } from "node:timers/promises";
+import type { Job, Worker } from "bullmq";
+import * as z from "zod";
+import { tensorJson } from "../codecs.js";
+import { seedToJson } from "../common/seed.js";
+import { messageOf } from "../common/text.js";
+import { withTraceparent } from "../common/tracing.js";
+import {
+  DeadlineError,
+  DeviceLostError,
+  DisposedError,
+  DrainingError,
+  FleetFormatError,
+  PoisonousJobError,
+  QueueFullError,
+  TimeoutError,
+} from "../errors.js";
+import { requestFromJson, resultToJson } from "../json.js";
+import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, StepEvent } from "../model.js";
+import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
+import { knownSizes, usefulPictures } from "./capacity.js";
+import { failureToJson } from "./failure.js";
+import { formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
+import { encodeMessage, type Message, stepMessage } from "./messages.js";
+import { type FleetWorkerOptions, workerSchema } from "./options.js";
+import { FleetRedis, type StallTimes } from "./redis.js";
+import { Announcer, FleetView, type ModelBeat, type ModelRecord } from "./registry.js";
+import { FolderResults, RedisResults, type ResultStore } from "./results.js";
+
+/** A job that a worker cannot draw warm is left to those who can so often, each time for so many milliseconds. */
+const mostHandedBack = 3;
+const handedBackMs = 100;
+/** Kinds of requests whose price is kept, and sizes that count as drawn lately. */
+const mostPrices = 256;
+const mostWarm = 16;
+/** A busy worker asks for another job after this part of what a request takes, within bounds in milliseconds. */
+const asking = { part: 1 / 16, least: 10, most: 250 } as const;
+/** A worker that cannot draw looks again after so many milliseconds. */
+const unreadyMs = 500;
+/** BullMQ shows progress to people: no more often than this, in milliseconds. */
+const progressMs = 1000;
+const sweepMs = 60_000;
+/** What is known of a job beside BullMQ is forgotten after so long, in milliseconds: nobody waits that long. */
+const factsMs = 3_600_000;
+
+/** Why a job's work is stopped here. */
+class Left extends Error {
+  constructor(readonly why: "cancelled" | "handed back") {
+    super(`The job was ${why}.`);
+  }
+}
+
+/** A job at work. */
+interface Active {
+  readonly id: string;
+  readonly job: Job;
+  readonly token: string;
+  readonly facts: JobFacts;
+  readonly controller: AbortController;
+  aloneMs: number | null;
+  /** Part of it that is done. */
+  done: number;
+  hasStarted: boolean;
+}
+
+/** A model that is served. */
+interface Served {
+  readonly id: string;
+  readonly model: ImageModel;
+  readonly fetcher: Worker;
+  readonly active: Map<string, Active>;
+  readonly prices: Map<string, { ms: number; leastMs: number; blocks: string }>;
+  /** Sizes that it has drawn, the latest last. */
+  readonly drawnSizes: Set<string>;
+  drawn: number;
+  failed: number;
+  /** Wakes the loop that fetches. */
+  wake: () => void;
+  loop: Promise<void>;
+}
+
+/** A worker of a fleet. */
+export class FleetWorker implements AsyncDisposable {
+  /** Its name in the fleet, another one at each start. */
+  readonly id: string;
+  readonly #redis: FleetRedis;
+  readonly #results: ResultStore;
+  readonly #announcer: Announcer;
+  readonly #view: FleetView;
+  readonly #served: Served[] = [];
+  readonly #options: z.output<typeof workerSchema>;
+  readonly #timers: NodeJS.Timeout[] = [];
+  #stopListening: () => void = () => {};
+  #isStopping = false;
+  #ending: Promise<void> | null = null;
+
+  static async start(given: FleetWorkerOptions): Promise<FleetWorker> {
+    const options = checkOptions(workerSchema, given, "startWorker()");
+    const { redis: url, prefix, results, keepResultsMs, logger } = options;
+    const redis = await FleetRedis.connect({ redis: url, prefix, name: "flowturbo-worker", logger });
+    try {
+      const store = results ? await FolderResults.open(results, keepResultsMs) : new RedisResults(redis, keepResultsMs);
+      const worker = new FleetWorker(redis, store, options);
+      await worker.#start();
+      return worker;
+    } catch (error) {
+      await redis.close();
+      throw error;
+    }
+  }
+
+  private constructor(redis: FleetRedis, results: ResultStore, options: z.output<typeof workerSchema>) {
+    this.#redis = redis;
+    this.#results = results;
+    this.#options = options;
+    this.#view = new FleetView(redis);
+    this.#announcer = new Announcer(
+      redis,
+      () => ({ models: Object.fromEntries(this.#served.map((each) => [each.id, this.#recordOf(each)])) }),
+      () => ({
+        state: this.#isStopping ? "draining" : "ready",
+        models: Object.fromEntries(this.#served.map((each) => [each.id, this.#beatOf(each)])),
+      }),
+    );
+    this.id = this.#announcer.id;
+  }
+
+  /** Jobs that it works on. */
+  get jobs(): number {
+    return this.#served.reduce((sum, { active }) => sum + active.size, 0);
+  }
+
+  /**
+   * Fetches no more jobs, and hands back those that have not begun: others draw them. Resolves when those that have begun are done; then `close` it.
+   * Every call gives the same promise.
+   */
+  async drain(): Promise<void> {
+    this.#isStopping = true;
+    this.#announcer.changed();
+    for (const served of this.#served) {
+      served.wake();
+      for (const active of served.active.values()) if (!active.hasStarted) this.#stop(active, "handed back");
+    }
+    await this.#idle();
+  }
+
+  /**
+   * Leaves the fleet: as `drain`, but what is not done after `drainMs` is handed back too, and begins again elsewhere.
+   * @param drainMs default: no limit
+   */
+  async close({ drainMs = Number.POSITIVE_INFINITY }: { drainMs?: number } = {}): Promise<void> {
+    this.#ending ??= this.#close(drainMs);
+    return this.#ending;
+  }
+
+  /** As `close`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #start(): Promise<void> {
+    const { models, lockMs } = this.#options;
+    const times: StallTimes = { lockMs, checkMs: Math.max(500, Math.round(lockMs / 3)) };
+    for (const [id, model] of Object.entries(models)) {
+      this.#served.push({
+        ...{ id, model, fetcher: this.#redis.fetcher(id, times) },
+        ...{ active: new Map(), prices: new Map(), drawnSizes: new Set<string>(), drawn: 0, failed: 0 },
+        ...{ wake: () => {}, loop: Promise.resolve() },
+      });
+    }
+    this.#stopListening = await this.#redis.listen(this.#redis.key("cancel"), (jobId) => {
+      for (const { active } of this.#served) {
+        const found = active.get(jobId);
+        if (found) this.#stop(found, "cancelled");
+      }
+    });
+    // What was cancelled while Redis was away.
+    this.#redis.client.on("ready", () => void this.#findCancelled().catch(() => {}));
+    this.#timers.push(
+      setInterval(() => void this.#renewLocks(lockMs).catch(() => {}), Math.round(lockMs / 3)),
+      setInterval(() => void this.#results.sweep().catch(() => {}), sweepMs).unref(),
+    );
+    await this.#announcer.beat();
+    for (const served of this.#served) {
+      // It never rejects.
+      void served.fetcher.startStalledCheckTimer();
+      served.loop = this.#fetch(served);
+    }
+  }
+
+  async #close(drainMs: number): Promise<void> {
+    const drained = this.drain();
+    if (Number.isFinite(drainMs)) {
+      const timer = setTimeout(() => {
+        for (const { active } of this.#served) for (const each of active.values()) this.#stop(each, "handed back");
+      }, drainMs);
+      await drained.finally(() => clearTimeout(timer));
+    } else await drained;
+    for (const timer of this.#timers) clearInterval(timer);
+    this.#stopListening();
+    await Promise.all(
+      this.#served.map(({ fetcher, loop }) => Promise.all([fetcher.close(true).catch(() => {}), loop])),
+    );
+    if (this.#redis.isReady) await this.#announcer.leave().catch(() => {});
+    await this.#redis.close();
+  }
+
+  /** Resolves when no job is at work. */
+  async #idle(): Promise<void> {
+    while (this.jobs > 0) await sleep(10);
+  }
+
+  #capacityOf({ model }: Served): number {
+    return this.#options.take ?? usefulPictures(model.costs.entries);
+  }
+
+  #picturesOf({ active }: Served): number {
+    let pictures = 0;
+    for (const { facts } of active.values()) pictures += facts.pictures;
+    return pictures;
+  }
+
+  #beatOf(served: Served): ModelBeat {
+    const { active, model, drawnSizes } = served;
+    let backlogMs = 0;
+    for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? 0) * (1 - done);
+    const pictures = this.#picturesOf(served);
+    const room = this.#isStopping || !model.health().ready ? 0 : Math.max(0, this.#capacityOf(served) - pictures);
+    const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
+    const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
+    return { backlogMs: Math.round(backlogMs), jobs: active.size, pictures, room, warm };
+  }
+
+  #recordOf(served: Served): ModelRecord {
+    const { model, prices, drawn, failed } = served;
+    const { name, nativeSize, hasRefiner, adapters, costs } = model;
+    const { runtime } = model as { runtime?: { readonly name?: unknown; readonly devices?: unknown } };
+    return {
+      ...{ name, nativeSize, hasRefiner },
+      adapters: adapters ? { loras: [...adapters.loras], controlNets: [...adapters.controlNets] } : null,
+      runtime: typeof runtime?.name === "string" ? runtime.name : "unknown",
+      devices: Array.isArray(runtime?.devices) ? runtime.devices.map(String) : [],
+      capacity: this.#capacityOf(served),
+      prices: Object.fromEntries(prices),
+      costs: costs.entries.map((entry) => ({ ...entry })),
+      drift: Math.round(costs.drift * 20) / 20,
+      ...{ drawn, failed },
+    };
+  }
+
+  /** Fetches jobs of a model as long as this worker works. Never rejects. */
+  async #fetch(served: Served): Promise<void> {
+    const { fetcher, active } = served;
+    let othersAreBusy = false;
+    while (!this.#isStopping) {
+      try {
+        if (!served.model.health().ready) {
+          await this.#rest(served, unreadyMs);
+          continue;
+        }
+        if (this.#picturesOf(served) >= this.#capacityOf(served)) {
+          await this.#rest(served, 1000);
+          continue;
+        }
+        // One that is idle is told of a job at once. One at work asks now and then, so that others are quicker, unless all seem to be at work.
+        const isBusy = active.size > 0;
+        if (isBusy && !othersAreBusy) await this.#rest(served, this.#askAgainMs(served));
+        if (this.#isStopping) break;
+        const token = randomUUID();
+        const job = await fetcher.getNextJob(token, { block: !isBusy });
+        othersAreBusy = job !== undefined && this.#hasWaited(job);
+        if (!job) continue;
+        if (this.#isStopping || (await this.#leavesToOthers(served, job))) {
+          await this.#handBack(job, token);
+          if (!this.#isStopping) await sleep(handedBackMs);
+          continue;
+        }
+        void this.#take(served, job, token);
+      } catch (error) {
+        if (this.#isStopping) return;
+        this.#options.logger?.warn?.(`Fetching a job failed: ${messageOf(error)}.`);
+        await sleep(unreadyMs);
+      }
+    }
+  }
+
+  /** Whether a job has waited longer than one does that somebody idle could have taken. */
+  #hasWaited(job: Job): boolean {
+    const { arrival } = (job.data as Partial<JobData>).facts ?? {};
+    return typeof arrival === "number" && this.#redis.now() - arrival > asking.most;
+  }
+
+  /** Until a job ends, or so many milliseconds. */
+  async #rest(served: Served, ms: number): Promise<void> {
+    if (this.#isStopping) return;
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve, ms);
+      served.wake = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+    served.wake = () => {};
+  }
+
+  #askAgainMs({ active }: Served): number {
+    const known = [...active.values()].flatMap(({ aloneMs }) => aloneMs ?? []);
+    const usual = known.length === 0 ? Number.POSITIVE_INFINITY : known.reduce((a, b) => a + b, 0) / known.length;
+    return Math.min(asking.most, Math.max(asking.least, usual * asking.part));
+  }
+
+  /** Whether others can draw it without a first launch of its size, and have room. */
+  async #leavesToOthers(served: Served, job: Job): Promise<boolean> {
+    const format = formatOf(job.data);
+    if (format !== null && format > jobFormat) {
+      this.#options.logger?.warn?.(
+        `${new FleetFormatError(format, jobFormat).message} The job ${job.id} is left to others.`,
+      );
+      await this.#view.refresh(500);
+      return this.#view.workers.some(({ beat }) => beat.state === "ready" && beat.format >= format);
+    }
+    const { size, pictures } = (job.data as Partial<JobData>).facts ?? {};
+    if (typeof size !== "string" || typeof pictures !== "number" || job.attemptsStarted > mostHandedBack) return false;
+    if (this.#beatOf(served).warm.includes(size)) return false;
+    await this.#view.refresh(500);
+    return this.#view.workers.some(({ id, beat }) => {
+      const other = beat.models[served.id];
+      return (
+        id !== this.id && beat.state === "ready" && other !== undefined && other.room > 0 && other.warm.includes(size)
+      );
+    });
+  }
+
+  /** Puts a job back to where it was in the queue. */
+  async #handBack(job: Job, token: string): Promise<void> {
+    const facts = (job.data as Partial<JobData>).facts;
+    if (facts) await this.#redis.client.hset(this.#ledgerOf(job), job.id!, JSON.stringify(facts));
+    await job.moveToWait(token);
+  }
+
+  #ledgerOf(job: Job): string {
+    return this.#redis.key("ledger", job.queueName);
+  }
+
+  /** A job from when it was fetched until it is over here. Never rejects. */
+  async #take(served: Served, job: Job, token: string): Promise<void> {
+    const id = job.id!;
+    const facts = (job.data as Partial<JobData>).facts;
+    const active: Active = {
+      ...{ id, job, token, controller: new AbortController(), aloneMs: null, done: 0, hasStarted: false },
+      facts: facts ?? { kind: "", size: "", pictures: 1, level: 0, arrival: 0, due: null },
+    };
+    const price = served.prices.get(active.facts.kind);
+    active.aloneMs = price?.ms ?? null;
+    served.active.set(id, active);
+    this.#announcer.changed();
+    try {
+      await this.#work(served, active);
+    } catch (error) {
+      this.#options.logger?.warn?.(`The job ${id} could not be ended: ${messageOf(error)}. It starts again elsewhere.`);
+    } finally {
+      served.active.delete(id);
+      served.wake();
+      this.#announcer.changed();
+    }
+  }
+
+  async #work(served: Served, active: Active): Promise<void> {
+    const { id, job, token } = active;
+    const { client } = this.#redis;
+    const starts = this.#redis.key("starts", id);
+    let data: JobData | null = null;
+    try {
+      const [before, isCancelled] = await read<[readonly string[], number]>(
+        client
+          .pipeline()
+          .lrange(starts, 0, -1)
+          .exists(this.#redis.key("cancelled", id))
+          .hdel(this.#ledgerOf(job), id)
+          .rpush(starts, this.id)
+          .pexpire(starts, factsMs)
+          .exec(),
+      );
+      if (isCancelled === 1) throw new Left("cancelled");
+      const format = formatOf(job.data);
+      if (format !== null && format > jobFormat) throw new FleetFormatError(format, jobFormat);
+      data = readJob(job.data);
+      await this.#refusePoison(id, before);
+      if (!(await this.#results.has(data.hash))) {
+        const bytes = await this.#draw(served, active, data);
+        await this.#results.put(data.hash, bytes, !data.repeatable);
+        served.drawn++;
+      }
+      this.#tell(id, { type: "done" });
+      await job.moveToCompleted(null, token, false).catch((error) => this.#lostLock(id, error));
+    } catch (error) {
+      if (goesElsewhere(error)) {
+        await client.lrem(starts, -1, this.id);
+        await this.#handBack(job, token).catch((lost) => this.#lostLock(id, lost));
+        return;
+      }
+      if (error instanceof Left) this.#tell(id, { type: "cancelled" });
+      else {
+        served.failed++;
+        const failure = failureToJson(error);
+        await client.set(this.#redis.key("failure", id), JSON.stringify(failure), "PX", this.#options.keepResultsMs);
+        this.#tell(id, { type: "failed", failure: { ...failure } });
+      }
+      const unrecoverable = new this.#redis.UnrecoverableError(failureToJson(error).publicMessage);
+      await job.moveToFailed(unrecoverable, token, false).catch((lost) => this.#lostLock(id, lost));
+    }
+    await client.del(starts, this.#redis.key("cancelled", id));
+  }
+
+  /**
+   * @param before workers that have begun with it
+   * @throws PoisonousJobError if two of them are gone without having left
+   */
+  async #refusePoison(id: string, before: readonly string[]): Promise<void> {
+    const others = [...new Set(before)].filter((worker) => worker !== this.id);
+    if (others.length < 2) return;
+    await this.#view.refresh(200);
+    const gone = others.filter((worker) => !this.#view.lives(worker));
+    if (gone.length >= 2) throw new PoisonousJobError(id, gone.slice(0, 2));
+  }
+
+  /** @returns the result as it is kept */
+  async #draw(served: Served, active: Active, data: JobData): Promise<Buffer> {
+    const { model } = served;
+    const { controller } = active;
+    controller.signal.throwIfAborted();
+    const leftMs = data.gaveUpAt === null ? null : data.gaveUpAt - this.#redis.now();
+    if (leftMs !== null && leftMs <= 0) throw new TimeoutError(Number(data.request.timeoutMs));
+    const timer = leftMs === null ? null : setTimeout(() => controller.abort(new TimeoutError(leftMs)), leftMs);
+    try {
+      return await withTraceparent(data.traceparent, () =>
+        data.op === "encode" ? encoded(model, data, controller.signal) : this.#generate(served, active, data),
+      );
+    } finally {
+      if (timer) clearTimeout(timer);
+    }
+  }
+
+  async #generate(served: Served, active: Active, data: JobData): Promise<Buffer> {
+    const { id, controller, facts } = active;
+    const { timeoutMs: _, priority: __, ...given } = requestFromJson(data.request);
+    const steps = new StepSender((message) => this.#tell(id, message));
+    let lastProgress = performance.now();
+    const options: GenerateOptions = {
+      ...given,
+      // A path of this machine is no picture, and no ControlNet: those of requests are names that the model was loaded with.
+      ...{ priority: facts.level, allowPaths: false, signal: controller.signal },
+      onAccept: (event) => {
+        this.#learn(served, active, event);
+        this.#tell(id, { type: "accept", ...event, seeds: event.seeds.map(seedToJson) });
+      },
+      onStart: ({ blocks }) => {
+        active.hasStarted = true;
+        this.#tell(id, { type: "start", worker: this.id, blocks });
+      },
+      onStep: (event) => {
+        active.done = (event.step + 1) / (event.steps + 1);
+        steps.add(event);
+        if (performance.now() - lastProgress < progressMs) return;
+        lastProgress = performance.now();
+        active.job.updateProgress({ step: event.step + 1, steps: event.steps }).catch(() => {});
+      },
+    };
+    const limit = given.deadlineMs;
+    const left = limit === undefined ? undefined : Math.max(1, facts.arrival + limit - this.#redis.now());
+    const result = await this.#keepPromise(served.model, { ...options, deadlineMs: left }, data.promised);
+    steps.flush();
+    served.drawnSizes.delete(facts.size);
+    served.drawnSizes.add(facts.size);
+    return Buffer.from(JSON.stringify(resultToJson(result)));
+  }
+
+  /** A request whose limit was promised is drawn, late if need be, with the schedule that takes least. */
+  async #keepPromise(model: ImageModel, options: GenerateOptions, isPromised: boolean) {
+    try {
+      return await model.generate(options);
+    } catch (error) {
+      if (!(error instanceof DeadlineError) || !isPromised) throw error;
+      const { deadlineMs: _, ladder: __, prefer: ___, ...rest } = options;
+      return model.generate({ ...rest, sampler: undefined, blocks: error.blocks.split(" ")[0] });
+    }
+  }
+
+  #learn({ prices }: Served, active: Active, { aloneMs, leastMs, blocks }: AcceptEvent): void {
+    active.aloneMs = aloneMs ?? active.aloneMs;
+    if (aloneMs === null || leastMs === null) return;
+    const { kind } = active.facts;
+    const known = prices.get(kind);
+    // Small changes are no news.
+    const isNews = !known || Math.abs(known.ms - aloneMs) > 0.05 * known.ms || known.blocks !== blocks;
+    prices.delete(kind);
+    prices.set(kind, isNews ? { ms: aloneMs, leastMs, blocks } : known);
+    if (prices.size > mostPrices) prices.delete(prices.keys().next().value!);
+    if (isNews) this.#announcer.changed();
+  }
+
+  #stop(active: Active, why: Left["why"]): void {
+    active.controller.abort(new Left(why));
+  }
+
+  #tell(id: string, message: Message): void {
+    // While Redis is away steps would only pile up; what matters is kept besides.
+    if (!this.#redis.isReady) return;
+    this.#redis.client.publish(this.#redis.key("events", id), encodeMessage(message)).catch(() => {});
+  }
+
+  /** Its lock was lost while Redis was away, or this process stood still: who has it now finds its result. */
+  #lostLock(id: string, error: unknown): void {
+    this.#options.logger?.debug?.(`The job ${id} is not this worker's any more: ${messageOf(error)}.`);
+  }
+
+  async #renewLocks(lockMs: number): Promise<void> {
+    if (!this.#redis.isReady) return;
+    for (const { fetcher, active } of this.#served) {
+      const jobs = [...active.values()];
+      if (jobs.length === 0) continue;
+      const ids = jobs.map(({ id }) => id);
+      const tokens = jobs.map(({ token }) => token);
+      const lost = await fetcher.extendJobLocks(ids, tokens, lockMs);
+      for (const id of lost) this.#lostLock(id, new Error("its lock ran out"));
+    }
+  }
+
+  async #findCancelled(): Promise<void> {
+    const all = this.#served.flatMap(({ active }) => [...active.values()]);
+    if (all.length === 0) return;
+    const pipeline = this.#redis.client.pipeline();
+    for (const { id } of all) pipeline.exists(this.#redis.key("cancelled", id));
+    const found = await read<number[]>(pipeline.exec());
+    for (const [index, active] of all.entries()) if (found[index] === 1) this.#stop(active, "cancelled");
+  }
+}
+
+/** Steps on their way: those of one turn of the event loop go together. */
+class StepSender {
+  readonly #send: (message: Message) => void;
+  #waiting: StepEvent[] = [];
+  #willSend = false;
+
+  constructor(send: (message: Message) => void) {
+    this.#send = send;
+  }
+
+  add(step: StepEvent): void {
+    this.#waiting.push(step);
+    if (this.#willSend) return;
+    this.#willSend = true;
+    setImmediate(() => this.flush());
+  }
+
+  flush(): void {
+    this.#willSend = false;
+    if (this.#waiting.length === 0) return;
+    this.#send({ type: "steps", steps: this.#waiting.map(stepMessage) });
+    this.#waiting = [];
+  }
+}
+
+/** Whether others may still draw a job that could not be drawn here. */
+function goesElsewhere(error: unknown): boolean {
+  if (error instanceof Left) return error.why === "handed back";
+  return (
+    error instanceof DisposedError ||
+    error instanceof DrainingError ||
+    error instanceof QueueFullError ||
+    (error instanceof DeviceLostError && error.permanent)
+  );
+}
+
+const embedsJson = embedsSchema(tensorJson);
+
+async function encoded(model: ImageModel, { request }: JobData, signal: AbortSignal): Promise<Buffer> {
+  const options = checkOptions(encodeSchema, request as unknown as EncodeOptions, "encode()");
+  const embeds = await model.encode({ ...options, signal });
+  return Buffer.from(JSON.stringify(z.encode(embedsJson, embeds as z.output<typeof embedsJson>)));
+}
+
+/** The answers of a pipeline. @throws the first of its errors */
+export async function read<T extends readonly unknown[]>(
+  executing: Promise<[error: Error | null, result: unknown][] | null>,
+): Promise<T> {
+  const answers = (await executing) ?? [];
+  return answers.map(([error, result]) => {
+    if (error) throw error;
+    return result;
+  }) as unknown as T;
+}
+
+/**
+ * Draws the jobs of a fleet with models of this process.
+ * @returns when it has joined the fleet; `close` it at the end, before the models are disposed of
+ * @throws OptionError for a wrong option; InstallationError if a package is missing; RedisError if Redis does not answer; OutputError for a folder of
+ *   results that cannot be written
+ */
+export function startWorker(options: FleetWorkerOptions): Promise<FleetWorker> {
+  return FleetWorker.start(options);
+}
