@@ -1,15 +1,42 @@
 /** `flowturbo/fleet`: many machines that draw as one, on Redis. Workers draw; whoever has a `FleetModel` asks. */
 
 import { FleetEmptyError } from "../errors.js";
-import { Fleet } from "./fleet.js";
-import type { FleetModel } from "./model.js";
+import type { ImageModel } from "../model.js";
+import { Fleet as Connection } from "./fleet.js";
 import type { ConnectFleetOptions } from "./options.js";
+import type { FleetStatus } from "./status.js";
 
-export type { Fleet } from "./fleet.js";
-export type { FleetModel } from "./model.js";
 export type { ConnectFleetOptions, FleetOptions, FleetWorkerOptions } from "./options.js";
 export type { FleetModelStatus, FleetStatus, FleetWorkerStatus } from "./status.js";
 export { type FleetWorker, startWorker } from "./worker.js";
+
+/** A fleet as those see it who ask it for pictures. */
+export interface Fleet extends AsyncDisposable {
+  /** Ids of the models that live workers draw with; those of most workers first. */
+  readonly ids: readonly string[];
+  /** A model by its id, whether or not there is a worker for it now. */
+  model(id: string): FleetModel;
+  /** Who is in the fleet and how much there is to do, as it is now. @throws RedisError while Redis is away */
+  status(): Promise<FleetStatus>;
+  /** Leaves the fleet when the calls of its models are over. Safe to call twice. */
+  close(): Promise<void>;
+}
+
+/**
+ * A model of a fleet: its calls are drawn by whichever worker has it. Besides what an `ImageModel` throws, calls reject with a FleetEmptyError at once if no
+ * worker has the model, with a RedisError at once while Redis cannot be reached, and with a PoisonousJobError if two workers ended while they drew it. A request
+ * without a seed gets one, so that it is drawn alike however often it is begun; `costs` are the workers', the cheapest of each launch.
+ */
+export interface FleetModel extends ImageModel {
+  /** Its id in the fleet. */
+  readonly id: string;
+  /** The fleet that it is of. */
+  readonly fleet: Fleet;
+  /** Requests that wait for a worker, of all who ask, as they were seen last. */
+  readonly waiting: number;
+  /** Seconds until everything that was accepted is done, by all workers together, as it was seen last: what workers are added by. */
+  backlogSeconds(): number;
+}
 
 /**
  * A model of a fleet, for whatever draws with an `ImageModel`: `disposing` of it leaves the fleet.
@@ -17,7 +44,7 @@ export { type FleetWorker, startWorker } from "./worker.js";
  *   results that cannot be written; FleetEmptyError without the option `model` while there is no worker
  */
 export async function connectFleet(options: ConnectFleetOptions): Promise<FleetModel> {
-  const fleet = await openFleet(options);
+  const fleet = await Connection.connect(options);
   const id = options.model ?? fleet.ids[0];
   if (id === undefined) {
     await fleet.close();
@@ -33,5 +60,5 @@ export async function connectFleet(options: ConnectFleetOptions): Promise<FleetM
  * @throws as `connectFleet`, but for a fleet without workers
  */
 export function openFleet(options: ConnectFleetOptions): Promise<Fleet> {
-  return Fleet.connect(options);
+  return Connection.connect(options);
 }

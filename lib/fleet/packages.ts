@@ -7,8 +7,9 @@ const remedy = () => `A fleet needs packages that flowturbo does not bring: npm 
 
 const optional = <T>(name: string, load: () => Promise<T>) => new Dependency(name, load, () => null, remedy);
 
-export const bullmq = optional("bullmq", () => import("bullmq"));
-export const ioredis = optional("ioredis", () => import("ioredis"));
+// Said in so many words: what the packages do not export has no name in declaration files.
+export const bullmq: Dependency<typeof import("bullmq")> = optional("bullmq", () => import("bullmq"));
+export const ioredis: Dependency<typeof import("ioredis")> = optional("ioredis", () => import("ioredis"));
 
 /** @throws InstallationError if one of them is missing */
 export async function loadPackages(): Promise<void> {
