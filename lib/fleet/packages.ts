@@ -7,9 +7,12 @@ const remedy = () => `A fleet needs packages that flowturbo does not bring: npm 
 
 const optional = <T>(name: string, load: () => Promise<T>) => new Dependency(name, load, () => null, remedy);
 
-// Said in so many words: what the packages do not export has no name in declaration files.
-export const bullmq: Dependency<typeof import("bullmq")> = optional("bullmq", () => import("bullmq"));
-export const ioredis: Dependency<typeof import("ioredis")> = optional("ioredis", () => import("ioredis"));
+/** What is used of them: the rest has types that declaration files cannot name. */
+export type BullMq = Pick<typeof import("bullmq"), "Queue" | "Worker" | "UnrecoverableError">;
+export type IoRedis = Pick<typeof import("ioredis"), "Redis">;
+
+export const bullmq = optional<BullMq>("bullmq", () => import("bullmq"));
+export const ioredis = optional<IoRedis>("ioredis", () => import("ioredis"));
 
 /** @throws InstallationError if one of them is missing */
 export async function loadPackages(): Promise<void> {

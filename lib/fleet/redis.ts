@@ -8,7 +8,7 @@ import type { Redis as Client, RedisOptions as ClientOptions } from "ioredis";
 import type { Logger } from "../common/logger.js";
 import { messageOf } from "../common/text.js";
 import { OptionError, RedisError } from "../errors.js";
-import { bullmq, ioredis, loadPackages } from "./packages.js";
+import { type BullMq, bullmq, ioredis, loadPackages } from "./packages.js";
 
 export interface RedisSettings {
   /** `redis://` or `rediss://`, with user and password where they are needed. */
@@ -43,7 +43,7 @@ export class FleetRedis {
   readonly client: Client;
   readonly settings: RedisSettings;
   readonly #subscriber: Client;
-  readonly #packages: { readonly bullmq: typeof import("bullmq") };
+  readonly #packages: { readonly bullmq: BullMq };
   readonly #listeners = new Map<string, Set<Listener>>();
   readonly #queues = new Map<string, Queue>();
   readonly #clock: NodeJS.Timeout;
@@ -86,7 +86,7 @@ export class FleetRedis {
     settings: RedisSettings,
     client: Client,
     subscriber: Client,
-    packages: { readonly bullmq: typeof import("bullmq") },
+    packages: { readonly bullmq: BullMq },
   ) {
     this.settings = settings;
     this.client = client;
@@ -156,7 +156,7 @@ export class FleetRedis {
   }
 
   /** An error that is not tried again. */
-  get UnrecoverableError(): typeof import("bullmq").UnrecoverableError {
+  get UnrecoverableError(): BullMq["UnrecoverableError"] {
     return this.#packages.bullmq.UnrecoverableError;
   }
 
