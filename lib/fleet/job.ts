@@ -65,6 +65,12 @@ export function formatOf(data: unknown): number | null {
   return typeof format === "number" ? format : null;
 }
 
+/** The facts of a job, whatever else it is; null if it has none. */
+export function factsOf(data: unknown): JobFacts | null {
+  const { success, data: facts } = factsSchema.safeParse((data as { facts?: unknown } | null | undefined)?.facts);
+  return success ? facts : null;
+}
+
 /** @throws OptionError for data that no gateway of this version writes */
 export function readJob(data: unknown): JobData {
   const { success, data: read, error } = dataSchema.safeParse(data);

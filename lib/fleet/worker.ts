@@ -26,7 +26,7 @@ import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, StepEvent
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
 import { knownSizes, usefulPictures } from "./capacity.js";
 import { failureToJson } from "./failure.js";
-import { formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
+import { factsOf, formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
 import { encodeMessage, type Message, stepMessage } from "./messages.js";
 import { type FleetWorkerOptions, workerSchema } from "./options.js";
 import { FleetRedis, type StallTimes } from "./redis.js";
@@ -276,7 +276,8 @@ export class FleetWorker implements AsyncDisposable {
         const job = await fetcher.getNextJob(token, { block: !isBusy });
         othersAreBusy = job !== undefined && this.#hasWaited(job);
         if (!job) continue;
-        if (this.#isStopping || (await this.#leavesToOthers(served, job))) {
+        const leaves = this.#isStopping || (await this.#leavesToOthers(served, job).catch(() => false));
+        if (leaves) {
           await this.#handBack(job, token);
           if (!this.#isStopping) await sleep(handedBackMs);
           continue;
@@ -292,8 +293,8 @@ export class FleetWorker implements AsyncDisposable {
 
   /** Whether a job has waited longer than one does that somebody idle could have taken. */
   #hasWaited(job: Job): boolean {
-    const { arrival } = (job.data as Partial<JobData>).facts ?? {};
-    return typeof arrival === "number" && this.#redis.now() - arrival > asking.most;
+    const facts = factsOf(job.data);
+    return facts !== null && this.#redis.now() - facts.arrival > asking.most;
   }
 
   /** Until a job ends, or so many milliseconds. */
@@ -311,7 +312,7 @@ export class FleetWorker implements AsyncDisposable {
 
   #askAgainMs({ active }: Served): number {
     const known = [...active.values()].flatMap(({ aloneMs }) => aloneMs ?? []);
-    const usual = known.length === 0 ? Number.POSITIVE_INFINITY : known.reduce((a, b) => a + b, 0) / known.length;
+    const usual = known.length === 0 ? 0 : known.reduce((a, b) => a + b, 0) / known.length;
     return Math.min(asking.most, Math.max(asking.least, usual * asking.part));
   }
 
@@ -325,8 +326,8 @@ export class FleetWorker implements AsyncDisposable {
       await this.#view.refresh(500);
       return this.#view.workers.some(({ beat }) => beat.state === "ready" && beat.format >= format);
     }
-    const { size, pictures } = (job.data as Partial<JobData>).facts ?? {};
-    if (typeof size !== "string" || typeof pictures !== "number" || job.attemptsStarted > mostHandedBack) return false;
+    const size = factsOf(job.data)?.size;
+    if (size === undefined || job.attemptsStarted > mostHandedBack) return false;
     if (this.#beatOf(served).warm.includes(size)) return false;
     await this.#view.refresh(500);
     return this.#view.workers.some(({ id, beat }) => {
@@ -339,9 +340,11 @@ export class FleetWorker implements AsyncDisposable {
 
   /** Puts a job back to where it was in the queue. */
   async #handBack(job: Job, token: string): Promise<void> {
-    const facts = (job.data as Partial<JobData>).facts;
+    const facts = factsOf(job.data);
     if (facts) await this.#redis.client.hset(this.#ledgerOf(job), job.id!, JSON.stringify(facts));
     await job.moveToWait(token);
+    // Only this wakes a worker that waits.
+    await job.changePriority({ priority: job.priority });
   }
 
   #ledgerOf(job: Job): string {
@@ -351,7 +354,7 @@ export class FleetWorker implements AsyncDisposable {
   /** A job from when it was fetched until it is over here. Never rejects. */
   async #take(served: Served, job: Job, token: string): Promise<void> {
     const id = job.id!;
-    const facts = (job.data as Partial<JobData>).facts;
+    const facts = factsOf(job.data);
     const active: Active = {
       ...{ id, job, token, controller: new AbortController(), aloneMs: null, done: 0, hasStarted: false },
       facts: facts ?? { kind: "", size: "", pictures: 1, level: 0, arrival: 0, due: null },
