@@ -42,9 +42,16 @@ export function limitFor(milliseconds: number, margin = deadlineMargin): number 
  * makes late counts once, and while no promise ends it goes back to the usual one.
  */
 export class Margin {
-  readonly #margin = new Fading(deadlineMargin);
+  readonly #clock: () => number;
+  readonly #margin: Fading;
   /** Moment of the latest broken promise that counted. */
   #broken = Number.NEGATIVE_INFINITY;
+
+  /** @param clock the present moment, in milliseconds */
+  constructor(clock = () => performance.now()) {
+    this.#clock = clock;
+    this.#margin = new Fading(deadlineMargin, undefined, clock);
+  }
 
   get value(): number {
     return this.#margin.value;
@@ -60,7 +67,7 @@ export class Margin {
     if (isLate) {
       // Promises given before the margin had grown say nothing about the present one.
       if (promisedAt < this.#broken) return;
-      this.#broken = performance.now();
+      this.#broken = this.#clock();
     }
     const next = this.value + (isLate ? marginStep : -marginStep / 999);
     this.#margin.set(Math.min(largestMargin, Math.max(deadlineMargin, next)));

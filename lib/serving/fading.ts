@@ -13,16 +13,19 @@ const negligible = 0.01;
 export class Fading {
   readonly #usual: number;
   readonly #halfLifeMs: number;
+  readonly #clock: () => number;
   #excess = 0;
   #at = 0;
 
   /**
    * @param usual what it comes back to
    * @param halfLifeMs how fast
+   * @param clock the present moment, in milliseconds
    */
-  constructor(usual: number, halfLifeMs = usualHalfLifeMs) {
+  constructor(usual: number, halfLifeMs = usualHalfLifeMs, clock = () => performance.now()) {
     this.#usual = usual;
     this.#halfLifeMs = halfLifeMs;
+    this.#clock = clock;
   }
 
   get value(): number {
@@ -32,7 +35,7 @@ export class Fading {
   /** What it will be in so many milliseconds, if nothing is observed until then. */
   after(milliseconds: number): number {
     if (this.#excess === 0) return this.#usual;
-    const quiet = performance.now() + milliseconds - this.#at - quietMs;
+    const quiet = this.#clock() + milliseconds - this.#at - quietMs;
     if (quiet <= 0) return this.#usual + this.#excess;
     const left = this.#excess * 2 ** (-quiet / this.#halfLifeMs);
     return this.#usual + (Math.abs(left) < negligible ? 0 : left);
@@ -41,6 +44,6 @@ export class Fading {
   /** It has been observed. */
   set(value: number): void {
     this.#excess = value - this.#usual;
-    this.#at = performance.now();
+    this.#at = this.#clock();
   }
 }

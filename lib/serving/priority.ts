@@ -28,7 +28,8 @@ function agedLevel({ level, arrival }: Priority, now: number): number {
   return level + Math.floor(Math.max(0, now - arrival) / agingMilliseconds);
 }
 
-function dueOf({ due, arrival }: Priority): number {
+/** The moment that decides between those of one level. */
+export function dueOf({ due, arrival }: Priority): number {
   return due ?? arrival + defaultDue;
 }
 

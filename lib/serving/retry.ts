@@ -34,6 +34,16 @@ const leastFollowed = 1 / 16;
 /** Who comes so many milliseconds before the moment that it was told is on time: clocks differ. */
 const early = 5;
 
+/** By which factor a caller is told more than it should wait. @param random from 0 to 1 */
+export function cautionOf(random: number): number {
+  return 1 + caution + jitter * random;
+}
+
+/** What a caller is told that should wait so long. @param random from 0 to 1 */
+export function cautious(milliseconds: number, random: number): number {
+  return Math.max(1, Math.ceil(milliseconds * cautionOf(random)));
+}
+
 interface Reservation {
   /** Moment that the caller was told. */
   readonly at: number;
@@ -223,7 +233,7 @@ export class Retry {
 
   /** @param work null to reserve nothing */
   #reserve(wait: number, work: number | null, now: number, caller: Caller): number {
-    const milliseconds = Math.max(1, Math.ceil(wait * (1 + caution + jitter * this.#random())));
+    const milliseconds = cautious(wait, this.#random());
     if (work !== null) this.#remember(milliseconds, work, caller, now);
     return milliseconds;
   }
