@@ -28,7 +28,6 @@ const rooms: Record<string, string[]> = {
   server: ["generation", "options", "model", "serving", "schedule"],
   index: ["flowturbo", "json", "generation", "model", "serving", "networks", "runtimes", "schedule"],
   flowturbo: ["generation", "options", "model", "serving", "networks", "runtimes", "checkpoint", "hub", "program", "schedule", "onnx"], // biome-ignore format: one line
-  fleet: ["json", "generation", "options", "model", "serving"],
   json: ["codecs", "generation", "options", "model"],
   schema: ["codecs"],
   codecs: ["options", "model"],

@@ -66,8 +66,8 @@ export interface Verdict {
   readonly predictedMs: number | null;
   /** 0 for one that a worker takes at once, 1 for the first of those that wait. */
   readonly place: number;
-  /** The schedule that the prediction of a request with a limit is of; null for others. */
-  readonly blocks: string | null;
+  /** What it takes of the worker that the prediction is of, alone; null if no worker knows. */
+  readonly price: Price | null;
 }
 
 interface Job extends PlannedJob {
@@ -102,7 +102,7 @@ const longestCalm = 600_000;
 const promiseAge = 600_000;
 
 export class FleetAdmission {
-  readonly #maxQueue: number;
+  readonly #maxQueueNow: () => number;
   readonly #random: () => number;
   readonly #margin: Margin;
   readonly #retry: Retry;
@@ -118,10 +118,10 @@ export class FleetAdmission {
   readonly #promises = new Map<string, { readonly at: number; readonly due: number }>();
 
   /**
-   * @param options `maxQueue`: jobs that may wait; `random`: even, from 0 to 1, spreads the times that refused callers are told, default: Math.random
+   * @param options `maxQueue`: jobs that may wait, asked at each request; `random`: even, from 0 to 1, spreads the times that refused callers are told, default: Math.random
    */
-  constructor({ maxQueue, random = Math.random }: { maxQueue: number; random?: () => number }) {
-    this.#maxQueue = maxQueue;
+  constructor({ maxQueue, random = Math.random }: { maxQueue: () => number; random?: () => number }) {
+    this.#maxQueueNow = maxQueue;
     this.#random = random;
     this.#margin = new Margin(() => this.#now);
     this.#retry = new Retry(() => this.#draw);
@@ -171,8 +171,7 @@ export class FleetAdmission {
     const { worker, finish } = state.plan.insert(job, position, now);
     this.#unseen.set(id, { job: { id, kind, pictures, level, arrival, due }, at: now });
     if (due !== null) this.#promises.set(id, { at: now, due });
-    const blocks = known && due !== null ? prices[worker]!.blocks : null;
-    return { predictedMs: known && finish - arrival, place, blocks };
+    return { predictedMs: known && finish - arrival, place, price: known && prices[worker]! };
   }
 
   /**
@@ -194,6 +193,10 @@ export class FleetAdmission {
     if (workers.length > 0) return plan.work(now) / workers.length / 1000;
     // As if one came now.
     return ((this.#view.jobs.length + this.#unseen.size) * unknownMs) / 1000;
+  }
+
+  get #maxQueue(): number {
+    return this.#maxQueueNow();
   }
 
   /** Factor that predictions leave free now. */

@@ -37,12 +37,13 @@ import { checkOptions, embedsSchema, encodeSchema, generateSchema } from "../opt
 import type { CostEntry } from "../serving/costs.js";
 import type { Health, HealthError, ModelEvents } from "../serving/health.js";
 import { type Ending, type Stats, StatsRecorder } from "../serving/stats.js";
-import { FleetAdmission, type Verdict, type Waiting } from "./admission.js";
+import { FleetAdmission, type JobView, type Verdict } from "./admission.js";
+import type { Price } from "./classes.js";
 import type { Fleet } from "./fleet.js";
-import { followedAs, hashOf, type JobData, jobFormat, kindOf, namesItsNoise, withSeed } from "./job.js";
+import { factsOf, followedAs, hashOf, type JobData, jobFormat, kindOf, namesItsNoise, withSeed } from "./job.js";
 import type { Message } from "./messages.js";
 import { epochOf, queuePriority } from "./order.js";
-import type { LiveWorker } from "./registry.js";
+import type { LiveWorker, ModelRecord } from "./registry.js";
 import { JobCancelled, Waiter } from "./waiter.js";
 
 type JsonObject = { readonly [key: string]: Json };
@@ -84,9 +85,10 @@ export class FleetModel implements ImageModel {
   readonly #stats = new StatsRecorder();
   readonly #events = new EventEmitter<ModelEvents>();
   readonly #admission: FleetAdmission;
+  readonly #prices = new WeakMap<ModelRecord, ReadonlyMap<string, Price>>();
   readonly #calls = new Set<Promise<unknown>>();
   readonly #running = { requests: 0, pictures: 0 };
-  #ledger: readonly Waiting[] = [];
+  #ledger: readonly JobView[] = [];
   #seenAt = Number.NEGATIVE_INFINITY;
   #seeing: Promise<void> | null = null;
   #epoch: number | null = null;
@@ -358,7 +360,7 @@ export class FleetModel implements ImageModel {
     const now = redis.now();
     const arrival = now - (performance.now() - start);
     const id = randomUUID();
-    const verdict = this.#admit({ id, kind, size, pictures, level, arrival, deadlineMs, ticket: call.ticket }, now);
+    const verdict = this.#admit({ id, kind, pictures, level, arrival, deadlineMs, ticket: call.ticket }, now);
     // What a worker takes is only promised where it is known.
     const promised = deadlineMs !== null && verdict.predictedMs !== null;
     const due = promised ? arrival + deadlineMs : null;
@@ -410,7 +412,7 @@ export class FleetModel implements ImageModel {
       }
       const totalMs = performance.now() - start;
       const late = promised && totalMs > deadlineMs!;
-      this.#admission.ended(id, { late });
+      this.#admission.ended(id, { late: promised && ending === "completed" ? late : null }, redis.now());
       this.#stats.ended(ending, totalMs, late);
       await waiter?.leave();
     }
@@ -447,8 +449,8 @@ export class FleetModel implements ImageModel {
     return {
       /** A kind that a worker has drawn is accepted at once; of another a worker has to say whether it can be drawn. */
       added: () => {
-        const { predictedMs, place, blocks, price } = verdict;
-        if (blocks !== null && price) accept({ predictedMs, place, blocks, aloneMs: price.ms, leastMs: price.leastMs });
+        const { predictedMs, place, price } = verdict;
+        if (price) accept({ predictedMs, place, blocks: price.blocks, aloneMs: price.ms, leastMs: price.leastMs });
       },
       message: (message: Message) => {
         if (message.type === "accept") {
@@ -477,25 +479,25 @@ export class FleetModel implements ImageModel {
       redis.client.hgetall(redis.key("ledger", redis.queue(this.id).name)),
       fleet.view.refresh(ageMs),
     ]);
-    const now = redis.now();
     this.#ledger = Object.entries(ledger).flatMap(([id, text]) => {
-      try {
-        return [{ ...(JSON.parse(text) as Omit<Waiting, "id">), id }];
-      } catch {
-        return [];
-      }
+      const facts = factsOf({ facts: jsonOf(text) });
+      return facts ? [{ ...facts, id }] : [];
     });
     const workers = fleet.workersOf(this.id).map(({ id, beat, record }) => {
-      const model = beat.models[this.id]!;
-      return {
-        ...{ id, backlogMs: model.backlogMs, at: beat.at, room: model.room },
-        takes: beat.state === "ready" && beat.format >= jobFormat,
-        prices: new Map(Object.entries(record?.models[this.id]?.prices ?? {})),
-        warm: new Set(model.warm),
-      };
+      const { backlogMs, room } = beat.models[this.id]!;
+      const takes = beat.state === "ready" && beat.format >= jobFormat;
+      return { id, takes, backlogMs, room, at: beat.at, prices: this.#pricesOf(record?.models[this.id]) };
     });
-    this.#admission.see({ workers, waiting: this.#ledger }, now);
+    this.#admission.see({ at: redis.now(), workers, jobs: this.#ledger });
     this.#seenAt = performance.now();
+  }
+
+  /** The same map for the same record. */
+  #pricesOf(record: ModelRecord | undefined): ReadonlyMap<string, Price> {
+    if (!record) return noPrices;
+    const known = this.#prices.get(record) ?? new Map(Object.entries(record.prices));
+    this.#prices.set(record, known);
+    return known;
   }
 
   /** Numbers of BullMQ's priorities begin again with each epoch: those who wait from before go first. */
@@ -530,6 +532,16 @@ export class FleetModel implements ImageModel {
     this.#calls.add(settled);
     void settled.then(() => this.#calls.delete(settled));
     return call;
+  }
+}
+
+const noPrices: ReadonlyMap<string, Price> = new Map();
+
+function jsonOf(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
   }
 }
 

@@ -37,7 +37,7 @@ const request = (id: string, more: Partial<FleetRequest> = {}): FleetRequest => 
 });
 
 const admissionOf = (view: Partial<FleetView>, maxQueue = 1000) => {
-  const admission = new FleetAdmission({ maxQueue, random: () => 0 });
+  const admission = new FleetAdmission({ maxQueue: () => maxQueue, random: () => 0 });
   admission.see({ at: 0, workers: [], jobs: [], ...view });
   return admission;
 };
@@ -378,7 +378,7 @@ describe("workers", () => {
       expect(refusal(() => admissionOf({ workers }).admit(request("r"), 0))).toBeInstanceOf(FleetEmptyError);
     const admission = admissionOf({ workers: [drained, busy("two", 500)] });
     expect(admission.admit(request("r"), 0).predictedMs).toBe(600);
-    expect(new FleetAdmission({ maxQueue: 1 }).backlogSeconds(0)).toBe(0);
+    expect(new FleetAdmission({ maxQueue: () => 1 }).backlogSeconds(0)).toBe(0);
   });
 
   it("work off what they have while time passes", () => {
@@ -419,13 +419,13 @@ describe("a kind that no worker has a price for", () => {
   it("is accepted without a prediction, and counts as the dearest that is known", () => {
     const admission = admissionOf({ workers: [busy("one", 0)] });
     const unknown = request("r", { kind: "new", deadlineMs: 10 });
-    expect(admission.admit(unknown, 0)).toEqual({ predictedMs: null, place: 1, blocks: null });
+    expect(admission.admit(unknown, 0)).toEqual({ predictedMs: null, place: 1, price: null });
     expect(admission.admit(request("s"), 0).predictedMs).toBe(200);
   });
 
   it("counts as a second where nothing is known", () => {
     const admission = admissionOf({ workers: [worker("one", pricesOf({}), { room: 1 })] });
-    expect(admission.admit(request("r"), 0)).toEqual({ predictedMs: null, place: 0, blocks: null });
+    expect(admission.admit(request("r"), 0)).toEqual({ predictedMs: null, place: 0, price: null });
     expect(admission.backlogSeconds(0)).toBe(1);
   });
 });
@@ -491,8 +491,8 @@ describe("a time limit", () => {
 
   it("is met by the leanest schedule; without one the usual is drawn", () => {
     const admission = admissionOf({ workers: [busy("one", 0, ladder)] });
-    expect(admission.admit(request("r", { deadlineMs: 115 }), 0)).toEqual({ predictedMs: 100, place: 1, blocks: "H1P1" }); // biome-ignore format: one line
-    expect(admission.admit(request("s"), 0)).toEqual({ predictedMs: 500, place: 2, blocks: null });
+    expect(admission.admit(request("r", { deadlineMs: 115 }), 0)).toMatchObject({ predictedMs: 100, place: 1, price: { blocks: "H1P1" } }); // biome-ignore format: one line
+    expect(admission.admit(request("s"), 0)).toMatchObject({ predictedMs: 500, place: 2 });
   });
 
   it("that is impossible names what would do, and never comes again", () => {
