@@ -7,6 +7,7 @@ import { existsSync } from "node:fs";
 import { type Command, Option } from "commander";
 import type * as z from "zod";
 import { checkpointName } from "../checkpoint/index.js";
+import { OptionError } from "../errors.js";
 import { parseHubName } from "../hub/index.js";
 import type { Size } from "../model.js";
 import { loadSchema, optionMeta } from "../options.js";
@@ -31,6 +32,16 @@ export function addModelFlags(command: Command, ...schemas: readonly z.ZodObject
 /** The options of `load` that were given. @throws OptionError for an adapter that cannot be read */
 export function readLoadFlags(given: object): Record<string, unknown> {
   return { ...readFlags(loadSchema, given), ...readLoadAdapters(given) };
+}
+
+/** Where nothing is loaded. @throws OptionError for the first flag of a model that was given */
+export function refuseLoadFlags(given: object, message: string): void {
+  const usual = loadSchema.parse({}) as Record<string, unknown>;
+  const needless = Object.entries(readLoadFlags(given)).find(([name, value]) => value !== usual[name])?.[0];
+  if (needless === undefined) return;
+  // Of adapters the schema knows no flags.
+  const named = { loras: "--lora, --dynamic-lora: ", controlNets: "--control-net: " }[needless] ?? "";
+  throw new OptionError(needless, `${named}${message}`);
 }
 
 /** What clients call the model of a folder, or of the hub. */

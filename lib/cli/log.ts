@@ -1,4 +1,4 @@
-/** The log of `flowturbo serve`: lines of JSON on stdout, or of text where people read them. */
+/** The log of `flowturbo serve` and `flowturbo worker`: lines of JSON on stdout, or of text where people read them. */
 
 import { Writable } from "node:stream";
 import type { Logger } from "../common/logger.js";
@@ -28,9 +28,9 @@ export function logger(level: string, format: LogFormat = process.stdout.isTTY ?
   process.stdout.removeAllListeners("error").on("error", () => {});
   const stream = format === "text" ? textStream() : process.stdout;
   const options: CreateServerOptions["logger"] = { level, stream };
-  const write = (number: number, msg: string) => {
+  const write = (number: number, msg: string, fields: object = {}) => {
     if (logLevels.indexOf(level) < logLevels.indexOf(levelNames[number]!)) return;
-    stream.write(`${JSON.stringify({ level: number, time: Date.now(), pid: process.pid, msg })}\n`);
+    stream.write(`${JSON.stringify({ level: number, time: Date.now(), pid: process.pid, ...fields, msg })}\n`);
   };
   const child: Logger = {
     debug: (text) => write(20, text),
@@ -42,6 +42,8 @@ export function logger(level: string, format: LogFormat = process.stdout.isTTY ?
     options,
     /** What the models warn of. */
     child,
+    /** A line for those who watch the process. */
+    note: (msg: string, fields?: object) => write(30, msg, fields),
     announce(address: string): void {
       if (format === "text")
         process.stdout.write(

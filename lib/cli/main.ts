@@ -55,6 +55,14 @@ const commands: Readonly<Record<string, () => Promise<Describe>>> = {
     const { serveCommand } = await import("./serve.js");
     return (command, { signal, endServing }) => serveCommand(command, signal, endServing);
   },
+  async worker() {
+    const { workerCommand } = await import("./worker.js");
+    return (command, { signal, endServing }) => workerCommand(command, signal, endServing);
+  },
+  async fleet() {
+    const { fleetCommand } = await import("./fleet.js");
+    return (command, { signal }) => fleetCommand(command, signal);
+  },
   async mcp() {
     const { mcpCommand } = await import("./mcp.js");
     return (command, { signal, endServing }) => mcpCommand(command, signal, endServing);
@@ -118,15 +126,16 @@ export async function main(): Promise<number> {
 
 /** The flag of an option, if any command has one. */
 async function flagNamed(option: string): Promise<string | undefined> {
-  const [{ namedByCommand }, { flagOf }, schemas, { serverSchema }] = await Promise.all([
+  const [{ namedByCommand }, { flagOf }, schemas, { serverSchema }, { workerSchema }] = await Promise.all([
     import("./adapters.js"),
     import("./flags.js"),
     import("../options.js"),
     import("../server/options.js"),
+    import("../fleet/options.js"),
   ]);
   if (namedByCommand.includes(option)) return undefined;
   const { calibrateSchema, compileSchema, generateSchema, loadSchema, profileSchema } = schemas;
-  return [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema]
+  return [generateSchema, loadSchema, compileSchema, profileSchema, calibrateSchema, serverSchema, workerSchema]
     .map((schema) => flagOf(schema, option))
     .find((name) => name !== undefined);
 }

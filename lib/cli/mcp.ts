@@ -17,7 +17,7 @@ import { createMcpServer } from "../mcp/server.js";
 import type { AdapterNames, ImageFormat, LoadOptions } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { adapterNames } from "./adapters.js";
-import { addModelFlags, modelName, readLoadFlags } from "./flags.js";
+import { addModelFlags, modelName, readLoadFlags, refuseLoadFlags } from "./flags.js";
 
 interface Flags {
   model?: string;
@@ -134,13 +134,7 @@ async function processSource(flags: Flags, signal: AbortSignal): Promise<Source>
 function serverSource(flags: Flags, url: string): Source {
   if (!URL.canParse(url) || !/^https?:$/.test(new URL(url).protocol))
     throw new OptionError("url", `Expected an address such as http://127.0.0.1:7860 for --url but received "${url}".`);
-  const usual: Record<string, unknown> = checkOptions(loadSchema, {}, "mcp");
-  const needless = Object.entries(readLoadFlags(flags)).find(([name, value]) => value !== usual[name])?.[0];
-  if (needless !== undefined)
-    throw new OptionError(
-      needless,
-      "With --url nothing is loaded here; leave this flag out, and give it to `flowturbo serve`.",
-    );
+  refuseLoadFlags(flags, "With --url nothing is loaded here; leave this flag out, and give it to `flowturbo serve`.");
   const apiKey = flags.apiKey ?? (process.env.FLOWTURBO_API_KEY || undefined);
   return {
     drawer: remoteDrawer({ baseURL: url, apiKey }, flags.model ?? null),

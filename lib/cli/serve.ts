@@ -1,44 +1,52 @@
-/** `flowturbo serve`: flags to a server. All checks that need no model come before one is loaded; the server listens while they load. */
+/**
+ * `flowturbo serve`: flags to a server. All checks that need no model come before one is loaded; the server listens while they load. With
+ * `--redis` it is a gateway: the models are those of a fleet, and none is loaded here.
+ */
 
 import { readFileSync } from "node:fs";
 import type { Command } from "commander";
-import { DeviceLostError, OptionError } from "../errors.js";
-import { embeddedModel, FlowTurbo } from "../flowturbo.js";
-import type { LoadOptions } from "../model.js";
+import type { Logger } from "../common/logger.js";
+import { OptionError } from "../errors.js";
+import { type ConnectFleetOptions, modelsOf, openFleet } from "../fleet/index.js";
+import { connectSchema } from "../fleet/options.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { type CreateServerOptions, createServer } from "../server/index.js";
 import { serverSchema } from "../server/options.js";
 import { loadPackages } from "../server/packages.js";
-import { addFlags, modelName, readFlags, readLoadFlags } from "./flags.js";
+import { addFlags, readFlags, refuseLoadFlags } from "./flags.js";
+import { portError, untilEnd } from "./listening.js";
 import { type LogFormat, logger, logLevels } from "./log.js";
+import { number, whole } from "./numbers.js";
+import { addRedisFlag, type RedisFlag, redisOf } from "./redis.js";
+import { addServedModels, foldersOf, loadServed, repeated, servedLoadOptions } from "./served-models.js";
+
+/** What only a gateway has flags for. */
+const gatewaySchema = connectSchema.pick({ prefix: true, results: true, keepResultsMs: true });
 
 interface Flags {
   model?: string[];
+  redis?: RedisFlag;
   host: string;
   port: string;
   apiKey?: string[];
   apiKeyFile?: string;
   insecure?: boolean;
   maxQueue?: string;
+  warm?: string;
   drain: string;
   webhookHost?: string[];
   logLevel: string;
   logFormat?: LogFormat;
 }
 
-const repeated = (value: string, before: string[] = []) => [...before, value];
-
 /** @param whenEnded called when the server has ended as it should after a signal */
 export function serveCommand(command: Command, signal: AbortSignal, whenEnded: () => void): void {
+  command.description(
+    "Serve models over HTTP: OpenAI's images API with pictures that appear as they are drawn, jobs, metrics and a page.",
+  );
+  addServedModels(command);
+  addRedisFlag(command, "draw with the workers of the fleet at this Redis, in place of models of this process");
   command
-    .description(
-      "Serve models over HTTP: OpenAI's images API with pictures that appear as they are drawn, jobs, metrics and a page.",
-    )
-    .option(
-      "--model <[name=]path>",
-      "checkpoint (a folder, one .safetensors file, or owner/name[@revision] of a model of the hub) to serve under that name, or its own (repeatable; default: the embedded shapes model)",
-      repeated,
-    )
     .option(
       "--host <address>",
       "address to listen at; another one than this machine's own needs a key, or --insecure",
@@ -52,8 +60,11 @@ export function serveCommand(command: Command, signal: AbortSignal, whenEnded: (
     )
     .option("--api-key-file <file>", "file of such keys, one a line")
     .option("--insecure", "listen for other machines without a key")
-    .option("--max-queue <n>", "requests of a model that may wait; more are answered with 429 (default: 64)");
-  addFlags(command, serverSchema, loadSchema);
+    .option(
+      "--max-queue <n>",
+      "requests of a model that may wait; more are answered with 429 (default: 64; with --redis 64 for each worker)",
+    );
+  addFlags(command, serverSchema, gatewaySchema, loadSchema);
   command
     .option("--drain <seconds>", "time that requests under way have after SIGTERM", "30")
     .option(
@@ -70,6 +81,7 @@ Examples:
   $ flowturbo serve
   $ flowturbo serve --model ./stable-diffusion-3.5-medium --warm 1024x1024,832x1216
   $ flowturbo serve --model fast=./sd3.5-large-turbo --model best=./sd3.5-large --host 0.0.0.0 --api-key-file keys.txt
+  $ flowturbo serve --redis redis://127.0.0.1:6379
 
 Then http://127.0.0.1:7860 is a page, and http://127.0.0.1:7860/v1 the address for clients of OpenAI's API.`,
     )
@@ -80,80 +92,93 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   // 1. What can be checked without a model.
   const port = whole("port", flags.port, 65_535);
   const drainSeconds = number("drain", flags.drain, 3600);
-  const loadOptions: LoadOptions = {
-    ...readLoadFlags(flags),
-    ...(flags.maxQueue !== undefined && { maxQueue: whole("maxQueue", flags.maxQueue, 1_000_000) }),
-    ...{ allowPaths: false, signal },
-  };
-  checkOptions(loadSchema, loadOptions, "serve");
-  const folders = foldersOf(flags.model ?? []);
+  const maxQueue = flags.maxQueue === undefined ? undefined : whole("maxQueue", flags.maxQueue, 1_000_000);
+  const log = logger(flags.logLevel, flags.logFormat);
+  const source =
+    flags.redis === undefined
+      ? processSource(flags, maxQueue, signal, log.child)
+      : fleetSource(flags, flags.redis, maxQueue, log.child);
   const apiKeys = keysOf(flags);
   refuseOpenDoor(flags, apiKeys);
-  const log = logger(flags.logLevel, flags.logFormat);
   const settings = {
     ...readFlags(serverSchema, flags),
     ...{ apiKeys, drainMs: 1000 * drainSeconds },
     ...webhooksOf(flags),
   };
-  checkOptions(serverSchema, { ...settings, models: folders }, "serve");
+  checkOptions(serverSchema.omit({ models: true }), settings, "serve");
 
   await loadPackages();
 
   // 2. Models load while the server listens: probes tell how far it is.
   const ending = new AbortController();
   const end = (error: unknown) => ending.abort(error);
-  const models = Object.fromEntries(
-    Object.entries(folders).map(([id, folder]) => {
-      const loading = FlowTurbo.load(folder, { ...loadOptions, logger: log.child });
-      // Only another process gets a GPU again that is lost for good: whoever restarts services has to see the end of this one.
-      const watch = (model: FlowTurbo) =>
-        model.on("lost", ({ error }) => {
-          if (error instanceof DeviceLostError && error.permanent) end(error);
-        });
-      loading.then(watch, end);
-      return [id, loading];
-    }),
-  );
-  const options: CreateServerOptions = {
-    ...{ ...settings, models, logger: log.options },
-    onReady: (error) => {
-      if (error) end(error);
-    },
-  };
-  const app = await createServer(options);
+  const { models, close } = await source.open(end);
   try {
-    const address = await app.listen({ host: flags.host, port }).catch((error: NodeJS.ErrnoException) => {
-      const reason =
-        error.code === "EADDRINUSE" ? "another program listens there; choose another --port" : error.message;
-      throw new OptionError("port", `Cannot listen at ${flags.host}:${port}: ${reason}.`);
-    });
-    log.announce(address);
-    await new Promise<void>((resolve) => {
-      const stop = () => resolve();
-      if (signal.aborted || ending.signal.aborted) stop();
-      signal.onabort = stop;
-      ending.signal.onabort = stop;
-    });
+    const options: CreateServerOptions = {
+      ...{ ...settings, models, logger: log.options },
+      onReady: (error) => {
+        if (error) end(error);
+      },
+    };
+    const app = await createServer(options);
+    try {
+      const address = await app.listen({ host: flags.host, port }).catch((error: NodeJS.ErrnoException) => {
+        throw portError("--port", flags.host, port, error);
+      });
+      log.announce(address);
+      await untilEnd(signal, ending.signal);
+    } finally {
+      await app.close();
+    }
   } finally {
-    await app.close();
-    const loaded = await Promise.allSettled(Object.values(models));
-    await Promise.all(loaded.map((each) => (each.status === "fulfilled" ? each.value.dispose() : undefined)));
+    await close();
   }
   if (signal.aborted) whenEnded();
   else throw ending.signal.reason;
 }
 
-/** Folders by the ids of their models. @throws OptionError for two of one name */
-function foldersOf(given: readonly string[]): Record<string, string> {
-  const folders: Record<string, string> = {};
-  for (const text of given.length > 0 ? given : [embeddedModel]) {
-    const [, name, folder] = text.match(/^([\w.:-]+)=(.+)$/s) ?? [null, null, text];
-    const id = name ?? modelName(folder!);
-    if (folders[id] !== undefined)
-      throw new OptionError("model", `Two models are called "${id}". Name them: --model <name>=<path>.`);
-    folders[id] = folder!;
-  }
-  return folders;
+/** Where the models come from. */
+interface Source {
+  /** @param end called when the process is of no use any more */
+  open(end: (error: unknown) => void): Promise<{
+    readonly models: CreateServerOptions["models"];
+    close(): Promise<void>;
+  }>;
+}
+
+/** Models of this process. @throws OptionError for a flag that is wrong */
+function processSource(flags: Flags, maxQueue: number | undefined, signal: AbortSignal, logger: Logger): Source {
+  const needless = Object.keys(readFlags(gatewaySchema, flags))[0];
+  if (needless !== undefined)
+    throw new OptionError(needless, "This flag is for a gateway; give --redis too, or leave it out.");
+  const options = servedLoadOptions(flags, "serve", { ...(maxQueue !== undefined && { maxQueue }), signal });
+  const folders = foldersOf(flags.model);
+  return {
+    async open(end) {
+      const { loading, dispose } = loadServed(folders, options, logger, end);
+      return { models: loading, close: dispose };
+    },
+  };
+}
+
+/** Those of a fleet. @throws OptionError for a flag that is wrong */
+function fleetSource(flags: Flags, redis: RedisFlag, maxQueue: number | undefined, logger: Logger): Source {
+  const message = "With --redis no model is loaded here; leave this flag out, and give it to `flowturbo worker`.";
+  refuseLoadFlags(flags, message);
+  if (flags.model !== undefined) throw new OptionError("model", `--model: ${message}`);
+  if (flags.warm !== undefined) throw new OptionError("warm", message);
+  const options: ConnectFleetOptions = {
+    ...readFlags(gatewaySchema, flags),
+    ...(maxQueue !== undefined && { maxQueue }),
+    ...{ redis: redisOf(redis), allowPaths: false, logger },
+  };
+  checkOptions(connectSchema, options, "serve");
+  return {
+    async open() {
+      const fleet = await openFleet(options);
+      return { models: modelsOf(fleet), close: () => fleet.close() };
+    },
+  };
 }
 
 /** @throws OptionError for a file that cannot be read, or has no key */
@@ -201,23 +226,4 @@ function webhooksOf({ webhookHost }: Flags) {
       "Expected a secret of at least 16 characters in FLOWTURBO_WEBHOOK_SECRET for --webhook-host.",
     );
   return { webhooks: { hosts: webhookHost, secret } };
-}
-
-function number(option: string, text: string, most: number): number {
-  const value = /^\d+(\.\d+)?$/.test(text) ? Number(text) : Number.NaN;
-  if (!(value <= most))
-    throw new OptionError(option, `Expected a number from 0 to ${most} for ${flag(option)} but received "${text}".`);
-  return value;
-}
-
-function whole(option: string, text: string, most: number): number {
-  const value = number(option, text, most);
-  if (!Number.isInteger(value))
-    throw new OptionError(option, `Expected a whole number for ${flag(option)} but received "${text}".`);
-  return value;
-}
-
-/** `maxQueue` → `--max-queue` */
-function flag(option: string): string {
-  return `--${option.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
 }

@@ -1,11 +1,13 @@
 /** `flowturbo/fleet`: many machines that draw as one, on Redis. Workers draw; whoever has a `FleetModel` asks. */
 
-import { FleetEmptyError } from "../errors.js";
+import { FleetEmptyError, OptionError } from "../errors.js";
 import type { ImageModel } from "../model.js";
+import { FleetDirectory, type FleetMetric } from "./directory.js";
 import { Fleet as Connection } from "./fleet.js";
 import type { ConnectFleetOptions } from "./options.js";
 import type { FleetStatus } from "./status.js";
 
+export type { FleetMetric } from "./directory.js";
 export type { ConnectFleetOptions, FleetOptions, FleetWorkerOptions } from "./options.js";
 export type { FleetModelStatus, FleetStatus, FleetWorkerStatus } from "./status.js";
 export { type FleetWorker, startWorker } from "./worker.js";
@@ -61,4 +63,33 @@ export async function connectFleet(options: ConnectFleetOptions): Promise<FleetM
  */
 export function openFleet(options: ConnectFleetOptions): Promise<Fleet> {
   return Connection.connect(options);
+}
+
+/** The models of a fleet as a server has them. */
+export interface FleetModels {
+  /** Ids of the models that live workers draw with; that of most workers first. */
+  readonly ids: readonly string[];
+  /** Those that there are workers for, or were within a week, by id. */
+  readonly models: ReadonlyMap<string, FleetModel>;
+  /** Why the fleet cannot draw now, in sentences; empty if it can. */
+  readonly obstacles: readonly string[];
+  /** Workers, backlog and demand of each model, for Prometheus. */
+  readonly metrics: readonly FleetMetric[];
+  /**
+   * The model for a request, without an id the one that most workers have; null where there are only others.
+   * @throws RedisError while Redis cannot be reached; FleetEmptyError at once if there is no such model, nor any other
+   */
+  find(id: string | undefined): Promise<{ readonly id: string; readonly model: FleetModel } | null>;
+  /** Brings metrics up to date. @throws RedisError while Redis cannot be reached */
+  look(): Promise<void>;
+}
+
+/**
+ * The models of a fleet as a server takes them: `createServer({ models: modelsOf(fleet) })` is a gateway. The fleet stays yours: close it after the
+ * server.
+ * @throws OptionError for what is no fleet of `openFleet`
+ */
+export function modelsOf(fleet: Fleet): FleetModels {
+  if (fleet instanceof Connection) return new FleetDirectory(fleet);
+  throw new OptionError("fleet", "Expected a fleet of openFleet() for modelsOf().");
 }

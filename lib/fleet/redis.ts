@@ -244,6 +244,12 @@ export class FleetRedis {
   }
 }
 
+/** Whether a Redis can be used, before anything slow is done for it. @throws as `FleetRedis.connect` */
+export async function checkRedis(redis: string): Promise<void> {
+  const connection = await FleetRedis.connect({ redis, prefix: "", name: "flowturbo-check" });
+  await connection.close();
+}
+
 async function connected(client: Client): Promise<void> {
   if (client.status === "ready") return;
   const ready = new Promise<void>((resolve) => client.once("ready", resolve));

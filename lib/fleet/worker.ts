@@ -131,6 +131,11 @@ export class FleetWorker implements AsyncDisposable {
     this.id = this.#announcer.id;
   }
 
+  /** Whether Redis can be reached, and jobs are fetched. */
+  get isAtWork(): boolean {
+    return this.#redis.isReady && !this.#isStopping;
+  }
+
   /** Jobs that it works on. */
   get jobs(): number {
     return this.#served.reduce((sum, { active }) => sum + active.size, 0);

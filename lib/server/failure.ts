@@ -94,13 +94,19 @@ export class HangUp extends Error {
   }
 }
 
+/** Milliseconds after which to try again where the error does not know it: a worker may join, and Redis come back, at any time. */
+const usualRetryMs: Readonly<Record<string, number>> = {
+  ERR_FLOWTURBO_FLEET_EMPTY: 5000,
+  ERR_FLOWTURBO_REDIS: 2000,
+};
+
 /** Whatever was thrown, as an answer. */
 export function failureOf(error: unknown): Failure {
   if (error instanceof Failure) return error;
   const { code, statusCode } = error as { code?: unknown; statusCode?: unknown };
   const row = errorTable[code as keyof typeof errorTable];
   if (error instanceof FlowTurboError && row) {
-    const { retryAfterMs = null } = error as { retryAfterMs?: number | null };
+    const { retryAfterMs = usualRetryMs[error.code] ?? null } = error as { retryAfterMs?: number | null };
     const isOption = error instanceof OptionError;
     return new Failure(row.status, isOption ? withFieldNames(publicMessage(error)) : publicMessage(error), {
       param: isOption ? fieldOf(error.option) : paramOf(error.code),

@@ -10,6 +10,7 @@ import { fastify } from "./packages.js";
 import { imageServer, lingerAtEnd } from "./plugin.js";
 
 export type { Answer, Usage } from "./answer.js";
+export type { DirectoryMetric, ModelDirectory, NamedModel } from "./directory.js";
 export type { ErrorEnvelope } from "./failure.js";
 export type { JobView } from "./jobs.js";
 export type { ImageServerOptions } from "./options.js";

@@ -6,6 +6,7 @@
 import type { ImageModel } from "../model.js";
 import type { Histogram } from "../serving/stats.js";
 import type { Answer } from "./answer.js";
+import type { DirectoryMetric } from "./directory.js";
 import { promClient } from "./packages.js";
 
 type Client = typeof import("prom-client");
@@ -19,84 +20,39 @@ interface Value {
 /** Upper ends in seconds, from a millisecond to ten minutes. */
 const secondBounds = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600];
 
-export class Metrics {
-  readonly #registry: InstanceType<Client["Registry"]>;
-  readonly #answers;
-  readonly #durations;
-  readonly #phases;
-  readonly #steps;
-  readonly #hangUps;
-  readonly #dropped;
-  readonly #jobs;
+/** Metrics of the process and of its models. */
+export class ModelMetrics {
+  protected readonly registry: InstanceType<Client["Registry"]>;
 
-  /** @param models those that are loaded, by id, when it is called */
-  static async create(models: () => ReadonlyMap<string, ImageModel>, openRuns: () => number): Promise<Metrics> {
-    return new Metrics(await promClient.load(), models, openRuns);
+  /**
+   * @param models those that are loaded, by id, when it is called
+   * @param further what else is read when it is asked for
+   */
+  static async create(
+    models: () => ReadonlyMap<string, ImageModel>,
+    further: readonly DirectoryMetric[] = [],
+  ): Promise<ModelMetrics> {
+    return new ModelMetrics(await promClient.load(), models, further);
   }
 
-  private constructor(client: Client, models: () => ReadonlyMap<string, ImageModel>, openRuns: () => number) {
+  protected constructor(
+    client: Client,
+    models: () => ReadonlyMap<string, ImageModel>,
+    further: readonly DirectoryMetric[],
+  ) {
     const registry = new client.Registry();
-    this.#registry = registry;
+    this.registry = registry;
     // Event loop, memory, processor time, garbage collection.
     client.collectDefaultMetrics({ register: registry });
-    const registers = [registry];
-    this.#answers = new client.Counter({
-      name: "flowturbo_http_requests_total",
-      help: "Answers by route, method and status; 499 is a client that closed its connection first.",
-      labelNames: ["route", "method", "status"],
-      registers,
-    });
-    this.#durations = new client.Histogram({
-      name: "flowturbo_http_request_duration_seconds",
-      help: "Time from a request to the end of its answer.",
-      labelNames: ["route"],
-      buckets: secondBounds,
-      registers,
-    });
-    this.#phases = new client.Histogram({
-      name: "flowturbo_phase_seconds",
-      help: "Time of a request by phase: queue, encode, steps, upscale, edit, decode, and total. Shared launches count in full.",
-      labelNames: ["model", "phase"],
-      buckets: secondBounds,
-      registers,
-    });
-    this.#steps = new client.Histogram({
-      name: "flowturbo_step_seconds",
-      help: "Time of a step of a schedule. Shared launches count in full.",
-      labelNames: ["model"],
-      buckets: secondBounds,
-      registers,
-    });
-    this.#hangUps = new client.Counter({
-      name: "flowturbo_hang_ups_total",
-      help: "Clients that closed their connection before they were answered.",
-      registers,
-    });
-    this.#dropped = new client.Counter({
-      name: "flowturbo_dropped_partials_total",
-      help: "Partial pictures that were not sent, since their reader was slow.",
-      registers,
-    });
-    this.#jobs = new client.Counter({
-      name: "flowturbo_jobs_total",
-      help: "Jobs that have ended, by how.",
-      labelNames: ["status"],
-      registers,
-    });
-    new client.Gauge({
-      name: "flowturbo_runs_open",
-      help: "Requests that the server works on or that wait, whatever their model.",
-      registers,
-      collect() {
-        this.set(openRuns());
-      },
-    });
-
-    const add = (name: string, type: string, help: string, valuesOf: (id: string, model: ImageModel) => Value[]) => {
-      const get = () => ({ name, help, type, values: [...models()].flatMap(([id, model]) => valuesOf(id, model)) });
+    const register = (name: string, type: string, help: string, values: () => Value[]) => {
+      const get = () => ({ name, help, type, values: values() });
       // What the registry needs of a metric, no more.
       registry.registerMetric({ name, get, reset() {} } as never);
     };
+    for (const metric of further)
+      register(metric.name, metric.type, metric.help, () => metric.values().map((each) => ({ ...each })));
+    const add = (name: string, type: string, help: string, valuesOf: (id: string, model: ImageModel) => Value[]) =>
+      register(name, type, help, () => [...models()].flatMap(([id, model]) => valuesOf(id, model)));
     const one = (name: string, type: string, help: string, read: (model: ImageModel) => number) =>
       add(name, type, help, (id, model) => [{ labels: { model: id }, value: read(model) }]);
     one(
@@ -186,11 +142,92 @@ export class Metrics {
   }
 
   get contentType(): string {
-    return this.#registry.contentType;
+    return this.registry.contentType;
   }
 
   text(): Promise<string> {
-    return this.#registry.metrics();
+    return this.registry.metrics();
+  }
+}
+
+/** What the server counts besides. */
+export class Metrics extends ModelMetrics {
+  readonly #answers;
+  readonly #durations;
+  readonly #phases;
+  readonly #steps;
+  readonly #hangUps;
+  readonly #dropped;
+  readonly #jobs;
+
+  /** @param openRuns how many requests are worked on or wait, when it is called */
+  static override async create(
+    models: () => ReadonlyMap<string, ImageModel>,
+    further: readonly DirectoryMetric[] = [],
+    openRuns: () => number = () => 0,
+  ): Promise<Metrics> {
+    return new Metrics(await promClient.load(), models, further, openRuns);
+  }
+
+  private constructor(
+    client: Client,
+    models: () => ReadonlyMap<string, ImageModel>,
+    further: readonly DirectoryMetric[],
+    openRuns: () => number,
+  ) {
+    super(client, models, further);
+    const registers = [this.registry];
+    this.#answers = new client.Counter({
+      name: "flowturbo_http_requests_total",
+      help: "Answers by route, method and status; 499 is a client that closed its connection first.",
+      labelNames: ["route", "method", "status"],
+      registers,
+    });
+    this.#durations = new client.Histogram({
+      name: "flowturbo_http_request_duration_seconds",
+      help: "Time from a request to the end of its answer.",
+      labelNames: ["route"],
+      buckets: secondBounds,
+      registers,
+    });
+    this.#phases = new client.Histogram({
+      name: "flowturbo_phase_seconds",
+      help: "Time of a request by phase: queue, encode, steps, upscale, edit, decode, and total. Shared launches count in full.",
+      labelNames: ["model", "phase"],
+      buckets: secondBounds,
+      registers,
+    });
+    this.#steps = new client.Histogram({
+      name: "flowturbo_step_seconds",
+      help: "Time of a step of a schedule. Shared launches count in full.",
+      labelNames: ["model"],
+      buckets: secondBounds,
+      registers,
+    });
+    this.#hangUps = new client.Counter({
+      name: "flowturbo_hang_ups_total",
+      help: "Clients that closed their connection before they were answered.",
+      registers,
+    });
+    this.#dropped = new client.Counter({
+      name: "flowturbo_dropped_partials_total",
+      help: "Partial pictures that were not sent, since their reader was slow.",
+      registers,
+    });
+    this.#jobs = new client.Counter({
+      name: "flowturbo_jobs_total",
+      help: "Jobs that have ended, by how.",
+      labelNames: ["status"],
+      registers,
+    });
+    new client.Gauge({
+      name: "flowturbo_runs_open",
+      help: "Requests that the server works on or that wait, whatever their model.",
+      registers,
+      collect() {
+        this.set(openRuns());
+      },
+    });
   }
 
   answered(route: string, method: string, status: number, milliseconds: number): void {

@@ -1,9 +1,12 @@
-/** The models of a server: some may still load, and are drawn with once before the server says that it is ready. */
+/** The models of a process as a directory: some may still load, and are drawn with once before the server says that it is ready. */
 
 import { publicMessage } from "../errors.js";
 import type { ImageModel, Size } from "../model.js";
-import { seconds } from "./answer.js";
+import type { ModelDirectory, NamedModel } from "./directory.js";
 import { Failure } from "./failure.js";
+
+/** Models by id; a promise is one that still loads. */
+export type GivenModels = Readonly<Record<string, ImageModel | PromiseLike<ImageModel>>>;
 
 interface Entry {
   readonly id: string;
@@ -12,14 +15,13 @@ interface Entry {
   error: unknown;
 }
 
-export class Models {
+export class LoadedModels implements ModelDirectory {
   readonly #entries = new Map<string, Entry>();
-  readonly created = seconds();
   /** Resolves when every model has been loaded and warmed up. @throws what that throws */
   readonly ready: Promise<void>;
 
   /** @param warm sizes to draw once; null for the native size */
-  constructor(given: Readonly<Record<string, ImageModel | PromiseLike<ImageModel>>>, warm: readonly Size[] | null) {
+  constructor(given: GivenModels, warm: readonly Size[] | null) {
     const ready = Object.entries(given).map(async ([id, promise]) => {
       const entry: Entry = { id, model: isModel(promise) ? promise : null, isWarm: false, error: null };
       this.#entries.set(id, entry);
@@ -42,13 +44,11 @@ export class Models {
     return [...this.#entries.keys()];
   }
 
-  /** Those that are loaded. */
-  get loaded(): ReadonlyMap<string, ImageModel> {
+  get models(): ReadonlyMap<string, ImageModel> {
     const loaded = [...this.#entries.values()].flatMap(({ id, model }) => (model ? [[id, model] as const] : []));
     return new Map(loaded);
   }
 
-  /** What keeps the server from being ready, in sentences for clients; empty if nothing does. */
   get obstacles(): string[] {
     return [...this.#entries.values()].flatMap(({ id, model, isWarm, error }) => {
       if (error) return [`The model ${id} could not be loaded: ${publicMessage(error)}`];
@@ -58,27 +58,10 @@ export class Models {
     });
   }
 
-  /** Whether no other process is needed. */
-  get isLive(): boolean {
-    return [...this.loaded.values()].every((model) => model.health().live);
-  }
-
-  has(id: string): boolean {
-    return this.#entries.has(id);
-  }
-
-  /**
-   * A model by its id; without one the first.
-   * @throws Failure with 404 for one that there is not, 503 for one that is not loaded
-   */
-  get(id: string | undefined): { readonly id: string; readonly model: ImageModel } {
-    const entry = id === undefined ? [...this.#entries.values()][0]! : this.#entries.get(id);
-    if (!entry) {
-      const name = JSON.stringify(id!.slice(0, 64));
-      throw new Failure(404, `There is no model ${name} here; there is ${this.ids.join(", ")}.`, {
-        ...{ param: "model", code: "model_not_found" },
-      });
-    }
+  /** @throws Failure with 503 for one that is not loaded */
+  find(id: string | undefined): NamedModel | null {
+    const entry = id === undefined ? [...this.#entries.values()][0] : this.#entries.get(id);
+    if (!entry) return null;
     const { model, error } = entry;
     if (model) return { id: entry.id, model };
     if (error) throw new Failure(503, `The model ${entry.id} could not be loaded.`, { code: "model_unavailable" });
@@ -86,6 +69,16 @@ export class Models {
       ...{ code: "model_loading", retryable: true, retryAfterMs: 1000 },
     });
   }
+}
+
+/** @param warm of models that this process loads; those of a directory are prepared by whoever has them */
+export function directoryOf(given: GivenModels | ModelDirectory, warm: readonly Size[] | null): ModelDirectory {
+  return isDirectory(given) ? given : new LoadedModels(given, warm);
+}
+
+/** A model may be called "find", but is no function. */
+function isDirectory(given: GivenModels | ModelDirectory): given is ModelDirectory {
+  return typeof given.find === "function";
 }
 
 function isModel(value: ImageModel | PromiseLike<ImageModel>): value is ImageModel {

@@ -3,14 +3,16 @@
 import * as z from "zod";
 import type { ImageModel, Size } from "../model.js";
 import { mostControls, worded } from "../options.js";
+import type { ModelDirectory } from "./directory.js";
 
 /** Options of the plugin `imageServer`. */
 export interface ImageServerOptions {
   /**
    * The models by id, the first one for requests that name none. A promise is a model that is still loading: requests for it are answered
-   * with 503 until then. The models stay yours: nothing here disposes them.
+   * with 503 until then. The models stay yours: nothing here disposes them. Models that come and go are a directory, such as `modelsOf` of
+   * `flowturbo/fleet` makes.
    */
-  models: Readonly<Record<string, ImageModel | PromiseLike<ImageModel>>>;
+  models: Readonly<Record<string, ImageModel | PromiseLike<ImageModel>>> | ModelDirectory;
   /** Keys of which requests must have one: `Authorization: Bearer <key>`. Default: none, and everybody may draw. */
   apiKeys?: readonly string[] | undefined;
   /** Milliseconds that a request which names no `deadline_ms` may take, above 0 and up to 2³¹; see the option `deadlineMs` of `generate`. Default: no limit. */
@@ -71,9 +73,12 @@ const texts = z.array(z.string().min(1)).max(1024);
 export const serverSchema = z.strictObject({
   models: described(
     z.custom<ImageServerOptions["models"]>(
-      (value) => typeof value === "object" && value !== null && Object.keys(value).length > 0,
+      (value) =>
+        typeof value === "object" &&
+        value !== null &&
+        (Object.keys(value).length > 0 || typeof (value as { find?: unknown }).find === "function"),
     ),
-    "an object of at least one model by its id",
+    "an object of at least one model by its id, or a directory of models",
     "models by id",
   ),
   apiKeys: described(texts.default([]), "a list of keys", "keys of which requests must have one"),

@@ -8,6 +8,7 @@ import { currentTraceparent, withTraceparent } from "../common/tracing.js";
 import { checkOptions } from "../options.js";
 import { type Answer, seconds } from "./answer.js";
 import { type Body, isForm, readBody } from "./bodies.js";
+import type { ModelDirectory, NamedModel } from "./directory.js";
 import { whenOver } from "./endings.js";
 import { EventStream } from "./event-stream.js";
 import { Failure, failureOf, HangUp } from "./failure.js";
@@ -16,12 +17,13 @@ import { IdempotencyKeys, idempotencyKeyOf } from "./idempotency.js";
 import { type Job, JobStore } from "./jobs.js";
 import { Keys } from "./keys.js";
 import { Metrics } from "./metrics.js";
-import { Models } from "./models.js";
+import { directoryOf } from "./models.js";
 import { readForm } from "./multipart.js";
 import { openApiDocument } from "./openapi.js";
 import { type ImageServerOptions, limitsOf, type ServerSettings, serverSchema } from "./options.js";
 import { cors } from "./packages.js";
 import { addPage } from "./page.js";
+import { livenessOf, type Probe, probeOf } from "./probes.js";
 import { completedEvents, Run, type RunEvent, streamEvent } from "./run.js";
 import { settle } from "./settle.js";
 import { Webhooks } from "./webhooks.js";
@@ -65,7 +67,8 @@ class ImageService {
   readonly #limits;
   readonly #schemas;
   readonly #keys: Keys;
-  readonly #models: Models;
+  readonly #models: ModelDirectory;
+  readonly #created = seconds();
   readonly #jobs: JobStore;
   readonly #webhooks: Webhooks;
   readonly #runs = new Set<Run>();
@@ -85,7 +88,7 @@ class ImageService {
     this.#limits = limitsOf(settings);
     this.#schemas = bodySchemas(this.#limits);
     this.#keys = new Keys(settings.apiKeys);
-    this.#models = new Models(settings.models, settings.warm ?? null);
+    this.#models = directoryOf(settings.models, settings.warm ?? null);
     this.#jobs = new JobStore({ keepMs: settings.keepJobsMs, keep: settings.keepJobs, keepBytes: 256 * 2 ** 20 });
     this.#webhooks = new Webhooks(settings.webhooks);
   }
@@ -94,7 +97,8 @@ class ImageService {
     const app = this.#app;
     const { maxBodyBytes, page, cors: origins, onReady } = this.#settings;
     this.#metrics = await Metrics.create(
-      () => this.#models.loaded,
+      () => this.#models.models,
+      this.#models.metrics,
       () => this.#runs.size,
     );
     app.decorateRequest("flowturbo");
@@ -146,22 +150,22 @@ class ImageService {
     );
 
     const open = { config: { isOpen: true, isForAll: true } };
-    app.get("/livez", open, async (_request, reply) =>
-      probe(reply, this.#models.isLive ? [] : ["A model has lost its GPU; the process has to be restarted."]),
-    );
+    app.get("/livez", open, async (_request, reply) => answerProbe(reply, livenessOf(this.#models.models)));
     app.get("/readyz", open, async (_request, reply) =>
-      probe(reply, this.#isDraining ? ["The server is ending."] : this.#models.obstacles),
+      answerProbe(reply, probeOf(this.#isDraining ? ["The server is ending."] : this.#models.obstacles)),
     );
-    app.get("/metrics", { config: { isForAll: true } }, async (_request, reply) =>
-      reply.type(this.#metrics.contentType).send(await this.#metrics.text()),
-    );
+    app.get("/metrics", { config: { isForAll: true } }, async (_request, reply) => {
+      // What cannot be brought up to date is left out by whoever tells it; the rest is as true as before.
+      await this.#models.look?.().catch(() => {});
+      return reply.type(this.#metrics.contentType).send(await this.#metrics.text());
+    });
     const document = JSON.stringify(openApiDocument(this.#schemas, this.#keys.areNeeded));
     app.get("/openapi.json", open, async (_request, reply) =>
       reply.type("application/json; charset=utf-8").send(document),
     );
     if (page) addPage(app);
     this.#refuseOtherMethods();
-    void this.#models.ready.then(
+    void Promise.resolve(this.#models.ready).then(
       () => {
         app.log.info({ models: this.#models.ids }, "ready");
         onReady?.(null);
@@ -362,7 +366,7 @@ class ImageService {
   }
 
   async #begin(kind: Kind, body: Body, request: FastifyRequest): Promise<Run> {
-    const { id, model } = this.#models.get(body.fields.model);
+    const { id, model } = await this.#find(body.fields.model);
     const settled = await settle(body, model, this.#limits, kind);
     // Who is refused and asks again for the same has the room that it was told of.
     const ticket = ticketOf(body, this.#keyOf(request, kind) ?? String(this.#ownerOf(request)));
@@ -447,13 +451,28 @@ class ImageService {
     return key === null ? null : `${this.#ownerOf(request)} ${kind} ${key}`;
   }
 
+  /** @throws Failure with 404 for a model that there is not, or what keeps it from being had */
+  async #find(id: string | undefined): Promise<NamedModel> {
+    const found = await this.#models.find(id);
+    if (!found) throw this.#noModel(id);
+    return found;
+  }
+
+  #noModel(id = ""): Failure {
+    const { ids } = this.#models;
+    const others = ids.length > 0 ? `; there is ${ids.join(", ")}` : " now";
+    return new Failure(404, `There is no model ${JSON.stringify(id.slice(0, 64))} here${others}.`, {
+      ...{ param: "model", code: "model_not_found" },
+    });
+  }
+
   #modelView(id: string) {
-    if (!this.#models.has(id)) this.#models.get(id);
-    const model = this.#models.loaded.get(id);
+    if (!this.#models.ids.includes(id)) throw this.#noModel(id);
+    const model = this.#models.models.get(id);
     const { maxImages, maxPixels, maxSteps, maxControls } = this.#limits;
     const { loras = [], controlNets = [] } = model?.adapters ?? {};
     return {
-      ...{ id, object: "model", created: this.#models.created, owned_by: "flowturbo" },
+      ...{ id, object: "model", created: this.#created, owned_by: "flowturbo" },
       native_size: model ? `${model.nativeSize.width}x${model.nativeSize.height}` : null,
       has_refiner: model ? model.hasRefiner : null,
       loras: model ? [...loras] : null,
@@ -507,12 +526,8 @@ function ticketOf({ fields, files }: Body, client: string): string {
     .digest("base64");
 }
 
-function probe(reply: FastifyReply, obstacles: readonly string[]): FastifyReply {
-  return reply
-    .code(obstacles.length === 0 ? 200 : 503)
-    .type("text/plain; charset=utf-8")
-    .header("cache-control", "no-store")
-    .send(obstacles.length === 0 ? "ok\n" : `${obstacles.join("\n")}\n`);
+function answerProbe(reply: FastifyReply, { status, text }: Probe): FastifyReply {
+  return reply.code(status).type("text/plain; charset=utf-8").header("cache-control", "no-store").send(text);
 }
 
 /** Of a run that others stopped. */
