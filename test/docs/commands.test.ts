@@ -9,6 +9,7 @@ import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags, readLoadFlags } from "../../lib/cli/flags.js";
+import { fleetCommand } from "../../lib/cli/fleet.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { inspectCommand } from "../../lib/cli/inspect.js";
 import { mcpCommand } from "../../lib/cli/mcp.js";
@@ -16,6 +17,8 @@ import { profileCommand } from "../../lib/cli/profile.js";
 import { pruneCommand } from "../../lib/cli/prune.js";
 import { pullCommand } from "../../lib/cli/pull.js";
 import { serveCommand } from "../../lib/cli/serve.js";
+import { workerCommand } from "../../lib/cli/worker.js";
+import { workerSchema } from "../../lib/fleet/options.js";
 import {
   calibrateSchema,
   checkOptions,
@@ -68,6 +71,8 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   calibrateCommand(program.command("calibrate"), signal);
   cacheCommand(program.command("cache"), signal);
   serveCommand(program.command("serve"), signal, () => {});
+  workerCommand(program.command("worker"), signal, () => {});
+  fleetCommand(program.command("fleet"), signal);
   mcpCommand(program.command("mcp"), signal, () => {});
   pullCommand(program.command("pull"), signal);
   doctorCommand(program.command("doctor"));
@@ -90,8 +95,10 @@ function checkFlowturbo(words: string[]): void {
     if (name === "compile") checkOptions(compileSchema, options(compileSchema), "compile");
     if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
     if (name === "calibrate") checkOptions(calibrateSchema, options(calibrateSchema), "calibrate");
-    if (["calibrate", "profile", "generate", "serve", "mcp"].includes(name))
+    if (["calibrate", "profile", "generate", "serve", "worker", "mcp"].includes(name))
       checkOptions(loadSchema, readLoadFlags(flags), "load");
+    if (name === "worker")
+      checkOptions(workerSchema.omit({ models: true, redis: true }), readFlags(workerSchema, flags), "worker");
     if (name !== "generate") return;
     const { blocks } = checkOptions(
       generateSchema,
