@@ -9,6 +9,7 @@ import { calibrateCommand } from "../../lib/cli/calibrate.js";
 import { compileCommand } from "../../lib/cli/compile.js";
 import { doctorCommand } from "../../lib/cli/doctor.js";
 import { readFlags, readLoadFlags } from "../../lib/cli/flags.js";
+import { fleetCommand } from "../../lib/cli/fleet.js";
 import { generateCommand } from "../../lib/cli/generate.js";
 import { inspectCommand } from "../../lib/cli/inspect.js";
 import { mcpCommand } from "../../lib/cli/mcp.js";
@@ -16,6 +17,7 @@ import { profileCommand } from "../../lib/cli/profile.js";
 import { pruneCommand } from "../../lib/cli/prune.js";
 import { pullCommand } from "../../lib/cli/pull.js";
 import { serveCommand } from "../../lib/cli/serve.js";
+import { workerCommand } from "../../lib/cli/worker.js";
 import {
   calibrateSchema,
   checkOptions,
@@ -68,6 +70,8 @@ function commandLine(ran: (name: string, words: string[], flags: Record<string, 
   calibrateCommand(program.command("calibrate"), signal);
   cacheCommand(program.command("cache"), signal);
   serveCommand(program.command("serve"), signal, () => {});
+  workerCommand(program.command("worker"), signal, () => {});
+  fleetCommand(program.command("fleet"), signal);
   mcpCommand(program.command("mcp"), signal, () => {});
   pullCommand(program.command("pull"), signal);
   doctorCommand(program.command("doctor"));
@@ -90,7 +94,7 @@ function checkFlowturbo(words: string[]): void {
     if (name === "compile") checkOptions(compileSchema, options(compileSchema), "compile");
     if (name === "profile") checkOptions(profileSchema, options(profileSchema), "profile");
     if (name === "calibrate") checkOptions(calibrateSchema, options(calibrateSchema), "calibrate");
-    if (["calibrate", "profile", "generate", "serve", "mcp"].includes(name))
+    if (["calibrate", "profile", "generate", "serve", "worker", "mcp"].includes(name))
       checkOptions(loadSchema, readLoadFlags(flags), "load");
     if (name !== "generate") return;
     const { blocks } = checkOptions(
@@ -131,7 +135,11 @@ function check(words: string[]): void {
   else if (program === "npx" && rest[0] === "flowturbo") checkFlowturbo(rest.slice(1));
   else if (program === "npm" && rest[0] === "install")
     // What works beside flowturbo, of a version that the tests run with.
-    for (const name of rest.slice(1)) expect(Object.keys(devDependencies)).toContain(name);
+    for (const name of rest.slice(1)) {
+      const [, bare, major] = name.match(/^(.+?)(?:@(\d+))?$/)!;
+      expect(Object.keys(devDependencies)).toContain(bare);
+      if (major) expect(devDependencies[bare!]).toMatch(new RegExp(`^\\^${major}\\.`));
+    }
   else if (program === "npm" && rest[0] !== "run") expect(["ci --ignore-scripts", "test"]).toContain(rest.join(" "));
   else if (program === "npm") {
     expect(scripts).toHaveProperty([rest[1]!]);
@@ -157,7 +165,7 @@ function check(words: string[]): void {
 describe("the commands that are shown", () => {
   it("are found", () => {
     expect(shown.length).toBeGreaterThan(40);
-    expect(new Set(shown.map(({ where }) => where)).size).toBe(22);
+    expect(new Set(shown.map(({ where }) => where)).size).toBe(25);
   });
 
   it.each(shown)("$where: $command", ({ command }) => check(wordsOf(command)));
