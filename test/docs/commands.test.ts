@@ -18,6 +18,7 @@ import { pruneCommand } from "../../lib/cli/prune.js";
 import { pullCommand } from "../../lib/cli/pull.js";
 import { serveCommand } from "../../lib/cli/serve.js";
 import { workerCommand } from "../../lib/cli/worker.js";
+import { workerSchema } from "../../lib/fleet/options.js";
 import {
   calibrateSchema,
   checkOptions,
@@ -96,6 +97,8 @@ function checkFlowturbo(words: string[]): void {
     if (name === "calibrate") checkOptions(calibrateSchema, options(calibrateSchema), "calibrate");
     if (["calibrate", "profile", "generate", "serve", "worker", "mcp"].includes(name))
       checkOptions(loadSchema, readLoadFlags(flags), "load");
+    if (name === "worker")
+      checkOptions(workerSchema.omit({ models: true, redis: true }), readFlags(workerSchema, flags), "worker");
     if (name !== "generate") return;
     const { blocks } = checkOptions(
       generateSchema,
