@@ -22,7 +22,7 @@ import {
 import { RequestEvents } from "../generation/events.js";
 import { generateStream } from "../generation/stream.js";
 import { traced } from "../generation/traces.js";
-import { type Json, requestToJson, resultFromJson } from "../json.js";
+import { type Json, requestToJson } from "../json.js";
 import type {
   AdapterNames,
   Costs,
@@ -42,7 +42,8 @@ import type { Price } from "./classes.js";
 import type { Fleet } from "./fleet.js";
 import { factsOf, followedAs, hashOf, type JobData, jobFormat, kindOf, namesItsNoise, withSeed } from "./job.js";
 import type { Message } from "./messages.js";
-import { epochOf, queuePriority } from "./order.js";
+import { epochOf, queuePriority, sinceEpoch } from "./order.js";
+import { blocksOf, unpackResult } from "./packed.js";
 import type { LiveWorker, ModelRecord } from "./registry.js";
 import { JobCancelled, Waiter } from "./waiter.js";
 
@@ -54,6 +55,7 @@ type Checked = z.output<typeof generateSchema>;
 const viewMs = 50;
 /** A job whose other callers have all left just then is asked for again so often. */
 const mostAgain = 3;
+const longestWaitMs = 3_600_000;
 /** While no worker has been seen yet. */
 const usualSize = { width: 1024, height: 1024 };
 
@@ -314,7 +316,7 @@ export class FleetModel implements ImageModel {
       seeds: seeds ? seeds.map(seedOf) : seed === undefined ? [] : seedsFrom(seed, pictures),
     };
     const bytes = await this.#serve(call);
-    const result = resultFromJson(JSON.parse(bytes.toString("utf8")));
+    const result = unpackResult(bytes);
     const totalMs = performance.now() - start;
     const waitedMs = Math.max(0, totalMs - result.timings.total);
     return {
@@ -346,7 +348,7 @@ export class FleetModel implements ImageModel {
   #repeat({ start, events, seeds }: Call, stored: Buffer): Buffer {
     this.#stats.requests.accepted++;
     this.#stats.ended("completed", performance.now() - start, false);
-    const { blocks } = events ? (JSON.parse(stored.toString("utf8")) as { blocks: string }) : { blocks: "" };
+    const blocks = events ? blocksOf(stored) : "";
     events?.send("onAccept", { predictedMs: 0, place: 0, blocks, seeds, aloneMs: 0, leastMs: 0 });
     events?.send("onStart", { queuedMs: performance.now() - start, blocks });
     return stored;
@@ -500,17 +502,27 @@ export class FleetModel implements ImageModel {
     return known;
   }
 
-  /** Numbers of BullMQ's priorities begin again with each epoch: those who wait from before go first. */
+  /** Numbers of BullMQ's priorities begin again with each epoch: those who wait from before go first. Their numbers are the highest. */
   async #beginEpoch(arrival: number): Promise<void> {
     const epoch = epochOf(arrival);
     if (this.#epoch === epoch) return;
-    const isFirst = this.#epoch === null;
+    const hasChanged = this.#epoch !== null;
     this.#epoch = epoch;
-    if (isFirst && arrival % 60_000 > 30_000) return;
+    // A process that has just begun: nobody waits for longer than that.
+    if (!hasChanged && sinceEpoch(arrival) > longestWaitMs) return;
     const queue = this.fleet.redis.queue(this.id);
-    for (const job of await queue.getPrioritized(0, 10_000))
-      if (job?.data && epochOf((job.data as JobData).facts.arrival) < epoch)
-        await job.changePriority({ priority: 1 }).catch(() => {});
+    for (let moved = 1; moved > 0; ) {
+      moved = 0;
+      for (const job of await queue.getJobs(["prioritized"], 0, 49, false)) {
+        const facts = factsOf(job?.data);
+        if (!facts || job.priority === 1 || epochOf(facts.arrival) >= epoch) continue;
+        // One that is gone need not be moved.
+        await job.changePriority({ priority: 1 }).then(
+          () => moved++,
+          () => {},
+        );
+      }
+    }
   }
 
   #failed(error: unknown): void {

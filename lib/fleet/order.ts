@@ -22,6 +22,11 @@ export function epochOf(arrival: number): number {
   return Math.floor(arrival / epochMs);
 }
 
+/** Milliseconds since its epoch began. */
+export function sinceEpoch(arrival: number): number {
+  return arrival % epochMs;
+}
+
 /**
  * @param level −100 to 100
  * @param arrival by the fleet's clock

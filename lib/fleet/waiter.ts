@@ -43,8 +43,13 @@ export class Waiter {
   /** Adds the job, and listens before that. @throws what Redis says */
   static async add(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void): Promise<Waiter> {
     const waiter = new Waiter(fleet, job, onMessage);
-    await waiter.#add();
-    return waiter;
+    try {
+      await waiter.#add();
+      return waiter;
+    } catch (error) {
+      await waiter.leave();
+      throw error;
+    }
   }
 
   private constructor(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void) {

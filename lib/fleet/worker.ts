@@ -21,7 +21,7 @@ import {
   QueueFullError,
   TimeoutError,
 } from "../errors.js";
-import { requestFromJson, resultToJson } from "../json.js";
+import { requestFromJson } from "../json.js";
 import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, StepEvent } from "../model.js";
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
 import { knownSizes, usefulPictures } from "./capacity.js";
@@ -29,6 +29,7 @@ import { failureToJson } from "./failure.js";
 import { factsOf, formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
 import { encodeMessage, type Message, stepMessage } from "./messages.js";
 import { type FleetWorkerOptions, workerSchema } from "./options.js";
+import { packResult } from "./packed.js";
 import { FleetRedis, type StallTimes } from "./redis.js";
 import { Announcer, FleetView, type ModelBeat, type ModelRecord } from "./registry.js";
 import { FolderResults, RedisResults, type ResultStore } from "./results.js";
@@ -486,7 +487,7 @@ export class FleetWorker implements AsyncDisposable {
     steps.flush();
     served.drawnSizes.delete(facts.size);
     served.drawnSizes.add(facts.size);
-    return Buffer.from(JSON.stringify(resultToJson(result)));
+    return packResult(result);
   }
 
   /** A request whose limit was promised is drawn, late if need be, with the schedule that takes least. */

@@ -1,6 +1,6 @@
 // What tests and benchmarks of the fleet stand on: a Redis that comes and goes, and processes that leave nothing behind.
 import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { mkdir, rm, writeFile } from "node:fs/promises";
+import { mkdir, writeFile } from "node:fs/promises";
 import net from "node:net";
 import path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -148,7 +148,7 @@ describe.skipIf(process.platform !== "linux")("a process that is guarded", () =>
   });
 
   it("goes when who started it is killed, even while it hangs", async () => {
-    const file = path.join(root, ".cache", `guarded-${process.pid}.mts`);
+    const file = path.join(root, ".cache", "guarded-sleeps.ts");
     await mkdir(path.dirname(file), { recursive: true });
     await writeFile(
       file,
@@ -157,17 +157,13 @@ describe.skipIf(process.platform !== "linux")("a process that is guarded", () =>
       started.kill("SIGSTOP");
       console.log("started " + started.pid);`,
     );
-    try {
-      const parent = startScript(file);
-      opened.push(parent);
-      const pid = Number((await parent.line("started")).split(" ")[1]);
-      expect(isAlive(pid)).toBe(true);
-      parent.kill("SIGKILL");
-      await until(() => !isAlive(pid));
-      await until(() => guardsOf(pid) === 0);
-    } finally {
-      await rm(file, { force: true });
-    }
+    const parent = await startScript(file);
+    opened.push(parent);
+    const pid = Number((await parent.line("started")).split(" ")[1]);
+    expect(isAlive(pid)).toBe(true);
+    parent.kill("SIGKILL");
+    await until(() => !isAlive(pid));
+    await until(() => guardsOf(pid) === 0);
   });
 
   it("needs no guard once it has ended", async () => {

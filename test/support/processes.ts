@@ -4,6 +4,7 @@
  */
 
 import { type ChildProcess, spawn } from "node:child_process";
+import { rename } from "node:fs/promises";
 import path from "node:path";
 import { root } from "./fixtures.js";
 
@@ -136,14 +137,42 @@ export class GuardedProcess {
   }
 }
 
-/** Runs a TypeScript file from the sources, as benchmarks are run. @param file from the root of the repository */
-export function startScript(file: string, args: readonly string[] = [], options: ProcessOptions = {}): GuardedProcess {
-  // As an import in the same process: `tsx` as a command is one more process between, which signals have to pass.
-  return new GuardedProcess(
-    process.execPath,
-    ["--import", import.meta.resolve("tsx"), path.resolve(root, file), ...args],
-    { ...options, env: { TSX_TSCONFIG_PATH: path.join(root, "bench/tsconfig.json"), ...options.env } },
-  );
+/**
+ * Runs a TypeScript file of the repository. It is bundled first, once for each process that asks: what a loader does at each start takes longer than
+ * all that a worker does until it is ready.
+ * @param file from the root of the repository, two folders below it: `import.meta.dirname` then has the same depth
+ */
+export async function startScript(
+  file: string,
+  args: readonly string[] = [],
+  options: ProcessOptions & { readonly flags?: readonly string[] } = {},
+): Promise<GuardedProcess> {
+  const { flags = [], ...rest } = options;
+  const source = path.resolve(root, file);
+  let bundle = bundles.get(source);
+  if (!bundle) {
+    bundle = bundled(source);
+    bundles.set(source, bundle);
+  }
+  return new GuardedProcess(process.execPath, [...flags, await bundle, ...args], rest);
+}
+
+const bundles = new Map<string, Promise<string>>();
+
+/** @param source a file of TypeScript @returns the bundle, which finds packages and the files of this one as the source would */
+async function bundled(source: string): Promise<string> {
+  const { build } = await import("esbuild");
+  const name = path.relative(root, source).replaceAll(/[^\w]+/g, "-");
+  const outfile = path.join(root, ".cache/scripts", `${name}.mjs`);
+  const own = `${outfile}.${process.pid}`;
+  await build({
+    ...{ entryPoints: [source], outfile: own, bundle: true, packages: "external", logLevel: "warning" },
+    ...{ platform: "node", format: "esm", target: "node20" },
+    tsconfig: path.join(root, "bench/tsconfig.json"),
+  });
+  // Another process may run the one that is there.
+  await rename(own, outfile);
+  return outfile;
 }
 
 /**

@@ -37,6 +37,8 @@ export interface RedisOptions {
    * by either: what the system has taken, the system keeps. `"none"`: there is no log, and it is empty after each restart. Default: `"everysec"`.
    */
   readonly log?: "everysec" | "always" | "none";
+  /** What clients have to say, where its flags ask for one. */
+  readonly password?: string;
   /** Further flags, such as `["--maxmemory", "50mb"]`. */
   readonly flags?: readonly string[];
 }
@@ -99,7 +101,7 @@ export class TestRedis {
     );
     this.#server = server;
     // Asked whose process answers: another server may have the port.
-    while (!(await answerOf(this.port)).includes(`process_id:${server.pid}\r`)) {
+    while (!(await answerOf(this.port, this.#options.password)).includes(`process_id:${server.pid}\r`)) {
       if (server.ending) {
         this.#server = null;
         throw new Error(`redis-server ended: ${server.lines.slice(-5).join("\n")}\n${server.errors}`);
@@ -175,10 +177,13 @@ function firstOwnPort(): number {
 }
 
 /** What a server says of itself; empty where none answers. */
-function answerOf(port: number): Promise<string> {
+function answerOf(port: number, password?: string): Promise<string> {
   return new Promise((resolve) => {
     let text = "";
-    const socket = net.connect(port, "127.0.0.1", () => socket.write("INFO server\r\nQUIT\r\n"));
+    const socket = net.connect(port, "127.0.0.1", () => {
+      if (password) socket.write(`AUTH ${password}\r\n`);
+      socket.write("INFO server\r\nQUIT\r\n");
+    });
     socket.setTimeout(1000, () => socket.destroy());
     socket.setEncoding("utf8").on("data", (chunk) => {
       text += chunk;

@@ -5,7 +5,16 @@
  * the same alone and beside others, and another one for another prompt, seed, size or schedule.
  */
 
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { elementCount, type Tensor } from "../../lib/common/tensor.js";
@@ -132,12 +141,24 @@ let own: string | undefined;
 /** A folder of this process. */
 function ownFolder(name: string): string {
   if (own === undefined) {
-    own = mkdtempSync(path.join(os.tmpdir(), "flowturbo-waiting-"));
+    removeOld();
+    own = mkdtempSync(path.join(os.tmpdir(), prefix));
     process.once("exit", () => rmSync(own!, { recursive: true, force: true }));
   }
   const folder = path.join(own, name);
   mkdirSync(folder, { recursive: true });
   return folder;
+}
+
+const prefix = "flowturbo-waiting-";
+
+/** Removes what processes that were killed have left: no test and no benchmark takes a day. */
+function removeOld(): void {
+  for (const name of readdirSync(os.tmpdir())) {
+    const folder = path.join(os.tmpdir(), name);
+    const made = name.startsWith(prefix) ? statSync(folder, { throwIfNoEntry: false })?.mtimeMs : undefined;
+    if (made !== undefined && Date.now() - made > 24 * 3600_000) rmSync(folder, { recursive: true, force: true });
+  }
 }
 
 /** The embedded model by another name, or with another native size: links to its files. */
@@ -456,33 +477,28 @@ const digested = new WeakMap<object, Held>();
 /** A constant with a digest of each of its rows. */
 function heldOf(constant: Constant): Held {
   if (constant.kind === "slot") throw new RuntimeError("A slot has no value.");
-  const subject = constant.kind === "value" ? constant.tensor.data : constant;
+  const isValue = constant.kind === "value";
+  // Coefficients are new in each submission: remembering them costs more than it saves.
+  if (isValue && constant.tensor.data.length <= 64) return digestedTensor(constant.tensor);
+  const subject = isValue ? constant.tensor.data : constant;
   let held = digested.get(subject);
   if (!held) {
-    const rows = constant.kind === "value" ? digestsOfValues(constant.tensor) : digestsOfStored(constant);
-    held = { rows, shape: constant.kind === "value" ? constant.tensor.shape : constant.shape };
+    held = isValue ? digestedTensor(constant.tensor) : digestedStored(constant);
     digested.set(subject, held);
   }
   return held;
 }
 
 /** Of a tensor in a file: where it is, since values are not read. */
-function digestsOfStored({
-  source,
-  shape,
-  firstElement,
-  rowElements,
-  strideElements,
-  rows,
-}: StoredConstant): Uint32Array {
+function digestedStored({ source, shape, firstElement, rowElements, strideElements, rows }: StoredConstant): Held {
   const place = [source.offset, firstElement, rowElements, strideElements, rows, ...shape];
-  return new Uint32Array(shape[0] ?? 1).fill(place.reduce((digest, number) => mixed(digest, number), 0));
+  return { shape, rows: new Uint32Array(shape[0] ?? 1).fill(place.reduce(mixed, 0)) };
 }
 
 /** A row has about so many values that its digest is made of: others are passed over, evenly. */
 const digestedValues = 1024;
 
-function digestsOfValues({ shape, data }: Tensor): Uint32Array {
+function digestedTensor({ shape, data }: Tensor): Held {
   const rows = new Uint32Array(shape[0] ?? 1);
   const words = new Int32Array(data.buffer, data.byteOffset, data.byteLength / 4);
   const length = words.length / rows.length;
@@ -494,7 +510,7 @@ function digestsOfValues({ shape, data }: Tensor): Uint32Array {
     for (let at = row * length; at < end; at += stride) digest = mixed(digest, words[at]!);
     rows[row] = digest;
   }
-  return rows;
+  return { rows, shape };
 }
 
 const texts = new Map<string, number>();
