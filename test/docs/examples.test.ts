@@ -10,6 +10,7 @@ import { errorTable, FlowTurboError } from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/index.js";
 import { createServer } from "../../lib/server/index.js";
 import { root } from "../support/fixtures.js";
+import { noRedis, TestRedis } from "../support/redis.js";
 import { documents, read } from "./documents.js";
 
 /** The fenced blocks of a document. */
@@ -21,7 +22,13 @@ const samplesOf = (markdown: string) =>
 /** The address that documents have for a server. */
 const address = "http://127.0.0.1:7860";
 let serving: Promise<{ readonly address: string; end(): Promise<void> }> | null = null;
-afterAll(async () => (await serving)?.end());
+/** The address that they have for the Redis of a fleet. */
+const redisAddress = "redis://127.0.0.1:6379";
+let redis: Promise<TestRedis> | null = null;
+afterAll(async () => {
+  await (await serving)?.end();
+  await (await redis)?.stop();
+});
 
 /** A server for the samples that need one. */
 async function serve() {
@@ -42,12 +49,14 @@ async function runSample(sample: string, check?: (folder: string) => Promise<voi
   try {
     // The reader's checkpoint is not here: the embedded model stands in for it.
     serving ??= sample.includes(address) ? serve() : null;
+    redis ??= sample.includes(redisAddress) ? TestRedis.start() : null;
     const code = sample
       .replace('"./stable-diffusion-3.5-medium"', "undefined")
       .replaceAll(/"flowturbo(?:\/(\w+))?"/g, (_, entry = "index") =>
         JSON.stringify(path.join(root, `dist/${entry}.js`)),
       )
-      .replaceAll(address, (await serving)?.address ?? address);
+      .replaceAll(address, (await serving)?.address ?? address)
+      .replaceAll(redisAddress, (await redis)?.url ?? redisAddress);
     // Other packages as the reader has installed them.
     symlinkSync(path.join(root, "node_modules"), path.join(folder, "node_modules"));
     // What samples for a clone name.
@@ -86,7 +95,10 @@ describe("the documents", () => {
       }
   });
 
-  it.each(samples)("$document shows code that runs ($at)", ({ code }) => runSample(code));
+  it.for(samples)("$document shows code that runs ($at)", ({ code }, { skip }) => {
+    if (noRedis && code.includes(redisAddress)) skip(noRedis);
+    return runSample(code);
+  });
 
   it("link to files and headings that exist", () => {
     const slug = (heading: string) =>

@@ -22,6 +22,7 @@ it("is made without a warning, with every guide", () => {
       "Serving_from_Node",
       "A_server",
       "Bundlers_and_small_installations",
+      "A_fleet",
     ])
       expect(existsSync(path.join(out, `documents/${page}.html`)), page).toBe(true);
     // The entry points of the package.
@@ -29,6 +30,7 @@ it("is made without a warning, with every guide", () => {
       "classes/index.FlowTurbo",
       "variables/schema.requestJsonSchema",
       "functions/server.createServer",
+      "functions/fleet.connectFleet",
     ])
       expect(existsSync(path.join(out, `${page}.html`)), page).toBe(true);
   } finally {
