@@ -9,7 +9,7 @@
 
 import { DeadlineError, FleetEmptyError, QueueFullError } from "../errors.js";
 import { deadlineMargin, limitFor, Margin } from "../serving/deadline.js";
-import { comparePriorities, dueOf, type Priority } from "../serving/priority.js";
+import { compareRanks, type Priority, rankOf } from "../serving/priority.js";
 import { cautionOf, cautious, Retry } from "../serving/retry.js";
 import { classesOf, type Price, type Prices, unknownMs, type WorkerClasses } from "./classes.js";
 import { lowerBound, Plan, type PlannedJob } from "./plan.js";
@@ -209,11 +209,14 @@ export class FleetAdmission {
   #make(now: number): State {
     const workers = this.#view.workers.filter(({ takes }) => takes);
     const classes = this.#classesOf(workers.map(({ prices }) => prices));
-    const costs = new Map<string, readonly number[]>();
+    const [usual, least] = [new Map<string, readonly number[]>(), new Map<string, readonly number[]>()];
     const costsFor = ({ kind, due }: JobView) => {
-      const key = `${due === null ? "" : "least "}${kind}`;
-      const known = costs.get(key) ?? costsOf(classes.pricesOf(kind) ?? classes.unknown, due !== null);
-      costs.set(key, known);
+      const costs = due === null ? usual : least;
+      let known = costs.get(kind);
+      if (!known) {
+        known = costsOf(classes.pricesOf(kind) ?? classes.unknown, due !== null);
+        costs.set(kind, known);
+      }
       return known;
     };
     const indices = new Map(workers.map(({ id }, index) => [id, index]));
@@ -234,10 +237,11 @@ export class FleetAdmission {
         free[index] = Math.max(free[index]!, at) + costsFor(job)[classes.of[index]!]!;
     }
     for (const { job } of this.#unseen.values()) add(job);
-    jobs.sort((a, b) => comparePriorities(a.priority, b.priority, now));
+    const order = jobs.map((job) => ({ job, rank: rankOf(job.priority, now) }));
+    order.sort((a, b) => compareRanks(a.rank, b.rank));
     const byClass = Array.from({ length: Math.max(1, classes.size) }, (): number[] => []);
     for (const [index, moment] of free.entries()) byClass[classes.of[index]!]!.push(moment);
-    return { classes, workers, plan: new Plan(byClass, workers.length > 0 ? jobs : [], now) };
+    return { classes, workers, plan: new Plan(byClass, workers.length > 0 ? order.map(({ job }) => job) : [], now) };
   }
 
   /** Prices seldom change. */
@@ -252,11 +256,9 @@ export class FleetAdmission {
 
   #positionOf({ plan }: State, priority: Priority, now: number): number {
     const { jobs } = plan;
-    return lowerBound(
-      plan.firstWaiting(now),
-      jobs.length,
-      (index) => comparePriorities(priority, jobs[index]!.priority, now) < 0,
-    );
+    const rank = rankOf(priority, now);
+    const isBefore = (index: number) => compareRanks(rank, rankOf(jobs[index]!.priority, now)) < 0;
+    return lowerBound(plan.firstWaiting(now), jobs.length, isBefore);
   }
 
   /**
@@ -339,7 +341,7 @@ export class FleetAdmission {
       return missing && missing * margin;
     };
     const last = plan.find(offer.costs, plan.jobs.length, now).finish;
-    const latest = plan.jobs.reduce((latest, { priority }) => Math.max(latest, dueOf(priority)), last);
+    const latest = plan.jobs.reduce((latest, { priority }) => Math.max(latest, rankOf(priority, now).due), last);
     const most = limitFor(latest - now, margin) + 1;
     // One of a higher level goes before all that have been promised a time, whatever its limit: then when all is done.
     if (attempt(most) !== null) return limitFor(last - now, margin);
