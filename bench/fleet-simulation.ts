@@ -19,7 +19,7 @@ const { quick } = flags;
 const seed = Number(flags.seed);
 
 /** Requests of a run by its workers: some tens for each, so that the queue has its usual length for most of them. */
-const requestsFor = (workers: number) => Math.round(Math.min(15_000, Math.max(2000, 60 * workers)) / (quick ? 10 : 1));
+const requestsFor = (workers: number) => Math.round(Math.min(12_000, Math.max(2000, 40 * workers)) / (quick ? 10 : 1));
 /** Redis runs commands on one thread. A round figure of what one does; it depends on the machine. */
 const redisMost = 100_000;
 

@@ -653,6 +653,7 @@ export function simulate(setting: Setting): Outcome {
       };
       agenda.add(now + (setting.ageMs === null ? 0 : addMs), () => {
         count("add");
+        admission.queued(id, agenda.now);
         insert(shard, { view, size, counts, hands: 0 });
         wake(shard);
       });

@@ -47,7 +47,7 @@ export interface JobView {
 
 /** A copy of the fleet's state. */
 export interface FleetView {
-  /** Moment that it was read. */
+  /** Moment before it was read: what had been written by then is in it. */
   readonly at: number;
   readonly workers: readonly WorkerView[];
   /** In any order. */
@@ -92,7 +92,7 @@ interface Offer {
   readonly own: number;
 }
 
-/** A job that was accepted here, and that no copy has shown by then, is not in the queue. */
+/** A job that was accepted here, and neither put into the queue nor shown by a copy by then, will not be. */
 const unseenMs = 1000;
 
 /** By then nothing is left of a disturbance. */
@@ -112,8 +112,8 @@ export class FleetAdmission {
   #view: FleetView = { at: Number.NEGATIVE_INFINITY, workers: [], jobs: [] };
   #state: State | null = null;
   #classes: { readonly of: readonly Prices[]; readonly classes: WorkerClasses } | null = null;
-  /** Jobs accepted here that the copy does not show yet, with the moment. */
-  readonly #unseen = new Map<string, { readonly job: JobView; readonly at: number }>();
+  /** Jobs accepted here that the copy does not show yet, with the moment from which copies are right without them. */
+  readonly #unseen = new Map<string, { readonly job: JobView; until: number }>();
   /** Promises given here. */
   readonly #promises = new Map<string, { readonly at: number; readonly due: number }>();
 
@@ -132,7 +132,7 @@ export class FleetAdmission {
     this.#view = view;
     this.#state = null;
     if (this.#unseen.size > 0) for (const { id } of view.jobs) this.#unseen.delete(id);
-    for (const [id, { at }] of this.#unseen) if (at + unseenMs <= view.at) this.#unseen.delete(id);
+    for (const [id, { until }] of this.#unseen) if (until <= view.at) this.#unseen.delete(id);
     // Those given first are first.
     for (const [id, { due }] of this.#promises) {
       if (due + promiseAge > view.at) break;
@@ -141,7 +141,7 @@ export class FleetAdmission {
   }
 
   /**
-   * Accepts a request, which is then to be put into the queue; `ended` must follow.
+   * Accepts a request, which is then to be put into the queue; `queued` and `ended` must follow, or `ended` alone.
    * @throws FleetEmptyError if no worker takes jobs, QueueFullError or DeadlineError
    */
   admit(request: FleetRequest, now: number): Verdict {
@@ -169,10 +169,16 @@ export class FleetAdmission {
     const place = before === 0 && hasRoom(state, pictures) ? 0 : before + 1;
     const job: Job = { id, priority, costs, due: due ?? Number.POSITIVE_INFINITY };
     const { worker, finish } = state.plan.insert(job, position, now);
-    this.#unseen.set(id, { job: { id, kind, pictures, level, arrival, due }, at: now });
+    this.#unseen.set(id, { job: { id, kind, pictures, level, arrival, due }, until: now + unseenMs });
     if (due !== null) this.#promises.set(id, { at: now, due });
     const blocks = known && due !== null ? prices[worker]!.blocks : null;
     return { predictedMs: known && finish - arrival, place, blocks };
+  }
+
+  /** A job that was accepted here is in the queue: a copy that is read from now on and does not show it says that it was taken. */
+  queued(id: string, now: number): void {
+    const unseen = this.#unseen.get(id);
+    if (unseen) unseen.until = now;
   }
 
   /**
