@@ -9,7 +9,7 @@
 
 import { DeadlineError, FleetEmptyError, QueueFullError } from "../errors.js";
 import { deadlineMargin, limitFor, Margin } from "../serving/deadline.js";
-import { comparePriorities, dueOf, type Priority } from "../serving/priority.js";
+import { compareRanks, type Priority, rankOf } from "../serving/priority.js";
 import { cautionOf, cautious, Retry } from "../serving/retry.js";
 import { classesOf, type Price, type Prices, unknownMs, type WorkerClasses } from "./classes.js";
 import { lowerBound, Plan, type PlannedJob } from "./plan.js";
@@ -47,7 +47,7 @@ export interface JobView {
 
 /** A copy of the fleet's state. */
 export interface FleetView {
-  /** Moment that it was read. */
+  /** Moment before it was read: what had been written by then is in it. */
   readonly at: number;
   readonly workers: readonly WorkerView[];
   /** In any order. */
@@ -92,7 +92,7 @@ interface Offer {
   readonly own: number;
 }
 
-/** A job that was accepted here, and that no copy has shown by then, is not in the queue. */
+/** A job that was accepted here, and neither put into the queue nor shown by a copy by then, will not be. */
 const unseenMs = 1000;
 
 /** By then nothing is left of a disturbance. */
@@ -112,8 +112,8 @@ export class FleetAdmission {
   #view: FleetView = { at: Number.NEGATIVE_INFINITY, workers: [], jobs: [] };
   #state: State | null = null;
   #classes: { readonly of: readonly Prices[]; readonly classes: WorkerClasses } | null = null;
-  /** Jobs accepted here that the copy does not show yet, with the moment. */
-  readonly #unseen = new Map<string, { readonly job: JobView; readonly at: number }>();
+  /** Jobs accepted here that the copy does not show yet, with the moment from which copies are right without them. */
+  readonly #unseen = new Map<string, { readonly job: JobView; until: number }>();
   /** Promises given here. */
   readonly #promises = new Map<string, { readonly at: number; readonly due: number }>();
 
@@ -132,7 +132,7 @@ export class FleetAdmission {
     this.#view = view;
     this.#state = null;
     if (this.#unseen.size > 0) for (const { id } of view.jobs) this.#unseen.delete(id);
-    for (const [id, { at }] of this.#unseen) if (at + unseenMs <= view.at) this.#unseen.delete(id);
+    for (const [id, { until }] of this.#unseen) if (until <= view.at) this.#unseen.delete(id);
     // Those given first are first.
     for (const [id, { due }] of this.#promises) {
       if (due + promiseAge > view.at) break;
@@ -141,7 +141,7 @@ export class FleetAdmission {
   }
 
   /**
-   * Accepts a request, which is then to be put into the queue; `ended` must follow.
+   * Accepts a request, which is then to be put into the queue; `queued` and `ended` must follow, or `ended` alone.
    * @throws FleetEmptyError if no worker takes jobs, QueueFullError or DeadlineError
    */
   admit(request: FleetRequest, now: number): Verdict {
@@ -169,9 +169,15 @@ export class FleetAdmission {
     const place = before === 0 && hasRoom(state, pictures) ? 0 : before + 1;
     const job: Job = { id, priority, costs, due: due ?? Number.POSITIVE_INFINITY };
     const { worker, finish } = state.plan.insert(job, position, now);
-    this.#unseen.set(id, { job: { id, kind, pictures, level, arrival, due }, at: now });
+    this.#unseen.set(id, { job: { id, kind, pictures, level, arrival, due }, until: now + unseenMs });
     if (due !== null) this.#promises.set(id, { at: now, due });
     return { predictedMs: known && finish - arrival, place, price: known && prices[worker]! };
+  }
+
+  /** A job that was accepted here is in the queue: a copy that is read from now on and does not show it says that it was taken. */
+  queued(id: string, now: number): void {
+    const unseen = this.#unseen.get(id);
+    if (unseen) unseen.until = now;
   }
 
   /**
@@ -212,11 +218,14 @@ export class FleetAdmission {
   #make(now: number): State {
     const workers = this.#view.workers.filter(({ takes }) => takes);
     const classes = this.#classesOf(workers.map(({ prices }) => prices));
-    const costs = new Map<string, readonly number[]>();
+    const [usual, least] = [new Map<string, readonly number[]>(), new Map<string, readonly number[]>()];
     const costsFor = ({ kind, due }: JobView) => {
-      const key = `${due === null ? "" : "least "}${kind}`;
-      const known = costs.get(key) ?? costsOf(classes.pricesOf(kind) ?? classes.unknown, due !== null);
-      costs.set(key, known);
+      const costs = due === null ? usual : least;
+      let known = costs.get(kind);
+      if (!known) {
+        known = costsOf(classes.pricesOf(kind) ?? classes.unknown, due !== null);
+        costs.set(kind, known);
+      }
       return known;
     };
     const indices = new Map(workers.map(({ id }, index) => [id, index]));
@@ -237,10 +246,11 @@ export class FleetAdmission {
         free[index] = Math.max(free[index]!, at) + costsFor(job)[classes.of[index]!]!;
     }
     for (const { job } of this.#unseen.values()) add(job);
-    jobs.sort((a, b) => comparePriorities(a.priority, b.priority, now));
+    const order = jobs.map((job) => ({ job, rank: rankOf(job.priority, now) }));
+    order.sort((a, b) => compareRanks(a.rank, b.rank));
     const byClass = Array.from({ length: Math.max(1, classes.size) }, (): number[] => []);
     for (const [index, moment] of free.entries()) byClass[classes.of[index]!]!.push(moment);
-    return { classes, workers, plan: new Plan(byClass, workers.length > 0 ? jobs : [], now) };
+    return { classes, workers, plan: new Plan(byClass, workers.length > 0 ? order.map(({ job }) => job) : [], now) };
   }
 
   /** Prices seldom change. */
@@ -255,11 +265,9 @@ export class FleetAdmission {
 
   #positionOf({ plan }: State, priority: Priority, now: number): number {
     const { jobs } = plan;
-    return lowerBound(
-      plan.firstWaiting(now),
-      jobs.length,
-      (index) => comparePriorities(priority, jobs[index]!.priority, now) < 0,
-    );
+    const rank = rankOf(priority, now);
+    const isBefore = (index: number) => compareRanks(rank, rankOf(jobs[index]!.priority, now)) < 0;
+    return lowerBound(plan.firstWaiting(now), jobs.length, isBefore);
   }
 
   /**
@@ -342,7 +350,7 @@ export class FleetAdmission {
       return missing && missing * margin;
     };
     const last = plan.find(offer.costs, plan.jobs.length, now).finish;
-    const latest = plan.jobs.reduce((latest, { priority }) => Math.max(latest, dueOf(priority)), last);
+    const latest = plan.jobs.reduce((latest, { priority }) => Math.max(latest, rankOf(priority, now).due), last);
     const most = limitFor(latest - now, margin) + 1;
     // One of a higher level goes before all that have been promised a time, whatever its limit: then when all is done.
     if (attempt(most) !== null) return limitFor(last - now, margin);

@@ -183,7 +183,7 @@ export class Plan<Job extends PlannedJob> {
 
   /** Places a job behind those before it, and keeps it. */
   #place(index: number, now: number): void {
-    if (index > 0 && index % interval === 0) this.#marks[index / interval] = this.#heaps.slice();
+    this.#mark(index);
     this.#put(this.#jobs[index]!.costs, now);
     const { worker, start, finish } = this.#placed;
     this.#class[index] = worker;
@@ -211,8 +211,10 @@ export class Plan<Job extends PlannedJob> {
   #load(position: number, now: number): void {
     const mark = Math.min(this.#marks.length - 1, Math.floor(position / interval));
     this.#heaps.set(this.#marks[mark]!);
-    for (let index = mark * interval; index < position; index++)
+    for (let index = mark * interval; index < position; index++) {
+      this.#mark(index);
       this.#replace(this.#class[index]!, this.#finish[index]!);
+    }
     const end = this.#endOfBegun(now);
     for (let index = position; index < end; index++)
       if (this.#start[index]! < now) this.#replace(this.#class[index]!, this.#finish[index]!);
@@ -232,6 +234,11 @@ export class Plan<Job extends PlannedJob> {
       at = child;
     }
     heaps[from + at] = moment;
+  }
+
+  /** Keeps the heaps, which all jobs before `index` have been placed in. */
+  #mark(index: number): void {
+    if (index === this.#marks.length * interval) this.#marks.push(this.#heaps.slice());
   }
 
   #forgetMarks(position: number): void {

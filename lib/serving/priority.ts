@@ -19,18 +19,27 @@ export const agingMilliseconds = 10_000;
 /** When those without a time limit are due, from their arrival. */
 const defaultDue = 60_000;
 
-/** Negative if `a` goes before `b`. All moments are milliseconds of one clock. */
+/** What a priority comes to at a moment. */
+export interface Rank {
+  readonly level: number;
+  readonly due: number;
+  readonly sequence: number;
+}
+
+/** All moments are milliseconds of one clock. */
+export function rankOf({ level, due, arrival, sequence }: Priority, now: number): Rank {
+  const aged = level + Math.floor(Math.max(0, now - arrival) / agingMilliseconds);
+  return { level: aged, due: due ?? arrival + defaultDue, sequence };
+}
+
+/** Negative if `a` goes before `b`. */
+export function compareRanks(a: Rank, b: Rank): number {
+  return b.level - a.level || a.due - b.due || a.sequence - b.sequence;
+}
+
+/** Negative if `a` goes before `b`. */
 export function comparePriorities(a: Priority, b: Priority, now: number): number {
-  return agedLevel(b, now) - agedLevel(a, now) || dueOf(a) - dueOf(b) || a.sequence - b.sequence;
-}
-
-function agedLevel({ level, arrival }: Priority, now: number): number {
-  return level + Math.floor(Math.max(0, now - arrival) / agingMilliseconds);
-}
-
-/** The moment that decides between those of one level. */
-export function dueOf({ due, arrival }: Priority): number {
-  return due ?? arrival + defaultDue;
+  return compareRanks(rankOf(a, now), rankOf(b, now));
 }
 
 /** For a gate. */
