@@ -45,7 +45,7 @@ export function decisions(
     const kind = kinds[Math.floor(random() * kinds.length)]!;
     return { ...{ id: `j${index}`, kind, pictures: 1, level: 0, arrival: -5000 * random(), due } };
   });
-  const admission = new FleetAdmission({ maxQueue: Number.POSITIVE_INFINITY, random });
+  const admission = new FleetAdmission({ maxQueue: () => Number.POSITIVE_INFINITY, random });
   let calls = 0;
   const admit = (deadlineMs: number | null) => {
     const start = processorMicros();

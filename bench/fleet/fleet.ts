@@ -363,7 +363,7 @@ export function simulate(setting: Setting): Outcome {
     const spread = randomOf(setting.seed + 1000 + index);
     const admissions = Array.from(
       { length: setting.gateways },
-      () => new FleetAdmission({ maxQueue: Math.ceil(setting.maxQueue / setting.shards), random: spread }),
+      () => new FleetAdmission({ maxQueue: () => Math.ceil(setting.maxQueue / setting.shards), random: spread }),
     );
     return { workers: [], queue: [], idle: [], taken: [], admissions };
   });

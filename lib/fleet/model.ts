@@ -399,6 +399,7 @@ export class FleetModel implements ImageModel {
         { model: this.id, id, data, priority, sameAs: followedAs(hash, request) },
         follow.message,
       );
+      this.#admission.queued(id, redis.now());
       follow.added();
       const bytes = await untilAborted(waiter.outcome, signal);
       ending = "completed";
@@ -477,6 +478,8 @@ export class FleetModel implements ImageModel {
   async #see(ageMs: number): Promise<void> {
     const { fleet } = this;
     const { redis } = fleet;
+    // Of before it is read: what had been written by then is in it.
+    const at = redis.now();
     const [ledger] = await Promise.all([
       redis.client.hgetall(redis.key("ledger", redis.queue(this.id).name)),
       fleet.view.refresh(ageMs),
@@ -490,7 +493,7 @@ export class FleetModel implements ImageModel {
       const takes = beat.state === "ready" && beat.format >= jobFormat;
       return { id, takes, backlogMs, room, at: beat.at, prices: this.#pricesOf(record?.models[this.id]) };
     });
-    this.#admission.see({ at: redis.now(), workers, jobs: this.#ledger });
+    this.#admission.see({ at, workers, jobs: this.#ledger });
     this.#seenAt = performance.now();
   }
 
