@@ -484,8 +484,10 @@ export class FleetModel implements ImageModel {
       redis.client.hgetall(redis.key("ledger", redis.queue(this.id).name)),
       fleet.view.refresh(ageMs),
     ]);
+    // What waits seldom changes: each is read once.
+    const known = new Map(this.#ledger.map((job) => [job.id, job]));
     this.#ledger = Object.entries(ledger).flatMap(([id, text]) => {
-      const facts = factsOf({ facts: jsonOf(text) });
+      const facts = known.get(id) ?? factsOf({ facts: jsonOf(text) });
       return facts ? [{ ...facts, id }] : [];
     });
     const workers = fleet.workersOf(this.id).map(({ id, beat, record }) => {

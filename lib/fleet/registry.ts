@@ -14,6 +14,8 @@ import type { FleetRedis } from "./redis.js";
 export const beatMs = 1000;
 export const leastBeatMs = 50;
 export const goneMs = 5000;
+/** Records are large, and read by all: no more often than this, in milliseconds. */
+const leastRecordMs = 1000;
 /** Records and beats that nobody renews are forgotten by Redis. */
 const keepMs = 60_000;
 
@@ -30,6 +32,9 @@ const modelBeat = z.object({
   room: count,
   /** Sizes that it has drawn, the latest first. */
   warm: z.array(z.string().max(32)).max(64),
+  /** Jobs that were drawn, and that failed, since it joined. */
+  drawn: count,
+  failed: count,
 });
 const beatSchema = z.object({
   format: z.int().positive(),
@@ -57,8 +62,6 @@ const modelRecord = z.object({
   /** Its table of costs. */
   costs: z.array(z.looseObject({})),
   drift: z.number(),
-  drawn: count,
-  failed: count,
 });
 const recordSchema = z.object({
   id: z.string(),
@@ -125,7 +128,8 @@ export class Announcer {
     this.#beatAt = now;
     this.#plan(beatMs);
     const pipeline = this.#redis.client.pipeline();
-    const record = JSON.stringify(this.#describe());
+    const isDue = now - this.#saidAt >= leastRecordMs;
+    const record = isDue ? JSON.stringify(this.#describe()) : this.#said;
     if (record !== this.#said || now - this.#saidAt > keepMs / 4) {
       if (record !== this.#said) this.#revision++;
       this.#said = record;
@@ -170,6 +174,8 @@ export class Announcer {
 export class FleetView {
   readonly #redis: FleetRedis;
   readonly #records = new Map<string, { revision: number; record: WorkerRecord }>();
+  /** Beats as they were read last: most have not changed when they are read again. */
+  #beats = new Map<string, { readonly text: string; readonly beat: Beat | null }>();
   #workers: readonly LiveWorker[] = [];
   #refreshing: Promise<void> | null = null;
   #at = Number.NEGATIVE_INFINITY;
@@ -203,11 +209,16 @@ export class FleetView {
     const now = this.#redis.now();
     const gone: string[] = [];
     const live: { id: string; beat: Beat }[] = [];
+    const beats = new Map<string, { readonly text: string; readonly beat: Beat | null }>();
     for (const [id, text] of Object.entries(fields)) {
-      const beat = parsed(beatSchema, text);
+      const known = this.#beats.get(id);
+      const read = known?.text === text ? known : { text, beat: parsed(beatSchema, text) };
+      beats.set(id, read);
+      const { beat } = read;
       if (!beat || now - beat.at > goneMs) gone.push(id);
       else live.push({ id, beat });
     }
+    this.#beats = beats;
     const stale = live.filter(({ id, beat }) => this.#records.get(id)?.revision !== beat.revision);
     if (stale.length > 0) {
       const texts = await client.mget(stale.map(({ id }) => this.#redis.key("worker", id)));
@@ -218,7 +229,7 @@ export class FleetView {
     }
     // Those that have said nothing for long are nobody's business any more.
     const forgotten = gone.filter((id) => {
-      const beat = parsed(beatSchema, fields[id]!);
+      const beat = beats.get(id)?.beat;
       return !beat || now - beat.at > keepMs;
     });
     if (forgotten.length > 0) await client.hdel(this.#redis.key("beats"), ...forgotten);

@@ -69,14 +69,13 @@ export async function statusOf(fleet: Fleet): Promise<FleetStatus> {
     return {
       ...{ id, host: record?.host ?? "", pid: record?.pid ?? 0, version: record?.version ?? "" },
       ...{ state: beat.state, since, silentMs: Math.max(0, Math.round(at - beat.at)) },
-      models: Object.entries(beat.models).map(([model, { jobs, pictures, backlogMs, warm }]) => {
+      models: Object.entries(beat.models).map(([model, { jobs, pictures, backlogMs, warm, drawn, failed }]) => {
         const about = record?.models[model];
         return {
           ...{ id: model, runtime: about?.runtime ?? "", devices: about?.devices ?? [], jobs, pictures, warm },
           ...{ capacity: about?.capacity ?? 0, backlogSeconds: backlogMs / 1000 },
           prices: Object.keys(about?.prices ?? {}).length,
-          ...{ drawn: about?.drawn ?? 0, failed: about?.failed ?? 0 },
-          perMinute: Math.round((10 * (about?.drawn ?? 0)) / minutes) / 10,
+          ...{ drawn, failed, perMinute: Math.round((10 * drawn) / minutes) / 10 },
         };
       }),
     };

@@ -4,6 +4,7 @@
  */
 
 import { setTimeout as sleep } from "node:timers/promises";
+import { RuntimeError } from "../errors.js";
 import { failureFromJson } from "./failure.js";
 import type { Fleet } from "./fleet.js";
 import type { JobData } from "./job.js";
@@ -37,6 +38,8 @@ export class Waiter {
   readonly outcome: Promise<Buffer>;
   #timer: NodeJS.Timeout | null = null;
   #missing = 0;
+  /** Whether a worker said that the result is there. */
+  #isDone = false;
   #isOver = false;
   readonly #look = () => void this.#lookForOutcome().catch(() => {});
 
@@ -142,8 +145,10 @@ export class Waiter {
 
   #heard(message: Message): void {
     if (this.#isOver) return;
-    if (message.type === "done") this.#look();
-    else if (message.type === "failed") this.#fail(failureFromJson(message.failure));
+    if (message.type === "done") {
+      this.#isDone = true;
+      this.#look();
+    } else if (message.type === "failed") this.#fail(failureFromJson(message.failure));
     else if (message.type === "cancelled") this.#fail(new JobCancelled());
     else this.#onMessage(message);
   }
@@ -174,6 +179,14 @@ export class Waiter {
       return;
     }
     this.#missing = 0;
+    if (this.#isDone) {
+      this.#fail(
+        new RuntimeError(
+          "The job was drawn, and its result is not where this process looks for it. Workers and gateways need the same results: the same folder (--results), on a volume that they share, or Redis for all.",
+        ),
+      );
+      return;
+    }
     if (this.#id === this.#job.id) await this.#put();
     else {
       await this.#follow(this.#job.id);

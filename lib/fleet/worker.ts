@@ -37,9 +37,13 @@ import { FolderResults, RedisResults, type ResultStore } from "./results.js";
 /** A job that a worker cannot draw warm is left to those who can so often, each time for so many milliseconds. */
 const mostHandedBack = 3;
 const handedBackMs = 100;
+/** At the end of a worker handing back may take so long, in milliseconds. */
+const handBackMs = 5000;
 /** Kinds of requests whose price is kept, and sizes that count as drawn lately. */
 const mostPrices = 256;
 const mostWarm = 16;
+/** A price that has changed by less than this part is the same: predictions leave more than that free. */
+const news = 0.1;
 /** A busy worker asks for another job after this part of what a request takes, within bounds in milliseconds. */
 const asking = { part: 1 / 16, least: 10, most: 250 } as const;
 /** A worker that cannot draw looks again after so many milliseconds. */
@@ -206,7 +210,11 @@ export class FleetWorker implements AsyncDisposable {
       const timer = setTimeout(() => {
         for (const { active } of this.#served) for (const each of active.values()) this.#stop(each, "handed back");
       }, drainMs);
-      await drained.finally(() => clearTimeout(timer));
+      // While Redis is away nothing can be handed back: its jobs are found by their locks.
+      const leaving = new AbortController();
+      const givenUp = sleep(drainMs + handBackMs, undefined, { signal: leaving.signal }).catch(() => {});
+      await Promise.race([drained, givenUp]).finally(() => clearTimeout(timer));
+      leaving.abort();
     } else await drained;
     for (const timer of this.#timers) clearInterval(timer);
     this.#stopListening();
@@ -240,11 +248,12 @@ export class FleetWorker implements AsyncDisposable {
     const room = this.#isStopping || !model.health().ready ? 0 : Math.max(0, this.#capacityOf(served) - pictures);
     const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
-    return { backlogMs: Math.round(backlogMs), jobs: active.size, pictures, room, warm };
+    const { drawn, failed } = served;
+    return { backlogMs: Math.round(backlogMs), jobs: active.size, pictures, room, warm, drawn, failed };
   }
 
   #recordOf(served: Served): ModelRecord {
-    const { model, prices, drawn, failed } = served;
+    const { model, prices } = served;
     const { name, nativeSize, hasRefiner, adapters, costs } = model;
     const { runtime } = model as { runtime?: { readonly name?: unknown; readonly devices?: unknown } };
     return {
@@ -255,8 +264,7 @@ export class FleetWorker implements AsyncDisposable {
       capacity: this.#capacityOf(served),
       prices: Object.fromEntries(prices),
       costs: costs.entries.map((entry) => ({ ...entry })),
-      drift: Math.round(costs.drift * 20) / 20,
-      ...{ drawn, failed },
+      drift: Math.round(costs.drift * 10) / 10,
     };
   }
 
@@ -507,7 +515,7 @@ export class FleetWorker implements AsyncDisposable {
     const { kind } = active.facts;
     const known = prices.get(kind);
     // Small changes are no news.
-    const isNews = !known || Math.abs(known.ms - aloneMs) > 0.05 * known.ms || known.blocks !== blocks;
+    const isNews = !known || Math.abs(known.ms - aloneMs) > news * known.ms || known.blocks !== blocks;
     prices.delete(kind);
     prices.set(kind, isNews ? { ms: aloneMs, leastMs, blocks } : known);
     if (prices.size > mostPrices) prices.delete(prices.keys().next().value!);

@@ -354,6 +354,10 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     expect((await client.keys(`${prefix}:result:*`)).length).toBe(0);
     client.disconnect();
     const file = path.join(results, names[0]!);
+    // Who looks elsewhere is told so, and has it drawn no more than once.
+    const elsewhere = await fleets.fleet(prefix);
+    await expect(elsewhere.generate({ prompt: "y", seed: 1 })).rejects.toThrow(/same results/);
+    expect(model.asked).toHaveLength(2);
     await expect(fleets.fleet(prefix, { results: path.join(file, "in") })).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_OUTPUT",
     });
