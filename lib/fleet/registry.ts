@@ -198,14 +198,16 @@ export class FleetView {
   }
 
   async #read(): Promise<void> {
-    const { client } = this.#redis;
+    const { client, readyForMs, awayMs } = this.#redis;
+    // Just after Redis was away nobody has said so yet.
+    const mostSilent = goneMs + (readyForMs < goneMs ? awayMs : 0);
     const fields = await client.hgetall(this.#redis.key("beats"));
     const now = this.#redis.now();
     const gone: string[] = [];
     const live: { id: string; beat: Beat }[] = [];
     for (const [id, text] of Object.entries(fields)) {
       const beat = parsed(beatSchema, text);
-      if (!beat || now - beat.at > goneMs) gone.push(id);
+      if (!beat || now - beat.at > mostSilent) gone.push(id);
       else live.push({ id, beat });
     }
     const stale = live.filter(({ id, beat }) => this.#records.get(id)?.revision !== beat.revision);
