@@ -17,6 +17,8 @@ import { type FleetStatus, statusOf } from "./status.js";
 /** The fleet is looked at so often while nobody asks, in milliseconds: health and metrics are no older. */
 const lookMs = 1000;
 const sweepMs = 60_000;
+/** The ledgers are compared with their queues so often, in milliseconds. */
+const compareMs = 5000;
 
 export class Fleet implements AsyncDisposable {
   readonly redis: FleetRedis;
@@ -62,7 +64,14 @@ export class Fleet implements AsyncDisposable {
       look();
       for (const act of [...this.onBack]) act();
     });
-    this.#timers = [setInterval(look, lookMs), setInterval(() => void results.sweep().catch(() => {}), sweepMs)];
+    const compare = () => {
+      if (redis.isReady) for (const model of this.#models.values()) model.compareLedger().catch(() => {});
+    };
+    this.#timers = [
+      setInterval(look, lookMs),
+      setInterval(compare, compareMs),
+      setInterval(() => void results.sweep().catch(() => {}), sweepMs),
+    ];
     // They keep no process alive that waits for nothing.
     for (const timer of this.#timers) timer.unref();
   }

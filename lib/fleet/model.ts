@@ -56,6 +56,9 @@ const viewMs = 50;
 /** A job whose other callers have all left just then is asked for again so often. */
 const mostAgain = 3;
 const longestWaitMs = 3_600_000;
+/** A job that came so many milliseconds ago is in the queue, if it ever will be. So many at most are looked for at a time. */
+const settledMs = 5000;
+const mostCompared = 256;
 /** While no worker has been seen yet. */
 const usualSize = { width: 1024, height: 1024 };
 
@@ -91,6 +94,8 @@ export class FleetModel implements ImageModel {
   readonly #calls = new Set<Promise<unknown>>();
   readonly #running = { requests: 0, pictures: 0 };
   #ledger: readonly JobView[] = [];
+  /** Entries of the ledger whose jobs were not there when they were looked for last. */
+  #absent: ReadonlySet<string> = new Set();
   #seenAt = Number.NEGATIVE_INFINITY;
   #seeing: Promise<void> | null = null;
   #epoch: number | null = null;
@@ -259,6 +264,38 @@ export class FleetModel implements ImageModel {
       this.#seeing = null;
     });
     await this.#seeing;
+  }
+
+  /**
+   * Removes entries of the ledger whose jobs are nowhere: their gateway ended before it had added them, or Redis has lost them. They are looked for twice,
+   * since a job is added just after its entry.
+   */
+  async compareLedger(): Promise<void> {
+    const { redis } = this.fleet;
+    const queue = redis.queue(this.id);
+    const ledger = redis.key("ledger", queue.name);
+    const entries = await redis.client.hgetall(ledger);
+    const settled = redis.now() - settledMs;
+    const old = Object.keys(entries).filter((id) => {
+      const facts = factsOf({ facts: jsonOf(entries[id]!) });
+      return !facts || facts.arrival < settled;
+    });
+    // Where there are many, others of them each time, beside those that were absent.
+    const from = Math.floor(Math.random() * old.length);
+    const some = [...old.slice(from), ...old.slice(0, from)].slice(0, mostCompared);
+    const asked = [...new Set([...old.filter((id) => this.#absent.has(id)), ...some])];
+    if (asked.length === 0) {
+      this.#absent = new Set();
+      return;
+    }
+    const found = await redis.together<number[]>((commands) => {
+      for (const id of asked) commands.exists(queue.toKey(id));
+      return commands;
+    });
+    const absent = asked.filter((_, index) => found[index] === 0);
+    const gone = absent.filter((id) => this.#absent.has(id));
+    if (gone.length > 0) await redis.client.hdel(ledger, ...gone);
+    this.#absent = new Set(absent);
   }
 
   get #maxQueue(): number {

@@ -4,7 +4,7 @@
  */
 
 import type { Queue, Worker } from "bullmq";
-import type { Redis as Client, RedisOptions as ClientOptions } from "ioredis";
+import type { ChainableCommander, Redis as Client, RedisOptions as ClientOptions } from "ioredis";
 import type { Logger } from "../common/logger.js";
 import { messageOf } from "../common/text.js";
 import { OptionError, RedisError } from "../errors.js";
@@ -34,6 +34,8 @@ export const usualStallTimes: StallTimes = { lockMs: 15_000, checkMs: 5_000 };
 const patience = 10_000;
 /** The clocks are compared again after so many milliseconds. */
 const clockAge = 60_000;
+/** What a lost connection cut in two is sent again so often. */
+const mostCut = 10;
 /** What no second try makes better. */
 const hopeless = /NOAUTH|WRONGPASS|invalid username|NOPERM|certificate|self.signed|ERR_TLS|EPROTO|ENOTFOUND/i;
 
@@ -49,6 +51,8 @@ export class FleetRedis {
   readonly #clock: NodeJS.Timeout;
   #offset = 0;
   #readySince: number | null = null;
+  #awaySince: number | null = null;
+  #awayMs = 0;
   #isClosed = false;
   /** What was said last of a connection that is lost: once, not at each try. */
   #said: string | null = null;
@@ -94,11 +98,16 @@ export class FleetRedis {
     this.#packages = packages;
     for (const each of [client, subscriber]) each.on("error", (error: Error) => this.#failed(error));
     client.on("ready", () => {
-      this.#readySince = performance.now();
+      const now = performance.now();
+      this.#readySince = now;
+      this.#awayMs = this.#awaySince === null ? 0 : now - this.#awaySince;
+      this.#awaySince = null;
       if (this.#said !== null) settings.logger?.info?.("Redis is back.");
       this.#said = null;
     });
     client.on("close", () => {
+      // It was not away before it was there.
+      if (this.#readySince !== null) this.#awaySince ??= performance.now();
       this.#readySince = null;
     });
     subscriber.on("message", (channel: string, message: string) => {
@@ -116,6 +125,25 @@ export class FleetRedis {
   /** For how many milliseconds they have been; 0 while they are not. */
   get readyForMs(): number {
     return this.#readySince === null ? 0 : performance.now() - this.#readySince;
+  }
+
+  /** For how many milliseconds they had not been, before. */
+  get awayMs(): number {
+    return this.#awayMs;
+  }
+
+  /**
+   * Commands on their way together.
+   * @returns their answers
+   * @throws the first of their errors
+   */
+  together<T extends readonly unknown[]>(add: (commands: ChainableCommander) => ChainableCommander): Promise<T> {
+    return answersOf<T>(() => add(this.client.pipeline()));
+  }
+
+  /** As `together`, with no command of others between them. */
+  atOnce<T extends readonly unknown[]>(add: (commands: ChainableCommander) => ChainableCommander): Promise<T> {
+    return answersOf<T>(() => add(this.client.multi()));
   }
 
   /** Milliseconds since 1970 by the clock of Redis, which all processes of the fleet share. */
@@ -248,6 +276,19 @@ export class FleetRedis {
 export async function checkRedis(redis: string): Promise<void> {
   const connection = await FleetRedis.connect({ redis, prefix: "", name: "flowturbo-check" });
   await connection.close();
+}
+
+/** Of what a lost connection cut in two no rest is sent again: all of it is, here, so that it has to be such as may be done twice. */
+async function answersOf<T extends readonly unknown[]>(make: () => ChainableCommander): Promise<T> {
+  for (let again = 0; ; again++)
+    try {
+      return ((await make().exec()) ?? []).map(([error, answer]) => {
+        if (error) throw error;
+        return answer;
+      }) as unknown as T;
+    } catch (error) {
+      if (again >= mostCut || !/connection close/i.test(messageOf(error))) throw error;
+    }
 }
 
 async function connected(client: Client): Promise<void> {

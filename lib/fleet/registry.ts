@@ -204,7 +204,9 @@ export class FleetView {
   }
 
   async #read(): Promise<void> {
-    const { client } = this.#redis;
+    const { client, readyForMs, awayMs } = this.#redis;
+    // Just after Redis was away nobody has said so yet.
+    const mostSilent = goneMs + (readyForMs < goneMs ? awayMs : 0);
     const fields = await client.hgetall(this.#redis.key("beats"));
     const now = this.#redis.now();
     const gone: string[] = [];
@@ -215,7 +217,7 @@ export class FleetView {
       const read = known?.text === text ? known : { text, beat: parsed(beatSchema, text) };
       beats.set(id, read);
       const { beat } = read;
-      if (!beat || now - beat.at > goneMs) gone.push(id);
+      if (!beat || now - beat.at > mostSilent) gone.push(id);
       else live.push({ id, beat });
     }
     this.#beats = beats;

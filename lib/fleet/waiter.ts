@@ -12,8 +12,12 @@ import { decodeMessage, type Message } from "./messages.js";
 
 /** The outcome is looked for so often, in milliseconds. */
 const lookMs = 5000;
+/** Who has not said for so long that it waits, in milliseconds, is gone: a gateway that was ended. */
+const silentMs = 4 * lookMs;
 /** What a waiter has in Redis is forgotten so long after it last said that it waits. */
-const followedMs = 60_000;
+const followedMs = 600_000;
+/** A worker learns within it that a job was cancelled, in milliseconds, or not at all. */
+const cancelledMs = 60_000;
 
 /** Everybody who waited for the job had left, just before. */
 export class JobCancelled extends Error {}
@@ -79,14 +83,21 @@ export class Waiter {
     const { redis } = this.#fleet;
     try {
       const followers = redis.key("followers", this.#id);
-      const left = await redis.client.multi().srem(followers, this.#follower).scard(followers).exec();
-      if (Number(left?.[1]?.[1] ?? 0) > 0) return;
-      await redis.client.set(redis.key("cancelled", this.#id), "1", "PX", followedMs);
+      const cancelled = redis.key("cancelled", this.#id);
+      const [, , others] = await redis.atOnce<[number, number, number]>((commands) =>
+        commands
+          .zrem(followers, this.#follower)
+          .zremrangebyscore(followers, 0, redis.now() - silentMs)
+          .zcard(followers),
+      );
+      if (others > 0) return;
+      await redis.client.set(cancelled, "1", "PX", cancelledMs);
       await redis.client.publish(redis.key("cancel"), this.#id);
       const queue = redis.queue(this.#job.model);
-      // One that is at work is locked: its worker ends it.
-      await queue.remove(this.#id).catch(() => 0);
+      // One that is at work is locked: its worker ends it, and removes what says that it is to.
+      const isGone = await queue.remove(this.#id).catch(() => 0);
       await redis.client.hdel(redis.key("ledger", queue.name), this.#id);
+      if (isGone === 1) await redis.client.del(cancelled);
     } catch {
       // A job that nobody waits for is drawn to its end, then.
     }
@@ -117,27 +128,24 @@ export class Waiter {
     const { redis } = this.#fleet;
     const { model, id, data, priority, sameAs } = this.#job;
     const queue = redis.queue(model);
-    const followers = redis.key("followers", id);
-    await redis.client
-      .pipeline()
-      .hset(redis.key("ledger", queue.name), id, JSON.stringify(data.facts))
-      .pexpire(redis.key("ledger", queue.name), 3_600_000)
-      .sadd(followers, this.#follower)
-      .pexpire(followers, 10 * followedMs)
-      .exec();
+    const [ledger, followers] = [redis.key("ledger", queue.name), redis.key("followers", id)];
+    await redis.together((commands) =>
+      commands
+        .hset(ledger, id, JSON.stringify(data.facts))
+        .pexpire(ledger, 3_600_000)
+        .zadd(followers, redis.now(), this.#follower)
+        .pexpire(followers, followedMs),
+    );
     const added = await queue.add(data.op, data, {
       ...{ jobId: id, priority, attempts: 1, removeOnComplete: true, removeOnFail: true },
       deduplication: { id: sameAs },
     });
     if (added.id === id || added.id === undefined) return;
     // Somebody has asked for the same already.
-    await redis.client.pipeline().hdel(redis.key("ledger", queue.name), id).del(followers).exec();
     const theirs = redis.key("followers", added.id);
-    await redis.client
-      .pipeline()
-      .sadd(theirs, this.#follower)
-      .pexpire(theirs, 10 * followedMs)
-      .exec();
+    await redis.together((commands) =>
+      commands.hdel(ledger, id).del(followers).zadd(theirs, redis.now(), this.#follower).pexpire(theirs, followedMs),
+    );
     await this.#follow(added.id);
     // It may have ended meanwhile.
     this.#look();
@@ -170,7 +178,10 @@ export class Waiter {
     const state = await queue.getJobState(this.#id);
     if (state !== "unknown") {
       this.#missing = 0;
-      await redis.client.pexpire(redis.key("followers", this.#id), 10 * followedMs);
+      const followers = redis.key("followers", this.#id);
+      await redis.together((commands) =>
+        commands.zadd(followers, redis.now(), this.#follower).pexpire(followers, followedMs),
+      );
       return;
     }
     // Its end may be on its way.
@@ -210,7 +221,7 @@ export class Waiter {
 
   #forget(): void {
     const { redis } = this.#fleet;
-    redis.client.srem(redis.key("followers", this.#id), this.#follower).catch(() => {});
+    redis.client.zrem(redis.key("followers", this.#id), this.#follower).catch(() => {});
   }
 
   #end(): void {

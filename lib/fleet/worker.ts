@@ -64,8 +64,9 @@ class Left extends Error {
 /** A job at work. */
 interface Active {
   readonly id: string;
-  readonly job: Job;
-  readonly token: string;
+  /** Another one, with another token, where it came back here after its lock was lost. */
+  job: Job;
+  token: string;
   readonly facts: JobFacts;
   readonly controller: AbortController;
   aloneMs: number | null;
@@ -290,6 +291,12 @@ export class FleetWorker implements AsyncDisposable {
         const job = await fetcher.getNextJob(token, { block: !isBusy });
         othersAreBusy = job !== undefined && this.#hasWaited(job);
         if (!job) continue;
+        const mine = active.get(job.id!);
+        if (mine) {
+          // Its lock ran out while Redis or this process stood still. It is drawn already.
+          Object.assign(mine, { job, token });
+          continue;
+        }
         const leaves = this.#isStopping || (await this.#leavesToOthers(served, job).catch(() => false));
         if (leaves) {
           await this.#handBack(job, token);
@@ -389,25 +396,29 @@ export class FleetWorker implements AsyncDisposable {
   }
 
   async #work(served: Served, active: Active): Promise<void> {
-    const { id, job, token } = active;
+    const { id, job, controller } = active;
     const { client } = this.#redis;
-    const starts = this.#redis.key("starts", id);
-    let data: JobData | null = null;
+    const [starts, cancelled] = [this.#redis.key("starts", id), this.#redis.key("cancelled", id)];
+    const isMine = (ended: Promise<unknown>) =>
+      ended.then(
+        () => true,
+        (error) => this.#lostLock(id, error),
+      );
+    let isOver: boolean;
     try {
-      const [before, isCancelled] = await read<[readonly string[], number]>(
-        client
-          .pipeline()
+      const [before, isCancelled] = await this.#redis.together<[readonly string[], number]>((commands) =>
+        commands
           .lrange(starts, 0, -1)
-          .exists(this.#redis.key("cancelled", id))
+          .exists(cancelled)
           .hdel(this.#ledgerOf(job), id)
           .rpush(starts, this.id)
-          .pexpire(starts, factsMs)
-          .exec(),
+          .pexpire(starts, factsMs),
       );
-      if (isCancelled === 1) throw new Left("cancelled");
+      if (isCancelled === 1) this.#stop(active, "cancelled");
+      controller.signal.throwIfAborted();
       const format = formatOf(job.data);
       if (format !== null && format > jobFormat) throw new FleetFormatError(format, jobFormat);
-      data = readJob(job.data);
+      const data = readJob(job.data);
       await this.#refusePoison(id, before);
       if (!(await this.#results.has(data.hash))) {
         const bytes = await this.#draw(served, active, data);
@@ -415,11 +426,12 @@ export class FleetWorker implements AsyncDisposable {
         served.drawn++;
       }
       this.#tell(id, { type: "done" });
-      await job.moveToCompleted(null, token, false).catch((error) => this.#lostLock(id, error));
+      this.#forget(id);
+      isOver = await isMine(active.job.moveToCompleted(null, active.token, false));
     } catch (error) {
       if (goesElsewhere(error)) {
         await client.lrem(starts, -1, this.id);
-        await this.#handBack(job, token).catch((lost) => this.#lostLock(id, lost));
+        await this.#handBack(active.job, active.token).catch((lost) => this.#lostLock(id, lost));
         return;
       }
       if (error instanceof Left) this.#tell(id, { type: "cancelled" });
@@ -430,9 +442,16 @@ export class FleetWorker implements AsyncDisposable {
         this.#tell(id, { type: "failed", failure: { ...failure } });
       }
       const unrecoverable = new this.#redis.UnrecoverableError(failureToJson(error).publicMessage);
-      await job.moveToFailed(unrecoverable, token, false).catch((lost) => this.#lostLock(id, lost));
+      this.#forget(id);
+      isOver = await isMine(active.job.moveToFailed(unrecoverable, active.token, false));
     }
-    await client.del(starts, this.#redis.key("cancelled", id));
+    // Others have to know it where the job is not over.
+    if (isOver && controller.signal.aborted) await client.del(cancelled);
+  }
+
+  /** Just before a job is over: a worker that ends between the two leaves a job that is found done, and no keys that nobody removes. */
+  #forget(id: string): void {
+    this.#redis.client.del(this.#redis.key("starts", id), this.#redis.key("followers", id)).catch(() => {});
   }
 
   /**
@@ -533,8 +552,9 @@ export class FleetWorker implements AsyncDisposable {
   }
 
   /** Its lock was lost while Redis was away, or this process stood still: who has it now finds its result. */
-  #lostLock(id: string, error: unknown): void {
+  #lostLock(id: string, error: unknown): false {
     this.#options.logger?.debug?.(`The job ${id} is not this worker's any more: ${messageOf(error)}.`);
+    return false;
   }
 
   async #renewLocks(lockMs: number): Promise<void> {
@@ -552,9 +572,10 @@ export class FleetWorker implements AsyncDisposable {
   async #findCancelled(): Promise<void> {
     const all = this.#served.flatMap(({ active }) => [...active.values()]);
     if (all.length === 0) return;
-    const pipeline = this.#redis.client.pipeline();
-    for (const { id } of all) pipeline.exists(this.#redis.key("cancelled", id));
-    const found = await read<number[]>(pipeline.exec());
+    const found = await this.#redis.together<number[]>((commands) => {
+      for (const { id } of all) commands.exists(this.#redis.key("cancelled", id));
+      return commands;
+    });
     for (const [index, active] of all.entries()) if (found[index] === 1) this.#stop(active, "cancelled");
   }
 }
@@ -601,17 +622,6 @@ async function encoded(model: ImageModel, { request }: JobData, signal: AbortSig
   const options = checkOptions(encodeSchema, request as unknown as EncodeOptions, "encode()");
   const embeds = await model.encode({ ...options, signal });
   return Buffer.from(JSON.stringify(z.encode(embedsJson, embeds as z.output<typeof embedsJson>)));
-}
-
-/** The answers of a pipeline. @throws the first of its errors */
-export async function read<T extends readonly unknown[]>(
-  executing: Promise<[error: Error | null, result: unknown][] | null>,
-): Promise<T> {
-  const answers = (await executing) ?? [];
-  return answers.map(([error, result]) => {
-    if (error) throw error;
-    return result;
-  }) as unknown as T;
 }
 
 /**

@@ -12,6 +12,8 @@ export interface ProcessOptions {
   /** Variables besides those of this process; undefined takes one away. */
   readonly env?: NodeJS.ProcessEnv | undefined;
   readonly cwd?: string | undefined;
+  /** Whether there is a channel of messages to it: `child.send`, and its event `message`. Default: false. */
+  readonly messages?: boolean | undefined;
 }
 
 export interface Ending {
@@ -33,12 +35,12 @@ export class GuardedProcess {
   #ending: Ending | null = null;
   readonly #waiting = new Set<() => void>();
 
-  constructor(command: string, args: readonly string[], { env, cwd = root }: ProcessOptions = {}) {
+  constructor(command: string, args: readonly string[], { env, cwd = root, messages = false }: ProcessOptions = {}) {
     this.#name = [path.basename(command), ...args.map((arg) => path.basename(arg))].join(" ").slice(0, 200);
     // A group of its own, with whatever it starts itself.
     this.child = spawn(command, args, {
       ...{ cwd, env: { ...process.env, ...env }, detached: true },
-      stdio: ["ignore", "pipe", "pipe"],
+      stdio: ["ignore", "pipe", "pipe", ...(messages ? (["ipc"] as const) : [])],
     });
     let failure: Error | null = null;
     this.child.once("error", (error) => {
