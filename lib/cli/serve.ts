@@ -5,14 +5,17 @@
 
 import { readFileSync } from "node:fs";
 import type { Command } from "commander";
+import type { FastifyInstance } from "fastify";
 import type { Logger } from "../common/logger.js";
 import { OptionError } from "../errors.js";
-import { type ConnectFleetOptions, modelsOf, openFleet } from "../fleet/index.js";
-import { connectSchema } from "../fleet/options.js";
+import { FleetDirectory } from "../fleet/directory.js";
+import { Fleet } from "../fleet/fleet.js";
+import { type ConnectFleetOptions, connectSchema } from "../fleet/options.js";
 import { checkOptions, loadSchema } from "../options.js";
 import { type CreateServerOptions, createServer } from "../server/index.js";
 import { serverSchema } from "../server/options.js";
 import { loadPackages } from "../server/packages.js";
+import { addBoard, loadBoard } from "./board.js";
 import { addFlags, readFlags, refuseLoadFlags } from "./flags.js";
 import { portError, untilEnd } from "./listening.js";
 import { type LogFormat, logger, logLevels } from "./log.js";
@@ -26,6 +29,7 @@ const gatewaySchema = connectSchema.pick({ prefix: true, results: true, keepResu
 interface Flags {
   model?: string[];
   redis?: RedisFlag;
+  board?: boolean;
   host: string;
   port: string;
   apiKey?: string[];
@@ -65,6 +69,7 @@ export function serveCommand(command: Command, signal: AbortSignal, whenEnded: (
       "requests of a model that may wait; more are answered with 429 (default: 64; with --redis 64 for each worker)",
     );
   addFlags(command, serverSchema, gatewaySchema, loadSchema);
+  command.option("--board", "with --redis: show the fleet's queues at /board, prompts included; a key is the password");
   command
     .option("--drain <seconds>", "time that requests under way have after SIGTERM", "30")
     .option(
@@ -108,11 +113,12 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
   checkOptions(serverSchema.omit({ models: true }), settings, "serve");
 
   await loadPackages();
+  if (flags.board) await loadBoard();
 
   // 2. Models load while the server listens: probes tell how far it is.
   const ending = new AbortController();
   const end = (error: unknown) => ending.abort(error);
-  const { models, close } = await source.open(end);
+  const { models, addTo, close } = await source.open(end);
   try {
     const options: CreateServerOptions = {
       ...{ ...settings, models, logger: log.options },
@@ -122,6 +128,7 @@ async function serve(flags: Flags, signal: AbortSignal, whenEnded: () => void): 
     };
     const app = await createServer(options);
     try {
+      await addTo?.(app, apiKeys);
       const address = await app.listen({ host: flags.host, port }).catch((error: NodeJS.ErrnoException) => {
         throw portError("--port", flags.host, port, error);
       });
@@ -142,12 +149,16 @@ interface Source {
   /** @param end called when the process is of no use any more */
   open(end: (error: unknown) => void): Promise<{
     readonly models: CreateServerOptions["models"];
+    /** What the app has besides. */
+    addTo?(app: FastifyInstance, apiKeys: readonly string[]): Promise<void>;
     close(): Promise<void>;
   }>;
 }
 
 /** Models of this process. @throws OptionError for a flag that is wrong */
 function processSource(flags: Flags, maxQueue: number | undefined, signal: AbortSignal, logger: Logger): Source {
+  if (flags.board)
+    throw new OptionError("board", "--board shows the queues of a fleet; give --redis too, or leave it out.");
   const needless = Object.keys(readFlags(gatewaySchema, flags))[0];
   if (needless !== undefined)
     throw new OptionError(needless, "This flag is for a gateway; give --redis too, or leave it out.");
@@ -175,8 +186,15 @@ function fleetSource(flags: Flags, redis: RedisFlag, maxQueue: number | undefine
   checkOptions(connectSchema, options, "serve");
   return {
     async open() {
-      const fleet = await openFleet(options);
-      return { models: modelsOf(fleet), close: () => fleet.close() };
+      const fleet = await Fleet.connect(options);
+      const models = new FleetDirectory(fleet);
+      return {
+        models,
+        close: () => fleet.close(),
+        ...(flags.board && {
+          addTo: (app, apiKeys) => addBoard(app, fleet, () => models.models.keys(), apiKeys),
+        }),
+      };
     },
   };
 }
