@@ -2,13 +2,13 @@
 
 import type { CostEntry } from "../serving/costs.js";
 
-const unknown = 8;
+const unknown = 4;
 /** A batch that makes a picture cheaper by less than this is not worth waiting for. */
 const gain = 0.05;
 const isOfSteps = (graph: string) => /^(predict|refine)(\.|$)/.test(graph);
 
-/** @param entries the model's table of costs */
-export function usefulPictures(entries: readonly CostEntry[]): number {
+/** The batch beyond which a picture gets no cheaper. @param entries the model's table of costs */
+export function usefulBatch(entries: readonly CostEntry[]): number {
   const kinds = new Map<string, CostEntry[]>();
   for (const entry of entries) {
     if (!isOfSteps(entry.graph)) continue;
@@ -23,7 +23,7 @@ export function usefulPictures(entries: readonly CostEntry[]): number {
     const enough = perRow.filter(({ milliseconds }) => milliseconds <= least * (1 + gain));
     most = Math.max(most, Math.min(...enough.map(({ batch }) => batch)));
   }
-  return most === 0 ? unknown : 2 * most;
+  return most === 0 ? unknown : most;
 }
 
 /** Sizes that it can draw without a first launch that takes longer: those that it knows the cost of. */

@@ -370,7 +370,9 @@ export class FleetModel implements ImageModel {
     const { op, request, signal } = call;
     this.fleet.checkReady();
     const hash = hashOf(this.id, op, request);
-    const stored = call.repeatable ? await untilAborted(this.fleet.results.get(hash), signal) : null;
+    const stored = call.repeatable
+      ? await untilAborted(this.fleet.redis.answer(this.fleet.results.get(hash)), signal)
+      : null;
     if (stored) return this.#repeat(call, stored);
     for (let again = 0; ; again++)
       try {
@@ -395,7 +397,7 @@ export class FleetModel implements ImageModel {
     const { op, request, start, signal, deadlineMs, timeoutMs, pictures, level, size } = call;
     const kind = kindOf(op, request);
     const { redis } = this.fleet;
-    await untilAborted(this.look(), signal);
+    await untilAborted(redis.answer(this.look()), signal);
     const now = redis.now();
     const arrival = now - (performance.now() - start);
     const id = randomUUID();
@@ -431,11 +433,16 @@ export class FleetModel implements ImageModel {
     let waiter: Waiter | null = null;
     try {
       await this.#beginEpoch(arrival);
-      waiter = await Waiter.add(
-        this.fleet,
-        { model: this.id, id, data, priority, sameAs: followedAs(hash, request) },
-        follow.message,
-      );
+      const job = { model: this.id, id, data, priority, sameAs: followedAs(hash, request) };
+      const adding = Waiter.add(this.fleet, job, follow.message);
+      waiter = await redis.answer(adding).catch((error) => {
+        // Redis may take it after all.
+        adding.then(
+          (late) => late.leave(),
+          () => {},
+        );
+        throw error;
+      });
       this.#admission.queued(id, redis.now());
       follow.added();
       const bytes = await untilAborted(waiter.outcome, signal);

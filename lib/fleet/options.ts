@@ -30,8 +30,8 @@ export interface FleetWorkerOptions extends FleetOptions {
   /** The models that it draws with, by the ids that requests name. They stay yours: the worker does not dispose of them. */
   models: Readonly<Record<string, ImageModel>>;
   /**
-   * Pictures of each model that it takes at a time, 1 to 1024. Default: twice the batch beyond which a picture gets no cheaper, by the model's costs; 8 where
-   * they are not known.
+   * Pictures of each model that it takes at a time, 1 to 1024. Default: the batch beyond which a picture gets no cheaper, by the model's costs (4 where they
+   * are not known), and as many again when one of its jobs is about to end.
    */
   take?: number | undefined;
   /** How long a job's lock lasts, in milliseconds, 1000 to 600000: a worker that is gone is noticed after it, and its jobs start again elsewhere. Default: 15000. */

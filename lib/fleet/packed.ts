@@ -4,6 +4,7 @@
  */
 
 import * as z from "zod";
+import { resultCodec } from "../codecs.js";
 import { elementCount, type FloatTensor } from "../common/tensor.js";
 import { RuntimeError } from "../errors.js";
 import { Image } from "../generation/image.js";
@@ -12,13 +13,16 @@ import type { GenerateResult } from "../model.js";
 
 const side = z.int().positive();
 const shape = z.array(z.int().nonnegative()).nullable();
-const headerSchema = z.strictObject({
-  pictures: z.array(z.strictObject({ width: side, height: side, parameters: z.record(z.string(), z.json()) })),
+// What a later version adds is left aside: workers are updated before gateways.
+const headerSchema = z.object({
+  pictures: z.array(z.object({ width: side, height: side, parameters: z.record(z.string(), z.json()) })),
   latents: shape,
   pixels: shape,
   /** The rest, as `resultToJson` has it. */
   result: z.looseObject({ blocks: z.string() }),
 });
+
+const fields = new Set(Object.keys(resultCodec(z.unknown()).shape));
 
 export function packResult(result: GenerateResult): Buffer {
   const { images, latents, pixels } = result;
@@ -65,7 +69,8 @@ export function unpackResult(bytes: Buffer): GenerateResult {
   );
   const [latents, pixels] = [tensor(header.latents), tensor(header.pixels)];
   if (at !== bytes.length) throw notPacked();
-  return { ...resultFromJson(header.result), images, latents, pixels };
+  const known = Object.fromEntries(Object.entries(header.result).filter(([name]) => fields.has(name)));
+  return { ...resultFromJson(known), images, latents, pixels };
 }
 
 function headerOf(bytes: Buffer) {

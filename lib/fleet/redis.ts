@@ -122,6 +122,30 @@ export class FleetRedis {
     return this.client.status === "ready";
   }
 
+  /**
+   * An answer that somebody waits for who can be told that there is none.
+   * @throws RedisError where Redis does not answer though connections stand, or refuses
+   */
+  async answer<T>(asked: Promise<T>): Promise<T> {
+    let timer: NodeJS.Timeout | undefined;
+    const silent = new Promise<never>((_, reject) => {
+      timer = setTimeout(
+        () => reject(new RedisError("Redis, which the fleet works with, does not answer.")),
+        patience / 2,
+      );
+    });
+    try {
+      return await Promise.race([asked, silent]);
+    } catch (error) {
+      // Its memory is full, for one.
+      if ((error as Error).name === "ReplyError")
+        throw new RedisError(`Redis refuses: ${messageOf(error)}.`, { cause: error });
+      throw error;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
   /** For how many milliseconds they have been; 0 while they are not. */
   get readyForMs(): number {
     return this.#readySince === null ? 0 : performance.now() - this.#readySince;

@@ -24,7 +24,7 @@ import {
 import { requestFromJson } from "../json.js";
 import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, StepEvent } from "../model.js";
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
-import { knownSizes, usefulPictures } from "./capacity.js";
+import { knownSizes, usefulBatch } from "./capacity.js";
 import { failureToJson } from "./failure.js";
 import { factsOf, formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
 import { encodeMessage, type Message, stepMessage } from "./messages.js";
@@ -46,6 +46,8 @@ const mostWarm = 16;
 const news = 0.1;
 /** A busy worker asks for another job after this part of what a request takes, within bounds in milliseconds. */
 const asking = { part: 1 / 16, least: 10, most: 250 } as const;
+/** A job that ends within so many milliseconds makes room for the next, so that launches stay full. */
+const aheadMs = 100;
 /** A worker that cannot draw looks again after so many milliseconds. */
 const unreadyMs = 500;
 /** BullMQ shows progress to people: no more often than this, in milliseconds. */
@@ -231,8 +233,28 @@ export class FleetWorker implements AsyncDisposable {
     while (this.jobs > 0) await sleep(10);
   }
 
+  /** Pictures that it has at a time, at most. */
   #capacityOf({ model }: Served): number {
-    return this.#options.take ?? usefulPictures(model.costs.entries);
+    return this.#options.take ?? 2 * usefulBatch(model.costs.entries);
+  }
+
+  /**
+   * Pictures that it would take now: as many as fill a launch, and those that follow when one is about to end. More would wait here while another worker
+   * may be free, and gateways could not say when they are done.
+   */
+  #roomOf(served: Served): number {
+    if (this.#isStopping || !served.model.health().ready) return 0;
+    const { take } = this.#options;
+    const full = take ?? usefulBatch(served.model.costs.entries);
+    const most = take === undefined && this.#endsInMs(served) <= aheadMs ? 2 * full : full;
+    return Math.max(0, most - this.#picturesOf(served));
+  }
+
+  /** In how many milliseconds the next of its jobs ends; 0 where that is not known. */
+  #endsInMs({ active }: Served): number {
+    let least = Number.POSITIVE_INFINITY;
+    for (const { aloneMs, done } of active.values()) least = Math.min(least, (aloneMs ?? 0) * (1 - done));
+    return least;
   }
 
   #picturesOf({ active }: Served): number {
@@ -246,7 +268,7 @@ export class FleetWorker implements AsyncDisposable {
     let backlogMs = 0;
     for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? 0) * (1 - done);
     const pictures = this.#picturesOf(served);
-    const room = this.#isStopping || !model.health().ready ? 0 : Math.max(0, this.#capacityOf(served) - pictures);
+    const room = this.#roomOf(served);
     const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
@@ -279,8 +301,9 @@ export class FleetWorker implements AsyncDisposable {
           await this.#rest(served, unreadyMs);
           continue;
         }
-        if (this.#picturesOf(served) >= this.#capacityOf(served)) {
-          await this.#rest(served, 1000);
+        if (this.#roomOf(served) === 0) {
+          const { least, most } = asking;
+          await this.#rest(served, Math.min(most, Math.max(least, this.#endsInMs(served) - aheadMs)));
           continue;
         }
         // One that is idle is told of a job at once. One at work asks now and then, so that others are quicker, unless all seem to be at work.

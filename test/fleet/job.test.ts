@@ -1,6 +1,6 @@
 // What two requests have in common: the result, the price, both or neither.
 import { describe, expect, it } from "vitest";
-import { knownSizes, usefulPictures } from "../../lib/fleet/capacity.js";
+import { knownSizes, usefulBatch } from "../../lib/fleet/capacity.js";
 import { followedAs, hashOf, kindOf, namesItsNoise, withSeed } from "../../lib/fleet/job.js";
 import type { CostEntry } from "../../lib/serving/costs.js";
 
@@ -85,10 +85,10 @@ describe("pictures that a worker takes at a time", () => {
   });
 
   it.each([
-    ["unknown costs", [], 8],
-    ["one batch alone", [entry("predict", "64x64", 1, 10)], 8],
-    ["a device that gains nothing", [1, 2, 4, 8].map((n) => entry("predict", "64x64", n, 10 * n)), 2],
-    ["a device that gains all", [1, 2, 4, 8].map((n) => entry("predict", "64x64", n, 10)), 16],
+    ["unknown costs", [], 4],
+    ["one batch alone", [entry("predict", "64x64", 1, 10)], 4],
+    ["a device that gains nothing", [1, 2, 4, 8].map((n) => entry("predict", "64x64", n, 10 * n)), 1],
+    ["a device that gains all", [1, 2, 4, 8].map((n) => entry("predict", "64x64", n, 10)), 8],
     [
       "a gain that ends at four",
       [
@@ -97,11 +97,11 @@ describe("pictures that a worker takes at a time", () => {
         entry("predict", "64x64", 4, 20),
         entry("predict", "64x64", 8, 40),
       ],
-      8,
+      4,
     ],
-    ["text encoders", [1, 8].map((n) => entry("clip_l", "77 tokens", n, 10)), 8],
+    ["text encoders", [1, 8].map((n) => entry("clip_l", "77 tokens", n, 10)), 4],
   ] as const)("with %s", (_name, entries, pictures) => {
-    expect(usefulPictures(entries as CostEntry[])).toBe(pictures);
+    expect(usefulBatch(entries as CostEntry[])).toBe(pictures);
   });
 
   it("is warm for sizes that it knows", () => {
