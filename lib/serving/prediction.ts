@@ -343,7 +343,10 @@ export class Predictor {
 
   /** What a candidate takes of an idle model, and the cheapest of them; null where costs are not known. */
   alone(candidate: number, terms: Terms, candidates: readonly CandidateWork[]): AloneTimes {
-    const all = candidates.map((each) => this.#millisecondsOf(each, terms));
+    const all = candidates.map((each) => {
+      const times = this.#timesOf(each, terms);
+      return times && this.#aloneMs(times, terms);
+    });
     const known = all.filter((each) => each !== null);
     return { aloneMs: all[candidate]!, leastMs: known.length < all.length ? null : Math.min(...known) };
   }
@@ -407,8 +410,7 @@ export class Predictor {
         weight += own;
         phases.push({ ...phase, weight: own });
       }
-    const guessed = phases.reduce((sum, { rows, times, split }) => sum + times * split(rows).milliseconds, 0);
-    const times = this.#timesOf(candidate, terms) ?? ((_, pictures) => (guessed * pictures) / terms.pictures);
+    const times = this.#timesOf(candidate, terms) ?? guessedTimes(phases, terms, this.#there().length);
     const cost = this.#togetherMs(times, terms);
     return { candidate, terms, cost, times, units, weight, phases, guessedBy: isGuess ? this.#version : null };
   }
@@ -602,6 +604,15 @@ export class Predictor {
     programs.set(program, (programs.get(program) ?? new Map()).set(key, sum));
     return sum;
   }
+}
+
+/** Of a request whose costs are not known: the same on each of so many devices. */
+function guessedTimes(phases: readonly Phase[], { pictures }: Terms, devices: number): DeviceTimes {
+  const all = phases.reduce((sum, { rows, times, split }) => {
+    const { milliseconds, work = milliseconds } = split(rows);
+    return sum + times * devices * work;
+  }, 0);
+  return (_, count) => (all * count) / pictures;
 }
 
 /** What part of a request is still to be done. */
