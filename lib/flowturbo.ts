@@ -89,16 +89,15 @@ import {
   beginRuntime,
   checkInt8Weights,
   checkPlatform,
-  openRuntime,
+  openRuntimes,
   platformWarning,
   type RuntimeChoice,
 } from "./runtimes/index.js";
 import type { Device, OpenedRuntime, Runtime } from "./runtimes/runtime.js";
 import { areSomeMixed, type Block, blocksForEach, parseBlocks, type ScheduleDefaults } from "./schedule/index.js";
-import type { CostEntry } from "./serving/costs.js";
 import { type Health, HealthMonitor, type ModelEvents, slowText } from "./serving/health.js";
 import type { Terms } from "./serving/prediction.js";
-import { batchesUpTo, Service, type ServiceOptions } from "./serving/service.js";
+import { batchesUpTo, type FurtherDevice, Service, type ServiceOptions } from "./serving/service.js";
 import type { Stats } from "./serving/stats.js";
 import { CostStore, type CostSubject, costKey } from "./serving/store.js";
 
@@ -150,11 +149,13 @@ export class FlowTurbo implements ImageModel {
   readonly adapters: AdapterNames;
 
   readonly #model: LoadedModel;
+  /** Those of the first device's form. */
   readonly #graphs: GraphLibrary;
-  /** The device that holds the weights, with the bytes that those of the networks that draw take; null on the CPU. */
-  readonly #held: { readonly device: Device; readonly draw: number } | null;
+  /** What it runs on: a runtime for each device. */
+  readonly #runtimes: readonly OpenedDevice[];
+  /** The devices that hold the weights, with the bytes that those of the networks that draw take; none on the CPU. */
+  readonly #held: readonly { readonly graphs: GraphLibrary; readonly device: Device; readonly draw: number }[];
   readonly #service: Service;
-  readonly #store: CostStore;
   readonly #cache: string;
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
   readonly #events: HealthMonitor["events"];
@@ -271,7 +272,6 @@ export class FlowTurbo implements ImageModel {
     // 2. The graphs by name; 3. a runtime.
     report("graphs", 1);
     const emitted = new GraphLibrary(checkpoint);
-    let graphs = emitted;
     new LoraInputs(emitted, dynamic).check();
     report("runtime", 2);
     rememberFiles(files, emitted.files);
@@ -282,11 +282,31 @@ export class FlowTurbo implements ImageModel {
     monitor.events.on("slow", (launch) => logger.warn?.(slowText(launch)));
     const int8Option = isInt8 ? ("weights" as const) : quantised ? ("t5Weights" as const) : undefined;
     const settings = { ...checked, int8Option, listener: monitor };
-    const opened = await openRuntime(checked.runtime, settings, weights, ({ emitOptions, device }) => {
-      graphs = emitted.emittedAs(emitOptions);
-      if (device) checkDeviceMemory(graphs, device);
+    /** Graphs in the form of each runtime: the same for all devices of a kind. */
+    const forms = new Map<string, GraphLibrary>();
+    const graphsOf = ({ runtime, settings, emitOptions }: OpenedRuntime) => {
+      const form = JSON.stringify([runtime.name, settings]);
+      const known = forms.get(form) ?? emitted.emittedAs(emitOptions);
+      forms.set(form, known);
+      return known;
+    };
+    const listeners = new Map<number, ReturnType<HealthMonitor["listenerOf"]>>();
+    const { opened, choice } = await openRuntimes(checked.runtime, settings, weights, {
+      devices: checked.devices,
+      check: (each) => {
+        if (each.device) checkDeviceMemory(graphsOf(each), each.device);
+      },
+      listenerOf: (device) => {
+        const listener = monitor.listenerOf(device);
+        listeners.set(device.number, listener);
+        return listener;
+      },
     });
-    const { runtime } = opened;
+    if (choice.devices) monitor.follow(choice.devices.map(({ number }) => listeners.get(number)!));
+    for (const { number, name, reason } of choice.leftOut ?? [])
+      logger.warn?.(`The device ${number} (${name}) is left out: ${reason}`);
+    const graphs = graphsOf(opened[0]!);
+    const { runtime } = opened[0]!;
     try {
       const loras = new LoraInputs(graphs, dynamic);
       const text = new PromptEncoder(graphs, loras);
@@ -299,41 +319,44 @@ export class FlowTurbo implements ImageModel {
       };
       const changed = first ? prepareFor(first, { ...facts, checkpoint, runtime }, graphs) : {};
       // Emitting them in the runtime's form checks every weight's name, type and shape.
-      const subject = costSubject(graphs, runtime, { ...opened.settings, ...changed });
+      const devices = opened.map((each) => {
+        const graphs = graphsOf(each);
+        const subject = costSubject(graphs, each.runtime, { ...each.settings, ...changed });
+        const store = new CostStore(costKey(subject), checked.cache);
+        const about = { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine };
+        return { ...each, graphs, store, about };
+      });
       // Those of the package, for checkpoints in one file, are read only now that all weights are known to be right.
       for (const tokenizer of [checkpoint.tokenizer, checkpoint.tokenizer2, checkpoint.tokenizer3])
         await tokenizer?.encode("", tokenizer.maxLength);
       report("runtime", 3);
 
       // 4. What launches cost, if it has been measured before.
-      const store = new CostStore(costKey(subject), checked.cache);
+      const known = await Promise.all(devices.map(({ store }) => store.read()));
       return new FlowTurbo(
-        graphs,
-        opened,
-        await store.read(),
+        devices.map((device, index) => ({ ...device, known: known[index]! })),
+        choice,
         {
           ...facts,
           loadMilliseconds: performance.now() - start,
         },
         {
-          ...{ store, monitor, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
-          watchdogMs: checked.watchdogMs,
-          about: { folder: checkpoint.folder, runtime: subject.runtime, machine: subject.machine },
+          ...{ monitor, maxWaitMs: checked.maxWaitMs, maxQueue: checked.maxQueue },
+          ...{ watchdogMs: checked.watchdogMs, devices: choice.devices },
           batches: checked.batches ?? batchesUpTo(checked.maxBatch),
           // No engine is built only to be measured; batches that were named have one.
           background: checked.measureCosts && (runtime.capabilities.anyShape || checked.batches !== undefined),
         },
       );
     } catch (error) {
-      await runtime.dispose();
+      await Promise.all(opened.map((each) => each.runtime.dispose()));
       throw error;
     }
   }
 
   private constructor(
-    graphs: GraphLibrary,
-    { runtime, choice, device }: OpenedRuntime & { readonly choice: RuntimeChoice },
-    known: readonly CostEntry[],
+    runtimes: readonly OpenedDevice[],
+    choice: RuntimeChoice,
     {
       cache,
       ...model
@@ -341,8 +364,12 @@ export class FlowTurbo implements ImageModel {
       readonly defaults: ScheduleDefaults;
       readonly cache: string;
     },
-    serving: Omit<ServiceOptions, "graph" | "onError" | "captured"> & { readonly monitor: HealthMonitor },
+    serving: Omit<ServiceOptions, "graph" | "onError" | "captured" | "store" | "about"> & {
+      readonly monitor: HealthMonitor;
+    },
   ) {
+    const [first, ...others] = runtimes as [OpenedDevice, ...OpenedDevice[]];
+    const { runtime, graphs, known, store, about } = first;
     const { checkpoint } = graphs;
     this.name = checkpointName(checkpoint.folder);
     this.folder = checkpoint.folder;
@@ -355,13 +382,16 @@ export class FlowTurbo implements ImageModel {
     this.defaults = { distilled, sampler, steps, guidanceScale };
     this.#graphs = graphs;
     this.#cache = cache;
-    this.#held = device && { device, draw: deviceMemoryNeeded(graphs, device.widening).draw };
+    this.#runtimes = runtimes;
+    this.#held = runtimes.flatMap(({ device, graphs }) =>
+      device ? [{ graphs, device, draw: deviceMemoryNeeded(graphs, device.widening).draw }] : [],
+    );
     this.#model = {
       ...{ ...model, name: this.name, checkpoint, runtime },
       colours: (signal) => this.#latentColours(signal),
       unload: async (names) => {
         this.#service.forget(names);
-        await runtime.unload?.(names);
+        await Promise.all(runtimes.map(({ runtime }) => runtime.unload?.(names)));
       },
     };
     if (model.controlNets)
@@ -369,12 +399,13 @@ export class FlowTurbo implements ImageModel {
         // What cannot be freed now is freed with the runtime.
         if (!this.#disposed) this.#tracked(() => this.#freeControlNet(id)).catch(() => undefined);
       };
-    this.#store = serving.store;
     this.#events = serving.monitor.events;
-    this.#service = new Service(runtime, known, {
-      ...{ ...serving, captured: model.captured, graph: (name) => this.#graph(name) },
-      onError: (error) => model.logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
-    });
+    const options = {
+      ...{ ...serving, store, about, captured: model.captured, graph: (name: string) => this.#graph(name) },
+      onError: (error: unknown) =>
+        model.logger.debug?.(`The table of costs could not be kept up: ${(error as Error).message}`),
+    };
+    this.#service = new Service(runtime, known, options, others);
   }
 
   /**
@@ -475,14 +506,14 @@ export class FlowTurbo implements ImageModel {
 
   /** What launches cost on this machine, measured by `profile()`, in the background, or while drawing. */
   get costs(): Costs {
-    const { costs } = this.#service;
-    return {
+    const tables = this.#service.tables.map((costs, index) => ({
       entries: costs.entries,
-      folder: this.#store.folder,
+      folder: this.#runtimes[index]!.store.folder,
       drift: costs.drift,
-      estimate: (graph, size, batch) => costs.estimate(graph, size, batch),
-      reset: () => this.#service.reset(),
-    };
+      estimate: (graph: string, size: string, batch: number) => costs.estimate(graph, size, batch),
+    }));
+    const devices = this.runtime.devices?.map((device, index) => ({ ...device, ...tables[index]! }));
+    return { ...tables[0]!, ...(devices && { devices }), reset: () => this.#service.reset() };
   }
 
   /**
@@ -519,11 +550,11 @@ export class FlowTurbo implements ImageModel {
     checkSequenceLength(sequenceLength, text.maxSequenceLength);
     const { pictures, signal, onProgress, reset, intervals } = checked;
     const seed = seedToJson(checked.seed);
-    for (const size of this.#held ? sizes : []) {
-      const latentShape = latentShapeOf(checkpoint, 1, size);
-      const { device, draw } = this.#held!;
-      checkPictureMemory(this.#graphs, device, draw, { ...size, latentShape, sequenceLength, rows: 2 });
-    }
+    for (const { graphs, device, draw } of this.#held)
+      for (const size of sizes) {
+        const latentShape = latentShapeOf(checkpoint, 1, size);
+        checkPictureMemory(graphs, device, draw, { ...size, latentShape, sequenceLength, rows: 2 });
+      }
     return this.#tracked(async () => {
       const file = checked.file ?? (await calibrationFile(checkpoint, this.#cache));
       const schedules = await calibrate(
@@ -564,7 +595,7 @@ export class FlowTurbo implements ImageModel {
     this.#disposed ??= (async () => {
       await this.#idle();
       await this.#service.close();
-      await this.#model.runtime.dispose();
+      await Promise.all(this.#runtimes.map(({ runtime }) => runtime.dispose()));
     })();
     return this.#disposed;
   }
@@ -580,16 +611,16 @@ export class FlowTurbo implements ImageModel {
     if (this.#drained) throw new DrainingError("This model");
   }
 
-  /** @throws MemoryError if the device cannot hold what one picture takes */
+  /** @throws MemoryError if some device cannot hold what one picture takes: each picture may come to any of them */
   #checkMemory({ candidates, guidance, additions, sequenceLength }: Request): void {
-    if (!this.#held) return;
-    const { device, draw } = this.#held;
     const { stages } = candidates[0];
-    const added = additionsMemoryNeeded(this.#graphs, device.widening, additions, guidance.mode, stages);
     const rows = additions.skipLayers ? 3 : guidance.isOn ? 2 : 1;
-    for (const stage of stages) {
-      const drawn = { ...stage, sequenceLength, rows, lora: additions.lora };
-      checkPictureMemory(this.#graphs, device, draw, drawn, added);
+    for (const { graphs, device, draw } of this.#held) {
+      const added = additionsMemoryNeeded(graphs, device.widening, additions, guidance.mode, stages);
+      for (const stage of stages) {
+        const drawn = { ...stage, sequenceLength, rows, lora: additions.lora };
+        checkPictureMemory(graphs, device, draw, drawn, added);
+      }
     }
   }
 
@@ -821,15 +852,14 @@ export class FlowTurbo implements ImageModel {
     return this.#colours.join(signal);
   }
 
-  /** A graph, which the runtime is told of when it is first needed. */
+  /** A graph, which the runtimes are told of when it is first needed; that of the first device. */
   #graph(name: string): OnnxGraph {
-    const graph = this.#graphs.get(name);
-    const { runtime } = this.#model;
-    if (!runtime.has(name)) {
-      runtime.add(graph);
+    for (const { runtime, graphs } of this.#runtimes) {
+      if (runtime.has(name)) continue;
+      runtime.add(graphs.get(name));
       if (graphKey(name).controls !== undefined) this.#controlled.add(name);
     }
-    return graph;
+    return this.#graphs.get(name);
   }
 
   /** Frees what the graphs of a ControlNet take, until their next launch. */
@@ -838,11 +868,17 @@ export class FlowTurbo implements ImageModel {
     if (names.length > 0) await this.#model.unload(names);
   }
 
-  /** Runs a program of its own, beside the requests. */
+  /** Runs a program of its own, beside the requests, on the first device that there is. */
   #run(program: Program, signal: AbortSignal) {
     for (const instruction of program.instructions) if (instruction.op === "launch") this.#graph(instruction.graph);
-    return this.#model.runtime.run(program, { signal });
+    const { runtime } = this.#runtimes[this.#service.there[0]!]!;
+    return runtime.run(program, { signal });
   }
+}
+
+/** A runtime that was opened on a device, with the graphs in its form and what launches have cost there. */
+interface OpenedDevice extends OpenedRuntime, FurtherDevice {
+  readonly graphs: GraphLibrary;
 }
 
 /**

@@ -53,6 +53,7 @@ export type {
   ControlNetSource,
   Costs,
   DeadlineResult,
+  DeviceCosts,
   EncodeOptions,
   EngineProgress,
   GenerateEvent,
@@ -89,8 +90,9 @@ export type {
 } from "./model.js";
 export type { Feature, UpscaleName } from "./networks/index.js";
 export type { BuilderName, RuntimeName } from "./runtimes/index.js";
+export type { DeviceName } from "./runtimes/runtime.js";
 export type { Block, Evaluations, GridName, QualityName, SamplerName } from "./schedule/index.js";
 export type { CostEntry } from "./serving/costs.js";
 export type { Health, HealthError, ModelEvents } from "./serving/health.js";
-export type { Histogram, Stats } from "./serving/stats.js";
+export type { DeviceStats, Histogram, Stats } from "./serving/stats.js";
 export type { SlowLaunch } from "./serving/watch.js";

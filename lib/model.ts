@@ -142,6 +142,14 @@ export interface LoadOptions {
    * of the table that can be used here; `model.runtime` says which, and why others were passed over. Default: `"auto"`.
    */
   runtime?: "auto" | RuntimeName | undefined;
+  /**
+   * The GPUs that draw together, with a copy of the weights on each: `"all"` that the runtime can use and that the model fits on (others are left
+   * out with a warning, and are in `model.runtime.leftOut`), or a list of different numbers from 0, in the order of CUDA, of which CUDA_VISIBLE_DEVICES
+   * decides. The pictures of all requests are shared out over them by what launches cost on each, so that they may be of different kinds; a
+   * picture is drawn on one of them. Where one is lost for good, its requests start again on the others. Of the runtimes `"tensorrt"`, `"tensorrt-rtx"` and `"cuda"`; with `runtime: "auto"` others are
+   * passed over, and one that is named is an OptionError, as is a number that there is not. Default: one, the first that can be used.
+   */
+  devices?: "all" | readonly number[] | undefined;
   /** Folder with TensorRT's or TensorRT-RTX's libraries. Default: looked for in the environment, in Python's packages and on the loader's path. */
   tensorrtFolder?: string | undefined;
   /**
@@ -795,6 +803,14 @@ export interface DeadlineResult {
   readonly actualMs: number;
 }
 
+/** What launches cost on one of several devices. */
+export interface DeviceCosts extends Pick<Costs, "entries" | "folder" | "drift" | "estimate"> {
+  /** Its number, in the order of CUDA. */
+  readonly number: number;
+  /** Its name, as the driver says. */
+  readonly name: string;
+}
+
 /** What launches cost, as it is known now: measured by `profile`, in the background, or while drawing. */
 export interface Costs {
   /** One for each (graph, size, batch); graph "host" is what is not in launches. */
@@ -806,7 +822,12 @@ export interface Costs {
   /** Milliseconds of a launch now, by the nearest batches that are known; null if nothing is known about it. */
   estimate(graph: string, size: string, batch: number): number | null;
   /**
-   * Forgets the table, here and on disk, for other processes too: they drop theirs when they next store it or are idle. What is
+   * Of a model that was loaded with `devices`: the table of each, in their order. All else here is of the first. Devices of one
+   * kind keep their tables in one folder. Absent otherwise.
+   */
+  readonly devices?: readonly DeviceCosts[];
+  /**
+   * Forgets the table, of all devices, here and on disk, for other processes too: they drop theirs when they next store it or are idle. What is
    * needed is measured again. @throws the file system's error
    */
   reset(): Promise<void>;

@@ -266,6 +266,17 @@ export const loadSchema = z.strictObject({
       .join(", ")}`,
     "--runtime <name>",
   ),
+  devices: optional(
+    kind(
+      z.union([
+        z.literal("all"),
+        list(z.int().min(0).max(1023), 1, 64).refine((numbers) => new Set(numbers).size === numbers.length),
+      ]),
+      '"all" or a list of different numbers of devices, from 0',
+    ),
+    "GPUs that draw together: all that can be used, or numbers in the order of CUDA, such as 0,1 (tensorrt, tensorrt-rtx, cuda; default: one)",
+    "--devices <list>",
+  ),
   tensorrtFolder,
   cudaProviderFolder,
   cache,

@@ -9,10 +9,13 @@ import { cuda } from "./onnxruntime/cuda.js";
 import { onnxruntime } from "./onnxruntime/row.js";
 import { webgpu } from "./onnxruntime/webgpu.js";
 import type {
+  DeviceFinding,
+  DeviceName,
   Int8Option,
   LibraryFolders,
   ModelWeights,
   OpenedRuntime,
+  RuntimeListener,
   RuntimeRow,
   RuntimeSettings,
 } from "./runtime.js";
@@ -53,6 +56,13 @@ export interface RuntimeChoice {
     /** Why it could not be used, and what to do about it. */
     readonly reason: string;
   }[];
+  /** With the option `devices`: those that it runs on, in the order of CUDA's numbers or as they were listed. */
+  readonly devices?: readonly DeviceName[];
+  /** With `devices: "all"`: those that were left out. */
+  readonly leftOut?: readonly (DeviceName & {
+    /** Why it could not be used. */
+    readonly reason: string;
+  })[];
 }
 
 const rowsOf = (wanted: string): readonly RuntimeRow[] =>
@@ -114,24 +124,139 @@ export async function openRuntime(
   weights: ModelWeights,
   check: (opened: OpenedRuntime) => void = () => {},
 ): Promise<OpenedRuntime & { readonly choice: RuntimeChoice }> {
+  const { opened, choice } = await openRuntimes(wanted, settings, weights, { check });
+  return { ...opened[0]!, choice };
+}
+
+export interface OpenRuntimesOptions {
+  /** Refuses a runtime that has been opened, on one device: with "auto" the next one is tried. */
+  readonly check?: (opened: OpenedRuntime) => void;
+  /** The devices to open it on: all that can be used, or those of these numbers; default: one, the first. */
+  readonly devices?: "all" | readonly number[] | undefined;
+  /** Who hears what befalls the runtime of a device, where devices are named; default: nobody. */
+  readonly listenerOf?: (device: DeviceName) => RuntimeListener;
+}
+
+/**
+ * As `openRuntime`, on each of some devices. With "all" those are left out on which it cannot be opened, or that are refused.
+ * @returns one for each device
+ * @throws also OptionError for a device that there is not, and where the runtime of that name cannot choose
+ */
+export async function openRuntimes(
+  wanted: string,
+  settings: RuntimeSettings,
+  weights: ModelWeights,
+  { check = () => {}, devices, listenerOf }: OpenRuntimesOptions,
+): Promise<{ readonly opened: readonly OpenedRuntime[]; readonly choice: RuntimeChoice }> {
   const passedOver: { name: string; reason: string }[] = [];
   const rows = rowsOf(wanted);
+  let wrongDevice: OptionError | null = null;
   for (const [index, row] of rows.entries()) {
-    let opened: OpenedRuntime | null = null;
+    const open = async (more: Partial<RuntimeSettings> = {}) => {
+      const opened = await row.open({ ...settings, named: wanted !== "auto", ...more }, weights);
+      try {
+        check(opened);
+        return opened;
+      } catch (error) {
+        await opened.runtime.dispose();
+        throw error;
+      }
+    };
+    const { name } = row;
     try {
-      if (settings.int8Option) checkInt8Weights(row.name, settings.int8Option);
-      opened = await row.open({ ...settings, named: wanted !== "auto" }, weights);
-      check(opened);
-      return { ...opened, choice: { name: row.name, passedOver } };
+      if (settings.int8Option) checkInt8Weights(name, settings.int8Option);
+      if (devices === undefined) return { opened: [await open()], choice: { name, passedOver } };
+      const numbered = await findDevices(row, settings, devices);
+      const all = await openAll(name, numbered, devices === "all", (device) =>
+        open({ device: device.number, listener: listenerOf?.(device) ?? settings.listener }),
+      );
+      const { opened, ...chosen } = all;
+      return { opened, choice: { name, passedOver, ...chosen } };
     } catch (error) {
-      await opened?.runtime.dispose();
       // No other runtime makes up for a fault of the checkpoint.
       const isOwn = error instanceof FlowTurboError && !(error instanceof CheckpointError);
-      if (index === rows.length - 1 || !isOwn) throw error;
-      passedOver.push({ name: row.name, reason: error.message });
+      if (!isOwn) throw error;
+      // What is wrong with the numbers says more than that the last runtime cannot choose.
+      if (row.listDevices && error instanceof OptionError && error.option === "devices") wrongDevice ??= error;
+      passedOver.push({ name, reason: error.message });
+      if (index < rows.length - 1) continue;
+      if (devices === undefined || wanted !== "auto") throw error;
+      const reasons = passedOver.filter((each) => runtimes[each.name]!.listDevices).map(({ reason }) => reason);
+      throw wrongDevice ?? new RuntimeUnavailableError("auto", `No runtime can use devices here. ${reasons.join(" ")}`);
     }
   }
   throw new RangeError("The table of runtimes is empty.");
+}
+
+interface NumberedDevice extends DeviceName, DeviceFinding {}
+
+/** @throws OptionError for a number that there is not, and a runtime that cannot choose; RuntimeUnavailableError */
+async function findDevices(
+  { name, listDevices }: RuntimeRow,
+  settings: RuntimeSettings,
+  devices: "all" | readonly number[],
+): Promise<NumberedDevice[]> {
+  if (!listDevices) {
+    const others = Object.values(runtimes).filter((row) => row.listDevices);
+    throw new OptionError(
+      "devices",
+      `The runtime ${name} cannot choose among devices; ${others.map((row) => row.name).join(", ")} can. Leave devices away, or use one of these.`,
+    );
+  }
+  const found = await listDevices(settings);
+  const all = found.map((device, number) => ({ ...device, number }));
+  if (devices === "all") return all;
+  return devices.map((number) => {
+    const device = all[number];
+    if (device) return device;
+    const there = all.map(({ number, name }) => `${number} (${name})`).join(", ");
+    throw new OptionError(
+      "devices",
+      `There is no device ${number}: the runtime ${name} finds ${found.length} here, ${there}. CUDA_VISIBLE_DEVICES decides which there are.`,
+    );
+  });
+}
+
+/**
+ * Opens a runtime on each device.
+ * @param mayLeaveOut whether one that cannot be used is left out
+ * @throws what opening it on the first one throws that may not be left out
+ */
+async function openAll(
+  name: string,
+  devices: readonly NumberedDevice[],
+  mayLeaveOut: boolean,
+  open: (device: DeviceName) => Promise<OpenedRuntime>,
+): Promise<Required<Pick<RuntimeChoice, "devices" | "leftOut">> & { readonly opened: readonly OpenedRuntime[] }> {
+  const results = await Promise.allSettled(
+    devices.map(async ({ number, name: device, problem }) => {
+      if (problem !== null)
+        throw new RuntimeUnavailableError(name, `The device ${number} (${device}) cannot be used. ${problem}`);
+      return open({ number, name: device });
+    }),
+  );
+  const opened: OpenedRuntime[] = [];
+  const chosen: DeviceName[] = [];
+  const leftOut: (DeviceName & { reason: string })[] = [];
+  /** What prevents the others, and what would prevent all. */
+  const [errors, faults]: [unknown[], unknown[]] = [[], []];
+  for (const [index, result] of results.entries()) {
+    const { number, name } = devices[index]!;
+    if (result.status === "fulfilled") {
+      opened.push(result.value);
+      chosen.push({ number, name });
+      continue;
+    }
+    const error: unknown = result.reason;
+    // A fault of the checkpoint is none of a device.
+    const isOwn = error instanceof FlowTurboError && !(error instanceof CheckpointError);
+    (isOwn ? errors : faults).push(error);
+    if (isOwn) leftOut.push({ number, name, reason: error.message });
+  }
+  if (opened.length > 0 && faults.length === 0 && (mayLeaveOut || errors.length === 0))
+    return { opened, devices: chosen, leftOut };
+  await Promise.all(opened.map(({ runtime }) => runtime.dispose()));
+  throw faults[0] ?? errors[0] ?? new RuntimeUnavailableError(name, `The runtime ${name} finds no device here.`);
 }
 
 /**

@@ -165,6 +165,8 @@ export interface RuntimeSettings {
   /** Whether optimised graphs are kept in the cache, for later loads; default: true. */
   readonly keepsGraphs?: boolean | undefined;
   readonly capture: boolean;
+  /** Number of the device to run on, one of `RuntimeRow.listDevices`; default: the first that can be used. */
+  readonly device?: number | undefined;
   /** The option that has weights quantised as the model is loaded; absent where none are. A runtime whose row does not take them is not opened. */
   readonly int8Option?: Int8Option | undefined;
   /** Whether the runtime was asked for by name; otherwise it is one of several that will do. */
@@ -196,6 +198,22 @@ export interface Device {
   readonly holdsScores?: boolean | undefined;
   /** How it holds the 16-bit weights that a graph computes with in float32; absent: as they are. */
   readonly widening?: ((graph: CompilableGraph) => "lazy" | "folded") | undefined;
+}
+
+/** One of several devices that a model runs on. */
+export interface DeviceName {
+  /** Its number, in the order of CUDA. */
+  readonly number: number;
+  /** Its name, as the driver says. */
+  readonly name: string;
+}
+
+/** A device that a runtime may be opened on. */
+export interface DeviceFinding {
+  /** As the driver says. */
+  readonly name: string;
+  /** Why this runtime cannot use it, in a sentence; null if it can. */
+  readonly problem: string | null;
 }
 
 export interface OpenedRuntime {
@@ -291,6 +309,11 @@ export interface RuntimeRow {
   readonly capabilities: Capabilities;
   /** Whether it computes with weights that are quantised as the model is loaded. */
   readonly takesInt8Weights?: boolean | undefined;
+  /**
+   * Of a runtime that can be opened on each of several devices: those of this machine, by their numbers in the order of CUDA.
+   * @throws RuntimeUnavailableError if it can be used on none
+   */
+  readonly listDevices?: (settings: LibraryFolders) => Promise<readonly DeviceFinding[]>;
   /** What to say where it has no binaries for this platform; null where it has them. Absent: that is found out by opening it. */
   readonly unsupported?: () => InstallationError | null;
   /**

@@ -2,6 +2,9 @@
  * When the accepted requests will end: a coarse run of what the gate and the scheduler will do, many launches at a time.
  * The first request by priority takes along those whose next launch it can share. So several end together, and their
  * places are free together: the mean time between two endings says little about the next one.
+ *
+ * Several devices are one to it, which makes a launch of each group of rows at a time, shared out over all of them. So requests that
+ * share no launch run one after another, as they would on one device: they end sooner than it says.
  */
 
 /** Launches of one kind that a request makes one after another. */
@@ -14,8 +17,11 @@ export interface Phase {
   readonly times: number;
   /** Whether such a launch may be held back for others to share it. */
   readonly deferrable: boolean;
-  /** The first batch that is launched for so many rows, and milliseconds of all batches that they need. */
-  split(rows: number): { readonly batch: number; readonly milliseconds: number };
+  /**
+   * The first batch that is launched for so many rows, and milliseconds of all batches that they need. `work`: what part of the
+   * time of all devices they take, in milliseconds; default: those milliseconds.
+   */
+  split(rows: number): { readonly batch: number; readonly milliseconds: number; readonly work?: number };
 }
 
 /** A request as the forecast sees it. */
@@ -111,7 +117,8 @@ export function* forecast(
     launch = Math.max(launch, milliseconds);
     for (const state of members) {
       const { rows, split } = phaseOf(state)!;
-      if (state.counts) done += times * split(rows).milliseconds;
+      const own = split(rows);
+      if (state.counts) done += times * (own.work ?? own.milliseconds);
       state.left -= times;
       state.since = at;
       // Rounding may leave a little.

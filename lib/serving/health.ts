@@ -5,7 +5,7 @@
 
 import { EventEmitter } from "node:events";
 import { DeviceLostError } from "../errors.js";
-import type { RuntimeListener } from "../runtimes/runtime.js";
+import type { DeviceName, RuntimeListener } from "../runtimes/runtime.js";
 import type { SlowLaunch } from "./watch.js";
 
 /** What a model tells those who listen to it, by name. */
@@ -15,6 +15,8 @@ export interface ModelEvents {
     event: {
       /** Why. */
       readonly error: Error;
+      /** Number of the device that it ran on, of a model that was loaded with `devices`; the others go on. */
+      readonly device?: number;
     },
   ];
   /** The runtime works again after that. */
@@ -24,6 +26,8 @@ export interface ModelEvents {
       readonly restarts: number;
       /** What it was lost by. */
       readonly error: Error;
+      /** Number of the device that it runs on, of a model that was loaded with `devices`. */
+      readonly device?: number;
     },
   ];
   /** A launch takes far longer than it costs. Sent once for each such launch, while it runs. */
@@ -42,7 +46,7 @@ export interface HealthError {
 
 /** Whether a model works. */
 export interface Health {
-  /** Whether this process can go on; false once it has lost its GPU for good (TensorRT), which only another process gets again. For liveness probes, which make an orchestrator restart it. */
+  /** Whether this process can go on; false once it has lost its GPU, or the last of several, for good (TensorRT), which only another process gets again. For liveness probes, which make an orchestrator restart it. */
   readonly live: boolean;
   /** Whether a call that is made now would be worked on: the model is neither disposed nor draining, and its runtime could be started when it was last tried. */
   readonly ready: boolean;
@@ -71,18 +75,43 @@ function seconds(milliseconds: number): string {
 /** A restart makes a model degraded for so many milliseconds. */
 const restartShows = 60_000;
 
+/** What is known of the runtime of one device. */
+class RuntimeState {
+  restartedAt = Number.NEGATIVE_INFINITY;
+  /** What the runtime was lost by, until it runs again. */
+  lost: Error | null = null;
+  /** Whether it could not be started since. */
+  isDown = false;
+  /** What the GPU was lost by, for good. */
+  fatal: DeviceLostError | null = null;
+  silentMs: number | null = null;
+
+  /** @param device null where the model has only one */
+  constructor(readonly device: DeviceName | null) {}
+
+  get isAtWork(): boolean {
+    return !this.isDown && this.fatal === null;
+  }
+
+  /** What is wrong. */
+  get reasons(): string[] {
+    const reasons: string[] = [];
+    const ago = performance.now() - this.restartedAt;
+    if (this.fatal) reasons.push(this.fatal.message);
+    else if (this.lost && this.isDown) reasons.push(`The runtime could not be started again: ${this.lost.message}`);
+    else if (this.lost) reasons.push(`The runtime was lost; the next call starts it again: ${this.lost.message}`);
+    else if (ago < restartShows) reasons.push(`The runtime was started again ${seconds(ago)} ago.`);
+    if (this.silentMs !== null) reasons.push(`The runtime has not answered for ${seconds(this.silentMs)}.`);
+    const { device } = this;
+    return device ? reasons.map((reason) => `Device ${device.number} (${device.name}): ${reason}`) : reasons;
+  }
+}
+
 export class HealthMonitor implements RuntimeListener {
   readonly events = new EventEmitter<ModelEvents>();
   #restarts = 0;
   #slowLaunches = 0;
-  #restartedAt = Number.NEGATIVE_INFINITY;
-  /** What the runtime was lost by, until it runs again. */
-  #lost: Error | null = null;
-  /** Whether it could not be started since. */
-  #isDown = false;
-  /** What the GPU was lost by, for good. */
-  #fatal: DeviceLostError | null = null;
-  #silentMs: number | null = null;
+  #runtimes: readonly RuntimeState[] = [new RuntimeState(null)];
   #slow: SlowLaunch | null = null;
   #lastError: HealthError | null = null;
 
@@ -92,26 +121,52 @@ export class HealthMonitor implements RuntimeListener {
   }
 
   lost(error: Error): void {
-    if (error instanceof DeviceLostError && error.permanent) this.#fatal ??= error;
-    // Lost again before it ran again: it cannot be started.
-    this.#isDown = this.#lost !== null;
-    this.#lost = error;
-    this.#silentMs = null;
-    this.failed(error);
-    this.#tell("lost", { error });
+    this.#wasLost(this.#runtimes[0]!, error);
   }
 
   restarted(): void {
-    const error = this.#lost ?? new Error("The runtime was lost.");
-    this.#restarts++;
-    this.#restartedAt = performance.now();
-    this.#lost = null;
-    this.#isDown = false;
-    this.#tell("restart", { restarts: this.#restarts, error });
+    this.#wasRestarted(this.#runtimes[0]!);
   }
 
   silent(milliseconds: number | null): void {
-    this.#silentMs = milliseconds;
+    this.#runtimes[0]!.silentMs = milliseconds;
+  }
+
+  /** Listens to the runtime of one of several devices, once all of them are followed. */
+  listenerOf(device: DeviceName): RuntimeListener & { readonly state: RuntimeState } {
+    const state = new RuntimeState(device);
+    return {
+      state,
+      lost: (error) => this.#wasLost(state, error),
+      restarted: () => this.#wasRestarted(state),
+      silent: (milliseconds) => {
+        state.silentMs = milliseconds;
+      },
+    };
+  }
+
+  /** The model works with these devices. @param listeners of `listenerOf` */
+  follow(listeners: readonly { readonly state: RuntimeState }[]): void {
+    this.#runtimes = listeners.map(({ state }) => state);
+  }
+
+  #wasLost(state: RuntimeState, error: Error): void {
+    if (error instanceof DeviceLostError && error.permanent) state.fatal ??= error;
+    // Lost again before it ran again: it cannot be started.
+    state.isDown = state.lost !== null;
+    state.lost = error;
+    state.silentMs = null;
+    this.failed(error);
+    this.#tell("lost", { error, ...deviceOf(state) });
+  }
+
+  #wasRestarted(state: RuntimeState): void {
+    const error = state.lost ?? new Error("The runtime was lost.");
+    this.#restarts++;
+    state.restartedAt = performance.now();
+    state.lost = null;
+    state.isDown = false;
+    this.#tell("restart", { restarts: this.#restarts, error, ...deviceOf(state) });
   }
 
   slow(launch: SlowLaunch): void {
@@ -138,12 +193,7 @@ export class HealthMonitor implements RuntimeListener {
     const reasons: string[] = [];
     if (closed === "disposed") reasons.push("The model has been disposed.");
     if (closed === "draining") reasons.push("The model takes no new calls: it ends when those under way are done.");
-    if (this.#fatal) reasons.push(this.#fatal.message);
-    else if (this.#lost && this.#isDown) reasons.push(`The runtime could not be started again: ${this.#lost.message}`);
-    else if (this.#lost) reasons.push(`The runtime was lost; the next call starts it again: ${this.#lost.message}`);
-    else if (performance.now() - this.#restartedAt < restartShows)
-      reasons.push(`The runtime was started again ${seconds(performance.now() - this.#restartedAt)} ago.`);
-    if (this.#silentMs !== null) reasons.push(`The runtime has not answered for ${seconds(this.#silentMs)}.`);
+    for (const runtime of this.#runtimes) reasons.push(...runtime.reasons);
     const isSlow =
       this.#slow !== null &&
       running !== null &&
@@ -153,8 +203,8 @@ export class HealthMonitor implements RuntimeListener {
       running.milliseconds >= this.#slow.milliseconds;
     if (isSlow) reasons.push(slowText(running));
     return {
-      live: this.#fatal === null,
-      ready: closed === null && !this.#isDown && this.#fatal === null,
+      live: this.#runtimes.some(({ fatal }) => fatal === null),
+      ready: closed === null && this.#runtimes.some(({ isAtWork }) => isAtWork),
       degraded: reasons.length > 0,
       reasons,
       restarts: this.#restarts,
@@ -168,4 +218,8 @@ export class HealthMonitor implements RuntimeListener {
     if (this.events.listenerCount(name) === 0) return;
     queueMicrotask(() => (this.events as EventEmitter).emit(name, event));
   }
+}
+
+function deviceOf({ device }: RuntimeState): { readonly device?: number } {
+  return device ? { device: device.number } : {};
 }

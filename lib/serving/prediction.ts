@@ -3,6 +3,11 @@
  *
  * A time limit is a promise. It is given only if, by the costs and with all requests run by priority, the new request is done
  * in time and no request that has been promised a time becomes late through it.
+ *
+ * Several devices are predicted as a list is scheduled: requests one after another by priority, the pictures of each shared out over
+ * the devices, a picture at a time to the one that is done with it first by its own costs (`shares.ts`). Pictures that have begun
+ * stay where they are. What does not fit into pictures (work that is expected, room that is kept) is counted in milliseconds of
+ * all devices together, as if every request took its part of each of them.
  */
 
 import { DeadlineError } from "../errors.js";
@@ -15,6 +20,7 @@ import { comparePriorities, type Priority } from "./priority.js";
 import type { Progress } from "./progress.js";
 import { Retry } from "./retry.js";
 import { type LaunchKind, launchKinds, launchPhases } from "./rows.js";
+import { type DeviceTimes, shareOut, togetherMs } from "./shares.js";
 import { cheapestSplit, launchBatches } from "./split.js";
 
 /** Milliseconds that are assumed of a request about which nothing is known. */
@@ -77,8 +83,10 @@ interface WeighedPhase extends Phase {
 export interface Price {
   readonly candidate: CandidateWork;
   readonly terms: Terms;
-  /** Milliseconds that its work takes when it has the device to itself. */
+  /** Milliseconds that its work takes when it has the device to itself; of several, all of them together. */
   readonly cost: number;
+  /** What some of its pictures take on a device. */
+  readonly times: DeviceTimes;
   /** Milliseconds of one row in a launch, by kind: the unit of `weight` and of what is done. */
   readonly units: ReadonlyMap<string, number>;
   /** Its launches in those units. */
@@ -103,40 +111,66 @@ export interface Accepted {
   readonly progress: Progress;
   /** Milliseconds of the launches that it was a part of. */
   launchedMs: number;
-  /** Whether it has been the only one all the time, and nothing had to be compiled. */
+  /** Whether it has been the only one all the time, on one device, and nothing had to be compiled. */
   undisturbed: boolean;
+  /** The device of its launches so far; null before the first. */
+  device: number | null;
 }
 
 export class Predictor {
   readonly margin = new Margin();
-  readonly #costs: CostTable;
+  /** By device. */
+  readonly #tables: readonly CostTable[];
+  readonly #there: () => readonly number[];
   readonly #batches: readonly number[];
   readonly #accepted: ReadonlySet<Accepted>;
-  readonly #capacity: number;
+  readonly #capacity: () => number;
   readonly #maxWaitMs: number;
   readonly #arrivals = new Arrivals();
   readonly #retry: Retry;
   /** What programs take on a machine without drift, by rows and pin, while the costs do not change. */
-  #usual = { version: -1, programs: new WeakMap<Program, Map<string, number | null>>() };
+  #usual: { version: number; programs: WeakMap<Program, Map<string, number | null>> }[];
   #forecast: { readonly at: number; readonly size: number; readonly endings: Iterable<Ending> } | null = null;
 
   /**
+   * @param costs of each device, in their order; what is not in launches is in the first
    * @param accepted the requests that are not over: a set that its owner changes
    * @param options `capacity`: pictures that are let in at a time; `maxWaitMs`: how long a launch may be held back;
-   *   `random` spreads the times that refused callers are told, default: Math.random
+   *   `there`: the devices that are not lost, default: all; `random` spreads the times that refused callers are told, default: Math.random
    */
   constructor(
-    costs: CostTable,
+    costs: CostTable | readonly CostTable[],
     batches: readonly number[],
     accepted: ReadonlySet<Accepted>,
-    options: { capacity: number; maxWaitMs: number; random?: (() => number) | undefined },
+    options: {
+      capacity: number | (() => number);
+      maxWaitMs: number;
+      there?: (() => readonly number[]) | undefined;
+      random?: (() => number) | undefined;
+    },
   ) {
-    this.#costs = costs;
+    const { capacity, there } = options;
+    this.#tables = "estimate" in costs ? [costs] : costs;
+    const all = [...this.#tables.keys()];
+    this.#there = there ?? (() => all);
+    this.#usual = this.#tables.map(() => ({ version: -1, programs: new WeakMap() }));
     this.#batches = batches;
     this.#accepted = accepted;
-    this.#capacity = options.capacity;
+    this.#capacity = typeof capacity === "number" ? () => capacity : capacity;
     this.#maxWaitMs = options.maxWaitMs;
     this.#retry = new Retry(options.random);
+  }
+
+  /** Changes with what is known of costs, and with the devices that there are. */
+  get #version(): number {
+    const lost = this.#tables.length - this.#there().length;
+    return this.#tables.reduce((sum, { version }) => sum + version, 2 ** 40 * lost);
+  }
+
+  /** How much slower launches are than when they were measured, in so many milliseconds: the mean of all devices. */
+  #drift(after: number): number {
+    const drifts = this.#there().map((device) => this.#tables[device]!.driftAfter(after));
+    return drifts.reduce((sum, drift) => sum + drift, 0) / drifts.length;
   }
 
   /** A call has come, to be accepted or refused. */
@@ -162,23 +196,26 @@ export class Predictor {
     this.#priceAgain();
     if (deadlineMs === null) {
       this.#retry.claims(terms.ticket, now);
-      const own = this.#millisecondsOf(candidates[0]!, terms);
-      this.#arrived(terms, own ?? this.price(candidates[0]!, terms).cost, now, true);
-      const predictedMs = own === null ? null : elapsed + this.#finishing(priority, now)(own).own;
+      const own = this.#timesOf(candidates[0]!, terms);
+      this.#arrived(terms, own ? this.#togetherMs(own, terms) : this.price(candidates[0]!, terms).cost, now, true);
+      const predictedMs = own === null ? null : elapsed + this.#finishing(priority, now)(own, terms.pictures).own;
       return { candidate: 0, reason: null, predictedMs };
     }
     let isKnown = true;
     const finishOf = this.#finishing(priority, now);
     const predictions = candidates.map((candidate) => {
-      const known = this.#millisecondsOf(candidate, terms);
+      const known = this.#timesOf(candidate, terms);
       if (known === null) isKnown = false;
-      const own = known ?? this.price(candidate, terms).cost;
-      const finish = finishOf(own);
+      const times = known ?? this.price(candidate, terms).times;
+      const finish = finishOf(times, terms.pictures);
       const milliseconds = finish.isHarmless ? finish.own : finish.all;
-      return { text: candidate.text, own, milliseconds: elapsed + milliseconds, isHarmless: finish.isHarmless };
+      const { isHarmless } = finish;
+      const [own, alone] = [this.#togetherMs(times, terms), this.#aloneMs(times, terms)];
+      return { text: candidate.text, own, alone, milliseconds: elapsed + milliseconds, isHarmless };
     });
     const margin = this.margin.value;
     const leanest = Math.min(...predictions.map(({ own }) => own));
+    const soonest = Math.min(...predictions.map(({ alone }) => alone));
     const room = this.#room(terms, now);
     // Room that other callers were told of is left free for them. Who comes back for its own has it.
     const backlog = elapsed + [...this.#accepted].reduce((sum, other) => sum + leftOf(other), 0);
@@ -197,8 +234,8 @@ export class Predictor {
     // For a call that is made now: what it took to measure is not needed again.
     const bestMs = limitFor(best.milliseconds - elapsed, margin);
     // What disturbs the machine at present will be over: impossible is what does not fit on a usual day.
-    const aloneMs = limitFor(leanest / Math.max(1, this.#costs.drift), deadlineMargin);
-    const calm = isKnown ? this.#calmAfter(leanest, deadlineMs) : 0;
+    const aloneMs = limitFor(soonest / Math.max(1, this.#drift(0)), deadlineMargin);
+    const calm = isKnown ? this.#calmAfter(soonest, deadlineMs) : 0;
     const isKept = isKnown && chooseCandidate(predictions, deadlineMs, margin, room) !== null;
     const retryAfterMs = isKept
       ? this.#retry.afterAll(leanest, { ticket: terms.ticket, deadlineMs }, now)
@@ -239,7 +276,7 @@ export class Predictor {
     calm: number,
     ticket: string | undefined,
   ) {
-    const slower = this.#costs.driftAfter(calm) / this.#costs.drift;
+    const slower = this.#drift(calm) / this.#drift(0);
     const missing = (best.milliseconds - elapsed) * slower - deadlineMs / this.margin.after(calm);
     // One that harms nobody waits only for those that go before it.
     const endings = best.isHarmless
@@ -250,9 +287,8 @@ export class Predictor {
 
   /** In how many milliseconds the margin and the drift let work fit a limit again, if nothing disturbs the machine. */
   #calmAfter(own: number, deadlineMs: number): number {
-    const usual = own / this.#costs.drift;
-    const fits = (after: number) =>
-      limitFor(usual * this.#costs.driftAfter(after), this.margin.after(after)) <= deadlineMs;
+    const usual = own / this.#drift(0);
+    const fits = (after: number) => limitFor(usual * this.#drift(after), this.margin.after(after)) <= deadlineMs;
     if (fits(0)) return 0;
     let [low, high] = [0, 1];
     while (!fits(high) && high < longestCalm) [low, high] = [high, 2 * high];
@@ -288,7 +324,8 @@ export class Predictor {
     const now = performance.now();
     const others = [...this.#accepted].filter((other) => other !== request);
     const finishOf = this.#finishing(priority, now, others);
-    const finish = (candidate: CandidateWork) => finishOf(this.#millisecondsOf(candidate, terms) ?? 0).own;
+    const finish = (candidate: CandidateWork) =>
+      finishOf(this.#timesOf(candidate, terms) ?? (() => 0), terms.pictures).own;
     const fits = (candidate: CandidateWork) => now + finish(candidate) <= promised;
     const before = candidates[chosen.candidate]!;
     if (fits(before)) return chosen;
@@ -306,7 +343,10 @@ export class Predictor {
 
   /** What a candidate takes of an idle model, and the cheapest of them; null where costs are not known. */
   alone(candidate: number, terms: Terms, candidates: readonly CandidateWork[]): AloneTimes {
-    const all = candidates.map((each) => this.#millisecondsOf(each, terms));
+    const all = candidates.map((each) => {
+      const times = this.#timesOf(each, terms);
+      return times && this.#aloneMs(times, terms);
+    });
     const known = all.filter((each) => each !== null);
     return { aloneMs: all[candidate]!, leastMs: known.length < all.length ? null : Math.min(...known) };
   }
@@ -317,7 +357,7 @@ export class Predictor {
     const { pictures } = terms;
     const places = ({ waiting, inside }: Ending) => {
       if (waiting > 0) return limit - waiting;
-      const fit = Math.floor((this.#capacity - inside.pictures) / pictures);
+      const fit = Math.floor((this.#capacity() - inside.pictures) / pictures);
       return limit + Math.max(fit, inside.requests === 0 ? 1 : 0);
     };
     const last = candidates.at(-1);
@@ -354,7 +394,7 @@ export class Predictor {
         const { pictures, isInside } = other;
         return { pictures, isInside, phases: phasesLeft(other).map(remembered), counts: counts(other) };
       });
-    return forecast(requests, this.#capacity, this.#maxWaitMs);
+    return forecast(requests, this.#capacity(), this.#maxWaitMs);
   }
 
   /** What a candidate has to do, by the costs as they are now. */
@@ -370,15 +410,14 @@ export class Predictor {
         weight += own;
         phases.push({ ...phase, weight: own });
       }
-    const cost =
-      this.#millisecondsOf(candidate, terms) ??
-      phases.reduce((sum, { rows, times, split }) => sum + times * split(rows).milliseconds, 0);
-    return { candidate, terms, cost, units, weight, phases, guessedBy: isGuess ? this.#costs.version : null };
+    const times = this.#timesOf(candidate, terms) ?? guessedTimes(phases, terms, this.#there().length);
+    const cost = this.#togetherMs(times, terms);
+    return { candidate, terms, cost, times, units, weight, phases, guessedBy: isGuess ? this.#version : null };
   }
 
   /** Guesses are replaced when more is known. Other prices stay: what is done is counted in their units. */
   #priceAgain(): void {
-    const { version } = this.#costs;
+    const version = this.#version;
     for (const request of this.#accepted) {
       const { candidate, terms, guessedBy } = request.price;
       if (guessedBy === null || guessedBy === version) continue;
@@ -398,8 +437,8 @@ export class Predictor {
     const known = { launches: 0, milliseconds: 0 };
     for (const { program, rows } of demands)
       for (const { key, graph, size, times } of launchKinds(program)) {
-        const unit = this.#costs.guess(graph, size, 1);
-        if (this.#costs.estimate(graph, size, 1) === null) isGuess = true;
+        const unit = this.#first((table) => table.guess(graph, size, 1));
+        if (this.#first((table) => table.estimate(graph, size, 1)) === null) isGuess = true;
         if (unit === null) unknown.set(key, (unknown.get(key) ?? 0) + times * rows);
         else {
           units.set(key, unit);
@@ -419,11 +458,19 @@ export class Predictor {
   #phase(kind: LaunchKind, unit: number, rows: number, times: number, { pin }: Terms): Phase {
     const { key, graph, size, maxRows, launch } = kind;
     const batches = launchBatches(this.#batches, maxRows, pin);
-    const split = (rows: number) => {
+    const splitOn = (device: number, rows: number) => {
       // Costs that are reset meanwhile are as they were.
-      const cost = (batch: number) => this.#costs.estimate(graph, size, batch) ?? unit * unitsOf(batch);
+      const cost = (batch: number) => this.#tables[device]!.estimate(graph, size, batch) ?? unit * unitsOf(batch);
       const { batches: chosen, milliseconds } = cheapestSplit(rows, batches, cost);
       return { batch: chosen[0]!, milliseconds };
+    };
+    const split = (rows: number) => {
+      const there = this.#there();
+      if (there.length === 1) return splitOn(there[0]!, rows);
+      const times: DeviceTimes = (device, count) => splitOn(device, count).milliseconds;
+      const { counts, end } = shareOut(times, rows, there, new Map());
+      const batch = [...counts].reduce((sum, [device, count]) => sum + splitOn(device, count).batch, 0);
+      return { batch, milliseconds: end, work: togetherMs(times, rows, there) };
     };
     return { key: `${key} ${pin}`, rows, times, deferrable: launch.sharing!.deferrable ?? false, split };
   }
@@ -435,54 +482,123 @@ export class Predictor {
    *   whether none becomes late through it
    */
   #finishing(priority: Priority, now: number, others: Iterable<Accepted> = this.#accepted) {
-    const queue = Array.from(others, (other) => ({ other, milliseconds: leftOf(other) }));
+    const there = this.#there();
+    const queue = Array.from(others, (other) => ({ other, run: this.#running(other, there) }));
     queue.sort((a, b) => comparePriorities(a.other.priority, b.other.priority, now));
     const isAfter = ({ other }: (typeof queue)[number]) => comparePriorities(priority, other.priority, now) < 0;
     const after = queue.filter(isAfter);
-    const before = queue.reduce((sum, each) => sum + (isAfter(each) ? 0 : each.milliseconds), 0);
-    return (own: number) => {
-      const done = before + own;
-      let all = done;
+    /** Milliseconds until each device has done what goes before. */
+    const before = new Map<number, number>();
+    for (const each of queue) if (!isAfter(each)) each.run(before);
+    const latest = (ready: ReadonlyMap<number, number>) => Math.max(0, ...ready.values());
+    const without = new Map(before);
+    const endsWithout = after.map(({ run }) => run(without));
+    return (times: DeviceTimes, pictures: number) => {
+      const ready = new Map(before);
+      const { end: done } = shareOut(times, pictures, there, ready);
       let isHarmless = true;
-      for (const {
-        other: { priority, promised },
-        milliseconds,
-      } of after) {
-        all += milliseconds;
+      for (const [index, { other, run }] of after.entries()) {
+        const { priority, promised } = other;
+        const end = run(ready);
         // It would end after its due moment, and in time without the new request. One that is late in any case does not count.
-        if (promised !== null && now + all > priority.due! && now + all - own <= promised) isHarmless = false;
+        if (promised !== null && now + end > priority.due! && now + endsWithout[index]! <= promised) isHarmless = false;
       }
-      return { own: done, all, isHarmless };
+      return { own: done, all: latest(ready), isHarmless };
     };
   }
 
-  /** Milliseconds of a request that has the device to itself; null if some cost is not known. */
-  #millisecondsOf({ demands }: CandidateWork, { pin, size, pictures }: Terms): number | null {
-    let sum = this.#costs.usual(hostGraph, size, pictures) ?? 0;
-    for (const demand of demands) {
-      const usual = this.#usualOf(demand, pin);
-      if (usual === null) return null;
-      sum += usual;
-    }
-    return sum * this.#costs.drift;
+  /**
+   * What is left of a request, to be added to what devices have to do. Pictures that have begun stay where they are.
+   * @returns a function of the milliseconds until each device is ready, which it changes, to when the request ends
+   */
+  #running(other: Accepted, there: readonly number[]): (ready: Map<number, number>) => number {
+    const { price, progress, pictures } = other;
+    const { times } = price;
+    const part = leftPart(other);
+    const left: DeviceTimes = (device, count) => times(device, count) * part;
+    const places = there.length === 1 ? null : progress.places(price.weight);
+    const bound = places ? [...places.on].filter(([device]) => there.includes(device)) : [];
+    if (!places || bound.length === 0) return (ready) => shareOut(left, pictures, there, ready).end;
+    const begun = bound.map(([device, { rows, done }]) => {
+      const share = rows / places.rows;
+      const doneHere = done + places.before * share;
+      const partHere = Math.max(0, 1 - doneHere / (price.weight * share));
+      return { device, count: pictures * share, milliseconds: times(device, pictures * share) * partHere };
+    });
+    const free = pictures - begun.reduce((sum, { count }) => sum + count, 0);
+    return (ready) => {
+      let end = 0;
+      for (const { device, milliseconds } of begun) {
+        const at = (ready.get(device) ?? 0) + milliseconds;
+        ready.set(device, at);
+        end = Math.max(end, at);
+      }
+      return free < 1 ? end : Math.max(end, shareOut(times, Math.round(free), there, ready).end);
+    };
   }
 
-  /** Milliseconds of a program's launches, without the drift. Every request asks it of all its candidates. */
-  #usualOf({ program, rows }: Demand, pin: number | null): number | null {
-    const { version } = this.#costs;
-    if (this.#usual.version !== version) this.#usual = { version, programs: new WeakMap() };
-    const { programs } = this.#usual;
+  #togetherMs(times: DeviceTimes, { pictures }: Terms): number {
+    return togetherMs(times, pictures, this.#there());
+  }
+
+  /** Milliseconds of a request that has all devices to itself. */
+  #aloneMs(times: DeviceTimes, { pictures }: Terms): number {
+    return shareOut(times, pictures, this.#there(), new Map()).end;
+  }
+
+  /** What the first device says that says something. */
+  #first(ask: (table: CostTable) => number | null): number | null {
+    for (const device of this.#there()) {
+      const answer = ask(this.#tables[device]!);
+      if (answer !== null) return answer;
+    }
+    return null;
+  }
+
+  /**
+   * Milliseconds of some pictures of a request on a device that they have to themselves, as it is now; infinite on one whose costs are not
+   * all known. Each device does its part of every demand, in whole rows. null if no device knows.
+   */
+  #timesOf({ demands }: CandidateWork, { pin, size, pictures }: Terms): DeviceTimes | null {
+    const host = this.#tables[0]!.usual(hostGraph, size, pictures) ?? 0;
+    const known = new Map<string, number>();
+    const times: DeviceTimes = (device, count) => {
+      const key = `${device} ${count}`;
+      const before = known.get(key);
+      if (before !== undefined) return before;
+      let sum: number | null = host;
+      for (const { program, rows } of demands) {
+        const usual = this.#usualOf(device, { program, rows: Math.ceil((rows * count) / pictures) }, pin);
+        sum = usual === null || sum === null ? null : sum + usual;
+      }
+      // Costs may be reset while what is returned is kept: then a part is as it would have been.
+      const all = known.get(`${device} ${pictures}`) ?? Number.POSITIVE_INFINITY;
+      const milliseconds = sum === null ? (all * count) / pictures : sum * this.#tables[device]!.drift;
+      known.set(key, milliseconds);
+      return milliseconds;
+    };
+    const there = this.#there();
+    const isKnown = there.filter((device) => times(device, pictures) < Number.POSITIVE_INFINITY);
+    return isKnown.length === 0 ? null : times;
+  }
+
+  /** Milliseconds of a program's launches on a device, without the drift. Every request asks it of all its candidates. */
+  #usualOf(device: number, { program, rows }: Demand, pin: number | null): number | null {
+    const costs = this.#tables[device]!;
+    const { version } = costs;
+    if (this.#usual[device]!.version !== version) this.#usual[device] = { version, programs: new WeakMap() };
+    const { programs } = this.#usual[device]!;
     const key = `${rows} ${pin}`;
     const known = programs.get(program)?.get(key);
     if (known !== undefined) return known;
     let sum: number | null = 0;
     for (const { graph, size, maxRows, times } of launchKinds(program)) {
       const batches = launchBatches(this.#batches, maxRows, pin);
-      if (this.#costs.usual(graph, size, batches[0]!) === null) {
+      if (costs.usual(graph, size, batches[0]!) === null) {
         sum = null;
         break;
       }
-      const cost = (batch: number) => this.#costs.usual(graph, size, batch)!;
+      const cost = (batch: number) => costs.usual(graph, size, batch)!;
       sum += times * cheapestSplit(rows, batches, cost).milliseconds;
     }
     programs.set(program, (programs.get(program) ?? new Map()).set(key, sum));
@@ -490,9 +606,23 @@ export class Predictor {
   }
 }
 
-/** Milliseconds that a request still needs. */
-function leftOf({ price: { cost, weight }, progress }: Accepted): number {
-  return cost * Math.max(0, 1 - progress.done / weight);
+/** Of a request whose costs are not known: the same on each of so many devices. */
+function guessedTimes(phases: readonly Phase[], { pictures }: Terms, devices: number): DeviceTimes {
+  const all = phases.reduce((sum, { rows, times, split }) => {
+    const { milliseconds, work = milliseconds } = split(rows);
+    return sum + times * devices * work;
+  }, 0);
+  return (_, count) => (all * count) / pictures;
+}
+
+/** What part of a request is still to be done. */
+function leftPart({ price: { weight }, progress }: Accepted): number {
+  return Math.max(0, 1 - progress.done / weight);
+}
+
+/** Milliseconds that a request still needs of all devices together. */
+function leftOf(request: Accepted): number {
+  return request.price.cost * leftPart(request);
 }
 
 /** The launches that it still has to make. */

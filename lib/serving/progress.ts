@@ -11,6 +11,18 @@ interface Run {
   readonly rows: readonly Program[];
   /** Launches that each row has made. */
   readonly made: number[];
+  /** The device of each row, as far as one has been chosen. */
+  readonly devices: (number | null)[];
+}
+
+/** Where the rows of a run are. */
+export interface Places {
+  /** By device: how many rows are there, and what is done of them in units. */
+  readonly on: ReadonlyMap<number, { readonly rows: number; readonly done: number }>;
+  /** All rows, those without a device included. */
+  readonly rows: number;
+  /** What is done in other runs, in units. */
+  readonly before: number;
 }
 
 export class Progress {
@@ -36,7 +48,7 @@ export class Progress {
 
   /** The rows begin with their first launches. */
   begin(rows: readonly Program[]): Run {
-    const run = { rows, made: rows.map(() => 0) };
+    const run: Run = { rows, made: rows.map(() => 0), devices: rows.map(() => null) };
     this.#runs.push(run);
     return run;
   }
@@ -59,7 +71,32 @@ export class Progress {
    */
   again(run: Run, row: number): void {
     run.made[row] = 0;
+    run.devices[row] = null;
     this.#count();
+  }
+
+  /** A device has been chosen for a row. */
+  placed(run: Run, row: number, device: number): void {
+    run.devices[row] = device;
+  }
+
+  /** Where the rows are of the run that is the larger part of so many units; null before there is one. */
+  places(weight: number): Places | null {
+    const run = this.#runs.at(-1);
+    if (!run) return null;
+    const unitsOf = (row: number, launches: number) => this.#unitsUntil(run.rows[row]!, launches);
+    const all = run.rows.reduce((sum, _, row) => sum + unitsOf(row, Number.POSITIVE_INFINITY), 0);
+    if (2 * all < weight) return null;
+    const on = new Map<number, { rows: number; done: number }>();
+    let own = 0;
+    for (const [row, device] of run.devices.entries()) {
+      const done = unitsOf(row, run.made[row]!);
+      own += done;
+      if (device === null) continue;
+      const before = on.get(device) ?? { rows: 0, done: 0 };
+      on.set(device, { rows: before.rows + 1, done: before.done + done });
+    }
+    return { on, rows: run.rows.length, before: this.#done - own };
   }
 
   #count(): void {

@@ -7,7 +7,7 @@ import { Gate } from "../common/gate.js";
 import type { Tensor } from "../common/tensor.js";
 import { DeadlineError, QueueFullError, RuntimeError, TimeoutError } from "../errors.js";
 import type { Program } from "../program/program.js";
-import type { Runtime } from "../runtimes/runtime.js";
+import type { DeviceName, Runtime } from "../runtimes/runtime.js";
 import { Calibration, type CalibrationOptions } from "./calibration.js";
 import { type CostEntry, CostTable, hostGraph } from "./costs.js";
 import type { Choice } from "./deadline.js";
@@ -17,7 +17,19 @@ import type { MeasureOptions } from "./measure.js";
 import { type Accepted, type AloneTimes, type CandidateWork, Predictor, type Terms } from "./prediction.js";
 import { byPriority, type Priority } from "./priority.js";
 import { Progress } from "./progress.js";
+import { isLostForGood } from "./station.js";
 import { type Ending, type Refusal, type Stats, StatsRecorder } from "./stats.js";
+import type { CostStore } from "./store.js";
+
+/** One more device that serves a model. */
+export interface FurtherDevice {
+  readonly runtime: Runtime;
+  /** The stored costs. */
+  readonly known: readonly CostEntry[];
+  readonly store: CostStore;
+  /** For people who look into the stored table. */
+  readonly about: Readonly<Record<string, unknown>>;
+}
 
 export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptions, "costs" | "stats" | "onSlow"> {
   /** Requests that may wait to be admitted. */
@@ -26,6 +38,8 @@ export interface ServiceOptions extends CalibrationOptions, Omit<DispatcherOptio
   readonly monitor?: HealthMonitor;
   /** Spreads the times that refused callers are told, from 0 to 1; default: Math.random. */
   readonly random?: () => number;
+  /** The devices by name, in their order, for statistics and events; default: they are not told apart. */
+  readonly devices?: readonly DeviceName[] | undefined;
 }
 
 /** A request that has been admitted. */
@@ -37,22 +51,38 @@ export interface Admitted extends Choice {
 }
 
 export class Service {
+  /** What launches cost on the first device. */
   readonly costs: CostTable;
+  /** What they cost on each, in their order. */
+  readonly tables: readonly CostTable[];
   readonly #options: ServiceOptions;
   readonly #batches: readonly number[];
-  readonly #stats = new StatsRecorder();
+  readonly #stats: StatsRecorder;
   readonly #monitor: HealthMonitor;
   readonly #admission: Gate<Priority>;
   readonly #dispatcher: Dispatcher;
   readonly #accepted = new Set<Accepted>();
   readonly #predictor: Predictor;
-  readonly #calibration: Calibration;
+  /** Of each device. */
+  readonly #calibrations: readonly Calibration[];
   #sequence = 0;
 
-  /** @param known the stored costs */
-  constructor(runtime: Runtime, known: readonly CostEntry[], options: ServiceOptions) {
+  /**
+   * @param known the stored costs
+   * @param others devices that serve the model as well, with runtimes of the same kind
+   */
+  constructor(
+    runtime: Runtime,
+    known: readonly CostEntry[],
+    options: ServiceOptions,
+    others: readonly FurtherDevice[] = [],
+  ) {
     this.#options = options;
-    this.costs = new CostTable(known);
+    const { store, about } = options;
+    const all: readonly FurtherDevice[] = [{ runtime, known, store, about }, ...others];
+    this.tables = all.map(({ known }) => new CostTable(known));
+    this.costs = this.tables[0]!;
+    this.#stats = new StatsRecorder(options.devices);
     const { maxQueue, captured, monitor = new HealthMonitor() } = options;
     this.#monitor = monitor;
     const batches = [...new Set(options.batches)].sort((a, b) => a - b);
@@ -60,23 +90,36 @@ export class Service {
     this.#batches = captured ? [1] : batches;
     // Few pictures are in flight at a time, so that memory is bounded and a request of high priority need not wait for all
     // that came before.
-    const capacity = 2 * batches.at(-1)!;
+    const there = () => this.#dispatcher.there;
+    const capacity = () => 2 * batches.at(-1)! * there().length;
     this.#admission = new Gate({ limit: maxQueue, capacity, compare: byPriority });
-    this.#predictor = new Predictor(this.costs, this.#batches, this.#accepted, { ...options, capacity });
+    this.#predictor = new Predictor(this.tables, this.#batches, this.#accepted, { ...options, capacity, there });
     const onSlow = monitor.slow.bind(monitor);
-    monitor.events.on("lost", () => this.lost());
-    const shared = { ...options, batches: this.#batches, costs: this.costs, stats: this.#stats, onSlow };
-    this.#calibration = new Calibration(runtime, this.costs, shared, () => this.#admission.idle());
-    this.#dispatcher = new Dispatcher(runtime, shared);
+    monitor.events.on("lost", ({ error, device }) => this.#lost(error, device));
+    const shared = { ...options, batches: this.#batches, stats: this.#stats, onSlow };
+    this.#calibrations = all.map(
+      ({ runtime, store, about }, index) =>
+        new Calibration(runtime, this.tables[index]!, { ...shared, store, about }, () => this.#admission.idle()),
+    );
+    this.#dispatcher = new Dispatcher(
+      all.map(({ runtime }) => runtime),
+      { ...shared, costs: this.tables },
+    );
   }
 
   stats(): Stats {
     const { waiting, inside } = this.#admission;
-    return this.#stats.snapshot({
+    const now = {
       queue: { waiting, limit: this.#options.maxQueue },
       running: { requests: inside.entries, pictures: inside.weight },
       runtime: this.#monitor.counters,
-    });
+    };
+    return this.#stats.snapshot(now, this.there);
+  }
+
+  /** Indices of the devices that are not lost for good; all if the last one is. */
+  get there(): readonly number[] {
+    return this.#dispatcher.there;
   }
 
   /** Whether calls are answered. @param closed why none are taken; null where they are */
@@ -100,7 +143,7 @@ export class Service {
     this.#predictor.called();
     this.#refuseIfFull(terms, candidates);
     if (deadlineMs !== null) {
-      await this.#calibration.learn(candidates, terms).catch((error) => {
+      await this.#onEach((each) => each.learn(candidates, terms)).catch((error) => {
         this.#note(error);
         throw error;
       });
@@ -113,20 +156,21 @@ export class Service {
     const due = deadlineMs === null ? null : arrival + deadlineMs / this.#predictor.margin.value - host;
     const priority: Priority = { level: terms.priority, due, arrival, sequence: this.#sequence++ };
     // Also what is refused: the costs that it is refused by may be wrong.
-    this.#calibration.remember(candidates);
+    for (const each of this.#calibrationsThere) each.remember(candidates);
     const isBack = this.#predictor.isBack(terms);
     const chosen = this.#predictor.choose(priority, terms, candidates);
     if (chosen instanceof DeadlineError) {
-      if (this.#accepted.size === 0) this.#calibration.rest({ isAfterWork: false });
+      if (this.#accepted.size === 0) for (const each of this.#calibrationsThere) each.rest({ isAfterWork: false });
       this.#refuse(chosen, chosen.retryAfterMs === null ? "impossible" : "deadline");
     }
 
     const candidate = candidates[chosen.candidate]!;
     const price = this.#predictor.price(candidate, terms);
+    const warmOn = this.there.filter((index) => this.#calibrations[index]!.isWarm(candidate));
     const accepted: Accepted = {
-      ...{ priority, promised, pictures, at: performance.now(), isInside: false, launchedMs: 0 },
+      ...{ priority, promised, pictures, at: performance.now(), isInside: false, launchedMs: 0, device: null },
       ...{ price, progress: new Progress(price.units) },
-      undisturbed: this.#accepted.size === 0 && this.#calibration.isWarm(candidate),
+      undisturbed: this.#accepted.size === 0 && warmOn.length > 0,
     };
     for (const other of this.#accepted) other.undisturbed = false;
     this.#accepted.add(accepted);
@@ -153,7 +197,8 @@ export class Service {
           const result = await work;
           ending = "completed";
           const total = performance.now() - arrival;
-          if (accepted.undisturbed) this.#calibration.observeHost(terms, total - queuedMs - accepted.launchedMs);
+          if (accepted.undisturbed && (accepted.device === null || warmOn.includes(accepted.device)))
+            this.#calibrations[0]!.observeHost(terms, total - queuedMs - accepted.launchedMs);
           return result;
         } catch (error) {
           ending = this.#endingOf(error, signal);
@@ -167,36 +212,69 @@ export class Service {
   }
 
   /**
-   * Measures the launches of row programs at the batches given, puts them into the table and stores it.
+   * Measures the launches of row programs at the batches given, puts them into the table and stores it: on one device after
+   * another, so that none disturbs the times of another.
    * @throws what the runtime or the file system throws, or `signal.reason`
    */
-  measure(
+  async measure(
     programs: readonly Program[],
     batches: readonly number[],
     options: Pick<MeasureOptions, "rounds" | "signal" | "onProgress">,
   ): Promise<void> {
-    return this.#calibration.measure(programs, this.#options.captured ? this.#batches : batches, options);
+    const measured = this.#options.captured ? this.#batches : batches;
+    const devices = this.#calibrationsThere;
+    for (const [index, each] of devices.entries())
+      await each.measure(programs, measured, {
+        ...options,
+        onProgress: (done, total) => options.onProgress?.(index * total + done, devices.length * total),
+      });
   }
 
-  /** Keeps the table for later, if it has changed. @throws the file system's error */
-  store(): Promise<void> {
-    return this.#calibration.store();
+  /** Keeps the tables for later, if they have changed. @throws the file system's error */
+  async store(): Promise<void> {
+    for (const each of this.#calibrations) await each.store();
   }
 
   /** Forgets all costs, here and on disk. @throws the file system's error */
-  reset(): Promise<void> {
-    return this.#calibration.reset();
+  async reset(): Promise<void> {
+    for (const each of this.#calibrations) await each.reset();
   }
 
-  /** The runtime frees what these graphs were compiled to: their next launches are slower. */
+  /** The runtimes free what these graphs were compiled to: their next launches are slower. */
   forget(graphs: readonly string[]): void {
     this.#dispatcher.forget(graphs);
   }
 
   /** The runtime has been lost, with all that it had loaded. Times of requests under way hold its start as well. */
   lost(): void {
-    this.#calibration.lost();
+    this.#lost(null, undefined);
+  }
+
+  /** @param device number of the one that is lost; undefined where there is only one */
+  #lost(error: Error | null, device: number | undefined): void {
+    const index = Math.max(0, this.#options.devices?.findIndex(({ number }) => number === device) ?? 0);
+    this.#calibrations[index]!.lost();
     for (const accepted of this.#accepted) accepted.undisturbed = false;
+    if (isLostForGood(error)) this.#dispatcher.lose(index);
+  }
+
+  /** Those of the devices that are not lost for good. */
+  get #calibrationsThere(): readonly Calibration[] {
+    return this.there.map((index) => this.#calibrations[index]!);
+  }
+
+  /** Does something on all devices at once. One that is lost meanwhile does not count while others are left. */
+  async #onEach(work: (calibration: Calibration) => Promise<void>): Promise<void> {
+    const devices = this.there;
+    await Promise.all(
+      devices.map((index) =>
+        work(this.#calibrations[index]!).catch((error) => {
+          if (!isLostForGood(error)) throw error;
+          this.#dispatcher.lose(index);
+          if (this.there.includes(index)) throw error;
+        }),
+      ),
+    );
   }
 
   /** Waits until no request is under way. */
@@ -205,7 +283,7 @@ export class Service {
     // the event loop (Node would end with code 13).
     const alive = setInterval(() => {}, 2 ** 30);
     try {
-      await this.#calibration.stop();
+      for (const each of this.#calibrations) await each.stop();
       await this.#admission.idle();
       await this.#dispatcher.idle();
     } finally {
@@ -273,7 +351,7 @@ export class Service {
     this.#stats.ended(ending, now - arrival, isLate);
     if (promised !== null && ending === "completed") this.#predictor.margin.observe(isLate, accepted.at);
     this.#accepted.delete(accepted);
-    if (this.#accepted.size === 0) this.#calibration.rest();
+    if (this.#accepted.size === 0) for (const each of this.#calibrationsThere) each.rest();
   }
 
   #run(
@@ -285,12 +363,16 @@ export class Service {
     const run = progress.begin(rows);
     return this.#dispatcher.run({
       ...{ rows, reports, priority: accepted.priority, pin, signal },
+      onPlaced: (row, device) => progress.placed(run, row, device),
       onRestart: (row) => progress.again(run, row),
       onLaunch: (row, report, first) => {
         // Times of what is made twice are no part of the launches' cost.
         if (progress.made(run, row, report.index)) accepted.undisturbed = false;
         if (first) accepted.launchedMs += report.milliseconds;
-        this.#calibration.launched(report);
+        // Launches of several devices run side by side: their times say nothing about the rest.
+        accepted.device ??= report.device;
+        if (accepted.device !== report.device) accepted.undisturbed = false;
+        this.#calibrations[report.device]!.launched(report);
         onLaunch?.(row, report, first);
       },
     });

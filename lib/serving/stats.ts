@@ -2,6 +2,8 @@
  * Counters and histograms of a model at work, as plain data, for monitoring.
  */
 
+import type { DeviceName } from "../runtimes/runtime.js";
+
 /** How often values fell into each range. */
 export interface Histogram {
   /** Upper ends of the ranges, in milliseconds, rising. */
@@ -12,6 +14,18 @@ export interface Histogram {
   readonly count: number;
   /** Sum of all values, in milliseconds. */
   readonly sum: number;
+}
+
+/** What a device has done since the model was loaded. */
+export interface DeviceStats extends DeviceName {
+  /** Whether it is lost for good. */
+  readonly lost: boolean;
+  /** Runs of networks for requests. */
+  readonly launches: number;
+  /** Rows of them, without padding: a row is one picture or text. */
+  readonly rows: number;
+  /** Milliseconds that they took. */
+  readonly milliseconds: number;
 }
 
 /** What a model has done since it was loaded, and what it does now. */
@@ -72,6 +86,8 @@ export interface Stats {
     /** Launches that took far longer than they cost. */
     readonly slowLaunches: number;
   };
+  /** Of a model that was loaded with `devices`: what each of them has done, in their order. Absent otherwise. */
+  readonly devices?: readonly DeviceStats[];
   /** How many launches had 1, 2, … rows. */
   readonly rowsPerLaunch: Readonly<Record<string, number>>;
   /** Times, in milliseconds. */
@@ -118,6 +134,12 @@ export class StatsRecorder {
   readonly #rowsPerLaunch: Record<string, number> = {};
   readonly #total = new Recorder();
   readonly #byGraph: Record<string, Recorder> = {};
+  readonly #devices: (DeviceName & { launches: number; rows: number; milliseconds: number })[];
+
+  /** @param devices those that are counted apart; default: none */
+  constructor(devices: readonly DeviceName[] = []) {
+    this.#devices = devices.map(({ number, name }) => ({ number, name, launches: 0, rows: 0, milliseconds: 0 }));
+  }
 
   ended(how: Ending, milliseconds: number, isLate: boolean): void {
     this.requests[how]++;
@@ -126,7 +148,14 @@ export class StatsRecorder {
     if (isLate) this.requests.late++;
   }
 
-  launched(graph: string, rows: number, batch: number, milliseconds: number): void {
+  /** @param device index of the device that made it */
+  launched(graph: string, rows: number, batch: number, milliseconds: number, device = 0): void {
+    const own = this.#devices[device];
+    if (own) {
+      own.launches++;
+      own.rows += rows;
+      own.milliseconds += milliseconds;
+    }
     this.launches.count++;
     this.launches.rows += rows;
     this.launches.padding += batch - rows;
@@ -135,12 +164,17 @@ export class StatsRecorder {
     this.#byGraph[graph].add(milliseconds);
   }
 
-  /** A copy of everything, with what is under way. */
-  snapshot(now: Pick<Stats, "queue" | "running" | "runtime">): Stats {
+  /**
+   * A copy of everything, with what is under way.
+   * @param there indices of the devices that are not lost for good
+   */
+  snapshot(now: Pick<Stats, "queue" | "running" | "runtime">, there: readonly number[] = []): Stats {
     const { requests, launches, queued } = this;
     // Keys that are integers come in rising order.
     const rowsPerLaunch = this.#rowsPerLaunch;
     const milliseconds = { queued, total: this.#total, launches: this.#byGraph };
-    return structuredClone({ ...now, requests, launches, rowsPerLaunch, milliseconds });
+    const devices = this.#devices.map((device, index) => ({ ...device, lost: !there.includes(index) }));
+    const own = devices.length > 0 && { devices };
+    return structuredClone({ ...now, requests, launches, ...own, rowsPerLaunch, milliseconds });
   }
 }

@@ -146,6 +146,7 @@ BuildRequest readBuildRequest(const Napi::Value& value) {
   request.targets = readList<int>(object.Get("targets"), "request.targets", [](const Napi::Value& item) {
     return static_cast<int>(readInteger(item, "a target", 0, 10000));
   });
+  if (object.Has("device")) request.device = static_cast<int>(readInteger(object.Get("device"), "request.device", -1, 1023));
   request.flags = readList<std::string>(object.Get("flags"), "request.flags",
                                         [](const Napi::Value& item) { return readString(item, "a flag"); });
   request.optimizationLevel =

@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "device.h"
 #include "files.h"
 #include "logger.h"
 
@@ -349,6 +350,8 @@ BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& requ
 #if !defined(TRT_MAJOR_RTX)
     std::unique_ptr<nvinfer1::ITimingCache> timings;
 #endif
+    // The library builds for the calling thread's device.
+    const auto device = request.device >= 0 ? Device::open(request.device) : nullptr;
     const auto builder = library.createBuilder(*logger);
     if (!builder) throw Error("BUILD", "no builder could be made");
     const std::unique_ptr<nvinfer1::INetworkDefinition> network(builder->createNetworkV2(0));

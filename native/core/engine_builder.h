@@ -44,6 +44,8 @@ struct BuildRequest {
   std::vector<ProfileShapes> profiles;
   // SM numbers (86 for 8.6), TensorRT-RTX only; empty means the present GPU.
   std::vector<int> targets;
+  // Number of the GPU that is the present one, or -1 for CUDA's first. Of no account with targets.
+  int device = -1;
   // BuilderFlag by name ("kTF32"), since the numbers differ between the two libraries.
   std::vector<std::string> flags;
   // 0 to 5, or -1 for the library's default.
@@ -73,7 +75,7 @@ struct BuildProgress {
   uint32_t total = 0;
 };
 
-// Throws Error: INVALID, WEIGHTS_CHANGED, IO, PARSE, BUILD, CANCELLED. `progress` is called on TensorRT's threads.
+// Throws Error: INVALID, WEIGHTS_CHANGED, IO, PARSE, BUILD, CANCELLED; with a device what Device::open throws. `progress` is called on TensorRT's threads.
 BuildResult buildEngine(const TensorRtLibrary& library, const BuildRequest& request,
                         const std::atomic<bool>& cancelled, const std::function<void(const BuildProgress&)>& progress);
 

@@ -69,6 +69,20 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   add("capacity", [](const Napi::CallbackInfo& info) { simulatedCapacity(static_cast<uint64_t>(number(info, 0))); });
   add("refuseCaptures",
       [](const Napi::CallbackInfo& info) { simulatedRefuseCaptures(info[0].As<Napi::Boolean>().Value()); });
+  add("devices", [](const Napi::CallbackInfo& info) {
+    const auto list = info[0].As<Napi::Array>();
+    std::vector<uint64_t> delays;
+    for (uint32_t index = 0; index < list.Length(); index++)
+      delays.push_back(static_cast<uint64_t>(list.Get(index).As<Napi::Number>().Int64Value()));
+    simulatedDevices(delays.data(), delays.size());
+  });
+  add("kernelsOn", [](const Napi::CallbackInfo& info) -> Napi::Value {
+    const uint64_t kernels = simulatedKernelsOn(static_cast<int>(number(info, 0)));
+    return Napi::Number::New(info.Env(), static_cast<double>(kernels));
+  });
+  add("loseDevice", [](const Napi::CallbackInfo& info) {
+    simulatedLoseDevice(static_cast<int>(number(info, 0)), static_cast<int>(number(info, 1)));
+  });
   add("hold", [](const Napi::CallbackInfo&) { simulatedHold(); });
   add("let", [](const Napi::CallbackInfo& info) { simulatedLet(number(info, 0)); });
   return exports;

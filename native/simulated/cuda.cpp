@@ -27,7 +27,9 @@ using CUresult = int;
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;
 
-struct CUctx_st {};
+struct CUctx_st {
+  int device = 0;
+};
 struct EventState;
 
 namespace {
@@ -64,7 +66,46 @@ using Operation = std::function<void()>;
 struct Block {
   size_t bytes = 0;
   bool device = false;
+  // Which device, of memory that is on one.
+  int ordinal = 0;
 };
+
+// One of the GPUs.
+struct Gpu {
+  explicit Gpu(int number) : ordinal(number) { renew(); }
+
+  // As in a new process.
+  void renew() {
+    lost = 0;
+    // The old contexts keep their addresses: what refers to them is not mistaken for the new one.
+    contexts.push_back(std::make_unique<CUctx_st>(CUctx_st{ordinal}));
+    context = contexts.back().get();
+  }
+
+  const int ordinal;
+  // Microseconds that each kernel takes besides its own work.
+  uint64_t delay = 0;
+  // The error that every call on the context returns. TensorRT's own CUDA runtime holds the primary context until the
+  // process ends, so that neither releasing nor retaining it makes it good again.
+  int lost = 0;
+  int retained = 0;
+  uint64_t bytes = 0;
+  uint64_t kernels = 0;
+  std::vector<std::unique_ptr<CUctx_st>> contexts;
+  CUctx_st* context = nullptr;
+};
+
+// The microseconds of FLOWTURBO_SIMULATED_DEVICES, divided by commas, one for each device; one device without it.
+std::vector<uint64_t> delaysOfEnvironment() {
+  const char* text = std::getenv("FLOWTURBO_SIMULATED_DEVICES");
+  std::vector<uint64_t> delays;
+  for (const char* at = text != nullptr && *text != 0 ? text : "0"; at != nullptr;) {
+    delays.push_back(std::strtoull(at, nullptr, 10));
+    at = std::strchr(at, ',');
+    if (at != nullptr) at++;
+  }
+  return delays;
+}
 
 // A capture under way: what its streams were given, in that order. Guarded by Simulation::captureMutex.
 struct Capture {
@@ -90,17 +131,16 @@ struct Simulation {
   int failKernelCode = 0;
   std::string failed;
   std::string violation;
-  // The error that every call on the context returns. TensorRT's own CUDA runtime holds the primary context until the
-  // process ends, so that neither releasing nor retaining it makes it good again.
-  int lost = 0;
-  int retained = 0;
-  std::vector<std::unique_ptr<CUctx_st>> contexts = firstContext();
-  CUctx_st* context = contexts.back().get();
+  // All that there ever were; the first `devices` of them are there now.
+  std::vector<std::unique_ptr<Gpu>> gpus;
+  size_t devices = 0;
 
-  static std::vector<std::unique_ptr<CUctx_st>> firstContext() {
-    std::vector<std::unique_ptr<CUctx_st>> all;
-    all.push_back(std::make_unique<CUctx_st>());
-    return all;
+  Simulation() { setDevices(delaysOfEnvironment()); }
+
+  void setDevices(const std::vector<uint64_t>& delays) {
+    while (gpus.size() < delays.size()) gpus.push_back(std::make_unique<Gpu>(static_cast<int>(gpus.size())));
+    devices = delays.size();
+    for (size_t index = 0; index < devices; index++) gpus[index]->delay = delays[index];
   }
 
   std::vector<double> kernelTimes;
@@ -130,8 +170,12 @@ Simulation& simulation() {
 
 thread_local CUctx_st* current = nullptr;
 thread_local int captureMode = kModeGlobal;
-// On the thread of a stream: whether what runs is part of a CUDA graph.
+// On the thread of a stream: whether what runs is part of a CUDA graph, and the stream's device.
 thread_local bool replaying = false;
+thread_local int streamDevice = -1;
+
+// The device of what runs on the calling thread.
+int deviceHere() { return streamDevice >= 0 ? streamDevice : current != nullptr ? current->device : 0; }
 
 // Whether FLOWTURBO_SIMULATED_FAULT names this: "refuse-capture" (no stream can be captured), "skip-replay" (CUDA graphs
 // are launched, and their kernels do not run). tensorrt.cpp has the faults of single graphs.
@@ -160,7 +204,8 @@ CUresult enter(const char* call) {
   all.counts.calls++;
   if (all.failAt != 0 && all.counts.calls == all.failAt) {
     all.failed = call;
-    if (isSticky(all.failCode) && all.retained > 0) all.lost = all.failCode;
+    Gpu& gpu = *all.gpus[static_cast<size_t>(deviceHere())];
+    if (isSticky(all.failCode) && gpu.retained > 0) gpu.lost = all.failCode;
     return all.failCode;
   }
   return kSuccess;
@@ -174,7 +219,8 @@ CUresult enterContext(const char* call) {
     return kInvalidContext;
   }
   const std::lock_guard<std::mutex> lock(simulation().mutex);
-  return current == simulation().context ? simulation().lost : kContextIsDestroyed;
+  const Gpu& gpu = *simulation().gpus[static_cast<size_t>(current->device)];
+  return current == gpu.context ? gpu.lost : kContextIsDestroyed;
 }
 
 // For calls that are "potentially unsafe" in a capture (cuThreadExchangeStreamCaptureMode in cuda.h): those that allocate,
@@ -200,22 +246,25 @@ uint8_t* hostOf(uintptr_t address, bool device) {
   return device ? simulation().behind + (pointer - simulation().arena) : pointer;
 }
 
-bool within(uintptr_t address, size_t bytes, bool device) {
+// @param ordinal of the device that the memory has to be on
+bool within(uintptr_t address, size_t bytes, bool device, int ordinal) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   auto block = all.blocks.upper_bound(address);
   if (block == all.blocks.begin()) return false;
   --block;
-  return block->second.device == device && address + bytes <= block->first + block->second.bytes;
+  return block->second.device == device && (!device || block->second.ordinal == ordinal) &&
+         address + bytes <= block->first + block->second.bytes;
 }
 
 }  // namespace
 
 // Shared with the work that records it: a driver keeps an event until that work has run.
 struct EventState {
-  explicit EventState(unsigned given) : flags(given) {}
+  EventState(unsigned given, int on) : flags(given), device(on) {}
 
   const unsigned flags;
+  const int device;
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t recorded = 0;
@@ -249,7 +298,7 @@ struct EventState {
 };
 
 struct CUevent_st {
-  explicit CUevent_st(unsigned flags) : state(std::make_shared<EventState>(flags)) {}
+  CUevent_st(unsigned flags, int device) : state(std::make_shared<EventState>(flags, device)) {}
   const std::shared_ptr<EventState> state;
 };
 
@@ -264,7 +313,7 @@ struct CUgraphExec_st {
 };
 
 struct CUstream_st {
-  CUstream_st() : worker([this] { work(); }) {}
+  explicit CUstream_st(int on) : device(on), worker([this] { work(); }) {}
   ~CUstream_st() {
     {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -310,6 +359,7 @@ struct CUstream_st {
   }
 
   void work() {
+    streamDevice = device;
     std::unique_lock<std::mutex> lock(mutex);
     for (;;) {
       changed.wait(lock, [&] { return ending || !queue.empty(); });
@@ -327,6 +377,7 @@ struct CUstream_st {
     }
   }
 
+  const int device;
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<Operation> queue;
@@ -342,22 +393,28 @@ struct CUstream_st {
 
 namespace {
 
-bool isLost() {
+CUresult lostCode(int device) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  return all.lost != 0;
+  return all.gpus[static_cast<size_t>(device)]->lost;
 }
 
-CUresult lostCode() {
-  Simulation& all = simulation();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  return all.lost;
+// Whether the device of the stream whose thread this is, is lost.
+bool isLost() { return lostCode(deviceHere()) != 0; }
+
+// What is given to a stream has to come from a thread with the context of its device.
+bool isForeign(const CUstream_st* stream, const char* call) {
+  if (current != nullptr && stream->device == current->device) return false;
+  violate((std::string(call) + " on a stream of another device").c_str());
+  return true;
 }
 
 // A transfer of bytes, checked when it is queued and again when it runs.
 CUresult transfer(CUstream_st* stream, uintptr_t to, bool toDevice, uintptr_t from, bool fromDevice, size_t bytes,
                   uint64_t SimulatedCounts::*counter, const char* call) {
-  const auto valid = [=] { return within(to, bytes, toDevice) && within(from, bytes, fromDevice); };
+  if (isForeign(stream, call)) return kInvalidHandle;
+  const int device = stream->device;
+  const auto valid = [=] { return within(to, bytes, toDevice, device) && within(from, bytes, fromDevice, device); };
   if (!valid()) {
     violate(call);
     return kInvalidValue;
@@ -378,9 +435,9 @@ CUresult transfer(CUstream_st* stream, uintptr_t to, bool toDevice, uintptr_t fr
 
 // A lost device does not touch memory any more.
 void drainIfLost() {
-  if (!isLost()) return;
   const std::lock_guard<std::mutex> lock(simulation().streamsMutex);
-  for (CUstream_st* stream : simulation().streams) stream->drain();
+  for (CUstream_st* stream : simulation().streams)
+    if (lostCode(stream->device) != 0) stream->drain();
 }
 
 size_t pagesOf(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
@@ -410,7 +467,8 @@ CUresult allocate(void** pointer, size_t bytes, bool device) {
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   if (bytes == 0) return kInvalidValue;
-  if (device && all.counts.deviceBytes + bytes > all.capacity) return kOutOfMemory;
+  Gpu& gpu = *all.gpus[static_cast<size_t>(deviceHere())];
+  if (device && gpu.bytes + bytes > all.capacity) return kOutOfMemory;
   void* memory = nullptr;
   if (device)
     memory = placeFor(bytes);
@@ -420,9 +478,12 @@ CUresult allocate(void** pointer, size_t bytes, bool device) {
   const auto address = reinterpret_cast<uintptr_t>(memory);
   // Memory that was never written reads as NaN.
   std::memset(hostOf(address, device), 0xff, bytes);
-  all.blocks[address] = {bytes, device};
+  all.blocks[address] = {bytes, device, gpu.ordinal};
   (device ? all.counts.deviceBlocks : all.counts.hostBlocks) += 1;
-  if (device) all.counts.deviceBytes += bytes;
+  if (device) {
+    all.counts.deviceBytes += bytes;
+    gpu.bytes += bytes;
+  }
   *pointer = memory;
   return kSuccess;
 }
@@ -440,6 +501,7 @@ CUresult release(void* memory, bool device, const char* call) {
   (device ? all.counts.deviceBlocks : all.counts.hostBlocks) -= 1;
   if (device) {
     all.counts.deviceBytes -= block->second.bytes;
+    all.gpus[static_cast<size_t>(block->second.ordinal)]->bytes -= block->second.bytes;
     madvise(hostOf(address, true), pagesOf(block->second.bytes), MADV_DONTNEED);
   } else {
     std::free(memory);
@@ -465,6 +527,8 @@ void waitWhileHeld() {
   all.holdChanged.wait(lock, [&] { return !all.held || all.allowed > 0; });
   if (all.held) all.allowed--;
 }
+
+bool isDevice(int ordinal) { return ordinal >= 0 && static_cast<size_t>(ordinal) < simulation().devices; }
 
 void count(uint64_t SimulatedCounts::*counter, int change) {
   Simulation& all = simulation();
@@ -505,17 +569,26 @@ EXPORT CUresult cuGetErrorString(CUresult result, const char** words) {
 }
 
 EXPORT CUresult cuDeviceGetCount(int* number) {
-  *number = 1;
-  return enter("cuDeviceGetCount");
+  const CUresult result = enter("cuDeviceGetCount");
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  *number = static_cast<int>(simulation().devices);
+  return result;
 }
 
 EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
-  return ordinal == 0 ? enter("cuDeviceGet") : kInvalidValue;
+  return isDevice(ordinal) ? enter("cuDeviceGet") : kInvalidValue;
 }
 
-EXPORT CUresult cuDeviceGetName(char* name, int size, CUdevice) {
-  std::strncpy(name, "Simulated GPU", static_cast<size_t>(size));
+// Devices of one speed have one name, as GPUs of one kind do.
+EXPORT CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
+  std::string text = "Simulated GPU";
+  {
+    const std::lock_guard<std::mutex> lock(simulation().mutex);
+    const uint64_t delay = isDevice(device) ? simulation().gpus[static_cast<size_t>(device)]->delay : 0;
+    if (delay > 0) text += " " + std::to_string(delay);
+  }
+  std::strncpy(name, text.c_str(), static_cast<size_t>(size));
   return enter("cuDeviceGetName");
 }
 
@@ -531,23 +604,24 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
   return enter("cuDeviceGetAttribute");
 }
 
-EXPORT CUresult cuDevicePrimaryCtxRetain(CUctx_st** context, CUdevice) {
+EXPORT CUresult cuDevicePrimaryCtxRetain(CUctx_st** context, CUdevice device) {
   const CUresult result = enter("cuDevicePrimaryCtxRetain");
   if (result != kSuccess) return result;
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.retained++;
+  Gpu& gpu = *all.gpus.at(static_cast<size_t>(device));
+  gpu.retained++;
   all.counts.contexts++;
-  *context = all.context;
+  *context = gpu.context;
   return kSuccess;
 }
 
-EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) {
+EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   const CUresult result = enter("cuDevicePrimaryCtxRelease");
   Simulation& all = simulation();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.counts.contexts--;
-  all.retained--;
+  all.gpus.at(static_cast<size_t>(device))->retained--;
   return result;
 }
 
@@ -563,7 +637,7 @@ EXPORT CUresult cuCtxGetCurrent(CUctx_st** context) {
 }
 
 EXPORT CUresult cuCtxGetDevice(CUdevice* device) {
-  *device = 0;
+  *device = current != nullptr ? current->device : 0;
   return enterContext("cuCtxGetDevice");
 }
 
@@ -579,7 +653,8 @@ EXPORT CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
   const CUresult result = enterContext("cuMemGetInfo");
   const std::lock_guard<std::mutex> lock(simulation().mutex);
   *total = simulation().capacity;
-  *free = simulation().capacity - std::min(simulation().capacity, simulation().counts.deviceBytes);
+  const uint64_t used = simulation().gpus[static_cast<size_t>(deviceHere())]->bytes;
+  *free = simulation().capacity - std::min(simulation().capacity, used);
   return result;
 }
 
@@ -637,13 +712,15 @@ EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t by
 EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream_st* stream) {
   const CUresult result = enterContext("cuMemsetD8Async");
   if (result != kSuccess) return result;
-  if (!within(to, bytes, true)) {
+  if (isForeign(stream, "cuMemsetD8Async")) return kInvalidHandle;
+  const int device = stream->device;
+  if (!within(to, bytes, true, device)) {
     violate("cuMemsetD8Async");
     return kInvalidValue;
   }
   return stream->add([=] {
     if (isLost()) return;
-    if (within(to, bytes, true))
+    if (within(to, bytes, true, device))
       std::memset(hostOf(to, true), value, bytes);
     else
       violate("cuMemsetD8Async of memory that was freed");
@@ -653,7 +730,7 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t byte
 EXPORT CUresult cuStreamCreate(CUstream_st** stream, unsigned) {
   const CUresult result = enterContext("cuStreamCreate");
   if (result != kSuccess) return result;
-  *stream = new CUstream_st();
+  *stream = new CUstream_st(current->device);
   count(&SimulatedCounts::streams, 1);
   const std::lock_guard<std::mutex> lock(simulation().streamsMutex);
   simulation().streams.insert(*stream);
@@ -676,7 +753,7 @@ EXPORT CUresult cuStreamSynchronize(CUstream_st* stream) {
   if (result == kSuccess) result = stream->conflict();
   if (result != kSuccess) return result;
   stream->drain();
-  return lostCode();
+  return lostCode(stream->device);
 }
 
 // What a stream was given before waits for an event that another one has recorded. In a capture this is how a second
@@ -774,7 +851,7 @@ EXPORT CUresult cuStreamIsCapturing(CUstream_st* stream, int* status) {
 EXPORT CUresult cuEventCreate(CUevent_st** event, unsigned flags) {
   const CUresult result = enterContext("cuEventCreate");
   if (result != kSuccess) return result;
-  *event = new CUevent_st(flags);
+  *event = new CUevent_st(flags, current->device);
   count(&SimulatedCounts::events, 1);
   return kSuccess;
 }
@@ -791,6 +868,7 @@ EXPORT CUresult cuEventRecordWithFlags(CUevent_st* event, CUstream_st* stream, u
   if (result != kSuccess) return result;
   const std::shared_ptr<EventState> state = event->state;
   const bool external = flags == 1;
+  if (isForeign(stream, "cuEventRecordWithFlags") || state->device != stream->device) return kInvalidHandle;
   {
     const std::lock_guard<std::mutex> lock(simulation().captureMutex);
     const std::shared_ptr<Capture> capture = stream->capture;
@@ -828,7 +906,7 @@ EXPORT CUresult cuEventSynchronize(CUevent_st* event) {
     records = state.recorded;
   }
   state.waitFor(records);
-  return lostCode();
+  return lostCode(state.device);
 }
 
 EXPORT CUresult cuEventElapsedTime(float* milliseconds, CUevent_st* start, CUevent_st* end) {
@@ -857,6 +935,7 @@ EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec_st** executable, CUgraph
 EXPORT CUresult cuGraphLaunch(CUgraphExec_st* executable, CUstream_st* stream) {
   const CUresult result = enterContext("cuGraphLaunch");
   if (result != kSuccess) return result;
+  if (isForeign(stream, "cuGraphLaunch")) return kInvalidHandle;
   if (const CUresult conflict = stream->conflict()) return conflict;
   for (const auto& event : executable->events) event->record();
   stream->add([] { replaying = true; });
@@ -886,13 +965,11 @@ EXPORT void simulatedReset() {
   Simulation& all = simulation();
   {
     const std::lock_guard<std::mutex> lock(all.mutex);
-    // As in a new process.
-    if (all.lost != 0) {
-      all.lost = 0;
-      // The old ones keep their addresses: what refers to them is not mistaken for the new one.
-      all.contexts.push_back(std::make_unique<CUctx_st>());
-      all.context = all.contexts.back().get();
+    for (const std::unique_ptr<Gpu>& gpu : all.gpus) {
+      if (gpu->lost != 0) gpu->renew();
+      gpu->kernels = 0;
     }
+    all.setDevices(delaysOfEnvironment());
     all.failAt = 0;
     all.failKernel = 0;
     all.failed.clear();
@@ -935,6 +1012,21 @@ EXPORT const char* simulatedFailed() {
   const std::lock_guard<std::mutex> lock(simulation().mutex);
   name = simulation().failed;
   return name.c_str();
+}
+
+EXPORT void simulatedDevices(const uint64_t* delays, size_t size) {
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  simulation().setDevices(std::vector<uint64_t>(delays, delays + size));
+}
+
+EXPORT uint64_t simulatedKernelsOn(int device) {
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  return simulation().gpus.at(static_cast<size_t>(device))->kernels;
+}
+
+EXPORT void simulatedLoseDevice(int device, int code) {
+  const std::lock_guard<std::mutex> lock(simulation().mutex);
+  simulation().gpus.at(static_cast<size_t>(device))->lost = code;
 }
 
 EXPORT void simulatedCapacity(uint64_t bytes) {
@@ -1001,13 +1093,10 @@ EXPORT void simulatedCount(SimulatedObject object, int change) {
 
 EXPORT void simulatedDeserialised() { count(&SimulatedCounts::deserialised, 1); }
 
-EXPORT void simulatedLose(int code) {
-  const std::lock_guard<std::mutex> lock(simulation().mutex);
-  simulation().lost = code;
-}
+EXPORT void simulatedLose(int code) { simulatedLoseDevice(deviceHere(), code); }
 
 EXPORT bool simulatedIsDevice(const void* address, size_t bytes) {
-  return within(reinterpret_cast<uintptr_t>(address), bytes, true);
+  return within(reinterpret_cast<uintptr_t>(address), bytes, true, deviceHere());
 }
 
 EXPORT void* simulatedHost(const void* address) { return hostOf(reinterpret_cast<uintptr_t>(address), true); }
@@ -1023,6 +1112,7 @@ EXPORT int simulatedQueue(CUstream_st* stream, void (*run)(void*), void* data, v
 
 EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, void (*destroy)(void*)) {
   const auto kernel = std::make_shared<Kernel>(run, data, destroy);
+  if (isForeign(stream, "a launch")) return kInvalidHandle;
   {
     const std::lock_guard<std::mutex> lock(simulation().captureMutex);
     if (stream->capture && simulation().refusesCaptures) {
@@ -1033,16 +1123,21 @@ EXPORT int simulatedLaunch(CUstream_st* stream, void (*run)(void*), void* data, 
   return stream->add([kernel] {
     waitWhileHeld();
     Simulation& all = simulation();
+    uint64_t delay = 0;
     {
       const std::lock_guard<std::mutex> lock(all.mutex);
+      Gpu& gpu = *all.gpus[static_cast<size_t>(deviceHere())];
+      delay = gpu.delay;
+      gpu.kernels++;
       all.counts.kernels++;
       all.kernelTimes.push_back(std::chrono::duration<double>(Clock::now().time_since_epoch()).count());
       if (all.failKernel != 0 && all.counts.kernels == all.failKernel) {
         all.failed = "a kernel";
-        all.lost = all.failKernelCode;
+        gpu.lost = all.failKernelCode;
       }
-      if (all.lost != 0) return;
+      if (gpu.lost != 0) return;
     }
+    if (delay > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay));
     if (!(replaying && isFaulty("skip-replay"))) kernel->run(kernel->data);
   });
 }

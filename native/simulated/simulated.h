@@ -3,7 +3,8 @@
 // kernels can read it, and runs each stream on a thread of its own. It obeys the rules of cuda.h: what is forbidden in a
 // capture by the thread's mode and makes it invalid, events that have no time, a context that stays lost. And it reports
 // errors that a real driver may not notice: addresses outside any allocation, host memory that is not pinned, work on
-// freed memory. The engines compute formulas that their plan contains (tensorrt.cpp); they are built from graphs of the
+// freed memory. There may be several GPUs, each with memory, a context and a speed of its own: an address of one is none
+// of another, and its streams and events are for threads with its context. The engines compute formulas that their plan contains (tensorrt.cpp); they are built from graphs of the
 // package, each with a file that says what it computes (builder.cpp).
 // A third library, the stand-in, has the same engines for any driver, the simulated one (kernels.cpp) or a real one.
 //
@@ -49,7 +50,9 @@ struct SimulatedCounts {
 
 // 1. For tests.
 
-// As in a new process: nothing was counted, nothing fails, the device is not lost.
+// As in a new process: nothing was counted, nothing fails, no device is lost. How many devices there are is as
+// FLOWTURBO_SIMULATED_DEVICES says: a number for each, the microseconds that its kernels take besides their own work, divided
+// by commas; one without it.
 void simulatedReset();
 SimulatedCounts simulatedCounts();
 // Makes the `call`-th call from now on return `code` (for TensorRT: fail); 0 for none. After a code that makes a context
@@ -59,6 +62,13 @@ void simulatedFailAt(uint64_t call, int code);
 void simulatedFailKernel(uint64_t kernel, int code);
 // Name of the call that was made to fail, or "".
 const char* simulatedFailed();
+// The same from now on, whatever the environment says. Those that are used must stay.
+void simulatedDevices(const uint64_t* delays, size_t size);
+// Kernels that one of them has begun since the last reset.
+uint64_t simulatedKernelsOn(int device);
+// One of them is lost, with this code.
+void simulatedLoseDevice(int device, int code);
+// Memory of each device.
 void simulatedCapacity(uint64_t bytes);
 // Kernels wait before they run; `simulatedLet` lets `count` more run, a negative number all of them.
 void simulatedHold();
@@ -80,9 +90,9 @@ void simulatedReportViolation(const char* what);
 enum SimulatedObject { kSimulatedRuntime, kSimulatedEngine, kSimulatedExecutionContext };
 void simulatedCount(SimulatedObject object, int change);
 void simulatedDeserialised();
-// The device is lost, with this code.
+// The calling thread's device, or that of the stream whose thread it is, is lost, with this code.
 void simulatedLose(int code);
-// Whether the range lies within one allocation on the device.
+// Whether the range lies within one allocation on that device.
 bool simulatedIsDevice(const void* address, size_t bytes);
 // Where the host finds what is at an address of the device: for kernels alone.
 void* simulatedHost(const void* address);

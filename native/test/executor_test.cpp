@@ -481,7 +481,9 @@ void sharesEngines() {
 int main() {
   using namespace flowturbo;
   test("the simulated driver obeys the rules of captures", driverRules);
+  test("the simulated driver keeps devices apart", driverKeepsDevicesApart);
   test("runs programs in order", runsInOrder);
+  test("works on several devices, and goes on without one", worksOnSeveralDevices);
   test("copies rows", copiesRows);
   test("runs submissions in turn, ahead of the device", runsAhead);
   test("keeps registers apart", keepsRegistersApart);

@@ -162,6 +162,84 @@ void driverRules() {
 }
 
 // One captures in the global mode, as a library's builder may: everything works meanwhile, and does not spoil it.
+// Several devices: an address, a stream and an event are of one of them alone.
+void driverKeepsDevicesApart() {
+  const uint64_t delays[] = {0, 0};
+  simulatedDevices(delays, 2);
+  CUctx_st* contexts[2] = {};
+  CUstream_st* streams[2] = {};
+  CUevent_st* events[2] = {};
+  unsigned long long memory[2] = {};
+  const auto use = [&](int device) { CHECK(cuCtxSetCurrent(contexts[device]) == 0); };
+  for (const int device : {0, 1}) {
+    CHECK(cuDevicePrimaryCtxRetain(&contexts[device], device) == 0);
+    use(device);
+    CHECK(cuStreamCreate(&streams[device], 1) == 0 && cuEventCreate(&events[device], 0) == 0);
+    CHECK(cuMemAlloc_v2(&memory[device], 4096) == 0);
+  }
+  CHECK(contexts[0] != contexts[1]);
+  for (const int device : {0, 1}) {
+    use(device);
+    const int other = 1 - device;
+    CHECK(cuMemsetD8Async(memory[device], 0, 16, streams[device]) == 0);
+    CHECK(cuMemsetD8Async(memory[other], 0, 16, streams[device]) == 1);
+    CHECK(cuMemsetD8Async(memory[other], 0, 16, streams[other]) == 400);
+    CHECK(cuEventRecordWithFlags(events[device], streams[device], 0) == 0);
+    CHECK(cuEventRecordWithFlags(events[other], streams[device], 0) == 400);
+    CHECK(cuStreamSynchronize(streams[device]) == 0);
+  }
+  // One that is lost is lost alone.
+  simulatedLoseDevice(1, 700);
+  use(0);
+  CHECK(cuStreamSynchronize(streams[0]) == 0);
+  use(1);
+  CHECK(cuStreamSynchronize(streams[1]) == 700);
+  for (const int device : {0, 1}) {
+    use(device);
+    const int result = device == 0 ? 0 : 700;
+    CHECK(cuMemFree_v2(memory[device]) == result && cuEventDestroy_v2(events[device]) == result);
+    CHECK(cuStreamDestroy_v2(streams[device]) == result && cuDevicePrimaryCtxRelease_v2(device) == 0);
+  }
+  CHECK(simulatedCounts().violations == 4);
+  simulatedReset();
+}
+
+// Two executors in one process, each with its device, its engines and its threads. One is lost, the other goes on.
+void worksOnSeveralDevices() {
+  const uint64_t delays[] = {0, 0};
+  simulatedDevices(delays, 2);
+  const Plan plan = writePlan(affinePlan(4096, 0));
+  std::shared_ptr<Executor> executors[2];
+  std::shared_ptr<Engine> engines[2];
+  for (const int device : {0, 1}) {
+    executors[device] = Executor::open(library(), device);
+    engines[device] = executors[device]->load(plan.path, plan.identity);
+  }
+  CHECK(executors[0] != executors[1] && engines[0] != engines[1]);
+  CHECK(simulatedCounts().contexts == 2 && simulatedCounts().engines == 2);
+  std::vector<std::thread> threads;
+  for (const int device : {0, 1})
+    threads.emplace_back([&, device] {
+      for (int run = 0; run < 20; run++) checkGood(*executors[device], engines[device], 4);
+    });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(simulatedKernelsOn(0) == 80 && simulatedKernelsOn(1) == 80);
+  CHECK(simulatedCounts().violations == 0);
+  simulatedLoseDevice(1, 700);
+  Run run;
+  fill(*run.submission, executors[1]->createRegisters(2 * kRegisterBytes), engines[1], 2);
+  CHECK(run.start(*executors[1]).get().error->code() == "DEVICE_LOST");
+  checkGood(*executors[0], engines[0], 4);
+  run.submission.reset();
+  for (const int device : {1, 0}) {
+    engines[device].reset();
+    closeExecutor(std::move(executors[device]));
+  }
+  waitUntil([] { return simulatedCounts().contexts == 0; });
+  unlink(plan.path.c_str());
+  simulatedReset();
+}
+
 void ignoresForeignCaptures() {
   const Plan plan = writePlan(affinePlan(4096, 0));
   std::promise<void> begun;

@@ -1,6 +1,12 @@
 // A runtime is a row in the table: a test adds one, and it is found, opened and listed like the others.
 import { afterEach, describe, expect, it } from "vitest";
-import { CheckpointError, InstallationError, OptionError, RuntimeUnavailableError } from "../../lib/errors.js";
+import {
+  CheckpointError,
+  InstallationError,
+  MemoryError,
+  OptionError,
+  RuntimeUnavailableError,
+} from "../../lib/errors.js";
 import { FlowTurbo } from "../../lib/flowturbo.js";
 import { cpuEmitOptions } from "../../lib/onnx/index.js";
 import type { BuilderRow, BuilderSettings, EngineBuilder } from "../../lib/runtimes/builder.js";
@@ -9,6 +15,7 @@ import {
   checkPlatform,
   openBuilder,
   openRuntime,
+  openRuntimes,
   platformWarning,
   runtimeNames,
   runtimes,
@@ -256,5 +263,114 @@ describe("what engines are built for", () => {
     expect(() => deviceOf([90], cuda)).toThrow(/^TensorRT-RTX builds for .*, not for 9\.0\.$/);
     const old = { ...cuda, devices: [{ ...gpu, name: "V100", major: 7, minor: 0 }] };
     expect(() => deviceOf([], old)).toThrow(/not for 7\.0, the present GPU \(V100\): use the runtime tensorrt\.$/);
+  });
+});
+
+describe("a runtime on several devices", () => {
+  const gpus = [
+    { name: "A", problem: null },
+    { name: "B", problem: "It is too old." },
+    { name: "C", problem: null },
+  ];
+  /** What was opened on which device, and what has been disposed of. */
+  const choosing = (name: string, change: Partial<RuntimeRow> = {}) => {
+    const opened: (number | undefined)[] = [];
+    const disposed: number[] = [];
+    const { row } = fake(name, {
+      listDevices: async () => gpus,
+      async open({ device }) {
+        opened.push(device);
+        const runtime = { name, capabilities, dispose: async () => void disposed.push(device!) } as unknown as Runtime;
+        return { runtime, settings: { gpu: device }, device: null, emitOptions: () => cpuEmitOptions };
+      },
+      ...change,
+    });
+    return { row, opened, disposed };
+  };
+
+  it("is opened on those that are named, in that order, each with a listener of its own", async () => {
+    const { row, opened } = choosing("fake");
+    table(row);
+    const heard: unknown[] = [];
+    const listenerOf = (device: unknown) => {
+      heard.push(device);
+      return { lost() {}, restarted() {}, silent() {} };
+    };
+    const { opened: all, choice } = await openRuntimes("fake", settings, weights, { devices: [2, 0], listenerOf });
+    expect(opened).toEqual([2, 0]);
+    expect(all.map((each) => each.settings.gpu)).toEqual([2, 0]);
+    const devices = [
+      { number: 2, name: "C" },
+      { number: 0, name: "A" },
+    ];
+    expect(choice).toEqual({ name: "fake", passedOver: [], devices, leftOut: [] });
+    expect(heard).toEqual(devices);
+  });
+
+  it("is opened on all that can be used, and says which are left out and why", async () => {
+    const { row, disposed } = choosing("fake");
+    table(row);
+    const check = ({ settings: { gpu } }: OpenedRuntime) => {
+      if (gpu === 2) throw new MemoryError("The model does not fit.", 2, 1);
+    };
+    const { choice } = await openRuntimes("fake", settings, weights, { devices: "all", check });
+    expect(choice.devices).toEqual([{ number: 0, name: "A" }]);
+    expect(choice.leftOut).toEqual([
+      { number: 1, name: "B", reason: "The device 1 (B) cannot be used. It is too old." },
+      { number: 2, name: "C", reason: "The model does not fit." },
+    ]);
+    expect(disposed).toEqual([2]);
+  });
+
+  it("is refused as a whole where one that is named cannot be used", async () => {
+    const { row, disposed } = choosing("fake");
+    table(row);
+    const error = await rejection(openRuntimes("fake", settings, weights, { devices: [0, 1] }));
+    expect(error).toBeInstanceOf(RuntimeUnavailableError);
+    expect(error.message).toBe("The device 1 (B) cannot be used. It is too old.");
+    expect(disposed).toEqual([0]);
+    const none = () => {
+      throw new MemoryError("The model does not fit.", 2, 1);
+    };
+    const memory = await rejection(openRuntimes("fake", settings, weights, { devices: "all", check: none }));
+    expect(memory.message).toBe("The model does not fit.");
+  });
+
+  it("says how many devices there are, and which runtimes can choose", async () => {
+    const { row } = choosing("fake");
+    table(row, fake("other").row);
+    const missing = await rejection(openRuntimes("fake", settings, weights, { devices: [0, 3] }));
+    expect(missing).toBeInstanceOf(OptionError);
+    expect(missing.message).toBe(
+      "There is no device 3: the runtime fake finds 3 here, 0 (A), 1 (B), 2 (C). CUDA_VISIBLE_DEVICES decides which there are.",
+    );
+    const other = await rejection(openRuntimes("other", settings, weights, { devices: "all" }));
+    expect(other).toBeInstanceOf(OptionError);
+    expect(other.message).toBe(
+      "The runtime other cannot choose among devices; fake can. Leave devices away, or use one of these.",
+    );
+  });
+
+  it("with auto is the first that can choose, and those that cannot are passed over", async () => {
+    const lacks = choosing("lacks", {
+      listDevices: () => Promise.reject(new RuntimeUnavailableError("lacks", "No driver.")),
+    });
+    const { row } = choosing("fake");
+    table(fake("plain").row, lacks.row, row);
+    const { choice } = await openRuntimes("auto", settings, weights, { devices: [0] });
+    expect(choice.name).toBe("fake");
+    expect(choice.passedOver.map(({ name }) => name)).toEqual(["plain", "lacks"]);
+    table(lacks.row, fake("plain").row);
+    const error = await rejection(openRuntimes("auto", settings, weights, { devices: "all" }));
+    expect(error.message).toBe("No runtime can use devices here. No driver.");
+    table(row, fake("plain").row);
+    const missing = await rejection(openRuntimes("auto", settings, weights, { devices: [7] }));
+    expect(missing.message).toMatch(/^There is no device 7/);
+  });
+
+  it("is one that the table names", () => {
+    restore();
+    const names = Object.values(runtimes).flatMap(({ name, listDevices }) => (listDevices ? [name] : []));
+    expect(names).toEqual(["tensorrt", "tensorrt-rtx", "cuda"]);
   });
 });

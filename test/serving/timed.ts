@@ -188,7 +188,10 @@ export interface Asked {
 }
 
 export interface Simulation {
+  /** Of the first device. */
   readonly runtime: TimedRuntime;
+  /** Of each device. */
+  readonly runtimes: readonly TimedRuntime[];
   readonly service: Service;
   /** Asks for pictures. Resolves with the schedule and times, rejects as the service does. */
   ask(asked: Asked): Promise<{ blocks: string; reason: string | null; predictedMs: number | null; actualMs: number }>;
@@ -207,18 +210,35 @@ function rowOf(blocks: string): Program {
   return program;
 }
 
+/** The table of a device that is so many times as fast. */
+function faster(entries: readonly CostEntry[], speed: number): CostEntry[] {
+  return entries.map((entry) => {
+    const { milliseconds, low, high } = entry;
+    return { ...entry, milliseconds: milliseconds / speed, low: low / speed, high: high / speed };
+  });
+}
+
 /**
- * @param entries the table that the service begins with
+ * @param entries the table that the service begins with, of a device of speed 1
  * @param noise standard deviation of the logarithm of a launch's time
+ * @param speeds how fast each of several devices is; default: one, of speed 1
  */
 export function simulate(
   entries: readonly CostEntry[],
-  options: Partial<ServiceOptions> & { noise?: number; seed?: number } = {},
+  options: Partial<ServiceOptions> & { noise?: number; seed?: number; speeds?: readonly number[] } = {},
 ): Simulation {
-  const { noise = 0.05, seed = 1, ...rest } = options;
+  const { noise = 0.05, seed = 1, speeds = [1], ...rest } = options;
   const random = new Random(seed);
-  const runtime = new TimedRuntime((graph, batch) => milliseconds[graph]!(batch) * Math.exp(noise * random.normal()));
-  const service = new Service(runtime, entries, {
+  const runtimes = speeds.map(
+    (speed) =>
+      new TimedRuntime((graph, batch) => (milliseconds[graph]!(batch) / speed) * Math.exp(noise * random.normal())),
+  );
+  const runtime = runtimes[0]!;
+  const stored = () => ({ store: new MemoryStore() as unknown as CostStore, about: {} });
+  const others = runtimes.slice(1).map((runtime, index) => {
+    return { runtime, known: faster(entries, speeds[index + 1]!), ...stored() };
+  });
+  const settings: ServiceOptions = {
     ...{
       batches: batchesUpTo(8),
       maxWaitMs: 20,
@@ -228,10 +248,12 @@ export function simulate(
       watchdogMs: 1e9,
       graph: shapesOf,
     },
-    ...{ store: new MemoryStore() as unknown as CostStore, about: {} },
+    ...stored(),
     random: () => random.even(),
+    ...(speeds.length > 1 && { devices: speeds.map((speed, number) => ({ number, name: `speed ${speed}` })) }),
     ...rest,
-  });
+  };
+  const service = new Service(runtime, speeds[0] === 1 ? entries : faster(entries, speeds[0]!), settings, others);
   const ask = async ({
     ladder,
     deadlineMs = null,
@@ -252,7 +274,7 @@ export function simulate(
     const { reason, predictedMs } = admitted;
     return { blocks, reason, predictedMs, actualMs: performance.now() - arrival };
   };
-  return { runtime, service, ask };
+  return { runtime, runtimes, service, ask };
 }
 
 export interface Outcome {

@@ -45,6 +45,9 @@ interface Control {
   failed(): string;
   violation(): string;
   capacity(bytes: number): void;
+  devices(microseconds: readonly number[]): void;
+  kernelsOn(device: number): number;
+  loseDevice(device: number, code: number): void;
   refuseCaptures(refuse: boolean): void;
   hold(): void;
   let(count: number): void;

@@ -39,6 +39,8 @@ export interface CudaProviderReport {
   readonly cuda: Cuda | null;
   /** Number of the first GPU that the provider has kernels for; null where none is known. */
   readonly device: number | null;
+  /** Numbers of all of those. */
+  readonly usable: readonly number[];
   /** Why it cannot be used: one remedy for each cause; empty if it can. */
   readonly problems: readonly Problem[];
 }
@@ -54,7 +56,7 @@ export interface FindCudaProviderOptions {
 export async function findCudaProvider(options: FindCudaProviderOptions = {}): Promise<CudaProviderReport> {
   const nothing = {
     ...{ folder: null, version: null, runtimeFolder: null },
-    ...{ libraryFolders: [], places: [], cuda: null, device: null },
+    ...{ libraryFolders: [], places: [], cuda: null, device: null, usable: [] },
   };
   const platform = thisPlatform();
   if (platform.os !== "linux" || platform.cpu !== "x64" || platform.libc !== "glibc")
@@ -115,7 +117,8 @@ export async function findCudaProvider(options: FindCudaProviderOptions = {}): P
     folder: found.folder,
     version: found.version,
     libraryFolders: needed.folders,
-    device: cuda && firstDevice(cuda, needed.cuda),
+    device: cuda && (usableDevices(cuda, needed.cuda)[0] ?? null),
+    usable: cuda ? usableDevices(cuda, needed.cuda) : [],
     problems,
   };
 }
@@ -262,6 +265,9 @@ const drivers: Readonly<Record<number, string>> = { 12: "525", 13: "580" };
 /** The oldest GPUs that CUDA 13 has kernels for. */
 const oldestSm = 75;
 
+/** Why it does not use a GPU. */
+export const kernelsText = `The CUDA provider has kernels for SM ${smText(oldestSm)} and later`;
+
 /** @param built the major version of CUDA that the provider was built for, if that is known */
 function gpuProblem(cuda: Cuda, built: number | null): Problem | null {
   const driver = drivers[built ?? 0];
@@ -270,16 +276,13 @@ function gpuProblem(cuda: Cuda, built: number | null): Problem | null {
       `The NVIDIA driver serves CUDA ${cudaText(cuda.driverVersion)}; the CUDA provider was built for CUDA ${built}.`,
       `Update NVIDIA's driver${driver ? ` to ${driver} or newer` : ""}.`,
     );
-  if (firstDevice(cuda, built) !== null) return null;
+  if (usableDevices(cuda, built).length > 0) return null;
   const found = cuda.devices.map((device) => `${device.name} (SM ${smText(smOf(device))})`).join(", ");
-  return problem(
-    `The CUDA provider has kernels for SM ${smText(oldestSm)} and later; this machine has ${found}.`,
-    'Use another runtime, such as "onnxruntime".',
-  );
+  return problem(`${kernelsText}; this machine has ${found}.`, 'Use another runtime, such as "onnxruntime".');
 }
 
-function firstDevice(cuda: Cuda, built: number | null): number | null {
+function usableDevices(cuda: Cuda, built: number | null): number[] {
   // Builds for older versions of CUDA have kernels for older GPUs, too.
-  const index = cuda.devices.findIndex((device) => (built !== null && built < 13) || smOf(device) >= oldestSm);
-  return index < 0 ? null : index;
+  const isUsable = (number: number) => (built !== null && built < 13) || smOf(cuda.devices[number]!) >= oldestSm;
+  return [...cuda.devices.keys()].filter(isUsable);
 }

@@ -2,8 +2,8 @@
 
 import { RuntimeUnavailableError } from "../../errors.js";
 import type { RuntimeRow } from "../runtime.js";
-import { smOf } from "../tensorrt/addon.js";
-import { cudaDiagnosis, findCuda, findCudaProvider } from "./cuda-provider.js";
+import { smOf, smText } from "../tensorrt/addon.js";
+import { cudaDiagnosis, findCuda, findCudaProvider, kernelsText } from "./cuda-provider.js";
 import { cudaEmitOptions, gpuWidening } from "./emission.js";
 import { loadFolder } from "./load-folder.js";
 import { capabilities, OnnxRuntime } from "./onnxruntime.js";
@@ -16,9 +16,18 @@ export const cuda: RuntimeRow = {
   runsOn: "an NVIDIA GPU, by ONNX Runtime with CUDA",
   capabilities,
   unsupported,
-  async open({ cudaProviderFolder, cache, watchdogMs, listener, logger }, { files }) {
+  async listDevices({ cudaProviderFolder }) {
     const report = await findCudaProvider({ folder: cudaProviderFolder, gpuFirst: true });
-    const { folder, runtimeFolder, libraryFolders, device: deviceId } = report;
+    if (report.problems.length > 0) throw new RuntimeUnavailableError(name, cudaDiagnosis(report));
+    return (report.cuda?.devices ?? []).map((gpu, number) => {
+      const problem = `${kernelsText}; this one has SM ${smText(smOf(gpu))}.`;
+      return { name: gpu.name, problem: report.usable.includes(number) ? null : problem };
+    });
+  },
+  async open({ cudaProviderFolder, cache, device: asked, watchdogMs, listener, logger }, { files }) {
+    const report = await findCudaProvider({ folder: cudaProviderFolder, gpuFirst: true });
+    const { folder, runtimeFolder, libraryFolders, device: first } = report;
+    const deviceId = asked ?? first;
     const gpu = report.cuda?.devices[deviceId ?? 0];
     if (report.problems.length > 0 || folder === null || runtimeFolder === null || deviceId === null || !gpu)
       throw new RuntimeUnavailableError(name, cudaDiagnosis(report));

@@ -71,6 +71,8 @@ export interface NativeBuildRequest {
   readonly profiles: readonly (readonly { readonly input: string; readonly dimensions: readonly number[] }[])[];
   /** SM numbers (86 for 8.6), TensorRT-RTX only; empty for the present GPU. */
   readonly targets: readonly number[];
+  /** Number of the GPU that is the present one; absent or -1 for CUDA's first. Of no account with targets. */
+  readonly device?: number;
   /** Names of BuilderFlag; `describe().flags` lists those that are known. */
   readonly flags: readonly string[];
   /** 0 to 5; -1 for the library's default. */

@@ -35,6 +35,8 @@ const weightsShare = 50;
 const defaultLevel = -1;
 
 export interface CompilerSettings extends BuilderSettings {
+  /** Number of the present GPU, where there are several; default: CUDA's first. */
+  readonly gpu?: number | undefined;
   /** Builder optimisation level, 0 to 5: lower builds sooner and runs slower. Default: the library's own. */
   readonly level?: number | undefined;
 }
@@ -46,12 +48,13 @@ export class EngineCompiler implements EngineBuilder {
   readonly #addon: Addon;
   readonly #memory: BuildMemory;
   readonly #level: number;
+  readonly #gpu: number | undefined;
 
   private constructor(
     { addon, library }: Installation,
     cache: EngineCache,
     device: EngineDevice,
-    { memory, level = defaultLevel }: CompilerSettings,
+    { memory, level = defaultLevel, gpu }: CompilerSettings,
   ) {
     this.library = library;
     this.cache = cache;
@@ -59,6 +62,7 @@ export class EngineCompiler implements EngineBuilder {
     this.#addon = addon;
     this.#memory = new BuildMemory(flavours[library.kind].buildBaseBytes, memory);
     this.#level = level;
+    this.#gpu = gpu;
   }
 
   /**
@@ -70,9 +74,9 @@ export class EngineCompiler implements EngineBuilder {
     options: CompilerSettings & { readonly kind: TensorRtKind },
     installation?: Installation,
   ): Promise<EngineCompiler> {
-    const { kind, targets = [] } = options;
+    const { kind, targets = [], gpu = 0 } = options;
     const found = installation ?? (await requireTensorRt(kind, "building", options));
-    const device = flavours[kind].deviceOf(targets, found.cuda);
+    const device = flavours[kind].deviceOf(targets, found.cuda, gpu);
     const cache = await EngineCache.open(options.cache);
     await cache.sweep(found.addon);
     return new EngineCompiler(found, cache, device, options);
@@ -227,6 +231,8 @@ export class EngineCompiler implements EngineBuilder {
           Object.entries(profile).map(([input, dimensions]) => ({ input, dimensions })),
         ),
         targets: "targets" in this.device ? this.targets : [],
+        // A library that builds for other GPUs needs none.
+        ...("gpu" in this.device && this.#gpu !== undefined && { device: this.#gpu }),
         flags: [],
         optimizationLevel: this.#level,
         workspaceBytes: 0,

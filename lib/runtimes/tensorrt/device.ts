@@ -1,9 +1,9 @@
 /**
- * The GPU as one runtime holds it: opened at its first use, given up when it is lost or the runtime is disposed of. All
+ * A GPU as one runtime holds it: opened at its first use, given up when it is lost or the runtime is disposed of. All
  * runtimes of a process share one executor for it. A GPU that is lost is lost for the process: TensorRT's own CUDA runtime
  * holds the device's primary context until the process ends, so that nothing here could replace it. Where one runtime
- * notices the loss, all runtimes of its thread give the device up, and every later call says that the process must be
- * restarted.
+ * notices the loss, all runtimes of its thread on that GPU give it up, and every later call says that the process must be
+ * restarted. Other GPUs go on.
  */
 
 import type { DeviceLostError } from "../../errors.js";
@@ -18,6 +18,8 @@ export interface DeviceOptions {
   /** Files, or names for the loader. */
   readonly library: string;
   readonly parser: string;
+  /** Number of the GPU, in the order of CUDA; default: 0. */
+  readonly ordinal?: number | undefined;
   /** Hears of the loss. */
   readonly listener?: RuntimeListener | undefined;
 }
@@ -56,7 +58,7 @@ export class SharedDevice {
   async open(): Promise<NativeExecutor> {
     if (this.#lost) throw this.#lost;
     const { addon, library, parser, kind } = this.#options;
-    this.#opening ??= addon.openExecutor(library, parser, 0).promise.then(
+    this.#opening ??= addon.openExecutor(library, parser, this.#ordinal).promise.then(
       (executor) => {
         this.#executor = executor;
         SharedDevice.#open.add(this);
@@ -71,10 +73,14 @@ export class SharedDevice {
     return this.#opening;
   }
 
-  /** To be called with every error of an executor: if the device is lost, all give it up. */
+  /** To be called with every error of an executor: if the device is lost, all that hold it give it up. */
   note(error: NativeError): void {
     if (error.code !== "DEVICE_LOST") return;
-    for (const device of [this, ...SharedDevice.#open]) device.#lose(error);
+    for (const device of [this, ...SharedDevice.#open]) if (device.#ordinal === this.#ordinal) device.#lose(error);
+  }
+
+  get #ordinal(): number {
+    return this.#options.ordinal ?? 0;
   }
 
   /** Frees everything. Resolves when the device has been closed. */

@@ -32,8 +32,12 @@ export interface Flavour {
   readonly buildBaseBytes: number;
   /** Whether it times kernels on the GPU while it builds, which is worth keeping for the next build. */
   readonly timesKernels: boolean;
-  /** What engines are built for. @throws OptionError, RuntimeUnavailableError */
-  deviceOf(targets: readonly number[], cuda: Cuda | null): EngineDevice;
+  /**
+   * What engines are built for.
+   * @param number of the present GPU; default: 0
+   * @throws OptionError, RuntimeUnavailableError
+   */
+  deviceOf(targets: readonly number[], cuda: Cuda | null, number?: number): EngineDevice;
 }
 
 /** SM numbers that a TensorRT-RTX engine can be built for. */
@@ -58,13 +62,13 @@ export const flavours: Readonly<Record<TensorRtKind, Flavour>> = {
     // Not measured here, for want of a GPU: what its libraries and its context on the device are said to take.
     buildBaseBytes: 3e9,
     timesKernels: true,
-    deviceOf(targets, cuda) {
+    deviceOf(targets, cuda, number = 0) {
       if (targets.length > 0)
         throw new OptionError(
           "targets",
           "Expected no targets for the runtime tensorrt, which builds for the present GPU only. Use tensorrt-rtx to build for others.",
         );
-      const gpu = cuda?.devices[0];
+      const gpu = cuda?.devices[number];
       if (!gpu || !flavours.tensorrt.supports(smOf(gpu)))
         throw new RuntimeUnavailableError(
           "tensorrt",
@@ -87,8 +91,8 @@ export const flavours: Readonly<Record<TensorRtKind, Flavour>> = {
     // Measured with 1.7 (npm run bench:build).
     buildBaseBytes: 0.7e9,
     timesKernels: false,
-    deviceOf(targets, cuda) {
-      const gpu = cuda?.devices[0];
+    deviceOf(targets, cuda, number = 0) {
+      const gpu = cuda?.devices[number];
       const wanted = targets.length > 0 ? targets : gpu ? [smOf(gpu)] : [];
       if (wanted.length === 0)
         throw new OptionError(

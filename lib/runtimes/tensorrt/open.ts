@@ -1,5 +1,5 @@
 /**
- * The runtime for one checkpoint on this machine's GPU: the library that was found, the compiler with its cache, and the
+ * The runtime for one checkpoint on a GPU of this machine: the library that was found, the compiler with its cache, and the
  * executor, put together. Where any of it is missing, that is said before anything is opened.
  */
 
@@ -23,16 +23,16 @@ import { TensorRtRuntime } from "./runtime.js";
  */
 export async function openTensorRt(
   kind: TensorRtKind,
-  { tensorrtFolder: folder, cache, capture, listener, logger }: Partial<RuntimeSettings>,
+  { tensorrtFolder: folder, cache, capture, device: ordinal, listener, logger }: Partial<RuntimeSettings>,
   files: readonly FileVersion[],
 ) {
   const installation = await requireTensorRt(kind, "running", { folder, gpuFirst: true });
-  const engines = cachedEngines(await EngineCompiler.open({ kind, cache }, installation), files, logger);
+  const engines = cachedEngines(await EngineCompiler.open({ kind, cache, gpu: ordinal }, installation), files, logger);
   const {
     addon,
     library: { library, parser, version },
   } = installation;
-  const runtime = new TensorRtRuntime({ kind, addon, library, parser, engines, capture, listener, logger });
+  const runtime = new TensorRtRuntime({ kind, addon, library, parser, ordinal, engines, capture, listener, logger });
   try {
     const { device } = await runtime.start();
     return { runtime, device, version: versionText(version) };

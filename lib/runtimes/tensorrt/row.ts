@@ -3,11 +3,11 @@
 import { OptionError } from "../../errors.js";
 import type { EmitOptions, EmittedNetwork } from "../../onnx/index.js";
 import type { RuntimeRow } from "../runtime.js";
-import { smOf, versionText } from "./addon.js";
+import { smOf, smText, versionText } from "./addon.js";
 import { EngineCompiler } from "./compile.js";
 import { flavours, type TensorRtKind } from "./flavours.js";
 import { hardwareOf } from "./gpus.js";
-import { examineTensorRt } from "./libraries.js";
+import { examineTensorRt, requireTensorRt } from "./libraries.js";
 import { openTensorRt } from "./open.js";
 import { capabilities } from "./runtime.js";
 
@@ -65,6 +65,14 @@ export const tensorRtRow = (kind: TensorRtKind): RuntimeRow => ({
     const { runtime, device, version } = await openTensorRt(kind, options, files);
     const settings = { version, gpu: device.name };
     return { runtime, settings, device, emitOptions: tensorRtEmitOptions([smOf(device)]) };
+  },
+  async listDevices({ tensorrtFolder: folder }) {
+    const { cuda } = await requireTensorRt(kind, "running", { folder, gpuFirst: true });
+    const { supports, supported, title } = flavours[kind];
+    return (cuda?.devices ?? []).map((gpu) => {
+      const problem = `${title} runs on ${supported}; this one has SM ${smText(smOf(gpu))}.`;
+      return { name: gpu.name, problem: supports(smOf(gpu)) ? null : problem };
+    });
   },
   async find({ tensorrtFolder: folder }) {
     const { library, places, problems, cuda } = await examineTensorRt(kind, { folder });
