@@ -534,10 +534,14 @@ export class FleetModel implements ImageModel {
       const facts = known.get(id) ?? factsOf({ facts: jsonOf(text) });
       return facts ? [{ ...facts, id }] : [];
     });
-    const workers = fleet.workersOf(this.id).map(({ id, beat, record }) => {
-      const { backlogMs, room } = beat.models[this.id]!;
+    // Devices of one worker draw beside each other.
+    const workers = fleet.workersOf(this.id).flatMap(({ id, beat, record }) => {
+      const { backlogMs, room, devices } = beat.models[this.id]!;
       const takes = beat.state === "ready" && beat.format >= jobFormat;
-      return { id, takes, backlogMs, room, at: beat.at, prices: this.#pricesOf(record?.models[this.id]) };
+      const prices = this.#pricesOf(record?.models[this.id]);
+      return Array.from({ length: devices }, (_, index) => {
+        return { id: `${id} ${index}`, takes, backlogMs, room: Math.ceil(room / devices), at: beat.at, prices };
+      });
     });
     this.#admission.see({ at, workers, jobs: this.#ledger });
     this.#seenAt = performance.now();

@@ -23,8 +23,10 @@ const milliseconds = z.number().nonnegative();
 const count = z.int().nonnegative();
 
 const modelBeat = z.object({
-  /** Milliseconds of work that it has taken and still has to do. */
+  /** In how many milliseconds the work that it has taken is done. */
   backlogMs: milliseconds,
+  /** Devices that draw at the same time. */
+  devices: z.int().positive(),
   jobs: count,
   /** Pictures of these jobs. */
   pictures: count,

@@ -22,7 +22,7 @@ import {
   TimeoutError,
 } from "../errors.js";
 import { requestFromJson } from "../json.js";
-import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, StepEvent } from "../model.js";
+import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, RuntimeChoice, StepEvent } from "../model.js";
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
 import { knownSizes, usefulBatch } from "./capacity.js";
 import { failureToJson } from "./failure.js";
@@ -235,7 +235,7 @@ export class FleetWorker implements AsyncDisposable {
 
   /** Pictures that it has at a time, at most. */
   #capacityOf({ model }: Served): number {
-    return this.#options.take ?? 2 * usefulBatch(model.costs.entries);
+    return this.#options.take ?? 2 * fullOf(model);
   }
 
   /**
@@ -245,7 +245,7 @@ export class FleetWorker implements AsyncDisposable {
   #roomOf(served: Served): number {
     if (this.#isStopping || !served.model.health().ready) return 0;
     const { take } = this.#options;
-    const full = take ?? usefulBatch(served.model.costs.entries);
+    const full = take ?? fullOf(served.model);
     const most = take === undefined && this.#endsInMs(served) <= aheadMs ? 2 * full : full;
     return Math.max(0, most - this.#picturesOf(served));
   }
@@ -272,18 +272,28 @@ export class FleetWorker implements AsyncDisposable {
     const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
-    return { backlogMs: Math.round(backlogMs), jobs: active.size, pictures, room, warm, drawn, failed };
+    const devices = devicesOf(model);
+    return {
+      backlogMs: Math.round(backlogMs / devices),
+      devices,
+      jobs: active.size,
+      pictures,
+      room,
+      warm,
+      drawn,
+      failed,
+    };
   }
 
   #recordOf(served: Served): ModelRecord {
     const { model, prices } = served;
     const { name, nativeSize, hasRefiner, adapters, costs } = model;
-    const { runtime } = model as { runtime?: { readonly name?: unknown; readonly devices?: unknown } };
+    const { runtime } = model as { runtime?: Partial<RuntimeChoice> };
     return {
       ...{ name, nativeSize, hasRefiner },
       adapters: adapters ? { loras: [...adapters.loras], controlNets: [...adapters.controlNets] } : null,
-      runtime: typeof runtime?.name === "string" ? runtime.name : "unknown",
-      devices: Array.isArray(runtime?.devices) ? runtime.devices.map(String) : [],
+      runtime: runtime?.name ?? "unknown",
+      devices: (runtime?.devices ?? []).map(({ number, name }) => `${number}: ${name}`),
       capacity: this.#capacityOf(served),
       prices: Object.fromEntries(prices),
       costs: costs.entries.map((entry) => ({ ...entry })),
@@ -637,6 +647,17 @@ function goesElsewhere(error: unknown): boolean {
     error instanceof QueueFullError ||
     (error instanceof DeviceLostError && error.permanent)
   );
+}
+
+/** Of a model that was loaded with several. */
+function devicesOf({ costs }: ImageModel): number {
+  return costs.devices?.length ?? 1;
+}
+
+/** Pictures that fill the launches of all its devices. */
+function fullOf(model: ImageModel): number {
+  const { entries, devices } = model.costs;
+  return devices ? devices.reduce((sum, device) => sum + usefulBatch(device.entries), 0) : usefulBatch(entries);
 }
 
 const embedsJson = embedsSchema(tensorJson);
