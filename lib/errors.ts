@@ -327,6 +327,7 @@ export class FleetEmptyError extends FlowTurboError {
 
 /** A job that two workers of the fleet have ended with. It may be the cause, so no third one takes it. */
 export class PoisonousJobError extends FlowTurboError {
+  /** Its id in the queue. */
   readonly jobId: string;
   /** The workers that ended while they had it. */
   readonly workers: readonly string[];
