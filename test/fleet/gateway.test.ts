@@ -11,6 +11,7 @@ import type { ConnectFleetOptions } from "../../lib/fleet/options.js";
 import { type CreateServerOptions, createServer } from "../../lib/server/index.js";
 import { sumOf } from "../server/process.js";
 import { events, post, type SentEvent } from "../server/support.js";
+import { launchChromium, noChromium } from "../support/chromium.js";
 import { noRedis } from "../support/redis.js";
 import { countingModel, Fleets, until } from "./support.js";
 
@@ -239,10 +240,12 @@ describe.skipIf(noRedis)(`a gateway${noRedis ? ` (skipped: ${noRedis})` : ""}`, 
     // A limit that the others leave no room for: the same in the header. What the kind with a limit costs is known after the first.
     const other = await gatewayOf(prefix);
     expect((await post(other.generations, { ...body, seed: 200, deadline_ms: 60_000 })).status).toBe(200);
+    const { fleet } = await fleets.fleet(prefix);
+    await until(async () => (await fleet.status()).workers[0]!.models[0]!.prices === 2);
     const before = model.asked.length;
     const busy = [1, 2].map((seed) => post(other.generations, { ...body, seed: 210 + seed }));
     await until(() => model.asked.length > before);
-    const late = await post(other.generations, { ...body, seed: 300, deadline_ms: 650 });
+    const late = await post(other.generations, { ...body, seed: 300, deadline_ms: 520 });
     expect([late.status, late.body.error.code, late.body.error.param]).toEqual([429, "deadline", "deadline_ms"]);
     expect(Number(late.headers.get("retry-after-ms"))).toBeGreaterThan(0);
     const hopeless = await post(other.generations, { ...body, seed: 301, deadline_ms: 1 });
@@ -293,6 +296,25 @@ describe.skipIf(noRedis)(`a gateway${noRedis ? ` (skipped: ${noRedis})` : ""}`, 
     // And with a model of the fleet in place of a server.
     const direct = createFlowTurbo({ model: await fleets.fleet(prefix) });
     expect((await generateImage({ model: direct.image(), prompt: "a fox", seed: 4 })).images).toHaveLength(1);
+  });
+
+  it.skipIf(noChromium)(`has the page${noChromium ? `: ${noChromium}` : ""}`, async () => {
+    const prefix = prefixOf();
+    await fleets.worker(prefix, countingModel({ stepMs: 5 }));
+    const gateway = await gatewayOf(prefix);
+    const browser = await launchChromium();
+    try {
+      const page = await browser.newPage();
+      await page.goto(gateway.url);
+      await page
+        .getByRole("textbox", { name: /prompt/i })
+        .first()
+        .fill("a fox");
+      await page.getByRole("button", { name: "Draw", exact: true }).click();
+      await page.locator("img[src^='blob:'], img[src^='data:']").first().waitFor();
+    } finally {
+      await browser.close();
+    }
   });
 
   it("ends as a server does: what is under way is answered", async () => {
