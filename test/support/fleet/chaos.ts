@@ -379,16 +379,19 @@ class Chaos {
       this.#say(`${((performance.now() - start) / 1000).toFixed(1)} s ${what}`);
       this.#count(what);
       const happening = this.#befall(what);
+      happening.catch(() => {});
       running.push(happening);
       // One Redis cannot be killed twice at a time.
       if (what.endsWith("Redis")) await happening;
     }
-    await Promise.all(running);
+    const failed = (await Promise.allSettled(running)).find(({ status }) => status === "rejected");
+    if (failed) throw (failed as PromiseRejectedResult).reason;
   }
 
   async #befall(what: keyof Mishaps): Promise<void> {
     const span: Span = { what, worker: null, from: Date.now(), to: Number.POSITIVE_INFINITY };
     if (what === "killGateway") {
+      while (this.#gateways.length === 0) await sleep(50);
       const gateway = this.#pick(this.#gateways);
       gateway.process.kill("SIGKILL");
       await gateway.process.ended;
@@ -512,12 +515,21 @@ class Chaos {
       if (earlier.length === 0) continue;
       this.#count("drawn again");
       const last = earlier.at(-1)!;
+      // Its worker did not end it, or may have lost its lock; or the other one hung between taking it and beginning with it.
+      const suffered = this.#spans.some(
+        ({ worker, from, to }) =>
+          (worker === null || worker === last.worker || worker === drawing.worker) &&
+          to >= last.begun - (worker === drawing.worker ? 2 * lockMs : 0) &&
+          from <= drawing.begun,
+      );
       const explained =
-        // Its worker did not end it, or may have lost its lock; or the other one hung between taking it and beginning with it.
-        this.#spans.some(({ worker, from, to }) => (worker === null || worker === last.worker || worker === drawing.worker) && to >= last.begun && from <= drawing.begun) || // biome-ignore format: one line
+        suffered ||
         (last.ended !== null && !last.ended.drawn) ||
         (last.ended !== null && drawing.begun - last.ended.at > keepResultsMs - lockMs);
-      if (!explained) this.#violations.push(`drawn again without a reason: ${JSON.stringify([...earlier, drawing])}`);
+      if (!explained)
+        this.#violations.push(
+          `drawn again without a reason: ${JSON.stringify([...earlier, drawing])}, where there was ${JSON.stringify(this.#spans)}`,
+        );
     }
   }
 
