@@ -15,7 +15,7 @@ const lookMs = 5000;
 /** Who has not said for so long that it waits, in milliseconds, is gone: a gateway that was ended. */
 const silentMs = 4 * lookMs;
 /** What a waiter has in Redis is forgotten so long after it last said that it waits. */
-const followedMs = 600_000;
+const followedMs = 60_000;
 /** A worker learns within it that a job was cancelled, in milliseconds, or not at all. */
 const cancelledMs = 60_000;
 
@@ -43,9 +43,21 @@ export class Waiter {
   #timer: NodeJS.Timeout | null = null;
   #missing = 0;
   /** Whether a worker said that the result is there. */
-  #isDone = false;
+  #doneAt: number | null = null;
   #isOver = false;
-  readonly #look = () => void this.#lookForOutcome().catch(() => {});
+  #isLooking = false;
+  #looksAgain = false;
+  /** One look at a time: what two that overlap see is older than it seems. */
+  readonly #look = async () => {
+    this.#looksAgain = true;
+    if (this.#isLooking) return;
+    this.#isLooking = true;
+    while (this.#looksAgain) {
+      this.#looksAgain = false;
+      await this.#lookForOutcome().catch(() => {});
+    }
+    this.#isLooking = false;
+  };
 
   /** Adds the job, and listens before that. @throws what Redis says */
   static async add(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void): Promise<Waiter> {
@@ -148,14 +160,14 @@ export class Waiter {
     );
     await this.#follow(added.id);
     // It may have ended meanwhile.
-    this.#look();
+    void this.#look();
   }
 
   #heard(message: Message): void {
     if (this.#isOver) return;
     if (message.type === "done") {
-      this.#isDone = true;
-      this.#look();
+      this.#doneAt = performance.now();
+      void this.#look();
     } else if (message.type === "failed") this.#fail(failureFromJson(message.failure));
     else if (message.type === "cancelled") this.#fail(new JobCancelled());
     else this.#onMessage(message);
@@ -178,9 +190,11 @@ export class Waiter {
     const state = await queue.getJobState(this.#id);
     if (state !== "unknown") {
       this.#missing = 0;
+      if (this.#isOver) return;
+      // Where it is there: if the job has ended meanwhile, nobody would remove it any more.
       const followers = redis.key("followers", this.#id);
       await redis.together((commands) =>
-        commands.zadd(followers, redis.now(), this.#follower).pexpire(followers, followedMs),
+        commands.zadd(followers, "XX", redis.now(), this.#follower).pexpire(followers, followedMs),
       );
       return;
     }
@@ -190,7 +204,8 @@ export class Waiter {
       return;
     }
     this.#missing = 0;
-    if (this.#isDone) {
+    // Not where Redis was away since: it may have lost the result.
+    if (this.#doneAt !== null && performance.now() - this.#doneAt < redis.readyForMs) {
       this.#fail(
         new RuntimeError(
           "The job was drawn, and its result is not where this process looks for it. Workers and gateways need the same results: the same folder (--results), on a volume that they share, or Redis for all.",

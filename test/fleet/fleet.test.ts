@@ -115,6 +115,49 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     client.disconnect();
   });
 
+  it("forgets a caller whose process is gone: the last of those that are left takes the job with it", async () => {
+    const [prefix, model] = [prefixOf(), countingModel({ stepMs: 30 })];
+    await fleets.worker(prefix, model);
+    const fleet = await fleets.fleet(prefix);
+    const client = new Redis(fleets.redis.url);
+    for (const [silentMs, ends] of [
+      [30_000, true],
+      [1000, false],
+    ] as const) {
+      const leaving = new AbortController();
+      const left = fleet.generate({ prompt: "shared", seed: silentMs, steps: 100, signal: leaving.signal });
+      const [before, begun] = [model.aborted.length, model.asked.length];
+      await until(() => model.asked.length === begun + 1);
+      const [key] = await client.keys(`${prefix}:followers:*`);
+      await client.zadd(key!, Date.now() - silentMs, "gone:job");
+      leaving.abort(new Error("enough"));
+      await expect(left).rejects.toThrow("enough");
+      if (ends) await until(() => model.aborted.length === before + 1);
+      else await new Promise((resolve) => setTimeout(resolve, 500));
+      expect(model.aborted.length).toBe(before + (ends ? 1 : 0));
+      // Nothing is left of a job that was cancelled.
+      if (ends) await until(async () => (await client.keys(`${prefix}:[fcs]*:*-*-*`)).length === 0);
+    }
+    client.disconnect();
+  });
+
+  it("takes from the ledger what is not in the queue", { timeout: 30_000 }, async () => {
+    const prefix = prefixOf();
+    await fleets.worker(prefix, countingModel());
+    const fleet = await fleets.fleet(prefix, { maxQueue: 1 });
+    const client = new Redis(fleets.redis.url);
+    const facts = { kind: "k", size: "64x64", pictures: 1, level: 0, arrival: Date.now() - 10_000, due: null };
+    // A gateway that was killed before it had added its job.
+    await client.hset(`${prefix}:ledger:stub`, randomUUID(), JSON.stringify(facts));
+    await expect(fleet.generate({ prompt: "x", seed: 1 })).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_QUEUE_FULL",
+    });
+    await until(async () => (await client.hlen(`${prefix}:ledger:stub`)) === 0, 20_000);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await fleet.generate({ prompt: "x", seed: 1 });
+    client.disconnect();
+  });
+
   it("draws by priority, then by time limit", async () => {
     const [prefix, model] = [prefixOf(), countingModel({ stepMs: 10 })];
     await fleets.worker(prefix, model, { take: 1 });

@@ -1,29 +1,7 @@
 /** Processes of a fleet, for tests and benchmarks that end some of them in whatever way. */
 
-import { rmSync } from "node:fs";
-import path from "node:path";
-import { build } from "esbuild";
-import { root } from "../fixtures.js";
-import { GuardedProcess } from "../processes.js";
+import { type GuardedProcess, startScript } from "../processes.js";
 import type { AskedFor, Ended, FromProcess, Settings, ToProcess } from "./protocol.js";
-
-let script: Promise<string> | null = null;
-
-/** One file of process.ts and of the library: it starts in a fraction of the time that the sources take. */
-function bundled(): Promise<string> {
-  script ??= (async () => {
-    // Within the repository, so that packages and the files of this one are found.
-    const file = path.join(root, `.cache/fleet-process-${process.pid}.mjs`);
-    process.once("exit", () => rmSync(file, { force: true }));
-    await build({
-      entryPoints: [path.join(root, "test/support/fleet/process.ts")],
-      ...{ outfile: file, bundle: true, platform: "node", format: "esm", target: "node20", logLevel: "error" },
-      packages: "external",
-    });
-    return file;
-  })();
-  return script;
-}
 
 export interface Answer {
   readonly ended: Ended;
@@ -54,7 +32,9 @@ export class FleetProcess {
 
   /** Resolves when it works. @throws Error with what it wrote if it does not */
   static async start(settings: Settings, onMessage?: (message: FromProcess) => void): Promise<FleetProcess> {
-    const started = new FleetProcess(await bundled(), settings);
+    const file = "test/support/fleet/process.ts";
+    const child = await startScript(file, [JSON.stringify(settings)], { messages: true });
+    const started = new FleetProcess(child, settings.role);
     if (onMessage) started.onMessage = onMessage;
     const ready = await started.#next("ready");
     if (!ready)
@@ -63,9 +43,9 @@ export class FleetProcess {
     return started;
   }
 
-  private constructor(file: string, settings: Settings) {
-    this.role = settings.role;
-    this.process = new GuardedProcess(process.execPath, [file, JSON.stringify(settings)], { messages: true });
+  private constructor(child: GuardedProcess, role: Settings["role"]) {
+    this.role = role;
+    this.process = child;
     this.process.child.on("message", (message: FromProcess) => this.#heard(message));
     // One that is killed may have been sent something.
     this.process.child.on("error", () => {});
