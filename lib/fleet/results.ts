@@ -60,7 +60,7 @@ export class FolderResults implements ResultStore {
   static async open(folder: string, keepMs: number): Promise<FolderResults> {
     const results = new FolderResults(path.resolve(folder), keepMs);
     try {
-      await mkdir(results.#folder, { recursive: true, mode: 0o700 });
+      await makeFolder(results.#folder);
       await rm(await results.#write(Buffer.alloc(0)));
     } catch (cause) {
       throw new OutputError(
@@ -122,6 +122,20 @@ export class FolderResults implements ResultStore {
     await handle.sync();
     return file;
   }
+}
+
+/** With those above it. Node's own way of doing so does not end where the system says that there is no such place, as in /proc. */
+async function makeFolder(folder: string): Promise<void> {
+  const make = () =>
+    mkdir(folder, { mode: 0o700 }).catch(async (error: NodeJS.ErrnoException) => {
+      if (error.code !== "EEXIST" || !(await stat(folder)).isDirectory()) throw error;
+    });
+  const parent = path.dirname(folder);
+  await make().catch(async (error: NodeJS.ErrnoException) => {
+    if (error.code !== "ENOENT" || parent === folder) throw error;
+    await makeFolder(parent);
+    await make();
+  });
 }
 
 function absent(error: NodeJS.ErrnoException): null {

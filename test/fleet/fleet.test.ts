@@ -401,6 +401,10 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     const elsewhere = await fleets.fleet(prefix);
     await expect(elsewhere.generate({ prompt: "y", seed: 1 })).rejects.toThrow(/same results/);
     expect(model.asked).toHaveLength(2);
+    // Where nothing can be made, and Node's own way does not end.
+    await expect(fleets.fleet(prefix, { results: "/proc/none/in" })).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_OUTPUT",
+    });
     await expect(fleets.fleet(prefix, { results: path.join(file, "in") })).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_OUTPUT",
     });
