@@ -103,6 +103,7 @@ export class Announcer {
   #beatAt = Number.NEGATIVE_INFINITY;
   #timer: NodeJS.Timeout | null = null;
   #beating: Promise<void> = Promise.resolve();
+  #hasNews = false;
   #isOver = false;
 
   constructor(
@@ -117,9 +118,10 @@ export class Announcer {
     redis.client.on("ready", () => this.changed());
   }
 
-  /** Something of the beat has changed: it is said soon. */
-  changed(): void {
+  /** Something of the beat has changed: it is said soon. @param isNews whether something of the record is new, which gateways wait for */
+  changed(isNews = false): void {
     if (this.#isOver) return;
+    this.#hasNews ||= isNews;
     const wait = Math.max(0, this.#beatAt + leastBeatMs - performance.now());
     this.#plan(wait);
   }
@@ -130,7 +132,8 @@ export class Announcer {
     this.#beatAt = now;
     this.#plan(beatMs);
     const pipeline = this.#redis.client.pipeline();
-    const isDue = now - this.#saidAt >= leastRecordMs;
+    const isDue = this.#hasNews || now - this.#saidAt >= leastRecordMs;
+    this.#hasNews = false;
     const record = isDue ? JSON.stringify(this.#describe()) : this.#said;
     if (record !== this.#said || now - this.#saidAt > keepMs / 4) {
       if (record !== this.#said) this.#revision++;

@@ -571,7 +571,7 @@ export class FleetWorker implements AsyncDisposable {
     prices.delete(kind);
     prices.set(kind, isNews ? { ms: aloneMs, leastMs, blocks } : known);
     if (prices.size > mostPrices) prices.delete(prices.keys().next().value!);
-    if (isNews) this.#announcer.changed();
+    if (isNews) this.#announcer.changed(known === undefined);
   }
 
   #stop(active: Active, why: Left["why"]): void {
