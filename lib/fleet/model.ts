@@ -370,6 +370,8 @@ export class FleetModel implements ImageModel {
     const { op, request, signal } = call;
     this.fleet.checkReady();
     const hash = hashOf(this.id, op, request);
+    // On the way at the same time: it is needed where there is no result.
+    this.look().catch(() => {});
     const stored = call.repeatable ? await untilAborted(this.fleet.results.get(hash), signal) : null;
     if (stored) return this.#repeat(call, stored);
     for (let again = 0; ; again++)

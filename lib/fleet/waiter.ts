@@ -120,8 +120,7 @@ export class Waiter {
   }
 
   async #add(): Promise<void> {
-    await this.#follow(this.#job.id);
-    await this.#put();
+    await this.#put(this.#follow(this.#job.id));
     this.#timer = setInterval(this.#look, lookMs);
     this.#fleet.onBack.add(this.#look);
   }
@@ -136,18 +135,20 @@ export class Waiter {
     });
   }
 
-  async #put(): Promise<void> {
+  /** @param following has to be over before the job is there */
+  async #put(following: Promise<void>): Promise<void> {
     const { redis } = this.#fleet;
     const { model, id, data, priority, sameAs } = this.#job;
     const queue = redis.queue(model);
     const [ledger, followers] = [redis.key("ledger", queue.name), redis.key("followers", id)];
-    await redis.together((commands) =>
+    const known = redis.together((commands) =>
       commands
         .hset(ledger, id, JSON.stringify(data.facts))
         .pexpire(ledger, 3_600_000)
         .zadd(followers, redis.now(), this.#follower)
         .pexpire(followers, followedMs),
     );
+    await Promise.all([following, known]);
     const added = await queue.add(data.op, data, {
       ...{ jobId: id, priority, attempts: 1, removeOnComplete: true, removeOnFail: true },
       deduplication: { id: sameAs },
@@ -213,11 +214,7 @@ export class Waiter {
       );
       return;
     }
-    if (this.#id === this.#job.id) await this.#put();
-    else {
-      await this.#follow(this.#job.id);
-      await this.#put();
-    }
+    await this.#put(this.#id === this.#job.id ? Promise.resolve() : this.#follow(this.#job.id));
   }
 
   #succeed(bytes: Buffer): void {
