@@ -39,6 +39,7 @@ export const benchmarks: readonly Benchmark[] = [
     pages: [["operation", "A service in operation (load, retries, hang-ups, kills, memory, a quota)"]],
   },
   { name: "serve", about: "the server over HTTP: requests per second, overload, hang-ups, memory" },
+  { name: "fleet", about: "a fleet of processes: throughput, time added, Redis, chaos", brief: ["--quick"] },
   { name: "fleet-simulation", about: "a fleet in virtual time: promises, Redis, gateways" },
   { name: "concurrency", about: "many callers at once" },
   { name: "executor", about: "the native executor, a launch at a time" },

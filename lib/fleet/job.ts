@@ -44,8 +44,6 @@ const dataSchema = z.strictObject({
   request: z.record(z.string(), z.json()),
   hash: z.string().regex(/^[0-9a-f]{64}$/),
   facts: factsSchema,
-  /** When the caller gives up: `timeoutMs` of the request. */
-  gaveUpAt: moment.nullable(),
   /** Whether a time limit was promised by the gateway: then it is drawn, late if need be, and not refused any more. */
   promised: z.boolean(),
   /** Whether the caller has named the seed, and so may ask for the same again. */
@@ -72,9 +70,13 @@ export function factsOf(data: unknown): JobFacts | null {
 }
 
 /** @throws OptionError for data that no gateway of this version writes */
-export function readJob(data: unknown): JobData {
+export function readJob(model: string, data: unknown): JobData {
   const { success, data: read, error } = dataSchema.safeParse(data);
-  if (success) return read as JobData;
+  if (success) {
+    const job = read as JobData;
+    if (job.hash === hashOf(model, job.op, job.request)) return job;
+    throw new OptionError("job", "The job's hash is not that of its request.");
+  }
   const { path, message } = error.issues[0]!;
   throw new OptionError("job", `The job's data are wrong at ${path.join(".")}: ${clipped(message, 200)}.`);
 }
@@ -107,12 +109,13 @@ export function followedAs(hash: string, request: JsonObject): string {
 }
 
 /** Requests of one kind take equally long on one worker. */
-export function kindOf(op: JobData["op"], request: JsonObject): string {
-  const kind: Record<string, Json> = { op };
+export function kindOf(op: JobData["op"], request: JsonObject, pictures: number): string {
+  const kind: Record<string, Json> = { op, pictures };
   for (const [name, value] of Object.entries(request)) {
     if (uncounted.includes(name)) continue;
     if (presence.includes(name)) kind[name] = true;
-    else if (name === "prompt" || name === "negativePrompt") kind[name] = Array.isArray(value) ? value.length : 1;
+    else if (/prompt/i.test(name) && (typeof value === "string" || Array.isArray(value)))
+      kind[name] = Array.isArray(value) ? value.length : 1;
     else if (name === "controls" && Array.isArray(value))
       kind[name] = value.map((control) => without(control as JsonObject, ["image", "mask"]));
     else kind[name] = value;

@@ -26,6 +26,7 @@ import { type Json, requestToJson } from "../json.js";
 import type {
   AdapterNames,
   Costs,
+  DeadlineResult,
   EncodeOptions,
   GenerateOptions,
   GenerateResult,
@@ -70,7 +71,6 @@ interface Call {
   readonly start: number;
   readonly level: number;
   readonly deadlineMs: number | null;
-  readonly timeoutMs: number | null;
   readonly ticket: string | undefined;
   readonly pictures: number;
   readonly size: string;
@@ -177,7 +177,7 @@ export class FleetModel implements ImageModel {
     const request = JSON.parse(JSON.stringify(rest)) as JsonObject;
     const pictures = Array.isArray(rest.prompt) ? rest.prompt.length : 1;
     const call: Call = {
-      ...{ op: "encode", request, start, level: 0, deadlineMs: null, timeoutMs: null, ticket: undefined },
+      ...{ op: "encode", request, start, level: 0, deadlineMs: null, ticket: undefined },
       ...{ pictures, size: "text", seeds: [], repeatable: true, signal, events: null },
     };
     const bytes = await untilAborted(
@@ -348,7 +348,7 @@ export class FleetModel implements ImageModel {
     const call: Call = {
       ...{ op: "draw", request, start, level: checked.priority, ticket: checked.ticket, pictures, events },
       repeatable: namesItsNoise(given),
-      ...{ deadlineMs: checked.deadlineMs ?? null, timeoutMs: checked.timeoutMs ?? null },
+      deadlineMs: checked.deadlineMs ?? null,
       ...{ size: `${width}x${height}`, signal: events.signal },
       seeds: seeds ? seeds.map(seedOf) : seed === undefined ? [] : seedsFrom(seed, pictures),
     };
@@ -359,9 +359,7 @@ export class FleetModel implements ImageModel {
     return {
       ...result,
       timings: { ...result.timings, queue: result.timings.queue + waitedMs, total: totalMs },
-      ...(result.deadline && call.deadlineMs !== null
-        ? { deadline: { ...result.deadline, deadlineMs: call.deadlineMs, actualMs: totalMs } }
-        : {}),
+      ...(call.deadlineMs !== null && { deadline: deadlineOf(result, call.deadlineMs, totalMs) }),
     };
   }
 
@@ -370,6 +368,8 @@ export class FleetModel implements ImageModel {
     const { op, request, signal } = call;
     this.fleet.checkReady();
     const hash = hashOf(this.id, op, request);
+    // On the way at the same time: it is needed where there is no result.
+    this.look().catch(() => {});
     const stored = call.repeatable
       ? await untilAborted(this.fleet.redis.answer(this.fleet.results.get(hash)), signal)
       : null;
@@ -394,8 +394,8 @@ export class FleetModel implements ImageModel {
   }
 
   async #ask(call: Call, hash: string): Promise<Buffer> {
-    const { op, request, start, signal, deadlineMs, timeoutMs, pictures, level, size } = call;
-    const kind = kindOf(op, request);
+    const { op, request, start, signal, deadlineMs, pictures, level, size } = call;
+    const kind = kindOf(op, request, pictures);
     const { redis } = this.fleet;
     await untilAborted(redis.answer(this.look()), signal);
     const now = redis.now();
@@ -416,7 +416,6 @@ export class FleetModel implements ImageModel {
         traceparent: currentTraceparent(),
       },
       facts: { kind, size, pictures, level, arrival, due },
-      gaveUpAt: timeoutMs === null ? null : arrival + timeoutMs,
     };
     const limit = deadlineMs === null ? null : arrival + deadlineMs;
     const priority = queuePriority(level, arrival, limit);
@@ -446,6 +445,8 @@ export class FleetModel implements ImageModel {
       this.#admission.queued(id, redis.now());
       follow.added();
       const bytes = await untilAborted(waiter.outcome, signal);
+      // It may have been over before this call heard of it.
+      if (op === "draw") follow.begin(blocksOf(bytes));
       ending = "completed";
       return bytes;
     } catch (error) {
@@ -493,7 +494,15 @@ export class FleetModel implements ImageModel {
       isAccepted = true;
       events?.send("onAccept", { ...event, seeds });
     };
+    const begin = (blocks: string) => {
+      accept({ predictedMs: null, place: 0, blocks, aloneMs: null, leastMs: null });
+      onStart();
+      if (isStarted) return;
+      isStarted = true;
+      events?.send("onStart", { queuedMs: performance.now() - start, blocks });
+    };
     return {
+      begin,
       /** A kind that a worker has drawn is accepted at once; of another a worker has to say whether it can be drawn. */
       added: () => {
         const { predictedMs, place, price } = verdict;
@@ -504,17 +513,16 @@ export class FleetModel implements ImageModel {
           const { predictedMs, place, blocks, aloneMs, leastMs } = message;
           const sinceMs = performance.now() - start;
           accept({ predictedMs: predictedMs === null ? null : predictedMs + sinceMs, place, blocks, aloneMs, leastMs });
-        } else if (message.type === "start") {
-          onStart();
-          if (isStarted) return;
-          isStarted = true;
-          events?.send("onStart", { queuedMs: performance.now() - start, blocks: message.blocks });
-        } else if (message.type === "steps")
+        } else if (message.type === "start") begin(message.blocks);
+        else if (message.type === "steps") {
+          // Of a job that had begun before this call.
+          begin(verdict.price?.blocks ?? "");
           for (const step of message.steps) {
             if (step.step <= told) continue;
             told = step.step;
             events?.send("onStep", step as Parameters<NonNullable<GenerateOptions["onStep"]>>[0]);
           }
+        }
       },
     };
   }
@@ -598,6 +606,19 @@ export class FleetModel implements ImageModel {
     void settled.then(() => this.#calls.delete(settled));
     return call;
   }
+}
+
+/** How a limit was kept, counted from the call here. */
+function deadlineOf({ deadline, blocks }: GenerateResult, deadlineMs: number, actualMs: number): DeadlineResult {
+  if (deadline)
+    return {
+      ...deadline,
+      deadlineMs,
+      predictedMs: deadline.predictedMs + (deadlineMs - deadline.deadlineMs),
+      actualMs,
+    };
+  const reason = `${blocks}, the shortest there is, since its turn came later than predicted.`;
+  return { deadlineMs, blocks, reason, predictedMs: deadlineMs, actualMs };
 }
 
 const noPrices: ReadonlyMap<string, Price> = new Map();

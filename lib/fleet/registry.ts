@@ -194,11 +194,6 @@ export class FleetView {
     return this.#workers;
   }
 
-  /** Whether a worker lives, as far as that can be told: just after Redis was away nobody has said so yet. */
-  lives(id: string): boolean {
-    return this.#redis.readyForMs < goneMs || this.#workers.some((worker) => worker.id === id);
-  }
-
   /** Reads who is there, unless that was done within so many milliseconds. @throws what Redis says */
   async refresh(ageMs = 0): Promise<void> {
     if (performance.now() - this.#at <= ageMs) return;

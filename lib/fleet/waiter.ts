@@ -12,6 +12,8 @@ import { decodeMessage, type Message } from "./messages.js";
 
 /** The outcome is looked for so often, in milliseconds. */
 const lookMs = 5000;
+/** A file is seen on other machines within so many milliseconds. */
+const volumeMs = 10_000;
 /** Who has not said for so long that it waits, in milliseconds, is gone: a gateway that was ended. */
 const silentMs = 4 * lookMs;
 /** What a waiter has in Redis is forgotten so long after it last said that it waits. */
@@ -96,11 +98,10 @@ export class Waiter {
     try {
       const followers = redis.key("followers", this.#id);
       const cancelled = redis.key("cancelled", this.#id);
+      // After Redis was away others say only now that they wait.
+      const oldest = redis.awayMs > 0 && redis.readyForMs < silentMs ? 0 : redis.now() - silentMs;
       const [, , others] = await redis.atOnce<[number, number, number]>((commands) =>
-        commands
-          .zrem(followers, this.#follower)
-          .zremrangebyscore(followers, 0, redis.now() - silentMs)
-          .zcard(followers),
+        commands.zrem(followers, this.#follower).zremrangebyscore(followers, 0, oldest).zcard(followers),
       );
       if (others > 0) return;
       await redis.client.set(cancelled, "1", "PX", cancelledMs);
@@ -120,8 +121,7 @@ export class Waiter {
   }
 
   async #add(): Promise<void> {
-    await this.#follow(this.#job.id);
-    await this.#put();
+    await this.#put(this.#follow(this.#job.id));
     this.#timer = setInterval(this.#look, lookMs);
     this.#fleet.onBack.add(this.#look);
   }
@@ -136,18 +136,20 @@ export class Waiter {
     });
   }
 
-  async #put(): Promise<void> {
+  /** @param following has to be over before the job is there */
+  async #put(following: Promise<void>): Promise<void> {
     const { redis } = this.#fleet;
     const { model, id, data, priority, sameAs } = this.#job;
     const queue = redis.queue(model);
     const [ledger, followers] = [redis.key("ledger", queue.name), redis.key("followers", id)];
-    await redis.together((commands) =>
+    const known = redis.together((commands) =>
       commands
         .hset(ledger, id, JSON.stringify(data.facts))
         .pexpire(ledger, 3_600_000)
         .zadd(followers, redis.now(), this.#follower)
         .pexpire(followers, followedMs),
     );
+    await Promise.all([following, known]);
     const added = await queue.add(data.op, data, {
       ...{ jobId: id, priority, attempts: 1, removeOnComplete: true, removeOnFail: true },
       deduplication: { id: sameAs },
@@ -159,6 +161,9 @@ export class Waiter {
       commands.hdel(ledger, id).del(followers).zadd(theirs, redis.now(), this.#follower).pexpire(theirs, followedMs),
     );
     await this.#follow(added.id);
+    // It goes by the more urgent of all who wait for it.
+    const job = await queue.getJob(added.id);
+    if (job && job.priority > priority) await job.changePriority({ priority }).catch(() => {});
     // It may have ended meanwhile.
     void this.#look();
   }
@@ -205,7 +210,13 @@ export class Waiter {
     }
     this.#missing = 0;
     // Not where Redis was away since: it may have lost the result.
-    if (this.#doneAt !== null && performance.now() - this.#doneAt < redis.readyForMs) {
+    const sinceDoneMs = this.#doneAt === null ? Number.POSITIVE_INFINITY : performance.now() - this.#doneAt;
+    if (sinceDoneMs < redis.readyForMs) {
+      // A volume that is shared over a network may show it later.
+      if (sinceDoneMs < volumeMs) {
+        void sleep(1000).then(this.#look);
+        return;
+      }
       this.#fail(
         new RuntimeError(
           "The job was drawn, and its result is not where this process looks for it. Workers and gateways need the same results: the same folder (--results), on a volume that they share, or Redis for all.",
@@ -213,11 +224,7 @@ export class Waiter {
       );
       return;
     }
-    if (this.#id === this.#job.id) await this.#put();
-    else {
-      await this.#follow(this.#job.id);
-      await this.#put();
-    }
+    await this.#put(this.#id === this.#job.id ? Promise.resolve() : this.#follow(this.#job.id));
   }
 
   #succeed(bytes: Buffer): void {

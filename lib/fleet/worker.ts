@@ -16,14 +16,16 @@ import {
   DeviceLostError,
   DisposedError,
   DrainingError,
+  errorTable,
   FleetFormatError,
+  FlowTurboError,
   PoisonousJobError,
   QueueFullError,
-  TimeoutError,
 } from "../errors.js";
 import { requestFromJson } from "../json.js";
 import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, RuntimeChoice, StepEvent } from "../model.js";
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
+import { deadlineMargin } from "../serving/deadline.js";
 import { knownSizes, usefulBatch } from "./capacity.js";
 import { failureToJson } from "./failure.js";
 import { factsOf, formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
@@ -31,7 +33,7 @@ import { encodeMessage, type Message, stepMessage } from "./messages.js";
 import { type FleetWorkerOptions, workerSchema } from "./options.js";
 import { packResult } from "./packed.js";
 import { FleetRedis, type StallTimes } from "./redis.js";
-import { Announcer, FleetView, type ModelBeat, type ModelRecord } from "./registry.js";
+import { Announcer, FleetView, goneMs, type ModelBeat, type ModelRecord } from "./registry.js";
 import { FolderResults, RedisResults, type ResultStore } from "./results.js";
 
 /** A job that a worker cannot draw warm is left to those who can so often, each time for so many milliseconds. */
@@ -53,6 +55,7 @@ const unreadyMs = 500;
 /** BullMQ shows progress to people: no more often than this, in milliseconds. */
 const progressMs = 1000;
 const sweepMs = 60_000;
+const lookAgainMs = 250;
 /** What is known of a job beside BullMQ is forgotten after so long, in milliseconds: nobody waits that long. */
 const factsMs = 3_600_000;
 
@@ -244,6 +247,8 @@ export class FleetWorker implements AsyncDisposable {
    */
   #roomOf(served: Served): number {
     if (this.#isStopping || !served.model.health().ready) return 0;
+    // One that was found without its worker may be the cause: nothing is put beside it.
+    for (const { job } of served.active.values()) if (job.stalledCounter > 0) return 0;
     const { take } = this.#options;
     const full = take ?? fullOf(served.model);
     const most = take === undefined && this.#endsInMs(served) <= aheadMs ? 2 * full : full;
@@ -266,7 +271,9 @@ export class FleetWorker implements AsyncDisposable {
   #beatOf(served: Served): ModelBeat {
     const { active, model, drawnSizes } = served;
     let backlogMs = 0;
-    for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? 0) * (1 - done);
+    // One that is not known takes as long as the longest.
+    const dearest = Math.max(0, ...Array.from(served.prices.values(), ({ ms }) => ms));
+    for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? dearest) * (1 - done);
     const pictures = this.#picturesOf(served);
     const room = this.#roomOf(served);
     const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
@@ -451,8 +458,8 @@ export class FleetWorker implements AsyncDisposable {
       controller.signal.throwIfAborted();
       const format = formatOf(job.data);
       if (format !== null && format > jobFormat) throw new FleetFormatError(format, jobFormat);
-      const data = readJob(job.data);
-      await this.#refusePoison(id, before);
+      const data = readJob(served.id, job.data);
+      await this.#refusePoison(id, before, controller.signal);
       if (!(await this.#results.has(data.hash))) {
         const bytes = await this.#draw(served, active, data);
         await this.#results.put(data.hash, bytes, !data.repeatable);
@@ -469,7 +476,8 @@ export class FleetWorker implements AsyncDisposable {
       }
       if (error instanceof Left) this.#tell(id, { type: "cancelled" });
       else {
-        served.failed++;
+        // What is refused is no failure.
+        if (!(error instanceof FlowTurboError) || errorTable[error.code].status >= 500) served.failed++;
         const failure = failureToJson(error);
         await client.set(this.#redis.key("failure", id), JSON.stringify(failure), "PX", this.#options.keepResultsMs);
         this.#tell(id, { type: "failed", failure: { ...failure } });
@@ -491,12 +499,22 @@ export class FleetWorker implements AsyncDisposable {
    * @param before workers that have begun with it
    * @throws PoisonousJobError if two of them are gone without having left
    */
-  async #refusePoison(id: string, before: readonly string[]): Promise<void> {
+  async #refusePoison(id: string, before: readonly string[], signal: AbortSignal): Promise<void> {
     const others = [...new Set(before)].filter((worker) => worker !== this.id);
     if (others.length < 2) return;
-    await this.#view.refresh(200);
-    const gone = others.filter((worker) => !this.#view.lives(worker));
-    if (gone.length >= 2) throw new PoisonousJobError(id, gone.slice(0, 2));
+    // Whoever lives says so within a second, and whoever does not is silent for longer than that, as long as Redis is there.
+    const asked = { at: this.#redis.now(), silentMs: 0 };
+    for (;;) {
+      await this.#view.refresh();
+      const lives = (worker: string) => this.#view.workers.some(({ id, beat }) => id === worker && beat.at > asked.at);
+      const silent = others.filter((worker) => !lives(worker));
+      if (silent.length < 2) return;
+      if (asked.silentMs >= goneMs) throw new PoisonousJobError(id, silent.slice(0, 2));
+      const before = performance.now();
+      await sleep(lookAgainMs);
+      asked.silentMs = this.#redis.readyForMs < lookAgainMs ? 0 : asked.silentMs + performance.now() - before;
+      signal.throwIfAborted();
+    }
   }
 
   /** @returns the result as it is kept */
@@ -504,16 +522,9 @@ export class FleetWorker implements AsyncDisposable {
     const { model } = served;
     const { controller } = active;
     controller.signal.throwIfAborted();
-    const leftMs = data.gaveUpAt === null ? null : data.gaveUpAt - this.#redis.now();
-    if (leftMs !== null && leftMs <= 0) throw new TimeoutError(Number(data.request.timeoutMs));
-    const timer = leftMs === null ? null : setTimeout(() => controller.abort(new TimeoutError(leftMs)), leftMs);
-    try {
-      return await withTraceparent(data.traceparent, () =>
-        data.op === "encode" ? encoded(model, data, controller.signal) : this.#generate(served, active, data),
-      );
-    } finally {
-      if (timer) clearTimeout(timer);
-    }
+    return withTraceparent(data.traceparent, () =>
+      data.op === "encode" ? encoded(model, data, controller.signal) : this.#generate(served, active, data),
+    );
   }
 
   async #generate(served: Served, active: Active, data: JobData): Promise<Buffer> {
@@ -542,8 +553,14 @@ export class FleetWorker implements AsyncDisposable {
       },
     };
     const limit = given.deadlineMs;
-    const left = limit === undefined ? undefined : Math.max(1, facts.arrival + limit - this.#redis.now());
-    const result = await this.#keepPromise(served.model, { ...options, deadlineMs: left }, data.promised);
+    const waitedMs = this.#redis.now() - facts.arrival;
+    const left = limit === undefined ? undefined : Math.max(1, limit - waitedMs);
+    const result = await this.#keepPromise(served.model, { ...options, deadlineMs: left }, data.promised).catch(
+      (error) => {
+        if (!(error instanceof DeadlineError) || limit === undefined) throw error;
+        throw this.#refusal(served, active, error, limit, waitedMs);
+      },
+    );
     steps.flush();
     served.drawnSizes.delete(facts.size);
     served.drawnSizes.add(facts.size);
@@ -557,17 +574,41 @@ export class FleetWorker implements AsyncDisposable {
     } catch (error) {
       if (!(error instanceof DeadlineError) || !isPromised) throw error;
       const { deadlineMs: _, ladder: __, prefer: ___, ...rest } = options;
-      return model.generate({ ...rest, sampler: undefined, blocks: error.blocks.split(" ")[0] });
+      const { sampler, quality, steps, blocks, sigmas, stages } = rest;
+      if ([sampler, quality, steps, blocks, sigmas, stages].some((each) => each !== undefined))
+        return model.generate(rest);
+      return model.generate({ ...rest, blocks: error.blocks });
     }
   }
 
-  #learn({ prices }: Served, active: Active, { aloneMs, leastMs, blocks }: AcceptEvent): void {
+  /** A refusal as the caller has to read it, who counts from the call; what it says of the price is learnt, so that gateways refuse the next one. */
+  #refusal(served: Served, active: Active, error: DeadlineError, deadlineMs: number, waitedMs: number): DeadlineError {
+    const { blocks, retryAfterMs } = error;
+    if (retryAfterMs === null) {
+      const ms = error.bestMs / deadlineMargin;
+      this.#learn(served, active, { aloneMs: ms, leastMs: ms, blocks });
+    }
+    const bestMs = Math.ceil(error.bestMs + (retryAfterMs === null ? 0 : waitedMs));
+    // Without the wait it would have fitted.
+    const isPossible = retryAfterMs === null && bestMs <= deadlineMs;
+    return new DeadlineError(
+      `No schedule is done in ${Math.round(deadlineMs)} ms: the best possible time is ${bestMs} ms, with ${blocks}${isPossible ? `, and ${Math.round(waitedMs)} ms went into waiting` : ""}.`,
+      { deadlineMs, bestMs, blocks, retryAfterMs: isPossible ? Math.ceil(waitedMs) : retryAfterMs },
+    );
+  }
+
+  #learn(
+    { prices }: Served,
+    active: Active,
+    { aloneMs, leastMs, blocks }: Pick<AcceptEvent, "aloneMs" | "leastMs" | "blocks">,
+  ): void {
     active.aloneMs = aloneMs ?? active.aloneMs;
     if (aloneMs === null || leastMs === null) return;
     const { kind } = active.facts;
     const known = prices.get(kind);
     // Small changes are no news.
-    const isNews = !known || Math.abs(known.ms - aloneMs) > news * known.ms || known.blocks !== blocks;
+    const differs = (a: number, b: number) => Math.abs(a - b) > news * a;
+    const isNews = !known || differs(known.ms, aloneMs) || differs(known.leastMs, leastMs) || known.blocks !== blocks;
     prices.delete(kind);
     prices.set(kind, isNews ? { ms: aloneMs, leastMs, blocks } : known);
     if (prices.size > mostPrices) prices.delete(prices.keys().next().value!);

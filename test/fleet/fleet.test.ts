@@ -6,6 +6,7 @@ import path from "node:path";
 import { Queue } from "bullmq";
 import { Redis } from "ioredis";
 import { beforeAll, describe, expect, it } from "vitest";
+import { DeadlineError } from "../../lib/errors.js";
 import { hashOf, type JobData, jobFormat } from "../../lib/fleet/job.js";
 import type { StepEvent } from "../../lib/model.js";
 import { noRedis } from "../support/redis.js";
@@ -94,6 +95,61 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     // A step takes 30 ms; a run that went on would take three seconds.
     expect(performance.now() - at).toBeLessThan(1000);
     expect(one.stats().requests.aborted).toBe(2);
+  });
+
+  it("has each caller wait as long as it said, and tells one that joins what the others know", async () => {
+    const [prefix, model] = [prefixOf(), countingModel({ stepMs: 60 })];
+    await fleets.worker(prefix, model);
+    const [one, other] = [await fleets.fleet(prefix), await fleets.fleet(prefix)];
+    const options = { prompt: "shared", seed: 5 };
+    const short = one.generate({ ...options, timeoutMs: 250 });
+    short.catch(() => {});
+    await until(() => model.asked.length === 1);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    const events: string[] = [];
+    const joined = other.generate({
+      ...options,
+      onAccept: () => events.push("accept"),
+      onStart: () => events.push("start"),
+      onStep: ({ step }) => events.push(String(step)),
+    });
+    await expect(short).rejects.toMatchObject({ code: "ERR_FLOWTURBO_TIMEOUT", timeoutMs: 250 });
+    expect((await joined).images).toHaveLength(1);
+    expect(events.slice(0, 2)).toEqual(["accept", "start"]);
+    expect(events.at(-1)).toBe("9");
+    expect(model.asked).toHaveLength(1);
+    expect(other.stats().running.requests).toBe(0);
+  });
+
+  it("says of a limit what counts from the call, and learns from a refusal", async () => {
+    const [prefix, model] = [prefixOf(), countingModel({ stepMs: 1 })];
+    const { generate } = model;
+    model.generate = (options) => {
+      const { deadlineMs } = options;
+      if (deadlineMs === undefined || deadlineMs >= 1150) return generate.call(model, options);
+      model.asked.push(options);
+      const found = { deadlineMs, bestMs: 1150, blocks: "E4", retryAfterMs: null };
+      return Promise.reject(new DeadlineError("Not as the caller knows it.", found));
+    };
+    await fleets.worker(prefix, model);
+    const fleet = await fleets.fleet(prefix);
+    const ask = (deadlineMs: number) => fleet.generate({ prompt: "x", deadlineMs });
+    await expect(ask(500)).rejects.toMatchObject({
+      code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE",
+      ...{ deadlineMs: 500, bestMs: 1150, message: expect.stringContaining("in 500 ms") },
+    });
+    expect(model.asked).toHaveLength(1);
+    // The next one is refused before a worker hears of it.
+    await until(async () => {
+      await expect(ask(500)).rejects.toMatchObject({ code: "ERR_FLOWTURBO_DEADLINE_IMPOSSIBLE" });
+      return fleet.stats().requests.refused.impossible > 0;
+    });
+    const { length } = model.asked;
+    await until(async () => (await fleet.fleet.status()).workers[0]!.models[0]!.jobs === 0);
+    await expect(ask(600)).rejects.toMatchObject({ bestMs: 1150 });
+    expect(model.asked).toHaveLength(length);
+    expect((await ask(3000)).images).toHaveLength(1);
+    expect((await fleet.fleet.status()).workers[0]!.models[0]!.failed).toBe(0);
   });
 
   it("takes away what waits when its caller leaves", async () => {
@@ -268,7 +324,7 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
       ({
         ...{ format: jobFormat, op: "draw", request, hash: hashOf("stub", "draw", request as never), promised: false },
         facts: { kind: "k", size: "64x64", pictures: 1, level: 0, arrival: Date.now(), due: null },
-        ...{ gaveUpAt: null, repeatable: true, traceparent: null, ...more },
+        ...{ repeatable: true, traceparent: null, ...more },
       }) as JobData;
     const ask = async (prefix: string, job: unknown) => {
       const connection = new Redis(fleets.redis.url, { maxRetriesPerRequest: null });
@@ -361,8 +417,6 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
       await client.rpush(`${prefix}:starts:bad`, "worker-a", "worker-b");
       await client.rpush(`${prefix}:starts:once`, "worker-a");
       await fleets.worker(prefix, model);
-      // Just after a worker has connected it cannot tell who lives.
-      await new Promise((resolve) => setTimeout(resolve, 5500));
       for (const id of ["bad", "once"])
         await queue.add("draw", data({ prompt: id, seed: 1 }), {
           jobId: id,
@@ -382,7 +436,7 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     });
   });
 
-  it("keeps results in a folder that their owner alone reads", async () => {
+  it("keeps results in a folder that their owner alone reads", { timeout: 60_000 }, async () => {
     const results = await mkdtemp(path.join(os.tmpdir(), "flowturbo-results-"));
     const [prefix, model] = [prefixOf(), countingModel()];
     await fleets.worker(prefix, model, { results });

@@ -6,7 +6,7 @@ import type { CostEntry } from "../../lib/serving/costs.js";
 
 const base = { prompt: "a fox", seed: 1, width: 512, height: 512, steps: 8, count: 1 };
 const hash = (request: object) => hashOf("m", "draw", request as never);
-const kind = (request: object) => kindOf("draw", request as never);
+const kind = (request: object, pictures = 1) => kindOf("draw", request as never, pictures);
 
 describe("a job", () => {
   it.each([
@@ -54,6 +54,10 @@ describe("a job", () => {
     expect(
       kind({ ...edit, image: { file: "BBBB" }, controls: [{ folder: "c", image: { file: "BB" }, scale: 1 }] }),
     ).toBe(kind(edit));
+    const texts = { prompt2: "a", prompt3: "b", negativePrompt: "c", negativePrompt2: "d", negativePrompt3: "e" };
+    const others = { prompt2: "f", prompt3: "g", negativePrompt: "h", negativePrompt2: "i", negativePrompt3: "j" };
+    expect(kind({ ...base, ...texts })).toBe(kind({ ...base, ...others }));
+    expect(kind(base, 2)).not.toBe(kind(base));
     expect(kind({ ...base, deadlineMs: 5 })).toBe(kind({ ...base, deadlineMs: 500 }));
   });
 

@@ -66,8 +66,8 @@ function answer(model: ImageModel): void {
     } else if (message.type === "load") {
       const { callers, jobs, asked } = message;
       const latencies: number[] = [];
+      const ends: number[] = [];
       let next = 0;
-      const start = performance.now();
       const first = Math.floor(Math.random() * 2 ** 31);
       const call = async () => {
         while (next < jobs) {
@@ -76,10 +76,11 @@ function answer(model: ImageModel): void {
           const ended = await outcomeOf(model, { ...asked, request }, {});
           if ("code" in ended) throw new Error(`${ended.code}: ${ended.message}`);
           latencies.push(performance.now() - from);
+          ends.push(performance.timeOrigin + performance.now());
         }
       };
       await Promise.all(Array.from({ length: callers }, call));
-      tell({ type: "loaded", milliseconds: performance.now() - start, latencies });
+      tell({ type: "loaded", latencies, ends });
     }
   });
 }

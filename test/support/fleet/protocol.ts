@@ -75,7 +75,8 @@ export type FromProcess =
   | { readonly type: "ready"; readonly port: number | null }
   | { readonly type: "accepted"; readonly ask: number }
   | { readonly type: "ended"; readonly ask: number; readonly ended: Ended; readonly steps: readonly number[]; readonly milliseconds: number } // biome-ignore format: one line
-  | { readonly type: "loaded"; readonly milliseconds: number; readonly latencies: readonly number[] }
+  /** `ends`: moments at which requests were answered, by `Date.now()`, in order. */
+  | { readonly type: "loaded"; readonly latencies: readonly number[]; readonly ends: readonly number[] }
   /** Processor time of the process so far. */
   | { readonly type: "usage"; readonly milliseconds: number }
   /** A drawing by a worker; `drawing` is a number of its own in the process, `at` by `Date.now()`. */
