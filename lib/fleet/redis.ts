@@ -151,6 +151,14 @@ export class FleetRedis {
     return this.#readySince === null ? 0 : performance.now() - this.#readySince;
   }
 
+  /** For how many milliseconds Redis has been there for all, as far as it is known: since it was started, or since this process lost it last. */
+  async upForMs(): Promise<number> {
+    const uptime = /uptime_in_seconds:(\d+)/.exec(await this.client.info("server").catch(() => ""))?.[1];
+    // Without the right to ask there is what was seen here.
+    const upMs = uptime === undefined ? this.readyForMs : 1000 * Number(uptime);
+    return this.#awayMs > 0 ? Math.min(upMs, this.readyForMs) : upMs;
+  }
+
   /** For how many milliseconds they had not been, before. */
   get awayMs(): number {
     return this.#awayMs;

@@ -55,7 +55,9 @@ const unreadyMs = 500;
 /** BullMQ shows progress to people: no more often than this, in milliseconds. */
 const progressMs = 1000;
 const sweepMs = 60_000;
-const lookAgainMs = 250;
+const lookAgainMs = 100;
+/** Whoever lives says so each second: silence of less than this says nothing, in milliseconds. */
+const leastSilenceMs = 2200;
 /** What is known of a job beside BullMQ is forgotten after so long, in milliseconds: nobody waits that long. */
 const factsMs = 3_600_000;
 
@@ -78,6 +80,8 @@ interface Active {
   /** Part of it that is done. */
   done: number;
   hasStarted: boolean;
+  /** Whether it was looked at, and is to be drawn. */
+  isAtWork: boolean;
 }
 
 /** A model that is served. */
@@ -279,11 +283,12 @@ export class FleetWorker implements AsyncDisposable {
     const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
+    const jobs = Array.from(active.values()).filter(({ isAtWork }) => isAtWork).length;
     const devices = devicesOf(model);
     return {
       backlogMs: Math.round(backlogMs / devices),
       devices,
-      jobs: active.size,
+      jobs,
       pictures,
       room,
       warm,
@@ -417,7 +422,16 @@ export class FleetWorker implements AsyncDisposable {
     const id = job.id!;
     const facts = factsOf(job.data);
     const active: Active = {
-      ...{ id, job, token, controller: new AbortController(), aloneMs: null, done: 0, hasStarted: false },
+      ...{
+        id,
+        job,
+        token,
+        controller: new AbortController(),
+        aloneMs: null,
+        done: 0,
+        hasStarted: false,
+        isAtWork: false,
+      },
       facts: facts ?? { kind: "", size: "", pictures: 1, level: 0, arrival: 0, due: null },
     };
     const price = served.prices.get(active.facts.kind);
@@ -461,6 +475,8 @@ export class FleetWorker implements AsyncDisposable {
       const data = readJob(served.id, job.data);
       await this.#refusePoison(id, before, controller.signal);
       if (!(await this.#results.has(data.hash))) {
+        active.isAtWork = true;
+        this.#announcer.changed();
         const bytes = await this.#draw(served, active, data);
         await this.#results.put(data.hash, bytes, !data.repeatable);
         served.drawn++;
@@ -502,17 +518,20 @@ export class FleetWorker implements AsyncDisposable {
   async #refusePoison(id: string, before: readonly string[], signal: AbortSignal): Promise<void> {
     const others = [...new Set(before)].filter((worker) => worker !== this.id);
     if (others.length < 2) return;
-    // Whoever lives says so within a second, and whoever does not is silent for longer than that, as long as Redis is there.
-    const asked = { at: this.#redis.now(), silentMs: 0 };
+    const asked = this.#redis.now();
+    // By then whoever lives has said so. A job is found after its lock's time, so that mostly nobody has to be waited for.
+    const silence = Math.min(goneMs, Math.max(leastSilenceMs, this.#options.lockMs));
     for (;;) {
       await this.#view.refresh();
-      const lives = (worker: string) => this.#view.workers.some(({ id, beat }) => id === worker && beat.at > asked.at);
-      const silent = others.filter((worker) => !lives(worker));
+      const now = this.#redis.now();
+      // While Redis was away nobody could say it.
+      const isSure = (await this.#redis.upForMs()) >= silence;
+      const beats = new Map(this.#view.workers.map(({ id, beat }) => [id, beat.at]));
+      const silent = others.filter((worker) => (beats.get(worker) ?? 0) <= asked);
+      const gone = silent.filter((worker) => isSure && now - (beats.get(worker) ?? 0) >= silence);
+      if (gone.length >= 2) throw new PoisonousJobError(id, gone.slice(0, 2));
       if (silent.length < 2) return;
-      if (asked.silentMs >= goneMs) throw new PoisonousJobError(id, silent.slice(0, 2));
-      const before = performance.now();
       await sleep(lookAgainMs);
-      asked.silentMs = this.#redis.readyForMs < lookAgainMs ? 0 : asked.silentMs + performance.now() - before;
       signal.throwIfAborted();
     }
   }
