@@ -18,7 +18,7 @@ export async function chaos({ quick, seed }: Setting): Promise<Findings> {
       ...{ killWorker: every(7), killGateway: every(10), freezeWorker: every(15), loseWorker: every(40) },
       ...{ restartRedis: every(30), forgetRedis: every(40), pauseRedis: every(60), freezeRedis: every(40) },
     },
-    model: { msPerLaunch: 25, msPerRow: 4 },
+    model: { msPerLaunch: 35, msPerRow: 5 },
     log: (line) => log(`chaos: ${line}`),
   });
   for (const violation of violations) log(violation);

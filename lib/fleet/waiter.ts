@@ -224,7 +224,11 @@ export class Waiter {
       );
       return;
     }
-    await this.#put(this.#id === this.#job.id ? Promise.resolve() : this.#follow(this.#job.id));
+    // Of one that Redis has lost in part something may be in the way.
+    const { id, sameAs } = this.#job;
+    if (this.#id === id) await queue.remove(id).catch(() => 0);
+    if ((await queue.getDeduplicationJobId(sameAs)) === this.#id) await queue.removeDeduplicationKey(sameAs);
+    await this.#put(this.#id === id ? Promise.resolve() : this.#follow(id));
   }
 
   #succeed(bytes: Buffer): void {

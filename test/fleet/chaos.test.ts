@@ -17,7 +17,7 @@ it.skipIf(noRedis)(
         ...{ killWorker: 4, killGateway: 3, freezeWorker: 2, loseWorker: 1 },
         ...{ restartRedis: 1, forgetRedis: 1, pauseRedis: 1, freezeRedis: 1 },
       },
-      model: { msPerLaunch: 25, msPerRow: 4 },
+      model: { msPerLaunch: 35, msPerRow: 5 },
       ...{ lockMs: 1500, keepResultsMs: 10_000 },
       log: (line) => {
         lines.push(line);

@@ -197,6 +197,27 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     client.disconnect();
   });
 
+  it("draws what Redis has lost in part", { timeout: 30_000 }, async () => {
+    const prefix = prefixOf();
+    const draining = await fleets.worker(prefix, countingModel({ stepMs: 100 }), { take: 1 });
+    const fleet = await fleets.fleet(prefix);
+    const first = fleet.generate({ prompt: "x", seed: 1 });
+    await until(() => draining.jobs === 1);
+    const client = new Redis(fleets.redis.url);
+    const queue = `${prefix}:queue:stub`;
+    // One is in no list, and of the other there is only its name.
+    const whole = fleet.generate({ prompt: "x", seed: 2 });
+    await until(async () => (await client.zcard(`${queue}:prioritized`)) === 1);
+    await client.del(`${queue}:prioritized`);
+    const name = fleet.generate({ prompt: "x", seed: 3 });
+    await until(async () => (await client.zcard(`${queue}:prioritized`)) === 1);
+    const [id] = await client.zrange(`${queue}:prioritized`, 0, 0);
+    await client.del(`${queue}:prioritized`, `${queue}:${id}`);
+    const results = await Promise.all([first, whole, name]);
+    expect(results.map(({ seeds }) => seeds)).toEqual([[1], [2], [3]]);
+    client.disconnect();
+  });
+
   it("takes from the ledger what is not in the queue", { timeout: 30_000 }, async () => {
     const prefix = prefixOf();
     await fleets.worker(prefix, countingModel());

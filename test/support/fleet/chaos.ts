@@ -4,7 +4,7 @@
  * compared with what one model draws alone, and what is left on Redis with what may be. Everything random follows from one number.
  */
 
-import { readdirSync, statSync, truncateSync } from "node:fs";
+import { readdirSync, readFileSync, truncateSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import os from "node:os";
 import path from "node:path";
@@ -403,13 +403,17 @@ class Chaos {
       return;
     }
     if (what === "killWorker" || what === "freezeWorker" || what === "loseWorker") {
+      const underWay = (worker: number) =>
+        [...this.#drawings.values()].filter((drawing) => drawing.worker === worker && !drawing.ended);
       const free = this.#workers.filter(({ isHeld }) => !isHeld);
+      const busy = free.filter(({ number }) => underWay(number).length > 0);
       if (free.length === 0) return;
-      const worker = this.#pick(free);
+      // Mostly one that has something to lose.
+      const worker = this.#pick(busy.length > 0 && this.#random() < 0.8 ? busy : free);
       worker.isHeld = true;
       this.#spans.push({ ...span, worker: worker.number });
       const mine = this.#spans.at(-1)!;
-      const drawing = [...this.#drawings.values()].filter(({ worker: by, ended }) => by === worker.number && !ended);
+      const drawing = underWay(worker.number);
       this.#say(`it is worker ${worker.number}, with ${drawing.length} drawings`);
       this.#count("drawings under way at a worker that was killed or hung", drawing.length);
       if (what === "killWorker") {
@@ -517,11 +521,12 @@ class Chaos {
       if (earlier.length === 0) continue;
       this.#count("drawn again");
       const last = earlier.at(-1)!;
-      // Its worker did not end it, or may have lost its lock; or the other one hung between taking it and beginning with it.
+      // Its worker did not end it, or may have lost its lock; or either had taken it before Redis was away, or before it hung itself, and
+      // began with it some time after.
       const suffered = this.#spans.some(
         ({ worker, from, to }) =>
           (worker === null || worker === last.worker || worker === drawing.worker) &&
-          to >= last.begun - (worker === drawing.worker ? 2 * lockMs : 0) &&
+          to >= last.begun - (worker === last.worker ? 0 : 2 * lockMs) &&
           from <= drawing.begun,
       );
       const explained =
@@ -594,14 +599,20 @@ class Chaos {
   }
 }
 
-/** Takes the end of a log of a Redis that does not run. @returns how many bytes */
+/**
+ * Takes the end of a log of a Redis that does not run. It is cut behind a transaction: within one Redis (7.0) reads it as if it had been cut before, but
+ * goes on writing within, so that the next start does half of it.
+ * @returns how many bytes
+ */
 function forget(folder: string, bytes: number): number {
   const logs = path.join(folder, "appendonlydir");
   const file = path.join(logs, readdirSync(logs).find((name) => name.endsWith(".incr.aof"))!);
-  const { size } = statSync(file);
-  const lost = Math.min(bytes, Math.floor(size / 2));
-  truncateSync(file, size - lost);
-  return lost;
+  const log = readFileSync(file);
+  const last = Buffer.from("*1\r\n$4\r\nEXEC\r\n");
+  const at = log.lastIndexOf(last, Math.max(0, log.length - bytes));
+  const end = at < 0 ? log.length : at + last.length;
+  truncateSync(file, end);
+  return log.length - end;
 }
 
 export function chaos(options: ChaosOptions): Promise<ChaosReport> {
