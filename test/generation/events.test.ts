@@ -203,7 +203,10 @@ describe("generate()", () => {
       onStep: ({ step }) => seen.push(`step ${step}`),
     });
     expect(seen).toEqual(["accept", "start", "step 0", "step 1"]);
-    expect(accepted).toEqual({ predictedMs: null, place: 0, blocks: "E2", seeds: [5, 6] });
+    expect(accepted).toEqual({
+      ...{ predictedMs: null, place: 0, blocks: "E2", seeds: [5, 6] },
+      ...{ aloneMs: null, leastMs: null },
+    });
     expect(started).toEqual({ queuedMs: result.timings.queue, blocks: "E2" });
     expect([result.blocks, result.seeds]).toEqual(["E2", [5, 6]]);
   });
