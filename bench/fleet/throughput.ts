@@ -8,7 +8,7 @@ import { format, ratios, type Spread, spread, table } from "../support.js";
 import { asked, difference, type Findings, Fleet, log, type Setting, steps, type Usage, usageOf } from "./setting.js";
 
 /** A batch of eight takes 114.4 ms for each of 8 steps and three quarters of that for text and pixels: 8 pictures a second. */
-const model = { msPerLaunch: 88, msPerRow: 3.3, maxBatch: 8 };
+const model = { msPerLaunch: 20, msPerRow: 11.8, maxBatch: 8 };
 const usualPerSecond = 8;
 const counts = [1, 2, 4, 8];
 /** Callers of a worker: as many as fill its launches, and as many again that wait. */
@@ -99,7 +99,7 @@ export async function throughput(setting: Setting): Promise<Findings> {
   );
   const page = `## Throughput
 
-${callersPerWorker} callers for each worker, without pauses; pictures of 64 px, ${steps} steps, each with a seed of its own. The waiting model takes 88 ms a launch and 3.3 ms a row: batches of eight are 8 pictures a
+${callersPerWorker} callers for each worker, without pauses; pictures of 64 px, ${steps} steps, each with a seed of its own. The waiting model takes 20 ms a launch and 11.8 ms a row: batches of eight are 8 pictures a
 second by arithmetic. Counted from when a fifth is drawn until four fifths are. One model in its caller's process: ${format(spread(single), 1)} pictures a second. Ratios are to that, times the workers, of the same round. Processors are counted in cores; "all" is redis-server, gateways and workers.
 One gateway, two with eight workers.
 
