@@ -284,6 +284,7 @@ class Chaos {
   /** A caller with retries, until its request has ended. */
   async #client(job: Job, end: number): Promise<void> {
     const wanted = this.#pickLater();
+    const since = Date.now();
     let accepted = false;
     for (let turn = 0; performance.now() < end; turn++) {
       const gateway = this.#gateways.filter(({ isRunning }) => isRunning)[(wanted + turn) % this.#options.gateways];
@@ -322,7 +323,7 @@ class Chaos {
         return;
       }
       this.#count(ended.code ?? ended.name);
-      if (ended.code === "ERR_FLOWTURBO_POISONOUS_JOB") this.#checkPoison(job);
+      if (ended.code === "ERR_FLOWTURBO_POISONOUS_JOB") this.#checkPoison(job, since);
       else if (
         ended.code === null ||
         !Object.hasOwn(errorTable, ended.code) ||
@@ -348,15 +349,13 @@ class Chaos {
     this.#results.set(key, { job, ended });
   }
 
-  /** Only workers that were killed, or hung for too long, may have been counted against it. */
-  #checkPoison({ asked }: Job): void {
-    const key = this.#keyOf(asked);
-    const gone = new Set<number>();
-    for (const { key: drawn, worker, begun, ended } of this.#drawings.values())
-      if (drawn === key)
-        for (const span of this.#spans)
-          if (span.worker === worker && (span.what === "killWorker" || span.what === "loseWorker"))
-            if (span.from >= begun && (!ended || ended.at >= span.from)) gone.add(worker);
+  /** Only workers that were killed, or hung for longer than their locks, may have been counted against it: also before they told of a drawing. */
+  #checkPoison({ asked }: Job, since: number): void {
+    const gone = new Set(
+      this.#spans.flatMap(({ worker, what, from, to }) =>
+        worker !== null && (what === "killWorker" ? from : to) >= since ? worker : [],
+      ),
+    );
     this.#say(`a poisonous job: workers ${[...gone].join()}`);
     if (gone.size < 2) this.#violations.push(`a job was given up after ${gone.size} workers: ${JSON.stringify(asked)}`);
   }
@@ -578,7 +577,9 @@ class Chaos {
 
   async #checkKeys(): Promise<void> {
     await sleep(this.#options.keepResultsMs + 1000);
-    const ended = Object.values(this.#options.mishaps).reduce((sum, count) => sum + count, 0);
+    const { mishaps } = this.#options;
+    // What Redis forgets may be that they were removed.
+    const most = mishaps.forgetRedis > 0 ? Number.POSITIVE_INFINITY : Object.values(mishaps).reduce((sum, count) => sum + count, 0); // biome-ignore format: one line
     let left = 0;
     const client = new Redis(this.#redis.url);
     try {
@@ -587,7 +588,7 @@ class Chaos {
         if (keysThatStay.some((each) => name === `queue:${modelId}:${each}`)) continue;
         const ttl = await client.pttl(key);
         if (ttl === -2 || (keysOfWorkers.test(name) && ttl > 0 && ttl <= workerKeysMs)) continue;
-        if (keysOfMoments.test(name) && ttl > 0 && ttl <= workerKeysMs && left++ < ended) {
+        if (keysOfMoments.test(name) && ttl > 0 && ttl <= workerKeysMs && left++ < most) {
           this.#count("keys of a job that are left for a while");
           continue;
         }
