@@ -110,7 +110,7 @@ export class Waiter {
       // One that is at work is locked: its worker ends it, and removes what says that it is to.
       const isGone = await queue.remove(this.#id).catch(() => 0);
       await redis.client.hdel(redis.key("ledger", queue.name), this.#id);
-      if (isGone === 1) await redis.client.del(cancelled);
+      if (isGone === 1) await redis.client.del(cancelled, redis.key("starts", this.#id));
     } catch {
       // A job that nobody waits for is drawn to its end, then.
     }
