@@ -15,7 +15,7 @@ import { setTimeout } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import { DeadlineError, FlowTurbo, type GenerateOptions, QueueFullError, type Stats } from "flowturbo";
 import { svg } from "./plot.js";
-import { format, machineLine, ratios, report, resultsFolder, spread, table } from "./support.js";
+import { format, machineLine, quantile, ratios, report, resultsFolder, spread, table } from "./support.js";
 
 const { values: flags } = parseArgs({
   options: {
@@ -72,11 +72,6 @@ for (const prompt of captions)
     for (const guidanceScale of [1, 2])
       for (const served of [model, single])
         await served.generate({ prompt, width, height, guidanceScale, blocks: "H1R1" });
-
-const quantile = (values: readonly number[], part: number) => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.ceil(part * sorted.length) - 1)]!;
-};
 
 // ── Predictions, nobody else there ───────────────────────────────────────────────────────────────────────────────────
 

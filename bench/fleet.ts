@@ -15,9 +15,9 @@ import { TestRedis } from "../test/support/redis.js";
 import { added } from "./fleet/added.js";
 import { chaos } from "./fleet/chaos.js";
 import { limit } from "./fleet/limit.js";
-import type { Findings, Setting } from "./fleet/setting.js";
+import type { Setting } from "./fleet/setting.js";
 import { throughput } from "./fleet/throughput.js";
-import { machineLine, report, table } from "./support.js";
+import { type Findings, machineLine, report, table } from "./support.js";
 
 const parts = { throughput, added, limit, chaos };
 const { values: flags } = parseArgs({

@@ -20,7 +20,18 @@ import { setTimeout as pause } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import type { Health, Stats } from "flowturbo";
 import { quotaGroup } from "./quota.js";
-import { machineLine, processTree, report, residentBytes, root, table } from "./support.js";
+import {
+  type Bar,
+  log,
+  machineLine,
+  percent,
+  processTree,
+  quantile,
+  report,
+  residentBytes,
+  root,
+  table,
+} from "./support.js";
 
 const parts = ["load", "retry", "hangups", "deaths", "memory", "quota"] as const;
 const { values: flags } = parseArgs({
@@ -42,12 +53,6 @@ const captions = [
   "a small green triangle",
   "a yellow triangle above a red circle",
 ];
-const quantile = (values: readonly number[], part: number) => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.ceil(part * sorted.length) - 1)] ?? Number.NaN;
-};
-const percent = (part: number, digits = 0) => `${(100 * part).toFixed(digits)} %`;
-const log = (line: string) => console.error(`${(performance.now() / 1000).toFixed(0).padStart(4)} s  ${line}`);
 
 // ── The server, and calls to it ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,11 +197,6 @@ async function throughput(server: Server, options: Body, seconds: number): Promi
   return drawn / ((performance.now() - start) / 1000);
 }
 
-interface Bar {
-  readonly bar: string;
-  readonly value: string;
-  readonly met: boolean;
-}
 const bars: Bar[] = [];
 const results: Record<string, unknown> = {};
 const pages: string[] = [];

@@ -13,9 +13,9 @@ import { parseArgs } from "node:util";
 import { hangups } from "./serve/hangups.js";
 import { memory } from "./serve/memory.js";
 import { overload } from "./serve/overload.js";
-import { type Findings, type Setting, steps } from "./serve/setting.js";
+import { type Setting, steps } from "./serve/setting.js";
 import { throughput } from "./serve/throughput.js";
-import { machineLine, report, table } from "./support.js";
+import { type Findings, machineLine, report, table } from "./support.js";
 
 const parts = { throughput, overload, hangups, memory };
 const { values: flags } = parseArgs({

@@ -193,3 +193,29 @@ export function meanInterval(values: readonly number[]): { mean: number; margin:
 
 export const format = ({ median, min, max }: Spread, digits = 2): string =>
   `${median.toFixed(digits)} (${min.toFixed(digits)} to ${max.toFixed(digits)})`;
+
+/** A bar that a benchmark holds its figures to. */
+export interface Bar {
+  readonly bar: string;
+  readonly value: string;
+  readonly met: boolean;
+}
+
+/** What a part of a benchmark found. */
+export interface Findings {
+  readonly bars: readonly Bar[];
+  readonly results: unknown;
+  /** Its section of the page. */
+  readonly page: string;
+}
+
+/** The least value that so much of them does not exceed. @param part from 0 to 1 */
+export const quantile = (values: readonly number[], part: number): number => {
+  const sorted = [...values].sort((a, b) => a - b);
+  return sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(part * sorted.length) - 1))] ?? Number.NaN;
+};
+
+export const percent = (part: number, digits = 0) => `${(100 * part).toFixed(digits)} %`;
+
+/** A line for who waits, with the seconds since the start. */
+export const log = (line: string) => console.error(`${(performance.now() / 1000).toFixed(0).padStart(4)} s  ${line}`);

@@ -16,6 +16,7 @@ import {
   quantisedT5,
 } from "./checkpoint/index.js";
 import { SharedTask } from "./common/abort.js";
+import { Calls } from "./common/calls.js";
 import { defaultCacheFolder, type FileVersion } from "./common/files.js";
 import { Gate } from "./common/gate.js";
 import { checkInstallation, packageFile, packagePath } from "./common/package.js";
@@ -159,7 +160,7 @@ export class FlowTurbo implements ImageModel {
   readonly #cache: string;
   readonly #decoding = new Gate({ capacity: decodedAtOnce });
   readonly #events: HealthMonitor["events"];
-  readonly #calls = new Set<Promise<unknown>>();
+  readonly #calls = new Calls();
   /** Graphs with ControlNets that the runtime was told of. */
   readonly #controlled = new Set<string>();
   #colours: SharedTask<LatentColours> | null = null;
@@ -397,7 +398,7 @@ export class FlowTurbo implements ImageModel {
     if (model.controlNets)
       model.controlNets.onDrop = (id) => {
         // What cannot be freed now is freed with the runtime.
-        if (!this.#disposed) this.#tracked(() => this.#freeControlNet(id)).catch(() => undefined);
+        if (!this.#disposed) this.#calls.track(() => this.#freeControlNet(id)).catch(() => undefined);
       };
     this.#events = serving.monitor.events;
     const options = {
@@ -425,7 +426,7 @@ export class FlowTurbo implements ImageModel {
     const start = performance.now();
     this.#checkOpen();
     // Until the work is a call of its own.
-    const leave = options?.controls ? this.#entered() : () => {};
+    const leave = options?.controls ? this.#calls.enter() : () => {};
     try {
       const controlNets = options?.controls && (await this.#openControlNets(options));
       return await this.#begin(options, trace, start, controlNets || this.#model.controlNets, leave);
@@ -455,7 +456,9 @@ export class FlowTurbo implements ImageModel {
       timeoutMs === undefined ? undefined : setTimeout(() => events.abort(new TimeoutError(timeoutMs)), timeoutMs);
     try {
       // dispose() waits for the work, and not for handlers: one of them may be waiting for dispose().
-      const work = this.#tracked(() => this.#serve({ ...request, signal: events.signal }, start, { events, trace }));
+      const work = this.#calls.track(() =>
+        this.#serve({ ...request, signal: events.signal }, start, { events, trace }),
+      );
       begun();
       return await events.around(work);
     } finally {
@@ -479,7 +482,7 @@ export class FlowTurbo implements ImageModel {
     this.#checkOpen();
     const checked = checkOptions(encodeSchema, options, "encode()");
     checked.signal?.throwIfAborted();
-    return this.#tracked(() => this.#encode(checked, start));
+    return this.#calls.track(() => this.#encode(checked, start));
   }
 
   /** Counters and histograms of all calls. */
@@ -525,7 +528,7 @@ export class FlowTurbo implements ImageModel {
     const checked = checkOptions(profileSchema, options, "profile()");
     const sizes = checked.sizes ?? [this.nativeSize];
     checkSizes(this.#model.checkpoint, sizes);
-    return this.#tracked(() => this.#measure(sizes, checked));
+    return this.#calls.track(() => this.#measure(sizes, checked));
   }
 
   /**
@@ -555,7 +558,7 @@ export class FlowTurbo implements ImageModel {
         const latentShape = latentShapeOf(checkpoint, 1, size);
         checkPictureMemory(graphs, device, draw, { ...size, latentShape, sequenceLength, rows: 2 });
       }
-    return this.#tracked(async () => {
+    return this.#calls.track(async () => {
       const file = checked.file ?? (await calibrationFile(checkpoint, this.#cache));
       const schedules = await calibrate(
         {
@@ -586,14 +589,14 @@ export class FlowTurbo implements ImageModel {
    * @returns a promise, the same for every call, that resolves when the work of calls under way is done (not handlers of their events)
    */
   drain(): Promise<void> {
-    this.#drained ??= this.#idle();
+    this.#drained ??= this.#calls.idle();
     return this.#drained;
   }
 
   /** Waits for the work of calls under way (not for handlers of their events), then frees everything. Safe to call twice. */
   dispose(): Promise<void> {
     this.#disposed ??= (async () => {
-      await this.#idle();
+      await this.#calls.idle();
       await this.#service.close();
       await Promise.all(this.#runtimes.map(({ runtime }) => runtime.dispose()));
     })();
@@ -803,36 +806,6 @@ export class FlowTurbo implements ImageModel {
         skipLayers: skipped && { layers: [...skipped], start: 0, stop: 1 },
       },
     ];
-  }
-
-  /** Resolves when no call is under way: one may have begun another. */
-  async #idle(): Promise<void> {
-    while (this.#calls.size > 0) await Promise.all(this.#calls);
-  }
-
-  /** Makes `dispose` wait until what is returned is called. */
-  #entered(): () => void {
-    let leave = () => {};
-    const entered = new Promise<void>((resolve) => {
-      leave = resolve;
-    });
-    this.#calls.add(entered);
-    return () => {
-      this.#calls.delete(entered);
-      leave();
-    };
-  }
-
-  /** Begins a call that `dispose` waits for, even if the call's own first step disposes. */
-  #tracked<T>(work: () => Promise<T>): Promise<T> {
-    const call = Promise.resolve().then(work);
-    const settled = call.then(
-      () => undefined,
-      () => undefined,
-    );
-    this.#calls.add(settled);
-    void settled.then(() => this.#calls.delete(settled));
-    return call;
   }
 
   /** The preview's map. Its fit belongs to all callers that wait for it, and goes on while one of them does. */

@@ -1,8 +1,8 @@
 /** What queue and gateway add to the time of one request while nothing else is asked for: in the caller's process, by a FleetModel, over HTTP, in turn. */
 
 import { FleetProcess } from "../../test/support/fleet/processes.js";
-import { table } from "../support.js";
-import { asked, type Findings, Fleet, log, processorMsOf, quantile, type Setting } from "./setting.js";
+import { type Findings, log, quantile, table } from "../support.js";
+import { asked, Fleet, processorMsOf, type Setting } from "./setting.js";
 
 const model = { msPerLaunch: 5, msPerRow: 0.5, maxBatch: 8 };
 

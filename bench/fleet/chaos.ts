@@ -1,8 +1,8 @@
 /** Thousands of jobs while workers, gateways and Redis are ended at random: see test/support/fleet/chaos.ts. */
 
 import { chaos as run } from "../../test/support/fleet/chaos.js";
-import { table } from "../support.js";
-import { type Findings, keepResultsMs, log, type Setting } from "./setting.js";
+import { type Findings, log, table } from "../support.js";
+import { keepResultsMs, type Setting } from "./setting.js";
 
 /** Jobs a second. */
 const rate = 10;

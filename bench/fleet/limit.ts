@@ -4,8 +4,8 @@
  */
 
 import { spawn } from "node:child_process";
-import { table } from "../support.js";
-import { asked, difference, type Findings, Fleet, log, type Setting, usageOf } from "./setting.js";
+import { type Findings, log, table } from "../support.js";
+import { asked, difference, Fleet, type Setting, usageOf } from "./setting.js";
 
 /** Launches that take nearly nothing: what is left is the fleet's own work. */
 const model = { msPerLaunch: 0.01, msPerRow: 0, maxBatch: 8 };

@@ -6,20 +6,6 @@ import { FleetProcess } from "../../test/support/fleet/processes.js";
 import type { AskedFor, WorkerSettings } from "../../test/support/fleet/protocol.js";
 import type { TestRedis } from "../../test/support/redis.js";
 
-export interface Bar {
-  readonly bar: string;
-  readonly value: string;
-  readonly met: boolean;
-}
-
-/** What a part found. */
-export interface Findings {
-  readonly bars: readonly Bar[];
-  readonly results: unknown;
-  /** Its section of the page. */
-  readonly page: string;
-}
-
 export interface Setting {
   readonly redis: TestRedis;
   /** Folder of costs, which all processes share. */
@@ -36,13 +22,6 @@ export const asked: AskedFor = {
   request: { prompt: "a red circle", steps, guidanceScale: 1, width: 64, height: 64 },
 };
 export const keepResultsMs = 10_000;
-
-export const log = (line: string) => console.error(`${(performance.now() / 1000).toFixed(0).padStart(4)} s  ${line}`);
-
-export const quantile = (values: readonly number[], part: number): number => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(part * sorted.length) - 1))] ?? Number.NaN;
-};
 
 let fleets = 0;
 

@@ -4,8 +4,8 @@
  */
 
 import { FleetProcess } from "../../test/support/fleet/processes.js";
-import { format, ratios, type Spread, spread, table } from "../support.js";
-import { asked, difference, type Findings, Fleet, log, type Setting, steps, type Usage, usageOf } from "./setting.js";
+import { type Findings, format, log, ratios, type Spread, spread, table } from "../support.js";
+import { asked, difference, Fleet, type Setting, steps, type Usage, usageOf } from "./setting.js";
 
 /** A batch of eight takes 114.4 ms for each of 8 steps and three quarters of that for text and pixels: 8 pictures a second. */
 const model = { msPerLaunch: 20, msPerRow: 11.8, maxBatch: 8 };

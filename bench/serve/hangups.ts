@@ -2,20 +2,21 @@
 
 import { setTimeout as pause } from "node:timers/promises";
 import type { Stats } from "flowturbo";
-import { format, mean, paired, processTree, ratios, spread, table } from "../support.js";
-import { type Process, processorMs } from "./process.js";
 import {
-  type Answered,
-  body,
   type Findings,
+  format,
   log,
-  openService,
+  mean,
+  paired,
   percent,
+  processTree,
   quantile,
-  type Service,
-  type Setting,
-  steps,
-} from "./setting.js";
+  ratios,
+  spread,
+  table,
+} from "../support.js";
+import { type Process, processorMs } from "./process.js";
+import { type Answered, body, openService, type Service, type Setting, steps } from "./setting.js";
 
 /** Part of the requests whose clients hang up. */
 const part = 0.2;

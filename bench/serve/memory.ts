@@ -1,8 +1,8 @@
 /** Many requests of all kinds to one server: what stays of them. Linux. */
 
 import { setTimeout as pause } from "node:timers/promises";
-import { residentBytes, table } from "../support.js";
-import { body, type Findings, log, openService, percent, quantile, type Service, type Setting } from "./setting.js";
+import { type Findings, log, percent, quantile, residentBytes, table } from "../support.js";
+import { body, openService, type Service, type Setting } from "./setting.js";
 
 const requests = 1000;
 /** Between two samples. */

@@ -1,7 +1,7 @@
 /** More requests than can be drawn, each with a time limit: what is promised to those who are accepted, and to those who are refused. */
 
-import { table } from "../support.js";
-import { type Answered, body, type Findings, log, openService, percent, quantile, type Setting } from "./setting.js";
+import { type Findings, log, percent, quantile, table } from "../support.js";
+import { type Answered, body, openService, type Setting } from "./setting.js";
 
 const load = 1.3;
 /** Seconds of arrivals in a turn. */

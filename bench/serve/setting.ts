@@ -16,32 +16,11 @@ export interface Setting {
   readonly profiles: string | null;
 }
 
-export interface Bar {
-  readonly bar: string;
-  readonly value: string;
-  readonly met: boolean;
-}
-
-/** What a part found. */
-export interface Findings {
-  readonly bars: readonly Bar[];
-  readonly results: unknown;
-  /** Its section of the page. */
-  readonly page: string;
-}
-
 export interface Answered {
   readonly milliseconds: number;
   /** As the server says it, from the call to the pictures. */
   readonly total: number;
 }
-
-export const quantile = (values: readonly number[], part: number): number => {
-  const sorted = [...values].sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(part * sorted.length) - 1))] ?? Number.NaN;
-};
-export const percent = (part: number, digits = 0) => `${(100 * part).toFixed(digits)} %`;
-export const log = (line: string) => console.error(`${(performance.now() / 1000).toFixed(0).padStart(4)} s  ${line}`);
 
 const loadOptions = (cache: string) => ({ cache, measureCosts: false, allowPaths: false });
 

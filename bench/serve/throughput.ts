@@ -1,19 +1,20 @@
 /** Requests in a closed loop, over HTTP and in the library's own process, in turns. */
 
-import { format, paired, ratios, type Spread, spread, table } from "../support.js";
-import { type Process, processorMs } from "./process.js";
 import {
   type Bar,
-  body,
   type Findings,
-  libraryOptions,
+  format,
   log,
-  openLibrary,
-  openService,
+  paired,
   percent,
   quantile,
-  type Setting,
-} from "./setting.js";
+  ratios,
+  type Spread,
+  spread,
+  table,
+} from "../support.js";
+import { type Process, processorMs } from "./process.js";
+import { body, libraryOptions, openLibrary, openService, type Setting } from "./setting.js";
 
 const callerCounts = [1, 4, 16];
 /** What a turn should take, in seconds. */

@@ -2,7 +2,7 @@
 
 import type { Command } from "commander";
 import type { Logger } from "../common/logger.js";
-import { DeviceLostError, OptionError } from "../errors.js";
+import { OptionError } from "../errors.js";
 import { embeddedModel, FlowTurbo } from "../flowturbo.js";
 import type { LoadOptions } from "../model.js";
 import { checkOptions, loadSchema } from "../options.js";
@@ -57,7 +57,8 @@ export function loadServed(
   // Only another process gets a GPU again that is lost for good: whoever restarts services has to see the end of this one.
   const watch = (model: FlowTurbo) =>
     model.on("lost", ({ error }) => {
-      if (error instanceof DeviceLostError && error.permanent) end(error);
+      // With several, those that are left draw on.
+      if (!model.health().live) end(error);
     });
   const loading = Object.fromEntries(
     Object.entries(folders).map(([id, folder]) => {

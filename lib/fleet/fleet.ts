@@ -11,7 +11,7 @@ import { FleetModel } from "./model.js";
 import { type ConnectFleetOptions, connectSchema } from "./options.js";
 import { FleetRedis } from "./redis.js";
 import { FleetView, type LiveWorker } from "./registry.js";
-import { FolderResults, RedisResults, type ResultStore } from "./results.js";
+import { openResults, type ResultStore } from "./results.js";
 import { type FleetStatus, statusOf } from "./status.js";
 
 /** The fleet is looked at so often while nobody asks, in milliseconds: health and metrics are no older. */
@@ -42,7 +42,7 @@ export class Fleet implements AsyncDisposable {
     const { redis: url, prefix, results, keepResultsMs, logger } = options;
     const redis = await FleetRedis.connect({ redis: url, prefix, name: "flowturbo-gateway", logger });
     try {
-      const store = results ? await FolderResults.open(results, keepResultsMs) : new RedisResults(redis, keepResultsMs);
+      const store = await openResults(redis, results, keepResultsMs);
       const fleet = new Fleet(redis, store, options);
       await fleet.view.refresh();
       return fleet;

@@ -4,21 +4,14 @@
  */
 
 import { randomUUID } from "node:crypto";
-import { EventEmitter } from "node:events";
+import type { EventEmitter } from "node:events";
 import * as z from "zod";
 import { tensorJson } from "../codecs.js";
 import { untilAborted } from "../common/abort.js";
+import { Calls } from "../common/calls.js";
 import { type Seed, seedOf, seedsFrom } from "../common/seed.js";
 import { currentTraceparent } from "../common/tracing.js";
-import {
-  DeadlineError,
-  DisposedError,
-  DrainingError,
-  FleetEmptyError,
-  OptionError,
-  QueueFullError,
-  TimeoutError,
-} from "../errors.js";
+import { DeadlineError, DisposedError, DrainingError, OptionError, QueueFullError, TimeoutError } from "../errors.js";
 import { RequestEvents } from "../generation/events.js";
 import { generateStream } from "../generation/stream.js";
 import { traced } from "../generation/traces.js";
@@ -36,7 +29,7 @@ import type {
 } from "../model.js";
 import { checkOptions, embedsSchema, encodeSchema, generateSchema } from "../options.js";
 import type { CostEntry } from "../serving/costs.js";
-import type { Health, HealthError, ModelEvents } from "../serving/health.js";
+import { type Health, HealthMonitor, type ModelEvents } from "../serving/health.js";
 import { type Ending, type Stats, StatsRecorder } from "../serving/stats.js";
 import { FleetAdmission, type JobView, type Verdict } from "./admission.js";
 import type { Price } from "./classes.js";
@@ -81,6 +74,13 @@ interface Call {
   readonly events: RequestEvents | null;
 }
 
+/** The result of a call as it is kept, and when it was predicted to come. */
+interface Answered {
+  readonly bytes: Buffer;
+  /** From the call; null if that was not known. */
+  readonly predictedMs: number | null;
+}
+
 /** A model of a fleet. Make one with `connectFleet`. */
 export class FleetModel implements ImageModel {
   /** Id of the model in the fleet. */
@@ -88,10 +88,10 @@ export class FleetModel implements ImageModel {
   /** The fleet that it is of: its other models, and who is in it. */
   readonly fleet: Fleet;
   readonly #stats = new StatsRecorder();
-  readonly #events = new EventEmitter<ModelEvents>();
+  readonly #monitor = new HealthMonitor();
   readonly #admission: FleetAdmission;
   readonly #prices = new WeakMap<ModelRecord, ReadonlyMap<string, Price>>();
-  readonly #calls = new Set<Promise<unknown>>();
+  readonly #calls = new Calls();
   readonly #running = { requests: 0, pictures: 0 };
   #ledger: readonly JobView[] = [];
   /** Entries of the ledger whose jobs were not there when they were looked for last. */
@@ -100,7 +100,6 @@ export class FleetModel implements ImageModel {
   #seeing: Promise<void> | null = null;
   #epoch: number | null = null;
   #known: LiveWorker | null = null;
-  #lastError: HealthError | null = null;
   #drained: Promise<void> | null = null;
   #disposed: Promise<void> | null = null;
   /** Whether closing this model closes the fleet. */
@@ -180,8 +179,8 @@ export class FleetModel implements ImageModel {
       ...{ op: "encode", request, start, level: 0, deadlineMs: null, ticket: undefined },
       ...{ pictures, size: "text", seeds: [], repeatable: true, signal, events: null },
     };
-    const bytes = await untilAborted(
-      this.#tracked(() => this.#serve(call)),
+    const { bytes } = await untilAborted(
+      this.#calls.track(() => this.#serve(call)),
       signal,
     );
     return z.decode(embedsJson, JSON.parse(bytes.toString("utf8"))) as PromptEmbeds;
@@ -192,44 +191,36 @@ export class FleetModel implements ImageModel {
     return this.#stats.snapshot({
       queue: { waiting: this.waiting, limit: this.#maxQueue },
       running: { ...this.#running },
-      runtime: { restarts: 0, slowLaunches: 0 },
+      runtime: this.#monitor.counters,
     });
   }
 
   /** Whether calls are answered: Redis is there, and a worker has the model. */
   health(): Health {
     const { redis } = this.fleet;
-    const reasons: string[] = [];
-    const workers = this.fleet.workersOf(this.id).filter(({ beat }) => beat.state === "ready");
-    if (this.#disposed) reasons.push("The model has been disposed.");
-    else if (this.#drained) reasons.push("The model takes no new calls: it ends when those under way are done.");
+    const health = this.#monitor.report(null, this.#disposed ? "disposed" : this.#drained ? "draining" : null);
+    const reasons = [...health.reasons];
     if (!redis.isReady) reasons.push("Redis cannot be reached.");
-    else if (workers.length === 0) reasons.push("No worker of the fleet has this model.");
-    return {
-      live: true,
-      ready: reasons.length === 0,
-      degraded: reasons.length > 0,
-      ...{ reasons, restarts: 0, lastError: this.#lastError, oldestLaunch: null },
-    };
+    else if (!this.fleet.workersOf(this.id).some(({ beat }) => beat.state === "ready"))
+      reasons.push("No worker of the fleet has this model.");
+    return { ...health, ready: reasons.length === 0, degraded: reasons.length > 0, reasons };
   }
 
   /** Listens as `ImageModel.on`. What befalls a worker's runtime is told by that worker; nothing is told here. */
   on<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
-    (this.#events as EventEmitter).on(name, listener);
+    (this.#monitor.events as EventEmitter).on(name, listener);
     return this;
   }
 
   /** Undoes one `on` with the same name and listener. */
   off<Name extends keyof ModelEvents>(name: Name, listener: (...event: ModelEvents[Name]) => void): this {
-    (this.#events as EventEmitter).off(name, listener);
+    (this.#monitor.events as EventEmitter).off(name, listener);
     return this;
   }
 
   /** Takes no new calls: see `ImageModel.drain`. The fleet goes on. */
   drain(): Promise<void> {
-    this.#drained ??= (async () => {
-      while (this.#calls.size > 0) await Promise.allSettled(this.#calls);
-    })();
+    this.#drained ??= this.#calls.idle();
     return this.#drained;
   }
 
@@ -273,7 +264,7 @@ export class FleetModel implements ImageModel {
   async compareLedger(): Promise<void> {
     const { redis } = this.fleet;
     const queue = redis.queue(this.id);
-    const ledger = redis.key("ledger", queue.name);
+    const ledger = redis.ledger(queue.name);
     const entries = await redis.client.hgetall(ledger);
     const settled = redis.now() - settledMs;
     const old = Object.keys(entries).filter((id) => {
@@ -324,7 +315,7 @@ export class FleetModel implements ImageModel {
     const timer =
       timeoutMs === undefined ? undefined : setTimeout(() => events.abort(new TimeoutError(timeoutMs)), timeoutMs);
     try {
-      return await events.around(this.#tracked(() => this.#draw(checked, options, start, events)));
+      return await events.around(this.#calls.track(() => this.#draw(checked, options, start, events)));
     } finally {
       clearTimeout(timer);
     }
@@ -343,7 +334,8 @@ export class FleetModel implements ImageModel {
       ? checked.prompt.length
       : (checked.promptEmbeds?.promptEmbeds.shape[0] ?? 1);
     const pictures = prompts * checked.count;
-    const { width, height } = { ...this.nativeSize, ...sizeOf(checked) };
+    const last = checked.stages?.at(-1);
+    const { width = last?.width ?? this.nativeSize.width, height = last?.height ?? this.nativeSize.height } = checked;
     const { seed, seeds } = request as { seed?: string | number; seeds?: (string | number)[] };
     const call: Call = {
       ...{ op: "draw", request, start, level: checked.priority, ticket: checked.ticket, pictures, events },
@@ -352,19 +344,19 @@ export class FleetModel implements ImageModel {
       ...{ size: `${width}x${height}`, signal: events.signal },
       seeds: seeds ? seeds.map(seedOf) : seed === undefined ? [] : seedsFrom(seed, pictures),
     };
-    const bytes = await this.#serve(call);
+    const { bytes, predictedMs } = await this.#serve(call);
     const result = unpackResult(bytes);
     const totalMs = performance.now() - start;
     const waitedMs = Math.max(0, totalMs - result.timings.total);
     return {
       ...result,
       timings: { ...result.timings, queue: result.timings.queue + waitedMs, total: totalMs },
-      ...(call.deadlineMs !== null && { deadline: deadlineOf(result, call.deadlineMs, totalMs) }),
+      ...(call.deadlineMs !== null && { deadline: deadlineOf(result, call.deadlineMs, predictedMs, totalMs) }),
     };
   }
 
   /** A call from its admission to its result. */
-  async #serve(call: Call): Promise<Buffer> {
+  async #serve(call: Call): Promise<Answered> {
     const { op, request, signal } = call;
     this.fleet.checkReady();
     const hash = hashOf(this.id, op, request);
@@ -373,7 +365,10 @@ export class FleetModel implements ImageModel {
     const stored = call.repeatable
       ? await untilAborted(this.fleet.redis.answer(this.fleet.results.get(hash)), signal)
       : null;
-    if (stored) return this.#repeat(call, stored);
+    if (stored) {
+      this.#repeat(call, stored);
+      return { bytes: stored, predictedMs: 0 };
+    }
     for (let again = 0; ; again++)
       try {
         return await this.#ask(call, hash);
@@ -384,16 +379,15 @@ export class FleetModel implements ImageModel {
   }
 
   /** The same was asked for before, and its result is there. */
-  #repeat({ start, events, seeds }: Call, stored: Buffer): Buffer {
+  #repeat({ start, events, seeds }: Call, stored: Buffer): void {
     this.#stats.requests.accepted++;
     this.#stats.ended("completed", performance.now() - start, false);
     const blocks = events ? blocksOf(stored) : "";
     events?.send("onAccept", { predictedMs: 0, place: 0, blocks, seeds, aloneMs: 0, leastMs: 0 });
     events?.send("onStart", { queuedMs: performance.now() - start, blocks });
-    return stored;
   }
 
-  async #ask(call: Call, hash: string): Promise<Buffer> {
+  async #ask(call: Call, hash: string): Promise<Answered> {
     const { op, request, start, signal, deadlineMs, pictures, level, size } = call;
     const kind = kindOf(op, request, pictures);
     const { redis } = this.fleet;
@@ -406,15 +400,8 @@ export class FleetModel implements ImageModel {
     const promised = deadlineMs !== null && verdict.predictedMs !== null;
     const due = promised ? arrival + deadlineMs : null;
     const data: JobData = {
-      ...{
-        format: jobFormat,
-        op,
-        request,
-        hash,
-        promised,
-        repeatable: call.repeatable,
-        traceparent: currentTraceparent(),
-      },
+      ...{ format: jobFormat, op, request, hash, promised },
+      ...{ repeatable: call.repeatable, traceparent: currentTraceparent() },
       facts: { kind, size, pictures, level, arrival, due },
     };
     const limit = deadlineMs === null ? null : arrival + deadlineMs;
@@ -448,10 +435,10 @@ export class FleetModel implements ImageModel {
       // It may have been over before this call heard of it.
       if (op === "draw") follow.begin(blocksOf(bytes));
       ending = "completed";
-      return bytes;
+      return { bytes, predictedMs: verdict.predictedMs };
     } catch (error) {
       if (signal?.aborted && error === signal.reason) ending = error instanceof TimeoutError ? "timedOut" : "aborted";
-      else this.#failed(error);
+      else if (!(error instanceof OptionError)) this.#monitor.failed(error);
       throw error;
     } finally {
       if (hasStarted) {
@@ -533,7 +520,7 @@ export class FleetModel implements ImageModel {
     // Of before it is read: what had been written by then is in it.
     const at = redis.now();
     const [ledger] = await Promise.all([
-      redis.client.hgetall(redis.key("ledger", redis.queue(this.id).name)),
+      redis.client.hgetall(redis.ledger(redis.queue(this.id).name)),
       fleet.view.refresh(ageMs),
     ]);
     // What waits seldom changes: each is read once.
@@ -585,40 +572,24 @@ export class FleetModel implements ImageModel {
       }
     }
   }
-
-  #failed(error: unknown): void {
-    if (error instanceof FleetEmptyError || error instanceof OptionError) return;
-    const { code, message } = error as { code?: unknown; message?: unknown };
-    this.#lastError = {
-      code: typeof code === "string" ? code : null,
-      message: typeof message === "string" ? message : String(error),
-      at: Date.now(),
-    };
-  }
-
-  #tracked<T>(work: () => Promise<T>): Promise<T> {
-    const call = Promise.resolve().then(work);
-    const settled = call.then(
-      () => undefined,
-      () => undefined,
-    );
-    this.#calls.add(settled);
-    void settled.then(() => this.#calls.delete(settled));
-    return call;
-  }
 }
 
-/** How a limit was kept, counted from the call here. */
-function deadlineOf({ deadline, blocks }: GenerateResult, deadlineMs: number, actualMs: number): DeadlineResult {
-  if (deadline)
-    return {
-      ...deadline,
-      deadlineMs,
-      predictedMs: deadline.predictedMs + (deadlineMs - deadline.deadlineMs),
-      actualMs,
-    };
+/**
+ * How a limit was kept, counted from the call here.
+ * @param predictedMs what the gateway predicted; a worker that drew with a limit knows better
+ */
+function deadlineOf(
+  { deadline, blocks }: GenerateResult,
+  deadlineMs: number,
+  predictedMs: number | null,
+  actualMs: number,
+): DeadlineResult {
+  if (deadline) {
+    const waitedMs = deadlineMs - deadline.deadlineMs;
+    return { ...deadline, deadlineMs, predictedMs: deadline.predictedMs + waitedMs, actualMs };
+  }
   const reason = `${blocks}, the shortest there is, since its turn came later than predicted.`;
-  return { deadlineMs, blocks, reason, predictedMs: deadlineMs, actualMs };
+  return { deadlineMs, blocks, reason, predictedMs: predictedMs ?? actualMs, actualMs };
 }
 
 const noPrices: ReadonlyMap<string, Price> = new Map();
@@ -632,11 +603,3 @@ function jsonOf(text: string): unknown {
 }
 
 const embedsJson = embedsSchema(tensorJson);
-
-function sizeOf({ width, height, stages }: Checked): { width?: number; height?: number } {
-  const last = stages?.at(-1) as { width?: number; height?: number } | undefined;
-  return {
-    ...((width ?? last?.width) !== undefined && { width: (width ?? last?.width)! }),
-    ...((height ?? last?.height) !== undefined && { height: (height ?? last?.height)! }),
-  };
-}

@@ -187,6 +187,11 @@ export class FleetRedis {
     return [this.settings.prefix, ...parts].join(":");
   }
 
+  /** What admission has to know of the jobs that wait in a queue, by their ids. @param queue its name */
+  ledger(queue: string): string {
+    return this.key("ledger", queue);
+  }
+
   /** The queue of a model. */
   queue(model: string): Queue {
     let queue = this.#queues.get(model);

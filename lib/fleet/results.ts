@@ -21,8 +21,13 @@ export interface ResultStore {
 /** A result that nobody can ask for again is kept so long, in milliseconds: for a gateway that was away. */
 const brieflyMs = 120_000;
 
+/** @param folder that all of the fleet share; without one results are in Redis. @throws OutputError if it cannot be made or written */
+export async function openResults(redis: FleetRedis, folder: string | undefined, keepMs: number): Promise<ResultStore> {
+  return folder === undefined ? new RedisResults(redis, keepMs) : FolderResults.open(folder, keepMs);
+}
+
 /** In Redis, which forgets them by itself. */
-export class RedisResults implements ResultStore {
+class RedisResults implements ResultStore {
   readonly #redis: FleetRedis;
   readonly #keepMs: number;
 
@@ -52,7 +57,7 @@ export class RedisResults implements ResultStore {
 }
 
 /** As files of a folder, readable by their owner alone. */
-export class FolderResults implements ResultStore {
+class FolderResults implements ResultStore {
   readonly #folder: string;
   readonly #keepMs: number;
 

@@ -85,11 +85,6 @@ export class Waiter {
     this.outcome.catch(() => {});
   }
 
-  /** The job waits or is drawn for somebody else as well. */
-  get isShared(): boolean {
-    return this.#id !== this.#job.id;
-  }
-
   /** Nobody waits here any more. If nobody does elsewhere, the job is cancelled. Never rejects. */
   async leave(): Promise<void> {
     if (this.#isOver) return;
@@ -109,7 +104,7 @@ export class Waiter {
       const queue = redis.queue(this.#job.model);
       // One that is at work is locked: its worker ends it, and removes what says that it is to.
       const isGone = await queue.remove(this.#id).catch(() => 0);
-      await redis.client.hdel(redis.key("ledger", queue.name), this.#id);
+      await redis.client.hdel(redis.ledger(queue.name), this.#id);
       if (isGone === 1) await redis.client.del(cancelled, redis.key("starts", this.#id));
     } catch {
       // A job that nobody waits for is drawn to its end, then.
@@ -141,7 +136,7 @@ export class Waiter {
     const { redis } = this.#fleet;
     const { model, id, data, priority, sameAs } = this.#job;
     const queue = redis.queue(model);
-    const [ledger, followers] = [redis.key("ledger", queue.name), redis.key("followers", id)];
+    const [ledger, followers] = [redis.ledger(queue.name), redis.key("followers", id)];
     const known = redis.together((commands) =>
       commands
         .hset(ledger, id, JSON.stringify(data.facts))

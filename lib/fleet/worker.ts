@@ -27,6 +27,7 @@ import type { AcceptEvent, EncodeOptions, GenerateOptions, ImageModel, RuntimeCh
 import { checkOptions, embedsSchema, encodeSchema } from "../options.js";
 import { deadlineMargin } from "../serving/deadline.js";
 import { knownSizes, usefulBatch } from "./capacity.js";
+import type { Price } from "./classes.js";
 import { failureToJson } from "./failure.js";
 import { factsOf, formatOf, type JobData, type JobFacts, jobFormat, readJob } from "./job.js";
 import { encodeMessage, type Message, stepMessage } from "./messages.js";
@@ -34,7 +35,7 @@ import { type FleetWorkerOptions, workerSchema } from "./options.js";
 import { packResult } from "./packed.js";
 import { FleetRedis, type StallTimes } from "./redis.js";
 import { Announcer, FleetView, goneMs, type ModelBeat, type ModelRecord } from "./registry.js";
-import { FolderResults, RedisResults, type ResultStore } from "./results.js";
+import { openResults, type ResultStore } from "./results.js";
 
 /** A job that a worker cannot draw warm is left to those who can so often, each time for so many milliseconds. */
 const mostHandedBack = 3;
@@ -55,6 +56,8 @@ const unreadyMs = 500;
 /** BullMQ shows progress to people: no more often than this, in milliseconds. */
 const progressMs = 1000;
 const sweepMs = 60_000;
+/** Costs are looked at so often, in milliseconds. */
+const costsMs = 1000;
 const lookAgainMs = 100;
 /** Whoever lives says so each second: silence of less than this says nothing, in milliseconds. */
 const leastSilenceMs = 2200;
@@ -90,7 +93,9 @@ interface Served {
   readonly model: ImageModel;
   readonly fetcher: Worker;
   readonly active: Map<string, Active>;
-  readonly prices: Map<string, { ms: number; leastMs: number; blocks: string }>;
+  readonly prices: Map<string, Price>;
+  /** What follows from its table of costs, and when it did: the table is put into order each time that it is asked for. */
+  known: { readonly at: number; readonly full: number; readonly sizes: readonly string[] };
   /** Sizes that it has drawn, the latest last. */
   readonly drawnSizes: Set<string>;
   drawn: number;
@@ -120,7 +125,7 @@ export class FleetWorker implements AsyncDisposable {
     const { redis: url, prefix, results, keepResultsMs, logger } = options;
     const redis = await FleetRedis.connect({ redis: url, prefix, name: "flowturbo-worker", logger });
     try {
-      const store = results ? await FolderResults.open(results, keepResultsMs) : new RedisResults(redis, keepResultsMs);
+      const store = await openResults(redis, results, keepResultsMs);
       const worker = new FleetWorker(redis, store, options);
       await worker.#start();
       return worker;
@@ -191,7 +196,7 @@ export class FleetWorker implements AsyncDisposable {
       this.#served.push({
         ...{ id, model, fetcher: this.#redis.fetcher(id, times) },
         ...{ active: new Map(), prices: new Map(), drawnSizes: new Set<string>(), drawn: 0, failed: 0 },
-        ...{ wake: () => {}, loop: Promise.resolve() },
+        ...{ wake: () => {}, loop: Promise.resolve(), known: { at: Number.NEGATIVE_INFINITY, full: 1, sizes: [] } },
       });
     }
     this.#stopListening = await this.#redis.listen(this.#redis.key("cancel"), (jobId) => {
@@ -241,8 +246,8 @@ export class FleetWorker implements AsyncDisposable {
   }
 
   /** Pictures that it has at a time, at most. */
-  #capacityOf({ model }: Served): number {
-    return this.#options.take ?? 2 * fullOf(model);
+  #capacityOf(served: Served): number {
+    return this.#options.take ?? 2 * knownOf(served).full;
   }
 
   /**
@@ -254,7 +259,7 @@ export class FleetWorker implements AsyncDisposable {
     // One that was found without its worker may be the cause: nothing is put beside it.
     for (const { job } of served.active.values()) if (job.stalledCounter > 0) return 0;
     const { take } = this.#options;
-    const full = take ?? fullOf(served.model);
+    const full = take ?? knownOf(served).full;
     const most = take === undefined && this.#endsInMs(served) <= aheadMs ? 2 * full : full;
     return Math.max(0, most - this.#picturesOf(served));
   }
@@ -280,7 +285,7 @@ export class FleetWorker implements AsyncDisposable {
     for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? dearest) * (1 - done);
     const pictures = this.#picturesOf(served);
     const room = this.#roomOf(served);
-    const known = knownSizes(model.costs.entries).filter((size) => !drawnSizes.has(size));
+    const known = knownOf(served).sizes.filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
     const jobs = Array.from(active.values()).filter(({ isAtWork }) => isAtWork).length;
@@ -407,35 +412,20 @@ export class FleetWorker implements AsyncDisposable {
   /** Puts a job back to where it was in the queue. */
   async #handBack(job: Job, token: string): Promise<void> {
     const facts = factsOf(job.data);
-    if (facts) await this.#redis.client.hset(this.#ledgerOf(job), job.id!, JSON.stringify(facts));
+    if (facts) await this.#redis.client.hset(this.#redis.ledger(job.queueName), job.id!, JSON.stringify(facts));
     await job.moveToWait(token);
     // Only this wakes a worker that waits.
     await job.changePriority({ priority: job.priority });
   }
 
-  #ledgerOf(job: Job): string {
-    return this.#redis.key("ledger", job.queueName);
-  }
-
   /** A job from when it was fetched until it is over here. Never rejects. */
   async #take(served: Served, job: Job, token: string): Promise<void> {
     const id = job.id!;
-    const facts = factsOf(job.data);
+    const facts = factsOf(job.data) ?? { kind: "", size: "", pictures: 1, level: 0, arrival: 0, due: null };
     const active: Active = {
-      ...{
-        id,
-        job,
-        token,
-        controller: new AbortController(),
-        aloneMs: null,
-        done: 0,
-        hasStarted: false,
-        isAtWork: false,
-      },
-      facts: facts ?? { kind: "", size: "", pictures: 1, level: 0, arrival: 0, due: null },
+      ...{ id, job, token, facts, controller: new AbortController() },
+      ...{ aloneMs: served.prices.get(facts.kind)?.ms ?? null, done: 0, hasStarted: false, isAtWork: false },
     };
-    const price = served.prices.get(active.facts.kind);
-    active.aloneMs = price?.ms ?? null;
     served.active.set(id, active);
     this.#announcer.changed();
     try {
@@ -464,7 +454,7 @@ export class FleetWorker implements AsyncDisposable {
         commands
           .lrange(starts, 0, -1)
           .exists(cancelled)
-          .hdel(this.#ledgerOf(job), id)
+          .hdel(this.#redis.ledger(job.queueName), id)
           .rpush(starts, this.id)
           .pexpire(starts, factsMs),
       );
@@ -714,10 +704,15 @@ function devicesOf({ costs }: ImageModel): number {
   return costs.devices?.length ?? 1;
 }
 
-/** Pictures that fill the launches of all its devices. */
-function fullOf(model: ImageModel): number {
-  const { entries, devices } = model.costs;
-  return devices ? devices.reduce((sum, device) => sum + usefulBatch(device.entries), 0) : usefulBatch(entries);
+/** Pictures that fill the launches of all its devices, and sizes that it knows the cost of. */
+function knownOf(served: Served): Served["known"] {
+  const now = performance.now();
+  if (now - served.known.at > costsMs) {
+    const { entries, devices } = served.model.costs;
+    const full = devices ? devices.reduce((sum, device) => sum + usefulBatch(device.entries), 0) : usefulBatch(entries);
+    served.known = { at: now, full, sizes: knownSizes(entries) };
+  }
+  return served.known;
 }
 
 const embedsJson = embedsSchema(tensorJson);

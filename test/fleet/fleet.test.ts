@@ -145,7 +145,8 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     });
     const { length } = model.asked;
     await until(async () => (await fleet.fleet.status()).workers[0]!.models[0]!.jobs === 0);
-    await expect(ask(600)).rejects.toMatchObject({ bestMs: 1150 });
+    // A worker that was slow to wake up says so, and what is left of that goes into the time.
+    await until(async () => (await ask(600).catch((error: DeadlineError) => error.bestMs)) === 1150);
     expect(model.asked).toHaveLength(length);
     expect((await ask(3000)).images).toHaveLength(1);
     expect((await fleet.fleet.status()).workers[0]!.models[0]!.failed).toBe(0);

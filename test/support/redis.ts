@@ -101,7 +101,8 @@ export class TestRedis {
     );
     this.#server = server;
     // Asked whose process answers: another server may have the port.
-    while (!(await answerOf(this.port, this.#options.password)).includes(`process_id:${server.pid}\r`)) {
+    const isReady = (answer: string) => answer.includes(`process_id:${server.pid}\r`) && answer.includes("loading:0\r");
+    while (!isReady(await answerOf(this.port, this.#options.password))) {
       if (server.ending) {
         this.#server = null;
         throw new Error(`redis-server ended: ${server.lines.slice(-5).join("\n")}\n${server.errors}`);
@@ -182,7 +183,7 @@ function answerOf(port: number, password?: string): Promise<string> {
     let text = "";
     const socket = net.connect(port, "127.0.0.1", () => {
       if (password) socket.write(`AUTH ${password}\r\n`);
-      socket.write("INFO server\r\nQUIT\r\n");
+      socket.write("INFO server\r\nINFO persistence\r\nQUIT\r\n");
     });
     socket.setTimeout(1000, () => socket.destroy());
     socket.setEncoding("utf8").on("data", (chunk) => {
