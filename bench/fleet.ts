@@ -46,6 +46,10 @@ const setting: Setting = {
 const findings: Record<string, Findings> = {};
 try {
   for (const [name, run] of Object.entries(parts)) if (chosen.includes(name)) findings[name] = await run(setting);
+} catch (error) {
+  // What was measured before is not lost.
+  for (const { page } of Object.values(findings)) console.log(page);
+  throw error;
 } finally {
   await redis.stop();
   await rm(cache, { recursive: true, force: true });

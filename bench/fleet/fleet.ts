@@ -88,8 +88,8 @@ export interface Setting {
   readonly coldMs: number;
   /** Whether gateways are not told of promises that are broken while a size is made ready: their margin stays. */
   readonly excusesCold: boolean;
-  /** Whether the list of jobs says which a worker has taken since its last beat. */
-  readonly showsTaken: boolean;
+  /** Whether a worker that takes a job tells its state at the same moment. */
+  readonly tellsTaken: boolean;
   /** Whether all requests have a limit. */
   readonly allLimited: boolean;
   readonly requests: number;
@@ -103,9 +103,9 @@ export const usualSetting: Setting = {
     slower: 1.6,
     aheadMs: 100,
     coldMs: 1000,
-    showsTaken: true,
+    tellsTaken: true,
     allLimited: false,
-    excusesCold: false,
+    excusesCold: true,
     requests: 4000,
     maxQueue: 100_000,
     seed: 1,
@@ -196,8 +196,6 @@ interface Shard {
   readonly queue: Job[];
   /** Workers that wait for a job, the longest waiting first. */
   readonly idle: Worker[];
-  /** Taken since the last beat of the worker that took it. */
-  taken: { readonly view: JobView; readonly by: Worker; readonly at: number }[];
   readonly admissions: FleetAdmission[];
 }
 
@@ -365,7 +363,7 @@ export function simulate(setting: Setting): Outcome {
       { length: setting.gateways },
       () => new FleetAdmission({ maxQueue: () => Math.ceil(setting.maxQueue / setting.shards), random: spread }),
     );
-    return { workers: [], queue: [], idle: [], taken: [], admissions };
+    return { workers: [], queue: [], idle: [], admissions };
   });
   const workers = Array.from({ length: setting.workers }, (_, index): Worker => {
     const shard = shards[index % setting.shards]!;
@@ -488,8 +486,6 @@ export function simulate(setting: Setting): Outcome {
     const { shard, speed } = worker;
     const { view, size } = job;
     const { now } = agenda;
-    if (setting.showsTaken)
-      shard.taken.push({ view: { ...view, taken: { by: worker.id, at: now } }, by: worker, at: now });
     if (!isWarm(worker, size)) {
       worker.coldMs += setting.coldMs;
       for (const other of worker.inside.values()) other.isDisturbed = true;
@@ -525,7 +521,8 @@ export function simulate(setting: Setting): Outcome {
       now,
     );
     run(worker);
-    beat(worker);
+    if (setting.tellsTaken) look(worker);
+    else beat(worker);
   };
 
   const run = (worker: Worker) => {
@@ -594,12 +591,11 @@ export function simulate(setting: Setting): Outcome {
 
   // ── Gateways ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  const copyOf = (shard: Shard) => {
-    shard.taken = shard.taken.filter(({ by, at }) => by.view.at < at);
-    const jobs = shard.queue.map(({ view }) => view);
-    for (const { view } of shard.taken) jobs.push(view);
-    return { at: agenda.now, workers: shard.workers.map(({ view }) => view), jobs };
-  };
+  const copyOf = (shard: Shard) => ({
+    at: agenda.now,
+    workers: shard.workers.map(({ view }) => view),
+    jobs: shard.queue.map(({ view }) => view),
+  });
   let isOver = false;
   const refresh = () => {
     if (isOver) return;

@@ -70,7 +70,7 @@ function render(status: FleetStatus, address: string): string {
 /** `  shapes: 2 workers, 3 jobs wait, 1 at work, done in about 4.2 s` */
 function modelText({ id, workers, waiting, active, backlogSeconds }: FleetModelStatus): string {
   const jobs = waiting + active === 0 ? "no jobs" : `${waiting} waiting, ${active} at work`;
-  const isKnown = Number.isFinite(backlogSeconds) && backlogSeconds > 0;
+  const isKnown = workers > 0 && backlogSeconds > 0;
   return `  ${id}: ${counted(workers, "worker")}, ${jobs}${isKnown ? `, done in about ${duration(1000 * backlogSeconds)}` : ""}`;
 }
 

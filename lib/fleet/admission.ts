@@ -11,7 +11,7 @@ import { DeadlineError, FleetEmptyError, QueueFullError } from "../errors.js";
 import { deadlineMargin, limitFor, Margin } from "../serving/deadline.js";
 import { compareRanks, type Priority, rankOf } from "../serving/priority.js";
 import { cautionOf, cautious, Retry } from "../serving/retry.js";
-import { classesOf, type Price, type Prices, unknownMs, type WorkerClasses } from "./classes.js";
+import { classesOf, type Price, type Prices, type WorkerClasses } from "./classes.js";
 import { lowerBound, Plan, type PlannedJob } from "./plan.js";
 
 /** A worker as a gateway sees it. */
@@ -28,7 +28,7 @@ export interface WorkerView {
   readonly prices: Prices;
 }
 
-/** A job as a gateway sees it. */
+/** A job that waits, as a gateway sees it. */
 export interface JobView {
   readonly id: string;
   /** What its price depends on, the number of pictures included. */
@@ -38,11 +38,6 @@ export interface JobView {
   readonly arrival: number;
   /** Promised moment; null without a time limit. */
   readonly due: number | null;
-  /**
-   * The worker that has taken it, and when; null or left out while it waits. A view of that worker from before does not hold its work, which is then
-   * added. Without this a job is seen nowhere between its being taken and the worker's next view.
-   */
-  readonly taken?: { readonly by: string; readonly at: number } | null;
 }
 
 /** A copy of the fleet's state. */
@@ -54,7 +49,7 @@ export interface FleetView {
   readonly jobs: readonly JobView[];
 }
 
-export interface FleetRequest extends Omit<JobView, "due" | "taken"> {
+export interface FleetRequest extends Omit<JobView, "due"> {
   /** From the arrival; null for none. */
   readonly deadlineMs: number | null;
   /** Who calls, so that a caller that was refused is known when it comes back; undefined for nobody. */
@@ -91,6 +86,9 @@ interface Offer {
   /** Milliseconds of the worker that draws it fastest. */
   readonly own: number;
 }
+
+/** A request counts as so many milliseconds where there is no worker to say what it takes: enough that one is started for it. */
+export const unservedMs = 60_000;
 
 /** A job that was accepted here, and neither put into the queue nor shown by a copy by then, will not be. */
 const unseenMs = 1000;
@@ -192,13 +190,12 @@ export class FleetAdmission {
     if (this.#unseen.delete(id)) this.#state = null;
   }
 
-  /** Seconds of work that the workers have, taken and waiting: in how long all that is accepted is done, if it were shared evenly. */
+  /** Seconds of work that the workers have, taken and waiting: in how long all that is accepted is done, if it were shared evenly. Without workers: a minute for each job. */
   backlogSeconds(now: number): number {
     this.#now = now;
     const { plan, workers } = this.#stateAt(now);
     if (workers.length > 0) return plan.work(now) / workers.length / 1000;
-    // As if one came now.
-    return ((this.#view.jobs.length + this.#unseen.size) * unknownMs) / 1000;
+    return ((this.#view.jobs.length + this.#unseen.size) * unservedMs) / 1000;
   }
 
   get #maxQueue(): number {
@@ -228,23 +225,14 @@ export class FleetAdmission {
       }
       return known;
     };
-    const indices = new Map(workers.map(({ id }, index) => [id, index]));
-    const free = workers.map(({ at, backlogMs }) => Math.max(now, at + backlogMs));
+    // Clocks differ by some milliseconds: what a copy shows was said before it was made.
+    const free = workers.map(({ at, backlogMs }) => Math.max(now, Math.min(at, this.#view.at) + backlogMs));
     const jobs: Job[] = [];
     const add = (job: JobView) => {
       const { id, due } = job;
       jobs.push({ id, priority: priorityOf(job), costs: costsFor(job), due: due ?? Number.POSITIVE_INFINITY });
     };
-    for (const job of this.#view.jobs) {
-      if (!job.taken) {
-        add(job);
-        continue;
-      }
-      const { by, at } = job.taken;
-      const index = indices.get(by);
-      if (index !== undefined && workers[index]!.at < at)
-        free[index] = Math.max(free[index]!, at) + costsFor(job)[classes.of[index]!]!;
-    }
+    for (const job of this.#view.jobs) add(job);
     for (const { job } of this.#unseen.values()) add(job);
     const order = jobs.map((job) => ({ job, rank: rankOf(job.priority, now) }));
     order.sort((a, b) => compareRanks(a.rank, b.rank));
@@ -393,7 +381,7 @@ function hasRoom({ workers }: State, pictures: number): boolean {
 function* startsOf(plan: Plan<Job>, now: number) {
   let waiting = plan.waiting(now);
   for (let index = plan.firstWaiting(now); index < plan.jobs.length; index++) {
-    if (plan.startOf(index) < now) continue;
+    if (plan.startOf(index) <= now) continue;
     waiting--;
     const at = plan.startOf(index) - now;
     yield { at, waiting, inside: { requests: 0, pictures: 0 }, done: 0, launch: 0 };

@@ -5,6 +5,7 @@
 
 import { untilAborted } from "../common/abort.js";
 import { FleetEmptyError } from "../errors.js";
+import { unservedMs } from "./admission.js";
 import type { Fleet } from "./fleet.js";
 import type { FleetModel } from "./model.js";
 
@@ -15,8 +16,6 @@ const noteMs = 10_000;
 /** A request that was refused for want of a worker counts as demand for so long; of a model no more than so many count. */
 const demandMs = 120_000;
 const mostDemand = 1000;
-/** Seconds that a request counts as where there is no worker to say what it takes. */
-const secondsOfRequest = 60;
 /** What a look may take before metrics are told without it. */
 const lookMs = 2000;
 
@@ -104,10 +103,11 @@ export class FleetDirectory {
     if (isRecent && ids.every((id) => this.#known.includes(id))) return;
     this.#notedAt = performance.now();
     const { redis } = this.#fleet;
-    const [key, now] = [redis.key("models"), redis.now()];
-    if (ids.length > 0) await redis.client.zadd(key, ...ids.flatMap((id) => [now, id]));
-    await redis.client.zremrangebyscore(key, 0, now - rememberMs);
-    this.#known = await redis.client.zrevrange(key, 0, -1);
+    const { modelsKey } = redis;
+    const now = redis.now();
+    if (ids.length > 0) await redis.client.zadd(modelsKey, ...ids.flatMap((id) => [now, id]));
+    await redis.client.zremrangebyscore(modelsKey, 0, now - rememberMs);
+    this.#known = await redis.client.zrevrange(modelsKey, 0, -1);
   }
 
   #addDemand(id: string): void {
@@ -128,8 +128,8 @@ export class FleetDirectory {
 
   /** Finite, so that scalers can calculate with it. */
   #backlogOf(id: string, model: FleetModel): number {
-    if (this.#takersOf(id) > 0) return model.backlogSeconds();
-    return secondsOfRequest * (model.waiting + this.#demandOf(id));
+    const refused = this.#takersOf(id) > 0 ? 0 : this.#demandOf(id);
+    return model.backlogSeconds() + (refused * unservedMs) / 1000;
   }
 
   #describeMetrics(): FleetMetric[] {
@@ -151,7 +151,7 @@ export class FleetDirectory {
       metric(
         "backlog_seconds",
         "gauge",
-        `Seconds until everything that was accepted is done. Without workers: ${secondsOfRequest} for each request that waits, or that was refused for want of a worker within ${demandMs / 1000} seconds.`,
+        `Seconds until everything that was accepted is done. Without workers: ${unservedMs / 1000} for each request that waits, or that was refused for want of a worker within ${demandMs / 1000} seconds.`,
         (id, model) => this.#backlogOf(id, model),
       ),
       metric("pictures", "gauge", "Pictures that workers have taken and not yet drawn.", (id) =>

@@ -37,7 +37,7 @@ import type { Fleet } from "./fleet.js";
 import { factsOf, followedAs, hashOf, type JobData, jobFormat, kindOf, namesItsNoise, withSeed } from "./job.js";
 import type { Message } from "./messages.js";
 import { epochOf, queuePriority, sinceEpoch } from "./order.js";
-import { blocksOf, unpackResult } from "./packed.js";
+import { aboutResult, unpackResult } from "./packed.js";
 import type { LiveWorker, ModelRecord } from "./registry.js";
 import { JobCancelled, Waiter } from "./waiter.js";
 
@@ -47,8 +47,6 @@ type Checked = z.output<typeof generateSchema>;
 
 /** What is known of the fleet may be so old when a request is admitted, in milliseconds. */
 const viewMs = 50;
-/** A job whose other callers have all left just then is asked for again so often. */
-const mostAgain = 3;
 const longestWaitMs = 3_600_000;
 /** A job that came so many milliseconds ago is in the queue, if it ever will be. So many at most are looked for at a time. */
 const settledMs = 5000;
@@ -251,7 +249,7 @@ export class FleetModel implements ImageModel {
   /** Reads the workers and what waits, unless that was done just before. @throws what Redis says */
   async look(ageMs = viewMs): Promise<void> {
     if (performance.now() - this.#seenAt <= ageMs) return;
-    this.#seeing ??= this.#see(ageMs).finally(() => {
+    this.#seeing ??= this.#see().finally(() => {
       this.#seeing = null;
     });
     await this.#seeing;
@@ -369,20 +367,14 @@ export class FleetModel implements ImageModel {
       this.#repeat(call, stored);
       return { bytes: stored, predictedMs: 0 };
     }
-    for (let again = 0; ; again++)
-      try {
-        return await this.#ask(call, hash);
-      } catch (error) {
-        // Its other callers left, and it was stopped before this one was known.
-        if (!(error instanceof JobCancelled) || again >= mostAgain) throw error;
-      }
+    return this.#ask(call, hash);
   }
 
   /** The same was asked for before, and its result is there. */
   #repeat({ start, events, seeds }: Call, stored: Buffer): void {
     this.#stats.requests.accepted++;
     this.#stats.ended("completed", performance.now() - start, false);
-    const blocks = events ? blocksOf(stored) : "";
+    const blocks = events ? aboutResult(stored).blocks : "";
     events?.send("onAccept", { predictedMs: 0, place: 0, blocks, seeds, aloneMs: 0, leastMs: 0 });
     events?.send("onStart", { queuedMs: performance.now() - start, blocks });
   }
@@ -409,6 +401,7 @@ export class FleetModel implements ImageModel {
     this.#stats.requests.accepted++;
     let ending: Ending = "failed";
     let hasStarted = false;
+    let isDisturbed = false;
     const follow = this.#follower(call, verdict, () => {
       if (hasStarted) return;
       hasStarted = true;
@@ -419,21 +412,33 @@ export class FleetModel implements ImageModel {
     let waiter: Waiter | null = null;
     try {
       await this.#beginEpoch(arrival);
-      const job = { model: this.id, id, data, priority, sameAs: followedAs(hash, request) };
-      const adding = Waiter.add(this.fleet, job, follow.message);
-      waiter = await redis.answer(adding).catch((error) => {
-        // Redis may take it after all.
-        adding.then(
-          (late) => late.leave(),
-          () => {},
-        );
-        throw error;
-      });
-      this.#admission.queued(id, redis.now());
-      follow.added();
-      const bytes = await untilAborted(waiter.outcome, signal);
+      const job = { model: this.id, data, priority, sameAs: followedAs(hash, request) };
+      let bytes: Buffer | null = null;
+      for (let jobId = id; !bytes; jobId = randomUUID()) {
+        const adding = Waiter.add(this.fleet, { ...job, id: jobId }, follow.message);
+        // Its entry in the ledger is on its way: what is read later on this connection shows it, or who has taken it.
+        this.#admission.queued(id, redis.now() + 1);
+        waiter = await redis.answer(adding).catch((error) => {
+          // Redis may take it after all.
+          adding.then(
+            (late) => late.leave(),
+            () => {},
+          );
+          throw error;
+        });
+        follow.added();
+        bytes = await untilAborted(waiter.outcome, signal).catch((error) => {
+          // Its other callers left, and it was stopped before this one was known: it is put there again.
+          if (error instanceof JobCancelled) return null;
+          throw error;
+        });
+      }
       // It may have been over before this call heard of it.
-      if (op === "draw") follow.begin(blocksOf(bytes));
+      if (op === "draw") {
+        const about = aboutResult(bytes);
+        isDisturbed = about.isDisturbed;
+        follow.begin(about.blocks);
+      }
       ending = "completed";
       return { bytes, predictedMs: verdict.predictedMs };
     } catch (error) {
@@ -447,7 +452,12 @@ export class FleetModel implements ImageModel {
       }
       const totalMs = performance.now() - start;
       const late = promised && totalMs > deadlineMs!;
-      this.#admission.ended(id, { late: promised && ending === "completed" ? late : null }, redis.now());
+      // A slow first launch says nothing of those that follow.
+      this.#admission.ended(
+        id,
+        { late: promised && !isDisturbed && ending === "completed" ? late : null },
+        redis.now(),
+      );
       this.#stats.ended(ending, totalMs, late);
       await waiter?.leave();
     }
@@ -514,15 +524,12 @@ export class FleetModel implements ImageModel {
     };
   }
 
-  async #see(ageMs: number): Promise<void> {
+  async #see(): Promise<void> {
     const { fleet } = this;
     const { redis } = fleet;
     // Of before it is read: what had been written by then is in it.
     const at = redis.now();
-    const [ledger] = await Promise.all([
-      redis.client.hgetall(redis.ledger(redis.queue(this.id).name)),
-      fleet.view.refresh(ageMs),
-    ]);
+    const ledger = await fleet.view.refreshWith(redis.ledger(redis.queue(this.id).name));
     // What waits seldom changes: each is read once.
     const known = new Map(this.#ledger.map((job) => [job.id, job]));
     this.#ledger = Object.entries(ledger).flatMap(([id, text]) => {

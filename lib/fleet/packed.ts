@@ -18,17 +18,20 @@ const headerSchema = z.object({
   pictures: z.array(z.object({ width: side, height: side, parameters: z.record(z.string(), z.json()) })),
   latents: shape,
   pixels: shape,
+  /** Whether the first launch of a size, which may take long, was in its way: its own, or that of a request beside it. */
+  isDisturbed: z.boolean().default(false),
   /** The rest, as `resultToJson` has it. */
   result: z.looseObject({ blocks: z.string() }),
 });
 
 const fields = new Set(Object.keys(resultCodec(z.unknown()).shape));
 
-export function packResult(result: GenerateResult): Buffer {
+/** @param isDisturbed whether the first launch of a size was in its way */
+export function packResult(result: GenerateResult, isDisturbed = false): Buffer {
   const { images, latents, pixels } = result;
   const header = {
     pictures: images.map(({ width, height, parameters }) => ({ width, height, parameters })),
-    ...{ latents: latents?.shape ?? null, pixels: pixels?.shape ?? null },
+    ...{ latents: latents?.shape ?? null, pixels: pixels?.shape ?? null, isDisturbed },
     result: resultToJson({ ...result, images: [], latents: null, pixels: null }),
   };
   const text = Buffer.from(JSON.stringify(header));
@@ -43,9 +46,10 @@ export function packResult(result: GenerateResult): Buffer {
   ]);
 }
 
-/** The schedule that a packed result was drawn with. @throws RuntimeError for other bytes */
-export function blocksOf(bytes: Buffer): string {
-  return headerOf(bytes).header.result.blocks;
+/** The schedule that a packed result was drawn with, and whether the first launch of a size was in its way. @throws RuntimeError for other bytes */
+export function aboutResult(bytes: Buffer): { readonly blocks: string; readonly isDisturbed: boolean } {
+  const { result, isDisturbed } = headerOf(bytes).header;
+  return { blocks: result.blocks, isDisturbed };
 }
 
 /** Its pictures share their memory with the bytes. @throws RuntimeError for other bytes */

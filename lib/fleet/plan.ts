@@ -81,17 +81,17 @@ export class Plan<Job extends PlannedJob> {
     return this.#finish[index]!;
   }
 
-  /** The first job that has not begun; some behind it may have. */
+  /** The first job that has not begun before now; some behind it may have. */
   firstWaiting(now: number): number {
     return lowerBound(0, this.#jobs.length, (index) => this.#latest[index]! >= now);
   }
 
-  /** Jobs that have not begun, of all before the job at `until`. */
+  /** Jobs that begin later, of all before the job at `until`. */
   waiting(now: number, until = this.#jobs.length): number {
     const first = Math.min(until, this.firstWaiting(now));
     const end = Math.min(until, this.#endOfBegun(now));
     let waiting = until - first;
-    for (let index = first; index < end; index++) if (this.#start[index]! < now) waiting--;
+    for (let index = first; index < end; index++) if (this.#start[index]! <= now) waiting--;
     return waiting;
   }
 
@@ -176,9 +176,9 @@ export class Plan<Job extends PlannedJob> {
     return position + begun.length;
   }
 
-  /** Behind the last job that has begun. */
+  /** Behind the last job that has begun, or begins now. */
   #endOfBegun(now: number): number {
-    return lowerBound(0, this.#jobs.length, (index) => this.#earliest[index]! >= now);
+    return lowerBound(0, this.#jobs.length, (index) => this.#earliest[index]! > now);
   }
 
   /** Places a job behind those before it, and keeps it. */

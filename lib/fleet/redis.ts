@@ -139,7 +139,7 @@ export class FleetRedis {
     } catch (error) {
       // Its memory is full, for one.
       if ((error as Error).name === "ReplyError")
-        throw new RedisError(`Redis refuses: ${messageOf(error)}.`, { cause: error });
+        throw new RedisError(`Redis refuses: ${said(error)}.`, { cause: error });
       throw error;
     } finally {
       clearTimeout(timer);
@@ -190,6 +190,11 @@ export class FleetRedis {
   /** What admission has to know of the jobs that wait in a queue, by their ids. @param queue its name */
   ledger(queue: string): string {
     return this.key("ledger", queue);
+  }
+
+  /** Models that there are or were workers for lately, by when they were seen. */
+  get modelsKey(): string {
+    return this.key("models");
   }
 
   /** The queue of a model. */
@@ -274,7 +279,7 @@ export class FleetRedis {
       await Promise.race([connecting, failing]);
     } catch (cause) {
       throw new RedisError(
-        `Redis at ${hostOf(this.settings.redis)} cannot be used: ${messageOf(cause)}. Check the address, the password and TLS (rediss://), and that it runs.`,
+        `Redis at ${hostOf(this.settings.redis)} cannot be used: ${said(cause)}. Check the address, the password and TLS (rediss://), and that it runs.`,
         { cause },
       );
     } finally {
@@ -305,8 +310,13 @@ export class FleetRedis {
   #failed(error: Error): void {
     if (this.#isClosed || this.#said === error.message || /Connection is closed/.test(error.message)) return;
     this.#said = error.message;
-    this.settings.logger?.warn?.(`Redis: ${error.message}. Trying again.`);
+    this.settings.logger?.warn?.(`Redis: ${said(error)}. Trying again.`);
   }
+}
+
+/** What an error says, to go on after it: some of Redis's own end as sentences do. */
+function said(error: unknown): string {
+  return messageOf(error).replace(/\.+$/, "");
 }
 
 /** Whether a Redis can be used, before anything slow is done for it. @throws as `FleetRedis.connect` */

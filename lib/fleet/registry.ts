@@ -5,6 +5,7 @@
 
 import { randomUUID } from "node:crypto";
 import os from "node:os";
+import type { ChainableCommander } from "ioredis";
 import * as z from "zod";
 import { packageVersion } from "../common/package.js";
 import { jobFormat } from "./job.js";
@@ -128,10 +129,15 @@ export class Announcer {
 
   /** @throws what Redis says */
   async beat(): Promise<void> {
+    await this.#redis.together((commands) => this.addBeat(commands));
+  }
+
+  /** Says how it is now together with other commands: whoever reads what they change reads this too. */
+  addBeat(commands: ChainableCommander): ChainableCommander {
+    if (this.#isOver) return commands;
     const now = performance.now();
     this.#beatAt = now;
     this.#plan(beatMs);
-    const pipeline = this.#redis.client.pipeline();
     const isDue = this.#hasNews || now - this.#saidAt >= leastRecordMs;
     this.#hasNews = false;
     const record = isDue ? JSON.stringify(this.#describe()) : this.#said;
@@ -141,12 +147,11 @@ export class Announcer {
       this.#saidAt = now;
       const about = JSON.stringify(this.#about);
       // Two objects as one.
-      pipeline.set(this.#redis.key("worker", this.id), `${about.slice(0, -1)},${record.slice(1)}`, "PX", keepMs);
+      commands.set(this.#redis.key("worker", this.id), `${about.slice(0, -1)},${record.slice(1)}`, "PX", keepMs);
     }
     const beat: Beat = { format: jobFormat, ...this.#state(), revision: this.#revision, at: this.#redis.now() };
-    pipeline.hset(this.#redis.key("beats"), this.id, JSON.stringify(beat));
-    pipeline.pexpire(this.#redis.key("beats"), keepMs);
-    await pipeline.exec();
+    const beats = this.#redis.key("beats");
+    return commands.hset(beats, this.id, JSON.stringify(beat)).pexpire(beats, keepMs);
   }
 
   /** Leaves the fleet: at once, and not only after some silence. */
@@ -183,8 +188,11 @@ export class FleetView {
   /** Beats as they were read last: most have not changed when they are read again. */
   #beats = new Map<string, { readonly text: string; readonly beat: Beat | null }>();
   #workers: readonly LiveWorker[] = [];
-  #refreshing: Promise<void> | null = null;
+  #refreshing: Promise<unknown> | null = null;
   #at = Number.NEGATIVE_INFINITY;
+  /** Readings are counted: one that is overtaken by a later one is older. */
+  #readings = 0;
+  #shown = 0;
 
   constructor(redis: FleetRedis) {
     this.#redis = redis;
@@ -204,11 +212,21 @@ export class FleetView {
     await this.#refreshing;
   }
 
-  async #read(): Promise<void> {
+  /** Reads who is there and, at the same moment, the entries of a hash. @throws what Redis says */
+  async refreshWith(hash: string): Promise<Record<string, string>> {
+    return this.#read(hash);
+  }
+
+  async #read(hash?: string): Promise<Record<string, string>> {
     const { client, readyForMs, awayMs } = this.#redis;
+    const reading = ++this.#readings;
     // Just after Redis was away nobody has said so yet.
     const mostSilent = goneMs + (readyForMs < goneMs ? awayMs : 0);
-    const fields = await client.hgetall(this.#redis.key("beats"));
+    // What is in both by then counts twice, and not never.
+    const answers = await this.#redis.together<Record<string, string>[]>((commands) =>
+      (hash === undefined ? commands : commands.hgetall(hash)).hgetall(this.#redis.key("beats")),
+    );
+    const [entries, fields] = [answers[0]!, answers.at(-1)!];
     const now = this.#redis.now();
     const gone: string[] = [];
     const live: { id: string; beat: Beat }[] = [];
@@ -236,9 +254,12 @@ export class FleetView {
       return !beat || now - beat.at > keepMs;
     });
     if (forgotten.length > 0) await client.hdel(this.#redis.key("beats"), ...forgotten);
+    if (reading < this.#shown) return entries;
+    this.#shown = reading;
     for (const id of this.#records.keys()) if (!(id in fields)) this.#records.delete(id);
     this.#workers = live.map(({ id, beat }) => ({ id, beat, record: this.#records.get(id)?.record ?? null }));
     this.#at = performance.now();
+    return entries;
   }
 }
 

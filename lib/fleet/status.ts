@@ -8,7 +8,7 @@ export interface FleetStatus {
   readonly at: number;
   /** Those that live, the oldest first. */
   readonly workers: readonly FleetWorkerStatus[];
-  /** What is asked of each model. */
+  /** What is asked of each model that there are workers for, or were within a week. */
   readonly models: readonly FleetModelStatus[];
 }
 
@@ -56,7 +56,7 @@ export interface FleetModelStatus {
   /** Jobs that wait for a worker, and that are at work. */
   readonly waiting: number;
   readonly active: number;
-  /** Seconds until everything that was accepted is done. */
+  /** Seconds until everything that was accepted is done; without workers, a minute for each job. */
   readonly backlogSeconds: number;
 }
 
@@ -81,8 +81,9 @@ export async function statusOf(fleet: Fleet): Promise<FleetStatus> {
     };
   });
   workers.sort((a, b) => a.since - b.since);
+  const ids = new Set([...fleet.ids, ...(await fleet.redis.client.zrevrange(fleet.redis.modelsKey, 0, -1))]);
   const models = await Promise.all(
-    fleet.ids.map(async (id): Promise<FleetModelStatus> => {
+    [...ids].map(async (id): Promise<FleetModelStatus> => {
       const model = fleet.model(id);
       await model.look(0);
       const counts = await fleet.redis.queue(id).getJobCounts("wait", "prioritized", "active");

@@ -61,7 +61,7 @@ export class Waiter {
     this.#isLooking = false;
   };
 
-  /** Adds the job, and listens before that. @throws what Redis says */
+  /** Adds the job, and listens before that. When this returns, its entry in the ledger is on its way. @throws what Redis says */
   static async add(fleet: Fleet, job: QueuedJob, onMessage: (message: Message) => void): Promise<Waiter> {
     const waiter = new Waiter(fleet, job, onMessage);
     try {

@@ -85,6 +85,11 @@ interface Active {
   hasStarted: boolean;
   /** Whether it was looked at, and is to be drawn. */
   isAtWork: boolean;
+  /** Whether its size had not been drawn here before, and whether that of one beside it, or its own, was in its way. */
+  isCold: boolean;
+  isDisturbed: boolean;
+  /** Whether it is drawn, or has failed, and only its end has to be written. */
+  isOver: boolean;
 }
 
 /** A model that is served. */
@@ -257,7 +262,7 @@ export class FleetWorker implements AsyncDisposable {
   #roomOf(served: Served): number {
     if (this.#isStopping || !served.model.health().ready) return 0;
     // One that was found without its worker may be the cause: nothing is put beside it.
-    for (const { job } of served.active.values()) if (job.stalledCounter > 0) return 0;
+    for (const { job } of atWork(served)) if (job.stalledCounter > 0) return 0;
     const { take } = this.#options;
     const full = take ?? knownOf(served).full;
     const most = take === undefined && this.#endsInMs(served) <= aheadMs ? 2 * full : full;
@@ -265,30 +270,31 @@ export class FleetWorker implements AsyncDisposable {
   }
 
   /** In how many milliseconds the next of its jobs ends; 0 where that is not known. */
-  #endsInMs({ active }: Served): number {
+  #endsInMs(served: Served): number {
     let least = Number.POSITIVE_INFINITY;
-    for (const { aloneMs, done } of active.values()) least = Math.min(least, (aloneMs ?? 0) * (1 - done));
+    for (const { aloneMs, done } of atWork(served)) least = Math.min(least, (aloneMs ?? 0) * (1 - done));
     return least;
   }
 
-  #picturesOf({ active }: Served): number {
+  #picturesOf(served: Served): number {
     let pictures = 0;
-    for (const { facts } of active.values()) pictures += facts.pictures;
+    for (const { facts } of atWork(served)) pictures += facts.pictures;
     return pictures;
   }
 
   #beatOf(served: Served): ModelBeat {
-    const { active, model, drawnSizes } = served;
+    const { model, drawnSizes } = served;
+    const inside = atWork(served);
     let backlogMs = 0;
     // One that is not known takes as long as the longest.
     const dearest = Math.max(0, ...Array.from(served.prices.values(), ({ ms }) => ms));
-    for (const { aloneMs, done } of active.values()) backlogMs += (aloneMs ?? dearest) * (1 - done);
+    for (const { aloneMs, done } of inside) backlogMs += (aloneMs ?? dearest) * (1 - done);
     const pictures = this.#picturesOf(served);
     const room = this.#roomOf(served);
     const known = knownOf(served).sizes.filter((size) => !drawnSizes.has(size));
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
-    const jobs = Array.from(active.values()).filter(({ isAtWork }) => isAtWork).length;
+    const jobs = inside.filter(({ isAtWork }) => isAtWork).length;
     const devices = devicesOf(model);
     return {
       backlogMs: Math.round(backlogMs / devices),
@@ -334,7 +340,7 @@ export class FleetWorker implements AsyncDisposable {
           continue;
         }
         // One that is idle is told of a job at once. One at work asks now and then, so that others are quicker, unless all seem to be at work.
-        const isBusy = active.size > 0;
+        const isBusy = atWork(served).length > 0;
         if (isBusy && !othersAreBusy) await this.#rest(served, this.#askAgainMs(served));
         if (this.#isStopping) break;
         const token = randomUUID();
@@ -381,8 +387,8 @@ export class FleetWorker implements AsyncDisposable {
     served.wake = () => {};
   }
 
-  #askAgainMs({ active }: Served): number {
-    const known = [...active.values()].flatMap(({ aloneMs }) => aloneMs ?? []);
+  #askAgainMs(served: Served): number {
+    const known = atWork(served).flatMap(({ aloneMs }) => aloneMs ?? []);
     const usual = known.length === 0 ? 0 : known.reduce((a, b) => a + b, 0) / known.length;
     return Math.min(asking.most, Math.max(asking.least, usual * asking.part));
   }
@@ -425,17 +431,19 @@ export class FleetWorker implements AsyncDisposable {
     const active: Active = {
       ...{ id, job, token, facts, controller: new AbortController() },
       ...{ aloneMs: served.prices.get(facts.kind)?.ms ?? null, done: 0, hasStarted: false, isAtWork: false },
+      ...{ isCold: false, isDisturbed: false, isOver: false },
     };
     served.active.set(id, active);
-    this.#announcer.changed();
     try {
       await this.#work(served, active);
     } catch (error) {
       this.#options.logger?.warn?.(`The job ${id} could not be ended: ${messageOf(error)}. It starts again elsewhere.`);
     } finally {
       served.active.delete(id);
-      served.wake();
-      this.#announcer.changed();
+      if (!active.isOver) {
+        served.wake();
+        this.#announcer.changed();
+      }
     }
   }
 
@@ -450,13 +458,16 @@ export class FleetWorker implements AsyncDisposable {
       );
     let isOver: boolean;
     try {
+      // What waits and what is taken change at the same moment: gateways count each job once.
       const [before, isCancelled] = await this.#redis.together<[readonly string[], number]>((commands) =>
-        commands
-          .lrange(starts, 0, -1)
-          .exists(cancelled)
-          .hdel(this.#redis.ledger(job.queueName), id)
-          .rpush(starts, this.id)
-          .pexpire(starts, factsMs),
+        this.#announcer.addBeat(
+          commands
+            .lrange(starts, 0, -1)
+            .exists(cancelled)
+            .rpush(starts, this.id)
+            .pexpire(starts, factsMs)
+            .hdel(this.#redis.ledger(job.queueName), id),
+        ),
       );
       if (isCancelled === 1) this.#stop(active, "cancelled");
       controller.signal.throwIfAborted();
@@ -472,7 +483,7 @@ export class FleetWorker implements AsyncDisposable {
         served.drawn++;
       }
       this.#tell(id, { type: "done" });
-      this.#forget(id);
+      this.#forget(served, active);
       isOver = await isMine(active.job.moveToCompleted(null, active.token, false));
     } catch (error) {
       if (goesElsewhere(error)) {
@@ -489,16 +500,23 @@ export class FleetWorker implements AsyncDisposable {
         this.#tell(id, { type: "failed", failure: { ...failure } });
       }
       const unrecoverable = new this.#redis.UnrecoverableError(failureToJson(error).publicMessage);
-      this.#forget(id);
+      this.#forget(served, active);
       isOver = await isMine(active.job.moveToFailed(unrecoverable, active.token, false));
     }
     // Others have to know it where the job is not over.
     if (isOver && controller.signal.aborted) await client.del(cancelled);
   }
 
-  /** Just before a job is over: a worker that ends between the two leaves a job that is found done, and no keys that nobody removes. */
-  #forget(id: string): void {
-    this.#redis.client.del(this.#redis.key("starts", id), this.#redis.key("followers", id)).catch(() => {});
+  /**
+   * Just before a job is over: a worker that ends between the two leaves a job that is found done, and no keys that nobody removes. From here on it
+   * takes no room, and gateways know that at once.
+   */
+  #forget(served: Served, active: Active): void {
+    const { id } = active;
+    active.isOver = true;
+    served.wake();
+    const keys = [this.#redis.key("starts", id), this.#redis.key("followers", id)];
+    this.#redis.together((commands) => this.#announcer.addBeat(commands.del(...keys))).catch(() => {});
   }
 
   /**
@@ -564,6 +582,11 @@ export class FleetWorker implements AsyncDisposable {
     const limit = given.deadlineMs;
     const waitedMs = this.#redis.now() - facts.arrival;
     const left = limit === undefined ? undefined : Math.max(1, limit - waitedMs);
+    active.isCold = !this.#beatOf(served).warm.includes(facts.size);
+    for (const other of served.active.values()) {
+      other.isDisturbed ||= active.isCold;
+      active.isDisturbed ||= other.isCold;
+    }
     const result = await this.#keepPromise(served.model, { ...options, deadlineMs: left }, data.promised).catch(
       (error) => {
         if (!(error instanceof DeadlineError) || limit === undefined) throw error;
@@ -573,7 +596,7 @@ export class FleetWorker implements AsyncDisposable {
     steps.flush();
     served.drawnSizes.delete(facts.size);
     served.drawnSizes.add(facts.size);
-    return packResult(result);
+    return packResult(result, active.isDisturbed);
   }
 
   /** A request whose limit was promised is drawn, late if need be, with the schedule that takes least. */
@@ -697,6 +720,11 @@ function goesElsewhere(error: unknown): boolean {
     error instanceof QueueFullError ||
     (error instanceof DeviceLostError && error.permanent)
   );
+}
+
+/** Jobs that take room. */
+function atWork({ active }: Served): Active[] {
+  return [...active.values()].filter(({ isOver }) => !isOver);
 }
 
 /** Of a model that was loaded with several. */

@@ -4,7 +4,7 @@
  */
 
 import type { ImageModel } from "../model.js";
-import type { Histogram } from "../serving/stats.js";
+import type { DeviceStats, Histogram } from "../serving/stats.js";
 import type { Answer } from "./answer.js";
 import type { DirectoryMetric } from "./directory.js";
 import { promClient } from "./packages.js";
@@ -139,6 +139,17 @@ export class ModelMetrics {
     add("flowturbo_launch_rows", "histogram", "Rows of a launch: one for each picture or text.", (id, model) =>
       rowsHistogram("flowturbo_launch_rows", { model: id }, model.stats().rowsPerLaunch),
     );
+    const device = (name: string, type: "counter" | "gauge", help: string, read: (device: DeviceStats) => number) =>
+      add(`flowturbo_device_${name}`, type, `${help} Of a model that was loaded with several.`, (id, model) =>
+        (model.stats().devices ?? []).map((each) => ({
+          labels: { model: id, device: String(each.number), name: each.name },
+          value: read(each),
+        })),
+      );
+    device("launches_total", "counter", "Launches of a device.", ({ launches }) => launches);
+    device("rows_total", "counter", "Rows of the launches of a device, without padding.", ({ rows }) => rows);
+    device("busy_seconds_total", "counter", "Time of the launches of a device.", ({ milliseconds }) => milliseconds / 1000); // biome-ignore format: one line
+    device("lost", "gauge", "1 for a device that is lost for good; 0 otherwise.", ({ lost }) => Number(lost));
   }
 
   get contentType(): string {

@@ -54,6 +54,7 @@ describe("refuses with code 2, and in one line,", () => {
     [["serve", "--redis", nowhere, "--keep-results", "1"], "--keep-results"],
     [["serve", "--redis", nowhere, "--host", "0.0.0.0"], "--api-key"],
     [["serve", "--prefix", "mine"], "--prefix"],
+    [["serve", "--board"], "--redis"],
   ])("%j: %s", async (args, words) => {
     vi.stubEnv("FLOWTURBO_REDIS", "");
     const { code, stdout, stderr } = await run(args, temporaryFolder());
@@ -82,7 +83,7 @@ describe.skipIf(noRedis)(`on a Redis${noRedis ? ` (skipped: ${noRedis})` : ""}`,
   it("draws over HTTP with a worker, which joins and leaves; both end with code 0", { timeout: 120_000 }, async () => {
     const FLOWTURBO_REDIS = locked.url.replace("redis://", "redis://:open-sesame@");
     const common = ["--prefix", "cli", "--log-format", "json"];
-    const gateway = start(["serve", "--redis", "--port", "0", ...common], { FLOWTURBO_REDIS });
+    const gateway = start(["serve", "--redis", "--port", "0", "--board", ...common], { FLOWTURBO_REDIS });
     const url = await listening(gateway);
     const statusOf = async (address: string) => (await fetch(address)).status;
     expect([await statusOf(`${url}/livez`), await statusOf(`${url}/readyz`)]).toEqual([200, 503]);
@@ -116,6 +117,12 @@ describe.skipIf(noRedis)(`on a Redis${noRedis ? ` (skipped: ${noRedis})` : ""}`,
     expect((await fetch(metrics, { method: "POST" })).status).toBe(404);
     expect((await fetch(`${metrics}/metrics`, { method: "POST" })).status).toBe(405);
 
+    const board = await fetch(`${url}/board`);
+    expect([board.status, await board.text()]).toEqual([200, expect.stringContaining("flowturbo")]);
+    // biome-ignore lint/suspicious/noExplicitAny: whatever it says
+    const { queues } = (await (await fetch(`${url}/board/api/queues`)).json()) as any;
+    expect(queues.map(({ name }: { name: string }) => name)).toEqual(["drawer"]);
+
     vi.stubEnv("FLOWTURBO_REDIS", FLOWTURBO_REDIS);
     const status = await run(["fleet", "status", "--prefix", "cli"], temporaryFolder());
     expect([status.code, status.stderr]).toEqual([0, ""]);
@@ -136,6 +143,8 @@ describe.skipIf(noRedis)(`on a Redis${noRedis ? ` (skipped: ${noRedis})` : ""}`,
     expect(await worker.ended).toEqual({ code: 0, signal: null });
     expect((await last).status).toBe(200);
     expect(worker.lines.filter((line) => line.includes('"left the fleet"'))).toHaveLength(1);
+    const without = await run(["fleet", "status", "--prefix", "cli"], temporaryFolder());
+    expect(without.stdout).toContain("  drawer: 0 workers, no jobs\nNo worker is in it");
     gateway.kill("SIGTERM");
     expect(await gateway.ended).toEqual({ code: 0, signal: null });
     for (const { lines, errors } of [worker, gateway]) expect(`${lines.join("\n")}${errors}`).not.toContain("sesame");

@@ -391,6 +391,14 @@ describe("workers", () => {
     expect(admission.backlogSeconds(1000)).toBe(0);
   });
 
+  it("count from the copy where their clocks are ahead", () => {
+    const workers = [0, 100].map((backlogMs, index) => worker(`${index}`, usual, { at: 13, backlogMs, room: 1 }));
+    const admission = admissionOf({ at: 10, workers });
+    expect(admission.admit(request("r", { arrival: 10 }), 10)).toMatchObject({ predictedMs: 100, place: 0 });
+    expect(admission.admit(request("s", { arrival: 10 }), 10)).toMatchObject({ predictedMs: 200, place: 0 });
+    expect(admission.admit(request("t", { arrival: 10 }), 10)).toMatchObject({ predictedMs: 200, place: 2 });
+  });
+
   it("without a price for a kind take what the dearest of the others takes", () => {
     const workers = [busy("one", 0, pricesOf({ a: 100 })), busy("two", 1000, pricesOf({ a: 50, b: 70 }))];
     const [first, second] = [admissionOf({ workers }), admissionOf({ workers })];
@@ -403,16 +411,6 @@ describe("workers", () => {
     const admission = admissionOf({ workers });
     for (let index = 0; index < 50; index++)
       expect(admission.admit(request(`r${index}`), 0).predictedMs).toBeCloseTo(104.9);
-  });
-
-  it("have the work of a job that they have taken since they were seen", () => {
-    const taken = (at: number) => job("j", { taken: { by: "one", at } });
-    const worked = worker("one", usual, { at: 50, backlogMs: 30 });
-    const endOf = (jobs: JobView[]) =>
-      admissionOf({ at: 60, workers: [worked], jobs }).admit(request("r", { arrival: 60 }), 60).predictedMs;
-    expect(endOf([])).toBe(120);
-    expect(endOf([taken(40)])).toBe(120);
-    expect(endOf([taken(55)])).toBe(220);
   });
 });
 
@@ -444,6 +442,16 @@ describe("the queue", () => {
     expect(admission.admit(request("f", { deadlineMs: 6000 }), 0).place).toBe(4);
     expect(admission.admit(request("g", { level: 1, deadlineMs: 49_000 }), 0).place).toBe(1);
     expect(admission.admit(request("h", { level: 2 }), 0).place).toBe(1);
+  });
+
+  it("does not count those that free workers begin with at this very moment", () => {
+    const admission = admissionOf({ workers: [busy("one", 0), busy("two", 0)] }, 1);
+    for (const id of ["a", "b", "c"])
+      expect(
+        refusal(() => admission.admit(request(id), 0)),
+        id,
+      ).toBeNull();
+    expect(refusal(() => admission.admit(request("d"), 0))).toMatchObject({ waiting: 1, retryAfterMs: 115 });
   });
 
   it("refuses when it is full, and says when there is a place", () => {
@@ -501,7 +509,7 @@ describe("a time limit", () => {
   it("is met by the leanest schedule; without one the usual is drawn", () => {
     const admission = admissionOf({ workers: [busy("one", 0, ladder)] });
     expect(admission.admit(request("r", { deadlineMs: 115 }), 0)).toMatchObject({ predictedMs: 100, place: 1, price: { blocks: "H1P1" } }); // biome-ignore format: one line
-    expect(admission.admit(request("s"), 0)).toMatchObject({ predictedMs: 500, place: 2 });
+    expect(admission.admit(request("s"), 0)).toMatchObject({ predictedMs: 500, place: 1 });
   });
 
   it("that is impossible names what would do, and never comes again", () => {

@@ -152,6 +152,33 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     expect((await fleet.fleet.status()).workers[0]!.models[0]!.failed).toBe(0);
   });
 
+  it("counts a job at every moment, while it waits and from when a worker takes it", async () => {
+    const [prefix, model] = [prefixOf(), countingModel({ stepMs: 15 })];
+    await fleets.worker(prefix, model, { take: 8 });
+    const fleet = await fleets.fleet(prefix);
+    const client = new Redis(fleets.redis.url);
+    const countedNow = async () => {
+      const read = await client.multi().hgetall(`${prefix}:ledger:stub`).hgetall(`${prefix}:beats`).exec();
+      const [ledger, beats] = read!.map(([, entries]) => entries as Record<string, string>);
+      const taken = Object.values(beats!).map((text) => JSON.parse(text).models.stub.pictures as number);
+      return Object.keys(ledger!).length + taken.reduce((sum, each) => sum + each, 0);
+    };
+    for (let round = 0; round < 4; round++) {
+      await until(async () => (await countedNow()) === 0);
+      const seeds = Array.from({ length: 8 }, (_, index) => 8 * round + index);
+      let ended = 0;
+      const calls = seeds.map((seed) => fleet.generate({ prompt: "x", seed }).finally(() => ended++));
+      const counts: number[] = [];
+      while (ended === 0) counts.push(await countedNow());
+      // They come one after another, and the last reading may be of when some were over.
+      const all = counts.indexOf(8);
+      expect(all).toBeGreaterThanOrEqual(0);
+      expect(Math.min(...counts.slice(all, -2))).toBe(8);
+      await Promise.all(calls);
+    }
+    client.disconnect();
+  });
+
   it("takes away what waits when its caller leaves", async () => {
     const [prefix, model] = [prefixOf(), countingModel({ stepMs: 20 })];
     await fleets.worker(prefix, model, { take: 1 });

@@ -1,6 +1,6 @@
 // Results as bytes, there and back.
 import { describe, expect, it } from "vitest";
-import { blocksOf, packResult, unpackResult } from "../../lib/fleet/packed.js";
+import { aboutResult, packResult, unpackResult } from "../../lib/fleet/packed.js";
 import { Image } from "../../lib/generation/image.js";
 import { resultToJson } from "../../lib/json.js";
 import type { GenerateResult } from "../../lib/model.js";
@@ -41,7 +41,8 @@ describe("a packed result", () => {
     const back = unpackResult(packResult(given));
     expect(back).toEqual(given);
     if (!given.latents?.data.some(Number.isNaN)) expect(resultToJson(back)).toEqual(resultToJson(given));
-    expect(blocksOf(packResult(given))).toBe("E2");
+    expect(aboutResult(packResult(given))).toEqual({ blocks: "E2", isDisturbed: false });
+    expect(aboutResult(packResult(given, true)).isDisturbed).toBe(true);
   });
 
   it("has pictures that can be encoded", async () => {

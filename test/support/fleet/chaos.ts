@@ -21,8 +21,10 @@ import {
   type Drawn,
   digestOf,
   digestOfEmbeds,
+  type FromProcess,
   keyOf,
   modelId,
+  type Settings,
   type WorkerSettings,
 } from "./protocol.js";
 
@@ -446,10 +448,21 @@ class Chaos {
     span.to = Date.now();
   }
 
+  /** As whatever runs processes does: one that ended since Redis was away for too long is started again. */
+  async #start(settings: Settings, onMessage?: (message: FromProcess) => void): Promise<FleetProcess> {
+    for (let again = 0; ; again++)
+      try {
+        return await FleetProcess.start(settings, onMessage);
+      } catch (error) {
+        if (again >= 5 || !/ERR_FLOWTURBO_REDIS/.test(String(error))) throw error;
+        this.#count("processes that were started again, since Redis was away");
+      }
+  }
+
   async #startWorker(): Promise<void> {
     const number = this.#started++;
     const { model, lockMs, keepResultsMs } = this.#options;
-    const process = await FleetProcess.start(
+    const process = await this.#start(
       {
         ...{ role: "worker", redis: this.#redis.url, prefix: "chaos", keepResultsMs, lockMs, model },
         ...{ cache: this.#cache, tells: true },
@@ -470,7 +483,7 @@ class Chaos {
   async #startGateway(): Promise<void> {
     const { keepResultsMs, jobs } = this.#options;
     this.#gateways.push(
-      await FleetProcess.start({
+      await this.#start({
         ...{ role: "gateway", redis: this.#redis.url, prefix: "chaos", keepResultsMs },
         maxQueue: Math.max(100, jobs),
       }),
