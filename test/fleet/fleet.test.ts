@@ -251,8 +251,8 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
     const fleet = await fleets.fleet(prefix, { maxQueue: 1 });
     const client = new Redis(fleets.redis.url);
     const facts = { kind: "k", size: "64x64", pictures: 1, level: 0, arrival: Date.now() - 10_000, due: null };
-    // A gateway that was killed before it had added its job.
-    await client.hset(`${prefix}:ledger:stub`, randomUUID(), JSON.stringify(facts));
+    // A gateway that was killed before it had added its jobs: of one that seems to begin and one that seems to wait.
+    for (let job = 0; job < 2; job++) await client.hset(`${prefix}:ledger:stub`, randomUUID(), JSON.stringify(facts));
     await expect(fleet.generate({ prompt: "x", seed: 1 })).rejects.toMatchObject({
       code: "ERR_FLOWTURBO_QUEUE_FULL",
     });
