@@ -1,7 +1,7 @@
 /**
  * A fleet in virtual time: how many promises are kept, how busy the workers are, what Redis and the gateways have to do, from 10 to 1,000 workers,
  * by load, arrivals, gateways, age of their copies, noise, rules of the workers and number of queues. Admission and the workers' scheduler are
- * the library's own; times of launches and Redis operations for an event are assumed (bench/fleet/fleet.ts). Writes
+ * the library's own; times of launches are assumed (bench/fleet/fleet.ts). Writes
  * bench/results/fleet-simulation.{json,md}.
  *
  *   npm run bench:fleet-simulation [-- --quick --seed 1]
@@ -20,8 +20,8 @@ const seed = Number(flags.seed);
 
 /** Requests of a run by its workers: some tens for each, so that the queue has its usual length for most of them. */
 const requestsFor = (workers: number) => Math.round(Math.min(12_000, Math.max(2000, 40 * workers)) / (quick ? 10 : 1));
-/** Redis runs commands on one thread. A round figure of what one does; it depends on the machine. */
-const redisMost = 100_000;
+/** Redis runs commands on one thread. A round figure of what one does, of such commands: from bench/results/fleet.md, operations by processor time. */
+const redisMost = 60_000;
 
 interface Row {
   readonly name: string;
@@ -153,7 +153,9 @@ copies that are ${usualSetting.ageMs} ms under way and made every ${usualSetting
 takes the first job at once; a busy one asks for more while it has at most ${usualSetting.aheadMs} ms of work. A worker that would have to make a size ready puts a job back, up to three times, while another has it ready and room. Refused callers do not come again. The first fifth of each run is
 not counted. Each row is one run. Only the processor's times are measured; everything else follows from the seed.
 
-Redis operations assumed for each event: ${Object.entries(redisOperations)
+Redis operations for each event, those within scripts included, as counted on a real one: ${Object.entries(
+    redisOperations,
+  )
     .map(([name, each]) => `${name} ${each}`)
     .join(", ")}.
 

@@ -1,7 +1,7 @@
 /**
  * A fleet in virtual time: gateways that admit by copies of the fleet's state (`lib/fleet/admission.ts`), queues, and workers whose launches are put
- * together by the scheduler of the library (`lib/serving/scheduler.ts`). What launches take is assumed, not measured; so are the operations
- * that Redis does for an event. Everything follows from the seed, except for the processor's time.
+ * together by the scheduler of the library (`lib/serving/scheduler.ts`). What launches take is assumed, not measured.
+ * Everything follows from the seed, except for the processor's time.
  */
 
 import { DeadlineError, FleetEmptyError, QueueFullError } from "../../lib/errors.js";
@@ -13,24 +13,24 @@ import type { RowLaunch } from "../../lib/serving/rows.js";
 import { Scheduler, type Submission } from "../../lib/serving/scheduler.js";
 import { cheapestSplit } from "../../lib/serving/split.js";
 
-/** Operations of Redis for each event. */
+/** Operations of Redis for each event, as `INFO commandstats` counts them: those that BullMQ's scripts call are in it (bench/results/fleet.md has them by command). */
 export const redisOperations = {
-  /** A job is put into the queue and into the list of waiting jobs. */
-  add: 6,
-  /** A worker takes a job. */
-  take: 4,
+  /** A job is entered in the ledger and put into the queue, and its caller listens. */
+  add: 17,
+  /** A worker takes a job, and tells its state. */
+  take: 20,
   /** A worker has taken a job and puts it back; beside having taken it. */
-  handBack: 4,
+  handBack: 13,
   /** A busy worker with room asks, and finds nothing that it takes. */
-  poll: 1,
+  poll: 7,
   /** A worker tells its state. */
-  beat: 1,
+  beat: 2,
   /** A gateway reads the state. */
   refresh: 2,
   /** A step of a job is published. */
   event: 1,
-  /** A job has ended. */
-  finish: 5,
+  /** A job has ended: its result is put, read and told of, and the worker tells its state. */
+  finish: 28,
 } as const;
 type Operation = keyof typeof redisOperations;
 
@@ -88,7 +88,7 @@ export interface Setting {
   readonly coldMs: number;
   /** Whether gateways are not told of promises that are broken while a size is made ready: their margin stays. */
   readonly excusesCold: boolean;
-  /** Whether a worker that takes a job tells its state at the same moment. */
+  /** Whether a worker that takes a job, or has drawn one, tells its state at the same moment. */
   readonly tellsTaken: boolean;
   /** Whether all requests have a limit. */
   readonly allLimited: boolean;
@@ -574,7 +574,8 @@ export function simulate(setting: Setting): Outcome {
     worker.inside.delete(number);
     worker.pictures -= view.pictures;
     count("finish");
-    beat(worker);
+    if (setting.tellsTaken) look(worker);
+    else beat(worker);
     totals.finished++;
     const late = view.due !== null && now > view.due;
     if (job.counts) {

@@ -7,9 +7,9 @@ import { FleetProcess } from "../../test/support/fleet/processes.js";
 import { type Findings, format, log, ratios, type Spread, spread, table } from "../support.js";
 import { asked, difference, Fleet, type Setting, steps, type Usage, usageOf } from "./setting.js";
 
-/** A batch of eight takes 114.4 ms for each of 8 steps and three quarters of that for text and pixels: 8 pictures a second. */
-const model = { msPerLaunch: 20, msPerRow: 11.8, maxBatch: 8 };
-const usualPerSecond = 8;
+/** A batch of eight takes 228.8 ms for each of 8 steps and three quarters of that for text and pixels: 4 pictures a second. */
+const model = { msPerLaunch: 40, msPerRow: 23.6, maxBatch: 8 };
+const usualPerSecond = 4;
 const counts = [1, 2, 4, 8];
 /** Callers of a worker: as many as fill its launches, and as many again that wait. */
 const callersPerWorker = 16;
@@ -29,7 +29,7 @@ function rateOf(ends: readonly number[]): number {
 
 export async function throughput(setting: Setting): Promise<Findings> {
   const { quick, rounds } = setting;
-  const turnSeconds = quick ? 5 : 12;
+  const turnSeconds = quick ? 10 : 18;
   const library = await FleetProcess.start({ role: "library", model, cache: setting.cache });
   const fleets = new Map<number, Fleet>();
   for (const workers of counts) fleets.set(workers, await Fleet.start(setting, model, { workers, gateways: workers > 4 ? 2 : 1 })); // biome-ignore format: one line
@@ -99,7 +99,7 @@ export async function throughput(setting: Setting): Promise<Findings> {
   );
   const page = `## Throughput
 
-${callersPerWorker} callers for each worker, without pauses; pictures of 64 px, ${steps} steps, each with a seed of its own. The waiting model takes 20 ms a launch and 11.8 ms a row: batches of eight are 8 pictures a
+${callersPerWorker} callers for each worker, without pauses; pictures of 64 px, ${steps} steps, each with a seed of its own. The waiting model takes 40 ms a launch and 23.6 ms a row: batches of eight are 4 pictures a
 second by arithmetic. Counted from when a fifth is drawn until four fifths are. One model in its caller's process: ${format(spread(single), 1)} pictures a second. Ratios are to that, times the workers, of the same round. Processors are counted in cores; "all" is redis-server, gateways and workers.
 One gateway, two with eight workers.
 

@@ -116,7 +116,11 @@ export class Announcer {
     this.#describe = describe;
     this.#state = state;
     this.#since = redis.now();
-    redis.client.on("ready", () => this.changed());
+    redis.client.on("ready", () => {
+      // What was said last may not have come there.
+      this.#saidAt = Number.NEGATIVE_INFINITY;
+      this.changed();
+    });
   }
 
   /** Something of the beat has changed: it is said soon. @param isNews whether something of the record is new, which gateways wait for */
