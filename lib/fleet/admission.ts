@@ -225,8 +225,8 @@ export class FleetAdmission {
       }
       return known;
     };
-    // Clocks differ by some milliseconds: what a copy shows was said before it was made.
-    const free = workers.map(({ at, backlogMs }) => Math.max(now, Math.min(at, this.#view.at) + backlogMs));
+    // Clocks differ by some milliseconds: nothing was said later than now.
+    const free = workers.map(({ at, backlogMs }) => Math.max(now, Math.min(at, now) + backlogMs));
     const jobs: Job[] = [];
     const add = (job: JobView) => {
       const { id, due } = job;

@@ -117,8 +117,7 @@ export class Announcer {
     this.#state = state;
     this.#since = redis.now();
     redis.client.on("ready", () => {
-      // What was said last may not have come there.
-      this.#saidAt = Number.NEGATIVE_INFINITY;
+      this.#unsay();
       this.changed();
     });
   }
@@ -133,7 +132,12 @@ export class Announcer {
 
   /** @throws what Redis says */
   async beat(): Promise<void> {
-    await this.#redis.together((commands) => this.addBeat(commands));
+    try {
+      await this.#redis.together((commands) => this.addBeat(commands));
+    } catch (error) {
+      this.#unsay();
+      throw error;
+    }
   }
 
   /** Says how it is now together with other commands: whoever reads what they change reads this too. */
@@ -168,6 +172,12 @@ export class Announcer {
       .hdel(this.#redis.key("beats"), this.id)
       .del(this.#redis.key("worker", this.id))
       .exec();
+  }
+
+  /** The record that was said last may not have come there: it is said again, as another one. */
+  #unsay(): void {
+    this.#said = "";
+    this.#saidAt = Number.NEGATIVE_INFINITY;
   }
 
   get #about(): Omit<WorkerRecord, "models"> {
@@ -216,21 +226,22 @@ export class FleetView {
     await this.#refreshing;
   }
 
-  /** Reads who is there and, at the same moment, the entries of a hash. @throws what Redis says */
+  /** Reads the entries of a hash, and then who is there. @throws what Redis says */
   async refreshWith(hash: string): Promise<Record<string, string>> {
     return this.#read(hash);
   }
 
   async #read(hash?: string): Promise<Record<string, string>> {
-    const { client, readyForMs, awayMs } = this.#redis;
+    const { client } = this.#redis;
     const reading = ++this.#readings;
-    // Just after Redis was away nobody has said so yet.
-    const mostSilent = goneMs + (readyForMs < goneMs ? awayMs : 0);
     // What is in both by then counts twice, and not never.
     const answers = await this.#redis.together<Record<string, string>[]>((commands) =>
       (hash === undefined ? commands : commands.hgetall(hash)).hgetall(this.#redis.key("beats")),
     );
     const [entries, fields] = [answers[0]!, answers.at(-1)!];
+    const { readyForMs, awayMs } = this.#redis;
+    // Just after Redis was away nobody has said so yet.
+    const mostSilent = goneMs + (readyForMs < goneMs ? awayMs : 0);
     const now = this.#redis.now();
     const gone: string[] = [];
     const live: { id: string; beat: Beat }[] = [];

@@ -8,7 +8,7 @@ export interface FleetStatus {
   readonly at: number;
   /** Those that live, the oldest first. */
   readonly workers: readonly FleetWorkerStatus[];
-  /** What is asked of each model that there are workers for, or were within a week. */
+  /** What is asked of each model that there are workers for, or that a gateway saw workers for within a week. */
   readonly models: readonly FleetModelStatus[];
 }
 

@@ -85,7 +85,7 @@ interface Active {
   hasStarted: boolean;
   /** Whether it was looked at, and is to be drawn. */
   isAtWork: boolean;
-  /** Whether its size had not been drawn here before, and whether that of one beside it, or its own, was in its way. */
+  /** Whether its size had not been drawn by this process before, and whether the first launch of a size was in its way: its own, or of one beside it. */
   isCold: boolean;
   isDisturbed: boolean;
   /** Whether it is drawn, or has failed, and only its end has to be written. */
@@ -100,7 +100,7 @@ interface Served {
   readonly active: Map<string, Active>;
   readonly prices: Map<string, Price>;
   /** What follows from its table of costs, and when it did: the table is put into order each time that it is asked for. */
-  known: { readonly at: number; readonly full: number; readonly sizes: readonly string[] };
+  known: { readonly at: number; readonly devices: number; readonly full: number; readonly sizes: readonly string[] };
   /** Sizes that it has drawn, the latest last. */
   readonly drawnSizes: Set<string>;
   drawn: number;
@@ -201,7 +201,11 @@ export class FleetWorker implements AsyncDisposable {
       this.#served.push({
         ...{ id, model, fetcher: this.#redis.fetcher(id, times) },
         ...{ active: new Map(), prices: new Map(), drawnSizes: new Set<string>(), drawn: 0, failed: 0 },
-        ...{ wake: () => {}, loop: Promise.resolve(), known: { at: Number.NEGATIVE_INFINITY, full: 1, sizes: [] } },
+        ...{
+          wake: () => {},
+          loop: Promise.resolve(),
+          known: { at: Number.NEGATIVE_INFINITY, devices: 1, full: 1, sizes: [] },
+        },
       });
     }
     this.#stopListening = await this.#redis.listen(this.#redis.key("cancel"), (jobId) => {
@@ -216,7 +220,8 @@ export class FleetWorker implements AsyncDisposable {
       setInterval(() => void this.#renewLocks(lockMs).catch(() => {}), Math.round(lockMs / 3)),
       setInterval(() => void this.#results.sweep().catch(() => {}), sweepMs).unref(),
     );
-    await this.#announcer.beat();
+    // Where Redis refuses it now, another one follows within a second.
+    await this.#announcer.beat().catch(() => {});
     for (const served of this.#served) {
       // It never rejects.
       void served.fetcher.startStalledCheckTimer();
@@ -283,7 +288,7 @@ export class FleetWorker implements AsyncDisposable {
   }
 
   #beatOf(served: Served): ModelBeat {
-    const { model, drawnSizes } = served;
+    const { drawnSizes } = served;
     const inside = atWork(served);
     let backlogMs = 0;
     // One that is not known takes as long as the longest.
@@ -295,7 +300,7 @@ export class FleetWorker implements AsyncDisposable {
     const warm = [...[...drawnSizes].reverse(), ...known].slice(0, mostWarm);
     const { drawn, failed } = served;
     const jobs = inside.filter(({ isAtWork }) => isAtWork).length;
-    const devices = devicesOf(model);
+    const { devices } = knownOf(served);
     return {
       backlogMs: Math.round(backlogMs / devices),
       devices,
@@ -348,7 +353,7 @@ export class FleetWorker implements AsyncDisposable {
         othersAreBusy = job !== undefined && this.#hasWaited(job);
         if (!job) continue;
         const mine = active.get(job.id!);
-        if (mine) {
+        if (mine && !mine.isOver) {
           // Its lock ran out while Redis or this process stood still. It is drawn already.
           Object.assign(mine, { job, token });
           continue;
@@ -439,7 +444,7 @@ export class FleetWorker implements AsyncDisposable {
     } catch (error) {
       this.#options.logger?.warn?.(`The job ${id} could not be ended: ${messageOf(error)}. It starts again elsewhere.`);
     } finally {
-      served.active.delete(id);
+      if (served.active.get(id) === active) served.active.delete(id);
       if (!active.isOver) {
         served.wake();
         this.#announcer.changed();
@@ -458,16 +463,11 @@ export class FleetWorker implements AsyncDisposable {
       );
     let isOver: boolean;
     try {
-      // What waits and what is taken change at the same moment: gateways count each job once.
+      // It is in the beat before it leaves the ledger: there is no moment at which gateways do not count it.
       const [before, isCancelled] = await this.#redis.together<[readonly string[], number]>((commands) =>
-        this.#announcer.addBeat(
-          commands
-            .lrange(starts, 0, -1)
-            .exists(cancelled)
-            .rpush(starts, this.id)
-            .pexpire(starts, factsMs)
-            .hdel(this.#redis.ledger(job.queueName), id),
-        ),
+        this.#announcer
+          .addBeat(commands.lrange(starts, 0, -1).exists(cancelled).rpush(starts, this.id).pexpire(starts, factsMs))
+          .hdel(this.#redis.ledger(job.queueName), id),
       );
       if (isCancelled === 1) this.#stop(active, "cancelled");
       controller.signal.throwIfAborted();
@@ -487,7 +487,8 @@ export class FleetWorker implements AsyncDisposable {
       isOver = await isMine(active.job.moveToCompleted(null, active.token, false));
     } catch (error) {
       if (goesElsewhere(error)) {
-        await client.lrem(starts, -1, this.id);
+        // Its entry may be there twice, where a connection was cut.
+        await client.lrem(starts, 0, this.id);
         await this.#handBack(active.job, active.token).catch((lost) => this.#lostLock(id, lost));
         return;
       }
@@ -582,7 +583,7 @@ export class FleetWorker implements AsyncDisposable {
     const limit = given.deadlineMs;
     const waitedMs = this.#redis.now() - facts.arrival;
     const left = limit === undefined ? undefined : Math.max(1, limit - waitedMs);
-    active.isCold = !this.#beatOf(served).warm.includes(facts.size);
+    active.isCold = !served.drawnSizes.has(facts.size);
     for (const other of served.active.values()) {
       other.isDisturbed ||= active.isCold;
       active.isDisturbed ||= other.isCold;
@@ -727,18 +728,16 @@ function atWork({ active }: Served): Active[] {
   return [...active.values()].filter(({ isOver }) => !isOver);
 }
 
-/** Of a model that was loaded with several. */
-function devicesOf({ costs }: ImageModel): number {
-  return costs.devices?.length ?? 1;
-}
-
-/** Pictures that fill the launches of all its devices, and sizes that it knows the cost of. */
+/** Devices that draw, pictures that fill their launches, and sizes that the model knows the cost of. */
 function knownOf(served: Served): Served["known"] {
   const now = performance.now();
   if (now - served.known.at > costsMs) {
-    const { entries, devices } = served.model.costs;
-    const full = devices ? devices.reduce((sum, device) => sum + usefulBatch(device.entries), 0) : usefulBatch(entries);
-    served.known = { at: now, full, sizes: knownSizes(entries) };
+    const { costs } = served.model;
+    const { entries } = costs;
+    const lost = served.model.stats().devices?.map((device) => device.lost) ?? [];
+    const there = (costs.devices ?? [{ entries }]).filter((_, index) => !lost[index]);
+    const full = there.reduce((sum, device) => sum + usefulBatch(device.entries), 0);
+    served.known = { at: now, devices: Math.max(1, there.length), full: Math.max(1, full), sizes: knownSizes(entries) };
   }
   return served.known;
 }

@@ -150,6 +150,11 @@ export class HealthMonitor implements RuntimeListener {
     this.#runtimes = listeners.map(({ state }) => state);
   }
 
+  /** Whether a device is lost for good, by its place among those that are followed. */
+  isLost(device: number): boolean {
+    return this.#runtimes[device]?.fatal != null;
+  }
+
   #wasLost(state: RuntimeState, error: Error): void {
     if (error instanceof DeviceLostError && error.permanent) state.fatal ??= error;
     // Lost again before it ran again: it cannot be started.

@@ -114,7 +114,10 @@ export class Service {
       running: { requests: inside.entries, pictures: inside.weight },
       runtime: this.#monitor.counters,
     };
-    return this.#stats.snapshot(now, this.there);
+    return this.#stats.snapshot(
+      now,
+      this.there.filter((device) => !this.#monitor.isLost(device)),
+    );
   }
 
   /** Indices of the devices that are not lost for good; all if the last one is. */

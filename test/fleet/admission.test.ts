@@ -391,7 +391,7 @@ describe("workers", () => {
     expect(admission.backlogSeconds(1000)).toBe(0);
   });
 
-  it("count from the copy where their clocks are ahead", () => {
+  it("count from now where their clocks are ahead", () => {
     const workers = [0, 100].map((backlogMs, index) => worker(`${index}`, usual, { at: 13, backlogMs, room: 1 }));
     const admission = admissionOf({ at: 10, workers });
     expect(admission.admit(request("r", { arrival: 10 }), 10)).toMatchObject({ predictedMs: 100, place: 0 });

@@ -8,6 +8,7 @@ import { Redis } from "ioredis";
 import { beforeAll, describe, expect, it } from "vitest";
 import { DeadlineError } from "../../lib/errors.js";
 import { hashOf, type JobData, jobFormat } from "../../lib/fleet/job.js";
+import { aboutResult } from "../../lib/fleet/packed.js";
 import type { StepEvent } from "../../lib/model.js";
 import { noRedis } from "../support/redis.js";
 import { countingModel, Fleets, until } from "./support.js";
@@ -173,9 +174,35 @@ describe.skipIf(noRedis)(`fleet${noRedis ? ` (skipped: ${noRedis})` : ""}`, () =
       // They come one after another, and the last reading may be of when some were over.
       const all = counts.indexOf(8);
       expect(all).toBeGreaterThanOrEqual(0);
-      expect(Math.min(...counts.slice(all, -2))).toBe(8);
+      expect(Math.min(...counts.slice(all, -3))).toBe(8);
       await Promise.all(calls);
     }
+    client.disconnect();
+  });
+
+  it("says of a result whether the first launch of a size was in its way", async () => {
+    const [prefix, model] = [prefixOf(), countingModel({ stepMs: 10 })];
+    await fleets.worker(prefix, model, { take: 4 });
+    const fleet = await fleets.fleet(prefix);
+    const client = new Redis(fleets.redis.url);
+    const known = new Set<string>();
+    /** Of the results that are new. */
+    const disturbed = async () => {
+      const keys = (await client.keys(`${prefix}:result:*`)).filter((key) => !known.has(key));
+      for (const key of keys) known.add(key);
+      const results = await Promise.all(keys.map((key) => client.getBuffer(key)));
+      return results.map((bytes) => aboutResult(bytes!).isDisturbed);
+    };
+    const ask = (seed: number, width = 64) => fleet.generate({ prompt: "x", seed, width, height: 64 });
+    await ask(1);
+    expect(await disturbed()).toEqual([true]);
+    await Promise.all([ask(2), ask(3)]);
+    expect(await disturbed()).toEqual([false, false]);
+    // One of another size, and one beside it.
+    await Promise.all([ask(4), ask(5, 32)]);
+    expect(await disturbed()).toEqual([true, true]);
+    await Promise.all([ask(6), ask(7, 32)]);
+    expect(await disturbed()).toEqual([false, false]);
     client.disconnect();
   });
 

@@ -62,4 +62,14 @@ describeAddons("a GPU that is lost for good", () => {
     server.child.kill("SIGTERM");
     expect(await server.ended).toEqual({ code: 0, signal: null });
   });
+
+  it("is the last of two: the server ends", { timeout: 120_000 }, async () => {
+    const env = { FLOWTURBO_SIMULATED_DEVICES: "0,0" };
+    const server = await serverOf("lost vae_encoder", ["--devices", "all"], env);
+    const drawn = await post(`${server.url}/v1/images/generations`, quick);
+    // It is lost on the one, starts again on the other, and is lost there too.
+    const lost = await post(`${server.url}/v1/images/edits`, { ...quick, image: imageOf(drawn) });
+    expect(lost.status).toBe(503);
+    expect(await server.ended).toEqual({ code: 1, signal: null });
+  });
 });
