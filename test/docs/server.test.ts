@@ -99,6 +99,10 @@ it("has every code of errors with its status", () => {
 
 it("has every metric with its type and labels", async () => {
   const model = await FlowTurbo.load(undefined, { measureCosts: false });
+  // As if it had been loaded with several devices.
+  const stats = model.stats.bind(model);
+  const device = { number: 0, name: "GPU", lost: false, launches: 1, rows: 1, milliseconds: 1 };
+  model.stats = () => ({ ...stats(), devices: [device] });
   const app = await createServer({ models: { shapes: model }, warm: [], page: false, logger: false });
   try {
     const payload = { prompt: "a red circle", num_inference_steps: 2 };
