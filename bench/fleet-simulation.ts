@@ -166,7 +166,7 @@ Redis operations for each event, those within scripts included, as counted on a 
 - **Sizes that are not ready** are most of what breaks promises here: none of the predictions knows of them.
 - **The age of copies** is not seen here up to 200 ms: ${percent(aged.kept / aged.promised, 2)} of the promises are kept with 8 gateways and copies of 200 ms, ${percent(current.kept / current.promised, 2)} where every decision sees the state of the moment.
 - **A gateway's processor**: ${(deepest.micros.copy / 1000).toFixed(0)} ms for the plan of a copy with ${thousands(deepest.waiting)} waiting jobs, every ${usualSetting.refreshMs} ms, and ${(deepest.micros.early / 1000).toFixed(1)} ms for a request that goes before most of them. Copies that are made less often, or several queues, carry it further.
-- **Several queues** cost little where each has some tens of workers (at ${largestQueues} workers ${percent(split.served)} in time in place of ${percent(whole.served)}), and much where it has five.
+- **Several queues**, on a Redis each, are what carries it further. They cost little where each has some tens of workers (at ${largestQueues} workers ${percent(split.served)} in time in place of ${percent(whole.served)}), and much where one has five.
 
 ## Load and arrivals
 
