@@ -172,7 +172,6 @@ interface Inside {
 
 interface Worker {
   readonly index: number;
-  readonly id: string;
   readonly shard: Shard;
   readonly speed: Speed;
   readonly pollMs: number;
@@ -370,13 +369,12 @@ export function simulate(setting: Setting): Outcome {
     const speed = speeds[Math.floor(index / setting.shards) % speeds.length]!;
     const { costs, prices } = speed;
     const usualMs = sizes.reduce((sum, { size, share }) => sum + share * prices.get(kindOf(size, 1))!.ms, 0);
-    const id = `w${index}`;
     const worker: Worker = {
-      ...{ index, id, shard, speed, inside: new Map(), pictures: 0, coldMs: 0, running: null },
+      ...{ index, shard, speed, inside: new Map(), pictures: 0, coldMs: 0, running: null },
       pollMs: Math.min(poll.most, Math.max(poll.least, usualMs * poll.part)),
       scheduler: new Scheduler({ batches, maxWaitMs: 8, preemption: false, costs }),
       ...{ warm: [sizes[0].size, sizes[1 + (index % 2)]!.size], isIdle: true, isPolling: false, isBeating: false },
-      view: { id, takes: true, backlogMs: 0, at: 0, room: capacity, prices },
+      view: { takes: true, backlogMs: 0, at: 0, room: capacity, prices },
     };
     shard.workers.push(worker);
     shard.idle.push(worker);
@@ -390,16 +388,9 @@ export function simulate(setting: Setting): Outcome {
   };
 
   const look = (worker: Worker) => {
-    const { id, speed, pictures } = worker;
-    const { now: at } = agenda;
-    worker.view = {
-      id,
-      takes: true,
-      backlogMs: backlogOf(worker),
-      at,
-      room: capacity - pictures,
-      prices: speed.prices,
-    };
+    const { speed, pictures } = worker;
+    const room = capacity - pictures;
+    worker.view = { takes: true, backlogMs: backlogOf(worker), at: agenda.now, room, prices: speed.prices };
   };
 
   /** A worker's state has changed. */

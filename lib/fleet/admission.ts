@@ -16,7 +16,6 @@ import { lowerBound, Plan, type PlannedJob } from "./plan.js";
 
 /** A worker as a gateway sees it. */
 export interface WorkerView {
-  readonly id: string;
   /** Whether it takes jobs; one that drains does not. */
   readonly takes: boolean;
   /** Milliseconds of work that it still has to do of what it has taken, as of `at`, its own drift included. */
@@ -227,14 +226,13 @@ export class FleetAdmission {
     };
     // Clocks differ by some milliseconds: nothing was said later than now.
     const free = workers.map(({ at, backlogMs }) => Math.max(now, Math.min(at, now) + backlogMs));
-    const jobs: Job[] = [];
-    const add = (job: JobView) => {
-      const { id, due } = job;
-      jobs.push({ id, priority: priorityOf(job), costs: costsFor(job), due: due ?? Number.POSITIVE_INFINITY });
-    };
-    for (const job of this.#view.jobs) add(job);
-    for (const { job } of this.#unseen.values()) add(job);
-    const order = jobs.map((job) => ({ job, rank: rankOf(job.priority, now) }));
+    const views = [...this.#view.jobs, ...Array.from(this.#unseen.values(), ({ job }) => job)];
+    const order = views.map((view) => {
+      const { id, due } = view;
+      const priority = priorityOf(view);
+      const job: Job = { id, priority, costs: costsFor(view), due: due ?? Number.POSITIVE_INFINITY };
+      return { job, rank: rankOf(priority, now) };
+    });
     order.sort((a, b) => compareRanks(a.rank, b.rank));
     const byClass = Array.from({ length: Math.max(1, classes.size) }, (): number[] => []);
     for (const [index, moment] of free.entries()) byClass[classes.of[index]!]!.push(moment);

@@ -17,6 +17,7 @@ import { generateStream } from "../generation/stream.js";
 import { traced } from "../generation/traces.js";
 import { type Json, requestToJson } from "../json.js";
 import type {
+  AcceptEvent,
   AdapterNames,
   Costs,
   DeadlineResult,
@@ -480,13 +481,7 @@ export class FleetModel implements ImageModel {
     let isAccepted = false;
     let isStarted = false;
     let told = -1;
-    const accept = (event: {
-      predictedMs: number | null;
-      place: number;
-      blocks: string;
-      aloneMs: number | null;
-      leastMs: number | null;
-    }) => {
+    const accept = (event: Omit<AcceptEvent, "seeds">) => {
       if (isAccepted) return;
       isAccepted = true;
       events?.send("onAccept", { ...event, seeds });
@@ -529,7 +524,7 @@ export class FleetModel implements ImageModel {
     const { redis } = fleet;
     // Of before it is read: what had been written by then is in it.
     const at = redis.now();
-    const ledger = await fleet.view.refreshWith(redis.ledger(redis.queue(this.id).name));
+    const ledger = await fleet.view.readWith(redis.ledger(redis.queue(this.id).name));
     // What waits seldom changes: each is read once.
     const known = new Map(this.#ledger.map((job) => [job.id, job]));
     this.#ledger = Object.entries(ledger).flatMap(([id, text]) => {
@@ -537,13 +532,12 @@ export class FleetModel implements ImageModel {
       return facts ? [{ ...facts, id }] : [];
     });
     // Devices of one worker draw beside each other.
-    const workers = fleet.workersOf(this.id).flatMap(({ id, beat, record }) => {
+    const workers = fleet.workersOf(this.id).flatMap(({ beat, record }) => {
       const { backlogMs, room, devices } = beat.models[this.id]!;
       const takes = beat.state === "ready" && beat.format >= jobFormat;
       const prices = this.#pricesOf(record?.models[this.id]);
-      return Array.from({ length: devices }, (_, index) => {
-        return { id: `${id} ${index}`, takes, backlogMs, room: Math.ceil(room / devices), at: beat.at, prices };
-      });
+      const device = { takes, backlogMs, room: Math.ceil(room / devices), at: beat.at, prices };
+      return Array.from({ length: devices }, () => device);
     });
     this.#admission.see({ at, workers, jobs: this.#ledger });
     this.#seenAt = performance.now();

@@ -220,18 +220,14 @@ export class FleetView {
   /** Reads who is there, unless that was done within so many milliseconds. @throws what Redis says */
   async refresh(ageMs = 0): Promise<void> {
     if (performance.now() - this.#at <= ageMs) return;
-    this.#refreshing ??= this.#read().finally(() => {
+    this.#refreshing ??= this.readWith().finally(() => {
       this.#refreshing = null;
     });
     await this.#refreshing;
   }
 
-  /** Reads the entries of a hash, and then who is there. @throws what Redis says */
-  async refreshWith(hash: string): Promise<Record<string, string>> {
-    return this.#read(hash);
-  }
-
-  async #read(hash?: string): Promise<Record<string, string>> {
+  /** Reads the entries of a hash, if one is given, and then who is there. @throws what Redis says */
+  async readWith(hash?: string): Promise<Record<string, string>> {
     const { client } = this.#redis;
     const reading = ++this.#readings;
     // What is in both by then counts twice, and not never.

@@ -114,6 +114,7 @@ export class Service {
       running: { requests: inside.entries, pictures: inside.weight },
       runtime: this.#monitor.counters,
     };
+    // The last one that is lost stays where rows go, and fails them.
     return this.#stats.snapshot(
       now,
       this.there.filter((device) => !this.#monitor.isLost(device)),
